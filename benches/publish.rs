@@ -1,0 +1,356 @@
+//! `just bench publish`: publishing beside `nix copy`, to the same embedded cache over HTTP and to `file://`,
+//! in one run; the lag from valid to servable and the overhead on a real build; and 50 ms more per request.
+//!
+//! As root, with real Nix; client and server are the binary of the release profile, or `FLYWHEEL_BIN`.
+//! Prints a table of medians and writes `target/bench/publish.json`. `FLYWHEEL_BENCH_RUNS` (3) is the
+//! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path.
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that fails says why by panicking")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use sha2::Digest as _;
+
+#[path = "shared/table.rs"]
+mod table;
+
+use table::{Figures, Table};
+
+const SMALL: usize = 500;
+const BIG: usize = 5;
+/// zstd's level, the same everywhere: Nix's default for zstd and the server's are both 3.
+const LEVEL: i32 = 3;
+const RTT: Duration = Duration::from_millis(50);
+
+fn main() {
+    let runs = number("FLYWHEEL_BENCH_RUNS", 3);
+    let bench = Bench::new();
+    let mut table = Table::default();
+    println!("preparing {SMALL} small and {BIG} big paths");
+    let small = bench.add("small", SMALL, 8 * 1024);
+    let big = bench.add("big", BIG, number("FLYWHEEL_BENCH_MIB", 200) * 1024 * 1024);
+    for run in 0..runs {
+        println!("run {} of {runs}", run + 1);
+        for (name, paths) in [("small", &small), ("big", &big)] {
+            table.add(&format!("{name}: flywheel publish"), bench.publish(paths, Duration::ZERO));
+            table.add(&format!("{name}: nix copy http"), bench.copy_http(paths));
+            table.add(&format!("{name}: nix copy file"), bench.copy_file(paths));
+        }
+        table.add("big: read, hash, compress once", bench.once(&big));
+        table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT));
+        let quiet = bench.build(false);
+        let loud = bench.build(true);
+        let overhead = 100.0 * (loud["command s"] / quiet["command s"] - 1.0);
+        table.add("build: without", quiet);
+        table.add("build: publishing", loud);
+        table.add("build: overhead", BTreeMap::from([("percent", overhead)]));
+    }
+    table.print("publish");
+    ratios(&table);
+}
+
+fn number(name: &str, default: usize) -> usize {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// What became of it, beside the goals.
+fn ratios(table: &Table) {
+    let wall = |name: &str| table.median(name, "wall s");
+    let cpu = |name: &str| table.median(name, "cpu s");
+    println!("\nratios (goal)");
+    for (name, other, goal) in [
+        ("small", "small: nix copy http", "at least 3"),
+        ("small", "small: nix copy file", "at least 1"),
+        ("big", "big: nix copy http", "none"),
+        ("big", "big: nix copy file", "none"),
+        ("big", "big: read, hash, compress once", "at least 0.83"),
+    ] {
+        let own = format!("{name}: flywheel publish");
+        let (wall, cpu) = (wall(other) / wall(&own), cpu(other) / cpu(&own));
+        println!("{name}: as fast as `{other}` times {wall:.2}, with its CPU time divided by {cpu:.2} ({goal})");
+    }
+}
+
+struct Bench {
+    folder: tempfile::TempDir,
+    flywheel: PathBuf,
+}
+
+struct Server {
+    child: Child,
+    folder: PathBuf,
+    url: String,
+    token: String,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let named = std::env::var_os("FLYWHEEL_BIN").map(PathBuf::from);
+        let flywheel = named.unwrap_or_else(|| env!("CARGO_BIN_EXE_flywheel").into());
+        Self { folder: tempfile::tempdir().unwrap(), flywheel }
+    }
+
+    /// It goes with all the others at the very end: ext4 without a journal makes inodes slowly for a minute
+    /// after many were freed, and whoever comes next would pay for it.
+    fn new_folder(&self) -> PathBuf {
+        tempfile::tempdir_in(self.folder.path()).unwrap().keep()
+    }
+
+    fn serve(&self) -> Server {
+        let folder = self.new_folder();
+        let mut command = Command::new(&self.flywheel);
+        command.args(["cache", "serve", "--quiet", "--stop-after", "15m", "--listen", "127.0.0.1:0", "--dir"]);
+        let mut child = command.arg(&folder).env_clear().stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let url = lines.next().unwrap();
+        assert!(lines.any(|line| line.starts_with("tokens-file")));
+        let tokens = fs::read_to_string(folder.join("tokens")).unwrap();
+        let token = tokens.lines().find_map(|line| line.strip_prefix("write ")).unwrap().trim().to_owned();
+        Server { child, folder, url, token }
+    }
+
+    /// A command where this folder is `/nix`.
+    fn within(&self, nix: &Path, program: &str) -> Command {
+        fs::create_dir_all(nix).unwrap();
+        fs::create_dir_all("/nix").unwrap();
+        let home = self.folder.path().join("home");
+        fs::create_dir_all(&home).unwrap();
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", "mount --bind \"$0\" /nix && exec \"$@\""]);
+        command.arg(nix).arg(program).env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").env("HOME", home);
+        let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
+        command.env("NIX_CONFIG", config).current_dir(self.folder.path());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    }
+
+    fn nix(&self) -> PathBuf {
+        self.folder.path().join("nix")
+    }
+
+    /// Adds paths of this size, half noise and half zeros, to the store.
+    fn add(&self, name: &str, count: usize, size: usize) -> Vec<String> {
+        let mut random = fastrand::Rng::with_seed(7 + size as u64);
+        let mut files = Vec::new();
+        for n in 0..count {
+            let file = self.folder.path().join(format!("{name}-{n}"));
+            let mut out = std::io::BufWriter::new(fs::File::create(&file).unwrap());
+            for _ in 0..size / 4096 {
+                let mut block = [0; 4096];
+                random.fill(&mut block[..2048]);
+                out.write_all(&block).unwrap();
+            }
+            out.flush().unwrap();
+            files.push(file);
+        }
+        let output = self.within(&self.nix(), "nix-store").arg("--add").args(&files).stdout(Stdio::piped()).output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    fn publish(&self, paths: &[String], rtt: Duration) -> Figures {
+        let server = self.serve();
+        let url = if rtt.is_zero() { server.url.clone() } else { delayed(&server.url, rtt) };
+        let mut command = self.within(&self.nix(), self.flywheel.to_str().unwrap());
+        command.env("ATTIC_TOKEN", &server.token).args(["publish", "--attic-server", &url]).args(paths);
+        let (figures, said) = measure(&mut command, Some(&server));
+        assert!(said.contains(&format!("{} published", paths.len())) || said.contains(", 0 lost"), "{said}");
+        figures
+    }
+
+    fn copy_http(&self, paths: &[String]) -> Figures {
+        let server = self.serve();
+        let netrc = self.folder.path().join("netrc");
+        fs::write(&netrc, format!("machine 127.0.0.1 login flywheel password {}\n", server.token)).unwrap();
+        let to = format!("{}/main?compression=zstd", server.url);
+        let mut command = self.within(&self.nix(), "nix");
+        command.args(["copy", "--option", "netrc-file"]).arg(&netrc).args(["--to", &to]).args(paths);
+        measure(&mut command, Some(&server)).0
+    }
+
+    fn copy_file(&self, paths: &[String]) -> Figures {
+        let to = format!("file://{}?compression=zstd", self.new_folder().display());
+        measure(self.within(&self.nix(), "nix").args(["copy", "--to", &to]).args(paths), None).0
+    }
+
+    /// Reads, hashes and compresses each path once, one after the other.
+    fn once(&self, paths: &[String]) -> Figures {
+        struct Both<'a>(sha2::Sha256, zstd::Encoder<'a, fs::File>);
+        impl std::io::Write for Both<'_> {
+            fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+                self.0.update(bytes);
+                self.1.write_all(bytes).map(|()| bytes.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let (began, cpu) = (Instant::now(), cpu_of("self", 13));
+        for path in paths {
+            let out = tempfile::tempfile_in(self.folder.path()).unwrap();
+            let mut both = Both(sha2::Sha256::new(), zstd::Encoder::new(out, LEVEL).unwrap());
+            let file = self.nix().join(path.trim_start_matches("/nix/"));
+            flywheel::nix::nar::write(&file, &mut both).unwrap();
+            both.1.finish().unwrap();
+        }
+        BTreeMap::from([("wall s", began.elapsed().as_secs_f64()), ("cpu s", cpu_of("self", 13) - cpu)])
+    }
+
+    /// A build of many quick derivations by `nix-job` in a store of its own, publishing or not.
+    fn build(&self, publishes: bool) -> Figures {
+        let (server, folder) = (self.serve(), self.new_folder());
+        let nix = folder.join("nix");
+        let expression = format!(
+            "let part = n: derivation {{ name = \"part-${{toString n}}\"; system = builtins.currentSystem; \
+             builder = \"/bin/sh\"; args = [ \"-c\" \"echo ${{toString n}} > $out\" ]; }}; \
+             in builtins.genList part {SMALL}"
+        );
+        let file = folder.join("default.nix");
+        fs::write(&file, expression).unwrap();
+        let times = folder.join("times");
+        let script = format!(
+            "date +%s%N >{t}; nix-build --no-out-link -j 2 {f} >/dev/null 2>&1; date +%s%N >>{t}",
+            t = times.display(),
+            f = file.display()
+        );
+        let mut command = self.within(&nix, self.flywheel.to_str().unwrap());
+        command.env("ATTIC_TOKEN", &server.token).args(["nix-job", "--attic-server", &server.url]);
+        command.args(["--extra-nix-config", "sandbox = false", "--command", &script]);
+        if publishes {
+            command.arg("--publish");
+        }
+        let (figures, said) = measure(&mut command, Some(&server));
+        let ended = now();
+        let times = fs::read_to_string(&times).unwrap_or_else(|_| panic!("{said}"));
+        let times: Vec<f64> = times.lines().map(|line| line.parse::<f64>().unwrap() / 1e9).collect();
+        let mut found = BTreeMap::from([("command s", times[1] - times[0]), ("cpu s", figures["cpu s"])]);
+        if publishes {
+            assert!(said.contains(", 0 lost"), "{said}");
+            let mut lags = lags(&nix, &server.folder);
+            assert_eq!(lags.len(), SMALL, "{said}");
+            lags.sort_by(f64::total_cmp);
+            found.extend([("lag p50 ms", lags[SMALL / 2]), ("lag p99 ms", lags[SMALL * 99 / 100])]);
+            found.extend([("drain, verify s", ended - times[1]), ("peak MiB", figures["peak MiB"])]);
+        }
+        found
+    }
+}
+
+/// Milliseconds from each path's last change by Nix, which is just before it becomes valid, to the
+/// moment when its narinfo became visible.
+fn lags(nix: &Path, cache: &Path) -> Vec<f64> {
+    let changed = |path: &Path| {
+        let about = fs::symlink_metadata(path).unwrap();
+        about.ctime() as f64 * 1e3 + about.ctime_nsec() as f64 / 1e6
+    };
+    let infos = fs::read_dir(cache.join("caches/main")).unwrap().flatten().map(|entry| entry.path());
+    let infos = infos.filter(|path| path.extension().is_some_and(|ending| ending == "narinfo"));
+    let lag = |info: PathBuf| {
+        let text = fs::read_to_string(&info).unwrap();
+        let path = text.lines().find_map(|line| line.strip_prefix("StorePath: /nix/")).unwrap().to_owned();
+        path.contains("-part-").then(|| changed(&info) - changed(&nix.join(path)))
+    };
+    infos.filter_map(lag).collect()
+}
+
+fn now() -> f64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64()
+}
+
+/// Seconds of user and system time: field 13 on for the process, 15 on for its children that ended.
+fn cpu_of(process: &str, field: usize) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let ticks = |at: usize| fields[at - 2].parse::<f64>().unwrap();
+    // `USER_HZ` is 100 on every Linux that Nix runs on.
+    (ticks(field) + ticks(field + 1)) / 100.0
+}
+
+/// Runs it: wall and CPU time (the server's included), its peak memory, and what it said.
+fn measure(command: &mut Command, server: Option<&Server>) -> (Figures, String) {
+    let of_server = |server: &Server| cpu_of(&server.child.id().to_string(), 13);
+    let cpu = cpu_of("self", 15) + server.map_or(0.0, of_server);
+    let began = Instant::now();
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let read = |stream: Box<dyn std::io::Read + Send>| {
+        std::thread::spawn(move || {
+            let (mut stream, mut text) = (stream, Vec::new());
+            stream.read_to_end(&mut text).unwrap();
+            String::from_utf8_lossy(&text).into_owned()
+        })
+    };
+    let streams = [read(Box::new(child.stdout.take().unwrap())), read(Box::new(child.stderr.take().unwrap()))];
+    let (ended, status) = (Arc::new(AtomicBool::new(false)), format!("/proc/{}/status", child.id()));
+    let watching = Arc::clone(&ended);
+    let watch = std::thread::spawn(move || {
+        let mut peak: f64 = 0.0;
+        while !watching.load(Ordering::Relaxed) {
+            let text = fs::read_to_string(&status).unwrap_or_default();
+            let line =
+                text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+            peak = peak.max(line.unwrap_or(0.0) / 1024.0);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        peak
+    });
+    let success = child.wait().unwrap().success();
+    let wall = began.elapsed().as_secs_f64();
+    ended.store(true, Ordering::Relaxed);
+    let said: String = streams.into_iter().map(|stream| stream.join().unwrap()).collect();
+    assert!(success, "{command:?}: {said}");
+    let cpu = cpu_of("self", 15) + server.map_or(0.0, of_server) - cpu;
+    (BTreeMap::from([("wall s", wall), ("cpu s", cpu), ("peak MiB", watch.join().unwrap())]), said)
+}
+
+/// A way to the server on which whatever the client says after an answer takes this much longer.
+fn delayed(url: &str, rtt: Duration) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let own = format!("http://{}", listener.local_addr().unwrap());
+    let target = url.trim_start_matches("http://").to_owned();
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let server = TcpStream::connect(&target).unwrap();
+            let answered = Arc::new(AtomicBool::new(true));
+            for (stream, from_client) in [(&client, true), (&server, false)] {
+                let other = if from_client { &server } else { &client };
+                let (from, to) = (stream.try_clone().unwrap(), other.try_clone().unwrap());
+                to.set_nodelay(true).unwrap();
+                let answered = Arc::clone(&answered);
+                std::thread::spawn(move || pump(from, to, &answered, from_client.then_some(rtt)));
+            }
+        }
+    });
+    own
+}
+
+fn pump(mut from: TcpStream, mut to: TcpStream, answered: &AtomicBool, rtt: Option<Duration>) {
+    let mut space = vec![0; 64 * 1024];
+    while let Ok(read @ 1..) = from.read(&mut space) {
+        match rtt {
+            Some(rtt) if answered.swap(false, Ordering::SeqCst) => std::thread::sleep(rtt),
+            Some(_) => (),
+            None => answered.store(true, Ordering::SeqCst),
+        }
+        if to.write_all(&space[..read]).is_err() {
+            break;
+        }
+    }
+    // The other side may have ended first.
+    let _ = to.shutdown(Shutdown::Write);
+}

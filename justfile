@@ -1,0 +1,43 @@
+# What a developer does here. `just` shows this menu; CI calls the same scripts.
+
+_menu:
+    @"{{ just_executable() }}" --list --unsorted
+
+# The fast suite: no network, no Nix, seconds
+test-fast *filter:
+    cargo test --locked --lib --test it {{ filter }}
+
+# The real suite: real Nix, real act, real servers; as root, one test at a time
+test-real *filter:
+    scripts/bootstrap.sh tools
+    cargo test --locked --test real {{ filter }} -- --test-threads=1
+
+# Measure beside Nix's own tools, in release, as root: `just bench publish`
+bench name:
+    cargo bench --locked --bench {{ name }}
+
+# Everything that must hold before a change goes in
+test:
+    scripts/test.sh
+
+# Formatting, clippy, workflows, actions, shell scripts
+lint:
+    cargo fmt --check
+    cargo clippy --locked --all-targets -- -D warnings
+    scripts/lint.sh
+
+# Build the static binary into dist/
+dist:
+    scripts/dist.sh
+
+# Prove that dist/ is what the sources build, byte for byte
+dist-check:
+    scripts/dist-check.sh
+
+# Build the example, publish it to an embedded cache, show the summary
+demo:
+    dist/flywheel nix-job --publish --extra-nix-config 'sandbox = false' --command 'nix build path:examples/hello'
+
+# Exactly what CI runs
+ci:
+    .ci/run

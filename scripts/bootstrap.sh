@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# Installs what is missing on a fresh Debian or Ubuntu with Rust; does nothing where all is there.
+#
+#   usage: scripts/bootstrap.sh nix     Nix and the static busybox that the example flakes build with
+#          scripts/bootstrap.sh tools   the above, and what the tests and linters need
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+tools=$root/target/tools
+
+fail() {
+  printf 'bootstrap: %s\n' "$*" >&2
+  exit 69
+}
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+missing=()
+# Notes a package as missing unless the command that it brings is there.
+need() {
+  command -v "$1" >/dev/null 2>&1 || missing+=("$2")
+}
+
+need nix nix-bin
+need busybox busybox-static
+need git git
+[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
+if [ "${1-}" = tools ]; then
+  need gcc gcc
+  need readelf binutils
+  need unshare util-linux
+  need make make
+  need openssl openssl
+  [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+  python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+fi
+
+if [ ${#missing[@]} -gt 0 ]; then
+  command -v apt-get >/dev/null || fail "install these first (there is no apt-get here): ${missing[*]}"
+  echo "bootstrap: installing ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  as_root apt-get update -qq </dev/null
+  as_root apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >/dev/null
+fi
+
+[ "${1-}" = tools ] || exit 0
+
+for part in cargo cargo-clippy rustfmt; do
+  command -v "$part" >/dev/null || fail "\`$part\` is missing; install Rust with clippy and rustfmt (https://rustup.rs)"
+done
+
+# Made anew when the list changes; the copy is written last, so that half an installation does not count.
+if ! cmp --silent "$root/scripts/tools.txt" "$tools/installed.txt"; then
+  echo "bootstrap: installing act and the linters into target/tools"
+  rm -rf "$tools"
+  python3 -m venv "$tools"
+  "$tools/bin/python" -m pip install --quiet --no-input --no-deps --only-binary :all: -r "$root/scripts/tools.txt"
+  cp "$root/scripts/tools.txt" "$tools/installed.txt"
+fi
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+refreshed=
+
+# apt-get with the lists of today; options come before the verb.
+apt() {
+  command -v apt-get >/dev/null || fail "\`apt-get\` is missing; the tests unpack Debian packages with it"
+  apt-get -qq -o APT::Sandbox::User="$(id -un)" "$@" </dev/null >/dev/null
+}
+
+# Downloads packages and unpacks them into the folder that comes first: nothing is installed, no service starts.
+# Options for apt-get come before the packages.
+unpack() {
+  local into=$1 deb
+  shift
+  mkdir -p "$into" "$scratch/debs"
+  (cd "$scratch/debs" && apt download "$@")
+  for deb in "$scratch"/debs/*.deb; do
+    dpkg-deb -x "$deb" "$into"
+    rm "$deb"
+  done
+}
+
+refresh() {
+  [ -n "$refreshed" ] || as_root apt-get update -qq </dev/null
+  refreshed=1
+}
+
+# Of Debian's `prometheus` only promtool is wanted.
+if [ ! -x "$tools/bin/promtool" ]; then
+  echo "bootstrap: unpacking promtool into target/tools"
+  refresh
+  unpack "$scratch/prometheus" prometheus
+  install -m 755 "$scratch/prometheus/usr/bin/promtool" "$tools/bin/promtool"
+fi
+
+# The kernel headers and the Docker that the canary of those classes is tried with. What is not Debian brings
+# its own, as GitHub's hosted runners do.
+mirror=
+if command -v apt-get >/dev/null; then
+  # shellcheck disable=SC2016 # They are apt's variables.
+  mirror=$(apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packages' | sed -n 's/^Debian //p' | head -n 1)
+fi
+if [ -z "$mirror" ]; then
+  [ -e "/lib/modules/$(uname -r)/build/Makefile" ] || fail "the headers of the running kernel are missing"
+  command -v dockerd >/dev/null || fail "\`dockerd\` is missing; install Docker with its buildx"
+  exit 0
+fi
+
+if [ ! -d "$tools/kernel" ]; then
+  echo "bootstrap: unpacking kernel headers into target/tools"
+  refresh
+  needed() { apt-cache depends --important "$1" | sed -n 's/^ *Depends: \(linux-[^ ]*\)$/\1/p'; }
+  headers=$(needed linux-headers-amd64)
+  mapfile -t packages < <(needed "$headers")
+  unpack "$scratch/kernel" "$headers" "${packages[@]}"
+  mv "$scratch/kernel" "$tools/kernel"
+fi
+
+# Docker with its buildx is first in Debian 13, and runs on Debian 12 beside the runc of that.
+if [ ! -d "$tools/docker" ]; then
+  echo "bootstrap: unpacking Docker into target/tools"
+  refresh
+  unpack "$scratch/docker" runc
+  mkdir -p "$scratch"/apt/{lists,cache}/partial
+  echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie main" >"$scratch/apt/sources.list"
+  trixie=(
+    -o Dir::Etc::SourceList="$scratch/apt/sources.list"
+    -o Dir::Etc::SourceParts=/dev/null
+    -o Dir::State::Lists="$scratch/apt/lists"
+    -o Dir::Cache="$scratch/apt/cache"
+  )
+  apt "${trixie[@]}" update
+  unpack "$scratch/docker" "${trixie[@]}" docker.io docker-cli docker-buildx containerd
+  mv "$scratch/docker" "$tools/docker"
+fi

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Builds the static release binary and prints its path. The one place that knows the flags.
+#
+#   usage: scripts/build-static.sh
+#   env:   FLYWHEEL_DIST_TARGET   the folder to build in (default: target/dist of this checkout)
+#
+# The same sources and the same toolchain give the same bytes, wherever the checkout and CARGO_HOME are.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+target=x86_64-unknown-linux-gnu
+out=${FLYWHEEL_DIST_TARGET:-$root/target/dist}
+mkdir -p "$out"
+out=$(cd "$out" && pwd -P)
+cargo_home=${CARGO_HOME:-$HOME/.cargo}
+sysroot=$(rustc --print sysroot)
+commit=$(rustc -vV | sed -n 's/^commit-hash: //p')
+
+# What the caller set for other builds must not reach this one.
+while IFS= read -r name; do
+  case $name in
+    RUSTFLAGS | CARGO_ENCODED_RUSTFLAGS | RUSTC_WRAPPER | RUSTC_WORKSPACE_WRAPPER | RUSTC_BOOTSTRAP | SOURCE_DATE_EPOCH | \
+      CC | CC_* | AR | AR_* | CFLAGS | CFLAGS_* | CPPFLAGS | TARGET_C* | HOST_C* | LDFLAGS | \
+      CARGO_PROFILE_* | CARGO_BUILD_* | CARGO_TARGET_*) unset "$name" ;;
+  esac
+done < <(compgen -e)
+
+# No dynamic loader at run time; no call of a libc function that needs one (`getaddrinfo` is never
+# linked in, `getrandom` asks the kernel); no path of this machine; no identity besides the content.
+flags=(
+  -C target-feature=+crt-static
+  -C relocation-model=static
+  --cfg 'getrandom_backend="linux_getrandom"'
+  -C 'link-arg=-Wl,--build-id=none'
+  "--remap-path-prefix=$root=/src"
+  "--remap-path-prefix=$out=/target"
+  "--remap-path-prefix=$cargo_home=/cargo"
+  "--remap-path-prefix=$sysroot/lib/rustlib/src/rust=/rustc/$commit"
+)
+CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f' && printf '%s' "${flags[*]}")
+export CARGO_ENCODED_RUSTFLAGS
+
+# The C parts (SQLite, zstd, lzma, ring) name their source files too.
+export CC_SHELL_ESCAPED_FLAGS=1
+export CFLAGS="'-ffile-prefix-map=$root=/src' '-ffile-prefix-map=$out=/target' '-ffile-prefix-map=$cargo_home=/cargo'"
+
+cd "$root"
+CARGO_TARGET_DIR=$out cargo build --quiet --release --locked --bin flywheel --target "$target" 1>&2
+printf '%s\n' "$out/$target/release/flywheel"

@@ -1,0 +1,80 @@
+//! The memory envelope of a job: whether a command died for want of memory, and what to say of it.
+//! Pure: `host/memory` reads what is judged here.
+
+use crate::text::bytes;
+
+/// Counters of the kernel around a command's run, and how it ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Observed {
+    /// Processes of our control group killed for memory while the command ran.
+    pub killed_in_group: u64,
+    /// The same over the whole machine; may be somebody else's.
+    pub killed_on_machine: u64,
+    /// Whether the command failed.
+    pub failed: bool,
+    /// The limit in bytes.
+    pub limit: Option<u64>,
+    /// The peak in bytes.
+    pub peak: Option<u64>,
+}
+
+/// That a command was killed for memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutOfMemory {
+    /// Whether the kill was counted in our own control group; else it was seen on the machine, at
+    /// the time the command failed.
+    pub certain: bool,
+    /// The limit in bytes.
+    pub limit: Option<u64>,
+    /// The peak in bytes.
+    pub peak: Option<u64>,
+}
+
+/// Judges by the kernel's counters, never by the command's text. A command that ended well in
+/// spite of a kill (it tried again, say) was not out of memory.
+pub fn judge(observed: &Observed) -> Option<OutOfMemory> {
+    let certain = observed.killed_in_group > 0;
+    let killed = certain || observed.killed_on_machine > 0;
+    (observed.failed && killed).then_some(OutOfMemory { certain, limit: observed.limit, peak: observed.peak })
+}
+
+impl OutOfMemory {
+    /// What happened and what to do, with the lane to move to if one is named.
+    pub fn text(&self, heavy_lane: Option<&str>) -> String {
+        let who = if self.certain {
+            "the kernel killed a process of this job for want of memory"
+        } else {
+            "the kernel killed a process of this machine for want of memory while the command failed"
+        };
+        let limit = self.limit.map_or("no limit of its own".to_owned(), |limit| format!("a limit of {}", bytes(limit)));
+        let peak = self.peak.map(|peak| format!(", peak {}", bytes(peak))).unwrap_or_default();
+        let advice = match heavy_lane {
+            Some(lane) => format!("run it on `{lane}`"),
+            None => "run it on a lane with more memory (name it in the input `heavy-lane`), or build with fewer jobs"
+                .to_owned(),
+        };
+        format!("{who} ({limit}{peak}): {advice}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_failed_command_with_a_counted_kill_was_out_of_memory() {
+        let base = Observed { failed: true, ..Observed::default() };
+        assert_eq!(judge(&base), None);
+        assert!(judge(&Observed { killed_in_group: 1, ..base }).is_some_and(|found| found.certain));
+        assert!(judge(&Observed { killed_on_machine: 1, ..base }).is_some_and(|found| !found.certain));
+        assert_eq!(judge(&Observed { killed_in_group: 1, failed: false, ..base }), None);
+    }
+
+    #[test]
+    fn the_text_names_limit_peak_and_lane() {
+        let found = OutOfMemory { certain: true, limit: Some(8 << 30), peak: Some(8 << 30) };
+        let text = found.text(Some("nix-heavy"));
+        assert!(text.contains("8.0 GiB") && text.contains("`nix-heavy`"), "{text}");
+        assert!(found.text(None).contains("`heavy-lane`"));
+    }
+}

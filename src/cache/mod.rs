@@ -1,0 +1,17 @@
+//! Binary caches as a client sees them: probing, publishing, verifying. Never decides whether to publish.
+
+pub mod attic;
+mod batch;
+pub mod bazel;
+pub mod copy;
+pub mod destination;
+pub mod endpoint;
+pub mod inspect;
+pub mod journal;
+pub mod probe;
+pub mod publish;
+pub mod stock;
+pub mod verify;
+
+#[cfg(test)]
+mod fake;

@@ -1,0 +1,167 @@
+//! Connections: how many there are, how long each may be silent, how each ends. Knows no cache.
+
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_util::sync::CancellationToken;
+
+/// Connections at once; the next ones wait to be accepted. Well below the usual limit of open files.
+const CONNECTIONS: usize = 256;
+/// A request's head, and the next one of a kept connection, comes within this time.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+/// A client that takes nothing of an answer for this long is given up.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Of a connection: bounds a request's head as well as what is read of a body at once.
+const BUFFER: usize = 128 * 1024;
+/// After an early answer the client may still be sending. Closing at once would reset the
+/// connection, and the client would see that instead of the answer. So we read on for this long …
+const LINGER: Duration = Duration::from_secs(2);
+/// … as long as something comes this often. A client on a busy machine may pause for a while.
+const LINGER_IDLE: Duration = Duration::from_secs(1);
+/// The system is out of files or memory; it gets this long to recover.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Bytes that a request moved, for the log; travels as an extension of the response.
+#[derive(Clone, Copy, Debug)]
+pub struct Moved(pub u64);
+
+/// Serves until `stop` is cancelled; then lets what is under way end, for at most `grace`.
+pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken, grace: Duration) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let place = Arc::clone(&places).acquire_owned();
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next() => continue,
+            accepted = async { (place.await, listener.accept().await) } => accepted,
+        };
+        match accepted {
+            (Ok(place), Ok((stream, _))) => {
+                let (router, stop) = (router.clone(), stop.clone());
+                connections.spawn(async move {
+                    connection(stream, router, stop).await;
+                    drop(place);
+                });
+            }
+            _ => sleep(ACCEPT_PAUSE).await,
+        }
+    }
+    drop(listener);
+    let _ = tokio::time::timeout(grace, async { while connections.join_next().await.is_some() {} }).await;
+    connections.shutdown().await;
+}
+
+async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) {
+    // Small answers must not wait for more to come.
+    let _ = stream.set_nodelay(true);
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(BUFFER)
+        .serve_connection(TokioIo::new(Line::new(stream)), TowerToHyperService::new(router));
+    let mut served = pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
+        () = stop.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    // A client that broke its connection hears no error, and the request's own line is in the log.
+    drop(ended);
+}
+
+/// A connection that does not wait for ever for a client to take its answer, and that ends so that
+/// the answer arrives.
+struct Line {
+    stream: TcpStream,
+    stalled: Option<Pin<Box<Sleep>>>,
+    linger: Option<Linger>,
+}
+
+struct Linger {
+    until: Instant,
+    idle: Pin<Box<Sleep>>,
+}
+
+impl Line {
+    fn new(stream: TcpStream) -> Self {
+        Self { stream, stalled: None, linger: None }
+    }
+
+    fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if result.is_ready() {
+            self.stalled = None;
+            return result;
+        }
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(WRITE_TIMEOUT)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Line {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Line {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.written(cx, result)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, parts);
+        self.written(cx, result)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.linger.is_none() {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+        }
+        let now = Instant::now();
+        let linger =
+            this.linger.get_or_insert_with(|| Linger { until: now + LINGER, idle: Box::pin(sleep(LINGER_IDLE)) });
+        let mut space = [0; 16 * 1024];
+        while Instant::now() < linger.until {
+            let mut buffer = ReadBuf::new(&mut space);
+            match Pin::new(&mut this.stream).poll_read(cx, &mut buffer) {
+                Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {
+                    linger.idle.as_mut().reset((Instant::now() + LINGER_IDLE).min(linger.until));
+                }
+                // The client has ended too, one way or another.
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => return linger.idle.as_mut().poll(cx).map(Ok),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,270 @@
+//! What the cache holds: objects (narinfos), NARs, and NARs that wait for their narinfo.
+//! All calls block on the disk and belong on threads that may. Knows no HTTP.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, SystemTime};
+
+use sha2::Digest as _;
+use tempfile::NamedTempFile;
+
+use crate::cache_server::folder::{Folder, nar_name, sync_parent};
+use crate::nix::cache_name::CacheName;
+use crate::nix::hash::Sha256;
+use crate::nix::narinfo::NarInfo;
+use crate::nix::path_info::PathInfo;
+use crate::nix::store_path::PathHash;
+
+/// A read is noted at most this often: garbage collection thinks in hours, disks dislike writes.
+pub const TOUCH_INTERVAL: Duration = Duration::from_secs(60);
+
+/// A NAR's compressed file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredNar {
+    /// Hash of the file.
+    pub file_hash: Sha256,
+    /// Size of the file in bytes.
+    pub file_size: u64,
+}
+
+/// What is known of a NAR that `nix copy` sent before its narinfo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Upload {
+    /// Hash of the NAR.
+    pub nar_hash: Sha256,
+    /// Size of the NAR in bytes.
+    pub nar_size: u64,
+    /// Hash of the file that came, which was perhaps compressed otherwise than ours.
+    pub came_hash: Sha256,
+    /// Size of the file that came, in bytes.
+    pub came_size: u64,
+}
+
+/// The holdings of one folder.
+#[derive(Debug)]
+pub struct Store {
+    folder: Folder,
+    /// Held for writing while garbage is removed, for reading while something is promised to be
+    /// there: an object is committed, or a client is told that it need not send one.
+    gate: RwLock<()>,
+    /// Held while a NAR becomes visible, so that of two equal ones the first stays.
+    publishing: Mutex<()>,
+}
+
+impl Store {
+    /// The holdings of a folder.
+    pub fn new(folder: Folder) -> Self {
+        Self { folder, gate: RwLock::default(), publishing: Mutex::default() }
+    }
+
+    /// Where things lie.
+    pub fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
+    /// Nothing is removed while this guard lives.
+    fn keep(&self) -> RwLockReadGuard<'_, ()> {
+        // The lock guards no data of its own that a panic could have left half-done.
+        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nothing is promised while this guard lives.
+    pub(super) fn close(&self) -> RwLockWriteGuard<'_, ()> {
+        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of a path, if its NAR is there too. Counts as a use.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
+        let _kept = self.keep();
+        self.look(cache, hash)
+    }
+
+    fn look(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
+        let file = self.folder.object(cache, hash);
+        let Some(text) = there(std::fs::read_to_string(&file))? else { return Ok(None) };
+        // A file that is no narinfo was not written by us: it counts as absent, so that it is replaced.
+        let Ok(info) = NarInfo::parse(&text) else { return Ok(None) };
+        if !self.folder.nar(&info.nar_hash).exists() {
+            return Ok(None);
+        }
+        touch(&file, TOUCH_INTERVAL)?;
+        Ok(Some(info))
+    }
+
+    /// Those of `hashes` that this cache cannot serve. What it can counts as used: the client will
+    /// rely on it.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn missing(&self, cache: &CacheName, hashes: Vec<PathHash>) -> io::Result<Vec<PathHash>> {
+        let _kept = self.keep();
+        let mut missing = Vec::new();
+        for hash in hashes {
+            if self.look(cache, &hash)?.is_none() {
+                missing.push(hash);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// The compressed file of a NAR that is here already. Counts as a use.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn known_nar(&self, hash: &Sha256) -> io::Result<Option<StoredNar>> {
+        let _kept = self.keep();
+        let path = self.folder.nar(hash);
+        let Some(file) = there(File::open(&path))? else { return Ok(None) };
+        touch(&path, Duration::ZERO)?;
+        measure(file).map(Some)
+    }
+
+    /// Makes a NAR visible. If an equal one came first, that one stays and is the answer.
+    ///
+    /// # Errors
+    /// When the disk fails; then nothing has changed.
+    pub fn publish_nar(&self, nar: NamedTempFile, hash: &Sha256, file_hash: Sha256) -> io::Result<StoredNar> {
+        let file_size = nar.as_file().metadata()?.len();
+        {
+            let _alone = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+            let path = self.folder.nar(hash);
+            if !path.exists() {
+                nar.persist(&path)?;
+                return Ok(StoredNar { file_hash, file_size });
+            }
+        }
+        let known = self.known_nar(hash)?;
+        known.ok_or_else(|| io::Error::other("a NAR was removed while it was sent again"))
+    }
+
+    /// Makes a path visible, after its NAR. What it refers to counts as used from now on.
+    /// `false` if the NAR is not there any more; then nothing has changed.
+    ///
+    /// # Errors
+    /// When the disk fails; then the path is whole or not visible, and may be sent again.
+    pub fn commit(&self, cache: &CacheName, path: &PathInfo, nar: StoredNar) -> io::Result<bool> {
+        let _kept = self.keep();
+        let nar_file = self.folder.nar(&path.nar_hash);
+        if there(touch(&nar_file, Duration::ZERO))?.is_none() {
+            return Ok(false);
+        }
+        for reference in &path.references {
+            // A reference that is not here, or not yet, is the client's affair.
+            there(touch(&self.folder.object(cache, &reference.hash()), Duration::ZERO))?;
+        }
+        let marker = self.folder.marker(cache, &path.nar_hash);
+        File::create(&marker)?;
+        let text = narinfo(path, nar).to_string();
+        self.folder.write_whole(&self.folder.object(cache, &path.path.hash()), &text)?;
+        // Last, since one commit of the file system's journal covers all that came before it.
+        sync_parent(&nar_file)?;
+        sync_parent(&marker)?;
+        Ok(true)
+    }
+
+    /// Opens a NAR that this cache may serve; a NAR of another cache alone is not shown. Counts as a use.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn open_nar(&self, cache: &CacheName, hash: &Sha256) -> io::Result<Option<(File, u64)>> {
+        if !self.folder.marker(cache, hash).exists() {
+            return Ok(None);
+        }
+        let path = self.folder.nar(hash);
+        let Some(file) = there(File::open(&path))? else { return Ok(None) };
+        // It may be removed between the two; the open file stays readable.
+        there(touch(&path, TOUCH_INTERVAL))?;
+        let size = file.metadata()?.len();
+        Ok(Some((file, size)))
+    }
+
+    /// Notes a NAR that waits for its narinfo. `name` must be a plain file name.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn note_upload(&self, cache: &CacheName, name: &str, upload: &Upload) -> io::Result<()> {
+        let Upload { nar_hash, nar_size, came_hash, came_size } = upload;
+        let text = format!("NarHash: {nar_hash}\nNarSize: {nar_size}\nFileHash: {came_hash}\nFileSize: {came_size}\n");
+        self.folder.write_whole(&self.folder.uploads(cache).join(name), &text)
+    }
+
+    /// The NAR that was sent under this name, if it is still here.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn upload(&self, cache: &CacheName, name: &str) -> io::Result<Option<Upload>> {
+        let _kept = self.keep();
+        let path = self.folder.uploads(cache).join(name);
+        let Some(text) = there(std::fs::read_to_string(&path))? else { return Ok(None) };
+        let Some(upload) = parse_upload(&text) else { return Ok(None) };
+        let nar = there(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
+        touch(&path, Duration::ZERO)?;
+        Ok(nar.map(|()| upload))
+    }
+}
+
+/// The narinfo as it is kept, without our own signature: keys may change, and signing is cheap.
+fn narinfo(path: &PathInfo, nar: StoredNar) -> NarInfo {
+    NarInfo {
+        path: path.path.clone(),
+        url: format!("nar/{}", nar_name(&path.nar_hash)),
+        compression: "zstd".to_owned(),
+        file_hash: Some(nar.file_hash),
+        file_size: Some(nar.file_size),
+        nar_hash: path.nar_hash,
+        nar_size: path.nar_size,
+        references: path.references.clone(),
+        deriver: path.deriver.clone(),
+        signatures: path.signatures.clone(),
+        ca: path.ca.clone(),
+    }
+}
+
+fn parse_upload(text: &str) -> Option<Upload> {
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    Some(Upload {
+        nar_hash: Sha256::parse(field("NarHash")?).ok()?,
+        nar_size: field("NarSize")?.parse().ok()?,
+        came_hash: Sha256::parse(field("FileHash")?).ok()?,
+        came_size: field("FileSize")?.parse().ok()?,
+    })
+}
+
+fn measure(mut file: File) -> io::Result<StoredNar> {
+    let (mut hash, mut file_size) = (sha2::Sha256::new(), 0);
+    let mut buffer = vec![0; 128 * 1024];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(StoredNar { file_hash: Sha256(hash.finalize().into()), file_size }),
+            read => {
+                hash.update(&buffer[..read]);
+                file_size += read as u64;
+            }
+        }
+    }
+}
+
+/// Notes a use of a file now, unless one was noted within `interval`.
+fn touch(path: &Path, interval: Duration) -> io::Result<()> {
+    let now = SystemTime::now();
+    let noted = std::fs::metadata(path)?.modified()?;
+    // A time in the future (the clock was set back) is put right as well.
+    if now.duration_since(noted).is_ok_and(|since| since <= interval) && !interval.is_zero() {
+        return Ok(());
+    }
+    File::open(path)?.set_modified(now)
+}
+
+/// `None` where there is no such file.
+fn there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,131 @@
+//! From an arriving body to a path that can be served: the part that both protocols share.
+
+use axum::http::{HeaderMap, header};
+use tempfile::NamedTempFile;
+
+use crate::cache_server::body::Incoming;
+use crate::cache_server::ingest::{Format, Plan, Stop, Taken, ingest};
+use crate::cache_server::refusal::Refusal;
+use crate::cache_server::state::State;
+use crate::cache_server::store::StoredNar;
+use crate::nix::cache_name::CacheName;
+use crate::nix::hash::Sha256;
+use crate::nix::path_info::PathInfo;
+
+/// What became of a NAR.
+#[derive(Clone, Copy, Debug)]
+pub struct Settled {
+    /// Its compressed file.
+    pub nar: StoredNar,
+    /// Whether it was here already.
+    pub known: bool,
+    /// Bytes that came.
+    pub came: u64,
+}
+
+/// Takes a NAR whose hash and size are announced. Even if it is known already all of it is read:
+/// who claims a NAR must have it.
+///
+/// # Errors
+/// 400 when it is not what was announced.
+pub async fn announced_nar(state: &State, body: &mut Incoming, path: &PathInfo) -> Result<Settled, Refusal> {
+    let (hash, level) = (path.nar_hash, state.options.level);
+    let (known, target) = {
+        state
+            .blocking(move |store| {
+                let known = store.known_nar(&hash)?;
+                let target = known.is_none().then(|| store.folder().temporary()).transpose()?;
+                Ok((known, target))
+            })
+            .await?
+    };
+    let plan = Plan { format: Format::None, nar_size: Some(path.nar_size), target, level };
+    let taken = ingest(body, plan).await?.map_err(|stop| refuse(stop, path.nar_size))?;
+    if taken.nar_size != path.nar_size {
+        let (came, announced) = (taken.nar_size, path.nar_size);
+        return Err(wrong_nar(&format!("{came} bytes came, {announced} were announced")));
+    }
+    if taken.nar_hash != hash {
+        return Err(wrong_nar(&format!("what came is {}, {hash} was announced", taken.nar_hash)));
+    }
+    let came = taken.came_size;
+    let nar = match (known, taken.stored) {
+        (Some(nar), _) => nar,
+        (None, Some(stored)) => publish(state, stored, hash).await?,
+        (None, None) => return Err(Refusal::internal(&std::io::Error::other("a NAR was read and not stored"))),
+    };
+    Ok(Settled { nar, known: known.is_some(), came })
+}
+
+/// Takes a NAR of which only the compressed file's hash is known, and keeps it.
+///
+/// # Errors
+/// 400 when it is not what its name says, or cannot be unpacked.
+pub async fn packed_nar(
+    state: &State,
+    body: &mut Incoming,
+    format: Format,
+    came_hash: Sha256,
+) -> Result<Taken, Refusal> {
+    let target = Some(state.blocking(|store| store.folder().temporary()).await?);
+    let plan = Plan { format, nar_size: None, target, level: state.options.level };
+    let mut taken = ingest(body, plan).await?.map_err(|stop| refuse(stop, 0))?;
+    if taken.came_hash != came_hash {
+        return Err(wrong_nar(&format!("what came is {}, its name says {came_hash}", taken.came_hash)));
+    }
+    if taken.nar_size == 0 {
+        return Err(wrong_nar("it is empty"));
+    }
+    if let Some(stored) = taken.stored.take() {
+        publish(state, stored, taken.nar_hash).await?;
+    }
+    Ok(taken)
+}
+
+async fn publish(state: &State, stored: (NamedTempFile, Sha256), hash: Sha256) -> Result<StoredNar, Refusal> {
+    let (file, file_hash) = stored;
+    state.blocking(move |store| store.publish_nar(file, &hash, file_hash)).await
+}
+
+/// Makes a path visible.
+///
+/// # Errors
+/// 503 when its NAR was removed meanwhile.
+pub async fn commit(state: &State, cache: &CacheName, path: PathInfo, nar: StoredNar) -> Result<(), Refusal> {
+    let cache = cache.clone();
+    if state.blocking(move |store| store.commit(&cache, &path, nar)).await? {
+        Ok(())
+    } else {
+        Err(Refusal::busy("the NAR was removed before it was claimed; send it again"))
+    }
+}
+
+/// Refuses a body that cannot be right, before it is read.
+///
+/// # Errors
+/// 400 when it is empty or announced with another length than `expected`.
+pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), Refusal> {
+    let Some(length) = headers.get(header::CONTENT_LENGTH) else { return Ok(()) };
+    let length: Option<u64> = length.to_str().ok().and_then(|text| text.parse().ok());
+    match (length, expected) {
+        (Some(0), _) => Err(Refusal::request("the request has no body")),
+        (Some(length), Some(expected)) if length != expected => {
+            Err(wrong_nar(&format!("`Content-Length` is {length}, {expected} bytes were announced")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Attic's words, which clients look for.
+fn wrong_nar(problem: &str) -> Refusal {
+    Refusal::request(format!("Bad NAR Hash or Size: {problem}"))
+}
+
+fn refuse(stop: Stop, announced: u64) -> Refusal {
+    match stop {
+        Stop::TooLong => wrong_nar(&format!("more than the announced {announced} bytes came")),
+        Stop::Packing(problem) => Refusal::request(format!("the NAR cannot be unpacked: {problem}")),
+        Stop::Disk(error) => Refusal::internal(&error),
+        Stop::Abandoned => Refusal::request("the request's body ended before its announced length"),
+    }
+}

@@ -1,0 +1,332 @@
+//! `flywheel cache`: runs the embedded binary cache, or collects garbage in its folder.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::builder::FalseyValueParser;
+use clap::{Args, Subcommand};
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cache_server::{self, Limits, Options, Server};
+use crate::command::inputs::{Text, number};
+use crate::command::{Failure, units};
+use crate::exit::{Exit, Explain, UsageError};
+use crate::nix::cache_name::CacheName;
+use crate::progress::{Progress, Sink};
+use crate::runner::env::Env;
+
+/// Highest zstd level whose memory a small runner can afford for several uploads at once.
+const HIGHEST_LEVEL: i32 = 19;
+/// Beyond any that is in use.
+const LOWEST_PRIORITY: u32 = 1000;
+/// This machine alone.
+const DEFAULT_LISTEN: &str = "127.0.0.1:8484";
+
+/// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol.
+#[derive(Args, Debug)]
+pub struct Inputs {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    Serve(Box<Serve>),
+    Gc(Gc),
+}
+
+/// Serve a cache from a folder until SIGINT or SIGTERM.
+///
+/// Prints its address on the first line of stdout, then `public-key KEY` for each cache and
+/// `tokens-file FILE`; finished uploads and collections are logged on stderr, a line each.
+///
+/// Clients write with Attic's protocol (`attic push`, `flywheel publish`) or with
+/// `nix copy --to 'http://127.0.0.1:8484/main?compression=zstd'`, and read it as a substituter at
+/// `http://127.0.0.1:8484/main`. The token goes into `ATTIC_TOKEN`, or into a netrc file as
+/// `machine 127.0.0.1 login flywheel password TOKEN`.
+///
+/// The first start makes a write token and a signing key per cache in the folder. There is no TLS
+/// here: for other machines, put a reverse proxy in front.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel --max-size 20G --max-age 30d")]
+struct Serve {
+    /// The folder that holds everything: NARs, narinfos, keys, tokens. Made if it is not there; one
+    /// server at a time. Required. Example: `--dir /var/lib/flywheel-cache`.
+    #[arg(long, env = "FLYWHEEL_CACHE_DIR", value_name = "FOLDER")]
+    dir: PathBuf,
+
+    /// Address and port to listen on; port 0 takes any free one. Example: `--listen 127.0.0.1:0`.
+    #[arg(long, env = "FLYWHEEL_CACHE_LISTEN", value_name = "ADDRESS", default_value = DEFAULT_LISTEN)]
+    listen: Text,
+
+    /// Allow `--listen` to name an address that other machines reach (default: it may not). What is
+    /// sent, tokens included, is not encrypted: TLS comes from a reverse proxy.
+    #[arg(long, env = "FLYWHEEL_CACHE_ALLOW_REMOTE", value_parser = FalseyValueParser::new())]
+    allow_remote: bool,
+
+    /// Write the address to this file, whole, once the server answers. Example:
+    /// `--ready-file /tmp/cache.url` (default: none).
+    #[arg(long, env = "FLYWHEEL_CACHE_READY_FILE", value_name = "FILE", default_value = "", hide_default_value = true)]
+    ready_file: Text,
+
+    /// A cache to serve; may be given several times, or with commas. Example: `--cache main --cache team`.
+    #[arg(
+        long = "cache",
+        env = "FLYWHEEL_CACHE_CACHE",
+        value_name = "NAME",
+        default_value = "main",
+        value_delimiter = ','
+    )]
+    caches: Vec<String>,
+
+    /// Reading needs no token. This is the default, since the server listens on this machine alone;
+    /// it takes back an earlier `--private`.
+    #[arg(long, env = "FLYWHEEL_CACHE_PUBLIC", value_parser = FalseyValueParser::new(), overrides_with = "private")]
+    public: bool,
+
+    /// Reading needs a token with scope `read` or `write` (default: it needs none).
+    #[arg(long, env = "FLYWHEEL_CACHE_PRIVATE", value_parser = FalseyValueParser::new(), overrides_with = "public")]
+    private: bool,
+
+    /// File of tokens, a `<scope> <token> [<cache>]` a line; scope `read`, or `write`, which
+    /// includes reading; without a cache it is for all of them. Example: `--tokens /run/secrets/tokens`
+    /// (default: `tokens` in the folder, made at the first start with one write token).
+    #[arg(long, env = "FLYWHEEL_CACHE_TOKENS", value_name = "FILE", default_value = "", hide_default_value = true)]
+    tokens: Text,
+
+    /// Let a client that may write claim a NAR that is known already without sending it (default: it
+    /// has to send it, so that nobody gets a NAR whose hash alone he knows). A client that sends
+    /// `Expect: 100-continue` then sends nothing of it. Example: `--waive-proof`.
+    #[arg(long, env = "FLYWHEEL_CACHE_WAIVE_PROOF", value_parser = FalseyValueParser::new())]
+    waive_proof: bool,
+
+    /// Level of zstd for stored NARs, 1 to 19. Example: `--level 8`.
+    #[arg(long, env = "FLYWHEEL_CACHE_LEVEL", value_name = "LEVEL", default_value = "3")]
+    level: Text,
+
+    /// The cache's priority among Nix's substituters: the lower, the earlier. `cache.nixos.org` has 40.
+    /// Example: `--priority 30`.
+    #[arg(long, env = "FLYWHEEL_CACHE_PRIORITY", value_name = "NUMBER", default_value = "41")]
+    priority: Text,
+
+    #[command(flatten)]
+    limits: LimitInputs,
+
+    /// What was used within this time stays, whatever `--max-size` says; so does a NAR that no path
+    /// claims yet. Two minutes at least. Example: `--grace 10m`.
+    #[arg(long, env = "FLYWHEEL_CACHE_GRACE", value_name = "TIME", default_value = "1h")]
+    grace: Text,
+
+    /// Time between two garbage collections; the first is at the start. Example: `--gc-interval 1h`.
+    #[arg(long, env = "FLYWHEEL_CACHE_GC_INTERVAL", value_name = "TIME", default_value = "10m")]
+    gc_interval: Text,
+
+    /// Stop after this time, for tests and jobs. Example: `--stop-after 20m` (default: never).
+    #[arg(long, env = "FLYWHEEL_CACHE_STOP_AFTER", value_name = "TIME", default_value = "", hide_default_value = true)]
+    stop_after: Text,
+
+    /// Log nothing but warnings, as with `--quiet` (default: a line for each upload, failure and
+    /// collection).
+    #[arg(long, env = "FLYWHEEL_CACHE_QUIET", value_parser = FalseyValueParser::new())]
+    quiet: bool,
+}
+
+/// Remove what the limits do not allow from a folder that no server uses.
+///
+/// Paths go by their last use, and never one that a kept path refers to. A folder with a server is
+/// refused with exit code 69: the server collects by itself.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel cache gc --dir ~/.cache/flywheel --max-size 10G")]
+struct Gc {
+    /// The folder. Required. Example: `--dir /var/lib/flywheel-cache`.
+    #[arg(long, env = "FLYWHEEL_CACHE_DIR", value_name = "FOLDER")]
+    dir: PathBuf,
+
+    #[command(flatten)]
+    limits: LimitInputs,
+}
+
+#[derive(Args, Debug)]
+struct LimitInputs {
+    /// Remove paths that nobody has used, nor anything that refers to them, for this long. Example:
+    /// `--max-age 30d` (default: no limit).
+    #[arg(long, env = "FLYWHEEL_CACHE_MAX_AGE", value_name = "TIME", default_value = "", hide_default_value = true)]
+    max_age: Text,
+
+    /// Remove the least recently used paths beyond this size of compressed NARs. Example:
+    /// `--max-size 20G` (default: no limit).
+    #[arg(long, env = "FLYWHEEL_CACHE_MAX_SIZE", value_name = "SIZE", default_value = "", hide_default_value = true)]
+    max_size: Text,
+}
+
+impl LimitInputs {
+    fn read(&self, grace: Duration) -> Result<Limits, UsageError> {
+        let max_age = time("max-age", &self.max_age)?;
+        let max_size = self.max_size.get().map(|text| units::size("max-size", text)).transpose()?;
+        Ok(Limits { max_age, max_size, grace })
+    }
+}
+
+/// Why a server could not begin.
+#[derive(Debug, Error)]
+enum ServeError {
+    #[error("cannot listen on {address}")]
+    Listen {
+        address: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot write the ready file `{}`", file.display())]
+    Ready {
+        file: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot watch for signals")]
+    Signals(#[source] std::io::Error),
+}
+
+impl Explain for ServeError {
+    fn exit(&self) -> Exit {
+        Exit::Host
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Listen { .. } => Some("Give another port with `--listen`; port 0 takes a free one.".into()),
+            Self::Ready { .. } => Some("Give a file in a folder that exists with `--ready-file`.".into()),
+            Self::Signals(_) => None,
+        }
+    }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// 64 for bad input, 69 when folder or address are not to be had.
+pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
+    match inputs.task {
+        Task::Serve(inputs) => serve(*inputs).await,
+        Task::Gc(inputs) => gc(&inputs),
+    }
+}
+
+async fn serve(inputs: Serve) -> Result<Exit, Failure> {
+    let address = listen_address(&inputs)?;
+    let stop_after = time("stop-after", &inputs.stop_after)?;
+    let server = Server::open(&inputs.dir, options(&inputs)?)?;
+    let listener = TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })?;
+    let mut interrupts = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
+    let mut terminations = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
+    let serving = server.serve(listener).map_err(|source| ServeError::Listen { address, source })?;
+    let mut lines = format!("{}\n", serving.url());
+    lines.extend(serving.public_keys().iter().map(|(_, key)| format!("public-key {key}\n")));
+    lines.push_str(&format!("tokens-file {}\n", serving.tokens_file().display()));
+    // Nobody listening is no reason to stop.
+    let _ = std::io::stdout().write_all(lines.as_bytes());
+    let _ = std::io::stdout().flush();
+    if let Some(file) = inputs.ready_file.get().map(PathBuf::from) {
+        write_whole(&file, &format!("{}\n", serving.url())).map_err(|source| ServeError::Ready { file, source })?;
+    }
+    tokio::select! {
+        _ = interrupts.recv() => (),
+        _ = terminations.recv() => (),
+        () = sleep_or_never(stop_after) => (),
+    }
+    tokio::select! {
+        () = serving.stop() => (),
+        // Asked twice, we do not even wait for what is under way.
+        _ = interrupts.recv() => (),
+        _ = terminations.recv() => (),
+    }
+    Ok(Exit::Ok)
+}
+
+fn options(inputs: &Serve) -> Result<Options, UsageError> {
+    let mut caches = Vec::new();
+    for name in &inputs.caches {
+        let name: CacheName =
+            name.trim().parse().map_err(|error| UsageError::new("cache", format!("is wrong: {error}")))?;
+        if !caches.contains(&name) {
+            caches.push(name);
+        }
+    }
+    Ok(Options {
+        caches,
+        public: inputs.public || !inputs.private,
+        tokens: inputs.tokens.get().map(PathBuf::from),
+        require_proof: !inputs.waive_proof,
+        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?.unwrap_or(cache_server::DEFAULT_LEVEL),
+        priority: number("priority", &inputs.priority, 0..=LOWEST_PRIORITY)?.unwrap_or(cache_server::DEFAULT_PRIORITY),
+        limits: inputs.limits.read(time("grace", &inputs.grace)?.unwrap_or(cache_server::DEFAULT_GRACE))?,
+        gc_interval: time("gc-interval", &inputs.gc_interval)?.unwrap_or(cache_server::DEFAULT_GC_INTERVAL),
+        log: log(inputs.quiet),
+        ..Options::default()
+    })
+}
+
+fn listen_address(inputs: &Serve) -> Result<SocketAddr, UsageError> {
+    let text = inputs.listen.get().unwrap_or(DEFAULT_LISTEN);
+    let literal = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
+    let address: SocketAddr = literal.as_deref().unwrap_or(text).parse().map_err(|_| {
+        UsageError::new("listen", format!("must be an address and a port, not `{}`", crate::text::one_line(text, 80)))
+            .with_hint("Write it as `127.0.0.1:8484`.")
+    })?;
+    if address.ip().is_loopback() || inputs.allow_remote {
+        return Ok(address);
+    }
+    Err(UsageError::new("listen", format!("names {}, which other machines may reach", address.ip())).with_hint(
+        "Listen on `127.0.0.1` and put a reverse proxy with TLS in front; or add `--allow-remote` to serve \
+         without encryption.",
+    ))
+}
+
+fn gc(inputs: &Gc) -> Result<Exit, Failure> {
+    let limits = inputs.limits.read(Duration::ZERO)?;
+    if !inputs.dir.join("nars").is_dir() {
+        let problem = format!("is no cache's folder: `{}`", inputs.dir.display());
+        return Err(UsageError::new("dir", problem)
+            .with_hint("Name the folder that `flywheel cache serve` uses.")
+            .into());
+    }
+    let done = cache_server::collect(&inputs.dir, &limits)?;
+    // Nobody listening is no reason to fail.
+    let _ = writeln!(std::io::stdout(), "{done}");
+    Ok(Exit::Ok)
+}
+
+fn time(name: &str, input: &Text) -> Result<Option<Duration>, UsageError> {
+    input.get().map(|text| units::duration(name, text)).transpose()
+}
+
+/// Plain lines on stderr, as a server's log is read by people and `grep`.
+fn log(quiet: bool) -> Sink {
+    Sink::new(move |event| {
+        let line = match event {
+            Progress::Note(text) if !quiet => text,
+            Progress::Degraded { area, text } => format!("warning: {area}: {text}"),
+            _ => return,
+        };
+        // A log that nobody reads any more stops no server.
+        let _ = writeln!(std::io::stderr(), "{line}");
+    })
+}
+
+async fn sleep_or_never(time: Option<Duration>) {
+    match time {
+        Some(time) => tokio::time::sleep(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
+    temporary.write_all(text.as_bytes())?;
+    temporary.persist(file)?;
+    Ok(())
+}

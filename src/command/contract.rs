@@ -1,0 +1,213 @@
+//! `flywheel contract`: prints the builder contract, and checks a contract file and workflows against it.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+
+use crate::command::Failure;
+use crate::command::inputs::{Text, choice};
+use crate::contract::print::Section;
+use crate::contract::workflow::{Finding, Weight};
+use crate::contract::{Contract, FILE, print, read, workflow};
+use crate::exit::{Exit, UsageError};
+use crate::runner::env::Env;
+use crate::runner::workflow::data;
+use crate::text::{count, nearest, one_line};
+
+/// Prints the builder contract: classes of builders, caches, what goes where, who may reach what, what
+/// is published when.
+///
+/// It is built in with neutral defaults; a `flywheel.yml` in the repository overrides it.
+///
+/// Examples:
+///   flywheel contract --section classes
+///   flywheel contract check flywheel.yml --workflows .github/workflows/*.yml
+#[derive(Args, Debug)]
+#[command(verbatim_doc_comment)]
+pub struct Inputs {
+    #[command(subcommand)]
+    task: Option<Task>,
+
+    /// How to print: `text`, the default, `json` or `markdown`.
+    #[arg(
+        long,
+        env = "FLYWHEEL_FORMAT",
+        value_name = "FORMAT",
+        default_value = "",
+        hide_default_value = true,
+        global = true
+    )]
+    format: Text,
+
+    #[command(flatten)]
+    file: ContractInput,
+
+    /// The part to print, such as `classes`, `caches`, `placement`, `on-miss`, `exposure`, `publication`
+    /// or `shared-cache` (default: all of it).
+    #[arg(long, env = "FLYWHEEL_SECTION", value_name = "NAME", default_value = "", hide_default_value = true)]
+    section: Text,
+}
+
+/// Where the contract of this repository is; shared by every verb that needs it.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ContractInput {
+    /// The repository's contract, such as `ci/flywheel.yml` (default: `flywheel.yml` in the current
+    /// folder, if it is there, else the built-in contract).
+    #[arg(
+        long,
+        env = "FLYWHEEL_CONTRACT_FILE",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true,
+        global = true
+    )]
+    contract_file: Text,
+}
+
+impl ContractInput {
+    /// The contract that holds here.
+    ///
+    /// # Errors
+    /// When the file that is named is not there, or is no contract.
+    pub fn read(&self) -> Result<Contract, Failure> {
+        match self.contract_file.get() {
+            Some(file) => contract(Path::new(file)),
+            None if Path::new(FILE).is_file() => contract(Path::new(FILE)),
+            None => Ok(Contract::built_in()),
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    Check(Check),
+}
+
+/// Checks a contract file, and workflows against it: each `runs-on` names a lane that exists, and the lane
+/// offers what the job uses.
+///
+/// A label that only the run decides is a note. Ends with 0 if all is well, 1 if a workflow breaks the
+/// contract, 64 if a file cannot be read.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel contract check flywheel.yml --workflows .github/workflows/*.yml")]
+struct Check {
+    /// Contract files to check; workflows are held against the last one (default: `flywheel.yml`, if it
+    /// is there).
+    files: Vec<PathBuf>,
+
+    /// Workflows to check, such as `.github/workflows/ci.yml` (default: none).
+    #[arg(long, env = "FLYWHEEL_WORKFLOWS", value_name = "FILE", num_args = 1.., value_delimiter = ',')]
+    workflows: Vec<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Text,
+    Json,
+    Markdown,
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// When an input or a file is wrong.
+pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
+    match &inputs.task {
+        Some(Task::Check(check)) => checked(&inputs, check),
+        None => printed(&inputs),
+    }
+}
+
+fn format(input: &Text) -> Result<Format, UsageError> {
+    let words = [("text", Format::Text), ("json", Format::Json), ("markdown", Format::Markdown)];
+    Ok(choice("format", input, &words)?.unwrap_or(Format::Text))
+}
+
+fn printed(inputs: &Inputs) -> Result<Exit, Failure> {
+    let section = section(&inputs.section)?;
+    let format = format(&inputs.format)?;
+    let contract = inputs.file.read()?;
+    data(&match format {
+        Format::Text => print::text(&contract, section),
+        Format::Markdown => print::markdown(&contract, section),
+        Format::Json => json(&contract, section),
+    });
+    Ok(Exit::Ok)
+}
+
+fn section(input: &Text) -> Result<Option<Section>, UsageError> {
+    let Some(word) = input.get() else { return Ok(None) };
+    if let Some((_, section)) = Section::ALL.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(word)) {
+        return Ok(Some(section));
+    }
+    let words = Section::ALL.map(|(word, _)| word);
+    let error =
+        UsageError::new("section", format!("must be one of {}, not `{}`", words.join(", "), one_line(word, 80)));
+    Err(match nearest(word, words) {
+        Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
+        None => error,
+    })
+}
+
+/// The whole as an object; of a section what it is made of.
+fn json(contract: &Contract, section: Option<Section>) -> String {
+    let whole = serde_json::to_value(contract).expect("a contract is made of texts and numbers");
+    let part = match section {
+        None => whole,
+        Some(Section::Classes) => whole["classes"].clone(),
+        // What happens on a miss stands with each cache.
+        Some(Section::Caches | Section::OnMiss) => whole["caches"].clone(),
+        Some(Section::Placement) => whole["placement"].clone(),
+        Some(Section::Exposure) => whole["exposure"].clone(),
+        Some(Section::Publication) => whole["publication"].clone(),
+        Some(Section::SharedCache) => whole["shared-cache"].clone(),
+    };
+    format!("{part:#}\n")
+}
+
+fn contract(file: &Path) -> Result<Contract, Failure> {
+    Ok(read::contract(&file.display().to_string(), &text("contract-file", file)?)?)
+}
+
+fn text(input: &str, file: &Path) -> Result<String, UsageError> {
+    std::fs::read_to_string(file).map_err(|error| {
+        UsageError::new(input, format!("names `{}`, which cannot be read ({error})", file.display()))
+            .with_hint("Give a file of the checkout, and check the repository out in an earlier step.")
+    })
+}
+
+fn checked(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
+    let format = format(&inputs.format)?;
+    if format == Format::Markdown {
+        return Err(UsageError::new("format", "must be `text` or `json` for `check`").into());
+    }
+    let mut holds = inputs.file.read()?;
+    for file in &check.files {
+        holds = contract(file)?;
+    }
+    let mut findings = Vec::new();
+    for file in &check.workflows {
+        let name = file.display().to_string();
+        let text = text("workflows", file)?;
+        findings.extend(workflow::check(&holds, &name, &text, &read::document(&name, &text)?));
+    }
+    let errors = findings.iter().filter(|finding| finding.weight == Weight::Error).count();
+    match format {
+        Format::Json => data(&format!("{:#}\n", serde_json::json!({ "holds": errors == 0, "findings": findings }))),
+        Format::Text | Format::Markdown => data(&report(check, &findings, errors)),
+    }
+    Ok(if errors == 0 { Exit::Ok } else { Exit::Failed })
+}
+
+fn report(check: &Check, findings: &[Finding], errors: usize) -> String {
+    let mut text = String::new();
+    for Finding { weight, file, line, job, text: what } in findings {
+        let line = line.map(|line| format!(":{line}")).unwrap_or_default();
+        let word = if *weight == Weight::Error { "error" } else { "note" };
+        text.push_str(&format!("{file}{line}: {word}: job `{job}`: {what}\n"));
+    }
+    let workflows = count(check.workflows.len() as u64, "workflow");
+    let notes = findings.len() - errors;
+    text.push_str(&format!("{workflows}, {}, {}\n", count(errors as u64, "error"), count(notes as u64, "note")));
+    text
+}

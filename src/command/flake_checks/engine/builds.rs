@@ -1,0 +1,218 @@
+//! The builds: which derivations go into which lane, what is heard of them, and what their failures mean for each
+//! output.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::{Engine, Lane, QUEUE, Step};
+use crate::command::flake_checks::lanes::{self, Moment};
+use crate::command::flake_checks::output::{Tail, of_build};
+use crate::nix::build::log::{Event, Failure, Kind, is_download};
+use crate::nix::build::{Ended, Order};
+use crate::nix::store_path::StorePath;
+use crate::report::checks::{Cause, State};
+
+/// Logs that are kept: those of what was begun last, and of all that failed.
+const LOGS: usize = 500;
+
+impl Engine<'_> {
+    pub(super) fn start_lanes(&mut self) {
+        for lane in 0..self.lanes.len() {
+            if self.lanes[lane].is_some() {
+                continue;
+            }
+            let other = self.lanes[1 - lane].as_ref();
+            let moment = Moment {
+                waiting: self.to_build.len(),
+                all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.looking,
+                other: other.map(|lane| lane.jobs),
+                running: other.map(|lane| lane.since.elapsed()).unwrap_or_default(),
+            };
+            let Some(jobs) = lanes::start(self.plan.max_jobs, &moment) else { continue };
+            let ids = self.take_of_one_kind();
+            self.start_lane(lane, ids, jobs);
+        }
+    }
+
+    /// Nix gives a whole build up when a derivation is for a system that nobody builds, so those go apart, last.
+    fn take_of_one_kind(&mut self) -> Vec<usize> {
+        let is_native = |id: &usize| {
+            let system = self.outs[*id].facts.as_ref().and_then(|facts| facts.system.as_ref());
+            system.zip(self.native.as_ref()).is_none_or(|(system, native)| native.contains(system))
+        };
+        let (native, foreign): (Vec<usize>, Vec<usize>) = self.to_build.iter().copied().partition(is_native);
+        if native.is_empty() {
+            self.to_build = foreign[1..].to_vec();
+            return foreign[..1].to_vec();
+        }
+        let (now, later) = native.split_at(native.len().min(lanes::MOST));
+        self.to_build = later.iter().copied().chain(foreign).collect();
+        now.to_vec()
+    }
+
+    fn start_lane(&mut self, lane: usize, ids: Vec<usize>, jobs: Option<usize>) {
+        let derivations: BTreeSet<StorePath> = ids.iter().filter_map(|id| self.outs[*id].drv.clone()).collect();
+        for drv in &derivations {
+            self.failures.remove(drv);
+        }
+        let order = Order {
+            derivations: derivations.into_iter().collect(),
+            max_jobs: jobs,
+            keep_going: self.plan.keep_going,
+            arguments: self.plan.arguments.clone(),
+        };
+        let (nix, steps, cancel) = (self.nix.clone(), self.steps.clone(), self.cancel.clone());
+        self.jobs.spawn(async move {
+            let (events, mut heard) = mpsc::channel(QUEUE);
+            let forward = async {
+                while let Some(event) = heard.recv().await {
+                    // The engine is gone only when nobody wants to know any more.
+                    let _ = steps.send(Step::Building(lane, event)).await;
+                }
+            };
+            let build = async {
+                let ended = order.build(&nix, &events, &cancel).await.map_err(|error| error.to_string());
+                drop(events);
+                ended
+            };
+            let (ended, ()) = tokio::join!(build, forward);
+            let _ = steps.send(Step::Built(lane, ended)).await;
+        });
+        self.lanes[lane] = Some(Lane { ids, jobs, since: Instant::now(), failed: Vec::new() });
+    }
+
+    pub(super) fn building(&mut self, lane: usize, event: Event) {
+        match event {
+            Event::Started(drv) => {
+                for id in self.by_drv.get(&drv).cloned().unwrap_or_default() {
+                    if self.outs[id].verdict.is_none() {
+                        self.outs[id].begin_build();
+                        self.teller.state(&self.outs[id].output, &State::Building);
+                    }
+                }
+                self.begin_log(drv);
+            }
+            Event::Line(drv, line) => self.logs.entry(drv).or_default().push(line),
+            Event::Stopped(_) => (),
+            Event::Failed(failure) => {
+                if let (Some(drv), false) = (&failure.derivation, failure.kind == Kind::Dependency) {
+                    self.failures.entry(drv.clone()).or_insert_with(|| failure.clone());
+                }
+                if let Some(lane) = &mut self.lanes[lane] {
+                    lane.failed.push(failure);
+                }
+            }
+        }
+    }
+
+    pub(super) async fn built(&mut self, lane: usize, ended: Result<Ended, String>) {
+        let Some(lane) = self.lanes[lane].take() else { return };
+        self.see_valid_of(&lane.ids).await;
+        let open: Vec<usize> = lane.ids.iter().copied().filter(|id| self.outs[*id].verdict.is_none()).collect();
+        let whole = ended.as_ref().is_ok_and(|ended| ended.whole);
+        let said = ended.map_or_else(|error| error, |ended| ended.said);
+        let mut unexplained = Vec::new();
+        let mut passed = BTreeSet::new();
+        let mut settled = 0;
+        for id in open {
+            if whole {
+                // A content-addressed one, whose paths only Nix knows.
+                self.end(id, Cause::Built, Vec::new());
+                continue;
+            }
+            match self.failure_of(id).await {
+                Some((failure, _)) if self.is_passing(&failure) && self.outs[id].tries < self.plan.retries => {
+                    self.outs[id].tries += 1;
+                    self.teller.again(&self.outs[id].output, &self.why(&failure));
+                    self.to_build.push(id);
+                    passed.extend(failure.derivation);
+                }
+                Some((failure, is_own)) => {
+                    settled += 1;
+                    self.fail(id, failure, is_own).await;
+                }
+                None => unexplained.push(id),
+            }
+        }
+        // What is tried again is no reason for anything else to fail.
+        self.failures.retain(|drv, _| !passed.contains(drv));
+        if settled > 0 && !self.plan.keep_going {
+            self.is_enough = true;
+        }
+        let passing = lane.failed.iter().any(|failure| failure.kind == Kind::Passing);
+        for id in unexplained {
+            let may_again = self.outs[id].tries < self.plan.retries;
+            if lane.ids.len() > 1 && settled > 0 {
+                // Nix gave the rest up for the sake of those that failed.
+                self.to_build.push(id);
+            } else if (passing || lane.ids.len() > 1) && may_again {
+                self.outs[id].tries += 1;
+                self.to_build.push(id);
+            } else {
+                let tail = said.lines().map(str::to_owned).collect();
+                self.end(id, Cause::Build, tail);
+            }
+        }
+        self.drop_logs();
+    }
+
+    /// Whether it may go well another time.
+    fn is_passing(&self, failure: &Failure) -> bool {
+        failure.kind == Kind::Passing || failure.kind == Kind::Build && is_download(&self.log_of(failure))
+    }
+
+    fn log_of(&self, failure: &Failure) -> Vec<String> {
+        failure.derivation.as_ref().and_then(|drv| self.logs.get(drv)).map(Tail::lines).unwrap_or_default()
+    }
+
+    /// The last word on it: of its log, else of Nix.
+    fn why(&self, failure: &Failure) -> String {
+        self.log_of(failure).pop().unwrap_or_else(|| failure.text.clone())
+    }
+
+    /// A log begins; the oldest of what has not failed is dropped for it.
+    fn begin_log(&mut self, drv: StorePath) {
+        self.log_order.retain(|other| *other != drv);
+        self.log_order.push_back(drv.clone());
+        self.logs.insert(drv, Tail::default());
+        let oldest = self.log_order.iter().position(|drv| !self.failures.contains_key(drv));
+        if let Some(at) = oldest.filter(|_| self.logs.len() > LOGS)
+            && let Some(drv) = self.log_order.remove(at)
+        {
+            self.logs.remove(&drv);
+        }
+    }
+
+    /// Logs of what nobody builds any more are of no use.
+    fn drop_logs(&mut self) {
+        if self.lanes.iter().all(Option::is_none) {
+            self.logs.clear();
+            self.log_order.clear();
+        }
+    }
+
+    /// The failure that an output failed by, and whether it is its own.
+    async fn failure_of(&self, id: usize) -> Option<(Failure, bool)> {
+        let drv = self.outs[id].drv.as_ref()?;
+        if let Some(own) = self.failures.get(drv) {
+            return Some((own.clone(), true));
+        }
+        if self.failures.is_empty() {
+            return None;
+        }
+        let closure = self.store.closure(std::slice::from_ref(drv)).await.ok()?;
+        let needed: BTreeSet<&StorePath> = closure.infos.iter().map(|info| &info.path).collect();
+        let found = self.failures.iter().filter(|(drv, _)| needed.contains(drv)).min_by_key(|(drv, _)| (*drv).clone());
+        found.map(|(_, failure)| (failure.clone(), false))
+    }
+
+    async fn fail(&mut self, id: usize, failure: Failure, is_own: bool) {
+        let log = self.log_of(&failure);
+        let log = if log.is_empty() { failure.text.lines().map(str::to_owned).collect() } else { log };
+        let tree = self.tree.clone();
+        let cause = tokio::task::spawn_blocking(move || of_build(&failure, is_own, &tree)).await;
+        self.end(id, cause.unwrap_or(Cause::Build), log);
+    }
+}

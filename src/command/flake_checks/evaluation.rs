@@ -1,0 +1,210 @@
+//! What of a flake has to be evaluated, and what is remembered of it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::command::Failure;
+use crate::command::flake_checks::engine::Evaluation;
+use crate::command::flake_checks::inputs::{EvaluatorKind, Plan, Remember};
+use crate::command::flake_checks::output::Out;
+use crate::nix::flake::Source;
+use crate::nix::flake::evaluate::{
+    self, Facts, Name, Names, Pool, Views, may_be_remembered, names, settings_that_matter, views,
+};
+use crate::nix::flake::expression::{Expressions, Seen};
+use crate::nix::flake::jobs::Jobs;
+use crate::nix::flake::memory::{Key, Memory, Remembered};
+use crate::nix::tool::{Nix, on_path};
+use crate::policy::of_settings;
+use crate::progress::Sink;
+use crate::runner::env::Env;
+use crate::secret::Secret;
+
+/// Events of the pool that may wait.
+const QUEUE: usize = 1024;
+
+/// A flake, and how it is to be evaluated.
+pub(super) struct Prospect {
+    pub source: Source,
+    expressions: Expressions,
+    /// Where it is remembered, if it may be.
+    memory: Option<Memory>,
+    /// What is remembered.
+    remembered: Option<Remembered>,
+    /// How the flake sees itself; `None` where what is remembered is enough so far, or nothing is.
+    views: Option<Views>,
+    /// `nix-eval-jobs`, where it evaluates.
+    jobs: Option<PathBuf>,
+}
+
+impl Prospect {
+    /// Finds the source, and what is remembered of it.
+    pub async fn open(plan: &Plan, nix: &Nix, env: &Env, sink: &Sink) -> Result<Self, Failure> {
+        let source = Source::find(nix, &plan.flake, &of_lock(&plan.arguments)).await?;
+        let nonce = Secret::random();
+        let expressions = Expressions::new(&source, &plan.attribute, nonce.expose());
+        let jobs = jobs(plan, env, sink);
+        let memory = if jobs.is_none() { memory_of(plan, nix, &source, sink) } else { None };
+        let remembered = memory.as_ref().and_then(Memory::read);
+        let enough = plan.remember == Remember::On && remembered.as_ref().is_some_and(Remembered::is_whole);
+        let views = match &memory {
+            Some(_) if !enough => views(nix, &source, &expressions).await,
+            _ => None,
+        };
+        if memory.is_some() && views.is_none() && !enough {
+            sink.note("flywheel: the evaluation is not remembered: the source has changed meanwhile, or cannot be asked about");
+        }
+        let memory = memory.filter(|_| views.is_some() || enough);
+        let remembered = remembered.filter(|_| memory.is_some());
+        Ok(Self { source, expressions, memory, remembered, views, jobs })
+    }
+
+    /// How the flake sees itself in the evaluation, at first and where it depends on the commit.
+    fn seen(&self, plan: &Plan) -> (Seen, Seen) {
+        match &self.views {
+            // Compared with what Nix itself makes of it, and not with another reading of ours.
+            Some(_) if plan.remember == Remember::Verify && self.remembered.is_some() => {
+                (Seen::Installable, Seen::Installable)
+            }
+            Some(views) => (views.poisoned.clone(), views.real.clone()),
+            None => (Seen::Installable, Seen::Installable),
+        }
+    }
+
+    /// The outputs' names, of every system. A list that depends on the commit is not remembered, and nothing with it.
+    pub async fn names(&mut self, plan: &Plan, nix: &Nix) -> Result<Vec<Name>, Failure> {
+        if let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) {
+            return Ok(remembered.names.clone());
+        }
+        let (first, real) = self.seen(plan);
+        for seen in [first, real] {
+            let found =
+                names(nix, &self.source, &self.expressions, &seen, plan.function.as_deref(), &plan.arguments).await?;
+            if let Names::Found(found) = found {
+                return Ok(found);
+            }
+            self.memory = None;
+        }
+        Err(evaluate::Error::List("it depends on itself".to_owned()).into())
+    }
+
+    /// Those whose derivations are remembered, by their place in `names`.
+    pub fn known(&self, plan: &Plan, names: &[Name]) -> Vec<(usize, Facts)> {
+        let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) else { return Vec::new() };
+        let known = names.iter().enumerate();
+        known.filter_map(|(id, name)| Some((id, remembered.facts.get(&name.label)?.clone()))).collect()
+    }
+
+    /// Starts the workers.
+    pub fn start(&self, plan: &Plan, nix: &Nix, cancel: CancellationToken) -> Evaluation {
+        let (first, real) = self.seen(plan);
+        let (first, real) = (Arc::new(first), Arc::new(real));
+        let (tasks, queue) = mpsc::channel(QUEUE);
+        let (events, heard) = mpsc::channel(QUEUE);
+        let pool = match &self.jobs {
+            Some(program) => {
+                let (workers, share) = Pool::fitted(plan.workers);
+                let jobs = Jobs {
+                    program: program.clone(),
+                    nix: nix.clone(),
+                    source: self.source.clone(),
+                    attribute: plan.attribute.clone(),
+                    arguments: plan.arguments.clone(),
+                    workers,
+                    share,
+                };
+                tokio::spawn(jobs.run(queue, events, cancel.clone()))
+            }
+            None => {
+                let pool = Pool {
+                    nix: nix.clone(),
+                    source: self.source.clone(),
+                    expressions: self.expressions.clone(),
+                    arguments: plan.arguments.clone(),
+                    workers: plan.workers,
+                    per_worker: plan.per_worker,
+                    read_only: !plan.build,
+                    instead: self.views.as_ref().map(|_| Arc::clone(&real)),
+                };
+                tokio::spawn(pool.run(queue, events, cancel.clone()))
+            }
+        };
+        Evaluation { tasks, events: heard, cancel, first, real, pool }
+    }
+
+    /// Remembers what does not depend on the commit. Gives the labels of which something else was remembered.
+    pub fn remember(&self, outs: &[Out], names: Vec<Name>, sink: &Sink) -> Vec<String> {
+        let Some(memory) = &self.memory else { return Vec::new() };
+        let old = self.remembered.clone().unwrap_or_default();
+        let mut facts = old.facts.clone();
+        let mut wrong = Vec::new();
+        for out in outs {
+            let label = &out.name.label;
+            match (&out.facts, old.facts.get(label)) {
+                (Some(found), None) if out.is_remembered => {
+                    facts.insert(label.clone(), found.clone());
+                }
+                (Some(found), Some(old)) if found != old => {
+                    wrong.push(label.clone());
+                    facts.remove(label);
+                }
+                _ => (),
+            }
+        }
+        let new = Remembered { names, facts };
+        if new != old
+            && let Err(error) = memory.write(&new)
+        {
+            sink.note(format!("flywheel: the evaluation is not remembered: {error}"));
+        }
+        wrong
+    }
+}
+
+/// `nix-eval-jobs`, where it was asked for and is there.
+fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
+    if plan.evaluator != EvaluatorKind::NixEvalJobs {
+        return None;
+    }
+    let found = on_path(env, "nix-eval-jobs");
+    sink.note(match &found {
+        Some(program) => format!("flywheel: {} evaluates, and nothing is remembered", program.display()),
+        None => "flywheel: `nix-eval-jobs` is not on `PATH`, so Nix itself evaluates".to_owned(),
+    });
+    found
+}
+
+/// The words that are about the inputs' lock, for a call that evaluates nothing.
+fn of_lock(arguments: &[String]) -> Vec<String> {
+    if may_be_remembered(arguments) { Vec::new() } else { arguments.to_vec() }
+}
+
+/// Where the evaluation is remembered; `None`, and a word why, where it must not be.
+fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<Memory> {
+    if plan.remember == Remember::Off {
+        return None;
+    }
+    let why = if !may_be_remembered(&plan.arguments) {
+        Some("`nix-args` may change what the inputs are".to_owned())
+    } else if let Some(impurity) = of_settings(nix.config()) {
+        Some(format!("the settings say `{}`", impurity.0))
+    } else {
+        source.unremembered().map(str::to_owned)
+    };
+    if let Some(why) = why {
+        sink.note(format!("flywheel: the evaluation is not remembered: {why}"));
+        return None;
+    }
+    let settings = settings_that_matter(nix.config());
+    let key = Key {
+        nix: &nix.version.line,
+        attribute: &plan.attribute,
+        function: plan.function.as_deref(),
+        arguments: &plan.arguments,
+        settings: &settings,
+    };
+    Some(Memory::of(plan.memory_folder.as_deref()?, source, &key))
+}

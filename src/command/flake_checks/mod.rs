@@ -1,0 +1,462 @@
+//! `flywheel flake-checks`: evaluates a flake's outputs side by side, builds them as they appear, and gives each a
+//! verdict of its own. This file is the story; its parts stand beside it, and those that other verbs share in
+//! `command/job/`.
+
+mod check_runs;
+mod engine;
+mod evaluation;
+mod inputs;
+mod lanes;
+mod output;
+mod tell;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
+
+pub use self::inputs::Inputs;
+
+use self::engine::{End, Engine};
+use self::evaluation::Prospect;
+use self::inputs::{Plan, Systems};
+use self::output::{Out, Tree};
+use self::tell::Teller;
+use crate::command::Failure;
+use crate::command::job::harvest::Harvest;
+use crate::command::job::{self, Prepared, STOPPED_LIMIT, Secrets, Told, Watch, Work};
+use crate::exit::{Exit, UsageError};
+use crate::host::peak::Span;
+use crate::host::private::PrivateFolder;
+use crate::nix::flake::Source;
+use crate::nix::flake::evaluate::Name;
+use crate::nix::settings::Settings;
+use crate::nix::store::Store;
+use crate::nix::store_path::StorePath;
+use crate::nix::{clients, collect};
+use crate::process::signals::Signals;
+use crate::report::checks::text::annotation;
+use crate::report::checks::{Cause, Conclusion, Output, board, files, summary};
+use crate::report::job::{Job, Outcome};
+use crate::report::publication::Publication;
+use crate::report::screen::Screen;
+use crate::runner::env::Env;
+use crate::runner::files::Files;
+use crate::runner::workflow::{Level, Workflow};
+use crate::text::{count, one_line};
+
+/// Runs the verb.
+///
+/// # Errors
+/// For wrong input, before anything is touched; when there is no Nix to be had, or the flake's outputs cannot be
+/// listed. An output that fails is no error: the exit code says so.
+pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+    let plan = Plan::read(&inputs, env)?;
+    let workflow = Workflow::new(env.in_github_actions());
+    let secrets = Secrets::masked(env, &workflow);
+    let decision = job::judge(&plan.job, &secrets, env);
+    let screen = Screen::new(&workflow);
+    // Before anything is made that would have to be removed.
+    let mut signals =
+        Signals::listen().map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
+    let private = PrivateFolder::create(&job::private_base(env))?;
+    job::introduce(&plan.job, &decision, &workflow);
+    let work = Work {
+        plan: &plan.job,
+        env,
+        secrets: &secrets,
+        decision: &decision,
+        sink: screen.sink(),
+        screen: &screen,
+        private: private.path(),
+    };
+    let ended = FlakeChecks { plan: &plan, work, workflow }.run(&mut signals).await;
+    screen.finish();
+    if let Err(failure) = &ended {
+        job::tell_not_started(&**failure, env, "nothing was checked");
+    }
+    ended
+}
+
+/// One run.
+struct FlakeChecks<'a> {
+    plan: &'a Plan,
+    work: Work<'a>,
+    workflow: Workflow,
+}
+
+/// What a run came to.
+struct Ran {
+    outs: Vec<Out>,
+    end: End,
+    evaluation: Duration,
+    build: Duration,
+    /// How many outputs were remembered.
+    remembered: usize,
+    /// What the evaluation memory had wrong, by label.
+    wrong: Vec<String>,
+}
+
+impl FlakeChecks<'_> {
+    async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
+        let Some(prepared) = self.work.prepare(&self.workflow, signals).await? else {
+            return Ok(self.cancelled_early());
+        };
+        let ended = self.run_prepared(&prepared, signals).await;
+        prepared.stop().await;
+        ended
+    }
+
+    async fn run_prepared(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Exit, Failure> {
+        let nix = prepared.ready.nix.clone().with_config(&prepared.config);
+        let mut teller = Teller::new(&self.workflow, check_runs::start(self.plan, &self.work, &self.workflow));
+        // What is asked of Nix impurely, about the source alone, is asked before the job's processes are watched.
+        let open = Prospect::open(self.plan, &nix, self.work.env, &self.work.sink);
+        let opened = tokio::select! {
+            biased;
+            _ = signals.next() => None,
+            found = async { tokio::join!(open, Store::open(&nix)) } => Some(found),
+        };
+        let (prospect, store) = match opened {
+            Some((Ok(prospect), store)) => (prospect, store),
+            Some((Err(failure), _)) => return self.give_up(teller, failure).await,
+            None => {
+                let at = Instant::now() + STOPPED_LIMIT;
+                teller.close(check_runs::cancelled(), at, &CancellationToken::new()).await;
+                return Ok(self.cancelled_early());
+            }
+        };
+        let mut watch = self.work.watch_store(prepared, store, clients::Job::Descendants).await;
+        let store = match &watch {
+            Some(watch) => Arc::clone(watch.store()),
+            None => match Store::open(&nix).await {
+                Ok(store) => Arc::new(store),
+                Err(error) => return self.give_up(teller, error.into()).await,
+            },
+        };
+        let span = Span::begin();
+        let ran = match self.check(prospect, nix, store, &mut teller, signals).await {
+            Ok(ran) => ran,
+            Err(failure) => return self.give_up(teller, failure).await,
+        };
+        let spent = span.end().await;
+        let published = Instant::now();
+        if let Some(watch) = &mut watch {
+            let built = ran.outs.iter().filter(|out| is_there(out)).filter_map(Out::paths);
+            watch.add_results(built.flatten().filter(|path| path.to_path().symlink_metadata().is_ok()));
+        }
+        if ran.end == End::Whole && verdict(&ran).1 == 0 {
+            self.work.check(prepared, watch.as_ref(), Path::new(&self.plan.flake), signals).await;
+        }
+        let ((harvest, publication), told) = self.finish(prepared, watch, teller, &ran, signals).await;
+        self.say_of_check_runs(told);
+        tokio::select! {
+            biased;
+            _ = signals.next() => self.work.sink.note("flywheel: the store is not collected: asked to stop"),
+            () = self.collect(prepared, &ran) => (),
+        }
+        let job = self.told(prepared, &ran, &harvest, publication);
+        let job = Job { publish: published.elapsed(), peak: spent.peak, limit: spent.limit, ..job };
+        self.tell(&job, &ran);
+        Ok(Exit::Command(job.exit_code))
+    }
+
+    /// Publishes what was built and ends the Check Runs, side by side: neither waits for the other's server.
+    async fn finish(
+        &self,
+        prepared: &Prepared,
+        watch: Option<Watch>,
+        teller: Teller,
+        ran: &Ran,
+        signals: &mut Signals,
+    ) -> ((Harvest, Option<Publication>), Option<board::Told>) {
+        let cancel = CancellationToken::new();
+        let mut closing = pin!(teller.close(check_runs::aggregate(ran), check_runs::deadline(ran), &cancel));
+        let mut told = None;
+        let stopped = match ran.end {
+            End::Stopped(_, at) => Some(at),
+            End::Whole | End::FailedFast => None,
+        };
+        let published = {
+            // Links of other tools are no results of this run.
+            let folder = self.work.private;
+            let mut publishing =
+                pin!(self.work.deliver_in_time(watch, &prepared.cache, folder, stopped, &cancel, &mut *signals));
+            loop {
+                tokio::select! {
+                    published = &mut publishing => break published,
+                    all = &mut closing, if told.is_none() => told = Some(all),
+                }
+            }
+        };
+        let told = match told {
+            Some(told) => told,
+            None => loop {
+                tokio::select! {
+                    biased;
+                    all = &mut closing => break all,
+                    _ = signals.next() => cancel.cancel(),
+                }
+            },
+        };
+        (published, told)
+    }
+
+    /// There is nothing to check: the Check Run that stands for all says why.
+    async fn give_up(&self, teller: Teller, failure: Failure) -> Result<Exit, Failure> {
+        let at = Instant::now() + STOPPED_LIMIT;
+        teller.close(check_runs::of_failure(&*failure), at, &CancellationToken::new()).await;
+        Err(failure)
+    }
+
+    /// Names, derivations, builds.
+    async fn check(
+        &self,
+        mut prospect: Prospect,
+        nix: crate::nix::tool::Nix,
+        store: Arc<Store>,
+        teller: &mut Teller,
+        signals: &mut Signals,
+    ) -> Result<Ran, Failure> {
+        let began = Instant::now();
+        let (names, native) = tokio::select! {
+            biased;
+            stop = signals.next() => return Ok(Ran::nothing(End::Stopped(stop, Instant::now()))),
+            found = async { tokio::join!(prospect.names(self.plan, &nix), native(&nix)) } => found,
+        };
+        let names = names?;
+        let all = names;
+        let names: Vec<Name> = all.iter().filter(|name| self.wants(name, native.as_ref())).cloned().collect();
+        let outs: Vec<Out> = names.iter().map(|name| self.out(name)).collect();
+        let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
+        self.workflow.say(&format!("flywheel: {} of {}", count(outs.len() as u64, "output"), self.plan.flake));
+        if outs.is_empty() {
+            let text = format!("`{}` has no outputs for the systems asked for", self.plan.installable(&[]));
+            self.workflow.annotate(Level::Warning, "nothing to check", &text);
+        }
+        teller.announce(&outputs);
+        let tree = tree(&prospect.source, self.work.env);
+        let known = prospect.known(self.plan, &names);
+        let remembered = known.len();
+        let cancel = CancellationToken::new();
+        let evaluation = prospect.start(self.plan, &nix, cancel);
+        let (mut engine, steps) = Engine::new(self.plan, nix, store, tree, teller, outs, native);
+        let end = engine.run(known, evaluation, steps, signals).await;
+        let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
+        let outs = std::mem::take(&mut engine.outs);
+        let wrong = prospect.remember(&outs, all, &self.work.sink);
+        Ok(Ran { outs, end, evaluation: evaluated - began, build: evaluated.elapsed(), remembered, wrong })
+    }
+
+    fn wants(&self, name: &Name, native: Option<&BTreeSet<String>>) -> bool {
+        let mut path = self.plan.attribute.iter().chain(&name.attr);
+        let Some(system) = path.find(|name| is_system(name)) else { return true };
+        match &self.plan.systems {
+            Systems::All => true,
+            Systems::These(systems) => systems.contains(system),
+            Systems::Auto => native.is_none_or(|native| native.contains(system)),
+        }
+    }
+
+    fn out(&self, name: &Name) -> Out {
+        let attribute: Vec<String> = self.plan.attribute.iter().chain(&name.attr).cloned().collect();
+        let output = Output {
+            label: name.label.clone(),
+            attribute: attribute.join("."),
+            system: attribute.iter().find(|name| is_system(name)).cloned(),
+        };
+        Out::new(name.clone(), output, self.plan.installable(&name.attr))
+    }
+
+    fn told(&self, prepared: &Prepared, ran: &Ran, harvest: &Harvest, publication: Option<Publication>) -> Job {
+        let told = self.work.told(prepared, harvest, publication, self.work.plan.require_publish);
+        let (_, failed) = verdict(ran);
+        let (outcome, exit_code) = match (ran.end, failed > 0 || !ran.wrong.is_empty()) {
+            (End::Stopped(..), _) => (Outcome::Cancelled, 130),
+            (End::FailedFast, _) | (End::Whole, true) => (Outcome::CommandFailed, 1),
+            (End::Whole, false) => (told.outcome, told.exit_code),
+        };
+        let command = ran.evaluation + ran.build;
+        Job { outcome, exit_code, command, heavy_lane: self.plan.heavy_lane.clone(), ..told }
+    }
+
+    /// Keeps the derivations of this run, and removes what else nothing needs.
+    async fn collect(&self, prepared: &Prepared, ran: &Ran) {
+        if !self.plan.gc || ran.end != End::Whole {
+            return;
+        }
+        let nix = prepared.ready.nix.clone().with_config(&prepared.config);
+        let derivations: Vec<StorePath> = ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
+        let name = Sha256::digest(format!("{}\n{}", self.plan.installable(&[]), self.place()));
+        let name: String = name[..10].iter().map(|byte| format!("{byte:02x}")).collect();
+        let kept = collect::keep(&nix, self.work.env.get("USER"), &name, &derivations);
+        let collected = match kept {
+            Ok(()) => collect::collect(&nix).await.map_err(|error| error.to_string()),
+            Err(error) => Err(format!("the derivations cannot be kept: {error}")),
+        };
+        match collected {
+            Ok(said) => self.work.sink.note(format!("flywheel: the store was collected: {said}")),
+            Err(problem) => self.work.sink.degraded("gc", format!("the store was not collected: {problem}")),
+        }
+    }
+
+    /// What tells this run's flake from that of another repository on the host.
+    fn place(&self) -> String {
+        let repository = self.work.env.get("GITHUB_REPOSITORY").map(str::to_owned);
+        let here = || Path::new(".").canonicalize().map(|folder| folder.display().to_string());
+        repository.unwrap_or_else(|| here().unwrap_or_default())
+    }
+
+    fn say_of_check_runs(&self, told: Option<board::Told>) {
+        let Some(told) = told else { return };
+        self.workflow.say(&format!(
+            "flywheel: {} shown, in {}",
+            count(told.shown as u64, "Check Run"),
+            count(told.requests as u64, "request")
+        ));
+        if !told.missing.is_empty() {
+            let names = one_line(&told.missing.join(", "), 500);
+            let text = format!("{} could not be shown: {names}. The summary has them.", told.missing.len());
+            self.work.sink.degraded("check runs", text);
+        }
+    }
+
+    fn tell(&self, job: &Job, ran: &Ran) {
+        for label in &ran.wrong {
+            let text = format!(
+                "what was remembered of `{label}` is not what it evaluates to; the memory is corrected. Please report it: this must not happen"
+            );
+            self.workflow.annotate(Level::Error, "evaluation memory", &text);
+        }
+        let ended = ran.ended();
+        let files = Files::from_env(self.work.env);
+        self.mark_lines(&ended);
+        self.write_files(&ended);
+        self.workflow.say(&format!("flywheel: {}", summary::closing_line(&ended)));
+        let of_run = [("evaluation-seconds", ran.evaluation), ("build-seconds", ran.build)];
+        let of_run = of_run.map(|(name, time)| (name, format!("{:.3}", time.as_secs_f64())));
+        let of =
+            |conclusion| ended.iter().filter(|(_, verdict)| verdict.conclusion() == conclusion).count().to_string();
+        let counts = [
+            ("outputs", ended.len().to_string()),
+            ("succeeded", of(Conclusion::Success)),
+            ("failed", of(Conclusion::Failure)),
+            ("cached", of(Conclusion::Neutral)),
+            ("cancelled", of(Conclusion::Cancelled)),
+            ("remembered", ran.remembered.to_string()),
+        ];
+        let mut written = files.add_summary(&summary::of_all(&ended));
+        for (name, value) in counts.into_iter().chain(of_run) {
+            written = written.and_then(|()| files.set_output(name, &value));
+        }
+        if let Err(error) = written {
+            self.workflow.annotate(Level::Warning, "report", &format!("the report could not be written: {error}"));
+        }
+        Told::of(job).tell(&self.workflow, &files);
+    }
+
+    /// Marks the lines of the sources that are wrong. GitHub shows ten of them.
+    fn mark_lines(&self, ended: &[summary::Ended<'_>]) {
+        for (output, verdict) in ended {
+            if let (Some(place), Some(text)) = (verdict.cause.place(), annotation(verdict)) {
+                let title = one_line(&output.label, 100);
+                self.workflow.annotate_line(Level::Error, &title, &text, &place.file, place.line, place.column);
+            }
+        }
+    }
+
+    /// Writes the files that other tools read. That one cannot be written is said, and changes nothing.
+    fn write_files(&self, ended: &[summary::Ended<'_>]) {
+        let junit = self.plan.junit.as_ref().map(|file| (file, files::junit(&self.plan.check_name, ended)));
+        let lines = self.plan.json_lines.as_ref().map(|file| (file, files::json_lines(ended)));
+        for (file, text) in junit.into_iter().chain(lines) {
+            if let Err(error) = std::fs::write(file, text) {
+                let text = format!("`{}` could not be written: {error}", file.display());
+                self.workflow.annotate(Level::Warning, "report", &text);
+            }
+        }
+    }
+
+    /// The run was cancelled before there was anything to check.
+    fn cancelled_early(&self) -> Exit {
+        let exit = Exit::Command(130);
+        self.workflow.say("flywheel: cancelled before anything was evaluated; nothing is lost");
+        if let Err(error) = job::set_outcome(self.work.env, Outcome::Cancelled, exit) {
+            self.workflow.annotate(Level::Warning, "report", &format!("the outputs could not be written: {error}"));
+        }
+        exit
+    }
+}
+
+impl Ran {
+    /// The outputs with their verdicts.
+    fn ended(&self) -> Vec<summary::Ended<'_>> {
+        self.outs.iter().filter_map(|out| Some((&out.output, out.verdict.as_ref()?))).collect()
+    }
+
+    fn nothing(end: End) -> Self {
+        Self {
+            outs: Vec::new(),
+            end,
+            evaluation: Duration::ZERO,
+            build: Duration::ZERO,
+            remembered: 0,
+            wrong: Vec::new(),
+        }
+    }
+}
+
+/// How many outputs have ended, and how many of them failed.
+fn verdict(ran: &Ran) -> (usize, usize) {
+    let failed = ran.outs.iter().filter_map(|out| out.verdict.as_ref());
+    let failed = failed.filter(|verdict| verdict.conclusion() == Conclusion::Failure).count();
+    (ran.outs.len(), failed)
+}
+
+/// Whether its paths may be in this store.
+fn is_there(out: &Out) -> bool {
+    let cause = out.verdict.as_ref().map(|verdict| &verdict.cause);
+    matches!(cause, Some(Cause::Built | Cause::AlreadyCached))
+}
+
+/// Whether a name of an attribute path names a system.
+fn is_system(name: &str) -> bool {
+    const KERNELS: [&str; 9] = ["linux", "darwin", "freebsd", "netbsd", "openbsd", "windows", "cygwin", "none", "wasi"];
+    name.rsplit_once('-').is_some_and(|(cpu, kernel)| {
+        let cpu = !cpu.is_empty() && cpu.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+        cpu && KERNELS.iter().any(|name| kernel.starts_with(name))
+    })
+}
+
+/// The systems that this machine and its builders build; `None` where Nix does not say.
+async fn native(nix: &crate::nix::tool::Nix) -> Option<BTreeSet<String>> {
+    let settings = Settings::read(nix).await.ok()?;
+    let mut systems: BTreeSet<String> = settings.words("extra-platforms").into_iter().collect();
+    systems.insert(settings.text("system")?);
+    // `ssh://host x86_64-linux,aarch64-linux key 4 …; …`, or a file of such lines behind `@` (nix.conf(5)).
+    let builders = settings.text("builders").unwrap_or_default();
+    let text = match builders.strip_prefix('@') {
+        Some(file) => std::fs::read_to_string(file.trim()).unwrap_or_default(),
+        None => builders,
+    };
+    let machines = text.split([';', '\n']).map(|line| line.split('#').next().unwrap_or_default());
+    let listed = machines.filter_map(|machine| machine.split_whitespace().nth(1));
+    systems.extend(listed.flat_map(|list| list.split(',')).filter(|word| is_system(word)).map(str::to_owned));
+    Some(systems)
+}
+
+/// Where the flake's files are in the repository: a `path:` flake's tree begins at its own folder.
+fn tree(source: &Source, env: &Env) -> Tree {
+    let is_path = source.locked.get("type").is_some_and(|kind| kind == "path");
+    let workspace = env.path("GITHUB_WORKSPACE").or_else(|| Path::new(".").canonicalize().ok());
+    let prefix = workspace.filter(|_| is_path).and_then(|workspace| {
+        let folder = source.resolved.strip_prefix("path:")?.split('?').next()?.to_owned();
+        let below = Path::new(&folder).canonicalize().ok()?;
+        Some(below.strip_prefix(workspace.canonicalize().ok()?).ok()?.to_string_lossy().into_owned())
+    });
+    Tree { store: source.path.clone(), prefix: prefix.unwrap_or_default() }
+}

@@ -1,0 +1,196 @@
+//! One output on its way: what is known of it, and how it ended.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crate::nix::build::log::{Failure as BuildFailure, Kind};
+use crate::nix::flake::error::At;
+use crate::nix::flake::evaluate::{Facts, Failure, Name};
+use crate::nix::hash::Sha256;
+use crate::nix::store_path::StorePath;
+use crate::report::checks::{Cause, Output, Place, Verdict};
+
+/// Lines of a build's log that are kept, the last.
+const TAIL: usize = 200;
+/// Files that are looked through for a hash, and how large one may be in bytes.
+const FILES: usize = 20_000;
+const FILE_SIZE: u64 = 1 << 20;
+
+/// One output.
+#[derive(Debug)]
+pub(super) struct Out {
+    pub name: Name,
+    pub output: Output,
+    pub installable: String,
+    /// What it is, once that is known.
+    pub facts: Option<Facts>,
+    pub drv: Option<StorePath>,
+    /// Whether this run's evaluation wrote its derivation to the store.
+    pub is_written: bool,
+    /// Whether it does not depend on the commit, as far as is known.
+    pub is_remembered: bool,
+    /// Builds of it that failed for reasons not its own.
+    pub tries: u32,
+    begun: Option<(SystemTime, Instant)>,
+    pub verdict: Option<Verdict>,
+}
+
+impl Out {
+    pub fn new(name: Name, output: Output, installable: String) -> Self {
+        Self {
+            name,
+            output,
+            installable,
+            facts: None,
+            drv: None,
+            is_written: false,
+            is_remembered: false,
+            tries: 0,
+            begun: None,
+            verdict: None,
+        }
+    }
+
+    /// Work on it begins, if it has not before.
+    pub fn begin(&mut self) {
+        self.begun.get_or_insert_with(|| (SystemTime::now(), Instant::now()));
+    }
+
+    /// Its build begins: that is what is timed from here on.
+    pub fn begin_build(&mut self) {
+        self.begun = Some((SystemTime::now(), Instant::now()));
+    }
+
+    /// The store paths it makes, where they are known.
+    pub fn paths(&self) -> Option<Vec<StorePath>> {
+        self.facts.as_ref()?.paths()
+    }
+
+    /// Ends it.
+    pub fn end(&mut self, cause: Cause, log_tail: Vec<String>) -> &Verdict {
+        let (at, since) = self.begun.unwrap_or_else(|| (SystemTime::now(), Instant::now()));
+        self.verdict.insert(Verdict {
+            cause,
+            derivation: self.facts.as_ref().map(|facts| facts.drv.clone()),
+            out_paths: self.facts.iter().flat_map(|facts| facts.outs.values().cloned()).collect(),
+            log_tail,
+            started_at: at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            took: since.elapsed(),
+            reproduce: format!("nix build {}", shlex::try_quote(&self.installable).unwrap_or_default()),
+        })
+    }
+}
+
+/// The last lines of a build's log.
+#[derive(Debug, Default)]
+pub(super) struct Tail(VecDeque<String>);
+
+impl Tail {
+    pub fn push(&mut self, line: String) {
+        self.0.push_back(line);
+        if self.0.len() > TAIL {
+            self.0.pop_front();
+        }
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        self.0.iter().cloned().collect()
+    }
+}
+
+/// Where a flake's files are, as GitHub names them.
+#[derive(Clone, Debug)]
+pub(super) struct Tree {
+    /// The tree in the store.
+    pub store: PathBuf,
+    /// The folder of the repository that the tree is of; empty for its root.
+    pub prefix: String,
+}
+
+impl Tree {
+    /// A place of the tree, as a place of the repository.
+    pub fn place(&self, at: &At) -> Place {
+        let file = if self.prefix.is_empty() { at.file.clone() } else { format!("{}/{}", self.prefix, at.file) };
+        Place { file, line: at.line, column: at.column }
+    }
+
+    /// The line that a hash stands on, in any of the ways to write it. Reads files: not for a thread that must
+    /// not wait.
+    pub fn find_hash(&self, hash: &str) -> Option<Place> {
+        let mut forms = vec![hash.to_owned()];
+        if let Ok(sum) = Sha256::parse(hash) {
+            forms.extend([sum.base32(), sum.base16()]);
+        }
+        let mut folders = vec![self.store.clone()];
+        let mut looked = 0;
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let Ok(kind) = entry.file_type() else { continue };
+                if kind.is_dir() {
+                    folders.push(entry.path());
+                } else if kind.is_file() && looked < FILES {
+                    looked += 1;
+                    if let Some(at) = self.in_file(&entry.path(), &forms) {
+                        return Some(self.place(&at));
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn in_file(&self, file: &Path, forms: &[String]) -> Option<At> {
+        if file.metadata().ok()?.len() > FILE_SIZE {
+            return None;
+        }
+        let text = std::fs::read_to_string(file).ok()?;
+        let (n, column) = text.lines().enumerate().find_map(|(n, line)| {
+            let column = forms.iter().find_map(|form| line.find(form.as_str()))?;
+            Some((n, column))
+        })?;
+        let name = file.strip_prefix(&self.store).ok()?.to_string_lossy().into_owned();
+        Some(At { file: name, line: u32::try_from(n + 1).ok()?, column: u32::try_from(column + 1).ok() })
+    }
+}
+
+/// Why an output that has no derivation failed.
+pub(super) fn of_evaluation(failure: &Failure, tree: &Tree) -> Cause {
+    match failure {
+        Failure::Evaluation { text, place } => {
+            Cause::Evaluation { text: text.clone(), place: place.as_ref().map(|at| tree.place(at)) }
+        }
+        Failure::OutOfMemory { needed, limit } => Cause::OutOfMemory { needed_bytes: *needed, limit_bytes: *limit },
+    }
+}
+
+/// Why an output failed whose own build, or one that it needs, did. `is_own`: whether it is its own.
+pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
+    match (&failure.kind, &failure.derivation) {
+        (Kind::HashMismatch { specified, got }, _) => {
+            Cause::HashMismatch { specified: specified.clone(), got: got.clone(), place: tree.find_hash(specified) }
+        }
+        (_, Some(derivation)) if !is_own => Cause::Dependency { derivation: derivation.to_string() },
+        _ => Cause::Build,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hash_is_found_in_each_way_of_writing_it() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        std::fs::create_dir(folder.path().join("sub")).expect("made");
+        let sri = "sha256-WJG1tSLV3whtD/CxEPvZ0hu0/HFjrzTQgoai6Eb2vgM=";
+        let hash = Sha256::parse(sri).expect("a hash");
+        let tree = Tree { store: folder.path().into(), prefix: "nix".into() };
+        assert_eq!(tree.find_hash(sri), None);
+        for form in [sri.to_owned(), hash.base32(), hash.base16()] {
+            std::fs::write(folder.path().join("sub/a.nix"), format!("# x\n  hash = \"{form}\";\n")).expect("written");
+            let expected = Place { file: "nix/sub/a.nix".into(), line: 2, column: Some(11) };
+            assert_eq!(tree.find_hash(sri), Some(expected), "{form}");
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! What a run tells while it goes on: a line for each verdict, the log of what failed, how far it is.
+
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+
+use crate::command::flake_checks::output::Out;
+use crate::report::checks::board::{Aggregate, Board, Told};
+use crate::report::checks::summary::sign;
+use crate::report::checks::text::{title, without_ansi};
+use crate::report::checks::{Conclusion, Output, State, Verdict};
+use crate::runner::workflow::Workflow;
+use crate::text::{one_line, shorten};
+
+/// How often a log gets a line about a run that goes on.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+/// Lines of a failed build's log that the job's log shows.
+const SHOWN: usize = 60;
+/// Of so many outputs each success gets a line; of more only failures do.
+const MANY: usize = 200;
+
+pub(super) struct Teller {
+    workflow: Workflow,
+    board: Option<Board>,
+    many: bool,
+    building: u64,
+    last: Instant,
+}
+
+impl Teller {
+    /// `board`: the Check Runs, if there are any.
+    pub fn new(workflow: &Workflow, board: Option<Board>) -> Self {
+        Self { workflow: workflow.clone(), board, many: false, building: 0, last: Instant::now() }
+    }
+
+    /// The outputs are known by name.
+    pub fn announce(&mut self, outputs: &[Output]) {
+        self.many = outputs.len() > MANY;
+        if let Some(board) = &self.board {
+            board.announce(outputs.to_vec());
+        }
+    }
+
+    /// An output has moved on.
+    pub fn state(&mut self, output: &Output, state: &State) {
+        if let Some(board) = &self.board {
+            board.update(&output.label, state.clone());
+        }
+        match state {
+            State::Queued | State::Evaluating => (),
+            State::Building => self.building += 1,
+            State::Finished(verdict) => self.ended(output, verdict),
+        }
+    }
+
+    fn ended(&mut self, output: &Output, verdict: &Verdict) {
+        let is_failure = verdict.conclusion() == Conclusion::Failure;
+        if self.many && !is_failure {
+            return;
+        }
+        let line = format!("{} {}: {}", sign(verdict.conclusion()), one_line(&output.label, 100), title(verdict));
+        if !is_failure || verdict.log_tail.is_empty() {
+            return self.workflow.say(&line);
+        }
+        self.workflow.group(&line);
+        let skipped = verdict.log_tail.len().saturating_sub(SHOWN);
+        for line in &verdict.log_tail[skipped..] {
+            // Whatever a build prints, the bar keeps it from being a command.
+            self.workflow.say(&format!("| {}", shorten(&without_ansi(line).replace(['\r', '\n'], " "), 2000)));
+        }
+        self.workflow.say(&format!("| by hand: {}", one_line(&verdict.reproduce, 500)));
+        self.workflow.end_group();
+    }
+
+    /// Ends the Check Runs, until `deadline`, and soon once `stop` is cancelled.
+    pub async fn close(self, aggregate: Aggregate, deadline: Instant, stop: &CancellationToken) -> Option<Told> {
+        Some(self.board?.close(aggregate, deadline.into(), stop).await)
+    }
+
+    /// A build is tried again, for what was not its fault.
+    pub fn again(&self, output: &Output, why: &str) {
+        self.workflow.say(&format!(
+            "↻ {}: tried again: {}",
+            one_line(&output.label, 100),
+            one_line(&without_ansi(why), 300)
+        ));
+    }
+
+    /// How far it is; every few seconds.
+    pub fn progress(&mut self, outs: &[Out]) {
+        if self.last.elapsed() < LINE_EVERY {
+            return;
+        }
+        self.last = Instant::now();
+        let ended = outs.iter().filter(|out| out.verdict.is_some()).count();
+        let known = outs.iter().filter(|out| out.facts.is_some() || out.verdict.is_some()).count();
+        self.workflow.say(&format!(
+            "flywheel: {ended} of {} outputs have a verdict, {known} are evaluated, {} builds of outputs have begun",
+            outs.len(),
+            self.building
+        ));
+    }
+}

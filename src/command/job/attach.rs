@@ -1,0 +1,170 @@
+//! The cache, found and tried: probed, or started if it is our own; left out if it is of no use.
+
+use std::path::Path;
+
+use tokio::net::TcpListener;
+use url::Url;
+
+use crate::cache::copy::StoreUrl;
+use crate::cache::endpoint::Endpoint;
+use crate::cache::probe::{self, Probe};
+use crate::cache_server::{Options, Server, Serving};
+use crate::http::{Clients, Names};
+use crate::nix::cache_name::CacheName;
+use crate::nix::key::PublicKey;
+use crate::progress::Sink;
+use crate::report::job::CacheState;
+use crate::secret::Secret;
+
+use super::source::Source;
+
+/// The cache of a job, as it was found.
+#[derive(Debug)]
+pub struct Cache {
+    /// Where it is; none where none was named.
+    pub endpoint: Option<Endpoint>,
+    /// Another kind of store in its place.
+    pub store: Option<StoreUrl>,
+    /// Why publication is skipped, where there is nobody to publish.
+    pub skipped: Option<String>,
+    /// How it serves.
+    pub state: CacheState,
+    /// What the probe found.
+    pub probe: Probe,
+    /// The token for it.
+    pub token: Option<Secret>,
+    /// The key that Nix should trust.
+    pub public_key: Option<PublicKey>,
+    /// Our own server, while it runs.
+    pub serving: Option<Serving>,
+}
+
+impl Cache {
+    /// Whether Nix can read from it.
+    pub fn is_attached(&self) -> bool {
+        self.state == CacheState::Attached
+    }
+
+    /// Its address as Nix has it, without credentials.
+    pub fn address(&self) -> Option<String> {
+        let store = || self.store.as_ref().map(StoreUrl::to_string);
+        self.endpoint.as_ref().map(Endpoint::substituter).or_else(store)
+    }
+
+    /// Why it takes nothing, if it was to be used and was left out.
+    pub fn refusal(&self) -> Option<String> {
+        match &self.state {
+            CacheState::LeftOut { layer, text } => Some(format!("the cache was left out (layer `{layer}`): {text}")),
+            CacheState::Attached | CacheState::Off | CacheState::NotNamed => None,
+        }
+    }
+
+    fn none(state: CacheState) -> Self {
+        let (probe, public_key) = (Probe::default(), None);
+        Self { endpoint: None, store: None, skipped: None, state, probe, token: None, public_key, serving: None }
+    }
+
+    /// Ends our own server, if there is one.
+    pub async fn stop(self) {
+        if let Some(serving) = self.serving {
+            serving.stop().await;
+        }
+    }
+}
+
+/// Finds the cache and tries it. Never fails and never hangs: what is of no use is left out.
+pub async fn attach(
+    source: &Source,
+    key: Option<&PublicKey>,
+    token: Option<&Secret>,
+    clients: &Clients,
+    sink: &Sink,
+) -> Cache {
+    let cache = match source {
+        Source::Off => Cache::none(CacheState::Off),
+        Source::NotNamed => Cache::none(CacheState::NotNamed),
+        // It is looked at when there is a Nix to look with.
+        Source::Store(url) => Cache {
+            store: Some(url.clone()),
+            token: token.filter(|_| url.http_host().is_some()).cloned(),
+            public_key: key.cloned(),
+            ..Cache::none(CacheState::Attached)
+        },
+        Source::Server(endpoint) => try_out(endpoint.clone(), key.cloned(), token.cloned(), clients).await,
+        Source::Embedded { folder, cache } => match embed(folder, cache).await {
+            Ok(embedded) => {
+                let cache = try_out(embedded.endpoint, Some(embedded.key), embedded.token, clients).await;
+                Cache { serving: Some(embedded.serving), ..cache }
+            }
+            Err(text) => Cache::none(CacheState::LeftOut { layer: "cache", text }),
+        },
+    };
+    tell(&cache, sink);
+    cache
+}
+
+async fn try_out(endpoint: Endpoint, key: Option<PublicKey>, token: Option<Secret>, clients: &Clients) -> Cache {
+    let names = Names::default();
+    let probe = probe::probe(&endpoint, token.as_ref(), &clients.asking, &names, probe::DEADLINE).await;
+    let state = match &probe.failed {
+        None => CacheState::Attached,
+        Some((layer, text)) => CacheState::LeftOut { layer: layer.word(), text: text.clone() },
+    };
+    Cache { endpoint: Some(endpoint), probe, token, public_key: key, ..Cache::none(state) }
+}
+
+fn tell(cache: &Cache, sink: &Sink) {
+    if let CacheState::LeftOut { layer, text } = &cache.state {
+        sink.degraded("cache", format!("left out, the layer `{layer}` failed: {text}"));
+        return;
+    }
+    if !cache.is_attached() {
+        return;
+    }
+    let announced = cache.probe.config.as_ref().and_then(|config| config.public_key.as_ref());
+    match (&cache.public_key, announced) {
+        (None, announced) => {
+            let line = announced.map(|key| format!(" (`attic-public-key: {key}` is what the cache announces)"));
+            let line = line.unwrap_or_default();
+            sink.degraded(
+                "cache",
+                format!("no `attic-public-key` is set, so Nix refuses every hit and builds instead: set it{line}"),
+            );
+        }
+        (Some(ours), Some(theirs)) if ours != theirs => {
+            sink.degraded(
+                "cache",
+                format!("signs with `{theirs}`, but `attic-public-key` is `{ours}`: Nix refuses its hits"),
+            );
+        }
+        _ => (),
+    }
+    let strangers = match (&cache.probe.config, &cache.endpoint) {
+        (Some(config), Some(endpoint)) => config.strangers(endpoint),
+        _ => Vec::new(),
+    };
+    for stranger in strangers {
+        sink.note(format!("the cache names {stranger}; Flywheel stays on the address that you gave"));
+    }
+}
+
+/// Our own server with what is needed to use it.
+struct Embedded {
+    serving: Serving,
+    endpoint: Endpoint,
+    key: PublicKey,
+    token: Option<Secret>,
+}
+
+async fn embed(folder: &Path, cache: &CacheName) -> Result<Embedded, String> {
+    let (folder, options) = (folder.to_owned(), Options { caches: vec![cache.clone()], ..Options::default() });
+    // Opening a folder syncs it to the disk, which may take its time.
+    let opened = tokio::task::spawn_blocking(move || Server::open(&folder, options)).await;
+    let server = opened.map_err(|error| error.to_string())?.map_err(|error| format!("the embedded cache: {error}"))?;
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(|error| format!("the embedded cache: {error}"))?;
+    let serving = server.serve(listener).map_err(|error| format!("the embedded cache: {error}"))?;
+    let token = serving.write_token().cloned();
+    let key = serving.public_key(cache.as_str()).cloned().ok_or("the embedded cache has no key")?;
+    let url = Url::parse(&serving.url()).map_err(|error| error.to_string())?;
+    Ok(Embedded { serving, endpoint: Endpoint::new(url, cache.clone()), key, token })
+}

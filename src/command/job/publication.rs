@@ -1,0 +1,64 @@
+//! From what the publisher and the verification found to what is told of it. Pure.
+
+use crate::cache::publish::{Options, Outcome};
+use crate::cache::verify::{self, Verdict, Verification};
+use crate::nix::path_info::{PathInfo, Unreadable};
+use crate::nix::scan::Finding;
+use crate::nix::store_path::StorePath;
+use crate::report::publication::{Key, Missed, Publication};
+
+/// What was published, and what of it the cache serves. `unreadable` are valid paths that could not
+/// even be offered: those are lost too. `warned` is what went although the policy says something of it.
+pub fn of(
+    outcome: &Outcome,
+    verification: &Verification,
+    unreadable: &[Unreadable],
+    warned: &[(StorePath, Finding)],
+) -> Publication {
+    let counts = outcome.counts();
+    let unsent = outcome.lost().map(|(info, reason)| missed(info, reason));
+    let unread = unreadable.iter().map(|path| Missed { path: path.path.clone(), reason: path.problem.clone() });
+    let mut publication = Publication {
+        published: counts.published,
+        already_there: counts.already_there,
+        skipped: counts.skipped,
+        verified: verification.good(),
+        bytes: outcome.bytes,
+        lost: unsent.chain(unread).collect(),
+        unverified: Vec::new(),
+        withheld: outcome.withheld().map(|(info, why)| missed(info, &why.to_string())).collect(),
+        warned: warned
+            .iter()
+            .map(|(path, finding)| Missed { path: path.to_string(), reason: finding.to_string() })
+            .collect(),
+        key: match verification.key {
+            verify::Key::Given(_) => Key::Given,
+            verify::Key::Announced(_) => Key::Announced,
+            verify::Key::Unknown => Key::Unknown,
+        },
+        stopped: outcome.stopped.clone(),
+    };
+    for (info, verdict) in &verification.paths {
+        match verdict {
+            Verdict::Good { .. } => (),
+            Verdict::Bad(reason) => publication.lost.push(missed(info, reason)),
+            Verdict::Unverified(reason) => publication.unverified.push(missed(info, reason)),
+        }
+    }
+    publication
+}
+
+/// The publication of a job that was to publish to a cache that takes nothing: all is lost, by name.
+pub fn of_nothing(wanted: &[PathInfo], reason: &str) -> Publication {
+    let upstream = Options::default().upstream_keys;
+    let signed = |info: &PathInfo| {
+        let keys = info.signatures.iter().filter_map(|signature| signature.split(':').next());
+        keys.into_iter().any(|key| upstream.iter().any(|known| known == key))
+    };
+    let lost = wanted.iter().filter(|info| !signed(info)).map(|info| missed(info, reason));
+    Publication { lost: lost.collect(), ..Publication::default() }
+}
+
+fn missed(info: &PathInfo, reason: &str) -> Missed {
+    Missed { path: info.path.to_string(), reason: reason.to_owned() }
+}

@@ -1,0 +1,88 @@
+//! Nix's settings for a job: the netrc, the access token, `NIX_CONFIG`; composed, written to
+//! the private folder, and read back from Nix.
+
+use std::path::{Path, PathBuf};
+
+use crate::nix::bootstrap::Ready;
+use crate::nix::netrc;
+use crate::nix::read_back::read_back;
+use crate::nix::settings::{Cache as CacheSettings, Settings, Wanted, compose, malformed};
+use crate::progress::Sink;
+use crate::runner::env::Env;
+use crate::secret::Secret;
+
+use super::attach::Cache;
+
+/// What settings are made of.
+pub struct Ingredients<'a> {
+    /// The job's environment.
+    pub env: &'a Env,
+    /// Nix.
+    pub ready: &'a Ready,
+    /// The cache.
+    pub cache: &'a Cache,
+    /// The fetchers' credential.
+    pub github_token: Option<&'a Secret>,
+    /// Whether the job publishes; one that only reads a public cache needs no netrc.
+    pub publishes: bool,
+    /// The user's own lines.
+    pub extra: &'a str,
+    /// Where secret files go.
+    pub private: &'a Path,
+}
+
+/// The `NIX_CONFIG` for the command. What could not be written or is not obeyed is said, and left out.
+pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> String {
+    let base = from.env.get("NIX_CONFIG").unwrap_or_default();
+    for number in malformed(base) {
+        sink.degraded(
+            "nix settings",
+            format!("line {number} of the runner's `NIX_CONFIG` is malformed, and Nix refuses all of it"),
+        );
+    }
+    let before = Settings::read(&from.ready.nix).await.unwrap_or_else(|error| {
+        sink.degraded("nix settings", format!("the settings in force cannot be read: {error}"));
+        Settings::default()
+    });
+    let cache = from.cache.is_attached().then(|| cache_settings(from, &before, sink)).flatten();
+    let access_tokens = access_tokens(from, sink);
+    let wanted = Wanted { cache, access_tokens, repairs: from.ready.settings(), extra: from.extra.to_owned(), before };
+    let config = compose(base, &wanted);
+    match read_back(&from.ready.nix, &config, &wanted).await {
+        Ok(ignored) => ignored.iter().for_each(|one| sink.degraded("nix settings", one.to_string())),
+        Err(error) => sink.degraded("nix settings", format!("what Nix uses cannot be read back: {error}")),
+    }
+    config
+}
+
+fn cache_settings(from: &Ingredients<'_>, before: &Settings, sink: &Sink) -> Option<CacheSettings> {
+    // A job that only reads a public cache has no use for the token, so its command gets none to read.
+    let token = from.cache.token.as_ref().filter(|_| from.publishes || !from.cache.probe.public);
+    let (substituter, host) = match (&from.cache.endpoint, &from.cache.store) {
+        (Some(endpoint), _) => (endpoint.substituter(), endpoint.server.host_str()),
+        (None, Some(url)) => (url.as_str().to_owned(), url.http_host()),
+        (None, None) => return None,
+    };
+    let netrc = token.zip(host).and_then(|(token, host)| {
+        let existing = before.netrc_file().filter(|file| file.is_file());
+        let file = match netrc::write(from.private, host, token, existing.as_deref()) {
+            Err(error @ netrc::WriteError::Existing { .. }) => {
+                sink.degraded("nix settings", format!("credentials for other hosts are missing in this job: {error}"));
+                netrc::write(from.private, host, token, None)
+            }
+            file => file,
+        };
+        written("netrc", file, sink)
+    });
+    Some(CacheSettings { substituter, public_key: from.cache.public_key.clone(), netrc })
+}
+
+fn access_tokens(from: &Ingredients<'_>, sink: &Sink) -> Option<PathBuf> {
+    let host = from.env.get("GITHUB_SERVER_URL").and_then(|url| url.strip_prefix("https://")).unwrap_or("github.com");
+    let token = from.github_token?;
+    written("access token", netrc::write_access_token(from.private, host.trim_end_matches('/'), token), sink)
+}
+
+fn written(what: &str, file: Result<PathBuf, netrc::WriteError>, sink: &Sink) -> Option<PathBuf> {
+    file.map_err(|error| sink.degraded("nix settings", format!("the {what} is left out: {error}"))).ok()
+}

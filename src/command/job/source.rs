@@ -1,0 +1,88 @@
+//! Which cache a job uses: input, then hint, then on a laptop a cache of its own.
+
+use std::path::PathBuf;
+
+use crate::cache::copy::StoreUrl;
+use crate::cache::endpoint::Endpoint;
+use crate::command::inputs::{NamedCache, Text};
+use crate::nix::cache_name::CacheName;
+use crate::runner::context::in_ci;
+use crate::runner::env::Env;
+
+/// The cache to use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// `attic-enabled: false`.
+    Off,
+    /// Nobody names one.
+    NotNamed,
+    /// A server.
+    Server(Endpoint),
+    /// Another kind of store.
+    Store(StoreUrl),
+    /// Our own, in this folder.
+    Embedded {
+        /// The folder.
+        folder: PathBuf,
+        /// The cache's name.
+        cache: CacheName,
+    },
+}
+
+impl Source {
+    /// Finds it: an input goes before the embedded cache, that before a hint, and a laptop has one anyway.
+    pub fn find(named: &NamedCache, embedded: &Text, env: &Env) -> Self {
+        let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
+        let embed = |folder: PathBuf| Self::Embedded { folder, cache: named.name.clone() };
+        match (&named.given, embedded.get(), &named.hinted) {
+            _ if !named.enabled => Self::Off,
+            (Some(url), ..) => server(url),
+            (None, Some(folder), _) => embed(folder.into()),
+            (None, None, Some(url)) => server(url),
+            (None, None, None) if in_ci(env) => Self::NotNamed,
+            (None, None, None) => laptop_folder(env).map_or(Self::NotNamed, embed),
+        }
+    }
+
+    /// What a journal calls this cache: the same cache has the same name in every job.
+    pub fn identity(&self) -> Option<String> {
+        match self {
+            Self::Off | Self::NotNamed => None,
+            Self::Server(endpoint) => Some(endpoint.substituter()),
+            Self::Store(url) => Some(url.as_str().to_owned()),
+            Self::Embedded { folder, cache } => Some(format!("embedded:{}#{cache}", folder.display())),
+        }
+    }
+}
+
+/// Where data of a user lies (`XDG_DATA_HOME`, freedesktop.org's base directory specification).
+fn laptop_folder(env: &Env) -> Option<PathBuf> {
+    let data = env.path("XDG_DATA_HOME").or_else(|| env.path("HOME").map(|home| home.join(".local/share")));
+    data.map(|data| data.join("flywheel/cache"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::inputs::CacheInputs;
+
+    fn find(input: &str, embedded: &str, env: &[(&str, &str)]) -> Source {
+        let text = |text: &str| text.parse::<Text>().expect("infallible");
+        let env = Env::from_pairs(env.iter().copied());
+        let inputs = CacheInputs { attic_server: text(input), ..CacheInputs::default() };
+        Source::find(&inputs.named(&env).expect("well-formed"), &text(embedded), &env)
+    }
+
+    #[test]
+    fn an_input_goes_before_the_embedded_cache_and_that_before_a_hint() {
+        let hint = ("ATTIC_SERVER", "https://hint.example/attic");
+        let home = ("HOME", "/h");
+        let identity = |source: Source| source.identity();
+        assert_eq!(identity(find("http://h:1", "/c", &[hint])).as_deref(), Some("http://h:1/main"));
+        assert_eq!(identity(find("", "/c", &[hint])).as_deref(), Some("embedded:/c#main"));
+        assert_eq!(identity(find("", "", &[hint, home])).as_deref(), Some("https://hint.example/attic/main"));
+        assert_eq!(find("", "", &[home, ("GITHUB_ACTIONS", "true")]), Source::NotNamed);
+        let laptop = identity(find("", "", &[home]));
+        assert_eq!(laptop.as_deref(), Some("embedded:/h/.local/share/flywheel/cache#main"));
+    }
+}

@@ -1,0 +1,260 @@
+//! The publication of a job: streamed while the job runs, completed and drained at its end, then
+//! verified against what the cache serves; and the journal of it, with what dead jobs left.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::cache::destination::Target;
+use crate::cache::inspect::Inspector;
+use crate::cache::journal::{Folder, Journal, Left};
+use crate::cache::publish::{Final, Options, Outcome, Publisher};
+use crate::cache::verify::{self, Key, Verdict, Verification};
+use crate::nix::clients::{Clients, Whose};
+use crate::nix::path_info::PathInfo;
+use crate::nix::store::{Mark, Store};
+use crate::nix::store_path::StorePath;
+use crate::nix::watch::Watcher;
+use crate::progress::Sink;
+use crate::report::publication::Publication;
+use crate::text::count;
+use crate::trust::PublishPermit;
+
+use super::attach::Cache;
+use super::harvest::Harvest;
+use super::inputs::Plan;
+use super::policy::accuse;
+use super::publication;
+
+/// Batches of the watcher that may wait to be handed on.
+const BATCHES: usize = 256;
+/// The share of the time to drain that verifying gets for itself, at least.
+const VERIFY_SHARE: f64 = 0.2;
+
+/// A publication under way.
+#[derive(Debug)]
+pub struct Stream {
+    to: Target,
+    publisher: Arc<Publisher>,
+    watcher: Option<Watcher>,
+    feeding: JoinHandle<()>,
+    journal: Journal,
+    inspector: Arc<Inspector>,
+    clients: Arc<Clients>,
+}
+
+/// How long it may take: until when, and what ends it before.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    /// Until when.
+    pub deadline: Instant,
+    /// What ends it before.
+    pub cancel: CancellationToken,
+}
+
+/// Where the paths come from.
+#[derive(Debug)]
+pub struct From<'a> {
+    /// The store.
+    pub store: &'a Arc<Store>,
+    /// The moment from which on paths are the job's.
+    pub mark: &'a Mark,
+    /// Whose they are.
+    pub clients: &'a Arc<Clients>,
+    /// Who looks at each before it goes.
+    pub inspector: &'a Arc<Inspector>,
+    /// Whether they go as they come, and not only at the end.
+    pub at_once: bool,
+    /// How many go at once at most, if that is asked for.
+    pub workers: Option<usize>,
+}
+
+/// The job's journal, and what dead jobs left for the same cache.
+#[derive(Debug, Default)]
+pub struct JournalBook {
+    /// The job's own.
+    pub journal: Journal,
+    left: Left,
+}
+
+impl JournalBook {
+    /// Opens it for a job that may publish; a journal that cannot be kept is said, and done without.
+    pub fn open(plan: &Plan, mark: &Mark, sink: &Sink) -> Option<Self> {
+        let (folder, cache) = (plan.journal.as_deref()?, plan.source.identity()?);
+        let opened = Folder::open(folder).and_then(|folder| {
+            let left = folder.left(&cache)?;
+            Ok(Self { journal: folder.begin(&cache, mark.id())?, left })
+        });
+        let tell = |error: &dyn std::error::Error| {
+            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            let text = format!("{error}{cause}; what a killed job leaves is not taken up by the next (`journal`)");
+            sink.degraded("journal", text);
+        };
+        opened.inspect_err(|error| tell(error)).ok()
+    }
+}
+
+impl Stream {
+    /// Starts to publish what dead jobs left and what becomes valid from now on.
+    pub fn start(
+        permit: &PublishPermit,
+        to: Target,
+        cache: &Cache,
+        from: &From<'_>,
+        book: JournalBook,
+        sink: &Sink,
+    ) -> Self {
+        let journal = book.journal.clone();
+        let usual = Options::default();
+        let most_uploads = from.workers.unwrap_or(usual.most_uploads);
+        let options = Options {
+            uploads: usual.uploads.min(most_uploads),
+            most_uploads,
+            config: cache.probe.config.clone(),
+            journal: journal.clone(),
+            inspector: Some(Arc::clone(from.inspector)),
+            ..usual
+        };
+        let publisher = Arc::new(Publisher::start(permit, Target::clone(&to), options, sink.clone()));
+        let (send, receive) = mpsc::channel(BATCHES);
+        // The watcher has a thread of its own, which may wait.
+        let watcher = from.store.watch(from.mark, move |infos| {
+            // The feeder is gone only when the publication is being taken down.
+            let _ = send.blocking_send(infos);
+        });
+        let feeder = Feeder {
+            publisher: Arc::clone(&publisher),
+            store: Arc::clone(from.store),
+            clients: Arc::clone(from.clients),
+            inspector: Arc::clone(from.inspector),
+            at_once: from.at_once,
+            journal: journal.clone(),
+            sink: sink.clone(),
+        };
+        let feeding = tokio::spawn(feeder.feed(book.left, receive));
+        let (inspector, clients) = (Arc::clone(from.inspector), Arc::clone(from.clients));
+        Self { to, publisher, watcher, feeding, journal, inspector, clients }
+    }
+
+    /// Stops watching, offers the whole harvest, publishes what is left and verifies, within `bound`.
+    pub async fn finish(self, cache: &Cache, harvest: &Harvest, bound: &Bound, sink: &Sink) -> Publication {
+        let Self { to, publisher, watcher, feeding, journal, inspector, clients } = self;
+        // Its threads are joined, which takes a tenth of a second at most.
+        let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
+        // It ends when the watcher is gone; it panics only by our fault, and the harvest has everything.
+        let _ = feeding.await;
+        journal.seen(harvest.wanted.iter().map(|info| &info.path));
+        suspect(&clients, &inspector);
+        publisher.offer(harvest.wanted.clone()).await;
+        let publisher = Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
+        let outcome = publisher.drain(before_verifying(bound), bound.cancel.clone()).await;
+        if let Some(reason) = &outcome.stopped {
+            sink.degraded("publication", reason.clone());
+        }
+        let options = verify::Options { key: cache.public_key.clone(), ..verify::Options::default() };
+        let served = outcome.served().cloned().collect();
+        let verification = verify::verify(&*to, served, &options, bound.deadline, &bound.cancel).await;
+        if verification.key == Key::Unknown && verification.good() > 0 {
+            let text = "no signature was checked: neither `attic-public-key` nor the cache names a key";
+            sink.degraded("publication", text);
+        }
+        settle(journal, &outcome, &verification);
+        publication::of(&outcome, &verification, &harvest.unreadable, &inspector.warned())
+    }
+}
+
+/// Has the inspector know what the job's processes are seen to do. To be asked before a path is offered: the
+/// process that adds it is there then.
+fn suspect(clients: &Clients, inspector: &Inspector) {
+    if let Some(found) = clients.impurity() {
+        accuse(inspector, &found, "a Nix process of the job");
+    }
+}
+
+/// Writes down what needs no more care; the rest is the next job's.
+fn settle(journal: Journal, outcome: &Outcome, verification: &Verification) {
+    let skipped = outcome.paths.iter().filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
+    journal.settled(skipped.map(|path| &path.info.path));
+    let good = verification.paths.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
+    journal.settled(good.map(|(info, _)| &info.path));
+    journal.close();
+}
+
+/// Hands paths on to the publisher.
+struct Feeder {
+    publisher: Arc<Publisher>,
+    store: Arc<Store>,
+    clients: Arc<Clients>,
+    inspector: Arc<Inspector>,
+    at_once: bool,
+    journal: Journal,
+    sink: Sink,
+}
+
+impl Feeder {
+    /// What dead jobs left first, then what the watcher tells, with the closures that the publisher asks
+    /// for; other jobs' paths and derivations stay behind.
+    async fn feed(self, left: Left, mut batches: mpsc::Receiver<Vec<PathInfo>>) {
+        if self.at_once {
+            self.take_up(left).await;
+        }
+        while let Some(infos) = batches.recv().await {
+            let built = infos.into_iter().filter(|info| !info.path.is_derivation());
+            let paths: Vec<StorePath> = built.map(|info| info.path).collect();
+            let whose = self.clients.whose(&paths);
+            let ours = paths.into_iter().zip(whose).filter(|(_, whose)| *whose == Whose::Ours);
+            let ours: Vec<StorePath> = ours.map(|(path, _)| path).collect();
+            self.journal.seen(&ours);
+            if self.at_once {
+                suspect(&self.clients, &self.inspector);
+                self.offer(&ours).await;
+            }
+        }
+    }
+
+    async fn offer(&self, paths: &[StorePath]) {
+        // A closure that cannot be had now is part of the harvest at the end.
+        if let Ok(found) = self.store.closure(paths).await
+            && !found.infos.is_empty()
+        {
+            self.publisher.offer(found.infos).await;
+        }
+    }
+
+    /// Offers what dead jobs left and is still valid. Their journals go once ours has it all.
+    async fn take_up(&self, left: Left) {
+        if left.is_empty() {
+            return;
+        }
+        let mut since: BTreeMap<StorePath, Option<u64>> =
+            left.seen.iter().map(|(path, since)| (path.clone(), Some(*since))).collect();
+        for (mark, expected) in &left.expected {
+            // What was expected counts if it was really added, by whomever that job's process shared the work with.
+            let Ok(added) = self.store.added_since(&Mark::after_id(*mark)).await else { return };
+            let meant = added.infos.into_iter().filter(|info| expected.binary_search(&info.path).is_ok());
+            for info in meant {
+                since.entry(info.path).or_default();
+            }
+        }
+        let all: Vec<StorePath> = since.keys().cloned().collect();
+        let Ok(valid) = self.store.infos(&all).await else { return };
+        let valid: Vec<StorePath> = valid.infos.into_iter().map(|info| info.path).collect();
+        let carried: Vec<_> = valid.iter().map(|path| (path, since.get(path).copied().flatten())).collect();
+        self.journal.carried(&carried);
+        left.taken_up();
+        if !valid.is_empty() {
+            self.sink.note(format!("flywheel: {} of earlier jobs taken up", count(valid.len() as u64, "path")));
+            self.offer(&valid).await;
+        }
+    }
+}
+
+fn before_verifying(bound: &Bound) -> Instant {
+    let left = bound.deadline.saturating_duration_since(Instant::now());
+    bound.deadline - left.mul_f64(VERIFY_SHARE).min(Duration::from_secs(30))
+}

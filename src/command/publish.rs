@@ -1,0 +1,246 @@
+//! `flywheel publish`: store paths and their closures, by hand.
+
+mod paths;
+mod speech;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use self::speech::Format;
+use crate::cache::attic::Attic;
+use crate::cache::endpoint::Endpoint;
+use crate::cache::probe::{self, probe};
+use crate::cache::publish::{self, Outcome, Publisher};
+use crate::cache::verify::{self, Verification, verify};
+use crate::command::inputs::{CacheInputs, GateInputs, Text, choice};
+use crate::command::job::policy::PolicyInputs;
+use crate::command::job::publication;
+use crate::command::{Failure, units};
+use crate::exit::{Exit, Explain, UsageError};
+use crate::http::{Clients, Names, Roots};
+use crate::nix::bootstrap;
+use crate::nix::key::PublicKey;
+use crate::nix::path_info::Found;
+use crate::nix::store::Store;
+use crate::nix::store_path::StorePath;
+use crate::progress::Sink;
+use crate::runner::context;
+use crate::runner::env::Env;
+use crate::runner::workflow::{Level, Workflow};
+use crate::secret::Secret;
+use crate::trust::{Decision, decide};
+
+/// Nix is there when store paths are; repairing its daemon takes a moment at most.
+const NIX_LIMIT: Duration = Duration::from_secs(60);
+/// Looking up what was published takes no longer than this.
+const VERIFY_LIMIT: Duration = Duration::from_secs(60);
+
+/// Publish store paths and everything they refer to, and prove that the cache serves them.
+///
+/// What the cache has already, or an upstream cache has signed, is not sent again. Each path is
+/// looked up afterwards: hash, signature, and the body itself of a few. The token is read from
+/// `ATTIC_TOKEN`. Outside of CI, calling this is asking for it; in a job the trust gate judges as
+/// it does for `nix-job` (see `flywheel explain`), and a refusal is a notice.
+///
+/// What the policy withholds is named and stays (`docs/policy.md`). Ends with 1 if a path is lost, or, with
+/// `--on-finding fail`, withheld.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  ATTIC_TOKEN=… flywheel publish --attic-server https://cache.example.org ./result")]
+pub struct Inputs {
+    /// Store paths, or links to them such as `./result`.
+    #[arg(value_name = "PATH", required = true)]
+    paths: Vec<std::path::PathBuf>,
+
+    /// How to say what became of them: `text`, the default, or `json` on stdout.
+    #[arg(long, env = "FLYWHEEL_FORMAT", value_name = "FORMAT", default_value = "", hide_default_value = true)]
+    format: Text,
+
+    /// How long publishing may take. Example: `--drain-timeout 10m`.
+    #[arg(long, env = "FLYWHEEL_DRAIN_TIMEOUT", value_name = "TIME", default_value = "5m")]
+    drain_timeout: String,
+
+    #[command(flatten)]
+    policy: PolicyInputs,
+
+    #[command(flatten)]
+    cache: CacheInputs,
+
+    #[command(flatten)]
+    gate: GateInputs,
+}
+
+/// Why nothing was published.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The gate says no.
+    #[error("nothing is published: {reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+        /// What would have to change.
+        remedy: Option<String>,
+    },
+    /// The cache is of no use.
+    #[error("the cache fails at layer `{layer}`: {text}")]
+    Cache {
+        /// The layer's name.
+        layer: &'static str,
+        /// How, and what to do.
+        text: String,
+    },
+    /// The system lets us listen to no signals.
+    #[error("signals cannot be listened to")]
+    Signals(#[source] std::io::Error),
+    /// A path is not valid in the store.
+    #[error("`{0}` is not valid in the store")]
+    Invalid(StorePath),
+}
+
+impl Explain for Error {
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Refused { remedy, .. } => remedy.clone(),
+            Self::Cache { .. } | Self::Signals(_) => None,
+            Self::Invalid(_) => {
+                Some("Build it first; a folder in the store without registration is not a path.".into())
+            }
+        }
+    }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// Bad input; a verdict, a cache or a path that forbids publishing.
+pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+    let workflow = Workflow::new(env.in_github_actions());
+    let format = choice("format", &inputs.format, &Format::WORDS)?.unwrap_or_default();
+    let limit = units::duration("drain-timeout", &inputs.drain_timeout)?;
+    let must_publish = inputs.gate.must_publish()?;
+    let cache = cache(&inputs.cache, env, &workflow)?;
+    let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
+    if let Some(token) = &token {
+        workflow.mask(token);
+    }
+    let policy = inputs.policy.read()?;
+    let decision = judge(&inputs.gate, env)?;
+    let Some(permit) = decision.permit() else { return refused(&decision, &workflow, must_publish) };
+    let wanted = paths::resolve(&inputs.paths)?;
+    let sink = speech::sink(&workflow);
+    let (endpoint, key) = cache;
+    let clients = Clients::new(&Roots { files: env.path("NIX_SSL_CERT_FILE").into_iter().collect() })?;
+    let names = Names::default();
+    let probing = probe(&endpoint, token.as_ref(), &clients.asking, &names, probe::DEADLINE);
+    let (found, probe) = tokio::join!(Box::pin(closure(env, &sink, &wanted)), Box::pin(probing));
+    let (store, found) = found?;
+    if let Some((layer, text)) = probe.failed.filter(|_| !probe.answers) {
+        return Err(Error::Cache { layer: layer.word(), text }.into());
+    }
+    let secrets = [("ATTIC_TOKEN", token.as_ref())];
+    let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
+    let attic = Attic::new(endpoint, token, clients);
+    let options = publish::Options {
+        config: probe.config,
+        inspector: Some(Arc::clone(&inspector)),
+        ..publish::Options::default()
+    };
+    let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
+    let (outcome, verification) = Box::pin(deliver(publisher, &attic, key, &found, limit)).await?;
+    let publication = publication::of(&outcome, &verification, &found.unreadable, &inspector.warned());
+    let offered = (outcome.paths.len() + found.unreadable.len()) as u64;
+    let lost = speech::close(&workflow, format, &publication, offered, outcome.elapsed);
+    let withheld = policy.fails && !publication.withheld.is_empty();
+    Ok(if lost || withheld { Exit::Failed } else { Exit::Ok })
+}
+
+/// The cache that inputs or hints name, and the key by which it is trusted.
+fn cache(inputs: &CacheInputs, env: &Env, workflow: &Workflow) -> Result<(Endpoint, Option<PublicKey>), UsageError> {
+    let named = inputs.named(env)?;
+    for hint in &named.bad_hints {
+        workflow.annotate(Level::Warning, "hint", hint);
+    }
+    let server = named.given.or(named.hinted).filter(|_| named.enabled).ok_or_else(|| {
+        UsageError::new("attic-server", "is not given, and neither is the hint `ATTIC_SERVER`")
+            .with_hint("Give the server's address, such as `--attic-server https://cache.example.org/`.")
+    })?;
+    Ok((Endpoint::new(server, named.name), named.key))
+}
+
+/// Calling this verb is asking; whether it may is the gate's to say.
+fn judge(gate: &GateInputs, env: &Env) -> Result<Decision, UsageError> {
+    let mut request = gate.request()?;
+    request.by_hand = true;
+    Ok(decide(&context::facts(env), &request, context::token_present(env)))
+}
+
+fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Result<Exit, Failure> {
+    let (reason, remedy) = (decision.reason(), decision.remedy());
+    if must_publish || !workflow.in_job() {
+        return Err(Error::Refused { reason, remedy }.into());
+    }
+    workflow.annotate(Level::Notice, "publication", &format!("nothing is published: {reason}"));
+    Ok(Exit::Ok)
+}
+
+/// The store, and the facts of everything that is to be published.
+async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store, Found), Failure> {
+    let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
+    let found = async {
+        let store = match &ready.opened {
+            Some(opened) => Store::opened(&ready.nix, opened).await?,
+            None => Store::open(&ready.nix).await?,
+        };
+        let found = store.closure(wanted).await?;
+        Ok::<_, crate::nix::store::Error>((store, found))
+    };
+    let found = found.await;
+    ready.stop().await;
+    let (store, found) = found?;
+    let known = |path: &StorePath| {
+        found.infos.iter().any(|info| info.path == *path)
+            || found.unreadable.iter().any(|other| other.path == path.to_string())
+    };
+    match wanted.iter().find(|path| !known(path)) {
+        Some(path) => Err(Error::Invalid(path.clone()).into()),
+        None => Ok((store, found)),
+    }
+}
+
+async fn deliver(
+    publisher: Publisher,
+    attic: &Attic,
+    key: Option<PublicKey>,
+    found: &Found,
+    limit: Duration,
+) -> Result<(Outcome, Verification), Failure> {
+    let (cancel, _listening) = until_signalled()?;
+    publisher.offer(found.infos.clone()).await;
+    let outcome = publisher.drain(Instant::now() + limit, cancel.clone()).await;
+    let served = outcome.served().cloned().collect();
+    let options = verify::Options { key, ..verify::Options::default() };
+    let verification = verify(attic, served, &options, Instant::now() + VERIFY_LIMIT, &cancel).await;
+    Ok((outcome, verification))
+}
+
+/// A token that SIGINT or SIGTERM cancels, for as long as the other half is kept.
+fn until_signalled() -> Result<(CancellationToken, AbortOnDropHandle<()>), Error> {
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
+    let cancel = CancellationToken::new();
+    let cancelled = cancel.clone();
+    let listening = tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => (),
+            _ = terminate.recv() => (),
+        }
+        cancelled.cancel();
+    });
+    Ok((cancel, AbortOnDropHandle::new(listening)))
+}

@@ -1,0 +1,272 @@
+//! `flywheel setup`: puts the program on `PATH` and the runtime contract into the job's environment,
+//! each variable only if it is valid and what it names can be reached. Never exports a token.
+
+use std::error::Error as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use thiserror::Error;
+use url::Url;
+
+use crate::command::Failure;
+use crate::command::inputs::{Hints, Text, address, cache_name, given, public_key, push_cache};
+use crate::exit::{Exit, Explain, UsageError};
+use crate::http::{Names, reach, redact};
+use crate::nix::cache_name::CacheName;
+use crate::nix::key::PublicKey;
+use crate::runner::context;
+use crate::runner::env::{Env, program_folder};
+use crate::runner::files::Files;
+use crate::runner::workflow::{Level, Workflow, data};
+use crate::trust::{Decision, Request, TrustedRefs, decide};
+
+/// A cache that is no farther than a job's runner answers long before this.
+const REACH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Put `flywheel` on `PATH` and the caches of this job into its environment.
+///
+/// Exports `ATTIC_SERVER`, `ATTIC_CACHE`, `ATTIC_PUBLIC_KEY`, `BAZEL_REMOTE_CACHE` and
+/// `GF_BAZEL_SUBSTRATE_MODE` to the job's later steps, each only if it is valid and what it names
+/// answers within two seconds. An input goes before the runner's hint of the same name. A hint that
+/// is malformed is a warning and is not used; a malformed input is an error. No token is exported.
+///
+/// Outside of a job it prints the exports for a shell:
+///
+///     eval "$(flywheel setup --attic-server https://attic.example.org/)"
+#[derive(Args, Debug)]
+pub struct Inputs {
+    /// The cache server's address, such as `https://attic.example.org/` (default: the runner's hint
+    /// `ATTIC_SERVER`; there is no baked-in server).
+    #[arg(long, env = "FLYWHEEL_ATTIC_SERVER", value_name = "URL", default_value = "", hide_default_value = true)]
+    attic_server: Text,
+
+    /// The cache's name on the server (default: the hint `ATTIC_CACHE`, then `main`).
+    #[arg(long, env = "FLYWHEEL_ATTIC_CACHE", value_name = "NAME", default_value = "", hide_default_value = true)]
+    attic_cache: Text,
+
+    /// The cache's public key, such as `main:6NCHdD59X431…=` (default: the hint
+    /// `ATTIC_PUBLIC_KEY`).
+    #[arg(long, env = "FLYWHEEL_ATTIC_PUBLIC_KEY", value_name = "KEY", default_value = "", hide_default_value = true)]
+    attic_public_key: Text,
+
+    /// The Bazel remote cache, such as `grpc://bazel-cache.example.org:9092` (default: the
+    /// hint `BAZEL_REMOTE_CACHE`).
+    #[arg(
+        long,
+        env = "FLYWHEEL_BAZEL_REMOTE_CACHE",
+        value_name = "URL",
+        default_value = "",
+        hide_default_value = true
+    )]
+    bazel_remote_cache: Text,
+
+    /// For the outputs `trust`, `publishes`, `reason`: whether to publish, `true`, `auto` or `false`,
+    /// the default.
+    #[arg(long, env = "FLYWHEEL_PUSH_CACHE", value_name = "WHEN", default_value = "", hide_default_value = true)]
+    push_cache: Text,
+
+    /// For the same outputs: refs that may publish besides the default branch (default:
+    /// `refs/tags/v*`).
+    #[arg(long, env = "FLYWHEEL_TRUSTED_REFS", value_name = "REFS", default_value = "", hide_default_value = true)]
+    trusted_refs: Text,
+}
+
+/// Why the job's environment was not set up.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// One of the runner's files takes nothing.
+    #[error("the runner's file `{file}` cannot be written")]
+    Write {
+        /// The variable that names it.
+        file: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl Explain for Error {
+    fn exit(&self) -> Exit {
+        Exit::Host
+    }
+
+    fn hint(&self) -> Option<String> {
+        let Self::Write { file, .. } = self;
+        Some(format!("Have the step run as the user that the runner made `{file}` for, with space left on its disk."))
+    }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// Bad input, before anything is touched; or a runner whose files cannot be written.
+pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+    let request = Request {
+        push_cache: push_cache(&inputs.push_cache)?,
+        by_hand: false,
+        trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
+    };
+    let workflow = Workflow::new(env.in_github_actions());
+    let wanted = Wanted::read(&inputs, env, &workflow)?;
+    let decision = decide(&context::facts(env), &request, context::token_present(env));
+    let exports = wanted.reachable(&workflow).await;
+    let folder = launcher_folder(env);
+    if workflow.in_job() {
+        export_to_job(&Files::from_env(env), folder.as_deref(), &exports)?;
+        set_outputs(&Files::from_env(env), &decision).map_err(write("GITHUB_OUTPUT"))?;
+        for (name, value) in &exports {
+            workflow.say(&format!("exports {name}={value}"));
+        }
+    } else {
+        data(&for_a_shell(folder.as_deref(), &exports));
+    }
+    if folder.is_none() {
+        let text = "there is no folder with `flywheel` in it to put on PATH: later steps must name it in full";
+        workflow.annotate(Level::Warning, "flywheel", text);
+    }
+    workflow.say(&format!("trust: {} ({})", decision.verdict().word(), decision.reason()));
+    Ok(Exit::Ok)
+}
+
+/// What inputs and hints name, valid but not yet tried.
+struct Wanted {
+    server: Option<Endpoint>,
+    cache: CacheName,
+    key: Option<PublicKey>,
+    bazel_cache: Option<Endpoint>,
+    bazel_executor: Option<Endpoint>,
+}
+
+impl Wanted {
+    fn read(inputs: &Inputs, env: &Env, workflow: &Workflow) -> Result<Self, UsageError> {
+        let http = |text: &str| endpoint(text, &["http", "https"]);
+        let bazel = |text: &str| endpoint(text, &["grpc", "grpcs", "http", "https"]);
+        // Inputs first and all of them, so that an error comes before any warning.
+        let server = given("attic-server", &inputs.attic_server, http)?;
+        let cache = given("attic-cache", &inputs.attic_cache, cache_name)?;
+        let key = given("attic-public-key", &inputs.attic_public_key, public_key)?;
+        let bazel_cache = given("bazel-remote-cache", &inputs.bazel_remote_cache, bazel)?;
+        let mut hints = Hints::of(env);
+        hints.get("GF_BAZEL_SUBSTRATE_MODE", mode);
+        let wanted = Self {
+            server: server.or_else(|| hints.get("ATTIC_SERVER", http)),
+            cache: cache.or_else(|| hints.get("ATTIC_CACHE", cache_name)).unwrap_or_default(),
+            key: key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
+            bazel_cache: bazel_cache.or_else(|| hints.get("BAZEL_REMOTE_CACHE", bazel)),
+            bazel_executor: hints.get("BAZEL_REMOTE_EXECUTOR", bazel),
+        };
+        for hint in &hints.bad {
+            workflow.annotate(Level::Warning, "flywheel", hint);
+        }
+        Ok(wanted)
+    }
+
+    /// The variables to export. Name and key of a cache that cannot be reached say nothing to anybody,
+    /// so they stand and fall with its server.
+    async fn reachable(self, workflow: &Workflow) -> Vec<(&'static str, String)> {
+        let names = Names::default();
+        let (server, bazel_cache, executor) = tokio::join!(
+            answering("ATTIC_SERVER", self.server, &names, workflow),
+            answering("BAZEL_REMOTE_CACHE", self.bazel_cache, &names, workflow),
+            answering("BAZEL_REMOTE_EXECUTOR", self.bazel_executor, &names, workflow),
+        );
+        let mode = match (&bazel_cache, &executor) {
+            (None, _) => "compatibility-local-only",
+            (Some(_), None) => "shared-cache-backed",
+            (Some(_), Some(_)) => "executor-backed",
+        };
+        let mut exports = Vec::new();
+        if let Some(server) = server {
+            exports.push(("ATTIC_SERVER", server));
+            exports.push(("ATTIC_CACHE", self.cache.to_string()));
+            exports.extend(self.key.map(|key| ("ATTIC_PUBLIC_KEY", key.to_string())));
+        }
+        exports.extend(bazel_cache.map(|text| ("BAZEL_REMOTE_CACHE", text)));
+        exports.push(("GF_BAZEL_SUBSTRATE_MODE", mode.to_owned()));
+        exports
+    }
+}
+
+/// An address that a variable can hold: exported as it was written, tried as it was read.
+struct Endpoint {
+    text: String,
+    url: Url,
+}
+
+fn endpoint(text: &str, schemes: &[&str]) -> Result<Endpoint, String> {
+    address(text, schemes).map(|url| Endpoint { text: text.to_owned(), url })
+}
+
+fn mode(text: &str) -> Result<(), String> {
+    let known = ["compatibility-local-only", "shared-cache-backed", "executor-backed"];
+    if known.contains(&text) { Ok(()) } else { Err(format!("is none of {}", known.join(", "))) }
+}
+
+/// The endpoint's text, if something takes connections there.
+async fn answering(name: &str, endpoint: Option<Endpoint>, names: &Names, workflow: &Workflow) -> Option<String> {
+    let Endpoint { text, url } = endpoint?;
+    // gRPC has HTTP's ports.
+    let by_scheme = if matches!(url.scheme(), "grpcs" | "https") { 443 } else { 80 };
+    let host = url.host_str().unwrap_or_default();
+    match reach(names, host, url.port().unwrap_or(by_scheme), REACH_TIMEOUT).await {
+        Ok(()) => Some(text),
+        Err(error) => {
+            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            let problem = format!("`{}` cannot be reached: {error}{cause}", redact(&url));
+            workflow.annotate(Level::Warning, "flywheel", &format!("`{name}` is not exported: {problem}"));
+            None
+        }
+    }
+}
+
+/// The folder that has `flywheel` in it: the action's own `dist`, else the one that this program is in.
+fn launcher_folder(env: &Env) -> Option<PathBuf> {
+    let of_the_action = env.path("GITHUB_ACTION_PATH").filter(|path| path.is_absolute()).map(|path| path.join("dist"));
+    of_the_action.into_iter().chain(program_folder()).find(|folder| folder.join("flywheel").is_file())
+}
+
+fn write(file: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| Error::Write { file, source }
+}
+
+fn export_to_job(files: &Files, folder: Option<&Path>, exports: &[(&'static str, String)]) -> Result<(), Error> {
+    if let Some(folder) = folder {
+        files.add_path(folder).map_err(write("GITHUB_PATH"))?;
+    }
+    for (name, value) in exports {
+        files.set_env(name, value).map_err(write("GITHUB_ENV"))?;
+    }
+    Ok(())
+}
+
+fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
+    files.set_output("trust", decision.verdict().word())?;
+    files.set_output("publishes", if decision.publishes() { "true" } else { "false" })?;
+    files.set_output("reason", &decision.reason())?;
+    files.set_output("attic", decision.plan().attic.word())?;
+    files.set_output("flakehub", decision.plan().flakehub.word())?;
+    files.set_output("version", env!("CARGO_PKG_VERSION"))
+}
+
+/// Lines for `eval` in a POSIX shell.
+fn for_a_shell(folder: Option<&Path>, exports: &[(&'static str, String)]) -> String {
+    let path = folder.map(|folder| format!("export PATH={}:\"$PATH\"", quoted(&folder.display().to_string())));
+    let variables = exports.iter().map(|(name, value)| format!("export {name}={}", quoted(value)));
+    path.into_iter().chain(variables).collect::<Vec<_>>().join("\n")
+}
+
+/// In single quotes a POSIX shell takes everything literally but the quote itself.
+pub(super) fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_takes_a_value_literally() {
+        assert_eq!(quoted("a'b $(x) `y`"), r"'a'\''b $(x) `y`'");
+    }
+}

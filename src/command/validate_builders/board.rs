@@ -1,0 +1,247 @@
+//! The board on which checks are run and written down: each within its limit, all within the deadline, and
+//! none that can take the others with it.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout};
+
+use crate::report::canary::{Check, Severity, Verdict};
+use crate::text::{duration, nearest, one_line};
+
+/// What a check that stops itself at its limit has left to say so.
+const GRACE: Duration = Duration::from_millis(300);
+/// Every layer by its word, and the families that stand for several.
+pub(super) const LAYERS: [&str; 33] = [
+    "disk",
+    "inodes",
+    "temporary-space",
+    "memory",
+    "clock",
+    "hints",
+    "tools",
+    "toolchain",
+    "daemon",
+    "store",
+    "user-trust",
+    "sandbox",
+    "evaluation",
+    "build",
+    "package",
+    "docker",
+    "image-build",
+    "headers",
+    "module",
+    "cache",
+    "cache-name",
+    "cache-connect",
+    "cache-tls",
+    "cache-answer",
+    "cache-authorised",
+    "cache-exists",
+    "cache-narinfo",
+    "cache-nar",
+    "cache-signature",
+    "cache-write",
+    "cache-read-back",
+    "bazel-cache",
+    "bazel-executor",
+];
+
+/// What a check is called and how it counts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spec {
+    pub name: &'static str,
+    pub layer: &'static str,
+    pub severity: Severity,
+    pub limit: Duration,
+}
+
+impl Spec {
+    pub const fn required(name: &'static str, layer: &'static str, seconds: u64) -> Self {
+        Self { name, layer, severity: Severity::Required, limit: Duration::from_secs(seconds) }
+    }
+
+    pub const fn advisory(name: &'static str, layer: &'static str, seconds: u64) -> Self {
+        Self { name, layer, severity: Severity::Advisory, limit: Duration::from_secs(seconds) }
+    }
+}
+
+/// Why a check fails.
+#[derive(Clone, Debug)]
+pub(super) struct Broken {
+    /// Another layer than the check's own, where the fault is seen to lie there.
+    pub layer: Option<&'static str>,
+    pub text: String,
+    pub hint: String,
+}
+
+impl Broken {
+    pub fn new(text: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { layer: None, text: text.into(), hint: hint.into() }
+    }
+
+    pub fn at(self, layer: &'static str) -> Self {
+        Self { layer: Some(layer), ..self }
+    }
+}
+
+/// A value, and what to say of it.
+pub(super) type Found<T> = Result<(T, String), Broken>;
+
+/// Layers that the caller makes count more or less.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Weights {
+    pub required: Vec<String>,
+    pub advisory: Vec<String>,
+}
+
+impl Weights {
+    /// The caller's words, or the one that is no layer, with the nearest that is.
+    pub fn words(text: Option<&str>) -> Result<Vec<String>, (String, Option<&'static str>)> {
+        let words = text.unwrap_or_default().split(|c: char| c.is_whitespace() || c == ',');
+        let words: Vec<String> = words.filter(|word| !word.is_empty()).map(str::to_owned).collect();
+        match words.iter().find(|word| !LAYERS.contains(&word.as_str())) {
+            Some(word) => Err((one_line(word, 80), nearest(word, LAYERS))),
+            None => Ok(words),
+        }
+    }
+
+    fn severity(&self, layer: &str, own: Severity) -> Severity {
+        let holds = |words: &[String]| {
+            words.iter().any(|word| {
+                layer == word || layer.strip_prefix(word.as_str()).is_some_and(|rest| rest.starts_with('-'))
+            })
+        };
+        // Whoever says both wants to be blocked.
+        if holds(&self.required) {
+            Severity::Required
+        } else if holds(&self.advisory) {
+            Severity::Advisory
+        } else {
+            own
+        }
+    }
+}
+
+/// A list of checks that grows.
+#[derive(Clone, Debug)]
+pub(super) struct Board {
+    weights: Weights,
+    deadline: Instant,
+    pub checks: Vec<Check>,
+}
+
+impl Board {
+    pub fn new(weights: Weights, deadline: Instant) -> Self {
+        Self { weights, deadline, checks: Vec::new() }
+    }
+
+    /// An empty board with the same rules, for checks that run beside these.
+    pub fn beside(&self) -> Self {
+        Self { checks: Vec::new(), ..self.clone() }
+    }
+
+    /// Runs a check; it is told how long it has, and is cut off if it does not end by then.
+    pub async fn check<T, F: Future<Output = Found<T>>>(
+        &mut self,
+        spec: Spec,
+        run: impl FnOnce(Duration) -> F,
+    ) -> Option<T> {
+        let limit = spec.limit.min(self.deadline.saturating_duration_since(Instant::now()));
+        let begun = Instant::now();
+        if limit.is_zero() {
+            let broken = Broken::new(
+                "the time for all checks was over before it began",
+                "Look at the checks before it, or raise `timeout`.",
+            );
+            self.put(spec, limit, Duration::ZERO, Err(broken));
+            return None;
+        }
+        let found = timeout(limit + GRACE, run(limit)).await.unwrap_or_else(|_| {
+            let text = format!("it did not end within {}", duration(limit));
+            Err(Broken::new(text, "Something behind it hangs; look at the runner's processes and mounts."))
+        });
+        let (value, said) = match found {
+            Ok((value, text)) => (Some(value), Ok(text)),
+            Err(broken) => (None, Err(broken)),
+        };
+        self.put(spec, limit, begun.elapsed(), said);
+        value
+    }
+
+    /// Writes a check down that has run as part of another.
+    pub fn put(&mut self, spec: Spec, limit: Duration, took: Duration, said: Result<String, Broken>) {
+        let (layer, verdict, text) = match said {
+            Ok(text) => (spec.layer, Verdict::Passed, text),
+            Err(broken) => (broken.layer.unwrap_or(spec.layer), Verdict::Failed { hint: broken.hint }, broken.text),
+        };
+        let severity = self.weights.severity(layer, spec.severity);
+        self.checks.push(Check {
+            name: spec.name.to_owned(),
+            layer,
+            severity,
+            limit,
+            took,
+            verdict,
+            text: one_line(&text, 600),
+        });
+    }
+
+    /// Writes down that there was nothing to check, and why.
+    pub fn skip(&mut self, spec: Spec, why: impl Into<String>) {
+        let severity = self.weights.severity(spec.layer, spec.severity);
+        self.checks.push(Check {
+            name: spec.name.to_owned(),
+            layer: spec.layer,
+            severity,
+            limit: spec.limit,
+            took: Duration::ZERO,
+            verdict: Verdict::Skipped,
+            text: why.into(),
+        });
+    }
+
+    /// Skips all of these for one reason.
+    pub fn skip_all(&mut self, specs: &[Spec], why: &str) {
+        specs.iter().for_each(|spec| self.skip(*spec, why));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const IT: Spec = Spec::required("it", "cache-nar", 1);
+
+    fn board(left: Duration) -> Board {
+        Board::new(Weights::default(), Instant::now() + left)
+    }
+
+    #[tokio::test]
+    async fn a_check_that_hangs_is_cut_off_and_the_whole_too() {
+        let mut board = board(Duration::from_millis(500));
+        let hanging = Spec { limit: Duration::from_millis(40), ..IT };
+        for _ in 0..3 {
+            let value: Option<()> = board.check(hanging, |_| std::future::pending()).await;
+            assert!(value.is_none());
+        }
+        let texts: Vec<&str> = board.checks.iter().map(|check| check.text.as_str()).collect();
+        assert_eq!(texts[0], "it did not end within 0.0 s");
+        assert_eq!(texts[2], "the time for all checks was over before it began");
+    }
+
+    #[tokio::test]
+    async fn a_fault_may_lie_at_another_layer_and_the_caller_weighs_it() {
+        let mut board = board(Duration::from_secs(2));
+        board.weights = Weights { required: vec!["disk".into()], advisory: vec!["cache".into()] };
+        let run = |layer: Option<&'static str>| async move {
+            Found::<()>::Err(Broken { layer, text: String::new(), hint: String::new() })
+        };
+        board.check(IT, |_| run(None)).await;
+        board.check(IT, |_| run(Some("disk"))).await;
+        let found: Vec<_> = board.checks.iter().map(|check| (check.layer, check.severity)).collect();
+        assert_eq!(found, [("cache-nar", Severity::Advisory), ("disk", Severity::Required)]);
+        assert_eq!(Weights::words(Some("cahce")), Err(("cahce".into(), Some("cache"))));
+    }
+}

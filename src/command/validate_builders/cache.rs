@@ -1,0 +1,278 @@
+//! The cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves; where
+//! the trust gate allows, written to and read back. And the Bazel remote cache, if there is one.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::board::{Board, Broken, Found, Spec};
+use super::inputs::Plan;
+use crate::cache::attic::{Attic, Body, Meter};
+use crate::cache::bazel::Asker;
+use crate::cache::endpoint::Endpoint;
+use crate::cache::probe::{Layer, probe};
+use crate::contract::shared_cache::{Given, judge};
+use crate::http::{Clients, Names};
+use crate::nix::key::PublicKey;
+use crate::nix::narinfo::NarInfo;
+use crate::nix::path_info::PathInfo;
+use crate::nix::store::Store;
+use crate::nix::store_path::StorePath;
+use crate::nix::tool::Nix;
+use crate::runner::env::Env;
+use crate::secret::Secret;
+use crate::text::count;
+use crate::trust::{Decision, PublishPermit};
+
+const NAME: Spec = Spec::advisory("cache-name", "cache-name", 5);
+const CONNECT: Spec = Spec::advisory("cache-connect", "cache-connect", 5);
+const TLS: Spec = Spec::advisory("cache-tls", "cache-tls", 5);
+const ANSWER: Spec = Spec::advisory("cache-answer", "cache-answer", 5);
+const AUTHORISED: Spec = Spec::advisory("cache-authorised", "cache-authorised", 5);
+const EXISTS: Spec = Spec::advisory("cache-exists", "cache-exists", 5);
+const NARINFO: Spec = Spec::advisory("cache-narinfo", "cache-narinfo", 10);
+const NAR: Spec = Spec::advisory("cache-nar", "cache-nar", 20);
+const SIGNATURE: Spec = Spec::advisory("cache-signature", "cache-signature", 5);
+const WRITE: Spec = Spec::advisory("cache-write", "cache-write", 15);
+const READ_BACK: Spec = Spec::advisory("cache-read-back", "cache-read-back", 15);
+const BAZEL_CACHE: Spec = Spec::advisory("bazel-cache", "bazel-cache", 5);
+const BAZEL_EXECUTOR: Spec = Spec::advisory("bazel-executor", "bazel-executor", 5);
+const GROUND: [Spec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
+const READ: [Spec; 3] = [NARINFO, NAR, SIGNATURE];
+
+/// All layers of the probe together.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
+
+/// So many paths of the store are looked for in the cache …
+const CANDIDATES: u32 = 16;
+/// … of at most so many bytes: one is read whole.
+const CANDIDATE_SIZE: u64 = 32 << 20;
+
+/// A cache that can be read from.
+pub(super) struct Usable {
+    attic: Attic,
+    key: Option<PublicKey>,
+}
+
+/// Probes the cache, and reads the path that the caller names from it.
+pub(super) async fn read(board: &mut Board, plan: &Plan, token: Option<&Secret>, clients: &Clients) -> Option<Usable> {
+    let Some(endpoint) = &plan.cache else {
+        board.skip_all(&GROUND, "no cache is named");
+        board.skip_all(&READ, "no cache is named");
+        return None;
+    };
+    let usable = ground(board, plan, endpoint, token, clients).await;
+    match (&usable, &plan.cache_path) {
+        (Some(usable), Some(path)) => served(board, usable, path).await,
+        // Which paths it may have the store knows, and that has to be looked at first.
+        (Some(_), None) => {}
+        (None, _) => board.skip_all(&READ, "it stands on the layers below"),
+    }
+    usable
+}
+
+/// Where the caller names no path: reads the first path of the store that the cache turns out to have.
+pub(super) async fn read_any(board: &mut Board, plan: &Plan, usable: Option<&Usable>, nix: Option<&Nix>) {
+    let (Some(usable), None) = (usable, &plan.cache_path) else { return };
+    let looked = tokio::time::timeout(NARINFO.limit, first_served(usable, nix)).await;
+    match looked.unwrap_or_default() {
+        (Some(path), _) => served(board, usable, &path).await,
+        (None, looked) => {
+            let asked = count(looked as u64, "path");
+            board.skip_all(&READ, &format!("the cache has none of {asked} of this store; `cache-path` names another"));
+        }
+    }
+}
+
+/// The path, and how many were asked for.
+async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>, usize) {
+    let Some(nix) = nix else { return (None, 0) };
+    let Ok(store) = Store::open(nix).await else { return (None, 0) };
+    let key = usable.key.as_ref().map(PublicKey::name);
+    let candidates = store.likely_served(key, CANDIDATE_SIZE, CANDIDATES).await.unwrap_or_default();
+    for path in &candidates {
+        // An answer that is no answer is for the check to name.
+        if !matches!(usable.attic.nar_info(&path.hash()).await, Ok(None)) {
+            return (Some(path.clone()), candidates.len());
+        }
+    }
+    (None, candidates.len())
+}
+
+fn spec(layer: Layer) -> Spec {
+    match layer {
+        Layer::Name => NAME,
+        Layer::Connect => CONNECT,
+        Layer::Tls => TLS,
+        Layer::Http => ANSWER,
+        Layer::Authorised => AUTHORISED,
+        Layer::Cache => EXISTS,
+    }
+}
+
+async fn ground(
+    board: &mut Board,
+    plan: &Plan,
+    endpoint: &Endpoint,
+    token: Option<&Secret>,
+    clients: &Clients,
+) -> Option<Usable> {
+    let probed = probe(endpoint, token, &clients.asking, &Names::default(), PROBE_LIMIT).await;
+    let mut reached = Duration::ZERO;
+    for layer in [Layer::Name, Layer::Connect, Layer::Tls, Layer::Http, Layer::Authorised, Layer::Cache] {
+        let spec = spec(layer);
+        let at = probed.layers.iter().find(|(known, _)| *known == layer).map(|(_, at)| *at);
+        match (&probed.failed, at) {
+            (Some((failed, text)), _) if *failed == layer => {
+                let (what, hint) = text.rsplit_once(". ").unwrap_or((text, ""));
+                board.put(
+                    spec,
+                    PROBE_LIMIT,
+                    at.unwrap_or(PROBE_LIMIT).saturating_sub(reached),
+                    Err(Broken::new(what, hint)),
+                );
+            }
+            (_, Some(at)) => {
+                board.put(spec, PROBE_LIMIT, at.saturating_sub(reached), Ok(endpoint.to_string()));
+                reached = reached.max(at);
+            }
+            (_, None) if layer == Layer::Tls && endpoint.server.scheme() == "http" => {
+                board.skip(spec, "the cache is named by `http`");
+            }
+            (_, None) => board.skip(spec, "it stands on the layers below"),
+        }
+    }
+    if !probed.usable {
+        return None;
+    }
+    let announced = probed.config.and_then(|config| config.public_key);
+    let key = plan.public_key.clone().or(announced);
+    Some(Usable { attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()), key })
+}
+
+/// What the cache serves of a path that it should have.
+async fn served(board: &mut Board, usable: &Usable, path: &StorePath) {
+    let found = board.check(NARINFO, |_| narinfo(usable, path)).await;
+    let Some(info) = found else { return board.skip_all(&READ[1..], "it stands on `cache-narinfo`") };
+    board.check(NAR, |_| body(usable, &info)).await;
+    if usable.key.is_some() {
+        board.check(SIGNATURE, |_| async { signature(usable, &info) }).await;
+    } else {
+        board.skip(SIGNATURE, "no key is known: give `attic-public-key`");
+    }
+}
+
+async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
+    let hint = "Look at the cache server and at its storage, and publish the path again.";
+    match usable.attic.nar_info(&path.hash()).await {
+        Ok(Some(info)) if info.path == *path => Ok((info, path.to_string())),
+        Ok(Some(info)) => Err(Broken::new(format!("it describes `{}` instead of `{path}`", info.path), hint)),
+        Ok(None) => Err(Broken::new(format!("the cache does not have `{path}`"), hint)),
+        Err(error) => Err(Broken::new(error.to_string(), hint)),
+    }
+}
+
+async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
+    let hint = "The cache has lost or spoiled it: look at its storage, and publish the path again.";
+    match usable.attic.check_body(info).await {
+        Ok(Body::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
+        Ok(Body::Bad(text) | Body::Unread(text)) => Err(Broken::new(text, hint)),
+        Err(error) => Err(Broken::new(error.to_string(), hint)),
+    }
+}
+
+fn signature(usable: &Usable, info: &NarInfo) -> Found<()> {
+    let Some(key) = &usable.key else { return Ok(((), "no key is known".to_owned())) };
+    if info.signed_by(key) {
+        return Ok(((), format!("good, by `{}`", key.name())));
+    }
+    let text = format!("no good signature by `{}`, so that Nix refuses every hit", key.name());
+    Err(Broken::new(text, "Compare `attic-public-key` with what the cache says of itself (`attic cache info`)."))
+}
+
+/// Writes what the canary has built, if the gate allows, and reads it back.
+pub(super) async fn write(
+    board: &mut Board,
+    usable: Option<&Usable>,
+    built: Option<(&Nix, &StorePath)>,
+    decision: &Decision,
+) {
+    let why = match (usable, built, decision.permit()) {
+        (None, ..) => "there is no cache that answers".to_owned(),
+        (_, None, _) => "there is nothing new to write".to_owned(),
+        (.., None) => decision.reason(),
+        (Some(usable), Some((nix, path)), Some(permit)) => {
+            let begun = Instant::now();
+            let wrote = board.check(WRITE, |_| upload(usable, nix, path, &permit)).await;
+            match wrote {
+                Some(()) => drop(board.check(READ_BACK, |_| read_back(usable, path, begun)).await),
+                None => board.skip(READ_BACK, "it stands on `cache-write`"),
+            }
+            return;
+        }
+    };
+    board.skip_all(&[WRITE, READ_BACK], &why);
+}
+
+/// The permit says that the gate has been asked.
+async fn upload(usable: &Usable, nix: &Nix, path: &StorePath, _permit: &PublishPermit) -> Found<()> {
+    let hint = "Check the rights of `ATTIC_TOKEN` (`push` on this cache), and the cache server's log.";
+    let broken = |text: String| Broken::new(text, hint);
+    let store = Store::open(nix).await.map_err(|error| broken(error.to_string()).at("store"))?;
+    let found = store.infos(std::slice::from_ref(path)).await.map_err(|error| broken(error.to_string()).at("store"))?;
+    let info: &PathInfo =
+        found.infos.first().ok_or_else(|| broken(format!("`{path}` is gone from the store")).at("store"))?;
+    let file = PathBuf::from(path.to_string());
+    usable.attic.upload(info, &file, &Meter::default()).await.map_err(|error| broken(error.to_string()))?;
+    Ok(((), path.to_string()))
+}
+
+async fn read_back(usable: &Usable, path: &StorePath, begun: Instant) -> Found<()> {
+    let (info, _) = narinfo(usable, path).await?;
+    body(usable, &info).await?;
+    if usable.key.is_some() {
+        signature(usable, &info)?;
+    }
+    Ok(((), format!("whole, {:.2} s after the upload began", begun.elapsed().as_secs_f64())))
+}
+
+/// The Bazel remote cache and executor that the runner's hints name.
+pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Asker) {
+    let hint = |name: &str| env.get(name).map(str::to_owned);
+    let given = Given {
+        cache: plan.bazel_cache.clone().or_else(|| hint("BAZEL_REMOTE_CACHE")),
+        executor: hint("BAZEL_REMOTE_EXECUTOR"),
+        ..Given::default()
+    };
+    let judgement = judge(&plan.shared_cache, &given);
+    for (about, spec, is_given) in
+        [("cache", BAZEL_CACHE, given.cache.is_some()), ("executor", BAZEL_EXECUTOR, given.executor.is_some())]
+    {
+        let wrong = judgement.findings.iter().find(|finding| finding.about == about);
+        let endpoint = judgement.endpoints.iter().find(|endpoint| endpoint.about == about);
+        match (wrong, endpoint) {
+            _ if !is_given => board.skip(spec, "none is named"),
+            (Some(finding), _) => {
+                let broken =
+                    Broken::new(finding.text.clone(), "Correct the hint; `flywheel cache-contract` says more.");
+                board.put(spec, spec.limit, Duration::ZERO, Err(broken));
+            }
+            (None, Some(endpoint)) => drop(board.check(spec, |limit| asked(asker, endpoint, limit)).await),
+            (None, None) => board.skip(spec, "none is named"),
+        }
+    }
+}
+
+async fn asked(asker: &Asker, endpoint: &crate::contract::shared_cache::Endpoint, limit: Duration) -> Found<()> {
+    let hint = "Check that the server is up and that the runner may reach it.";
+    let shown = crate::contract::shared_cache::redact(endpoint.url.as_str());
+    let failed = |text: String| Broken::new(format!("{shown}: {text}"), hint);
+    let can = asker
+        .ask(&endpoint.url, limit)
+        .await
+        .map_err(|failure| failed(format!("{} ({})", failure.text, failure.layer)))?;
+    match endpoint.about {
+        "executor" if !can.execution => Err(failed("it answers, but executes nothing".to_owned())),
+        "cache" if !can.cache => Err(failed("it answers, but offers no cache".to_owned())),
+        _ => Ok(((), shown)),
+    }
+}

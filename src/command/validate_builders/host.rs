@@ -1,0 +1,202 @@
+//! The ground under every class: room on disk, a writable temporary folder, memory, the clock, and the hints
+//! that the runner gives.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::statvfs;
+
+use super::board::{Board, Broken, Found, Spec};
+use super::inputs::Plan;
+use crate::contract::Size;
+use crate::host::memory::{Cgroup, of_machine};
+use crate::nix::key::PublicKey;
+use crate::nix::settings;
+use crate::runner::env::Env;
+use crate::text::bytes;
+
+const DISK: Spec = Spec::required("disk-space", "disk", 5);
+const INODES: Spec = Spec::required("disk-inodes", "inodes", 5);
+const TEMPORARY: Spec = Spec::required("temporary-space", "temporary-space", 10);
+const MEMORY: Spec = Spec::required("memory-envelope", "memory", 5);
+const CLOCK: Spec = Spec::required("clock", "clock", 10);
+const NIX_CONFIG: Spec = Spec::required("hint-nix-config", "hints", 5);
+const HINTS: Spec = Spec::advisory("hints", "hints", 5);
+
+/// A store path has hundreds of files; fewer inodes than this end in the middle of one.
+const LEAST_INODES: u64 = 20_000;
+/// What a job writes to its temporary folder at the least.
+const PROBE_BYTES: usize = 1 << 20;
+/// A machine of 8 GiB shows a little less than that.
+const MACHINE_SLACK: f64 = 0.9;
+/// 2025-01-01: before it there was no Flywheel. A clock that was never set says 1970.
+const EARLIEST: u64 = 1_735_689_600;
+/// Tokens and certificates are good for minutes on either side.
+const SKEW: Duration = Duration::from_secs(300);
+
+/// Runs the checks of the host.
+pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env, client: &reqwest::Client) {
+    let places = places(plan, env);
+    let looked = |places: Vec<PathBuf>, look: fn(&[PathBuf], u64) -> Found<()>, least: u64| {
+        move |_| async move {
+            let looked = tokio::task::spawn_blocking(move || look(&places, least)).await;
+            looked.unwrap_or_else(|panic| Err(Broken::new(panic.to_string(), "This is a fault of Flywheel's.")))
+        }
+    };
+    board.check(DISK, looked(places.clone(), disk, plan.min_free)).await;
+    board.check(INODES, looked(places, inodes, LEAST_INODES)).await;
+    let base = plan.temporary.clone();
+    board.check(TEMPORARY, looked(vec![base], temporary, 0)).await;
+    match plan.memory {
+        Some(wanted) => drop(board.check(MEMORY, |_| async move { memory(wanted) }).await),
+        None => board.skip(MEMORY, "the contract names no memory for this lane"),
+    }
+    board.check(CLOCK, |limit| clock(plan, client, limit)).await;
+    let config = env.get("NIX_CONFIG").unwrap_or_default();
+    board.check(NIX_CONFIG, |_| async move { nix_config(config) }).await;
+    board.check(HINTS, |_| async move { hints(env) }).await;
+}
+
+/// Where a job of the class writes.
+fn places(plan: &Plan, env: &Env) -> Vec<PathBuf> {
+    let mut places = vec![PathBuf::from("."), plan.temporary.clone()];
+    if plan.class == "nix-builder" {
+        let store = env.path("NIX_STORE_DIR").unwrap_or_else(|| "/nix/store".into());
+        places.extend([store.clone(), "/nix".into()].into_iter().find(|folder| folder.is_dir()));
+    }
+    places.retain(|folder| folder.is_dir());
+    places
+}
+
+fn disk(places: &[PathBuf], least: u64) -> Found<()> {
+    let found = look(places, |stat| Some(stat.f_bavail.saturating_mul(stat.f_frsize)))?;
+    let Some((folder, free)) = found else { return Ok(((), "nothing to look at".to_owned())) };
+    let text = format!("{} free in `{}`", bytes(free), folder.display());
+    if free >= least {
+        return Ok(((), text));
+    }
+    let hint = "Make room: collect garbage (`nix-collect-garbage`), or give the runner a bigger volume; `min-free` sets the bound.";
+    Err(Broken::new(format!("{text}, and {} are needed", bytes(least)), hint))
+}
+
+fn inodes(places: &[PathBuf], least: u64) -> Found<()> {
+    // File systems that make inodes as they go say 0 of 0.
+    let found = look(places, |stat| (stat.f_files > 0).then_some(stat.f_favail))?;
+    let Some((folder, free)) = found else { return Ok(((), "this file system has no fixed number".to_owned())) };
+    let text = format!("{free} free in `{}`", folder.display());
+    if free >= least {
+        return Ok(((), text));
+    }
+    Err(Broken::new(
+        format!("{text}, and {least} are needed"),
+        "Remove small files, or make the file system anew with more inodes.",
+    ))
+}
+
+/// The place with the least, if any place has a number.
+fn look(
+    places: &[PathBuf],
+    number: impl Fn(&rustix::fs::StatVfs) -> Option<u64>,
+) -> Result<Option<(PathBuf, u64)>, Broken> {
+    let mut least: Option<(PathBuf, u64)> = None;
+    for folder in places {
+        let stat = statvfs(folder).map_err(|error| {
+            Broken::new(format!("`{}` cannot be looked at: {error}", folder.display()), "Look at the runner's mounts.")
+        })?;
+        if let Some(found) = number(&stat).filter(|found| least.as_ref().is_none_or(|(_, known)| found < known)) {
+            least = Some((folder.clone(), found));
+        }
+    }
+    Ok(least)
+}
+
+fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
+    let folder = places.first().map_or(Path::new("/tmp"), PathBuf::as_path);
+    let tried = || -> std::io::Result<()> {
+        let file = tempfile::Builder::new().prefix("flywheel-canary-").tempfile_in(folder)?;
+        std::fs::write(file.path(), vec![0x5a; PROBE_BYTES])?;
+        let back = std::fs::read(file.path())?;
+        if back.len() == PROBE_BYTES {
+            Ok(())
+        } else {
+            Err(std::io::Error::other("it gives back less than was written"))
+        }
+    };
+    match tried() {
+        Ok(()) => Ok(((), format!("`{}` can be written to", folder.display()))),
+        Err(error) => {
+            let text = format!("`{}` cannot be written to: {error}", folder.display());
+            Err(Broken::new(text, "Point `RUNNER_TEMP` or `TMPDIR` to a folder of the runner's user, with room."))
+        }
+    }
+}
+
+fn memory(wanted: Size) -> Found<()> {
+    let (group, machine) = (Cgroup::of_self().and_then(|group| group.read().limit), of_machine());
+    let enough_machine = machine.is_none_or(|machine| machine as f64 >= wanted.bytes() as f64 * MACHINE_SLACK);
+    let enough_group = group.is_none_or(|limit| limit >= wanted.bytes());
+    let text = match (group, machine) {
+        (Some(limit), _) => format!("a limit of {}", bytes(limit)),
+        (None, Some(machine)) => format!("no limit, and {} in the machine", bytes(machine)),
+        (None, None) => "the kernel says nothing of memory".to_owned(),
+    };
+    if enough_machine && enough_group {
+        return Ok(((), format!("{text}; the class has {wanted}")));
+    }
+    let hint = "Give the runner the memory of its lane, or correct `memory` of the lane in `flywheel.yml`.";
+    Err(Broken::new(format!("{text}, and the class has {wanted}"), hint))
+}
+
+async fn clock(plan: &Plan, client: &reqwest::Client, limit: Duration) -> Found<()> {
+    let now = SystemTime::now();
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let hint = "Set the clock, or start the machine's time service.";
+    if seconds < EARLIEST {
+        return Err(Broken::new(format!("it says {}", httpdate::fmt_http_date(now)), hint));
+    }
+    // Any server that answers knows the time; one that does not is another check's business.
+    let Some(endpoint) = &plan.cache else { return Ok(((), "it is after the year 2024".to_owned())) };
+    let asked = client.head(endpoint.read("nix-cache-info")).timeout(limit.min(Duration::from_secs(3))).send().await;
+    let date =
+        asked.ok().and_then(|answer| httpdate::parse_http_date(answer.headers().get("date")?.to_str().ok()?).ok());
+    let Some(date) = date else { return Ok(((), "it is after the year 2024".to_owned())) };
+    let skew = date.duration_since(now).or_else(|_| now.duration_since(date)).unwrap_or_default();
+    let text = format!("{} s from the cache server's", skew.as_secs());
+    if skew <= SKEW { Ok(((), text)) } else { Err(Broken::new(text, hint)) }
+}
+
+fn nix_config(config: &str) -> Found<()> {
+    match settings::malformed(config).first() {
+        None => Ok(((), if config.is_empty() { "none" } else { "well formed" }.to_owned())),
+        Some(line) => Err(Broken::new(
+            format!("`NIX_CONFIG` has no `name = value` on line {line}, so Nix refuses every command"),
+            "Correct `NIX_CONFIG` in the runner's environment.",
+        )),
+    }
+}
+
+/// The other hints: one that is malformed is not used, and everything is slower without a word.
+fn hints(env: &Env) -> Found<()> {
+    let mut given = Vec::new();
+    let mut wrong = Vec::new();
+    let mut look = |name: &'static str, check: &dyn Fn(&str) -> Option<String>| {
+        if let Some(text) = env.get(name) {
+            given.push(name);
+            wrong.extend(check(text).map(|problem| format!("`{name}` {problem}")));
+        }
+    };
+    look("ATTIC_SERVER", &|text| match url::Url::parse(text) {
+        _ if text.contains("${") => Some("holds a literal `${…}`".to_owned()),
+        Ok(url) if matches!(url.scheme(), "http" | "https") && url.host_str().is_some() => None,
+        _ => Some("is no http or https address".to_owned()),
+    });
+    look("ATTIC_CACHE", &|text| {
+        text.parse::<crate::nix::cache_name::CacheName>().err().map(|_| "is no name of a cache".to_owned())
+    });
+    look("ATTIC_PUBLIC_KEY", &|text| text.parse::<PublicKey>().err().map(|_| "is no public key".to_owned()));
+    look("BAZEL_REMOTE_CACHE", &|text| text.contains("${").then(|| "holds a literal `${…}`".to_owned()));
+    if wrong.is_empty() {
+        return Ok(((), if given.is_empty() { "none".to_owned() } else { given.join(", ") }));
+    }
+    Err(Broken::new(wrong.join(", "), "Correct it in the runner's environment; a malformed hint is not used."))
+}

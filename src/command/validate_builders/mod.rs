@@ -1,0 +1,110 @@
+//! `flywheel validate-builders`: the canary. Proves a builder, names the broken layer, and tells everybody who
+//! should know. This file is the story; its parts stand beside it.
+
+mod board;
+mod cache;
+mod host;
+mod inputs;
+mod nix;
+mod tell;
+mod tools;
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+pub use self::inputs::Inputs;
+
+use self::board::Board;
+use self::inputs::Plan;
+use self::nix::Built;
+use crate::cache::bazel::Asker;
+use crate::command::Failure;
+use crate::exit::Exit;
+use crate::http::{Clients, Roots};
+use crate::report::canary::Canary;
+use crate::runner::context;
+use crate::runner::env::Env;
+use crate::runner::workflow::Workflow;
+use crate::secret::Secret;
+use crate::trust::{Decision, decide};
+
+/// Runs the verb.
+///
+/// # Errors
+/// For wrong input, before anything is looked at.
+pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+    let begun = Instant::now();
+    let plan = Plan::read(&inputs, env)?;
+    let workflow = Workflow::new(env.in_github_actions());
+    let token = |name: &str| env.get(name).and_then(Secret::new).inspect(|secret| workflow.mask(secret));
+    let (attic, github) = (token("ATTIC_TOKEN"), token("GITHUB_TOKEN"));
+    let decision = decide(&context::facts(env), &plan.request, attic.is_some());
+    let roots = Roots { files: env.path("NIX_SSL_CERT_FILE").into_iter().collect() };
+    let work = Work { plan, env, clients: Clients::new(&roots)?, asker: Asker::new(&roots)?, attic, decision };
+    let canary = work.run(begun).await;
+    tell::everybody(&canary, &work, &workflow, github.as_ref()).await;
+    Ok(if canary.healthy() { Exit::Ok } else { Exit::Failed })
+}
+
+/// Everything that the parts need.
+struct Work<'a> {
+    plan: Plan,
+    env: &'a Env,
+    clients: Clients,
+    asker: Asker,
+    attic: Option<Secret>,
+    decision: Decision,
+}
+
+impl Work<'_> {
+    async fn run(&self, begun: Instant) -> Canary {
+        let deadline = tokio::time::Instant::now() + self.plan.timeout;
+        let mut host = Board::new(self.plan.weights.clone(), deadline);
+        let (mut class, mut cache, mut bazel, mut write) = (host.beside(), host.beside(), host.beside(), host.beside());
+        let mut first_build = None;
+        let (built, usable, (), ()) = tokio::join!(
+            async {
+                let built = self.class(&mut class).await;
+                first_build = built.as_ref().and_then(|built| built.path.as_ref()).map(|_| begun.elapsed());
+                built
+            },
+            async {
+                match self.plan.class.as_str() {
+                    "nix-builder" => cache::read(&mut cache, &self.plan, self.attic.as_ref(), &self.clients).await,
+                    _ => None,
+                }
+            },
+            host::checks(&mut host, &self.plan, self.env, &self.clients.asking),
+            async {
+                if self.plan.class == "nix-builder" || self.plan.bazel_cache.is_some() {
+                    cache::bazel(&mut bazel, &self.plan, self.env, &self.asker).await;
+                }
+            },
+        );
+        if self.plan.class == "nix-builder" {
+            cache::read_any(&mut cache, &self.plan, usable.as_ref(), built.as_ref().map(|built| &built.nix)).await;
+            let new = built.as_ref().and_then(|built| Some((&built.nix, built.path.as_ref()?)));
+            cache::write(&mut write, usable.as_ref(), new, &self.decision).await;
+        }
+        let checks = [host, class, cache, write, bazel].into_iter().flat_map(|board| board.checks).collect();
+        Canary {
+            class: self.plan.class.clone(),
+            lane: self.plan.lane.clone(),
+            checks,
+            cold_start: first_build.map(|at| at + self.plan.head_start),
+            took: begun.elapsed(),
+            ended_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        }
+    }
+
+    /// What only this class has. Another class of the contract's has its tools alone.
+    async fn class(&self, board: &mut Board) -> Option<Built> {
+        tools::tools(board, &self.plan, self.env).await;
+        match self.plan.class.as_str() {
+            "nix-builder" => return nix::checks(board, &self.plan, self.env).await,
+            "container" => tools::container(board, &self.plan, self.env).await,
+            "kernel" => tools::kernel(board, &self.plan, self.env).await,
+            _ => {}
+        }
+        None
+    }
+}

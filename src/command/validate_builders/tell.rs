@@ -1,0 +1,142 @@
+//! Who learns of what the canary found: the log, the summary, the step's outputs, files, a Pushgateway, and the
+//! commit's Check Run. None of them can change the verdict; one that fails is a warning.
+
+use std::path::Path;
+use std::time::Duration;
+
+use url::Url;
+
+use super::Work;
+use super::inputs::CheckRun;
+use crate::github::check_run::{self, Commit, Conclusion, Finished};
+use crate::http::{chain, redact};
+use crate::report::canary::{Canary, Verdict};
+use crate::runner::context::{commit, github_api};
+use crate::runner::files::Files;
+use crate::runner::workflow::{Level, Workflow, data};
+use crate::secret::Secret;
+
+/// A gateway that takes longer is not waited for.
+const PUSH_LIMIT: Duration = Duration::from_secs(5);
+/// Two or three requests to GitHub.
+const CHECK_RUN_LIMIT: Duration = Duration::from_secs(15);
+
+/// Tells everybody.
+pub(super) async fn everybody(canary: &Canary, work: &Work<'_>, workflow: &Workflow, github: Option<&Secret>) {
+    let plan = &work.plan;
+    let report = format!("{:#}\n", canary.json());
+    data(&if plan.as_json { report.clone() } else { format!("{}{}", canary.table(), canary.closing_line()) });
+    // Whoever reads JSON from stdout finds nothing else there.
+    let quiet = plan.as_json && workflow.in_job();
+    let warn = |area: &str, text: String| {
+        if !quiet {
+            workflow.annotate(Level::Warning, area, &text);
+        }
+    };
+    if workflow.in_job() && !quiet {
+        annotate(canary, workflow);
+    }
+    let files = Files::from_env(work.env);
+    let outputs = canary.outputs();
+    let told = outputs.iter().try_for_each(|(name, value)| files.set_output(name, value));
+    if let Err(error) = told.and_then(|()| files.add_summary(&canary.summary())) {
+        warn("report", format!("the runner's files cannot be written: {error}"));
+    }
+    let metrics = canary.metrics();
+    for (file, text) in [(&plan.report_file, &report), (&plan.metrics_file, &metrics)] {
+        if let Some(Err(error)) = file.as_deref().map(|file| write_whole(file, text)) {
+            let file = file.as_deref().unwrap_or(Path::new("")).display();
+            warn("report", format!("`{file}` cannot be written: {error}"));
+        }
+    }
+    let (pushed, left) = tokio::join!(
+        async {
+            match &plan.pushgateway {
+                Some(gateway) => push(gateway, canary, metrics.clone(), &work.clients.sending).await,
+                None => Ok(()),
+            }
+        },
+        leave_check_run(canary, work, github),
+    );
+    for (area, result) in [("metrics", pushed), ("check run", left)] {
+        if let Err(text) = result {
+            warn(area, text);
+        }
+    }
+}
+
+fn annotate(canary: &Canary, workflow: &Workflow) {
+    for check in &canary.checks {
+        if let Verdict::Failed { hint } = &check.verdict {
+            let required = check.severity == crate::report::canary::Severity::Required;
+            let level = if required { Level::Error } else { Level::Warning };
+            workflow.annotate(level, check.layer, &format!("{}\nhelp: {hint}", check.text));
+        }
+    }
+}
+
+/// A collector that looks at the file at any moment sees all of it or none.
+fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let new = tempfile::Builder::new().prefix(".flywheel-").tempfile_in(folder)?;
+    std::fs::write(new.path(), text)?;
+    // Others read it: the collector has a user of its own.
+    std::fs::set_permissions(new.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    new.persist(file)?;
+    Ok(())
+}
+
+/// Replaces what the gateway knows of this class and lane.
+async fn push(gateway: &Url, canary: &Canary, metrics: String, client: &reqwest::Client) -> Result<(), String> {
+    let mut url = gateway.clone();
+    {
+        let mut path = url.path_segments_mut().map_err(|()| "`pushgateway` is no base address".to_owned())?;
+        path.pop_if_empty().extend(["metrics", "job", "flywheel_canary", "class", &canary.class]);
+        path.extend(canary.lane.iter().flat_map(|lane| ["lane", lane.as_str()]));
+    }
+    let sent = client
+        .put(url)
+        .timeout(PUSH_LIMIT)
+        .header("content-type", "text/plain; version=0.0.4")
+        .body(metrics)
+        .send()
+        .await;
+    let shown = redact(gateway);
+    match sent {
+        Ok(answer) if answer.status().is_success() => Ok(()),
+        Ok(answer) => Err(format!("{shown} answered {}", answer.status().as_u16())),
+        Err(error) => Err(format!("{shown}: {}", chain(error))),
+    }
+}
+
+async fn leave_check_run(canary: &Canary, work: &Work<'_>, token: Option<&Secret>) -> Result<(), String> {
+    let lacking = |what: &str| match work.plan.check_run {
+        CheckRun::Always => Err(format!("no Check Run is left: {what}")),
+        CheckRun::IfToken | CheckRun::Never => Ok(()),
+    };
+    if work.plan.check_run == CheckRun::Never {
+        return Ok(());
+    }
+    let Some(token) = token else { return lacking("there is no `GITHUB_TOKEN` in the step's `env`") };
+    let Some((repository, sha)) = commit(work.env) else { return lacking("this is no job with a commit") };
+    let conclusion = if canary.healthy() { Conclusion::Success } else { Conclusion::Failure };
+    let finished = Finished {
+        name: format!("Builder health: {}", canary.class),
+        external_id: format!("flywheel/validate-builders/{}", canary.class),
+        conclusion,
+        title: canary.closing_line(),
+        summary: canary.summary(),
+        ended_at: canary.ended_at,
+        took: canary.took,
+    };
+    let commit = Commit { api: github_api(work.env), repository, sha };
+    let leaving = check_run::leave(&commit, &finished, token, work.clients.asking.clone());
+    match tokio::time::timeout(CHECK_RUN_LIMIT, leaving).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => {
+            let hint = crate::exit::Explain::hint(&error).unwrap_or_default();
+            Err(format!("no Check Run is left: {error}. {hint}"))
+        }
+        Err(_) => Err(format!("no Check Run is left: GitHub did not answer within {} s", CHECK_RUN_LIMIT.as_secs())),
+    }
+}

@@ -1,0 +1,132 @@
+//! Where the watch of a job is found by the job's later steps, and how the job's processes are told
+//! from others': a folder (0700) with the control socket, the log and a lock, named by the CI's mark.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::timeout;
+
+use crate::command::job::private_base;
+use crate::host::private::{PrivateError, PrivateFolder};
+use crate::nix::clients::Job;
+use crate::runner::env::Env;
+
+/// A process on this machine answers a connection at once, or never.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// How this job's processes are known: by what the CI puts into the environment of each.
+pub(super) fn mark(env: &Env) -> Job {
+    let marks = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID"];
+    let found = marks.iter().find_map(|name| env.get(name).map(|value| format!("{name}={value}")));
+    found.map_or(Job::User, Job::Marked)
+}
+
+/// The folder of one job's watch.
+#[derive(Debug)]
+pub(super) struct Place(PathBuf);
+
+impl Place {
+    /// Finds it, and makes it if it is not there.
+    pub fn of(env: &Env) -> Result<Self, PrivateError> {
+        let folder = PrivateFolder::shared(&private_base(env))?.join(format!("watch-{}", key(env)));
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+        made.map_err(|source| PrivateError::Make { folder: folder.clone(), source })?;
+        Ok(Self(folder))
+    }
+
+    /// The file that the background process writes its log to.
+    pub fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+
+    /// Opens a new log.
+    pub fn new_log(&self) -> io::Result<File> {
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(self.log())
+    }
+
+    /// Takes the place for this process, as long as the file is kept; `None` if a living one has it.
+    pub fn hold(&self) -> io::Result<Option<File>> {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(self.0.join("lock"))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(fs::TryLockError::WouldBlock) => Ok(None),
+            Err(fs::TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// Listens at the control socket. To be called by the one who holds the place.
+    pub fn listen(&self) -> io::Result<UnixListener> {
+        let _ = fs::remove_file(self.0.join("control"));
+        let (_folder, short) = self.short()?;
+        UnixListener::bind(short)
+    }
+
+    /// Connects to the watch of this job, if one runs.
+    pub async fn connect(&self) -> Option<UnixStream> {
+        let (_folder, short) = self.short().ok()?;
+        timeout(CONNECT_LIMIT, UnixStream::connect(short)).await.ok()?.ok()
+    }
+
+    /// Removes everything.
+    pub fn remove(&self) {
+        // What stays is swept with the runner's own folder, or used again.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+
+    /// Removes it if no watch has it.
+    pub fn leave(&self) {
+        if let Ok(Some(_held)) = self.hold() {
+            self.remove();
+        }
+    }
+
+    /// A socket's path may have 107 bytes, and a runner's folders are deep: so the folder is named by
+    /// its open file, which must be kept until the path was used.
+    fn short(&self) -> io::Result<(File, PathBuf)> {
+        let folder = File::open(&self.0)?;
+        let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join("control");
+        Ok((folder, short))
+    }
+}
+
+/// The same for all steps of a job, and another for each job.
+fn key(env: &Env) -> String {
+    let names = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID", "GITHUB_RUN_ATTEMPT", "GITHUB_JOB", "RUNNER_NAME"];
+    let text: Vec<String> = names.iter().map(|name| format!("{:?}", env.get(name))).collect();
+    Sha256::digest(text.join("\n")).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_of_a_job_meet_and_jobs_do_not() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let base = base.path().to_str().expect("text");
+        let place = |id: &str, step: &str| {
+            let env = [("RUNNER_TEMP", base), ("RUNNER_TRACKING_ID", id), ("GITHUB_ACTION", step)];
+            Place::of(&Env::from_pairs(env)).expect("made")
+        };
+        assert_eq!(place("github_1", "a").0, place("github_1", "b").0);
+        assert_ne!(place("github_1", "a").0, place("github_2", "a").0);
+        let held = place("github_1", "a").hold().expect("asked").expect("free");
+        assert!(place("github_1", "b").hold().expect("asked").is_none());
+        drop(held);
+        assert!(place("github_1", "b").hold().expect("asked").is_some());
+    }
+
+    #[test]
+    fn a_ci_marks_its_processes_and_a_laptop_has_users() {
+        let of = |pairs: &[(&str, &str)]| mark(&Env::from_pairs(pairs.iter().copied()));
+        assert_eq!(of(&[("RUNNER_TRACKING_ID", "github_1")]), Job::Marked("RUNNER_TRACKING_ID=github_1".into()));
+        assert_eq!(of(&[("CI_JOB_ID", "7")]), Job::Marked("CI_JOB_ID=7".into()));
+        assert_eq!(of(&[]), Job::User);
+    }
+}

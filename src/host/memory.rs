@@ -1,0 +1,233 @@
+//! Memory as the kernel counts it: the control group's limit, its use and peak, and how many
+//! processes were killed for want of it. Reads only.
+//!
+//! Files and their meaning: the kernel's `cgroup-v2.rst` and `cgroup-v1/memory.rst`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Above this a limit is none: version 1 says "unlimited" with the largest multiple of a page.
+const UNLIMITED: u64 = 1 << 60;
+
+/// The control group that this process is in, and where its memory files are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cgroup {
+    /// Version 2: the unified hierarchy.
+    V2(PathBuf),
+    /// Version 1: the memory controller's own hierarchy.
+    V1(PathBuf),
+}
+
+/// What the kernel has counted so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// The least limit over the group and its ancestors, in bytes.
+    pub limit: Option<u64>,
+    /// Memory in use now, in bytes.
+    pub current: Option<u64>,
+    /// The most ever in use, in bytes, since the group was made.
+    pub peak: Option<u64>,
+    /// Processes of the group that were killed for memory, ever.
+    pub killed_in_group: Option<u64>,
+    /// Processes of the machine that were killed for memory, ever.
+    pub killed_on_machine: Option<u64>,
+}
+
+impl Cgroup {
+    /// The group of this process, if its memory files can be read.
+    pub fn of_self() -> Option<Self> {
+        Self::find(Path::new("/"))
+    }
+
+    /// The same below another root, for tests.
+    fn find(root: &Path) -> Option<Self> {
+        let text = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
+        let mut v2 = None;
+        for line in text.lines() {
+            let mut parts = line.splitn(3, ':');
+            let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+            if controllers.split(',').any(|name| name == "memory") {
+                let folder = nearest(&root.join("sys/fs/cgroup/memory"), path, "memory.limit_in_bytes");
+                if let Some(folder) = folder {
+                    return Some(Self::V1(folder));
+                }
+            } else if controllers.is_empty() {
+                v2 = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+                    .into_iter()
+                    .find_map(|mount| nearest(&root.join(mount), path, "memory.current"));
+            }
+        }
+        v2.map(Self::V2)
+    }
+
+    /// What the kernel has counted so far; what cannot be read is `None`.
+    pub fn read(&self) -> Memory {
+        match self {
+            Self::V2(folder) => Memory {
+                limit: limit(folder, "memory.max"),
+                current: number(folder, "memory.current"),
+                peak: number(folder, "memory.peak"),
+                killed_in_group: field(&folder.join("memory.events"), "oom_kill"),
+                killed_on_machine: killed_on_machine(),
+            },
+            Self::V1(folder) => Memory {
+                limit: limit(folder, "memory.limit_in_bytes"),
+                current: number(folder, "memory.usage_in_bytes"),
+                peak: number(folder, "memory.max_usage_in_bytes"),
+                killed_in_group: field(&folder.join("memory.oom_control"), "oom_kill"),
+                killed_on_machine: killed_on_machine(),
+            },
+        }
+    }
+
+    /// Memory of processes, without what the kernel keeps of files and can drop, in bytes.
+    pub fn of_processes(&self) -> Option<u64> {
+        match self {
+            Self::V2(folder) => field(&folder.join("memory.stat"), "anon"),
+            Self::V1(folder) => field(&folder.join("memory.stat"), "total_rss"),
+        }
+    }
+}
+
+/// The memory of the machine, in bytes.
+pub fn of_machine() -> Option<u64> {
+    kibibytes(Path::new("/proc/meminfo"), "MemTotal:")
+}
+
+/// What the machine has left for new processes, in bytes.
+pub fn available() -> Option<u64> {
+    kibibytes(Path::new("/proc/meminfo"), "MemAvailable:")
+}
+
+/// What a process holds now and has held at most, in bytes; `None` when it has ended.
+pub fn of_process(id: u32) -> Option<(u64, u64)> {
+    let status = PathBuf::from(format!("/proc/{id}/status"));
+    Some((kibibytes(&status, "VmRSS:")?, kibibytes(&status, "VmHWM:")?))
+}
+
+/// Makes a process the first that the kernel kills when memory runs out (`proc_pid_oom_score_adj(5)`); anybody may
+/// raise it. Where it cannot be done, the kernel chooses by size, which is mostly the same one.
+pub fn expendable(id: u32) {
+    let _ = fs::write(format!("/proc/{id}/oom_score_adj"), "900");
+}
+
+fn kibibytes(file: &Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    let kib = text.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?;
+    kib.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// What can be known where there is no control group to read.
+pub fn without_cgroup() -> Memory {
+    Memory { killed_on_machine: killed_on_machine(), ..Memory::default() }
+}
+
+/// Memory in use now by this process and its descendants, in bytes: resident, shared pages counted
+/// in each. For machines without a control group of the job's own.
+pub fn of_descendants() -> u64 {
+    let mut parents = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        // Fields 4 (parent) and 24 (resident pages) of `proc_pid_stat(5)`, counted behind the name.
+        let Some((_, rest)) = stat.rsplit_once(')') else { continue };
+        let words: Vec<&str> = rest.split_whitespace().collect();
+        let parent = words.get(1).and_then(|word| word.parse::<u32>().ok()).unwrap_or_default();
+        let pages = words.get(21).and_then(|word| word.parse::<u64>().ok()).unwrap_or_default();
+        parents.push((pid, parent, pages));
+    }
+    let mut family = vec![std::process::id()];
+    let mut pages = 0;
+    let mut next = 0;
+    while let Some(pid) = family.get(next).copied() {
+        for (child, _, resident) in parents.iter().filter(|(_, parent, _)| *parent == pid) {
+            family.push(*child);
+            pages += resident;
+        }
+        next += 1;
+    }
+    pages * rustix::param::page_size() as u64
+}
+
+/// The folder of `path` below `mount`, or the nearest ancestor that has `file`: in a container the
+/// path may be that of the host, and the mount shows only our part of the tree.
+fn nearest(mount: &Path, path: &str, file: &str) -> Option<PathBuf> {
+    let whole = mount.join(path.trim_start_matches('/'));
+    whole
+        .ancestors()
+        .take_while(|folder| folder.starts_with(mount))
+        .find(|folder| folder.join(file).is_file())
+        .map(Path::to_owned)
+}
+
+fn number(folder: &Path, file: &str) -> Option<u64> {
+    fs::read_to_string(folder.join(file)).ok()?.trim().parse().ok()
+}
+
+/// The least limit over the folder and its ancestors; `max` and absurd values are none.
+fn limit(folder: &Path, file: &str) -> Option<u64> {
+    let values = folder.ancestors().map_while(|folder| folder.join(file).is_file().then(|| number(folder, file)));
+    values.flatten().filter(|bytes| *bytes < UNLIMITED).min()
+}
+
+fn killed_on_machine() -> Option<u64> {
+    field(Path::new("/proc/vmstat"), "oom_kill")
+}
+
+fn field(file: &Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(file).ok()?;
+    text.lines().find_map(|line| {
+        let (key, value) = line.split_once(' ')?;
+        (key == name).then(|| value.trim().parse().ok()).flatten()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(root: &Path, name: &str, text: &str) {
+        let file = root.join(name);
+        fs::create_dir_all(file.parent().expect("has one")).expect("made");
+        fs::write(file, text).expect("written");
+    }
+
+    #[test]
+    fn version_2_in_a_container_that_sees_its_own_root() {
+        let root = tempfile::tempdir().expect("temporary folder");
+        file(root.path(), "proc/self/cgroup", "0::/kubepods/pod1\n");
+        file(root.path(), "sys/fs/cgroup/memory.max", "1048576\n");
+        file(root.path(), "sys/fs/cgroup/memory.current", "4096\n");
+        file(root.path(), "sys/fs/cgroup/memory.events", "low 0\noom 3\noom_kill 2\n");
+        let memory = Cgroup::find(root.path()).expect("found").read();
+        assert_eq!((memory.limit, memory.current, memory.killed_in_group), (Some(1_048_576), Some(4096), Some(2)));
+    }
+
+    #[test]
+    fn version_1_takes_the_least_limit_of_its_ancestors() {
+        let root = tempfile::tempdir().expect("temporary folder");
+        file(root.path(), "proc/self/cgroup", "9:name=systemd:/\n4:memory:/a/b\n0::/\n");
+        file(root.path(), "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+        file(root.path(), "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "2097152\n");
+        file(root.path(), "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", "9223372036854771712\n");
+        file(
+            root.path(),
+            "sys/fs/cgroup/memory/a/b/memory.oom_control",
+            "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n",
+        );
+        let memory = Cgroup::find(root.path()).expect("found").read();
+        assert_eq!((memory.limit, memory.killed_in_group), (Some(2_097_152), Some(5)));
+    }
+
+    #[test]
+    fn this_process_is_seen() {
+        let (now, most) = of_process(std::process::id()).expect("it runs");
+        assert!(0 < now && now <= most + (64 << 20) && available().is_some_and(|bytes| bytes > 0), "{now} {most}");
+        assert_eq!(of_process(u32::MAX), None);
+    }
+
+    #[test]
+    fn a_child_counts_among_the_descendants() {
+        assert!(of_descendants() < 1 << 40, "no child is as big as that");
+    }
+}

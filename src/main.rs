@@ -1,0 +1,72 @@
+//! The binary: hands the command line to the library and ends with its exit code.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser as _;
+use flywheel::cli::Cli;
+use flywheel::command::Failure;
+use flywheel::exit::Exit;
+use flywheel::host::{priority, private};
+use flywheel::runner::env::Env;
+use flywheel::runner::workflow::{Level, Workflow};
+
+/// What blocking work gets to end once everything is done.
+const LAST_GRACE: Duration = Duration::from_millis(300);
+
+fn main() -> ExitCode {
+    remove_private_folders_on_panic();
+    let env = Env::of_process();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are errors to clap, and go to stdout with code 0.
+            let code = if error.use_stderr() { Exit::Usage } else { Exit::Ok };
+            // Nobody listening is no reason to fail.
+            let _ = error.print();
+            return ExitCode::from(code.code());
+        }
+    };
+    // The job's own work comes first. The main thread, from which its command is started, stays as it is.
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().on_thread_start(priority::yield_to_others).build();
+    let ended = match runtime {
+        Ok(runtime) => {
+            let ended = runtime.block_on(cli.run(&env));
+            // A thread that still reads a slow disk must not hold the end back.
+            runtime.shutdown_timeout(LAST_GRACE);
+            ended
+        }
+        Err(error) => {
+            Workflow::new(env.in_github_actions()).annotate(Level::Error, "flywheel", &format!("no threads: {error}"));
+            return ExitCode::from(Exit::Host.code());
+        }
+    };
+    let exit = ended.unwrap_or_else(|failure| explain(&failure, &env));
+    ExitCode::from(exit.code())
+}
+
+/// A release build aborts on a panic, without running a destructor.
+fn remove_private_folders_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        private::remove_all();
+        report(panic);
+    }));
+}
+
+fn explain(failure: &Failure, env: &Env) -> Exit {
+    let mut text = failure.to_string();
+    let mut cause = failure.source();
+    while let Some(source) = cause {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        cause = source.source();
+    }
+    if let Some(hint) = failure.hint() {
+        text.push_str("\nhelp: ");
+        text.push_str(&hint);
+    }
+    Workflow::new(env.in_github_actions()).annotate(Level::Error, "flywheel", &text);
+    failure.exit()
+}

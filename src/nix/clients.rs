@@ -1,0 +1,410 @@
+//! Which Nix processes of this machine are the job's, and so which added paths: jobs that share a
+//! store do not publish each other's work. Reads only; decides nothing about publishing.
+//!
+//! Every Nix process that adds, builds or fetches a path first writes the path's name into a file of
+//! its own below `temproots/`, named by its process id, so that the garbage collector spares it
+//! (`LocalStore::addTempRoot`). A process of the daemon does so for its client, whose process id it
+//! puts into its own arguments. The files are seen when they are made, kept open, and can be read
+//! even after their process has removed them.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::process::geteuid;
+
+use crate::host::notify::{Event, Notify, WatchFlags};
+use crate::nix::store_path::StorePath;
+use crate::policy::{Impurity, of_arguments, of_settings};
+
+/// How many steps a process may be below us; more is a loop.
+const DEPTH_LIMIT: usize = 4096;
+
+/// Whose an added path is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// A process of this job added it, or no other Nix process was at work.
+    Ours,
+    /// Another job's process added it.
+    Others,
+    /// Another job's process was at work, and what it did cannot be read.
+    Unclear,
+}
+
+/// Which processes are the job's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// This process and its descendants.
+    Descendants,
+    /// Processes whose environment, or that of a process above them, holds this `NAME=value`: a CI's
+    /// mark of the job. A process that has put it away (`sudo`, `env -i`) is found by those above it.
+    Marked(String),
+    /// All processes of this user: on a laptop nothing marks a session.
+    User,
+}
+
+/// Told of the paths that a process of the job means to add.
+type Tell = Box<dyn FnMut(&[StorePath]) + Send>;
+
+/// The Nix processes seen since the watch began.
+#[derive(Debug)]
+pub struct Clients {
+    state: Arc<Mutex<State>>,
+    _notify: Option<Notify>,
+}
+
+struct State {
+    folder: PathBuf,
+    job: Job,
+    tell: Tell,
+    open: BTreeMap<u32, Roots>,
+    ours: HashSet<StorePath>,
+    others: HashSet<StorePath>,
+    /// Another job's process was seen at all; without one, everything is ours. With one, a process
+    /// that was gone before anybody looked may have been another job's too.
+    strangers: bool,
+    /// Another job's process left nothing to read.
+    unclear: bool,
+    /// What a process of the job asks impure evaluation with.
+    impurity: Option<Impurity>,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State").field("folder", &self.folder).field("job", &self.job).finish_non_exhaustive()
+    }
+}
+
+/// The open file of one process.
+#[derive(Debug)]
+struct Roots {
+    file: File,
+    ours: bool,
+    rest: Vec<u8>,
+}
+
+impl Roots {
+    /// The paths that were written since, as far as their names are whole; `None` if the file cannot be read.
+    fn read(&mut self) -> Option<Vec<StorePath>> {
+        self.file.read_to_end(&mut self.rest).ok()?;
+        let whole = self.rest.iter().rposition(|byte| *byte == 0).map_or(0, |end| end + 1);
+        let done: Vec<u8> = self.rest.drain(..whole).collect();
+        let names = done.split(|byte| *byte == 0).filter_map(|name| std::str::from_utf8(name).ok());
+        Some(names.filter_map(|name| name.parse().ok()).collect())
+    }
+}
+
+impl Clients {
+    /// Begins to watch. `state_dir` is Nix's, `/nix/var/nix` as a rule. `tell` gets the paths that a
+    /// process of the job means to add, as a rule long before they are valid.
+    pub fn watch(state_dir: &Path, job: Job, tell: impl FnMut(&[StorePath]) + Send + 'static) -> Self {
+        let folder = state_dir.join("temproots");
+        let state = Arc::new(Mutex::new(State {
+            folder: folder.clone(),
+            job,
+            tell: Box::new(tell),
+            open: BTreeMap::new(),
+            ours: HashSet::new(),
+            others: HashSet::new(),
+            strangers: false,
+            unclear: false,
+            impurity: None,
+        }));
+        let told = Arc::clone(&state);
+        let notify =
+            Notify::watch(&folder, WatchFlags::CREATE | WatchFlags::MODIFY, move |event| lock(&told).hear(&event)).ok();
+        let mut begun = lock(&state);
+        begun.take_in_all();
+        drop(begun);
+        Self { state, _notify: notify }
+    }
+
+    /// What a Nix process of the job asks impure evaluation with, if one was seen that does.
+    pub fn impurity(&self) -> Option<Impurity> {
+        let mut state = lock(&self.state);
+        state.take_in_all();
+        state.impurity.clone()
+    }
+
+    /// Whose each of these added paths is. To be asked once they are valid: by then their names
+    /// have long been written.
+    pub fn whose(&self, paths: &[StorePath]) -> Vec<Whose> {
+        let mut state = lock(&self.state);
+        // What was made a moment ago may not have reached the watching task yet.
+        state.take_in_all();
+        state.read_on();
+        paths.iter().map(|path| state.whose(path)).collect()
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().expect("nothing panics while it holds this lock")
+}
+
+impl State {
+    fn hear(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Entry(name) => {
+                if let Ok(pid) = name.parse() {
+                    self.take_in(pid);
+                }
+            }
+            // The folder itself still tells who is there.
+            Event::Lost => self.take_in_all(),
+        }
+        // Processes that have ended are let go, so that a long job does not hold a file for each.
+        self.read_on();
+    }
+
+    fn take_in_all(&mut self) {
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            if let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
+                self.take_in(pid);
+            }
+        }
+    }
+
+    fn take_in(&mut self, pid: u32) {
+        let file = File::open(self.folder.join(pid.to_string()));
+        // A file whose process is long dead tells nothing; a new process may have its number, though.
+        let known = |roots: &Roots, file: &File| same_file(&roots.file, file);
+        if let (Some(roots), Ok(file)) = (self.open.get(&pid), &file)
+            && known(roots, file)
+        {
+            return;
+        }
+        let whose = Owner::of(pid, &self.job);
+        if whose == Owner::Job && self.impurity.is_none() {
+            self.impurity = impurity_of(pid);
+        }
+        self.strangers |= whose == Owner::Other;
+        match (file, whose) {
+            (_, Owner::Dead) => (),
+            (Ok(file), owner) => {
+                self.finish(pid);
+                self.open.insert(pid, Roots { file, ours: owner == Owner::Job, rest: Vec::new() });
+            }
+            (Err(_), Owner::Other) => self.unclear = true,
+            (Err(_), Owner::Job) => (),
+        }
+    }
+
+    /// Reads what the processes have written since, and lets go of those that have ended.
+    fn read_on(&mut self) {
+        let pids: Vec<u32> = self.open.keys().copied().collect();
+        for pid in pids {
+            self.read(pid);
+            let ended =
+                self.open.get(&pid).is_none_or(|roots| roots.file.metadata().is_ok_and(|file| file.nlink() == 0));
+            if ended {
+                self.finish(pid);
+            }
+        }
+    }
+
+    fn finish(&mut self, pid: u32) {
+        self.read(pid);
+        self.open.remove(&pid);
+    }
+
+    fn read(&mut self, pid: u32) {
+        let Some(roots) = self.open.get_mut(&pid) else { return };
+        match roots.read() {
+            None => self.unclear |= !roots.ours,
+            Some(paths) if roots.ours => {
+                let new: Vec<StorePath> = paths.into_iter().filter(|path| !self.ours.contains(path)).collect();
+                if !new.is_empty() {
+                    (self.tell)(&new);
+                }
+                self.ours.extend(new);
+            }
+            Some(paths) => self.others.extend(paths),
+        }
+    }
+
+    fn whose(&self, path: &StorePath) -> Whose {
+        if self.ours.contains(path) {
+            Whose::Ours
+        } else if self.others.contains(path) {
+            Whose::Others
+        } else if self.unclear || self.strangers {
+            Whose::Unclear
+        } else {
+            Whose::Ours
+        }
+    }
+}
+
+fn same_file(one: &File, other: &File) -> bool {
+    match (one.metadata(), other.metadata()) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}
+
+/// Whose a process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    Job,
+    Other,
+    Dead,
+}
+
+impl Owner {
+    fn of(pid: u32, job: &Job) -> Self {
+        let Some(arguments) = arguments(pid) else { return Self::Dead };
+        // A daemon's process serves a client: whose that is, it is.
+        let client = client_of(&arguments).unwrap_or(pid);
+        let us = std::process::id();
+        let is_ours = match job {
+            Job::Descendants => above(client).any(|pid| pid == us),
+            Job::Marked(mark) => above(client).any(|pid| pid == us || holds(pid, mark)),
+            Job::User => fs::metadata(format!("/proc/{client}")).is_ok_and(|found| found.uid() == geteuid().as_raw()),
+        };
+        if is_ours { Self::Job } else { Self::Other }
+    }
+}
+
+/// What a process, or the client that it serves, asks impure evaluation with: its arguments, or the settings in
+/// its environment.
+fn impurity_of(pid: u32) -> Option<Impurity> {
+    let own = arguments(pid)?;
+    let client = client_of(&own);
+    let words = match client {
+        Some(client) => arguments(client)?,
+        None => own,
+    };
+    let environment = fs::read(format!("/proc/{}/environ", client.unwrap_or(pid))).unwrap_or_default();
+    let config = environment.split(|byte| *byte == 0).find_map(|pair| pair.strip_prefix(b"NIX_CONFIG="));
+    of_arguments(&words).or_else(|| of_settings(&String::from_utf8_lossy(config?)))
+}
+
+fn arguments(pid: u32) -> Option<Vec<String>> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok().filter(|bytes| !bytes.is_empty())?;
+    Some(bytes.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+}
+
+/// `nix-daemon 1234`: the process that serves client 1234 (`nix/src/nix/daemon.cc`, `daemonLoop`).
+fn client_of(arguments: &[String]) -> Option<u32> {
+    let name = arguments.first().and_then(|name| Path::new(name).file_name()?.to_str());
+    let daemon = matches!(name, Some("nix-daemon" | "nix"));
+    // The number is copied over the first argument and ends where that ended.
+    daemon.then(|| arguments.get(1)?.trim_end_matches('\0').parse().ok()).flatten()
+}
+
+/// Whether a process was started with this `NAME=value`; that of another user is not ours to read.
+fn holds(pid: u32, variable: &str) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|pair| pair == variable.as_bytes())
+}
+
+/// A process and those above it.
+fn above(pid: u32) -> impl Iterator<Item = u32> {
+    let parent = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<u32>().ok().filter(|parent| *parent > 0)
+    };
+    std::iter::successors(Some(pid), parent).take(DEPTH_LIMIT)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATH: &str = "/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-hello";
+
+    fn path() -> StorePath {
+        PATH.parse().expect("valid")
+    }
+
+    fn state_dir() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        fs::create_dir(folder.path().join("temproots")).expect("made");
+        folder
+    }
+
+    fn write(folder: &Path, pid: u32, text: &str) {
+        fs::write(folder.join("temproots").join(pid.to_string()), text).expect("written");
+    }
+
+    #[test]
+    fn a_path_of_our_own_process_is_ours_even_after_its_file_is_gone() {
+        let folder = state_dir();
+        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
+        write(folder.path(), std::process::id(), &format!("{PATH}\0"));
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        fs::remove_file(folder.path().join(format!("temproots/{}", std::process::id()))).expect("removed");
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+    }
+
+    #[test]
+    fn a_path_of_another_process_is_not() {
+        let folder = state_dir();
+        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
+        write(folder.path(), 1, &format!("{PATH}\0/nix/store/half-writ"));
+        assert_eq!(clients.whose(&[path()]), [Whose::Others]);
+        write(folder.path(), std::process::id(), &format!("{PATH}\0"));
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours], "both want it");
+    }
+
+    #[test]
+    fn alone_on_the_machine_everything_is_ours() {
+        let folder = state_dir();
+        write(folder.path(), u32::MAX, &format!("{PATH}\0"));
+        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours], "a dead process's file tells nothing");
+    }
+
+    #[test]
+    fn a_process_that_was_gone_too_soon_is_ours_only_where_nobody_else_works() {
+        let folder = state_dir();
+        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
+        let gone = u32::MAX - 1;
+        write(folder.path(), gone, &format!("{PATH}\0"));
+        lock(&clients.state).hear(&Event::Entry(&gone.to_string()));
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        write(folder.path(), 1, "");
+        assert_eq!(clients.whose(&[path()]), [Whose::Unclear]);
+        write(folder.path(), std::process::id(), &format!("{PATH}\0"));
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours], "ours want it too");
+    }
+
+    #[test]
+    fn a_daemons_process_names_its_client() {
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        assert_eq!(client_of(&words(&["nix-daemon", "4242", ""])), Some(4242));
+        assert_eq!(client_of(&words(&["nix-daemon", "--daemon", ""])), None);
+        assert_eq!(client_of(&words(&["nix", "build", ""])), None);
+        let us = std::process::id();
+        assert!(above(us).any(|pid| pid == us));
+        assert!(!above(1).any(|pid| pid == us));
+    }
+
+    #[test]
+    fn a_mark_is_found_on_a_process_or_above_it() {
+        let inherited = fs::read("/proc/self/environ").expect("our own");
+        let variable = inherited.split(|byte| *byte == 0).next().expect("one at least");
+        let variable = String::from_utf8_lossy(variable).into_owned();
+        // Pid 1 cannot have the mark that follows.
+        assert!(holds(std::process::id(), &variable), "{variable}");
+        assert!(!holds(1, "RUNNER_TRACKING_ID=github_of_nobody"));
+        assert_eq!(Owner::of(1, &Job::Marked("RUNNER_TRACKING_ID=github_of_nobody".into())), Owner::Other);
+        assert_eq!(Owner::of(std::process::id(), &Job::User), Owner::Job);
+    }
+
+    #[test]
+    fn what_is_meant_to_be_added_is_told_before_it_is_valid() {
+        let folder = state_dir();
+        let (send, receive) = std::sync::mpsc::channel();
+        let clients = Clients::watch(folder.path(), Job::Descendants, move |paths| {
+            send.send(paths.to_vec()).expect("the test listens");
+        });
+        write(folder.path(), std::process::id(), &format!("{PATH}\0"));
+        let told = receive.recv_timeout(std::time::Duration::from_secs(10)).expect("told");
+        assert_eq!(told, [path()]);
+        drop(clients);
+    }
+}

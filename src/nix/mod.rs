@@ -1,0 +1,26 @@
+//! Everything that knows Nix: formats, the store, settings, bootstrap.
+//! Never decides who may publish, and never talks to a cache.
+
+pub mod bootstrap;
+pub mod build;
+pub mod cache_name;
+pub mod clients;
+pub mod collect;
+pub mod db;
+pub mod flake;
+pub mod hash;
+pub mod key;
+pub mod nar;
+pub mod narinfo;
+pub mod netrc;
+pub mod path_info;
+pub mod path_json;
+pub mod ping;
+pub mod read_back;
+pub mod roots;
+pub mod scan;
+pub mod settings;
+pub mod store;
+pub mod store_path;
+pub mod tool;
+pub mod watch;

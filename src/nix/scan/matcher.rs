@@ -1,0 +1,101 @@
+//! Many needles in one haystack, fast: the needles in groups that fit the vector unit's searcher, each group over
+//! a block that stays in the processor's cache. Knows bytes, not what they mean.
+
+use aho_corasick::packed::{Config, MatchKind, Searcher};
+use aho_corasick::{AhoCorasick, Input, Span};
+
+/// Needles in one group: the vectorised searcher loses its speed beyond.
+const GROUP: usize = 64;
+
+/// Finds where any of its needles begins.
+#[derive(Debug)]
+pub(super) struct Matcher {
+    groups: Vec<Group>,
+}
+
+#[derive(Debug)]
+struct Group {
+    first: usize,
+    by: By,
+}
+
+#[derive(Debug)]
+enum By {
+    Vectors(Searcher),
+    /// On processors without the vector instructions.
+    Automaton(Box<AhoCorasick>),
+}
+
+impl Matcher {
+    /// Needles must not be empty.
+    pub(super) fn new(needles: &[Vec<u8>]) -> Self {
+        let groups = needles.chunks(GROUP).enumerate().map(|(n, chunk)| Group { first: n * GROUP, by: By::of(chunk) });
+        Self { groups: groups.collect() }
+    }
+
+    /// Tells of each needle that begins within `from..until`, with its number; its end may be beyond. Where
+    /// several of a group begin at one place, one of them is told.
+    pub(super) fn find(&self, hay: &[u8], from: usize, until: usize, mut tell: impl FnMut(usize, usize)) {
+        for group in &self.groups {
+            let mut start = from;
+            while start < until {
+                match group.by.next(hay, start) {
+                    Some((number, at)) if at < until => {
+                        tell(group.first + number, at);
+                        start = at + 1;
+                    }
+                    _ => break,
+                }
+            }
+        }
+    }
+}
+
+impl By {
+    fn of(needles: &[Vec<u8>]) -> Self {
+        let mut builder = Config::new().match_kind(MatchKind::LeftmostFirst).builder();
+        match builder.extend(needles).build() {
+            Some(searcher) => Self::Vectors(searcher),
+            None => {
+                let automaton = AhoCorasick::new(needles);
+                Self::Automaton(Box::new(automaton.expect("a few dozen needles are never too many")))
+            }
+        }
+    }
+
+    fn next(&self, hay: &[u8], start: usize) -> Option<(usize, usize)> {
+        let span = Span { start, end: hay.len() };
+        let found = match self {
+            Self::Vectors(searcher) => searcher.find_in(hay, span),
+            Self::Automaton(automaton) => automaton.find(Input::new(hay).span(span)),
+        };
+        found.map(|found| (found.pattern().as_usize(), found.start()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_needle_of_every_group_is_found_and_no_other_place() {
+        let needles: Vec<Vec<u8>> = (0..200).map(|n| format!("needle-{n:03}-of-hay").into_bytes()).collect();
+        let matcher = Matcher::new(&needles);
+        let mut hay = vec![b'-'; 100_000];
+        let mut expected = Vec::new();
+        for (n, needle) in needles.iter().enumerate() {
+            let at = 37 + n * 441;
+            hay[at..at + needle.len()].copy_from_slice(needle);
+            expected.push((n, at));
+        }
+        let mut found = Vec::new();
+        matcher.find(&hay, 0, hay.len(), |n, at| found.push((n, at)));
+        found.sort_unstable();
+        assert_eq!(found, expected);
+        found.clear();
+        matcher.find(&hay, 38, 478, |n, at| found.push((n, at)));
+        assert!(found.is_empty(), "neither the one before nor the one that begins at the end");
+        matcher.find(&hay, 38, 479, |n, at| found.push((n, at)));
+        assert_eq!(found, [(1, 478)]);
+    }
+}

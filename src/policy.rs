@@ -1,0 +1,215 @@
+//! The publication policy: what a path must be to enter a shared cache, which rules hold how strictly, and what
+//! follows when one is broken. Pure: no I/O, no secret; what a path holds is found elsewhere.
+
+mod allow;
+mod impurity;
+
+use std::fmt;
+
+pub use self::allow::Allowed;
+pub use self::impurity::{Impurity, of_arguments, of_command, of_settings};
+
+use crate::text::{nearest, one_line};
+
+/// A rule that a publication keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Rule {
+    /// Nothing of a job that evaluated impurely is published.
+    Impure,
+    /// Nothing is published before `nix flake check` has passed in this job, where that is asked for.
+    Unchecked,
+    /// No path refers to a store path that is not valid or not in its closure.
+    Dangling,
+    /// No path names a place of this machine.
+    MachinePath,
+    /// No path holds a secret.
+    Secret,
+}
+
+impl Rule {
+    /// All of them, in the order in which they are looked at.
+    pub const ALL: [Self; 5] = [Self::Impure, Self::Unchecked, Self::Dangling, Self::MachinePath, Self::Secret];
+
+    /// Its name in inputs, annotations and outputs.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Impure => "impure",
+            Self::Unchecked => "unchecked",
+            Self::Dangling => "dangling",
+            Self::MachinePath => "machine-path",
+            Self::Secret => "secret",
+        }
+    }
+
+    /// Why there is this rule, a sentence.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Impure => "What an impure evaluation builds depends on this machine, and nobody else can build it.",
+            Self::Unchecked => "What the flake's own checks have not passed is not for others.",
+            Self::Dangling => "A reader would get a path that needs another one which the cache does not hold.",
+            Self::MachinePath => "A reader's machine does not have that place, or something else is there.",
+            Self::Secret => "Whoever reads the cache would have it.",
+        }
+    }
+
+    fn index(self) -> usize {
+        Self::ALL.iter().position(|rule| *rule == self).expect("all rules are in the list")
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// How strictly a rule holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// What breaks it is not published.
+    #[default]
+    Enforce,
+    /// What breaks it is published and named.
+    Warn,
+    /// It is not looked at.
+    Off,
+}
+
+impl Mode {
+    /// All of them, by their words.
+    pub const WORDS: [(&'static str, Self); 3] = [("enforce", Self::Enforce), ("warn", Self::Warn), ("off", Self::Off)];
+}
+
+/// What follows for something that a job would publish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ruling {
+    /// The job publishes nothing anyway.
+    Nothing,
+    /// It goes.
+    Publish,
+    /// It goes, and is named.
+    PublishAndWarn,
+    /// It stays, and is named.
+    Withhold,
+}
+
+/// The rules as one job keeps them.
+#[derive(Clone, Debug, Default)]
+pub struct Policy {
+    modes: [Mode; Rule::ALL.len()],
+    allowed: Vec<Allowed>,
+}
+
+impl Policy {
+    /// Reads lines such as `machine-path = warn`; a comma ends one as well. Rules that are not named are enforced.
+    ///
+    /// # Errors
+    /// What is wrong with the first bad one, a fragment, with the nearest good word.
+    pub fn read(text: &str) -> Result<Self, String> {
+        let mut policy = Self::default();
+        for line in text.split(['\n', ',']).map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            let (name, word) = line.split_once('=').ok_or_else(|| {
+                format!(
+                    "has a line without `=`: `{}`; write `RULE = MODE`, such as `secret = warn`",
+                    one_line(line, 80)
+                )
+            })?;
+            let rule = rule(name.trim())?;
+            policy.modes[rule.index()] = mode(word.trim())?;
+        }
+        Ok(policy)
+    }
+
+    /// The same policy, with exceptions.
+    #[must_use]
+    pub fn with_allowed(mut self, allowed: Vec<Allowed>) -> Self {
+        self.allowed.extend(allowed);
+        self
+    }
+
+    /// How strictly a rule holds.
+    pub fn mode(&self, rule: Rule) -> Mode {
+        self.modes[rule.index()]
+    }
+
+    /// Why a path of this name, hash and store folder left out, may break a rule; `None` if it may not.
+    pub fn allows(&self, rule: Rule, name: &str) -> Option<&str> {
+        self.allowed.iter().find(|allowed| allowed.covers(rule, name)).map(Allowed::reason)
+    }
+
+    /// What follows for a path of this name, `breaks` being whether it breaks the rule.
+    pub fn rule(&self, publishes: bool, rule: Rule, name: &str, breaks: bool) -> Ruling {
+        match (publishes, self.mode(rule)) {
+            (false, _) => Ruling::Nothing,
+            (true, Mode::Off) => Ruling::Publish,
+            (true, _) if !breaks || self.allows(rule, name).is_some() => Ruling::Publish,
+            (true, Mode::Warn) => Ruling::PublishAndWarn,
+            (true, Mode::Enforce) => Ruling::Withhold,
+        }
+    }
+}
+
+fn rule(word: &str) -> Result<Rule, String> {
+    Rule::ALL.into_iter().find(|rule| rule.word() == word).ok_or_else(|| {
+        let meant = nearest(word, Rule::ALL.map(Rule::word)).map(|meant| format!(". Did you mean `{meant}`?"));
+        let all = Rule::ALL.map(|rule| format!("`{rule}`")).join(", ");
+        format!("names `{}`, which is none of the rules {all}{}", one_line(word, 40), meant.unwrap_or_default())
+    })
+}
+
+fn mode(word: &str) -> Result<Mode, String> {
+    Mode::WORDS.into_iter().find(|(known, _)| *known == word).map(|(_, mode)| mode).ok_or_else(|| {
+        let meant = nearest(word, Mode::WORDS.map(|(word, _)| word)).map(|meant| format!(". Did you mean `{meant}`?"));
+        format!(
+            "has `{}`, which is neither `enforce`, `warn` nor `off`{}",
+            one_line(word, 40),
+            meant.unwrap_or_default()
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_read_and_what_is_not_named_is_enforced() {
+        let policy = Policy::read("machine-path = warn\n# why\nsecret=off, dangling = enforce").expect("good");
+        let modes: Vec<Mode> = Rule::ALL.into_iter().map(|rule| policy.mode(rule)).collect();
+        assert_eq!(modes, [Mode::Enforce, Mode::Enforce, Mode::Enforce, Mode::Warn, Mode::Off]);
+    }
+
+    #[test]
+    fn a_wrong_word_is_named_with_the_one_that_was_meant() {
+        for (text, says) in [
+            ("secrets = off", "Did you mean `secret`?"),
+            ("secret = enforced", "Did you mean `enforce`?"),
+            ("secret", "write `RULE = MODE`"),
+            ("secret = ", "neither `enforce`, `warn` nor `off`"),
+        ] {
+            let error = Policy::read(text).expect_err(text);
+            assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn every_setting_has_its_ruling() {
+        for rule in Rule::ALL {
+            for (word, mode) in Mode::WORDS {
+                let policy = Policy::read(&format!("{rule} = {word}")).expect("good");
+                assert_eq!(policy.rule(false, rule, "x", true), Ruling::Nothing);
+                assert_eq!(policy.rule(true, rule, "x", false), Ruling::Publish);
+                let broken = match mode {
+                    Mode::Enforce => Ruling::Withhold,
+                    Mode::Warn => Ruling::PublishAndWarn,
+                    Mode::Off => Ruling::Publish,
+                };
+                assert_eq!(policy.rule(true, rule, "x", true), broken, "{rule} {word}");
+                let allowed = Allowed::read(&format!("{rule} x* it is ours")).expect("good");
+                let policy = policy.with_allowed(vec![allowed]);
+                assert_eq!(policy.rule(true, rule, "xyz", true), Ruling::Publish, "{rule} {word}");
+                assert_eq!(policy.rule(true, rule, "wxyz", true), broken, "{rule} {word}");
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! Exceptions from the policy: which paths may break which rule, and why. Pure.
+
+use crate::policy::{Rule, rule};
+use crate::text::one_line;
+
+/// An exception.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Allowed {
+    rule: Rule,
+    pattern: String,
+    reason: String,
+}
+
+impl Allowed {
+    /// Reads `RULE PATTERN REASON…`, such as `secret openssl-*-doc the keys of its examples`. The pattern is a
+    /// store path's name, without folder and hash; `*` stands for any text.
+    ///
+    /// # Errors
+    /// What is wrong, a fragment.
+    pub fn read(line: &str) -> Result<Self, String> {
+        let mut words = line.split_whitespace();
+        let (Some(name), Some(pattern)) = (words.next(), words.next()) else {
+            return Err(format!("has `{}`; write `RULE PATTERN REASON`", one_line(line, 80)));
+        };
+        let reason = words.collect::<Vec<_>>().join(" ");
+        if reason.is_empty() {
+            return Err(format!("allows `{name} {}` without a reason; add one", one_line(pattern, 80)));
+        }
+        if pattern.contains('/') {
+            let problem = "has folders in it; give the store path's name alone";
+            return Err(format!("has the pattern `{}`, which {problem}", one_line(pattern, 80)));
+        }
+        Ok(Self { rule: rule(name)?, pattern: pattern.to_owned(), reason })
+    }
+
+    /// Reads a list, one a line; empty lines and those that begin with `#` count for nothing.
+    ///
+    /// # Errors
+    /// What is wrong with the first bad line, a fragment.
+    pub fn read_all(text: &str) -> Result<Vec<Self>, String> {
+        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        lines.map(Self::read).collect()
+    }
+
+    /// Why.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// Whether it is about this rule and a path of this name.
+    pub(super) fn covers(&self, rule: Rule, name: &str) -> bool {
+        self.rule == rule && matches(&self.pattern, name)
+    }
+}
+
+/// `*` stands for any text, all else for itself.
+fn matches(pattern: &str, text: &str) -> bool {
+    let Some((head, tail)) = pattern.split_once('*') else { return pattern == text };
+    let Some(mut rest) = text.strip_prefix(head) else { return false };
+    let mut parts: Vec<&str> = tail.split('*').collect();
+    let last = parts.pop().unwrap_or_default();
+    for part in parts {
+        let Some(at) = rest.find(part) else { return false };
+        rest = &rest[at + part.len()..];
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stars_stand_for_any_text() {
+        for (pattern, text, fits) in [
+            ("hello", "hello", true),
+            ("hello", "hello2", false),
+            ("hello*", "hello-2.12", true),
+            ("*-doc", "openssl-doc", true),
+            ("*-doc", "openssl-docs", false),
+            ("a*b*c", "a-b-b-c", true),
+            ("a*b*c", "a-c", false),
+            ("*", "", true),
+            ("a*a", "a", false),
+        ] {
+            assert_eq!(matches(pattern, text), fits, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn an_exception_has_a_rule_a_pattern_and_a_reason() {
+        let list = "# ours\n\nsecret openssl-*-doc the keys of its examples\n";
+        let allowed = Allowed::read_all(list).expect("good");
+        assert_eq!((allowed.len(), allowed[0].reason()), (1, "the keys of its examples"));
+        assert!(allowed[0].covers(Rule::Secret, "openssl-3-doc"));
+        assert!(!allowed[0].covers(Rule::MachinePath, "openssl-3-doc"));
+        for (line, says) in [
+            ("secret", "write `RULE PATTERN REASON`"),
+            ("secret x", "without a reason"),
+            ("sekret x why", "Did you mean `secret`?"),
+            ("secret /nix/store/x why", "the store path's name alone"),
+        ] {
+            let error = Allowed::read(line).expect_err(line);
+            assert!(error.contains(says), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Tools that say on standard error, line by line, what they are at (`nix eval`, `nix build`): each line is
+//! handed on as it comes, and the tool can be ended at any moment, with all its children.
+
+use std::io;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, BufReader};
+use tokio::process::{Child, ChildStderr};
+
+use crate::process::own::Registered;
+
+/// What a longer line holds beyond this is dropped, in bytes.
+const LINE_LIMIT: usize = 256 * 1024;
+/// What is left in a pipe whose writer is dead is read at once, unless a grandchild holds it open.
+const READ_GRACE: Duration = Duration::from_millis(500);
+
+/// A running tool. Dropping it kills its group.
+#[derive(Debug)]
+pub struct Talking {
+    child: Child,
+    _registered: Registered,
+    group: Option<Pid>,
+    stderr: BufReader<ChildStderr>,
+}
+
+impl Talking {
+    pub(super) fn of(mut child: Child, registered: Registered) -> Self {
+        let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        let stderr = BufReader::new(child.stderr.take().expect("it was asked for"));
+        Self { child, _registered: registered, group, stderr }
+    }
+
+    /// Its process id, until it is reaped.
+    pub fn id(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Its next line, without the line's end and, where it is no UTF-8, with marks in place of that; `None`
+    /// when it has closed its standard error. May be dropped while it waits: nothing is lost then.
+    ///
+    /// # Errors
+    /// When the pipe cannot be read.
+    pub async fn line(&mut self, held: &mut Line) -> io::Result<Option<String>> {
+        read_line(&mut self.stderr, held).await
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub async fn ended(&mut self) -> io::Result<ExitStatus> {
+        self.child.wait().await
+    }
+
+    /// Asks it and its children to end.
+    pub fn ask_to_end(&self) {
+        self.signal(Signal::TERM);
+    }
+
+    /// Ends it and its children: asks, and kills after `grace`.
+    pub async fn stop(mut self, grace: Duration) {
+        self.signal(Signal::TERM);
+        if tokio::time::timeout(grace, self.child.wait()).await.is_err() {
+            self.kill();
+            // It is dead or dying now; reaping it cannot last.
+            let _ = tokio::time::timeout(READ_GRACE, self.child.wait()).await;
+        }
+    }
+
+    /// Kills it and its children.
+    pub fn kill(&self) {
+        self.signal(Signal::KILL);
+    }
+
+    /// Only while the child is not reaped: afterwards the number may be somebody else's.
+    fn signal(&self, signal: Signal) {
+        if let (Some(group), Some(_)) = (self.group, self.child.id()) {
+            // Already gone is as good as ended.
+            let _ = kill_process_group(group, signal);
+        }
+    }
+}
+
+impl Drop for Talking {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The beginning of a line whose end has not come yet.
+#[derive(Debug, Default)]
+pub struct Line(Vec<u8>);
+
+async fn read_line(pipe: &mut (impl AsyncBufRead + Unpin), held: &mut Line) -> io::Result<Option<String>> {
+    loop {
+        let bytes = pipe.fill_buf().await?;
+        if bytes.is_empty() {
+            return Ok((!held.0.is_empty()).then(|| take(held)));
+        }
+        let end = bytes.iter().position(|byte| *byte == b'\n');
+        let (part, used) = end.map_or((bytes, bytes.len()), |end| (&bytes[..end], end + 1));
+        let room = LINE_LIMIT.saturating_sub(held.0.len()).min(part.len());
+        held.0.extend_from_slice(&part[..room]);
+        pipe.consume(used);
+        if end.is_some() {
+            return Ok(Some(take(held)));
+        }
+    }
+}
+
+fn take(held: &mut Line) -> String {
+    let bytes = std::mem::take(&mut held.0);
+    String::from_utf8_lossy(&bytes).trim_end_matches('\r').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::process::capture::Tool;
+
+    fn shell(script: &str) -> Talking {
+        Tool::new(Path::new("/bin/sh")).args(["-c", script]).talk().expect("starts")
+    }
+
+    #[tokio::test]
+    async fn lines_come_as_they_are_said() {
+        let mut tool = shell("echo one >&2; printf 'two\\r\\nlast' >&2; echo dropped; exit 3");
+        let mut held = Line::default();
+        let mut lines = Vec::new();
+        while let Some(line) = tool.line(&mut held).await.expect("read") {
+            lines.push(line);
+        }
+        assert_eq!(lines, ["one", "two", "last"]);
+        assert_eq!(tool.ended().await.expect("ends").code(), Some(3));
+    }
+
+    #[tokio::test]
+    async fn a_line_without_end_is_cut() {
+        let mut tool = shell("head -c 400000 /dev/zero | tr '\\0' x >&2; echo >&2; echo next >&2");
+        let mut held = Line::default();
+        assert_eq!(tool.line(&mut held).await.expect("read").expect("a line").len(), LINE_LIMIT);
+        assert_eq!(tool.line(&mut held).await.expect("read").as_deref(), Some("next"));
+    }
+
+    #[tokio::test]
+    async fn a_tool_that_does_not_want_to_end_is_killed() {
+        let mut tool = shell("trap '' TERM; echo up >&2; while :; do sleep 1; done");
+        let mut held = Line::default();
+        assert_eq!(tool.line(&mut held).await.expect("read").as_deref(), Some("up"));
+        let id = tool.id().expect("runs");
+        tool.stop(Duration::from_millis(50)).await;
+        assert!(!Path::new(&format!("/proc/{id}")).exists());
+    }
+}

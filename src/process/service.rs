@@ -1,0 +1,158 @@
+//! A server of this program's own making (`nix-daemon`): started in a process group of its own,
+//! apart from our streams, and stopped before we end.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::AsyncReadExt as _;
+use tokio::process::{Child, ChildStderr, Command};
+use tokio::task::JoinHandle;
+
+use crate::process::capture::CaptureError;
+use crate::process::own::{self, Registered};
+
+/// How much of what a server says last is kept, to explain its end.
+const TAIL_LIMIT: usize = 4096;
+/// What is left in a pipe whose writer is dead is read at once.
+const READ_GRACE: Duration = Duration::from_millis(500);
+
+/// A running server. Dropping it kills its group; `stop` lets it end well.
+pub struct Service {
+    program: PathBuf,
+    child: Child,
+    _registered: Registered,
+    group: Option<Pid>,
+    tail: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Service {
+    /// Starts it, without standard input and output; what it says on standard error is kept, the last of it.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(
+        program: &Path,
+        arguments: &[&str],
+        environment: &BTreeMap<String, OsString>,
+    ) -> Result<Self, CaptureError> {
+        let mut command = Command::new(program);
+        command.args(arguments).env_clear().envs(environment).current_dir("/");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.process_group(0).kill_on_drop(true);
+        let start = |source| CaptureError::Start { program: program.to_owned(), source };
+        let (mut child, registered) = own::spawn(&mut command).map_err(start)?;
+        let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        let tail = Arc::default();
+        let stderr = child.stderr.take().expect("it was asked for above");
+        let reader = tokio::spawn(keep_tail(stderr, Arc::clone(&tail)));
+        Ok(Self { program: program.to_owned(), child, _registered: registered, group, tail, reader })
+    }
+
+    /// The program that runs.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Asks it to end, kills it if it has not within `grace`, and gives the last of what it said.
+    pub async fn stop(mut self, grace: Duration) -> String {
+        self.signal(Signal::TERM);
+        if tokio::time::timeout(grace, self.child.wait()).await.is_err() {
+            self.signal(Signal::KILL);
+            // It is dead or dying now; reaping it cannot last.
+            let _ = self.child.wait().await;
+        }
+        // The pipe ends with the server, unless a grandchild still holds it.
+        let _ = tokio::time::timeout(READ_GRACE, &mut self.reader).await;
+        self.last_words()
+    }
+
+    fn last_words(&self) -> String {
+        let tail = self.tail.lock().expect("nothing panics while it holds this lock");
+        String::from_utf8_lossy(&tail).into_owned()
+    }
+
+    /// Only while the child is not reaped: afterwards the number may be somebody else's.
+    fn signal(&self, signal: Signal) {
+        if let (Some(group), Some(_)) = (self.group, self.child.id()) {
+            // Already gone is as good as ended.
+            let _ = kill_process_group(group, signal);
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.signal(Signal::KILL);
+        self.reader.abort();
+    }
+}
+
+async fn keep_tail(mut stderr: ChildStderr, tail: Arc<Mutex<Vec<u8>>>) {
+    let mut bytes = [0_u8; 1024];
+    while let Ok(read @ 1..) = stderr.read(&mut bytes).await {
+        let mut tail = tail.lock().expect("nothing panics while it holds this lock");
+        tail.extend_from_slice(&bytes[..read]);
+        let excess = tail.len().saturating_sub(TAIL_LIMIT);
+        tail.drain(..excess);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Service {
+        Service::start(Path::new("/bin/sh"), &["-c", script], &BTreeMap::new()).expect("starts")
+    }
+
+    async fn until(condition: impl Fn() -> bool) {
+        let waited = async {
+            while !condition() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), waited).await.expect("in time");
+    }
+
+    fn runs(pid: u32) -> bool {
+        // A zombie is no longer running; only its parent has not asked yet.
+        std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+    }
+
+    #[tokio::test]
+    async fn a_deaf_server_is_killed_with_its_children() {
+        let service = shell("trap '' TERM; sleep 600 & echo $! >&2; wait; wait");
+        until(|| service.last_words().ends_with('\n')).await;
+        let child: u32 = service.last_words().trim().parse().expect("a process id");
+        service.stop(Duration::from_millis(50)).await;
+        until(|| !runs(child)).await;
+    }
+
+    #[tokio::test]
+    async fn a_dropped_server_is_gone() {
+        let service = shell("sleep 600 & echo $! >&2; wait");
+        until(|| service.last_words().ends_with('\n')).await;
+        let child: u32 = service.last_words().trim().parse().expect("a process id");
+        drop(service);
+        until(|| !runs(child)).await;
+    }
+
+    #[tokio::test]
+    async fn last_words_explain_an_end() {
+        let mut service = shell("echo no socket >&2; exit 1");
+        let ended = tokio::time::timeout(Duration::from_secs(10), service.child.wait()).await.expect("in time");
+        assert!(!ended.expect("ended").success() && !service.is_alive());
+        assert_eq!(service.stop(Duration::ZERO).await, "no socket\n");
+    }
+}

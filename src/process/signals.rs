@@ -1,0 +1,59 @@
+//! The signals that end this program, as one closed enum.
+
+use std::io;
+
+use rustix::process::Signal;
+use tokio::signal::unix::{Signal as Stream, SignalKind, signal};
+
+/// A request to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// `SIGINT`: GitHub's first word on a cancel, and Ctrl-C.
+    Interrupt,
+    /// `SIGTERM`: GitHub's second word, 7.5 s later.
+    Terminate,
+    /// `SIGHUP`: the terminal went away.
+    HangUp,
+}
+
+impl Stop {
+    /// The signal to hand on to a child.
+    pub fn signal(self) -> Signal {
+        match self {
+            Self::Interrupt => Signal::INT,
+            Self::Terminate => Signal::TERM,
+            Self::HangUp => Signal::HUP,
+        }
+    }
+}
+
+/// The requests to stop that reach this process. While it lives, none of them ends the process by itself.
+#[derive(Debug)]
+pub struct Signals {
+    interrupt: Stream,
+    terminate: Stream,
+    hang_up: Stream,
+}
+
+impl Signals {
+    /// Begins to listen.
+    ///
+    /// # Errors
+    /// When the system refuses a handler.
+    pub fn listen() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+
+    /// The next request. Safe to drop half-way: none is lost.
+    pub async fn next(&mut self) -> Stop {
+        tokio::select! {
+            _ = self.interrupt.recv() => Stop::Interrupt,
+            _ = self.terminate.recv() => Stop::Terminate,
+            _ = self.hang_up.recv() => Stop::HangUp,
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! What the canary found, for people and machines: the table of the log and of the summary, JSON, metrics,
+//! and the words of the Check Run. Says what others found out; never finds out anything itself.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::text::{one_line, shorten};
+
+/// GitHub refuses longer texts of a Check Run (65,535 characters).
+const TEXT_LIMIT: usize = 60_000;
+
+/// How much a check counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// Without it the builder is broken.
+    Required,
+    /// Without it the builder is slower or poorer.
+    Advisory,
+}
+
+impl Severity {
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Required => "required",
+            Self::Advisory => "advisory",
+        }
+    }
+}
+
+/// How a check ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It holds.
+    Passed,
+    /// It does not; what to do.
+    Failed {
+        /// What to do about it, as a sentence.
+        hint: String,
+    },
+    /// There was nothing to look at, or what it stands on has failed.
+    Skipped,
+}
+
+impl Verdict {
+    /// Its word.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Passed => "passed",
+            Self::Failed { .. } => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+/// One check.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// Its name, which never changes.
+    pub name: String,
+    /// The layer that is broken if it fails.
+    pub layer: &'static str,
+    /// How much it counts.
+    pub severity: Severity,
+    /// The time it had.
+    pub limit: Duration,
+    /// The time it took.
+    pub took: Duration,
+    /// How it ended.
+    pub verdict: Verdict,
+    /// What was found, a fragment of one line, without secrets.
+    pub text: String,
+}
+
+/// Everything that the canary found.
+#[derive(Clone, Debug)]
+pub struct Canary {
+    /// The class of the builder.
+    pub class: String,
+    /// Its lane, if it is known.
+    pub lane: Option<String>,
+    /// Every check, from the ground up.
+    pub checks: Vec<Check>,
+    /// From the start to the end of the first build, if there was one.
+    pub cold_start: Option<Duration>,
+    /// All of it.
+    pub took: Duration,
+    /// When it ended, in seconds since 1970.
+    pub ended_at: u64,
+}
+
+impl Canary {
+    /// Whether every required check holds.
+    pub fn healthy(&self) -> bool {
+        self.failed(Severity::Required).next().is_none()
+    }
+
+    fn failed(&self, severity: Severity) -> impl Iterator<Item = &Check> {
+        let failed = self.checks.iter().filter(|check| matches!(check.verdict, Verdict::Failed { .. }));
+        failed.filter(move |check| check.severity == severity)
+    }
+
+    /// The layer to look at first: the lowest that is required and broken, else the lowest that is broken.
+    pub fn broken_layer(&self) -> Option<&'static str> {
+        self.broken().map(|check| check.layer)
+    }
+
+    fn broken(&self) -> Option<&Check> {
+        self.failed(Severity::Required).next().or_else(|| self.failed(Severity::Advisory).next())
+    }
+
+    /// One line: `nix-builder is healthy (14 checks, 1.2 s)`.
+    pub fn closing_line(&self) -> String {
+        let ran = self.checks.iter().filter(|check| check.verdict != Verdict::Skipped).count();
+        let seconds = self.took.as_secs_f64();
+        match (self.healthy(), self.broken()) {
+            (true, None) => format!("{} is healthy ({ran} checks, {seconds:.1} s)", self.class),
+            (true, Some(check)) => {
+                format!("{} is healthy, but `{}` is broken: {}", self.class, check.layer, check.text)
+            }
+            (false, check) => {
+                let (layer, text) = check.map_or(("", ""), |check| (check.layer, check.text.as_str()));
+                format!("{} is broken at `{layer}`: {text}", self.class)
+            }
+        }
+    }
+
+    /// The table of the log. Every line begins with a word of ours.
+    pub fn table(&self) -> String {
+        let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or_default();
+        let mut text = String::new();
+        for check in &self.checks {
+            let line = format!(
+                "{:<7}  {:<width$}  {:<8}  {:>6.3} s  {}",
+                check.verdict.word(),
+                check.name,
+                check.severity.word(),
+                check.took.as_secs_f64(),
+                one_line(&check.text, 400)
+            );
+            push(&mut text, format_args!("{}\n", line.trim_end()));
+            if let Verdict::Failed { hint } = &check.verdict {
+                push(&mut text, format_args!("help     {}\n", one_line(hint, 400)));
+            }
+        }
+        text
+    }
+
+    /// The job summary, which is also the text of the Check Run.
+    pub fn summary(&self) -> String {
+        let sign = if self.healthy() { "✅" } else { "❌" };
+        let mut text = format!("### {sign} Builder health: {}\n\n", cell(&self.closing_line()));
+        for check in self.failed(Severity::Required).chain(self.failed(Severity::Advisory)) {
+            let Verdict::Failed { hint } = &check.verdict else { continue };
+            push(
+                &mut text,
+                format_args!(
+                    "> **`{}`** ({}): {}. {}\n>\n",
+                    check.layer,
+                    check.severity.word(),
+                    cell(&check.text),
+                    cell(hint)
+                ),
+            );
+        }
+        text.push_str("\n| check | layer | severity | verdict | time | what was found |\n|---|---|---|---|---|---|\n");
+        for check in &self.checks {
+            push(
+                &mut text,
+                format_args!(
+                    "| `{}` | `{}` | {} | {} | {:.3} s | {} |\n",
+                    cell(&check.name),
+                    check.layer,
+                    check.severity.word(),
+                    check.verdict.word(),
+                    check.took.as_secs_f64(),
+                    cell(&check.text)
+                ),
+            );
+        }
+        if let Some(cold) = self.cold_start {
+            push(&mut text, format_args!("\nCold start: {:.1} s.\n", cold.as_secs_f64()));
+        }
+        shorten(&text, TEXT_LIMIT)
+    }
+
+    /// The form for machines.
+    pub fn json(&self) -> Value {
+        let checks = self.checks.iter().map(|check| {
+            let hint = if let Verdict::Failed { hint } = &check.verdict { Some(hint) } else { None };
+            json!({
+                "name": check.name,
+                "layer": check.layer,
+                "severity": check.severity.word(),
+                "verdict": check.verdict.word(),
+                "limit-seconds": check.limit.as_secs_f64(),
+                "seconds": check.took.as_secs_f64(),
+                "text": check.text,
+                "hint": hint,
+            })
+        });
+        json!({
+            "class": self.class,
+            "lane": self.lane,
+            "healthy": self.healthy(),
+            "broken-layer": self.broken_layer(),
+            "cold-start-seconds": self.cold_start.map(|cold| cold.as_secs_f64()),
+            "seconds": self.took.as_secs_f64(),
+            "ended-at": self.ended_at,
+            "checks": checks.collect::<Vec<_>>(),
+        })
+    }
+
+    /// The step's outputs by name.
+    pub fn outputs(&self) -> [(&'static str, String); 3] {
+        [
+            ("healthy", self.healthy().to_string()),
+            ("broken-layer", self.broken_layer().unwrap_or_default().to_owned()),
+            (
+                "cold-start-seconds",
+                self.cold_start.map(|cold| format!("{:.3}", cold.as_secs_f64())).unwrap_or_default(),
+            ),
+        ]
+    }
+
+    /// Metrics in Prometheus's text format. A check that was skipped has no sample.
+    pub fn metrics(&self) -> String {
+        let mut text = String::new();
+        let class = format!("class=\"{}\"", label(&self.class));
+        let lane = format!("lane=\"{}\"", label(self.lane.as_deref().unwrap_or_default()));
+        let mut family = |name: &str, help: &str, samples: &[(String, String)]| {
+            if samples.is_empty() {
+                return;
+            }
+            push(&mut text, format_args!("# HELP {name} {help}\n# TYPE {name} gauge\n"));
+            for (labels, value) in samples {
+                push(&mut text, format_args!("{name}{{{class},{lane}{labels}}} {value}\n"));
+            }
+        };
+        let one = |value: String| vec![(String::new(), value)];
+        let healthy = i32::from(self.healthy()).to_string();
+        family("flywheel_builder_healthy", "Whether every required check of the canary holds.", &one(healthy));
+        let ran: Vec<&Check> = self.checks.iter().filter(|check| check.verdict != Verdict::Skipped).collect();
+        let labels = |check: &Check| {
+            format!(
+                ",check=\"{}\",layer=\"{}\",severity=\"{}\"",
+                label(&check.name),
+                check.layer,
+                check.severity.word()
+            )
+        };
+        let success = ran.iter().map(|check| (labels(check), i32::from(check.verdict == Verdict::Passed).to_string()));
+        family("flywheel_builder_check_success", "Whether a check of the canary holds.", &success.collect::<Vec<_>>());
+        let times = ran.iter().map(|check| (labels(check), format!("{:.6}", check.took.as_secs_f64())));
+        family("flywheel_builder_check_duration_seconds", "How long a check took.", &times.collect::<Vec<_>>());
+        let cold: Vec<_> =
+            self.cold_start.iter().map(|cold| (String::new(), format!("{:.6}", cold.as_secs_f64()))).collect();
+        family("flywheel_builder_cold_start_seconds", "From the start to the end of the first build.", &cold);
+        let ended = one(self.ended_at.to_string());
+        family("flywheel_builder_last_run_timestamp_seconds", "When the canary last ended.", &ended);
+        text
+    }
+}
+
+fn push(text: &mut String, line: std::fmt::Arguments<'_>) {
+    text.write_fmt(line).expect("a `String` takes everything");
+}
+
+/// Text for a table cell: one line, and nothing in it that Markdown or HTML would obey.
+fn cell(text: &str) -> String {
+    one_line(text, 600).replace('|', "\\|").replace('<', "&lt;")
+}
+
+/// Text for a label's value.
+fn label(text: &str) -> String {
+    one_line(text, 200).replace('\\', "\\\\").replace('"', "\\\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(name: &str, layer: &'static str, severity: Severity, verdict: Verdict) -> Check {
+        let limit = Duration::from_secs(5);
+        Check {
+            name: name.into(),
+            layer,
+            severity,
+            limit,
+            took: Duration::from_millis(20),
+            verdict,
+            text: "as it is".into(),
+        }
+    }
+
+    fn failed() -> Verdict {
+        Verdict::Failed { hint: "Mend it.".into() }
+    }
+
+    fn canary(checks: Vec<Check>) -> Canary {
+        let class = "nix-builder".to_owned();
+        Canary { class, lane: None, checks, cold_start: None, took: Duration::from_secs(1), ended_at: 1_700_000_000 }
+    }
+
+    #[test]
+    fn a_required_layer_is_named_before_an_advisory_one_below_it() {
+        let advisory = check("cache-connect", "cache-connect", Severity::Advisory, failed());
+        let both = canary(vec![advisory.clone(), check("build", "build", Severity::Required, failed())]);
+        assert_eq!((both.healthy(), both.broken_layer()), (false, Some("build")));
+        let one = canary(vec![advisory]);
+        assert_eq!((one.healthy(), one.broken_layer()), (true, Some("cache-connect")));
+        assert_eq!(one.closing_line(), "nix-builder is healthy, but `cache-connect` is broken: as it is");
+        assert_eq!(canary(Vec::new()).broken_layer(), None);
+    }
+
+    #[test]
+    fn a_skipped_check_has_no_sample_and_labels_are_escaped() {
+        let mut canary = canary(vec![
+            check("a", "a", Severity::Required, Verdict::Skipped),
+            check("b", "b", Severity::Required, Verdict::Passed),
+        ]);
+        canary.class = "a\"b\\\n".into();
+        let metrics = canary.metrics();
+        assert!(!metrics.contains("check=\"a\"") && metrics.contains("check=\"b\""), "{metrics}");
+        assert!(metrics.contains(r#"class="a\"b\\""#), "{metrics}");
+        assert!(!metrics.contains("cold_start"));
+    }
+
+    #[test]
+    fn text_from_outside_stays_text() {
+        let mut canary = canary(vec![check("a", "a", Severity::Required, failed())]);
+        canary.checks[0].text = "<b>x</b>\n| y".into();
+        assert!(canary.summary().contains("&lt;b>x&lt;/b> \\| y"), "{}", canary.summary());
+        assert!(canary.table().lines().all(|line| ["failed", "help"].iter().any(|word| line.starts_with(word))));
+    }
+}

@@ -1,0 +1,223 @@
+//! What there is to tell of one job. Plain data, filled in by the verb.
+
+use std::time::Duration;
+
+use crate::budget::OutOfMemory;
+use crate::report::publication::Publication;
+use crate::text::{bytes, duration};
+
+/// Who failed, if anybody did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The command ended with 0, and what had to be published was.
+    Success,
+    /// The command failed.
+    CommandFailed,
+    /// The command was killed for memory.
+    OutOfMemory,
+    /// The job was cancelled while the command ran.
+    Cancelled,
+    /// The command ended with 0, but `require-publish` was not met.
+    NotPublished,
+    /// The command ended with 0, and the policy withholds a path (`on-finding: fail`).
+    Withheld,
+    /// The command was not run: Nix could not be made ready, or the command itself not started.
+    NotStarted,
+}
+
+impl Outcome {
+    /// The word of the step output `outcome`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::CommandFailed => "command-failed",
+            Self::OutOfMemory => "out-of-memory",
+            Self::Cancelled => "cancelled",
+            Self::NotPublished => "not-published",
+            Self::Withheld => "withheld",
+            Self::NotStarted => "not-started",
+        }
+    }
+}
+
+/// How the cache served this job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CacheState {
+    /// It is among Nix's substituters.
+    Attached,
+    /// `attic-enabled: false`.
+    Off,
+    /// No server was named by input or hint.
+    NotNamed,
+    /// It failed the probe at a layer, and was left out.
+    LeftOut {
+        /// The layer's name (`name`, `connect`, `tls`, `http`, `authorised`, `cache`).
+        layer: &'static str,
+        /// What was seen and what to do.
+        text: String,
+    },
+}
+
+impl CacheState {
+    /// The word of the step output `cache-state`.
+    pub fn word(&self) -> String {
+        match self {
+            Self::Attached => "attached".into(),
+            Self::Off => "off".into(),
+            Self::NotNamed => "not-named".into(),
+            Self::LeftOut { layer, .. } => format!("left-out-{layer}"),
+        }
+    }
+}
+
+/// The verdict of the trust gate, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trust {
+    /// `may-publish` or `read-only`.
+    pub verdict: &'static str,
+    /// Whether this job publishes.
+    pub publishes: bool,
+    /// What goes to the cache, `all` or `none`.
+    pub attic: &'static str,
+    /// What goes to FlakeHub, `rolling`, `versioned` or `none`.
+    pub flakehub: &'static str,
+    /// Why.
+    pub reason: String,
+}
+
+/// What there is to tell of one job.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Who failed.
+    pub outcome: Outcome,
+    /// The step's exit code.
+    pub exit_code: u8,
+    /// What Nix was used, in words (`Nix 2.8.0 at /usr/bin/nix`).
+    pub nix: String,
+    /// The verdict of the trust gate.
+    pub trust: Trust,
+    /// The cache as Nix reads it, without credentials; none where none was named.
+    pub cache: Option<String>,
+    /// How the cache served.
+    pub cache_state: CacheState,
+    /// Things that were worse than they should be, one line each.
+    pub degraded: Vec<String>,
+    /// Paths built here by this job.
+    pub built: u64,
+    /// Paths fetched from a cache by this job.
+    pub substituted: u64,
+    /// Sources and other paths added by this job.
+    pub added: u64,
+    /// What was published; none if the job does not publish.
+    pub publication: Option<Publication>,
+    /// Why the job does not publish; looked at only where there is no publication.
+    pub unpublished: String,
+    /// Time until Nix was ready.
+    pub bootstrap: Duration,
+    /// Time of the command itself.
+    pub command: Duration,
+    /// Time of publishing and verifying after the command.
+    pub publish: Duration,
+    /// Peak memory of the job in bytes.
+    pub peak: Option<u64>,
+    /// The job's memory limit in bytes.
+    pub limit: Option<u64>,
+    /// That the command was killed for memory.
+    pub out_of_memory: Option<OutOfMemory>,
+    /// The lane to move to when memory runs out.
+    pub heavy_lane: Option<String>,
+}
+
+impl Job {
+    /// The closing line: `412 built, 412 published, 412 verified, 0 lost`, and what else there is to say.
+    pub fn closing_line(&self) -> String {
+        let nothing = Publication::default();
+        let publication = self.publication.as_ref().unwrap_or(&nothing);
+        let mut extras = Vec::new();
+        let mut extra = |number: u64, words: &str| {
+            if number > 0 {
+                extras.push(format!("{number} {words}"));
+            }
+        };
+        extra(self.substituted, "substituted");
+        extra(publication.already_there, "already there");
+        extra(publication.skipped, "skipped");
+        extra(publication.unverified.len() as u64, "unverified");
+        extra(publication.withheld.len() as u64, "withheld");
+        if self.publication.is_none() {
+            extras.push(format!("not publishing: {}", self.unpublished));
+        }
+        let extras = if extras.is_empty() { String::new() } else { format!(" ({})", extras.join(", ")) };
+        format!(
+            "{} built, {} published, {} verified, {} lost{extras}",
+            self.built,
+            publication.published,
+            publication.verified,
+            publication.lost.len()
+        )
+    }
+
+    /// The clocks in one line.
+    pub fn clocks(&self) -> String {
+        let memory = match (self.peak, self.limit) {
+            (Some(peak), Some(limit)) => format!(", peak memory {} of {}", bytes(peak), bytes(limit)),
+            (Some(peak), None) => format!(", peak memory {}", bytes(peak)),
+            (None, _) => String::new(),
+        };
+        format!(
+            "bootstrap {}, command {}, publication {}{memory}",
+            duration(self.bootstrap),
+            duration(self.command),
+            duration(self.publish)
+        )
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(crate) fn example() -> Job {
+        Job {
+            outcome: Outcome::Success,
+            exit_code: 0,
+            nix: "Nix 2.8.0 at /usr/bin/nix".into(),
+            trust: Trust {
+                verdict: "may-publish",
+                publishes: true,
+                attic: "all",
+                flakehub: "rolling",
+                reason: "a push to the default branch".into(),
+            },
+            cache: Some("https://cache.example/main".into()),
+            cache_state: CacheState::Attached,
+            degraded: Vec::new(),
+            built: 3,
+            substituted: 0,
+            added: 1,
+            unpublished: String::new(),
+            publication: Some(Publication { published: 3, verified: 3, bytes: 2048, ..Publication::default() }),
+            bootstrap: Duration::from_millis(100),
+            command: Duration::from_secs(2),
+            publish: Duration::from_millis(500),
+            peak: Some(64 << 20),
+            limit: None,
+            out_of_memory: None,
+            heavy_lane: None,
+        }
+    }
+
+    #[test]
+    fn the_closing_line_counts_and_explains() {
+        let mut job = example();
+        assert_eq!(job.closing_line(), "3 built, 3 published, 3 verified, 0 lost");
+        job.publication.as_mut().expect("publishes").already_there = 2;
+        assert_eq!(job.closing_line(), "3 built, 3 published, 3 verified, 0 lost (2 already there)");
+        job.publication = None;
+        job.unpublished = "pull requests only read".into();
+        assert_eq!(
+            job.closing_line(),
+            "3 built, 0 published, 0 verified, 0 lost (not publishing: pull requests only read)"
+        );
+    }
+}

@@ -1,0 +1,111 @@
+//! What a publication came to: sums, and every path that is lost or in doubt, by name. Plain data;
+//! the same for every verb that publishes.
+
+use serde::Serialize;
+
+/// A path that did not arrive, or is not known to have, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Missed {
+    /// The full store path.
+    pub path: String,
+    /// Why, in one line.
+    pub reason: String,
+}
+
+/// Counts and lists of a publication.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Publication {
+    /// Paths sent, and taken by the cache.
+    pub published: u64,
+    /// Paths that the cache had already.
+    pub already_there: u64,
+    /// Paths left out on purpose (signed by an upstream cache, say).
+    pub skipped: u64,
+    /// Paths that the cache was seen to serve, whole and signed.
+    pub verified: u64,
+    /// NAR bytes sent.
+    pub bytes: u64,
+    /// Paths that should be in the cache and are not.
+    pub lost: Vec<Missed>,
+    /// Paths that were sent, but could not be looked up.
+    pub unverified: Vec<Missed>,
+    /// Paths that the policy keeps back, each with the rule and where it is broken.
+    pub withheld: Vec<Missed>,
+    /// Paths that went although they break a rule which only warns.
+    pub warned: Vec<Missed>,
+    /// Whose key the signatures were checked with.
+    pub key: Key,
+    /// Why publishing as a whole was given up, if it was.
+    pub stopped: Option<String>,
+}
+
+/// Whose key signatures were checked with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Key {
+    /// The one that the job's Nix trusts.
+    Given,
+    /// The one that the cache says is its own, which proves less.
+    Announced,
+    /// None is known, so that no signature was checked.
+    #[default]
+    Unknown,
+}
+
+impl Key {
+    /// The word of the machine-readable form.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Given => "given",
+            Self::Announced => "announced",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+impl Publication {
+    /// Whether everything that should be in the cache was seen there.
+    pub fn is_whole(&self) -> bool {
+        self.lost.is_empty() && self.unverified.is_empty()
+    }
+}
+
+/// `3 published, 40 already there, 43 verified, 0 lost`; what is nought and no news is left out.
+impl std::fmt::Display for Publication {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} published", self.published)?;
+        for (number, what) in [(self.already_there, "already there"), (self.skipped, "skipped")] {
+            if number > 0 {
+                write!(f, ", {number} {what}")?;
+            }
+        }
+        write!(f, ", {} verified", self.verified)?;
+        if !self.unverified.is_empty() {
+            write!(f, ", {} unverified", self.unverified.len())?;
+        }
+        if !self.withheld.is_empty() {
+            write!(f, ", {} withheld", self.withheld.len())?;
+        }
+        write!(f, ", {} lost", self.lost.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closing_line_says_what_matters() {
+        let publication = Publication { published: 3, verified: 3, ..Publication::default() };
+        assert_eq!(publication.to_string(), "3 published, 3 verified, 0 lost");
+        let missed = || Missed { path: "/nix/store/x".into(), reason: "why".into() };
+        let publication = Publication {
+            already_there: 2,
+            skipped: 1,
+            unverified: vec![missed()],
+            lost: vec![missed(), missed()],
+            ..publication
+        };
+        let line = "3 published, 2 already there, 1 skipped, 3 verified, 1 unverified, 2 lost";
+        assert_eq!(publication.to_string(), line);
+    }
+}

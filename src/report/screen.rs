@@ -1,0 +1,147 @@
+//! Progress for whoever watches: a bar on a terminal, a line every few seconds in a log.
+
+use std::io::IsTerminal as _;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::progress::{Progress, Sink};
+use crate::runner::workflow::{Level, Workflow};
+use crate::text::bytes;
+
+/// How often a log gets a line about a publication that moves.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// Where progress is drawn, and what was worse than it should be so far.
+#[derive(Clone)]
+pub struct Screen(Arc<Inner>);
+
+struct Inner {
+    workflow: Workflow,
+    bar: Option<ProgressBar>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    degraded: Vec<String>,
+    last_line: Option<Instant>,
+    /// Events that wait while the command's output has the screen for itself.
+    held: Option<Vec<Progress>>,
+}
+
+impl Screen {
+    /// Draws on the terminal if stderr is one and this is no job, else in the log.
+    pub fn new(workflow: &Workflow) -> Self {
+        let on_terminal = !workflow.in_job() && std::io::stderr().is_terminal();
+        let bar = on_terminal.then(|| {
+            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} paths {msg}");
+            let bar = ProgressBar::hidden();
+            bar.set_style(style.expect("the template is a constant that indicatif accepts"));
+            bar
+        });
+        Self(Arc::new(Inner { workflow: workflow.clone(), bar, state: Mutex::default() }))
+    }
+
+    /// A sink for events that draws them here.
+    pub fn sink(&self) -> Sink {
+        let screen = self.clone();
+        Sink::new(move |event| screen.show(event))
+    }
+
+    /// What was worse than it should be so far, one line each.
+    pub fn degraded(&self) -> Vec<String> {
+        self.state().degraded.clone()
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.0.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// From here on nothing is drawn: the command's output has the screen for itself.
+    pub fn hold(&self) {
+        self.state().held.get_or_insert_default();
+    }
+
+    /// Draws what was held, and everything that comes.
+    pub fn release(&self) {
+        let held = self.state().held.take();
+        for event in held.into_iter().flatten() {
+            self.show(event);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().expect("nothing panics while it holds this lock")
+    }
+
+    fn show(&self, event: Progress) {
+        if let Some(held) = &mut self.state().held {
+            // How far a publication has come is old news by the time it could be drawn.
+            if !matches!(event, Progress::Moved { .. }) {
+                held.push(event);
+            }
+            return;
+        }
+        match event {
+            Progress::Note(line) => self.say(&line),
+            Progress::Degraded { area, text } => self.warn(area, &text),
+            Progress::Moved { done, total, bytes: sent } => self.moved(done, total, sent),
+        }
+    }
+
+    fn say(&self, line: &str) {
+        match &self.0.bar {
+            Some(bar) => bar.suspend(|| self.0.workflow.say(line)),
+            None => self.0.workflow.say(line),
+        }
+    }
+
+    fn warn(&self, area: &str, text: &str) {
+        let line = format!("{area}: {text}");
+        let mut state = self.state();
+        if state.degraded.contains(&line) {
+            return;
+        }
+        state.degraded.push(line);
+        drop(state);
+        self.0.workflow.annotate(Level::Warning, area, text);
+    }
+
+    fn moved(&self, done: u64, total: u64, sent: u64) {
+        if let Some(bar) = &self.0.bar {
+            if bar.is_hidden() {
+                bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+            }
+            bar.set_length(total);
+            bar.set_position(done);
+            bar.set_message(bytes(sent));
+            return;
+        }
+        let mut state = self.state();
+        // The first line comes only after a while: a short publication needs none.
+        let last = *state.last_line.get_or_insert_with(Instant::now);
+        if last.elapsed() >= LINE_EVERY {
+            state.last_line = Some(Instant::now());
+            drop(state);
+            self.0.workflow.say(&format!("publishing: {done} of {total} paths, {}", bytes(sent)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_degraded_is_kept_once() {
+        let screen = Screen::new(&Workflow::new(false));
+        screen.sink().degraded("cache", "connection refused");
+        screen.sink().degraded("cache", "connection refused");
+        assert_eq!(screen.degraded(), ["cache: connection refused"]);
+    }
+}

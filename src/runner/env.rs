@@ -1,0 +1,80 @@
+//! The environment, read once. Nothing else in the program reads it, so tests can hand in any.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+
+/// The environment of this process, as it was when the program began.
+#[derive(Clone, Default)]
+pub struct Env(BTreeMap<String, OsString>);
+
+impl Env {
+    /// Reads the process's environment. Names that are not UTF-8 are left out: none of ours is.
+    pub fn of_process() -> Self {
+        Self(std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value))).collect())
+    }
+
+    /// An environment from pairs, for tests and for recorded events.
+    pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        Self(pairs.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect())
+    }
+
+    /// A variable's value; `None` if it is unset, empty, or not UTF-8. GitHub sets what it does not
+    /// know to the empty text, so that an empty value never means anything.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name)?.to_str().filter(|value| !value.is_empty())
+    }
+
+    /// A variable that names a path.
+    pub fn path(&self, name: &str) -> Option<PathBuf> {
+        self.0.get(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+    }
+
+    /// All variables, empty ones included.
+    pub fn all(&self) -> impl Iterator<Item = (&str, &OsString)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value))
+    }
+
+    /// Whether this is a job of GitHub Actions, which says so itself.
+    pub fn in_github_actions(&self) -> bool {
+        self.get("GITHUB_ACTIONS") == Some("true")
+    }
+}
+
+/// The folder that this program was started from, if the system tells it.
+pub fn program_folder() -> Option<PathBuf> {
+    Some(std::env::current_exe().ok()?.parent()?.to_owned())
+}
+
+/// This program's own file, and the arguments that it was started with.
+///
+/// # Errors
+/// When the system does not tell.
+pub fn program_and_arguments() -> std::io::Result<(PathBuf, Vec<OsString>)> {
+    Ok((std::env::current_exe()?, std::env::args_os().skip(1).collect()))
+}
+
+/// The folder that this process runs in.
+///
+/// # Errors
+/// When it is gone.
+pub fn current_folder() -> std::io::Result<PathBuf> {
+    std::env::current_dir()
+}
+
+/// The folders of a `PATH`, in order.
+pub fn split_path(path: &OsStr) -> Vec<PathBuf> {
+    std::env::split_paths(path).collect()
+}
+
+/// A `PATH` of these folders; `None` if one has a colon in its name and cannot be in any.
+pub fn join_path(folders: impl IntoIterator<Item = PathBuf>) -> Option<OsString> {
+    std::env::join_paths(folders).ok()
+}
+
+/// Names only: values may be secrets.
+impl std::fmt::Debug for Env {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}

@@ -1,0 +1,192 @@
+//! `explain` through the front door, and the gate behind it over GitHub's own payloads.
+
+mod events;
+mod gate;
+mod gitlab;
+mod page;
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use self::events::{Event, event, published, push};
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
+
+/// A run in the job of a push to the default branch that has a token and asks to publish.
+pub fn job_of_a_push(arguments: &[&str]) -> Flywheel {
+    run_in(&push(), arguments)
+}
+
+/// `explain` in a job of this event that has a token and asks to publish.
+fn job(event: &Event, arguments: &[&str]) -> Flywheel {
+    run_in(event, &[&["explain"], arguments].concat())
+}
+
+fn run_in(event: &Event, arguments: &[&str]) -> Flywheel {
+    let run = Flywheel::in_job(arguments).env("ATTIC_TOKEN", PLANTED_TOKEN).env("FLYWHEEL_PUSH_CACHE", "true");
+    let file = run.path("event.json");
+    std::fs::write(&file, event.payload.to_string()).unwrap();
+    event.variables(&file).into_iter().fold(run, |run, (name, value)| run.env(name, &value))
+}
+
+fn explained(run: &Flywheel) -> Value {
+    let ran = run.run();
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    serde_json::from_str(&ran.stdout).unwrap()
+}
+
+fn json_of(event: &Event) -> Value {
+    explained(&job(event, &["--format", "json"]))
+}
+
+#[test]
+fn json_has_the_stable_keys() {
+    insta::assert_snapshot!(job(&push(), &["--format", "json"]).run().stdout, @r#"
+    {
+      "verdict": "may-publish",
+      "publishes": true,
+      "reason": "`push` on the default branch `main`",
+      "plan": {
+        "attic": "all",
+        "flakehub": "rolling"
+      }
+    }
+    "#);
+}
+
+#[test]
+fn text_says_what_would_change_it() {
+    insta::assert_snapshot!(job(&push().on("refs/heads/feature"), &[]).run().stdout, @"
+    verdict    read-only
+    publishes  no
+    reason     `refs/heads/feature` is neither the default branch nor named by `trusted-refs`
+    attic      nothing
+    flakehub   nothing
+    to publish name the branch in `trusted-refs`, and have a rule protect it
+    the job would go on with a notice
+    ");
+}
+
+#[test]
+fn every_published_event_gets_a_verdict() {
+    let mut seen = BTreeSet::new();
+    for (name, payload) in published().iter().cloned() {
+        if !seen.insert(name.clone()) {
+            continue;
+        }
+        let branch = payload["repository"]["default_branch"].as_str().unwrap_or("main").to_owned();
+        let repository = payload["repository"]["full_name"].as_str().unwrap_or("octo-org/octo-repo").to_owned();
+        let event = Event { name, payload, repository, ..push() }.on(&format!("refs/heads/{branch}"));
+        let publishes = matches!(event.name.as_str(), "push" | "workflow_dispatch");
+        assert_eq!(json_of(&event)["publishes"], publishes, "{event:?}");
+    }
+    assert_eq!(seen.len(), 58);
+}
+
+#[test]
+fn a_token_and_a_request_are_both_needed() {
+    let json = ["--format", "json"];
+    assert_eq!(explained(&job(&push(), &json).env("ATTIC_TOKEN", ""))["publishes"], false);
+    assert_eq!(explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", "false"))["publishes"], false);
+    assert_eq!(explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", ""))["publishes"], false);
+    assert_eq!(explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", "Auto"))["publishes"], true);
+}
+
+#[test]
+fn the_jobs_protection_and_trusted_refs_count() {
+    let release = push().on("refs/heads/release/1");
+    let json = ["--format", "json", "--trusted-refs", "refs/heads/release/*"];
+    let unprotected = explained(&job(&release, &json));
+    assert!(unprotected["reason"].as_str().unwrap().contains("no rule protects"), "{unprotected}");
+    assert_eq!(explained(&job(&release.protected(), &json))["publishes"], true);
+}
+
+#[test]
+fn a_broken_payload_is_read_only_and_no_failure() {
+    let whole = push().payload.to_string();
+    let half = &whole[..whole.len() / 2];
+    let deep = "[".repeat(200_000);
+    for text in ["", "{", "null", half, &deep, "{\"repository\":[]}", "\u{0}", "{}{}"] {
+        let run = job(&push(), &["--format", "json"]);
+        std::fs::write(run.path("event.json"), text).unwrap();
+        let explanation = explained(&run);
+        assert_eq!((&explanation["verdict"], &explanation["publishes"]), (&json!("read-only"), &json!(false)));
+    }
+    let run = job(&push(), &["--format", "json"]);
+    std::fs::remove_file(run.path("event.json")).unwrap();
+    assert_eq!(explained(&run)["verdict"], "read-only");
+}
+
+#[test]
+fn no_line_is_a_command_whatever_the_payload_says() {
+    let hostile = event("push", &json!({ "after": "x\n::add-path::/evil\n##[add-path]/evil" }));
+    for event in [hostile.on("refs/heads/main"), Event { name: "x##[add-path]/evil".into(), ..push() }] {
+        let stdout = job(&event, &[]).run().stdout;
+        assert!(!stdout.lines().any(|line| line.trim_start().starts_with("::") || line.contains("##[")), "{stdout}");
+    }
+}
+
+/// A recorded event, on a laptop.
+fn recorded(payload: &str, arguments: &[&str]) -> (Flywheel, Ran) {
+    let arguments = [&["explain", "--format", "json", "--event-path", "event.json"], arguments].concat();
+    let run = Flywheel::new(&arguments).env("ATTIC_TOKEN", PLANTED_TOKEN);
+    std::fs::write(run.path("event.json"), payload).unwrap();
+    let ran = run.run();
+    (run, ran)
+}
+
+fn replayed(arguments: &[&str]) -> Value {
+    let (_run, ran) = recorded(&push().payload.to_string(), arguments);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    serde_json::from_str(&ran.stdout).unwrap()
+}
+
+#[test]
+fn a_recorded_event_can_be_tried_on_a_laptop() {
+    let main = ["--event-name", "push", "--ref", "refs/heads/main", "--push-cache", "auto"];
+    assert_eq!(replayed(&main)["publishes"], true);
+    assert_eq!(replayed(&[&main[..], &["--repository", "octo-org/octo-repo"]].concat())["publishes"], true);
+    assert_eq!(replayed(&[&main[..], &["--repository", "stranger/octo-repo"]].concat())["publishes"], false);
+    assert_eq!(replayed(&["--event-name", "pull_request", "--ref", "refs/heads/main"])["verdict"], "read-only");
+    let no_ref = replayed(&["--event-name", "push"]);
+    assert!(no_ref["reason"].as_str().unwrap().contains("`--ref`"), "{no_ref}");
+    let no_name = replayed(&["--ref", "refs/heads/main"]);
+    assert!(no_name["reason"].as_str().unwrap().contains("`--event-name`"), "{no_name}");
+}
+
+#[test]
+fn a_recorded_payload_that_is_broken_is_read_only() {
+    let (_run, ran) = recorded("{\"ref\":", &["--event-name", "push", "--ref", "refs/heads/main"]);
+    assert_eq!(ran.code, 0);
+    assert!(ran.stdout.contains("cut short"), "{}", ran.stdout);
+}
+
+#[test]
+fn a_laptop_publishes_only_when_asked() {
+    let laptop = |arguments: &[&str]| {
+        let all = [&["explain", "--format", "json"], arguments].concat();
+        explained(&Flywheel::new(&all).env("ATTIC_TOKEN", PLANTED_TOKEN))
+    };
+    let silent = laptop(&["--push-cache", "true"]);
+    assert_eq!(silent["publishes"], false);
+    assert!(silent["reason"].as_str().unwrap().starts_with("local: publish only when asked"), "{silent}");
+    assert_eq!(laptop(&["--publish"])["publishes"], true);
+}
+
+#[test]
+fn bad_input_is_64_and_names_it() {
+    for (arguments, named) in [
+        (&["--event-path", "/nowhere/event.json"][..], "/nowhere/event.json"),
+        (&["--event-path", "/"], "event-path"),
+        (&["--trusted-refs", "main"], "trusted-refs"),
+        (&["--trusted-refs", "refs/pull/**"], "trusted-refs"),
+        (&["--push-cache", "yes"], "push-cache"),
+        (&["--require-publish", "maybe"], "require-publish"),
+        (&["--ref-protected", "maybe"], "ref-protected"),
+        (&["--format", "yaml"], "format"),
+    ] {
+        let ran = Flywheel::new(&[&["explain"], arguments].concat()).run();
+        assert_eq!((ran.code, ran.stdout.as_str()), (64, ""), "{arguments:?}");
+        assert!(ran.stderr.contains(named), "{}", ran.stderr);
+    }
+}

@@ -1,0 +1,20 @@
+//! The fast suite: the real binary through its front door, in a cleared environment, with the world
+//! faked at its edges only. No network but loopback, no Nix. What needs those is in `tests/real`.
+#![expect(clippy::unwrap_used, reason = "a test that fails says why by panicking")]
+
+mod world;
+
+mod cache_contract;
+mod cache_serve;
+mod check_runs;
+mod cli;
+mod contract;
+mod explain;
+mod flake_checks;
+mod house;
+mod nix_job;
+mod publish;
+mod scan;
+mod setup;
+mod validate_builders;
+mod watch_store;

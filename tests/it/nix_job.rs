@@ -1,0 +1,1 @@
+//! `nix-job` through the front door.

@@ -1,0 +1,234 @@
+//! `setup` through the front door, and its action.
+
+use std::collections::BTreeMap;
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_norway::Value;
+
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
+
+const KEY: &str = "main:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
+
+/// Something that takes connections, and its address without a scheme.
+fn listener() -> (TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    (listener, address)
+}
+
+/// An address where nothing listens.
+fn dead() -> String {
+    listener().1
+}
+
+fn setup() -> Flywheel {
+    Flywheel::in_job(&["setup"]).env("ATTIC_TOKEN", PLANTED_TOKEN)
+}
+
+/// A runner's file of `name<<delimiter` entries.
+fn entries(text: &str) -> BTreeMap<String, String> {
+    let mut lines = text.lines();
+    let mut entries = BTreeMap::new();
+    while let Some(line) = lines.next() {
+        let (name, delimiter) = line.split_once("<<").unwrap();
+        let value: Vec<&str> = lines.by_ref().take_while(|line| *line != delimiter).collect();
+        entries.insert(name.to_owned(), value.join("\n"));
+    }
+    entries
+}
+
+fn exported(run: &Flywheel) -> (BTreeMap<String, String>, Ran) {
+    let ran = run.run();
+    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
+    (entries(&run.read("GITHUB_ENV")), ran)
+}
+
+fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+#[test]
+fn what_is_valid_and_answers_is_exported() {
+    let (_attic, attic) = listener();
+    let (_bazel, bazel) = listener();
+    let (server, cache) = (format!("http://{attic}"), format!("grpc://{bazel}"));
+    let run = setup()
+        .env("ATTIC_SERVER", &server)
+        .env("ATTIC_CACHE", "team")
+        .env("ATTIC_PUBLIC_KEY", KEY)
+        .env("BAZEL_REMOTE_CACHE", &cache);
+    let expected = map(&[
+        ("ATTIC_SERVER", &server),
+        ("ATTIC_CACHE", "team"),
+        ("ATTIC_PUBLIC_KEY", KEY),
+        ("BAZEL_REMOTE_CACHE", &cache),
+        ("GF_BAZEL_SUBSTRATE_MODE", "shared-cache-backed"),
+    ]);
+    let (exports, ran) = exported(&run);
+    assert_eq!(exports, expected);
+    assert!(!ran.stdout.contains("::warning"), "{}", ran.stdout);
+}
+
+#[test]
+fn an_input_goes_before_the_hint() {
+    let (_attic, attic) = listener();
+    let server = format!("http://{attic}/attic/");
+    let run = setup()
+        .env("ATTIC_SERVER", "http://hint.invalid/")
+        .env("ATTIC_CACHE", "hint")
+        .env("FLYWHEEL_ATTIC_SERVER", &server)
+        .env("FLYWHEEL_ATTIC_CACHE", "input")
+        .env("FLYWHEEL_ATTIC_PUBLIC_KEY", "");
+    let mode = ("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only");
+    assert_eq!(exported(&run).0, map(&[("ATTIC_SERVER", &server), ("ATTIC_CACHE", "input"), mode]));
+}
+
+#[test]
+fn the_mode_is_what_answers_and_not_what_is_said() {
+    let (_bazel, bazel) = listener();
+    let (_executor, executor) = listener();
+    let mode = |run: Flywheel| exported(&run).0["GF_BAZEL_SUBSTRATE_MODE"].clone();
+    let cache = format!("grpc://{bazel}");
+    let with_cache = || setup().env("FLYWHEEL_BAZEL_REMOTE_CACHE", &cache);
+    let executor = format!("grpc://{executor}");
+    assert_eq!(mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &executor)), "executor-backed");
+    assert_eq!(mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &format!("grpc://{}", dead()))), "shared-cache-backed");
+    assert_eq!(mode(setup().env("BAZEL_REMOTE_EXECUTOR", &executor)), "compatibility-local-only");
+    assert_eq!(mode(setup().env("GF_BAZEL_SUBSTRATE_MODE", "executor-backed")), "compatibility-local-only");
+}
+
+#[test]
+fn what_does_not_answer_is_left_out_soon_and_told() {
+    let server = format!("http://{}/", dead());
+    // A network that swallows everything (RFC 5737), or that refuses at once: both are no answer.
+    let run = setup().env("ATTIC_SERVER", &server).env("BAZEL_REMOTE_CACHE", "grpc://192.0.2.1:9092");
+    let begun = Instant::now();
+    let (exports, ran) = exported(&run);
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert_eq!(exports, map(&[("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only")]));
+    for named in [format!("`ATTIC_SERVER` is not exported: `{server}`"), "`BAZEL_REMOTE_CACHE` is not exported".into()]
+    {
+        assert!(ran.stdout.contains(&named), "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_malformed_hint_is_a_warning_that_names_it() {
+    for (name, value) in [
+        ("ATTIC_SERVER", "cache.example"),
+        ("ATTIC_SERVER", "https://user:sesame-3141@cache.example/"),
+        ("ATTIC_SERVER", "http://x/\n::error::sesame-3141"),
+        ("ATTIC_CACHE", "a/b"),
+        ("ATTIC_PUBLIC_KEY", "main:sesame-3141"),
+        ("BAZEL_REMOTE_CACHE", "grpc://${BAZEL_HOST}:9092"),
+        ("BAZEL_REMOTE_EXECUTOR", "ftp://x/"),
+        ("GF_BAZEL_SUBSTRATE_MODE", "turbo"),
+    ] {
+        let (exports, ran) = exported(&setup().env(name, value));
+        assert_eq!(exports, map(&[("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only")]), "{name}");
+        let warned = format!("::warning title=flywheel::the runner's hint `{name}` is not used");
+        assert!(ran.stdout.contains(&warned), "{}", ran.stdout);
+        assert!(!ran.stdout.contains("sesame"), "{}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_malformed_input_is_64_and_touches_nothing() {
+    for (input, value) in [
+        ("attic-server", "cache.example"),
+        ("attic-cache", "a/b"),
+        ("attic-public-key", "main"),
+        ("bazel-remote-cache", "unix:/run/x"),
+        ("push-cache", "yes"),
+        ("trusted-refs", "main"),
+    ] {
+        let run = setup().env(&format!("FLYWHEEL_{}", input.replace('-', "_").to_uppercase()), value);
+        let ran = run.run();
+        assert_eq!(ran.code, 64, "{input}");
+        assert!(ran.stdout.contains(&format!("input `{input}`")), "{}", ran.stdout);
+        for file in ["GITHUB_ENV", "GITHUB_PATH", "GITHUB_OUTPUT"] {
+            assert_eq!(run.read(file), "", "{input}: {file}");
+        }
+    }
+}
+
+#[test]
+fn the_actions_own_folder_goes_on_path() {
+    let run = setup();
+    let dist = run.path("action").join("dist");
+    std::fs::create_dir_all(&dist).unwrap();
+    std::fs::write(dist.join("flywheel"), "#!/bin/sh\n").unwrap();
+    let action = run.path("action").to_str().unwrap().to_owned();
+    let run = run.env("GITHUB_ACTION_PATH", &action);
+    assert_eq!(run.run().code, 0);
+    assert_eq!(run.read("GITHUB_PATH"), format!("{}\n", dist.display()));
+}
+
+#[test]
+fn without_an_actions_folder_the_programs_own_is_taken() {
+    let run = setup();
+    assert_eq!(run.run().code, 0);
+    let own = Path::new(env!("CARGO_BIN_EXE_flywheel")).parent().unwrap();
+    assert_eq!(run.read("GITHUB_PATH"), format!("{}\n", own.display()));
+}
+
+#[test]
+fn outputs_tell_the_gates_answer() {
+    let run = crate::explain::job_of_a_push(&["setup"]);
+    assert_eq!(run.run().code, 0);
+    let expected = map(&[
+        ("trust", "may-publish"),
+        ("publishes", "true"),
+        ("reason", "`push` on the default branch `main`"),
+        ("attic", "all"),
+        ("flakehub", "rolling"),
+        ("version", env!("CARGO_PKG_VERSION")),
+    ]);
+    assert_eq!(entries(&run.read("GITHUB_OUTPUT")), expected);
+}
+
+#[test]
+fn a_laptop_gets_lines_for_its_shell() {
+    let (_attic, attic) = listener();
+    let server = format!("http://{attic}/it's;$(x)");
+    let run = Flywheel::new(&["setup", "--attic-server", &server, "--attic-public-key", KEY]);
+    let ran = run.env("ATTIC_TOKEN", PLANTED_TOKEN).run();
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let script = format!("{}\nprintf '%s\\n' \"$ATTIC_SERVER\" \"$ATTIC_CACHE\" \"$ATTIC_PUBLIC_KEY\"", ran.stdout);
+    let shell = std::process::Command::new("/bin/sh").args(["-eu", "-c", &script]).env_clear().output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&shell.stdout), format!("{server}\nmain\n{KEY}\n"));
+}
+
+#[test]
+fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("action.yml")).unwrap();
+    let action: Value = serde_norway::from_str(&text).unwrap();
+    let steps = action["runs"]["steps"].as_sequence().unwrap();
+    assert_eq!(steps.len(), 1);
+    assert_eq!(steps[0]["run"].as_str().unwrap(), "exec \"$GITHUB_ACTION_PATH/dist/flywheel\" setup");
+    let mapped: BTreeMap<&str, &str> = steps[0]["env"]
+        .as_mapping()
+        .unwrap()
+        .iter()
+        .map(|(name, value)| (name.as_str().unwrap(), value.as_str().unwrap()))
+        .collect();
+    let inputs: Vec<&str> = action["inputs"].as_mapping().unwrap().keys().map(|name| name.as_str().unwrap()).collect();
+    let help = Flywheel::new(&["setup", "--help"]).run().stdout;
+    // Lines are wrapped anywhere.
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert_eq!(mapped.len(), inputs.len());
+    for input in inputs {
+        let variable = format!("FLYWHEEL_{}", input.replace('-', "_").to_uppercase());
+        assert_eq!(mapped[variable.as_str()], format!("${{{{ inputs.{input} }}}}"));
+        assert!(help.contains(&format!("--{input} ")) && help.contains(&format!("[env: {variable}=")), "{input}");
+    }
+    let outputs = setup();
+    assert_eq!(outputs.run().code, 0);
+    let set: Vec<String> = entries(&outputs.read("GITHUB_OUTPUT")).into_keys().collect();
+    let mut declared: Vec<&str> =
+        action["outputs"].as_mapping().unwrap().keys().map(|name| name.as_str().unwrap()).collect();
+    declared.sort_unstable();
+    assert_eq!(set, declared);
+}

@@ -1,0 +1,25 @@
+//! The real suite: real Nix, real act with our real actions, real servers on loopback.
+//! Nothing is skipped: a missing tool fails the test and says how to get it.
+#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that fails says why by panicking")]
+
+#[path = "../it/world/bazel.rs"]
+mod bazel;
+#[path = "../it/world/faults.rs"]
+mod faults;
+mod world;
+
+mod actions;
+mod cache_serve;
+mod destination;
+mod dist;
+mod flake_checks;
+mod greedy;
+mod harness;
+mod lint;
+mod nix_floor;
+mod nix_job;
+mod policy;
+mod publish;
+mod stream;
+mod validate_builders;
+mod watch_store;

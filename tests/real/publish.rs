@@ -1,0 +1,181 @@
+//! `flywheel publish` and the writer of NARs against real Nix.
+
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::world::{flywheel, need, with_private_nix};
+
+/// A tree of everything that a NAR can hold, different for each seed.
+fn random_tree(folder: &Path, seed: u64) {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut random = move |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    std::fs::create_dir(folder).unwrap();
+    let mut folders = vec![folder.to_owned()];
+    for n in 0..60 {
+        let parent = folders[random(folders.len() as u64) as usize].clone();
+        // Upper and lower case, dots, spaces and bytes that are no text: order is by bytes alone.
+        let prefixes: [&[u8]; 8] = [b"a", b"B", b".", b"-", b" x", b"\xff", "ä".as_bytes(), b"z"];
+        let prefix = prefixes[random(8) as usize];
+        let name = [prefix, format!("{n}").as_bytes()].concat();
+        let path = parent.join(std::ffi::OsStr::from_bytes(&name));
+        match random(4) {
+            0 => {
+                std::fs::create_dir(&path).unwrap();
+                folders.push(path);
+            }
+            1 => symlink(format!("../target {n}"), &path).unwrap(),
+            _ => {
+                let size = [0, 1, 7, 8, 9, 65_536, 200_000][random(7) as usize];
+                std::fs::write(&path, vec![n as u8; size]).unwrap();
+                let mode = [0o444, 0o555, 0o644, 0o654][random(4) as usize];
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn nars_are_those_of_nix() {
+    let folder = tempfile::tempdir().unwrap();
+    let nix_store = need("nix-store", "apt-get install nix-bin");
+    for seed in 1..=12 {
+        let tree = folder.path().join(format!("tree-{seed}"));
+        random_tree(&tree, seed);
+        let mut ours = Vec::new();
+        flywheel::nix::nar::write(&tree, &mut ours).unwrap();
+        let theirs =
+            with_private_nix(&folder.path().join("nix"), &nix_store).arg("--dump").arg(&tree).output().unwrap();
+        assert!(theirs.status.success(), "{}", String::from_utf8_lossy(&theirs.stderr));
+        assert!(ours == theirs.stdout, "tree {seed}: {} bytes here, {} there", ours.len(), theirs.stdout.len());
+    }
+}
+
+/// Nix as root in a `/nix` of its own, and an embedded cache on loopback.
+struct Bench {
+    folder: tempfile::TempDir,
+    server: std::process::Child,
+    url: String,
+    key: String,
+    token: String,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir(at("home")).unwrap();
+        let server = std::process::Command::new(flywheel())
+            .args(["cache", "serve", "--listen", "127.0.0.1:0", "--stop-after", "10m", "--quiet", "--dir"])
+            .arg(at("cache"))
+            .stdout(std::fs::File::create(at("serve.out")).unwrap())
+            .spawn()
+            .unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let said = loop {
+            let said = std::fs::read_to_string(at("serve.out")).unwrap();
+            if said.contains("tokens-file") {
+                break said;
+            }
+            assert!(Instant::now() < deadline, "the cache does not start: {said}");
+            std::thread::yield_now();
+        };
+        let word = |name: &str| said.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+        let tokens = std::fs::read_to_string(word("tokens-file ")).unwrap();
+        let token = tokens.lines().find_map(|line| line.strip_prefix("write ")).unwrap().trim().to_owned();
+        Self { url: said.lines().next().unwrap().to_owned(), key: word("public-key "), server, token, folder }
+    }
+
+    fn command(&self, program: &Path) -> std::process::Command {
+        let mut command = with_private_nix(&self.folder.path().join("nix"), program);
+        let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
+        command.env_clear().env("PATH", "/usr/bin:/bin").env("NIX_CONFIG", config);
+        command.env("HOME", self.folder.path().join("home")).current_dir(self.folder.path());
+        command
+    }
+
+    /// Builds an expression to a link, with these settings besides.
+    fn build(&self, expression: &str, link: &str, settings: &[&str]) -> Output {
+        let tool = need("nix-build", "apt-get install nix-bin");
+        self.command(&tool).args(["-E", expression, "-o", link]).args(settings).output().unwrap()
+    }
+
+    fn publish(&self, arguments: &[&str]) -> std::process::Command {
+        let mut command = self.command(&flywheel());
+        command.env("ATTIC_TOKEN", &self.token).arg("publish");
+        command.args(["--attic-server", &self.url, "--attic-public-key", &self.key]).args(arguments);
+        command
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+/// A path that refers to thirty others, which all refer to one.
+const TREE: &str = r#"let
+  path = name: text: derivation {
+    inherit name; system = builtins.currentSystem; builder = "/bin/sh"; args = [ "-c" "echo '${text}' > $out" ];
+  };
+  base = path "base" "base";
+  middle = builtins.genList (n: path "middle-${toString n}" "${base} ${toString n}") 30;
+in path "top" (toString middle)"#;
+
+fn success(output: &Output) -> String {
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    assert!(output.status.success(), "{text}");
+    text
+}
+
+#[test]
+fn what_is_published_is_substituted_on_an_emptied_store() {
+    let bench = Bench::new();
+    success(&bench.build(TREE, "result", &[]));
+    let said = success(&bench.publish(&["./result"]).output().unwrap());
+    assert!(said.contains("32 published, 32 verified, 0 lost"), "{said}");
+    let said = success(&bench.publish(&["./result"]).output().unwrap());
+    assert!(said.contains("0 published, 32 already there, 32 verified, 0 lost"), "{said}");
+    assert!(!said.contains(&bench.token), "the token is shown");
+
+    std::fs::remove_dir_all(bench.folder.path().join("nix")).unwrap();
+    std::fs::remove_dir_all(bench.folder.path().join("home")).unwrap();
+    let substituter = format!("{}/main", bench.url);
+    let settings = ["--option", "substituters", &substituter, "--option", "trusted-public-keys", &bench.key];
+    let said = success(&bench.build(TREE, "again", &[&settings[..], &["-j", "0"]].concat()));
+    assert!(said.contains("copying path") && !said.contains("building '"), "{said}");
+}
+
+#[test]
+fn a_path_of_two_gib_is_published_in_flat_memory() {
+    let bench = Bench::new();
+    let big = r#"derivation {
+      name = "big"; system = builtins.currentSystem; builder = "/bin/sh";
+      args = [ "-c" "/bin/dd if=/dev/zero of=$out bs=1048576 count=2048 2>&1" ];
+    }"#;
+    success(&bench.build(big, "big", &[]));
+    let child = bench.publish(&["./big"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // `unshare` and `sh` become the binary by `exec`, so that this is its process.
+    let status = format!("/proc/{}/status", child.id());
+    let ended = std::thread::spawn(move || child.wait_with_output().unwrap());
+    let mut peak_kib = 0;
+    while !ended.is_finished() {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let peak = text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+        peak_kib = peak_kib.max(peak.unwrap_or(0));
+        std::thread::yield_now();
+    }
+    let said = success(&ended.join().unwrap());
+    assert!(said.contains("1 published, 1 verified, 0 lost"), "{said}");
+    assert!((1..64 * 1024).contains(&peak_kib), "{peak_kib} KiB");
+}

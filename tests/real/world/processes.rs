@@ -1,0 +1,76 @@
+//! Looking for processes by what their environment holds, and waiting for one with a limit.
+
+use std::fs;
+use std::process::{Child, ExitStatus};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// How often a wait looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// A living process.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// Its id.
+    pub id: i32,
+    /// Its arguments, joined by spaces.
+    pub command_line: String,
+}
+
+/// The living processes whose environment holds `variable` (`NAME=value`).
+pub fn with_variable(variable: &str) -> Vec<Process> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        // A process that ends meanwhile has no environment any more; a dead one that nobody has
+        // waited for has an empty one.
+        let Ok(environment) = fs::read(entry.path().join("environ")) else { continue };
+        if environment.split(|byte| *byte == 0).any(|pair| pair == variable.as_bytes()) {
+            let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let command_line = String::from_utf8_lossy(&arguments).replace('\0', " ").trim().to_owned();
+            found.push(Process { id, command_line });
+        }
+    }
+    found
+}
+
+/// Sends a signal; a process that is gone already is fine.
+pub fn signal(id: i32, signal: Signal) {
+    if let Some(pid) = Pid::from_raw(id) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// Kills every process whose environment holds `variable`, and says which there were.
+pub fn kill_with_variable(variable: &str) -> Vec<Process> {
+    let found = with_variable(variable);
+    for process in &found {
+        signal(process.id, Signal::KILL);
+    }
+    found
+}
+
+/// Waits for `condition` until the limit; whether it came true.
+pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::park_timeout(LOOK_AGAIN);
+    }
+}
+
+/// How a child ended, if it did so within the limit.
+pub fn ended(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    let mut status = None;
+    wait_until(limit, || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status
+}
