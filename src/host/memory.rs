@@ -101,8 +101,8 @@ pub fn available() -> Option<u64> {
 
 /// What a process holds now and has held at most, in bytes; `None` when it has ended.
 pub fn of_process(id: u32) -> Option<(u64, u64)> {
-    let status = PathBuf::from(format!("/proc/{id}/status"));
-    Some((kibibytes(&status, "VmRSS:")?, kibibytes(&status, "VmHWM:")?))
+    let status = fs::read_to_string(format!("/proc/{id}/status")).ok()?;
+    Some((kibibytes_in(&status, "VmRSS:")?, kibibytes_in(&status, "VmHWM:")?))
 }
 
 /// Makes a process the first that the kernel kills when memory runs out (`proc_pid_oom_score_adj(5)`); anybody may
@@ -112,7 +112,10 @@ pub fn expendable(id: u32) {
 }
 
 fn kibibytes(file: &Path, name: &str) -> Option<u64> {
-    let text = fs::read_to_string(file).ok()?;
+    kibibytes_in(&fs::read_to_string(file).ok()?, name)
+}
+
+fn kibibytes_in(text: &str, name: &str) -> Option<u64> {
     let kib = text.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?;
     kib.trim().parse::<u64>().ok()?.checked_mul(1024)
 }

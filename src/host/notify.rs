@@ -5,19 +5,13 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::fs::inotify;
 
 pub use rustix::fs::inotify::WatchFlags;
-
-use crate::host::priority;
-
-/// How long the thread may sleep before it looks whether it is still wanted.
-const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// One event in the folder.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,7 +25,8 @@ pub enum Event<'a> {
 /// A folder under watch. The thread ends, and is joined, when this is dropped.
 #[derive(Debug)]
 pub struct Notify {
-    stop: Arc<AtomicBool>,
+    /// Readable from the moment when the thread is to end.
+    stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -43,11 +38,11 @@ impl Notify {
     pub fn watch(folder: &Path, what: WatchFlags, tell: impl FnMut(Event<'_>) + Send + 'static) -> io::Result<Self> {
         let events = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
         inotify::add_watch(&events, folder, what)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let wanted = Arc::clone(&stop);
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("notify".into()).spawn(move || {
-            priority::yield_to_others();
-            follow(&events, &wanted, tell);
+            // At the usual priority: what an event tells of, a short process say, is soon gone.
+            follow(&events, &stopped, tell);
         })?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -55,7 +50,8 @@ impl Notify {
 
 impl Drop for Notify {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        // It fails only where the counter is full, and then the thread knows.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             // It panics only if `tell` does, and then there is nothing more to tell.
             let _ = thread.join();
@@ -63,11 +59,15 @@ impl Drop for Notify {
     }
 }
 
-fn follow(events: &OwnedFd, stop: &AtomicBool, mut tell: impl FnMut(Event<'_>)) {
+fn follow(events: &OwnedFd, stop: &OwnedFd, mut tell: impl FnMut(Event<'_>)) {
     let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
-    while !stop.load(Ordering::Relaxed) {
-        // An interrupted or fruitless wait just looks again.
-        let _ = poll(&mut [PollFd::new(events, PollFlags::IN)], Some(&LOOK));
+    loop {
+        let mut waiting = [PollFd::new(events, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        // An interrupted wait just looks again.
+        let _ = poll(&mut waiting, None);
+        if !waiting[1].revents().is_empty() {
+            return;
+        }
         let mut reader = inotify::Reader::new(events, &mut buffer);
         while let Ok(event) = reader.next() {
             if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) {

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::exit::{Exit, Explain};
 use crate::nix::ping::Opened;
+use crate::nix::settings::Settings;
 use crate::nix::tool::{self, Flavour, Nix, WELL_KNOWN};
 use crate::process::service::Service;
 use crate::progress::Sink;
@@ -109,6 +110,8 @@ pub struct Ready {
     pub repairs: Vec<Repair>,
     /// What opening the store told; none where it was opened after a repair.
     pub opened: Option<Opened>,
+    /// Nix's settings as they were found, if they were read on the way.
+    pub settings_before: Option<Settings>,
     daemon: Option<Daemon>,
 }
 
@@ -188,7 +191,8 @@ impl Host {
         let found = found.ok_or(Error::Missing("the package came without the program"))?;
         let nix = Nix::at(&found.program, env).await?;
         let folder = (!found.on_path).then(|| nix.folder().to_owned());
-        let mut ready = Ready { nix, installed, folder, repairs: Vec::new(), opened: None, daemon: None };
+        let mut ready =
+            Ready { nix, installed, folder, repairs: Vec::new(), opened: None, settings_before: None, daemon: None };
         let users = repair::open(self, &mut ready, deadline).await?;
         self.guard(&ready.nix, users, sink)?;
         for repair in &ready.repairs {

@@ -26,12 +26,14 @@ const DEPTH_LIMIT: usize = 4096;
 /// Whose an added path is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
-    /// A process of this job added it, or no other Nix process was at work.
+    /// A process of this job added it.
     Ours,
     /// Another job's process added it.
     Others,
-    /// Another job's process was at work, and what it did cannot be read.
+    /// Nobody was seen to add it, and another job's processes were at work.
     Unclear,
+    /// Nobody was seen to add it, and no other job was seen at work so far: it is the job's, unless one comes to light.
+    Unclaimed,
 }
 
 /// Which processes are the job's.
@@ -59,12 +61,12 @@ pub struct Clients {
 struct State {
     folder: PathBuf,
     job: Job,
-    tell: Tell,
+    tell: Option<Tell>,
     open: BTreeMap<u32, Roots>,
     ours: HashSet<StorePath>,
     others: HashSet<StorePath>,
-    /// Another job's process was seen at all; without one, everything is ours. With one, a process
-    /// that was gone before anybody looked may have been another job's too.
+    /// Another job's process was seen at all. With one, a process that was gone before anybody looked may have been
+    /// another job's too.
     strangers: bool,
     /// Another job's process left nothing to read.
     unclear: bool,
@@ -98,14 +100,14 @@ impl Roots {
 }
 
 impl Clients {
-    /// Begins to watch. `state_dir` is Nix's, `/nix/var/nix` as a rule. `tell` gets the paths that a
-    /// process of the job means to add, as a rule long before they are valid.
-    pub fn watch(state_dir: &Path, job: Job, tell: impl FnMut(&[StorePath]) + Send + 'static) -> Self {
+    /// Begins to watch. `state_dir` is Nix's, `/nix/var/nix` as a rule. To be called before the moment from which on
+    /// paths are the job's: a process that was gone before cannot have added one since.
+    pub fn watch(state_dir: &Path, job: Job) -> Self {
         let folder = state_dir.join("temproots");
         let state = Arc::new(Mutex::new(State {
             folder: folder.clone(),
             job,
-            tell: Box::new(tell),
+            tell: None,
             open: BTreeMap::new(),
             ours: HashSet::new(),
             others: HashSet::new(),
@@ -120,6 +122,17 @@ impl Clients {
         begun.take_in_all();
         drop(begun);
         Self { state, _notify: notify }
+    }
+
+    /// `tell` gets the paths that a process of the job means to add, those of before included, as a rule long before
+    /// they are valid.
+    pub fn tell(&self, mut tell: impl FnMut(&[StorePath]) + Send + 'static) {
+        let mut state = lock(&self.state);
+        let before: Vec<StorePath> = state.ours.iter().cloned().collect();
+        if !before.is_empty() {
+            tell(&before);
+        }
+        state.tell = Some(Box::new(tell));
     }
 
     /// What a Nix process of the job asks impure evaluation with, if one was seen that does.
@@ -216,8 +229,8 @@ impl State {
             None => self.unclear |= !roots.ours,
             Some(paths) if roots.ours => {
                 let new: Vec<StorePath> = paths.into_iter().filter(|path| !self.ours.contains(path)).collect();
-                if !new.is_empty() {
-                    (self.tell)(&new);
+                if let Some(tell) = self.tell.as_mut().filter(|_| !new.is_empty()) {
+                    tell(&new);
                 }
                 self.ours.extend(new);
             }
@@ -233,7 +246,7 @@ impl State {
         } else if self.unclear || self.strangers {
             Whose::Unclear
         } else {
-            Whose::Ours
+            Whose::Unclaimed
         }
     }
 }
@@ -333,7 +346,7 @@ mod tests {
     #[test]
     fn a_path_of_our_own_process_is_ours_even_after_its_file_is_gone() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
+        let clients = Clients::watch(folder.path(), Job::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
         assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
         fs::remove_file(folder.path().join(format!("temproots/{}", std::process::id()))).expect("removed");
@@ -343,7 +356,7 @@ mod tests {
     #[test]
     fn a_path_of_another_process_is_not() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
+        let clients = Clients::watch(folder.path(), Job::Descendants);
         write(folder.path(), 1, &format!("{PATH}\0/nix/store/half-writ"));
         assert_eq!(clients.whose(&[path()]), [Whose::Others]);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
@@ -351,21 +364,21 @@ mod tests {
     }
 
     #[test]
-    fn alone_on_the_machine_everything_is_ours() {
+    fn what_nobody_was_seen_to_add_is_unclaimed() {
         let folder = state_dir();
         write(folder.path(), u32::MAX, &format!("{PATH}\0"));
-        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours], "a dead process's file tells nothing");
+        let clients = Clients::watch(folder.path(), Job::Descendants);
+        assert_eq!(clients.whose(&[path()]), [Whose::Unclaimed], "a dead process's file tells nothing");
     }
 
     #[test]
-    fn a_process_that_was_gone_too_soon_is_ours_only_where_nobody_else_works() {
+    fn what_a_process_added_that_was_gone_too_soon_is_unclear_where_others_work() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants, |_| ());
+        let clients = Clients::watch(folder.path(), Job::Descendants);
         let gone = u32::MAX - 1;
         write(folder.path(), gone, &format!("{PATH}\0"));
         lock(&clients.state).hear(&Event::Entry(&gone.to_string()));
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        assert_eq!(clients.whose(&[path()]), [Whose::Unclaimed]);
         write(folder.path(), 1, "");
         assert_eq!(clients.whose(&[path()]), [Whose::Unclear]);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
@@ -398,13 +411,15 @@ mod tests {
     #[test]
     fn what_is_meant_to_be_added_is_told_before_it_is_valid() {
         let folder = state_dir();
-        let (send, receive) = std::sync::mpsc::channel();
-        let clients = Clients::watch(folder.path(), Job::Descendants, move |paths| {
-            send.send(paths.to_vec()).expect("the test listens");
-        });
+        let clients = Clients::watch(folder.path(), Job::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        let told = receive.recv_timeout(std::time::Duration::from_secs(10)).expect("told");
-        assert_eq!(told, [path()]);
-        drop(clients);
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        let (send, receive) = std::sync::mpsc::channel();
+        clients.tell(move |paths| send.send(paths.to_vec()).expect("the test listens"));
+        let deadline = std::time::Duration::from_secs(10);
+        assert_eq!(receive.recv_timeout(deadline).expect("told of what was before"), [path()]);
+        let second: StorePath = PATH.replace("hello", "world").parse().expect("valid");
+        write(folder.path(), std::process::id(), &format!("{PATH}\0{second}\0"));
+        assert_eq!(receive.recv_timeout(deadline).expect("told"), [second]);
     }
 }

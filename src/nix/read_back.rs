@@ -1,4 +1,5 @@
-//! What Nix makes of the settings it was given: read back and compared with what was wanted.
+//! What Nix makes of the settings it was given: read back, with the store as it opens under them, and compared with
+//! what was wanted.
 //!
 //! A daemon obeys restricted settings only from users it trusts, and otherwise ignores them, older
 //! versions without a word. So both sides are asked: the client for its view, the daemon for its trust.
@@ -7,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::nix::ping::{Opened, Ping, ping};
-use crate::nix::settings::{Cache, Settings, Wanted};
+use crate::nix::settings::{Cache, Settings};
 use crate::nix::tool::{Error, Flavour, Nix};
 
 /// A daemon that needs longer to say a word is taken for dead.
@@ -54,23 +55,46 @@ impl std::fmt::Display for Ignored {
     }
 }
 
-/// Asks Nix under `config` (what `compose` made of `wanted`) which of the wanted settings it follows.
-/// Nothing is asked if there is no cache: then nothing can be ignored.
+/// What Nix is like under a job's settings.
+#[derive(Debug)]
+pub struct InForce {
+    /// All its settings.
+    pub settings: Settings,
+    /// The store, if it opens.
+    pub opened: Option<Opened>,
+    /// Those of the wanted settings that it does not follow.
+    pub ignored: Vec<Ignored>,
+}
+
+/// Asks Nix under its configuration, which `compose` made for a job with this cache, and which of the cache's settings
+/// it follows.
 ///
 /// # Errors
-/// When Nix gives no answer; one that refuses `config` altogether is among them.
-pub async fn read_back(nix: &Nix, config: &str, wanted: &Wanted) -> Result<Vec<Ignored>, Error> {
-    let Some(cache) = &wanted.cache else { return Ok(Vec::new()) };
-    let nix = nix.clone().with_config(config);
-    let mut ignored = overridden(&Settings::read(&nix).await?, cache);
-    if let Some(opened) = distrust(&nix).await? {
-        let own = Settings::read(&of_system(&nix)).await.unwrap_or_default();
-        let more = untrusted(&nix, &opened, &own, cache);
-        ignored.extend(
-            more.into_iter().filter(|new| ignored.iter().all(|old| old.setting != new.setting)).collect::<Vec<_>>(),
-        );
+/// When Nix gives no answer; one that refuses its configuration altogether is among them.
+pub async fn read_back(nix: &Nix, cache: Option<&Cache>) -> Result<InForce, Error> {
+    let (settings, opened) = tokio::join!(Settings::read(nix), open(nix));
+    let (settings, opened) = (settings?, opened?);
+    let mut ignored = Vec::new();
+    if let Some(cache) = cache {
+        ignored = overridden(&settings, cache);
+        if let Some(opened) = &opened
+            && is_distrust(nix, opened).await?
+        {
+            let own = Settings::read(&of_system(nix)).await.unwrap_or_default();
+            let mut more = untrusted(nix, opened, &own, cache);
+            more.retain(|new| ignored.iter().all(|old| old.setting != new.setting));
+            ignored.extend(more);
+        }
     }
-    Ok(ignored)
+    Ok(InForce { settings, opened, ignored })
+}
+
+async fn open(nix: &Nix) -> Result<Option<Opened>, Error> {
+    Ok(match ping(nix, LIMIT).await? {
+        Ping::Open(opened) => Some(opened),
+        // Whoever needs the store asks again, and says why it stays shut.
+        Ping::Refused(_) => None,
+    })
 }
 
 /// What the client itself does not have in force.
@@ -96,18 +120,22 @@ fn overridden(settings: &Settings, cache: &Cache) -> Vec<Ignored> {
 /// # Errors
 /// When Nix gives no answer.
 pub async fn distrust(nix: &Nix) -> Result<Option<Opened>, Error> {
-    let Ping::Open(opened) = ping(nix, LIMIT).await? else { return Ok(None) };
-    if opened.url == "local" || opened.trusted == Some(true) {
-        return Ok(None);
+    let Some(opened) = open(nix).await? else { return Ok(None) };
+    Ok(is_distrust(nix, &opened).await?.then_some(opened))
+}
+
+/// Whether the store that opened like this is a daemon's that does not trust this user.
+async fn is_distrust(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
+    if opened.url == "local" {
+        return Ok(false);
     }
-    if opened.trusted == Some(false) {
-        return Ok(Some(opened));
+    if let Some(trusted) = opened.trusted {
+        return Ok(!trusted);
     }
     // Versions before 2.15 do not say: a daemon that trusts us takes any substituter without a word.
     let config = format!("{}\nextra-substituters = {SENTINEL}\n", nix.config().trim_end());
     let probed = ping(&nix.clone().with_config(&config), LIMIT).await?;
-    let refused = matches!(&probed, Ping::Open(probed) if refuses(&probed.said, SENTINEL));
-    Ok(refused.then_some(opened))
+    Ok(matches!(&probed, Ping::Open(probed) if refuses(&probed.said, SENTINEL)))
 }
 
 /// "ignoring untrusted substituter 'URL'", in all versions.

@@ -46,6 +46,11 @@ impl Talking {
         read_line(&mut self.stderr, held).await
     }
 
+    /// Whether its next line has been read from the pipe already.
+    pub fn has_line(&self) -> bool {
+        self.stderr.buffer().contains(&b'\n')
+    }
+
     /// Waits for its end.
     ///
     /// # Errors

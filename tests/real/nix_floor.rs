@@ -302,6 +302,12 @@ fn cache(netrc: Option<PathBuf>) -> Cache {
     Cache { substituter: CACHE.to_owned(), public_key: Some(KEY.parse().unwrap()), netrc }
 }
 
+async fn ignored(nix: &Nix, config: &str, wanted: &Wanted) -> Vec<Ignored> {
+    let found = read_back(&nix.clone().with_config(config), wanted.cache.as_ref()).await.unwrap();
+    assert!(found.opened.is_some_and(|opened| !opened.url.is_empty()), "the store opens");
+    found.ignored
+}
+
 #[test]
 fn a_single_user_store_follows_the_settings() {
     in_private_nix("nix_floor::a_single_user_store_follows_the_settings", |inside| {
@@ -316,7 +322,7 @@ fn a_single_user_store_follows_the_settings() {
             let base = format!("# the runner's\n{CONFIG}extra-substituters = http://runner.example\r\ncores = 3");
             let wanted = Wanted { access_tokens, before, ..wanted(cache(Some(file.clone()))) };
             let config = compose(&base, &wanted);
-            assert_eq!(read_back(&nix, &config, &wanted).await.unwrap(), []);
+            assert_eq!(ignored(&nix, &config, &wanted).await, []);
 
             let inside_job = nix.clone().with_config(&config);
             let settings = Settings::read(&inside_job).await.unwrap();
@@ -333,7 +339,7 @@ fn a_single_user_store_follows_the_settings() {
 
             let extra = "substituters = http://mine.example\nnetrc-file = /mine".to_owned();
             let wanted = Wanted { extra, ..wanted };
-            let ignored = read_back(&nix, &compose(&base, &wanted), &wanted).await.unwrap();
+            let ignored = ignored(&nix, &compose(&base, &wanted), &wanted).await;
             let expected = [
                 ("extra-substituters", format!("extra-substituters = {CACHE}")),
                 ("netrc-file", format!("netrc-file = {}", file.display())),
@@ -391,7 +397,7 @@ fn a_daemon_ignores_what_an_untrusted_user_wants() {
                 let folder = inside.private(&format!("secrets-{}", inside.role));
                 let file = netrc::write(&folder, "127.0.0.1", &Secret::new("tok").unwrap(), None).unwrap();
                 let wanted = wanted(cache(Some(file)));
-                let ignored = read_back(&nix, &compose(CONFIG, &wanted), &wanted).await.unwrap();
+                let ignored = ignored(&nix, &compose(CONFIG, &wanted), &wanted).await;
                 assert!(ignored.iter().all(|one| one.reason == Reason::Untrusted && one.file.as_ref() == Some(&conf)));
                 ignored.into_iter().map(|one| one.line_to_add).collect::<Vec<_>>()
             };

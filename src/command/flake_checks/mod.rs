@@ -103,26 +103,26 @@ struct Ran {
 
 impl FlakeChecks<'_> {
     async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
-        let Some(prepared) = self.work.prepare(&self.workflow, signals).await? else {
+        let Some(mut prepared) = self.work.prepare_unread(&self.workflow, signals).await? else {
             return Ok(self.cancelled_early());
         };
-        let ended = self.run_prepared(&prepared, signals).await;
+        let ended = self.run_prepared(&mut prepared, signals).await;
         prepared.stop().await;
         ended
     }
 
-    async fn run_prepared(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Exit, Failure> {
-        let nix = prepared.ready.nix.clone().with_config(&prepared.config);
+    async fn run_prepared(&self, prepared: &mut Prepared, signals: &mut Signals) -> Result<Exit, Failure> {
+        let nix = prepared.nix();
         let mut teller = Teller::new(&self.workflow, check_runs::start(self.plan, &self.work, &self.workflow));
         // What is asked of Nix impurely, about the source alone, is asked before the job's processes are watched.
         let open = Prospect::open(self.plan, &nix, self.work.env, &self.work.sink);
         let opened = tokio::select! {
             biased;
             _ = signals.next() => None,
-            found = async { tokio::join!(open, Store::open(&nix)) } => Some(found),
+            found = async { tokio::join!(open, self.work.read_back(prepared)) } => Some(found),
         };
-        let (prospect, store) = match opened {
-            Some((Ok(prospect), store)) => (prospect, store),
+        let (prospect, in_force) = match opened {
+            Some((Ok(prospect), in_force)) => (prospect, in_force),
             Some((Err(failure), _)) => return self.give_up(teller, failure).await,
             None => {
                 let at = Instant::now() + STOPPED_LIMIT;
@@ -130,16 +130,18 @@ impl FlakeChecks<'_> {
                 return Ok(self.cancelled_early());
             }
         };
-        let mut watch = self.work.watch_store(prepared, store, clients::Job::Descendants).await;
+        prepared.in_force = in_force;
+        let prepared = &*prepared;
+        let mut watch = self.work.watch(prepared, clients::Job::Descendants).await;
         let store = match &watch {
             Some(watch) => Arc::clone(watch.store()),
-            None => match Store::open(&nix).await {
+            None => match prepared.open_store().await {
                 Ok(store) => Arc::new(store),
                 Err(error) => return self.give_up(teller, error.into()).await,
             },
         };
         let span = Span::begin();
-        let ran = match self.check(prospect, nix, store, &mut teller, signals).await {
+        let ran = match self.check(prospect, prepared, store, &mut teller, signals).await {
             Ok(ran) => ran,
             Err(failure) => return self.give_up(teller, failure).await,
         };
@@ -217,19 +219,19 @@ impl FlakeChecks<'_> {
     async fn check(
         &self,
         mut prospect: Prospect,
-        nix: crate::nix::tool::Nix,
+        prepared: &Prepared,
         store: Arc<Store>,
         teller: &mut Teller,
         signals: &mut Signals,
     ) -> Result<Ran, Failure> {
         let began = Instant::now();
-        let (names, native) = tokio::select! {
+        let nix = prepared.nix();
+        let all = tokio::select! {
             biased;
             stop = signals.next() => return Ok(Ran::nothing(End::Stopped(stop, Instant::now()))),
-            found = async { tokio::join!(prospect.names(self.plan, &nix), native(&nix)) } => found,
+            names = prospect.names(self.plan, &nix) => names?,
         };
-        let names = names?;
-        let all = names;
+        let native = prepared.in_force.as_ref().and_then(|found| native(&found.settings));
         let names: Vec<Name> = all.iter().filter(|name| self.wants(name, native.as_ref())).cloned().collect();
         let outs: Vec<Out> = names.iter().map(|name| self.out(name)).collect();
         let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
@@ -289,7 +291,7 @@ impl FlakeChecks<'_> {
         if !self.plan.gc || ran.end != End::Whole {
             return;
         }
-        let nix = prepared.ready.nix.clone().with_config(&prepared.config);
+        let nix = prepared.nix();
         let derivations: Vec<StorePath> = ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
         let name = Sha256::digest(format!("{}\n{}", self.plan.installable(&[]), self.place()));
         let name: String = name[..10].iter().map(|byte| format!("{byte:02x}")).collect();
@@ -433,8 +435,7 @@ fn is_system(name: &str) -> bool {
 }
 
 /// The systems that this machine and its builders build; `None` where Nix does not say.
-async fn native(nix: &crate::nix::tool::Nix) -> Option<BTreeSet<String>> {
-    let settings = Settings::read(nix).await.ok()?;
+fn native(settings: &Settings) -> Option<BTreeSet<String>> {
     let mut systems: BTreeSet<String> = settings.words("extra-platforms").into_iter().collect();
     systems.insert(settings.text("system")?);
     // `ssh://host x86_64-linux,aarch64-linux key 4 …; …`, or a file of such lines behind `@` (nix.conf(5)).

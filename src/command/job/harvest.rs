@@ -70,7 +70,8 @@ impl Harvest {
             match whose {
                 Whose::Others => (),
                 Whose::Unclear => unclear.push(info),
-                Whose::Ours => {
+                // Nobody else has come to light in all the job's time.
+                Whose::Ours | Whose::Unclaimed => {
                     self.count(&info);
                     ours.push(info.path);
                 }

@@ -6,6 +6,7 @@ pub mod attach;
 pub mod destination;
 pub mod harvest;
 pub mod inputs;
+mod ours;
 pub mod policy;
 pub mod publication;
 pub mod settings;
@@ -24,7 +25,7 @@ use self::attach::Cache;
 use self::destination::Opening;
 use self::harvest::Harvest;
 use self::inputs::Plan;
-use self::settings::Ingredients;
+use self::settings::{Ingredients, Settled};
 use self::source::Source;
 use self::stream::{Bound, From, JournalBook, Stream};
 use crate::cache::destination::Target;
@@ -34,9 +35,10 @@ use crate::exit::{Exit, Explain};
 use crate::http::{Clients as HttpClients, Roots};
 use crate::nix::bootstrap::{self, Ready};
 use crate::nix::clients::{self, Clients};
-use crate::nix::store::{Mark, Store, state_folder};
+use crate::nix::read_back::InForce;
+use crate::nix::store::{self, Mark, Store, state_folder};
 use crate::nix::store_path::StorePath;
-use crate::nix::tool::complaint;
+use crate::nix::tool::{Nix, complaint};
 use crate::policy::Rule;
 use crate::process::signals::Signals;
 use crate::progress::Sink;
@@ -131,13 +133,31 @@ pub struct Prepared {
     pub cache: Cache,
     /// Where paths go, if the job publishes and there is somewhere.
     pub to: Option<Target>,
-    /// The job's `NIX_CONFIG`.
-    pub config: String,
+    /// The job's settings.
+    pub settled: Settled,
+    /// What Nix is like under them, once it has been asked and if it has answered.
+    pub in_force: Option<InForce>,
     /// How long it took.
     pub took: Duration,
 }
 
 impl Prepared {
+    /// Nix with the job's settings.
+    pub fn nix(&self) -> Nix {
+        self.ready.nix.clone().with_config(&self.settled.config)
+    }
+
+    /// Opens the job's store.
+    ///
+    /// # Errors
+    /// When Nix cannot.
+    pub async fn open_store(&self) -> Result<Store, store::Error> {
+        match self.in_force.as_ref().and_then(|found| found.opened.as_ref()) {
+            Some(opened) => Store::opened(&self.nix(), opened).await,
+            None => Store::open(&self.nix()).await,
+        }
+    }
+
     /// Ends what was started for this job: our own cache, a daemon.
     pub async fn stop(self) {
         self.cache.stop().await;
@@ -170,28 +190,39 @@ impl Watch {
 }
 
 impl Work<'_> {
-    /// Makes Nix and the cache ready side by side, and the settings after them.
+    /// Makes Nix and the cache ready side by side, and the settings after them, which are then read back.
     ///
     /// # Errors
     /// When there is no Nix to be had. A cache that fails is left out.
     pub async fn make_ready(&self, workflow: &Workflow) -> Result<Prepared, Failure> {
+        let mut prepared = self.make_ready_unread(workflow).await?;
+        prepared.in_force = self.read_back(&prepared).await;
+        Ok(prepared)
+    }
+
+    /// The same without reading the settings back, for who has other things to ask Nix meanwhile.
+    async fn make_ready_unread(&self, workflow: &Workflow) -> Result<Prepared, Failure> {
         let begun = Instant::now();
         let sink = self.sink.clone();
-        let roots = Roots { files: self.env.path("NIX_SSL_CERT_FILE").into_iter().collect() };
-        let http = HttpClients::new(&roots)?;
         let (plan, token) = (self.plan, self.secrets.attic.as_ref());
-        let attaching = attach::attach(&plan.source, plan.public_key.as_ref(), token, &http, &sink);
-        let (ready, mut cache) = tokio::join!(Box::pin(bootstrap::ready(self.env, &sink, BOOTSTRAP_LIMIT)), attaching);
-        let ready = ready?;
+        let attaching = async {
+            let roots = Roots { files: self.env.path("NIX_SSL_CERT_FILE").into_iter().collect() };
+            let http = HttpClients::new(&roots)?;
+            let cache = attach::attach(&plan.source, plan.public_key.as_ref(), token, &http, &sink).await;
+            Ok::<_, Failure>((http, cache))
+        };
+        // Nix is asked first: the system's certificates are read while it answers.
+        let (ready, attached) = tokio::join!(Box::pin(bootstrap::ready(self.env, &sink, BOOTSTRAP_LIMIT)), attaching);
+        let ((http, mut cache), ready) = (attached?, ready?);
         if let Some(secret) = &cache.token {
             workflow.mask(secret);
         }
-        let mut config = self.settle(&ready, &cache, &sink).await;
-        let nix = ready.nix.clone().with_config(&config);
+        let mut settled = self.settle(&ready, &cache, &sink).await;
+        let nix = ready.nix.clone().with_config(&settled.config);
         let opening = Opening { env: self.env, nix: &nix, http: &http, private: self.private };
         opening.ping(&mut cache, &sink).await;
         if cache.store.is_some() && !cache.is_attached() {
-            config = self.settle(&ready, &cache, &sink).await;
+            settled = self.settle(&ready, &cache, &sink).await;
         }
         let opened = if self.decision.publishes() { opening.open(&cache, &plan.way, &sink).await } else { Ok(None) };
         let to = opened.unwrap_or_else(|reason| {
@@ -203,10 +234,10 @@ impl Work<'_> {
         if let Some(address) = cache.address().filter(|_| cache.is_attached()) {
             sink.note(format!("flywheel: cache {address} attached"));
         }
-        Ok(Prepared { ready, cache, to, config, took: begun.elapsed() })
+        Ok(Prepared { ready, cache, to, settled, in_force: None, took: begun.elapsed() })
     }
 
-    async fn settle(&self, ready: &Ready, cache: &Cache, sink: &Sink) -> String {
+    async fn settle(&self, ready: &Ready, cache: &Cache, sink: &Sink) -> Settled {
         let ingredients = Ingredients {
             env: self.env,
             ready,
@@ -219,40 +250,41 @@ impl Work<'_> {
         settings::settle(&ingredients, sink).await
     }
 
-    /// The same, in a group of the log. `None` when the job was cancelled meanwhile.
+    /// Asks Nix what it makes of the job's settings; what it does not follow is said.
+    pub async fn read_back(&self, prepared: &Prepared) -> Option<InForce> {
+        settings::say_ignored(&prepared.ready.nix, &prepared.settled, &self.sink).await
+    }
+
+    /// Makes ready in a group of the log. `None` when the job was cancelled meanwhile.
     ///
     /// # Errors
     /// As `make_ready`.
     pub async fn prepare(&self, workflow: &Workflow, signals: &mut Signals) -> Result<Option<Prepared>, Failure> {
-        workflow.group("flywheel: prepare");
-        let prepared = tokio::select! {
-            biased;
-            _ = signals.next() => Ok(None),
-            prepared = Box::pin(self.make_ready(workflow)) => prepared.map(Some),
-        };
-        workflow.end_group();
-        prepared
+        in_group(workflow, signals, self.make_ready(workflow)).await
+    }
+
+    /// The same for who reads the settings back beside other questions.
+    ///
+    /// # Errors
+    /// As `make_ready`.
+    pub async fn prepare_unread(
+        &self,
+        workflow: &Workflow,
+        signals: &mut Signals,
+    ) -> Result<Option<Prepared>, Failure> {
+        in_group(workflow, signals, self.make_ready_unread(workflow)).await
     }
 
     /// Marks the store, and starts to publish if the gate allows it.
     pub async fn watch(&self, prepared: &Prepared, whose: clients::Job) -> Option<Watch> {
-        let nix = prepared.ready.nix.clone().with_config(&prepared.config);
-        self.watch_store(prepared, Store::open(&nix).await, whose).await
-    }
-
-    /// The same where the store has been opened already, or could not be.
-    pub async fn watch_store(
-        &self,
-        prepared: &Prepared,
-        store: Result<Store, crate::nix::store::Error>,
-        whose: clients::Job,
-    ) -> Option<Watch> {
         let sink = self.sink.clone();
-        let nix = prepared.ready.nix.clone().with_config(&prepared.config);
+        let nix = prepared.nix();
+        // Before the mark: a process that was gone by now cannot have added what comes after it.
+        let clients = Arc::new(Clients::watch(&state_folder(&nix), whose));
         let opened = async {
-            let store = store?;
+            let store = prepared.open_store().await?;
             let mark = store.mark().await?;
-            Ok::<_, crate::nix::store::Error>((store, mark))
+            Ok::<_, store::Error>((store, mark))
         };
         let (store, mark) = match opened.await {
             Ok(opened) => opened,
@@ -268,9 +300,7 @@ impl Work<'_> {
         let journal = permit.as_ref().and_then(|_| JournalBook::open(self.plan, &mark, &sink)).unwrap_or_default();
         let written = journal.journal.clone();
         let store = Arc::new(store);
-        let clients = Arc::new(Clients::watch(&state_folder(&nix), whose, move |paths| {
-            written.expected(paths.iter().filter(|path| !path.is_derivation()));
-        }));
+        clients.tell(move |paths| written.expected(paths.iter().filter(|path| !path.is_derivation())));
         let inspector = self.inspector(prepared, &store);
         let at_once = !self.demands_check();
         let workers = self.plan.publish_workers;
@@ -288,7 +318,8 @@ impl Work<'_> {
     fn inspector(&self, prepared: &Prepared, store: &Arc<Store>) -> Arc<Inspector> {
         let secrets = [("ATTIC_TOKEN", self.secrets.attic.as_ref()), ("GITHUB_TOKEN", self.secrets.github.as_ref())];
         let secrets = [&secrets[..], &[("the cache's token", prepared.cache.token.as_ref())]].concat();
-        let inspector = self.plan.policy.inspector(self.env, &secrets, &[&prepared.config], Some(Arc::clone(store)));
+        let inspector =
+            self.plan.policy.inspector(self.env, &secrets, &[&prepared.settled.config], Some(Arc::clone(store)));
         if let Some(found) = &self.plan.impurity {
             policy::accuse(&inspector, found, "the command");
         }
@@ -303,7 +334,7 @@ impl Work<'_> {
     pub async fn check(&self, prepared: &Prepared, watch: Option<&Watch>, folder: &Path, signals: &mut Signals) {
         let Some(watch) = watch.filter(|_| self.demands_check()) else { return };
         self.sink.note("flywheel: `nix flake check` (`require-flake-check`)");
-        let nix = prepared.ready.nix.clone().with_config(&prepared.config);
+        let nix = prepared.nix();
         let flake = folder.to_string_lossy();
         let arguments = ["flake", "check", &flake];
         let checking = nix.run(&arguments, CHECK_LIMIT);
@@ -446,6 +477,21 @@ impl Work<'_> {
             (false, _) => self.decision.reason(),
         }
     }
+}
+
+async fn in_group(
+    workflow: &Workflow,
+    signals: &mut Signals,
+    making: impl Future<Output = Result<Prepared, Failure>>,
+) -> Result<Option<Prepared>, Failure> {
+    workflow.group("flywheel: prepare");
+    let prepared = tokio::select! {
+        biased;
+        _ = signals.next() => Ok(None),
+        prepared = Box::pin(making) => prepared.map(Some),
+    };
+    workflow.end_group();
+    prepared
 }
 
 /// Says in the summary and the outputs that a job did not come to its work. The error itself is said by whoever ends

@@ -1,12 +1,13 @@
 //! Nix's settings for a job: the netrc, the access token, `NIX_CONFIG`; composed, written to
-//! the private folder, and read back from Nix.
+//! the private folder, and read back from Nix once all is settled.
 
 use std::path::{Path, PathBuf};
 
 use crate::nix::bootstrap::Ready;
 use crate::nix::netrc;
-use crate::nix::read_back::read_back;
+use crate::nix::read_back::{InForce, read_back};
 use crate::nix::settings::{Cache as CacheSettings, Settings, Wanted, compose, malformed};
+use crate::nix::tool::Nix;
 use crate::progress::Sink;
 use crate::runner::env::Env;
 use crate::secret::Secret;
@@ -31,8 +32,17 @@ pub struct Ingredients<'a> {
     pub private: &'a Path,
 }
 
-/// The `NIX_CONFIG` for the command. What could not be written or is not obeyed is said, and left out.
-pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> String {
+/// A job's settings.
+#[derive(Debug, Default)]
+pub struct Settled {
+    /// The job's `NIX_CONFIG`.
+    pub config: String,
+    /// What of it is about the cache.
+    cache: Option<CacheSettings>,
+}
+
+/// The settings for the command. What could not be written is said, and left out.
+pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> Settled {
     let base = from.env.get("NIX_CONFIG").unwrap_or_default();
     for number in malformed(base) {
         sink.degraded(
@@ -40,19 +50,33 @@ pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> String {
             format!("line {number} of the runner's `NIX_CONFIG` is malformed, and Nix refuses all of it"),
         );
     }
-    let before = Settings::read(&from.ready.nix).await.unwrap_or_else(|error| {
+    let before = match &from.ready.settings_before {
+        Some(settings) => Ok(settings.clone()),
+        None => Settings::read(&from.ready.nix).await,
+    };
+    let before = before.unwrap_or_else(|error| {
         sink.degraded("nix settings", format!("the settings in force cannot be read: {error}"));
         Settings::default()
     });
     let cache = from.cache.is_attached().then(|| cache_settings(from, &before, sink)).flatten();
     let access_tokens = access_tokens(from, sink);
     let wanted = Wanted { cache, access_tokens, repairs: from.ready.settings(), extra: from.extra.to_owned(), before };
-    let config = compose(base, &wanted);
-    match read_back(&from.ready.nix, &config, &wanted).await {
-        Ok(ignored) => ignored.iter().for_each(|one| sink.degraded("nix settings", one.to_string())),
-        Err(error) => sink.degraded("nix settings", format!("what Nix uses cannot be read back: {error}")),
+    Settled { config: compose(base, &wanted), cache: wanted.cache }
+}
+
+/// What Nix makes of them. What it does not follow is said.
+pub async fn say_ignored(nix: &Nix, settled: &Settled, sink: &Sink) -> Option<InForce> {
+    let nix = nix.clone().with_config(&settled.config);
+    match read_back(&nix, settled.cache.as_ref()).await {
+        Ok(found) => {
+            found.ignored.iter().for_each(|one| sink.degraded("nix settings", one.to_string()));
+            Some(found)
+        }
+        Err(error) => {
+            sink.degraded("nix settings", format!("what Nix uses cannot be read back: {error}"));
+            None
+        }
     }
-    config
 }
 
 fn cache_settings(from: &Ingredients<'_>, before: &Settings, sink: &Sink) -> Option<CacheSettings> {

@@ -15,7 +15,7 @@ use crate::cache::inspect::Inspector;
 use crate::cache::journal::{Folder, Journal, Left};
 use crate::cache::publish::{Final, Options, Outcome, Publisher};
 use crate::cache::verify::{self, Key, Verdict, Verification};
-use crate::nix::clients::{Clients, Whose};
+use crate::nix::clients::Clients;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store::{Mark, Store};
 use crate::nix::store_path::StorePath;
@@ -28,6 +28,7 @@ use crate::trust::PublishPermit;
 use super::attach::Cache;
 use super::harvest::Harvest;
 use super::inputs::Plan;
+use super::ours::Ours;
 use super::policy::accuse;
 use super::publication;
 
@@ -144,7 +145,7 @@ impl Stream {
     /// Stops watching, offers the whole harvest, publishes what is left and verifies, within `bound`.
     pub async fn finish(self, cache: &Cache, harvest: &Harvest, bound: &Bound, sink: &Sink) -> Publication {
         let Self { to, publisher, watcher, feeding, journal, inspector, clients } = self;
-        // Its threads are joined, which takes a tenth of a second at most.
+        // Its threads are joined, which may wait for a reading of the database.
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
         // It ends when the watcher is gone; it panics only by our fault, and the harvest has everything.
         let _ = feeding.await;
@@ -203,16 +204,19 @@ impl Feeder {
         if self.at_once {
             self.take_up(left).await;
         }
-        while let Some(infos) = batches.recv().await {
-            let built = infos.into_iter().filter(|info| !info.path.is_derivation());
-            let paths: Vec<StorePath> = built.map(|info| info.path).collect();
-            let whose = self.clients.whose(&paths);
-            let ours = paths.into_iter().zip(whose).filter(|(_, whose)| *whose == Whose::Ours);
-            let ours: Vec<StorePath> = ours.map(|(path, _)| path).collect();
-            self.journal.seen(&ours);
-            if self.at_once {
+        let mut ours = Ours::new(Arc::clone(&self.clients));
+        loop {
+            let infos = tokio::select! {
+                infos = batches.recv() => infos,
+                () = ours.due() => Some(Vec::new()),
+            };
+            let Some(infos) = infos else { return };
+            let built = infos.into_iter().map(|info| info.path).filter(|path| !path.is_derivation());
+            let found = ours.of(built.collect(), Instant::now());
+            self.journal.seen(&found);
+            if self.at_once && !found.is_empty() {
                 suspect(&self.clients, &self.inspector);
-                self.offer(&ours).await;
+                self.offer(&found).await;
             }
         }
     }

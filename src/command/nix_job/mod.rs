@@ -97,8 +97,12 @@ impl NixJob<'_> {
 
     async fn command(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Ended, Failure> {
         let ready = &prepared.ready;
-        let environment =
-            environment::of_command(self.work.env, &prepared.config, ready.folder.as_deref(), &ready.variables());
+        let environment = environment::of_command(
+            self.work.env,
+            &prepared.settled.config,
+            ready.folder.as_deref(),
+            &ready.variables(),
+        );
         let path = environment.get(std::ffi::OsStr::new("PATH")).cloned();
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {

@@ -206,7 +206,7 @@ async fn answer(listener: UnixListener, board: Board, asked: mpsc::Sender<Waitin
 /// The variables that the later steps need, and their values so far.
 pub(super) fn variables(prepared: &Prepared) -> Vec<(String, String)> {
     let repairs = prepared.ready.variables().into_iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
-    std::iter::once(("NIX_CONFIG".to_owned(), prepared.config.clone())).chain(repairs).collect()
+    std::iter::once(("NIX_CONFIG".to_owned(), prepared.settled.config.clone())).chain(repairs).collect()
 }
 
 /// The folder of Nix, where it is not on `PATH` yet.

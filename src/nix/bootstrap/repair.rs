@@ -30,12 +30,15 @@ const NO_BUILD_USERS: &str = "build-users-group =";
 
 /// Opens the store, with repairs where needed, and says whether builds have users of their own.
 pub(super) async fn open(host: &Host, ready: &mut Ready, deadline: Instant) -> Result<BuildUsers, Error> {
-    // Only root's store needs the settings, and a call of Nix costs more than all the rest: so both at once.
-    let settings = async { if host.root { Some(Settings::read(&ready.nix).await) } else { None } };
-    let (answered, settings) = tokio::join!(answer(&ready.nix, deadline), settings);
-    match answered? {
+    // A call of Nix costs more than all the rest, and the job will need the settings too: so both at once.
+    let (answered, settings) = tokio::join!(answer(&ready.nix, deadline), Settings::read(&ready.nix));
+    let answered = answered?;
+    // Only root's store cannot do without; for the others they are read again when they are needed.
+    let settings = if host.root { Some(settings?) } else { settings.ok() };
+    ready.settings_before.clone_from(&settings);
+    match answered {
         Ping::Open(opened) if opened.url == "local" => {
-            let users = local(ready, &opened, settings.transpose()?);
+            let users = local(ready, &opened, settings.filter(|_| host.root));
             ready.opened = Some(opened);
             Ok(users)
         }

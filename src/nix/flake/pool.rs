@@ -314,13 +314,10 @@ impl Running<'_> {
         }
     }
 
-    /// Between two attributes a worker that has outgrown its share goes.
+    /// Between two attributes a worker that has outgrown its share, when it was last looked at, goes.
     fn retire(&mut self, id: usize) {
         let share = self.share;
         let Some(worker) = self.workers.get_mut(&id) else { return };
-        if let Some((held, most)) = memory::of_process(worker.process) {
-            (worker.held, worker.most) = (held, most);
-        }
         if worker.held > share && !worker.left.is_empty() {
             worker.end(Ended::Retired);
         }

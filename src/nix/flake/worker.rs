@@ -15,6 +15,9 @@ use crate::process::lines::{Line, Talking};
 
 /// A worker that is asked to end has this long before it is killed.
 const GRACE: Duration = Duration::from_millis(500);
+/// Between two readings: hundreds of quick attributes a second would cost the evaluation itself a tenth if each line
+/// woke somebody.
+const PAUSE: Duration = Duration::from_millis(5);
 /// What is kept of what a worker says beside the facts, in bytes: the last.
 const SAID: usize = 256 * 1024;
 
@@ -113,6 +116,12 @@ pub(super) async fn follow(
             Ok(Some(line)) => {
                 if heard.send((id, Heard::Line(line))).await.is_err() {
                     stop.cancel();
+                }
+                if !tool.has_line() {
+                    tokio::select! {
+                        () = stop.cancelled() => (),
+                        () = tokio::time::sleep(PAUSE) => (),
+                    }
                 }
             }
             Ok(None) | Err(_) => break,
