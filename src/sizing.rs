@@ -5,8 +5,6 @@
 const WORKER_BYTES: u64 = 768 * 1024 * 1024;
 /// Of each limit this part is left free, as a divisor: the kernel kills before its count is exact.
 const RESERVE: u64 = 10;
-/// A worker takes over from another only what would last it so many times longer than starting costs.
-const WORTH_STARTING: f64 = 2.0;
 
 /// Memory as it is now, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,10 +55,10 @@ pub fn chunk(asked: Option<usize>, waiting: usize, workers: usize) -> usize {
 }
 
 /// How many attributes a new worker takes over from the end of one that has `left` to go, each of `each`
-/// seconds, where starting costs `start` seconds: half, if that is worth it.
+/// seconds, where starting costs `start` seconds: as many as let both end at once, if that saves more than it costs.
 pub fn take_over(left: usize, each: f64, start: f64) -> usize {
-    let half = left / 2;
-    if half as f64 * each > WORTH_STARTING * start { half } else { 0 }
+    let saved = (left as f64 * each - start) / 2.0;
+    if saved > start { (saved / each) as usize } else { 0 }
 }
 
 #[cfg(test)]
@@ -106,6 +104,7 @@ mod tests {
             (chunk(None, 2000, 2), chunk(None, 3, 2), chunk(Some(4), 2000, 2), chunk(None, 0, 2)),
             (1000, 2, 4, 1)
         );
-        assert_eq!((take_over(100, 0.1, 0.1), take_over(100, 0.001, 0.1), take_over(1, 9.0, 0.1)), (50, 0, 0));
+        assert_eq!((take_over(100, 0.1, 0.1), take_over(100, 0.001, 0.1), take_over(1, 9.0, 0.1)), (49, 0, 0));
+        assert_eq!((take_over(9, 0.0, 0.1), take_over(0, 0.1, 0.0), take_over(9, 1.0, 0.0)), (0, 0, 4));
     }
 }

@@ -189,11 +189,14 @@ impl Host {
         }
         let found = found.or_else(|| tool::find(env, &self.places));
         let found = found.ok_or(Error::Missing("the package came without the program"))?;
-        let nix = Nix::at(&found.program, env).await?;
+        // Calls of Nix cost more than all the rest, so what does not depend on the version is asked beside it.
+        let unasked = Nix::unasked(&found.program, env);
+        let (nix, first) = tokio::join!(Nix::at(&found.program, env), repair::FirstLook::take(&unasked, deadline));
+        let nix = nix?;
         let folder = (!found.on_path).then(|| nix.folder().to_owned());
         let mut ready =
             Ready { nix, installed, folder, repairs: Vec::new(), opened: None, settings_before: None, daemon: None };
-        let users = repair::open(self, &mut ready, deadline).await?;
+        let users = repair::open(self, &mut ready, first, deadline).await?;
         self.guard(&ready.nix, users, sink)?;
         for repair in &ready.repairs {
             // A setting costs the job nothing; a dead daemon is for the machine's owner to know.

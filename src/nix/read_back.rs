@@ -67,12 +67,18 @@ pub struct InForce {
 }
 
 /// Asks Nix under its configuration, which `compose` made for a job with this cache, and which of the cache's settings
-/// it follows.
+/// it follows. `opened`: the store as it opens under this configuration, if that is known already.
 ///
 /// # Errors
 /// When Nix gives no answer; one that refuses its configuration altogether is among them.
-pub async fn read_back(nix: &Nix, cache: Option<&Cache>) -> Result<InForce, Error> {
-    let (settings, opened) = tokio::join!(Settings::read(nix), open(nix));
+pub async fn read_back(nix: &Nix, cache: Option<&Cache>, opened: Option<Opened>) -> Result<InForce, Error> {
+    let opening = async {
+        match opened {
+            Some(opened) => Ok(Some(opened)),
+            None => open(nix).await,
+        }
+    };
+    let (settings, opened) = tokio::join!(Settings::read(nix), opening);
     let (settings, opened) = (settings?, opened?);
     let mut ignored = Vec::new();
     if let Some(cache) = cache {

@@ -84,7 +84,7 @@ pub fn compose(base: &str, wanted: &Wanted) -> String {
 }
 
 /// Whether a text of settings sets this one.
-fn sets(text: &str, name: &str) -> bool {
+pub fn sets(text: &str, name: &str) -> bool {
     lines(text).any(|(_, words)| words.first() == Some(&name) && words.get(1) == Some(&"="))
 }
 

@@ -145,6 +145,13 @@ impl Nix {
         Ok(Self { program: program.to_owned(), version, environment, config })
     }
 
+    /// A Nix that has not been asked yet, taken for an old one: for calls that all versions understand.
+    pub(super) fn unasked(program: &Path, env: &Env) -> Self {
+        let version = Version { flavour: Flavour::Nix, major: 0, minor: 0, line: String::new() };
+        let config = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
+        Self { program: program.to_owned(), version, environment: environment(env), config }
+    }
+
     /// The folder that the program was found in, to be put on a command's `PATH`.
     pub fn folder(&self) -> &Path {
         self.program.parent().expect("the program's path is absolute")

@@ -303,7 +303,7 @@ fn cache(netrc: Option<PathBuf>) -> Cache {
 }
 
 async fn ignored(nix: &Nix, config: &str, wanted: &Wanted) -> Vec<Ignored> {
-    let found = read_back(&nix.clone().with_config(config), wanted.cache.as_ref()).await.unwrap();
+    let found = read_back(&nix.clone().with_config(config), wanted.cache.as_ref(), None).await.unwrap();
     assert!(found.opened.is_some_and(|opened| !opened.url.is_empty()), "the store opens");
     found.ignored
 }

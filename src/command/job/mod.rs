@@ -252,7 +252,7 @@ impl Work<'_> {
 
     /// Asks Nix what it makes of the job's settings; what it does not follow is said.
     pub async fn read_back(&self, prepared: &Prepared) -> Option<InForce> {
-        settings::say_ignored(&prepared.ready.nix, &prepared.settled, &self.sink).await
+        settings::say_ignored(&prepared.ready, &prepared.settled, &self.plan.extra_nix_config, &self.sink).await
     }
 
     /// Makes ready in a group of the log. `None` when the job was cancelled meanwhile.

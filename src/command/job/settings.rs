@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::nix::bootstrap::Ready;
 use crate::nix::netrc;
 use crate::nix::read_back::{InForce, read_back};
-use crate::nix::settings::{Cache as CacheSettings, Settings, Wanted, compose, malformed};
-use crate::nix::tool::Nix;
+use crate::nix::settings::{Cache as CacheSettings, Settings, Wanted, compose, malformed, sets};
 use crate::progress::Sink;
 use crate::runner::env::Env;
 use crate::secret::Secret;
@@ -64,10 +63,13 @@ pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> Settled {
     Settled { config: compose(base, &wanted), cache: wanted.cache }
 }
 
-/// What Nix makes of them. What it does not follow is said.
-pub async fn say_ignored(nix: &Nix, settled: &Settled, sink: &Sink) -> Option<InForce> {
-    let nix = nix.clone().with_config(&settled.config);
-    match read_back(&nix, settled.cache.as_ref()).await {
+/// What Nix makes of them. What it does not follow is said. `extra`: the user's own lines.
+pub async fn say_ignored(ready: &Ready, settled: &Settled, extra: &str, sink: &Sink) -> Option<InForce> {
+    let nix = ready.nix.clone().with_config(&settled.config);
+    // None of our lines changes how a store opens that is not a daemon's.
+    let may_change = sets(extra, "store") || extra.contains("include");
+    let opened = ready.opened.clone().filter(|opened| opened.url == "local" && !may_change);
+    match read_back(&nix, settled.cache.as_ref(), opened).await {
         Ok(found) => {
             found.ignored.iter().for_each(|one| sink.degraded("nix settings", one.to_string()));
             Some(found)

@@ -28,13 +28,35 @@ const START_STEP: Duration = Duration::from_millis(20);
 /// Builds then run as the user that Nix itself runs as.
 const NO_BUILD_USERS: &str = "build-users-group =";
 
+/// What can be asked of a Nix whose version is not known yet.
+pub(super) struct FirstLook {
+    /// Whether the store opens.
+    store: Result<Ping, Error>,
+    /// `None` where they are asked for in another way.
+    settings: Option<Settings>,
+}
+
+impl FirstLook {
+    pub async fn take(nix: &Nix, deadline: Instant) -> Self {
+        let (store, settings) = tokio::join!(answer(nix, deadline), Settings::read(nix));
+        Self { store, settings: settings.ok() }
+    }
+}
+
 /// Opens the store, with repairs where needed, and says whether builds have users of their own.
-pub(super) async fn open(host: &Host, ready: &mut Ready, deadline: Instant) -> Result<BuildUsers, Error> {
-    // A call of Nix costs more than all the rest, and the job will need the settings too: so both at once.
-    let (answered, settings) = tokio::join!(answer(&ready.nix, deadline), Settings::read(&ready.nix));
-    let answered = answered?;
-    // Only root's store cannot do without; for the others they are read again when they are needed.
-    let settings = if host.root { Some(settings?) } else { settings.ok() };
+pub(super) async fn open(
+    host: &Host,
+    ready: &mut Ready,
+    first: FirstLook,
+    deadline: Instant,
+) -> Result<BuildUsers, Error> {
+    let answered = first.store?;
+    let settings = match first.settings {
+        Some(settings) => Some(settings),
+        // Only root's store cannot do without; for the others they are read when they are needed.
+        None if host.root => Some(Settings::read(&ready.nix).await?),
+        None => None,
+    };
     ready.settings_before.clone_from(&settings);
     match answered {
         Ping::Open(opened) if opened.url == "local" => {

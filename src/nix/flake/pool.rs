@@ -31,7 +31,7 @@ const ARGUMENT: usize = 96 * 1024;
 /// collecting a smaller heap now and then, and in a pod it is not there. Marking by several threads at once is
 /// of no use to workers that have a core each. Both are variables of the collector (`GC_INITIAL_HEAP_SIZE`,
 /// `GC_NPROCS`; Boehm and Weiser's `README.environment`), and whoever has set them keeps them.
-const COLLECTOR: [(&str, &str); 2] = [("GC_INITIAL_HEAP_SIZE", "64000000"), ("GC_NPROCS", "1")];
+const COLLECTOR: [(&str, &str); 2] = [("GC_INITIAL_HEAP_SIZE", "16000000"), ("GC_NPROCS", "1")];
 /// When so many attributes have turned out to depend on the commit, and no more have not, the rest is not tried.
 const DEPENDENT: usize = 8;
 
