@@ -211,9 +211,9 @@ impl Work<'_> {
             let cache = attach::attach(&plan.source, plan.public_key.as_ref(), token, &http, &sink).await;
             Ok::<_, Failure>((http, cache))
         };
+        let bootstrapping = async { Ok(Box::pin(bootstrap::ready(self.env, &sink, BOOTSTRAP_LIMIT)).await?) };
         // Nix is asked first: the system's certificates are read while it answers.
-        let (ready, attached) = tokio::join!(Box::pin(bootstrap::ready(self.env, &sink, BOOTSTRAP_LIMIT)), attaching);
-        let ((http, mut cache), ready) = (attached?, ready?);
+        let (ready, (http, mut cache)) = tokio::try_join!(bootstrapping, attaching)?;
         if let Some(secret) = &cache.token {
             workflow.mask(secret);
         }
@@ -279,14 +279,14 @@ impl Work<'_> {
     pub async fn watch(&self, prepared: &Prepared, whose: clients::Job) -> Option<Watch> {
         let sink = self.sink.clone();
         let nix = prepared.nix();
-        // Before the mark: a process that was gone by now cannot have added what comes after it.
-        let clients = Arc::new(Clients::watch(&state_folder(&nix), whose));
         let opened = async {
             let store = prepared.open_store().await?;
+            // Before the mark: a process that was gone by now cannot have added what comes after it.
+            let clients = Clients::watch(&state_folder(&nix), whose);
             let mark = store.mark().await?;
-            Ok::<_, store::Error>((store, mark))
+            Ok::<_, store::Error>((store, Arc::new(clients), mark))
         };
-        let (store, mark) = match opened.await {
+        let (store, clients, mark) = match opened.await {
             Ok(opened) => opened,
             Err(error) => {
                 sink.degraded(
