@@ -1,5 +1,7 @@
 //! `just bench publish`: publishing beside `nix copy`, to the same embedded cache over HTTP and to `file://`,
 //! in one run; the lag from valid to servable and the overhead on a real build; and 50 ms more per request.
+//! Small paths and the build are measured with the caches on the disk that the store is on, and in memory: our server
+//! syncs each path to its disk and `nix copy` to `file://` syncs none, and a cache's disk is seldom the build's.
 //!
 //! As root, with real Nix; client and server are the binary of the release profile, or `FLYWHEEL_BIN`.
 //! Prints a table of medians and writes `target/bench/publish.json`. `FLYWHEEL_BENCH_RUNS` (3) is the
@@ -29,6 +31,25 @@ const BIG: usize = 5;
 /// zstd's level, the same everywhere: Nix's default for zstd and the server's are both 3.
 const LEVEL: i32 = 3;
 const RTT: Duration = Duration::from_millis(50);
+/// A folder in memory.
+const MEMORY: &str = "/dev/shm";
+
+/// Where caches lie.
+#[derive(Clone, Copy)]
+enum Place {
+    Disk,
+    Memory,
+}
+
+impl Place {
+    /// What it adds to the name of a row.
+    fn note(self) -> &'static str {
+        match self {
+            Self::Disk => "",
+            Self::Memory => " in memory",
+        }
+    }
+}
 
 fn main() {
     let runs = number("FLYWHEEL_BENCH_RUNS", 3);
@@ -40,18 +61,22 @@ fn main() {
     for run in 0..runs {
         println!("run {} of {runs}", run + 1);
         for (name, paths) in [("small", &small), ("big", &big)] {
-            table.add(&format!("{name}: flywheel publish"), bench.publish(paths, Duration::ZERO));
+            table.add(&format!("{name}: flywheel publish"), bench.publish(paths, Duration::ZERO, Place::Disk));
             table.add(&format!("{name}: nix copy http"), bench.copy_http(paths));
-            table.add(&format!("{name}: nix copy file"), bench.copy_file(paths));
+            table.add(&format!("{name}: nix copy file"), bench.copy_file(paths, Place::Disk));
         }
+        table.add("small in memory: flywheel publish", bench.publish(&small, Duration::ZERO, Place::Memory));
+        table.add("small in memory: nix copy file", bench.copy_file(&small, Place::Memory));
         table.add("big: read, hash, compress once", bench.once(&big));
-        table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT));
-        let quiet = bench.build(false);
-        let loud = bench.build(true);
-        let overhead = 100.0 * (loud["command s"] / quiet["command s"] - 1.0);
-        table.add("build: without", quiet);
-        table.add("build: publishing", loud);
-        table.add("build: overhead", BTreeMap::from([("percent", overhead)]));
+        table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT, Place::Disk));
+        for place in [Place::Disk, Place::Memory] {
+            let quiet = bench.build(false, place);
+            let loud = bench.build(true, place);
+            let overhead = 100.0 * (loud["command s"] / quiet["command s"] - 1.0);
+            table.add(&format!("build{}: without", place.note()), quiet);
+            table.add(&format!("build{}: publishing", place.note()), loud);
+            table.add(&format!("build{}: overhead", place.note()), BTreeMap::from([("percent", overhead)]));
+        }
     }
     table.print("publish");
     ratios(&table);
@@ -69,6 +94,7 @@ fn ratios(table: &Table) {
     for (name, other, goal) in [
         ("small", "small: nix copy http", "at least 3"),
         ("small", "small: nix copy file", "at least 1"),
+        ("small in memory", "small in memory: nix copy file", "at least 1"),
         ("big", "big: nix copy http", "none"),
         ("big", "big: nix copy file", "none"),
         ("big", "big: read, hash, compress once", "at least 0.83"),
@@ -77,10 +103,15 @@ fn ratios(table: &Table) {
         let (wall, cpu) = (wall(other) / wall(&own), cpu(other) / cpu(&own));
         println!("{name}: as fast as `{other}` times {wall:.2}, with its CPU time divided by {cpu:.2} ({goal})");
     }
+    for place in [Place::Disk, Place::Memory] {
+        let percent = table.median(&format!("build{}: overhead", place.note()), "percent");
+        println!("build{}: {percent:.1} % longer (under 2 %)", place.note());
+    }
 }
 
 struct Bench {
     folder: tempfile::TempDir,
+    memory: tempfile::TempDir,
     flywheel: PathBuf,
 }
 
@@ -102,7 +133,7 @@ impl Bench {
     fn new() -> Self {
         let named = std::env::var_os("FLYWHEEL_BIN").map(PathBuf::from);
         let flywheel = named.unwrap_or_else(|| env!("CARGO_BIN_EXE_flywheel").into());
-        Self { folder: tempfile::tempdir().unwrap(), flywheel }
+        Self { folder: tempfile::tempdir().unwrap(), memory: tempfile::tempdir_in(MEMORY).unwrap(), flywheel }
     }
 
     /// It goes with all the others at the very end: ext4 without a journal makes inodes slowly for a minute
@@ -111,8 +142,15 @@ impl Bench {
         tempfile::tempdir_in(self.folder.path()).unwrap().keep()
     }
 
-    fn serve(&self) -> Server {
-        let folder = self.new_folder();
+    fn new_cache(&self, place: Place) -> PathBuf {
+        match place {
+            Place::Disk => self.new_folder(),
+            Place::Memory => tempfile::tempdir_in(self.memory.path()).unwrap().keep(),
+        }
+    }
+
+    fn serve(&self, place: Place) -> Server {
+        let folder = self.new_cache(place);
         let mut command = Command::new(&self.flywheel);
         command.args(["cache", "serve", "--quiet", "--stop-after", "15m", "--listen", "127.0.0.1:0", "--dir"]);
         let mut child = command.arg(&folder).env_clear().stdout(Stdio::piped()).spawn().unwrap();
@@ -164,8 +202,8 @@ impl Bench {
         String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
     }
 
-    fn publish(&self, paths: &[String], rtt: Duration) -> Figures {
-        let server = self.serve();
+    fn publish(&self, paths: &[String], rtt: Duration, place: Place) -> Figures {
+        let server = self.serve(place);
         let url = if rtt.is_zero() { server.url.clone() } else { delayed(&server.url, rtt) };
         let mut command = self.within(&self.nix(), self.flywheel.to_str().unwrap());
         command.env("ATTIC_TOKEN", &server.token).args(["publish", "--attic-server", &url]).args(paths);
@@ -175,7 +213,7 @@ impl Bench {
     }
 
     fn copy_http(&self, paths: &[String]) -> Figures {
-        let server = self.serve();
+        let server = self.serve(Place::Disk);
         let netrc = self.folder.path().join("netrc");
         fs::write(&netrc, format!("machine 127.0.0.1 login flywheel password {}\n", server.token)).unwrap();
         let to = format!("{}/main?compression=zstd", server.url);
@@ -184,8 +222,8 @@ impl Bench {
         measure(&mut command, Some(&server)).0
     }
 
-    fn copy_file(&self, paths: &[String]) -> Figures {
-        let to = format!("file://{}?compression=zstd", self.new_folder().display());
+    fn copy_file(&self, paths: &[String], place: Place) -> Figures {
+        let to = format!("file://{}?compression=zstd", self.new_cache(place).display());
         measure(self.within(&self.nix(), "nix").args(["copy", "--to", &to]).args(paths), None).0
     }
 
@@ -213,8 +251,8 @@ impl Bench {
     }
 
     /// A build of many quick derivations by `nix-job` in a store of its own, publishing or not.
-    fn build(&self, publishes: bool) -> Figures {
-        let (server, folder) = (self.serve(), self.new_folder());
+    fn build(&self, publishes: bool, place: Place) -> Figures {
+        let (server, folder) = (self.serve(place), self.new_folder());
         let nix = folder.join("nix");
         let expression = format!(
             "let part = n: derivation {{ name = \"part-${{toString n}}\"; system = builtins.currentSystem; \
