@@ -191,8 +191,9 @@ impl Host {
         let found = found.ok_or(Error::Missing("the package came without the program"))?;
         // Calls of Nix cost more than all the rest, so what does not depend on the version is asked beside it.
         let unasked = Nix::unasked(&found.program, env);
-        let (nix, first) = tokio::join!(Nix::at(&found.program, env), repair::FirstLook::take(&unasked, deadline));
-        let nix = nix?;
+        let first = async { Ok(repair::FirstLook::take(&unasked, deadline).await) };
+        // A program that is no Nix is not asked again and again.
+        let (nix, first) = tokio::try_join!(Nix::at(&found.program, env), first)?;
         let folder = (!found.on_path).then(|| nix.folder().to_owned());
         let mut ready =
             Ready { nix, installed, folder, repairs: Vec::new(), opened: None, settings_before: None, daemon: None };

@@ -131,9 +131,9 @@ impl Nix {
     /// # Errors
     /// When the program does not run or is not a Nix.
     pub async fn at(program: &Path, env: &Env) -> Result<Self, Error> {
-        let environment = environment(env);
+        let unasked = Self::unasked(program, env);
         let call = || "nix --version".to_owned();
-        let tool = Tool::new(program).envs(&environment).arg("--version");
+        let tool = Tool::new(program).envs(&unasked.environment).arg("--version");
         let output = tool.run(VERSION_LIMIT).await.map_err(|source| Error::Run { call: call(), source })?;
         if !output.status.success() {
             return Err(Error::Failed { call: call(), complaint: complaint(&output.stderr) });
@@ -141,8 +141,7 @@ impl Nix {
         let text = output.text();
         let version = Version::parse(&text)
             .ok_or_else(|| Error::Answer { call: call(), problem: format!("`{}`", one_line(&text, 120)) })?;
-        let config = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
-        Ok(Self { program: program.to_owned(), version, environment, config })
+        Ok(Self { version, ..unasked })
     }
 
     /// A Nix that has not been asked yet, taken for an old one: for calls that all versions understand.
