@@ -15,7 +15,7 @@ use crate::cache_server::connection::Moved;
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::state::{Cache, Cost, State as Shared};
 use crate::cache_server::token::Scope;
-use crate::cache_server::upload::{announced_nar, check_length, commit};
+use crate::cache_server::upload::{announced, check_length};
 use crate::cache_server::upload_info::UploadInfo;
 use crate::nix::store_path::{PathHash, STORE_DIR};
 
@@ -112,8 +112,7 @@ pub async fn upload_path(State(shared): State<Arc<Shared>>, request: Request) ->
         return Ok(Json(answer).into_response());
     }
     let _place = shared.upload_place(Cost::of(info.path.nar_size)).await?;
-    let settled = announced_nar(&shared, &mut body, &info.path).await?;
-    commit(&shared, &cache.name, info.path, settled.nar).await?;
+    let settled = announced(&shared, &mut body, &cache.name, info.path).await?;
     let kind = if settled.known { "Deduplicated" } else { "Uploaded" };
     let answer = json!({"kind": kind, "file_size": settled.nar.file_size, "frac_deduplicated": null});
     let mut response = Json(answer).into_response();

@@ -70,11 +70,19 @@ impl Incoming {
     /// # Errors
     /// When it is over `limit` bytes, or as [`Incoming::next`].
     pub async fn all(&mut self, limit: usize) -> Result<Vec<u8>, Refusal> {
+        let taken = self.up_to(limit).await?;
+        if taken.len() > limit { Err(Refusal::too_large(limit)) } else { Ok(taken) }
+    }
+
+    /// The whole body, or as much of it as proves that it is over `limit` bytes.
+    ///
+    /// # Errors
+    /// As [`Incoming::next`].
+    pub async fn up_to(&mut self, limit: usize) -> Result<Vec<u8>, Refusal> {
         let mut taken = Vec::new();
-        while let Some(piece) = self.next().await? {
-            if taken.len() + piece.len() > limit {
-                return Err(Refusal::too_large(limit));
-            }
+        while taken.len() <= limit
+            && let Some(piece) = self.next().await?
+        {
             taken.extend_from_slice(&piece);
         }
         Ok(taken)

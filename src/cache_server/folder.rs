@@ -6,8 +6,9 @@
 //! keys/<cache>.secret               signing keys in Nix's format (0600)
 //! nars/<nar hash>.nar.zst           each NAR once, for all caches
 //! caches/<cache>/<hash>.narinfo     what is known of a path; its modification time is its last use
-//! caches/<cache>/nars/<nar hash>    empty: this cache may serve that NAR
+//! caches/<cache>/nars/<nar hash>    a link to the NAR, or empty: this cache may serve it
 //! caches/<cache>/uploads/<name>     a NAR that `nix copy` has sent and no narinfo has claimed yet
+//! synced                            how much of all this is surely on the disk, see `durable`
 //! tmp/                              unfinished files; swept at every start
 //! ```
 
@@ -112,6 +113,16 @@ impl Folder {
         Ok(names)
     }
 
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// How much is surely on the disk.
+    pub fn synced(&self) -> PathBuf {
+        self.root.join("synced")
+    }
+
     /// The tokens' file.
     pub fn tokens(&self) -> PathBuf {
         self.root.join("tokens")
@@ -165,16 +176,31 @@ impl Folder {
         NamedTempFile::new_in(self.root.join("tmp"))
     }
 
-    /// Writes a small file so that a reader, and a start after a crash, sees all of it or nothing.
+    /// Writes a small file so that a reader sees all of it or nothing.
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
     pub fn write_whole(&self, file: &Path, text: &str) -> io::Result<()> {
+        self.write(file, text, false)
+    }
+
+    /// The same, and so does a start after a power cut.
+    ///
+    /// # Errors
+    /// When the disk fails; then nothing has changed.
+    pub fn write_synced(&self, file: &Path, text: &str) -> io::Result<()> {
+        self.write(file, text, true)?;
+        sync_parent(file)
+    }
+
+    fn write(&self, file: &Path, text: &str, sync: bool) -> io::Result<()> {
         let mut temporary = self.temporary()?;
         temporary.write_all(text.as_bytes())?;
-        temporary.as_file().sync_all()?;
+        if sync {
+            temporary.as_file().sync_all()?;
+        }
         temporary.persist(file)?;
-        sync_parent(file)
+        Ok(())
     }
 }
 

@@ -183,7 +183,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<Colle
     let fresh = now.checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
     let objects = scan(store)?;
     let victims = plan(&objects, limits, now, fresh);
-    let _closed = store.close();
+    let _closed = store.shut();
     let mut done = Collected::default();
     let gone = remove_objects(store, &objects, &victims)?;
     let kept = || objects.iter().enumerate().filter(|(n, _)| !gone.contains(n)).map(|(_, object)| object);
@@ -366,7 +366,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let main = CacheName::default();
         let opened = crate::cache_server::folder::Folder::open(folder.path(), std::slice::from_ref(&main));
-        let store = Store::new(opened.expect("nobody has it"));
+        let (store, _) = Store::open(opened.expect("nobody has it")).expect("the disk works");
         let mut all = [object('a', 9, "b", 1), object('b', 9, "c", 1), object('c', 9, "", 1)];
         for object in &mut all {
             let file = store.folder().object(&main, &object.hash);

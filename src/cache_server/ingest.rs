@@ -57,7 +57,7 @@ pub struct Taken {
     pub came_hash: Sha256,
     /// Number of bytes as they came.
     pub came_size: u64,
-    /// The compressed file, complete and on disk, with its hash; `None` if none was wanted.
+    /// The compressed file, complete, with its hash; `None` if none was wanted.
     pub stored: Option<(NamedTempFile, Sha256)>,
 }
 
@@ -105,31 +105,58 @@ async fn send(body: &mut Incoming, pieces: &mpsc::Sender<Piece>) -> Result<(), R
     Ok(())
 }
 
+/// Takes a NAR that is in memory as it came. Blocks.
+///
+/// # Errors
+/// When it is at fault.
+pub fn take(bytes: &[u8], plan: Plan) -> Result<Taken, Stop> {
+    let mut intake = Intake::new(plan)?;
+    intake.take(bytes)?;
+    intake.finish()
+}
+
 fn work(mut pieces: mpsc::Receiver<Piece>, plan: Plan) -> Result<Taken, Stop> {
-    let sink = NarSink::new(&plan, plan.target.as_ref()).map_err(Stop::Disk)?;
-    let mut unpacker = Unpacker::new(plan.format, sink).map_err(|error| Stop::Packing(error.to_string()))?;
-    let (mut came, mut came_size) = (sha2::Sha256::new(), 0_u64);
+    let mut intake = Intake::new(plan)?;
     loop {
         match pieces.blocking_recv() {
             None => return Err(Stop::Abandoned),
-            Some(Piece::End) => break,
-            Some(Piece::Data(piece)) => {
-                // Unpacked NARs are hashed once only, by the sink.
-                if plan.format != Format::None {
-                    came.update(&piece);
-                }
-                came_size += piece.len() as u64;
-                unpacker.take(&piece)?;
-            }
+            Some(Piece::End) => return intake.finish(),
+            Some(Piece::Data(piece)) => intake.take(&piece)?,
         }
     }
-    let (nar_hash, nar_size, file_hash) = unpacker.finish()?;
-    let came_hash = if plan.format == Format::None { nar_hash } else { Sha256(came.finalize().into()) };
-    let stored = plan.target.zip(file_hash);
-    if let Some((file, _)) = &stored {
-        file.as_file().sync_all().map_err(Stop::Disk)?;
+}
+
+/// A NAR on its way.
+struct Intake {
+    format: Format,
+    target: Option<NamedTempFile>,
+    unpacker: Unpacker,
+    came: sha2::Sha256,
+    came_size: u64,
+}
+
+impl Intake {
+    fn new(plan: Plan) -> Result<Self, Stop> {
+        let sink = NarSink::new(&plan, plan.target.as_ref()).map_err(Stop::Disk)?;
+        let unpacker = Unpacker::new(plan.format, sink).map_err(|error| Stop::Packing(error.to_string()))?;
+        Ok(Self { format: plan.format, target: plan.target, unpacker, came: sha2::Sha256::new(), came_size: 0 })
     }
-    Ok(Taken { nar_hash, nar_size, came_hash, came_size, stored })
+
+    fn take(&mut self, bytes: &[u8]) -> Result<(), Stop> {
+        // Unpacked NARs are hashed once only, by the sink.
+        if self.format != Format::None {
+            self.came.update(bytes);
+        }
+        self.came_size += bytes.len() as u64;
+        self.unpacker.take(bytes)
+    }
+
+    fn finish(self) -> Result<Taken, Stop> {
+        let (nar_hash, nar_size, file_hash) = self.unpacker.finish()?;
+        let came_hash = if self.format == Format::None { nar_hash } else { Sha256(self.came.finalize().into()) };
+        let stored = self.target.zip(file_hash);
+        Ok(Taken { nar_hash, nar_size, came_hash, came_size: self.came_size, stored })
+    }
 }
 
 /// Where unpacked bytes go: counted, hashed, compressed into the file.

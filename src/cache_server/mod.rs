@@ -7,6 +7,7 @@
 mod attic;
 mod body;
 mod connection;
+mod durable;
 mod folder;
 mod garbage;
 mod ingest;
@@ -61,6 +62,10 @@ pub const DEFAULT_GRACE: Duration = Duration::from_secs(3600);
 pub const DEFAULT_GC_INTERVAL: Duration = Duration::from_secs(600);
 /// The key whose paths clients need not send: everybody can have them from there.
 pub const DEFAULT_UPSTREAM_KEY: &str = "cache.nixos.org-1";
+/// What has come is on the disk this long afterwards at most, and the time that the disk takes.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(5);
+/// At the end the disk gets this long.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// A request's path in the log.
 const LOGGED_PATH: usize = 120;
 
@@ -167,6 +172,7 @@ impl Server {
     /// # Errors
     /// When another process has the folder, or something in it cannot be read or made.
     pub fn open(folder: &Path, options: Options) -> Result<Self, OpenError> {
+        let root = folder.to_owned();
         let folder = Folder::open(folder, &options.caches)?;
         let (tokens_file, tokens) = match &options.tokens {
             Some(file) => (file.clone(), Tokens::open(file)?),
@@ -180,7 +186,15 @@ impl Server {
         for name in &options.caches {
             caches.push(Cache { name: name.clone(), key: open_key(&folder.key(name), name)? });
         }
-        let store = Arc::new(Store::new(folder));
+        let (store, taken_back) =
+            Store::open(folder).map_err(|source| FolderError::Unusable { folder: root, source })?;
+        if let Some(paths) = taken_back {
+            let paths = crate::text::count(paths, "path");
+            let text =
+                format!("the machine ended while the cache ran; taken back, since what came last may be torn: {paths}");
+            options.log.degraded("crash", text);
+        }
+        let store = Arc::new(store);
         Ok(Self { state: Arc::new(State::new(store, tokens, caches, options)), tokens_file })
     }
 
@@ -261,8 +275,29 @@ impl Serving {
 
 async fn run(state: Arc<State>, listener: TcpListener, stop: CancellationToken) {
     let collecting = tokio::spawn(collect_regularly(Arc::clone(&state), stop.clone()));
-    connection::serve(listener, router(state), stop, STOP_GRACE).await;
+    let settling = tokio::spawn(settle_regularly(Arc::clone(&state), stop.clone()));
+    connection::serve(listener, router(Arc::clone(&state)), stop, STOP_GRACE).await;
     let _ = collecting.await;
+    let _ = settling.await;
+    // Should the disk need longer: the system has it all, and the next server waits for the disk instead.
+    let _ = tokio::time::timeout(CLOSE_LIMIT, settle(&state, Store::close)).await;
+}
+
+async fn settle_regularly(state: Arc<State>, stop: CancellationToken) {
+    while stop.run_until_cancelled(tokio::time::sleep(SETTLE_INTERVAL)).await.is_some() {
+        settle(&state, Store::settle).await;
+    }
+}
+
+async fn settle(state: &Arc<State>, how: fn(&Store) -> io::Result<()>) {
+    let store = Arc::clone(&state.store);
+    let broken = match tokio::task::spawn_blocking(move || how(&store)).await {
+        Ok(Ok(())) => return,
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    };
+    let text = format!("what came lately may not be on the disk, and would go with the machine: {broken}");
+    state.options.log.degraded("disk", text);
 }
 
 async fn collect_regularly(state: Arc<State>, stop: CancellationToken) {
@@ -287,9 +322,11 @@ async fn collect_regularly(state: Arc<State>, stop: CancellationToken) {
 /// # Errors
 /// When a server has the folder, or the disk fails.
 pub fn collect(folder: &Path, limits: &Limits) -> Result<Collected, FolderError> {
-    let store = Store::new(Folder::open(folder, &[])?);
-    garbage::collect(&store, limits, false)
-        .map_err(|source| FolderError::Unusable { folder: folder.to_owned(), source })
+    let unusable = |source| FolderError::Unusable { folder: folder.to_owned(), source };
+    let (store, _) = Store::open(Folder::open(folder, &[])?).map_err(unusable)?;
+    let collected = garbage::collect(&store, limits, false).map_err(unusable)?;
+    store.close().map_err(unusable)?;
+    Ok(collected)
 }
 
 fn is_open_to_others(file: &Path) -> bool {

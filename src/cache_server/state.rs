@@ -129,13 +129,14 @@ impl State {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn blocking<T: Send + 'static>(
-        &self,
-        call: impl FnOnce(&Store) -> std::io::Result<T> + Send + 'static,
-    ) -> Result<T, Refusal> {
+    pub async fn blocking<T, E>(&self, call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static) -> Result<T, Refusal>
+    where
+        T: Send + 'static,
+        E: Into<Refusal> + Send + 'static,
+    {
         let store = Arc::clone(&self.store);
         let ended = tokio::task::spawn_blocking(move || call(&store)).await;
-        Ok(ended.map_err(|error| Refusal::internal(&std::io::Error::other(error)))??)
+        ended.map_err(|error| Refusal::internal(&std::io::Error::other(error)))?.map_err(Into::into)
     }
 }
 

@@ -10,7 +10,9 @@ use std::time::{Duration, SystemTime};
 use sha2::Digest as _;
 use tempfile::NamedTempFile;
 
+use crate::cache_server::durable::{Durable, line_of};
 use crate::cache_server::folder::{Folder, nar_name, sync_parent};
+use crate::cache_server::garbage::{self, Limits};
 use crate::nix::cache_name::CacheName;
 use crate::nix::hash::Sha256;
 use crate::nix::narinfo::NarInfo;
@@ -19,6 +21,9 @@ use crate::nix::store_path::PathHash;
 
 /// A read is noted at most this often: garbage collection thinks in hours, disks dislike writes.
 pub const TOUCH_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What was written within this time needs no note that it was used.
+const JUST_NOW: Duration = Duration::from_secs(1);
 
 /// A NAR's compressed file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +51,7 @@ pub struct Upload {
 #[derive(Debug)]
 pub struct Store {
     folder: Folder,
+    durable: Durable,
     /// Held for writing while garbage is removed, for reading while something is promised to be
     /// there: an object is committed, or a client is told that it need not send one.
     gate: RwLock<()>,
@@ -54,9 +60,36 @@ pub struct Store {
 }
 
 impl Store {
-    /// The holdings of a folder.
-    pub fn new(folder: Folder) -> Self {
-        Self { folder, gate: RwLock::default(), publishing: Mutex::default() }
+    /// The holdings of a folder. After an unforeseen end of the machine: how many paths were taken back, because
+    /// they may not have reached the disk.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn open(folder: Folder) -> io::Result<(Self, Option<u64>)> {
+        let (durable, taken_back) = Durable::open(&folder)?;
+        let store = Self { folder, durable, gate: RwLock::default(), publishing: Mutex::default() };
+        if taken_back.is_some() {
+            // The NARs that are not claimed any more may be torn: nobody may take them for known.
+            garbage::collect(&store, &Limits::default(), false)?;
+            sync_parent(&store.folder.nars().join("."))?;
+        }
+        Ok((store, taken_back))
+    }
+
+    /// Has all that is visible reach the disk.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn settle(&self) -> io::Result<()> {
+        self.durable.settle(&self.folder)
+    }
+
+    /// The same, once nothing comes any more.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn close(&self) -> io::Result<()> {
+        self.durable.close(&self.folder)
     }
 
     /// Where things lie.
@@ -71,7 +104,7 @@ impl Store {
     }
 
     /// Nothing is promised while this guard lives.
-    pub(super) fn close(&self) -> RwLockWriteGuard<'_, ()> {
+    pub(super) fn shut(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -130,11 +163,13 @@ impl Store {
     /// When the disk fails; then nothing has changed.
     pub fn publish_nar(&self, nar: NamedTempFile, hash: &Sha256, file_hash: Sha256) -> io::Result<StoredNar> {
         let file_size = nar.as_file().metadata()?.len();
+        let epoch = self.durable.begin();
         {
             let _alone = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
             let path = self.folder.nar(hash);
             if !path.exists() {
                 nar.persist(&path)?;
+                epoch.came(path);
                 return Ok(StoredNar { file_hash, file_size });
             }
         }
@@ -149,8 +184,9 @@ impl Store {
     /// When the disk fails; then the path is whole or not visible, and may be sent again.
     pub fn commit(&self, cache: &CacheName, path: &PathInfo, nar: StoredNar) -> io::Result<bool> {
         let _kept = self.keep();
+        let epoch = self.durable.begin();
         let nar_file = self.folder.nar(&path.nar_hash);
-        if there(touch(&nar_file, Duration::ZERO))?.is_none() {
+        if there(touch(&nar_file, JUST_NOW))?.is_none() {
             return Ok(false);
         }
         for reference in &path.references {
@@ -158,12 +194,25 @@ impl Store {
             there(touch(&self.folder.object(cache, &reference.hash()), Duration::ZERO))?;
         }
         let marker = self.folder.marker(cache, &path.nar_hash);
-        File::create(&marker)?;
+        mark(&marker, &nar_file)?;
+        let object = self.folder.object(cache, &path.path.hash());
         let text = narinfo(path, nar).to_string();
-        self.folder.write_whole(&self.folder.object(cache, &path.path.hash()), &text)?;
-        // Last, since one commit of the file system's journal covers all that came before it.
-        sync_parent(&nar_file)?;
-        sync_parent(&marker)?;
+        match there(std::fs::read_to_string(&object))? {
+            None => {
+                self.folder.write_whole(&object, &(text + &epoch.line()))?;
+                epoch.came(marker);
+                epoch.came(object);
+            }
+            // Others may refer to it since long: it keeps its epoch, and so nothing of it may be torn.
+            Some(old) => {
+                let text = text + &line_of(&old).unwrap_or_default();
+                File::open(&nar_file)?.sync_all()?;
+                self.folder.write_synced(&object, &text)?;
+                // Last, since one commit of the file system's journal covers all that came before it.
+                sync_parent(&nar_file)?;
+                sync_parent(&marker)?;
+            }
+        }
         Ok(true)
     }
 
@@ -190,7 +239,10 @@ impl Store {
     pub fn note_upload(&self, cache: &CacheName, name: &str, upload: &Upload) -> io::Result<()> {
         let Upload { nar_hash, nar_size, came_hash, came_size } = upload;
         let text = format!("NarHash: {nar_hash}\nNarSize: {nar_size}\nFileHash: {came_hash}\nFileSize: {came_size}\n");
-        self.folder.write_whole(&self.folder.uploads(cache).join(name), &text)
+        let (epoch, file) = (self.durable.begin(), self.folder.uploads(cache).join(name));
+        self.folder.write_whole(&file, &text)?;
+        epoch.came(file);
+        Ok(())
     }
 
     /// The NAR that was sent under this name, if it is still here.
@@ -205,6 +257,16 @@ impl Store {
         let nar = there(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
         touch(&path, Duration::ZERO)?;
         Ok(nar.map(|()| upload))
+    }
+}
+
+/// Marks a NAR as one that a cache may serve. A link to it takes no inode, and making those is what costs.
+fn mark(marker: &Path, nar: &Path) -> io::Result<()> {
+    match std::fs::hard_link(nar, marker) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        // Not every file system has links, and of those that have each has its limit.
+        Err(_) => File::create(marker).map(drop),
     }
 }
 

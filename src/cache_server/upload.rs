@@ -1,16 +1,21 @@
 //! From an arriving body to a path that can be served: the part that both protocols share.
 
+use std::io;
+
 use axum::http::{HeaderMap, header};
-use tempfile::NamedTempFile;
 
 use crate::cache_server::body::Incoming;
-use crate::cache_server::ingest::{Format, Plan, Stop, Taken, ingest};
+use crate::cache_server::ingest::{Format, Plan, Stop, Taken, ingest, take};
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::state::State;
-use crate::cache_server::store::StoredNar;
+use crate::cache_server::store::{Store, StoredNar};
 use crate::nix::cache_name::CacheName;
 use crate::nix::hash::Sha256;
 use crate::nix::path_info::PathInfo;
+
+/// A NAR up to this size, in bytes, is read whole before a thread takes it: handing pieces to a thread costs more.
+/// So many uploads as may be under way at once need 8 MiB for it.
+const WHOLE: usize = 256 * 1024;
 
 /// What became of a NAR.
 #[derive(Clone, Copy, Debug)]
@@ -23,38 +28,64 @@ pub struct Settled {
     pub came: u64,
 }
 
-/// Takes a NAR whose hash and size are announced. Even if it is known already all of it is read:
-/// who claims a NAR must have it.
+/// Takes a path whose NAR's hash and size are announced, and makes it visible. Even if the NAR is known already all of
+/// it is read: who claims a NAR must have it.
 ///
 /// # Errors
-/// 400 when it is not what was announced.
-pub async fn announced_nar(state: &State, body: &mut Incoming, path: &PathInfo) -> Result<Settled, Refusal> {
-    let (hash, level) = (path.nar_hash, state.options.level);
-    let (known, target) = {
-        state
+/// 400 when it is not what was announced, 503 when its NAR was removed meanwhile.
+pub async fn announced(
+    state: &State,
+    body: &mut Incoming,
+    cache: &CacheName,
+    path: PathInfo,
+) -> Result<Settled, Refusal> {
+    let (cache, level) = (cache.clone(), state.options.level);
+    if let Some(size) = usize::try_from(path.nar_size).ok().filter(|size| *size <= WHOLE) {
+        let nar = body.up_to(size).await?;
+        return state
             .blocking(move |store| {
-                let known = store.known_nar(&hash)?;
-                let target = known.is_none().then(|| store.folder().temporary()).transpose()?;
-                Ok((known, target))
+                let (known, plan) = prepare(store, &path, level)?;
+                let taken = take(&nar, plan).map_err(|stop| refuse(stop, path.nar_size))?;
+                settle(store, &cache, &path, known, taken)
             })
-            .await?
-    };
-    let plan = Plan { format: Format::None, nar_size: Some(path.nar_size), target, level };
+            .await;
+    }
+    let (path, known, plan) =
+        state.blocking(move |store| prepare(store, &path, level).map(|(known, plan)| (path, known, plan))).await?;
     let taken = ingest(body, plan).await?.map_err(|stop| refuse(stop, path.nar_size))?;
+    state.blocking(move |store| settle(store, &cache, &path, known, taken)).await
+}
+
+fn prepare(store: &Store, path: &PathInfo, level: i32) -> io::Result<(Option<StoredNar>, Plan)> {
+    let known = store.known_nar(&path.nar_hash)?;
+    let target = known.is_none().then(|| store.folder().temporary()).transpose()?;
+    Ok((known, Plan { format: Format::None, nar_size: Some(path.nar_size), target, level }))
+}
+
+fn settle(
+    store: &Store,
+    cache: &CacheName,
+    path: &PathInfo,
+    known: Option<StoredNar>,
+    taken: Taken,
+) -> Result<Settled, Refusal> {
     if taken.nar_size != path.nar_size {
         let (came, announced) = (taken.nar_size, path.nar_size);
         return Err(wrong_nar(&format!("{came} bytes came, {announced} were announced")));
     }
-    if taken.nar_hash != hash {
-        return Err(wrong_nar(&format!("what came is {}, {hash} was announced", taken.nar_hash)));
+    if taken.nar_hash != path.nar_hash {
+        return Err(wrong_nar(&format!("what came is {}, {} was announced", taken.nar_hash, path.nar_hash)));
     }
-    let came = taken.came_size;
     let nar = match (known, taken.stored) {
         (Some(nar), _) => nar,
-        (None, Some(stored)) => publish(state, stored, hash).await?,
-        (None, None) => return Err(Refusal::internal(&std::io::Error::other("a NAR was read and not stored"))),
+        (None, Some((file, file_hash))) => store.publish_nar(file, &path.nar_hash, file_hash)?,
+        (None, None) => return Err(Refusal::internal(&io::Error::other("a NAR was read and not stored"))),
     };
-    Ok(Settled { nar, known: known.is_some(), came })
+    if store.commit(cache, path, nar)? {
+        Ok(Settled { nar, known: known.is_some(), came: taken.came_size })
+    } else {
+        Err(removed())
+    }
 }
 
 /// Takes a NAR of which only the compressed file's hash is known, and keeps it.
@@ -76,15 +107,11 @@ pub async fn packed_nar(
     if taken.nar_size == 0 {
         return Err(wrong_nar("it is empty"));
     }
-    if let Some(stored) = taken.stored.take() {
-        publish(state, stored, taken.nar_hash).await?;
+    if let Some((file, file_hash)) = taken.stored.take() {
+        let hash = taken.nar_hash;
+        state.blocking(move |store| store.publish_nar(file, &hash, file_hash)).await?;
     }
     Ok(taken)
-}
-
-async fn publish(state: &State, stored: (NamedTempFile, Sha256), hash: Sha256) -> Result<StoredNar, Refusal> {
-    let (file, file_hash) = stored;
-    state.blocking(move |store| store.publish_nar(file, &hash, file_hash)).await
 }
 
 /// Makes a path visible.
@@ -93,11 +120,11 @@ async fn publish(state: &State, stored: (NamedTempFile, Sha256), hash: Sha256) -
 /// 503 when its NAR was removed meanwhile.
 pub async fn commit(state: &State, cache: &CacheName, path: PathInfo, nar: StoredNar) -> Result<(), Refusal> {
     let cache = cache.clone();
-    if state.blocking(move |store| store.commit(&cache, &path, nar)).await? {
-        Ok(())
-    } else {
-        Err(Refusal::busy("the NAR was removed before it was claimed; send it again"))
-    }
+    if state.blocking(move |store| store.commit(&cache, &path, nar)).await? { Ok(()) } else { Err(removed()) }
+}
+
+fn removed() -> Refusal {
+    Refusal::busy("the NAR was removed before it was claimed; send it again")
 }
 
 /// Refuses a body that cannot be right, before it is read.

@@ -256,15 +256,50 @@ async fn missing_paths_are_asked_for_in_one_batch() {
 fn sigterm_ends_it_within_six_seconds_whatever_is_under_way() {
     let served = Served::start(&[]);
     let mut hanging = TcpStream::connect(served.address()).unwrap();
-    let path = TestPath::new('a', &[7; 100_000]);
+    let path = TestPath::new('a', &[7; 1_000_000]);
     let head = upload_head(&path, PLANTED_TOKEN, &format!("Content-Length: {}\r\n", path.nar.len()));
     hanging.write_all(head.as_bytes()).unwrap();
-    hanging.write_all(&path.nar[..50_000]).unwrap();
+    hanging.write_all(&path.nar[..500_000]).unwrap();
     served.until("a temporary file", || !served.names("tmp").is_empty());
     let begun = Instant::now();
     let (ran, _) = served.stop();
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_kill_loses_nothing_and_the_end_of_the_machine_only_what_came_last() {
+    let (old, new) = (TestPath::new('a', b"old"), TestPath::new('b', b"new"));
+    let new = new.refers_to(&[&old]);
+    let served = Served::start(&[]);
+    assert_eq!(served.upload(&old).await.0, 200);
+    let (ran, folder) = served.stop();
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+
+    let served = Served::in_folder(folder, &[]);
+    let synced = std::fs::read_to_string(served.path("synced")).unwrap();
+    assert_eq!(served.upload(&new).await.0, 200);
+    served.signal(Signal::KILL);
+    let (_, folder) = served.wait();
+    let served = Served::in_folder(folder, &[]);
+    assert!(served.narinfo("main", &new).await.is_some(), "the system keeps what a killed process wrote");
+    served.signal(Signal::KILL);
+    let (ran, folder) = served.wait();
+    assert!(!ran.stderr.contains("the machine ended"), "{}", ran.stderr);
+
+    // As if the machine had ended before anything more was synced.
+    let boot = synced.lines().find(|line| line.starts_with("Boot: ")).unwrap();
+    std::fs::write(folder.path().join("cache/synced"), synced.replace(boot, "Boot: another")).unwrap();
+    let served = Served::in_folder(folder, &[]);
+    assert!(served.narinfo("main", &old).await.is_some());
+    assert!(served.narinfo("main", &new).await.is_none());
+    for folder in ["nars", "caches/main/nars"] {
+        assert_eq!(served.names(folder).len(), 1, "a NAR that may be torn is not taken for known");
+    }
+    assert_eq!(served.upload(&new).await.0, 200);
+    assert!(served.narinfo("main", &new).await.is_some());
+    let (ran, _) = served.stop();
+    assert!(ran.stderr.contains("what came last may be torn: 1 path\n"), "{}", ran.stderr);
 }
 
 /// The head of an upload in the header's form, for tests that talk to the socket themselves.

@@ -1,0 +1,321 @@
+//! When what the cache holds is on the disk. A file is visible at once and is synced some seconds later, together
+//! with all that came beside it: syncing each for itself would take the disk from the build on the same machine.
+//!
+//! A process that is killed loses nothing by that, for the system keeps what was written. When the machine itself
+//! ends, what came since the last time may be lost or torn. So time is cut into epochs: each narinfo names the one
+//! that it came in, and `synced` the last one that is on the disk whole. After a restart of the machine all paths of
+//! later epochs are taken back. Since references come before what refers to them, no closure is broken.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
+
+use crate::cache_server::folder::{Folder, entries};
+use crate::nix::narinfo::NarInfo;
+use crate::nix::store_path::PathHash;
+
+/// The machine's present run (`random(4)`).
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// The field of a stored narinfo; readers never see it.
+const FIELD: &str = "Epoch";
+/// Epochs that a killed process may have used beyond the last one that it wrote down: the one that was being synced,
+/// and the one after it.
+const AHEAD: u64 = 2;
+
+/// What `synced` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Synced {
+    /// All of this epoch, and of those before it, is on the disk.
+    epoch: u64,
+    /// The run of the machine that wrote it; empty where the kernel does not tell.
+    boot: String,
+    /// Nothing came after it: the server was stopped in order.
+    clean: bool,
+}
+
+impl Synced {
+    fn parse(text: &str) -> Option<Self> {
+        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        let boot = field("Boot").unwrap_or_default().to_owned();
+        Some(Self { epoch: field(FIELD)?.parse().ok()?, boot, clean: field("Clean")? == "yes" })
+    }
+}
+
+impl std::fmt::Display for Synced {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let clean = if self.clean { "yes" } else { "no" };
+        write!(f, "{FIELD}: {}\nBoot: {}\nClean: {clean}\n", self.epoch, self.boot)
+    }
+}
+
+/// What is visible and perhaps not yet on the disk.
+#[derive(Debug)]
+pub struct Durable {
+    boot: String,
+    epoch: RwLock<u64>,
+    /// Files of this epoch, in any order.
+    files: Mutex<Vec<PathBuf>>,
+    /// A killed process has left files that nobody knows by name.
+    strangers: AtomicBool,
+    /// A sync has failed. The system reports that once and forgets, so nothing later can be called synced.
+    failed: AtomicBool,
+}
+
+/// While it lives the epoch does not end.
+#[derive(Debug)]
+pub struct Epoch<'a> {
+    number: RwLockReadGuard<'a, u64>,
+    files: &'a Mutex<Vec<PathBuf>>,
+}
+
+impl Epoch<'_> {
+    /// The line that a narinfo of this epoch carries.
+    pub fn line(&self) -> String {
+        format!("{FIELD}: {}\n", *self.number)
+    }
+
+    /// This file is there, and will be synced.
+    pub fn came(&self, file: PathBuf) {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+    }
+}
+
+/// The line of a stored narinfo that says its epoch; none if it was there before there were epochs.
+pub fn line_of(text: &str) -> Option<String> {
+    epoch_of(text).map(|number| format!("{FIELD}: {number}\n"))
+}
+
+fn epoch_of(text: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(FIELD)?.strip_prefix(": ")?.parse().ok())
+}
+
+impl Durable {
+    /// Looks how the folder was left. If the machine has ended since, what may not have reached the disk is taken
+    /// back: the number of paths, and then their NARs are not to be trusted either and must be swept.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn open(folder: &Folder) -> io::Result<(Self, Option<u64>)> {
+        let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
+        Self::open_in(folder, boot)
+    }
+
+    fn open_in(folder: &Folder, boot: String) -> io::Result<(Self, Option<u64>)> {
+        let left = match std::fs::read_to_string(folder.synced()) {
+            Ok(text) => Synced::parse(&text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        let same = left.as_ref().is_some_and(|left| !boot.is_empty() && left.boot == boot);
+        let taken_back = match &left {
+            Some(left) if !left.clean && !same => Some(take_back(folder, left.epoch)?),
+            _ => None,
+        };
+        let strangers = left.as_ref().is_some_and(|left| !left.clean && same);
+        let epoch = left.map_or(0, |left| left.epoch) + AHEAD;
+        // Without strangers all that is here now is on the disk.
+        let synced = if strangers { epoch - AHEAD } else { epoch };
+        let durable = Self {
+            boot,
+            epoch: RwLock::new(epoch + 1),
+            files: Mutex::default(),
+            strangers: AtomicBool::new(strangers),
+            failed: AtomicBool::new(false),
+        };
+        durable.write(folder, synced, false)?;
+        Ok((durable, taken_back))
+    }
+
+    /// Begins something that makes files visible.
+    pub fn begin(&self) -> Epoch<'_> {
+        // Neither lock guards anything that a panic could have left half-done.
+        Epoch { number: self.epoch.read().unwrap_or_else(PoisonError::into_inner), files: &self.files }
+    }
+
+    /// Ends the epoch and has all of it reach the disk. Blocks, and is not to be called twice at once.
+    ///
+    /// # Errors
+    /// When the disk fails. Then nothing is called synced any more.
+    pub fn settle(&self, folder: &Folder) -> io::Result<()> {
+        let (ended, files) = {
+            let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
+            let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+            let strangers = self.strangers.load(Ordering::Relaxed);
+            if self.failed.load(Ordering::Relaxed) || (files.is_empty() && !strangers) {
+                return Ok(());
+            }
+            *epoch += 1;
+            (*epoch - 1, std::mem::take(&mut *files))
+        };
+        let settled = self.sync(folder, &files).and_then(|()| self.write(folder, ended, false));
+        self.failed.store(settled.is_err(), Ordering::Relaxed);
+        settled
+    }
+
+    /// Settles what is left and notes that nothing comes after it. Nothing may come any more.
+    ///
+    /// # Errors
+    /// As `settle`.
+    pub fn close(&self, folder: &Folder) -> io::Result<()> {
+        self.settle(folder)?;
+        if self.failed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let last = *self.epoch.read().unwrap_or_else(PoisonError::into_inner);
+        self.write(folder, last, true)
+    }
+
+    fn sync(&self, folder: &Folder, files: &[PathBuf]) -> io::Result<()> {
+        if self.strangers.load(Ordering::Relaxed) {
+            rustix::fs::syncfs(File::open(folder.root())?)?;
+            self.strangers.store(false, Ordering::Relaxed);
+            return Ok(());
+        }
+        for file in files {
+            sync(file)?;
+        }
+        let folders: BTreeSet<&Path> = files.iter().filter_map(|file| file.parent()).collect();
+        folders.into_iter().try_for_each(sync)
+    }
+
+    fn write(&self, folder: &Folder, epoch: u64, clean: bool) -> io::Result<()> {
+        let text = Synced { epoch, boot: self.boot.clone(), clean }.to_string();
+        folder.write_synced(&folder.synced(), &text)
+    }
+}
+
+/// What was removed meanwhile needs no disk.
+fn sync(file: &Path) -> io::Result<()> {
+    match File::open(file).and_then(|file| file.sync_all()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        ended => ended,
+    }
+}
+
+/// Removes the narinfos that came after `synced`, and torn ones: how many.
+fn take_back(folder: &Folder, synced: u64) -> io::Result<u64> {
+    let mut removed = 0;
+    for cache in folder.caches()? {
+        for entry in entries(&folder.objects(&cache))? {
+            let file = entry?.path();
+            let name = file.file_name().and_then(|name| name.to_str()?.strip_suffix(".narinfo"));
+            if name.is_none_or(|name| PathHash::parse(name).is_err()) {
+                continue;
+            }
+            let text = String::from_utf8(std::fs::read(&file)?).unwrap_or_default();
+            if NarInfo::parse(&text).is_err() || epoch_of(&text).is_some_and(|epoch| epoch > synced) {
+                std::fs::remove_file(&file)?;
+                removed += 1;
+            }
+        }
+        // Before a later epoch is called synced, their end has to be.
+        sync(&folder.objects(&cache))?;
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nix::cache_name::CacheName;
+
+    struct World(tempfile::TempDir);
+
+    impl World {
+        fn open(&self, boot: &str) -> (Folder, Durable, Option<u64>) {
+            let folder = Folder::open(self.0.path(), &[CacheName::default()]).expect("nobody has it");
+            let (durable, taken_back) = Durable::open_in(&folder, boot.to_owned()).expect("the disk works");
+            (folder, durable, taken_back)
+        }
+    }
+
+    fn object(folder: &Folder, letter: char) -> PathBuf {
+        folder.object(&CacheName::default(), &PathHash::parse(&letter.to_string().repeat(32)).expect("base32"))
+    }
+
+    fn add(folder: &Folder, durable: &Durable, letter: char) {
+        let (epoch, file) = (durable.begin(), object(folder, letter));
+        let hash = format!("sha256:{}", "1".repeat(52));
+        let path = format!("/nix/store/{}-x", letter.to_string().repeat(32));
+        let text = format!("StorePath: {path}\nURL: nar/x\nNarHash: {hash}\nNarSize: 1\n{}", epoch.line());
+        std::fs::write(&file, text).expect("written");
+        epoch.came(file);
+    }
+
+    fn held(folder: &Folder) -> String {
+        "abcd".chars().filter(|letter| object(folder, *letter).exists()).collect()
+    }
+
+    #[test]
+    fn only_the_machines_end_takes_back_what_was_not_synced() {
+        for (boot, then, expected) in [("1", None, "abc"), ("2", Some(2), "a"), ("", Some(2), "a")] {
+            let world = World(tempfile::tempdir().expect("temporary folder"));
+            let (folder, durable, taken_back) = world.open("1");
+            assert_eq!(taken_back, None, "it is new");
+            add(&folder, &durable, 'a');
+            durable.settle(&folder).expect("the disk works");
+            add(&folder, &durable, 'b');
+            add(&folder, &durable, 'c');
+            drop((folder, durable));
+            let (folder, _, taken_back) = world.open(boot);
+            assert_eq!((taken_back, held(&folder).as_str()), (then, expected), "{boot}");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_synced_by_the_next() {
+        let world = World(tempfile::tempdir().expect("temporary folder"));
+        let (folder, durable, _) = world.open("1");
+        add(&folder, &durable, 'a');
+        // Killed once while an epoch was being synced, and once before its first one was.
+        *durable.epoch.write().expect("sound") += 1;
+        add(&folder, &durable, 'b');
+        drop((folder, durable));
+        let (folder, durable, _) = world.open("1");
+        add(&folder, &durable, 'c');
+        drop((folder, durable));
+        let (folder, durable, _) = world.open("1");
+        durable.settle(&folder).expect("the disk works");
+        add(&folder, &durable, 'd');
+        drop((folder, durable));
+        let (folder, _, taken_back) = world.open("2");
+        assert_eq!((taken_back, held(&folder).as_str()), (Some(1), "abc"));
+    }
+
+    #[test]
+    fn a_server_that_was_stopped_has_lost_nothing() {
+        let world = World(tempfile::tempdir().expect("temporary folder"));
+        let (folder, durable, _) = world.open("1");
+        add(&folder, &durable, 'a');
+        durable.close(&folder).expect("the disk works");
+        drop((folder, durable));
+        let (folder, durable, taken_back) = world.open("2");
+        assert_eq!((taken_back, held(&folder).as_str()), (None, "a"));
+        add(&folder, &durable, 'b');
+        // Torn by the machine's end.
+        std::fs::write(object(&folder, 'c'), "StorePath: /nix").expect("written");
+        drop((folder, durable));
+        let (folder, _, taken_back) = world.open("3");
+        assert_eq!((taken_back, held(&folder).as_str()), (Some(2), "a"));
+    }
+
+    #[test]
+    fn after_a_failed_sync_nothing_is_called_synced() {
+        let world = World(tempfile::tempdir().expect("temporary folder"));
+        let (folder, durable, _) = world.open("1");
+        // A circle of links can be neither opened nor missed.
+        let circle = folder.nars().join("circle");
+        std::os::unix::fs::symlink(&circle, &circle).expect("made");
+        durable.begin().came(circle);
+        add(&folder, &durable, 'a');
+        assert!(durable.settle(&folder).is_err());
+        add(&folder, &durable, 'b');
+        durable.close(&folder).expect("it has been said");
+        drop((folder, durable));
+        let (folder, _, taken_back) = world.open("2");
+        assert_eq!((taken_back, held(&folder).as_str()), (Some(2), ""));
+    }
+}
