@@ -2,6 +2,7 @@
 //! Owns how bytes reach a host; what is said there is the business of whoever asks.
 
 mod direct;
+mod trust;
 
 use std::error::Error as StdError;
 use std::net::{IpAddr, SocketAddr};
@@ -10,8 +11,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
-use rustls_pki_types::CertificateDer;
-use rustls_pki_types::pem::PemObject as _;
 use thiserror::Error;
 
 pub use self::direct::{ConnectError, Connection, Direct};
@@ -58,7 +57,7 @@ pub struct Roots {
 /// # Errors
 /// Only if the TLS or HTTP library refuses its settings, which would be our bug.
 pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
-    builder(roots)?.read_timeout(IDLE_TIMEOUT).build().map_err(Error::Client)
+    builder(tls(roots)?).read_timeout(IDLE_TIMEOUT).build().map_err(Error::Client)
 }
 
 /// A client for gRPC: HTTP/2 from the first byte on, straight to its host. Proxies do not come into it,
@@ -69,7 +68,7 @@ pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
 pub fn grpc_client(roots: &Roots) -> Result<reqwest::Client, Error> {
     let mut tls = tls(roots)?;
     tls.alpn_protocols = vec![b"h2".to_vec()];
-    let builder = builder(roots)?.tls_backend_preconfigured(tls).http2_prior_knowledge().no_proxy();
+    let builder = builder(tls).http2_prior_knowledge().no_proxy();
     builder.build().map_err(Error::Client)
 }
 
@@ -92,48 +91,36 @@ impl Clients {
     /// # Errors
     /// As [`client`].
     pub fn new(roots: &Roots) -> Result<Self, Error> {
-        let sending = builder(roots)?.build().map_err(Error::Client)?;
-        Ok(Self { asking: client(roots)?, sending, direct: Direct::new(tls(roots)?) })
+        let tls = tls(roots)?;
+        let asking = builder(tls.clone()).read_timeout(IDLE_TIMEOUT).build().map_err(Error::Client)?;
+        let sending = builder(tls.clone()).build().map_err(Error::Client)?;
+        Ok(Self { asking, sending, direct: Direct::new(tls) })
     }
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the one place that makes clients")]
-fn builder(roots: &Roots) -> Result<reqwest::ClientBuilder, Error> {
-    Ok(reqwest::Client::builder()
+fn builder(tls: rustls::ClientConfig) -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
         .user_agent(USER_AGENT)
         .redirect(reqwest::redirect::Policy::none())
         .connect_timeout(CONNECT_TIMEOUT)
         .pool_idle_timeout(Duration::from_secs(20))
         .http1_only()
-        .tls_backend_preconfigured(tls(roots)?)
-        .dns_resolver(Names::default()))
+        .tls_backend_preconfigured(tls)
+        .dns_resolver(Names::default())
 }
 
+/// Clones of it share the trusted roots.
 fn tls(roots: &Roots) -> Result<rustls::ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = trust::Verifier::new(roots.clone(), Arc::clone(&provider));
     let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(Error::Tls)?
-        .with_root_certificates(root_store(roots))
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
         .with_no_client_auth();
     Ok(config)
-}
-
-/// Private authorities are common on runners: what the environment names and the system trusts
-/// comes first, and the roots baked into the binary serve only where a machine has none at all.
-fn root_store(roots: &Roots) -> rustls::RootCertStore {
-    let mut store = rustls::RootCertStore::empty();
-    for file in &roots.files {
-        if let Ok(certificates) = CertificateDer::pem_file_iter(file) {
-            store.add_parsable_certificates(certificates.flatten());
-        }
-    }
-    // Reads `SSL_CERT_FILE` and `SSL_CERT_DIR` itself, else the system's bundle.
-    store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-    if store.is_empty() {
-        store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    }
-    store
 }
 
 /// Why a name has no address.
@@ -340,9 +327,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_refused_connection_is_told_from_the_other_layers() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
-        let port = listener.local_addr().expect("bound").port();
-        drop(listener);
+        // A port that is taken and not listened to stays closed, whatever other tests do.
+        let closed = tokio::net::TcpSocket::new_v4().expect("a socket");
+        closed.bind("127.0.0.1:0".parse().expect("an address")).expect("loopback");
+        let port = closed.local_addr().expect("bound").port();
         let client = client(&Roots::default()).expect("settings hold");
         let error = client.get(format!("http://127.0.0.1:{port}/")).send().await.expect_err("nobody listens");
         assert_eq!(layer(&error), Layer::Connect);
