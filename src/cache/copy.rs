@@ -3,7 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +14,7 @@ use crate::cache::attic::{Body, CacheConfig, Error, Meter, Uploaded};
 use crate::cache::batch::Batches;
 use crate::cache::destination::{Answer, Destination, Target};
 use crate::exit::{Exit, Explain};
+use crate::nix::nar::NarSource;
 use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::{Found, PathInfo};
 use crate::nix::path_json;
@@ -189,7 +189,7 @@ impl Destination for Copy {
         })
     }
 
-    fn send<'a>(&'a self, info: &'a PathInfo, _file: &'a Path, meter: &'a Meter) -> Answer<'a, Uploaded> {
+    fn send<'a>(&'a self, info: &'a PathInfo, _: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded> {
         Box::pin(async move {
             let line = if info.nar_size >= LARGE { &self.large } else { &self.small };
             let uploaded = line.ask(info.clone()).await?;

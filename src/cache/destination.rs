@@ -3,13 +3,13 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 
 use crate::cache::attic::{Attic, Body, CacheConfig, Error, Meter, Uploaded};
 use crate::cache::endpoint::Endpoint;
+use crate::nix::nar::NarSource;
 use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePath;
@@ -46,9 +46,8 @@ pub trait Destination: Send + Sync + fmt::Debug {
     /// can be written to.
     fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Answer<'a, HashSet<StorePath>>;
 
-    /// Sends one path, which lies at `file` on disk and whose references are all there already.
-    /// It is safe to be repeated.
-    fn send<'a>(&'a self, info: &'a PathInfo, file: &'a Path, meter: &'a Meter) -> Answer<'a, Uploaded>;
+    /// Sends one path, whose references are all there already. It is safe to be repeated.
+    fn send<'a>(&'a self, info: &'a PathInfo, source: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded>;
 
     /// What it says of a path; `None` if it does not have it.
     fn look_up<'a>(&'a self, path: &'a StorePath) -> Answer<'a, Option<NarInfo>>;
@@ -92,8 +91,8 @@ impl Destination for Attic {
         })
     }
 
-    fn send<'a>(&'a self, info: &'a PathInfo, file: &'a Path, meter: &'a Meter) -> Answer<'a, Uploaded> {
-        Box::pin(self.upload(info, file, meter))
+    fn send<'a>(&'a self, info: &'a PathInfo, source: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded> {
+        Box::pin(self.upload(info, source, meter))
     }
 
     fn look_up<'a>(&'a self, path: &'a StorePath) -> Answer<'a, Option<NarInfo>> {

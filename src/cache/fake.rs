@@ -26,7 +26,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::AbortOnDropHandle;
 use url::Url;
 
-use crate::cache::attic::{AskFirst, Attic, Patience};
+use crate::cache::attic::{AskFirst, Attic, Lines, Patience};
 use crate::cache::endpoint::Endpoint;
 use crate::http::{Clients, Roots};
 use crate::nix::hash::Sha256;
@@ -206,8 +206,10 @@ impl Fake {
 
     pub fn impatient_attic(&self, token: &str, patience: Patience) -> Attic {
         let clients = Clients::new(&Roots::default()).expect("settings hold");
-        let sender = Box::new(AskFirst::new(&clients, patience));
-        Attic::with_sender(self.endpoint(), Secret::new(token), clients.asking, sender, Duration::from_secs(2))
+        let lines = Arc::new(Lines::new(clients.direct));
+        let sender = Box::new(AskFirst::new(Arc::clone(&lines), clients.sending, patience));
+        let waits = Duration::from_secs(2);
+        Attic::with_sender(self.endpoint(), Secret::new(token), clients.asking, lines, sender, waits)
     }
 
     /// Adds a path of one file to the store folder.

@@ -3,15 +3,17 @@
 //! Never sends anything.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::nix::nar::DumpError;
+use crate::nix::nar::{DumpError, NarSource};
 use crate::nix::path_info::PathInfo;
 use crate::nix::scan::{Finding, Looked, Scanner};
 use crate::nix::store::Store;
 use crate::nix::store_path::{PathHash, StorePath};
 use crate::policy::{Policy, Rule, Ruling};
+
+/// A NAR up to this size, in bytes, stays in memory from the look until it is sent, so that it is read once.
+const SMALL: u64 = 64 * 1024;
 
 /// Who inspects. Shared by all that publish in a job.
 #[derive(Debug)]
@@ -55,11 +57,11 @@ impl Inspector {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What keeps a path back, which lies at `file` on disk; nothing if it may go.
+    /// What keeps a path back; nothing if it may go. The NAR of a small one is read on the way.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub async fn inspect(self: &Arc<Self>, info: &PathInfo, file: &Path) -> Result<Vec<Finding>, DumpError> {
+    pub async fn inspect(self: &Arc<Self>, info: &PathInfo, source: &mut NarSource) -> Result<Vec<Finding>, DumpError> {
         let of_job = self.of_job();
         let (withheld, warned) = self.ruled(info, of_job);
         if !withheld.is_empty() {
@@ -67,9 +69,18 @@ impl Inspector {
         }
         let mut found = Vec::new();
         if self.looks_inside(info) {
-            let (inspector, file) = (Arc::clone(self), file.to_owned());
-            let looking = tokio::task::spawn_blocking(move || inspector.scanner.look_into(&file));
-            let looked = looking.await.map_err(|panic| DumpError::Sink(std::io::Error::other(panic)))??;
+            let (inspector, file) = (Arc::clone(self), source.file.clone());
+            let (hash, size) = (info.nar_hash, info.nar_size);
+            let looking = tokio::task::spawn_blocking(move || {
+                if size <= SMALL {
+                    inspector.scanner.look_and_read(&file, hash, size)
+                } else {
+                    inspector.scanner.look_into(&file).map(|looked| (looked, None))
+                }
+            });
+            let looked = looking.await.map_err(|panic| DumpError::Sink(std::io::Error::other(panic)))?;
+            let (looked, read) = looked?;
+            source.read = read;
             found.extend(self.dangling(info, &looked).await);
             found.extend(looked.findings);
         }
@@ -107,6 +118,10 @@ impl Inspector {
             return Vec::new();
         };
         let others: Vec<StorePath> = info.references.iter().filter(|path| **path != info.path).cloned().collect();
+        let own = info.path.hash();
+        if others.is_empty() && looked.mentions.keys().all(|hash| *hash == own) {
+            return Vec::new();
+        }
         // What cannot be asked of the store now is not held against the path.
         let Ok(known) = store.closure(std::slice::from_ref(&info.path)).await else { return Vec::new() };
         let unreadable = known.unreadable.iter().filter_map(|path| path.path.parse::<StorePath>().ok());

@@ -14,6 +14,7 @@ use crate::cache::attic::{Attic, Body, CacheConfig, Error, Meter, Uploaded};
 use crate::cache::batch::Batches;
 use crate::cache::destination::{Answer, Destination, Target};
 use crate::cache::endpoint::Endpoint;
+use crate::nix::nar::NarSource;
 use crate::nix::narinfo::NarInfo;
 use crate::nix::netrc;
 use crate::nix::path_info::PathInfo;
@@ -183,7 +184,7 @@ impl Destination for Stock {
         Box::pin(self.push.missing(paths))
     }
 
-    fn send<'a>(&'a self, info: &'a PathInfo, _file: &'a Path, meter: &'a Meter) -> Answer<'a, Uploaded> {
+    fn send<'a>(&'a self, info: &'a PathInfo, _: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded> {
         Box::pin(async move {
             let uploaded = self.line.ask(info.clone()).await?;
             meter.add(info.nar_size);

@@ -7,9 +7,10 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, stream};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::cache::attic::{Action, Body, Error};
-use crate::cache::destination::Destination;
+use crate::cache::destination::{Destination, Target};
 use crate::nix::key::PublicKey;
 use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::PathInfo;
@@ -103,7 +104,24 @@ impl Verification {
 
 /// Looks every path up at the read endpoint, until `deadline` or `cancel`; what was not looked up
 /// by then is unverified, and named.
+///
+/// On a thread of the runtime's own, where answers arrive, whatever thread asks for it.
 pub async fn verify(
+    from: impl Into<Target>,
+    paths: Vec<PathInfo>,
+    options: &Options,
+    deadline: Instant,
+    cancel: &CancellationToken,
+) -> Verification {
+    let (from, options, cancel) = (from.into(), options.clone(), cancel.clone());
+    let work = tokio::spawn(async move { look_up_all(&*from, paths, &options, deadline, &cancel).await });
+    match AbortOnDropHandle::new(work).await {
+        Ok(verification) => verification,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+async fn look_up_all(
     from: &dyn Destination,
     paths: Vec<PathInfo>,
     options: &Options,
@@ -113,7 +131,9 @@ pub async fn verify(
     let key = key(from, options, deadline, cancel).await;
     let sample = sample(&paths, options);
     let check = Check { from, options, key: &key };
-    let verdicts: Vec<Verdict> = stream::iter(paths.iter().enumerate())
+    let checks: Vec<_> = paths
+        .iter()
+        .enumerate()
         .map(|(n, info)| {
             let (check, fetches) = (&check, sample.contains(&n));
             async move {
@@ -125,9 +145,9 @@ pub async fn verify(
                 }
             }
         })
-        .buffered(from.width().unwrap_or(options.lookups).max(1))
-        .collect()
-        .await;
+        .collect();
+    let width = from.width().unwrap_or(options.lookups).max(1);
+    let verdicts: Vec<Verdict> = stream::iter(checks).buffered(width).collect().await;
     Verification { paths: paths.into_iter().zip(verdicts).collect(), key }
 }
 
@@ -261,7 +281,7 @@ mod tests {
 
     async fn verified(fake: &Fake, paths: Vec<PathInfo>, options: &Options) -> Verification {
         let deadline = Instant::now() + Duration::from_secs(10);
-        verify(&fake.attic(GOOD), paths, options, deadline, &CancellationToken::new()).await
+        verify(fake.attic(GOOD), paths, options, deadline, &CancellationToken::new()).await
     }
 
     #[tokio::test]
@@ -314,14 +334,14 @@ mod tests {
         fake.server.faults().hang = true;
         let began = Instant::now();
         let deadline = began + Duration::from_millis(200);
-        let found = verify(&fake.attic(GOOD), paths.clone(), &quick(), deadline, &CancellationToken::new()).await;
+        let found = verify(fake.attic(GOOD), paths.clone(), &quick(), deadline, &CancellationToken::new()).await;
         assert!(began.elapsed() < Duration::from_secs(2));
         assert_eq!(found.doubtful().count(), 3);
         assert_eq!(found.key, Key::Unknown);
         let cancelled = CancellationToken::new();
         cancelled.cancel();
         let deadline = Instant::now() + Duration::from_secs(60);
-        let found = verify(&fake.attic(GOOD), paths, &quick(), deadline, &cancelled).await;
+        let found = verify(fake.attic(GOOD), paths, &quick(), deadline, &cancelled).await;
         assert_eq!(found.doubtful().next().expect("doubtful").1, "verification was cancelled");
     }
 
@@ -329,7 +349,7 @@ mod tests {
     async fn a_token_that_may_not_read_leaves_paths_unverified() {
         let (fake, paths) = with_three().await;
         let deadline = Instant::now() + Duration::from_secs(10);
-        let found = verify(&fake.attic(PUSH_ONLY), paths, &quick(), deadline, &CancellationToken::new()).await;
+        let found = verify(fake.attic(PUSH_ONLY), paths, &quick(), deadline, &CancellationToken::new()).await;
         assert!(found.doubtful().all(|(_, reason)| reason.contains("may not be read")), "{found:?}");
         assert_eq!(found.doubtful().count(), 3);
     }

@@ -191,6 +191,25 @@ fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Resu
 
 /// The store, and the facts of everything that is to be published.
 async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store, Found), Failure> {
+    let (store, found) = match bootstrap::open_to_read(env).await {
+        Some(store) => {
+            let found = store.closure(wanted).await?;
+            (store, found)
+        }
+        None => closure_of_mended(env, sink, wanted).await?,
+    };
+    let known = |path: &StorePath| {
+        found.infos.iter().any(|info| info.path == *path)
+            || found.unreadable.iter().any(|other| other.path == path.to_string())
+    };
+    match wanted.iter().find(|path| !known(path)) {
+        Some(path) => Err(Error::Invalid(path.clone()).into()),
+        None => Ok((store, found)),
+    }
+}
+
+/// The same where Nix has to be made ready first.
+async fn closure_of_mended(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store, Found), Failure> {
     let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
     let found = async {
         let store = match &ready.opened {
@@ -202,15 +221,7 @@ async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store,
     };
     let found = found.await;
     ready.stop().await;
-    let (store, found) = found?;
-    let known = |path: &StorePath| {
-        found.infos.iter().any(|info| info.path == *path)
-            || found.unreadable.iter().any(|other| other.path == path.to_string())
-    };
-    match wanted.iter().find(|path| !known(path)) {
-        Some(path) => Err(Error::Invalid(path.clone()).into()),
-        None => Ok((store, found)),
-    }
+    Ok(found?)
 }
 
 async fn deliver(
@@ -225,7 +236,7 @@ async fn deliver(
     let outcome = publisher.drain(Instant::now() + limit, cancel.clone()).await;
     let served = outcome.served().cloned().collect();
     let options = verify::Options { key, ..verify::Options::default() };
-    let verification = verify(attic, served, &options, Instant::now() + VERIFY_LIMIT, &cancel).await;
+    let verification = verify(attic.clone(), served, &options, Instant::now() + VERIFY_LIMIT, &cancel).await;
     Ok((outcome, verification))
 }
 

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use crate::exit::{Exit, Explain};
 use crate::nix::ping::Opened;
 use crate::nix::settings::Settings;
+use crate::nix::store::Store;
 use crate::nix::tool::{self, Flavour, Nix, WELL_KNOWN};
 use crate::process::service::Service;
 use crate::progress::Sink;
@@ -150,6 +151,14 @@ impl Ready {
 /// When there is no working Nix at the end; each error says what the machine's owner can do.
 pub async fn ready(env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, Error> {
     Host::this().ready(env, sink, limit).await
+}
+
+/// The store of a Nix that works, for one who only reads it: by a single call of Nix. `None` where that does not do:
+/// there is no Nix, its store does not open, or its database is not ours to read. Then `ready` says why, or mends it.
+pub async fn open_to_read(env: &Env) -> Option<Store> {
+    let found = tool::find(env, &Host::this().places)?;
+    let store = Store::open(&Nix::unasked(&found.program, env)).await.ok()?;
+    store.without_database().is_none().then_some(store)
 }
 
 /// The machine, as far as bootstrapping depends on it. Tests make their own.

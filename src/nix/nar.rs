@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::Stream;
@@ -108,7 +108,7 @@ pub fn write(path: &Path, out: &mut impl Write) -> Result<(), DumpError> {
 /// # Errors
 /// When the path is gone, unreadable or holds what a NAR cannot, or when `out` or the observer refuses bytes.
 pub fn write_observed(path: &Path, out: &mut impl Write, observer: &mut impl Observe) -> Result<(), DumpError> {
-    let mut writer = Writer { out, observer, root: path, buffer: vec![0; READ] };
+    let mut writer = Writer { out, observer, root: path, buffer: Vec::new() };
     writer.text(b"nix-archive-1")?;
     let name = CString::new(path.as_os_str().as_bytes()).map_err(|_| DumpError::Special(path.to_owned()))?;
     let Some(mut folder) = writer.node(CWD, &name)? else { return Ok(()) };
@@ -186,6 +186,9 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
         let size = u64::try_from(stat.st_size).unwrap_or_default();
         self.raw(&size.to_le_bytes())?;
         let mut left = size;
+        let most = usize::try_from(size).unwrap_or(READ).min(READ);
+        // Most files are small, and so is most of what is read at once.
+        self.buffer.resize(self.buffer.len().max(most), 0);
         while left > 0 {
             let want = usize::try_from(left).unwrap_or(READ).min(READ);
             let got = match file.read(&mut self.buffer[..want]) {
@@ -272,12 +275,50 @@ impl Fault {
     }
 }
 
+/// Where the NAR of a store path comes from: the path on disk, and what was read of it already.
+#[derive(Clone, Debug)]
+pub struct NarSource {
+    /// The path.
+    pub file: PathBuf,
+    /// Its whole NAR, whose hash and size are the registered ones.
+    pub read: Option<Bytes>,
+}
+
+impl<T: AsRef<Path>> From<T> for NarSource {
+    fn from(file: T) -> Self {
+        Self { file: file.as_ref().to_owned(), read: None }
+    }
+}
+
+impl NarSource {
+    /// The NAR's blocks; `hash` and `size` are the registered ones.
+    pub fn stream(&self, hash: Sha256, size: u64) -> NarStream {
+        match &self.read {
+            Some(nar) => NarStream::of_read(nar.clone()),
+            None => NarStream::open(self.file.clone(), hash, size),
+        }
+    }
+}
+
+/// Reads the NAR of a path into memory and tells `observer` what it holds. For small ones; `hash` and `size` are the
+/// registered ones.
+///
+/// # Errors
+/// As `write_observed`; also when it is not the NAR that was registered.
+pub fn read_observed(path: &Path, hash: Sha256, size: u64, observer: &mut impl Observe) -> Result<Bytes, DumpError> {
+    let mut out = Blocks::new(None, size);
+    write_observed(path, &mut out, observer).map_err(|error| out.judge(path, error))?;
+    out.finish(path, hash)
+}
+
 /// The NAR of a store path as a stream of blocks. It ends well only if hash and size are the
 /// registered ones; else its last block never comes, and an error does in its place.
 #[derive(Debug)]
 pub struct NarStream {
     blocks: mpsc::Receiver<Bytes>,
-    task: Option<JoinHandle<Result<(), DumpError>>>,
+    /// Ends with the last block, so that of a small NAR nothing goes another way.
+    task: Option<JoinHandle<Result<Bytes, DumpError>>>,
+    last: Option<Bytes>,
     fault: Fault,
 }
 
@@ -286,11 +327,15 @@ impl NarStream {
     pub fn open(path: PathBuf, hash: Sha256, size: u64) -> Self {
         let (sender, blocks) = mpsc::channel(1);
         let task = tokio::task::spawn_blocking(move || {
-            let mut out = Blocks::new(sender, size);
+            let mut out = Blocks::new(Some(sender), size);
             write(&path, &mut out).map_err(|error| out.judge(&path, error))?;
             out.finish(&path, hash)
         });
-        Self { blocks, task: Some(task), fault: Fault::default() }
+        Self { blocks, task: Some(task), last: None, fault: Fault::default() }
+    }
+
+    fn of_read(nar: Bytes) -> Self {
+        Self { blocks: mpsc::channel(1).1, task: None, last: Some(nar), fault: Fault::default() }
     }
 
     /// Where to look for the reason when sending this stream has failed.
@@ -303,27 +348,35 @@ impl Stream for NarStream {
     type Item = io::Result<Bytes>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if let Some(block) = ready!(self.blocks.poll_recv(context)) {
-            return Poll::Ready(Some(Ok(block)));
+        if let Some(task) = &mut self.task
+            && let Poll::Ready(ended) = Pin::new(task).poll(context)
+        {
+            self.task = None;
+            let ended = ended.unwrap_or_else(|panic| Err(DumpError::Sink(io::Error::other(panic))));
+            match ended {
+                Ok(last) => self.last = Some(last),
+                Err(error) => {
+                    let shown = io::Error::other(error.to_string());
+                    self.fault.set(error);
+                    self.blocks.close();
+                    return Poll::Ready(Some(Err(shown)));
+                }
+            }
         }
-        let Some(task) = &mut self.task else { return Poll::Ready(None) };
-        let ended = ready!(Pin::new(task).poll(context));
-        self.task = None;
-        let error = match ended {
-            Ok(Ok(())) => return Poll::Ready(None),
-            Ok(Err(error)) => error,
-            Err(panic) => DumpError::Sink(io::Error::other(panic)),
-        };
-        let shown = io::Error::other(error.to_string());
-        self.fault.set(error);
-        Poll::Ready(Some(Err(shown)))
+        match self.blocks.poll_recv(context) {
+            Poll::Ready(Some(block)) => Poll::Ready(Some(Ok(block))),
+            // The task drops its end just before it has ended itself, and wakes us then.
+            _ if self.task.is_some() => Poll::Pending,
+            _ => Poll::Ready(self.last.take().map(Ok)),
+        }
     }
 }
 
 /// Cuts what is written into blocks and hashes them. A full block leaves only when more bytes
 /// come, so that the last one is still here when the hash is known.
 struct Blocks {
-    sender: mpsc::Sender<Bytes>,
+    /// Without one there is a single block.
+    sender: Option<mpsc::Sender<Bytes>>,
     block: BytesMut,
     hasher: Hasher,
     written: u64,
@@ -331,14 +384,15 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn new(sender: mpsc::Sender<Bytes>, size: u64) -> Self {
+    fn new(sender: Option<mpsc::Sender<Bytes>>, size: u64) -> Self {
         Self { sender, block: BytesMut::new(), hasher: Hasher::new(), written: 0, size }
     }
 
     fn send(&mut self) -> io::Result<()> {
+        let Some(sender) = &self.sender else { return Ok(()) };
         self.hasher.update(&self.block);
         let block = self.block.split().freeze();
-        self.sender.blocking_send(block).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        sender.blocking_send(block).map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
     /// Bytes refused here because there are too many mean a corrupt path, not a broken sink.
@@ -351,7 +405,8 @@ impl Blocks {
         }
     }
 
-    fn finish(mut self, path: &Path, hash: Sha256) -> Result<(), DumpError> {
+    /// The last block, if all of it is what it should be.
+    fn finish(mut self, path: &Path, hash: Sha256) -> Result<Bytes, DumpError> {
         if self.written != self.size {
             let difference = format!("its NAR has {} bytes instead of {}", self.written, self.size);
             return Err(self.corrupt(path, difference));
@@ -361,8 +416,7 @@ impl Blocks {
         if found != hash {
             return Err(self.corrupt(path, format!("its NAR's hash is {found} instead of {hash}")));
         }
-        let block = self.block.split().freeze();
-        self.sender.blocking_send(block).map_err(|_| DumpError::Sink(io::ErrorKind::BrokenPipe.into()))
+        Ok(self.block.freeze())
     }
 
     fn corrupt(&self, path: &Path, difference: String) -> DumpError {
@@ -375,15 +429,16 @@ impl Write for Blocks {
         if self.written + bytes.len() as u64 > self.size {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        if self.block.len() == BLOCK {
+        let room = if self.sender.is_some() { BLOCK } else { usize::MAX };
+        if self.block.len() == room {
             self.send()?;
         }
         if self.block.capacity() == 0 {
             // A small NAR is not worth a whole block.
             let left = usize::try_from(self.size - self.written).unwrap_or(BLOCK);
-            self.block.reserve(left.min(BLOCK));
+            self.block.reserve(left.min(room));
         }
-        let taken = bytes.len().min(BLOCK - self.block.len());
+        let taken = bytes.len().min(room - self.block.len());
         self.block.extend_from_slice(&bytes[..taken]);
         self.written += taken as u64;
         Ok(taken)

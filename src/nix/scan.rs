@@ -12,6 +12,7 @@ use std::io;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use serde::Serialize;
 
 pub use self::needles::{is_secret_name, is_secret_value};
@@ -19,7 +20,8 @@ pub use self::needles::{is_secret_name, is_secret_value};
 use self::matcher::Matcher;
 use self::needles::{Needle, What, of_place, of_secret};
 use self::shapes::{LOOKAHEAD, Shape};
-use crate::nix::nar::{DumpError, Observe, write_observed};
+use crate::nix::hash::Sha256;
+use crate::nix::nar::{DumpError, Observe, read_observed, write_observed};
 use crate::nix::store_path::PathHash;
 use crate::policy::Rule;
 use crate::secret::Secret;
@@ -181,6 +183,20 @@ impl Scanner {
             Err(DumpError::Sink(_)) => Ok(look.looked),
             Err(error) => Err(error),
             Ok(()) => Ok(look.looked),
+        }
+    }
+
+    /// The same of a small path, whose NAR comes back with it unless enough was found before its end. What is sent
+    /// then is what was looked at. `hash` and `size` are the registered ones.
+    ///
+    /// # Errors
+    /// When it cannot be read whole, or is not what was registered.
+    pub fn look_and_read(&self, path: &Path, hash: Sha256, size: u64) -> Result<(Looked, Option<Bytes>), DumpError> {
+        let mut look = self.begin();
+        match read_observed(path, hash, size, &mut look) {
+            Err(DumpError::Sink(_)) => Ok((look.looked, None)),
+            Err(error) => Err(error),
+            Ok(nar) => Ok((look.looked, Some(nar))),
         }
     }
 

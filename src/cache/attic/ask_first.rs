@@ -3,48 +3,34 @@
 //! that was lost, or a connection that had ended while it rested.
 
 use std::io::Write as _;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use reqwest::header::HeaderValue;
-use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 use crate::cache::attic::Error;
 use crate::cache::attic::line::{Answer, Leave, Line};
-use crate::cache::attic::send::{HEADER_LIMIT, Parcel, Patience, SendNar, Uploaded, WholeBody, read_kind};
-use crate::http::{Clients, Direct, USER_AGENT};
+use crate::cache::attic::lines::{self, Lines};
+use crate::cache::attic::send::{
+    ANSWER_LIMIT, HEADER_LIMIT, Meter, Parcel, Patience, SendNar, Uploaded, WholeBody, read_kind,
+};
 use crate::nix::nar::NarStream;
 
 /// From this NAR size on, in bytes, a round trip for the server's leave costs less than the body.
 const WORTH_ASKING: u64 = 64 * 1024;
 /// A server or a proxy that does not know the question is silent; then the body is sent.
 const GRACE: Duration = Duration::from_secs(1);
-/// Connections that rest at most, and how long: less than servers let them.
-const RESTING: usize = 16;
-const REST: Duration = Duration::from_secs(15);
 
 /// The usual way to send a NAR.
 #[derive(Debug)]
 pub struct AskFirst {
-    direct: Direct,
+    lines: Arc<Lines>,
     proxied: WholeBody,
     patience: Patience,
-    resting: Mutex<Vec<Rested>>,
-}
-
-struct Rested {
-    line: Line,
-    since: Instant,
-}
-
-impl std::fmt::Debug for Rested {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Rested")
-    }
 }
 
 /// How one request went about its body.
@@ -70,13 +56,12 @@ enum Ended {
 
 impl AskFirst {
     /// Patience is for bytes that do not move; questions of leave have their own.
-    pub fn new(clients: &Clients, patience: Patience) -> Self {
-        let proxied = WholeBody::new(clients.sending.clone(), patience);
-        Self { direct: clients.direct.clone(), proxied, patience, resting: Mutex::default() }
+    pub fn new(lines: Arc<Lines>, sending: reqwest::Client, patience: Patience) -> Self {
+        Self { lines, proxied: WholeBody::new(sending, patience), patience }
     }
 
     async fn put(&self, parcel: Parcel) -> Result<Uploaded, Error> {
-        if self.direct.is_proxied(&parcel.url) {
+        if self.lines.is_proxied(&parcel.url) {
             return self.proxied.send(parcel).await;
         }
         let by_header = parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
@@ -108,12 +93,12 @@ impl AskFirst {
 
     /// One request, on a connection that rested if `old` allows it and there is one.
     async fn once(&self, parcel: &Parcel, manner: Manner, old: bool) -> Ended {
-        let rested = old.then(|| self.wake()).flatten();
+        let rested = old.then(|| self.lines.wake(&parcel.url, ANSWER_LIMIT)).flatten();
         let is_old = rested.is_some();
         let mut line = match rested {
             Some(line) => line,
-            None => match self.direct.connect(&parcel.url).await {
-                Ok(connection) => Line::new(connection),
+            None => match self.lines.connect(&parcel.url, ANSWER_LIMIT).await {
+                Ok(line) => line,
                 Err(error) => return Ended::Failed(Error::of_connection(&error)),
             },
         };
@@ -126,30 +111,12 @@ impl AskFirst {
             Ended::Answered { answer, whole } => {
                 // Only after a whole exchange does the next answer belong to the next request.
                 if whole && line.may_stay(&answer) {
-                    self.rest(line);
+                    self.lines.rest(&parcel.url, line);
                 }
                 Ended::Answered { answer, whole }
             }
             Ended::BrokeOff { error, .. } => Ended::BrokeOff { error, in_vain: is_old },
             failed @ Ended::Failed(_) => failed,
-        }
-    }
-
-    fn wake(&self) -> Option<Line> {
-        let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(mut rested) = resting.pop() {
-            if rested.since.elapsed() < REST && rested.line.is_quiet() {
-                return Some(rested.line);
-            }
-        }
-        None
-    }
-
-    fn rest(&self, line: Line) {
-        let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        resting.retain(|rested| rested.since.elapsed() < REST);
-        if resting.len() < RESTING {
-            resting.push(Rested { line, since: Instant::now() });
         }
     }
 }
@@ -164,7 +131,16 @@ async fn exchange(line: &mut Line, parcel: &Parcel, manner: Manner) -> Ended {
     let broke_off = |error| Ended::BrokeOff { error, in_vain: false };
     let early = |answer| Ended::Answered { answer, whole: false };
     let Some(head) = head(parcel, manner) else { return Ended::Failed(Error::Token) };
-    match line.say(&head).await {
+    // Head and body of a small one go together: one packet, and the server wakes up once.
+    let mut body = (manner == Manner::AtOnce && parcel.size <= WORTH_ASKING).then(|| Body::open(parcel));
+    let first = match &mut body {
+        Some(body) => match body.next().await {
+            Ok(block) => block.unwrap_or_default(),
+            Err(ended) => return ended,
+        },
+        None => Bytes::new(),
+    };
+    match line.say_both(&head, &first).await {
         Ok(Some(answer)) => return early(answer),
         Ok(None) => (),
         Err(error) => return broke_off(error),
@@ -176,16 +152,13 @@ async fn exchange(line: &mut Line, parcel: &Parcel, manner: Manner) -> Ended {
             Err(error) => return broke_off(error),
         }
     }
-    let mut nar = NarStream::open(parcel.file.clone(), parcel.hash, parcel.size);
-    let fault = nar.fault();
-    while let Some(block) = nar.next().await {
-        let block: Bytes = match (block, fault.take()) {
-            (Ok(block), None) => block,
-            // The request stays unfinished, so that the server stores nothing.
-            (_, Some(error)) => return Ended::Failed(error.into()),
-            (Err(error), None) => return broke_off(error),
+    let mut body = body.unwrap_or_else(|| Body::open(parcel));
+    loop {
+        let block = match body.next().await {
+            Ok(Some(block)) => block,
+            Ok(None) => break,
+            Err(ended) => return ended,
         };
-        parcel.meter.add(block.len() as u64);
         match line.say(&block).await {
             Ok(Some(answer)) => return early(answer),
             Ok(None) => (),
@@ -195,30 +168,38 @@ async fn exchange(line: &mut Line, parcel: &Parcel, manner: Manner) -> Ended {
     line.answer().await.map_or_else(broke_off, |answer| Ended::Answered { answer, whole: true })
 }
 
-/// The request's head, and the description where it does not fit into it. Zeroised, for the token is in it.
+/// The NAR on its way, counted as it leaves.
+struct Body<'a> {
+    nar: NarStream,
+    meter: &'a Meter,
+}
+
+impl<'a> Body<'a> {
+    fn open(parcel: &'a Parcel) -> Self {
+        Self { nar: parcel.source.stream(parcel.hash, parcel.size), meter: &parcel.meter }
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, Ended> {
+        match (self.nar.next().await, self.nar.fault().take()) {
+            (Some(Ok(block)), None) => {
+                self.meter.add(block.len() as u64);
+                Ok(Some(block))
+            }
+            (None, None) => Ok(None),
+            // The request stays unfinished, so that the server stores nothing.
+            (_, Some(error)) => Err(Ended::Failed(error.into())),
+            (Some(Err(error)), None) => Err(Ended::BrokeOff { error, in_vain: false }),
+        }
+    }
+}
+
+/// The request's head, and the description where it does not fit into it.
 fn head(parcel: &Parcel, manner: Manner) -> Option<Zeroizing<Vec<u8>>> {
     let by_header = parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
-    let url = &parcel.url;
-    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     let preamble = if by_header { "" } else { parcel.info.as_str() };
     let length = preamble.len() as u64 + parcel.size;
-    // Grown at once: what a vector leaves behind when it grows is not zeroised.
-    let mut head = Zeroizing::new(Vec::with_capacity(8 * 1024 + 2 * parcel.info.len()));
-    let query = url.query().map(|query| format!("?{query}")).unwrap_or_default();
-    write!(
-        head,
-        "PUT {}{query} HTTP/1.1\r\nHost: {}{port}\r\nUser-Agent: {USER_AGENT}\r\n\
-         Content-Type: application/x-nix-nar\r\nContent-Length: {length}\r\n",
-        url.path(),
-        url.host_str()?
-    )
-    .ok()?;
-    for (name, value) in &parcel.headers {
-        head.extend_from_slice(name.as_str().as_bytes());
-        head.extend_from_slice(b": ");
-        head.extend_from_slice(value.as_bytes());
-        head.extend_from_slice(b"\r\n");
-    }
+    let mut head = lines::head("PUT", &parcel.url, &parcel.headers, 2 * parcel.info.len())?;
+    write!(head, "Content-Type: application/x-nix-nar\r\nContent-Length: {length}\r\n").ok()?;
     if by_header {
         write!(head, "X-Attic-Nar-Info: {}\r\n", parcel.info).ok()?;
     } else {

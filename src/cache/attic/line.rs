@@ -7,12 +7,12 @@
 use std::io;
 use std::time::Duration;
 
+use bytes::Buf;
 use futures_util::FutureExt as _;
 use reqwest::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::time::timeout;
 
-use crate::cache::attic::send::ANSWER_LIMIT;
 use crate::http::Connection;
 
 /// A head larger than this is no answer.
@@ -27,9 +27,11 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub(super) struct Answer {
     pub status: u16,
     pub headers: HeaderMap,
-    /// At most [`ANSWER_LIMIT`] bytes; more are not read.
+    /// At most as many bytes as the line was made for; more are not read.
     pub body: Vec<u8>,
-    /// Its end was seen, and the server keeps the connection.
+    /// Its end was seen where the answer itself says that it is.
+    pub whole: bool,
+    /// That, and the server keeps the connection.
     keeps: bool,
 }
 
@@ -42,6 +44,8 @@ pub(super) struct Line {
 struct Reader {
     half: ReadHalf<Box<dyn Connection>>,
     read: Vec<u8>,
+    /// Bytes of an answer's body that are read.
+    limit: usize,
 }
 
 struct Head {
@@ -60,9 +64,15 @@ pub(super) enum Leave {
 }
 
 impl Line {
-    pub fn new(connection: Box<dyn Connection>) -> Self {
+    /// `limit`: bytes of an answer's body that are read.
+    pub fn new(connection: Box<dyn Connection>, limit: usize) -> Self {
         let (half, writer) = tokio::io::split(connection);
-        Self { reader: Reader { half, read: Vec::new() }, writer }
+        Self { reader: Reader { half, read: Vec::new(), limit }, writer }
+    }
+
+    /// Reads so many bytes of an answer's body from now on.
+    pub fn limit(&mut self, limit: usize) {
+        self.reader.limit = limit;
     }
 
     /// Whether the server still holds it: nothing may be said on a connection that rests, not even its end.
@@ -73,9 +83,14 @@ impl Line {
 
     /// Says something. An answer that comes meanwhile, or that explains why it could not be said, is returned.
     pub async fn say(&mut self, bytes: &[u8]) -> io::Result<Option<Answer>> {
+        self.say_both(bytes, &[]).await
+    }
+
+    /// The same of two things in one breath.
+    pub async fn say_both(&mut self, first: &[u8], second: &[u8]) -> io::Result<Option<Answer>> {
         let Self { reader, writer } = self;
         let saying = async {
-            writer.write_all(bytes).await?;
+            writer.write_all_buf(&mut Buf::chain(first, second)).await?;
             writer.flush().await
         };
         tokio::select! {
@@ -183,12 +198,12 @@ impl Reader {
             Err(error) => return Err(error),
         };
         let keeps = keeps && whole;
-        Ok(Answer { status: head.status, headers: head.headers, body, keeps })
+        Ok(Answer { status: head.status, headers: head.headers, body, whole, keeps })
     }
 
     /// So many bytes; `false` if they are more than are read of an answer.
     async fn take(&mut self, length: usize, body: &mut Vec<u8>) -> io::Result<bool> {
-        let wanted = length.min(ANSWER_LIMIT - body.len().min(ANSWER_LIMIT));
+        let wanted = length.min(self.limit - body.len().min(self.limit));
         while self.read.len() < wanted {
             if let Err(error) = self.more().await {
                 body.append(&mut self.read);
@@ -201,9 +216,9 @@ impl Reader {
 
     /// Everything until the connection ends, which it then has.
     async fn rest(&mut self, body: &mut Vec<u8>) -> io::Result<bool> {
-        while self.read.len() < ANSWER_LIMIT && self.half.read_buf(&mut self.read).await? > 0 {}
+        while self.read.len() < self.limit && self.half.read_buf(&mut self.read).await? > 0 {}
         body.append(&mut self.read);
-        body.truncate(ANSWER_LIMIT);
+        body.truncate(self.limit);
         Ok(false)
     }
 

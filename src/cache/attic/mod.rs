@@ -5,26 +5,29 @@ mod ask_first;
 mod config;
 mod error;
 mod line;
+mod lines;
 mod read;
 mod send;
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::RequestBuilder;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde::{Deserialize, Serialize};
+use url::Url;
 
 pub use self::ask_first::AskFirst;
 pub use self::config::CacheConfig;
 pub use self::error::{Action, Error};
+pub use self::lines::Lines;
 pub use self::read::Body;
 pub use self::send::{Meter, Parcel, Patience, SendNar, Uploaded, WholeBody};
 
 use crate::cache::endpoint::Endpoint;
 use crate::http::Clients;
+use crate::nix::nar::NarSource;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::{PathHash, StorePath};
 use crate::secret::Secret;
@@ -45,6 +48,7 @@ struct Inner {
     endpoint: Endpoint,
     token: Option<Secret>,
     asking: reqwest::Client,
+    lines: Arc<Lines>,
     sender: Box<dyn SendNar>,
     ask_timeout: Duration,
 }
@@ -52,8 +56,9 @@ struct Inner {
 impl Attic {
     /// A cache, and the token by which we may use it.
     pub fn new(endpoint: Endpoint, token: Option<Secret>, clients: Clients) -> Self {
-        let sender = Box::new(AskFirst::new(&clients, Patience::default()));
-        Self::with_sender(endpoint, token, clients.asking, sender, ASK_TIMEOUT)
+        let lines = Arc::new(Lines::new(clients.direct));
+        let sender = Box::new(AskFirst::new(Arc::clone(&lines), clients.sending, Patience::default()));
+        Self::with_sender(endpoint, token, clients.asking, lines, sender, ASK_TIMEOUT)
     }
 
     /// The same with another way of sending NARs, and another patience with questions.
@@ -61,10 +66,11 @@ impl Attic {
         endpoint: Endpoint,
         token: Option<Secret>,
         asking: reqwest::Client,
+        lines: Arc<Lines>,
         sender: Box<dyn SendNar>,
         ask_timeout: Duration,
     ) -> Self {
-        Self(Arc::new(Inner { endpoint, token, asking, sender, ask_timeout }))
+        Self(Arc::new(Inner { endpoint, token, asking, lines, sender, ask_timeout }))
     }
 
     /// Where it is.
@@ -104,16 +110,21 @@ impl Attic {
         Ok(answer.missing_paths)
     }
 
-    /// Sends one path, read from `file` on disk; once. It is safe to be repeated.
+    /// Sends one path; once. It is safe to be repeated.
     ///
     /// # Errors
     /// As [`Error`] says.
-    pub async fn upload(&self, info: &PathInfo, file: &Path, meter: &Meter) -> Result<Uploaded, Error> {
+    pub async fn upload(
+        &self,
+        info: &PathInfo,
+        source: impl Into<NarSource>,
+        meter: &Meter,
+    ) -> Result<Uploaded, Error> {
         let parcel = Parcel {
             url: self.endpoint().api("upload-path"),
             headers: self.headers()?,
             info: upload_info(self.endpoint().cache.as_str(), info)?,
-            file: file.to_owned(),
+            source: source.into(),
             hash: info.nar_hash,
             size: info.nar_size,
             meter: meter.clone(),
@@ -130,6 +141,15 @@ impl Attic {
             headers.insert(AUTHORIZATION, value);
         }
         Ok(headers)
+    }
+
+    /// Something small and its whole, successful text.
+    async fn get(&self, url: Url) -> Result<Vec<u8>, Error> {
+        match self.0.lines.get(&url, &self.headers()?, ANSWER_LIMIT, self.0.ask_timeout).await? {
+            Some(answer) if (200..300).contains(&answer.status) => Ok(answer.body),
+            Some(answer) => Err(Error::of_answer(answer.status, &answer.headers, &answer.body, 0)),
+            None => self.ask(self.0.asking.get(url)).await,
+        }
     }
 
     /// A question and its whole, successful answer.

@@ -34,8 +34,7 @@ impl Attic {
     /// # Errors
     /// As [`Error`] says; [`Error::Foreign`] if the text is no narinfo.
     pub async fn nar_info(&self, hash: &PathHash) -> Result<Option<NarInfo>, Error> {
-        let request = self.0.asking.get(self.endpoint().read(&format!("{hash}.narinfo")));
-        let text = match self.ask(request).await {
+        let text = match self.get(self.endpoint().read(&format!("{hash}.narinfo"))).await {
             Err(Error::Refused { status: 404, .. }) => return Ok(None),
             answer => answer?,
         };

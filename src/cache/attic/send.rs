@@ -1,7 +1,6 @@
 //! What every way of sending a NAR needs, and the simplest one: one request with the whole body,
 //! exact in length, watched while it moves.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,7 +16,7 @@ use url::Url;
 use crate::cache::attic::{Error, answer};
 use crate::http::Layer;
 use crate::nix::hash::Sha256;
-use crate::nix::nar::NarStream;
+use crate::nix::nar::NarSource;
 
 /// Longer descriptions travel in front of the NAR: proxies stop at headers of 4 to 8 KiB.
 pub(super) const HEADER_LIMIT: usize = 3500;
@@ -110,8 +109,8 @@ pub struct Parcel {
     pub headers: HeaderMap,
     /// Its description as JSON.
     pub info: String,
-    /// Where it lies on disk.
-    pub file: PathBuf,
+    /// Where its NAR comes from.
+    pub source: NarSource,
     /// The NAR's registered hash.
     pub hash: Sha256,
     /// The NAR's registered size in bytes.
@@ -161,7 +160,7 @@ impl WholeBody {
 
     /// One request, its body held back for `hold`: how it ended, and whether the connection broke off.
     async fn once(&self, parcel: Parcel, hold: Duration) -> (Result<Uploaded, Error>, bool) {
-        let Parcel { url, mut headers, info, file, hash, size, meter } = parcel;
+        let Parcel { url, mut headers, info, source, hash, size, meter } = parcel;
         let header = HeaderValue::from_str(&info).ok().filter(|_| info.len() <= HEADER_LIMIT);
         let preamble = match header {
             Some(value) => {
@@ -175,7 +174,7 @@ impl WholeBody {
         };
         headers.insert(CONTENT_LENGTH, HeaderValue::from(preamble.len() as u64 + size));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-nix-nar"));
-        let nar = NarStream::open(file, hash, size);
+        let nar = source.stream(hash, size);
         let fault = nar.fault();
         let counted = meter.clone();
         let nar = nar.inspect_ok(move |block| counted.add(block.len() as u64));

@@ -1,6 +1,7 @@
 //! What is asked of Nix, and what its answers come to. Real stores are tried in `tests/real`.
 
 use std::fs;
+use std::path::Path;
 
 use tempfile::TempDir;
 
@@ -44,7 +45,7 @@ fn info(n: u8) -> PathInfo {
 
 async fn send_all(copy: &Copy, infos: &[PathInfo]) -> Vec<Option<String>> {
     let (file, meter) = (Path::new("/nonexistent"), Meter::default());
-    let sent = futures_util::future::join_all(infos.iter().map(|info| copy.send(info, file, &meter))).await;
+    let sent = futures_util::future::join_all(infos.iter().map(|info| copy.send(info, file.into(), &meter))).await;
     sent.into_iter().map(|sent| sent.err().map(|error| error.to_string())).collect()
 }
 

@@ -16,6 +16,7 @@ use crate::cache::publish::outcome::{Final, Outcome, Settled, Skip};
 use crate::cache::publish::pace::Pace;
 use crate::cache::publish::plan::{Id, Plan};
 use crate::cache::publish::{Command, Options};
+use crate::nix::nar::NarSource;
 use crate::nix::path_info::PathInfo;
 use crate::nix::scan::Finding;
 use crate::nix::store_path::StorePath;
@@ -320,18 +321,18 @@ impl Work {
             self.sending += 1;
             self.sending_large += usize::from(large);
             let (to, meter) = (self.to.clone(), self.meter.next());
-            let file = self.options.store.join(info.path.base_name());
+            let mut source = NarSource::from(self.options.store.join(info.path.base_name()));
             let inspector = self.options.inspector.clone();
             self.jobs.spawn(async move {
                 let size = info.nar_size;
                 let inspected = match inspector {
-                    Some(inspector) => inspector.inspect(&info, &file).await,
+                    Some(inspector) => inspector.inspect(&info, &mut source).await,
                     None => Ok(Vec::new()),
                 };
                 let began = Instant::now();
                 let answer = match inspected {
                     Ok(findings) if !findings.is_empty() => return Done::Kept { id, size, findings },
-                    Ok(_) => to.send(&info, &file, &meter).await,
+                    Ok(_) => to.send(&info, source, &meter).await,
                     Err(error) => Err(error.into()),
                 };
                 Done::Sent { id, size, took: began.elapsed(), answer }

@@ -118,7 +118,7 @@ async fn the_token_travels_by_file_and_paths_come_in_one_call() {
     let infos: Vec<PathInfo> = (0..3).map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[])).collect();
     let file = Path::new("/nonexistent");
     let meter = Meter::default();
-    let sent = futures_util::future::join_all(infos.iter().map(|info| stock.send(info, file, &meter))).await;
+    let sent = futures_util::future::join_all(infos.iter().map(|info| stock.send(info, file.into(), &meter))).await;
     assert!(sent.iter().all(Result::is_ok), "{sent:?}");
     assert_eq!(meter.all(), infos.iter().map(|info| info.nar_size).sum::<u64>());
     let pushes = fs::read_to_string(host.folder.path().join("pushes")).expect("called");
@@ -147,7 +147,7 @@ async fn a_call_that_fails_leaves_each_path_its_own_fate() {
         // A server without Attic's API is looked into path by path.
         fake.server.faults().plain = plain;
         let (file, meter) = (Path::new("/nonexistent"), Meter::default());
-        let sent = futures_util::future::join_all(infos.iter().map(|info| stock.send(info, file, &meter))).await;
+        let sent = futures_util::future::join_all(infos.iter().map(|info| stock.send(info, file.into(), &meter))).await;
         assert!(sent[0].is_ok() && sent[1].is_ok(), "{sent:?}");
         let error = sent[2].as_ref().expect_err("missing").to_string();
         assert!(error.contains("413 too large"), "{error}");
@@ -169,7 +169,7 @@ async fn a_client_that_hangs_ends_with_its_askers() {
         }
     };
     tokio::select! {
-        sent = stock.send(&info, Path::new("/nonexistent"), &meter) => panic!("{sent:?}"),
+        sent = stock.send(&info, "/nonexistent".into(), &meter) => panic!("{sent:?}"),
         () = began => (),
     }
     let process = PathBuf::from("/proc").join(fs::read_to_string(&pid).expect("written").trim()).join("cmdline");

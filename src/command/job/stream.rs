@@ -159,7 +159,7 @@ impl Stream {
         }
         let options = verify::Options { key: cache.public_key.clone(), ..verify::Options::default() };
         let served = outcome.served().cloned().collect();
-        let verification = verify::verify(&*to, served, &options, bound.deadline, &bound.cancel).await;
+        let verification = verify::verify(to, served, &options, bound.deadline, &bound.cancel).await;
         if verification.key == Key::Unknown && verification.good() > 0 {
             let text = "no signature was checked: neither `attic-public-key` nor the cache names a key";
             sink.degraded("publication", text);

@@ -1,11 +1,12 @@
 //! Uploads to servers that are scripted to the byte.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::cache::attic::{AskFirst, Attic, Error, Meter, Patience, SendNar, Uploaded, WholeBody};
+use crate::cache::attic::{AskFirst, Attic, Error, Lines, Meter, Patience, SendNar, Uploaded, WholeBody};
 use crate::cache::endpoint::Endpoint;
 use crate::cache::fake::Fake;
 use crate::http::{Clients, Roots};
@@ -14,6 +15,11 @@ use crate::secret::Secret;
 
 const KNOWN: &str = "HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{\"kind\":\"Deduplicated\"}";
 const STORED: &str = "HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{\"kind\":\"Uploaded\"}";
+
+fn ask_first(clients: &Clients) -> Box<dyn SendNar> {
+    let lines = Arc::new(Lines::new(clients.direct.clone()));
+    Box::new(AskFirst::new(lines, clients.sending.clone(), Patience::default()))
+}
 
 /// A server on loopback, a client that knows it, and a path of this many bytes to send to it.
 struct Scene {
@@ -73,7 +79,7 @@ impl Heard {
 
 impl Scene {
     async fn new(size: usize) -> Self {
-        Self::with(size, 0, |clients| Box::new(AskFirst::new(clients, Patience::default()))).await
+        Self::with(size, 0, ask_first).await
     }
 
     async fn with(size: usize, references: usize, sender: impl Fn(&Clients) -> Box<dyn SendNar>) -> Self {
@@ -84,7 +90,8 @@ impl Scene {
         let clients = Clients::new(&Roots::default()).expect("settings hold");
         let sender = sender(&clients);
         let patience = std::time::Duration::from_secs(2);
-        let attic = Attic::with_sender(endpoint, Secret::new("token"), clients.asking, sender, patience);
+        let lines = Arc::new(Lines::new(clients.direct));
+        let attic = Attic::with_sender(endpoint, Secret::new("token"), clients.asking, lines, sender, patience);
         let others: Vec<PathInfo> = (0..references).map(|n| fake.path(&format!("library-{n}"), b"", &[])).collect();
         let path = fake.path("path", &vec![b'x'; size], &others.iter().collect::<Vec<_>>());
         let file = fake.file(&path);
@@ -201,7 +208,7 @@ async fn a_small_nar_goes_at_once_and_its_length_is_exact() {
 
 #[tokio::test]
 async fn a_long_description_counts_into_the_length() {
-    let scene = Scene::with(200_000, 100, |clients| Box::new(AskFirst::new(clients, Patience::default()))).await;
+    let scene = Scene::with(200_000, 100, ask_first).await;
     let server = async {
         let mut heard = scene.heard().await;
         let size = heard.head.lines().find_map(|line| line.strip_prefix("x-attic-nar-info-preamble-size: "));
@@ -222,8 +229,8 @@ async fn a_long_description_counts_into_the_length() {
 async fn an_early_answer_is_never_lost() {
     type Sender = fn(&Clients) -> Box<dyn SendNar>;
     let senders: [(Sender, usize); 3] = [
-        (|clients| Box::new(AskFirst::new(clients, Patience::default())), 0),
-        (|clients| Box::new(AskFirst::new(clients, Patience::default())), 100),
+        (ask_first, 0),
+        (ask_first, 100),
         (|clients| Box::new(WholeBody::new(clients.sending.clone(), Patience::default())), 0),
     ];
     for (sender, references) in senders {
