@@ -1,7 +1,7 @@
 //! `just bench publish`: publishing beside `nix copy`, to the same embedded cache over HTTP and to `file://`,
 //! in one run; the lag from valid to servable and the overhead on a real build; and 50 ms more per request.
-//! Small paths and the build are measured with the caches on the disk that the store is on, and in memory: our server
-//! syncs each path to its disk and `nix copy` to `file://` syncs none, and a cache's disk is seldom the build's.
+//! Small paths and the build are measured with the caches on the disk that the store is on, and in memory, for a
+//! cache's disk is seldom the build's.
 //!
 //! As root, with real Nix; client and server are the binary of the release profile, or `FLYWHEEL_BIN`.
 //! Prints a table of medians and writes `target/bench/publish.json`. `FLYWHEEL_BENCH_RUNS` (3) is the
@@ -30,6 +30,8 @@ const SMALL: usize = 500;
 const BIG: usize = 5;
 /// zstd's level, the same everywhere: Nix's default for zstd and the server's are both 3.
 const LEVEL: i32 = 3;
+/// Builds with and without publication in a run: the same build differs by a tenth from one time to the next.
+const PAIRS: usize = 3;
 const RTT: Duration = Duration::from_millis(50);
 /// A folder in memory.
 const MEMORY: &str = "/dev/shm";
@@ -69,13 +71,10 @@ fn main() {
         table.add("small in memory: nix copy file", bench.copy_file(&small, Place::Memory));
         table.add("big: read, hash, compress once", bench.once(&big));
         table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT, Place::Disk));
-        for place in [Place::Disk, Place::Memory] {
-            let quiet = bench.build(false, place);
-            let loud = bench.build(true, place);
-            let overhead = 100.0 * (loud["command s"] / quiet["command s"] - 1.0);
-            table.add(&format!("build{}: without", place.note()), quiet);
-            table.add(&format!("build{}: publishing", place.note()), loud);
-            table.add(&format!("build{}: overhead", place.note()), BTreeMap::from([("percent", overhead)]));
+        for pair in 0..PAIRS {
+            for place in [Place::Disk, Place::Memory] {
+                bench.pair(place, (run + pair) % 2 == 0, &mut table);
+            }
         }
     }
     table.print("publish");
@@ -248,6 +247,17 @@ impl Bench {
             both.1.finish().unwrap();
         }
         BTreeMap::from([("wall s", began.elapsed().as_secs_f64()), ("cpu s", cpu_of("self", 13) - cpu)])
+    }
+
+    /// The same build with and without publication, in this order or the other: the machine is not the same throughout.
+    fn pair(&self, place: Place, quiet_first: bool, table: &mut Table) {
+        let first = self.build(!quiet_first, place);
+        let second = self.build(quiet_first, place);
+        let (quiet, loud) = if quiet_first { (first, second) } else { (second, first) };
+        let overhead = 100.0 * (loud["command s"] / quiet["command s"] - 1.0);
+        table.add(&format!("build{}: without", place.note()), quiet);
+        table.add(&format!("build{}: publishing", place.note()), loud);
+        table.add(&format!("build{}: overhead", place.note()), BTreeMap::from([("percent", overhead)]));
     }
 
     /// A build of many quick derivations by `nix-job` in a store of its own, publishing or not.
