@@ -362,14 +362,14 @@ pub(crate) mod tests {
         let env = Env::from_pairs([
             ("PATH", "/usr/bin:/bin"),
             ("HOME", "/home/x"),
-            ("ATTIC_TOKEN", "one"),
-            ("FLYWHEEL_COMMAND", "two"),
-            ("GITHUB_TOKEN", "three"),
+            ("ATTIC_TOKEN", "first-secret"),
+            ("FLYWHEEL_COMMAND", "second-secret"),
+            ("GITHUB_TOKEN", "third-secret"),
             ("NIX_CONFIG", "cores = 3"),
         ]);
         let nix = Nix::at(&program, &env).await.expect("runs").with_variable("NIX_REMOTE", Some("local"));
         let printed = nix.ask(&["store", "ping"], VERSION_LIMIT).await.expect("runs").text();
-        for absent in ["one", "two", "three"] {
+        for absent in ["first-secret", "second-secret", "third-secret"] {
             assert!(!printed.contains(absent), "{printed}");
         }
         for present in ["HOME=/home/x", "NIX_REMOTE=local", "NIX_CONFIG=cores = 3\nextra-experimental-features"] {
