@@ -5,6 +5,8 @@
 //! ends, what came since the last time may be lost or torn. So time is cut into epochs: each narinfo names the one
 //! that it came in, and `synced` the last one that is on the disk whole. After a restart of the machine all paths of
 //! later epochs are taken back. Since references come before what refers to them, no closure is broken.
+//!
+//! Never keeps what comes waiting while it syncs, and never calls synced what may not be: after a failure, nothing.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -143,12 +145,13 @@ impl Durable {
         let (ended, files) = {
             let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
             let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+            let files = std::mem::take(&mut *files);
             let strangers = self.strangers.load(Ordering::Relaxed);
             if self.failed.load(Ordering::Relaxed) || (files.is_empty() && !strangers) {
                 return Ok(());
             }
             *epoch += 1;
-            (*epoch - 1, std::mem::take(&mut *files))
+            (*epoch - 1, files)
         };
         let settled = self.sync(folder, &files).and_then(|()| self.write(folder, ended, false));
         self.failed.store(settled.is_err(), Ordering::Relaxed);
@@ -325,6 +328,8 @@ mod tests {
         add(&folder, &durable, 'a');
         assert!(durable.settle(&folder).is_err());
         add(&folder, &durable, 'b');
+        durable.settle(&folder).expect("it has been said");
+        assert!(durable.files.lock().expect("sound").is_empty(), "the list would grow for as long as the server runs");
         durable.close(&folder).expect("it has been said");
         drop((folder, durable));
         let (folder, _, taken_back) = world.open("2");

@@ -125,7 +125,7 @@ pub(super) fn head(method: &str, url: &Url, headers: &HeaderMap, room: usize) ->
     let mut head = Zeroizing::new(Vec::with_capacity(8 * 1024 + room));
     write!(
         head,
-        "{method} {}{query} HTTP/1.1\r\nHost: {}{port}\r\nUser-Agent: {USER_AGENT}\r\n",
+        "{method} {}{query} HTTP/1.1\r\nHost: {}{port}\r\nUser-Agent: {USER_AGENT}\r\nAccept: */*\r\n",
         url.path(),
         url.host_str()?
     )
