@@ -1,11 +1,12 @@
 //! `just bench publish`: publishing beside `nix copy`, to the same embedded cache over HTTP and to `file://`,
 //! in one run; the lag from valid to servable and the overhead on a real build; and 50 ms more per request.
-//! Small paths and the build are measured with the caches on the disk that the store is on, and in memory, for a
-//! cache's disk is seldom the build's.
+//! Small paths are measured with the caches on the disk that the store is on, and in memory, for a cache's disk is
+//! seldom the build's.
 //!
 //! As root, with real Nix; client and server are the binary of the release profile, or `FLYWHEEL_BIN`.
 //! Prints a table of medians and writes `target/bench/publish.json`. `FLYWHEEL_BENCH_RUNS` (3) is the
-//! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path.
+//! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path, `FLYWHEEL_BENCH_PAIRS` (10) the number
+//! of builds with and without publication in a run.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that fails says why by panicking")]
 
 use std::collections::BTreeMap;
@@ -30,8 +31,9 @@ const SMALL: usize = 500;
 const BIG: usize = 5;
 /// zstd's level, the same everywhere: Nix's default for zstd and the server's are both 3.
 const LEVEL: i32 = 3;
-/// Builds with and without publication in a run: the same build differs by a tenth from one time to the next.
-const PAIRS: usize = 3;
+/// The rows of the builds.
+const QUIET: &str = "build: without";
+const LOUD: &str = "build: publishing";
 const RTT: Duration = Duration::from_millis(50);
 /// A folder in memory.
 const MEMORY: &str = "/dev/shm";
@@ -41,16 +43,6 @@ const MEMORY: &str = "/dev/shm";
 enum Place {
     Disk,
     Memory,
-}
-
-impl Place {
-    /// What it adds to the name of a row.
-    fn note(self) -> &'static str {
-        match self {
-            Self::Disk => "",
-            Self::Memory => " in memory",
-        }
-    }
 }
 
 fn main() {
@@ -71,10 +63,8 @@ fn main() {
         table.add("small in memory: nix copy file", bench.copy_file(&small, Place::Memory));
         table.add("big: read, hash, compress once", bench.once(&big));
         table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT, Place::Disk));
-        for pair in 0..PAIRS {
-            for place in [Place::Disk, Place::Memory] {
-                bench.pair(place, (run + pair) % 2 == 0, &mut table);
-            }
+        for pair in 0..number("FLYWHEEL_BENCH_PAIRS", 10) {
+            bench.pair((run + pair) % 2 == 0, &mut table);
         }
     }
     table.print("publish");
@@ -102,10 +92,19 @@ fn ratios(table: &Table) {
         let (wall, cpu) = (wall(other) / wall(&own), cpu(other) / cpu(&own));
         println!("{name}: as fast as `{other}` times {wall:.2}, with its CPU time divided by {cpu:.2} ({goal})");
     }
-    for place in [Place::Disk, Place::Memory] {
-        let percent = table.median(&format!("build{}: overhead", place.note()), "percent");
-        println!("build{}: {percent:.1} % longer (under 2 %)", place.note());
-    }
+    let (percent, error) = overhead(table);
+    println!("build: {percent:.1} % longer, give or take {error:.1} (under 2 %)");
+}
+
+/// How much longer all builds together take with publication, and the standard error of that, both in percent. The
+/// same build differs by a tenth from one time to the next, so that a figure without its error would say nothing.
+fn overhead(table: &Table) -> (f64, f64) {
+    let (quiet, loud) = (table.values(QUIET, "command s"), table.values(LOUD, "command s"));
+    let (count, whole) = (quiet.len() as f64, quiet.iter().sum::<f64>());
+    let ratio = loud.iter().sum::<f64>() / whole;
+    let squares: f64 = quiet.iter().zip(&loud).map(|(quiet, loud)| (loud - ratio * quiet).powi(2)).sum();
+    let error = (squares * count / (count - 1.0)).sqrt() / whole;
+    (100.0 * (ratio - 1.0), 100.0 * error)
 }
 
 struct Bench {
@@ -250,19 +249,17 @@ impl Bench {
     }
 
     /// The same build with and without publication, in this order or the other: the machine is not the same throughout.
-    fn pair(&self, place: Place, quiet_first: bool, table: &mut Table) {
-        let first = self.build(!quiet_first, place);
-        let second = self.build(quiet_first, place);
+    fn pair(&self, quiet_first: bool, table: &mut Table) {
+        let first = self.build(!quiet_first);
+        let second = self.build(quiet_first);
         let (quiet, loud) = if quiet_first { (first, second) } else { (second, first) };
-        let overhead = 100.0 * (loud["command s"] / quiet["command s"] - 1.0);
-        table.add(&format!("build{}: without", place.note()), quiet);
-        table.add(&format!("build{}: publishing", place.note()), loud);
-        table.add(&format!("build{}: overhead", place.note()), BTreeMap::from([("percent", overhead)]));
+        table.add(QUIET, quiet);
+        table.add(LOUD, loud);
     }
 
     /// A build of many quick derivations by `nix-job` in a store of its own, publishing or not.
-    fn build(&self, publishes: bool, place: Place) -> Figures {
-        let (server, folder) = (self.serve(place), self.new_folder());
+    fn build(&self, publishes: bool) -> Figures {
+        let (server, folder) = (self.serve(Place::Disk), self.new_folder());
         let nix = folder.join("nix");
         let expression = format!(
             "let part = n: derivation {{ name = \"part-${{toString n}}\"; system = builtins.currentSystem; \

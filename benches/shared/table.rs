@@ -18,9 +18,14 @@ impl Table {
         self.0.entry(name.to_owned()).or_default().push(figures);
     }
 
+    /// A figure of a row, each time that it was measured.
+    pub fn values(&self, name: &str, figure: &str) -> Vec<f64> {
+        self.0[name].iter().filter_map(|figures| figures.get(figure).copied()).collect()
+    }
+
     /// The median of a figure of a row.
     pub fn median(&self, name: &str, figure: &str) -> f64 {
-        let mut values: Vec<f64> = self.0[name].iter().filter_map(|figures| figures.get(figure).copied()).collect();
+        let mut values = self.values(name, figure);
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
     }

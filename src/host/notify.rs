@@ -6,8 +6,9 @@ use std::mem::MaybeUninit;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::fs::inotify;
 
@@ -31,18 +32,24 @@ pub struct Notify {
 }
 
 impl Notify {
-    /// Begins to watch `folder`; `tell` is called for each event, on a thread of its own.
+    /// Begins to watch `folder`; `tell` is called for each event, on a thread of its own. After each burst of events
+    /// it rests for `pace`, and equal events of that time become one: what moves all the time wakes nobody more often.
     ///
     /// # Errors
     /// When the folder is not there or the kernel has no watches left.
-    pub fn watch(folder: &Path, what: WatchFlags, tell: impl FnMut(Event<'_>) + Send + 'static) -> io::Result<Self> {
+    pub fn watch(
+        folder: &Path,
+        what: WatchFlags,
+        pace: Duration,
+        tell: impl FnMut(Event<'_>) + Send + 'static,
+    ) -> io::Result<Self> {
         let events = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
         inotify::add_watch(&events, folder, what)?;
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("notify".into()).spawn(move || {
             // At the usual priority: what an event tells of, a short process say, is soon gone.
-            follow(&events, &stopped, tell);
+            follow(&events, &stopped, pace, tell);
         })?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -59,7 +66,8 @@ impl Drop for Notify {
     }
 }
 
-fn follow(events: &OwnedFd, stop: &OwnedFd, mut tell: impl FnMut(Event<'_>)) {
+fn follow(events: &OwnedFd, stop: &OwnedFd, pace: Duration, mut tell: impl FnMut(Event<'_>)) {
+    let rest = Timespec::try_from(pace).ok().filter(|_| !pace.is_zero());
     let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
     loop {
         let mut waiting = [PollFd::new(events, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
@@ -76,13 +84,15 @@ fn follow(events: &OwnedFd, stop: &OwnedFd, mut tell: impl FnMut(Event<'_>)) {
                 tell(Event::Entry(name));
             }
         }
+        if let Some(rest) = &rest {
+            let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(rest));
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
-    use std::time::Duration;
 
     use super::*;
 
@@ -90,7 +100,7 @@ mod tests {
     fn a_new_entry_is_told() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (send, receive) = mpsc::channel();
-        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, move |event| {
+        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, Duration::ZERO, move |event| {
             if let Event::Entry(name) = event {
                 send.send(name.to_owned()).expect("the test listens");
             }
@@ -102,7 +112,21 @@ mod tests {
     }
 
     #[test]
+    fn it_rests_after_it_has_told_and_ends_all_the_same() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let (send, receive) = mpsc::channel();
+        let pace = Duration::from_secs(3600);
+        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, pace, move |_| send.send(()).expect("heard"));
+        let notify = notify.expect("watched");
+        std::fs::write(folder.path().join("first"), "").expect("written");
+        receive.recv_timeout(Duration::from_secs(10)).expect("told");
+        std::fs::write(folder.path().join("second"), "").expect("written");
+        drop(notify);
+        assert_eq!(receive.recv(), Err(mpsc::RecvError), "it rested");
+    }
+
+    #[test]
     fn a_folder_that_is_not_there_is_an_error() {
-        assert!(Notify::watch(Path::new("/nonexistent"), WatchFlags::CREATE, |_| ()).is_err());
+        assert!(Notify::watch(Path::new("/nonexistent"), WatchFlags::CREATE, Duration::ZERO, |_| ()).is_err());
     }
 }

@@ -13,6 +13,7 @@ use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use rustix::process::geteuid;
 
@@ -116,8 +117,10 @@ impl Clients {
             impurity: None,
         }));
         let told = Arc::clone(&state);
-        let notify =
-            Notify::watch(&folder, WatchFlags::CREATE | WatchFlags::MODIFY, move |event| lock(&told).hear(&event)).ok();
+        let notify = Notify::watch(&folder, WatchFlags::CREATE | WatchFlags::MODIFY, Duration::ZERO, move |event| {
+            lock(&told).hear(&event);
+        })
+        .ok();
         let mut begun = lock(&state);
         begun.take_in_all();
         drop(begun);
@@ -416,7 +419,7 @@ mod tests {
         assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
         let (send, receive) = std::sync::mpsc::channel();
         clients.tell(move |paths| send.send(paths.to_vec()).expect("the test listens"));
-        let deadline = std::time::Duration::from_secs(10);
+        let deadline = Duration::from_secs(10);
         assert_eq!(receive.recv_timeout(deadline).expect("told of what was before"), [path()]);
         let second: StorePath = PATH.replace("hello", "world").parse().expect("valid");
         write(folder.path(), std::process::id(), &format!("{PATH}\0{second}\0"));

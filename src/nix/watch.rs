@@ -14,6 +14,9 @@ use crate::nix::path_info::PathInfo;
 
 /// Without any event the database is still asked this often (4 to 9 µs a query, `nix-notes`).
 const TICK: Duration = Duration::from_millis(250);
+/// While paths keep coming, it is asked about this often: a build of many quick derivations needs its processor, and
+/// what comes together is cheaper to publish.
+const PACE: Duration = Duration::from_millis(150);
 /// A registration comes with a burst of writes; asking once after this pause covers the burst.
 const SETTLE: Duration = Duration::from_millis(5);
 
@@ -41,7 +44,7 @@ impl Watcher {
         let (send, receive) = sync_channel(1);
         let wake = send.clone();
         let folder = file.parent()?.to_owned();
-        let notify = Notify::watch(&folder, WatchFlags::MODIFY, move |event| {
+        let notify = Notify::watch(&folder, WatchFlags::MODIFY, PACE, move |event| {
             let ours =
                 matches!(event, Event::Lost) || matches!(event, Event::Entry(name) if name.starts_with("db.sqlite"));
             if ours && let Err(TrySendError::Disconnected(_)) = wake.try_send(Woken::Moved) {

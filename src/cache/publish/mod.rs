@@ -77,7 +77,8 @@ impl Default for Options {
             uploads: 4,
             most_uploads: 16,
             large_uploads: 2,
-            // A build that never pauses waits for `longest`, so that half of it is the usual lag.
+            // The watcher tells of a build that never pauses at a pace slower than `quiet`, so that each of its
+            // batches is asked about by itself; `longest` is for whoever offers without a pause.
             quiet: Duration::from_millis(50),
             longest: Duration::from_millis(200),
             revisit: Duration::from_secs(5),

@@ -3,6 +3,7 @@
 //! No verb of its own: how a job begins and ends is each verb's story.
 
 pub mod attach;
+mod closed;
 pub mod destination;
 pub mod harvest;
 pub mod inputs;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::nix::clients::{Clients, Whose};
+use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePath;
 
 /// How long a path that nobody was seen to add waits for another job to come to light.
@@ -17,7 +18,7 @@ const HOLD: Duration = Duration::from_secs(1);
 pub struct Ours {
     clients: Arc<Clients>,
     /// Paths that nobody was seen to add, and until when they wait; the oldest first.
-    held: VecDeque<(Instant, StorePath)>,
+    held: VecDeque<(Instant, PathInfo)>,
 }
 
 impl Ours {
@@ -28,31 +29,31 @@ impl Ours {
 
     /// The job's own of what has just become valid, and of what has waited long enough by `now`. What still waits
     /// when nobody asks any more is for whoever looks the store through at the end.
-    pub fn of(&mut self, new: Vec<StorePath>, now: Instant) -> Vec<StorePath> {
+    pub fn of(&mut self, new: Vec<PathInfo>, now: Instant) -> Vec<PathInfo> {
         let due = self.held.iter().take_while(|(until, _)| *until <= now).count();
-        let waited: Vec<StorePath> = self.held.drain(..due).map(|(_, path)| path).collect();
+        let waited: Vec<PathInfo> = self.held.drain(..due).map(|(_, info)| info).collect();
         let mut ours = Vec::new();
-        for (path, whose) in self.told(waited) {
+        for (info, whose) in self.told(waited) {
             if matches!(whose, Whose::Ours | Whose::Unclaimed) {
-                ours.push(path);
+                ours.push(info);
             }
         }
-        for (path, whose) in self.told(new) {
+        for (info, whose) in self.told(new) {
             match whose {
-                Whose::Ours => ours.push(path),
-                Whose::Unclaimed => self.held.push_back((now + HOLD, path)),
+                Whose::Ours => ours.push(info),
+                Whose::Unclaimed => self.held.push_back((now + HOLD, info)),
                 Whose::Others | Whose::Unclear => (),
             }
         }
         ours
     }
 
-    fn told(&self, paths: Vec<StorePath>) -> Vec<(StorePath, Whose)> {
-        if paths.is_empty() {
+    fn told(&self, infos: Vec<PathInfo>) -> Vec<(PathInfo, Whose)> {
+        if infos.is_empty() {
             return Vec::new();
         }
-        let whose = self.clients.whose(&paths);
-        paths.into_iter().zip(whose).collect()
+        let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
+        infos.into_iter().zip(self.clients.whose(&paths)).collect()
     }
 
     /// Waits until the first of the waiting paths has waited enough; for ever when none waits.
@@ -71,9 +72,23 @@ mod tests {
 
     use super::*;
     use crate::nix::clients::Job;
+    use crate::nix::hash::Sha256;
 
     fn path(name: &str) -> StorePath {
         format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}").parse().expect("valid")
+    }
+
+    fn info(name: &str) -> PathInfo {
+        PathInfo {
+            path: path(name),
+            nar_hash: Sha256([0; 32]),
+            nar_size: 1,
+            references: Vec::new(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+            ultimate: true,
+        }
     }
 
     fn adds(state: &Path, pid: u32, path: &StorePath) {
@@ -91,16 +106,16 @@ mod tests {
     fn what_our_process_adds_goes_at_once() {
         let (state, mut ours) = watched();
         adds(state.path(), std::process::id(), &path("ours"));
-        assert_eq!(ours.of(vec![path("ours")], Instant::now()), [path("ours")]);
+        assert_eq!(ours.of(vec![info("ours")], Instant::now()), [info("ours")]);
     }
 
     #[test]
     fn what_nobody_was_seen_to_add_goes_when_no_other_job_came_to_light() {
         let (_state, mut ours) = watched();
         let now = Instant::now();
-        assert!(ours.of(vec![path("quick")], now).is_empty());
+        assert!(ours.of(vec![info("quick")], now).is_empty());
         assert!(ours.of(Vec::new(), now + HOLD / 2).is_empty());
-        assert_eq!(ours.of(Vec::new(), now + HOLD), [path("quick")]);
+        assert_eq!(ours.of(Vec::new(), now + HOLD), [info("quick")]);
         assert!(ours.of(Vec::new(), now + 2 * HOLD).is_empty(), "once");
     }
 
@@ -108,9 +123,9 @@ mod tests {
     fn what_nobody_was_seen_to_add_stays_when_another_job_came_to_light() {
         let (state, mut ours) = watched();
         let now = Instant::now();
-        assert!(ours.of(vec![path("strangers")], now).is_empty());
+        assert!(ours.of(vec![info("strangers")], now).is_empty());
         adds(state.path(), 1, &path("more"));
-        assert!(ours.of(vec![path("more")], now + HOLD).is_empty());
+        assert!(ours.of(vec![info("more")], now + HOLD).is_empty());
         assert!(ours.of(Vec::new(), now + 2 * HOLD).is_empty());
     }
 }

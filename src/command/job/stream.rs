@@ -26,6 +26,7 @@ use crate::text::count;
 use crate::trust::PublishPermit;
 
 use super::attach::Cache;
+use super::closed::Closed;
 use super::harvest::Harvest;
 use super::inputs::Plan;
 use super::ours::Ours;
@@ -136,6 +137,7 @@ impl Stream {
             at_once: from.at_once,
             journal: journal.clone(),
             sink: sink.clone(),
+            closed: Closed::default(),
         };
         let feeding = tokio::spawn(feeder.feed(book.left, receive));
         let (inspector, clients) = (Arc::clone(from.inspector), Arc::clone(from.clients));
@@ -195,12 +197,13 @@ struct Feeder {
     at_once: bool,
     journal: Journal,
     sink: Sink,
+    closed: Closed,
 }
 
 impl Feeder {
     /// What dead jobs left first, then what the watcher tells, with the closures that the publisher asks
     /// for; other jobs' paths and derivations stay behind.
-    async fn feed(self, left: Left, mut batches: mpsc::Receiver<Vec<PathInfo>>) {
+    async fn feed(mut self, left: Left, mut batches: mpsc::Receiver<Vec<PathInfo>>) {
         if self.at_once {
             self.take_up(left).await;
         }
@@ -211,27 +214,33 @@ impl Feeder {
                 () = ours.due() => Some(Vec::new()),
             };
             let Some(infos) = infos else { return };
-            let built = infos.into_iter().map(|info| info.path).filter(|path| !path.is_derivation());
+            let built = infos.into_iter().filter(|info| !info.path.is_derivation());
             let found = ours.of(built.collect(), Instant::now());
-            self.journal.seen(&found);
+            self.journal.seen(found.iter().map(|info| &info.path));
             if self.at_once && !found.is_empty() {
                 suspect(&self.clients, &self.inspector);
-                self.offer(&found).await;
+                self.offer(found).await;
             }
         }
     }
 
-    async fn offer(&self, paths: &[StorePath]) {
-        // A closure that cannot be had now is part of the harvest at the end.
-        if let Ok(found) = self.store.closure(paths).await
-            && !found.infos.is_empty()
-        {
-            self.publisher.offer(found.infos).await;
+    async fn offer(&mut self, infos: Vec<PathInfo>) {
+        let (mut offers, open) = self.closed.divide(infos);
+        if !open.is_empty() {
+            let open: Vec<StorePath> = open.into_iter().map(|info| info.path).collect();
+            // A closure that cannot be had now is part of the harvest at the end.
+            if let Ok(found) = self.store.closure(&open).await {
+                self.closed.add(&found.infos);
+                offers.extend(found.infos);
+            }
+        }
+        if !offers.is_empty() {
+            self.publisher.offer(offers).await;
         }
     }
 
     /// Offers what dead jobs left and is still valid. Their journals go once ours has it all.
-    async fn take_up(&self, left: Left) {
+    async fn take_up(&mut self, left: Left) {
         if left.is_empty() {
             return;
         }
@@ -247,13 +256,13 @@ impl Feeder {
         }
         let all: Vec<StorePath> = since.keys().cloned().collect();
         let Ok(valid) = self.store.infos(&all).await else { return };
-        let valid: Vec<StorePath> = valid.infos.into_iter().map(|info| info.path).collect();
-        let carried: Vec<_> = valid.iter().map(|path| (path, since.get(path).copied().flatten())).collect();
+        let since = |path| since.get(path).copied().flatten();
+        let carried: Vec<_> = valid.infos.iter().map(|info| (&info.path, since(&info.path))).collect();
         self.journal.carried(&carried);
         left.taken_up();
-        if !valid.is_empty() {
-            self.sink.note(format!("flywheel: {} of earlier jobs taken up", count(valid.len() as u64, "path")));
-            self.offer(&valid).await;
+        if !valid.infos.is_empty() {
+            self.sink.note(format!("flywheel: {} of earlier jobs taken up", count(valid.infos.len() as u64, "path")));
+            self.offer(valid.infos).await;
         }
     }
 }
