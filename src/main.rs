@@ -1,5 +1,6 @@
 //! The binary: hands the command line to the library and ends with its exit code.
 
+use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -29,7 +30,9 @@ fn main() -> ExitCode {
     };
     // The job's own work comes first. The main thread, from which its command is started, stays as it is.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.enable_all().on_thread_start(priority::yield_to_others).build();
+    // One may be held up by a disk (`host::brief`).
+    let workers = std::thread::available_parallelism().map_or(1, NonZero::get).max(2);
+    let runtime = runtime.worker_threads(workers).enable_all().on_thread_start(priority::yield_to_others).build();
     let ended = match runtime {
         Ok(runtime) => {
             let ended = runtime.block_on(cli.run(&env));

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::host::brief::Brief;
 use crate::nix::nar::{DumpError, NarSource};
 use crate::nix::path_info::PathInfo;
 use crate::nix::scan::{Finding, Looked, Scanner};
@@ -21,6 +22,8 @@ pub struct Inspector {
     scanner: Scanner,
     policy: Policy,
     store: Option<Arc<Store>>,
+    /// Looks into small ones.
+    brief: Brief,
     state: Mutex<State>,
 }
 
@@ -34,7 +37,7 @@ struct State {
 impl Inspector {
     /// Without a store, mentioned store paths are not looked up.
     pub fn new(scanner: Scanner, policy: Policy, store: Option<Arc<Store>>) -> Self {
-        Self { scanner, policy, store, state: Mutex::default() }
+        Self { scanner, policy, store, brief: Brief::default(), state: Mutex::default() }
     }
 
     /// The whole job breaks this rule from now on, and why.
@@ -71,14 +74,18 @@ impl Inspector {
         if self.looks_inside(info) {
             let (inspector, file) = (Arc::clone(self), source.file.clone());
             let (hash, size) = (info.nar_hash, info.nar_size);
-            let looking = tokio::task::spawn_blocking(move || {
+            let looking = move || {
                 if size <= SMALL {
                     inspector.scanner.look_and_read(&file, hash, size)
                 } else {
                     inspector.scanner.look_into(&file).map(|looked| (looked, None))
                 }
-            });
-            let looked = looking.await.map_err(|panic| DumpError::Sink(std::io::Error::other(panic)))?;
+            };
+            let looked = self
+                .brief
+                .run(size > SMALL, looking)
+                .await
+                .map_err(|panic| DumpError::Sink(std::io::Error::other(panic)))?;
             let (looked, read) = looked?;
             source.read = read;
             found.extend(self.dangling(info, &looked).await);

@@ -14,6 +14,7 @@ use crate::cache_server::body::Incoming;
 use crate::cache_server::connection::Moved;
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::state::{Cache, Cost, State as Shared};
+use crate::cache_server::store::Store;
 use crate::cache_server::token::Scope;
 use crate::cache_server::upload::{announced, check_length};
 use crate::cache_server::upload_info::UploadInfo;
@@ -25,6 +26,9 @@ const PREAMBLE_LIMIT: usize = 1024 * 1024;
 const HEADER_LIMIT: usize = 64 * 1024;
 /// Attic's limit of this body, some 59,900 hashes.
 const MISSING_LIMIT: usize = 2 * 1024 * 1024;
+
+/// Looking for so many paths is soon done.
+const FEW: usize = 64;
 
 const NAR_INFO: &str = "x-attic-nar-info";
 const PREAMBLE_SIZE: &str = "x-attic-nar-info-preamble-size";
@@ -93,7 +97,9 @@ pub async fn get_missing_paths(State(shared): State<Arc<Shared>>, request: Reque
     let mut hashes = asked.store_path_hashes;
     hashes.sort();
     hashes.dedup();
-    let missing = shared.blocking(move |store| store.missing(&cache, hashes)).await?;
+    let few = hashes.len() <= FEW;
+    let look = move |store: &Store| store.missing(&cache, hashes);
+    let missing = if few { shared.brief(look).await? } else { shared.blocking(look).await? };
     Ok(Json(json!({ "missing_paths": missing })).into_response())
 }
 

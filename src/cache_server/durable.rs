@@ -58,19 +58,27 @@ impl std::fmt::Display for Synced {
 pub struct Durable {
     boot: String,
     epoch: RwLock<u64>,
-    /// Files of this epoch, in any order.
-    files: Mutex<Vec<PathBuf>>,
+    pending: Mutex<Pending>,
     /// A killed process has left files that nobody knows by name.
     strangers: AtomicBool,
     /// A sync has failed. The system reports that once and forgets, so nothing later can be called synced.
     failed: AtomicBool,
 }
 
+/// What of this epoch is to be synced.
+#[derive(Debug, Default)]
+struct Pending {
+    /// In any order.
+    files: Vec<PathBuf>,
+    /// Beside the files' own.
+    folders: BTreeSet<PathBuf>,
+}
+
 /// While it lives the epoch does not end.
 #[derive(Debug)]
 pub struct Epoch<'a> {
     number: RwLockReadGuard<'a, u64>,
-    files: &'a Mutex<Vec<PathBuf>>,
+    pending: &'a Mutex<Pending>,
 }
 
 impl Epoch<'_> {
@@ -81,7 +89,17 @@ impl Epoch<'_> {
 
     /// This file is there, and will be synced.
     pub fn came(&self, file: PathBuf) {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).files.push(file);
+    }
+
+    /// This name is there, of a file that came under another one; it will be synced.
+    pub fn linked(&self, name: &Path) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(folder) = name.parent()
+            && !pending.folders.contains(folder)
+        {
+            pending.folders.insert(folder.to_owned());
+        }
     }
 }
 
@@ -123,7 +141,7 @@ impl Durable {
         let durable = Self {
             boot,
             epoch: RwLock::new(epoch + 1),
-            files: Mutex::default(),
+            pending: Mutex::default(),
             strangers: AtomicBool::new(strangers),
             failed: AtomicBool::new(false),
         };
@@ -134,7 +152,7 @@ impl Durable {
     /// Begins something that makes files visible.
     pub fn begin(&self) -> Epoch<'_> {
         // Neither lock guards anything that a panic could have left half-done.
-        Epoch { number: self.epoch.read().unwrap_or_else(PoisonError::into_inner), files: &self.files }
+        Epoch { number: self.epoch.read().unwrap_or_else(PoisonError::into_inner), pending: &self.pending }
     }
 
     /// Ends the epoch and has all of it reach the disk. Blocks, and is not to be called twice at once.
@@ -142,18 +160,18 @@ impl Durable {
     /// # Errors
     /// When the disk fails. Then nothing is called synced any more.
     pub fn settle(&self, folder: &Folder) -> io::Result<()> {
-        let (ended, files) = {
+        let (ended, pending) = {
             let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
-            let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-            let files = std::mem::take(&mut *files);
-            let strangers = self.strangers.load(Ordering::Relaxed);
-            if self.failed.load(Ordering::Relaxed) || (files.is_empty() && !strangers) {
+            let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+            let pending = std::mem::take(&mut *pending);
+            let nothing = pending.files.is_empty() && pending.folders.is_empty();
+            if self.failed.load(Ordering::Relaxed) || (nothing && !self.strangers.load(Ordering::Relaxed)) {
                 return Ok(());
             }
             *epoch += 1;
-            (*epoch - 1, files)
+            (*epoch - 1, pending)
         };
-        let settled = self.sync(folder, &files).and_then(|()| self.write(folder, ended, false));
+        let settled = self.sync(folder, &pending).and_then(|()| self.write(folder, ended, false));
         self.failed.store(settled.is_err(), Ordering::Relaxed);
         settled
     }
@@ -171,16 +189,15 @@ impl Durable {
         self.write(folder, last, true)
     }
 
-    fn sync(&self, folder: &Folder, files: &[PathBuf]) -> io::Result<()> {
+    fn sync(&self, folder: &Folder, pending: &Pending) -> io::Result<()> {
         if self.strangers.load(Ordering::Relaxed) {
             rustix::fs::syncfs(File::open(folder.root())?)?;
             self.strangers.store(false, Ordering::Relaxed);
             return Ok(());
         }
-        for file in files {
-            sync(file)?;
-        }
-        let folders: BTreeSet<&Path> = files.iter().filter_map(|file| file.parent()).collect();
+        pending.files.iter().try_for_each(|file| sync(file))?;
+        let mut folders: BTreeSet<&Path> = pending.files.iter().filter_map(|file| file.parent()).collect();
+        folders.extend(pending.folders.iter().map(PathBuf::as_path));
         folders.into_iter().try_for_each(sync)
     }
 
@@ -318,6 +335,19 @@ mod tests {
     }
 
     #[test]
+    fn a_new_name_of_an_old_file_is_synced_too() {
+        let world = World(tempfile::tempdir().expect("temporary folder"));
+        let (folder, durable, _) = world.open("1");
+        let epoch = || Synced::parse(&std::fs::read_to_string(folder.synced()).expect("there")).expect("whole").epoch;
+        let before = epoch();
+        durable.begin().linked(&folder.marker(&CacheName::default(), &crate::nix::hash::Sha256([7; 32])));
+        durable.settle(&folder).expect("the disk works");
+        let settled = epoch();
+        durable.settle(&folder).expect("nothing came");
+        assert!(before < settled && epoch() == settled);
+    }
+
+    #[test]
     fn after_a_failed_sync_nothing_is_called_synced() {
         let world = World(tempfile::tempdir().expect("temporary folder"));
         let (folder, durable, _) = world.open("1");
@@ -329,7 +359,10 @@ mod tests {
         assert!(durable.settle(&folder).is_err());
         add(&folder, &durable, 'b');
         durable.settle(&folder).expect("it has been said");
-        assert!(durable.files.lock().expect("sound").is_empty(), "the list would grow for as long as the server runs");
+        assert!(
+            durable.pending.lock().expect("sound").files.is_empty(),
+            "the list would grow for as long as the server runs"
+        );
         durable.close(&folder).expect("it has been said");
         drop((folder, durable));
         let (folder, _, taken_back) = world.open("2");

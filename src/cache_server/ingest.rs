@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::cache_server::body::Incoming;
 use crate::cache_server::refusal::Refusal;
+use crate::cache_server::store::StoredNar;
 use crate::nix::hash::Sha256;
 
 /// Pieces on their way to the thread that works; each has at most the connection's buffer.
@@ -57,8 +58,8 @@ pub struct Taken {
     pub came_hash: Sha256,
     /// Number of bytes as they came.
     pub came_size: u64,
-    /// The compressed file, complete, with its hash; `None` if none was wanted.
-    pub stored: Option<(NamedTempFile, Sha256)>,
+    /// The compressed file, complete; `None` if none was wanted.
+    pub stored: Option<(NamedTempFile, StoredNar)>,
 }
 
 /// Why a NAR could not be taken.
@@ -105,16 +106,6 @@ async fn send(body: &mut Incoming, pieces: &mpsc::Sender<Piece>) -> Result<(), R
     Ok(())
 }
 
-/// Takes a NAR that is in memory as it came. Blocks.
-///
-/// # Errors
-/// When it is at fault.
-pub fn take(bytes: &[u8], plan: Plan) -> Result<Taken, Stop> {
-    let mut intake = Intake::new(plan)?;
-    intake.take(bytes)?;
-    intake.finish()
-}
-
 fn work(mut pieces: mpsc::Receiver<Piece>, plan: Plan) -> Result<Taken, Stop> {
     let mut intake = Intake::new(plan)?;
     loop {
@@ -152,9 +143,9 @@ impl Intake {
     }
 
     fn finish(self) -> Result<Taken, Stop> {
-        let (nar_hash, nar_size, file_hash) = self.unpacker.finish()?;
+        let (nar_hash, nar_size, file) = self.unpacker.finish()?;
         let came_hash = if self.format == Format::None { nar_hash } else { Sha256(self.came.finalize().into()) };
-        let stored = self.target.zip(file_hash);
+        let stored = self.target.zip(file);
         Ok(Taken { nar_hash, nar_size, came_hash, came_size: self.came_size, stored })
     }
 }
@@ -175,23 +166,23 @@ impl NarSink {
         Ok(Self { hash: sha2::Sha256::new(), size: 0, limit: plan.nar_size, packer, stop: None })
     }
 
-    /// Hash and size of the NAR, hash of the file.
-    fn finish(self) -> Result<(Sha256, u64, Option<Sha256>), Stop> {
+    /// Hash and size of the NAR, and its file.
+    fn finish(self) -> Result<(Sha256, u64, Option<StoredNar>), Stop> {
         let whole = self.limit.is_none_or(|limit| self.size == limit);
-        let file_hash = match self.packer {
+        let file = match self.packer {
             // A short NAR ends here without a file: the packer was promised its size.
             Some(packer) if whole => {
                 let file = packer.finish().map_err(Stop::Disk)?;
-                Some(Sha256(file.hash.finalize().into()))
+                Some(StoredNar { file_hash: Sha256(file.hash.finalize().into()), file_size: file.size })
             }
             _ => None,
         };
-        Ok((Sha256(self.hash.finalize().into()), self.size, file_hash))
+        Ok((Sha256(self.hash.finalize().into()), self.size, file))
     }
 }
 
 fn packer(file: &NamedTempFile, plan: &Plan) -> io::Result<zstd::stream::write::Encoder<'static, Hashing>> {
-    let file = Hashing { file: file.as_file().try_clone()?, hash: sha2::Sha256::new() };
+    let file = Hashing { file: file.as_file().try_clone()?, hash: sha2::Sha256::new(), size: 0 };
     let mut packer = zstd::stream::write::Encoder::new(file, plan.level)?;
     // With the size known, a small NAR gets small tables.
     packer.set_pledged_src_size(plan.nar_size)?;
@@ -225,12 +216,14 @@ impl Write for NarSink {
 struct Hashing {
     file: File,
     hash: sha2::Sha256,
+    size: u64,
 }
 
 impl Write for Hashing {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.file.write(bytes)?;
         self.hash.update(&bytes[..written]);
+        self.size += written as u64;
         Ok(written)
     }
 
@@ -280,7 +273,7 @@ impl Unpacker {
         sink.stop.take().unwrap_or_else(|| Stop::Packing(error.to_string()))
     }
 
-    fn finish(mut self) -> Result<(Sha256, u64, Option<Sha256>), Stop> {
+    fn finish(mut self) -> Result<(Sha256, u64, Option<StoredNar>), Stop> {
         let ended = match &mut self {
             Self::None(_) => Ok(()),
             Self::Xz(decoder) => decoder.try_finish(),
@@ -326,9 +319,10 @@ mod tests {
             let taken = check(bytes, format, None).await.expect("good");
             assert_eq!((taken.nar_hash, taken.nar_size), (hash, NAR.len() as u64));
             assert_eq!(taken.came_hash, Sha256(sha2::Sha256::digest(&came).into()));
-            let (file, file_hash) = taken.stored.expect("wanted");
+            let (file, nar) = taken.stored.expect("wanted");
             let stored = std::fs::read(file.path()).expect("written");
-            assert_eq!(file_hash, Sha256(sha2::Sha256::digest(&stored).into()));
+            let file_hash = Sha256(sha2::Sha256::digest(&stored).into());
+            assert_eq!(nar, StoredNar { file_hash, file_size: stored.len() as u64 });
             assert_eq!(zstd::decode_all(&*stored).expect("zstd"), NAR);
         }
     }

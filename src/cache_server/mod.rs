@@ -11,6 +11,7 @@ mod durable;
 mod folder;
 mod garbage;
 mod ingest;
+mod pack;
 mod refusal;
 mod state;
 mod store;

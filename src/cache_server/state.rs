@@ -8,9 +8,11 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::cache_server::Options;
 use crate::cache_server::body::IDLE_TIMEOUT;
+use crate::cache_server::pack::Packers;
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::store::Store;
 use crate::cache_server::token::{Scope, Tokens, presented};
+use crate::host::brief::Brief;
 use crate::nix::cache_name::CacheName;
 use crate::nix::key::SecretKey;
 use crate::secret::Secret;
@@ -66,14 +68,18 @@ pub struct State {
     pub caches: BTreeMap<String, Cache>,
     /// How the server was set up.
     pub options: Options,
+    /// For NARs that are in memory.
+    pub packers: Arc<Packers>,
     places: Semaphore,
+    brief: Brief,
 }
 
 impl State {
     /// A server that has done nothing yet.
     pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
         let caches = caches.into_iter().map(|cache| (cache.name.to_string(), cache)).collect();
-        Self { store, tokens, caches, options, places: Semaphore::new(PLACES) }
+        let packers = Arc::new(Packers::new(options.level));
+        Self { store, tokens, caches, options, packers, places: Semaphore::new(PLACES), brief: Brief::default() }
     }
 
     /// The cache, if the request may read it (`Scope::Read`) or write to it.
@@ -123,6 +129,20 @@ impl State {
             Ok(Ok(place)) => Ok(place),
             _ => Err(Refusal::busy("too many uploads at once; try again")),
         }
+    }
+
+    /// Runs a call of the store that takes a fraction of a millisecond, here if it does; not while garbage is removed.
+    ///
+    /// # Errors
+    /// Whatever the call fails with.
+    pub async fn brief<T, E>(&self, call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static) -> Result<T, Refusal>
+    where
+        T: Send + 'static,
+        E: Into<Refusal> + Send + 'static,
+    {
+        let store = Arc::clone(&self.store);
+        let ended = self.brief.run(self.store.is_shut(), move || call(&store)).await;
+        ended.map_err(|error| Refusal::internal(&std::io::Error::other(error)))?.map_err(Into::into)
     }
 
     /// Runs a call of the store on a thread that may block.

@@ -1,8 +1,8 @@
 //! What the cache holds: objects (narinfos), NARs, and NARs that wait for their narinfo.
-//! All calls block on the disk and belong on threads that may. Knows no HTTP.
+//! All calls block on the disk and belong on threads that may, or into `State::brief`. Knows no HTTP.
 
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
@@ -103,6 +103,11 @@ impl Store {
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether calls would wait now for garbage to be removed.
+    pub fn is_shut(&self) -> bool {
+        self.gate.try_read().is_err()
+    }
+
     /// Nothing is promised while this guard lives.
     pub(super) fn shut(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
@@ -161,20 +166,30 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
-    pub fn publish_nar(&self, nar: NamedTempFile, hash: &Sha256, file_hash: Sha256) -> io::Result<StoredNar> {
-        let file_size = nar.as_file().metadata()?.len();
+    pub fn publish_nar(&self, file: NamedTempFile, hash: &Sha256, nar: StoredNar) -> io::Result<StoredNar> {
         let epoch = self.durable.begin();
         {
             let _alone = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
             let path = self.folder.nar(hash);
             if !path.exists() {
-                nar.persist(&path)?;
+                file.persist(&path)?;
                 epoch.came(path);
-                return Ok(StoredNar { file_hash, file_size });
+                return Ok(nar);
             }
         }
         let known = self.known_nar(hash)?;
         known.ok_or_else(|| io::Error::other("a NAR was removed while it was sent again"))
+    }
+
+    /// The same for one that is in memory, compressed.
+    ///
+    /// # Errors
+    /// As `publish_nar`.
+    pub fn publish_packed(&self, packed: &[u8], hash: &Sha256) -> io::Result<StoredNar> {
+        let file_hash = Sha256(sha2::Sha256::digest(packed).into());
+        let mut file = self.folder.temporary()?;
+        file.write_all(packed)?;
+        self.publish_nar(file, hash, StoredNar { file_hash, file_size: packed.len() as u64 })
     }
 
     /// Makes a path visible, after its NAR. What it refers to counts as used from now on.
@@ -194,13 +209,17 @@ impl Store {
             there(touch(&self.folder.object(cache, &reference.hash()), Duration::ZERO))?;
         }
         let marker = self.folder.marker(cache, &path.nar_hash);
-        mark(&marker, &nar_file)?;
+        let linked = mark(&marker, &nar_file)?;
         let object = self.folder.object(cache, &path.path.hash());
         let text = narinfo(path, nar).to_string();
         match there(std::fs::read_to_string(&object))? {
             None => {
                 self.folder.write_whole(&object, &(text + &epoch.line()))?;
-                epoch.came(marker);
+                if linked {
+                    epoch.linked(&marker);
+                } else {
+                    epoch.came(marker);
+                }
                 epoch.came(object);
             }
             // Others may refer to it since long: it keeps its epoch, and so nothing of it may be torn.
@@ -261,12 +280,14 @@ impl Store {
 }
 
 /// Marks a NAR as one that a cache may serve. A link to it takes no inode, and making those is what costs.
-fn mark(marker: &Path, nar: &Path) -> io::Result<()> {
+/// `false` if the mark is a file of its own.
+fn mark(marker: &Path, nar: &Path) -> io::Result<bool> {
     match std::fs::hard_link(nar, marker) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Ok(()) => Ok(true),
+        // Of an earlier path with this NAR, and it may be one or the other.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         // Not every file system has links, and of those that have each has its limit.
-        Err(_) => File::create(marker).map(drop),
+        Err(_) => File::create(marker).map(|_| false),
     }
 }
 

@@ -53,7 +53,7 @@ pub async fn get_narinfo(
     let cache = readable(&shared, &headers, &cache)?;
     let hash = path_hash(&file)?;
     let name = cache.name.clone();
-    let info = shared.blocking(move |store| store.object(&name, &hash)).await?;
+    let info = shared.brief(move |store| store.object(&name, &hash)).await?;
     let info = sign(info.ok_or_else(Refusal::no_object)?, cache);
     Ok(answer(&shared, "text/x-nix-narinfo", info.to_string().into()))
 }
@@ -80,7 +80,7 @@ pub async fn get_nar(
     let name = cache.name.clone();
     let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
     if let Some(hash) = ours
-        && let Some((nar, size)) = shared.blocking(move |store| store.open_nar(&name, &hash)).await?
+        && let Some((nar, size)) = shared.brief(move |store| store.open_nar(&name, &hash)).await?
     {
         let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(nar), READ_BUFFER);
         let mut response = answer(&shared, "application/x-nix-nar", Body::from_stream(pieces));

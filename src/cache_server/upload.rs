@@ -1,11 +1,14 @@
 //! From an arriving body to a path that can be served: the part that both protocols share.
 
 use std::io;
+use std::sync::Arc;
 
 use axum::http::{HeaderMap, header};
+use sha2::Digest as _;
 
 use crate::cache_server::body::Incoming;
-use crate::cache_server::ingest::{Format, Plan, Stop, Taken, ingest, take};
+use crate::cache_server::ingest::{Format, Plan, Stop, Taken, ingest};
+use crate::cache_server::pack::Packers;
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::state::State;
 use crate::cache_server::store::{Store, StoredNar};
@@ -13,7 +16,7 @@ use crate::nix::cache_name::CacheName;
 use crate::nix::hash::Sha256;
 use crate::nix::path_info::PathInfo;
 
-/// A NAR up to this size, in bytes, is read whole before a thread takes it: handing pieces to a thread costs more.
+/// A NAR up to this size, in bytes, is read whole before it is worked on: handing pieces to a thread costs more.
 /// So many uploads as may be under way at once need 8 MiB for it.
 const WHOLE: usize = 256 * 1024;
 
@@ -41,19 +44,27 @@ pub async fn announced(
 ) -> Result<Settled, Refusal> {
     let (cache, level) = (cache.clone(), state.options.level);
     if let Some(size) = usize::try_from(path.nar_size).ok().filter(|size| *size <= WHOLE) {
-        let nar = body.up_to(size).await?;
-        return state
-            .blocking(move |store| {
-                let (known, plan) = prepare(store, &path, level)?;
-                let taken = take(&nar, plan).map_err(|stop| refuse(stop, path.nar_size))?;
-                settle(store, &cache, &path, known, taken)
-            })
-            .await;
+        let (nar, packers) = (body.up_to(size).await?, Arc::clone(&state.packers));
+        return state.brief(move |store| whole(store, &packers, &cache, &path, &nar)).await;
     }
     let (path, known, plan) =
         state.blocking(move |store| prepare(store, &path, level).map(|(known, plan)| (path, known, plan))).await?;
     let taken = ingest(body, plan).await?.map_err(|stop| refuse(stop, path.nar_size))?;
     state.blocking(move |store| settle(store, &cache, &path, known, taken)).await
+}
+
+fn whole(store: &Store, packers: &Packers, cache: &CacheName, path: &PathInfo, nar: &[u8]) -> Result<Settled, Refusal> {
+    let came = nar.len() as u64;
+    if came > path.nar_size {
+        return Err(refuse(Stop::TooLong, path.nar_size));
+    }
+    check(path, came, Sha256(sha2::Sha256::digest(nar).into()))?;
+    let known = store.known_nar(&path.nar_hash)?;
+    let stored = match known {
+        Some(known) => known,
+        None => store.publish_packed(&packers.pack(nar)?, &path.nar_hash)?,
+    };
+    finish(store, cache, path, Settled { nar: stored, known: known.is_some(), came })
 }
 
 fn prepare(store: &Store, path: &PathInfo, level: i32) -> io::Result<(Option<StoredNar>, Plan)> {
@@ -69,23 +80,29 @@ fn settle(
     known: Option<StoredNar>,
     taken: Taken,
 ) -> Result<Settled, Refusal> {
-    if taken.nar_size != path.nar_size {
-        let (came, announced) = (taken.nar_size, path.nar_size);
-        return Err(wrong_nar(&format!("{came} bytes came, {announced} were announced")));
-    }
-    if taken.nar_hash != path.nar_hash {
-        return Err(wrong_nar(&format!("what came is {}, {} was announced", taken.nar_hash, path.nar_hash)));
-    }
+    check(path, taken.nar_size, taken.nar_hash)?;
     let nar = match (known, taken.stored) {
         (Some(nar), _) => nar,
-        (None, Some((file, file_hash))) => store.publish_nar(file, &path.nar_hash, file_hash)?,
+        (None, Some((file, nar))) => store.publish_nar(file, &path.nar_hash, nar)?,
         (None, None) => return Err(Refusal::internal(&io::Error::other("a NAR was read and not stored"))),
     };
-    if store.commit(cache, path, nar)? {
-        Ok(Settled { nar, known: known.is_some(), came: taken.came_size })
-    } else {
-        Err(removed())
+    finish(store, cache, path, Settled { nar, known: known.is_some(), came: taken.came_size })
+}
+
+/// Whether a NAR is what was announced.
+fn check(path: &PathInfo, came: u64, hash: Sha256) -> Result<(), Refusal> {
+    if came != path.nar_size {
+        let announced = path.nar_size;
+        return Err(wrong_nar(&format!("{came} bytes came, {announced} were announced")));
     }
+    if hash != path.nar_hash {
+        return Err(wrong_nar(&format!("what came is {hash}, {} was announced", path.nar_hash)));
+    }
+    Ok(())
+}
+
+fn finish(store: &Store, cache: &CacheName, path: &PathInfo, settled: Settled) -> Result<Settled, Refusal> {
+    if store.commit(cache, path, settled.nar)? { Ok(settled) } else { Err(removed()) }
 }
 
 /// Takes a NAR of which only the compressed file's hash is known, and keeps it.
@@ -107,9 +124,9 @@ pub async fn packed_nar(
     if taken.nar_size == 0 {
         return Err(wrong_nar("it is empty"));
     }
-    if let Some((file, file_hash)) = taken.stored.take() {
+    if let Some((file, nar)) = taken.stored.take() {
         let hash = taken.nar_hash;
-        state.blocking(move |store| store.publish_nar(file, &hash, file_hash)).await?;
+        state.blocking(move |store| store.publish_nar(file, &hash, nar)).await?;
     }
     Ok(taken)
 }

@@ -1,6 +1,8 @@
-//! The machine this runs on: control groups and memory, private temporary folders, priorities.
+//! The machine this runs on: control groups and memory, private temporary folders, priorities, and on which
+//! thread brief work is done.
 //! Owns what is read and kept there; what follows from it is decided in `budget`.
 
+pub mod brief;
 pub mod memory;
 pub mod notify;
 pub mod peak;

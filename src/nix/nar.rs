@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
@@ -27,6 +28,10 @@ use crate::nix::hash::Sha256;
 const BLOCK: usize = 128 * 1024;
 /// What is read of a file at once.
 const READ: usize = 64 * 1024;
+
+/// Whether files are read without a note of the time in the file system, which would write as many inodes as are
+/// read. Only who owns them may (`open(2)`, `O_NOATIME`), which on a shared store is somebody else.
+static QUIET: AtomicBool = AtomicBool::new(true);
 
 /// Why no NAR came of a path, or not the one that Nix registered.
 #[derive(Debug, Error)]
@@ -222,6 +227,12 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
 
     fn open(&self, parent: impl AsFd, name: &CStr, flags: OFlags) -> Result<OwnedFd, DumpError> {
         let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        if QUIET.load(Ordering::Relaxed) {
+            match openat(&parent, name, flags | OFlags::NOATIME, Mode::empty()) {
+                Err(Errno::PERM) => QUIET.store(false, Ordering::Relaxed),
+                opened => return opened.map_err(|error| self.unreadable(name, error.into())),
+            }
+        }
         openat(parent, name, flags, Mode::empty()).map_err(|error| self.unreadable(name, error.into()))
     }
 

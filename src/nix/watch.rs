@@ -15,8 +15,8 @@ use crate::nix::path_info::PathInfo;
 /// Without any event the database is still asked this often (4 to 9 µs a query, `nix-notes`).
 const TICK: Duration = Duration::from_millis(250);
 /// While paths keep coming, it is asked about this often: a build of many quick derivations needs its processor, and
-/// what comes together is cheaper to publish.
-const PACE: Duration = Duration::from_millis(150);
+/// what comes together is cheaper to publish, by some milliseconds for each batch less.
+const PACE: Duration = Duration::from_millis(300);
 /// A registration comes with a burst of writes; asking once after this pause covers the burst.
 const SETTLE: Duration = Duration::from_millis(5);
 
@@ -77,6 +77,7 @@ impl Drop for Watcher {
 }
 
 fn follow(db: &Db, mut last: i64, woken: &Receiver<Woken>, mut tell: impl FnMut(Vec<PathInfo>)) {
+    let mut patience = TICK;
     loop {
         // A database that cannot be read just now is asked again at the next tick.
         if let Ok(added) = db.after(last)
@@ -85,10 +86,14 @@ fn follow(db: &Db, mut last: i64, woken: &Receiver<Woken>, mut tell: impl FnMut(
             last = added.last_id;
             tell(added.rows.into_iter().map(|(_, info)| info).collect());
         }
-        match woken.recv_timeout(TICK) {
+        match woken.recv_timeout(patience) {
             Ok(Woken::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-            Ok(Woken::Moved) => std::thread::sleep(SETTLE),
-            Err(RecvTimeoutError::Timeout) => (),
+            Ok(Woken::Moved) => {
+                std::thread::sleep(SETTLE);
+                // The next event is told of by then.
+                patience = PACE + TICK;
+            }
+            Err(RecvTimeoutError::Timeout) => patience = TICK,
         }
     }
 }

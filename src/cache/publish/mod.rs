@@ -79,7 +79,7 @@ impl Default for Options {
             large_uploads: 2,
             // The watcher tells of a build that never pauses at a pace slower than `quiet`, so that each of its
             // batches is asked about by itself; `longest` is for whoever offers without a pause.
-            quiet: Duration::from_millis(50),
+            quiet: Duration::from_millis(5),
             longest: Duration::from_millis(200),
             revisit: Duration::from_secs(5),
             give_up: Duration::from_secs(60),

@@ -120,3 +120,14 @@ fn a_socket_is_named() {
     let error = write(folder.path(), &mut Vec::new()).expect_err("no NAR of a socket");
     assert!(matches!(&error, DumpError::Special(path) if path.ends_with("s")), "{error}");
 }
+
+#[test]
+fn reading_leaves_no_trace_in_the_file_system() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let name = folder.path().join("file");
+    std::fs::write(&name, "content").expect("written");
+    let (then, file) = (std::time::UNIX_EPOCH, File::options().write(true).open(&name).expect("opened"));
+    file.set_times(std::fs::FileTimes::new().set_accessed(then)).expect("set");
+    write(&name, &mut Vec::new()).expect("read");
+    assert_eq!(file.metadata().expect("there").accessed().expect("known"), then);
+}
