@@ -1,13 +1,13 @@
 //! `just bench publish`: publishing beside `nix copy`, to the same embedded cache over HTTP and to `file://`,
 //! in one run; the lag from valid to servable and the overhead on a real build; and 50 ms more per request.
 //! Small paths are measured with the caches on the disk that the store is on, and in memory, for a cache's disk is
-//! seldom the build's. So is the overhead: with the server at the usual priority, which is what a build pays for a
-//! cache on its own machine, and at idle priority, which is nearer to what it pays for one on another machine.
+//! seldom the build's. The overhead is what a build pays for watcher, publisher and a server on its own machine;
+//! `TMPDIR` is the disk of all.
 //!
 //! As root, with real Nix; client and server are the binary of the release profile, or `FLYWHEEL_BIN`.
 //! Prints a table of medians and writes `target/bench/publish.json`. `FLYWHEEL_BENCH_RUNS` (3) is the
-//! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path, `FLYWHEEL_BENCH_PAIRS` (10, at least 2) the
-//! number of builds with and without publication in a run, for each priority of the server.
+//! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path, `FLYWHEEL_BENCH_PAIRS` (20, at least 2) the
+//! number of builds with and without publication in a run.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that fails says why by panicking")]
 
 use std::collections::BTreeMap;
@@ -32,6 +32,9 @@ const SMALL: usize = 500;
 const BIG: usize = 5;
 /// zstd's level, the same everywhere: Nix's default for zstd and the server's are both 3.
 const LEVEL: i32 = 3;
+/// The rows of the builds.
+const QUIET: &str = "build: without";
+const LOUD: &str = "build: publishing";
 const RTT: Duration = Duration::from_millis(50);
 /// A folder in memory.
 const MEMORY: &str = "/dev/shm";
@@ -41,24 +44,6 @@ const MEMORY: &str = "/dev/shm";
 enum Place {
     Disk,
     Memory,
-}
-
-/// How the server beside a build competes with it for the processors.
-#[derive(Clone, Copy)]
-enum Rank {
-    Usual,
-    /// It takes only what nobody else wants (`sched(7)`, `SCHED_IDLE`).
-    Idle,
-}
-
-impl Rank {
-    /// The rows of its builds, without publication and with it.
-    fn rows(self) -> [&'static str; 2] {
-        match self {
-            Self::Usual => ["build: without", "build: publishing"],
-            Self::Idle => ["build, idle server: without", "build, idle server: publishing"],
-        }
-    }
 }
 
 fn main() {
@@ -79,10 +64,8 @@ fn main() {
         table.add("small in memory: nix copy file", bench.copy_file(&small, Place::Memory));
         table.add("big: read, hash, compress once", bench.once(&big));
         table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT, Place::Disk));
-        for pair in 0..number("FLYWHEEL_BENCH_PAIRS", 10).max(2) {
-            for rank in [Rank::Usual, Rank::Idle] {
-                bench.pair(rank, (run + pair) % 2 == 0, &mut table);
-            }
+        for pair in 0..number("FLYWHEEL_BENCH_PAIRS", 20).max(2) {
+            bench.pair((run + pair) % 2 == 0, &mut table);
         }
     }
     table.print("publish");
@@ -110,16 +93,14 @@ fn ratios(table: &Table) {
         let (wall, cpu) = (wall(other) / wall(&own), cpu(other) / cpu(&own));
         println!("{name}: as fast as `{other}` times {wall:.2}, with its CPU time divided by {cpu:.2} ({goal})");
     }
-    for rank in [Rank::Usual, Rank::Idle] {
-        let ([_, row], (percent, error)) = (rank.rows(), overhead(table, rank));
-        println!("{row}: {percent:.1} % longer, give or take {error:.1} (under 2 %)");
-    }
+    let (percent, error) = overhead(table);
+    println!("{LOUD}: {percent:.1} % longer, give or take {error:.1} (under 2 %)");
 }
 
 /// How much longer all builds together take with publication, and the standard error of that, both in percent. The
 /// same build differs by a tenth from one time to the next, so that a figure without its error would say nothing.
-fn overhead(table: &Table, rank: Rank) -> (f64, f64) {
-    let [quiet, loud] = rank.rows().map(|row| table.values(row, "command s"));
+fn overhead(table: &Table) -> (f64, f64) {
+    let [quiet, loud] = [QUIET, LOUD].map(|row| table.values(row, "command s"));
     let (count, whole) = (quiet.len() as f64, quiet.iter().sum::<f64>());
     let ratio = loud.iter().sum::<f64>() / whole;
     let squares: f64 = quiet.iter().zip(&loud).map(|(quiet, loud)| (loud - ratio * quiet).powi(2)).sum();
@@ -167,14 +148,9 @@ impl Bench {
         }
     }
 
-    fn serve(&self, place: Place, rank: Rank) -> Server {
+    fn serve(&self, place: Place) -> Server {
         let folder = self.new_cache(place);
-        let mut command = Command::new("/usr/bin/chrt");
-        let policy = match rank {
-            Rank::Usual => "--other",
-            Rank::Idle => "--idle",
-        };
-        command.args([policy, "0"]).arg(&self.flywheel);
+        let mut command = Command::new(&self.flywheel);
         command.args(["cache", "serve", "--quiet", "--stop-after", "15m", "--listen", "127.0.0.1:0", "--dir"]);
         let mut child = command.arg(&folder).env_clear().stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
@@ -194,6 +170,7 @@ impl Bench {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh", "-c", "mount --bind \"$0\" /nix && exec \"$@\""]);
         command.arg(nix).arg(program).env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").env("HOME", home);
+        command.env("TMPDIR", self.folder.path());
         let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
         command.env("NIX_CONFIG", config).current_dir(self.folder.path());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -226,7 +203,7 @@ impl Bench {
     }
 
     fn publish(&self, paths: &[String], rtt: Duration, place: Place) -> Figures {
-        let server = self.serve(place, Rank::Usual);
+        let server = self.serve(place);
         let url = if rtt.is_zero() { server.url.clone() } else { delayed(&server.url, rtt) };
         let mut command = self.within(&self.nix(), self.flywheel.to_str().unwrap());
         command.env("ATTIC_TOKEN", &server.token).args(["publish", "--attic-server", &url]).args(paths);
@@ -236,7 +213,7 @@ impl Bench {
     }
 
     fn copy_http(&self, paths: &[String]) -> Figures {
-        let server = self.serve(Place::Disk, Rank::Usual);
+        let server = self.serve(Place::Disk);
         let netrc = self.folder.path().join("netrc");
         fs::write(&netrc, format!("machine 127.0.0.1 login flywheel password {}\n", server.token)).unwrap();
         let to = format!("{}/main?compression=zstd", server.url);
@@ -274,18 +251,17 @@ impl Bench {
     }
 
     /// The same build with and without publication, in this order or the other: the machine is not the same throughout.
-    fn pair(&self, rank: Rank, quiet_first: bool, table: &mut Table) {
-        let first = self.build(!quiet_first, rank);
-        let second = self.build(quiet_first, rank);
+    fn pair(&self, quiet_first: bool, table: &mut Table) {
+        let first = self.build(!quiet_first);
+        let second = self.build(quiet_first);
         let (quiet, loud) = if quiet_first { (first, second) } else { (second, first) };
-        let [without, publishing] = rank.rows();
-        table.add(without, quiet);
-        table.add(publishing, loud);
+        table.add(QUIET, quiet);
+        table.add(LOUD, loud);
     }
 
     /// A build of many quick derivations by `nix-job` in a store of its own, publishing or not.
-    fn build(&self, publishes: bool, rank: Rank) -> Figures {
-        let (server, folder) = (self.serve(Place::Disk, rank), self.new_folder());
+    fn build(&self, publishes: bool) -> Figures {
+        let (server, folder) = (self.serve(Place::Disk), self.new_folder());
         let nix = folder.join("nix");
         let expression = format!(
             "let part = n: derivation {{ name = \"part-${{toString n}}\"; system = builtins.currentSystem; \
