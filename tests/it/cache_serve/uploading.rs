@@ -320,12 +320,17 @@ fn a_client_that_sends_before_it_listens_still_hears_the_refusal() {
 async fn a_full_disk_fails_the_upload_and_not_the_server() {
     // No file may grow over 64 KiB: what the disk says then is an error like any other.
     let served = Served::start_limited();
-    let large = TestPath::new('a', &noise(300_000));
-    let (status, json) = served.upload(&large).await;
-    assert_eq!((status, json["error"].as_str()), (500, Some("InternalServerError")), "{json}");
-    assert!(served.names("tmp").is_empty() && served.names("nars").is_empty());
+    // One is compressed as it comes, the other in memory.
+    let large = [TestPath::new('a', &noise(300_000)), TestPath::new('c', &noise(200_000))];
+    for large in &large {
+        let (status, json) = served.upload(large).await;
+        assert_eq!((status, json["error"].as_str()), (500, Some("InternalServerError")), "{json}");
+        assert!(served.names("tmp").is_empty() && served.names("nars").is_empty());
+    }
     assert_eq!(served.upload(&TestPath::new('b', b"small")).await.0, 200);
-    assert!(served.narinfo("main", &large).await.is_none());
+    for large in &large {
+        assert!(served.narinfo("main", large).await.is_none());
+    }
 }
 
 /// Bytes that do not compress.
