@@ -3,6 +3,7 @@
 mod paths;
 mod speech;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -191,21 +192,24 @@ fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Resu
 
 /// The store, and the facts of everything that is to be published.
 async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store, Found), Failure> {
-    let (store, found) = match bootstrap::open_to_read(env).await {
-        Some(store) => {
-            let found = store.closure(wanted).await?;
-            (store, found)
-        }
-        None => closure_of_mended(env, sink, wanted).await?,
-    };
-    let known = |path: &StorePath| {
-        found.infos.iter().any(|info| info.path == *path)
-            || found.unreadable.iter().any(|other| other.path == path.to_string())
-    };
-    match wanted.iter().find(|path| !known(path)) {
+    if let Some(store) = bootstrap::at_hand(env).await
+        && let Ok(found) = store.closure(wanted).await
+        && unknown(&found, wanted).is_none()
+    {
+        return Ok((store, found));
+    }
+    let (store, found) = closure_of_mended(env, sink, wanted).await?;
+    match unknown(&found, wanted) {
         Some(path) => Err(Error::Invalid(path.clone()).into()),
         None => Ok((store, found)),
     }
+}
+
+/// The first of these paths that was not found.
+fn unknown<'a>(found: &Found, wanted: &'a [StorePath]) -> Option<&'a StorePath> {
+    let known: BTreeSet<&StorePath> = found.infos.iter().map(|info| &info.path).collect();
+    let unreadable = |path: &StorePath| found.unreadable.iter().any(|other| other.path == path.to_string());
+    wanted.iter().find(|path| !known.contains(path) && !unreadable(path))
 }
 
 /// The same where Nix has to be made ready first.

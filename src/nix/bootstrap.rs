@@ -153,12 +153,12 @@ pub async fn ready(env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, Err
     Host::this().ready(env, sink, limit).await
 }
 
-/// The store of a Nix that works, for one who only reads it: by a single call of Nix. `None` where that does not do:
-/// there is no Nix, its store does not open, or its database is not ours to read. Then `ready` says why, or mends it.
-pub async fn open_to_read(env: &Env) -> Option<Store> {
+/// The store of this machine for one who only reads it: by its database, so that it wants no call of Nix and no daemon.
+/// `None` where that does not do: there is no Nix, or its database is not ours to read. Then `ready` says why, or mends
+/// it. A path that is not in it may yet be valid, in a store that the settings name.
+pub async fn at_hand(env: &Env) -> Option<Store> {
     let found = tool::find(env, &Host::this().places)?;
-    let store = Store::open(&Nix::unasked(&found.program, env)).await.ok()?;
-    store.without_database().is_none().then_some(store)
+    Store::at_hand(&Nix::unasked(&found.program, env)).await
 }
 
 /// The machine, as far as bootstrapping depends on it. Tests make their own.

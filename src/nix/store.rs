@@ -132,6 +132,14 @@ impl Store {
         Ok(Self { nix: nix.clone(), state, db: db.map(|db| Arc::new(Mutex::new(db))) })
     }
 
+    /// The store that a database of this machine describes, whichever Nix would open. `None` if it is not ours to read.
+    pub async fn at_hand(nix: &Nix) -> Option<Self> {
+        let state = state_folder(nix);
+        let folder = state.clone();
+        let db = blocking(move || Ok(open_db(&folder))).await.ok()?.ok()?;
+        Some(Self { nix: nix.clone(), state, db: Ok(Arc::new(Mutex::new(db))) })
+    }
+
     /// Why the database is not read, so that Nix is asked instead, which is slower; `None` if it is read.
     pub fn without_database(&self) -> Option<&str> {
         self.db.as_ref().err().map(String::as_str)

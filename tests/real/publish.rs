@@ -157,6 +157,26 @@ fn what_is_published_is_substituted_on_an_emptied_store() {
 }
 
 #[test]
+fn nothing_is_asked_of_nix_where_its_database_is_readable() {
+    let bench = Bench::new();
+    success(&bench.build(TREE, "result", &[]));
+    let (folder, called) = (bench.folder.path().join("bin"), bench.folder.path().join("called"));
+    std::fs::create_dir(&folder).unwrap();
+    let script = format!("#!/bin/sh\necho \"$@\" >>{}\nexit 1\n", called.display());
+    std::fs::write(folder.join("nix"), script).unwrap();
+    std::fs::set_permissions(folder.join("nix"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/bin:/bin", folder.display());
+    let said = success(&bench.publish(&["./result"]).env("PATH", &path).output().unwrap());
+    assert!(said.contains("32 published, 32 verified, 0 lost") && !called.exists(), "{said}");
+
+    let unknown = "/nix/store/00000000000000000000000000000000-unknown";
+    std::fs::create_dir(bench.folder.path().join(unknown.trim_start_matches('/'))).unwrap();
+    let ran = bench.publish(&[unknown]).output().unwrap();
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.code() == Some(1) && said.contains(&format!("`{unknown}` is not valid in the store")), "{said}");
+}
+
+#[test]
 fn a_path_of_two_gib_is_published_in_flat_memory() {
     let bench = Bench::new();
     let big = r#"derivation {
