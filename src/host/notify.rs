@@ -3,7 +3,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub struct Notify {
 
 impl Notify {
     /// Begins to watch `folder`; `tell` is called for each event, on a thread of its own. After each burst of events
-    /// it rests for `pace`, and equal events of that time become one: what moves all the time wakes nobody more often.
+    /// it rests for `pace`, and tells nothing of that time: who writes all the time would pay for each event.
     ///
     /// # Errors
     /// When the folder is not there or the kernel has no watches left.
@@ -44,12 +44,13 @@ impl Notify {
         tell: impl FnMut(Event<'_>) + Send + 'static,
     ) -> io::Result<Self> {
         let events = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
-        inotify::add_watch(&events, folder, what)?;
+        let watched =
+            Watched { number: inotify::add_watch(&events, folder, what)?, events, folder: folder.into(), what };
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name("notify".into()).spawn(move || {
             // At the usual priority: what an event tells of, a short process say, is soon gone.
-            follow(&events, &stopped, pace, tell);
+            follow(watched, &stopped, pace, tell);
         })?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -66,17 +67,37 @@ impl Drop for Notify {
     }
 }
 
-fn follow(events: &OwnedFd, stop: &OwnedFd, pace: Duration, mut tell: impl FnMut(Event<'_>)) {
+/// What the kernel has been asked to tell.
+struct Watched {
+    events: OwnedFd,
+    number: i32,
+    folder: PathBuf,
+    what: WatchFlags,
+}
+
+impl Watched {
+    /// Asks it to tell nothing until the rest is over, and to forget what it has not told. `stop` cuts the rest short.
+    fn rest(&mut self, rest: &Timespec, stop: &OwnedFd, buffer: &mut [MaybeUninit<u8>]) -> io::Result<()> {
+        inotify::remove_watch(&self.events, self.number)?;
+        let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(rest));
+        let mut reader = inotify::Reader::new(&self.events, buffer);
+        while reader.next().is_ok() {}
+        self.number = inotify::add_watch(&self.events, &self.folder, self.what)?;
+        Ok(())
+    }
+}
+
+fn follow(mut watched: Watched, stop: &OwnedFd, pace: Duration, mut tell: impl FnMut(Event<'_>)) {
     let rest = Timespec::try_from(pace).ok().filter(|_| !pace.is_zero());
     let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
     loop {
-        let mut waiting = [PollFd::new(events, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        let mut waiting = [PollFd::new(&watched.events, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
         // An interrupted wait just looks again.
         let _ = poll(&mut waiting, None);
         if !waiting[1].revents().is_empty() {
             return;
         }
-        let mut reader = inotify::Reader::new(events, &mut buffer);
+        let mut reader = inotify::Reader::new(&watched.events, &mut buffer);
         while let Ok(event) = reader.next() {
             if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) {
                 tell(Event::Lost);
@@ -84,8 +105,11 @@ fn follow(events: &OwnedFd, stop: &OwnedFd, pace: Duration, mut tell: impl FnMut
                 tell(Event::Entry(name));
             }
         }
-        if let Some(rest) = &rest {
-            let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(rest));
+        // A folder that is gone has nothing more to tell.
+        if let Some(rest) = &rest
+            && watched.rest(rest, stop, &mut buffer).is_err()
+        {
+            return;
         }
     }
 }

@@ -17,6 +17,8 @@ const TICK: Duration = Duration::from_millis(250);
 /// While paths keep coming, it is asked about this often: a build of many quick derivations needs its processor, and
 /// what comes together is cheaper to publish, by some milliseconds for each batch less.
 const PACE: Duration = Duration::from_millis(300);
+/// So much later than the next event could have been told of, it is asked whether something came meanwhile.
+const REST_OF_IT: Duration = Duration::from_millis(20);
 /// A registration comes with a burst of writes; asking once after this pause covers the burst.
 const SETTLE: Duration = Duration::from_millis(5);
 
@@ -90,8 +92,8 @@ fn follow(db: &Db, mut last: i64, woken: &Receiver<Woken>, mut tell: impl FnMut(
             Ok(Woken::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             Ok(Woken::Moved) => {
                 std::thread::sleep(SETTLE);
-                // The next event is told of by then.
-                patience = PACE + TICK;
+                // Nothing is told of what comes meanwhile; a build that goes on is told of before that.
+                patience = PACE + REST_OF_IT;
             }
             Err(RecvTimeoutError::Timeout) => patience = TICK,
         }
