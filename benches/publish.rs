@@ -1,13 +1,13 @@
 //! `just bench publish`: publishing beside `nix copy`, to the same embedded cache over HTTP and to `file://`,
 //! in one run; the lag from valid to servable and the overhead on a real build; and 50 ms more per request.
 //! Small paths are measured with the caches on the disk that the store is on, and in memory, for a cache's disk is
-//! seldom the build's. The overhead is what a build pays for watcher, publisher and a server on its own machine;
-//! `TMPDIR` is the disk of all.
+//! seldom the build's. The overhead is what a build pays for watcher, publisher and a server on its own machine,
+//! measured from build to build and, sharper, within builds (`publish/phases.rs`); `TMPDIR` is the disk of all.
 //!
 //! As root, with real Nix; client and server are the binary of the release profile, or `FLYWHEEL_BIN`.
 //! Prints a table of medians and writes `target/bench/publish.json`. `FLYWHEEL_BENCH_RUNS` (3) is the
-//! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path, `FLYWHEEL_BENCH_PAIRS` (20, at least 2) the
-//! number of builds with and without publication in a run.
+//! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path, `FLYWHEEL_BENCH_PAIRS` (5, at least 2) and
+//! `FLYWHEEL_BENCH_PHASED` (15, at least 2) the numbers of builds with and without publication in a run.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that fails says why by panicking")]
 
 use std::collections::BTreeMap;
@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 
 use sha2::Digest as _;
 
+#[path = "publish/phases.rs"]
+mod phases;
 #[path = "shared/table.rs"]
 mod table;
 
@@ -35,6 +37,9 @@ const LEVEL: i32 = 3;
 /// The rows of the builds.
 const QUIET: &str = "build: without";
 const LOUD: &str = "build: publishing";
+/// The rows of those that are measured within.
+const PHASED_QUIET: &str = "build in phases: without";
+const PHASED_LOUD: &str = "build in phases: publishing";
 const RTT: Duration = Duration::from_millis(50);
 /// A folder in memory.
 const MEMORY: &str = "/dev/shm";
@@ -64,8 +69,16 @@ fn main() {
         table.add("small in memory: nix copy file", bench.copy_file(&small, Place::Memory));
         table.add("big: read, hash, compress once", bench.once(&big));
         table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT, Place::Disk));
-        for pair in 0..number("FLYWHEEL_BENCH_PAIRS", 20).max(2) {
-            bench.pair((run + pair) % 2 == 0, &mut table);
+        for pair in 0..number("FLYWHEEL_BENCH_PAIRS", 5).max(2) {
+            // In this order or the other: the machine is not the same throughout.
+            for publishes in [(run + pair) % 2 == 0, (run + pair) % 2 == 1] {
+                table.add(if publishes { LOUD } else { QUIET }, bench.build(publishes));
+            }
+        }
+        for pair in 0..number("FLYWHEEL_BENCH_PHASED", 15).max(2) {
+            let works_first = (run + pair) % 2 == 0;
+            table.add(PHASED_LOUD, bench.build_in_phases(true, works_first));
+            table.add(PHASED_QUIET, bench.build_in_phases(false, works_first));
         }
     }
     table.print("publish");
@@ -95,6 +108,18 @@ fn ratios(table: &Table) {
     }
     let (percent, error) = overhead(table);
     println!("{LOUD}: {percent:.1} % longer, give or take {error:.1} (under 2 %)");
+    let (loud, error) = mean(&table.values(PHASED_LOUD, "longer %"));
+    let (quiet, other) = mean(&table.values(PHASED_QUIET, "longer %"));
+    println!("{PHASED_LOUD}: {loud:.2} % longer, give or take {error:.2} (under 2 %)");
+    println!("{PHASED_QUIET}: {quiet:.2} %, give or take {other:.2}");
+}
+
+/// The mean, and its standard error.
+fn mean(values: &[f64]) -> (f64, f64) {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    (mean, (squares / (count - 1.0) / count).sqrt())
 }
 
 /// How much longer all builds together take with publication, and the standard error of that, both in percent. The
@@ -207,7 +232,7 @@ impl Bench {
         let url = if rtt.is_zero() { server.url.clone() } else { delayed(&server.url, rtt) };
         let mut command = self.within(&self.nix(), self.flywheel.to_str().unwrap());
         command.env("ATTIC_TOKEN", &server.token).args(["publish", "--attic-server", &url]).args(paths);
-        let (figures, said) = measure(&mut command, Some(&server));
+        let (figures, said) = measure(command, Some(&server), |_| ());
         assert!(said.contains(&format!("{} published", paths.len())) || said.contains(", 0 lost"), "{said}");
         figures
     }
@@ -219,12 +244,14 @@ impl Bench {
         let to = format!("{}/main?compression=zstd", server.url);
         let mut command = self.within(&self.nix(), "nix");
         command.args(["copy", "--option", "netrc-file"]).arg(&netrc).args(["--to", &to]).args(paths);
-        measure(&mut command, Some(&server)).0
+        measure(command, Some(&server), |_| ()).0
     }
 
     fn copy_file(&self, paths: &[String], place: Place) -> Figures {
         let to = format!("file://{}?compression=zstd", self.new_cache(place).display());
-        measure(self.within(&self.nix(), "nix").args(["copy", "--to", &to]).args(paths), None).0
+        let mut command = self.within(&self.nix(), "nix");
+        command.args(["copy", "--to", &to]).args(paths);
+        measure(command, None, |_| ()).0
     }
 
     /// Reads, hashes and compresses each path once, one after the other.
@@ -250,19 +277,41 @@ impl Bench {
         BTreeMap::from([("wall s", began.elapsed().as_secs_f64()), ("cpu s", cpu_of("self", 13) - cpu)])
     }
 
-    /// The same build with and without publication, in this order or the other: the machine is not the same throughout.
-    fn pair(&self, quiet_first: bool, table: &mut Table) {
-        let first = self.build(!quiet_first);
-        let second = self.build(quiet_first);
-        let (quiet, loud) = if quiet_first { (first, second) } else { (second, first) };
-        table.add(QUIET, quiet);
-        table.add(LOUD, loud);
+    /// A build of many quick derivations by `nix-job`, publishing or not.
+    fn build(&self, publishes: bool) -> Figures {
+        let build = self.start(publishes);
+        let (figures, said) = measure(build.command, Some(&build.server), |_| ());
+        let ended = now();
+        let times = fs::read_to_string(&build.times).unwrap_or_else(|_| panic!("{said}"));
+        let times: Vec<f64> = times.lines().map(|line| line.parse::<f64>().unwrap() / 1e9).collect();
+        let mut found = BTreeMap::from([("command s", times[1] - times[0]), ("cpu s", figures["cpu s"])]);
+        if publishes {
+            assert!(said.contains(", 0 lost"), "{said}");
+            let mut lags = lags(&build.nix, &build.server.folder);
+            assert_eq!(lags.len(), SMALL, "{said}");
+            lags.sort_by(f64::total_cmp);
+            found.extend([("lag p50 ms", lags[SMALL / 2]), ("lag p99 ms", lags[SMALL * 99 / 100])]);
+            found.extend([("drain, verify s", ended - times[1]), ("peak MiB", figures["peak MiB"])]);
+        }
+        found
     }
 
-    /// A build of many quick derivations by `nix-job` in a store of its own, publishing or not.
-    fn build(&self, publishes: bool) -> Figures {
+    /// The same with what publishing costs measured within.
+    fn build_in_phases(&self, publishes: bool, works_first: bool) -> Figures {
+        let build = self.start(publishes);
+        let (state, server) = (build.nix.join("var/nix"), build.server.child.id());
+        let mut longer = f64::NAN;
+        let (_, said) = measure(build.command, Some(&build.server), |client| {
+            longer = phases::overhead(&state, (SMALL, SMALL), &[client, server], works_first);
+        });
+        assert!(!publishes || said.contains(", 0 lost"), "{said}");
+        BTreeMap::from([("longer %", longer)])
+    }
+
+    /// A build of many quick derivations in a store of its own, to be begun.
+    fn start(&self, publishes: bool) -> Build {
         let (server, folder) = (self.serve(Place::Disk), self.new_folder());
-        let nix = folder.join("nix");
+        let (nix, times) = (folder.join("nix"), folder.join("times"));
         let expression = format!(
             "let part = n: derivation {{ name = \"part-${{toString n}}\"; system = builtins.currentSystem; \
              builder = \"/bin/sh\"; args = [ \"-c\" \"echo ${{toString n}} > $out\" ]; }}; \
@@ -270,7 +319,6 @@ impl Bench {
         );
         let file = folder.join("default.nix");
         fs::write(&file, expression).unwrap();
-        let times = folder.join("times");
         let script = format!(
             "date +%s%N >{t}; nix-build --no-out-link -j 2 {f} >/dev/null 2>&1; date +%s%N >>{t}",
             t = times.display(),
@@ -282,21 +330,18 @@ impl Bench {
         if publishes {
             command.arg("--publish");
         }
-        let (figures, said) = measure(&mut command, Some(&server));
-        let ended = now();
-        let times = fs::read_to_string(&times).unwrap_or_else(|_| panic!("{said}"));
-        let times: Vec<f64> = times.lines().map(|line| line.parse::<f64>().unwrap() / 1e9).collect();
-        let mut found = BTreeMap::from([("command s", times[1] - times[0]), ("cpu s", figures["cpu s"])]);
-        if publishes {
-            assert!(said.contains(", 0 lost"), "{said}");
-            let mut lags = lags(&nix, &server.folder);
-            assert_eq!(lags.len(), SMALL, "{said}");
-            lags.sort_by(f64::total_cmp);
-            found.extend([("lag p50 ms", lags[SMALL / 2]), ("lag p99 ms", lags[SMALL * 99 / 100])]);
-            found.extend([("drain, verify s", ended - times[1]), ("peak MiB", figures["peak MiB"])]);
-        }
-        found
+        Build { command, server, nix, times }
     }
+}
+
+/// A build that has not begun.
+struct Build {
+    command: Command,
+    server: Server,
+    /// Where its `/nix` is.
+    nix: PathBuf,
+    /// The file that says when it began and ended, in nanoseconds since 1970.
+    times: PathBuf,
 }
 
 /// Milliseconds from each path's last change by Nix, which is just before it becomes valid, to the
@@ -329,8 +374,8 @@ fn cpu_of(process: &str, field: usize) -> f64 {
     (ticks(field) + ticks(field + 1)) / 100.0
 }
 
-/// Runs it: wall and CPU time (the server's included), its peak memory, and what it said.
-fn measure(command: &mut Command, server: Option<&Server>) -> (Figures, String) {
+/// Runs it: wall and CPU time (the server's included), its peak memory, and what it said. `meanwhile` is given its id.
+fn measure(mut command: Command, server: Option<&Server>, meanwhile: impl FnOnce(u32)) -> (Figures, String) {
     let of_server = |server: &Server| cpu_of(&server.child.id().to_string(), 13);
     let cpu = cpu_of("self", 15) + server.map_or(0.0, of_server);
     let began = Instant::now();
@@ -356,6 +401,7 @@ fn measure(command: &mut Command, server: Option<&Server>) -> (Figures, String) 
         }
         peak
     });
+    meanwhile(child.id());
     let success = child.wait().unwrap().success();
     let wall = began.elapsed().as_secs_f64();
     ended.store(true, Ordering::Relaxed);
