@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -23,13 +24,10 @@ use crate::nix::store_path::PathHash;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// The field of a stored narinfo; readers never see it.
 const FIELD: &str = "Epoch";
-/// As many files as this are not synced one by one: each would want its own flush of the disk (500 small paths 0.7 s on
-/// an ext4 with a journal, 0.06 s with one call for the whole file system), and the build waits for the same disk.
-const MANY: usize = 100;
-/// A FUSE file system (`statfs(2)`): most of them never hear of a `syncfs`, and the kernel says that all is well.
-const FUSE: u64 = 0x6573_5546;
-/// The first kernel whose `syncfs` tells of what could not be written (`syncfs(2)`).
-const TELLS: (u32, u32) = (5, 8);
+/// The writing of this much of each file is begun for all before the first is waited for, in bytes. Then they share
+/// their flushes of the disk (1,000 small files on an ext4 with a journal take 0.14 s, one by one 1.0 s). A `syncfs` takes 0.04 s,
+/// but it writes what the build has dirty, too, and made builds on an ext4 without a journal 3 to 5 % longer.
+const BEGUN: NonZeroU64 = NonZeroU64::new(1024 * 1024).unwrap();
 /// Epochs that a killed process may have used beyond the last one that it wrote down: the one that was being synced,
 /// and the one after it.
 const AHEAD: u64 = 2;
@@ -66,8 +64,6 @@ pub struct Durable {
     boot: String,
     /// The cache's folder, open from the beginning so that no failure of its file system is missed.
     root: File,
-    /// One call can sync that file system, and tells if it could not.
-    whole: bool,
     epoch: RwLock<u64>,
     pending: Mutex<Pending>,
     /// A killed process has left files that nobody knows by name.
@@ -152,7 +148,6 @@ impl Durable {
         let root = File::open(folder.root())?;
         let durable = Self {
             boot,
-            whole: syncs_whole(&root, &rustix::system::uname().release().to_string_lossy()),
             root,
             epoch: RwLock::new(epoch + 1),
             pending: Mutex::default(),
@@ -209,10 +204,7 @@ impl Durable {
             self.strangers.store(false, Ordering::Relaxed);
             return Ok(());
         }
-        // What fails may be somebody else's file, or a sandbox without this call: then ours are asked one by one.
-        if self.whole && pending.files.len() >= MANY && rustix::fs::syncfs(&self.root).is_ok() {
-            return Ok(());
-        }
+        pending.files.iter().for_each(|file| begin_writing(file));
         pending.files.iter().try_for_each(|file| sync(file))?;
         let mut folders: BTreeSet<&Path> = pending.files.iter().filter_map(|file| file.parent()).collect();
         folders.extend(pending.folders.iter().map(PathBuf::as_path));
@@ -225,10 +217,12 @@ impl Durable {
     }
 }
 
-fn syncs_whole(folder: &File, kernel: &str) -> bool {
-    let mut numbers = kernel.split(|c: char| !c.is_ascii_digit()).map_while(|number| number.parse().ok());
-    let tells = numbers.next().zip(numbers.next()).is_some_and(|version| version >= TELLS);
-    tells && rustix::fs::fstatfs(folder).is_ok_and(|about| u64::try_from(about.f_type) != Ok(FUSE))
+/// Has the system write what is dirty of it, without waiting. That is a side effect of this advice (`posix_fadvise(2)`),
+/// not promised anywhere: if it fails to come, the sync only takes longer.
+fn begin_writing(file: &Path) {
+    if let Ok(file) = File::open(file) {
+        let _ = rustix::fs::fadvise(&file, 0, Some(BEGUN), rustix::fs::Advice::DontNeed);
+    }
 }
 
 /// What was removed meanwhile needs no disk.
@@ -339,32 +333,6 @@ mod tests {
         drop((folder, durable));
         let (folder, _, taken_back) = world.open("2");
         assert_eq!((taken_back, held(&folder).as_str()), (Some(1), "abc"));
-    }
-
-    #[test]
-    fn many_files_are_synced_in_one_call() {
-        let world = World(tempfile::tempdir().expect("temporary folder"));
-        let (folder, mut durable, _) = world.open("1");
-        let tried: Vec<bool> = ["5.8.0-1-generic", "6.18.44", "5.7.19", "4.18.0-553.el8", "?"]
-            .map(|kernel| syncs_whole(&durable.root, kernel))
-            .into();
-        assert_eq!(tried, [true, true, false, false, false]);
-        add(&folder, &durable, 'a');
-        // Opened by name it would fail the sync.
-        let circle = folder.nars().join("circle");
-        std::os::unix::fs::symlink(&circle, &circle).expect("made");
-        let come = |durable: &Durable| (0..MANY).for_each(|_| durable.begin().came(circle.clone()));
-        come(&durable);
-        durable.settle(&folder).expect("the disk works");
-        // The call fails on a folder that is only named, so that each file is asked for itself.
-        durable.root = File::from(
-            rustix::fs::open(folder.root(), rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).expect("there"),
-        );
-        come(&durable);
-        assert!(durable.settle(&folder).is_err());
-        drop((folder, durable));
-        let (folder, _, taken_back) = world.open("2");
-        assert_eq!((taken_back, held(&folder).as_str()), (Some(0), "a"));
     }
 
     #[test]
