@@ -25,9 +25,7 @@ impl Table {
 
     /// The median of a figure of a row.
     pub fn median(&self, name: &str, figure: &str) -> f64 {
-        let mut values = self.values(name, figure);
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+        median(self.values(name, figure))
     }
 
     /// Prints the medians, and writes them with all runs to `target/bench/<bench>.json`.
@@ -44,4 +42,10 @@ impl Table {
         fs::create_dir_all(&folder).unwrap();
         fs::write(folder.join(format!("{bench}.json")), serde_json::to_string_pretty(&json).unwrap()).unwrap();
     }
+}
+
+/// The middle one; no number if there is none.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
