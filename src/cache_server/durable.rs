@@ -24,9 +24,9 @@ use crate::nix::store_path::PathHash;
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// The field of a stored narinfo; readers never see it.
 const FIELD: &str = "Epoch";
-/// The writing of this much of each file is begun for all before the first is waited for, in bytes. Then they share
-/// their flushes of the disk (1,000 small files on an ext4 with a journal take 0.14 s, one by one 1.0 s). A `syncfs` takes 0.04 s,
-/// but it writes what the build has dirty, too, and made builds on an ext4 without a journal 3 to 5 % longer.
+/// The writing of this much of each file is begun for all before the first is waited for, in bytes: 1,000 small ones
+/// take 0.14 s on an ext4 with a journal, one by one 1.0 s. A `syncfs` takes 0.04 s, but writes what the build has
+/// dirty, too, and made builds on an ext4 without a journal 3 to 5 % longer.
 const BEGUN: NonZeroU64 = NonZeroU64::new(1024 * 1024).unwrap();
 /// Epochs that a killed process may have used beyond the last one that it wrote down: the one that was being synced,
 /// and the one after it.
