@@ -5,6 +5,7 @@
 //! What a build publishes is published in half of its time, so that half of the difference is the overhead. It
 //! comes out a little small: what a stop has gathered goes in one batch, where it would have gone in two. What
 //! the client does beside publishing is in the difference, too; a build without publication shows how much.
+//! Never starts or ends a build: that, and what it publishes, is its caller's.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -19,9 +20,9 @@ const LIMIT: Duration = Duration::from_mins(2);
 /// Paths left out at each end of the build, where it has not got up its speed or has lost it.
 const ENDS: i64 = 20;
 
-/// Stops and continues these processes in turn while the build goes on whose outputs get the ids after `inputs`,
-/// `outputs` of them. Returns by how many percent their work makes the build longer; with whether the first
-/// phase is one of work, for the two are to be had equally often.
+/// Stops and continues these processes in turn while a build goes on that registers `inputs` paths and then `outputs`
+/// more, and returns by how many percent their work makes it longer. `works` is whether they may work in the first
+/// phase: over many builds it should be so in every other one. Panics if the build is too short or does not end.
 pub fn overhead(state: &Path, (inputs, outputs): (usize, usize), processes: &[u32], mut works: bool) -> f64 {
     let processes = Stopped(processes.iter().map(|id| Pid::from_raw(i32::try_from(*id).unwrap()).unwrap()).collect());
     let (first, last) = (inputs as i64 + ENDS, (inputs + outputs) as i64 - ENDS);
