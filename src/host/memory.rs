@@ -3,6 +3,7 @@
 //!
 //! Files and their meaning: the kernel's `cgroup-v2.rst` and `cgroup-v1/memory.rst`.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -125,31 +126,65 @@ pub fn without_cgroup() -> Memory {
     Memory { killed_on_machine: killed_on_machine(), ..Memory::default() }
 }
 
-/// Memory in use now by this process and its descendants, in bytes: resident, shared pages counted
-/// in each. For machines without a control group of the job's own.
+/// Memory in use now by the descendants of this process, in bytes: resident, shared pages counted in each. For
+/// machines without a control group of the job's own.
 pub fn of_descendants() -> u64 {
-    let mut parents = Vec::new();
+    let pages = descendants().unwrap_or_else(descendants_of_all).into_values().sum::<u64>();
+    pages * rustix::param::page_size() as u64
+}
+
+/// The descendants of this process and their resident pages, asked from one to the next; `None` where the kernel does
+/// not tell children (`CONFIG_PROC_CHILDREN`). One whose brother ends just now may be left out (`proc_tid_children(5)`).
+fn descendants() -> Option<HashMap<u32, u64>> {
+    let mut family = HashMap::new();
+    let mut asked = children(std::process::id())?;
+    while let Some(pid) = asked.pop() {
+        let pages = fs::read_to_string(format!("/proc/{pid}/statm")).ok().and_then(|text| nth(&text, 1));
+        // One that has ended has nothing, and is not asked twice.
+        if family.insert(pid, pages.unwrap_or_default()).is_none() {
+            asked.extend(children(pid).unwrap_or_default());
+        }
+    }
+    Some(family)
+}
+
+/// Those that a process's threads have started.
+fn children(pid: u32) -> Option<Vec<u32>> {
+    let mut found = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        match fs::read_to_string(thread.path().join("children")) {
+            Ok(text) => found.extend(text.split_whitespace().filter_map(|word| word.parse::<u32>().ok())),
+            // The thread has ended meanwhile, or no thread has such a file.
+            Err(_) if thread.path().exists() => return None,
+            Err(_) => (),
+        }
+    }
+    Some(found)
+}
+
+/// The same from all processes of the machine.
+fn descendants_of_all() -> HashMap<u32, u64> {
+    let mut all = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
         // Fields 4 (parent) and 24 (resident pages) of `proc_pid_stat(5)`, counted behind the name.
         let Some((_, rest)) = stat.rsplit_once(')') else { continue };
-        let words: Vec<&str> = rest.split_whitespace().collect();
-        let parent = words.get(1).and_then(|word| word.parse::<u32>().ok()).unwrap_or_default();
-        let pages = words.get(21).and_then(|word| word.parse::<u64>().ok()).unwrap_or_default();
-        parents.push((pid, parent, pages));
+        all.push((pid, nth(rest, 1).unwrap_or_default(), nth(rest, 21).unwrap_or_default()));
     }
-    let mut family = vec![std::process::id()];
-    let mut pages = 0;
-    let mut next = 0;
-    while let Some(pid) = family.get(next).copied() {
-        for (child, _, resident) in parents.iter().filter(|(_, parent, _)| *parent == pid) {
-            family.push(*child);
-            pages += resident;
+    let (mut family, mut asked) = (HashMap::new(), vec![u64::from(std::process::id())]);
+    while let Some(above) = asked.pop() {
+        for (pid, _, pages) in all.iter().filter(|(_, parent, _)| *parent == above) {
+            family.insert(*pid, *pages);
+            asked.push(u64::from(*pid));
         }
-        next += 1;
     }
-    pages * rustix::param::page_size() as u64
+    family
+}
+
+/// The word of this number, from 0.
+fn nth(text: &str, number: usize) -> Option<u64> {
+    text.split_whitespace().nth(number)?.parse().ok()
 }
 
 /// The folder of `path` below `mount`, or the nearest ancestor that has `file`: in a container the
@@ -187,6 +222,9 @@ fn field(file: &Path, name: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader};
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     fn file(root: &Path, name: &str, text: &str) {
@@ -230,7 +268,27 @@ mod tests {
     }
 
     #[test]
-    fn a_child_counts_among_the_descendants() {
-        assert!(of_descendants() < 1 << 40, "no child is as big as that");
+    fn children_and_their_children_are_found_either_way() {
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-c", "exec 3<&0; cat <&3 & echo $!; exec 3<&-; wait"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut shell = shell.spawn().expect("started");
+        let mut said = BufReader::new(shell.stdout.take().expect("piped"));
+        let mut line = String::new();
+        said.read_line(&mut line).expect("said");
+        let family = [shell.id(), line.trim().parse().expect("a number")];
+        // Other tests of this process have children, too.
+        let all = descendants_of_all();
+        assert!(family.iter().all(|pid| all[pid] > 0), "{all:?}");
+        // Some kernels do not tell.
+        if Path::new("/proc/thread-self/children").exists() {
+            let found = descendants().expect("told");
+            assert!(family.iter().all(|pid| found[pid] > 0), "{found:?}");
+        }
+        assert!((1..1 << 40).contains(&of_descendants()));
+        drop(shell.stdin.take());
+        shell.wait().expect("ended");
     }
 }
