@@ -295,6 +295,7 @@ async fn settle(state: &Arc<State>, how: fn(&Store) -> io::Result<()>) {
     let broken = match tokio::task::spawn_blocking(move || how(&store)).await {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),
+        Err(error) if error.is_cancelled() => "the server was to end at once".to_owned(),
         Err(error) => error.to_string(),
     };
     let text = format!("what came lately may not be on the disk, and would go with the machine: {broken}");
