@@ -17,10 +17,13 @@ use std::time::Duration;
 
 use rustix::process::geteuid;
 
-use crate::host::notify::{Event, Notify, WatchFlags};
+use crate::host::notify::{Event, Notify, Pace, WatchFlags};
 use crate::nix::store_path::StorePath;
 use crate::policy::{Impurity, of_arguments, of_settings};
 
+/// What the processes write is read so long after they have begun: a build of many quick derivations writes some
+/// thousand names, and its files stay open.
+const GATHER: Duration = Duration::from_millis(100);
 /// How many steps a process may be below us; more is a loop.
 const DEPTH_LIMIT: usize = 4096;
 
@@ -56,7 +59,8 @@ type Tell = Box<dyn FnMut(&[StorePath]) + Send>;
 #[derive(Debug)]
 pub struct Clients {
     state: Arc<Mutex<State>>,
-    _notify: Option<Notify>,
+    /// Of files that are made, at once, for their processes may soon be gone; and of what is written into them.
+    _notify: [Option<Notify>; 2],
 }
 
 struct State {
@@ -116,11 +120,11 @@ impl Clients {
             unclear: false,
             impurity: None,
         }));
-        let told = Arc::clone(&state);
-        let notify = Notify::watch(&folder, WatchFlags::CREATE | WatchFlags::MODIFY, Duration::ZERO, move |event| {
-            lock(&told).hear(&event);
-        })
-        .ok();
+        let hear = |what, pace| {
+            let told = Arc::clone(&state);
+            Notify::watch(&folder, what, pace, move |event| lock(&told).hear(&event)).ok()
+        };
+        let notify = [hear(WatchFlags::CREATE, Pace::Each), hear(WatchFlags::MODIFY, Pace::Gathered(GATHER))];
         let mut begun = lock(&state);
         begun.take_in_all();
         drop(begun);
@@ -169,7 +173,7 @@ impl State {
                 }
             }
             // The folder itself still tells who is there.
-            Event::Lost => self.take_in_all(),
+            Event::Some => self.take_in_all(),
         }
         // Processes that have ended are let go, so that a long job does not hold a file for each.
         self.read_on();
@@ -386,6 +390,25 @@ mod tests {
         assert_eq!(clients.whose(&[path()]), [Whose::Unclear]);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
         assert_eq!(clients.whose(&[path()]), [Whose::Ours], "ours want it too");
+    }
+
+    #[test]
+    fn a_file_that_is_gone_is_let_go_and_a_new_one_of_that_number_is_read() {
+        let folder = state_dir();
+        let clients = Clients::watch(folder.path(), Job::Descendants);
+        let (us, second) = (std::process::id(), PATH.replace("hello", "world"));
+        write(folder.path(), us, &format!("{PATH}\0"));
+        write(folder.path(), 1, "");
+        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        assert_eq!(lock(&clients.state).open.len(), 2);
+        for pid in [us, 1] {
+            fs::remove_file(folder.path().join(format!("temproots/{pid}"))).expect("removed");
+        }
+        write(folder.path(), us, &format!("{second}\0"));
+        let mut state = lock(&clients.state);
+        state.hear(&Event::Entry(&us.to_string()));
+        assert!(state.open.keys().eq(&[us]));
+        assert_eq!(state.whose(&second.parse().expect("valid")), Whose::Ours);
     }
 
     #[test]
