@@ -258,25 +258,15 @@ fn take_back(folder: &Folder, synced: u64) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache_server::folder::FolderError;
+    use crate::cache_server::folder::{FolderError, when_free};
     use crate::nix::cache_name::CacheName;
-    use std::time::{Duration, Instant};
-
-    const DEADLINE: Duration = Duration::from_secs(20);
-    const PAUSE: Duration = Duration::from_millis(2);
 
     struct World(tempfile::TempDir);
 
     impl World {
         fn open(&self, boot: &str) -> (Folder, Durable, Option<u64>) {
-            let begun = Instant::now();
-            let folder = loop {
-                // A process that another test is just starting holds our lock until it is another program.
-                match Folder::open(self.0.path(), &[CacheName::default()]) {
-                    Err(FolderError::InUse(_)) if begun.elapsed() < DEADLINE => std::thread::park_timeout(PAUSE),
-                    opened => break opened.expect("nobody has it"),
-                }
-            };
+            let open = || Folder::open(self.0.path(), &[CacheName::default()]);
+            let folder = when_free(open, |error| matches!(error, FolderError::InUse(_)));
             let (durable, taken_back) = Durable::open_in(&folder, boot.to_owned()).expect("the disk works");
             (folder, durable, taken_back)
         }

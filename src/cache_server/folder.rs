@@ -232,3 +232,18 @@ pub fn sync_parent(file: &Path) -> io::Result<()> {
 fn make_folder(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
+
+/// Opens a folder that nobody keeps. A process that another test is just starting holds our lock, too, until it is
+/// another program.
+#[cfg(test)]
+pub(super) fn when_free<T, E: std::fmt::Debug>(open: impl Fn() -> Result<T, E>, in_use: impl Fn(&E) -> bool) -> T {
+    let begun = std::time::Instant::now();
+    loop {
+        match open() {
+            Err(error) if in_use(&error) && begun.elapsed().as_secs() < 20 => {
+                std::thread::park_timeout(std::time::Duration::from_millis(2));
+            }
+            opened => return opened.expect("nobody has it"),
+        }
+    }
+}

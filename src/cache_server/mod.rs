@@ -394,9 +394,10 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let mut known = None;
         for _ in 0..2 {
-            let server = Server::open(folder.path(), Options::default()).expect("nobody has it");
-            let second = Server::open(folder.path(), Options::default());
-            assert!(matches!(second, Err(OpenError::Folder(FolderError::InUse(_)))));
+            let open = || Server::open(folder.path(), Options::default());
+            let in_use = |error: &OpenError| matches!(error, OpenError::Folder(FolderError::InUse(_)));
+            let server = folder::when_free(open, in_use);
+            assert!(open().is_err_and(|error| in_use(&error)));
             let serving =
                 server.serve(TcpListener::bind("127.0.0.1:0").await.expect("loopback")).expect("has an address");
             let client = crate::http::client(&crate::http::Roots::default()).expect("settings hold");
