@@ -2,9 +2,10 @@
 //! `push-cache` × `trusted-refs`, against a second telling of the table.
 
 use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
 use flywheel::policy::{Mode, Policy, Rule, Ruling};
-use flywheel::trust::{PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel::trust::{Facts, PushCache, Request, TrustedRefs, Verdict, decide};
 use serde_json::{Value, json};
 
 use super::events::{Event, Files, event, published, push};
@@ -15,31 +16,27 @@ const QUEUE: &str = "refs/heads/gh-readonly-queue/main/pr-104-929f8209d40f77f4ab
 
 #[test]
 fn only_the_tables_rows_publish() {
-    let mut files = Files::new();
     let mut names = BTreeSet::new();
     let mut published_for = BTreeSet::new();
     let mut tried = 0;
     let requests = requests();
-    for (name, payload) in published().iter().cloned().chain([schedule()]) {
-        names.insert(name.clone());
-        for job in jobs(&name, &payload) {
-            let facts = job.facts(&mut files);
-            for (wide, request, token) in &requests {
-                let decision = decide(&facts, request, *token);
-                let may = table_says(&job, *wide);
-                let publishes = may && *token && request.push_cache != PushCache::Never;
-                let judged = matches!(decision.verdict(), Verdict::MayPublish(_));
-                let permitted = (decision.publishes(), decision.permit().is_some());
-                assert!(
-                    judged == may && permitted == (publishes, publishes),
-                    "{job:?}, {request:?}, token: {token}: {}",
-                    decision.reason()
-                );
-                if publishes {
-                    published_for.insert(name.clone());
-                }
-                tried += 1;
+    for (job, facts) in all_jobs() {
+        names.insert(&job.name);
+        for (wide, request, token) in &requests {
+            let decision = decide(facts, request, *token);
+            let may = table_says(job, *wide);
+            let publishes = may && *token && request.push_cache != PushCache::Never;
+            let judged = matches!(decision.verdict(), Verdict::MayPublish(_));
+            let permitted = (decision.publishes(), decision.permit().is_some());
+            assert!(
+                judged == may && permitted == (publishes, publishes),
+                "{job:?}, {request:?}, token: {token}: {}",
+                decision.reason()
+            );
+            if publishes {
+                published_for.insert(job.name.clone());
             }
+            tried += 1;
         }
     }
     assert_eq!(names.len(), 59, "58 published events and `schedule`");
@@ -52,36 +49,36 @@ fn only_the_tables_rows_publish() {
 /// whatever the policy says.
 #[test]
 fn the_policy_rules_what_the_gate_lets_through_and_nothing_else() {
-    let mut files = Files::new();
     let requests = requests();
+    let rules: Vec<_> = rules().collect();
     let mut seen = BTreeSet::new();
-    for (name, payload) in published().iter().cloned().chain([schedule()]) {
-        for job in jobs(&name, &payload) {
-            let facts = job.facts(&mut files);
-            let (wide, request, token) = &requests[requests.len() / 2 + 1];
-            let publishes = decide(&facts, request, *token).publishes();
-            assert_eq!(publishes, *token && table_says(&job, *wide), "{job:?}");
-            for (rule, (word, mode), breaks) in rules() {
-                let policy = Policy::read(&format!("{rule} = {word}")).unwrap();
-                let ruling = policy.rule(publishes, rule, "hello-2.12", breaks);
-                let expected = match (publishes, mode, breaks) {
-                    (false, ..) => Ruling::Nothing,
-                    (true, Mode::Enforce, true) => Ruling::Withhold,
-                    (true, Mode::Warn, true) => Ruling::PublishAndWarn,
-                    (true, ..) => Ruling::Publish,
-                };
-                assert_eq!(ruling, expected, "{name} {rule} {word} {breaks}");
-                seen.insert((publishes, rule, word, breaks));
-            }
+    let (wide, request, token) = &requests[requests.len() / 2 + 1];
+    for (job, facts) in all_jobs() {
+        let publishes = decide(facts, request, *token).publishes();
+        assert_eq!(publishes, *token && table_says(job, *wide), "{job:?}");
+        for (policy, rule, (word, mode), breaks) in &rules {
+            let ruling = policy.rule(publishes, *rule, "hello-2.12", *breaks);
+            let expected = match (publishes, mode, breaks) {
+                (false, ..) => Ruling::Nothing,
+                (true, Mode::Enforce, true) => Ruling::Withhold,
+                (true, Mode::Warn, true) => Ruling::PublishAndWarn,
+                (true, ..) => Ruling::Publish,
+            };
+            assert_eq!(ruling, expected, "{} {rule} {word} {breaks}", job.name);
+            seen.insert((publishes, *rule, *word, *breaks));
         }
     }
-    assert_eq!(seen.len(), 2 * rules().count(), "each row was seen for a job that publishes and one that does not");
+    assert_eq!(seen.len(), 2 * rules.len(), "each row was seen for a job that publishes and one that does not");
 }
 
-/// Every rule, every mode, kept and broken.
-fn rules() -> impl Iterator<Item = (Rule, (&'static str, Mode), bool)> {
+/// Every rule, every mode, kept and broken; each with the policy that says so.
+fn rules() -> impl Iterator<Item = (Policy, Rule, (&'static str, Mode), bool)> {
     let modes = |rule| Mode::WORDS.into_iter().map(move |mode| (rule, mode));
-    Rule::ALL.into_iter().flat_map(modes).flat_map(|(rule, mode)| [false, true].map(|breaks| (rule, mode, breaks)))
+    let policy = |rule, word| Policy::read(&format!("{rule} = {word}")).unwrap();
+    let both = move |(rule, mode): (Rule, (&'static str, Mode))| {
+        [false, true].map(|breaks| (policy(rule, mode.0), rule, mode, breaks))
+    };
+    Rule::ALL.into_iter().flat_map(modes).flat_map(both)
 }
 
 fn schedule() -> (String, Value) {
@@ -100,6 +97,20 @@ fn requests() -> Vec<(bool, Request, bool)> {
         }
     }
     requests
+}
+
+/// Every example as jobs, and the facts of each: reading them is what takes time.
+fn all_jobs() -> &'static [(Event, Facts)] {
+    static JOBS: OnceLock<Vec<(Event, Facts)>> = OnceLock::new();
+    JOBS.get_or_init(|| {
+        let mut files = Files::new();
+        let jobs = published().iter().chain([&schedule()]).flat_map(|(name, payload)| jobs(name, payload)).collect();
+        let with_facts = |job: Event| {
+            let facts = job.facts(&mut files);
+            (job, facts)
+        };
+        Vec::into_iter(jobs).map(with_facts).collect()
+    })
 }
 
 /// One example as jobs: on every kind of ref, with the payload agreeing and as it came, protected or
