@@ -12,6 +12,7 @@ use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 
 use crate::cache_server::body::Incoming;
+use crate::cache_server::pack::Frames;
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::store::StoredNar;
 use crate::nix::hash::Sha256;
@@ -155,7 +156,7 @@ struct NarSink {
     hash: sha2::Sha256,
     size: u64,
     limit: Option<u64>,
-    packer: Option<zstd::stream::write::Encoder<'static, Hashing>>,
+    packer: Option<Frames<Hashing>>,
     /// Why a write failed, where the packing around this sink would hide it.
     stop: Option<Stop>,
 }
@@ -170,7 +171,7 @@ impl NarSink {
     fn finish(self) -> Result<(Sha256, u64, Option<StoredNar>), Stop> {
         let whole = self.limit.is_none_or(|limit| self.size == limit);
         let file = match self.packer {
-            // A short NAR ends here without a file: the packer was promised its size.
+            // A short NAR ends here without a file: it is not what was announced.
             Some(packer) if whole => {
                 let file = packer.finish().map_err(Stop::Disk)?;
                 Some(StoredNar { file_hash: Sha256(file.hash.finalize().into()), file_size: file.size })
@@ -181,13 +182,8 @@ impl NarSink {
     }
 }
 
-fn packer(file: &NamedTempFile, plan: &Plan) -> io::Result<zstd::stream::write::Encoder<'static, Hashing>> {
-    let file = Hashing { file: file.as_file().try_clone()?, hash: sha2::Sha256::new(), size: 0 };
-    let mut packer = zstd::stream::write::Encoder::new(file, plan.level)?;
-    // With the size known, a small NAR gets small tables.
-    packer.set_pledged_src_size(plan.nar_size)?;
-    packer.include_checksum(true)?;
-    Ok(packer)
+fn packer(file: &NamedTempFile, plan: &Plan) -> io::Result<Frames<Hashing>> {
+    Frames::new(plan.level, Hashing { file: file.as_file().try_clone()?, hash: sha2::Sha256::new(), size: 0 })
 }
 
 impl Write for NarSink {
