@@ -19,19 +19,8 @@ pub use rustix::fs::inotify::WatchFlags;
 pub enum Event<'a> {
     /// Something happened to the entry of this name.
     Entry(&'a str),
-    /// Something happened to some entries: it was gathered, or so much that the kernel lost some of it.
-    Some,
-}
-
-/// When to tell. Who writes all the time would pay for each event, and so would who listens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pace {
-    /// Of each event, at once.
-    Each,
-    /// At once; then nothing is told for this long, and nothing of this time.
-    ThenRest(Duration),
-    /// This long after the first event, once, of all that came until then.
-    Gathered(Duration),
+    /// So much happened that the kernel lost some of it.
+    Lost,
 }
 
 /// A folder under watch. The thread ends, and is joined, when this is dropped.
@@ -43,14 +32,15 @@ pub struct Notify {
 }
 
 impl Notify {
-    /// Begins to watch `folder`; `tell` is called on a thread of its own.
+    /// Begins to watch `folder`; `tell` is called for each event, on a thread of its own. After each burst of events
+    /// it rests for `pace`, and tells nothing of that time: who writes all the time would pay for each event.
     ///
     /// # Errors
     /// When the folder is not there or the kernel has no watches left.
     pub fn watch(
         folder: &Path,
         what: WatchFlags,
-        pace: Pace,
+        pace: Duration,
         tell: impl FnMut(Event<'_>) + Send + 'static,
     ) -> io::Result<Self> {
         let events = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
@@ -87,11 +77,9 @@ struct Watched {
 
 impl Watched {
     /// Asks it to tell nothing until the rest is over, and to forget what it has not told. `stop` cuts the rest short.
-    fn rest(&mut self, rest: Duration, stop: &OwnedFd, buffer: &mut [MaybeUninit<u8>]) -> io::Result<()> {
+    fn rest(&mut self, rest: &Timespec, stop: &OwnedFd, buffer: &mut [MaybeUninit<u8>]) -> io::Result<()> {
         inotify::remove_watch(&self.events, self.number)?;
-        // One that is too long for the kernel has no end.
-        let rest = Timespec::try_from(rest).ok();
-        let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], rest.as_ref());
+        let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(rest));
         let mut reader = inotify::Reader::new(&self.events, buffer);
         while reader.next().is_ok() {}
         self.number = inotify::add_watch(&self.events, &self.folder, self.what)?;
@@ -99,7 +87,8 @@ impl Watched {
     }
 }
 
-fn follow(mut watched: Watched, stop: &OwnedFd, pace: Pace, mut tell: impl FnMut(Event<'_>)) {
+fn follow(mut watched: Watched, stop: &OwnedFd, pace: Duration, mut tell: impl FnMut(Event<'_>)) {
+    let rest = Timespec::try_from(pace).ok().filter(|_| !pace.is_zero());
     let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
     loop {
         let mut waiting = [PollFd::new(&watched.events, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
@@ -108,38 +97,19 @@ fn follow(mut watched: Watched, stop: &OwnedFd, pace: Pace, mut tell: impl FnMut
         if !waiting[1].revents().is_empty() {
             return;
         }
-        if waiting[0].revents().is_empty() {
-            continue;
+        let mut reader = inotify::Reader::new(&watched.events, &mut buffer);
+        while let Ok(event) = reader.next() {
+            if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) {
+                tell(Event::Lost);
+            } else if let Some(name) = event.file_name().and_then(|name| name.to_str().ok()) {
+                tell(Event::Entry(name));
+            }
         }
-        let rested = match pace {
-            Pace::Each => {
-                tell_each(&watched, &mut buffer, &mut tell);
-                Ok(())
-            }
-            Pace::ThenRest(rest) => {
-                tell_each(&watched, &mut buffer, &mut tell);
-                watched.rest(rest, stop, &mut buffer)
-            }
-            Pace::Gathered(rest) => {
-                let rested = watched.rest(rest, stop, &mut buffer);
-                tell(Event::Some);
-                rested
-            }
-        };
         // A folder that is gone has nothing more to tell.
-        if rested.is_err() {
+        if let Some(rest) = &rest
+            && watched.rest(rest, stop, &mut buffer).is_err()
+        {
             return;
-        }
-    }
-}
-
-fn tell_each(watched: &Watched, buffer: &mut [MaybeUninit<u8>], tell: &mut impl FnMut(Event<'_>)) {
-    let mut reader = inotify::Reader::new(&watched.events, buffer);
-    while let Ok(event) = reader.next() {
-        if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) {
-            tell(Event::Some);
-        } else if let Some(name) = event.file_name().and_then(|name| name.to_str().ok()) {
-            tell(Event::Entry(name));
         }
     }
 }
@@ -154,7 +124,7 @@ mod tests {
     fn a_new_entry_is_told() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (send, receive) = mpsc::channel();
-        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, Pace::Each, move |event| {
+        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, Duration::ZERO, move |event| {
             if let Event::Entry(name) = event {
                 send.send(name.to_owned()).expect("the test listens");
             }
@@ -169,7 +139,7 @@ mod tests {
     fn it_rests_after_it_has_told_and_ends_all_the_same() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (send, receive) = mpsc::channel();
-        let pace = Pace::ThenRest(Duration::from_secs(3600));
+        let pace = Duration::from_secs(3600);
         let notify = Notify::watch(folder.path(), WatchFlags::CREATE, pace, move |_| send.send(()).expect("heard"));
         let notify = notify.expect("watched");
         std::fs::write(folder.path().join("first"), "").expect("written");
@@ -184,27 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_gathered_is_told_after_the_last_of_it() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let (file, (send, receive)) = (folder.path().join("file"), mpsc::channel());
-        let read = file.clone();
-        let pace = Pace::Gathered(Duration::from_millis(50));
-        let notify = Notify::watch(folder.path(), WatchFlags::MODIFY, pace, move |event| {
-            assert_eq!(event, Event::Some);
-            send.send(std::fs::read_to_string(&read).expect("there")).expect("the test listens");
-        });
-        let (notify, text) = (notify.expect("watched"), "x".repeat(100));
-        for end in 1..=text.len() {
-            std::fs::write(&file, &text[..end]).expect("written");
-        }
-        let told = std::iter::repeat_with(|| receive.recv_timeout(Duration::from_secs(10)).expect("told"));
-        let times = told.take_while(|seen| *seen != text).count();
-        assert!(times < text.len(), "each was told");
-        drop(notify);
-    }
-
-    #[test]
     fn a_folder_that_is_not_there_is_an_error() {
-        assert!(Notify::watch(Path::new("/nonexistent"), WatchFlags::CREATE, Pace::Each, |_| ()).is_err());
+        assert!(Notify::watch(Path::new("/nonexistent"), WatchFlags::CREATE, Duration::ZERO, |_| ()).is_err());
     }
 }

@@ -17,13 +17,10 @@ use std::time::Duration;
 
 use rustix::process::geteuid;
 
-use crate::host::notify::{Event, Notify, Pace, WatchFlags};
+use crate::host::notify::{Event, Notify, WatchFlags};
 use crate::nix::store_path::StorePath;
 use crate::policy::{Impurity, of_arguments, of_settings};
 
-/// What the processes write is read so long after they have begun: a build of many quick derivations writes some
-/// thousand names, and its files stay open.
-const GATHER: Duration = Duration::from_millis(100);
 /// How many steps a process may be below us; more is a loop.
 const DEPTH_LIMIT: usize = 4096;
 
@@ -59,8 +56,7 @@ type Tell = Box<dyn FnMut(&[StorePath]) + Send>;
 #[derive(Debug)]
 pub struct Clients {
     state: Arc<Mutex<State>>,
-    /// Of files that are made, at once, for their processes may soon be gone; and of what is written into them.
-    _notify: [Option<Notify>; 2],
+    _notify: Option<Notify>,
 }
 
 struct State {
@@ -120,11 +116,11 @@ impl Clients {
             unclear: false,
             impurity: None,
         }));
-        let hear = |what, pace| {
-            let told = Arc::clone(&state);
-            Notify::watch(&folder, what, pace, move |event| lock(&told).hear(&event)).ok()
-        };
-        let notify = [hear(WatchFlags::CREATE, Pace::Each), hear(WatchFlags::MODIFY, Pace::Gathered(GATHER))];
+        let told = Arc::clone(&state);
+        let notify = Notify::watch(&folder, WatchFlags::CREATE | WatchFlags::MODIFY, Duration::ZERO, move |event| {
+            lock(&told).hear(&event);
+        })
+        .ok();
         let mut begun = lock(&state);
         begun.take_in_all();
         drop(begun);
@@ -132,7 +128,7 @@ impl Clients {
     }
 
     /// `tell` gets the paths that a process of the job means to add, those of before included, as a rule long before
-    /// they are valid.
+    /// they are valid. Each is told at once: what the journal has not heard of when the job is killed, nobody takes up.
     pub fn tell(&self, mut tell: impl FnMut(&[StorePath]) + Send + 'static) {
         let mut state = lock(&self.state);
         let before: Vec<StorePath> = state.ours.iter().cloned().collect();
@@ -173,7 +169,7 @@ impl State {
                 }
             }
             // The folder itself still tells who is there.
-            Event::Some => self.take_in_all(),
+            Event::Lost => self.take_in_all(),
         }
         // Processes that have ended are let go, so that a long job does not hold a file for each.
         self.read_on();

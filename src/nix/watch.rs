@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::host::notify::{Event, Notify, Pace, WatchFlags};
+use crate::host::notify::{Event, Notify, WatchFlags};
 use crate::host::priority;
 use crate::nix::db::Db;
 use crate::nix::path_info::PathInfo;
@@ -46,9 +46,9 @@ impl Watcher {
         let (send, receive) = sync_channel(1);
         let wake = send.clone();
         let folder = file.parent()?.to_owned();
-        let notify = Notify::watch(&folder, WatchFlags::MODIFY, Pace::ThenRest(PACE), move |event| {
+        let notify = Notify::watch(&folder, WatchFlags::MODIFY, PACE, move |event| {
             let ours =
-                matches!(event, Event::Some) || matches!(event, Event::Entry(name) if name.starts_with("db.sqlite"));
+                matches!(event, Event::Lost) || matches!(event, Event::Entry(name) if name.starts_with("db.sqlite"));
             if ours && let Err(TrySendError::Disconnected(_)) = wake.try_send(Woken::Moved) {
                 // The watch is being taken down.
             }
