@@ -22,7 +22,7 @@ impl Packers {
         Self { level, spare: Mutex::default() }
     }
 
-    /// One frame, with its checksum and its content's size, as a NAR that comes piece by piece gets.
+    /// One frame, with its checksum and its content's size, as each of a NAR that comes in pieces has.
     ///
     /// # Errors
     /// When memory fails.
