@@ -6,7 +6,11 @@
 //! writes `target/bench/eval.json`. `FLYWHEEL_BENCH_RUNS` (3) is the number of runs, `FLYWHEEL_BENCH_WORK` (20000) how
 //! many numbers an attribute adds up, which takes about 2.3 ms. What would take minutes is done for a part, and
 //! multiplied: the rows say so.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that fails says why by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a bench that fails says why by panicking"
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,15 +32,23 @@ const TOKEN: &str = "bench-token";
 const PART: usize = 40;
 
 fn main() {
-    let number =
-        |name: &str, default: usize| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    let number = |name: &str, default: usize| {
+        std::env::var(name)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(default)
+    };
     let mut table = Table::default();
     for count in [500, 2000] {
         let bench = Bench::new(count, number("FLYWHEEL_BENCH_WORK", 20_000));
         for run in 0..number("FLYWHEEL_BENCH_RUNS", 3) {
             println!("{count} attributes, run {}", run + 1);
-            let mut add =
-                |name: &str, wall: f64| table.add(&format!("{count}: {name}"), BTreeMap::from([("wall s", wall)]));
+            let mut add = |name: &str, wall: f64| {
+                table.add(
+                    &format!("{count}: {name}"),
+                    BTreeMap::from([("wall s", wall)]),
+                )
+            };
             add("nix flake check --no-build", bench.flake_check());
             add("flywheel, cold", bench.flywheel("off"));
             bench.forget();
@@ -44,7 +56,10 @@ fn main() {
             add("flywheel, warm", bench.flywheel("on"));
             add("flywheel, to the first Check Run", bench.first_check_run());
             add("nix eval one by one (of 40, times)", bench.in_chunks(1, 1));
-            add("chunks of 4, two workers (of 40, times)", bench.in_chunks(4, 2));
+            add(
+                "chunks of 4, two workers (of 40, times)",
+                bench.in_chunks(4, 2),
+            );
         }
     }
     table.print("eval");
@@ -57,10 +72,19 @@ fn main() {
             ("nix eval one by one (of 40, times)", "none"),
             ("chunks of 4, two workers (of 40, times)", "none"),
         ] {
-            println!("{count}: as fast as `{name}` times {:.2} ({goal})", wall(name) / cold);
+            println!(
+                "{count}: as fast as `{name}` times {:.2} ({goal})",
+                wall(name) / cold
+            );
         }
-        println!("{count}: warm {:.2} s (2,000 under 0.5 s)", wall("flywheel, warm"));
-        println!("{count}: first Check Run after {:.2} s (under 2 s)", wall("flywheel, to the first Check Run"));
+        println!(
+            "{count}: warm {:.2} s (2,000 under 0.5 s)",
+            wall("flywheel, warm")
+        );
+        println!(
+            "{count}: first Check Run after {:.2} s (under 2 s)",
+            wall("flywheel, to the first Check Run")
+        );
     }
 }
 
@@ -75,7 +99,11 @@ impl Bench {
     fn new(count: usize, work: usize) -> Self {
         let named = std::env::var_os("FLYWHEEL_BIN").map(PathBuf::from);
         let flywheel = named.unwrap_or_else(|| env!("CARGO_BIN_EXE_flywheel").into());
-        let bench = Self { folder: tempfile::tempdir().unwrap(), flywheel, count };
+        let bench = Self {
+            folder: tempfile::tempdir().unwrap(),
+            flywheel,
+            count,
+        };
         for name in ["nix", "home", "app"] {
             fs::create_dir(bench.path(name)).unwrap();
         }
@@ -86,10 +114,21 @@ impl Bench {
 in {{ checks.x86_64-linux = builtins.listToAttrs (builtins.genList (n: {{ name = "c${{toString n}}"; value = make n; }}) {count}); }}; }}"#
         );
         fs::write(bench.path("app/flake.nix"), flake).unwrap();
-        for words in [&["init", "--quiet"][..], &["add", "--all"], &["commit", "--quiet", "--message=x"]] {
+        for words in [
+            &["init", "--quiet"][..],
+            &["add", "--all"],
+            &["commit", "--quiet", "--message=x"],
+        ] {
             let mut git = Command::new("git");
-            git.args(["-c", "user.name=x", "-c", "user.email=x@example.org"]).args(words);
-            assert!(git.current_dir(bench.path("app")).env("HOME", bench.path("home")).status().unwrap().success());
+            git.args(["-c", "user.name=x", "-c", "user.email=x@example.org"])
+                .args(words);
+            assert!(
+                git.current_dir(bench.path("app"))
+                    .env("HOME", bench.path("home"))
+                    .status()
+                    .unwrap()
+                    .success()
+            );
         }
         bench.time(&mut bench.within("nix", &["flake", "metadata"]));
         bench
@@ -103,12 +142,30 @@ in {{ checks.x86_64-linux = builtins.listToAttrs (builtins.genList (n: {{ name =
     fn within(&self, program: impl AsRef<Path>, arguments: &[&str]) -> Command {
         fs::create_dir_all("/nix").unwrap();
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", "mount --bind \"$0\" /nix && exec \"$@\""]);
-        command.arg(self.path("nix")).arg(program.as_ref()).args(arguments).env_clear();
-        command.env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").env("HOME", self.path("home"));
+        command.args([
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            "mount --bind \"$0\" /nix && exec \"$@\"",
+        ]);
+        command
+            .arg(self.path("nix"))
+            .arg(program.as_ref())
+            .args(arguments)
+            .env_clear();
+        command
+            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+            .env("HOME", self.path("home"));
         let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
-        command.env("NIX_CONFIG", config).current_dir(self.path("app"));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .env("NIX_CONFIG", config)
+            .current_dir(self.path("app"));
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         command
     }
 
@@ -116,7 +173,11 @@ in {{ checks.x86_64-linux = builtins.listToAttrs (builtins.genList (n: {{ name =
         let began = Instant::now();
         let output = command.output().unwrap();
         let wall = began.elapsed().as_secs_f64();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         wall
     }
 
@@ -125,7 +186,16 @@ in {{ checks.x86_64-linux = builtins.listToAttrs (builtins.genList (n: {{ name =
     }
 
     fn checks(&self, memory: &str) -> Command {
-        self.within(&self.flywheel, &["flake-checks", "--build", "false", "--evaluation-memory", memory])
+        self.within(
+            &self.flywheel,
+            &[
+                "flake-checks",
+                "--build",
+                "false",
+                "--evaluation-memory",
+                memory,
+            ],
+        )
     }
 
     fn flywheel(&self, memory: &str) -> f64 {
@@ -140,8 +210,13 @@ in {{ checks.x86_64-linux = builtins.listToAttrs (builtins.genList (n: {{ name =
     fn first_check_run(&self) -> f64 {
         let github = GitHub::start(TOKEN, false);
         let mut command = self.checks("off");
-        command.env("GITHUB_ACTIONS", "true").env("GITHUB_API_URL", &github.url).env("GITHUB_TOKEN", TOKEN);
-        command.env("GITHUB_REPOSITORY", "octo-org/app").env("GITHUB_SHA", "a".repeat(40));
+        command
+            .env("GITHUB_ACTIONS", "true")
+            .env("GITHUB_API_URL", &github.url)
+            .env("GITHUB_TOKEN", TOKEN);
+        command
+            .env("GITHUB_REPOSITORY", "octo-org/app")
+            .env("GITHUB_SHA", "a".repeat(40));
         let began = Instant::now();
         let child = Stopped(command.stderr(Stdio::null()).spawn().unwrap());
         let of_output = || github.names().iter().any(|name| name != "flake checks");
@@ -162,11 +237,15 @@ in {{ checks.x86_64-linux = builtins.listToAttrs (builtins.genList (n: {{ name =
                 let chunks = &chunks;
                 scope.spawn(move || {
                     for first in chunks.iter().skip(worker).step_by(at_once) {
-                        let names: Vec<String> =
-                            (*first..first + size).map(|n| format!("c.x86_64-linux.c{n}.drvPath")).collect();
+                        let names: Vec<String> = (*first..first + size)
+                            .map(|n| format!("c.x86_64-linux.c{n}.drvPath"))
+                            .collect();
                         let function = format!("c: [ {} ]", names.join(" "));
-                        let mut command = self.within("nix", &["eval", "--json", ".#checks", "--apply", &function]);
-                        self.time(command.env("XDG_CACHE_HOME", self.path(&format!("cache-{worker}"))));
+                        let mut command = self
+                            .within("nix", &["eval", "--json", ".#checks", "--apply", &function]);
+                        self.time(
+                            command.env("XDG_CACHE_HOME", self.path(&format!("cache-{worker}"))),
+                        );
                     }
                 });
             }

@@ -8,7 +8,11 @@
 //! Prints a table of medians and writes `target/bench/publish.json`. `FLYWHEEL_BENCH_RUNS` (3) is the
 //! number of runs, `FLYWHEEL_BENCH_MIB` (200) the size of a big path, `FLYWHEEL_BENCH_PAIRS` (5, at least 2) and
 //! `FLYWHEEL_BENCH_PHASED` (15, at least 2) the numbers of builds with and without publication in a run.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that fails says why by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a bench that fails says why by panicking"
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -74,23 +78,41 @@ fn main() {
             table.add(PHASED_QUIET, bench.build_in_phases(false, works_first));
         }
         for (name, paths) in [("small", &small), ("big", &big)] {
-            table.add(&format!("{name}: flywheel publish"), bench.publish(paths, Duration::ZERO, Place::Disk));
+            table.add(
+                &format!("{name}: flywheel publish"),
+                bench.publish(paths, Duration::ZERO, Place::Disk),
+            );
             if name == "big" {
                 table.add("big: read, hash, compress once", bench.once(paths));
             }
             table.add(&format!("{name}: nix copy http"), bench.copy_http(paths));
-            table.add(&format!("{name}: nix copy file"), bench.copy_file(paths, Place::Disk));
+            table.add(
+                &format!("{name}: nix copy file"),
+                bench.copy_file(paths, Place::Disk),
+            );
         }
-        table.add("small in memory: flywheel publish", bench.publish(&small, Duration::ZERO, Place::Memory));
-        table.add("small in memory: nix copy file", bench.copy_file(&small, Place::Memory));
-        table.add("small: flywheel publish, 50 ms", bench.publish(&small, RTT, Place::Disk));
+        table.add(
+            "small in memory: flywheel publish",
+            bench.publish(&small, Duration::ZERO, Place::Memory),
+        );
+        table.add(
+            "small in memory: nix copy file",
+            bench.copy_file(&small, Place::Memory),
+        );
+        table.add(
+            "small: flywheel publish, 50 ms",
+            bench.publish(&small, RTT, Place::Disk),
+        );
     }
     table.print("publish");
     ratios(&table);
 }
 
 fn number(name: &str, default: usize) -> usize {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(default)
 }
 
 /// What became of it, beside the goals.
@@ -99,14 +121,20 @@ fn ratios(table: &Table) {
     for (name, other, goal) in [
         ("small", "small: nix copy http", "at least 3"),
         ("small", "small: nix copy file", "at least 1"),
-        ("small in memory", "small in memory: nix copy file", "at least 1"),
+        (
+            "small in memory",
+            "small in memory: nix copy file",
+            "at least 1",
+        ),
         ("big", "big: nix copy http", "none"),
         ("big", "big: nix copy file", "none"),
         ("big", "big: read, hash, compress once", "at least 0.83"),
     ] {
         let own = format!("{name}: flywheel publish");
         let [wall, cpu] = ["wall s", "cpu s"].map(|figure| ratio(table, other, &own, figure));
-        println!("{name}: as fast as `{other}` times {wall:.2}, with its CPU time divided by {cpu:.2} ({goal})");
+        println!(
+            "{name}: as fast as `{other}` times {wall:.2}, with its CPU time divided by {cpu:.2} ({goal})"
+        );
     }
     let (percent, error) = overhead(table);
     println!("{LOUD}: {percent:.1} % longer, give or take {error:.1} (none: too coarse for 2 %)");
@@ -127,7 +155,10 @@ fn mean(values: &[f64]) -> (f64, f64) {
 /// The median of what a figure of a row is, divided by that of another row in the same run: a machine that is faster in
 /// the next run is so for both.
 fn ratio(table: &Table, name: &str, other: &str, figure: &str) -> f64 {
-    let pairs = table.values(name, figure).into_iter().zip(table.values(other, figure));
+    let pairs = table
+        .values(name, figure)
+        .into_iter()
+        .zip(table.values(other, figure));
     median(pairs.map(|(one, other)| one / other).collect())
 }
 
@@ -137,7 +168,11 @@ fn overhead(table: &Table) -> (f64, f64) {
     let [quiet, loud] = [QUIET, LOUD].map(|row| table.values(row, "command s"));
     let (count, whole) = (quiet.len() as f64, quiet.iter().sum::<f64>());
     let ratio = loud.iter().sum::<f64>() / whole;
-    let squares: f64 = quiet.iter().zip(&loud).map(|(quiet, loud)| (loud - ratio * quiet).powi(2)).sum();
+    let squares: f64 = quiet
+        .iter()
+        .zip(&loud)
+        .map(|(quiet, loud)| (loud - ratio * quiet).powi(2))
+        .sum();
     let error = (squares * count / (count - 1.0)).sqrt() / whole;
     (100.0 * (ratio - 1.0), 100.0 * error)
 }
@@ -168,7 +203,11 @@ impl Bench {
         let flywheel = named.unwrap_or_else(|| env!("CARGO_BIN_EXE_flywheel").into());
         let folder = tempfile::tempdir().unwrap();
         spread(folder.path());
-        Self { folder, memory: tempfile::tempdir_in(MEMORY).unwrap(), flywheel }
+        Self {
+            folder,
+            memory: tempfile::tempdir_in(MEMORY).unwrap(),
+            flywheel,
+        }
     }
 
     /// In a place of its own on the disk, and removed with all the others at the very end (see `spread`).
@@ -186,14 +225,40 @@ impl Bench {
     fn serve(&self, place: Place) -> Server {
         let folder = self.new_cache(place);
         let mut command = Command::new(&self.flywheel);
-        command.args(["cache", "serve", "--quiet", "--stop-after", "15m", "--listen", "127.0.0.1:0", "--dir"]);
-        let mut child = command.arg(&folder).env_clear().stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        command.args([
+            "cache",
+            "serve",
+            "--quiet",
+            "--stop-after",
+            "15m",
+            "--listen",
+            "127.0.0.1:0",
+            "--dir",
+        ]);
+        let mut child = command
+            .arg(&folder)
+            .env_clear()
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap())
+            .lines()
+            .map_while(Result::ok);
         let url = lines.next().unwrap();
         assert!(lines.any(|line| line.starts_with("tokens-file")));
         let tokens = fs::read_to_string(folder.join("tokens")).unwrap();
-        let token = tokens.lines().find_map(|line| line.strip_prefix("write ")).unwrap().trim().to_owned();
-        Server { child, folder, url, token }
+        let token = tokens
+            .lines()
+            .find_map(|line| line.strip_prefix("write "))
+            .unwrap()
+            .trim()
+            .to_owned();
+        Server {
+            child,
+            folder,
+            url,
+            token,
+        }
     }
 
     /// A command where this folder is `/nix`.
@@ -203,12 +268,29 @@ impl Bench {
         let home = self.folder.path().join("home");
         fs::create_dir_all(&home).unwrap();
         let mut command = Command::new("unshare");
-        command.args(["--mount", "--propagation", "private", "sh", "-c", "mount --bind \"$0\" /nix && exec \"$@\""]);
-        command.arg(nix).arg(program).env_clear().env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin").env("HOME", home);
+        command.args([
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-c",
+            "mount --bind \"$0\" /nix && exec \"$@\"",
+        ]);
+        command
+            .arg(nix)
+            .arg(program)
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+            .env("HOME", home);
         command.env("TMPDIR", self.new_folder());
         let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
-        command.env("NIX_CONFIG", config).current_dir(self.folder.path());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .env("NIX_CONFIG", config)
+            .current_dir(self.folder.path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         command
     }
 
@@ -231,34 +313,71 @@ impl Bench {
             out.flush().unwrap();
             files.push(file);
         }
-        let output = self.within(&self.nix(), "nix-store").arg("--add").args(&files).stdout(Stdio::piped()).output();
+        let output = self
+            .within(&self.nix(), "nix-store")
+            .arg("--add")
+            .args(&files)
+            .stdout(Stdio::piped())
+            .output();
         let output = output.unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .lines()
+            .map(str::to_owned)
+            .collect()
     }
 
     fn publish(&self, paths: &[String], rtt: Duration, place: Place) -> Figures {
         let server = self.serve(place);
-        let url = if rtt.is_zero() { server.url.clone() } else { delayed(&server.url, rtt) };
+        let url = if rtt.is_zero() {
+            server.url.clone()
+        } else {
+            delayed(&server.url, rtt)
+        };
         let mut command = self.within(&self.nix(), self.flywheel.to_str().unwrap());
-        command.env("ATTIC_TOKEN", &server.token).args(["publish", "--attic-server", &url]).args(paths);
+        command
+            .env("ATTIC_TOKEN", &server.token)
+            .args(["publish", "--attic-server", &url])
+            .args(paths);
         let (figures, said) = measure(command, Some(&server), |_| ());
-        assert!(said.contains(&format!("{} published", paths.len())) || said.contains(", 0 lost"), "{said}");
+        assert!(
+            said.contains(&format!("{} published", paths.len())) || said.contains(", 0 lost"),
+            "{said}"
+        );
         figures
     }
 
     fn copy_http(&self, paths: &[String]) -> Figures {
         let server = self.serve(Place::Disk);
         let netrc = self.folder.path().join("netrc");
-        fs::write(&netrc, format!("machine 127.0.0.1 login flywheel password {}\n", server.token)).unwrap();
+        fs::write(
+            &netrc,
+            format!(
+                "machine 127.0.0.1 login flywheel password {}\n",
+                server.token
+            ),
+        )
+        .unwrap();
         let to = format!("{}/main?compression=zstd", server.url);
         let mut command = self.within(&self.nix(), "nix");
-        command.args(["copy", "--option", "netrc-file"]).arg(&netrc).args(["--to", &to]).args(paths);
+        command
+            .args(["copy", "--option", "netrc-file"])
+            .arg(&netrc)
+            .args(["--to", &to])
+            .args(paths);
         measure(command, Some(&server), |_| ()).0
     }
 
     fn copy_file(&self, paths: &[String], place: Place) -> Figures {
-        let to = format!("file://{}?compression=zstd", self.new_cache(place).display());
+        let to = format!(
+            "file://{}?compression=zstd",
+            self.new_cache(place).display()
+        );
         let mut command = self.within(&self.nix(), "nix");
         command.args(["copy", "--to", &to]).args(paths);
         measure(command, None, |_| ()).0
@@ -284,7 +403,10 @@ impl Bench {
             flywheel::nix::nar::write(&file, &mut both).unwrap();
             both.1.finish().unwrap();
         }
-        BTreeMap::from([("wall s", began.elapsed().as_secs_f64()), ("cpu s", cpu_of("self", 13) - cpu)])
+        BTreeMap::from([
+            ("wall s", began.elapsed().as_secs_f64()),
+            ("cpu s", cpu_of("self", 13) - cpu),
+        ])
     }
 
     /// A build of many quick derivations by `nix-job`, publishing or not.
@@ -293,15 +415,27 @@ impl Bench {
         let (figures, said) = measure(build.command, Some(&build.server), |_| ());
         let ended = now();
         let times = fs::read_to_string(&build.times).unwrap_or_else(|_| panic!("{said}"));
-        let times: Vec<f64> = times.lines().map(|line| line.parse::<f64>().unwrap() / 1e9).collect();
-        let mut found = BTreeMap::from([("command s", times[1] - times[0]), ("cpu s", figures["cpu s"])]);
+        let times: Vec<f64> = times
+            .lines()
+            .map(|line| line.parse::<f64>().unwrap() / 1e9)
+            .collect();
+        let mut found = BTreeMap::from([
+            ("command s", times[1] - times[0]),
+            ("cpu s", figures["cpu s"]),
+        ]);
         if publishes {
             assert!(said.contains(", 0 lost"), "{said}");
             let mut lags = lags(&build.nix, &build.server.folder);
             assert_eq!(lags.len(), SMALL, "{said}");
             lags.sort_by(f64::total_cmp);
-            found.extend([("lag p50 ms", lags[SMALL / 2]), ("lag p99 ms", lags[SMALL * 99 / 100])]);
-            found.extend([("drain, verify s", ended - times[1]), ("peak MiB", figures["peak MiB"])]);
+            found.extend([
+                ("lag p50 ms", lags[SMALL / 2]),
+                ("lag p99 ms", lags[SMALL * 99 / 100]),
+            ]);
+            found.extend([
+                ("drain, verify s", ended - times[1]),
+                ("peak MiB", figures["peak MiB"]),
+            ]);
         }
         found
     }
@@ -335,12 +469,24 @@ impl Bench {
             f = file.display()
         );
         let mut command = self.within(&nix, self.flywheel.to_str().unwrap());
-        command.env("ATTIC_TOKEN", &server.token).args(["nix-job", "--attic-server", &server.url]);
-        command.args(["--extra-nix-config", "sandbox = false", "--command", &script]);
+        command
+            .env("ATTIC_TOKEN", &server.token)
+            .args(["nix-job", "--attic-server", &server.url]);
+        command.args([
+            "--extra-nix-config",
+            "sandbox = false",
+            "--command",
+            &script,
+        ]);
         if publishes {
             command.arg("--publish");
         }
-        Build { command, server, nix, times }
+        Build {
+            command,
+            server,
+            nix,
+            times,
+        }
     }
 }
 
@@ -351,7 +497,8 @@ impl Bench {
 fn spread(folder: &Path) {
     let folder = fs::File::open(folder).unwrap();
     // Others know no such flag, and need none.
-    let _ = ioctl_getflags(&folder).and_then(|flags| ioctl_setflags(&folder, flags | IFlags::TOPDIR));
+    let _ =
+        ioctl_getflags(&folder).and_then(|flags| ioctl_setflags(&folder, flags | IFlags::TOPDIR));
 }
 
 /// A build that has not begun.
@@ -371,35 +518,59 @@ fn lags(nix: &Path, cache: &Path) -> Vec<f64> {
         let about = fs::symlink_metadata(path).unwrap();
         about.ctime() as f64 * 1e3 + about.ctime_nsec() as f64 / 1e6
     };
-    let infos = fs::read_dir(cache.join("caches/main")).unwrap().flatten().map(|entry| entry.path());
+    let infos = fs::read_dir(cache.join("caches/main"))
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path());
     let infos = infos.filter(|path| path.extension().is_some_and(|ending| ending == "narinfo"));
     let lag = |info: PathBuf| {
         let text = fs::read_to_string(&info).unwrap();
-        let path = text.lines().find_map(|line| line.strip_prefix("StorePath: /nix/")).unwrap().to_owned();
-        path.contains("-part-").then(|| changed(&info) - changed(&nix.join(path)))
+        let path = text
+            .lines()
+            .find_map(|line| line.strip_prefix("StorePath: /nix/"))
+            .unwrap()
+            .to_owned();
+        path.contains("-part-")
+            .then(|| changed(&info) - changed(&nix.join(path)))
     };
     infos.filter_map(lag).collect()
 }
 
 fn now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64()
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs_f64()
 }
 
 /// Seconds of user and system time: field 13 on for the process, 15 on for its children that ended.
 fn cpu_of(process: &str, field: usize) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
     let ticks = |at: usize| fields[at - 2].parse::<f64>().unwrap();
     // `USER_HZ` is 100 on every Linux that Nix runs on.
     (ticks(field) + ticks(field + 1)) / 100.0
 }
 
 /// Runs it: wall and CPU time (the server's included), its peak memory, and what it said. `meanwhile` is given its id.
-fn measure(mut command: Command, server: Option<&Server>, meanwhile: impl FnOnce(u32)) -> (Figures, String) {
+fn measure(
+    mut command: Command,
+    server: Option<&Server>,
+    meanwhile: impl FnOnce(u32),
+) -> (Figures, String) {
     let of_server = |server: &Server| cpu_of(&server.child.id().to_string(), 13);
     let cpu = cpu_of("self", 15) + server.map_or(0.0, of_server);
     let began = Instant::now();
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let read = |stream: Box<dyn std::io::Read + Send>| {
         std::thread::spawn(move || {
             let (mut stream, mut text) = (stream, Vec::new());
@@ -407,15 +578,26 @@ fn measure(mut command: Command, server: Option<&Server>, meanwhile: impl FnOnce
             String::from_utf8_lossy(&text).into_owned()
         })
     };
-    let streams = [read(Box::new(child.stdout.take().unwrap())), read(Box::new(child.stderr.take().unwrap()))];
-    let (ended, status) = (Arc::new(AtomicBool::new(false)), format!("/proc/{}/status", child.id()));
+    let streams = [
+        read(Box::new(child.stdout.take().unwrap())),
+        read(Box::new(child.stderr.take().unwrap())),
+    ];
+    let (ended, status) = (
+        Arc::new(AtomicBool::new(false)),
+        format!("/proc/{}/status", child.id()),
+    );
     let watching = Arc::clone(&ended);
     let watch = std::thread::spawn(move || {
         let mut peak: f64 = 0.0;
         while !watching.load(Ordering::Relaxed) {
             let text = fs::read_to_string(&status).unwrap_or_default();
-            let line =
-                text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+            let line = text.lines().find_map(|line| {
+                line.strip_prefix("VmHWM:")?
+                    .trim()
+                    .strip_suffix(" kB")?
+                    .parse()
+                    .ok()
+            });
             peak = peak.max(line.unwrap_or(0.0) / 1024.0);
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -425,10 +607,20 @@ fn measure(mut command: Command, server: Option<&Server>, meanwhile: impl FnOnce
     let success = child.wait().unwrap().success();
     let wall = began.elapsed().as_secs_f64();
     ended.store(true, Ordering::Relaxed);
-    let said: String = streams.into_iter().map(|stream| stream.join().unwrap()).collect();
+    let said: String = streams
+        .into_iter()
+        .map(|stream| stream.join().unwrap())
+        .collect();
     assert!(success, "{command:?}: {said}");
     let cpu = cpu_of("self", 15) + server.map_or(0.0, of_server) - cpu;
-    (BTreeMap::from([("wall s", wall), ("cpu s", cpu), ("peak MiB", watch.join().unwrap())]), said)
+    (
+        BTreeMap::from([
+            ("wall s", wall),
+            ("cpu s", cpu),
+            ("peak MiB", watch.join().unwrap()),
+        ]),
+        said,
+    )
 }
 
 /// A way to the server on which whatever the client says after an answer takes this much longer.

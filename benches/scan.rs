@@ -4,7 +4,11 @@
 //! `FLYWHEEL_BENCH_PATH` (`/usr/lib`) is the tree that is read, `FLYWHEEL_BENCH_RUNS` (5) the number of pairs,
 //! `FLYWHEEL_BENCH_NEEDLES` (200) how many needles are looked for. Prints medians and writes
 //! `target/bench/scan.json`.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a bench that fails says why by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a bench that fails says why by panicking"
+)]
 
 use std::fs;
 use std::io::{self, Write};
@@ -39,11 +43,20 @@ struct Took {
 }
 
 fn main() {
-    let number =
-        |name: &str, default: usize| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
-    let path = std::env::var_os("FLYWHEEL_BENCH_PATH").map_or_else(|| PathBuf::from("/usr/lib"), PathBuf::from);
+    let number = |name: &str, default: usize| {
+        std::env::var(name)
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(default)
+    };
+    let path = std::env::var_os("FLYWHEEL_BENCH_PATH")
+        .map_or_else(|| PathBuf::from("/usr/lib"), PathBuf::from);
     let scanner = scanner(number("FLYWHEEL_BENCH_NEEDLES", 200));
-    println!("{} needles; reading {} once, so that all of it is in memory", scanner.needles(), path.display());
+    println!(
+        "{} needles; reading {} once, so that all of it is in memory",
+        scanner.needles(),
+        path.display()
+    );
     let (size, _) = without(&path);
     println!("{:.0} MB", size as f64 / 1e6);
     let (mut plain, mut beside) = (Vec::new(), Vec::new());
@@ -54,7 +67,13 @@ fn main() {
         scanned.push(with(&path, &scanner));
         alone.push(scan_alone(&path, &scanner));
         let rate = |took: &[Took]| size as f64 / 1e9 / took[run].cpu;
-        println!("  run {}: {:.2}, {:.2} and {:.2} GB/s", run + 1, rate(&plain), rate(&scanned), rate(&alone));
+        println!(
+            "  run {}: {:.2}, {:.2} and {:.2} GB/s",
+            run + 1,
+            rate(&plain),
+            rate(&scanned),
+            rate(&alone)
+        );
     }
     let rows = [
         ("read, hash", &plain),
@@ -65,9 +84,18 @@ fn main() {
     let mut json = serde_json::Map::new();
     println!("\nmedians");
     for (name, took) in rows {
-        let (wall, cpu) = (median(took, |took| took.wall), median(took, |took| took.cpu));
-        println!("{name:<31} wall {wall:.2} s  cpu {cpu:.2} s  {:.2} GB/s of one core", size as f64 / 1e9 / cpu);
-        json.insert(name.into(), serde_json::json!({ "wall s": wall, "cpu s": cpu, "bytes": size }));
+        let (wall, cpu) = (
+            median(took, |took| took.wall),
+            median(took, |took| took.cpu),
+        );
+        println!(
+            "{name:<31} wall {wall:.2} s  cpu {cpu:.2} s  {:.2} GB/s of one core",
+            size as f64 / 1e9 / cpu
+        );
+        json.insert(
+            name.into(),
+            serde_json::json!({ "wall s": wall, "cpu s": cpu, "bytes": size }),
+        );
     }
     let of_wall: fn(&Took) -> f64 = |took| took.wall;
     let of_cpu: fn(&Took) -> f64 = |took| took.cpu;
@@ -81,7 +109,11 @@ fn main() {
     json.insert("scan GB/s".into(), rate.into());
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
     fs::create_dir_all(&folder).unwrap();
-    fs::write(folder.join("scan.json"), serde_json::to_string_pretty(&json).unwrap()).unwrap();
+    fs::write(
+        folder.join("scan.json"),
+        serde_json::to_string_pretty(&json).unwrap(),
+    )
+    .unwrap();
 }
 
 /// One that looks for as many needles, of random secrets.
@@ -90,8 +122,14 @@ fn scanner(needles: usize) -> Scanner {
     let mut secrets = Vec::new();
     loop {
         let text: String = (0..32).map(|_| random.alphanumeric()).collect();
-        secrets.push((format!("SECRET_{}", secrets.len()), Secret::new(&text).unwrap()));
-        let scanner = Scanner::new(&secrets, &[("the workspace", Path::new("/home/runner/work/app"))]);
+        secrets.push((
+            format!("SECRET_{}", secrets.len()),
+            Secret::new(&text).unwrap(),
+        ));
+        let scanner = Scanner::new(
+            &secrets,
+            &[("the workspace", Path::new("/home/runner/work/app"))],
+        );
         if scanner.needles() >= needles {
             return scanner;
         }
@@ -101,7 +139,10 @@ fn scanner(needles: usize) -> Scanner {
 fn measure(work: impl FnOnce()) -> Took {
     let (began, cpu) = (Instant::now(), cpu());
     work();
-    Took { wall: began.elapsed().as_secs_f64(), cpu: self::cpu() - cpu }
+    Took {
+        wall: began.elapsed().as_secs_f64(),
+        cpu: self::cpu() - cpu,
+    }
 }
 
 fn without(path: &Path) -> (u64, Took) {
@@ -140,6 +181,11 @@ fn median(took: &[Took], of: impl Fn(&Took) -> f64) -> f64 {
 /// Seconds of this process's user and system time; `USER_HZ` is 100 on every Linux that Nix runs on.
 fn cpu() -> f64 {
     let stat = fs::read_to_string("/proc/self/stat").unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
     (fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap()) / 100.0
 }

@@ -35,7 +35,11 @@ pub struct OutOfMemory {
 pub fn judge(observed: &Observed) -> Option<OutOfMemory> {
     let certain = observed.killed_in_group > 0;
     let killed = certain || observed.killed_on_machine > 0;
-    (observed.failed && killed).then_some(OutOfMemory { certain, limit: observed.limit, peak: observed.peak })
+    (observed.failed && killed).then_some(OutOfMemory {
+        certain,
+        limit: observed.limit,
+        peak: observed.peak,
+    })
 }
 
 impl OutOfMemory {
@@ -46,8 +50,15 @@ impl OutOfMemory {
         } else {
             "the kernel killed a process of this machine for want of memory while the command failed"
         };
-        let limit = self.limit.map_or("no limit of its own".to_owned(), |limit| format!("a limit of {}", bytes(limit)));
-        let peak = self.peak.map(|peak| format!(", peak {}", bytes(peak))).unwrap_or_default();
+        let limit = self
+            .limit
+            .map_or("no limit of its own".to_owned(), |limit| {
+                format!("a limit of {}", bytes(limit))
+            });
+        let peak = self
+            .peak
+            .map(|peak| format!(", peak {}", bytes(peak)))
+            .unwrap_or_default();
         let advice = match heavy_lane {
             Some(lane) => format!("run it on `{lane}`"),
             None => "run it on a lane with more memory (name it in the input `heavy-lane`), or build with fewer jobs"
@@ -63,18 +74,47 @@ mod tests {
 
     #[test]
     fn only_a_failed_command_with_a_counted_kill_was_out_of_memory() {
-        let base = Observed { failed: true, ..Observed::default() };
+        let base = Observed {
+            failed: true,
+            ..Observed::default()
+        };
         assert_eq!(judge(&base), None);
-        assert!(judge(&Observed { killed_in_group: 1, ..base }).is_some_and(|found| found.certain));
-        assert!(judge(&Observed { killed_on_machine: 1, ..base }).is_some_and(|found| !found.certain));
-        assert_eq!(judge(&Observed { killed_in_group: 1, failed: false, ..base }), None);
+        assert!(
+            judge(&Observed {
+                killed_in_group: 1,
+                ..base
+            })
+            .is_some_and(|found| found.certain)
+        );
+        assert!(
+            judge(&Observed {
+                killed_on_machine: 1,
+                ..base
+            })
+            .is_some_and(|found| !found.certain)
+        );
+        assert_eq!(
+            judge(&Observed {
+                killed_in_group: 1,
+                failed: false,
+                ..base
+            }),
+            None
+        );
     }
 
     #[test]
     fn the_text_names_limit_peak_and_lane() {
-        let found = OutOfMemory { certain: true, limit: Some(8 << 30), peak: Some(8 << 30) };
+        let found = OutOfMemory {
+            certain: true,
+            limit: Some(8 << 30),
+            peak: Some(8 << 30),
+        };
         let text = found.text(Some("nix-heavy"));
-        assert!(text.contains("8.0 GiB") && text.contains("`nix-heavy`"), "{text}");
+        assert!(
+            text.contains("8.0 GiB") && text.contains("`nix-heavy`"),
+            "{text}"
+        );
         assert!(found.text(None).contains("`heavy-lane`"));
     }
 }

@@ -3,15 +3,20 @@
 use clap::{Parser, Subcommand};
 
 use crate::command::{
-    Failure, cache, cache_contract, contract, explain, flake_checks, nix_job, publish, scan, setup, validate_builders,
-    watch_store,
+    Failure, cache, cache_contract, contract, explain, flake_checks, nix_job, publish, scan, setup,
+    validate_builders, watch_store,
 };
 use crate::exit::Exit;
 use crate::runner::env::Env;
 
 /// Nix CI for GitHub workflows: nothing is ever lost, and it says so.
 #[derive(Debug, Parser)]
-#[command(name = "flywheel", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(
+    name = "flywheel",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true
+)]
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,

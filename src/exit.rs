@@ -61,7 +61,11 @@ impl UsageError {
     /// `input` is the name as the user wrote it (`attic-server`), `problem` a fragment such as
     /// "must be an http or https URL, not `foo`".
     pub fn new(input: impl Into<String>, problem: impl Into<String>) -> Self {
-        Self { input: input.into(), problem: problem.into(), hint: None }
+        Self {
+            input: input.into(),
+            problem: problem.into(),
+            hint: None,
+        }
     }
 
     /// Adds the sentence that says what to do.

@@ -57,7 +57,10 @@ pub struct Roots {
 /// # Errors
 /// Only if the TLS or HTTP library refuses its settings, which would be our bug.
 pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
-    builder(tls(roots)?).read_timeout(IDLE_TIMEOUT).build().map_err(Error::Client)
+    builder(tls(roots)?)
+        .read_timeout(IDLE_TIMEOUT)
+        .build()
+        .map_err(Error::Client)
 }
 
 /// A client for gRPC: HTTP/2 from the first byte on, straight to its host. Proxies do not come into it,
@@ -92,13 +95,23 @@ impl Clients {
     /// As [`client`].
     pub fn new(roots: &Roots) -> Result<Self, Error> {
         let tls = tls(roots)?;
-        let asking = builder(tls.clone()).read_timeout(IDLE_TIMEOUT).build().map_err(Error::Client)?;
+        let asking = builder(tls.clone())
+            .read_timeout(IDLE_TIMEOUT)
+            .build()
+            .map_err(Error::Client)?;
         let sending = builder(tls.clone()).build().map_err(Error::Client)?;
-        Ok(Self { asking, sending, direct: Direct::new(tls) })
+        Ok(Self {
+            asking,
+            sending,
+            direct: Direct::new(tls),
+        })
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "this is the one place that makes clients")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the one place that makes clients"
+)]
 fn builder(tls: rustls::ClientConfig) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
         .user_agent(USER_AGENT)
@@ -157,14 +170,20 @@ impl Names {
             return Ok(vec![address]);
         }
         if bare.eq_ignore_ascii_case("localhost") {
-            return Ok(vec![IpAddr::from([127, 0, 0, 1]), IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])]);
+            return Ok(vec![
+                IpAddr::from([127, 0, 0, 1]),
+                IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]),
+            ]);
         }
         let Some(resolver) = self.0.get_or_init(system_resolver) else {
             return hosts_file(bare).ok_or_else(|| LookupError::NoResolver(bare.to_owned()));
         };
         match resolver.lookup_ip(bare).await {
             Ok(found) => Ok(found.iter().collect()),
-            Err(source) => Err(LookupError::Unknown { name: bare.to_owned(), source: source.into() }),
+            Err(source) => Err(LookupError::Unknown {
+                name: bare.to_owned(),
+                source: source.into(),
+            }),
         }
     }
 }
@@ -187,7 +206,12 @@ pub enum ReachError {
 ///
 /// # Errors
 /// When it does not.
-pub async fn reach(names: &Names, host: &str, port: u16, within: Duration) -> Result<(), ReachError> {
+pub async fn reach(
+    names: &Names,
+    host: &str,
+    port: u16,
+    within: Duration,
+) -> Result<(), ReachError> {
     let connect = async {
         let mut refused = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
         for address in names.lookup(host).await? {
@@ -198,14 +222,18 @@ pub async fn reach(names: &Names, host: &str, port: u16, within: Duration) -> Re
         }
         Err(ReachError::Connect(refused))
     };
-    tokio::time::timeout(within, connect).await.unwrap_or(Err(ReachError::TimedOut(within)))
+    tokio::time::timeout(within, connect)
+        .await
+        .unwrap_or(Err(ReachError::TimedOut(within)))
 }
 
 /// The resolver of `/etc/resolv.conf`. hickory puts public servers in where that file is missing
 /// or names nobody, so both are refused first.
 fn system_resolver() -> Option<TokioResolver> {
     let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
-    let named = text.lines().any(|line| line.trim_start().starts_with("nameserver"));
+    let named = text
+        .lines()
+        .any(|line| line.trim_start().starts_with("nameserver"));
     if !named {
         return None;
     }
@@ -220,7 +248,9 @@ fn hosts_file(name: &str) -> Option<Vec<IpAddr>> {
         .filter_map(|line| {
             let mut words = line.split_whitespace();
             let address = words.next()?.parse().ok()?;
-            words.any(|word| word.eq_ignore_ascii_case(name)).then_some(address)
+            words
+                .any(|word| word.eq_ignore_ascii_case(name))
+                .then_some(address)
         })
         .collect();
     (!found.is_empty()).then_some(found)
@@ -231,7 +261,8 @@ impl reqwest::dns::Resolve for Names {
         let names = self.clone();
         Box::pin(async move {
             let found = names.lookup(name.as_str()).await?;
-            let addresses: reqwest::dns::Addrs = Box::new(found.into_iter().map(|address| SocketAddr::new(address, 0)));
+            let addresses: reqwest::dns::Addrs =
+                Box::new(found.into_iter().map(|address| SocketAddr::new(address, 0)));
             Ok(addresses)
         })
     }
@@ -269,7 +300,9 @@ fn is_tls(cause: &(dyn StdError + 'static)) -> bool {
     if cause.is::<rustls::Error>() {
         return true;
     }
-    let wrapped = cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    let wrapped = cause
+        .downcast_ref::<std::io::Error>()
+        .and_then(std::io::Error::get_ref);
     wrapped.is_some_and(|wrapped| is_tls(wrapped))
 }
 
@@ -320,19 +353,34 @@ mod tests {
     #[tokio::test]
     async fn literal_addresses_and_localhost_need_no_resolver() {
         let names = Names::default();
-        assert_eq!(names.lookup("127.0.0.9").await.expect("literal"), [IpAddr::from([127, 0, 0, 9])]);
+        assert_eq!(
+            names.lookup("127.0.0.9").await.expect("literal"),
+            [IpAddr::from([127, 0, 0, 9])]
+        );
         assert_eq!(names.lookup("[::1]").await.expect("literal").len(), 1);
-        assert!(names.lookup("localhost").await.expect("known").contains(&IpAddr::from([127, 0, 0, 1])));
+        assert!(
+            names
+                .lookup("localhost")
+                .await
+                .expect("known")
+                .contains(&IpAddr::from([127, 0, 0, 1]))
+        );
     }
 
     #[tokio::test]
     async fn a_refused_connection_is_told_from_the_other_layers() {
         // A port that is taken and not listened to stays closed, whatever other tests do.
         let closed = tokio::net::TcpSocket::new_v4().expect("a socket");
-        closed.bind("127.0.0.1:0".parse().expect("an address")).expect("loopback");
+        closed
+            .bind("127.0.0.1:0".parse().expect("an address"))
+            .expect("loopback");
         let port = closed.local_addr().expect("bound").port();
         let client = client(&Roots::default()).expect("settings hold");
-        let error = client.get(format!("http://127.0.0.1:{port}/")).send().await.expect_err("nobody listens");
+        let error = client
+            .get(format!("http://127.0.0.1:{port}/"))
+            .send()
+            .await
+            .expect_err("nobody listens");
         assert_eq!(layer(&error), Layer::Connect);
         assert!(!chain(error).contains("http://"), "no URL in messages");
     }

@@ -22,7 +22,11 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are errors to clap, and go to stdout with code 0.
-            let code = if error.use_stderr() { Exit::Usage } else { Exit::Ok };
+            let code = if error.use_stderr() {
+                Exit::Usage
+            } else {
+                Exit::Ok
+            };
             // Nobody listening is no reason to fail.
             let _ = error.print();
             return ExitCode::from(code.code());
@@ -31,8 +35,14 @@ fn main() -> ExitCode {
     // The job's own work comes first. The main thread, from which its command is started, stays as it is.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     // One may be held up by a disk (`host::brief`).
-    let workers = std::thread::available_parallelism().map_or(1, NonZero::get).max(2);
-    let runtime = runtime.worker_threads(workers).enable_all().on_thread_start(priority::yield_to_others).build();
+    let workers = std::thread::available_parallelism()
+        .map_or(1, NonZero::get)
+        .max(2);
+    let runtime = runtime
+        .worker_threads(workers)
+        .enable_all()
+        .on_thread_start(priority::yield_to_others)
+        .build();
     let ended = match runtime {
         Ok(runtime) => {
             let ended = runtime.block_on(cli.run(&env));
@@ -41,7 +51,11 @@ fn main() -> ExitCode {
             ended
         }
         Err(error) => {
-            Workflow::new(env.in_github_actions()).annotate(Level::Error, "flywheel", &format!("no threads: {error}"));
+            Workflow::new(env.in_github_actions()).annotate(
+                Level::Error,
+                "flywheel",
+                &format!("no threads: {error}"),
+            );
             return ExitCode::from(Exit::Host.code());
         }
     };

@@ -28,7 +28,13 @@ pub enum Rule {
 
 impl Rule {
     /// All of them, in the order in which they are looked at.
-    pub const ALL: [Self; 5] = [Self::Impure, Self::Unchecked, Self::Dangling, Self::MachinePath, Self::Secret];
+    pub const ALL: [Self; 5] = [
+        Self::Impure,
+        Self::Unchecked,
+        Self::Dangling,
+        Self::MachinePath,
+        Self::Secret,
+    ];
 
     /// Its name in inputs, annotations and outputs.
     pub fn word(self) -> &'static str {
@@ -44,16 +50,25 @@ impl Rule {
     /// Why there is this rule, a sentence.
     pub fn reason(self) -> &'static str {
         match self {
-            Self::Impure => "What an impure evaluation builds depends on this machine, and nobody else can build it.",
+            Self::Impure => {
+                "What an impure evaluation builds depends on this machine, and nobody else can build it."
+            }
             Self::Unchecked => "What the flake's own checks have not passed is not for others.",
-            Self::Dangling => "A reader would get a path that needs another one which the cache does not hold.",
-            Self::MachinePath => "A reader's machine does not have that place, or something else is there.",
+            Self::Dangling => {
+                "A reader would get a path that needs another one which the cache does not hold."
+            }
+            Self::MachinePath => {
+                "A reader's machine does not have that place, or something else is there."
+            }
             Self::Secret => "Whoever reads the cache would have it.",
         }
     }
 
     fn index(self) -> usize {
-        Self::ALL.iter().position(|rule| *rule == self).expect("all rules are in the list")
+        Self::ALL
+            .iter()
+            .position(|rule| *rule == self)
+            .expect("all rules are in the list")
     }
 }
 
@@ -77,7 +92,11 @@ pub enum Mode {
 
 impl Mode {
     /// All of them, by their words.
-    pub const WORDS: [(&'static str, Self); 3] = [("enforce", Self::Enforce), ("warn", Self::Warn), ("off", Self::Off)];
+    pub const WORDS: [(&'static str, Self); 3] = [
+        ("enforce", Self::Enforce),
+        ("warn", Self::Warn),
+        ("off", Self::Off),
+    ];
 }
 
 /// What follows for something that a job would publish.
@@ -107,7 +126,11 @@ impl Policy {
     /// What is wrong with the first bad one, a fragment, with the nearest good word.
     pub fn read(text: &str) -> Result<Self, String> {
         let mut policy = Self::default();
-        for line in text.split(['\n', ',']).map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        for line in text
+            .split(['\n', ','])
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        {
             let (name, word) = line.split_once('=').ok_or_else(|| {
                 format!(
                     "has a line without `=`: `{}`; write `RULE = MODE`, such as `secret = warn`",
@@ -134,7 +157,10 @@ impl Policy {
 
     /// Why a path of this name, hash and store folder left out, may break a rule; `None` if it may not.
     pub fn allows(&self, rule: Rule, name: &str) -> Option<&str> {
-        self.allowed.iter().find(|allowed| allowed.covers(rule, name)).map(Allowed::reason)
+        self.allowed
+            .iter()
+            .find(|allowed| allowed.covers(rule, name))
+            .map(Allowed::reason)
     }
 
     /// What follows for a path of this name, `breaks` being whether it breaks the rule.
@@ -150,22 +176,35 @@ impl Policy {
 }
 
 fn rule(word: &str) -> Result<Rule, String> {
-    Rule::ALL.into_iter().find(|rule| rule.word() == word).ok_or_else(|| {
-        let meant = nearest(word, Rule::ALL.map(Rule::word)).map(|meant| format!(". Did you mean `{meant}`?"));
-        let all = Rule::ALL.map(|rule| format!("`{rule}`")).join(", ");
-        format!("names `{}`, which is none of the rules {all}{}", one_line(word, 40), meant.unwrap_or_default())
-    })
+    Rule::ALL
+        .into_iter()
+        .find(|rule| rule.word() == word)
+        .ok_or_else(|| {
+            let meant = nearest(word, Rule::ALL.map(Rule::word))
+                .map(|meant| format!(". Did you mean `{meant}`?"));
+            let all = Rule::ALL.map(|rule| format!("`{rule}`")).join(", ");
+            format!(
+                "names `{}`, which is none of the rules {all}{}",
+                one_line(word, 40),
+                meant.unwrap_or_default()
+            )
+        })
 }
 
 fn mode(word: &str) -> Result<Mode, String> {
-    Mode::WORDS.into_iter().find(|(known, _)| *known == word).map(|(_, mode)| mode).ok_or_else(|| {
-        let meant = nearest(word, Mode::WORDS.map(|(word, _)| word)).map(|meant| format!(". Did you mean `{meant}`?"));
-        format!(
-            "has `{}`, which is neither `enforce`, `warn` nor `off`{}",
-            one_line(word, 40),
-            meant.unwrap_or_default()
-        )
-    })
+    Mode::WORDS
+        .into_iter()
+        .find(|(known, _)| *known == word)
+        .map(|(_, mode)| mode)
+        .ok_or_else(|| {
+            let meant = nearest(word, Mode::WORDS.map(|(word, _)| word))
+                .map(|meant| format!(". Did you mean `{meant}`?"));
+            format!(
+                "has `{}`, which is neither `enforce`, `warn` nor `off`{}",
+                one_line(word, 40),
+                meant.unwrap_or_default()
+            )
+        })
 }
 
 #[cfg(test)]
@@ -174,9 +213,22 @@ mod tests {
 
     #[test]
     fn lines_are_read_and_what_is_not_named_is_enforced() {
-        let policy = Policy::read("machine-path = warn\n# why\nsecret=off, dangling = enforce").expect("good");
-        let modes: Vec<Mode> = Rule::ALL.into_iter().map(|rule| policy.mode(rule)).collect();
-        assert_eq!(modes, [Mode::Enforce, Mode::Enforce, Mode::Enforce, Mode::Warn, Mode::Off]);
+        let policy = Policy::read("machine-path = warn\n# why\nsecret=off, dangling = enforce")
+            .expect("good");
+        let modes: Vec<Mode> = Rule::ALL
+            .into_iter()
+            .map(|rule| policy.mode(rule))
+            .collect();
+        assert_eq!(
+            modes,
+            [
+                Mode::Enforce,
+                Mode::Enforce,
+                Mode::Enforce,
+                Mode::Warn,
+                Mode::Off
+            ]
+        );
     }
 
     #[test]
@@ -207,8 +259,16 @@ mod tests {
                 assert_eq!(policy.rule(true, rule, "x", true), broken, "{rule} {word}");
                 let allowed = Allowed::read(&format!("{rule} x* it is ours")).expect("good");
                 let policy = policy.with_allowed(vec![allowed]);
-                assert_eq!(policy.rule(true, rule, "xyz", true), Ruling::Publish, "{rule} {word}");
-                assert_eq!(policy.rule(true, rule, "wxyz", true), broken, "{rule} {word}");
+                assert_eq!(
+                    policy.rule(true, rule, "xyz", true),
+                    Ruling::Publish,
+                    "{rule} {word}"
+                );
+                assert_eq!(
+                    policy.rule(true, rule, "wxyz", true),
+                    broken,
+                    "{rule} {word}"
+                );
             }
         }
     }

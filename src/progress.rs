@@ -53,7 +53,10 @@ impl Sink {
 
     /// Says that something is worse than it should be.
     pub fn degraded(&self, area: &'static str, text: impl Into<String>) {
-        self.send(Progress::Degraded { area, text: text.into() });
+        self.send(Progress::Degraded {
+            area,
+            text: text.into(),
+        });
     }
 }
 

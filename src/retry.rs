@@ -15,7 +15,11 @@ pub struct Policy {
 
 impl Policy {
     /// For requests to a cache: five tries, 0.5 s to 30 s of full jitter (`attic-protocol`, section 5).
-    pub const CACHE: Self = Self { attempts: 5, base: Duration::from_millis(500), cap: Duration::from_secs(30) };
+    pub const CACHE: Self = Self {
+        attempts: 5,
+        base: Duration::from_millis(500),
+        cap: Duration::from_secs(30),
+    };
 
     /// The wait before try number `attempt + 1`, where `attempt` tries (1 or more) have failed:
     /// full jitter, or what the server asked for when that is longer. `None` when no try is left.
@@ -23,7 +27,10 @@ impl Policy {
         if attempt >= self.attempts {
             return None;
         }
-        let ceiling = self.base.saturating_mul(1 << (attempt.saturating_sub(1)).min(16)).min(self.cap);
+        let ceiling = self
+            .base
+            .saturating_mul(1 << (attempt.saturating_sub(1)).min(16))
+            .min(self.cap);
         let jittered = ceiling.mul_f64(fastrand::f64());
         Some(retry_after.unwrap_or_default().max(jittered).min(self.cap))
     }
@@ -35,7 +42,11 @@ mod tests {
 
     #[test]
     fn waits_grow_within_their_bounds_and_end() {
-        let policy = Policy { attempts: 4, base: Duration::from_secs(1), cap: Duration::from_secs(3) };
+        let policy = Policy {
+            attempts: 4,
+            base: Duration::from_secs(1),
+            cap: Duration::from_secs(3),
+        };
         for _ in 0..100 {
             assert!(policy.wait(1, None).expect("a try is left") <= Duration::from_secs(1));
             assert!(policy.wait(3, None).expect("a try is left") <= Duration::from_secs(3));
@@ -45,8 +56,18 @@ mod tests {
 
     #[test]
     fn a_server_is_obeyed_up_to_the_cap() {
-        let policy = Policy { attempts: 4, base: Duration::ZERO, cap: Duration::from_secs(3) };
-        assert_eq!(policy.wait(1, Some(Duration::from_secs(2))), Some(Duration::from_secs(2)));
-        assert_eq!(policy.wait(1, Some(Duration::from_secs(60))), Some(Duration::from_secs(3)));
+        let policy = Policy {
+            attempts: 4,
+            base: Duration::ZERO,
+            cap: Duration::from_secs(3),
+        };
+        assert_eq!(
+            policy.wait(1, Some(Duration::from_secs(2))),
+            Some(Duration::from_secs(2))
+        );
+        assert_eq!(
+            policy.wait(1, Some(Duration::from_secs(60))),
+            Some(Duration::from_secs(3))
+        );
     }
 }

@@ -23,8 +23,12 @@ impl Secret {
     pub fn random() -> Self {
         // `fastrand` can be guessed from what it gave before, so the system's random bytes are taken.
         let mut bytes = [0_u8; 16];
-        SystemRandom::new().fill(&mut bytes).expect("Linux always has random bytes once it has booted");
-        Self(Zeroizing::new(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+        SystemRandom::new()
+            .fill(&mut bytes)
+            .expect("Linux always has random bytes once it has booted");
+        Self(Zeroizing::new(
+            bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
+        ))
     }
 
     /// The secret itself, for the one place that puts it where it belongs.
@@ -35,7 +39,9 @@ impl Secret {
     /// The value of an `Authorization: Basic` header for `user`, which is a secret too.
     #[must_use]
     pub fn basic(&self, user: &str) -> Self {
-        Self(Zeroizing::new(STANDARD.encode(format!("{user}:{}", self.expose()))))
+        Self(Zeroizing::new(
+            STANDARD.encode(format!("{user}:{}", self.expose())),
+        ))
     }
 
     /// Every form of this secret that a log could show: itself, each of its lines, and the
@@ -43,7 +49,12 @@ impl Secret {
     pub fn forms(&self) -> Vec<Self> {
         let mut forms = vec![self.clone()];
         if self.expose().contains(['\n', '\r']) {
-            forms.extend(self.expose().lines().filter_map(Self::new).filter(|line| line.0.len() > 3));
+            forms.extend(
+                self.expose()
+                    .lines()
+                    .filter_map(Self::new)
+                    .filter(|line| line.0.len() > 3),
+            );
         }
         forms.push(Self(Zeroizing::new(STANDARD.encode(self.expose()))));
         forms.extend(["attic", ""].map(|user| self.basic(user)));
@@ -75,7 +86,11 @@ mod tests {
     #[test]
     fn forms_hold_lines_and_basic_auth() {
         let secret = Secret::new("line-one\nline-two").expect("not empty");
-        let forms: Vec<String> = secret.forms().iter().map(|form| form.expose().to_owned()).collect();
+        let forms: Vec<String> = secret
+            .forms()
+            .iter()
+            .map(|form| form.expose().to_owned())
+            .collect();
         assert!(forms.contains(&"line-two".to_owned()));
         assert!(forms.contains(&STANDARD.encode("attic:line-one\nline-two")));
     }

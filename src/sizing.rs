@@ -22,7 +22,9 @@ pub struct Room {
 impl Room {
     /// What all workers together may hold, in bytes; `None` where nothing is known.
     pub fn for_workers(&self) -> Option<u64> {
-        let of_group = self.limit.map(|limit| (limit - limit / RESERVE).saturating_sub(self.others));
+        let of_group = self
+            .limit
+            .map(|limit| (limit - limit / RESERVE).saturating_sub(self.others));
         let of_machine = self.available.map(|available| {
             let all = available + self.workers;
             all - all / RESERVE
@@ -33,7 +35,9 @@ impl Room {
 
 /// How many workers evaluate: as many as were asked for, else as many as cores and memory allow.
 pub fn workers(asked: Option<usize>, cores: usize, room: Option<u64>) -> usize {
-    let fit = room.map_or(usize::MAX, |room| usize::try_from(room / WORKER_BYTES).unwrap_or(usize::MAX));
+    let fit = room.map_or(usize::MAX, |room| {
+        usize::try_from(room / WORKER_BYTES).unwrap_or(usize::MAX)
+    });
     asked.unwrap_or_else(|| cores.min(fit)).max(1)
 }
 
@@ -46,19 +50,29 @@ pub fn share(room: Option<u64>, workers: usize) -> u64 {
 pub fn too_large(held: &[u64], room: Option<u64>) -> Option<usize> {
     let all: u64 = held.iter().sum();
     let over = room.is_some_and(|room| all > room);
-    held.iter().enumerate().max_by_key(|(_, held)| **held).map(|(worker, _)| worker).filter(|_| over)
+    held.iter()
+        .enumerate()
+        .max_by_key(|(_, held)| **held)
+        .map(|(worker, _)| worker)
+        .filter(|_| over)
 }
 
 /// How many attributes a new worker takes of those that wait: all that is its share.
 pub fn chunk(asked: Option<usize>, waiting: usize, workers: usize) -> usize {
-    asked.unwrap_or_else(|| waiting.div_ceil(workers.max(1))).clamp(1, waiting.max(1))
+    asked
+        .unwrap_or_else(|| waiting.div_ceil(workers.max(1)))
+        .clamp(1, waiting.max(1))
 }
 
 /// How many attributes a new worker takes over from the end of one that has `left` to go, each of `each`
 /// seconds, where starting costs `start` seconds: as many as let both end at once, if that saves more than it costs.
 pub fn take_over(left: usize, each: f64, start: f64) -> usize {
     let saved = (left as f64 * each - start) / 2.0;
-    if saved > start { (saved / each) as usize } else { 0 }
+    if saved > start {
+        (saved / each) as usize
+    } else {
+        0
+    }
 }
 
 #[cfg(test)]
@@ -69,12 +83,29 @@ mod tests {
 
     #[test]
     fn the_least_limit_holds_and_a_part_of_it_stays_free() {
-        let room = Room { limit: Some(2 * GIB), others: GIB / 4, available: Some(100 * GIB), workers: GIB };
+        let room = Room {
+            limit: Some(2 * GIB),
+            others: GIB / 4,
+            available: Some(100 * GIB),
+            workers: GIB,
+        };
         assert_eq!(room.for_workers(), Some(2 * GIB - 2 * GIB / 10 - GIB / 4));
-        let room = Room { available: Some(GIB), workers: GIB, ..Room::default() };
+        let room = Room {
+            available: Some(GIB),
+            workers: GIB,
+            ..Room::default()
+        };
         assert_eq!(room.for_workers(), Some(2 * GIB - 2 * GIB / 10));
         assert_eq!(Room::default().for_workers(), None);
-        assert_eq!(Room { limit: Some(GIB), others: 2 * GIB, ..Room::default() }.for_workers(), Some(0));
+        assert_eq!(
+            Room {
+                limit: Some(GIB),
+                others: 2 * GIB,
+                ..Room::default()
+            }
+            .for_workers(),
+            Some(0)
+        );
     }
 
     #[test]
@@ -86,7 +117,11 @@ mod tests {
             (None, 4, Some(0), 1),
             (Some(3), 1, Some(0), 3),
         ] {
-            assert_eq!(workers(asked, cores, room), fit, "{asked:?} {cores} {room:?}");
+            assert_eq!(
+                workers(asked, cores, room),
+                fit,
+                "{asked:?} {cores} {room:?}"
+            );
         }
     }
 
@@ -101,10 +136,29 @@ mod tests {
     #[test]
     fn chunks_are_few_and_what_is_taken_over_is_worth_a_start() {
         assert_eq!(
-            (chunk(None, 2000, 2), chunk(None, 3, 2), chunk(Some(4), 2000, 2), chunk(None, 0, 2)),
+            (
+                chunk(None, 2000, 2),
+                chunk(None, 3, 2),
+                chunk(Some(4), 2000, 2),
+                chunk(None, 0, 2)
+            ),
             (1000, 2, 4, 1)
         );
-        assert_eq!((take_over(100, 0.1, 0.1), take_over(100, 0.001, 0.1), take_over(1, 9.0, 0.1)), (49, 0, 0));
-        assert_eq!((take_over(9, 0.0, 0.1), take_over(0, 0.1, 0.0), take_over(9, 1.0, 0.0)), (0, 0, 4));
+        assert_eq!(
+            (
+                take_over(100, 0.1, 0.1),
+                take_over(100, 0.001, 0.1),
+                take_over(1, 9.0, 0.1)
+            ),
+            (49, 0, 0)
+        );
+        assert_eq!(
+            (
+                take_over(9, 0.0, 0.1),
+                take_over(0, 0.1, 0.0),
+                take_over(9, 1.0, 0.0)
+            ),
+            (0, 0, 4)
+        );
     }
 }

@@ -155,10 +155,15 @@ pub fn decide(facts: &Facts, request: &Request, token_present: bool) -> Decision
         (true, true) => None,
     };
     let publishes = allowed && lack.is_none();
-    let insisted = request.by_hand || (request.push_cache == PushCache::Always && *facts != Facts::Local);
+    let insisted =
+        request.by_hand || (request.push_cache == PushCache::Always && *facts != Facts::Local);
     Decision {
         plan: Plan {
-            attic: if publishes { ToAttic::All } else { ToAttic::Nothing },
+            attic: if publishes {
+                ToAttic::All
+            } else {
+                ToAttic::Nothing
+            },
             flakehub: flakehub(facts, &verdict),
         },
         // `auto` takes the gate's no for an answer, but not that the token is missing.
@@ -214,10 +219,13 @@ impl Decision {
         match (&self.verdict, self.lack) {
             (Verdict::ReadOnly(refusal), _) => Some(refusal.remedy()),
             (Verdict::MayPublish(_), None) => None,
-            (Verdict::MayPublish(_), Some(Lack::Request)) => Some("Set `push-cache` to `auto` or `true`.".into()),
-            (Verdict::MayPublish(_), Some(Lack::Token)) => {
-                Some("Pass a token that may push to the cache as `ATTIC_TOKEN` in the step's `env`.".into())
+            (Verdict::MayPublish(_), Some(Lack::Request)) => {
+                Some("Set `push-cache` to `auto` or `true`.".into())
             }
+            (Verdict::MayPublish(_), Some(Lack::Token)) => Some(
+                "Pass a token that may push to the cache as `ATTIC_TOKEN` in the step's `env`."
+                    .into(),
+            ),
         }
     }
 }
@@ -237,51 +245,81 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
     let default_branch = known(&job.default_branch)?;
     let git_ref = known(&job.git_ref)?;
     if *known(&job.removes_ref)? {
-        return Err(Refusal::RefRemoved { git_ref: git_ref.clone() });
+        return Err(Refusal::RefRemoved {
+            git_ref: git_ref.clone(),
+        });
     }
-    let on_default_branch = !default_branch.is_empty() && git_ref.strip_prefix("refs/heads/") == Some(default_branch);
+    let on_default_branch =
+        !default_branch.is_empty() && git_ref.strip_prefix("refs/heads/") == Some(default_branch);
     match event {
         Event::MergeGroup => judge_queue(git_ref, trusted),
-        _ if on_default_branch => Ok(Grounds::DefaultBranch { event: event.clone(), branch: default_branch.clone() }),
-        Event::Schedule => Err(Refusal::OffDefaultBranch { git_ref: git_ref.clone() }),
+        _ if on_default_branch => Ok(Grounds::DefaultBranch {
+            event: event.clone(),
+            branch: default_branch.clone(),
+        }),
+        Event::Schedule => Err(Refusal::OffDefaultBranch {
+            git_ref: git_ref.clone(),
+        }),
         _ => judge_named(event, git_ref, job.ref_protected, trusted),
     }
 }
 
 fn known<T>(fact: &Result<T, Doubt>) -> Result<&T, Refusal> {
-    fact.as_ref().map_err(|doubt| Refusal::InDoubt(doubt.clone()))
+    fact.as_ref()
+        .map_err(|doubt| Refusal::InDoubt(doubt.clone()))
 }
 
 fn judge_queue(git_ref: &str, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
     let git_ref_owned = || git_ref.to_owned();
     // GitHub's own name for the branches of its queue.
     if !git_ref.starts_with("refs/heads/gh-readonly-queue/") {
-        return Err(Refusal::NotAQueue { git_ref: git_ref_owned() });
+        return Err(Refusal::NotAQueue {
+            git_ref: git_ref_owned(),
+        });
     }
     match trusted.naming(git_ref) {
-        Some(pattern) => Ok(Grounds::TrustedRef { event: Event::MergeGroup, git_ref: git_ref_owned(), pattern }),
-        None => Err(Refusal::MergeGroup { git_ref: git_ref_owned() }),
+        Some(pattern) => Ok(Grounds::TrustedRef {
+            event: Event::MergeGroup,
+            git_ref: git_ref_owned(),
+            pattern,
+        }),
+        None => Err(Refusal::MergeGroup {
+            git_ref: git_ref_owned(),
+        }),
     }
 }
 
-fn judge_named(event: &Event, git_ref: &str, protected: bool, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
+fn judge_named(
+    event: &Event,
+    git_ref: &str,
+    protected: bool,
+    trusted: &TrustedRefs,
+) -> Result<Grounds, Refusal> {
     let git_ref = git_ref.to_owned();
     match trusted.naming(&git_ref) {
         None => Err(Refusal::OtherRef { git_ref }),
         Some(pattern) if !protected && !git_ref.starts_with("refs/tags/") => {
             Err(Refusal::Unprotected { git_ref, pattern })
         }
-        Some(pattern) => Ok(Grounds::TrustedRef { event: event.clone(), git_ref, pattern }),
+        Some(pattern) => Ok(Grounds::TrustedRef {
+            event: event.clone(),
+            git_ref,
+            pattern,
+        }),
     }
 }
 
 /// The publication policy: a push to the default branch is rolling, a push of a tag `v*` a version.
 fn flakehub(facts: &Facts, verdict: &Verdict) -> ToFlakeHub {
-    let (Facts::Job(job), Verdict::MayPublish(grounds)) = (facts, verdict) else { return ToFlakeHub::Nothing };
+    let (Facts::Job(job), Verdict::MayPublish(grounds)) = (facts, verdict) else {
+        return ToFlakeHub::Nothing;
+    };
     match grounds {
         _ if job.event != Ok(Event::Push) => ToFlakeHub::Nothing,
         Grounds::DefaultBranch { .. } => ToFlakeHub::Rolling,
-        Grounds::TrustedRef { git_ref, .. } if git_ref.starts_with("refs/tags/v") => ToFlakeHub::Versioned,
+        Grounds::TrustedRef { git_ref, .. } if git_ref.starts_with("refs/tags/v") => {
+            ToFlakeHub::Versioned
+        }
         _ => ToFlakeHub::Nothing,
     }
 }

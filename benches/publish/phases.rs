@@ -23,8 +23,18 @@ const ENDS: i64 = 20;
 /// Stops and continues these processes in turn while a build goes on that registers `inputs` paths and then `outputs`
 /// more, and returns by how many percent their work makes it longer. `works` is whether they may work in the first
 /// phase: over many builds it should be so in every other one. Panics if the build is too short or does not end.
-pub fn overhead(state: &Path, (inputs, outputs): (usize, usize), processes: &[u32], mut works: bool) -> f64 {
-    let processes = Stopped(processes.iter().map(|id| Pid::from_raw(i32::try_from(*id).unwrap()).unwrap()).collect());
+pub fn overhead(
+    state: &Path,
+    (inputs, outputs): (usize, usize),
+    processes: &[u32],
+    mut works: bool,
+) -> f64 {
+    let processes = Stopped(
+        processes
+            .iter()
+            .map(|id| Pid::from_raw(i32::try_from(*id).unwrap()).unwrap())
+            .collect(),
+    );
     let (first, last) = (inputs as i64 + ENDS, (inputs + outputs) as i64 - ENDS);
     let limit = Instant::now() + LIMIT;
     let db = loop {
@@ -56,7 +66,10 @@ pub fn overhead(state: &Path, (inputs, outputs): (usize, usize), processes: &[u3
         if three[1].0 { slower } else { -slower }
     };
     let differences: Vec<f64> = rates.windows(3).map(difference).collect();
-    assert!(!differences.is_empty(), "the build was over too soon: {rates:?}");
+    assert!(
+        !differences.is_empty(),
+        "the build was over too soon: {rates:?}"
+    );
     100.0 * differences.iter().sum::<f64>() / differences.len() as f64 / 2.0
 }
 

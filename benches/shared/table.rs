@@ -20,7 +20,10 @@ impl Table {
 
     /// A figure of a row, each time that it was measured.
     pub fn values(&self, name: &str, figure: &str) -> Vec<f64> {
-        self.0[name].iter().filter_map(|figures| figures.get(figure).copied()).collect()
+        self.0[name]
+            .iter()
+            .filter_map(|figures| figures.get(figure).copied())
+            .collect()
     }
 
     /// The median of a figure of a row.
@@ -33,14 +36,27 @@ impl Table {
         let mut json = serde_json::Map::new();
         println!("\nmedians");
         for (name, runs) in &self.0 {
-            let row: BTreeMap<&str, f64> = runs[0].keys().map(|figure| (*figure, self.median(name, figure))).collect();
-            let cells: Vec<String> = row.iter().map(|(figure, value)| format!("{figure} {value:.2}")).collect();
+            let row: BTreeMap<&str, f64> = runs[0]
+                .keys()
+                .map(|figure| (*figure, self.median(name, figure)))
+                .collect();
+            let cells: Vec<String> = row
+                .iter()
+                .map(|(figure, value)| format!("{figure} {value:.2}"))
+                .collect();
             println!("{name:<34} {}", cells.join("  "));
-            json.insert(name.clone(), serde_json::json!({ "median": row, "runs": runs }));
+            json.insert(
+                name.clone(),
+                serde_json::json!({ "median": row, "runs": runs }),
+            );
         }
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
         fs::create_dir_all(&folder).unwrap();
-        fs::write(folder.join(format!("{bench}.json")), serde_json::to_string_pretty(&json).unwrap()).unwrap();
+        fs::write(
+            folder.join(format!("{bench}.json")),
+            serde_json::to_string_pretty(&json).unwrap(),
+        )
+        .unwrap();
     }
 }
 

@@ -53,14 +53,20 @@ impl<Q: Send + 'static, T: Send + 'static> Batches<Q, T> {
                 }
             }
         });
-        Self { askers, _task: AbortOnDropHandle::new(task) }
+        Self {
+            askers,
+            _task: AbortOnDropHandle::new(task),
+        }
     }
 
     /// Asks, and waits for the batch.
     pub async fn ask(&self, question: Q) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
         let ended = || Error::Facts("the line of batches has ended".to_owned());
-        self.askers.send((question, reply)).await.map_err(|_| ended())?;
+        self.askers
+            .send((question, reply))
+            .await
+            .map_err(|_| ended())?;
         answer.await.map_err(|_| ended())?
     }
 }
@@ -79,13 +85,22 @@ mod tests {
         let batches = Batches::start(4, move |questions: Vec<u32>| {
             seen.lock().expect("lock").push(questions.len());
             async move {
-                let answer = |n: u32| if n == 3 { Err(Error::Facts("three".to_owned())) } else { Ok(n * 10) };
+                let answer = |n: u32| {
+                    if n == 3 {
+                        Err(Error::Facts("three".to_owned()))
+                    } else {
+                        Ok(n * 10)
+                    }
+                };
                 questions.into_iter().map(answer).collect()
             }
         });
         let answers = join_all((0..6).map(|n| batches.ask(n))).await;
         let answers: Vec<Option<u32>> = answers.into_iter().map(Result::ok).collect();
-        assert_eq!(answers, [Some(0), Some(10), Some(20), None, Some(40), Some(50)]);
+        assert_eq!(
+            answers,
+            [Some(0), Some(10), Some(20), None, Some(40), Some(50)]
+        );
         assert_eq!(*sizes.lock().expect("lock"), [4, 2]);
     }
 
@@ -111,7 +126,11 @@ mod tests {
         });
         let waited = tokio::time::timeout(Duration::from_millis(100), batches.ask(1)).await;
         assert!(waited.is_err(), "it never answers");
-        assert_eq!(batches.ask(2).await.ok(), Some(2), "and does not hold back the next");
+        assert_eq!(
+            batches.ask(2).await.ok(),
+            Some(2),
+            "and does not hold back the next"
+        );
         assert_eq!(stopped.load(Ordering::Relaxed), 2);
     }
 }

@@ -56,7 +56,10 @@ impl Asker {
     /// # Errors
     /// As [`http::client`].
     pub fn new(roots: &Roots) -> Result<Self, http::Error> {
-        Ok(Self { plain: http::client(roots)?, grpc: http::grpc_client(roots)? })
+        Ok(Self {
+            plain: http::client(roots)?,
+            grpc: http::grpc_client(roots)?,
+        })
     }
 
     /// Asks an endpoint of scheme `grpc`, `grpcs`, `http` or `https` what it can do.
@@ -70,8 +73,13 @@ impl Asker {
                 _ => self.empty_blob(endpoint).await,
             }
         };
-        let silent = Failure { layer: "connect", text: format!("no answer within {} s", limit.as_secs_f64()) };
-        tokio::time::timeout(limit, asked).await.unwrap_or(Err(silent))
+        let silent = Failure {
+            layer: "connect",
+            text: format!("no answer within {} s", limit.as_secs_f64()),
+        };
+        tokio::time::timeout(limit, asked)
+            .await
+            .unwrap_or(Err(silent))
     }
 
     async fn empty_blob(&self, endpoint: &Url) -> Result<Capabilities, Failure> {
@@ -83,58 +91,97 @@ impl Asker {
             // A cache that has never seen the empty blob is one that answers.
             404 => {}
             200 | 204 if body.is_empty() => {}
-            200 | 204 => return Err(answer("it serves something else for the empty blob, so it is no Bazel cache")),
+            200 | 204 => {
+                return Err(answer(
+                    "it serves something else for the empty blob, so it is no Bazel cache",
+                ));
+            }
             401 | 403 => return Err(unauthorised(&format!("the server answered {status}"))),
             _ => return Err(answer(&format!("the server answered {status}"))),
         }
-        Ok(Capabilities { cache: true, execution: false })
+        Ok(Capabilities {
+            cache: true,
+            execution: false,
+        })
     }
 
     async fn capabilities(&self, endpoint: &Url) -> Result<Capabilities, Failure> {
-        let scheme = if endpoint.scheme() == "grpcs" { "https" } else { "http" };
+        let scheme = if endpoint.scheme() == "grpcs" {
+            "https"
+        } else {
+            "http"
+        };
         let url = below(endpoint, scheme, CALL)?;
         // An uncompressed message of no bytes: the request for the default instance.
-        let request = self.grpc.post(url).header(CONTENT_TYPE, "application/grpc").header("te", "trailers");
+        let request = self
+            .grpc
+            .post(url)
+            .header(CONTENT_TYPE, "application/grpc")
+            .header("te", "trailers");
         let response = request.body(vec![0; 5]).send().await.map_err(broken)?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         match status {
             200 => {}
             401 | 403 => return Err(unauthorised(&format!("the server answered {status}"))),
-            _ => return Err(answer(&format!("the server answered {status}, which is no gRPC"))),
+            _ => {
+                return Err(answer(&format!(
+                    "the server answered {status}, which is no gRPC"
+                )));
+            }
         }
         let (trailers, body) = read(response.into()).await?;
         grpc_status(&headers).and_then(|()| trailers.as_ref().map_or(Ok(()), grpc_status))?;
-        parse(&body).ok_or_else(|| answer("its answer is no message of the remote execution protocol"))
+        parse(&body)
+            .ok_or_else(|| answer("its answer is no message of the remote execution protocol"))
     }
 }
 
 /// The address of a call below an endpoint. Schemes that are the web's and those that are not cannot be exchanged
 /// in place.
 fn below(endpoint: &Url, scheme: &str, path: &str) -> Result<Url, Failure> {
-    let rest = endpoint.as_str().split_once(':').map_or("", |(_, rest)| rest);
-    let mut url = Url::parse(&format!("{scheme}:{rest}")).map_err(|error| answer(&error.to_string()))?;
+    let rest = endpoint
+        .as_str()
+        .split_once(':')
+        .map_or("", |(_, rest)| rest);
+    let mut url =
+        Url::parse(&format!("{scheme}:{rest}")).map_err(|error| answer(&error.to_string()))?;
     url.set_path(&format!("{}/{path}", endpoint.path().trim_end_matches('/')));
     url.set_query(None);
     url.set_fragment(None);
     Ok(url)
 }
 
-async fn read(response: axum::http::Response<reqwest::Body>) -> Result<(Option<HeaderMap>, Bytes), Failure> {
+async fn read(
+    response: axum::http::Response<reqwest::Body>,
+) -> Result<(Option<HeaderMap>, Bytes), Failure> {
     let body = Limited::new(response.into_body(), ANSWER_LIMIT);
-    let collected = body.collect().await.map_err(|error| answer(&format!("its answer broke off: {error}")))?;
+    let collected = body
+        .collect()
+        .await
+        .map_err(|error| answer(&format!("its answer broke off: {error}")))?;
     let trailers = collected.trailers().cloned();
     Ok((trailers, collected.to_bytes()))
 }
 
 /// gRPC's own status, in the headers of an answer without a message or in the trailers behind one.
 fn grpc_status(headers: &HeaderMap) -> Result<(), Failure> {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let text = |name: &str| {
+        headers
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default()
+    };
     let said = one_line(text("grpc-message"), 200);
     match text("grpc-status") {
         "" | "0" => Ok(()),
-        "7" | "16" => Err(unauthorised(&format!("the server refuses the call: {said}"))),
+        "7" | "16" => Err(unauthorised(&format!(
+            "the server refuses the call: {said}"
+        ))),
         "12" => Err(answer("it speaks gRPC, but is no Bazel remote cache")),
-        number => Err(answer(&format!("the call failed with gRPC status {}: {said}", one_line(number, 10)))),
+        number => Err(answer(&format!(
+            "the call failed with gRPC status {}: {said}",
+            one_line(number, 10)
+        ))),
     }
 }
 
@@ -142,7 +189,10 @@ fn parse(body: &[u8]) -> Option<Capabilities> {
     let (head, message) = body.split_first_chunk::<5>()?;
     let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
     let mut message = message.get(..length).filter(|_| head[0] == 0)?;
-    let mut found = Capabilities { cache: false, execution: false };
+    let mut found = Capabilities {
+        cache: false,
+        execution: false,
+    };
     while !message.is_empty() {
         let tag = varint(&mut message)?;
         match tag & 7 {
@@ -181,15 +231,24 @@ fn broken(error: reqwest::Error) -> Failure {
         http::Layer::Tls => "TLS",
         http::Layer::Http => "answer",
     };
-    Failure { layer, text: one_line(&http::chain(error), 300) }
+    Failure {
+        layer,
+        text: one_line(&http::chain(error), 300),
+    }
 }
 
 fn answer(text: &str) -> Failure {
-    Failure { layer: "answer", text: text.to_owned() }
+    Failure {
+        layer: "answer",
+        text: text.to_owned(),
+    }
 }
 
 fn unauthorised(text: &str) -> Failure {
-    Failure { layer: "authorisation", text: text.to_owned() }
+    Failure {
+        layer: "authorisation",
+        text: text.to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -198,11 +257,32 @@ mod tests {
 
     #[test]
     fn capabilities_are_read_from_a_message() {
-        let message = |bytes: &[u8]| [&[0, 0, 0, 0, u8::try_from(bytes.len()).expect("short")], bytes].concat();
-        let both = Capabilities { cache: true, execution: true };
+        let message = |bytes: &[u8]| {
+            [
+                &[0, 0, 0, 0, u8::try_from(bytes.len()).expect("short")],
+                bytes,
+            ]
+            .concat()
+        };
+        let both = Capabilities {
+            cache: true,
+            execution: true,
+        };
         assert_eq!(parse(&message(&[0x0a, 2, 0x08, 1, 0x12, 0])), Some(both));
-        assert_eq!(parse(&message(&[0x0a, 0])), Some(Capabilities { cache: true, execution: false }));
-        assert_eq!(parse(&message(&[])), Some(Capabilities { cache: false, execution: false }));
+        assert_eq!(
+            parse(&message(&[0x0a, 0])),
+            Some(Capabilities {
+                cache: true,
+                execution: false
+            })
+        );
+        assert_eq!(
+            parse(&message(&[])),
+            Some(Capabilities {
+                cache: false,
+                execution: false
+            })
+        );
         for wrong in [&[0x0a_u8, 9][..], &[0x0b], &[0xff; 12]] {
             assert_eq!(parse(&message(wrong)), None, "{wrong:?}");
         }
@@ -212,8 +292,18 @@ mod tests {
 
     #[test]
     fn a_call_stands_below_the_endpoint() {
-        let at = |text: &str| below(&text.parse().expect("URL"), "http", "a/b").expect("URL").to_string();
-        assert_eq!(at("grpc://cache.example:9092"), "http://cache.example:9092/a/b");
-        assert_eq!(at("grpcs://cache.example/team/?x=y"), "http://cache.example/team/a/b");
+        let at = |text: &str| {
+            below(&text.parse().expect("URL"), "http", "a/b")
+                .expect("URL")
+                .to_string()
+        };
+        assert_eq!(
+            at("grpc://cache.example:9092"),
+            "http://cache.example:9092/a/b"
+        );
+        assert_eq!(
+            at("grpcs://cache.example/team/?x=y"),
+            "http://cache.example/team/a/b"
+        );
     }
 }

@@ -76,7 +76,9 @@ impl StoreUrl {
 
     /// The host that a netrc would name, for HTTP.
     pub fn http_host(&self) -> Option<&str> {
-        self.0.host_str().filter(|_| matches!(self.0.scheme(), "http" | "https"))
+        self.0
+            .host_str()
+            .filter(|_| matches!(self.0.scheme(), "http" | "https"))
     }
 }
 
@@ -93,13 +95,18 @@ impl FromStr for StoreUrl {
             return Err(StoreUrlError::Password);
         }
         // A setting's value ends at white space, and one that begins with a dash would be an option.
-        let whole = !url.as_str().contains(char::is_whitespace) && !text.contains(char::is_whitespace);
+        let whole =
+            !url.as_str().contains(char::is_whitespace) && !text.contains(char::is_whitespace);
         let somewhere = if url.scheme() == "file" {
             url.path().len() > 1
         } else {
             url.host_str().is_some_and(|host| !host.is_empty())
         };
-        if whole && somewhere { Ok(Self(url)) } else { Err(malformed()) }
+        if whole && somewhere {
+            Ok(Self(url))
+        } else {
+            Err(malformed())
+        }
     }
 }
 
@@ -135,7 +142,12 @@ impl Copy {
         };
         let looking = Arc::clone(&calls);
         let looks = Batches::start(BATCH, move |paths| Arc::clone(&looking).look_up(paths));
-        Self { small: line(BATCH), large: line(1), looks, calls }
+        Self {
+            small: line(BATCH),
+            large: line(1),
+            looks,
+            calls,
+        }
     }
 
     /// Looks whether the store opens, within `limit` and without trying twice.
@@ -143,9 +155,25 @@ impl Copy {
     /// # Errors
     /// When it does not.
     pub async fn ping(nix: &Nix, url: &StoreUrl, limit: Duration) -> Result<(), Error> {
-        let quick = ["--option", "download-attempts", "1", "--option", "connect-timeout", "3"];
-        let calls = Calls { nix: nix.clone(), url: url.clone() };
-        calls.ask("nix store ping", &[&["store", "ping", "--store", url.as_str()][..], &quick].concat(), limit).await?;
+        let quick = [
+            "--option",
+            "download-attempts",
+            "1",
+            "--option",
+            "connect-timeout",
+            "3",
+        ];
+        let calls = Calls {
+            nix: nix.clone(),
+            url: url.clone(),
+        };
+        calls
+            .ask(
+                "nix store ping",
+                &[&["store", "ping", "--store", url.as_str()][..], &quick].concat(),
+                limit,
+            )
+            .await?;
         Ok(())
     }
 }
@@ -189,9 +217,18 @@ impl Destination for Copy {
         })
     }
 
-    fn send<'a>(&'a self, info: &'a PathInfo, _: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded> {
+    fn send<'a>(
+        &'a self,
+        info: &'a PathInfo,
+        _: NarSource,
+        meter: &'a Meter,
+    ) -> Answer<'a, Uploaded> {
         Box::pin(async move {
-            let line = if info.nar_size >= LARGE { &self.large } else { &self.small };
+            let line = if info.nar_size >= LARGE {
+                &self.large
+            } else {
+                &self.small
+            };
             let uploaded = line.ask(info.clone()).await?;
             meter.add(info.nar_size);
             Ok(uploaded)
@@ -246,14 +283,33 @@ impl Calls {
         let size: u64 = infos.iter().map(|info| info.nar_size).sum();
         let paths: Vec<String> = infos.iter().map(|info| info.path.to_string()).collect();
         // The paths are this store's own, unsigned as a rule; what a foreign daemon demands it demands.
-        let mut arguments = vec!["copy", "--to", self.url.as_str(), "--no-recursive", "--no-check-sigs"];
+        let mut arguments = vec![
+            "copy",
+            "--to",
+            self.url.as_str(),
+            "--no-recursive",
+            "--no-check-sigs",
+        ];
         arguments.extend(paths.iter().map(String::as_str));
-        self.ask("nix copy", &arguments, COPY_LIMIT + Duration::from_secs(size / RATE)).await.map(|_| ())
+        self.ask(
+            "nix copy",
+            &arguments,
+            COPY_LIMIT + Duration::from_secs(size / RATE),
+        )
+        .await
+        .map(|_| ())
     }
 
-    async fn look_up(self: Arc<Self>, paths: Vec<StorePath>) -> Vec<Result<Option<NarInfo>, Error>> {
+    async fn look_up(
+        self: Arc<Self>,
+        paths: Vec<StorePath>,
+    ) -> Vec<Result<Option<NarInfo>, Error>> {
         let mut found: HashMap<StorePath, NarInfo> = match self.infos(&paths).await {
-            Ok(found) => found.infos.into_iter().map(|info| (info.path.clone(), nar_info(info))).collect(),
+            Ok(found) => found
+                .infos
+                .into_iter()
+                .map(|info| (info.path.clone(), nar_info(info)))
+                .collect(),
             Err(error) => return paths.iter().map(|_| Err(again(&error))).collect(),
         };
         paths.iter().map(|path| Ok(found.remove(path))).collect()
@@ -281,8 +337,15 @@ impl Calls {
 
     async fn infos_once(&self, paths: &[StorePath]) -> Result<Found, Error> {
         let paths: Vec<String> = paths.iter().map(StorePath::to_string).collect();
-        let mut arguments =
-            vec!["path-info", "--store", self.url.as_str(), "--json", "--option", "substitute", "false"];
+        let mut arguments = vec![
+            "path-info",
+            "--store",
+            self.url.as_str(),
+            "--json",
+            "--option",
+            "substitute",
+            "false",
+        ];
         // What was absent a minute ago is what this is about.
         for ttl in ["narinfo-cache-negative-ttl", "narinfo-cache-positive-ttl"] {
             arguments.extend(["--option", ttl, "0"]);
@@ -295,7 +358,14 @@ impl Calls {
     /// Nix fetches the body and compares its hash.
     async fn verify(&self, path: &StorePath) -> Result<Body, Error> {
         let path = path.to_string();
-        let arguments = ["store", "verify", "--no-trust", "--store", self.url.as_str(), &path];
+        let arguments = [
+            "store",
+            "verify",
+            "--no-trust",
+            "--store",
+            self.url.as_str(),
+            &path,
+        ];
         match self.ask("nix store verify", &arguments, LOOK_LIMIT).await {
             Ok(_) => Ok(Body::Good),
             // Nix's own word for a NAR whose hash is not the registered one.
@@ -304,10 +374,23 @@ impl Calls {
         }
     }
 
-    async fn ask(&self, call: &'static str, arguments: &[&str], limit: Duration) -> Result<Vec<u8>, Error> {
+    async fn ask(
+        &self,
+        call: &'static str,
+        arguments: &[&str],
+        limit: Duration,
+    ) -> Result<Vec<u8>, Error> {
         let failed = |text: String| Error::Tool { call, text };
-        let output = self.nix.run(arguments, limit).await.map_err(|error| failed(with_causes(&error)))?;
-        if output.status.success() { Ok(output.stdout) } else { Err(failed(complaint(&output.stderr))) }
+        let output = self
+            .nix
+            .run(arguments, limit)
+            .await
+            .map_err(|error| failed(with_causes(&error)))?;
+        if output.status.success() {
+            Ok(output.stdout)
+        } else {
+            Err(failed(complaint(&output.stderr)))
+        }
     }
 }
 
@@ -319,7 +402,10 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 /// The same failure, for another path.
 fn again(error: &Error) -> Error {
     match error {
-        Error::Tool { call, text } => Error::Tool { call, text: text.clone() },
+        Error::Tool { call, text } => Error::Tool {
+            call,
+            text: text.clone(),
+        },
         other => Error::Foreign(other.to_string()),
     }
 }

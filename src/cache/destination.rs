@@ -47,7 +47,12 @@ pub trait Destination: Send + Sync + fmt::Debug {
     fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Answer<'a, HashSet<StorePath>>;
 
     /// Sends one path, whose references are all there already. It is safe to be repeated.
-    fn send<'a>(&'a self, info: &'a PathInfo, source: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded>;
+    fn send<'a>(
+        &'a self,
+        info: &'a PathInfo,
+        source: NarSource,
+        meter: &'a Meter,
+    ) -> Answer<'a, Uploaded>;
 
     /// What it says of a path; `None` if it does not have it.
     fn look_up<'a>(&'a self, path: &'a StorePath) -> Answer<'a, Option<NarInfo>>;
@@ -91,7 +96,12 @@ impl Destination for Attic {
         })
     }
 
-    fn send<'a>(&'a self, info: &'a PathInfo, source: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded> {
+    fn send<'a>(
+        &'a self,
+        info: &'a PathInfo,
+        source: NarSource,
+        meter: &'a Meter,
+    ) -> Answer<'a, Uploaded> {
         Box::pin(self.upload(info, source, meter))
     }
 

@@ -89,11 +89,23 @@ mod tests {
         for server in ["https://h/attic", "https://h/attic/", "https://h/attic?x#y"] {
             let endpoint = endpoint(server);
             assert_eq!(endpoint.substituter(), "https://h/attic/main");
-            assert_eq!(endpoint.config().as_str(), "https://h/attic/_api/v1/cache-config/main");
-            assert_eq!(endpoint.read("nix-cache-info").as_str(), "https://h/attic/main/nix-cache-info");
-            assert_eq!(endpoint.nar("nar/x.nar").expect("URL").as_str(), "https://h/attic/main/nar/x.nar");
+            assert_eq!(
+                endpoint.config().as_str(),
+                "https://h/attic/_api/v1/cache-config/main"
+            );
+            assert_eq!(
+                endpoint.read("nix-cache-info").as_str(),
+                "https://h/attic/main/nix-cache-info"
+            );
+            assert_eq!(
+                endpoint.nar("nar/x.nar").expect("URL").as_str(),
+                "https://h/attic/main/nar/x.nar"
+            );
         }
-        assert_eq!(endpoint("http://h:8080").substituter(), "http://h:8080/main");
+        assert_eq!(
+            endpoint("http://h:8080").substituter(),
+            "http://h:8080/main"
+        );
     }
 
     #[test]
@@ -104,6 +116,11 @@ mod tests {
         assert!(!owns("http://h/attic/"));
         assert!(!owns("https://h:444/attic/"));
         assert!(!owns("https://s3.example/x"));
-        assert_eq!(endpoint.nar("https://s3.example/x").map(|url| endpoint.owns(&url)), Some(false));
+        assert_eq!(
+            endpoint
+                .nar("https://s3.example/x")
+                .map(|url| endpoint.owns(&url)),
+            Some(false)
+        );
     }
 }

@@ -114,18 +114,34 @@ impl Server {
     }
 
     pub fn has(&self, info: &PathInfo) -> bool {
-        self.stored.lock().expect("not poisoned").contains_key(info.path.hash().as_str())
+        self.stored
+            .lock()
+            .expect("not poisoned")
+            .contains_key(info.path.hash().as_str())
     }
 
     /// The stored paths whose references are not all stored or upstream.
     pub fn dangling(&self) -> Vec<String> {
-        let (stored, upstream) = (self.stored.lock().expect("lock"), self.upstream.lock().expect("lock"));
+        let (stored, upstream) = (
+            self.stored.lock().expect("lock"),
+            self.upstream.lock().expect("lock"),
+        );
         let missing = |name: &Value| {
             let name = name.as_str().expect("base name");
             !stored.contains_key(&name[..32]) && !upstream.contains(name)
         };
-        let dangles = |stored: &&Stored| stored.info["references"].as_array().expect("array").iter().any(missing);
-        stored.values().filter(dangles).map(|stored| stored.info["store_path"].to_string()).collect()
+        let dangles = |stored: &&Stored| {
+            stored.info["references"]
+                .as_array()
+                .expect("array")
+                .iter()
+                .any(missing)
+        };
+        stored
+            .values()
+            .filter(dangles)
+            .map(|stored| stored.info["store_path"].to_string())
+            .collect()
     }
 
     /// Nothing was stored before what it refers to.
@@ -133,8 +149,13 @@ impl Server {
         let order = self.order.lock().expect("lock");
         let stored = self.stored.lock().expect("lock");
         order.iter().enumerate().all(|(n, name)| {
-            let references = stored[&name[..32]].info["references"].as_array().expect("array").clone();
-            references.iter().all(|r| order.iter().position(|o| o == r).is_none_or(|at| at <= n))
+            let references = stored[&name[..32]].info["references"]
+                .as_array()
+                .expect("array")
+                .clone();
+            references
+                .iter()
+                .all(|r| order.iter().position(|o| o == r).is_none_or(|at| at <= n))
         })
     }
 }
@@ -163,7 +184,12 @@ impl Fake {
             cuts: Arc::default(),
         });
         let store = tempfile::tempdir().expect("temporary folder");
-        let mut fake = Self { server, address: ([127, 0, 0, 1], 0).into(), store, running: None };
+        let mut fake = Self {
+            server,
+            address: ([127, 0, 0, 1], 0).into(),
+            store,
+            running: None,
+        };
         fake.listen().await;
         fake
     }
@@ -172,7 +198,10 @@ impl Fake {
     pub async fn listen(&mut self) {
         let listener = TcpListener::bind(self.address).await.expect("loopback");
         self.address = listener.local_addr().expect("bound");
-        let listener = Cutting { listener, cuts: Arc::clone(&self.server.cuts) };
+        let listener = Cutting {
+            listener,
+            cuts: Arc::clone(&self.server.cuts),
+        };
         let app = Router::new()
             .route("/_api/v1/cache-config/{cache}", get(config))
             .route("/_api/v1/get-missing-paths", post(missing))
@@ -209,18 +238,27 @@ impl Fake {
         let lines = Arc::new(Lines::new(clients.direct));
         let sender = Box::new(AskFirst::new(Arc::clone(&lines), clients.sending, patience));
         let waits = Duration::from_secs(2);
-        Attic::with_sender(self.endpoint(), Secret::new(token), clients.asking, lines, sender, waits)
+        Attic::with_sender(
+            self.endpoint(),
+            Secret::new(token),
+            clients.asking,
+            lines,
+            sender,
+            waits,
+        )
     }
 
     /// Adds a path of one file to the store folder.
     pub fn path(&self, name: &str, content: &[u8], references: &[&PathInfo]) -> PathInfo {
         let digest = Sha256(Hasher::digest(name).into()).base32();
-        let path = StorePath::from_base_name(&format!("{}-{name}", &digest[..32])).expect("base name");
+        let path =
+            StorePath::from_base_name(&format!("{}-{name}", &digest[..32])).expect("base name");
         let file = self.store.path().join(path.base_name());
         std::fs::write(&file, content).expect("written");
         let mut nar = Vec::new();
         nar::write(&file, &mut nar).expect("readable");
-        let mut references: Vec<StorePath> = references.iter().map(|info| info.path.clone()).collect();
+        let mut references: Vec<StorePath> =
+            references.iter().map(|info| info.path.clone()).collect();
         references.sort_unstable();
         PathInfo {
             path,
@@ -249,7 +287,11 @@ enum Want {
 
 fn error(status: u16, name: &str, message: &str) -> Response {
     let status = StatusCode::from_u16(status).expect("status");
-    (status, axum::Json(json!({"code": status.as_u16(), "error": name, "message": message}))).into_response()
+    (
+        status,
+        axum::Json(json!({"code": status.as_u16(), "error": name, "message": message})),
+    )
+        .into_response()
 }
 
 /// The faults that any request may meet, and then the rights, as atticd has them.
@@ -258,7 +300,14 @@ async fn admit(server: &Server, headers: &HeaderMap, want: Want) -> Result<(), R
     let (hang, html, redirect, third, public, unknown) = {
         let faults = server.faults();
         let third = faults.every_third_fails && count % 3 == 2;
-        (faults.hang, faults.html, faults.redirect, third, faults.public, faults.unknown_cache)
+        (
+            faults.hang,
+            faults.html,
+            faults.redirect,
+            third,
+            faults.public,
+            faults.unknown_cache,
+        )
     };
     if hang {
         std::future::pending::<()>().await;
@@ -268,12 +317,19 @@ async fn admit(server: &Server, headers: &HeaderMap, want: Want) -> Result<(), R
         return Err((StatusCode::from_u16(status).expect("status"), page).into_response());
     }
     if redirect {
-        return Err((StatusCode::FOUND, [(header::LOCATION, "https://elsewhere.example/x?t=1")]).into_response());
+        return Err((
+            StatusCode::FOUND,
+            [(header::LOCATION, "https://elsewhere.example/x?t=1")],
+        )
+            .into_response());
     }
     if third {
         return Err(error(500, "InternalServerError", "the third"));
     }
-    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let given = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     let (reads, pushes) = match given.strip_prefix("Bearer ").unwrap_or_default() {
         GOOD => (true, true),
         PUSH_ONLY => (public, true),
@@ -281,7 +337,11 @@ async fn admit(server: &Server, headers: &HeaderMap, want: Want) -> Result<(), R
         _ => (public, false),
     };
     if unknown {
-        return Err(if reads { error(404, "NoSuchCache", "none") } else { error(401, "Unauthorized", "who") });
+        return Err(if reads {
+            error(404, "NoSuchCache", "none")
+        } else {
+            error(401, "Unauthorized", "who")
+        });
     }
     match (want, reads, pushes) {
         (Want::Read, true, _) | (Want::Push, _, true) => Ok(()),
@@ -305,7 +365,11 @@ async fn config(State(server): App, headers: HeaderMap) -> Response {
     .into_response()
 }
 
-async fn missing(State(server): App, headers: HeaderMap, axum::Json(question): axum::Json<Value>) -> Response {
+async fn missing(
+    State(server): App,
+    headers: HeaderMap,
+    axum::Json(question): axum::Json<Value>,
+) -> Response {
     if server.faults().plain {
         return StatusCode::NOT_FOUND.into_response();
     }
@@ -314,11 +378,18 @@ async fn missing(State(server): App, headers: HeaderMap, axum::Json(question): a
         return answer;
     }
     let hashes = question["store_path_hashes"].as_array().expect("array");
-    if server.faults().question_limit.is_some_and(|limit| hashes.len() > limit) {
+    if server
+        .faults()
+        .question_limit
+        .is_some_and(|limit| hashes.len() > limit)
+    {
         return error(500, "InternalServerError", "too many SQL variables");
     }
     let stored = server.stored.lock().expect("lock");
-    let missing: Vec<&Value> = hashes.iter().filter(|h| !stored.contains_key(h.as_str().expect("hash"))).collect();
+    let missing: Vec<&Value> = hashes
+        .iter()
+        .filter(|h| !stored.contains_key(h.as_str().expect("hash")))
+        .collect();
     axum::Json(json!({ "missing_paths": missing })).into_response()
 }
 
@@ -333,7 +404,11 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
     if let Err(answer) = admit(&server, &headers, Want::Push).await {
         return answer;
     }
-    let length: u64 = headers[header::CONTENT_LENGTH].to_str().expect("text").parse().expect("exact length");
+    let length: u64 = headers[header::CONTENT_LENGTH]
+        .to_str()
+        .expect("text")
+        .parse()
+        .expect("exact length");
     let (hang, cut, bad, delay) = {
         let mut faults = server.faults();
         if faults.uploads_refused {
@@ -344,9 +419,19 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
             return (StatusCode::PAYLOAD_TOO_LARGE, page).into_response();
         }
         if take(&mut faults.busy) {
-            return (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")], "slow down").into_response();
+            return (
+                StatusCode::TOO_MANY_REQUESTS,
+                [(header::RETRY_AFTER, "1")],
+                "slow down",
+            )
+                .into_response();
         }
-        (faults.uploads_hang, take(&mut faults.cut_after_storing), take(&mut faults.bad_nar), faults.delay)
+        (
+            faults.uploads_hang,
+            take(&mut faults.cut_after_storing),
+            take(&mut faults.bad_nar),
+            faults.delay,
+        )
     };
     if hang {
         std::future::pending::<()>().await;
@@ -359,13 +444,27 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
     let Some((info, nar, by_header)) = received.filter(|_| !bad) else {
         return error(400, "RequestError", "Bad NAR Hash or Size");
     };
-    let name = info["store_path"].as_str().expect("path").rsplit('/').next().expect("name").to_owned();
-    server.stored.lock().expect("lock").insert(name[..32].to_owned(), Stored { info, nar, by_header });
+    let name = info["store_path"]
+        .as_str()
+        .expect("path")
+        .rsplit('/')
+        .next()
+        .expect("name")
+        .to_owned();
+    server.stored.lock().expect("lock").insert(
+        name[..32].to_owned(),
+        Stored {
+            info,
+            nar,
+            by_header,
+        },
+    );
     server.order.lock().expect("lock").push(name);
     if cut {
         server.cuts.fetch_add(1, Ordering::SeqCst);
     }
-    axum::Json(json!({"kind": "Uploaded", "file_size": 1, "frac_deduplicated": null})).into_response()
+    axum::Json(json!({"kind": "Uploaded", "file_size": 1, "frac_deduplicated": null}))
+        .into_response()
 }
 
 /// Reads description and NAR; `None` if the NAR is not the one described.
@@ -373,7 +472,13 @@ async fn receive(headers: &HeaderMap, body: Body) -> Option<(Value, Vec<u8>, boo
     let (mut preamble, mut info) = (0, Vec::new());
     match headers.get("x-attic-nar-info") {
         Some(text) => info = text.as_bytes().to_vec(),
-        None => preamble = headers["x-attic-nar-info-preamble-size"].to_str().ok()?.parse().ok()?,
+        None => {
+            preamble = headers["x-attic-nar-info-preamble-size"]
+                .to_str()
+                .ok()?
+                .parse()
+                .ok()?
+        }
     }
     let (mut hasher, mut size, mut nar) = (Hasher::new(), 0, Vec::new());
     let mut stream = body.into_data_stream();
@@ -395,7 +500,11 @@ async fn receive(headers: &HeaderMap, body: Body) -> Option<(Value, Vec<u8>, boo
     good.then_some((info, nar, preamble == 0))
 }
 
-async fn read(State(server): App, Path((_, file)): Path<(String, String)>, headers: HeaderMap) -> Response {
+async fn read(
+    State(server): App,
+    Path((_, file)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Response {
     if let Err(answer) = admit(&server, &headers, Want::Read).await {
         return answer;
     }
@@ -404,12 +513,30 @@ async fn read(State(server): App, Path((_, file)): Path<(String, String)>, heade
     }
     let faults = server.faults();
     let stored = server.stored.lock().expect("lock");
-    let stored = stored.get(file.trim_end_matches(".narinfo")).filter(|_| !faults.narinfo_missing);
-    let Some(Stored { info, .. }) = stored else { return error(404, "NoSuchObject", "none") };
-    let path: StorePath = info["store_path"].as_str().expect("text").parse().expect("path");
-    let hash = faults.lying_hash.unwrap_or(Sha256::parse(info["nar_hash"].as_str().expect("text")).expect("hash"));
-    let names: Vec<&str> = info["references"].as_array().expect("array").iter().filter_map(Value::as_str).collect();
-    let references: Vec<StorePath> = names.iter().map(|name| StorePath::from_base_name(name).expect("name")).collect();
+    let stored = stored
+        .get(file.trim_end_matches(".narinfo"))
+        .filter(|_| !faults.narinfo_missing);
+    let Some(Stored { info, .. }) = stored else {
+        return error(404, "NoSuchObject", "none");
+    };
+    let path: StorePath = info["store_path"]
+        .as_str()
+        .expect("text")
+        .parse()
+        .expect("path");
+    let hash = faults
+        .lying_hash
+        .unwrap_or(Sha256::parse(info["nar_hash"].as_str().expect("text")).expect("hash"));
+    let names: Vec<&str> = info["references"]
+        .as_array()
+        .expect("array")
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    let references: Vec<StorePath> = names
+        .iter()
+        .map(|name| StorePath::from_base_name(name).expect("name"))
+        .collect();
     let size = info["nar_size"].as_u64().expect("number");
     let mut text = format!(
         "StorePath: {path}\nURL: nar/{}.nar\nCompression: zstd\nNarHash: sha256:{}\nNarSize: {size}\nReferences: {}\n",
@@ -418,21 +545,35 @@ async fn read(State(server): App, Path((_, file)): Path<(String, String)>, heade
         names.join(" ")
     );
     if !faults.unsigned {
-        text += &format!("Sig: {}\n", server.key.sign(&fingerprint(&path, &hash, size, &references)));
+        text += &format!(
+            "Sig: {}\n",
+            server
+                .key
+                .sign(&fingerprint(&path, &hash, size, &references))
+        );
     }
     text.into_response()
 }
 
-async fn body(State(server): App, Path((_, file)): Path<(String, String)>, headers: HeaderMap) -> Response {
+async fn body(
+    State(server): App,
+    Path((_, file)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Response {
     if let Err(answer) = admit(&server, &headers, Want::Read).await {
         return answer;
     }
     let faults = server.faults();
     let stored = server.stored.lock().expect("lock");
-    match stored.get(file.trim_end_matches(".nar")).filter(|_| !faults.nar_missing) {
+    match stored
+        .get(file.trim_end_matches(".nar"))
+        .filter(|_| !faults.nar_missing)
+    {
         None => error(404, "NoSuchObject", "none"),
         Some(_) if faults.nar_empty => Response::default(),
-        Some(stored) => zstd::encode_all(&stored.nar[..], 1).expect("packed").into_response(),
+        Some(stored) => zstd::encode_all(&stored.nar[..], 1)
+            .expect("packed")
+            .into_response(),
     }
 }
 
@@ -448,7 +589,13 @@ impl axum::serve::Listener for Cutting {
 
     async fn accept(&mut self) -> (Connection, SocketAddr) {
         let (stream, address) = axum::serve::Listener::accept(&mut self.listener).await;
-        (Connection { stream, cuts: Arc::clone(&self.cuts) }, address)
+        (
+            Connection {
+                stream,
+                cuts: Arc::clone(&self.cuts),
+            },
+            address,
+        )
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -462,14 +609,26 @@ struct Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let cut = self.cuts.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |cuts| cuts.checked_sub(1));
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let cut = self
+            .cuts
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |cuts| {
+                cuts.checked_sub(1)
+            });
         if cut.is_ok() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }

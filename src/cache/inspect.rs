@@ -37,7 +37,13 @@ struct State {
 impl Inspector {
     /// Without a store, mentioned store paths are not looked up.
     pub fn new(scanner: Scanner, policy: Policy, store: Option<Arc<Store>>) -> Self {
-        Self { scanner, policy, store, brief: Brief::default(), state: Mutex::default() }
+        Self {
+            scanner,
+            policy,
+            store,
+            brief: Brief::default(),
+            state: Mutex::default(),
+        }
     }
 
     /// The whole job breaks this rule from now on, and why.
@@ -64,7 +70,11 @@ impl Inspector {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub async fn inspect(self: &Arc<Self>, info: &PathInfo, source: &mut NarSource) -> Result<Vec<Finding>, DumpError> {
+    pub async fn inspect(
+        self: &Arc<Self>,
+        info: &PathInfo,
+        source: &mut NarSource,
+    ) -> Result<Vec<Finding>, DumpError> {
         let of_job = self.of_job();
         let (withheld, warned) = self.ruled(info, of_job);
         if !withheld.is_empty() {
@@ -78,7 +88,10 @@ impl Inspector {
                 if size <= SMALL {
                     inspector.scanner.look_and_read(&file, hash, size)
                 } else {
-                    inspector.scanner.look_into(&file).map(|looked| (looked, None))
+                    inspector
+                        .scanner
+                        .look_into(&file)
+                        .map(|looked| (looked, None))
                 }
             };
             let looked = self
@@ -92,7 +105,12 @@ impl Inspector {
             found.extend(looked.findings);
         }
         let (withheld, more) = self.ruled(info, found);
-        self.state().warned.extend(warned.into_iter().chain(more).map(|finding| (info.path.clone(), finding)));
+        self.state().warned.extend(
+            warned
+                .into_iter()
+                .chain(more)
+                .map(|finding| (info.path.clone(), finding)),
+        );
         Ok(withheld)
     }
 
@@ -105,7 +123,9 @@ impl Inspector {
     /// Whether any rule needs its content.
     fn looks_inside(&self, info: &PathInfo) -> bool {
         let rules = [Rule::Dangling, Rule::MachinePath, Rule::Secret];
-        rules.into_iter().any(|rule| self.ruling(info, rule) != Ruling::Publish)
+        rules
+            .into_iter()
+            .any(|rule| self.ruling(info, rule) != Ruling::Publish)
     }
 
     fn ruling(&self, info: &PathInfo, rule: Rule) -> Ruling {
@@ -114,41 +134,73 @@ impl Inspector {
 
     /// What withholds the path, and what is only said.
     fn ruled(&self, info: &PathInfo, found: Vec<Finding>) -> (Vec<Finding>, Vec<Finding>) {
-        let found = found.into_iter().filter(|finding| self.ruling(info, finding.rule) != Ruling::Publish);
+        let found = found
+            .into_iter()
+            .filter(|finding| self.ruling(info, finding.rule) != Ruling::Publish);
         found.partition(|finding| self.ruling(info, finding.rule) == Ruling::Withhold)
     }
 
     /// References that are not valid, and valid store paths that it mentions and does not refer to: a reader would
     /// not get them. What a store derivation mentions, its outputs too, is no reference.
     async fn dangling(&self, info: &PathInfo, looked: &Looked) -> Vec<Finding> {
-        let Some(store) = self.store.as_deref().filter(|_| self.ruling(info, Rule::Dangling) != Ruling::Publish) else {
+        let Some(store) = self
+            .store
+            .as_deref()
+            .filter(|_| self.ruling(info, Rule::Dangling) != Ruling::Publish)
+        else {
             return Vec::new();
         };
-        let others: Vec<StorePath> = info.references.iter().filter(|path| **path != info.path).cloned().collect();
+        let others: Vec<StorePath> = info
+            .references
+            .iter()
+            .filter(|path| **path != info.path)
+            .cloned()
+            .collect();
         let own = info.path.hash();
         if others.is_empty() && looked.mentions.keys().all(|hash| *hash == own) {
             return Vec::new();
         }
         // What cannot be asked of the store now is not held against the path.
-        let Ok(known) = store.closure(std::slice::from_ref(&info.path)).await else { return Vec::new() };
-        let unreadable = known.unreadable.iter().filter_map(|path| path.path.parse::<StorePath>().ok());
-        let closure: BTreeSet<PathHash> =
-            known.infos.iter().map(|info| info.path.hash()).chain(unreadable.map(|path| path.hash())).collect();
+        let Ok(known) = store.closure(std::slice::from_ref(&info.path)).await else {
+            return Vec::new();
+        };
+        let unreadable = known
+            .unreadable
+            .iter()
+            .filter_map(|path| path.path.parse::<StorePath>().ok());
+        let closure: BTreeSet<PathHash> = known
+            .infos
+            .iter()
+            .map(|info| info.path.hash())
+            .chain(unreadable.map(|path| path.hash()))
+            .collect();
         let invalid = others.iter().filter(|path| !closure.contains(&path.hash()));
         let mut found: Vec<Finding> = invalid
-            .map(|path| Finding::of_job(Rule::Dangling, format!("it refers to `{path}`, which is not valid")))
+            .map(|path| {
+                Finding::of_job(
+                    Rule::Dangling,
+                    format!("it refers to `{path}`, which is not valid"),
+                )
+            })
             .collect();
         if info.path.is_derivation() {
             return found;
         }
-        let strangers =
-            looked.mentions.iter().filter(|(hash, _)| !closure.contains(*hash) && **hash != info.path.hash());
+        let strangers = looked
+            .mentions
+            .iter()
+            .filter(|(hash, _)| !closure.contains(*hash) && **hash != info.path.hash());
         let strangers: BTreeMap<&PathHash, _> = strangers.collect();
         let hashes: Vec<PathHash> = strangers.keys().map(|hash| (*hash).clone()).collect();
         for path in store.valid_of(hashes).await.unwrap_or_default() {
             if let Some((file, offset)) = strangers.get(&path.hash()) {
                 let what = format!("`{path}`, which is not in its closure");
-                found.push(Finding { rule: Rule::Dangling, file: file.clone(), offset: *offset, what });
+                found.push(Finding {
+                    rule: Rule::Dangling,
+                    file: file.clone(),
+                    offset: *offset,
+                    what,
+                });
             }
         }
         found

@@ -85,8 +85,15 @@ impl Folder {
     /// # Errors
     /// When it cannot be made, or others can write in it.
     pub fn open(folder: &Path) -> Result<Self, Error> {
-        let system = |source| Error::System { folder: folder.to_owned(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(system)?;
+        let system = |source| Error::System {
+            folder: folder.to_owned(),
+            source,
+        };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .map_err(system)?;
         let found = fs::symlink_metadata(folder).map_err(system)?;
         if !found.is_dir() || found.uid() != geteuid().as_raw() || found.mode() & 0o077 != 0 {
             return Err(Error::Untrusted(folder.to_owned()));
@@ -99,25 +106,35 @@ impl Folder {
     /// # Errors
     /// When it cannot be written.
     pub fn begin(&self, cache: &str, mark: Option<i64>) -> Result<Journal, Error> {
-        self.begin_file(cache, mark).map(|open| Journal(Some(Arc::new(open)))).map_err(|source| self.system(source))
+        self.begin_file(cache, mark)
+            .map(|open| Journal(Some(Arc::new(open))))
+            .map_err(|source| self.system(source))
     }
 
     fn begin_file(&self, cache: &str, mark: Option<i64>) -> io::Result<Open> {
         let _made = self.lock()?;
-        let path = self.0.join(format!("{}-{:016x}.{ENDING}", now(), fastrand::u64(..)));
-        let file = OpenOptions::new().append(true).create_new(true).mode(0o600).open(&path)?;
+        let path = self
+            .0
+            .join(format!("{}-{:016x}.{ENDING}", now(), fastrand::u64(..)));
+        let file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)?;
         file.lock()?;
         let dirty = Arc::new(AtomicBool::new(false));
         let (stop, stopped) = channel();
         let (syncs, is_dirty) = (file.try_clone()?, Arc::clone(&dirty));
-        let syncing = std::thread::Builder::new().name("journal".into()).spawn(move || {
-            while stopped.recv_timeout(SYNC) == Err(RecvTimeoutError::Timeout) {
-                if is_dirty.swap(false, Ordering::Relaxed) {
-                    // A disk that fails now fails the next write, too.
-                    let _ = syncs.sync_data();
+        let syncing = std::thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || {
+                while stopped.recv_timeout(SYNC) == Err(RecvTimeoutError::Timeout) {
+                    if is_dirty.swap(false, Ordering::Relaxed) {
+                        // A disk that fails now fails the next write, too.
+                        let _ = syncs.sync_data();
+                    }
                 }
-            }
-        })?;
+            })?;
         let open = Open {
             file: Mutex::new(file),
             path,
@@ -137,7 +154,8 @@ impl Folder {
     /// # Errors
     /// When the folder cannot be read.
     pub fn left(&self, cache: &str) -> Result<Left, Error> {
-        self.left_at(cache, now()).map_err(|source| self.system(source))
+        self.left_at(cache, now())
+            .map_err(|source| self.system(source))
     }
 
     fn left_at(&self, cache: &str, now: u64) -> io::Result<Left> {
@@ -148,7 +166,9 @@ impl Folder {
             if path.extension().is_none_or(|ending| ending != ENDING) {
                 continue;
             }
-            let Ok(file) = File::open(&path) else { continue };
+            let Ok(file) = File::open(&path) else {
+                continue;
+            };
             // Its job is alive, or another one is taking it up.
             if file.try_lock().is_err() {
                 continue;
@@ -157,14 +177,24 @@ impl Folder {
             let Ok(text) = fs::read(&path) else { continue };
             let read = Read::of(&text);
             // Of another version's journal only the file's own time is known.
-            let begun = read.begun.or_else(|| file.metadata().ok()?.modified().ok().map(seconds)).unwrap_or_default();
+            let begun = read
+                .begun
+                .or_else(|| file.metadata().ok()?.modified().ok().map(seconds))
+                .unwrap_or_default();
             let is_old = begun.saturating_add(AGE_LIMIT_SECONDS) < now;
             if is_old && read.youngest().saturating_add(AGE_LIMIT_SECONDS) < now {
                 let _ = fs::remove_file(&path);
             } else if read.cache.as_deref() == Some(cache) {
-                left.seen.extend(read.seen().filter(|(_, since)| since.saturating_add(AGE_LIMIT_SECONDS) >= now));
+                left.seen.extend(
+                    read.seen()
+                        .filter(|(_, since)| since.saturating_add(AGE_LIMIT_SECONDS) >= now),
+                );
                 let expected: Vec<StorePath> = read.expected().collect();
-                left.expected.extend(read.mark.filter(|_| !expected.is_empty()).map(|mark| (mark, expected)));
+                left.expected.extend(
+                    read.mark
+                        .filter(|_| !expected.is_empty())
+                        .map(|mark| (mark, expected)),
+                );
                 left.files.push((path, file));
             }
         }
@@ -172,13 +202,21 @@ impl Folder {
     }
 
     fn lock(&self) -> io::Result<File> {
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(self.0.join(LOCK))?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.0.join(LOCK))?;
         file.lock()?;
         Ok(file)
     }
 
     fn system(&self, source: io::Error) -> Error {
-        Error::System { folder: self.0.clone(), source }
+        Error::System {
+            folder: self.0.clone(),
+            source,
+        }
     }
 }
 
@@ -266,7 +304,9 @@ impl Journal {
 
 impl Open {
     fn file(&self) -> MutexGuard<'_, File> {
-        self.file.lock().expect("nothing panics while it holds this lock")
+        self.file
+            .lock()
+            .expect("nothing panics while it holds this lock")
     }
 
     /// One write for one line, begun on a line of its own: what a full disk cut short spoils nothing else.
@@ -299,7 +339,8 @@ fn now() -> u64 {
 }
 
 fn seconds(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
 }
 
 #[cfg(test)]

@@ -93,11 +93,22 @@ pub async fn probe(
 ) -> Probe {
     let began = Instant::now();
     let deadline = began + limit;
-    let asker = Asker { endpoint, client, deadline, limit };
+    let asker = Asker {
+        endpoint,
+        client,
+        deadline,
+        limit,
+    };
     // The ground is tried by hand for the times, and to know how far a silent server lets us come.
     // What counts is the request: behind a proxy there may be no name and no route of our own.
-    let (ground, anonymous) = tokio::join!(ground(&endpoint.server, names, began, deadline), asker.info(None));
-    let mut probe = Probe { layers: ground, ..Probe::default() };
+    let (ground, anonymous) = tokio::join!(
+        ground(&endpoint.server, names, began, deadline),
+        asker.info(None)
+    );
+    let mut probe = Probe {
+        layers: ground,
+        ..Probe::default()
+    };
     let info = match (anonymous, token) {
         (Err(Failure::Answer(401 | 403 | 404, _)), Some(token)) => asker.info(Some(token)).await,
         (answer, _) => {
@@ -116,7 +127,9 @@ pub async fn probe(
         }
         Ok(()) => {
             let known = began.elapsed();
-            probe.layers.extend([(Layer::Authorised, known), (Layer::Cache, known)]);
+            probe
+                .layers
+                .extend([(Layer::Authorised, known), (Layer::Cache, known)]);
             probe.usable = true;
             probe.config = asker.config(token.filter(|_| !probe.public)).await;
         }
@@ -125,13 +138,23 @@ pub async fn probe(
 }
 
 /// The layers up to the connection, tried by hand.
-async fn ground(server: &Url, names: &Names, began: Instant, deadline: Instant) -> Vec<(Layer, Duration)> {
+async fn ground(
+    server: &Url,
+    names: &Names,
+    began: Instant,
+    deadline: Instant,
+) -> Vec<(Layer, Duration)> {
     let mut layers = Vec::new();
-    let (Some(host), Some(port)) = (server.host_str(), server.port_or_known_default()) else { return layers };
-    let Ok(Ok(addresses)) = timeout_at(deadline, names.lookup(host)).await else { return layers };
+    let (Some(host), Some(port)) = (server.host_str(), server.port_or_known_default()) else {
+        return layers;
+    };
+    let Ok(Ok(addresses)) = timeout_at(deadline, names.lookup(host)).await else {
+        return layers;
+    };
     layers.push((Layer::Name, began.elapsed()));
     for address in addresses {
-        let connected = timeout_at(deadline, TcpStream::connect(SocketAddr::new(address, port))).await;
+        let connected =
+            timeout_at(deadline, TcpStream::connect(SocketAddr::new(address, port))).await;
         if matches!(connected, Ok(Ok(_))) {
             layers.push((Layer::Connect, began.elapsed()));
             break;
@@ -170,26 +193,40 @@ struct Asker<'a> {
 impl Asker<'_> {
     /// What every Nix cache has to answer.
     async fn info(&self, token: Option<&Secret>) -> Result<(), Failure> {
-        let text = self.get_surely(self.endpoint.read("nix-cache-info"), token).await?;
+        let text = self
+            .get_surely(self.endpoint.read("nix-cache-info"), token)
+            .await?;
         let text = String::from_utf8_lossy(&text);
-        let store = text.lines().find_map(|line| line.strip_prefix("StoreDir:")).map(str::trim);
+        let store = text
+            .lines()
+            .find_map(|line| line.strip_prefix("StoreDir:"))
+            .map(str::trim);
         match store {
             Some(STORE_DIR) => Ok(()),
             Some(other) => {
-                let text = format!("it serves `{}` and not `{STORE_DIR}`", crate::text::one_line(other, 80));
+                let text = format!(
+                    "it serves `{}` and not `{STORE_DIR}`",
+                    crate::text::one_line(other, 80)
+                );
                 Err(Failure::Foreign(Layer::Cache, text))
             }
-            None if text.trim_start().starts_with('<') => {
-                Err(Failure::Foreign(Layer::Http, "it answers with a web page".to_owned()))
-            }
-            None => Err(Failure::Foreign(Layer::Http, "its `nix-cache-info` names no `StoreDir`".to_owned())),
+            None if text.trim_start().starts_with('<') => Err(Failure::Foreign(
+                Layer::Http,
+                "it answers with a web page".to_owned(),
+            )),
+            None => Err(Failure::Foreign(
+                Layer::Http,
+                "its `nix-cache-info` names no `StoreDir`".to_owned(),
+            )),
         }
     }
 
     /// Attic's own description. A cache without one is a plain Nix cache, or the token may only push.
     async fn config(&self, token: Option<&Secret>) -> Option<CacheConfig> {
         let text = self.get(self.endpoint.config(), token).await.ok()?;
-        serde_json::from_slice(&text).ok().map(CacheConfig::from_json)
+        serde_json::from_slice(&text)
+            .ok()
+            .map(CacheConfig::from_json)
     }
 
     /// Once more after a hiccup: one bad answer must not cost a job its cache.
@@ -212,17 +249,30 @@ impl Asker<'_> {
         let mut request = self.client.get(url);
         if let Some(token) = token {
             let text = zeroize::Zeroizing::new(format!("Bearer {}", token.expose()));
-            let mut value = HeaderValue::from_str(&text)
-                .map_err(|_| Failure::Answer(401, "the token holds characters that cannot be sent".to_owned()))?;
+            let mut value = HeaderValue::from_str(&text).map_err(|_| {
+                Failure::Answer(
+                    401,
+                    "the token holds characters that cannot be sent".to_owned(),
+                )
+            })?;
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }
-        let broken = |error: reqwest::Error| Failure::Request(Some(http::layer(&error).into()), http::chain(error));
-        let mut response = timeout_at(self.deadline, request.send()).await.map_err(|_| silent())?.map_err(broken)?;
+        let broken = |error: reqwest::Error| {
+            Failure::Request(Some(http::layer(&error).into()), http::chain(error))
+        };
+        let mut response = timeout_at(self.deadline, request.send())
+            .await
+            .map_err(|_| silent())?
+            .map_err(broken)?;
         let (status, headers) = (response.status(), response.headers().clone());
         let mut body = Vec::new();
         while body.len() < ANSWER_LIMIT {
-            match timeout_at(self.deadline, response.chunk()).await.map_err(|_| silent())?.map_err(broken)? {
+            match timeout_at(self.deadline, response.chunk())
+                .await
+                .map_err(|_| silent())?
+                .map_err(broken)?
+            {
                 Some(chunk) => body.extend_from_slice(&chunk),
                 None => break,
             }
@@ -231,14 +281,21 @@ impl Asker<'_> {
             return Ok(body);
         }
         if let Some(target) = headers.get(LOCATION).filter(|_| status.is_redirection()) {
-            let target = target.to_str().ok().and_then(|text| self.endpoint.server.join(text).ok());
-            let shown = target.map_or_else(|| "another address".to_owned(), |url| http::redact(&url));
+            let target = target
+                .to_str()
+                .ok()
+                .and_then(|text| self.endpoint.server.join(text).ok());
+            let shown =
+                target.map_or_else(|| "another address".to_owned(), |url| http::redact(&url));
             return Err(Failure::Foreign(
                 Layer::Http,
                 format!("it redirects to {}", crate::text::one_line(&shown, 120)),
             ));
         }
-        Err(Failure::Answer(status.as_u16(), Error::of_answer(status.as_u16(), &headers, &body, 0).to_string()))
+        Err(Failure::Answer(
+            status.as_u16(),
+            Error::of_answer(status.as_u16(), &headers, &body, 0).to_string(),
+        ))
     }
 
     fn speaks_tls(&self) -> bool {
@@ -246,19 +303,31 @@ impl Asker<'_> {
     }
 
     /// Layer and sentence of a failure.
-    fn explain(&self, failure: Failure, has_token: bool, reached: &[(Layer, Duration)]) -> (Layer, String) {
+    fn explain(
+        &self,
+        failure: Failure,
+        has_token: bool,
+        reached: &[(Layer, Duration)],
+    ) -> (Layer, String) {
         let (server, cache) = (http::redact(&self.endpoint.server), &self.endpoint.cache);
         let up_to = |layer: Layer| reached.iter().any(|(known, _)| *known == layer);
         let (layer, what) = match failure {
             // A port that accepts, and then breaks off the handshake.
-            Failure::Request(Some(Layer::Connect), text) if up_to(Layer::Connect) && self.speaks_tls() => {
+            Failure::Request(Some(Layer::Connect), text)
+                if up_to(Layer::Connect) && self.speaks_tls() =>
+            {
                 (Layer::Tls, text)
             }
             Failure::Request(Some(layer), text) => (layer, text),
             Failure::Request(None, _) => {
-                let layer = [Layer::Name, Layer::Connect].into_iter().find(|layer| !up_to(*layer));
+                let layer = [Layer::Name, Layer::Connect]
+                    .into_iter()
+                    .find(|layer| !up_to(*layer));
                 let seconds = self.limit.as_secs_f64();
-                (layer.unwrap_or(Layer::Http), format!("no answer within {seconds} s"))
+                (
+                    layer.unwrap_or(Layer::Http),
+                    format!("no answer within {seconds} s"),
+                )
             }
             Failure::Foreign(layer, text) => (layer, text),
             Failure::Answer(401 | 403, text) => (Layer::Authorised, text),
@@ -270,15 +339,22 @@ impl Asker<'_> {
             Layer::Connect => {
                 "Check the port in `attic-server`, that the server is up, and that the runner may reach it"
             }
-            Layer::Tls => "Check `https` in `attic-server`, and name a private authority's file in `NIX_SSL_CERT_FILE`",
-            Layer::Http => "Check that `attic-server` is the address of the cache server itself, and its log",
+            Layer::Tls => {
+                "Check `https` in `attic-server`, and name a private authority's file in `NIX_SSL_CERT_FILE`"
+            }
+            Layer::Http => {
+                "Check that `attic-server` is the address of the cache server itself, and its log"
+            }
             Layer::Authorised if has_token => {
                 "The token in `ATTIC_TOKEN` may not read this cache: it has ended, lacks the right `pull`, or is for another cache"
             }
             Layer::Authorised => "The cache is private: give a token in `ATTIC_TOKEN`",
             Layer::Cache => "Check the name in `attic-cache`",
         };
-        (layer, format!("{server} (cache `{cache}`): {what}. {advice}."))
+        (
+            layer,
+            format!("{server} (cache `{cache}`): {what}. {advice}."),
+        )
     }
 }
 

@@ -95,22 +95,41 @@ impl fmt::Display for Client {
 /// When no part of it gives a client: why each did not, as a sentence for people.
 pub async fn find(search: &Search<'_>) -> Result<Client, String> {
     if let Some(program) = on_path(search.env, "attic") {
-        return Ok(Client { program, origin: Origin::Path });
+        return Ok(Client {
+            program,
+            origin: Origin::Path,
+        });
     }
     let mut reasons = vec!["no `attic` is on `PATH`".to_owned()];
     match substituted(search, search.reference, "reference").await {
-        Ok(program) => return Ok(Client { program, origin: Origin::Reference }),
-        Err(reason) => reasons.push(format!("`{}` cannot be substituted ({reason})", one_line(search.reference, 120))),
+        Ok(program) => {
+            return Ok(Client {
+                program,
+                origin: Origin::Reference,
+            });
+        }
+        Err(reason) => reasons.push(format!(
+            "`{}` cannot be substituted ({reason})",
+            one_line(search.reference, 120)
+        )),
     }
     if search.folder.join("flake.nix").is_file() {
         match substituted(search, &format!(".#{OWN}"), "own").await {
-            Ok(program) => return Ok(Client { program, origin: Origin::OwnFlake }),
+            Ok(program) => {
+                return Ok(Client {
+                    program,
+                    origin: Origin::OwnFlake,
+                });
+            }
             Err(reason) => reasons.push(format!("`.#{OWN}` cannot be substituted ({reason})")),
         }
     } else {
         reasons.push("there is no flake to take one from".to_owned());
     }
-    Err(format!("there is no stock client, and none is ever compiled: {}", reasons.join("; ")))
+    Err(format!(
+        "there is no stock client, and none is ever compiled: {}",
+        reasons.join("; ")
+    ))
 }
 
 /// Has Nix fetch the client, and build nothing for it.
@@ -118,16 +137,36 @@ async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result
     let link = search.links.join(format!("attic-client-{link}"));
     let tool = search.nix.tool().in_folder(search.folder);
     // No job here and no builder elsewhere: what no cache has is not to be had.
-    let tool = tool.args(["build", reference, "--max-jobs", "0", "--builders", "", "--json", "--no-write-lock-file"]);
-    let output = tool.arg("--out-link").arg(&link).run(FETCH_LIMIT).await.map_err(|error| error.to_string())?;
+    let tool = tool.args([
+        "build",
+        reference,
+        "--max-jobs",
+        "0",
+        "--builders",
+        "",
+        "--json",
+        "--no-write-lock-file",
+    ]);
+    let output = tool
+        .arg("--out-link")
+        .arg(&link)
+        .run(FETCH_LIMIT)
+        .await
+        .map_err(|error| error.to_string())?;
     if !output.status.success() {
         return Err(complaint(&output.stderr));
     }
-    let answer: Value = serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())?;
+    let answer: Value =
+        serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())?;
     let outputs = answer.pointer("/0/outputs").and_then(Value::as_object);
-    let folders = outputs.into_iter().flat_map(|outputs| outputs.values()).filter_map(Value::as_str);
+    let folders = outputs
+        .into_iter()
+        .flat_map(|outputs| outputs.values())
+        .filter_map(Value::as_str);
     let mut programs = folders.map(|folder| Path::new(folder).join("bin/attic"));
-    programs.find(|program| program.is_file()).ok_or_else(|| "it has no `bin/attic`".to_owned())
+    programs
+        .find(|program| program.is_file())
+        .ok_or_else(|| "it has no `bin/attic`".to_owned())
 }
 
 /// A cache that is written to by the stock client, and read by our own.
@@ -150,7 +189,12 @@ impl Stock {
         private: &Path,
     ) -> Result<Self, netrc::WriteError> {
         let home = netrc::write_attic_home(private, SERVER, &attic.endpoint().server, token)?;
-        let push = Arc::new(Push { program: client.program.clone(), nix: nix.clone(), home, attic });
+        let push = Arc::new(Push {
+            program: client.program.clone(),
+            nix: nix.clone(),
+            home,
+            attic,
+        });
         let pushing = Arc::clone(&push);
         let line = Batches::start(BATCH, move |infos| Arc::clone(&pushing).batch(infos));
         Ok(Self { push, line })
@@ -184,7 +228,12 @@ impl Destination for Stock {
         Box::pin(self.push.missing(paths))
     }
 
-    fn send<'a>(&'a self, info: &'a PathInfo, _: NarSource, meter: &'a Meter) -> Answer<'a, Uploaded> {
+    fn send<'a>(
+        &'a self,
+        info: &'a PathInfo,
+        _: NarSource,
+        meter: &'a Meter,
+    ) -> Answer<'a, Uploaded> {
         Box::pin(async move {
             let uploaded = self.line.ask(info.clone()).await?;
             meter.add(info.nar_size);
@@ -218,9 +267,14 @@ impl Push {
             answer => return answer,
         }
         let absent = stream::iter(paths.to_vec())
-            .map(|path| async move { Ok::<_, Error>(self.attic.look_up(&path).await?.is_none().then_some(path)) })
+            .map(|path| async move {
+                Ok::<_, Error>(self.attic.look_up(&path).await?.is_none().then_some(path))
+            })
             .buffer_unordered(LOOKUPS);
-        absent.try_filter_map(|path| async { Ok(path) }).try_collect().await
+        absent
+            .try_filter_map(|path| async { Ok(path) })
+            .try_collect()
+            .await
     }
 
     /// One call for all of them. Whatever it says, what has become of each is looked up, so that one
@@ -231,11 +285,18 @@ impl Push {
             Err(text) => text,
         };
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
-        let missing = self.missing(&paths).await.unwrap_or_else(|_| paths.iter().cloned().collect());
+        let missing = self
+            .missing(&paths)
+            .await
+            .unwrap_or_else(|_| paths.iter().cloned().collect());
         let mut results = Vec::new();
         for info in &infos {
             let lost = missing.contains(&info.path);
-            results.push(if lost { Err(failed(&problem, &info.path)) } else { Ok(Uploaded::Stored) });
+            results.push(if lost {
+                Err(failed(&problem, &info.path))
+            } else {
+                Ok(Uploaded::Stored)
+            });
         }
         results
     }
@@ -248,11 +309,22 @@ impl Push {
             .envs(self.nix.variables())
             .env("HOME", &self.home)
             .env("XDG_CONFIG_HOME", &self.home)
-            .args(["push", "--no-closure", "--ignore-upstream-cache-filter", &cache])
+            .args([
+                "push",
+                "--no-closure",
+                "--ignore-upstream-cache-filter",
+                &cache,
+            ])
             .args(infos.iter().map(|info| info.path.to_string()));
-        let ran = tool.run(PUSH_LIMIT + Duration::from_secs(size / RATE)).await;
+        let ran = tool
+            .run(PUSH_LIMIT + Duration::from_secs(size / RATE))
+            .await;
         let output = ran.map_err(|error| error.to_string())?;
-        if output.status.success() { Ok(()) } else { Err(output.stderr) }
+        if output.status.success() {
+            Ok(())
+        } else {
+            Err(output.stderr)
+        }
     }
 }
 
@@ -260,13 +332,22 @@ impl Push {
 fn failed(stderr: &str, path: &StorePath) -> Error {
     let own = stderr.lines().find(|line| line.contains(path.base_name()));
     let last = stderr.lines().rfind(|line| !line.trim().is_empty());
-    let text = own.or(last).map_or_else(|| "it said nothing".to_owned(), |line| one_line(line.trim(), 300));
-    Error::Tool { call: "attic push", text }
+    let text = own.or(last).map_or_else(
+        || "it said nothing".to_owned(),
+        |line| one_line(line.trim(), 300),
+    );
+    Error::Tool {
+        call: "attic push",
+        text,
+    }
 }
 
 /// Whether the server does not know what it was asked, which says nothing of the paths.
 fn is_unknown(error: &Error) -> bool {
-    matches!(error, Error::Refused { status: 404, .. } | Error::Rejected { .. } | Error::Foreign(_))
+    matches!(
+        error,
+        Error::Refused { status: 404, .. } | Error::Rejected { .. } | Error::Foreign(_)
+    )
 }
 
 /// Whether the server speaks the built-in client's protocol, as far as one question can tell. One

@@ -43,7 +43,11 @@ impl Default for Options {
             sample: 4,
             body_limit: 8 * 1024 * 1024,
             lookups: LOOKUPS,
-            policy: Policy { attempts: 4, base: Duration::from_millis(250), cap: Duration::from_secs(5) },
+            policy: Policy {
+                attempts: 4,
+                base: Duration::from_millis(250),
+                cap: Duration::from_secs(5),
+            },
         }
     }
 }
@@ -85,20 +89,28 @@ pub struct Verification {
 impl Verification {
     /// Paths that are served as they should be.
     pub fn good(&self) -> u64 {
-        self.paths.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. })).count() as u64
+        self.paths
+            .iter()
+            .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }))
+            .count() as u64
     }
 
     /// Bodies that were unpacked and hashed.
     pub fn bodies(&self) -> u64 {
-        self.paths.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Good { body: true })).count() as u64
+        self.paths
+            .iter()
+            .filter(|(_, verdict)| matches!(verdict, Verdict::Good { body: true }))
+            .count() as u64
     }
 
     /// Paths that are not known to be served as they should be, and why.
     pub fn doubtful(&self) -> impl Iterator<Item = (&PathInfo, &str)> {
-        self.paths.iter().filter_map(|(info, verdict)| match verdict {
-            Verdict::Good { .. } => None,
-            Verdict::Bad(reason) | Verdict::Unverified(reason) => Some((info, reason.as_str())),
-        })
+        self.paths
+            .iter()
+            .filter_map(|(info, verdict)| match verdict {
+                Verdict::Good { .. } => None,
+                Verdict::Bad(reason) | Verdict::Unverified(reason) => Some((info, reason.as_str())),
+            })
     }
 }
 
@@ -114,7 +126,8 @@ pub async fn verify(
     cancel: &CancellationToken,
 ) -> Verification {
     let (from, options, cancel) = (from.into(), options.clone(), cancel.clone());
-    let work = tokio::spawn(async move { look_up_all(&*from, paths, &options, deadline, &cancel).await });
+    let work =
+        tokio::spawn(async move { look_up_all(&*from, paths, &options, deadline, &cancel).await });
     match AbortOnDropHandle::new(work).await {
         Ok(verification) => verification,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -130,7 +143,11 @@ async fn look_up_all(
 ) -> Verification {
     let key = key(from, options, deadline, cancel).await;
     let sample = sample(&paths, options);
-    let check = Check { from, options, key: &key };
+    let check = Check {
+        from,
+        options,
+        key: &key,
+    };
     let checks: Vec<_> = paths
         .iter()
         .enumerate()
@@ -148,10 +165,18 @@ async fn look_up_all(
         .collect();
     let width = from.width().unwrap_or(options.lookups).max(1);
     let verdicts: Vec<Verdict> = stream::iter(checks).buffered(width).collect().await;
-    Verification { paths: paths.into_iter().zip(verdicts).collect(), key }
+    Verification {
+        paths: paths.into_iter().zip(verdicts).collect(),
+        key,
+    }
 }
 
-async fn key(from: &dyn Destination, options: &Options, deadline: Instant, cancel: &CancellationToken) -> Key {
+async fn key(
+    from: &dyn Destination,
+    options: &Options,
+    deadline: Instant,
+    cancel: &CancellationToken,
+) -> Key {
     if let Some(key) = &options.key {
         return Key::Given(key.clone());
     }
@@ -159,12 +184,16 @@ async fn key(from: &dyn Destination, options: &Options, deadline: Instant, cance
         () = cancel.cancelled() => None,
         config = timeout_at(deadline, from.describe()) => config.ok().and_then(Result::ok),
     };
-    config.and_then(|config| config.public_key).map_or(Key::Unknown, Key::Announced)
+    config
+        .and_then(|config| config.public_key)
+        .map_or(Key::Unknown, Key::Announced)
 }
 
 /// The smallest few that are small enough, and one more by chance.
 fn sample(paths: &[PathInfo], options: &Options) -> Vec<usize> {
-    let mut small: Vec<usize> = (0..paths.len()).filter(|n| paths[*n].nar_size <= options.body_limit).collect();
+    let mut small: Vec<usize> = (0..paths.len())
+        .filter(|n| paths[*n].nar_size <= options.body_limit)
+        .collect();
     small.sort_unstable_by_key(|n| paths[*n].nar_size);
     if options.sample == 0 || small.is_empty() {
         return Vec::new();
@@ -191,7 +220,9 @@ impl Check<'_> {
                 Ok(Some(verdict)) => return verdict,
                 Err(error) => match error.action() {
                     Action::Again { after, .. } => (Verdict::Unverified(error.to_string()), after),
-                    Action::Stop => return Verdict::Unverified(format!("it may not be read: {error}")),
+                    Action::Stop => {
+                        return Verdict::Unverified(format!("it may not be read: {error}"));
+                    }
                     Action::Never | Action::RereadOnce => return Verdict::Bad(error.to_string()),
                 },
             };
@@ -204,7 +235,9 @@ impl Check<'_> {
 
     /// `None` if the cache does not have it.
     async fn once(&self, info: &PathInfo, fetches: bool) -> Result<Option<Verdict>, Error> {
-        let Some(served) = self.from.look_up(&info.path).await? else { return Ok(None) };
+        let Some(served) = self.from.look_up(&info.path).await? else {
+            return Ok(None);
+        };
         if let Some(difference) = difference(info, &served, self.key) {
             return Ok(Some(Verdict::Bad(difference)));
         }
@@ -225,10 +258,16 @@ fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
         return Some(format!("the cache serves `{}` in its place", served.path));
     }
     if served.nar_hash != info.nar_hash {
-        return Some(format!("the cache serves NAR hash {} instead of {}", served.nar_hash, info.nar_hash));
+        return Some(format!(
+            "the cache serves NAR hash {} instead of {}",
+            served.nar_hash, info.nar_hash
+        ));
     }
     if served.nar_size != info.nar_size {
-        return Some(format!("the cache serves NAR size {} instead of {}", served.nar_size, info.nar_size));
+        return Some(format!(
+            "the cache serves NAR size {} instead of {}",
+            served.nar_size, info.nar_size
+        ));
     }
     let sorted = |paths: &[crate::nix::store_path::StorePath]| {
         let mut paths = paths.to_vec();
@@ -241,14 +280,24 @@ fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
     }
     match key {
         Key::Given(key) | Key::Announced(key) if !served.signed_by(key) => {
-            let names = served.signatures.iter().filter_map(|signature| signature.split(':').next());
+            let names = served
+                .signatures
+                .iter()
+                .filter_map(|signature| signature.split(':').next());
             let names: Vec<&str> = names.collect();
             Some(match names.as_slice() {
                 [] => "the cache serves it without a signature".to_owned(),
                 names if names.contains(&key.name()) => {
-                    format!("its signature by `{}` is not one of the given key, so that Nix refuses it", key.name())
+                    format!(
+                        "its signature by `{}` is not one of the given key, so that Nix refuses it",
+                        key.name()
+                    )
                 }
-                names => format!("it is signed by `{}` and not by `{}`", names.join("`, `"), key.name()),
+                names => format!(
+                    "it is signed by `{}` and not by `{}`",
+                    names.join("`, `"),
+                    key.name()
+                ),
             })
         }
         _ => None,
@@ -269,19 +318,36 @@ mod tests {
         let tool = fake.path("tool", &vec![b'2'; 200_000], &[&library]);
         let large = fake.path("large", &vec![b'3'; 9 * 1024 * 1024], &[]);
         for info in [&library, &tool, &large] {
-            fake.attic(GOOD).upload(info, &fake.file(info), &Meter::default()).await.expect("stored");
+            fake.attic(GOOD)
+                .upload(info, &fake.file(info), &Meter::default())
+                .await
+                .expect("stored");
         }
         (fake, vec![library, tool, large])
     }
 
     fn quick() -> Options {
-        let policy = Policy { attempts: 3, base: Duration::from_millis(5), cap: Duration::from_millis(20) };
-        Options { policy, ..Options::default() }
+        let policy = Policy {
+            attempts: 3,
+            base: Duration::from_millis(5),
+            cap: Duration::from_millis(20),
+        };
+        Options {
+            policy,
+            ..Options::default()
+        }
     }
 
     async fn verified(fake: &Fake, paths: Vec<PathInfo>, options: &Options) -> Verification {
         let deadline = Instant::now() + Duration::from_secs(10);
-        verify(fake.attic(GOOD), paths, options, deadline, &CancellationToken::new()).await
+        verify(
+            fake.attic(GOOD),
+            paths,
+            options,
+            deadline,
+            &CancellationToken::new(),
+        )
+        .await
     }
 
     #[tokio::test]
@@ -290,15 +356,27 @@ mod tests {
         let found = verified(&fake, paths.clone(), &quick()).await;
         assert_eq!((found.good(), found.bodies()), (3, 2), "{found:?}");
         assert_eq!(found.key, Key::Announced(fake.server.key.public()));
-        let given = Options { key: Some(fake.server.key.public()), ..quick() };
-        assert!(matches!(verified(&fake, paths, &given).await.key, Key::Given(_)));
+        let given = Options {
+            key: Some(fake.server.key.public()),
+            ..quick()
+        };
+        assert!(matches!(
+            verified(&fake, paths, &given).await.key,
+            Key::Given(_)
+        ));
     }
 
     #[tokio::test]
     async fn a_server_that_fails_now_and_then_is_asked_again() {
         let (fake, paths) = with_three().await;
         fake.server.faults().every_third_fails = true;
-        let options = Options { policy: Policy { attempts: 20, ..quick().policy }, ..quick() };
+        let options = Options {
+            policy: Policy {
+                attempts: 20,
+                ..quick().policy
+            },
+            ..quick()
+        };
         assert_eq!(verified(&fake, paths, &options).await.good(), 3);
     }
 
@@ -312,8 +390,22 @@ mod tests {
             let reason = found.doubtful().next().expect("doubtful").1;
             assert!(reason.contains(words), "{reason}");
         };
-        check(Options { key: Some(other), ..quick() }, "is not one of the given key").await;
-        check(Options { key: Some(stranger), ..quick() }, "signed by `main` and not by `other`").await;
+        check(
+            Options {
+                key: Some(other),
+                ..quick()
+            },
+            "is not one of the given key",
+        )
+        .await;
+        check(
+            Options {
+                key: Some(stranger),
+                ..quick()
+            },
+            "signed by `main` and not by `other`",
+        )
+        .await;
         fake.server.faults().nar_empty = true;
         check(quick(), "its NAR is served empty").await;
         fake.server.faults().nar_missing = true;
@@ -324,7 +416,10 @@ mod tests {
         check(quick(), "serves NAR hash").await;
         fake.server.faults().narinfo_missing = true;
         check(quick(), "the cache does not serve it").await;
-        *fake.server.faults() = crate::cache::fake::Faults { html: Some(200), ..Default::default() };
+        *fake.server.faults() = crate::cache::fake::Faults {
+            html: Some(200),
+            ..Default::default()
+        };
         check(quick(), "not Attic's").await;
     }
 
@@ -334,7 +429,14 @@ mod tests {
         fake.server.faults().hang = true;
         let began = Instant::now();
         let deadline = began + Duration::from_millis(200);
-        let found = verify(fake.attic(GOOD), paths.clone(), &quick(), deadline, &CancellationToken::new()).await;
+        let found = verify(
+            fake.attic(GOOD),
+            paths.clone(),
+            &quick(),
+            deadline,
+            &CancellationToken::new(),
+        )
+        .await;
         assert!(began.elapsed() < Duration::from_secs(2));
         assert_eq!(found.doubtful().count(), 3);
         assert_eq!(found.key, Key::Unknown);
@@ -342,15 +444,30 @@ mod tests {
         cancelled.cancel();
         let deadline = Instant::now() + Duration::from_secs(60);
         let found = verify(fake.attic(GOOD), paths, &quick(), deadline, &cancelled).await;
-        assert_eq!(found.doubtful().next().expect("doubtful").1, "verification was cancelled");
+        assert_eq!(
+            found.doubtful().next().expect("doubtful").1,
+            "verification was cancelled"
+        );
     }
 
     #[tokio::test]
     async fn a_token_that_may_not_read_leaves_paths_unverified() {
         let (fake, paths) = with_three().await;
         let deadline = Instant::now() + Duration::from_secs(10);
-        let found = verify(fake.attic(PUSH_ONLY), paths, &quick(), deadline, &CancellationToken::new()).await;
-        assert!(found.doubtful().all(|(_, reason)| reason.contains("may not be read")), "{found:?}");
+        let found = verify(
+            fake.attic(PUSH_ONLY),
+            paths,
+            &quick(),
+            deadline,
+            &CancellationToken::new(),
+        )
+        .await;
+        assert!(
+            found
+                .doubtful()
+                .all(|(_, reason)| reason.contains("may not be read")),
+            "{found:?}"
+        );
         assert_eq!(found.doubtful().count(), 3);
     }
 }

@@ -67,7 +67,9 @@ fn config(shared: &Shared, cache: &Cache, headers: &HeaderMap) -> serde_json::Va
 fn base_url(headers: &HeaderMap) -> Option<String> {
     let host = headers.get(header::HOST)?.to_str().ok()?;
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c);
-    let secure = headers.get("x-forwarded-proto").is_some_and(|proto| proto == "https");
+    let secure = headers
+        .get("x-forwarded-proto")
+        .is_some_and(|proto| proto == "https");
     let scheme = if secure { "https" } else { "http" };
     (!host.is_empty() && host.bytes().all(plain)).then(|| format!("{scheme}://{host}/"))
 }
@@ -82,24 +84,43 @@ struct Missing {
 ///
 /// # Errors
 /// 401, 403 or 404; 413, 415, 422 for a body that does not fit.
-pub async fn get_missing_paths(State(shared): State<Arc<Shared>>, request: Request) -> Result<Response, Refusal> {
+pub async fn get_missing_paths(
+    State(shared): State<Arc<Shared>>,
+    request: Request,
+) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let json = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let json = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
     if !json.is_some_and(|text| text.to_ascii_lowercase().starts_with("application/json")) {
-        return Err(Refusal::media_type("the body must be `Content-Type: application/json`"));
+        return Err(Refusal::media_type(
+            "the body must be `Content-Type: application/json`",
+        ));
     }
     let body = Incoming::new(body).all(MISSING_LIMIT).await?;
     let asked: Missing = serde_json::from_slice(&body).map_err(|error| {
         let text = crate::text::one_line(&error.to_string(), 200);
-        if error.is_data() { Refusal::shape(text) } else { Refusal::request(text) }
+        if error.is_data() {
+            Refusal::shape(text)
+        } else {
+            Refusal::request(text)
+        }
     })?;
-    let cache = shared.authorise(&parts.headers, &asked.cache, Scope::Write)?.name.clone();
+    let cache = shared
+        .authorise(&parts.headers, &asked.cache, Scope::Write)?
+        .name
+        .clone();
     let mut hashes = asked.store_path_hashes;
     hashes.sort();
     hashes.dedup();
     let few = hashes.len() <= FEW;
     let look = move |store: &Store| store.missing(&cache, hashes);
-    let missing = if few { shared.brief(look).await? } else { shared.blocking(look).await? };
+    let missing = if few {
+        shared.brief(look).await?
+    } else {
+        shared.blocking(look).await?
+    };
     Ok(Json(json!({ "missing_paths": missing })).into_response())
 }
 
@@ -107,7 +128,10 @@ pub async fn get_missing_paths(State(shared): State<Arc<Shared>>, request: Reque
 ///
 /// # Errors
 /// 401, 403 or 404 before any of the NAR is read; 400 for metadata or a NAR that is not right.
-pub async fn upload_path(State(shared): State<Arc<Shared>>, request: Request) -> Result<Response, Refusal> {
+pub async fn upload_path(
+    State(shared): State<Arc<Shared>>,
+    request: Request,
+) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
     let mut body = Incoming::new(body);
     let (info, preamble) = read_info(&shared, &parts.headers, &mut body).await?;
@@ -119,8 +143,13 @@ pub async fn upload_path(State(shared): State<Arc<Shared>>, request: Request) ->
     }
     let _place = shared.upload_place(Cost::of(info.path.nar_size)).await?;
     let settled = announced(&shared, &mut body, &cache.name, info.path).await?;
-    let kind = if settled.known { "Deduplicated" } else { "Uploaded" };
-    let answer = json!({"kind": kind, "file_size": settled.nar.file_size, "frac_deduplicated": null});
+    let kind = if settled.known {
+        "Deduplicated"
+    } else {
+        "Uploaded"
+    };
+    let answer =
+        json!({"kind": kind, "file_size": settled.nar.file_size, "frac_deduplicated": null});
     let mut response = Json(answer).into_response();
     response.extensions_mut().insert(Moved(settled.came));
     Ok(response)
@@ -129,19 +158,30 @@ pub async fn upload_path(State(shared): State<Arc<Shared>>, request: Request) ->
 /// Makes a path of a NAR that is here, without reading the body; `false` if the NAR is not here.
 async fn claim(shared: &Shared, cache: &Cache, info: &UploadInfo) -> Result<bool, Refusal> {
     let hash = info.path.nar_hash;
-    let Some(known) = shared.blocking(move |store| store.known_nar(&hash)).await? else { return Ok(false) };
+    let Some(known) = shared.blocking(move |store| store.known_nar(&hash)).await? else {
+        return Ok(false);
+    };
     let (name, path) = (cache.name.clone(), info.path.clone());
-    shared.blocking(move |store| store.commit(&name, &path, known)).await
+    shared
+        .blocking(move |store| store.commit(&name, &path, known))
+        .await
 }
 
 /// The metadata, and how many bytes of the body it took.
 ///
 /// With the header nothing is read, so a refusal reaches a client that waits for `100 Continue`.
-async fn read_info(shared: &Shared, headers: &HeaderMap, body: &mut Incoming) -> Result<(UploadInfo, u64), Refusal> {
-    let refuse = |error: crate::cache_server::upload_info::InfoError| Refusal::request(error.to_string());
+async fn read_info(
+    shared: &Shared,
+    headers: &HeaderMap,
+    body: &mut Incoming,
+) -> Result<(UploadInfo, u64), Refusal> {
+    let refuse =
+        |error: crate::cache_server::upload_info::InfoError| Refusal::request(error.to_string());
     if let Some(json) = headers.get(NAR_INFO) {
         if json.len() > HEADER_LIMIT {
-            return Err(Refusal::request(format!("`{NAR_INFO}` is over {HEADER_LIMIT} bytes: send a preamble")));
+            return Err(Refusal::request(format!(
+                "`{NAR_INFO}` is over {HEADER_LIMIT} bytes: send a preamble"
+            )));
         }
         let info = UploadInfo::parse(json.as_bytes());
         if info.is_err() {
@@ -152,13 +192,19 @@ async fn read_info(shared: &Shared, headers: &HeaderMap, body: &mut Incoming) ->
     }
     // Which cache is meant stands in the body, so this is all that can be judged before it is read.
     shared.authorise_some_write(headers)?;
-    let size = headers
-        .get(PREAMBLE_SIZE)
-        .ok_or_else(|| Refusal::request(format!("neither `{NAR_INFO}` nor `{PREAMBLE_SIZE}` is there")))?;
+    let size = headers.get(PREAMBLE_SIZE).ok_or_else(|| {
+        Refusal::request(format!(
+            "neither `{NAR_INFO}` nor `{PREAMBLE_SIZE}` is there"
+        ))
+    })?;
     let size: Option<usize> = size.to_str().ok().and_then(|text| text.parse().ok());
     let size = size
         .filter(|size| (1..=PREAMBLE_LIMIT).contains(size))
-        .ok_or_else(|| Refusal::request(format!("`{PREAMBLE_SIZE}` is not a number from 1 to {PREAMBLE_LIMIT}")))?;
+        .ok_or_else(|| {
+            Refusal::request(format!(
+                "`{PREAMBLE_SIZE}` is not a number from 1 to {PREAMBLE_LIMIT}"
+            ))
+        })?;
     let json = body.take(size).await?;
     Ok((UploadInfo::parse(&json).map_err(refuse)?, size as u64))
 }

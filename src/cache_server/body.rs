@@ -29,7 +29,10 @@ pub struct Incoming {
 impl Incoming {
     /// Nothing is read yet, so a client that waits for `100 Continue` still waits.
     pub fn new(body: Body) -> Self {
-        Self { stream: body.into_data_stream(), rest: None }
+        Self {
+            stream: body.into_data_stream(),
+            rest: None,
+        }
     }
 
     /// The next piece; `None` at the end.
@@ -44,7 +47,9 @@ impl Incoming {
             Err(_) => Err(Refusal::idle()),
             Ok(None) => Ok(None),
             Ok(Some(Ok(piece))) => Ok(Some(piece)),
-            Ok(Some(Err(_))) => Err(Refusal::request("the request's body ended before its announced length")),
+            Ok(Some(Err(_))) => Err(Refusal::request(
+                "the request's body ended before its announced length",
+            )),
         }
     }
 
@@ -56,7 +61,9 @@ impl Incoming {
         let mut taken = Vec::new();
         while taken.len() < size {
             let Some(mut piece) = self.next().await? else {
-                return Err(Refusal::request("the request's body is shorter than its preamble"));
+                return Err(Refusal::request(
+                    "the request's body is shorter than its preamble",
+                ));
             };
             let rest = piece.split_off(piece.len().min(size - taken.len()));
             taken.extend_from_slice(&piece);
@@ -71,7 +78,11 @@ impl Incoming {
     /// When it is over `limit` bytes, or as [`Incoming::next`].
     pub async fn all(&mut self, limit: usize) -> Result<Vec<u8>, Refusal> {
         let taken = self.up_to(limit).await?;
-        if taken.len() > limit { Err(Refusal::too_large(limit)) } else { Ok(taken) }
+        if taken.len() > limit {
+            Err(Refusal::too_large(limit))
+        } else {
+            Ok(taken)
+        }
     }
 
     /// The whole body, or as much of it as proves that it is over `limit` bytes.
@@ -96,10 +107,15 @@ impl Incoming {
 pub async fn announce_close(request: Request, next: Next) -> Response {
     let (parts, inner) = request.into_parts();
     let whole = Arc::new(AtomicBool::new(inner.is_end_stream()));
-    let body = Body::new(Watched { inner, whole: Arc::clone(&whole) });
+    let body = Body::new(Watched {
+        inner,
+        whole: Arc::clone(&whole),
+    });
     let mut response = next.run(Request::from_parts(parts, body)).await;
     if !whole.load(Ordering::Relaxed) {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        response
+            .headers_mut()
+            .insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
 }
@@ -114,7 +130,10 @@ impl HttpBody for Watched {
     type Data = Bytes;
     type Error = axum::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
         let ended = frame.is_none() || self.inner.is_end_stream();
         self.whole.fetch_or(ended, Ordering::Relaxed);
@@ -136,7 +155,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_preamble_is_cut_off_to_the_byte() {
-        let pieces = ["pre", "ambleNA", "R"].map(|piece| Ok::<_, std::io::Error>(Bytes::from(piece)));
+        let pieces =
+            ["pre", "ambleNA", "R"].map(|piece| Ok::<_, std::io::Error>(Bytes::from(piece)));
         let mut body = Incoming::new(Body::from_stream(futures_util::stream::iter(pieces)));
         assert_eq!(body.take(8).await.expect("long enough"), b"preamble");
         assert_eq!(body.all(3).await.expect("small enough"), b"NAR");

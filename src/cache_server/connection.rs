@@ -38,7 +38,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 pub struct Moved(pub u64);
 
 /// Serves until `stop` is cancelled; then lets what is under way end, for at most `grace`.
-pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken, grace: Duration) {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    stop: CancellationToken,
+    grace: Duration,
+) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -60,7 +65,10 @@ pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToke
         }
     }
     drop(listener);
-    let _ = tokio::time::timeout(grace, async { while connections.join_next().await.is_some() {} }).await;
+    let _ = tokio::time::timeout(grace, async {
+        while connections.join_next().await.is_some() {}
+    })
+    .await;
     connections.shutdown().await;
 }
 
@@ -71,7 +79,10 @@ async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) 
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER)
-        .serve_connection(TokioIo::new(Line::new(stream)), TowerToHyperService::new(router));
+        .serve_connection(
+            TokioIo::new(Line::new(stream)),
+            TowerToHyperService::new(router),
+        );
     let mut served = pin!(served);
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
@@ -99,28 +110,46 @@ struct Linger {
 
 impl Line {
     fn new(stream: TcpStream) -> Self {
-        Self { stream, stalled: None, linger: None }
+        Self {
+            stream,
+            stalled: None,
+            linger: None,
+        }
     }
 
-    fn written(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+    fn written(
+        &mut self,
+        cx: &mut Context<'_>,
+        result: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
         if result.is_ready() {
             self.stalled = None;
             return result;
         }
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(WRITE_TIMEOUT)));
+        let stalled = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(sleep(WRITE_TIMEOUT)));
         ready!(stalled.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
 impl AsyncRead for Line {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
 impl AsyncWrite for Line {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.written(cx, result)
     }
@@ -148,14 +177,19 @@ impl AsyncWrite for Line {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
         }
         let now = Instant::now();
-        let linger =
-            this.linger.get_or_insert_with(|| Linger { until: now + LINGER, idle: Box::pin(sleep(LINGER_IDLE)) });
+        let linger = this.linger.get_or_insert_with(|| Linger {
+            until: now + LINGER,
+            idle: Box::pin(sleep(LINGER_IDLE)),
+        });
         let mut space = [0; 16 * 1024];
         while Instant::now() < linger.until {
             let mut buffer = ReadBuf::new(&mut space);
             match Pin::new(&mut this.stream).poll_read(cx, &mut buffer) {
                 Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {
-                    linger.idle.as_mut().reset((Instant::now() + LINGER_IDLE).min(linger.until));
+                    linger
+                        .idle
+                        .as_mut()
+                        .reset((Instant::now() + LINGER_IDLE).min(linger.until));
                 }
                 // The client has ended too, one way or another.
                 Poll::Ready(_) => return Poll::Ready(Ok(())),

@@ -45,16 +45,27 @@ struct Synced {
 
 impl Synced {
     fn parse(text: &str) -> Option<Self> {
-        let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        let field = |name: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+        };
         let boot = field("Boot").unwrap_or_default().to_owned();
-        Some(Self { epoch: field(FIELD)?.parse().ok()?, boot, clean: field("Clean")? == "yes" })
+        Some(Self {
+            epoch: field(FIELD)?.parse().ok()?,
+            boot,
+            clean: field("Clean")? == "yes",
+        })
     }
 }
 
 impl std::fmt::Display for Synced {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let clean = if self.clean { "yes" } else { "no" };
-        write!(f, "{FIELD}: {}\nBoot: {}\nClean: {clean}\n", self.epoch, self.boot)
+        write!(
+            f,
+            "{FIELD}: {}\nBoot: {}\nClean: {clean}\n",
+            self.epoch, self.boot
+        )
     }
 }
 
@@ -96,7 +107,11 @@ impl Epoch<'_> {
 
     /// This file is there, and will be synced.
     pub fn came(&self, file: PathBuf) {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).files.push(file);
+        self.pending
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .files
+            .push(file);
     }
 
     /// This name is there, of a file that came under another one; it will be synced.
@@ -116,7 +131,8 @@ pub fn line_of(text: &str) -> Option<String> {
 }
 
 fn epoch_of(text: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix(FIELD)?.strip_prefix(": ")?.parse().ok())
+    text.lines()
+        .find_map(|line| line.strip_prefix(FIELD)?.strip_prefix(": ")?.parse().ok())
 }
 
 impl Durable {
@@ -126,7 +142,10 @@ impl Durable {
     /// # Errors
     /// When the disk fails.
     pub fn open(folder: &Folder) -> io::Result<(Self, Option<u64>)> {
-        let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
+        let boot = std::fs::read_to_string(BOOT_ID)
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
         Self::open_in(folder, boot)
     }
 
@@ -136,7 +155,9 @@ impl Durable {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(error),
         };
-        let same = left.as_ref().is_some_and(|left| !boot.is_empty() && left.boot == boot);
+        let same = left
+            .as_ref()
+            .is_some_and(|left| !boot.is_empty() && left.boot == boot);
         let taken_back = match &left {
             Some(left) if !left.clean && !same => Some(take_back(folder, left.epoch)?),
             _ => None,
@@ -161,7 +182,10 @@ impl Durable {
     /// Begins something that makes files visible.
     pub fn begin(&self) -> Epoch<'_> {
         // Neither lock guards anything that a panic could have left half-done.
-        Epoch { number: self.epoch.read().unwrap_or_else(PoisonError::into_inner), pending: &self.pending }
+        Epoch {
+            number: self.epoch.read().unwrap_or_else(PoisonError::into_inner),
+            pending: &self.pending,
+        }
     }
 
     /// Ends the epoch and has all of it reach the disk. Blocks, and is not to be called twice at once.
@@ -174,13 +198,17 @@ impl Durable {
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
             let pending = std::mem::take(&mut *pending);
             let nothing = pending.files.is_empty() && pending.folders.is_empty();
-            if self.failed.load(Ordering::Relaxed) || (nothing && !self.strangers.load(Ordering::Relaxed)) {
+            if self.failed.load(Ordering::Relaxed)
+                || (nothing && !self.strangers.load(Ordering::Relaxed))
+            {
                 return Ok(());
             }
             *epoch += 1;
             (*epoch - 1, pending)
         };
-        let settled = self.sync(&pending).and_then(|()| self.write(folder, ended, false));
+        let settled = self
+            .sync(&pending)
+            .and_then(|()| self.write(folder, ended, false));
         self.failed.store(settled.is_err(), Ordering::Relaxed);
         settled
     }
@@ -206,13 +234,22 @@ impl Durable {
         }
         pending.files.iter().for_each(|file| begin_writing(file));
         pending.files.iter().try_for_each(|file| sync(file))?;
-        let mut folders: BTreeSet<&Path> = pending.files.iter().filter_map(|file| file.parent()).collect();
+        let mut folders: BTreeSet<&Path> = pending
+            .files
+            .iter()
+            .filter_map(|file| file.parent())
+            .collect();
         folders.extend(pending.folders.iter().map(PathBuf::as_path));
         folders.into_iter().try_for_each(sync)
     }
 
     fn write(&self, folder: &Folder, epoch: u64, clean: bool) -> io::Result<()> {
-        let text = Synced { epoch, boot: self.boot.clone(), clean }.to_string();
+        let text = Synced {
+            epoch,
+            boot: self.boot.clone(),
+            clean,
+        }
+        .to_string();
         folder.write_synced(&folder.synced(), &text)
     }
 }
@@ -239,12 +276,15 @@ fn take_back(folder: &Folder, synced: u64) -> io::Result<u64> {
     for cache in folder.caches()? {
         for entry in entries(&folder.objects(&cache))? {
             let file = entry?.path();
-            let name = file.file_name().and_then(|name| name.to_str()?.strip_suffix(".narinfo"));
+            let name = file
+                .file_name()
+                .and_then(|name| name.to_str()?.strip_suffix(".narinfo"));
             if name.is_none_or(|name| PathHash::parse(name).is_err()) {
                 continue;
             }
             let text = String::from_utf8(std::fs::read(&file)?).unwrap_or_default();
-            if NarInfo::parse(&text).is_err() || epoch_of(&text).is_some_and(|epoch| epoch > synced) {
+            if NarInfo::parse(&text).is_err() || epoch_of(&text).is_some_and(|epoch| epoch > synced)
+            {
                 std::fs::remove_file(&file)?;
                 removed += 1;
             }
@@ -267,31 +307,42 @@ mod tests {
         fn open(&self, boot: &str) -> (Folder, Durable, Option<u64>) {
             let open = || Folder::open(self.0.path(), &[CacheName::default()]);
             let folder = when_free(open, |error| matches!(error, FolderError::InUse(_)));
-            let (durable, taken_back) = Durable::open_in(&folder, boot.to_owned()).expect("the disk works");
+            let (durable, taken_back) =
+                Durable::open_in(&folder, boot.to_owned()).expect("the disk works");
             (folder, durable, taken_back)
         }
     }
 
     fn object(folder: &Folder, letter: char) -> PathBuf {
-        folder.object(&CacheName::default(), &PathHash::parse(&letter.to_string().repeat(32)).expect("base32"))
+        folder.object(
+            &CacheName::default(),
+            &PathHash::parse(&letter.to_string().repeat(32)).expect("base32"),
+        )
     }
 
     fn add(folder: &Folder, durable: &Durable, letter: char) {
         let (epoch, file) = (durable.begin(), object(folder, letter));
         let hash = format!("sha256:{}", "1".repeat(52));
         let path = format!("/nix/store/{}-x", letter.to_string().repeat(32));
-        let text = format!("StorePath: {path}\nURL: nar/x\nNarHash: {hash}\nNarSize: 1\n{}", epoch.line());
+        let text = format!(
+            "StorePath: {path}\nURL: nar/x\nNarHash: {hash}\nNarSize: 1\n{}",
+            epoch.line()
+        );
         std::fs::write(&file, text).expect("written");
         epoch.came(file);
     }
 
     fn held(folder: &Folder) -> String {
-        "abcd".chars().filter(|letter| object(folder, *letter).exists()).collect()
+        "abcd"
+            .chars()
+            .filter(|letter| object(folder, *letter).exists())
+            .collect()
     }
 
     #[test]
     fn only_the_machines_end_takes_back_what_was_not_synced() {
-        for (boot, then, expected) in [("1", None, "abc"), ("2", Some(2), "a"), ("", Some(2), "a")] {
+        for (boot, then, expected) in [("1", None, "abc"), ("2", Some(2), "a"), ("", Some(2), "a")]
+        {
             let world = World(tempfile::tempdir().expect("temporary folder"));
             let (folder, durable, taken_back) = world.open("1");
             assert_eq!(taken_back, None, "it is new");
@@ -301,7 +352,11 @@ mod tests {
             add(&folder, &durable, 'c');
             drop((folder, durable));
             let (folder, _, taken_back) = world.open(boot);
-            assert_eq!((taken_back, held(&folder).as_str()), (then, expected), "{boot}");
+            assert_eq!(
+                (taken_back, held(&folder).as_str()),
+                (then, expected),
+                "{boot}"
+            );
         }
     }
 
@@ -346,9 +401,15 @@ mod tests {
     fn a_new_name_of_an_old_file_is_synced_too() {
         let world = World(tempfile::tempdir().expect("temporary folder"));
         let (folder, durable, _) = world.open("1");
-        let epoch = || Synced::parse(&std::fs::read_to_string(folder.synced()).expect("there")).expect("whole").epoch;
+        let epoch = || {
+            Synced::parse(&std::fs::read_to_string(folder.synced()).expect("there"))
+                .expect("whole")
+                .epoch
+        };
         let before = epoch();
-        durable.begin().linked(&folder.marker(&CacheName::default(), &crate::nix::hash::Sha256([7; 32])));
+        durable
+            .begin()
+            .linked(&folder.marker(&CacheName::default(), &crate::nix::hash::Sha256([7; 32])));
         durable.settle(&folder).expect("the disk works");
         let settled = epoch();
         durable.settle(&folder).expect("nothing came");

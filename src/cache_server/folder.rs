@@ -49,10 +49,14 @@ impl Explain for FolderError {
 
     fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::InUse(_) => "A folder has one server, which also collects its garbage: stop that server, or \
+            Self::InUse(_) => {
+                "A folder has one server, which also collects its garbage: stop that server, or \
                                give another folder with `--dir`."
-                .to_owned(),
-            Self::Unusable { .. } => "Give a folder that this user can write with `--dir`.".to_owned(),
+                    .to_owned()
+            }
+            Self::Unusable { .. } => {
+                "Give a folder that this user can write with `--dir`.".to_owned()
+            }
         })
     }
 }
@@ -70,16 +74,26 @@ impl Folder {
     /// # Errors
     /// When another process has it, or it cannot be written.
     pub fn open(root: &Path, caches: &[CacheName]) -> Result<Self, FolderError> {
-        let unusable = |source| FolderError::Unusable { folder: root.to_owned(), source };
+        let unusable = |source| FolderError::Unusable {
+            folder: root.to_owned(),
+            source,
+        };
         make_folder(root).map_err(unusable)?;
-        let lock =
-            OpenOptions::new().create(true).truncate(false).write(true).open(root.join("lock")).map_err(unusable)?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(root.join("lock"))
+            .map_err(unusable)?;
         match lock.try_lock() {
             Ok(()) => (),
             Err(TryLockError::WouldBlock) => return Err(FolderError::InUse(root.to_owned())),
             Err(TryLockError::Error(source)) => return Err(unusable(source)),
         }
-        let folder = Self { root: root.to_owned(), _lock: lock };
+        let folder = Self {
+            root: root.to_owned(),
+            _lock: lock,
+        };
         folder.prepare(caches).map_err(unusable)?;
         Ok(folder)
     }
@@ -107,7 +121,12 @@ impl Folder {
     pub fn caches(&self) -> io::Result<Vec<CacheName>> {
         let mut names = Vec::new();
         for entry in entries(&self.root.join("caches"))? {
-            names.extend(entry?.file_name().to_str().and_then(|name| name.parse().ok()));
+            names.extend(
+                entry?
+                    .file_name()
+                    .to_str()
+                    .and_then(|name| name.parse().ok()),
+            );
         }
         names.sort();
         Ok(names)
@@ -213,7 +232,9 @@ pub fn nar_name(hash: &Sha256) -> String {
 ///
 /// # Errors
 /// When it cannot be read.
-pub fn entries(folder: &Path) -> io::Result<Box<dyn Iterator<Item = io::Result<std::fs::DirEntry>>>> {
+pub fn entries(
+    folder: &Path,
+) -> io::Result<Box<dyn Iterator<Item = io::Result<std::fs::DirEntry>>>> {
     match std::fs::read_dir(folder) {
         Ok(entries) => Ok(Box::new(entries)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Box::new(std::iter::empty())),
@@ -226,7 +247,8 @@ pub fn entries(folder: &Path) -> io::Result<Box<dyn Iterator<Item = io::Result<s
 /// # Errors
 /// When the folder cannot be synced.
 pub fn sync_parent(file: &Path) -> io::Result<()> {
-    file.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+    file.parent()
+        .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }
 
 fn make_folder(folder: &Path) -> io::Result<()> {
@@ -236,7 +258,10 @@ fn make_folder(folder: &Path) -> io::Result<()> {
 /// Opens a folder that nobody keeps. A process that another test is just starting holds our lock, too, until it is
 /// another program.
 #[cfg(test)]
-pub(super) fn when_free<T, E: std::fmt::Debug>(open: impl Fn() -> Result<T, E>, in_use: impl Fn(&E) -> bool) -> T {
+pub(super) fn when_free<T, E: std::fmt::Debug>(
+    open: impl Fn() -> Result<T, E>,
+    in_use: impl Fn(&E) -> bool,
+) -> T {
     let begun = std::time::Instant::now();
     loop {
         match open() {

@@ -71,7 +71,10 @@ impl std::fmt::Display for Collected {
         let (paths, nars) = (count(self.paths, "path"), count(self.nars, "NAR"));
         let (gone, kept) = (bytes(self.bytes), bytes(self.kept_bytes));
         let (kept_paths, ms) = (count(self.kept_paths, "path"), self.took.as_millis());
-        write!(f, "gc: {paths} and {nars} removed ({gone}), {kept_paths} kept ({kept}), {ms} ms")
+        write!(
+            f,
+            "gc: {paths} and {nars} removed ({gone}), {kept_paths} kept ({kept}), {ms} ms"
+        )
     }
 }
 
@@ -108,7 +111,11 @@ pub fn plan(objects: &[Object], limits: &Limits, now: SystemTime, fresh: SystemT
 type Index<'a> = HashMap<(&'a CacheName, &'a PathHash), usize>;
 
 fn index(objects: &[Object]) -> Index<'_> {
-    objects.iter().enumerate().map(|(n, object)| ((&object.cache, &object.hash), n)).collect()
+    objects
+        .iter()
+        .enumerate()
+        .map(|(n, object)| ((&object.cache, &object.hash), n))
+        .collect()
 }
 
 /// All objects, the least recently used first, referrers before what they refer to; and when each
@@ -163,9 +170,16 @@ fn close_cycles(objects: &[Object], by_key: &Index<'_>, victims: &mut Vec<usize>
     }
 }
 
-fn references<'a>(objects: &'a [Object], by_key: &'a Index<'_>, n: usize) -> impl Iterator<Item = usize> + 'a {
+fn references<'a>(
+    objects: &'a [Object],
+    by_key: &'a Index<'_>,
+    n: usize,
+) -> impl Iterator<Item = usize> + 'a {
     let object = &objects[n];
-    object.references.iter().filter_map(|hash| by_key.get(&(&object.cache, hash)).copied())
+    object
+        .references
+        .iter()
+        .filter_map(|hash| by_key.get(&(&object.cache, hash)).copied())
 }
 
 /// Removes what the limits do not allow, and NARs that no path claims.
@@ -179,26 +193,46 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<Colle
     let begun = Instant::now();
     let now = SystemTime::now();
     // A use is noted once a minute, so anything within two may be in use now.
-    let grace = if shared { limits.grace.max(2 * TOUCH_INTERVAL) } else { Duration::ZERO };
+    let grace = if shared {
+        limits.grace.max(2 * TOUCH_INTERVAL)
+    } else {
+        Duration::ZERO
+    };
     let fresh = now.checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
     let objects = scan(store)?;
     let victims = plan(&objects, limits, now, fresh);
     let _closed = store.shut();
     let mut done = Collected::default();
     let gone = remove_objects(store, &objects, &victims)?;
-    let kept = || objects.iter().enumerate().filter(|(n, _)| !gone.contains(n)).map(|(_, object)| object);
+    let kept = || {
+        objects
+            .iter()
+            .enumerate()
+            .filter(|(n, _)| !gone.contains(n))
+            .map(|(_, object)| object)
+    };
     let claimed: HashSet<Sha256> = kept().map(|object| object.nar).collect();
     (done.paths, done.kept_paths) = (gone.len() as u64, kept().count() as u64);
     for cache in store.folder().caches()? {
-        let marked: HashSet<String> =
-            kept().filter(|object| object.cache == cache).map(|object| object.nar.base32()).collect();
-        sweep(&store.folder().markers(&cache), fresh, |name| marked.contains(name))?;
+        let marked: HashSet<String> = kept()
+            .filter(|object| object.cache == cache)
+            .map(|object| object.nar.base32())
+            .collect();
+        sweep(&store.folder().markers(&cache), fresh, |name| {
+            marked.contains(name)
+        })?;
         sweep(&store.folder().uploads(&cache), fresh, |_| false)?;
     }
-    let names: HashSet<String> = claimed.iter().map(crate::cache_server::folder::nar_name).collect();
+    let names: HashSet<String> = claimed
+        .iter()
+        .map(crate::cache_server::folder::nar_name)
+        .collect();
     (done.nars, done.bytes) = sweep(&store.folder().nars(), fresh, |name| names.contains(name))?;
     let mut counted = HashSet::new();
-    done.kept_bytes = kept().filter(|object| counted.insert(object.nar)).map(|object| object.size).sum();
+    done.kept_bytes = kept()
+        .filter(|object| counted.insert(object.nar))
+        .map(|object| object.size)
+        .sum();
     done.took = begun.elapsed();
     Ok(done)
 }
@@ -212,9 +246,14 @@ fn scan(store: &Store) -> io::Result<Vec<Object>> {
             let entry = entry?;
             let name = entry.file_name();
             let hash = name.to_str().and_then(|name| name.strip_suffix(".narinfo"));
-            let Some(hash) = hash.and_then(|hash| PathHash::parse(hash).ok()) else { continue };
+            let Some(hash) = hash.and_then(|hash| PathHash::parse(hash).ok()) else {
+                continue;
+            };
             // A path that is replaced while we look is there before and after.
-            let (Ok(text), Ok(about)) = (std::fs::read_to_string(entry.path()), entry.metadata()) else { continue };
+            let (Ok(text), Ok(about)) = (std::fs::read_to_string(entry.path()), entry.metadata())
+            else {
+                continue;
+            };
             objects.extend(object(store, &cache, hash, &text, &about)?);
         }
     }
@@ -228,14 +267,20 @@ fn object(
     text: &str,
     about: &Metadata,
 ) -> io::Result<Option<Object>> {
-    let Ok(info) = NarInfo::parse(text) else { return Ok(None) };
+    let Ok(info) = NarInfo::parse(text) else {
+        return Ok(None);
+    };
     let noted = about.modified()?;
     let nar = std::fs::metadata(store.folder().nar(&info.nar_hash)).ok();
     let nar_used = nar.as_ref().and_then(|nar| nar.modified().ok());
     Ok(Some(Object {
         cache: cache.clone(),
         hash,
-        references: info.references.iter().map(crate::nix::store_path::StorePath::hash).collect(),
+        references: info
+            .references
+            .iter()
+            .map(crate::nix::store_path::StorePath::hash)
+            .collect(),
         noted,
         used: nar_used.map_or(noted, |used| used.max(noted)),
         nar: info.nar_hash,
@@ -244,14 +289,19 @@ fn object(
 }
 
 /// Removes the victims, except those that were used since the plan was made, and what these refer to.
-fn remove_objects(store: &Store, objects: &[Object], victims: &[usize]) -> io::Result<HashSet<usize>> {
+fn remove_objects(
+    store: &Store,
+    objects: &[Object],
+    victims: &[usize],
+) -> io::Result<HashSet<usize>> {
     let by_key = index(objects);
     let (mut gone, mut rescued) = (HashSet::new(), HashSet::new());
     for &n in victims {
         let object = &objects[n];
         let file = store.folder().object(&object.cache, &object.hash);
-        let unused =
-            std::fs::metadata(&file).and_then(|about| about.modified()).is_ok_and(|noted| noted == object.noted);
+        let unused = std::fs::metadata(&file)
+            .and_then(|about| about.modified())
+            .is_ok_and(|noted| noted == object.noted);
         if rescued.contains(&n) || !unused {
             // Referrers come first, so the whole closure is rescued on the way down.
             rescued.extend(references(objects, &by_key, n));
@@ -311,14 +361,33 @@ mod tests {
 
     /// The letters that go, in order.
     fn check(objects: &[Object], max_age_hours: Option<u32>, max_size: Option<u64>) -> String {
-        let limits = Limits { max_age: max_age_hours.map(|hours| HOUR * hours), max_size, grace: HOUR };
+        let limits = Limits {
+            max_age: max_age_hours.map(|hours| HOUR * hours),
+            max_size,
+            grace: HOUR,
+        };
         let victims = plan(objects, &limits, now(), now() - HOUR);
-        victims.iter().map(|n| objects[*n].hash.as_str().chars().next().expect("32 of them")).collect()
+        victims
+            .iter()
+            .map(|n| {
+                objects[*n]
+                    .hash
+                    .as_str()
+                    .chars()
+                    .next()
+                    .expect("32 of them")
+            })
+            .collect()
     }
 
     #[test]
     fn age_counts_from_the_last_use_of_any_referrer() {
-        let all = [object('a', 5, "b", 1), object('b', 90, "c", 1), object('c', 99, "", 1), object('d', 50, "", 1)];
+        let all = [
+            object('a', 5, "b", 1),
+            object('b', 90, "c", 1),
+            object('c', 99, "", 1),
+            object('d', 50, "", 1),
+        ];
         assert_eq!(check(&all, Some(48), None), "d");
         assert_eq!(check(&all, Some(4), None), "dabc");
         assert_eq!(check(&all, None, None), "");
@@ -326,7 +395,12 @@ mod tests {
 
     #[test]
     fn size_takes_the_least_recently_used_and_referrers_first() {
-        let all = [object('a', 20, "b", 10), object('b', 90, "", 10), object('c', 10, "", 10), object('d', 0, "", 10)];
+        let all = [
+            object('a', 20, "b", 10),
+            object('b', 90, "", 10),
+            object('c', 10, "", 10),
+            object('d', 0, "", 10),
+        ];
         assert_eq!(check(&all, None, Some(40)), "");
         assert_eq!(check(&all, None, Some(39)), "a");
         assert_eq!(check(&all, None, Some(20)), "ab");
@@ -335,20 +409,32 @@ mod tests {
 
     #[test]
     fn a_nar_frees_space_only_with_its_last_path() {
-        let mut all = [object('a', 30, "", 10), object('b', 20, "", 10), object('c', 10, "", 10)];
+        let mut all = [
+            object('a', 30, "", 10),
+            object('b', 20, "", 10),
+            object('c', 10, "", 10),
+        ];
         all[1].nar = all[0].nar;
         assert_eq!(check(&all, None, Some(15)), "ab");
     }
 
     #[test]
     fn no_kept_path_refers_to_a_removed_one_even_in_a_circle() {
-        let all = [object('a', 20, "ab", 10), object('b', 30, "a", 10), object('c', 10, "z", 10)];
+        let all = [
+            object('a', 20, "ab", 10),
+            object('b', 30, "a", 10),
+            object('c', 10, "z", 10),
+        ];
         assert_eq!(check(&all, None, Some(20)).len(), 2, "both of the circle");
         let chain: Vec<Object> = (0..20_u8)
             .map(|n| {
                 let letters = "0123456789abcdfghijk";
                 let letter = |n: u8| letters.as_bytes()[usize::from(n)] as char;
-                let below = if n > 0 { letter(n - 1).to_string() } else { String::new() };
+                let below = if n > 0 {
+                    letter(n - 1).to_string()
+                } else {
+                    String::new()
+                };
                 object(letter(n), u32::from(n * 7 % 20) + 2, &below, 1)
             })
             .collect();
@@ -365,15 +451,30 @@ mod tests {
     fn what_is_used_between_plan_and_removal_stays_with_its_closure() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let main = CacheName::default();
-        let opened = crate::cache_server::folder::Folder::open(folder.path(), std::slice::from_ref(&main));
+        let opened =
+            crate::cache_server::folder::Folder::open(folder.path(), std::slice::from_ref(&main));
         let (store, _) = Store::open(opened.expect("nobody has it")).expect("the disk works");
-        let mut all = [object('a', 9, "b", 1), object('b', 9, "c", 1), object('c', 9, "", 1)];
+        let mut all = [
+            object('a', 9, "b", 1),
+            object('b', 9, "c", 1),
+            object('c', 9, "", 1),
+        ];
         for object in &mut all {
             let file = store.folder().object(&main, &object.hash);
             std::fs::write(&file, "").expect("written");
-            object.noted = std::fs::metadata(&file).and_then(|about| about.modified()).expect("there");
+            object.noted = std::fs::metadata(&file)
+                .and_then(|about| about.modified())
+                .expect("there");
         }
-        let victims = plan(&all, &Limits { max_size: Some(0), ..Limits::default() }, now(), now());
+        let victims = plan(
+            &all,
+            &Limits {
+                max_size: Some(0),
+                ..Limits::default()
+            },
+            now(),
+            now(),
+        );
         assert_eq!(victims, [0, 1, 2]);
         let used = std::fs::File::open(store.folder().object(&main, &all[1].hash)).expect("there");
         used.set_modified(SystemTime::now() + HOUR).expect("ours");

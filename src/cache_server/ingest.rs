@@ -130,8 +130,15 @@ struct Intake {
 impl Intake {
     fn new(plan: Plan) -> Result<Self, Stop> {
         let sink = NarSink::new(&plan, plan.target.as_ref()).map_err(Stop::Disk)?;
-        let unpacker = Unpacker::new(plan.format, sink).map_err(|error| Stop::Packing(error.to_string()))?;
-        Ok(Self { format: plan.format, target: plan.target, unpacker, came: sha2::Sha256::new(), came_size: 0 })
+        let unpacker =
+            Unpacker::new(plan.format, sink).map_err(|error| Stop::Packing(error.to_string()))?;
+        Ok(Self {
+            format: plan.format,
+            target: plan.target,
+            unpacker,
+            came: sha2::Sha256::new(),
+            came_size: 0,
+        })
     }
 
     fn take(&mut self, bytes: &[u8]) -> Result<(), Stop> {
@@ -145,9 +152,19 @@ impl Intake {
 
     fn finish(self) -> Result<Taken, Stop> {
         let (nar_hash, nar_size, file) = self.unpacker.finish()?;
-        let came_hash = if self.format == Format::None { nar_hash } else { Sha256(self.came.finalize().into()) };
+        let came_hash = if self.format == Format::None {
+            nar_hash
+        } else {
+            Sha256(self.came.finalize().into())
+        };
         let stored = self.target.zip(file);
-        Ok(Taken { nar_hash, nar_size, came_hash, came_size: self.came_size, stored })
+        Ok(Taken {
+            nar_hash,
+            nar_size,
+            came_hash,
+            came_size: self.came_size,
+            stored,
+        })
     }
 }
 
@@ -164,7 +181,13 @@ struct NarSink {
 impl NarSink {
     fn new(plan: &Plan, target: Option<&NamedTempFile>) -> io::Result<Self> {
         let packer = target.map(|file| packer(file, plan)).transpose()?;
-        Ok(Self { hash: sha2::Sha256::new(), size: 0, limit: plan.nar_size, packer, stop: None })
+        Ok(Self {
+            hash: sha2::Sha256::new(),
+            size: 0,
+            limit: plan.nar_size,
+            packer,
+            stop: None,
+        })
     }
 
     /// Hash and size of the NAR, and its file.
@@ -174,7 +197,10 @@ impl NarSink {
             // A short NAR ends here without a file: it is not what was announced.
             Some(packer) if whole => {
                 let file = packer.finish().map_err(Stop::Disk)?;
-                Some(StoredNar { file_hash: Sha256(file.hash.finalize().into()), file_size: file.size })
+                Some(StoredNar {
+                    file_hash: Sha256(file.hash.finalize().into()),
+                    file_size: file.size,
+                })
             }
             _ => None,
         };
@@ -183,7 +209,14 @@ impl NarSink {
 }
 
 fn packer(file: &NamedTempFile, plan: &Plan) -> io::Result<Frames<Hashing>> {
-    Frames::new(plan.level, Hashing { file: file.as_file().try_clone()?, hash: sha2::Sha256::new(), size: 0 })
+    Frames::new(
+        plan.level,
+        Hashing {
+            file: file.as_file().try_clone()?,
+            hash: sha2::Sha256::new(),
+            size: 0,
+        },
+    )
 }
 
 impl Write for NarSink {
@@ -266,7 +299,9 @@ impl Unpacker {
             Self::Xz(decoder) => decoder.get_mut(),
             Self::Zstd(decoder) => decoder.get_mut(),
         };
-        sink.stop.take().unwrap_or_else(|| Stop::Packing(error.to_string()))
+        sink.stop
+            .take()
+            .unwrap_or_else(|| Stop::Packing(error.to_string()))
     }
 
     fn finish(mut self) -> Result<(Sha256, u64, Option<StoredNar>), Stop> {
@@ -280,7 +315,10 @@ impl Unpacker {
         }
         match self {
             Self::None(sink) => sink.finish(),
-            Self::Xz(decoder) => decoder.finish().map_err(|error| Stop::Packing(error.to_string()))?.finish(),
+            Self::Xz(decoder) => decoder
+                .finish()
+                .map_err(|error| Stop::Packing(error.to_string()))?
+                .finish(),
             Self::Zstd(decoder) => decoder.into_inner().finish(),
         }
     }
@@ -294,10 +332,23 @@ mod tests {
     const NAR: &[u8] = b"not really a NAR, but bytes are bytes to this module";
 
     async fn check(bytes: Vec<u8>, format: Format, nar_size: Option<u64>) -> Result<Taken, Stop> {
-        let pieces: Vec<io::Result<Bytes>> = bytes.chunks(7).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+        let pieces: Vec<io::Result<Bytes>> = bytes
+            .chunks(7)
+            .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+            .collect();
         let mut body = Incoming::new(Body::from_stream(futures_util::stream::iter(pieces)));
         let target = Some(NamedTempFile::new().expect("temporary file"));
-        ingest(&mut body, Plan { format, nar_size, target, level: 3 }).await.expect("the body is whole")
+        ingest(
+            &mut body,
+            Plan {
+                format,
+                nar_size,
+                target,
+                level: 3,
+            },
+        )
+        .await
+        .expect("the body is whole")
     }
 
     fn xz(bytes: &[u8]) -> Vec<u8> {
@@ -310,7 +361,11 @@ mod tests {
     async fn every_format_gives_the_same_nar() {
         let hash = Sha256(sha2::Sha256::digest(NAR).into());
         let zstd = zstd::encode_all(NAR, 3).expect("memory");
-        for (bytes, format) in [(NAR.to_vec(), Format::None), (xz(NAR), Format::Xz), (zstd, Format::Zstd)] {
+        for (bytes, format) in [
+            (NAR.to_vec(), Format::None),
+            (xz(NAR), Format::Xz),
+            (zstd, Format::Zstd),
+        ] {
             let came = bytes.clone();
             let taken = check(bytes, format, None).await.expect("good");
             assert_eq!((taken.nar_hash, taken.nar_size), (hash, NAR.len() as u64));
@@ -318,24 +373,47 @@ mod tests {
             let (file, nar) = taken.stored.expect("wanted");
             let stored = std::fs::read(file.path()).expect("written");
             let file_hash = Sha256(sha2::Sha256::digest(&stored).into());
-            assert_eq!(nar, StoredNar { file_hash, file_size: stored.len() as u64 });
+            assert_eq!(
+                nar,
+                StoredNar {
+                    file_hash,
+                    file_size: stored.len() as u64
+                }
+            );
             assert_eq!(zstd::decode_all(&*stored).expect("zstd"), NAR);
         }
     }
 
     #[tokio::test]
     async fn what_is_cut_or_no_archive_is_refused() {
-        for (mut bytes, format) in [(xz(NAR), Format::Xz), (zstd::encode_all(NAR, 3).expect("memory"), Format::Zstd)] {
+        for (mut bytes, format) in [
+            (xz(NAR), Format::Xz),
+            (zstd::encode_all(NAR, 3).expect("memory"), Format::Zstd),
+        ] {
             bytes.truncate(bytes.len() - 3);
-            assert!(matches!(check(bytes, format, None).await, Err(Stop::Packing(_))), "{format:?} cut");
-            assert!(matches!(check(NAR.to_vec(), format, None).await, Err(Stop::Packing(_))), "{format:?} garbage");
+            assert!(
+                matches!(check(bytes, format, None).await, Err(Stop::Packing(_))),
+                "{format:?} cut"
+            );
+            assert!(
+                matches!(
+                    check(NAR.to_vec(), format, None).await,
+                    Err(Stop::Packing(_))
+                ),
+                "{format:?} garbage"
+            );
         }
     }
 
     #[tokio::test]
     async fn more_than_announced_is_not_read_and_less_is_not_stored() {
-        assert!(matches!(check(NAR.to_vec(), Format::None, Some(5)).await, Err(Stop::TooLong)));
-        let short = check(NAR.to_vec(), Format::None, Some(500)).await.expect("told by its size");
+        assert!(matches!(
+            check(NAR.to_vec(), Format::None, Some(5)).await,
+            Err(Stop::TooLong)
+        ));
+        let short = check(NAR.to_vec(), Format::None, Some(500))
+            .await
+            .expect("told by its size");
         assert!(short.nar_size == NAR.len() as u64 && short.stored.is_none());
     }
 }

@@ -106,7 +106,11 @@ impl Default for Options {
             level: DEFAULT_LEVEL,
             priority: DEFAULT_PRIORITY,
             upstream_keys: vec![DEFAULT_UPSTREAM_KEY.to_owned()],
-            limits: Limits { max_age: None, max_size: None, grace: DEFAULT_GRACE },
+            limits: Limits {
+                max_age: None,
+                max_size: None,
+                grace: DEFAULT_GRACE,
+            },
             gc_interval: DEFAULT_GC_INTERVAL,
             log: Sink::silent(),
         }
@@ -150,11 +154,14 @@ impl Explain for OpenError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Folder(error) => error.hint(),
-            Self::Tokens(_) => {
-                Some("Each line of the file is `<scope> <token> [<cache>]`, scope `read` or `write`.".into())
-            }
+            Self::Tokens(_) => Some(
+                "Each line of the file is `<scope> <token> [<cache>]`, scope `read` or `write`."
+                    .into(),
+            ),
             Self::KeyFile { .. } => None,
-            Self::Key { .. } => Some("Restore the file (`nix key generate-secret` makes its format).".into()),
+            Self::Key { .. } => {
+                Some("Restore the file (`nix key generate-secret` makes its format).".into())
+            }
         }
     }
 }
@@ -180,23 +187,35 @@ impl Server {
             None => (folder.tokens(), Tokens::open_or_create(&folder.tokens())?),
         };
         if is_open_to_others(&tokens_file) {
-            let text = format!("`{}` can be read by other users; `chmod 600` it", tokens_file.display());
+            let text = format!(
+                "`{}` can be read by other users; `chmod 600` it",
+                tokens_file.display()
+            );
             options.log.degraded("tokens", text);
         }
         let mut caches = Vec::new();
         for name in &options.caches {
-            caches.push(Cache { name: name.clone(), key: open_key(&folder.key(name), name)? });
+            caches.push(Cache {
+                name: name.clone(),
+                key: open_key(&folder.key(name), name)?,
+            });
         }
-        let (store, taken_back) =
-            Store::open(folder).map_err(|source| FolderError::Unusable { folder: root, source })?;
+        let (store, taken_back) = Store::open(folder).map_err(|source| FolderError::Unusable {
+            folder: root,
+            source,
+        })?;
         if let Some(paths) = taken_back {
             let paths = crate::text::count(paths, "path");
-            let text =
-                format!("the machine ended while the cache ran; taken back, since what came last may be torn: {paths}");
+            let text = format!(
+                "the machine ended while the cache ran; taken back, since what came last may be torn: {paths}"
+            );
             options.log.degraded("crash", text);
         }
         let store = Arc::new(store);
-        Ok(Self { state: Arc::new(State::new(store, tokens, caches, options)), tokens_file })
+        Ok(Self {
+            state: Arc::new(State::new(store, tokens, caches, options)),
+            tokens_file,
+        })
     }
 
     fn write_token(&self) -> Option<&Secret> {
@@ -204,7 +223,11 @@ impl Server {
     }
 
     fn public_keys(&self) -> Vec<(String, PublicKey)> {
-        self.state.caches.iter().map(|(name, cache)| (name.clone(), cache.key.public())).collect()
+        self.state
+            .caches
+            .iter()
+            .map(|(name, cache)| (name.clone(), cache.key.public()))
+            .collect()
     }
 
     /// Answers on a listener from now on, and collects garbage now and at every interval.
@@ -216,7 +239,14 @@ impl Server {
         let (public_keys, write_token) = (self.public_keys(), self.write_token().cloned());
         let stop = CancellationToken::new();
         let tasks = tokio::spawn(run(self.state, listener, stop.clone()));
-        Ok(Serving { address, public_keys, write_token, tokens_file: self.tokens_file, stop, tasks })
+        Ok(Serving {
+            address,
+            public_keys,
+            write_token,
+            tokens_file: self.tokens_file,
+            stop,
+            tasks,
+        })
     }
 }
 
@@ -253,7 +283,10 @@ impl Serving {
 
     /// The public key of one cache.
     pub fn public_key(&self, cache: &str) -> Option<&PublicKey> {
-        self.public_keys.iter().find(|(name, _)| name == cache).map(|(_, key)| key)
+        self.public_keys
+            .iter()
+            .find(|(name, _)| name == cache)
+            .map(|(_, key)| key)
     }
 
     /// A token that may write to every cache, if the tokens' file has one.
@@ -285,7 +318,11 @@ async fn run(state: Arc<State>, listener: TcpListener, stop: CancellationToken) 
 }
 
 async fn settle_regularly(state: Arc<State>, stop: CancellationToken) {
-    while stop.run_until_cancelled(tokio::time::sleep(SETTLE_INTERVAL)).await.is_some() {
+    while stop
+        .run_until_cancelled(tokio::time::sleep(SETTLE_INTERVAL))
+        .await
+        .is_some()
+    {
         settle(&state, Store::settle).await;
     }
 }
@@ -298,7 +335,8 @@ async fn settle(state: &Arc<State>, how: fn(&Store) -> io::Result<()>) {
         Err(error) if error.is_cancelled() => "the server was to end at once".to_owned(),
         Err(error) => error.to_string(),
     };
-    let text = format!("what came lately may not be on the disk, and would go with the machine: {broken}");
+    let text =
+        format!("what came lately may not be on the disk, and would go with the machine: {broken}");
     state.options.log.degraded("disk", text);
 }
 
@@ -313,8 +351,14 @@ async fn collect_regularly(state: Arc<State>, stop: CancellationToken) {
         let (store, limits) = (Arc::clone(&state.store), state.options.limits);
         match tokio::task::spawn_blocking(move || garbage::collect(&store, &limits, true)).await {
             Ok(Ok(done)) => state.options.log.note(done.to_string()),
-            Ok(Err(error)) => state.options.log.degraded("gc", format!("garbage collection stopped: {error}")),
-            Err(error) => state.options.log.degraded("gc", format!("garbage collection broke: {error}")),
+            Ok(Err(error)) => state
+                .options
+                .log
+                .degraded("gc", format!("garbage collection stopped: {error}")),
+            Err(error) => state
+                .options
+                .log
+                .degraded("gc", format!("garbage collection broke: {error}")),
         }
     }
 }
@@ -324,7 +368,10 @@ async fn collect_regularly(state: Arc<State>, stop: CancellationToken) {
 /// # Errors
 /// When a server has the folder, or the disk fails.
 pub fn collect(folder: &Path, limits: &Limits) -> Result<Collected, FolderError> {
-    let unusable = |source| FolderError::Unusable { folder: folder.to_owned(), source };
+    let unusable = |source| FolderError::Unusable {
+        folder: folder.to_owned(),
+        source,
+    };
     let (store, _) = Store::open(Folder::open(folder, &[])?).map_err(unusable)?;
     let collected = garbage::collect(&store, limits, false).map_err(unusable)?;
     store.close().map_err(unusable)?;
@@ -336,8 +383,14 @@ fn is_open_to_others(file: &Path) -> bool {
 }
 
 fn open_key(file: &Path, cache: &CacheName) -> Result<SecretKey, OpenError> {
-    let key_error = |source| OpenError::Key { file: file.to_owned(), source };
-    let file_error = |source| OpenError::KeyFile { file: file.to_owned(), source };
+    let key_error = |source| OpenError::Key {
+        file: file.to_owned(),
+        source,
+    };
+    let file_error = |source| OpenError::KeyFile {
+        file: file.to_owned(),
+        source,
+    };
     match std::fs::read_to_string(file) {
         Ok(text) => SecretKey::parse(&text).map_err(key_error),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -378,9 +431,18 @@ async fn log(Extract(state): Extract<Arc<State>>, request: Request, next: Next) 
     let moved = response.extensions().get::<Moved>().copied();
     // A substituter asks for what is not there all the time.
     if moved.is_some() || (status.as_u16() >= 400 && status.as_u16() != 404) {
-        let (size, took) = (moved.map_or(0, |moved| moved.0), begun.elapsed().as_millis());
-        let cause = response.extensions().get::<Cause>().map_or(String::new(), |cause| format!(" ({})", cause.0));
-        state.options.log.note(format!("{method} {path} {} {size} B {took} ms{cause}", status.as_u16()));
+        let (size, took) = (
+            moved.map_or(0, |moved| moved.0),
+            begun.elapsed().as_millis(),
+        );
+        let cause = response
+            .extensions()
+            .get::<Cause>()
+            .map_or(String::new(), |cause| format!(" ({})", cause.0));
+        state.options.log.note(format!(
+            "{method} {path} {} {size} B {took} ms{cause}",
+            status.as_u16()
+        ));
     }
     response
 }
@@ -395,19 +457,35 @@ mod tests {
         let mut known = None;
         for _ in 0..2 {
             let open = || Server::open(folder.path(), Options::default());
-            let in_use = |error: &OpenError| matches!(error, OpenError::Folder(FolderError::InUse(_)));
+            let in_use =
+                |error: &OpenError| matches!(error, OpenError::Folder(FolderError::InUse(_)));
             let server = folder::when_free(open, in_use);
             assert!(open().is_err_and(|error| in_use(&error)));
-            let serving =
-                server.serve(TcpListener::bind("127.0.0.1:0").await.expect("loopback")).expect("has an address");
-            let client = crate::http::client(&crate::http::Roots::default()).expect("settings hold");
-            let token = serving.write_token().expect("the first start makes one").clone();
+            let serving = server
+                .serve(TcpListener::bind("127.0.0.1:0").await.expect("loopback"))
+                .expect("has an address");
+            let client =
+                crate::http::client(&crate::http::Roots::default()).expect("settings hold");
+            let token = serving
+                .write_token()
+                .expect("the first start makes one")
+                .clone();
             let ask = serde_json::json!({"cache": "main", "store_path_hashes": []});
-            let request = client.post(format!("{}/_api/v1/get-missing-paths", serving.url())).json(&ask);
-            let answer = request.bearer_auth(token.expose()).send().await.expect("it answers");
+            let request = client
+                .post(format!("{}/_api/v1/get-missing-paths", serving.url()))
+                .json(&ask);
+            let answer = request
+                .bearer_auth(token.expose())
+                .send()
+                .await
+                .expect("it answers");
             assert_eq!(answer.status(), 200);
             let key = serving.public_key("main").expect("served").clone();
-            assert_eq!(known.get_or_insert_with(|| (key.clone(), token.clone())), &(key, token), "the same again");
+            assert_eq!(
+                known.get_or_insert_with(|| (key.clone(), token.clone())),
+                &(key, token),
+                "the same again"
+            );
             serving.stop().await;
         }
     }

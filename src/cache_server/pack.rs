@@ -19,7 +19,10 @@ pub struct Packers {
 impl Packers {
     /// For this level of zstd.
     pub fn new(level: i32) -> Self {
-        Self { level, spare: Mutex::default() }
+        Self {
+            level,
+            spare: Mutex::default(),
+        }
     }
 
     /// One frame, with its checksum and its content's size, as each of a NAR that comes in pieces has.
@@ -27,7 +30,11 @@ impl Packers {
     /// # Errors
     /// When memory fails.
     pub fn pack(&self, nar: &[u8]) -> io::Result<Vec<u8>> {
-        let spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let spare = self
+            .spare
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
         let mut packer = spare.map_or_else(|| self.fresh(), Ok)?;
         let packed = packer.compress(nar)?;
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,7 +57,9 @@ fn compressor(level: i32) -> io::Result<Compressor<'static>> {
 
 impl fmt::Debug for Packers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Packers").field("level", &self.level).finish_non_exhaustive()
+        f.debug_struct("Packers")
+            .field("level", &self.level)
+            .finish_non_exhaustive()
     }
 }
 
@@ -74,13 +83,21 @@ impl<W: Write> Frames<W> {
     pub fn new(level: i32, out: W) -> io::Result<Self> {
         // As far as the level looks back, or some more.
         let size = if level <= 5 { 2 << 20 } else { 8 << 20 };
-        Ok(Self { packer: compressor(level)?, size, gathered: Vec::new(), packed: Vec::new(), begun: false, out })
+        Ok(Self {
+            packer: compressor(level)?,
+            size,
+            gathered: Vec::new(),
+            packed: Vec::new(),
+            begun: false,
+            out,
+        })
     }
 
     fn pack(&mut self) -> io::Result<()> {
         self.packed.clear();
         self.packed.reserve(compress_bound(self.gathered.len()));
-        self.packer.compress_to_buffer(&self.gathered, &mut self.packed)?;
+        self.packer
+            .compress_to_buffer(&self.gathered, &mut self.packed)?;
         self.begun = true;
         self.gathered.clear();
         self.out.write_all(&self.packed)
@@ -120,12 +137,22 @@ mod tests {
     #[test]
     fn a_compressor_that_was_used_packs_as_a_new_one() {
         let packers = Packers::new(3);
-        let nars = [b"first".repeat(1000), b"other".repeat(50), Vec::new(), vec![7; 256 * 1024]];
+        let nars = [
+            b"first".repeat(1000),
+            b"other".repeat(50),
+            Vec::new(),
+            vec![7; 256 * 1024],
+        ];
         for nar in &nars {
             let packed = packers.pack(nar).expect("memory");
             assert_eq!(packed, Packers::new(3).pack(nar).expect("memory"));
             assert_eq!(zstd::decode_all(&*packed).expect("zstd"), *nar);
-            assert_eq!(zstd::zstd_safe::get_frame_content_size(&packed).ok().flatten(), Some(nar.len() as u64));
+            assert_eq!(
+                zstd::zstd_safe::get_frame_content_size(&packed)
+                    .ok()
+                    .flatten(),
+                Some(nar.len() as u64)
+            );
         }
         assert_eq!(packers.spare.lock().expect("sound").len(), 1);
     }
@@ -133,7 +160,14 @@ mod tests {
     #[test]
     fn what_comes_in_pieces_unpacks_to_the_same_wherever_a_frame_ends() {
         const FRAME: usize = 2 << 20;
-        for (length, frames) in [(0, 1), (1, 1), (FRAME - 1, 1), (FRAME, 1), (FRAME + 1, 2), (2 * FRAME, 2)] {
+        for (length, frames) in [
+            (0, 1),
+            (1, 1),
+            (FRAME - 1, 1),
+            (FRAME, 1),
+            (FRAME + 1, 2),
+            (2 * FRAME, 2),
+        ] {
             let nar: Vec<u8> = (0..length).map(|at| (at / 3 * 7) as u8).collect();
             let mut packer = Frames::new(3, Vec::new()).expect("memory");
             for piece in nar.chunks(100_000) {

@@ -23,7 +23,12 @@ pub struct Cause(pub String);
 
 impl Refusal {
     fn new(status: StatusCode, error: &'static str, message: impl Into<String>) -> Self {
-        Self { status, error, message: message.into(), cause: None }
+        Self {
+            status,
+            error,
+            message: message.into(),
+            cause: None,
+        }
     }
 
     /// 400: the request makes no sense.
@@ -33,37 +38,65 @@ impl Refusal {
 
     /// 401: nobody we know, and nothing here is for everybody.
     pub fn unauthorized() -> Self {
-        Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", "this needs a token that may use this cache")
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            "Unauthorized",
+            "this needs a token that may use this cache",
+        )
     }
 
     /// 403: readable, but not for this.
     pub fn forbidden() -> Self {
-        Self::new(StatusCode::FORBIDDEN, "AccessError", "this token may not write to this cache")
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "AccessError",
+            "this token may not write to this cache",
+        )
     }
 
     /// 404: no such cache.
     pub fn no_cache() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "NoSuchCache", "there is no such cache here")
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "NoSuchCache",
+            "there is no such cache here",
+        )
     }
 
     /// 404: no such object.
     pub fn no_object() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "NoSuchObject", "this cache has no such object")
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "NoSuchObject",
+            "this cache has no such object",
+        )
     }
 
     /// 404: no such address.
     pub fn not_found() -> Self {
-        Self::new(StatusCode::NOT_FOUND, "NotFound", "there is nothing at this address")
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "NotFound",
+            "there is nothing at this address",
+        )
     }
 
     /// 405: the address is known, the method is not.
     pub fn method() -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed", "this address does not take this method")
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "MethodNotAllowed",
+            "this address does not take this method",
+        )
     }
 
     /// 408: the body stopped moving.
     pub fn idle() -> Self {
-        Self::new(StatusCode::REQUEST_TIMEOUT, "RequestTimeout", "the request's body stopped arriving")
+        Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "RequestTimeout",
+            "the request's body stopped arriving",
+        )
     }
 
     /// 413: more than this address takes.
@@ -74,7 +107,11 @@ impl Refusal {
 
     /// 415: a format that this server does not take.
     pub fn media_type(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", message)
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "UnsupportedMediaType",
+            message,
+        )
     }
 
     /// 422: JSON, but not the JSON that is wanted.
@@ -93,7 +130,11 @@ impl Refusal {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "the cache's disk is full",
             _ => "the cache could not use its folder",
         };
-        let mut refusal = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message);
+        let mut refusal = Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "InternalServerError",
+            message,
+        );
         refusal.cause = Some(error.to_string());
         refusal
     }
@@ -113,10 +154,14 @@ impl IntoResponse for Refusal {
         response.extensions_mut().insert(Cause(cause));
         if self.status == StatusCode::UNAUTHORIZED {
             let realm = HeaderValue::from_static("Basic realm=\"flywheel\"");
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, realm);
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, realm);
         }
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
     }

@@ -36,7 +36,11 @@ pub enum Cost {
 impl Cost {
     /// Of a NAR that comes as it is.
     pub fn of(nar_size: u64) -> Self {
-        if nar_size < SMALL { Self::Small } else { Self::Large }
+        if nar_size < SMALL {
+            Self::Small
+        } else {
+            Self::Large
+        }
     }
 
     fn places(self) -> u32 {
@@ -77,9 +81,20 @@ pub struct State {
 impl State {
     /// A server that has done nothing yet.
     pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
-        let caches = caches.into_iter().map(|cache| (cache.name.to_string(), cache)).collect();
+        let caches = caches
+            .into_iter()
+            .map(|cache| (cache.name.to_string(), cache))
+            .collect();
         let packers = Arc::new(Packers::new(options.level));
-        Self { store, tokens, caches, options, packers, places: Semaphore::new(PLACES), brief: Brief::default() }
+        Self {
+            store,
+            tokens,
+            caches,
+            options,
+            packers,
+            places: Semaphore::new(PLACES),
+            brief: Brief::default(),
+        }
     }
 
     /// The cache, if the request may read it (`Scope::Read`) or write to it.
@@ -87,7 +102,12 @@ impl State {
     /// # Errors
     /// 401 when the cache is not there for this client, 403 when it may read it only, 404 when it
     /// may do anything and there is no such cache. As Attic answers, so that clients learn the same.
-    pub fn authorise(&self, headers: &HeaderMap, cache: &str, scope: Scope) -> Result<&Cache, Refusal> {
+    pub fn authorise(
+        &self,
+        headers: &HeaderMap,
+        cache: &str,
+        scope: Scope,
+    ) -> Result<&Cache, Refusal> {
         let token = token(headers);
         let granted = self.tokens.allow(token.as_ref(), cache, scope);
         match (self.caches.get(cache), granted) {
@@ -95,7 +115,8 @@ impl State {
             (None, true) => Err(Refusal::no_cache()),
             (None, false) => Err(Refusal::unauthorized()),
             (Some(found), false) => {
-                let readable = self.options.public || self.tokens.allow(token.as_ref(), cache, Scope::Read);
+                let readable =
+                    self.options.public || self.tokens.allow(token.as_ref(), cache, Scope::Read);
                 match scope {
                     Scope::Read if readable => Ok(found),
                     Scope::Write if readable => Err(Refusal::forbidden()),
@@ -135,28 +156,41 @@ impl State {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn brief<T, E>(&self, call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static) -> Result<T, Refusal>
+    pub async fn brief<T, E>(
+        &self,
+        call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, Refusal>
     where
         T: Send + 'static,
         E: Into<Refusal> + Send + 'static,
     {
         let store = Arc::clone(&self.store);
-        let ended = self.brief.run(self.store.is_shut(), move || call(&store)).await;
-        ended.map_err(|error| Refusal::internal(&std::io::Error::other(error)))?.map_err(Into::into)
+        let ended = self
+            .brief
+            .run(self.store.is_shut(), move || call(&store))
+            .await;
+        ended
+            .map_err(|error| Refusal::internal(&std::io::Error::other(error)))?
+            .map_err(Into::into)
     }
 
     /// Runs a call of the store on a thread that may block.
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn blocking<T, E>(&self, call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static) -> Result<T, Refusal>
+    pub async fn blocking<T, E>(
+        &self,
+        call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, Refusal>
     where
         T: Send + 'static,
         E: Into<Refusal> + Send + 'static,
     {
         let store = Arc::clone(&self.store);
         let ended = tokio::task::spawn_blocking(move || call(&store)).await;
-        ended.map_err(|error| Refusal::internal(&std::io::Error::other(error)))?.map_err(Into::into)
+        ended
+            .map_err(|error| Refusal::internal(&std::io::Error::other(error)))?
+            .map_err(Into::into)
     }
 }
 

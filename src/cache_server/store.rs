@@ -67,7 +67,12 @@ impl Store {
     /// When the disk fails.
     pub fn open(folder: Folder) -> io::Result<(Self, Option<u64>)> {
         let (durable, taken_back) = Durable::open(&folder)?;
-        let store = Self { folder, durable, gate: RwLock::default(), publishing: Mutex::default() };
+        let store = Self {
+            folder,
+            durable,
+            gate: RwLock::default(),
+            publishing: Mutex::default(),
+        };
         if taken_back.is_some() {
             // The NARs that are not claimed any more may be torn: nobody may take them for known.
             garbage::collect(&store, &Limits::default(), false)?;
@@ -124,9 +129,13 @@ impl Store {
 
     fn look(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
         let file = self.folder.object(cache, hash);
-        let Some(text) = there(std::fs::read_to_string(&file))? else { return Ok(None) };
+        let Some(text) = there(std::fs::read_to_string(&file))? else {
+            return Ok(None);
+        };
         // A file that is no narinfo was not written by us: it counts as absent, so that it is replaced.
-        let Ok(info) = NarInfo::parse(&text) else { return Ok(None) };
+        let Ok(info) = NarInfo::parse(&text) else {
+            return Ok(None);
+        };
         if !self.folder.nar(&info.nar_hash).exists() {
             return Ok(None);
         }
@@ -157,7 +166,9 @@ impl Store {
     pub fn known_nar(&self, hash: &Sha256) -> io::Result<Option<StoredNar>> {
         let _kept = self.keep();
         let path = self.folder.nar(hash);
-        let Some(file) = there(File::open(&path))? else { return Ok(None) };
+        let Some(file) = there(File::open(&path))? else {
+            return Ok(None);
+        };
         touch(&path, Duration::ZERO)?;
         measure(file).map(Some)
     }
@@ -166,10 +177,18 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
-    pub fn publish_nar(&self, file: NamedTempFile, hash: &Sha256, nar: StoredNar) -> io::Result<StoredNar> {
+    pub fn publish_nar(
+        &self,
+        file: NamedTempFile,
+        hash: &Sha256,
+        nar: StoredNar,
+    ) -> io::Result<StoredNar> {
         let epoch = self.durable.begin();
         {
-            let _alone = self.publishing.lock().unwrap_or_else(PoisonError::into_inner);
+            let _alone = self
+                .publishing
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let path = self.folder.nar(hash);
             if !path.exists() {
                 file.persist(&path)?;
@@ -189,7 +208,14 @@ impl Store {
         let file_hash = Sha256(sha2::Sha256::digest(packed).into());
         let mut file = self.folder.temporary()?;
         file.write_all(packed)?;
-        self.publish_nar(file, hash, StoredNar { file_hash, file_size: packed.len() as u64 })
+        self.publish_nar(
+            file,
+            hash,
+            StoredNar {
+                file_hash,
+                file_size: packed.len() as u64,
+            },
+        )
     }
 
     /// Makes a path visible, after its NAR. What it refers to counts as used from now on.
@@ -206,7 +232,10 @@ impl Store {
         }
         for reference in &path.references {
             // A reference that is not here, or not yet, is the client's affair.
-            there(touch(&self.folder.object(cache, &reference.hash()), Duration::ZERO))?;
+            there(touch(
+                &self.folder.object(cache, &reference.hash()),
+                Duration::ZERO,
+            ))?;
         }
         let marker = self.folder.marker(cache, &path.nar_hash);
         let linked = mark(&marker, &nar_file)?;
@@ -244,7 +273,9 @@ impl Store {
             return Ok(None);
         }
         let path = self.folder.nar(hash);
-        let Some(file) = there(File::open(&path))? else { return Ok(None) };
+        let Some(file) = there(File::open(&path))? else {
+            return Ok(None);
+        };
         // It may be removed between the two; the open file stays readable.
         there(touch(&path, TOUCH_INTERVAL))?;
         let size = file.metadata()?.len();
@@ -256,8 +287,15 @@ impl Store {
     /// # Errors
     /// When the disk fails.
     pub fn note_upload(&self, cache: &CacheName, name: &str, upload: &Upload) -> io::Result<()> {
-        let Upload { nar_hash, nar_size, came_hash, came_size } = upload;
-        let text = format!("NarHash: {nar_hash}\nNarSize: {nar_size}\nFileHash: {came_hash}\nFileSize: {came_size}\n");
+        let Upload {
+            nar_hash,
+            nar_size,
+            came_hash,
+            came_size,
+        } = upload;
+        let text = format!(
+            "NarHash: {nar_hash}\nNarSize: {nar_size}\nFileHash: {came_hash}\nFileSize: {came_size}\n"
+        );
         let (epoch, file) = (self.durable.begin(), self.folder.uploads(cache).join(name));
         self.folder.write_whole(&file, &text)?;
         epoch.came(file);
@@ -271,8 +309,12 @@ impl Store {
     pub fn upload(&self, cache: &CacheName, name: &str) -> io::Result<Option<Upload>> {
         let _kept = self.keep();
         let path = self.folder.uploads(cache).join(name);
-        let Some(text) = there(std::fs::read_to_string(&path))? else { return Ok(None) };
-        let Some(upload) = parse_upload(&text) else { return Ok(None) };
+        let Some(text) = there(std::fs::read_to_string(&path))? else {
+            return Ok(None);
+        };
+        let Some(upload) = parse_upload(&text) else {
+            return Ok(None);
+        };
         let nar = there(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
         touch(&path, Duration::ZERO)?;
         Ok(nar.map(|()| upload))
@@ -309,7 +351,10 @@ fn narinfo(path: &PathInfo, nar: StoredNar) -> NarInfo {
 }
 
 fn parse_upload(text: &str) -> Option<Upload> {
-    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    };
     Some(Upload {
         nar_hash: Sha256::parse(field("NarHash")?).ok()?,
         nar_size: field("NarSize")?.parse().ok()?,
@@ -323,7 +368,12 @@ fn measure(mut file: File) -> io::Result<StoredNar> {
     let mut buffer = vec![0; 128 * 1024];
     loop {
         match file.read(&mut buffer)? {
-            0 => return Ok(StoredNar { file_hash: Sha256(hash.finalize().into()), file_size }),
+            0 => {
+                return Ok(StoredNar {
+                    file_hash: Sha256(hash.finalize().into()),
+                    file_size,
+                });
+            }
             read => {
                 hash.update(&buffer[..read]);
                 file_size += read as u64;
@@ -337,7 +387,11 @@ fn touch(path: &Path, interval: Duration) -> io::Result<()> {
     let now = SystemTime::now();
     let noted = std::fs::metadata(path)?.modified()?;
     // A time in the future (the clock was set back) is put right as well.
-    if now.duration_since(noted).is_ok_and(|since| since <= interval) && !interval.is_zero() {
+    if now
+        .duration_since(noted)
+        .is_ok_and(|since| since <= interval)
+        && !interval.is_zero()
+    {
         return Ok(());
     }
     File::open(path)?.set_modified(now)

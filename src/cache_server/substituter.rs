@@ -37,7 +37,10 @@ pub async fn cache_info(
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
     readable(&shared, &headers, &cache)?;
-    let text = format!("WantMassQuery: 1\nStoreDir: {STORE_DIR}\nPriority: {}\n", shared.options.priority);
+    let text = format!(
+        "WantMassQuery: 1\nStoreDir: {STORE_DIR}\nPriority: {}\n",
+        shared.options.priority
+    );
     Ok(answer(&shared, "text/x-nix-cache-info", text.into()))
 }
 
@@ -53,16 +56,23 @@ pub async fn get_narinfo(
     let cache = readable(&shared, &headers, &cache)?;
     let hash = path_hash(&file)?;
     let name = cache.name.clone();
-    let info = shared.brief(move |store| store.object(&name, &hash)).await?;
+    let info = shared
+        .brief(move |store| store.object(&name, &hash))
+        .await?;
     let info = sign(info.ok_or_else(Refusal::no_object)?, cache);
-    Ok(answer(&shared, "text/x-nix-narinfo", info.to_string().into()))
+    Ok(answer(
+        &shared,
+        "text/x-nix-narinfo",
+        info.to_string().into(),
+    ))
 }
 
 /// Foreign signatures stay, ours comes last and once.
 fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
     let text = fingerprint(&info.path, &info.nar_hash, info.nar_size, &info.references);
     let ours = format!("{}:", cache.key.public().name());
-    info.signatures.retain(|signature| !signature.starts_with(&ours));
+    info.signatures
+        .retain(|signature| !signature.starts_with(&ours));
     info.signatures.push(cache.key.sign(&text));
     info
 }
@@ -80,16 +90,25 @@ pub async fn get_nar(
     let name = cache.name.clone();
     let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
     if let Some(hash) = ours
-        && let Some((nar, size)) = shared.brief(move |store| store.open_nar(&name, &hash)).await?
+        && let Some((nar, size)) = shared
+            .brief(move |store| store.open_nar(&name, &hash))
+            .await?
     {
         let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(nar), READ_BUFFER);
         let mut response = answer(&shared, "application/x-nix-nar", Body::from_stream(pieces));
-        response.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(size));
+        response
+            .headers_mut()
+            .insert(header::CONTENT_LENGTH, HeaderValue::from(size));
         return Ok(response);
     }
     let name = cache.name.clone();
     let sent = request.method() == axum::http::Method::HEAD && arriving(&file).is_ok();
-    if sent && shared.blocking(move |store| store.upload(&name, &file)).await?.is_some() {
+    if sent
+        && shared
+            .blocking(move |store| store.upload(&name, &file))
+            .await?
+            .is_some()
+    {
         return Ok(answer(&shared, "application/x-nix-nar", Body::empty()));
     }
     Err(Refusal::no_object())
@@ -106,7 +125,10 @@ pub async fn put_nar(
     request: Request,
 ) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let cache = shared.authorise(&parts.headers, &cache, Scope::Write)?.name.clone();
+    let cache = shared
+        .authorise(&parts.headers, &cache, Scope::Write)?
+        .name
+        .clone();
     let (hash, format) = arriving(&file)?;
     check_length(&parts.headers, None)?;
     let _place = shared.upload_place(Cost::Packed).await?;
@@ -117,7 +139,9 @@ pub async fn put_nar(
         came_hash: taken.came_hash,
         came_size: taken.came_size,
     };
-    shared.blocking(move |store| store.note_upload(&cache, &file, &upload)).await?;
+    shared
+        .blocking(move |store| store.note_upload(&cache, &file, &upload))
+        .await?;
     Ok(created(upload.came_size))
 }
 
@@ -131,31 +155,51 @@ pub async fn put_narinfo(
     request: Request,
 ) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let cache = shared.authorise(&parts.headers, &cache, Scope::Write)?.name.clone();
+    let cache = shared
+        .authorise(&parts.headers, &cache, Scope::Write)?
+        .name
+        .clone();
     let hash = path_hash(&file).map_err(|_| Refusal::method())?;
     let text = Incoming::new(body).all(NARINFO_LIMIT).await?;
     let text = String::from_utf8(text).map_err(|_| Refusal::request("the narinfo is not UTF-8"))?;
     let info = NarInfo::parse(&text).map_err(|error| Refusal::request(error.to_string()))?;
     if info.path.hash() != hash {
-        return Err(Refusal::request(format!("the narinfo is of `{}`", info.path)));
+        return Err(Refusal::request(format!(
+            "the narinfo is of `{}`",
+            info.path
+        )));
     }
-    let name = info.url.strip_prefix("nar/").filter(|name| arriving(name).is_ok()).map(str::to_owned);
-    let name = name.ok_or_else(|| Refusal::request("the narinfo's `URL` is not `nar/<file hash>.nar…`"))?;
+    let name = info
+        .url
+        .strip_prefix("nar/")
+        .filter(|name| arriving(name).is_ok())
+        .map(str::to_owned);
+    let name =
+        name.ok_or_else(|| Refusal::request("the narinfo's `URL` is not `nar/<file hash>.nar…`"))?;
     let of = cache.clone();
-    let upload = shared.blocking(move |store| store.upload(&of, &name)).await?;
-    let upload = upload.ok_or_else(|| Refusal::request("the narinfo's NAR was not sent before it"))?;
+    let upload = shared
+        .blocking(move |store| store.upload(&of, &name))
+        .await?;
+    let upload =
+        upload.ok_or_else(|| Refusal::request("the narinfo's NAR was not sent before it"))?;
     check_fit(&info, &upload)?;
     let path = check_narinfo(info).map_err(|error| Refusal::request(error.to_string()))?;
     let nar_hash = path.nar_hash;
-    let nar = shared.blocking(move |store| store.known_nar(&nar_hash)).await?;
-    let nar = nar.ok_or_else(|| Refusal::busy("the NAR was removed before it was claimed; send it again"))?;
+    let nar = shared
+        .blocking(move |store| store.known_nar(&nar_hash))
+        .await?;
+    let nar = nar
+        .ok_or_else(|| Refusal::busy("the NAR was removed before it was claimed; send it again"))?;
     commit(&shared, &cache, path, nar).await?;
     Ok(created(text.len() as u64))
 }
 
 fn check_fit(info: &NarInfo, upload: &Upload) -> Result<(), Refusal> {
-    let wrong =
-        |field: &str| Err(Refusal::request(format!("the narinfo's `{field}` is not that of the NAR that came")));
+    let wrong = |field: &str| {
+        Err(Refusal::request(format!(
+            "the narinfo's `{field}` is not that of the NAR that came"
+        )))
+    };
     if info.nar_hash != upload.nar_hash {
         wrong("NarHash")
     } else if info.nar_size != upload.nar_size {
@@ -170,7 +214,11 @@ fn check_fit(info: &NarInfo, upload: &Upload) -> Result<(), Refusal> {
 }
 
 /// A substituter learns of a cache that is not there what it learns of a path that is not there.
-fn readable<'a>(shared: &'a Shared, headers: &HeaderMap, cache: &str) -> Result<&'a Cache, Refusal> {
+fn readable<'a>(
+    shared: &'a Shared,
+    headers: &HeaderMap,
+    cache: &str,
+) -> Result<&'a Cache, Refusal> {
     if !shared.caches.contains_key(cache) {
         return Err(Refusal::no_cache());
     }
@@ -178,18 +226,23 @@ fn readable<'a>(shared: &'a Shared, headers: &HeaderMap, cache: &str) -> Result<
 }
 
 fn path_hash(file: &str) -> Result<PathHash, Refusal> {
-    let hash = file.strip_suffix(".narinfo").ok_or_else(Refusal::not_found)?;
+    let hash = file
+        .strip_suffix(".narinfo")
+        .ok_or_else(Refusal::not_found)?;
     PathHash::parse(hash).map_err(|_| Refusal::no_object())
 }
 
 fn nar_hash(text: &str) -> Option<Sha256> {
-    (text.len() == 52).then(|| Sha256::parse(&format!("sha256:{text}")).ok()).flatten()
+    (text.len() == 52)
+        .then(|| Sha256::parse(&format!("sha256:{text}")).ok())
+        .flatten()
 }
 
 /// `<file hash>.nar[.<packing>]`, as Nix names what it sends.
 fn arriving(file: &str) -> Result<(Sha256, Format), Refusal> {
     let (stem, packing) = file.split_once('.').unwrap_or((file, ""));
-    let hash = nar_hash(stem).ok_or_else(|| Refusal::request("a NAR's name is `<file hash in base32>.nar…`"))?;
+    let hash = nar_hash(stem)
+        .ok_or_else(|| Refusal::request("a NAR's name is `<file hash in base32>.nar…`"))?;
     match packing {
         "nar" => Ok((hash, Format::None)),
         "nar.xz" => Ok((hash, Format::Xz)),
@@ -202,9 +255,14 @@ fn arriving(file: &str) -> Result<(Sha256, Format), Refusal> {
 
 fn answer(shared: &Shared, kind: &'static str, body: Body) -> Response {
     let mut response = body.into_response();
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     if shared.options.public {
-        response.headers_mut().insert("x-attic-cache-visibility", HeaderValue::from_static("public"));
+        response.headers_mut().insert(
+            "x-attic-cache-visibility",
+            HeaderValue::from_static("public"),
+        );
     }
     response
 }

@@ -81,11 +81,18 @@ impl Tokens {
             Ok(text) => Self::parse(&text, file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let text = new_file_text()?;
-                write_private(file, text.expose().as_bytes())
-                    .map_err(|source| TokenError::File { file: file.to_owned(), source })?;
+                write_private(file, text.expose().as_bytes()).map_err(|source| {
+                    TokenError::File {
+                        file: file.to_owned(),
+                        source,
+                    }
+                })?;
                 Self::parse(text.expose(), file)
             }
-            Err(source) => Err(TokenError::File { file: file.to_owned(), source }),
+            Err(source) => Err(TokenError::File {
+                file: file.to_owned(),
+                source,
+            }),
         }
     }
 
@@ -94,17 +101,31 @@ impl Tokens {
     /// # Errors
     /// As [`Tokens::open_or_create`].
     pub fn open(file: &Path) -> Result<Self, TokenError> {
-        let text =
-            std::fs::read_to_string(file).map_err(|source| TokenError::File { file: file.to_owned(), source })?;
+        let text = std::fs::read_to_string(file).map_err(|source| TokenError::File {
+            file: file.to_owned(),
+            source,
+        })?;
         Self::parse(&text, file)
     }
 
     fn parse(text: &str, file: &Path) -> Result<Self, TokenError> {
-        let mut tokens = Self { entries: Vec::new(), write: None };
+        let mut tokens = Self {
+            entries: Vec::new(),
+            write: None,
+        };
         for (number, line) in text.lines().enumerate() {
-            let words: Vec<&str> = line.split('#').next().unwrap_or_default().split_whitespace().collect();
+            let words: Vec<&str> = line
+                .split('#')
+                .next()
+                .unwrap_or_default()
+                .split_whitespace()
+                .collect();
             if !words.is_empty() {
-                let bad = |problem| TokenError::Line { file: file.to_owned(), line: number + 1, problem };
+                let bad = |problem| TokenError::Line {
+                    file: file.to_owned(),
+                    line: number + 1,
+                    problem,
+                };
                 tokens.add(&words).map_err(bad)?;
             }
         }
@@ -125,11 +146,18 @@ impl Tokens {
         if token.len() < SHORTEST {
             return Err("has a token of less than 8 characters");
         }
-        let cache = cache.map(|name| name.parse()).transpose().map_err(|_| "names a cache that cannot be one")?;
+        let cache = cache
+            .map(|name| name.parse())
+            .transpose()
+            .map_err(|_| "names a cache that cannot be one")?;
         if scope == Scope::Write && cache.is_none() && self.write.is_none() {
             self.write = Secret::new(token);
         }
-        self.entries.push(Entry { digest: digest(token), scope, cache });
+        self.entries.push(Entry {
+            digest: digest(token),
+            scope,
+            cache,
+        });
         Ok(())
     }
 
@@ -143,7 +171,12 @@ impl Tokens {
     /// Looks at every entry whatever the first ones say, and compares hashes, so that the time
     /// taken tells nothing about a token.
     pub fn allow(&self, token: Option<&Secret>, cache: &str, scope: Scope) -> bool {
-        self.any(token, scope, |entry| entry.cache.as_ref().is_none_or(|name| name.as_str() == cache))
+        self.any(token, scope, |entry| {
+            entry
+                .cache
+                .as_ref()
+                .is_none_or(|name| name.as_str() == cache)
+        })
     }
 
     /// Whether `token` has `scope` on any cache at all.
@@ -182,12 +215,17 @@ fn digest(token: &str) -> [u8; 32] {
 
 /// Compares all bytes, wherever the first difference is.
 fn equal(left: &[u8; 32], right: &[u8; 32]) -> bool {
-    left.iter().zip(right).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+    left.iter()
+        .zip(right)
+        .fold(0, |difference, (a, b)| difference | (a ^ b))
+        == 0
 }
 
 fn new_file_text() -> Result<Secret, TokenError> {
     let mut bytes = [0_u8; TOKEN_BYTES];
-    SystemRandom::new().fill(&mut bytes).map_err(|_| TokenError::Random)?;
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| TokenError::Random)?;
     let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let text = format!(
         "# Tokens of this cache: one `<scope> <token> [<cache>]` a line, scope `read` or `write`\n\
@@ -204,7 +242,11 @@ pub(super) fn write_private(file: &Path, bytes: &[u8]) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => (),
     }
-    let mut out = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
+    let mut out = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&unfinished)?;
     out.write_all(bytes)?;
     out.write_all(b"\n")?;
     out.sync_all()?;
@@ -225,10 +267,15 @@ mod tests {
 
     #[test]
     fn scopes_and_caches_are_kept_apart() {
-        let all = tokens("# a comment\nwrite writer-token\nread reader-token # all\n\nwrite main-writer main\n");
+        let all = tokens(
+            "# a comment\nwrite writer-token\nread reader-token # all\n\nwrite main-writer main\n",
+        );
         let check = |token: &str, cache: &str| {
             let token = secret(token);
-            (all.allow(token.as_ref(), cache, Scope::Read), all.allow(token.as_ref(), cache, Scope::Write))
+            (
+                all.allow(token.as_ref(), cache, Scope::Read),
+                all.allow(token.as_ref(), cache, Scope::Write),
+            )
         };
         assert_eq!(check("writer-token", "any"), (true, true));
         assert_eq!(check("reader-token", "any"), (true, false));
@@ -236,14 +283,28 @@ mod tests {
         assert_eq!(check("main-writer", "other"), (false, false));
         assert_eq!(check("writer-toke", "any"), (false, false));
         assert!(!all.allow(None, "main", Scope::Read));
-        assert_eq!(all.write_token().expect("one for all").expose(), "writer-token");
+        assert_eq!(
+            all.write_token().expect("one for all").expose(),
+            "writer-token"
+        );
     }
 
     #[test]
     fn a_bad_line_is_named_but_not_shown() {
-        for bad in ["admin secret-token", "write", "write short", "read secret-token a/b", "read secret-token a b"] {
-            let error = Tokens::parse(&format!("\n{bad}"), Path::new("tokens")).expect_err(bad).to_string();
-            assert!(error.contains("line 2") && !error.contains("secret-token"), "{error}");
+        for bad in [
+            "admin secret-token",
+            "write",
+            "write short",
+            "read secret-token a/b",
+            "read secret-token a b",
+        ] {
+            let error = Tokens::parse(&format!("\n{bad}"), Path::new("tokens"))
+                .expect_err(bad)
+                .to_string();
+            assert!(
+                error.contains("line 2") && !error.contains("secret-token"),
+                "{error}"
+            );
         }
     }
 
@@ -251,7 +312,11 @@ mod tests {
     fn bearer_and_basic_carry_the_same_token() {
         let token = secret("a:token").expect("not empty");
         let basic = format!("Basic {}", token.basic("any").expose());
-        assert_eq!(presented(&basic).as_ref(), Some(&token), "only the first colon splits");
+        assert_eq!(
+            presented(&basic).as_ref(),
+            Some(&token),
+            "only the first colon splits"
+        );
         assert_eq!(presented("bEARER a:token").as_ref(), Some(&token));
         for bad in ["", "Bearer", "Bearer ", "Basic !!!", "Digest a", "a:token"] {
             assert!(presented(bad).is_none(), "{bad}");
@@ -266,7 +331,17 @@ mod tests {
         let made = Tokens::open_or_create(&file).expect("made");
         let again = Tokens::open_or_create(&file).expect("read");
         assert_eq!(made.write_token(), again.write_token());
-        assert_eq!(made.write_token().expect("one").expose().len(), 2 * TOKEN_BYTES);
-        assert_eq!(std::fs::metadata(&file).expect("there").permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            made.write_token().expect("one").expose().len(),
+            2 * TOKEN_BYTES
+        );
+        assert_eq!(
+            std::fs::metadata(&file)
+                .expect("there")
+                .permissions()
+                .mode()
+                & 0o777,
+            0o600
+        );
     }
 }

@@ -33,7 +33,10 @@ pub enum InfoError {
 }
 
 fn field(field: &'static str, problem: impl Into<String>) -> InfoError {
-    InfoError::Field { field, problem: problem.into() }
+    InfoError::Field {
+        field,
+        problem: problem.into(),
+    }
 }
 
 #[derive(Deserialize)]
@@ -64,17 +67,33 @@ impl UploadInfo {
     /// # Errors
     /// For whatever would make a narinfo that no Nix can use.
     pub fn parse(json: &[u8]) -> Result<Self, InfoError> {
-        let raw: Raw =
-            serde_json::from_slice(json).map_err(|error| InfoError::Json(one_line(&error.to_string(), 200)))?;
+        let raw: Raw = serde_json::from_slice(json)
+            .map_err(|error| InfoError::Json(one_line(&error.to_string(), 200)))?;
         let path: StorePath = raw.store_path.parse().map_err(|_| {
-            field("store_path", format!("is not a path in `{STORE_DIR}`: `{}`", one_line(&raw.store_path, 260)))
+            field(
+                "store_path",
+                format!(
+                    "is not a path in `{STORE_DIR}`: `{}`",
+                    one_line(&raw.store_path, 260)
+                ),
+            )
         })?;
         if path.hash().as_str() != raw.store_path_hash {
-            return Err(field("store_path_hash", format!("is not the hash of `{path}`")));
+            return Err(field(
+                "store_path_hash",
+                format!("is not the hash of `{path}`"),
+            ));
         }
-        let deriver = raw.deriver.as_deref().map(|name| base_name("deriver", name)).transpose()?;
-        let references =
-            raw.references.iter().map(|name| base_name("references", name)).collect::<Result<Vec<_>, _>>()?;
+        let deriver = raw
+            .deriver
+            .as_deref()
+            .map(|name| base_name("deriver", name))
+            .transpose()?;
+        let references = raw
+            .references
+            .iter()
+            .map(|name| base_name("references", name))
+            .collect::<Result<Vec<_>, _>>()?;
         let info = PathInfo {
             path,
             nar_hash: nar_hash(&raw.nar_hash)?,
@@ -85,7 +104,10 @@ impl UploadInfo {
             ca: raw.ca,
             ultimate: false,
         };
-        Ok(Self { cache: raw.cache, path: checked(info)? })
+        Ok(Self {
+            cache: raw.cache,
+            path: checked(info)?,
+        })
     }
 }
 
@@ -111,14 +133,27 @@ fn checked(mut info: PathInfo) -> Result<PathInfo, InfoError> {
     if info.nar_size == 0 {
         return Err(field("nar_size", "is 0, and no NAR is empty"));
     }
-    if let Some(deriver) = info.deriver.as_ref().filter(|deriver| !deriver.is_derivation()) {
-        return Err(field("deriver", format!("is not a `.drv`: `{}`", deriver.base_name())));
+    if let Some(deriver) = info
+        .deriver
+        .as_ref()
+        .filter(|deriver| !deriver.is_derivation())
+    {
+        return Err(field(
+            "deriver",
+            format!("is not a `.drv`: `{}`", deriver.base_name()),
+        ));
     }
     if let Some(bad) = info.signatures.iter().find(|text| !is_signature(text)) {
-        return Err(field("sigs", format!("holds no signature: `{}`", one_line(bad, 120))));
+        return Err(field(
+            "sigs",
+            format!("holds no signature: `{}`", one_line(bad, 120)),
+        ));
     }
     if let Some(bad) = info.ca.as_ref().filter(|text| !is_content_address(text)) {
-        return Err(field("ca", format!("is not a content address: `{}`", one_line(bad, 120))));
+        return Err(field(
+            "ca",
+            format!("is not a content address: `{}`", one_line(bad, 120)),
+        ));
     }
     // The signature is over a sorted list, and readers check it against the list as served.
     info.references.sort();
@@ -129,23 +164,43 @@ fn checked(mut info: PathInfo) -> Result<PathInfo, InfoError> {
 }
 
 fn base_name(name: &'static str, text: &str) -> Result<StorePath, InfoError> {
-    StorePath::from_base_name(text)
-        .map_err(|_| field(name, format!("holds no base name of a store path: `{}`", one_line(text, 260))))
+    StorePath::from_base_name(text).map_err(|_| {
+        field(
+            name,
+            format!(
+                "holds no base name of a store path: `{}`",
+                one_line(text, 260)
+            ),
+        )
+    })
 }
 
 /// Attic takes `sha256:` in base16 or base32 and refuses SRI; so do we, or a client tried here
 /// would fail there.
 fn nar_hash(text: &str) -> Result<Sha256, InfoError> {
-    let known = text.strip_prefix("sha256:").is_some_and(|digits| matches!(digits.len(), 52 | 64));
+    let known = text
+        .strip_prefix("sha256:")
+        .is_some_and(|digits| matches!(digits.len(), 52 | 64));
     let hash = known.then(|| Sha256::parse(text).ok()).flatten();
-    hash.ok_or_else(|| field("nar_hash", format!("is not `sha256:` with base16 or base32: `{}`", one_line(text, 100))))
+    hash.ok_or_else(|| {
+        field(
+            "nar_hash",
+            format!(
+                "is not `sha256:` with base16 or base32: `{}`",
+                one_line(text, 100)
+            ),
+        )
+    })
 }
 
 /// `<key name>:<base64 of 64 bytes>`.
 fn is_signature(text: &str) -> bool {
     text.split_once(':').is_some_and(|(name, digits)| {
         let named = !name.is_empty() && name.bytes().all(|c| c.is_ascii_graphic());
-        named && STANDARD.decode(digits).is_ok_and(|bytes| bytes.len() == SIGNATURE_SIZE)
+        named
+            && STANDARD
+                .decode(digits)
+                .is_ok_and(|bytes| bytes.len() == SIGNATURE_SIZE)
     })
 }
 
@@ -154,13 +209,20 @@ fn is_content_address(text: &str) -> bool {
     let plain = text.len() <= LONGEST_CA && text.bytes().all(|c| c.is_ascii_graphic());
     let rest = match text.split_once(':') {
         Some(("text", rest)) => Some(rest),
-        Some(("fixed", rest)) => Some(rest.strip_prefix("r:").or_else(|| rest.strip_prefix("git:")).unwrap_or(rest)),
+        Some(("fixed", rest)) => Some(
+            rest.strip_prefix("r:")
+                .or_else(|| rest.strip_prefix("git:"))
+                .unwrap_or(rest),
+        ),
         _ => None,
     };
     plain
-        && rest.and_then(|rest| rest.split_once(':')).is_some_and(|(algorithm, digits)| {
-            matches!(algorithm, "md5" | "sha1" | "sha256" | "sha512" | "blake3") && !digits.is_empty()
-        })
+        && rest
+            .and_then(|rest| rest.split_once(':'))
+            .is_some_and(|(algorithm, digits)| {
+                matches!(algorithm, "md5" | "sha1" | "sha256" | "sha512" | "blake3")
+                    && !digits.is_empty()
+            })
 }
 
 #[cfg(test)]
@@ -188,7 +250,12 @@ mod tests {
     #[test]
     fn references_come_out_sorted_and_once() {
         let info = check("sigs", json!([])).expect("good");
-        let names: Vec<&str> = info.path.references.iter().map(StorePath::base_name).collect();
+        let names: Vec<&str> = info
+            .path
+            .references
+            .iter()
+            .map(StorePath::base_name)
+            .collect();
         assert_eq!(names, [A, B]);
     }
 
@@ -204,7 +271,10 @@ mod tests {
             ("deriver", json!("")),
             ("deriver", json!(format!("/nix/store/{A}.drv"))),
             ("deriver", json!(A)),
-            ("nar_hash", json!("sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=")),
+            (
+                "nar_hash",
+                json!("sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="),
+            ),
             ("nar_hash", json!("sha256:zz")),
             ("nar_size", json!(0)),
             ("sigs", json!(["main:AAAA"])),
@@ -219,14 +289,26 @@ mod tests {
                 other => panic!("{name} = {value}: {other:?}"),
             }
         }
-        for (name, value) in [("nar_size", json!(-1)), ("references", json!(null)), ("sigs", json!(null))] {
-            assert!(matches!(check(name, value), Err(InfoError::Json(_))), "{name}");
+        for (name, value) in [
+            ("nar_size", json!(-1)),
+            ("references", json!(null)),
+            ("sigs", json!(null)),
+        ] {
+            assert!(
+                matches!(check(name, value), Err(InfoError::Json(_))),
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn known_content_addresses_pass() {
-        for ca in ["text:sha256:abc", "fixed:sha256:abc", "fixed:r:sha1:abc", "fixed:git:sha1:abc"] {
+        for ca in [
+            "text:sha256:abc",
+            "fixed:sha256:abc",
+            "fixed:r:sha1:abc",
+            "fixed:git:sha1:abc",
+        ] {
             assert!(check("ca", json!(ca)).is_ok(), "{ca}");
         }
     }

@@ -52,7 +52,9 @@ enum Task {
 /// The first start makes a write token and a signing key per cache in the folder. There is no TLS
 /// here: for other machines, put a reverse proxy in front.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel --max-size 20G --max-age 30d")]
+#[command(
+    after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel --max-size 20G --max-age 30d"
+)]
 struct Serve {
     /// The folder that holds everything: NARs, narinfos, keys, tokens. Made if it is not there; one
     /// server at a time. Required. Example: `--dir /var/lib/flywheel-cache`.
@@ -70,7 +72,13 @@ struct Serve {
 
     /// Write the address to this file, whole, once the server answers. Example:
     /// `--ready-file /tmp/cache.url` (default: none).
-    #[arg(long, env = "FLYWHEEL_CACHE_READY_FILE", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_READY_FILE",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     ready_file: Text,
 
     /// A cache to serve; may be given several times, or with commas. Example: `--cache main --cache team`.
@@ -95,7 +103,13 @@ struct Serve {
     /// File of tokens, a `<scope> <token> [<cache>]` a line; scope `read`, or `write`, which
     /// includes reading; without a cache it is for all of them. Example: `--tokens /run/secrets/tokens`
     /// (default: `tokens` in the folder, made at the first start with one write token).
-    #[arg(long, env = "FLYWHEEL_CACHE_TOKENS", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_TOKENS",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     tokens: Text,
 
     /// Let a client that may write claim a NAR that is known already without sending it (default: it
@@ -105,12 +119,22 @@ struct Serve {
     waive_proof: bool,
 
     /// Level of zstd for stored NARs, 1 to 19. Example: `--level 8`.
-    #[arg(long, env = "FLYWHEEL_CACHE_LEVEL", value_name = "LEVEL", default_value = "3")]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_LEVEL",
+        value_name = "LEVEL",
+        default_value = "3"
+    )]
     level: Text,
 
     /// The cache's priority among Nix's substituters: the lower, the earlier. `cache.nixos.org` has 40.
     /// Example: `--priority 30`.
-    #[arg(long, env = "FLYWHEEL_CACHE_PRIORITY", value_name = "NUMBER", default_value = "41")]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_PRIORITY",
+        value_name = "NUMBER",
+        default_value = "41"
+    )]
     priority: Text,
 
     #[command(flatten)]
@@ -118,15 +142,31 @@ struct Serve {
 
     /// What was used within this time stays, whatever `--max-size` says; so does a NAR that no path
     /// claims yet. Two minutes at least. Example: `--grace 10m`.
-    #[arg(long, env = "FLYWHEEL_CACHE_GRACE", value_name = "TIME", default_value = "1h")]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_GRACE",
+        value_name = "TIME",
+        default_value = "1h"
+    )]
     grace: Text,
 
     /// Time between two garbage collections; the first is at the start. Example: `--gc-interval 1h`.
-    #[arg(long, env = "FLYWHEEL_CACHE_GC_INTERVAL", value_name = "TIME", default_value = "10m")]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_GC_INTERVAL",
+        value_name = "TIME",
+        default_value = "10m"
+    )]
     gc_interval: Text,
 
     /// Stop after this time, for tests and jobs. Example: `--stop-after 20m` (default: never).
-    #[arg(long, env = "FLYWHEEL_CACHE_STOP_AFTER", value_name = "TIME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_STOP_AFTER",
+        value_name = "TIME",
+        default_value = "",
+        hide_default_value = true
+    )]
     stop_after: Text,
 
     /// Log nothing but warnings, as with `--quiet` (default: a line for each upload, failure and
@@ -154,20 +194,40 @@ struct Gc {
 struct LimitInputs {
     /// Remove paths that nobody has used, nor anything that refers to them, for this long. Example:
     /// `--max-age 30d` (default: no limit).
-    #[arg(long, env = "FLYWHEEL_CACHE_MAX_AGE", value_name = "TIME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_MAX_AGE",
+        value_name = "TIME",
+        default_value = "",
+        hide_default_value = true
+    )]
     max_age: Text,
 
     /// Remove the least recently used paths beyond this size of compressed NARs. Example:
     /// `--max-size 20G` (default: no limit).
-    #[arg(long, env = "FLYWHEEL_CACHE_MAX_SIZE", value_name = "SIZE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_MAX_SIZE",
+        value_name = "SIZE",
+        default_value = "",
+        hide_default_value = true
+    )]
     max_size: Text,
 }
 
 impl LimitInputs {
     fn read(&self, grace: Duration) -> Result<Limits, UsageError> {
         let max_age = time("max-age", &self.max_age)?;
-        let max_size = self.max_size.get().map(|text| units::size("max-size", text)).transpose()?;
-        Ok(Limits { max_age, max_size, grace })
+        let max_size = self
+            .max_size
+            .get()
+            .map(|text| units::size("max-size", text))
+            .transpose()?;
+        Ok(Limits {
+            max_age,
+            max_size,
+            grace,
+        })
     }
 }
 
@@ -197,8 +257,12 @@ impl Explain for ServeError {
 
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Listen { .. } => Some("Give another port with `--listen`; port 0 takes a free one.".into()),
-            Self::Ready { .. } => Some("Give a file in a folder that exists with `--ready-file`.".into()),
+            Self::Listen { .. } => {
+                Some("Give another port with `--listen`; port 0 takes a free one.".into())
+            }
+            Self::Ready { .. } => {
+                Some("Give a file in a folder that exists with `--ready-file`.".into())
+            }
             Self::Signals(_) => None,
         }
     }
@@ -219,18 +283,31 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
     let address = listen_address(&inputs)?;
     let stop_after = time("stop-after", &inputs.stop_after)?;
     let server = Server::open(&inputs.dir, options(&inputs)?)?;
-    let listener = TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })?;
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|source| ServeError::Listen { address, source })?;
     let mut interrupts = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     let mut terminations = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
-    let serving = server.serve(listener).map_err(|source| ServeError::Listen { address, source })?;
+    let serving = server
+        .serve(listener)
+        .map_err(|source| ServeError::Listen { address, source })?;
     let mut lines = format!("{}\n", serving.url());
-    lines.extend(serving.public_keys().iter().map(|(_, key)| format!("public-key {key}\n")));
-    lines.push_str(&format!("tokens-file {}\n", serving.tokens_file().display()));
+    lines.extend(
+        serving
+            .public_keys()
+            .iter()
+            .map(|(_, key)| format!("public-key {key}\n")),
+    );
+    lines.push_str(&format!(
+        "tokens-file {}\n",
+        serving.tokens_file().display()
+    ));
     // Nobody listening is no reason to stop.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let _ = std::io::stdout().flush();
     if let Some(file) = inputs.ready_file.get().map(PathBuf::from) {
-        write_whole(&file, &format!("{}\n", serving.url())).map_err(|source| ServeError::Ready { file, source })?;
+        write_whole(&file, &format!("{}\n", serving.url()))
+            .map_err(|source| ServeError::Ready { file, source })?;
     }
     tokio::select! {
         _ = interrupts.recv() => (),
@@ -249,8 +326,10 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
 fn options(inputs: &Serve) -> Result<Options, UsageError> {
     let mut caches = Vec::new();
     for name in &inputs.caches {
-        let name: CacheName =
-            name.trim().parse().map_err(|error| UsageError::new("cache", format!("is wrong: {error}")))?;
+        let name: CacheName = name
+            .trim()
+            .parse()
+            .map_err(|error| UsageError::new("cache", format!("is wrong: {error}")))?;
         if !caches.contains(&name) {
             caches.push(name);
         }
@@ -260,10 +339,15 @@ fn options(inputs: &Serve) -> Result<Options, UsageError> {
         public: inputs.public || !inputs.private,
         tokens: inputs.tokens.get().map(PathBuf::from),
         require_proof: !inputs.waive_proof,
-        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?.unwrap_or(cache_server::DEFAULT_LEVEL),
-        priority: number("priority", &inputs.priority, 0..=LOWEST_PRIORITY)?.unwrap_or(cache_server::DEFAULT_PRIORITY),
-        limits: inputs.limits.read(time("grace", &inputs.grace)?.unwrap_or(cache_server::DEFAULT_GRACE))?,
-        gc_interval: time("gc-interval", &inputs.gc_interval)?.unwrap_or(cache_server::DEFAULT_GC_INTERVAL),
+        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?
+            .unwrap_or(cache_server::DEFAULT_LEVEL),
+        priority: number("priority", &inputs.priority, 0..=LOWEST_PRIORITY)?
+            .unwrap_or(cache_server::DEFAULT_PRIORITY),
+        limits: inputs
+            .limits
+            .read(time("grace", &inputs.grace)?.unwrap_or(cache_server::DEFAULT_GRACE))?,
+        gc_interval: time("gc-interval", &inputs.gc_interval)?
+            .unwrap_or(cache_server::DEFAULT_GC_INTERVAL),
         log: log(inputs.quiet),
         ..Options::default()
     })
@@ -271,10 +355,18 @@ fn options(inputs: &Serve) -> Result<Options, UsageError> {
 
 fn listen_address(inputs: &Serve) -> Result<SocketAddr, UsageError> {
     let text = inputs.listen.get().unwrap_or(DEFAULT_LISTEN);
-    let literal = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
+    let literal = text
+        .strip_prefix("localhost:")
+        .map(|port| format!("127.0.0.1:{port}"));
     let address: SocketAddr = literal.as_deref().unwrap_or(text).parse().map_err(|_| {
-        UsageError::new("listen", format!("must be an address and a port, not `{}`", crate::text::one_line(text, 80)))
-            .with_hint("Write it as `127.0.0.1:8484`.")
+        UsageError::new(
+            "listen",
+            format!(
+                "must be an address and a port, not `{}`",
+                crate::text::one_line(text, 80)
+            ),
+        )
+        .with_hint("Write it as `127.0.0.1:8484`.")
     })?;
     if address.ip().is_loopback() || inputs.allow_remote {
         return Ok(address);
@@ -300,7 +392,10 @@ fn gc(inputs: &Gc) -> Result<Exit, Failure> {
 }
 
 fn time(name: &str, input: &Text) -> Result<Option<Duration>, UsageError> {
-    input.get().map(|text| units::duration(name, text)).transpose()
+    input
+        .get()
+        .map(|text| units::duration(name, text))
+        .transpose()
 }
 
 /// Plain lines on stderr, as a server's log is read by people and `grep`.
@@ -324,7 +419,10 @@ async fn sleep_or_never(time: Option<Duration>) {
 }
 
 fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = file
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
     temporary.write_all(text.as_bytes())?;
     temporary.persist(file)?;

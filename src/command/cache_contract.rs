@@ -13,7 +13,9 @@ use crate::cache::probe::probe;
 use crate::command::Failure;
 use crate::command::contract::ContractInput;
 use crate::command::inputs::{Text, choice, number, push_cache, switch};
-use crate::contract::shared_cache::{Endpoint, Finding, Given, Judgement, Mode, bazelrc, judge, redact};
+use crate::contract::shared_cache::{
+    Endpoint, Finding, Given, Judgement, Mode, bazelrc, judge, redact,
+};
 use crate::contract::{Contract, SharedCache};
 use crate::exit::{Exit, UsageError};
 use crate::http::{Names, Roots, client};
@@ -58,11 +60,23 @@ pub struct Inputs {
 
     /// The mode to expect where `flywheel.yml` declares none: `compatibility-local-only`,
     /// `shared-cache-backed` (the default) or `executor-backed`.
-    #[arg(long, env = "FLYWHEEL_MODE", value_name = "MODE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_MODE",
+        value_name = "MODE",
+        default_value = "",
+        hide_default_value = true
+    )]
     mode: Text,
 
     /// The class of this builder, such as `nix-builder` (default: none, which `--strict` refuses).
-    #[arg(long, env = "FLYWHEEL_CLASS", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CLASS",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     class: Text,
 
     /// The remote cache, such as `grpcs://bazel-cache.example.org:9092` (default: the hint
@@ -118,21 +132,45 @@ pub struct Inputs {
     allow_separate_executor: Text,
 
     /// How long each endpoint may take to answer, in seconds, such as `20` (default: `5`).
-    #[arg(long, env = "FLYWHEEL_TIMEOUT", value_name = "SECONDS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_TIMEOUT",
+        value_name = "SECONDS",
+        default_value = "",
+        hide_default_value = true
+    )]
     timeout: Text,
 
     /// A file for the lines that a `.bazelrc` needs in this mode, such as `.bazelrc.ci`; written only if
     /// the contract holds, and without credentials (default: none).
-    #[arg(long, env = "FLYWHEEL_BAZELRC", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_BAZELRC",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     bazelrc: Text,
 
     /// Whether the build may upload results, `true`, `auto` or `false` (the default); the trust gate
     /// decides.
-    #[arg(long, env = "FLYWHEEL_PUSH_CACHE", value_name = "WHEN", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_PUSH_CACHE",
+        value_name = "WHEN",
+        default_value = "",
+        hide_default_value = true
+    )]
     push_cache: Text,
 
     /// Refs that may upload besides the default branch, such as `refs/tags/v*` (the default).
-    #[arg(long, env = "FLYWHEEL_TRUSTED_REFS", value_name = "REFS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_TRUSTED_REFS",
+        value_name = "REFS",
+        default_value = "",
+        hide_default_value = true
+    )]
     trusted_refs: Text,
 
     /// Asks for uploads by hand, as in `flywheel cache-contract --publish`; outside of CI nothing else does.
@@ -141,7 +179,13 @@ pub struct Inputs {
     publish: bool,
 
     /// How to report: `text`, the default, or `json`.
-    #[arg(long, env = "FLYWHEEL_FORMAT", value_name = "FORMAT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FORMAT",
+        value_name = "FORMAT",
+        default_value = "",
+        hide_default_value = true
+    )]
     format: Text,
 
     #[command(flatten)]
@@ -160,7 +204,8 @@ struct Asked {
 /// # Errors
 /// For wrong input.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let as_json = choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
+    let as_json =
+        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
     let contract = inputs.contract.read()?;
     let given = given(&inputs, env, &contract)?;
     let request = Request {
@@ -175,20 +220,51 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
     let asked = ask(&judgement.endpoints, timeout, env, &workflow).await?;
     for one in &asked {
-        let problem = one.result.as_ref().err().map(|text| format!("{}: {text}", one.shown));
+        let problem = one
+            .result
+            .as_ref()
+            .err()
+            .map(|text| format!("{}: {text}", one.shown));
         judgement.answered(one.about, problem, given.strict);
     }
-    let written = if judgement.holds() { write_bazelrc(&inputs, &judgement, &given, upload)? } else { None };
-    let report = Report { judgement, given, asked, upload, written };
-    data(&if as_json { report.json() } else { report.text() });
+    let written = if judgement.holds() {
+        write_bazelrc(&inputs, &judgement, &given, upload)?
+    } else {
+        None
+    };
+    let report = Report {
+        judgement,
+        given,
+        asked,
+        upload,
+        written,
+    };
+    data(&if as_json {
+        report.json()
+    } else {
+        report.text()
+    });
     report.tell(&workflow, env, as_json);
-    Ok(if report.judgement.holds() { Exit::Ok } else { Exit::Failed })
+    Ok(if report.judgement.holds() {
+        Exit::Ok
+    } else {
+        Exit::Failed
+    })
 }
 
 fn given(inputs: &Inputs, env: &Env, contract: &Contract) -> Result<Given, UsageError> {
-    let hint = |name: &str| env.get(name).map(str::trim).filter(|text| !text.is_empty()).map(str::to_owned);
+    let hint = |name: &str| {
+        env.get(name)
+            .map(str::trim)
+            .filter(|text| !text.is_empty())
+            .map(str::to_owned)
+    };
     let input = |text: &Text| text.get().map(str::to_owned);
-    if let Some(class) = inputs.class.get().filter(|class| contract.class(class).is_none()) {
+    if let Some(class) = inputs
+        .class
+        .get()
+        .filter(|class| contract.class(class).is_none())
+    {
         return Err(unknown_class(class, contract));
     }
     Ok(Given {
@@ -206,7 +282,14 @@ fn given(inputs: &Inputs, env: &Env, contract: &Contract) -> Result<Given, Usage
 /// That a class is not in the contract, with the nearest that is.
 pub(super) fn unknown_class(class: &str, contract: &Contract) -> UsageError {
     let known: Vec<&str> = contract.classes.iter().map(|(name, _)| name).collect();
-    let error = UsageError::new("class", format!("must be one of {}, not `{}`", known.join(", "), one_line(class, 80)));
+    let error = UsageError::new(
+        "class",
+        format!(
+            "must be one of {}, not `{}`",
+            known.join(", "),
+            one_line(class, 80)
+        ),
+    );
     match nearest(class, known.iter().copied()) {
         Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
         None => error.with_hint("Name it under `classes` in `flywheel.yml`."),
@@ -215,14 +298,32 @@ pub(super) fn unknown_class(class: &str, contract: &Contract) -> UsageError {
 
 fn declared(inputs: &Inputs, contract: &Contract) -> Result<SharedCache, UsageError> {
     let mut declared = contract.shared_cache.clone();
-    let (localhost, separate) = (&mut declared.allow_localhost, &mut declared.allow_separate_executor);
-    *localhost = Some(switch("allow-localhost", &inputs.allow_localhost, localhost.unwrap_or_default())?);
-    *separate = Some(switch("allow-separate-executor", &inputs.allow_separate_executor, separate.unwrap_or_default())?);
+    let (localhost, separate) = (
+        &mut declared.allow_localhost,
+        &mut declared.allow_separate_executor,
+    );
+    *localhost = Some(switch(
+        "allow-localhost",
+        &inputs.allow_localhost,
+        localhost.unwrap_or_default(),
+    )?);
+    *separate = Some(switch(
+        "allow-separate-executor",
+        &inputs.allow_separate_executor,
+        separate.unwrap_or_default(),
+    )?);
     Ok(declared)
 }
 
-async fn ask(endpoints: &[Endpoint], timeout: Duration, env: &Env, workflow: &Workflow) -> Result<Vec<Asked>, Failure> {
-    let roots = Roots { files: env.path("NIX_SSL_CERT_FILE").into_iter().collect() };
+async fn ask(
+    endpoints: &[Endpoint],
+    timeout: Duration,
+    env: &Env,
+    workflow: &Workflow,
+) -> Result<Vec<Asked>, Failure> {
+    let roots = Roots {
+        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    };
     let (asker, plain) = (Asker::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));
@@ -233,14 +334,20 @@ async fn ask(endpoints: &[Endpoint], timeout: Duration, env: &Env, workflow: &Wo
             _ => ask_bazel(endpoint, timeout, &asker).await,
         };
         let result = result.map(|()| begun.elapsed());
-        Asked { about: endpoint.about, shown: redact(endpoint.url.as_str()), result }
+        Asked {
+            about: endpoint.about,
+            shown: redact(endpoint.url.as_str()),
+            result,
+        }
     });
     Ok(futures_util::future::join_all(asked).await)
 }
 
 async fn ask_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Result<(), String> {
-    let can =
-        asker.ask(&endpoint.url, timeout).await.map_err(|failure| format!("{} ({})", failure.text, failure.layer))?;
+    let can = asker
+        .ask(&endpoint.url, timeout)
+        .await
+        .map_err(|failure| format!("{} ({})", failure.text, failure.layer))?;
     match endpoint.about {
         "cache" if !can.cache => Err("it answers, but offers no cache".to_owned()),
         "executor" if !can.execution => Err("it answers, but executes nothing".to_owned()),
@@ -256,10 +363,14 @@ async fn ask_attic(
     client: &reqwest::Client,
 ) -> Result<(), String> {
     let name = env.get("ATTIC_CACHE").unwrap_or(DEFAULT_CACHE);
-    let name: CacheName = name.parse().map_err(|error| format!("`ATTIC_CACHE`: {error}"))?;
+    let name: CacheName = name
+        .parse()
+        .map_err(|error| format!("`ATTIC_CACHE`: {error}"))?;
     let cache = Cache::new(endpoint.url.clone(), name);
     let probed = probe(&cache, token, client, &Names::default(), timeout).await;
-    probed.failed.map_or(Ok(()), |(layer, text)| Err(format!("{text} ({})", layer.word())))
+    probed.failed.map_or(Ok(()), |(layer, text)| {
+        Err(format!("{text} ({})", layer.word()))
+    })
 }
 
 fn write_bazelrc(
@@ -268,10 +379,23 @@ fn write_bazelrc(
     given: &Given,
     upload: bool,
 ) -> Result<Option<PathBuf>, UsageError> {
-    let (Some(file), Some(mode)) = (inputs.bazelrc.get(), judgement.actual) else { return Ok(None) };
-    let text = bazelrc(mode, given.cache.as_deref(), given.executor.as_deref(), upload);
+    let (Some(file), Some(mode)) = (inputs.bazelrc.get(), judgement.actual) else {
+        return Ok(None);
+    };
+    let text = bazelrc(
+        mode,
+        given.cache.as_deref(),
+        given.executor.as_deref(),
+        upload,
+    );
     std::fs::write(file, text).map_err(|error| {
-        UsageError::new("bazelrc", format!("names `{}`, which cannot be written ({error})", one_line(file, 200)))
+        UsageError::new(
+            "bazelrc",
+            format!(
+                "names `{}`, which cannot be written ({error})",
+                one_line(file, 200)
+            ),
+        )
     })?;
     Ok(Some(file.into()))
 }
@@ -287,31 +411,62 @@ struct Report {
 
 impl Report {
     fn modes(&self) -> (&'static str, &'static str) {
-        (self.judgement.declared.map_or("", Mode::word), self.judgement.actual.map_or("", Mode::word))
+        (
+            self.judgement.declared.map_or("", Mode::word),
+            self.judgement.actual.map_or("", Mode::word),
+        )
     }
 
     /// Every line begins with a word of ours, so that none is a command to the runner.
     fn text(&self) -> String {
         let (declared, actual) = self.modes();
-        let mut lines = vec![format!("mode       {actual} (declared: {declared}, by {})", self.judgement.declared_by)];
-        for (about, text) in
-            [("cache", &self.given.cache), ("executor", &self.given.executor), ("attic", &self.given.attic)]
-        {
-            lines.push(format!("{about:<10} {}", self.endpoint(about, text.as_deref())));
+        let mut lines = vec![format!(
+            "mode       {actual} (declared: {declared}, by {})",
+            self.judgement.declared_by
+        )];
+        for (about, text) in [
+            ("cache", &self.given.cache),
+            ("executor", &self.given.executor),
+            ("attic", &self.given.attic),
+        ] {
+            lines.push(format!(
+                "{about:<10} {}",
+                self.endpoint(about, text.as_deref())
+            ));
         }
-        lines.push(format!("class      {}", self.given.class.as_deref().unwrap_or("unknown")));
-        lines.push(format!("uploads    {}", if self.upload { "yes" } else { "no" }));
-        lines.extend(self.written.iter().map(|file| format!("bazelrc    {}", file.display())));
+        lines.push(format!(
+            "class      {}",
+            self.given.class.as_deref().unwrap_or("unknown")
+        ));
+        lines.push(format!(
+            "uploads    {}",
+            if self.upload { "yes" } else { "no" }
+        ));
+        lines.extend(
+            self.written
+                .iter()
+                .map(|file| format!("bazelrc    {}", file.display())),
+        );
         for Finding { error, about, text } in &self.judgement.findings {
-            lines.push(format!("{}    {about}: {text}", if *error { "error  " } else { "warning" }));
+            lines.push(format!(
+                "{}    {about}: {text}",
+                if *error { "error  " } else { "warning" }
+            ));
         }
         lines.push(self.closing());
         lines.join("\n")
     }
 
     fn endpoint(&self, about: &str, text: Option<&str>) -> String {
-        let Some(text) = text else { return "none".to_owned() };
-        match self.asked.iter().find(|one| one.about == about).map(|one| &one.result) {
+        let Some(text) = text else {
+            return "none".to_owned();
+        };
+        match self
+            .asked
+            .iter()
+            .find(|one| one.about == about)
+            .map(|one| &one.result)
+        {
             Some(Ok(took)) => format!("{}, answers in {}", redact(text), duration(*took)),
             Some(Err(_)) => format!("{}, does not answer as it should", redact(text)),
             None => format!("{}, not asked", redact(text)),
@@ -319,12 +474,20 @@ impl Report {
     }
 
     fn closing(&self) -> String {
-        let errors = self.judgement.findings.iter().filter(|finding| finding.error).count();
+        let errors = self
+            .judgement
+            .findings
+            .iter()
+            .filter(|finding| finding.error)
+            .count();
         let strict = if self.given.strict { ", strict" } else { "" };
         if errors == 0 {
             format!("the shared-cache contract holds{strict}")
         } else {
-            format!("the shared-cache contract does not hold: {}{strict}", count(errors as u64, "error"))
+            format!(
+                "the shared-cache contract does not hold: {}{strict}",
+                count(errors as u64, "error")
+            )
         }
     }
 
@@ -361,10 +524,18 @@ impl Report {
             return;
         }
         for Finding { error, about, text } in self.judgement.findings.iter().filter(|_| !as_json) {
-            workflow.annotate(if *error { Level::Error } else { Level::Warning }, about, text);
+            workflow.annotate(
+                if *error { Level::Error } else { Level::Warning },
+                about,
+                text,
+            );
         }
         let files = Files::from_env(env);
-        let bazelrc = self.written.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
+        let bazelrc = self
+            .written
+            .as_ref()
+            .map(|file| file.display().to_string())
+            .unwrap_or_default();
         let outputs = [
             ("holds", self.judgement.holds().to_string()),
             ("mode", self.modes().1.to_owned()),
@@ -372,10 +543,20 @@ impl Report {
             ("bazelrc", bazelrc),
         ];
         let sign = if self.judgement.holds() { "✅" } else { "❌" };
-        let summary = format!("### {sign} {}\n\n```text\n{}\n```\n", self.closing(), self.text().replace("```", "'''"));
-        let written = outputs.iter().try_for_each(|(name, value)| files.set_output(name, value));
+        let summary = format!(
+            "### {sign} {}\n\n```text\n{}\n```\n",
+            self.closing(),
+            self.text().replace("```", "'''")
+        );
+        let written = outputs
+            .iter()
+            .try_for_each(|(name, value)| files.set_output(name, value));
         if let Err(error) = written.and_then(|()| files.add_summary(&summary)) {
-            workflow.annotate(Level::Warning, "report", &format!("the runner's files cannot be written: {error}"));
+            workflow.annotate(
+                Level::Warning,
+                "report",
+                &format!("the runner's files cannot be written: {error}"),
+            );
         }
     }
 }

@@ -44,7 +44,13 @@ pub struct Inputs {
 
     /// The part to print, such as `classes`, `caches`, `placement`, `on-miss`, `exposure`, `publication`
     /// or `shared-cache` (default: all of it).
-    #[arg(long, env = "FLYWHEEL_SECTION", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_SECTION",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     section: Text,
 }
 
@@ -89,7 +95,9 @@ enum Task {
 /// A label that only the run decides is a note. Ends with 0 if all is well, 1 if a workflow breaks the
 /// contract, 64 if a file cannot be read.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  flywheel contract check flywheel.yml --workflows .github/workflows/*.yml")]
+#[command(
+    after_help = "Example:\n  flywheel contract check flywheel.yml --workflows .github/workflows/*.yml"
+)]
 struct Check {
     /// Contract files to check; workflows are held against the last one (default: `flywheel.yml`, if it
     /// is there).
@@ -119,7 +127,11 @@ pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
 }
 
 fn format(input: &Text) -> Result<Format, UsageError> {
-    let words = [("text", Format::Text), ("json", Format::Json), ("markdown", Format::Markdown)];
+    let words = [
+        ("text", Format::Text),
+        ("json", Format::Json),
+        ("markdown", Format::Markdown),
+    ];
     Ok(choice("format", input, &words)?.unwrap_or(Format::Text))
 }
 
@@ -136,13 +148,24 @@ fn printed(inputs: &Inputs) -> Result<Exit, Failure> {
 }
 
 fn section(input: &Text) -> Result<Option<Section>, UsageError> {
-    let Some(word) = input.get() else { return Ok(None) };
-    if let Some((_, section)) = Section::ALL.into_iter().find(|(known, _)| known.eq_ignore_ascii_case(word)) {
+    let Some(word) = input.get() else {
+        return Ok(None);
+    };
+    if let Some((_, section)) = Section::ALL
+        .into_iter()
+        .find(|(known, _)| known.eq_ignore_ascii_case(word))
+    {
         return Ok(Some(section));
     }
     let words = Section::ALL.map(|(word, _)| word);
-    let error =
-        UsageError::new("section", format!("must be one of {}, not `{}`", words.join(", "), one_line(word, 80)));
+    let error = UsageError::new(
+        "section",
+        format!(
+            "must be one of {}, not `{}`",
+            words.join(", "),
+            one_line(word, 80)
+        ),
+    );
     Err(match nearest(word, words) {
         Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
         None => error,
@@ -166,13 +189,19 @@ fn json(contract: &Contract, section: Option<Section>) -> String {
 }
 
 fn contract(file: &Path) -> Result<Contract, Failure> {
-    Ok(read::contract(&file.display().to_string(), &text("contract-file", file)?)?)
+    Ok(read::contract(
+        &file.display().to_string(),
+        &text("contract-file", file)?,
+    )?)
 }
 
 fn text(input: &str, file: &Path) -> Result<String, UsageError> {
     std::fs::read_to_string(file).map_err(|error| {
-        UsageError::new(input, format!("names `{}`, which cannot be read ({error})", file.display()))
-            .with_hint("Give a file of the checkout, and check the repository out in an earlier step.")
+        UsageError::new(
+            input,
+            format!("names `{}`, which cannot be read ({error})", file.display()),
+        )
+        .with_hint("Give a file of the checkout, and check the repository out in an earlier step.")
     })
 }
 
@@ -189,11 +218,22 @@ fn checked(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
     for file in &check.workflows {
         let name = file.display().to_string();
         let text = text("workflows", file)?;
-        findings.extend(workflow::check(&holds, &name, &text, &read::document(&name, &text)?));
+        findings.extend(workflow::check(
+            &holds,
+            &name,
+            &text,
+            &read::document(&name, &text)?,
+        ));
     }
-    let errors = findings.iter().filter(|finding| finding.weight == Weight::Error).count();
+    let errors = findings
+        .iter()
+        .filter(|finding| finding.weight == Weight::Error)
+        .count();
     match format {
-        Format::Json => data(&format!("{:#}\n", serde_json::json!({ "holds": errors == 0, "findings": findings }))),
+        Format::Json => data(&format!(
+            "{:#}\n",
+            serde_json::json!({ "holds": errors == 0, "findings": findings })
+        )),
         Format::Text | Format::Markdown => data(&report(check, &findings, errors)),
     }
     Ok(if errors == 0 { Exit::Ok } else { Exit::Failed })
@@ -201,13 +241,28 @@ fn checked(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
 
 fn report(check: &Check, findings: &[Finding], errors: usize) -> String {
     let mut text = String::new();
-    for Finding { weight, file, line, job, text: what } in findings {
+    for Finding {
+        weight,
+        file,
+        line,
+        job,
+        text: what,
+    } in findings
+    {
         let line = line.map(|line| format!(":{line}")).unwrap_or_default();
-        let word = if *weight == Weight::Error { "error" } else { "note" };
+        let word = if *weight == Weight::Error {
+            "error"
+        } else {
+            "note"
+        };
         text.push_str(&format!("{file}{line}: {word}: job `{job}`: {what}\n"));
     }
     let workflows = count(check.workflows.len() as u64, "workflow");
     let notes = findings.len() - errors;
-    text.push_str(&format!("{workflows}, {}, {}\n", count(errors as u64, "error"), count(notes as u64, "note")));
+    text.push_str(&format!(
+        "{workflows}, {}, {}\n",
+        count(errors as u64, "error"),
+        count(notes as u64, "note")
+    ));
     text
 }

@@ -26,7 +26,13 @@ use crate::trust::{Decision, ToAttic, ToFlakeHub, decide};
 #[derive(Args, Debug)]
 pub struct Inputs {
     /// How to say it: `text`, the default, or `json` (keys `verdict`, `publishes`, `reason`, `plan`).
-    #[arg(long, env = "FLYWHEEL_FORMAT", value_name = "FORMAT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FORMAT",
+        value_name = "FORMAT",
+        default_value = "",
+        hide_default_value = true
+    )]
     format: Text,
 
     #[command(flatten)]
@@ -42,29 +48,65 @@ pub struct Inputs {
 struct EventInputs {
     /// A file with the event's payload, such as `event.json` (default: the one that
     /// `GITHUB_EVENT_PATH` names).
-    #[arg(long, env = "FLYWHEEL_EVENT_PATH", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_EVENT_PATH",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     event_path: Text,
 
     /// The event's name, such as `push` (default: `GITHUB_EVENT_NAME`).
-    #[arg(long, env = "FLYWHEEL_EVENT_NAME", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_EVENT_NAME",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     event_name: Text,
 
     /// The full ref, such as `refs/heads/main` (default: `GITHUB_REF`).
-    #[arg(long, env = "FLYWHEEL_REF", value_name = "REF", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_REF",
+        value_name = "REF",
+        default_value = "",
+        hide_default_value = true
+    )]
     r#ref: Text,
 
     /// Whether a rule protects that ref, `true` or `false` (default: `GITHUB_REF_PROTECTED`).
-    #[arg(long, env = "FLYWHEEL_REF_PROTECTED", value_name = "BOOL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_REF_PROTECTED",
+        value_name = "BOOL",
+        default_value = "",
+        hide_default_value = true
+    )]
     ref_protected: Text,
 
     /// The repository, such as `octo-org/octo-repo` (default: `GITHUB_REPOSITORY`; with
     /// `--event-path` and outside of a job the payload's own word).
-    #[arg(long, env = "FLYWHEEL_REPOSITORY", value_name = "OWNER/NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_REPOSITORY",
+        value_name = "OWNER/NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     repository: Text,
 
     /// The default branch, such as `main`, for a payload that does not name it (default: what the
     /// payload says).
-    #[arg(long, env = "FLYWHEEL_DEFAULT_BRANCH", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_DEFAULT_BRANCH",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     default_branch: Text,
 }
 
@@ -96,7 +138,11 @@ enum Format {
 /// # Errors
 /// Bad input only.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let format = choice("format", &inputs.format, &[("text", Format::Text), ("json", Format::Json)])?;
+    let format = choice(
+        "format",
+        &inputs.format,
+        &[("text", Format::Text), ("json", Format::Json)],
+    )?;
     let request = inputs.gate.request()?;
     let must_publish = inputs.gate.must_publish()?;
     let facts = context::recorded(env, &inputs.event.recorded()?)?;
@@ -129,7 +175,10 @@ fn json(decision: &Decision) -> String {
         verdict: decision.verdict().word(),
         publishes: decision.publishes(),
         reason: decision.reason(),
-        plan: Plan { attic: plan.attic.word(), flakehub: plan.flakehub.word() },
+        plan: Plan {
+            attic: plan.attic.word(),
+            flakehub: plan.flakehub.word(),
+        },
     };
     serde_json::to_string_pretty(&explanation).expect("texts and a boolean are always JSON")
 }
@@ -147,16 +196,27 @@ fn text(decision: &Decision, must_publish: bool) -> String {
     };
     let mut lines = vec![
         format!("verdict    {}", decision.verdict().word()),
-        format!("publishes  {}", if decision.publishes() { "yes" } else { "no" }),
+        format!(
+            "publishes  {}",
+            if decision.publishes() { "yes" } else { "no" }
+        ),
         format!("reason     {}", decision.reason()),
         format!("attic      {attic}"),
         format!("flakehub   {flakehub}"),
     ];
     if let Some(remedy) = decision.remedy() {
-        lines.push(format!("to publish {}{}", remedy[..1].to_lowercase(), &remedy[1..].trim_end_matches('.')));
+        lines.push(format!(
+            "to publish {}{}",
+            remedy[..1].to_lowercase(),
+            &remedy[1..].trim_end_matches('.')
+        ));
     }
     if decision.is_refused() {
-        let what = if must_publish { "fail: `require-publish` is `true`" } else { "go on with a notice" };
+        let what = if must_publish {
+            "fail: `require-publish` is `true`"
+        } else {
+            "go on with a notice"
+        };
         lines.push(format!("the job would {what}"));
     }
     lines.join("\n")

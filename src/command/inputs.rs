@@ -57,13 +57,25 @@ pub fn switch(name: &str, input: &Text, default: bool) -> Result<bool, UsageErro
 ///
 /// # Errors
 /// For any other word, with the nearest good one.
-pub fn choice<T: Copy>(name: &str, input: &Text, words: &[(&str, T)]) -> Result<Option<T>, UsageError> {
-    let Some(text) = input.get() else { return Ok(None) };
-    if let Some((_, value)) = words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text)) {
+pub fn choice<T: Copy>(
+    name: &str,
+    input: &Text,
+    words: &[(&str, T)],
+) -> Result<Option<T>, UsageError> {
+    let Some(text) = input.get() else {
+        return Ok(None);
+    };
+    if let Some((_, value)) = words
+        .iter()
+        .find(|(word, _)| word.eq_ignore_ascii_case(text))
+    {
         return Ok(Some(*value));
     }
     let all: Vec<String> = words.iter().map(|(word, _)| format!("`{word}`")).collect();
-    let error = UsageError::new(name, format!("must be {}, not `{}`", all.join(" or "), one_line(text, 80)));
+    let error = UsageError::new(
+        name,
+        format!("must be {}, not `{}`", all.join(" or "), one_line(text, 80)),
+    );
     Err(match nearest(text, words.iter().map(|(word, _)| *word)) {
         Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
         None => error,
@@ -79,13 +91,18 @@ pub fn number<N: FromStr + PartialOrd + Display>(
     input: &Text,
     range: RangeInclusive<N>,
 ) -> Result<Option<N>, UsageError> {
-    let Some(text) = input.get() else { return Ok(None) };
+    let Some(text) = input.get() else {
+        return Ok(None);
+    };
     match text.parse() {
         Ok(number) if range.contains(&number) => Ok(Some(number)),
         _ => {
             let (from, to) = range.into_inner();
             let shown = one_line(text, 40);
-            Err(UsageError::new(name, format!("must be a number from {from} to {to}, not `{shown}`")))
+            Err(UsageError::new(
+                name,
+                format!("must be a number from {from} to {to}, not `{shown}`"),
+            ))
         }
     }
 }
@@ -95,21 +112,45 @@ pub fn number<N: FromStr + PartialOrd + Display>(
 #[command(next_help_heading = "Cache")]
 pub struct CacheInputs {
     /// Whether to use the cache at all: `true`, the default, or `false`.
-    #[arg(long, env = "FLYWHEEL_ATTIC_ENABLED", value_name = "BOOL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_ENABLED",
+        value_name = "BOOL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub attic_enabled: Text,
 
     /// The cache server's address, such as `https://attic.example.org/`. The default is the runner's
     /// hint `ATTIC_SERVER`; there is no baked-in server.
-    #[arg(long, env = "FLYWHEEL_ATTIC_SERVER", value_name = "URL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_SERVER",
+        value_name = "URL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub attic_server: Text,
 
     /// The cache's name on the server. The default is the hint `ATTIC_CACHE`, then `main`.
-    #[arg(long, env = "FLYWHEEL_ATTIC_CACHE", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_CACHE",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub attic_cache: Text,
 
     /// The cache's public key, such as `main:6NCHdD59X431…=`. The default is the hint
     /// `ATTIC_PUBLIC_KEY`. Without a key Nix refuses every hit.
-    #[arg(long, env = "FLYWHEEL_ATTIC_PUBLIC_KEY", value_name = "KEY", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_PUBLIC_KEY",
+        value_name = "KEY",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub attic_public_key: Text,
 }
 
@@ -147,7 +188,9 @@ impl CacheInputs {
             enabled,
             given: given_server,
             hinted: hints.get("ATTIC_SERVER", http),
-            name: name.or_else(|| hints.get("ATTIC_CACHE", cache_name)).unwrap_or_default(),
+            name: name
+                .or_else(|| hints.get("ATTIC_CACHE", cache_name))
+                .unwrap_or_default(),
             key: key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
             bad_hints: hints.bad,
         })
@@ -158,9 +201,14 @@ impl CacheInputs {
 ///
 /// # Errors
 /// With the problem that `read` finds, a fragment that goes behind "input `x`".
-pub fn given<T>(name: &str, input: &Text, read: impl Fn(&str) -> Result<T, String>) -> Result<Option<T>, UsageError> {
+pub fn given<T>(
+    name: &str,
+    input: &Text,
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, UsageError> {
     input.get().map(&read).transpose().map_err(|problem| {
-        UsageError::new(name, problem).with_hint("Correct it, or leave it out to use the runner's own hint.")
+        UsageError::new(name, problem)
+            .with_hint("Correct it, or leave it out to use the runner's own hint.")
     })
 }
 
@@ -175,13 +223,24 @@ pub struct Hints<'a> {
 impl<'a> Hints<'a> {
     /// The hints in this environment.
     pub fn of(env: &'a Env) -> Self {
-        Self { env, bad: Vec::new() }
+        Self {
+            env,
+            bad: Vec::new(),
+        }
     }
 
     /// The hint of this name, if there is one and it is well-formed.
     pub fn get<T>(&mut self, name: &str, read: impl Fn(&str) -> Result<T, String>) -> Option<T> {
-        let text = self.env.get(name).map(str::trim).filter(|text| !text.is_empty())?;
-        let bad = |problem: String| self.bad.push(format!("the runner's hint `{name}` is not used: it {problem}"));
+        let text = self
+            .env
+            .get(name)
+            .map(str::trim)
+            .filter(|text| !text.is_empty())?;
+        let bad = |problem: String| {
+            self.bad.push(format!(
+                "the runner's hint `{name}` is not used: it {problem}"
+            ))
+        };
         read(text).map_err(bad).ok()
     }
 }
@@ -191,7 +250,13 @@ impl<'a> Hints<'a> {
 #[command(next_help_heading = "Publication")]
 pub struct GateInputs {
     /// Whether to publish: `true`, `auto` (when the trust gate allows it) or `false`, the default.
-    #[arg(long, env = "FLYWHEEL_PUSH_CACHE", value_name = "WHEN", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_PUSH_CACHE",
+        value_name = "WHEN",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub push_cache: Text,
 
     /// Asks for publication by hand, as in `flywheel nix-job --publish`; outside of CI nothing else
@@ -202,12 +267,24 @@ pub struct GateInputs {
     /// Refs that may publish besides the default branch, separated by white space or commas, such as
     /// `refs/tags/v* refs/heads/release/*` (default: `refs/tags/v*`). `*` stops at a `/`, `**` does
     /// not. A branch must be protected, too.
-    #[arg(long, env = "FLYWHEEL_TRUSTED_REFS", value_name = "REFS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_TRUSTED_REFS",
+        value_name = "REFS",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub trusted_refs: Text,
 
     /// Whether a path that could not be published, or a verdict that forbids publishing, fails the
     /// step: `true` or `false`, the default.
-    #[arg(long, env = "FLYWHEEL_REQUIRE_PUBLISH", value_name = "BOOL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_REQUIRE_PUBLISH",
+        value_name = "BOOL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub require_publish: Text,
 }
 
@@ -238,7 +315,11 @@ impl GateInputs {
 /// # Errors
 /// For a word that it does not know.
 pub fn push_cache(input: &Text) -> Result<PushCache, UsageError> {
-    let words = [("auto", PushCache::Auto), ("true", PushCache::Always), ("false", PushCache::Never)];
+    let words = [
+        ("auto", PushCache::Auto),
+        ("true", PushCache::Always),
+        ("false", PushCache::Never),
+    ];
     Ok(choice("push-cache", input, &words)?.unwrap_or_default())
 }
 
@@ -255,10 +336,15 @@ pub fn address(text: &str, schemes: &[&str]) -> Result<Url, String> {
     }
     let url = Url::parse(text).map_err(|error| format!("is not a URL ({error})"))?;
     if !schemes.contains(&url.scheme()) || url.host_str().is_none_or(str::is_empty) {
-        return Err(format!("must be a URL of {} with a host", schemes.join(", ")));
+        return Err(format!(
+            "must be a URL of {} with a host",
+            schemes.join(", ")
+        ));
     }
     if !url.username().is_empty() || url.password().is_some() || url.query().is_some() {
-        return Err("must not carry a user, password or query: every later step would see it".into());
+        return Err(
+            "must not carry a user, password or query: every later step would see it".into(),
+        );
     }
     Ok(url)
 }
@@ -278,7 +364,8 @@ pub fn cache_name(text: &str) -> Result<CacheName, String> {
 /// # Errors
 /// When it is not one.
 pub fn public_key(text: &str) -> Result<PublicKey, String> {
-    text.parse().map_err(|_| "is no public key (`<name>:<base64 of 32 bytes>`)".into())
+    text.parse()
+        .map_err(|_| "is no public key (`<name>:<base64 of 32 bytes>`)".into())
 }
 
 #[cfg(test)]
@@ -299,25 +386,54 @@ mod tests {
     fn a_slip_of_the_finger_gets_a_hint() {
         use crate::exit::Explain as _;
         let error = switch("attic-enabled", &text("ture"), true).expect_err("no such word");
-        assert_eq!(error.to_string(), "input `attic-enabled` must be `true` or `false`, not `ture`");
+        assert_eq!(
+            error.to_string(),
+            "input `attic-enabled` must be `true` or `false`, not `ture`"
+        );
         assert_eq!(error.hint().as_deref(), Some("Did you mean `true`?"));
     }
 
     #[test]
     fn a_hint_that_is_malformed_is_said_and_an_input_is_an_error() {
-        let env = Env::from_pairs([("ATTIC_SERVER", "https://u:sesame@h/"), ("ATTIC_CACHE", "a/b")]);
-        let named = CacheInputs::default().named(&env).expect("hints never fail");
-        assert_eq!((named.hinted, named.name.as_str(), named.bad_hints.len()), (None, "main", 2));
-        assert!(named.bad_hints.iter().all(|text| !text.contains("sesame")), "{:?}", named.bad_hints);
-        let error = CacheInputs { attic_cache: text("a/b"), ..Default::default() }.named(&env).expect_err("no name");
-        assert!(error.to_string().starts_with("input `attic-cache` must be the name of a cache"), "{error}");
+        let env = Env::from_pairs([
+            ("ATTIC_SERVER", "https://u:sesame@h/"),
+            ("ATTIC_CACHE", "a/b"),
+        ]);
+        let named = CacheInputs::default()
+            .named(&env)
+            .expect("hints never fail");
+        assert_eq!(
+            (named.hinted, named.name.as_str(), named.bad_hints.len()),
+            (None, "main", 2)
+        );
+        assert!(
+            named.bad_hints.iter().all(|text| !text.contains("sesame")),
+            "{:?}",
+            named.bad_hints
+        );
+        let error = CacheInputs {
+            attic_cache: text("a/b"),
+            ..Default::default()
+        }
+        .named(&env)
+        .expect_err("no name");
+        assert!(
+            error
+                .to_string()
+                .starts_with("input `attic-cache` must be the name of a cache"),
+            "{error}"
+        );
     }
 
     #[test]
     fn an_address_is_whole_and_holds_no_secret() {
         let all = ["grpc", "grpcs", "http", "https"];
-        for good in ["grpc://cache.example:9092", "grpcs://cache.example", "http://127.0.0.1:8080/x", "https://[::1]/"]
-        {
+        for good in [
+            "grpc://cache.example:9092",
+            "grpcs://cache.example",
+            "http://127.0.0.1:8080/x",
+            "https://[::1]/",
+        ] {
             assert!(address(good, &all).is_ok(), "{good}");
         }
         for bad in [

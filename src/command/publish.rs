@@ -53,18 +53,31 @@ const VERIFY_LIMIT: Duration = Duration::from_secs(60);
 /// What the policy withholds is named and stays (`docs/policy.md`). Ends with 1 if a path is lost, or, with
 /// `--on-finding fail`, withheld.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  ATTIC_TOKEN=… flywheel publish --attic-server https://cache.example.org ./result")]
+#[command(
+    after_help = "Example:\n  ATTIC_TOKEN=… flywheel publish --attic-server https://cache.example.org ./result"
+)]
 pub struct Inputs {
     /// Store paths, or links to them such as `./result`.
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<std::path::PathBuf>,
 
     /// How to say what became of them: `text`, the default, or `json` on stdout.
-    #[arg(long, env = "FLYWHEEL_FORMAT", value_name = "FORMAT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FORMAT",
+        value_name = "FORMAT",
+        default_value = "",
+        hide_default_value = true
+    )]
     format: Text,
 
     /// How long publishing may take. Example: `--drain-timeout 10m`.
-    #[arg(long, env = "FLYWHEEL_DRAIN_TIMEOUT", value_name = "TIME", default_value = "5m")]
+    #[arg(
+        long,
+        env = "FLYWHEEL_DRAIN_TIMEOUT",
+        value_name = "TIME",
+        default_value = "5m"
+    )]
     drain_timeout: String,
 
     #[command(flatten)]
@@ -109,9 +122,9 @@ impl Explain for Error {
         match self {
             Self::Refused { remedy, .. } => remedy.clone(),
             Self::Cache { .. } | Self::Signals(_) => None,
-            Self::Invalid(_) => {
-                Some("Build it first; a folder in the store without registration is not a path.".into())
-            }
+            Self::Invalid(_) => Some(
+                "Build it first; a folder in the store without registration is not a path.".into(),
+            ),
         }
     }
 }
@@ -132,17 +145,31 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     }
     let policy = inputs.policy.read()?;
     let decision = judge(&inputs.gate, env)?;
-    let Some(permit) = decision.permit() else { return refused(&decision, &workflow, must_publish) };
+    let Some(permit) = decision.permit() else {
+        return refused(&decision, &workflow, must_publish);
+    };
     let wanted = paths::resolve(&inputs.paths)?;
     let sink = speech::sink(&workflow);
     let (endpoint, key) = cache;
-    let clients = Clients::new(&Roots { files: env.path("NIX_SSL_CERT_FILE").into_iter().collect() })?;
+    let clients = Clients::new(&Roots {
+        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    })?;
     let names = Names::default();
-    let probing = probe(&endpoint, token.as_ref(), &clients.asking, &names, probe::DEADLINE);
+    let probing = probe(
+        &endpoint,
+        token.as_ref(),
+        &clients.asking,
+        &names,
+        probe::DEADLINE,
+    );
     let (found, probe) = tokio::join!(Box::pin(closure(env, &sink, &wanted)), Box::pin(probing));
     let (store, found) = found?;
     if let Some((layer, text)) = probe.failed.filter(|_| !probe.answers) {
-        return Err(Error::Cache { layer: layer.word(), text }.into());
+        return Err(Error::Cache {
+            layer: layer.word(),
+            text,
+        }
+        .into());
     }
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
     let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
@@ -154,23 +181,45 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
     let (outcome, verification) = Box::pin(deliver(publisher, &attic, key, &found, limit)).await?;
-    let publication = publication::of(&outcome, &verification, &found.unreadable, &inspector.warned());
+    let publication = publication::of(
+        &outcome,
+        &verification,
+        &found.unreadable,
+        &inspector.warned(),
+    );
     let offered = (outcome.paths.len() + found.unreadable.len()) as u64;
     let lost = speech::close(&workflow, format, &publication, offered, outcome.elapsed);
     let withheld = policy.fails && !publication.withheld.is_empty();
-    Ok(if lost || withheld { Exit::Failed } else { Exit::Ok })
+    Ok(if lost || withheld {
+        Exit::Failed
+    } else {
+        Exit::Ok
+    })
 }
 
 /// The cache that inputs or hints name, and the key by which it is trusted.
-fn cache(inputs: &CacheInputs, env: &Env, workflow: &Workflow) -> Result<(Endpoint, Option<PublicKey>), UsageError> {
+fn cache(
+    inputs: &CacheInputs,
+    env: &Env,
+    workflow: &Workflow,
+) -> Result<(Endpoint, Option<PublicKey>), UsageError> {
     let named = inputs.named(env)?;
     for hint in &named.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
-    let server = named.given.or(named.hinted).filter(|_| named.enabled).ok_or_else(|| {
-        UsageError::new("attic-server", "is not given, and neither is the hint `ATTIC_SERVER`")
-            .with_hint("Give the server's address, such as `--attic-server https://cache.example.org/`.")
-    })?;
+    let server = named
+        .given
+        .or(named.hinted)
+        .filter(|_| named.enabled)
+        .ok_or_else(|| {
+            UsageError::new(
+                "attic-server",
+                "is not given, and neither is the hint `ATTIC_SERVER`",
+            )
+            .with_hint(
+                "Give the server's address, such as `--attic-server https://cache.example.org/`.",
+            )
+        })?;
     Ok((Endpoint::new(server, named.name), named.key))
 }
 
@@ -178,7 +227,11 @@ fn cache(inputs: &CacheInputs, env: &Env, workflow: &Workflow) -> Result<(Endpoi
 fn judge(gate: &GateInputs, env: &Env) -> Result<Decision, UsageError> {
     let mut request = gate.request()?;
     request.by_hand = true;
-    Ok(decide(&context::facts(env), &request, context::token_present(env)))
+    Ok(decide(
+        &context::facts(env),
+        &request,
+        context::token_present(env),
+    ))
 }
 
 fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Result<Exit, Failure> {
@@ -186,7 +239,11 @@ fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Resu
     if must_publish || !workflow.in_job() {
         return Err(Error::Refused { reason, remedy }.into());
     }
-    workflow.annotate(Level::Notice, "publication", &format!("nothing is published: {reason}"));
+    workflow.annotate(
+        Level::Notice,
+        "publication",
+        &format!("nothing is published: {reason}"),
+    );
     Ok(Exit::Ok)
 }
 
@@ -208,12 +265,23 @@ async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store,
 /// The first of these paths that was not found.
 fn unknown<'a>(found: &Found, wanted: &'a [StorePath]) -> Option<&'a StorePath> {
     let known: BTreeSet<&StorePath> = found.infos.iter().map(|info| &info.path).collect();
-    let unreadable = |path: &StorePath| found.unreadable.iter().any(|other| other.path == path.to_string());
-    wanted.iter().find(|path| !known.contains(path) && !unreadable(path))
+    let unreadable = |path: &StorePath| {
+        found
+            .unreadable
+            .iter()
+            .any(|other| other.path == path.to_string())
+    };
+    wanted
+        .iter()
+        .find(|path| !known.contains(path) && !unreadable(path))
 }
 
 /// The same where Nix has to be made ready first.
-async fn closure_of_mended(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store, Found), Failure> {
+async fn closure_of_mended(
+    env: &Env,
+    sink: &Sink,
+    wanted: &[StorePath],
+) -> Result<(Store, Found), Failure> {
     let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
     let found = async {
         let store = match &ready.opened {
@@ -237,10 +305,22 @@ async fn deliver(
 ) -> Result<(Outcome, Verification), Failure> {
     let (cancel, _listening) = until_signalled()?;
     publisher.offer(found.infos.clone()).await;
-    let outcome = publisher.drain(Instant::now() + limit, cancel.clone()).await;
+    let outcome = publisher
+        .drain(Instant::now() + limit, cancel.clone())
+        .await;
     let served = outcome.served().cloned().collect();
-    let options = verify::Options { key, ..verify::Options::default() };
-    let verification = verify(attic.clone(), served, &options, Instant::now() + VERIFY_LIMIT, &cancel).await;
+    let options = verify::Options {
+        key,
+        ..verify::Options::default()
+    };
+    let verification = verify(
+        attic.clone(),
+        served,
+        &options,
+        Instant::now() + VERIFY_LIMIT,
+        &cancel,
+    )
+    .await;
     Ok((outcome, verification))
 }
 

@@ -36,7 +36,13 @@ pub struct Inputs {
     paths: Vec<PathBuf>,
 
     /// How to say what was found: `text`, the default, or `json`.
-    #[arg(long, env = "FLYWHEEL_FORMAT", value_name = "FORMAT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FORMAT",
+        value_name = "FORMAT",
+        default_value = "",
+        hide_default_value = true
+    )]
     format: Text,
 
     #[command(flatten)]
@@ -84,11 +90,15 @@ struct Found {
 /// # Errors
 /// For wrong input, and for a path that cannot be read.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let as_json = choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
+    let as_json =
+        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
     let kept = inputs.policy.read()?;
     let mut real = Vec::new();
     for path in &inputs.paths {
-        real.push(path.canonicalize().map_err(|error| Error::Missing(path.display().to_string(), error))?);
+        real.push(
+            path.canonicalize()
+                .map_err(|error| Error::Missing(path.display().to_string(), error))?,
+        );
     }
     let workflow = Workflow::new(env.in_github_actions());
     let screen = Screen::new(&workflow);
@@ -100,28 +110,57 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         for (done, path) in real.into_iter().enumerate() {
             let looked: Looked = scanner.look_into(&path)?;
             size += looked.bytes;
-            sink.send(Progress::Moved { done: done as u64 + 1, total, bytes: size });
-            all.extend(looked.findings.into_iter().map(|finding| (path.clone(), finding)));
+            sink.send(Progress::Moved {
+                done: done as u64 + 1,
+                total,
+                bytes: size,
+            });
+            all.extend(
+                looked
+                    .findings
+                    .into_iter()
+                    .map(|finding| (path.clone(), finding)),
+            );
         }
         Ok::<_, DumpError>((all, size))
     });
-    let looked = looking.await.map_err(|panic| DumpError::Sink(std::io::Error::other(panic)));
+    let looked = looking
+        .await
+        .map_err(|panic| DumpError::Sink(std::io::Error::other(panic)));
     screen.finish();
     let (all, size) = looked.and_then(|looked| looked).map_err(Error::from)?;
     let found = all.into_iter().filter_map(|(path, finding)| {
         let ruling = kept.policy.rule(true, finding.rule, &name(&path), true);
         let withheld = ruling == Ruling::Withhold;
-        (ruling != Ruling::Publish).then(|| Found { path: path.display().to_string(), finding, withheld })
+        (ruling != Ruling::Publish).then(|| Found {
+            path: path.display().to_string(),
+            finding,
+            withheld,
+        })
     });
     let found: Vec<Found> = found.collect();
     if as_json {
-        data(&format!("{:#}", json!({ "paths": total, "bytes": size, "findings": found })));
+        data(&format!(
+            "{:#}",
+            json!({ "paths": total, "bytes": size, "findings": found })
+        ));
     } else {
         tell(&found, &workflow);
-        let (what, took) = (count(found.len() as u64, "finding"), duration(begun.elapsed()));
-        data(&format!("{what} in {} ({} in {took})", count(total, "path"), bytes(size)));
+        let (what, took) = (
+            count(found.len() as u64, "finding"),
+            duration(begun.elapsed()),
+        );
+        data(&format!(
+            "{what} in {} ({} in {took})",
+            count(total, "path"),
+            bytes(size)
+        ));
     }
-    Ok(if found.iter().any(|one| one.withheld) { Exit::Failed } else { Exit::Ok })
+    Ok(if found.iter().any(|one| one.withheld) {
+        Exit::Failed
+    } else {
+        Exit::Ok
+    })
 }
 
 /// The name by which exceptions know a path.
@@ -129,13 +168,26 @@ fn name(path: &Path) -> String {
     let text = path.display().to_string();
     match text.parse::<StorePath>() {
         Ok(path) => path.name().to_owned(),
-        Err(_) => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        Err(_) => path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
     }
 }
 
 fn tell(found: &[Found], workflow: &Workflow) {
-    for Found { path, finding, withheld } in found {
-        let level = if *withheld { Level::Error } else { Level::Warning };
+    for Found {
+        path,
+        finding,
+        withheld,
+    } in found
+    {
+        let level = if *withheld {
+            Level::Error
+        } else {
+            Level::Warning
+        };
         workflow.annotate(level, finding.rule.word(), &format!("{path}: {finding}"));
     }
 }

@@ -38,16 +38,34 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Inputs {
     /// The cache server's address, such as `https://attic.example.org/` (default: the runner's hint
     /// `ATTIC_SERVER`; there is no baked-in server).
-    #[arg(long, env = "FLYWHEEL_ATTIC_SERVER", value_name = "URL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_SERVER",
+        value_name = "URL",
+        default_value = "",
+        hide_default_value = true
+    )]
     attic_server: Text,
 
     /// The cache's name on the server (default: the hint `ATTIC_CACHE`, then `main`).
-    #[arg(long, env = "FLYWHEEL_ATTIC_CACHE", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_CACHE",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     attic_cache: Text,
 
     /// The cache's public key, such as `main:6NCHdD59X431…=` (default: the hint
     /// `ATTIC_PUBLIC_KEY`).
-    #[arg(long, env = "FLYWHEEL_ATTIC_PUBLIC_KEY", value_name = "KEY", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_PUBLIC_KEY",
+        value_name = "KEY",
+        default_value = "",
+        hide_default_value = true
+    )]
     attic_public_key: Text,
 
     /// The Bazel remote cache, such as `grpc://bazel-cache.example.org:9092` (default: the
@@ -63,12 +81,24 @@ pub struct Inputs {
 
     /// For the outputs `trust`, `publishes`, `reason`: whether to publish, `true`, `auto` or `false`,
     /// the default.
-    #[arg(long, env = "FLYWHEEL_PUSH_CACHE", value_name = "WHEN", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_PUSH_CACHE",
+        value_name = "WHEN",
+        default_value = "",
+        hide_default_value = true
+    )]
     push_cache: Text,
 
     /// For the same outputs: refs that may publish besides the default branch (default:
     /// `refs/tags/v*`).
-    #[arg(long, env = "FLYWHEEL_TRUSTED_REFS", value_name = "REFS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_TRUSTED_REFS",
+        value_name = "REFS",
+        default_value = "",
+        hide_default_value = true
+    )]
     trusted_refs: Text,
 }
 
@@ -93,7 +123,9 @@ impl Explain for Error {
 
     fn hint(&self) -> Option<String> {
         let Self::Write { file, .. } = self;
-        Some(format!("Have the step run as the user that the runner made `{file}` for, with space left on its disk."))
+        Some(format!(
+            "Have the step run as the user that the runner made `{file}` for, with space left on its disk."
+        ))
     }
 }
 
@@ -125,7 +157,11 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         let text = "there is no folder with `flywheel` in it to put on PATH: later steps must name it in full";
         workflow.annotate(Level::Warning, "flywheel", text);
     }
-    workflow.say(&format!("trust: {} ({})", decision.verdict().word(), decision.reason()));
+    workflow.say(&format!(
+        "trust: {} ({})",
+        decision.verdict().word(),
+        decision.reason()
+    ));
     Ok(Exit::Ok)
 }
 
@@ -151,7 +187,9 @@ impl Wanted {
         hints.get("GF_BAZEL_SUBSTRATE_MODE", mode);
         let wanted = Self {
             server: server.or_else(|| hints.get("ATTIC_SERVER", http)),
-            cache: cache.or_else(|| hints.get("ATTIC_CACHE", cache_name)).unwrap_or_default(),
+            cache: cache
+                .or_else(|| hints.get("ATTIC_CACHE", cache_name))
+                .unwrap_or_default(),
             key: key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
             bazel_cache: bazel_cache.or_else(|| hints.get("BAZEL_REMOTE_CACHE", bazel)),
             bazel_executor: hints.get("BAZEL_REMOTE_EXECUTOR", bazel),
@@ -169,7 +207,12 @@ impl Wanted {
         let (server, bazel_cache, executor) = tokio::join!(
             answering("ATTIC_SERVER", self.server, &names, workflow),
             answering("BAZEL_REMOTE_CACHE", self.bazel_cache, &names, workflow),
-            answering("BAZEL_REMOTE_EXECUTOR", self.bazel_executor, &names, workflow),
+            answering(
+                "BAZEL_REMOTE_EXECUTOR",
+                self.bazel_executor,
+                &names,
+                workflow
+            ),
         );
         let mode = match (&bazel_cache, &executor) {
             (None, _) => "compatibility-local-only",
@@ -195,26 +238,53 @@ struct Endpoint {
 }
 
 fn endpoint(text: &str, schemes: &[&str]) -> Result<Endpoint, String> {
-    address(text, schemes).map(|url| Endpoint { text: text.to_owned(), url })
+    address(text, schemes).map(|url| Endpoint {
+        text: text.to_owned(),
+        url,
+    })
 }
 
 fn mode(text: &str) -> Result<(), String> {
-    let known = ["compatibility-local-only", "shared-cache-backed", "executor-backed"];
-    if known.contains(&text) { Ok(()) } else { Err(format!("is none of {}", known.join(", "))) }
+    let known = [
+        "compatibility-local-only",
+        "shared-cache-backed",
+        "executor-backed",
+    ];
+    if known.contains(&text) {
+        Ok(())
+    } else {
+        Err(format!("is none of {}", known.join(", ")))
+    }
 }
 
 /// The endpoint's text, if something takes connections there.
-async fn answering(name: &str, endpoint: Option<Endpoint>, names: &Names, workflow: &Workflow) -> Option<String> {
+async fn answering(
+    name: &str,
+    endpoint: Option<Endpoint>,
+    names: &Names,
+    workflow: &Workflow,
+) -> Option<String> {
     let Endpoint { text, url } = endpoint?;
     // gRPC has HTTP's ports.
-    let by_scheme = if matches!(url.scheme(), "grpcs" | "https") { 443 } else { 80 };
+    let by_scheme = if matches!(url.scheme(), "grpcs" | "https") {
+        443
+    } else {
+        80
+    };
     let host = url.host_str().unwrap_or_default();
     match reach(names, host, url.port().unwrap_or(by_scheme), REACH_TIMEOUT).await {
         Ok(()) => Some(text),
         Err(error) => {
-            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            let cause = error
+                .source()
+                .map(|cause| format!(": {cause}"))
+                .unwrap_or_default();
             let problem = format!("`{}` cannot be reached: {error}{cause}", redact(&url));
-            workflow.annotate(Level::Warning, "flywheel", &format!("`{name}` is not exported: {problem}"));
+            workflow.annotate(
+                Level::Warning,
+                "flywheel",
+                &format!("`{name}` is not exported: {problem}"),
+            );
             None
         }
     }
@@ -222,15 +292,25 @@ async fn answering(name: &str, endpoint: Option<Endpoint>, names: &Names, workfl
 
 /// The folder that has `flywheel` in it: the action's own `dist`, else the one that this program is in.
 fn launcher_folder(env: &Env) -> Option<PathBuf> {
-    let of_the_action = env.path("GITHUB_ACTION_PATH").filter(|path| path.is_absolute()).map(|path| path.join("dist"));
-    of_the_action.into_iter().chain(program_folder()).find(|folder| folder.join("flywheel").is_file())
+    let of_the_action = env
+        .path("GITHUB_ACTION_PATH")
+        .filter(|path| path.is_absolute())
+        .map(|path| path.join("dist"));
+    of_the_action
+        .into_iter()
+        .chain(program_folder())
+        .find(|folder| folder.join("flywheel").is_file())
 }
 
 fn write(file: &'static str) -> impl FnOnce(std::io::Error) -> Error {
     move |source| Error::Write { file, source }
 }
 
-fn export_to_job(files: &Files, folder: Option<&Path>, exports: &[(&'static str, String)]) -> Result<(), Error> {
+fn export_to_job(
+    files: &Files,
+    folder: Option<&Path>,
+    exports: &[(&'static str, String)],
+) -> Result<(), Error> {
     if let Some(folder) = folder {
         files.add_path(folder).map_err(write("GITHUB_PATH"))?;
     }
@@ -242,7 +322,14 @@ fn export_to_job(files: &Files, folder: Option<&Path>, exports: &[(&'static str,
 
 fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
     files.set_output("trust", decision.verdict().word())?;
-    files.set_output("publishes", if decision.publishes() { "true" } else { "false" })?;
+    files.set_output(
+        "publishes",
+        if decision.publishes() {
+            "true"
+        } else {
+            "false"
+        },
+    )?;
     files.set_output("reason", &decision.reason())?;
     files.set_output("attic", decision.plan().attic.word())?;
     files.set_output("flakehub", decision.plan().flakehub.word())?;
@@ -251,9 +338,19 @@ fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
 
 /// Lines for `eval` in a POSIX shell.
 fn for_a_shell(folder: Option<&Path>, exports: &[(&'static str, String)]) -> String {
-    let path = folder.map(|folder| format!("export PATH={}:\"$PATH\"", quoted(&folder.display().to_string())));
-    let variables = exports.iter().map(|(name, value)| format!("export {name}={}", quoted(value)));
-    path.into_iter().chain(variables).collect::<Vec<_>>().join("\n")
+    let path = folder.map(|folder| {
+        format!(
+            "export PATH={}:\"$PATH\"",
+            quoted(&folder.display().to_string())
+        )
+    });
+    let variables = exports
+        .iter()
+        .map(|(name, value)| format!("export {name}={}", quoted(value)));
+    path.into_iter()
+        .chain(variables)
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// In single quotes a POSIX shell takes everything literally but the quote itself.

@@ -10,10 +10,19 @@ use crate::text::one_line;
 /// # Errors
 /// For anything else, with an example.
 pub fn duration(name: &str, text: &str) -> Result<Duration, UsageError> {
-    let units = [("s", 1), ("m", 60), ("h", 3600), ("d", 86_400), ("w", 604_800)];
+    let units = [
+        ("s", 1),
+        ("m", 60),
+        ("h", 3600),
+        ("d", 86_400),
+        ("w", 604_800),
+    ];
     let seconds = scaled(text, "s", &units).ok_or_else(|| {
-        UsageError::new(name, format!("must be a time such as `30d`, not `{}`", one_line(text, 40)))
-            .with_hint("Write a whole number and `s`, `m`, `h`, `d` or `w`.")
+        UsageError::new(
+            name,
+            format!("must be a time such as `30d`, not `{}`", one_line(text, 40)),
+        )
+        .with_hint("Write a whole number and `s`, `m`, `h`, `d` or `w`.")
     })?;
     Ok(Duration::from_secs(seconds))
 }
@@ -24,19 +33,36 @@ pub fn duration(name: &str, text: &str) -> Result<Duration, UsageError> {
 /// For anything else, with an example.
 pub fn size(name: &str, text: &str) -> Result<u64, UsageError> {
     let short = text.trim().trim_end_matches("iB").trim_end_matches('B');
-    let units = [("", 1), ("K", 1 << 10), ("M", 1 << 20), ("G", 1 << 30), ("T", 1 << 40)];
+    let units = [
+        ("", 1),
+        ("K", 1 << 10),
+        ("M", 1 << 20),
+        ("G", 1 << 30),
+        ("T", 1 << 40),
+    ];
     scaled(short, "", &units).ok_or_else(|| {
-        UsageError::new(name, format!("must be a size such as `20G`, not `{}`", one_line(text, 40)))
-            .with_hint("Write a whole number and `K`, `M`, `G` or `T` (powers of 1024).")
+        UsageError::new(
+            name,
+            format!("must be a size such as `20G`, not `{}`", one_line(text, 40)),
+        )
+        .with_hint("Write a whole number and `K`, `M`, `G` or `T` (powers of 1024).")
     })
 }
 
 fn scaled(text: &str, default: &str, units: &[(&str, u64)]) -> Option<u64> {
     let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
-    let unit = if unit.trim().is_empty() { default } else { unit.trim() };
-    let (_, factor) = units.iter().find(|(known, _)| known.eq_ignore_ascii_case(unit))?;
+    let unit = if unit.trim().is_empty() {
+        default
+    } else {
+        unit.trim()
+    };
+    let (_, factor) = units
+        .iter()
+        .find(|(known, _)| known.eq_ignore_ascii_case(unit))?;
     number.parse::<u64>().ok()?.checked_mul(*factor)
 }
 
@@ -59,13 +85,24 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_with_an_example() {
-        for text in ["", "d", "-1d", "1.5d", "3y", "99999999999999999999s", "99999999999999w"] {
+        for text in [
+            "",
+            "d",
+            "-1d",
+            "1.5d",
+            "3y",
+            "99999999999999999999s",
+            "99999999999999w",
+        ] {
             assert!(duration("max-age", text).is_err(), "{text}");
         }
         for text in ["", "G", "-1", "20X", "99999999T"] {
             assert!(size("max-size", text).is_err(), "{text}");
         }
         let error = size("max-size", "much").expect_err("no number").to_string();
-        assert_eq!(error, "input `max-size` must be a size such as `20G`, not `much`");
+        assert_eq!(
+            error,
+            "input `max-size` must be a size such as `20G`, not `much`"
+        );
     }
 }

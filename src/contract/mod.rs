@@ -53,7 +53,11 @@ impl TryFrom<u32> for Version {
     type Error = String;
 
     fn try_from(number: u32) -> Result<Self, String> {
-        if number == 1 { Ok(Self) } else { Err(format!("version {number} is not known here, 1 is")) }
+        if number == 1 {
+            Ok(Self)
+        } else {
+            Err(format!("version {number} is not known here, 1 is"))
+        }
     }
 }
 
@@ -98,7 +102,11 @@ impl Class {
 
     /// Everything that a lane of it offers.
     pub fn offers(&self, lane: &Lane, skill: Skill) -> bool {
-        self.provides.iter().flatten().chain(&lane.provides).any(|offered| *offered == skill)
+        self.provides
+            .iter()
+            .flatten()
+            .chain(&lane.provides)
+            .any(|offered| *offered == skill)
     }
 
     /// The memory that a job on a lane has: the lane's, else the class's.
@@ -259,12 +267,15 @@ impl Contract {
 
     /// Every lane with its class.
     pub fn lanes(&self) -> impl Iterator<Item = (&str, &Class, &Lane)> {
-        self.classes.iter().flat_map(|(name, class)| class.lanes().iter().map(move |lane| (name, class, lane)))
+        self.classes
+            .iter()
+            .flat_map(|(name, class)| class.lanes().iter().map(move |lane| (name, class, lane)))
     }
 
     /// The lane of this label.
     pub fn lane(&self, label: &str) -> Option<(&str, &Class, &Lane)> {
-        self.lanes().find(|(_, _, lane)| lane.label.eq_ignore_ascii_case(label))
+        self.lanes()
+            .find(|(_, _, lane)| lane.label.eq_ignore_ascii_case(label))
     }
 
     /// Puts a file's contract over this one: what the file gives counts, and what it does not give stays.
@@ -272,15 +283,26 @@ impl Contract {
     fn overlay(&mut self, over: Self) {
         self.classes.overlay(over.classes, Class::overlay);
         self.caches.overlay(over.caches, Cache::overlay);
-        self.exposure.overlay(over.exposure, |old, new| old.overlay(new, |old, new| *old = new));
+        self.exposure.overlay(over.exposure, |old, new| {
+            old.overlay(new, |old, new| *old = new)
+        });
         take_list(&mut self.placement, over.placement);
-        take_list(&mut self.publication.publishable, over.publication.publishable);
+        take_list(
+            &mut self.publication.publishable,
+            over.publication.publishable,
+        );
         take_list(&mut self.publication.triggers, over.publication.triggers);
         take_list(&mut self.publication.rules, over.publication.rules);
         take(&mut self.shared_cache.mode, over.shared_cache.mode);
         take(&mut self.shared_cache.schemes, over.shared_cache.schemes);
-        take(&mut self.shared_cache.allow_localhost, over.shared_cache.allow_localhost);
-        take(&mut self.shared_cache.allow_separate_executor, over.shared_cache.allow_separate_executor);
+        take(
+            &mut self.shared_cache.allow_localhost,
+            over.shared_cache.allow_localhost,
+        );
+        take(
+            &mut self.shared_cache.allow_separate_executor,
+            over.shared_cache.allow_separate_executor,
+        );
     }
 }
 
@@ -306,15 +328,24 @@ mod tests {
         let names: Vec<_> = contract.classes.iter().map(|(name, _)| name).collect();
         assert_eq!(names, ["nix-builder", "general", "container", "kernel"]);
         assert!(contract.caches.get("attic").is_some());
-        assert!(!BUILT_IN.contains("://") && !BUILT_IN.contains("image:"), "no host and no image");
+        assert!(
+            !BUILT_IN.contains("://") && !BUILT_IN.contains("image:"),
+            "no host and no image"
+        );
     }
 
     #[test]
     fn a_lane_has_its_own_memory_and_skills_before_the_classs() {
         let contract = Contract::built_in();
-        let (name, class, lane) = contract.lane("Nix-Builder-KVM").expect("labels ignore case");
+        let (name, class, lane) = contract
+            .lane("Nix-Builder-KVM")
+            .expect("labels ignore case");
         assert_eq!(name, "nix-builder");
-        assert!(class.offers(lane, Skill::Kvm) && class.offers(lane, Skill::Nix) && !class.offers(lane, Skill::Docker));
+        assert!(
+            class.offers(lane, Skill::Kvm)
+                && class.offers(lane, Skill::Nix)
+                && !class.offers(lane, Skill::Docker)
+        );
         assert!(!lane.publishes);
         let heavy = contract.lane("nix-builder-heavy").expect("there").2;
         assert_eq!(class.memory(Some(heavy)).map(Size::bytes), Some(64 << 30));

@@ -56,7 +56,10 @@ impl Section {
                 triggers(contract),
                 Block::List(contract.publication.rules.clone()),
             ],
-            Self::SharedCache => vec![Block::Title("The shared cache of Bazel"), shared_cache(contract)],
+            Self::SharedCache => vec![
+                Block::Title("The shared cache of Bazel"),
+                shared_cache(contract),
+            ],
         }
     }
 }
@@ -83,7 +86,9 @@ pub fn markdown(contract: &Contract, section: Option<Section>) -> String {
             Block::Text(line) => push(&mut text, format_args!("\n{line}\n")),
             Block::List(items) => {
                 text.push('\n');
-                items.iter().for_each(|item| push(&mut text, format_args!("- {}\n", item.trim())));
+                items
+                    .iter()
+                    .for_each(|item| push(&mut text, format_args!("- {}\n", item.trim())));
             }
             Block::Table(head, rows) => table(&mut text, &head.map_owned(), &rows, escape),
             Block::Free(head, rows) => table(&mut text, &head, &rows, escape),
@@ -92,8 +97,20 @@ pub fn markdown(contract: &Contract, section: Option<Section>) -> String {
     text.trim_start().to_owned()
 }
 
-fn table(text: &mut String, head: &[String], rows: &[Vec<String>], escape: impl Fn(&str) -> String) {
-    push(text, format_args!("\n| {} |\n|{}\n", head.join(" | "), "---|".repeat(head.len())));
+fn table(
+    text: &mut String,
+    head: &[String],
+    rows: &[Vec<String>],
+    escape: impl Fn(&str) -> String,
+) {
+    push(
+        text,
+        format_args!(
+            "\n| {} |\n|{}\n",
+            head.join(" | "),
+            "---|".repeat(head.len())
+        ),
+    );
     for row in rows {
         let cells: Vec<String> = row.iter().map(|cell| escape(cell)).collect();
         push(text, format_args!("| {} |\n", cells.join(" | ")));
@@ -109,7 +126,9 @@ pub fn text(contract: &Contract, section: Option<Section>) -> String {
             Block::Text(line) => push(&mut text, format_args!("\n  {line}\n")),
             Block::List(items) => {
                 text.push('\n');
-                items.iter().for_each(|item| push(&mut text, format_args!("  - {}\n", item.trim())));
+                items
+                    .iter()
+                    .for_each(|item| push(&mut text, format_args!("  - {}\n", item.trim())));
             }
             Block::Table(head, rows) => paragraphs(&mut text, &head.map_owned(), &rows),
             Block::Free(head, rows) => paragraphs(&mut text, &head, &rows),
@@ -119,10 +138,20 @@ pub fn text(contract: &Contract, section: Option<Section>) -> String {
 }
 
 fn paragraphs(text: &mut String, head: &[String], rows: &[Vec<String>]) {
-    let width = head.iter().skip(1).map(|name| name.chars().count()).max().unwrap_or_default();
+    let width = head
+        .iter()
+        .skip(1)
+        .map(|name| name.chars().count())
+        .max()
+        .unwrap_or_default();
     for row in rows {
         push(text, format_args!("\n  {}\n", row[0]));
-        for (name, cell) in head.iter().zip(row).skip(1).filter(|(_, cell)| !cell.is_empty()) {
+        for (name, cell) in head
+            .iter()
+            .zip(row)
+            .skip(1)
+            .filter(|(_, cell)| !cell.is_empty())
+        {
             push(text, format_args!("    {name:<width$}  {cell}\n"));
         }
     }
@@ -134,7 +163,10 @@ fn push(text: &mut String, line: std::fmt::Arguments<'_>) {
 
 fn blocks(contract: &Contract, section: Option<Section>) -> Vec<Block> {
     let sections = Section::ALL.into_iter().map(|(_, one)| one);
-    sections.filter(|one| section.is_none_or(|wanted| wanted == *one)).flat_map(|one| one.blocks(contract)).collect()
+    sections
+        .filter(|one| section.is_none_or(|wanted| wanted == *one))
+        .flat_map(|one| one.blocks(contract))
+        .collect()
 }
 
 trait MapOwned {
@@ -148,11 +180,22 @@ impl MapOwned for Vec<&'static str> {
 }
 
 fn words(skills: &[Skill]) -> String {
-    skills.iter().map(|skill| skill.word()).collect::<Vec<_>>().join(", ")
+    skills
+        .iter()
+        .map(|skill| skill.word())
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn classes(contract: &Contract) -> Block {
-    let head = vec!["class", "runner lane", "image", "capabilities", "provides", "used for"];
+    let head = vec![
+        "class",
+        "runner lane",
+        "image",
+        "capabilities",
+        "provides",
+        "used for",
+    ];
     let rows = contract.classes.iter().map(|(name, class)| {
         let lane = class.lanes().first();
         let lane = lane.map(|lane| match &lane.runner {
@@ -176,13 +219,26 @@ fn classes(contract: &Contract) -> Block {
 }
 
 fn lanes(contract: &Contract) -> Block {
-    let head = vec!["lane", "class", "memory", "runners at most", "publishes", "provides besides", "note"];
+    let head = vec![
+        "lane",
+        "class",
+        "memory",
+        "runners at most",
+        "publishes",
+        "provides besides",
+        "note",
+    ];
     let rows = contract.lanes().map(|(name, class, lane)| {
         vec![
             format!("`{}`", lane.label),
             format!("`{name}`"),
-            class.memory(Some(lane)).map(|size| size.to_string()).unwrap_or_default(),
-            lane.max_runners.map(|most| most.to_string()).unwrap_or_default(),
+            class
+                .memory(Some(lane))
+                .map(|size| size.to_string())
+                .unwrap_or_default(),
+            lane.max_runners
+                .map(|most| most.to_string())
+                .unwrap_or_default(),
             publishes(lane).to_owned(),
             words(&lane.provides),
             lane.note.clone().unwrap_or_default(),
@@ -192,14 +248,24 @@ fn lanes(contract: &Contract) -> Block {
 }
 
 fn publishes(lane: &Lane) -> &'static str {
-    if lane.publishes { "if the trust gate allows" } else { "never, reads only" }
+    if lane.publishes {
+        "if the trust gate allows"
+    } else {
+        "never, reads only"
+    }
 }
 
 fn tools(contract: &Contract) -> Block {
     let head = vec!["tool", "class", "versions"];
     let rows = contract.classes.iter().flat_map(|(name, class)| {
         let tools = class.tools.iter();
-        tools.map(move |(tool, wanted)| vec![format!("`{tool}`"), format!("`{name}`"), format!("`{wanted}`")])
+        tools.map(move |(tool, wanted)| {
+            vec![
+                format!("`{tool}`"),
+                format!("`{name}`"),
+                format!("`{wanted}`"),
+            ]
+        })
     });
     Block::Table(head, rows.collect())
 }
@@ -209,41 +275,76 @@ fn title<'a>(name: &'a str, cache: &'a Cache) -> &'a str {
 }
 
 fn caches(contract: &Contract) -> Block {
-    let head = vec!["cache", "authority", "content", "consumers", "filled by", "credential"];
+    let head = vec![
+        "cache",
+        "authority",
+        "content",
+        "consumers",
+        "filled by",
+        "credential",
+    ];
     let rows = contract.caches.iter().map(|(name, cache)| {
-        let fields = [&cache.authority, &cache.content, &cache.consumers, &cache.filled_by, &cache.credential];
+        let fields = [
+            &cache.authority,
+            &cache.content,
+            &cache.consumers,
+            &cache.filled_by,
+            &cache.credential,
+        ];
         let fields = fields.map(|field| field.clone().unwrap_or_default());
-        std::iter::once(title(name, cache).to_owned()).chain(fields).collect()
+        std::iter::once(title(name, cache).to_owned())
+            .chain(fields)
+            .collect()
     });
     Block::Table(head, rows.collect())
 }
 
 fn named(contract: &Contract, cache: &str) -> String {
-    contract.caches.get(cache).map_or(cache, |known| title(cache, known)).to_owned()
+    contract
+        .caches
+        .get(cache)
+        .map_or(cache, |known| title(cache, known))
+        .to_owned()
 }
 
 fn placement(contract: &Contract) -> Block {
-    let rows = contract.placement.iter().map(|row| vec![row.what.clone(), named(contract, &row.cache)]);
+    let rows = contract
+        .placement
+        .iter()
+        .map(|row| vec![row.what.clone(), named(contract, &row.cache)]);
     Block::Table(vec!["what", "where"], rows.collect())
 }
 
 fn on_miss(contract: &Contract) -> Block {
     let rows = contract.caches.iter().filter_map(|(name, cache)| {
         let costs = cache.on_miss_costs.clone().unwrap_or_default();
-        cache.on_miss.clone().map(|does| vec![title(name, cache).to_owned(), does, costs])
+        cache
+            .on_miss
+            .clone()
+            .map(|does| vec![title(name, cache).to_owned(), does, costs])
     });
-    Block::Table(vec!["cache", "what happens", "what it costs"], rows.collect())
+    Block::Table(
+        vec!["cache", "what happens", "what it costs"],
+        rows.collect(),
+    )
 }
 
 fn exposure(contract: &Contract) -> Block {
     let mut columns: Vec<&str> = Vec::new();
     for (_, row) in contract.exposure.iter() {
-        let new: Vec<&str> = row.iter().map(|(cache, _)| cache).filter(|cache| !columns.contains(cache)).collect();
+        let new: Vec<&str> = row
+            .iter()
+            .map(|(cache, _)| cache)
+            .filter(|cache| !columns.contains(cache))
+            .collect();
         columns.extend(new);
     }
-    let head = std::iter::once("consumer".to_owned()).chain(columns.iter().map(|cache| named(contract, cache)));
+    let head = std::iter::once("consumer".to_owned())
+        .chain(columns.iter().map(|cache| named(contract, cache)));
     let rows = contract.exposure.iter().map(|(consumer, row)| {
-        let cells = columns.iter().map(|cache| row.get(cache).map(ToString::to_string).unwrap_or_default());
+        let cells = columns
+            .iter()
+            .map(|cache| row.get(cache).map(ToString::to_string).unwrap_or_default());
         std::iter::once(consumer.to_owned()).chain(cells).collect()
     });
     Block::Free(head.collect(), rows.collect())
@@ -257,12 +358,31 @@ fn triggers(contract: &Contract) -> Block {
 
 fn shared_cache(contract: &Contract) -> Block {
     let declared = &contract.shared_cache;
-    let allowed = |allowed: Option<bool>| if allowed.unwrap_or_default() { "yes" } else { "no" }.to_owned();
+    let allowed = |allowed: Option<bool>| {
+        if allowed.unwrap_or_default() {
+            "yes"
+        } else {
+            "no"
+        }
+        .to_owned()
+    };
     let rows = vec![
-        vec!["mode".to_owned(), declared.mode.map(|mode| mode.word().to_owned()).unwrap_or("not declared".to_owned())],
+        vec![
+            "mode".to_owned(),
+            declared
+                .mode
+                .map(|mode| mode.word().to_owned())
+                .unwrap_or("not declared".to_owned()),
+        ],
         vec!["schemes".to_owned(), declared.schemes().join(", ")],
-        vec!["an endpoint on the machine itself".to_owned(), allowed(declared.allow_localhost)],
-        vec!["an executor elsewhere than the cache".to_owned(), allowed(declared.allow_separate_executor)],
+        vec![
+            "an endpoint on the machine itself".to_owned(),
+            allowed(declared.allow_localhost),
+        ],
+        vec![
+            "an executor elsewhere than the cache".to_owned(),
+            allowed(declared.allow_separate_executor),
+        ],
     ];
     Block::Table(vec!["what", "allowed or declared"], rows)
 }

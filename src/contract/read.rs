@@ -52,13 +52,21 @@ impl Explain for ContractError {
 /// For the first thing that is wrong with it.
 pub fn contract(file: &str, text: &str) -> Result<Contract, ContractError> {
     let mut contract = Contract::built_in();
-    let says_nothing =
-        text.lines().map(str::trim).all(|line| line.is_empty() || line.starts_with('#') || line == "---");
+    let says_nothing = text
+        .lines()
+        .map(str::trim)
+        .all(|line| line.is_empty() || line.starts_with('#') || line == "---");
     if !says_nothing {
-        let over: Contract = serde_saphyr::from_str(text).map_err(|error| explain(file, text, &error))?;
+        let over: Contract =
+            serde_saphyr::from_str(text).map_err(|error| explain(file, text, &error))?;
         contract.overlay(over);
     }
-    Reader { file, text, contract: &contract }.check()?;
+    Reader {
+        file,
+        text,
+        contract: &contract,
+    }
+    .check()?;
     Ok(contract)
 }
 
@@ -72,10 +80,21 @@ pub fn document(file: &str, text: &str) -> Result<serde_json::Value, ContractErr
 
 fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
     let error = error.without_snippet();
-    let line = error.location().map(|location| location.line()).filter(|line| *line > 0);
-    let base = ContractError { file: file.to_owned(), line, key: None, problem: String::new(), hint: None };
+    let line = error
+        .location()
+        .map(|location| location.line())
+        .filter(|line| *line > 0);
+    let base = ContractError {
+        file: file.to_owned(),
+        line,
+        key: None,
+        problem: String::new(),
+        hint: None,
+    };
     match error {
-        Yaml::SerdeUnknownField { field, expected, .. } => ContractError {
+        Yaml::SerdeUnknownField {
+            field, expected, ..
+        } => ContractError {
             key: Some(field.clone()),
             problem: "there is no such key here".into(),
             hint: Some(match nearest(field, expected.iter().copied()) {
@@ -86,7 +105,11 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
         },
         other => {
             let said = other.to_string();
-            let said = said.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            let said = said
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .trim_start_matches("error: ");
             // The library says the place too, before or behind its sentence, and we have said it.
             let places = error.location().map(|at| (at.line(), at.column()));
             let problem = places.and_then(|(line, column)| {
@@ -94,15 +117,25 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
                 behind.or_else(|| said.strip_prefix(&format!("line {line} column {column}: ")))
             });
             let problem = problem.unwrap_or(said);
-            ContractError { key: line.and_then(|line| key_at(text, line)), problem: one_line(problem, 300), ..base }
+            ContractError {
+                key: line.and_then(|line| key_at(text, line)),
+                problem: one_line(problem, 300),
+                ..base
+            }
         }
     }
 }
 
 /// The key that stands on a line.
 fn key_at(text: &str, line: u64) -> Option<String> {
-    let line = text.lines().nth(usize::try_from(line).ok()?.checked_sub(1)?)?;
-    let key = line.trim_start_matches([' ', '-']).split_once(':')?.0.trim_matches(['"', '\'', ' ']);
+    let line = text
+        .lines()
+        .nth(usize::try_from(line).ok()?.checked_sub(1)?)?;
+    let key = line
+        .trim_start_matches([' ', '-'])
+        .split_once(':')?
+        .0
+        .trim_matches(['"', '\'', ' ']);
     (!key.is_empty()).then(|| one_line(key, 80))
 }
 
@@ -132,7 +165,9 @@ impl Reader<'_> {
         for (class, _, lane) in self.contract.lanes() {
             let label = lane.label.to_lowercase();
             if label == "self-hosted" {
-                let problem = format!("a lane of `{class}` must have a label of its own, not bare `self-hosted`");
+                let problem = format!(
+                    "a lane of `{class}` must have a label of its own, not bare `self-hosted`"
+                );
                 return Err(self.error(
                     "label",
                     &lane.label,
@@ -141,8 +176,16 @@ impl Reader<'_> {
                 ));
             }
             if let Some((_, other)) = seen.iter().find(|(known, _)| *known == label) {
-                let problem = format!("the lane `{}` stands in `{other}` and in `{class}`", lane.label);
-                return Err(self.error("label", &lane.label, problem, "A label belongs to one class.".into()));
+                let problem = format!(
+                    "the lane `{}` stands in `{other}` and in `{class}`",
+                    lane.label
+                );
+                return Err(self.error(
+                    "label",
+                    &lane.label,
+                    problem,
+                    "A label belongs to one class.".into(),
+                ));
             }
             seen.push((label, class));
         }
@@ -158,7 +201,12 @@ impl Reader<'_> {
             Some(word) => format!("Did you mean `{word}`?"),
             None => format!("The caches are {}.", known.join(", ")),
         };
-        Err(self.error(key, name, format!("there is no cache `{}`", one_line(name, 80)), hint))
+        Err(self.error(
+            key,
+            name,
+            format!("there is no cache `{}`", one_line(name, 80)),
+            hint,
+        ))
     }
 
     /// The line is that of the last place where the word stands: the file's own, if it has one.
@@ -167,7 +215,12 @@ impl Reader<'_> {
             let words = line.split(|c: char| c.is_whitespace() || "{}[],:\"'".contains(c));
             words.into_iter().any(|found| found == word)
         };
-        let line = self.text.lines().enumerate().filter(|(_, line)| holds(line)).last();
+        let line = self
+            .text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| holds(line))
+            .last();
         ContractError {
             file: self.file.to_owned(),
             line: line.map(|(index, _)| index as u64 + 1),
@@ -194,7 +247,10 @@ mod tests {
             "version: 1\nclasses:\n  nix-builder:\n    lanes:\n      - label: a\n        memroy: 8GiB\n",
             "flywheel.yml:6: `memroy`: there is no such key here\nhelp: Did you mean `memory`?",
         );
-        check("clases: {}\n", "flywheel.yml:1: `clases`: there is no such key here\nhelp: Did you mean `classes`?");
+        check(
+            "clases: {}\n",
+            "flywheel.yml:1: `clases`: there is no such key here\nhelp: Did you mean `classes`?",
+        );
     }
 
     #[test]
@@ -216,9 +272,23 @@ mod tests {
             "flywheel.yml:4: `label`: a lane of `general` must have a label of its own, not bare `self-hosted`\n\
              help: Name what the lane is, such as `nix-heavy`.",
         );
-        assert_eq!(contract("f", "classes: [").expect_err("no YAML").line, Some(1));
-        assert_eq!(contract("f", "classes: {}\nclasses: {}\n").expect_err("twice").line, Some(2));
-        assert_eq!(contract("f", "version: 2\n").expect_err("new").key.as_deref(), Some("version"));
+        assert_eq!(
+            contract("f", "classes: [").expect_err("no YAML").line,
+            Some(1)
+        );
+        assert_eq!(
+            contract("f", "classes: {}\nclasses: {}\n")
+                .expect_err("twice")
+                .line,
+            Some(2)
+        );
+        assert_eq!(
+            contract("f", "version: 2\n")
+                .expect_err("new")
+                .key
+                .as_deref(),
+            Some("version")
+        );
     }
 
     #[test]
@@ -228,16 +298,29 @@ mod tests {
             let read = contract("flywheel.yml", text).expect("a contract");
             let mut read = serde_json::to_value(&read).expect("JSON");
             read["version"] = 1.into();
-            assert_eq!(read, serde_json::from_str::<serde_json::Value>(&built_in).expect("JSON"), "{text}");
+            assert_eq!(
+                read,
+                serde_json::from_str::<serde_json::Value>(&built_in).expect("JSON"),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn null_takes_a_class_away_and_lists_are_taken_whole() {
-        let read =
-            contract("f", "classes:\n  kernel: ~\n  general: {lanes: [{label: mine}]}\n  new: {}\n").expect("one");
+        let read = contract(
+            "f",
+            "classes:\n  kernel: ~\n  general: {lanes: [{label: mine}]}\n  new: {}\n",
+        )
+        .expect("one");
         assert!(read.class("kernel").is_none() && read.class("new").is_some());
-        assert_eq!(read.class("general").map(|class| class.lanes().len()), Some(1));
-        assert!(read.class("general").is_some_and(|class| class.image.is_none() && class.used_for.is_some()));
+        assert_eq!(
+            read.class("general").map(|class| class.lanes().len()),
+            Some(1)
+        );
+        assert!(
+            read.class("general")
+                .is_some_and(|class| class.image.is_none() && class.used_for.is_some())
+        );
     }
 }

@@ -34,7 +34,11 @@ impl Mode {
 
     /// Its word.
     pub fn word(self) -> &'static str {
-        Self::ALL.into_iter().find(|(_, mode)| *mode == self).expect("every mode has a word").0
+        Self::ALL
+            .into_iter()
+            .find(|(_, mode)| *mode == self)
+            .expect("every mode has a word")
+            .0
     }
 }
 
@@ -48,10 +52,19 @@ impl<'de> Deserialize<'de> for Mode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let words = Self::ALL.map(|(word, _)| word);
-        let found = Self::ALL.into_iter().find(|(word, _)| *word == text).map(|(_, mode)| mode);
+        let found = Self::ALL
+            .into_iter()
+            .find(|(word, _)| *word == text)
+            .map(|(_, mode)| mode);
         found.ok_or_else(|| {
-            let meant = nearest(&text, words).map(|word| format!("; did you mean `{word}`?")).unwrap_or_default();
-            de::Error::custom(format!("`{}` is no mode ({}){meant}", one_line(&text, 80), words.join(", ")))
+            let meant = nearest(&text, words)
+                .map(|word| format!("; did you mean `{word}`?"))
+                .unwrap_or_default();
+            de::Error::custom(format!(
+                "`{}` is no mode ({}){meant}",
+                one_line(&text, 80),
+                words.join(", ")
+            ))
         })
     }
 }
@@ -83,7 +96,9 @@ impl State {
 impl SharedCache {
     /// The schemes that an endpoint may have.
     pub fn schemes(&self) -> Vec<String> {
-        self.schemes.clone().unwrap_or_else(|| SCHEMES.map(str::to_owned).into())
+        self.schemes
+            .clone()
+            .unwrap_or_else(|| SCHEMES.map(str::to_owned).into())
     }
 }
 
@@ -121,7 +136,11 @@ pub struct Finding {
 
 impl Finding {
     fn error(about: &'static str, text: impl Into<String>) -> Self {
-        Self { error: true, about, text: text.into() }
+        Self {
+            error: true,
+            about,
+            text: text.into(),
+        }
     }
 }
 
@@ -157,7 +176,11 @@ impl Judgement {
 
     /// Takes in what asking an endpoint has shown: an error only when strict.
     pub fn answered(&mut self, about: &'static str, problem: Option<String>, strict: bool) {
-        self.findings.extend(problem.map(|text| Finding { error: strict, about, text }));
+        self.findings.extend(problem.map(|text| Finding {
+            error: strict,
+            about,
+            text,
+        }));
     }
 }
 
@@ -178,13 +201,22 @@ pub fn judge(declared: &SharedCache, given: &Given) -> Judgement {
     judgement.actual = Some(actual);
     let mut found = Vec::new();
     if mode != actual {
-        found
-            .push(Finding::error("mode", format!("declared is `{mode}` ({by}), but the endpoints make it `{actual}`")));
+        found.push(Finding::error(
+            "mode",
+            format!("declared is `{mode}` ({by}), but the endpoints make it `{actual}`"),
+        ));
     }
     found.extend(hinted(given, mode));
     found.extend(state(given, actual));
-    for (about, text) in [("cache", &given.cache), ("executor", &given.executor), ("attic", &given.attic)] {
-        match text.as_ref().map(|text| endpoint(about, text, declared, given)) {
+    for (about, text) in [
+        ("cache", &given.cache),
+        ("executor", &given.executor),
+        ("attic", &given.attic),
+    ] {
+        match text
+            .as_ref()
+            .map(|text| endpoint(about, text, declared, given))
+        {
             Some(Ok(url)) => judgement.endpoints.push(Endpoint { about, url }),
             Some(Err(problem)) => found.push(Finding::error(about, problem)),
             None => {}
@@ -192,7 +224,10 @@ pub fn judge(declared: &SharedCache, given: &Given) -> Judgement {
     }
     found.extend(together(declared, given, &judgement.endpoints));
     if given.strict && given.class.is_none() {
-        found.push(Finding::error("class", "no capability class of the runner is known; give `class`"));
+        found.push(Finding::error(
+            "class",
+            "no capability class of the runner is known; give `class`",
+        ));
     }
     if given.strict && given.cache.is_none() {
         found.push(Finding::error("cache", "`BAZEL_REMOTE_CACHE` is empty"));
@@ -213,8 +248,16 @@ fn hinted(given: &Given, mode: Mode) -> Option<Finding> {
         )),
         None => {
             let meant = nearest(hint, Mode::ALL.map(|(word, _)| word));
-            let meant = meant.map(|word| format!("; did you mean `{word}`?")).unwrap_or_default();
-            Some(Finding::error("mode", format!("`GF_BAZEL_SUBSTRATE_MODE` is no mode: `{}`{meant}", shown(hint))))
+            let meant = meant
+                .map(|word| format!("; did you mean `{word}`?"))
+                .unwrap_or_default();
+            Some(Finding::error(
+                "mode",
+                format!(
+                    "`GF_BAZEL_SUBSTRATE_MODE` is no mode: `{}`{meant}",
+                    shown(hint)
+                ),
+            ))
         }
     }
 }
@@ -224,20 +267,30 @@ fn state(given: &Given, actual: Mode) -> Option<Finding> {
     let error = |problem: String| Some(Finding::error("profile-state", problem));
     let Some((word, state)) = State::ALL.into_iter().find(|(word, _)| *word == text) else {
         let words = State::ALL.map(|(word, _)| word);
-        let meant = nearest(text, words).map(|word| format!("; did you mean `{word}`?")).unwrap_or_default();
-        return error(format!("`GF_FLYWHEEL_PROFILE_STATE` is unknown: `{}`{meant}", shown(text)));
+        let meant = nearest(text, words)
+            .map(|word| format!("; did you mean `{word}`?"))
+            .unwrap_or_default();
+        return error(format!(
+            "`GF_FLYWHEEL_PROFILE_STATE` is unknown: `{}`{meant}",
+            shown(text)
+        ));
     };
     let fits = match state {
         State::Unattached => actual == Mode::CompatibilityLocalOnly,
         State::SharedCacheBacked => actual == Mode::SharedCacheBacked,
         State::ExecutorBacked => actual == Mode::ExecutorBacked,
         // A proof on the machine itself: with no cache, or with one that is there.
-        State::LocalProof => [&given.cache, &given.executor].into_iter().flatten().all(|text| is_local(text)),
+        State::LocalProof => [&given.cache, &given.executor]
+            .into_iter()
+            .flatten()
+            .all(|text| is_local(text)),
     };
     if fits {
         None
     } else {
-        error(format!("the profile state `{word}` contradicts the endpoints, which make it `{actual}`"))
+        error(format!(
+            "the profile state `{word}` contradicts the endpoints, which make it `{actual}`"
+        ))
     }
 }
 
@@ -248,11 +301,20 @@ fn is_local(text: &str) -> bool {
 /// What holds of both endpoints together.
 fn together(declared: &SharedCache, given: &Given, endpoints: &[Endpoint]) -> Option<Finding> {
     if given.executor.is_some() && given.cache.is_none() {
-        return Some(Finding::error("executor", "`BAZEL_REMOTE_EXECUTOR` is given without `BAZEL_REMOTE_CACHE`"));
+        return Some(Finding::error(
+            "executor",
+            "`BAZEL_REMOTE_EXECUTOR` is given without `BAZEL_REMOTE_CACHE`",
+        ));
     }
     let place = |about: &str| {
-        let url = &endpoints.iter().find(|endpoint| endpoint.about == about)?.url;
-        Some((url.host_str().map(str::to_lowercase), url.port_or_known_default()))
+        let url = &endpoints
+            .iter()
+            .find(|endpoint| endpoint.about == about)?
+            .url;
+        Some((
+            url.host_str().map(str::to_lowercase),
+            url.port_or_known_default(),
+        ))
     };
     let differ = matches!((place("cache"), place("executor")), (Some(cache), Some(executor)) if cache != executor);
     (differ && !declared.allow_separate_executor.unwrap_or_default()).then(|| {
@@ -274,28 +336,50 @@ fn endpoint(about: &str, text: &str, declared: &SharedCache, given: &Given) -> R
             "`{name}` holds a literal `${{…}}`: nobody expands variables there, Bazel's rc files neither"
         ));
     }
-    let scheme = text.split_once("://").map(|(scheme, _)| scheme.to_ascii_lowercase());
-    if !scheme.as_ref().is_some_and(|scheme| schemes.contains(scheme)) {
+    let scheme = text
+        .split_once("://")
+        .map(|(scheme, _)| scheme.to_ascii_lowercase());
+    if !scheme
+        .as_ref()
+        .is_some_and(|scheme| schemes.contains(scheme))
+    {
         let has = scheme.map_or("none".to_owned(), |scheme| format!("`{}`", shown(&scheme)));
-        return Err(format!("`{name}` must begin with {}, and its scheme is {has}", schemes.join(", ")));
+        return Err(format!(
+            "`{name}` must begin with {}, and its scheme is {has}",
+            schemes.join(", ")
+        ));
     }
     let url = parse(text).map_err(|problem| format!("`{name}` is no address: {problem}"))?;
     let proof = given.state.as_deref() == Some("local-proof");
     if local(&url) && !declared.allow_localhost.unwrap_or_default() {
-        let advice = if proof { " (a `local-proof` needs it too)" } else { "" };
-        return Err(format!("`{name}` is on the machine itself, which `allow-localhost` has to allow{advice}"));
+        let advice = if proof {
+            " (a `local-proof` needs it too)"
+        } else {
+            ""
+        };
+        return Err(format!(
+            "`{name}` is on the machine itself, which `allow-localhost` has to allow{advice}"
+        ));
     }
     Ok(url)
 }
 
 fn parse(text: &str) -> Result<Url, String> {
     let url = Url::parse(text).map_err(|error| error.to_string())?;
-    if url.host_str().is_none_or(str::is_empty) { Err("it names no host".to_owned()) } else { Ok(url) }
+    if url.host_str().is_none_or(str::is_empty) {
+        Err("it names no host".to_owned())
+    } else {
+        Ok(url)
+    }
 }
 
 /// `localhost`, `127.0.0.0/8`, `::1`, `0.0.0.0` and `::`. Hosts of other schemes than the web's are texts to `url`.
 fn local(url: &Url) -> bool {
-    let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+    let host = url
+        .host_str()
+        .unwrap_or_default()
+        .trim_start_matches('[')
+        .trim_end_matches(']');
     let host = host.trim_end_matches('.').to_ascii_lowercase();
     let address = match Host::parse(url.host_str().unwrap_or_default()) {
         Ok(Host::Ipv4(address)) => Some(address.into()),
@@ -308,15 +392,31 @@ fn local(url: &Url) -> bool {
 
 /// An address for people: scheme, host, port and path, without user, password, query and fragment.
 pub fn redact(text: &str) -> String {
-    let Ok(url) = parse(text) else { return "(not an address)".to_owned() };
-    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+    let Ok(url) = parse(text) else {
+        return "(not an address)".to_owned();
+    };
+    let port = url
+        .port()
+        .map(|port| format!(":{port}"))
+        .unwrap_or_default();
     let path = if url.path() == "/" { "" } else { url.path() };
-    one_line(&format!("{}://{}{port}{path}", url.scheme(), url.host_str().unwrap_or_default()), 200)
+    one_line(
+        &format!(
+            "{}://{}{port}{path}",
+            url.scheme(),
+            url.host_str().unwrap_or_default()
+        ),
+        200,
+    )
 }
 
 /// A word of the environment for a message; an address with a password is never one.
 fn shown(text: &str) -> String {
-    if text.contains('@') { "…".to_owned() } else { one_line(text, 80) }
+    if text.contains('@') {
+        "…".to_owned()
+    } else {
+        one_line(text, 80)
+    }
 }
 
 /// Lines of a `.bazelrc` for a mode that holds. `upload`: whether the trust gate allows and the caller asked.
@@ -332,7 +432,9 @@ pub fn bazelrc(mode: Mode, cache: Option<&str>, executor: Option<&str>, upload: 
         lines.push("build --disk_cache=".to_owned());
     }
     if mode == Mode::ExecutorBacked {
-        lines.extend(executor.map(|executor| format!("build --remote_executor={}", redact(executor))));
+        lines.extend(
+            executor.map(|executor| format!("build --remote_executor={}", redact(executor))),
+        );
     }
     lines.push(String::new());
     lines.join("\n")

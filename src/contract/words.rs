@@ -19,12 +19,17 @@ pub struct Named<T> {
 impl<T> Named<T> {
     /// The value of this name.
     pub fn get(&self, name: &str) -> Option<&T> {
-        self.entries.iter().find(|(known, _)| known == name).map(|(_, value)| value)
+        self.entries
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value)
     }
 
     /// Names and values in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &T)> {
-        self.entries.iter().map(|(name, value)| (name.as_str(), value))
+        self.entries
+            .iter()
+            .map(|(name, value)| (name.as_str(), value))
     }
 
     /// Whether there is nothing.
@@ -34,7 +39,8 @@ impl<T> Named<T> {
 
     /// Puts others over these: `merge` where a name is known, at the end where it is new.
     pub(super) fn overlay(&mut self, over: Self, merge: impl Fn(&mut T, T)) {
-        self.entries.retain(|(name, _)| !over.removed.contains(name));
+        self.entries
+            .retain(|(name, _)| !over.removed.contains(name));
         for (name, value) in over.entries {
             match self.entries.iter_mut().find(|(known, _)| *known == name) {
                 Some((_, old)) => merge(old, value),
@@ -46,7 +52,10 @@ impl<T> Named<T> {
 
 impl<T> Default for Named<T> {
     fn default() -> Self {
-        Self { entries: Vec::new(), removed: Vec::new() }
+        Self {
+            entries: Vec::new(),
+            removed: Vec::new(),
+        }
     }
 }
 
@@ -132,16 +141,27 @@ impl Size {
     /// A sentence that says what a size looks like.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong = || format!("`{text}` is no size; write it as `8GiB` or `512MiB`");
-        let (unit, shift) = Self::UNITS.into_iter().find(|(unit, _)| text.ends_with(unit)).ok_or_else(wrong)?;
-        let number: u64 = text.trim_end_matches(unit).trim().parse().map_err(|_| wrong())?;
-        let bytes = number.checked_mul(1 << shift).filter(|bytes| *bytes > 0).ok_or_else(wrong)?;
+        let (unit, shift) = Self::UNITS
+            .into_iter()
+            .find(|(unit, _)| text.ends_with(unit))
+            .ok_or_else(wrong)?;
+        let number: u64 = text
+            .trim_end_matches(unit)
+            .trim()
+            .parse()
+            .map_err(|_| wrong())?;
+        let bytes = number
+            .checked_mul(1 << shift)
+            .filter(|bytes| *bytes > 0)
+            .ok_or_else(wrong)?;
         Ok(Self(bytes))
     }
 }
 
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let whole = |(_, shift): &(&str, u32)| self.0 >= 1 << shift && self.0.trailing_zeros() >= *shift;
+        let whole =
+            |(_, shift): &(&str, u32)| self.0 >= 1 << shift && self.0.trailing_zeros() >= *shift;
         let (unit, shift) = Self::UNITS.into_iter().find(whole).unwrap_or(("MiB", 20));
         write!(f, "{}{unit}", self.0 >> shift)
     }
@@ -193,7 +213,11 @@ impl Skill {
 
     /// Its word in a file.
     pub fn word(self) -> &'static str {
-        Self::WORDS.into_iter().find(|(_, skill)| *skill == self).expect("every skill has a word").0
+        Self::WORDS
+            .into_iter()
+            .find(|(_, skill)| *skill == self)
+            .expect("every skill has a word")
+            .0
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -202,8 +226,13 @@ impl Skill {
         }
         let words = Self::WORDS.map(|(word, _)| word);
         Err(match nearest(text, words) {
-            Some(word) => format!("`{text}` is nothing that a lane provides; did you mean `{word}`?"),
-            None => format!("`{text}` is nothing that a lane provides; the words are {}", words.join(", ")),
+            Some(word) => {
+                format!("`{text}` is nothing that a lane provides; did you mean `{word}`?")
+            }
+            None => format!(
+                "`{text}` is nothing that a lane provides; the words are {}",
+                words.join(", ")
+            ),
         })
     }
 }
@@ -234,22 +263,35 @@ impl Requirement {
     /// # Errors
     /// A sentence that says what it looks like.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let wrong = || format!("`{text}` names no versions; write them as `>=18`, `>=2.8 <3`, or `*` for any");
+        let wrong = || {
+            format!("`{text}` names no versions; write them as `>=18`, `>=2.8 <3`, or `*` for any")
+        };
         if text.trim() == "*" {
             return Ok(Self { bounds: Vec::new() });
         }
         let bound = |word: &str| {
-            let at_least = word.strip_prefix(">=").map(|number| (Bound::AtLeast, number));
-            let (bound, number) = at_least.or_else(|| word.strip_prefix('<').map(|number| (Bound::Below, number)))?;
-            Some((bound, numbers(number).filter(|_| number.starts_with(|c: char| c.is_ascii_digit()))?))
+            let at_least = word
+                .strip_prefix(">=")
+                .map(|number| (Bound::AtLeast, number));
+            let (bound, number) =
+                at_least.or_else(|| word.strip_prefix('<').map(|number| (Bound::Below, number)))?;
+            Some((
+                bound,
+                numbers(number).filter(|_| number.starts_with(|c: char| c.is_ascii_digit()))?,
+            ))
         };
         let bounds: Option<Vec<_>> = text.split_whitespace().map(bound).collect();
-        bounds.filter(|bounds| !bounds.is_empty()).map(|bounds| Self { bounds }).ok_or_else(wrong)
+        bounds
+            .filter(|bounds| !bounds.is_empty())
+            .map(|bounds| Self { bounds })
+            .ok_or_else(wrong)
     }
 
     /// Whether a version will do: the first number in `version` and those behind its points count.
     pub fn allows(&self, version: &str) -> bool {
-        let Some(found) = numbers(version) else { return self.bounds.is_empty() };
+        let Some(found) = numbers(version) else {
+            return self.bounds.is_empty();
+        };
         self.bounds.iter().all(|(bound, wanted)| match bound {
             Bound::AtLeast => found >= *wanted,
             Bound::Below => found < *wanted,
@@ -260,8 +302,14 @@ impl Requirement {
 /// The numbers of the first version in a text: `git version 2.39.5` gives 2, 39, 5.
 fn numbers(text: &str) -> Option<Vec<u32>> {
     let start = text.find(|c: char| c.is_ascii_digit())?;
-    let end = text[start..].find(|c: char| !c.is_ascii_digit() && c != '.').map_or(text.len(), |end| start + end);
-    text[start..end].split('.').filter(|part| !part.is_empty()).map(|part| part.parse().ok()).collect()
+    let end = text[start..]
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .map_or(text.len(), |end| start + end);
+    text[start..end]
+        .split('.')
+        .filter(|part| !part.is_empty())
+        .map(|part| part.parse().ok())
+        .collect()
 }
 
 impl fmt::Display for Requirement {
@@ -292,11 +340,18 @@ pub struct Access {
 
 impl Access {
     fn parse(text: &str) -> Result<Self, String> {
-        let (word, how) = text.split_once(',').map_or((text, None), |(word, how)| (word, Some(how.trim().to_owned())));
+        let (word, how) = text.split_once(',').map_or((text, None), |(word, how)| {
+            (word, Some(how.trim().to_owned()))
+        });
         match word.trim() {
             "yes" | "true" => Ok(Self { allowed: true, how }),
-            "no" | "false" => Ok(Self { allowed: false, how }),
-            _ => Err(format!("`{text}` must begin with `yes` or `no`, and may go on behind a comma")),
+            "no" | "false" => Ok(Self {
+                allowed: false,
+                how,
+            }),
+            _ => Err(format!(
+                "`{text}` must begin with `yes` or `no`, and may go on behind a comma"
+            )),
         }
     }
 }
@@ -326,9 +381,19 @@ mod tests {
 
     #[test]
     fn versions_are_compared_number_by_number() {
-        let check = |requirement: &str, version: &str| Requirement::parse(requirement).expect("one").allows(version);
-        assert!(check(">=2.8", "nix (Nix) 2.34.8") && check(">=18", "v18") && check("*", "anything"));
-        assert!(check(">=2.8 <3", "2.99") && !check(">=2.8 <3", "3.0.1") && !check(">=2.8", "nix (Nix) 2.3.16"));
+        let check = |requirement: &str, version: &str| {
+            Requirement::parse(requirement)
+                .expect("one")
+                .allows(version)
+        };
+        assert!(
+            check(">=2.8", "nix (Nix) 2.34.8") && check(">=18", "v18") && check("*", "anything")
+        );
+        assert!(
+            check(">=2.8 <3", "2.99")
+                && !check(">=2.8 <3", "3.0.1")
+                && !check(">=2.8", "nix (Nix) 2.3.16")
+        );
         assert!(!check(">=1", "no number"));
         for wrong in ["", "18", ">18", ">=x", "latest"] {
             assert!(Requirement::parse(wrong).is_err(), "{wrong}");
@@ -337,6 +402,10 @@ mod tests {
 
     #[test]
     fn a_skill_that_does_not_exist_gets_a_hint() {
-        assert!(Skill::parse("dokcer").expect_err("no such word").contains("did you mean `docker`"));
+        assert!(
+            Skill::parse("dokcer")
+                .expect_err("no such word")
+                .contains("did you mean `docker`")
+        );
     }
 }

@@ -8,7 +8,16 @@ use crate::contract::{Contract, Skill};
 use crate::text::{nearest, one_line};
 
 /// Labels that GitHub gives to every self-hosted runner; they choose no lane.
-const GENERIC: [&str; 8] = ["self-hosted", "linux", "windows", "macos", "x64", "x86", "arm", "arm64"];
+const GENERIC: [&str; 8] = [
+    "self-hosted",
+    "linux",
+    "windows",
+    "macos",
+    "x64",
+    "x86",
+    "arm",
+    "arm64",
+];
 /// Actions, by the last part of their names, and what they need of the lane.
 const ACTIONS: [(&str, Skill); 12] = [
     ("nix-job", Skill::Nix),
@@ -79,9 +88,18 @@ pub fn check(contract: &Contract, file: &str, text: &str, workflow: &Value) -> V
         if job.get("uses").is_some() {
             continue;
         }
-        let line = text.lines().position(|line| line.trim_end() == format!("  {id}:")).map(|at| at as u64 + 1);
+        let line = text
+            .lines()
+            .position(|line| line.trim_end() == format!("  {id}:"))
+            .map(|at| at as u64 + 1);
         let mut say = |weight, text| {
-            findings.push(Finding { weight, file: file.to_owned(), line, job: id.clone(), text });
+            findings.push(Finding {
+                weight,
+                file: file.to_owned(),
+                line,
+                job: id.clone(),
+                text,
+            });
         };
         match labels(job) {
             Err(open) => say(Weight::Note, open),
@@ -96,38 +114,66 @@ pub fn check(contract: &Contract, file: &str, text: &str, workflow: &Value) -> V
 }
 
 /// One set of labels that the job may run with.
-fn of_lane(contract: &Contract, job: &Value, labels: &[String], say: &mut impl FnMut(Weight, String)) {
+fn of_lane(
+    contract: &Contract,
+    job: &Value,
+    labels: &[String],
+    say: &mut impl FnMut(Weight, String),
+) {
     let special: Vec<&String> = labels.iter().filter(|label| !is_generic(label)).collect();
     if special.is_empty() {
         let shown = labels.join(", ");
-        return say(Weight::Error, format!("`runs-on: {}` names no lane", one_line(&shown, 100)));
+        return say(
+            Weight::Error,
+            format!("`runs-on: {}` names no lane", one_line(&shown, 100)),
+        );
     }
-    let known: Vec<_> = special.iter().filter_map(|label| contract.lane(label)).collect();
+    let known: Vec<_> = special
+        .iter()
+        .filter_map(|label| contract.lane(label))
+        .collect();
     let Some((class_name, class, lane)) = known.first() else {
         let label = special[0];
-        let all: Vec<&str> = contract.lanes().map(|(_, _, lane)| lane.label.as_str()).collect();
+        let all: Vec<&str> = contract
+            .lanes()
+            .map(|(_, _, lane)| lane.label.as_str())
+            .collect();
         let advice = match nearest(label, all.iter().copied()) {
             Some(word) => format!("did you mean `{word}`?"),
             None => format!("the lanes are {}", all.join(", ")),
         };
-        return say(Weight::Error, format!("there is no lane `{}`: {advice}", one_line(label, 100)));
+        return say(
+            Weight::Error,
+            format!("there is no lane `{}`: {advice}", one_line(label, 100)),
+        );
     };
     if job.get("container").is_some() {
-        return say(Weight::Note, "it runs in a container, whose image brings the tools".to_owned());
+        return say(
+            Weight::Note,
+            "it runs in a container, whose image brings the tools".to_owned(),
+        );
     }
     for (skill, by) in needs(job) {
         if !class.offers(lane, skill) {
-            let text = format!("{by} needs `{skill}`, which `{}` (class `{class_name}`) does not offer", lane.label);
+            let text = format!(
+                "{by} needs `{skill}`, which `{}` (class `{class_name}`) does not offer",
+                lane.label
+            );
             say(Weight::Error, text);
         }
     }
     if !lane.publishes && asks_to_publish(job) {
-        say(Weight::Error, format!("it asks to publish, and `{}` never does", lane.label));
+        say(
+            Weight::Error,
+            format!("it asks to publish, and `{}` never does", lane.label),
+        );
     }
 }
 
 fn is_generic(label: &str) -> bool {
-    GENERIC.iter().any(|generic| label.eq_ignore_ascii_case(generic))
+    GENERIC
+        .iter()
+        .any(|generic| label.eq_ignore_ascii_case(generic))
 }
 
 /// The sets of labels that a job may run with, or why that is open.
@@ -135,17 +181,38 @@ fn labels(job: &Value) -> Result<Vec<Vec<String>>, String> {
     let runs_on = &job["runs-on"];
     let labels = match runs_on {
         Value::String(one) => vec![one.clone()],
-        Value::Array(several) => several.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+        Value::Array(several) => several
+            .iter()
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect(),
         Value::Object(group) => match &group.get("labels") {
             Some(Value::String(one)) => vec![one.clone()],
-            Some(Value::Array(several)) => several.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
-            _ => return Err("`runs-on` names a group, and who is in it is not known here".to_owned()),
+            Some(Value::Array(several)) => several
+                .iter()
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect(),
+            _ => {
+                return Err(
+                    "`runs-on` names a group, and who is in it is not known here".to_owned(),
+                );
+            }
         },
         _ => return Err("it has no `runs-on`".to_owned()),
     };
-    let Some(at) = labels.iter().position(|label| label.contains("${{")) else { return Ok(vec![labels]) };
-    let open = || format!("`runs-on: {}` is decided when it runs", one_line(&labels[at], 100));
-    let values = matrix_key(&labels[at]).and_then(|key| matrix_values(job, key)).ok_or_else(open)?;
+    let Some(at) = labels.iter().position(|label| label.contains("${{")) else {
+        return Ok(vec![labels]);
+    };
+    let open = || {
+        format!(
+            "`runs-on: {}` is decided when it runs",
+            one_line(&labels[at], 100)
+        )
+    };
+    let values = matrix_key(&labels[at])
+        .and_then(|key| matrix_values(job, key))
+        .ok_or_else(open)?;
     let mut all = Vec::new();
     for value in values {
         let mut one = labels.clone();
@@ -160,19 +227,40 @@ fn labels(job: &Value) -> Result<Vec<Vec<String>>, String> {
 
 /// `x` of `${{ matrix.x }}`, if that is all there is.
 fn matrix_key(text: &str) -> Option<&str> {
-    let key = text.trim().strip_prefix("${{")?.strip_suffix("}}")?.trim().strip_prefix("matrix.")?;
-    key.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)).then_some(key)
+    let key = text
+        .trim()
+        .strip_prefix("${{")?
+        .strip_suffix("}}")?
+        .trim()
+        .strip_prefix("matrix.")?;
+    key.chars()
+        .all(|c| c.is_ascii_alphanumeric() || "-_".contains(c))
+        .then_some(key)
 }
 
 /// Every value that a key of the matrix can have; `None` if one of them is decided when it runs.
 fn matrix_values(job: &Value, key: &str) -> Option<Vec<String>> {
     let matrix = job["strategy"]["matrix"].as_object()?;
-    let own = matrix.get(key).map(|list| list.as_array().cloned().ok_or(())).transpose().ok()?.unwrap_or_default();
+    let own = matrix
+        .get(key)
+        .map(|list| list.as_array().cloned().ok_or(()))
+        .transpose()
+        .ok()?
+        .unwrap_or_default();
     let included = match matrix.get("include") {
         None => Vec::new(),
-        Some(list) => list.as_array()?.iter().filter_map(|entry| entry.get(key)).cloned().collect(),
+        Some(list) => list
+            .as_array()?
+            .iter()
+            .filter_map(|entry| entry.get(key))
+            .cloned()
+            .collect(),
     };
-    let all: Option<Vec<String>> = own.iter().chain(&included).map(|value| value.as_str().map(str::to_owned)).collect();
+    let all: Option<Vec<String>> = own
+        .iter()
+        .chain(&included)
+        .map(|value| value.as_str().map(str::to_owned))
+        .collect();
     all.filter(|all| !all.is_empty() && all.iter().all(|value| !value.contains("${{")))
 }
 
@@ -185,15 +273,29 @@ fn needs(job: &Value) -> Vec<(Skill, String)> {
             let path = action.split('@').next().unwrap_or_default();
             let name = path.rsplit('/').next().unwrap_or_default();
             let of = |table: &[(&str, Skill)]| -> Vec<Skill> {
-                table.iter().filter(|(known, _)| *known == name).map(|(_, skill)| *skill).collect()
+                table
+                    .iter()
+                    .filter(|(known, _)| *known == name)
+                    .map(|(_, skill)| *skill)
+                    .collect()
             };
             brought.extend(of(&BRINGS));
-            needs.extend(of(&ACTIONS).into_iter().map(|skill| (skill, format!("`uses: {}`", one_line(path, 80)))));
+            needs.extend(
+                of(&ACTIONS)
+                    .into_iter()
+                    .map(|skill| (skill, format!("`uses: {}`", one_line(path, 80)))),
+            );
         }
-        let script = step["run"].as_str().or_else(|| step["with"]["command"].as_str()).unwrap_or_default();
+        let script = step["run"]
+            .as_str()
+            .or_else(|| step["with"]["command"].as_str())
+            .unwrap_or_default();
         for line in script.lines() {
             let word = line.split_whitespace().next().unwrap_or_default();
-            let found = COMMANDS.iter().find(|(command, _)| *command == word).map(|(_, skill)| *skill);
+            let found = COMMANDS
+                .iter()
+                .find(|(command, _)| *command == word)
+                .map(|(_, skill)| *skill);
             // What runs inside a Nix job comes from Nix.
             let inside = step.get("run").is_none();
             if let Some(skill) = found.filter(|skill| !brought.contains(skill) && !inside) {
@@ -213,11 +315,15 @@ fn needs(job: &Value) -> Vec<(Skill, String)> {
 
 fn asks_to_publish(job: &Value) -> bool {
     let steps = job["steps"].as_array().into_iter().flatten();
-    steps.into_iter().any(|step| match &step["with"]["push-cache"] {
-        Value::Bool(asks) => *asks,
-        Value::String(text) => ["true", "auto"].iter().any(|word| text.eq_ignore_ascii_case(word)),
-        _ => false,
-    })
+    steps
+        .into_iter()
+        .any(|step| match &step["with"]["push-cache"] {
+            Value::Bool(asks) => *asks,
+            Value::String(text) => ["true", "auto"]
+                .iter()
+                .any(|word| text.eq_ignore_ascii_case(word)),
+            _ => false,
+        })
 }
 
 #[cfg(test)]
@@ -226,12 +332,19 @@ mod tests {
     use crate::contract::read::document;
 
     fn check_job(job: &str, expected: &[(Weight, &str)]) {
-        let text =
-            format!("on: push\njobs:\n  it:\n{}", job.lines().map(|line| format!("    {line}\n")).collect::<String>());
+        let text = format!(
+            "on: push\njobs:\n  it:\n{}",
+            job.lines()
+                .map(|line| format!("    {line}\n"))
+                .collect::<String>()
+        );
         let workflow = document("ci.yml", &text).expect("YAML");
         let found = check(&Contract::built_in(), "ci.yml", &text, &workflow);
         let fits = found.len() == expected.len()
-            && found.iter().zip(expected).all(|(one, (weight, part))| one.weight == *weight && one.text.contains(part));
+            && found
+                .iter()
+                .zip(expected)
+                .all(|(one, (weight, part))| one.weight == *weight && one.text.contains(part));
         assert!(fits, "{job}\n{found:#?}");
         assert!(found.iter().all(|one| one.line == Some(3)), "{found:?}");
     }
@@ -241,20 +354,29 @@ mod tests {
         check_job("runs-on: general", &[]);
         check_job("runs-on: [self-hosted, Linux, nix-builder]", &[]);
         check_job("runs-on: {group: g, labels: [kernel]}", &[]);
-        check_job("runs-on: nix-bilder", &[(Weight::Error, "did you mean `nix-builder`?")]);
+        check_job(
+            "runs-on: nix-bilder",
+            &[(Weight::Error, "did you mean `nix-builder`?")],
+        );
         check_job("runs-on: self-hosted", &[(Weight::Error, "names no lane")]);
-        check_job("runs-on: [self-hosted, linux, x64]", &[(Weight::Error, "names no lane")]);
+        check_job(
+            "runs-on: [self-hosted, linux, x64]",
+            &[(Weight::Error, "names no lane")],
+        );
         check_job("uses: ./.github/workflows/other.yml", &[]);
     }
 
     #[test]
     fn what_only_the_run_decides_is_a_note_and_a_plain_matrix_is_not() {
-        check_job("runs-on: ${{ inputs.lane }}", &[(Weight::Note, "is decided when it runs")]);
+        check_job(
+            "runs-on: ${{ inputs.lane }}",
+            &[(Weight::Note, "is decided when it runs")],
+        );
         check_job("runs-on: {group: g}", &[(Weight::Note, "a group")]);
-        let matrix =
-            "runs-on: ${{ matrix.os }}\nstrategy:\n  matrix:\n    os: [general, generall]\n    include: [{os: kernel}]";
+        let matrix = "runs-on: ${{ matrix.os }}\nstrategy:\n  matrix:\n    os: [general, generall]\n    include: [{os: kernel}]";
         check_job(matrix, &[(Weight::Error, "there is no lane `generall`")]);
-        let open = "runs-on: ${{ matrix.os }}\nstrategy:\n  matrix: ${{ fromJSON(needs.x.outputs.y) }}";
+        let open =
+            "runs-on: ${{ matrix.os }}\nstrategy:\n  matrix: ${{ fromJSON(needs.x.outputs.y) }}";
         check_job(open, &[(Weight::Note, "is decided when it runs")]);
     }
 
@@ -266,16 +388,30 @@ mod tests {
             "runs-on: general\nsteps:\n  - run: |\n      echo\n      nix build .#x",
             &[(Weight::Error, "`run: nix build .#x`")],
         );
-        check_job("runs-on: nix-builder\nsteps:\n  - run: docker build .", &[(Weight::Error, "needs `docker`")]);
-        check_job("runs-on: ubuntu-latest\nsteps:\n  - run: docker build .", &[]);
-        check_job("runs-on: kernel\nsteps:\n  - uses: actions/setup-node@v4\n  - run: node x.js", &[]);
-        check_job("runs-on: kernel\ncontainer: node:22\nsteps:\n  - run: node x.js", &[(Weight::Note, "container")]);
+        check_job(
+            "runs-on: nix-builder\nsteps:\n  - run: docker build .",
+            &[(Weight::Error, "needs `docker`")],
+        );
+        check_job(
+            "runs-on: ubuntu-latest\nsteps:\n  - run: docker build .",
+            &[],
+        );
+        check_job(
+            "runs-on: kernel\nsteps:\n  - uses: actions/setup-node@v4\n  - run: node x.js",
+            &[],
+        );
+        check_job(
+            "runs-on: kernel\ncontainer: node:22\nsteps:\n  - run: node x.js",
+            &[(Weight::Note, "container")],
+        );
     }
 
     #[test]
     fn a_lane_that_only_reads_is_not_asked_to_publish() {
         let job = |lane: &str| {
-            format!("runs-on: {lane}\nsteps:\n  - uses: a/b/actions/nix-job@v1\n    with: {{push-cache: auto}}")
+            format!(
+                "runs-on: {lane}\nsteps:\n  - uses: a/b/actions/nix-job@v1\n    with: {{push-cache: auto}}"
+            )
         };
         check_job(&job("nix-builder-kvm"), &[(Weight::Error, "never does")]);
         check_job(&job("nix-builder"), &[]);

@@ -183,9 +183,10 @@ pub enum Error {
 impl Explain for Error {
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Refused { .. } => {
-                Some("Grant the job `checks: write`; the token of a fork's pull request never has it.".into())
-            }
+            Self::Refused { .. } => Some(
+                "Grant the job `checks: write`; the token of a fork's pull request never has it."
+                    .into(),
+            ),
             _ => None,
         }
     }
@@ -246,11 +247,19 @@ impl CheckRuns {
     /// When the address or the token is none.
     pub fn of(commit: &Commit, token: &Secret, client: reqwest::Client) -> Result<Self, Error> {
         let broken = |error: octocrab::Error| Error::Request(one_line(&error.to_string(), 300));
-        let builder = Octocrab::builder().base_uri(commit.api.as_str().trim_end_matches('/')).map_err(broken)?;
+        let builder = Octocrab::builder()
+            .base_uri(commit.api.as_str().trim_end_matches('/'))
+            .map_err(broken)?;
         let version = "x-github-api-version".parse().expect("a header's name");
         let builder = builder.add_header(version, "2022-11-28".to_owned());
-        let github = builder.personal_token(token.expose()).build_with_reqwest(client).map_err(broken)?;
-        Ok(Self { github, commit: commit.clone() })
+        let github = builder
+            .personal_token(token.expose())
+            .build_with_reqwest(client)
+            .map_err(broken)?;
+        Ok(Self {
+            github,
+            commit: commit.clone(),
+        })
     }
 
     /// Makes one, and gives GitHub's number for it.
@@ -260,7 +269,11 @@ impl CheckRuns {
     pub async fn create(&self, run: &CheckRun) -> Result<u64, Error> {
         let route = format!("/repos/{}/check-runs", self.commit.repository);
         let body = body(run, Some(&self.commit.sha));
-        let answer = self.github._post(route, Some(&body)).await.map_err(|error| unsure(&error))?;
+        let answer = self
+            .github
+            ._post(route, Some(&body))
+            .await
+            .map_err(|error| unsure(&error))?;
         let made: Made = self.read(answer).await?;
         Ok(made.id)
     }
@@ -271,7 +284,11 @@ impl CheckRuns {
     /// When GitHub refuses or does not answer.
     pub async fn update(&self, id: u64, run: &CheckRun) -> Result<(), Error> {
         let route = format!("/repos/{}/check-runs/{id}", self.commit.repository);
-        let answer = self.github._patch(route, Some(&body(run, None))).await.map_err(|error| unsure(&error))?;
+        let answer = self
+            .github
+            ._patch(route, Some(&body(run, None)))
+            .await
+            .map_err(|error| unsure(&error))?;
         self.read::<serde::de::IgnoredAny>(answer).await.map(drop)
     }
 
@@ -280,11 +297,20 @@ impl CheckRuns {
     /// # Errors
     /// When GitHub refuses or does not answer.
     pub async fn list(&self, name: Option<&str>) -> Result<Vec<Listed>, Error> {
-        let Commit { repository, sha, .. } = &self.commit;
+        let Commit {
+            repository, sha, ..
+        } = &self.commit;
         let mut all = Vec::new();
         for page in 1..=PAGES {
-            let route = format!("/repos/{repository}/commits/{sha}/check-runs?{}", query(page, name));
-            let answer = self.github._get(route).await.map_err(|error| unsure(&error))?;
+            let route = format!(
+                "/repos/{repository}/commits/{sha}/check-runs?{}",
+                query(page, name)
+            );
+            let answer = self
+                .github
+                ._get(route)
+                .await
+                .map_err(|error| unsure(&error))?;
             let found: Page = self.read(answer).await?;
             let last = found.check_runs.len() < PAGE;
             all.extend(found.check_runs);
@@ -297,7 +323,11 @@ impl CheckRuns {
 
     async fn read<T: serde::de::DeserializeOwned>(&self, answer: Answer) -> Result<T, Error> {
         let (status, headers) = (answer.status(), answer.headers().clone());
-        let text = self.github.body_to_string(answer).await.map_err(|error| unsure(&error))?;
+        let text = self
+            .github
+            .body_to_string(answer)
+            .await
+            .map_err(|error| unsure(&error))?;
         if status.is_success() {
             return serde_json::from_str(&text)
                 .map_err(|error| Error::Request(format!("its answer is not read: {error}")));
@@ -311,7 +341,9 @@ type Answer = ::http::Response<http_body_util::combinators::BoxBody<bytes::Bytes
 
 fn query(page: usize, name: Option<&str>) -> String {
     let mut query = url::form_urlencoded::Serializer::new(String::new());
-    query.append_pair("filter", "latest").append_pair("per_page", &PAGE.to_string());
+    query
+        .append_pair("filter", "latest")
+        .append_pair("per_page", &PAGE.to_string());
     query.append_pair("page", &page.to_string());
     if let Some(name) = name {
         query.append_pair("check_name", name);
@@ -328,13 +360,28 @@ fn refusal(status: StatusCode, headers: &HeaderMap, text: String) -> Error {
     let secondary = text.to_lowercase().contains("secondary rate limit");
     match status_code {
         403 | 429 if after.is_some() || exhausted || secondary || status_code == 429 => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let reset = number("x-ratelimit-reset").map(|at| Duration::from_secs(at).saturating_sub(now));
-            let wait = after.or(reset.filter(|_| exhausted)).unwrap_or(SECONDARY_WAIT);
-            Error::Limited { status: status_code, wait, text }
+            let now = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default();
+            let reset =
+                number("x-ratelimit-reset").map(|at| Duration::from_secs(at).saturating_sub(now));
+            let wait = after
+                .or(reset.filter(|_| exhausted))
+                .unwrap_or(SECONDARY_WAIT);
+            Error::Limited {
+                status: status_code,
+                wait,
+                text,
+            }
         }
-        401 | 403 | 404 => Error::Refused { status: status_code, text },
-        400..=499 => Error::Invalid { status: status_code, text },
+        401 | 403 | 404 => Error::Refused {
+            status: status_code,
+            text,
+        },
+        400..=499 => Error::Invalid {
+            status: status_code,
+            text,
+        },
         _ => Error::Request(format!("GitHub answered {status_code}: {text}")),
     }
 }
@@ -343,7 +390,12 @@ fn refusal(status: StatusCode, headers: &HeaderMap, text: String) -> Error {
 ///
 /// # Errors
 /// When GitHub refuses or does not answer.
-pub async fn leave(commit: &Commit, finished: &Finished, token: &Secret, client: reqwest::Client) -> Result<(), Error> {
+pub async fn leave(
+    commit: &Commit,
+    finished: &Finished,
+    token: &Secret,
+    client: reqwest::Client,
+) -> Result<(), Error> {
     let runs = CheckRuns::of(commit, token, client)?;
     let run = CheckRun {
         name: finished.name.clone(),
@@ -358,7 +410,8 @@ pub async fn leave(commit: &Commit, finished: &Finished, token: &Secret, client:
     let listed = runs.list(Some(&run.name)).await;
     // A token that may write and not read leaves a second one, and that is better than none.
     let known = listed.ok().and_then(|listed| {
-        let ours = |listed: &Listed| listed.external_id.as_deref() == Some(run.external_id.as_str());
+        let ours =
+            |listed: &Listed| listed.external_id.as_deref() == Some(run.external_id.as_str());
         listed.into_iter().find(ours)
     });
     match known {
@@ -394,13 +447,23 @@ fn stamp(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60
+    )
 }
 
 /// The request may have arrived.
@@ -421,9 +484,17 @@ mod tests {
     #[test]
     fn limits_are_told_from_refusals() {
         let answer = |status: u16, headers: &[(&'static str, &str)], text: &str| {
-            let headers =
-                headers.iter().map(|(name, value)| (name.parse().expect("a name"), value.parse().expect("a value")));
-            refusal(StatusCode::from_u16(status).expect("a status"), &headers.collect(), text.to_owned())
+            let headers = headers.iter().map(|(name, value)| {
+                (
+                    name.parse().expect("a name"),
+                    value.parse().expect("a value"),
+                )
+            });
+            refusal(
+                StatusCode::from_u16(status).expect("a status"),
+                &headers.collect(),
+                text.to_owned(),
+            )
         };
         let wait = |error: Error| match error {
             Error::Limited { wait, .. } => Some(wait.as_secs()),
@@ -431,9 +502,26 @@ mod tests {
         };
         assert_eq!(wait(answer(403, &[("retry-after", "7")], "")), Some(7));
         assert_eq!(wait(answer(429, &[], "")), Some(60));
-        assert_eq!(wait(answer(403, &[], "You have exceeded a secondary rate limit.")), Some(60));
-        assert_eq!(wait(answer(403, &[("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "1")], "")), Some(0));
-        assert!(matches!(answer(403, &[("x-ratelimit-remaining", "9")], "not accessible"), Error::Refused { .. }));
+        assert_eq!(
+            wait(answer(
+                403,
+                &[],
+                "You have exceeded a secondary rate limit."
+            )),
+            Some(60)
+        );
+        assert_eq!(
+            wait(answer(
+                403,
+                &[("x-ratelimit-remaining", "0"), ("x-ratelimit-reset", "1")],
+                ""
+            )),
+            Some(0)
+        );
+        assert!(matches!(
+            answer(403, &[("x-ratelimit-remaining", "9")], "not accessible"),
+            Error::Refused { .. }
+        ));
         assert!(matches!(answer(422, &[], ""), Error::Invalid { .. }));
         assert!(matches!(answer(502, &[], ""), Error::Request(_)));
     }

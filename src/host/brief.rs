@@ -34,7 +34,10 @@ pub struct Brief {
 
 impl Default for Brief {
     fn default() -> Self {
-        Self { mean: Arc::default(), turn: &TURN }
+        Self {
+            mean: Arc::default(),
+            turn: &TURN,
+        }
     }
 }
 
@@ -76,7 +79,10 @@ impl Brief {
         let part = u64::try_from(time.as_micros()).unwrap_or(u64::MAX) / CALLS;
         // That of two calls at once one may be forgotten does no harm.
         let mean = self.mean.load(Ordering::Relaxed);
-        self.mean.store((mean - mean / CALLS).saturating_add(part), Ordering::Relaxed);
+        self.mean.store(
+            (mean - mean / CALLS).saturating_add(part),
+            Ordering::Relaxed,
+        );
     }
 }
 
@@ -88,12 +94,18 @@ mod tests {
 
     /// One that waits for no other test.
     fn brief() -> Brief {
-        Brief { mean: Arc::default(), turn: Box::leak(Box::new(Semaphore::new(1))) }
+        Brief {
+            mean: Arc::default(),
+            turn: Box::leak(Box::new(Semaphore::new(1))),
+        }
     }
 
     async fn is_here(brief: &Brief, busy: bool) -> bool {
         let here = std::thread::current().id();
-        brief.run(busy, move || std::thread::current().id() == here).await.expect("no panic")
+        brief
+            .run(busy, move || std::thread::current().id() == here)
+            .await
+            .expect("no panic")
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -133,7 +145,9 @@ mod tests {
         for _ in 0..hung.len() {
             begins.recv().await.expect("each of them hangs");
         }
-        tokio::spawn(tokio::time::sleep(Duration::from_millis(1))).await.expect("a worker is left");
+        tokio::spawn(tokio::time::sleep(Duration::from_millis(1)))
+            .await
+            .expect("a worker is left");
         drop(free);
         for hung in hung {
             hung.await.expect("no panic").expect("no panic");

@@ -48,7 +48,11 @@ impl Cgroup {
             let mut parts = line.splitn(3, ':');
             let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
             if controllers.split(',').any(|name| name == "memory") {
-                let folder = nearest(&root.join("sys/fs/cgroup/memory"), path, "memory.limit_in_bytes");
+                let folder = nearest(
+                    &root.join("sys/fs/cgroup/memory"),
+                    path,
+                    "memory.limit_in_bytes",
+                );
                 if let Some(folder) = folder {
                     return Some(Self::V1(folder));
                 }
@@ -103,7 +107,10 @@ pub fn available() -> Option<u64> {
 /// What a process holds now and has held at most, in bytes; `None` when it has ended.
 pub fn of_process(id: u32) -> Option<(u64, u64)> {
     let status = fs::read_to_string(format!("/proc/{id}/status")).ok()?;
-    Some((kibibytes_in(&status, "VmRSS:")?, kibibytes_in(&status, "VmHWM:")?))
+    Some((
+        kibibytes_in(&status, "VmRSS:")?,
+        kibibytes_in(&status, "VmHWM:")?,
+    ))
 }
 
 /// Makes a process the first that the kernel kills when memory runs out (`proc_pid_oom_score_adj(5)`); anybody may
@@ -117,19 +124,29 @@ fn kibibytes(file: &Path, name: &str) -> Option<u64> {
 }
 
 fn kibibytes_in(text: &str, name: &str) -> Option<u64> {
-    let kib = text.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix("kB")?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name))?
+        .trim()
+        .strip_suffix("kB")?;
     kib.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// What can be known where there is no control group to read.
 pub fn without_cgroup() -> Memory {
-    Memory { killed_on_machine: killed_on_machine(), ..Memory::default() }
+    Memory {
+        killed_on_machine: killed_on_machine(),
+        ..Memory::default()
+    }
 }
 
 /// Memory in use now by the descendants of this process, in bytes: resident, shared pages counted in each. For
 /// machines without a control group of the job's own.
 pub fn of_descendants() -> u64 {
-    let pages = descendants().unwrap_or_else(descendants_of_all).into_values().sum::<u64>();
+    let pages = descendants()
+        .unwrap_or_else(descendants_of_all)
+        .into_values()
+        .sum::<u64>();
     pages * rustix::param::page_size() as u64
 }
 
@@ -139,7 +156,9 @@ fn descendants() -> Option<HashMap<u32, u64>> {
     let mut family = HashMap::new();
     let mut asked = children(std::process::id())?;
     while let Some(pid) = asked.pop() {
-        let pages = fs::read_to_string(format!("/proc/{pid}/statm")).ok().and_then(|text| nth(&text, 1));
+        let pages = fs::read_to_string(format!("/proc/{pid}/statm"))
+            .ok()
+            .and_then(|text| nth(&text, 1));
         // One that has ended has nothing, and is not asked twice.
         if family.insert(pid, pages.unwrap_or_default()).is_none() {
             asked.extend(children(pid).unwrap_or_default());
@@ -153,7 +172,10 @@ fn children(pid: u32) -> Option<Vec<u32>> {
     let mut found = Vec::new();
     for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
         match fs::read_to_string(thread.path().join("children")) {
-            Ok(text) => found.extend(text.split_whitespace().filter_map(|word| word.parse::<u32>().ok())),
+            Ok(text) => found.extend(
+                text.split_whitespace()
+                    .filter_map(|word| word.parse::<u32>().ok()),
+            ),
             // The thread has ended meanwhile, or no thread has such a file.
             Err(_) if thread.path().exists() => return None,
             Err(_) => (),
@@ -166,11 +188,25 @@ fn children(pid: u32) -> Option<Vec<u32>> {
 fn descendants_of_all() -> HashMap<u32, u64> {
     let mut all = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
         // Fields 4 (parent) and 24 (resident pages) of `proc_pid_stat(5)`, counted behind the name.
-        let Some((_, rest)) = stat.rsplit_once(')') else { continue };
-        all.push((pid, nth(rest, 1).unwrap_or_default(), nth(rest, 21).unwrap_or_default()));
+        let Some((_, rest)) = stat.rsplit_once(')') else {
+            continue;
+        };
+        all.push((
+            pid,
+            nth(rest, 1).unwrap_or_default(),
+            nth(rest, 21).unwrap_or_default(),
+        ));
     }
     let (mut family, mut asked) = (HashMap::new(), vec![u64::from(std::process::id())]);
     while let Some(above) = asked.pop() {
@@ -199,12 +235,18 @@ fn nearest(mount: &Path, path: &str, file: &str) -> Option<PathBuf> {
 }
 
 fn number(folder: &Path, file: &str) -> Option<u64> {
-    fs::read_to_string(folder.join(file)).ok()?.trim().parse().ok()
+    fs::read_to_string(folder.join(file))
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// The least limit over the folder and its ancestors; `max` and absurd values are none.
 fn limit(folder: &Path, file: &str) -> Option<u64> {
-    let values = folder.ancestors().map_while(|folder| folder.join(file).is_file().then(|| number(folder, file)));
+    let values = folder
+        .ancestors()
+        .map_while(|folder| folder.join(file).is_file().then(|| number(folder, file)));
     values.flatten().filter(|bytes| *bytes < UNLIMITED).min()
 }
 
@@ -239,31 +281,60 @@ mod tests {
         file(root.path(), "proc/self/cgroup", "0::/kubepods/pod1\n");
         file(root.path(), "sys/fs/cgroup/memory.max", "1048576\n");
         file(root.path(), "sys/fs/cgroup/memory.current", "4096\n");
-        file(root.path(), "sys/fs/cgroup/memory.events", "low 0\noom 3\noom_kill 2\n");
+        file(
+            root.path(),
+            "sys/fs/cgroup/memory.events",
+            "low 0\noom 3\noom_kill 2\n",
+        );
         let memory = Cgroup::find(root.path()).expect("found").read();
-        assert_eq!((memory.limit, memory.current, memory.killed_in_group), (Some(1_048_576), Some(4096), Some(2)));
+        assert_eq!(
+            (memory.limit, memory.current, memory.killed_in_group),
+            (Some(1_048_576), Some(4096), Some(2))
+        );
     }
 
     #[test]
     fn version_1_takes_the_least_limit_of_its_ancestors() {
         let root = tempfile::tempdir().expect("temporary folder");
-        file(root.path(), "proc/self/cgroup", "9:name=systemd:/\n4:memory:/a/b\n0::/\n");
-        file(root.path(), "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
-        file(root.path(), "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "2097152\n");
-        file(root.path(), "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", "9223372036854771712\n");
+        file(
+            root.path(),
+            "proc/self/cgroup",
+            "9:name=systemd:/\n4:memory:/a/b\n0::/\n",
+        );
+        file(
+            root.path(),
+            "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "9223372036854771712\n",
+        );
+        file(
+            root.path(),
+            "sys/fs/cgroup/memory/a/memory.limit_in_bytes",
+            "2097152\n",
+        );
+        file(
+            root.path(),
+            "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes",
+            "9223372036854771712\n",
+        );
         file(
             root.path(),
             "sys/fs/cgroup/memory/a/b/memory.oom_control",
             "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n",
         );
         let memory = Cgroup::find(root.path()).expect("found").read();
-        assert_eq!((memory.limit, memory.killed_in_group), (Some(2_097_152), Some(5)));
+        assert_eq!(
+            (memory.limit, memory.killed_in_group),
+            (Some(2_097_152), Some(5))
+        );
     }
 
     #[test]
     fn this_process_is_seen() {
         let (now, most) = of_process(std::process::id()).expect("it runs");
-        assert!(0 < now && now <= most + (64 << 20) && available().is_some_and(|bytes| bytes > 0), "{now} {most}");
+        assert!(
+            0 < now && now <= most + (64 << 20) && available().is_some_and(|bytes| bytes > 0),
+            "{now} {most}"
+        );
         assert_eq!(of_process(u32::MAX), None);
     }
 
@@ -271,16 +342,29 @@ mod tests {
     fn children_and_their_children_are_found_either_way() {
         let mut shell = Command::new("sh");
         // It holds as much when it has written something, and cannot write the rest.
-        shell.args(["-c", "dd if=/dev/zero bs=64M count=1 2>/dev/null; true"]).stdout(Stdio::piped());
+        shell
+            .args(["-c", "dd if=/dev/zero bs=64M count=1 2>/dev/null; true"])
+            .stdout(Stdio::piped());
         let mut shell = shell.spawn().expect("started");
-        shell.stdout.as_mut().expect("piped").read_exact(&mut [0]).expect("written");
+        shell
+            .stdout
+            .as_mut()
+            .expect("piped")
+            .read_exact(&mut [0])
+            .expect("written");
         let held = (64 << 20) / rustix::param::page_size() as u64;
         let all = descendants_of_all();
-        assert!(all.contains_key(&shell.id()) && all.values().sum::<u64>() >= held, "{all:?}");
+        assert!(
+            all.contains_key(&shell.id()) && all.values().sum::<u64>() >= held,
+            "{all:?}"
+        );
         // Some kernels do not tell.
         if Path::new("/proc/thread-self/children").exists() {
             let found = descendants().expect("told");
-            assert!(found.contains_key(&shell.id()) && found.values().sum::<u64>() >= held, "{found:?}");
+            assert!(
+                found.contains_key(&shell.id()) && found.values().sum::<u64>() >= held,
+                "{found:?}"
+            );
         }
         assert!((64 << 20..1 << 40).contains(&of_descendants()));
         drop(shell.stdout.take());

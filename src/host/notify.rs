@@ -44,15 +44,24 @@ impl Notify {
         tell: impl FnMut(Event<'_>) + Send + 'static,
     ) -> io::Result<Self> {
         let events = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
-        let watched =
-            Watched { number: inotify::add_watch(&events, folder, what)?, events, folder: folder.into(), what };
+        let watched = Watched {
+            number: inotify::add_watch(&events, folder, what)?,
+            events,
+            folder: folder.into(),
+            what,
+        };
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let stopped = Arc::clone(&stop);
-        let thread = std::thread::Builder::new().name("notify".into()).spawn(move || {
-            // At the usual priority: what an event tells of, a short process say, is soon gone.
-            follow(watched, &stopped, pace, tell);
-        })?;
-        Ok(Self { stop, thread: Some(thread) })
+        let thread = std::thread::Builder::new()
+            .name("notify".into())
+            .spawn(move || {
+                // At the usual priority: what an event tells of, a short process say, is soon gone.
+                follow(watched, &stopped, pace, tell);
+            })?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
     }
 }
 
@@ -77,7 +86,12 @@ struct Watched {
 
 impl Watched {
     /// Asks it to tell nothing until the rest is over, and to forget what it has not told. `stop` cuts the rest short.
-    fn rest(&mut self, rest: &Timespec, stop: &OwnedFd, buffer: &mut [MaybeUninit<u8>]) -> io::Result<()> {
+    fn rest(
+        &mut self,
+        rest: &Timespec,
+        stop: &OwnedFd,
+        buffer: &mut [MaybeUninit<u8>],
+    ) -> io::Result<()> {
         inotify::remove_watch(&self.events, self.number)?;
         let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(rest));
         let mut reader = inotify::Reader::new(&self.events, buffer);
@@ -91,7 +105,10 @@ fn follow(mut watched: Watched, stop: &OwnedFd, pace: Duration, mut tell: impl F
     let rest = Timespec::try_from(pace).ok().filter(|_| !pace.is_zero());
     let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
     loop {
-        let mut waiting = [PollFd::new(&watched.events, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        let mut waiting = [
+            PollFd::new(&watched.events, PollFlags::IN),
+            PollFd::new(stop, PollFlags::IN),
+        ];
         // An interrupted wait just looks again.
         let _ = poll(&mut waiting, None);
         if !waiting[1].revents().is_empty() {
@@ -124,14 +141,22 @@ mod tests {
     fn a_new_entry_is_told() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (send, receive) = mpsc::channel();
-        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, Duration::ZERO, move |event| {
-            if let Event::Entry(name) = event {
-                send.send(name.to_owned()).expect("the test listens");
-            }
-        })
+        let notify = Notify::watch(
+            folder.path(),
+            WatchFlags::CREATE,
+            Duration::ZERO,
+            move |event| {
+                if let Event::Entry(name) = event {
+                    send.send(name.to_owned()).expect("the test listens");
+                }
+            },
+        )
         .expect("watched");
         std::fs::write(folder.path().join("4242"), "").expect("written");
-        assert_eq!(receive.recv_timeout(Duration::from_secs(10)).expect("told"), "4242");
+        assert_eq!(
+            receive.recv_timeout(Duration::from_secs(10)).expect("told"),
+            "4242"
+        );
         drop(notify);
     }
 
@@ -140,7 +165,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (send, receive) = mpsc::channel();
         let pace = Duration::from_secs(3600);
-        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, pace, move |_| send.send(()).expect("heard"));
+        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, pace, move |_| {
+            send.send(()).expect("heard")
+        });
         let notify = notify.expect("watched");
         std::fs::write(folder.path().join("first"), "").expect("written");
         receive.recv_timeout(Duration::from_secs(10)).expect("told");
@@ -155,6 +182,14 @@ mod tests {
 
     #[test]
     fn a_folder_that_is_not_there_is_an_error() {
-        assert!(Notify::watch(Path::new("/nonexistent"), WatchFlags::CREATE, Duration::ZERO, |_| ()).is_err());
+        assert!(
+            Notify::watch(
+                Path::new("/nonexistent"),
+                WatchFlags::CREATE,
+                Duration::ZERO,
+                |_| ()
+            )
+            .is_err()
+        );
     }
 }

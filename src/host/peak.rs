@@ -40,8 +40,17 @@ impl Span {
         let cgroup = Cgroup::of_self();
         let before = read(cgroup.as_ref());
         let seen = Arc::new(AtomicU64::new(0));
-        let looking = tokio::spawn(look(cgroup.clone(), before.limit.is_some(), Arc::clone(&seen)));
-        Self { cgroup, before, seen, looking }
+        let looking = tokio::spawn(look(
+            cgroup.clone(),
+            before.limit.is_some(),
+            Arc::clone(&seen),
+        ));
+        Self {
+            cgroup,
+            before,
+            seen,
+            looking,
+        }
     }
 
     /// Ends the span and says what happened.
@@ -52,8 +61,12 @@ impl Span {
         let after = read(self.cgroup.as_ref());
         let seen = Some(self.seen.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0);
         // The kernel's own peak is finer than looking, if it was reached within this span.
-        let counted = after.peak.filter(|peak| after.limit.is_some() && Some(*peak) > self.before.peak);
-        let grown = |after: Option<u64>, before: Option<u64>| after.unwrap_or(0).saturating_sub(before.unwrap_or(0));
+        let counted = after
+            .peak
+            .filter(|peak| after.limit.is_some() && Some(*peak) > self.before.peak);
+        let grown = |after: Option<u64>, before: Option<u64>| {
+            after.unwrap_or(0).saturating_sub(before.unwrap_or(0))
+        };
         Spent {
             limit: after.limit,
             peak: counted.max(seen),

@@ -46,8 +46,14 @@ impl Explain for PrivateError {
 
     fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Untrusted(folder) => format!("Remove `{}`, or point `TMPDIR` to another folder.", folder.display()),
-            Self::Make { .. } => "Point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder that can be written to.".into(),
+            Self::Untrusted(folder) => format!(
+                "Remove `{}`, or point `TMPDIR` to another folder.",
+                folder.display()
+            ),
+            Self::Make { .. } => {
+                "Point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder that can be written to."
+                    .into()
+            }
         })
     }
 }
@@ -67,7 +73,10 @@ impl PrivateFolder {
     /// When `base` cannot be written to, or our name in it belongs to somebody else.
     pub fn create(base: &Path) -> Result<Self, PrivateError> {
         let ours = Self::shared(base)?;
-        let make = |source| PrivateError::Make { folder: ours.clone(), source };
+        let make = |source| PrivateError::Make {
+            folder: ours.clone(),
+            source,
+        };
         let sweep = File::create(ours.join(SWEEP)).map_err(make)?;
         sweep.lock().map_err(make)?;
         sweep_dead(&ours);
@@ -79,7 +88,10 @@ impl PrivateFolder {
         let alive = File::create(folder.path().join(ALIVE)).map_err(make)?;
         alive.lock().map_err(make)?;
         living().push(folder.path().to_owned());
-        Ok(Self { folder, _alive: alive })
+        Ok(Self {
+            folder,
+            _alive: alive,
+        })
     }
 
     /// The folder below `base` that all runs of this user share (0700), made if it is not there.
@@ -115,7 +127,9 @@ pub fn remove_all() {
 }
 
 fn living() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
-    LIVING.lock().expect("nothing panics while it holds this lock")
+    LIVING
+        .lock()
+        .expect("nothing panics while it holds this lock")
 }
 
 /// Makes the folder that is ours by name, or makes sure that the one there is ours by right.
@@ -123,16 +137,32 @@ fn own_folder(ours: &Path) -> Result<(), PrivateError> {
     match DirBuilder::new().mode(0o700).create(ours) {
         Ok(()) => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
-        Err(source) => return Err(PrivateError::Make { folder: ours.to_owned(), source }),
+        Err(source) => {
+            return Err(PrivateError::Make {
+                folder: ours.to_owned(),
+                source,
+            });
+        }
     }
-    let found = fs::symlink_metadata(ours).map_err(|source| PrivateError::Make { folder: ours.to_owned(), source })?;
-    let private = found.is_dir() && found.uid() == geteuid().as_raw() && found.mode().trailing_zeros() >= 6;
-    if private { Ok(()) } else { Err(PrivateError::Untrusted(ours.to_owned())) }
+    let found = fs::symlink_metadata(ours).map_err(|source| PrivateError::Make {
+        folder: ours.to_owned(),
+        source,
+    })?;
+    let private =
+        found.is_dir() && found.uid() == geteuid().as_raw() && found.mode().trailing_zeros() >= 6;
+    if private {
+        Ok(())
+    } else {
+        Err(PrivateError::Untrusted(ours.to_owned()))
+    }
 }
 
 fn sweep_dead(ours: &Path) {
     for entry in fs::read_dir(ours).into_iter().flatten().flatten() {
-        let named = entry.file_name().to_str().is_some_and(|name| name.starts_with(PREFIX));
+        let named = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with(PREFIX));
         let dead = File::open(entry.path().join(ALIVE)).is_ok_and(|alive| alive.try_lock().is_ok());
         // A folder without the file is one whose maker died between two lines of `create`.
         let unborn = !entry.path().join(ALIVE).exists();
@@ -176,9 +206,15 @@ mod tests {
         let ours = base.path().join(format!("flywheel-{}", geteuid().as_raw()));
         fs::create_dir(&ours).expect("made");
         fs::set_permissions(&ours, Permissions::from_mode(0o755)).expect("set");
-        assert!(matches!(PrivateFolder::create(base.path()), Err(PrivateError::Untrusted(_))));
+        assert!(matches!(
+            PrivateFolder::create(base.path()),
+            Err(PrivateError::Untrusted(_))
+        ));
         fs::remove_dir(&ours).expect("removed");
         std::os::unix::fs::symlink("/tmp", &ours).expect("linked");
-        assert!(matches!(PrivateFolder::create(base.path()), Err(PrivateError::Untrusted(_))));
+        assert!(matches!(
+            PrivateFolder::create(base.path()),
+            Err(PrivateError::Untrusted(_))
+        ));
     }
 }

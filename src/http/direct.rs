@@ -64,12 +64,18 @@ impl Direct {
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         // The same rules, from the same variables, as the other clients have.
         let proxies = Arc::new(Matcher::from_env());
-        Self { tls: TlsConnector::from(Arc::new(tls)), names: Names::default(), proxies }
+        Self {
+            tls: TlsConnector::from(Arc::new(tls)),
+            names: Names::default(),
+            proxies,
+        }
     }
 
     /// Whether the environment names a proxy for this address, so that nobody may go there directly.
     pub fn is_proxied(&self, url: &Url) -> bool {
-        url.as_str().parse().is_ok_and(|uri| self.proxies.intercept(&uri).is_some())
+        url.as_str()
+            .parse()
+            .is_ok_and(|uri| self.proxies.intercept(&uri).is_some())
     }
 
     /// Connects to the server of a URL, within [`CONNECT_TIMEOUT`] for each address and for TLS.
@@ -84,7 +90,8 @@ impl Direct {
         let addresses = names.await.map_err(|_| ConnectError::Connect(late()))??;
         let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
         for address in addresses {
-            let connecting = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect((address, port)));
+            let connecting =
+                tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect((address, port)));
             match connecting.await.unwrap_or_else(|_| Err(late())) {
                 Ok(stream) => return self.secure(url, host, stream).await,
                 Err(error) => refused = error,
@@ -93,16 +100,27 @@ impl Direct {
         Err(ConnectError::Connect(refused))
     }
 
-    async fn secure(&self, url: &Url, host: &str, stream: TcpStream) -> Result<Box<dyn Connection>, ConnectError> {
+    async fn secure(
+        &self,
+        url: &Url,
+        host: &str,
+        stream: TcpStream,
+    ) -> Result<Box<dyn Connection>, ConnectError> {
         // A request is written as a whole; waiting for more would only delay it.
         stream.set_nodelay(true).map_err(ConnectError::Connect)?;
         if url.scheme() != "https" {
             return Ok(Box::new(stream));
         }
-        let bare = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let name = ServerName::try_from(bare).map_err(|error| ConnectError::Tls(io::Error::other(error)))?;
+        let bare = host
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .to_owned();
+        let name = ServerName::try_from(bare)
+            .map_err(|error| ConnectError::Tls(io::Error::other(error)))?;
         let handshake = tokio::time::timeout(CONNECT_TIMEOUT, self.tls.connect(name, stream));
-        let secured = handshake.await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let secured = handshake
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         Ok(Box::new(secured.map_err(ConnectError::Tls)?))
     }
 }
@@ -114,10 +132,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_failed_connection_tells_its_layer() {
-        let direct = Clients::new(&Roots::default()).expect("settings hold").direct;
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+        let direct = Clients::new(&Roots::default())
+            .expect("settings hold")
+            .direct;
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("loopback");
         let address = listener.local_addr().expect("bound");
-        let url = |scheme: &str| format!("{scheme}://{address}/").parse::<Url>().expect("URL");
+        let url = |scheme: &str| {
+            format!("{scheme}://{address}/")
+                .parse::<Url>()
+                .expect("URL")
+        };
         assert!(direct.connect(&url("http")).await.is_ok());
         // Whatever it hears, it says something that is not TLS.
         let answer = async {
@@ -131,8 +157,15 @@ mod tests {
         assert_eq!(secured.err().map(|error| error.layer()), Some(Layer::Tls));
         // A port that is taken and not listened to stays closed, whatever other tests do.
         let closed = tokio::net::TcpSocket::new_v4().expect("a socket");
-        closed.bind("127.0.0.1:0".parse().expect("an address")).expect("loopback");
-        let url = format!("http://{}/", closed.local_addr().expect("bound")).parse::<Url>().expect("URL");
-        assert_eq!(direct.connect(&url).await.err().map(|error| error.layer()), Some(Layer::Connect));
+        closed
+            .bind("127.0.0.1:0".parse().expect("an address"))
+            .expect("loopback");
+        let url = format!("http://{}/", closed.local_addr().expect("bound"))
+            .parse::<Url>()
+            .expect("URL");
+        assert_eq!(
+            direct.connect(&url).await.err().map(|error| error.layer()),
+            Some(Layer::Connect)
+        );
     }
 }

@@ -22,16 +22,22 @@ pub(super) struct Verifier {
 
 impl Verifier {
     pub fn new(roots: Roots, provider: Arc<CryptoProvider>) -> Self {
-        Self { roots, provider, inner: OnceLock::new() }
+        Self {
+            roots,
+            provider,
+            inner: OnceLock::new(),
+        }
     }
 
     fn inner(&self) -> Result<&WebPkiServerVerifier, Error> {
         let made = self.inner.get_or_init(|| {
             let roots = Arc::new(root_store(&self.roots));
-            let builder = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&self.provider));
+            let builder =
+                WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&self.provider));
             builder.build().map_err(|error| error.to_string())
         });
-        made.as_deref().map_err(|error| Error::General(error.clone()))
+        made.as_deref()
+            .map_err(|error| Error::General(error.clone()))
     }
 }
 
@@ -44,7 +50,8 @@ impl ServerCertVerifier for Verifier {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.inner()?.verify_server_cert(certificate, intermediates, name, ocsp, now)
+        self.inner()?
+            .verify_server_cert(certificate, intermediates, name, ocsp, now)
     }
 
     fn verify_tls12_signature(
@@ -53,7 +60,8 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.inner()?.verify_tls12_signature(message, certificate, signed)
+        self.inner()?
+            .verify_tls12_signature(message, certificate, signed)
     }
 
     fn verify_tls13_signature(
@@ -62,11 +70,14 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.inner()?.verify_tls13_signature(message, certificate, signed)
+        self.inner()?
+            .verify_tls13_signature(message, certificate, signed)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 

@@ -73,7 +73,9 @@ impl Explain for Error {
                 "Put Nix into the runner's image (Debian and Ubuntu: `apt-get install nix-bin`), or run the job as \
                  root on Debian or Ubuntu, where it is installed for you."
             }
-            Self::Nix(_) => "Repair the installation, or take it off `PATH` to have another one used.",
+            Self::Nix(_) => {
+                "Repair the installation, or take it off `PATH` to have another one used."
+            }
             Self::DeadDaemon { .. } => {
                 "Start it on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root), or run the job as \
                  root, which starts one for the job."
@@ -81,8 +83,12 @@ impl Explain for Error {
             Self::NoRights(_) => {
                 "Start `nix-daemon` as root on the runner, run the job as root, or give `/nix` to the job's user."
             }
-            Self::Closed(_) => "Look at `NIX_CONFIG`, `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner.",
-            Self::WorldWritable(folder, _) => return Some(format!("Run `chmod o-w {}` on it.", folder.display())),
+            Self::Closed(_) => {
+                "Look at `NIX_CONFIG`, `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner."
+            }
+            Self::WorldWritable(folder, _) => {
+                return Some(format!("Run `chmod o-w {}` on it.", folder.display()));
+            }
         };
         Some(hint.to_owned())
     }
@@ -126,17 +132,26 @@ struct Daemon {
 impl Ready {
     /// The lines that the job's `NIX_CONFIG` needs, for `settings::Wanted::repairs`.
     pub fn settings(&self) -> Vec<String> {
-        self.repairs.iter().filter_map(|repair| repair.setting).map(str::to_owned).collect()
+        self.repairs
+            .iter()
+            .filter_map(|repair| repair.setting)
+            .map(str::to_owned)
+            .collect()
     }
 
     /// The variables that the command's environment needs.
     pub fn variables(&self) -> Vec<(&'static str, &'static str)> {
-        self.repairs.iter().filter_map(|repair| repair.variable).collect()
+        self.repairs
+            .iter()
+            .filter_map(|repair| repair.variable)
+            .collect()
     }
 
     /// Ends the daemon that was started for this job, if one was. Dropping does the same, less gently.
     pub async fn stop(self) {
-        let Some(Daemon { service, made }) = self.daemon else { return };
+        let Some(Daemon { service, made }) = self.daemon else {
+            return;
+        };
         service.stop(DAEMON_GRACE).await;
         if let Some(socket) = made {
             // A socket that nobody answers at is what the job found; where it found none, none stays.
@@ -204,8 +219,15 @@ impl Host {
         // A program that is no Nix is not asked again and again.
         let (nix, first) = tokio::try_join!(Nix::at(&found.program, env), first)?;
         let folder = (!found.on_path).then(|| nix.folder().to_owned());
-        let mut ready =
-            Ready { nix, installed, folder, repairs: Vec::new(), opened: None, settings_before: None, daemon: None };
+        let mut ready = Ready {
+            nix,
+            installed,
+            folder,
+            repairs: Vec::new(),
+            opened: None,
+            settings_before: None,
+            daemon: None,
+        };
         let users = repair::open(self, &mut ready, first, deadline).await?;
         self.guard(&ready.nix, users, sink)?;
         for repair in &ready.repairs {
@@ -221,10 +243,15 @@ impl Host {
 
     /// Since the fixes of CVE-2025-46415 Nix builds as other users only where strangers cannot write.
     fn guard(&self, nix: &Nix, users: BuildUsers, sink: &Sink) -> Result<(), Error> {
-        let Some(folder) = self.guarded.iter().find(|folder| is_world_writable(folder)) else { return Ok(()) };
+        let Some(folder) = self.guarded.iter().find(|folder| is_world_writable(folder)) else {
+            return Ok(());
+        };
         let strict = nix.version.flavour != Flavour::Lix && nix.version.at_least(2, 24);
         if strict && users == BuildUsers::InForce {
-            return Err(Error::WorldWritable(folder.clone(), nix.version.to_string()));
+            return Err(Error::WorldWritable(
+                folder.clone(),
+                nix.version.to_string(),
+            ));
         }
         let folder = folder.display();
         sink.degraded(

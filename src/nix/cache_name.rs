@@ -13,7 +13,9 @@ const NAME_LIMIT: usize = 50;
 
 /// A text that no cache can be named.
 #[derive(Debug, Error, PartialEq, Eq)]
-#[error("`{0}` is no cache name (a letter or digit, then letters, digits, `-`, `_`, `+`, 50 in all)")]
+#[error(
+    "`{0}` is no cache name (a letter or digit, then letters, digits, `-`, `_`, `+`, 50 in all)"
+)]
 pub struct CacheNameError(String);
 
 impl Explain for CacheNameError {
@@ -49,8 +51,13 @@ impl FromStr for CacheName {
     type Err = CacheNameError;
 
     fn from_str(text: &str) -> Result<Self, CacheNameError> {
-        let first = text.bytes().next().is_some_and(|c| c.is_ascii_alphanumeric());
-        let rest = text.bytes().all(|c| c.is_ascii_alphanumeric() || b"-_+".contains(&c));
+        let first = text
+            .bytes()
+            .next()
+            .is_some_and(|c| c.is_ascii_alphanumeric());
+        let rest = text
+            .bytes()
+            .all(|c| c.is_ascii_alphanumeric() || b"-_+".contains(&c));
         if first && rest && text.len() <= NAME_LIMIT {
             Ok(Self(text.to_owned()))
         } else {
@@ -74,7 +81,17 @@ mod tests {
         for good in ["main", "a", "9-_+", "Team-1_x+y", &"a".repeat(50)] {
             assert!(good.parse::<CacheName>().is_ok(), "{good}");
         }
-        for bad in ["", ".", "..", "-a", "_api", "a/b", "a b", "ä", &"a".repeat(51)] {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "-a",
+            "_api",
+            "a/b",
+            "a b",
+            "ä",
+            &"a".repeat(51),
+        ] {
             assert!(bad.parse::<CacheName>().is_err(), "{bad}");
         }
     }

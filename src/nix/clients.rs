@@ -77,7 +77,10 @@ struct State {
 
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("State").field("folder", &self.folder).field("job", &self.job).finish_non_exhaustive()
+        f.debug_struct("State")
+            .field("folder", &self.folder)
+            .field("job", &self.job)
+            .finish_non_exhaustive()
     }
 }
 
@@ -93,9 +96,15 @@ impl Roots {
     /// The paths that were written since, as far as their names are whole; `None` if the file cannot be read.
     fn read(&mut self) -> Option<Vec<StorePath>> {
         self.file.read_to_end(&mut self.rest).ok()?;
-        let whole = self.rest.iter().rposition(|byte| *byte == 0).map_or(0, |end| end + 1);
+        let whole = self
+            .rest
+            .iter()
+            .rposition(|byte| *byte == 0)
+            .map_or(0, |end| end + 1);
         let done: Vec<u8> = self.rest.drain(..whole).collect();
-        let names = done.split(|byte| *byte == 0).filter_map(|name| std::str::from_utf8(name).ok());
+        let names = done
+            .split(|byte| *byte == 0)
+            .filter_map(|name| std::str::from_utf8(name).ok());
         Some(names.filter_map(|name| name.parse().ok()).collect())
     }
 }
@@ -117,14 +126,22 @@ impl Clients {
             impurity: None,
         }));
         let told = Arc::clone(&state);
-        let notify = Notify::watch(&folder, WatchFlags::CREATE | WatchFlags::MODIFY, Duration::ZERO, move |event| {
-            lock(&told).hear(&event);
-        })
+        let notify = Notify::watch(
+            &folder,
+            WatchFlags::CREATE | WatchFlags::MODIFY,
+            Duration::ZERO,
+            move |event| {
+                lock(&told).hear(&event);
+            },
+        )
         .ok();
         let mut begun = lock(&state);
         begun.take_in_all();
         drop(begun);
-        Self { state, _notify: notify }
+        Self {
+            state,
+            _notify: notify,
+        }
     }
 
     /// `tell` gets the paths that a process of the job means to add, those of before included, as a rule long before
@@ -157,7 +174,9 @@ impl Clients {
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().expect("nothing panics while it holds this lock")
+    state
+        .lock()
+        .expect("nothing panics while it holds this lock")
 }
 
 impl State {
@@ -177,7 +196,11 @@ impl State {
 
     fn take_in_all(&mut self) {
         for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            if let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
+            if let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+            {
                 self.take_in(pid);
             }
         }
@@ -201,7 +224,14 @@ impl State {
             (_, Owner::Dead) => (),
             (Ok(file), owner) => {
                 self.finish(pid);
-                self.open.insert(pid, Roots { file, ours: owner == Owner::Job, rest: Vec::new() });
+                self.open.insert(
+                    pid,
+                    Roots {
+                        file,
+                        ours: owner == Owner::Job,
+                        rest: Vec::new(),
+                    },
+                );
             }
             (Err(_), Owner::Other) => self.unclear = true,
             (Err(_), Owner::Job) => (),
@@ -213,8 +243,10 @@ impl State {
         let pids: Vec<u32> = self.open.keys().copied().collect();
         for pid in pids {
             self.read(pid);
-            let ended =
-                self.open.get(&pid).is_none_or(|roots| roots.file.metadata().is_ok_and(|file| file.nlink() == 0));
+            let ended = self
+                .open
+                .get(&pid)
+                .is_none_or(|roots| roots.file.metadata().is_ok_and(|file| file.nlink() == 0));
             if ended {
                 self.finish(pid);
             }
@@ -227,11 +259,16 @@ impl State {
     }
 
     fn read(&mut self, pid: u32) {
-        let Some(roots) = self.open.get_mut(&pid) else { return };
+        let Some(roots) = self.open.get_mut(&pid) else {
+            return;
+        };
         match roots.read() {
             None => self.unclear |= !roots.ours,
             Some(paths) if roots.ours => {
-                let new: Vec<StorePath> = paths.into_iter().filter(|path| !self.ours.contains(path)).collect();
+                let new: Vec<StorePath> = paths
+                    .into_iter()
+                    .filter(|path| !self.ours.contains(path))
+                    .collect();
                 if let Some(tell) = self.tell.as_mut().filter(|_| !new.is_empty()) {
                     tell(&new);
                 }
@@ -271,14 +308,17 @@ enum Owner {
 
 impl Owner {
     fn of(pid: u32, job: &Job) -> Self {
-        let Some(arguments) = arguments(pid) else { return Self::Dead };
+        let Some(arguments) = arguments(pid) else {
+            return Self::Dead;
+        };
         // A daemon's process serves a client: whose that is, it is.
         let client = client_of(&arguments).unwrap_or(pid);
         let us = std::process::id();
         let is_ours = match job {
             Job::Descendants => above(client).any(|pid| pid == us),
             Job::Marked(mark) => above(client).any(|pid| pid == us || holds(pid, mark)),
-            Job::User => fs::metadata(format!("/proc/{client}")).is_ok_and(|found| found.uid() == geteuid().as_raw()),
+            Job::User => fs::metadata(format!("/proc/{client}"))
+                .is_ok_and(|found| found.uid() == geteuid().as_raw()),
         };
         if is_ours { Self::Job } else { Self::Other }
     }
@@ -293,35 +333,57 @@ fn impurity_of(pid: u32) -> Option<Impurity> {
         Some(client) => arguments(client)?,
         None => own,
     };
-    let environment = fs::read(format!("/proc/{}/environ", client.unwrap_or(pid))).unwrap_or_default();
-    let config = environment.split(|byte| *byte == 0).find_map(|pair| pair.strip_prefix(b"NIX_CONFIG="));
+    let environment =
+        fs::read(format!("/proc/{}/environ", client.unwrap_or(pid))).unwrap_or_default();
+    let config = environment
+        .split(|byte| *byte == 0)
+        .find_map(|pair| pair.strip_prefix(b"NIX_CONFIG="));
     of_arguments(&words).or_else(|| of_settings(&String::from_utf8_lossy(config?)))
 }
 
 fn arguments(pid: u32) -> Option<Vec<String>> {
-    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok().filter(|bytes| !bytes.is_empty())?;
-    Some(bytes.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+    let bytes = fs::read(format!("/proc/{pid}/cmdline"))
+        .ok()
+        .filter(|bytes| !bytes.is_empty())?;
+    Some(
+        bytes
+            .split(|byte| *byte == 0)
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .collect(),
+    )
 }
 
 /// `nix-daemon 1234`: the process that serves client 1234 (`nix/src/nix/daemon.cc`, `daemonLoop`).
 fn client_of(arguments: &[String]) -> Option<u32> {
-    let name = arguments.first().and_then(|name| Path::new(name).file_name()?.to_str());
+    let name = arguments
+        .first()
+        .and_then(|name| Path::new(name).file_name()?.to_str());
     let daemon = matches!(name, Some("nix-daemon" | "nix"));
     // The number is copied over the first argument and ends where that ended.
-    daemon.then(|| arguments.get(1)?.trim_end_matches('\0').parse().ok()).flatten()
+    daemon
+        .then(|| arguments.get(1)?.trim_end_matches('\0').parse().ok())
+        .flatten()
 }
 
 /// Whether a process was started with this `NAME=value`; that of another user is not ours to read.
 fn holds(pid: u32, variable: &str) -> bool {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment.split(|byte| *byte == 0).any(|pair| pair == variable.as_bytes())
+    environment
+        .split(|byte| *byte == 0)
+        .any(|pair| pair == variable.as_bytes())
 }
 
 /// A process and those above it.
 fn above(pid: u32) -> impl Iterator<Item = u32> {
     let parent = |pid: &u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<u32>().ok().filter(|parent| *parent > 0)
+        stat.rsplit_once(')')?
+            .1
+            .split_whitespace()
+            .nth(1)?
+            .parse::<u32>()
+            .ok()
+            .filter(|parent| *parent > 0)
     };
     std::iter::successors(Some(pid), parent).take(DEPTH_LIMIT)
 }
@@ -352,7 +414,12 @@ mod tests {
         let clients = Clients::watch(folder.path(), Job::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
         assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
-        fs::remove_file(folder.path().join(format!("temproots/{}", std::process::id()))).expect("removed");
+        fs::remove_file(
+            folder
+                .path()
+                .join(format!("temproots/{}", std::process::id())),
+        )
+        .expect("removed");
         assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
     }
 
@@ -371,7 +438,11 @@ mod tests {
         let folder = state_dir();
         write(folder.path(), u32::MAX, &format!("{PATH}\0"));
         let clients = Clients::watch(folder.path(), Job::Descendants);
-        assert_eq!(clients.whose(&[path()]), [Whose::Unclaimed], "a dead process's file tells nothing");
+        assert_eq!(
+            clients.whose(&[path()]),
+            [Whose::Unclaimed],
+            "a dead process's file tells nothing"
+        );
     }
 
     #[test]
@@ -409,7 +480,12 @@ mod tests {
 
     #[test]
     fn a_daemons_process_names_its_client() {
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let words = |words: &[&str]| {
+            words
+                .iter()
+                .map(|word| (*word).to_owned())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(client_of(&words(&["nix-daemon", "4242", ""])), Some(4242));
         assert_eq!(client_of(&words(&["nix-daemon", "--daemon", ""])), None);
         assert_eq!(client_of(&words(&["nix", "build", ""])), None);
@@ -421,12 +497,21 @@ mod tests {
     #[test]
     fn a_mark_is_found_on_a_process_or_above_it() {
         let inherited = fs::read("/proc/self/environ").expect("our own");
-        let variable = inherited.split(|byte| *byte == 0).next().expect("one at least");
+        let variable = inherited
+            .split(|byte| *byte == 0)
+            .next()
+            .expect("one at least");
         let variable = String::from_utf8_lossy(variable).into_owned();
         // Pid 1 cannot have the mark that follows.
         assert!(holds(std::process::id(), &variable), "{variable}");
         assert!(!holds(1, "RUNNER_TRACKING_ID=github_of_nobody"));
-        assert_eq!(Owner::of(1, &Job::Marked("RUNNER_TRACKING_ID=github_of_nobody".into())), Owner::Other);
+        assert_eq!(
+            Owner::of(
+                1,
+                &Job::Marked("RUNNER_TRACKING_ID=github_of_nobody".into())
+            ),
+            Owner::Other
+        );
         assert_eq!(Owner::of(std::process::id(), &Job::User), Owner::Job);
     }
 
@@ -439,9 +524,18 @@ mod tests {
         let (send, receive) = std::sync::mpsc::channel();
         clients.tell(move |paths| send.send(paths.to_vec()).expect("the test listens"));
         let deadline = Duration::from_secs(10);
-        assert_eq!(receive.recv_timeout(deadline).expect("told of what was before"), [path()]);
+        assert_eq!(
+            receive
+                .recv_timeout(deadline)
+                .expect("told of what was before"),
+            [path()]
+        );
         let second: StorePath = PATH.replace("hello", "world").parse().expect("valid");
-        write(folder.path(), std::process::id(), &format!("{PATH}\0{second}\0"));
+        write(
+            folder.path(),
+            std::process::id(),
+            &format!("{PATH}\0{second}\0"),
+        );
         assert_eq!(receive.recv_timeout(deadline).expect("told"), [second]);
     }
 }

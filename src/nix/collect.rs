@@ -18,7 +18,9 @@ const LIMIT: Duration = Duration::from_secs(3600);
 fn folder(nix: &Nix, user: Option<&str>) -> PathBuf {
     let roots = state_folder(nix).join("gcroots");
     match user {
-        Some(user) if !rustix::process::geteuid().is_root() => roots.join("per-user").join(user).join("flywheel"),
+        Some(user) if !rustix::process::geteuid().is_root() => {
+            roots.join("per-user").join(user).join("flywheel")
+        }
         _ => roots.join("flywheel"),
     }
 }
@@ -55,7 +57,11 @@ fn keep_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {
 pub async fn collect(nix: &Nix) -> Result<String, Error> {
     let output = nix.ask(&["store", "gc"], LIMIT).await?;
     let said = format!("{}\n{}", output.text(), output.stderr);
-    let last = said.lines().rev().map(str::trim).find(|line| line.contains("freed"));
+    let last = said
+        .lines()
+        .rev()
+        .map(str::trim)
+        .find(|line| line.contains("freed"));
     Ok(last.unwrap_or("done").to_owned())
 }
 
@@ -68,7 +74,9 @@ mod tests {
         let world = tempfile::tempdir().expect("temporary folder");
         let folder = world.path().join("name");
         let path = |name: &str| -> StorePath {
-            format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}.drv").parse().expect("a path")
+            format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}.drv")
+                .parse()
+                .expect("a path")
         };
         let names = || {
             let mut names: Vec<String> = fs::read_dir(&folder)

@@ -84,7 +84,10 @@ impl Db {
     /// # Errors
     /// When there is none, or an unprivileged reader finds no shared memory because nobody has it open.
     pub fn open(file: &Path) -> Result<Self, Error> {
-        let open = |source| Error::Open { file: file.to_owned(), source };
+        let open = |source| Error::Open {
+            file: file.to_owned(),
+            source,
+        };
         // Not creating, no URI: a file name is a file name.
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(file, flags).map_err(open)?;
@@ -103,7 +106,9 @@ impl Db {
     /// When the database cannot be read.
     pub fn last_id(&self) -> Result<i64, Error> {
         let query = "select coalesce(max(id), 0) from ValidPaths";
-        self.connection.query_row(query, [], |row| row.get(0)).map_err(Error::Read)
+        self.connection
+            .query_row(query, [], |row| row.get(0))
+            .map_err(Error::Read)
     }
 
     /// What was registered after `id` and is still valid, with the ids, oldest first. Two quick
@@ -120,16 +125,21 @@ impl Db {
         let snapshot = self.connection.unchecked_transaction()?;
         let query = format!("select {COLUMNS} from ValidPaths where id > ?1 order by id");
         let mut statement = snapshot.prepare_cached(&query)?;
-        let rows = statement.query_map([id], Registered::read)?.collect::<Result<Vec<_>, _>>()?;
+        let rows = statement
+            .query_map([id], Registered::read)?
+            .collect::<Result<Vec<_>, _>>()?;
         let mut references: BTreeMap<i64, Vec<String>> = BTreeMap::new();
-        let query =
-            "select r.referrer, p.path from Refs r join ValidPaths p on p.id = r.reference where r.referrer > ?1";
+        let query = "select r.referrer, p.path from Refs r join ValidPaths p on p.id = r.reference where r.referrer > ?1";
         let mut statement = snapshot.prepare_cached(query)?;
         for pair in statement.query_map([id], |row| Ok((row.get(0)?, row.get(1)?)))? {
             let (referrer, path): (i64, String) = pair?;
             references.entry(referrer).or_default().push(path);
         }
-        let mut added = Added { rows: Vec::with_capacity(rows.len()), last_id: id, ..Added::default() };
+        let mut added = Added {
+            rows: Vec::with_capacity(rows.len()),
+            last_id: id,
+            ..Added::default()
+        };
         for row in rows {
             let id = row.id;
             added.last_id = id;
@@ -152,12 +162,19 @@ impl Db {
             let mut paths = Vec::new();
             for hash in hashes {
                 // All that begins with the hash and a dash, and `.` is the next character.
-                let bounds = [format!("{STORE_DIR}/{hash}-"), format!("{STORE_DIR}/{hash}.")];
+                let bounds = [
+                    format!("{STORE_DIR}/{hash}-"),
+                    format!("{STORE_DIR}/{hash}."),
+                ];
                 paths.extend(statement.query_row(bounds, |row| row.get(0)).optional()?);
             }
             Ok(paths)
         };
-        Ok(found().map_err(Error::Read)?.iter().filter_map(|path| path.parse().ok()).collect())
+        Ok(found()
+            .map_err(Error::Read)?
+            .iter()
+            .filter_map(|path| path.parse().ok())
+            .collect())
     }
 
     /// Up to `most` valid paths whose NAR has at most `nar_size` bytes, no derivations: first those that `key`
@@ -165,15 +182,29 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn likely_served(&self, key: Option<&str>, nar_size: u64, most: u32) -> Result<Vec<StorePath>, Error> {
-        let query = "select path from ValidPaths where narSize between 1 and ?1 and path not like '%.drv'
+    pub fn likely_served(
+        &self,
+        key: Option<&str>,
+        nar_size: u64,
+        most: u32,
+    ) -> Result<Vec<StorePath>, Error> {
+        let query =
+            "select path from ValidPaths where narSize between 1 and ?1 and path not like '%.drv'
             order by instr(' ' || coalesce(sigs, ''), ' ' || ?2 || ':') > 0 desc, id desc limit ?3";
         let size = i64::try_from(nar_size).unwrap_or(i64::MAX);
         let found = || -> rusqlite::Result<Vec<String>> {
             let mut statement = self.connection.prepare_cached(query)?;
-            statement.query_map(params![size, key.unwrap_or_default(), most], |row| row.get(0))?.collect()
+            statement
+                .query_map(params![size, key.unwrap_or_default(), most], |row| {
+                    row.get(0)
+                })?
+                .collect()
         };
-        Ok(found().map_err(Error::Read)?.iter().filter_map(|path| path.parse().ok()).collect())
+        Ok(found()
+            .map_err(Error::Read)?
+            .iter()
+            .filter_map(|path| path.parse().ok())
+            .collect())
     }
 
     /// What is known of these paths; those that are not valid are left out.
@@ -194,7 +225,8 @@ impl Db {
 
     fn look_up(&self, paths: &[StorePath], reach: Reach) -> rusqlite::Result<Found> {
         let snapshot = self.connection.unchecked_transaction()?;
-        let mut by_path = snapshot.prepare_cached(&format!("select {COLUMNS} from ValidPaths where path = ?1"))?;
+        let mut by_path = snapshot
+            .prepare_cached(&format!("select {COLUMNS} from ValidPaths where path = ?1"))?;
         let mut referred = snapshot.prepare_cached(
             "select p.path from Refs r join ValidPaths p on p.id = r.reference where r.referrer = ?1",
         )?;
@@ -202,10 +234,20 @@ impl Db {
         let mut seen: BTreeSet<String> = paths.iter().map(ToString::to_string).collect();
         let mut ahead: Vec<String> = seen.iter().cloned().collect();
         while let Some(path) = ahead.pop() {
-            let Some(row) = by_path.query_row(params![path], Registered::read).optional()? else { continue };
+            let Some(row) = by_path
+                .query_row(params![path], Registered::read)
+                .optional()?
+            else {
+                continue;
+            };
             let references = strings(&mut referred, row.id)?;
             if reach == Reach::Closure {
-                ahead.extend(references.iter().filter(|path| seen.insert((*path).clone())).cloned());
+                ahead.extend(
+                    references
+                        .iter()
+                        .filter(|path| seen.insert((*path).clone()))
+                        .cloned(),
+                );
             }
             match row.judge(references) {
                 Judged::Known(info) => found.infos.push(info),
@@ -213,7 +255,9 @@ impl Db {
             }
         }
         found.infos.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        found.unreadable.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        found
+            .unreadable
+            .sort_unstable_by(|a, b| a.path.cmp(&b.path));
         Ok(found)
     }
 }
@@ -246,14 +290,24 @@ impl Registered {
         let path = self.path.clone();
         match self.into_info(references) {
             Ok(info) => Judged::Known(info),
-            Err(problem) => Judged::Unreadable(Unreadable { path: one_line(&path, 260), problem }),
+            Err(problem) => Judged::Unreadable(Unreadable {
+                path: one_line(&path, 260),
+                problem,
+            }),
         }
     }
 
     fn into_info(self, references: Vec<String>) -> Result<PathInfo, String> {
-        let store_path = |text: String| text.parse::<StorePath>().map_err(|error| error.to_string());
-        let nar_size = self.nar_size.and_then(|size| u64::try_from(size).ok()).filter(|size| *size > 0);
-        let mut references = references.into_iter().map(store_path).collect::<Result<Vec<_>, _>>()?;
+        let store_path =
+            |text: String| text.parse::<StorePath>().map_err(|error| error.to_string());
+        let nar_size = self
+            .nar_size
+            .and_then(|size| u64::try_from(size).ok())
+            .filter(|size| *size > 0);
+        let mut references = references
+            .into_iter()
+            .map(store_path)
+            .collect::<Result<Vec<_>, _>>()?;
         references.sort_unstable();
         references.dedup();
         if self.hash.is_empty() {
@@ -264,8 +318,17 @@ impl Registered {
             nar_hash: Sha256::parse(&self.hash).map_err(|error| error.to_string())?,
             nar_size: nar_size.ok_or("its size is unknown")?,
             references,
-            deriver: self.deriver.filter(|text| !text.is_empty()).map(store_path).transpose()?,
-            signatures: self.signatures.unwrap_or_default().split_whitespace().map(str::to_owned).collect(),
+            deriver: self
+                .deriver
+                .filter(|text| !text.is_empty())
+                .map(store_path)
+                .transpose()?,
+            signatures: self
+                .signatures
+                .unwrap_or_default()
+                .split_whitespace()
+                .map(str::to_owned)
+                .collect(),
             ca: self.ca.filter(|text| !text.is_empty()),
             ultimate: self.ultimate == Some(1),
         })
@@ -309,17 +372,22 @@ mod tests {
 
         fn add(&self, name: &str, references: &[i64]) -> i64 {
             let insert = "insert into ValidPaths (path, hash, registrationTime, narSize) values (?1, ?2, 1, 120)";
-            self.writer.execute(insert, params![path(name).to_string(), HASH]).expect("inserted");
+            self.writer
+                .execute(insert, params![path(name).to_string(), HASH])
+                .expect("inserted");
             let id = self.writer.last_insert_rowid();
             for reference in references {
-                self.writer.execute("insert into Refs values (?1, ?2)", params![id, reference]).expect("inserted");
+                self.writer
+                    .execute("insert into Refs values (?1, ?2)", params![id, reference])
+                    .expect("inserted");
             }
             id
         }
     }
 
     fn path(name: &str) -> StorePath {
-        StorePath::from_base_name(&format!("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}")).expect("valid")
+        StorePath::from_base_name(&format!("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}"))
+            .expect("valid")
     }
 
     fn names(infos: &[PathInfo]) -> Vec<&str> {
@@ -334,11 +402,26 @@ mod tests {
         let mark = db.last_id().expect("read");
         let b = world.add("b", &[old]);
         world.add("a", &[b, old]);
-        let Added { rows, unreadable, last_id } = db.after(mark).expect("read");
+        let Added {
+            rows,
+            unreadable,
+            last_id,
+        } = db.after(mark).expect("read");
         assert_eq!((unreadable, last_id), (vec![], 3));
-        assert_eq!(rows.iter().map(|(id, info)| (*id, info.path.name())).collect::<Vec<_>>(), [(2, "b"), (3, "a")]);
+        assert_eq!(
+            rows.iter()
+                .map(|(id, info)| (*id, info.path.name()))
+                .collect::<Vec<_>>(),
+            [(2, "b"), (3, "a")]
+        );
         assert_eq!(rows[1].1.references, [path("b"), path("old")], "sorted");
-        assert_eq!(db.after(3).expect("read"), Added { last_id: 3, ..Added::default() });
+        assert_eq!(
+            db.after(3).expect("read"),
+            Added {
+                last_id: 3,
+                ..Added::default()
+            }
+        );
     }
 
     #[test]
@@ -347,7 +430,10 @@ mod tests {
         world.add("a", &[]);
         let db = world.open();
         let mark = db.last_id().expect("read");
-        world.writer.execute("delete from ValidPaths", []).expect("deleted");
+        world
+            .writer
+            .execute("delete from ValidPaths", [])
+            .expect("deleted");
         assert_eq!(db.after(mark).expect("read").rows, []);
         world.add("a", &[]);
         assert_eq!(db.after(mark).expect("read").rows.len(), 1);
@@ -359,12 +445,18 @@ mod tests {
         let c = world.add("c", &[]);
         let b = world.add("b", &[c]);
         let a = world.add("a", &[b]);
-        world.writer.execute("insert into Refs values (?1, ?1)", [a]).expect("a refers to itself");
+        world
+            .writer
+            .execute("insert into Refs values (?1, ?1)", [a])
+            .expect("a refers to itself");
         world.add("stranger", &[a]);
         let db = world.open();
         let found = db.closure(&[path("a"), path("gone")]).expect("read");
         assert_eq!(names(&found.infos), ["a", "b", "c"]);
-        assert_eq!(names(&db.infos(&[path("b"), path("gone")]).expect("read").infos), ["b"]);
+        assert_eq!(
+            names(&db.infos(&[path("b"), path("gone")]).expect("read").infos),
+            ["b"]
+        );
     }
 
     #[test]
@@ -373,11 +465,24 @@ mod tests {
         world.add("a", &[]);
         world.add("b", &[]);
         world.add("c", &[]);
-        world.writer.execute("update ValidPaths set narSize = null where id = 1", []).expect("updated");
-        world.writer.execute("update ValidPaths set hash = '' where id = 2", []).expect("updated");
-        let Added { rows, unreadable, last_id } = world.open().after(0).expect("read");
+        world
+            .writer
+            .execute("update ValidPaths set narSize = null where id = 1", [])
+            .expect("updated");
+        world
+            .writer
+            .execute("update ValidPaths set hash = '' where id = 2", [])
+            .expect("updated");
+        let Added {
+            rows,
+            unreadable,
+            last_id,
+        } = world.open().after(0).expect("read");
         assert_eq!((rows.len(), last_id), (1, 3));
-        let problems: Vec<&str> = unreadable.iter().map(|path| path.problem.as_str()).collect();
+        let problems: Vec<&str> = unreadable
+            .iter()
+            .map(|path| path.problem.as_str())
+            .collect();
         assert_eq!(problems, ["its size is unknown", "its hash is unknown"]);
     }
 

@@ -25,14 +25,20 @@ impl Sha256 {
     /// For anything else, another algorithm included.
     pub fn parse(text: &str) -> Result<Self, HashError> {
         let error = || HashError(crate::text::one_line(text, 80));
-        let digits = text.strip_prefix("sha256:").or_else(|| text.strip_prefix("sha256-")).ok_or_else(error)?;
+        let digits = text
+            .strip_prefix("sha256:")
+            .or_else(|| text.strip_prefix("sha256-"))
+            .ok_or_else(error)?;
         let bytes = match digits.len() {
             64 => base16_decode(digits),
             52 => base32_decode(digits),
             44 => STANDARD.decode(digits).ok(),
             _ => None,
         };
-        bytes.and_then(|bytes| bytes.try_into().ok()).map(Self).ok_or_else(error)
+        bytes
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(Self)
+            .ok_or_else(error)
     }
 
     /// `<52 characters>`, as signatures and file names have it.
@@ -72,7 +78,9 @@ pub fn base32_encode(bytes: &[u8]) -> String {
         .map(|n| {
             let (byte, shift) = (n * 5 / 8, n * 5 % 8);
             let low = u16::from(bytes[byte]) >> shift;
-            let high = bytes.get(byte + 1).map_or(0, |next| u16::from(*next) << (8 - shift));
+            let high = bytes
+                .get(byte + 1)
+                .map_or(0, |next| u16::from(*next) << (8 - shift));
             char::from(ALPHABET[usize::from((low | high) & 0x1f)])
         })
         .collect()
@@ -97,9 +105,16 @@ fn base32_decode(text: &str) -> Option<Vec<u8>> {
 }
 
 fn base16_decode(text: &str) -> Option<Vec<u8>> {
-    let nibbles: Option<Vec<u8>> =
-        text.chars().map(|c| c.to_digit(16).and_then(|digit| u8::try_from(digit).ok())).collect();
-    Some(nibbles?.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect())
+    let nibbles: Option<Vec<u8>> = text
+        .chars()
+        .map(|c| c.to_digit(16).and_then(|digit| u8::try_from(digit).ok()))
+        .collect();
+    Some(
+        nibbles?
+            .chunks(2)
+            .map(|pair| pair[0] << 4 | pair[1])
+            .collect(),
+    )
 }
 
 #[cfg(test)]
@@ -116,14 +131,26 @@ mod tests {
         assert_eq!(hash.base32(), BASE32);
         assert_eq!(hash.base16(), BASE16);
         assert_eq!(Sha256::parse(&format!("sha256:{BASE32}")), Ok(hash));
-        assert_eq!(Sha256::parse("sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="), Ok(hash));
+        assert_eq!(
+            Sha256::parse("sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU="),
+            Ok(hash)
+        );
     }
 
     #[test]
     fn what_is_no_hash_is_refused() {
-        for text in ["", "sha256:", "md5:d41d8cd98f00b204e9800998ecf8427e", &BASE32.replace('0', "e"), "sha256:é"] {
+        for text in [
+            "",
+            "sha256:",
+            "md5:d41d8cd98f00b204e9800998ecf8427e",
+            &BASE32.replace('0', "e"),
+            "sha256:é",
+        ] {
             assert!(Sha256::parse(text).is_err(), "{text}");
         }
-        assert!(Sha256::parse(&format!("sha256:z{}", &BASE32[1..])).is_err(), "the overflowing digit");
+        assert!(
+            Sha256::parse(&format!("sha256:z{}", &BASE32[1..])).is_err(),
+            "the overflowing digit"
+        );
     }
 }

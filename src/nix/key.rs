@@ -28,7 +28,10 @@ pub enum KeyError {
 }
 
 fn is_key_name(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(|c| c.is_ascii_alphanumeric() || b"._-+/@".contains(&c))
+    !name.is_empty()
+        && name
+            .bytes()
+            .all(|c| c.is_ascii_alphanumeric() || b"._-+/@".contains(&c))
 }
 
 /// A cache's public key, as `trusted-public-keys` has it.
@@ -46,9 +49,16 @@ impl PublicKey {
 
     /// Whether `signature` (`<key name>:<base64>`) is this key's signature of `text`.
     pub fn verifies(&self, text: &str, signature: &str) -> bool {
-        let Some((name, digits)) = signature.split_once(':') else { return false };
-        let Ok(bytes) = STANDARD.decode(digits) else { return false };
-        name == self.name && UnparsedPublicKey::new(&ED25519, self.bytes).verify(text.as_bytes(), &bytes).is_ok()
+        let Some((name, digits)) = signature.split_once(':') else {
+            return false;
+        };
+        let Ok(bytes) = STANDARD.decode(digits) else {
+            return false;
+        };
+        name == self.name
+            && UnparsedPublicKey::new(&ED25519, self.bytes)
+                .verify(text.as_bytes(), &bytes)
+                .is_ok()
     }
 }
 
@@ -58,8 +68,19 @@ impl FromStr for PublicKey {
     fn from_str(text: &str) -> Result<Self, KeyError> {
         let error = || KeyError::Public(crate::text::one_line(text, 120));
         let (name, digits) = text.trim().split_once(':').ok_or_else(error)?;
-        let bytes = STANDARD.decode(digits).ok().and_then(|bytes| bytes.try_into().ok()).ok_or_else(error)?;
-        if is_key_name(name) { Ok(Self { name: name.to_owned(), bytes }) } else { Err(error()) }
+        let bytes = STANDARD
+            .decode(digits)
+            .ok()
+            .and_then(|bytes| bytes.try_into().ok())
+            .ok_or_else(error)?;
+        if is_key_name(name) {
+            Ok(Self {
+                name: name.to_owned(),
+                bytes,
+            })
+        } else {
+            Err(error())
+        }
     }
 }
 
@@ -86,9 +107,15 @@ impl SecretKey {
             return Err(KeyError::Name(crate::text::one_line(name, 80)));
         }
         let mut seed = Zeroizing::new([0_u8; 32]);
-        SystemRandom::new().fill(&mut *seed).map_err(|_| KeyError::Random)?;
+        SystemRandom::new()
+            .fill(&mut *seed)
+            .map_err(|_| KeyError::Random)?;
         let pair = Ed25519KeyPair::from_seed_unchecked(&*seed).map_err(|_| KeyError::Secret)?;
-        Ok(Self { name: name.to_owned(), seed, pair })
+        Ok(Self {
+            name: name.to_owned(),
+            seed,
+            pair,
+        })
     }
 
     /// Reads `<name>:<base64 of seed and public key>`, the format of `nix-store --generate-binary-cache-key`.
@@ -101,11 +128,15 @@ impl SecretKey {
         if bytes.len() != 64 || !is_key_name(name) {
             return Err(KeyError::Secret);
         }
-        let pair =
-            Ed25519KeyPair::from_seed_and_public_key(&bytes[..32], &bytes[32..]).map_err(|_| KeyError::Secret)?;
+        let pair = Ed25519KeyPair::from_seed_and_public_key(&bytes[..32], &bytes[32..])
+            .map_err(|_| KeyError::Secret)?;
         let mut seed = Zeroizing::new([0_u8; 32]);
         seed.copy_from_slice(&bytes[..32]);
-        Ok(Self { name: name.to_owned(), seed, pair })
+        Ok(Self {
+            name: name.to_owned(),
+            seed,
+            pair,
+        })
     }
 
     /// The spelling for a file of 0600.
@@ -118,12 +149,19 @@ impl SecretKey {
     pub fn public(&self) -> PublicKey {
         let mut bytes = [0_u8; 32];
         bytes.copy_from_slice(self.pair.public_key().as_ref());
-        PublicKey { name: self.name.clone(), bytes }
+        PublicKey {
+            name: self.name.clone(),
+            bytes,
+        }
     }
 
     /// `<key name>:<base64 of the signature of text>`.
     pub fn sign(&self, text: &str) -> String {
-        format!("{}:{}", self.name, STANDARD.encode(self.pair.sign(text.as_bytes())))
+        format!(
+            "{}:{}",
+            self.name,
+            STANDARD.encode(self.pair.sign(text.as_bytes()))
+        )
     }
 }
 
@@ -144,7 +182,10 @@ mod tests {
         let signature = again.sign("text");
         assert!(key.public().verifies("text", &signature));
         assert!(!key.public().verifies("other text", &signature));
-        assert!(!key.public().verifies("text", &signature.replace("main-1", "main-2")));
+        assert!(
+            !key.public()
+                .verifies("text", &signature.replace("main-1", "main-2"))
+        );
         let public: PublicKey = key.public().to_string().parse().expect("own spelling");
         assert_eq!(public, key.public());
     }

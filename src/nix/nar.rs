@@ -112,16 +112,31 @@ pub fn write(path: &Path, out: &mut impl Write) -> Result<(), DumpError> {
 ///
 /// # Errors
 /// When the path is gone, unreadable or holds what a NAR cannot, or when `out` or the observer refuses bytes.
-pub fn write_observed(path: &Path, out: &mut impl Write, observer: &mut impl Observe) -> Result<(), DumpError> {
-    let mut writer = Writer { out, observer, root: path, buffer: Vec::new() };
+pub fn write_observed(
+    path: &Path,
+    out: &mut impl Write,
+    observer: &mut impl Observe,
+) -> Result<(), DumpError> {
+    let mut writer = Writer {
+        out,
+        observer,
+        root: path,
+        buffer: Vec::new(),
+    };
     writer.text(b"nix-archive-1")?;
-    let name = CString::new(path.as_os_str().as_bytes()).map_err(|_| DumpError::Special(path.to_owned()))?;
-    let Some(mut folder) = writer.node(CWD, &name)? else { return Ok(()) };
+    let name = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| DumpError::Special(path.to_owned()))?;
+    let Some(mut folder) = writer.node(CWD, &name)? else {
+        return Ok(());
+    };
     let mut levels = vec![writer.names(&folder)?.into_iter()];
     while let Some(level) = levels.last_mut() {
         if let Some(name) = level.next() {
             writer.texts(&[b"entry", b"(", b"name", name.to_bytes(), b"node"])?;
-            writer.observer.enter(name.to_bytes()).map_err(DumpError::Sink)?;
+            writer
+                .observer
+                .enter(name.to_bytes())
+                .map_err(DumpError::Sink)?;
             match writer.node(folder.as_fd(), &name)? {
                 None => writer.leave()?,
                 Some(below) => {
@@ -157,8 +172,8 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
     /// Writes a file or link whole; of a folder only the opening, and gives it back, open.
     fn node(&mut self, parent: impl AsFd, name: &CStr) -> Result<Option<OwnedFd>, DumpError> {
         let parent = parent.as_fd();
-        let stat =
-            statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(|error| self.unreadable(name, error.into()))?;
+        let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|error| self.unreadable(name, error.into()))?;
         self.texts(&[b"(", b"type"])?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
@@ -166,9 +181,11 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
                 return self.open(parent, name, OFlags::DIRECTORY).map(Some);
             }
             FileType::Symlink => {
-                let target =
-                    readlinkat(parent, name, Vec::new()).map_err(|error| self.unreadable(name, error.into()))?;
-                self.observer.target(target.to_bytes()).map_err(DumpError::Sink)?;
+                let target = readlinkat(parent, name, Vec::new())
+                    .map_err(|error| self.unreadable(name, error.into()))?;
+                self.observer
+                    .target(target.to_bytes())
+                    .map_err(DumpError::Sink)?;
                 self.texts(&[b"symlink", b"target", target.to_bytes()])?;
             }
             FileType::RegularFile => {
@@ -202,8 +219,12 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
                 Ok(0) => return Err(self.unreadable(name, io::ErrorKind::UnexpectedEof.into())),
                 Ok(got) => got,
             };
-            self.observer.content(&self.buffer[..got]).map_err(DumpError::Sink)?;
-            self.out.write_all(&self.buffer[..got]).map_err(DumpError::Sink)?;
+            self.observer
+                .content(&self.buffer[..got])
+                .map_err(DumpError::Sink)?;
+            self.out
+                .write_all(&self.buffer[..got])
+                .map_err(DumpError::Sink)?;
             left -= got as u64;
         }
         self.observer.end().map_err(DumpError::Sink)?;
@@ -233,7 +254,8 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
                 opened => return opened.map_err(|error| self.unreadable(name, error.into())),
             }
         }
-        openat(parent, name, flags, Mode::empty()).map_err(|error| self.unreadable(name, error.into()))
+        openat(parent, name, flags, Mode::empty())
+            .map_err(|error| self.unreadable(name, error.into()))
     }
 
     /// A NAR's strings: length in eight bytes, the bytes, zeros up to the next multiple of eight.
@@ -258,7 +280,11 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
 
     fn at(&self, name: &CStr) -> PathBuf {
         let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
-        if name.is_absolute() || name.as_os_str().is_empty() { self.root.to_owned() } else { self.root.join(name) }
+        if name.is_absolute() || name.as_os_str().is_empty() {
+            self.root.to_owned()
+        } else {
+            self.root.join(name)
+        }
     }
 
     /// A file that vanishes while its store path is read is being collected.
@@ -266,7 +292,10 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
         if source.kind() == io::ErrorKind::NotFound {
             DumpError::Gone(self.root.to_owned())
         } else {
-            DumpError::Read { path: self.at(name), source }
+            DumpError::Read {
+                path: self.at(name),
+                source,
+            }
         }
     }
 }
@@ -278,11 +307,17 @@ pub struct Fault(Arc<Mutex<Option<DumpError>>>);
 impl Fault {
     /// The error that broke the stream, if its source did; once.
     pub fn take(&self) -> Option<DumpError> {
-        self.0.lock().expect("nothing panics while it holds this lock").take()
+        self.0
+            .lock()
+            .expect("nothing panics while it holds this lock")
+            .take()
     }
 
     fn set(&self, error: DumpError) {
-        *self.0.lock().expect("nothing panics while it holds this lock") = Some(error);
+        *self
+            .0
+            .lock()
+            .expect("nothing panics while it holds this lock") = Some(error);
     }
 }
 
@@ -297,7 +332,10 @@ pub struct NarSource {
 
 impl<T: AsRef<Path>> From<T> for NarSource {
     fn from(file: T) -> Self {
-        Self { file: file.as_ref().to_owned(), read: None }
+        Self {
+            file: file.as_ref().to_owned(),
+            read: None,
+        }
     }
 }
 
@@ -316,7 +354,12 @@ impl NarSource {
 ///
 /// # Errors
 /// As `write_observed`; also when it is not the NAR that was registered.
-pub fn read_observed(path: &Path, hash: Sha256, size: u64, observer: &mut impl Observe) -> Result<Bytes, DumpError> {
+pub fn read_observed(
+    path: &Path,
+    hash: Sha256,
+    size: u64,
+    observer: &mut impl Observe,
+) -> Result<Bytes, DumpError> {
     let mut out = Blocks::new(None, size);
     write_observed(path, &mut out, observer).map_err(|error| out.judge(path, error))?;
     out.finish(path, hash)
@@ -342,11 +385,21 @@ impl NarStream {
             write(&path, &mut out).map_err(|error| out.judge(&path, error))?;
             out.finish(&path, hash)
         });
-        Self { blocks, task: Some(task), last: None, fault: Fault::default() }
+        Self {
+            blocks,
+            task: Some(task),
+            last: None,
+            fault: Fault::default(),
+        }
     }
 
     fn of_read(nar: Bytes) -> Self {
-        Self { blocks: mpsc::channel(1).1, task: None, last: Some(nar), fault: Fault::default() }
+        Self {
+            blocks: mpsc::channel(1).1,
+            task: None,
+            last: Some(nar),
+            fault: Fault::default(),
+        }
     }
 
     /// Where to look for the reason when sending this stream has failed.
@@ -396,14 +449,24 @@ struct Blocks {
 
 impl Blocks {
     fn new(sender: Option<mpsc::Sender<Bytes>>, size: u64) -> Self {
-        Self { sender, block: BytesMut::new(), hasher: Hasher::new(), written: 0, size }
+        Self {
+            sender,
+            block: BytesMut::new(),
+            hasher: Hasher::new(),
+            written: 0,
+            size,
+        }
     }
 
     fn send(&mut self) -> io::Result<()> {
-        let Some(sender) = &self.sender else { return Ok(()) };
+        let Some(sender) = &self.sender else {
+            return Ok(());
+        };
         self.hasher.update(&self.block);
         let block = self.block.split().freeze();
-        sender.blocking_send(block).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        sender
+            .blocking_send(block)
+            .map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
     /// Bytes refused here because there are too many mean a corrupt path, not a broken sink.
@@ -419,7 +482,10 @@ impl Blocks {
     /// The last block, if all of it is what it should be.
     fn finish(mut self, path: &Path, hash: Sha256) -> Result<Bytes, DumpError> {
         if self.written != self.size {
-            let difference = format!("its NAR has {} bytes instead of {}", self.written, self.size);
+            let difference = format!(
+                "its NAR has {} bytes instead of {}",
+                self.written, self.size
+            );
             return Err(self.corrupt(path, difference));
         }
         self.hasher.update(&self.block);
@@ -431,7 +497,10 @@ impl Blocks {
     }
 
     fn corrupt(&self, path: &Path, difference: String) -> DumpError {
-        DumpError::Corrupt { path: path.to_owned(), difference }
+        DumpError::Corrupt {
+            path: path.to_owned(),
+            difference,
+        }
     }
 }
 
@@ -440,7 +509,11 @@ impl Write for Blocks {
         if self.written + bytes.len() as u64 > self.size {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let room = if self.sender.is_some() { BLOCK } else { usize::MAX };
+        let room = if self.sender.is_some() {
+            BLOCK
+        } else {
+            usize::MAX
+        };
         if self.block.len() == room {
             self.send()?;
         }

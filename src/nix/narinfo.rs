@@ -58,26 +58,47 @@ impl NarInfo {
     /// # Errors
     /// When a field that Nix needs is missing or malformed.
     pub fn parse(text: &str) -> Result<Self, NarInfoError> {
-        let field = |name: &'static str| fields(text).find(|(key, _)| *key == name).map(|(_, value)| value);
-        let need = |name: &'static str| field(name).filter(|v| !v.is_empty()).ok_or(NarInfoError::Missing(name));
+        let field = |name: &'static str| {
+            fields(text)
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| value)
+        };
+        let need = |name: &'static str| {
+            field(name)
+                .filter(|v| !v.is_empty())
+                .ok_or(NarInfoError::Missing(name))
+        };
         let references = match field("References") {
             None => Vec::new(),
-            Some(names) => {
-                names.split_whitespace().map(|name| base_name("References", name)).collect::<Result<_, _>>()?
-            }
+            Some(names) => names
+                .split_whitespace()
+                .map(|name| base_name("References", name))
+                .collect::<Result<_, _>>()?,
         };
-        let deriver = field("Deriver").filter(|name| !name.is_empty() && *name != "unknown-deriver");
+        let deriver =
+            field("Deriver").filter(|name| !name.is_empty() && *name != "unknown-deriver");
         Ok(Self {
-            path: need("StorePath").and_then(|path| path.parse().map_err(|_| bad("StorePath", path)))?,
+            path: need("StorePath")
+                .and_then(|path| path.parse().map_err(|_| bad("StorePath", path)))?,
             url: need("URL")?.to_owned(),
-            compression: field("Compression").filter(|v| !v.is_empty()).unwrap_or("bzip2").to_owned(),
-            file_hash: field("FileHash").map(|value| hash("FileHash", value)).transpose()?,
-            file_size: field("FileSize").map(|value| size("FileSize", value)).transpose()?,
+            compression: field("Compression")
+                .filter(|v| !v.is_empty())
+                .unwrap_or("bzip2")
+                .to_owned(),
+            file_hash: field("FileHash")
+                .map(|value| hash("FileHash", value))
+                .transpose()?,
+            file_size: field("FileSize")
+                .map(|value| size("FileSize", value))
+                .transpose()?,
             nar_hash: hash("NarHash", need("NarHash")?)?,
             nar_size: size("NarSize", need("NarSize")?)?,
             references,
             deriver: deriver.map(|name| base_name("Deriver", name)).transpose()?,
-            signatures: fields(text).filter(|(key, _)| *key == "Sig").map(|(_, value)| value.to_owned()).collect(),
+            signatures: fields(text)
+                .filter(|(key, _)| *key == "Sig")
+                .map(|(_, value)| value.to_owned())
+                .collect(),
             ca: field("CA").filter(|v| !v.is_empty()).map(str::to_owned),
         })
     }
@@ -85,16 +106,23 @@ impl NarInfo {
     /// Whether one of its signatures is a good one by `key`.
     pub fn signed_by(&self, key: &PublicKey) -> bool {
         let text = fingerprint(&self.path, &self.nar_hash, self.nar_size, &self.references);
-        self.signatures.iter().any(|signature| key.verifies(&text, signature))
+        self.signatures
+            .iter()
+            .any(|signature| key.verifies(&text, signature))
     }
 }
 
 fn fields(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.lines().filter_map(|line| line.split_once(':')).map(|(key, value)| (key, value.trim()))
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(key, value)| (key, value.trim()))
 }
 
 fn bad(field: &'static str, value: &str) -> NarInfoError {
-    NarInfoError::Bad { field, value: crate::text::one_line(value, 80) }
+    NarInfoError::Bad {
+        field,
+        value: crate::text::one_line(value, 80),
+    }
 }
 
 fn base_name(field: &'static str, name: &str) -> Result<StorePath, NarInfoError> {
@@ -113,7 +141,11 @@ fn size(field: &'static str, value: &str) -> Result<u64, NarInfoError> {
 impl fmt::Display for NarInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let references: Vec<&str> = self.references.iter().map(StorePath::base_name).collect();
-        writeln!(f, "StorePath: {}\nURL: {}\nCompression: {}", self.path, self.url, self.compression)?;
+        writeln!(
+            f,
+            "StorePath: {}\nURL: {}\nCompression: {}",
+            self.path, self.url, self.compression
+        )?;
         if let Some(hash) = &self.file_hash {
             writeln!(f, "FileHash: {hash}")?;
         }
@@ -158,9 +190,18 @@ Deriver: r3f9l9f32qpzwmdgizjpbwn3ff2n6ny7-hello.drv
     #[test]
     fn a_field_that_is_missing_or_malformed_is_named() {
         let without = TEXT.replace("NarSize: 120\n", "");
-        assert_eq!(NarInfo::parse(&without), Err(NarInfoError::Missing("NarSize")));
+        assert_eq!(
+            NarInfo::parse(&without),
+            Err(NarInfoError::Missing("NarSize"))
+        );
         let malformed = TEXT.replace("120", "-1");
-        assert!(matches!(NarInfo::parse(&malformed), Err(NarInfoError::Bad { field: "NarSize", .. })));
+        assert!(matches!(
+            NarInfo::parse(&malformed),
+            Err(NarInfoError::Bad {
+                field: "NarSize",
+                ..
+            })
+        ));
         assert!(NarInfo::parse("").is_err());
     }
 
@@ -169,7 +210,12 @@ Deriver: r3f9l9f32qpzwmdgizjpbwn3ff2n6ny7-hello.drv
         let key = SecretKey::generate("main").expect("random");
         let mut info = NarInfo::parse(TEXT).expect("valid");
         assert!(!info.signed_by(&key.public()));
-        info.signatures.push(key.sign(&fingerprint(&info.path, &info.nar_hash, info.nar_size, &info.references)));
+        info.signatures.push(key.sign(&fingerprint(
+            &info.path,
+            &info.nar_hash,
+            info.nar_size,
+            &info.references,
+        )));
         assert!(info.signed_by(&key.public()));
         info.nar_size += 1;
         assert!(!info.signed_by(&key.public()));

@@ -66,20 +66,26 @@ impl Explain for WriteError {
     fn exit(&self) -> Exit {
         match self {
             Self::Unspellable { .. } => Exit::Usage,
-            Self::Host(_) | Self::Name(_) | Self::Existing { .. } | Self::Write { .. } => Exit::Host,
+            Self::Host(_) | Self::Name(_) | Self::Existing { .. } | Self::Write { .. } => {
+                Exit::Host
+            }
             Self::Open(_) => Exit::Bug,
         }
     }
 
     fn hint(&self) -> Option<String> {
         match self {
-            Self::Unspellable { what: TOKEN, .. } => {
-                Some("Check `ATTIC_TOKEN`: a token is one word of letters, digits and `.-_=+/`.".to_owned())
+            Self::Unspellable { what: TOKEN, .. } => Some(
+                "Check `ATTIC_TOKEN`: a token is one word of letters, digits and `.-_=+/`."
+                    .to_owned(),
+            ),
+            Self::Existing { file, .. } => {
+                Some(format!("Let the job's user read `{}`.", file.display()))
             }
-            Self::Existing { file, .. } => Some(format!("Let the job's user read `{}`.", file.display())),
-            Self::Name(_) => {
-                Some("Set `TMPDIR` to a folder whose name has no white space and no `#` in it.".to_owned())
-            }
+            Self::Name(_) => Some(
+                "Set `TMPDIR` to a folder whose name has no white space and no `#` in it."
+                    .to_owned(),
+            ),
             _ => None,
         }
     }
@@ -97,7 +103,12 @@ const ACCESS_TOKEN: &str = "access token";
 /// # Errors
 /// When the token or host cannot be spelt in a netrc, `existing` is there but unreadable, or the
 /// file cannot be written.
-pub fn write(folder: &Path, host: &str, token: &Secret, existing: Option<&Path>) -> Result<PathBuf, WriteError> {
+pub fn write(
+    folder: &Path,
+    host: &str,
+    token: &Secret,
+    existing: Option<&Path>,
+) -> Result<PathBuf, WriteError> {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:".contains(&c);
     if host.is_empty() || host.len() > 255 || !host.bytes().all(plain) {
@@ -106,7 +117,11 @@ pub fn write(folder: &Path, host: &str, token: &Secret, existing: Option<&Path>)
     spellable(TOKEN, token)?;
     let rest = existing.map(read_existing).transpose()?.unwrap_or_default();
     let line = format!("machine {host} login {LOGIN} password {}\n", token.expose());
-    write_private(folder, "netrc", Zeroizing::new([line.as_bytes(), &rest].concat()))
+    write_private(
+        folder,
+        "netrc",
+        Zeroizing::new([line.as_bytes(), &rest].concat()),
+    )
 }
 
 /// Writes `extra-access-tokens = HOST=TOKEN` into a file of its own, to be included by `NIX_CONFIG`:
@@ -114,13 +129,18 @@ pub fn write(folder: &Path, host: &str, token: &Secret, existing: Option<&Path>)
 ///
 /// # Errors
 /// When the token cannot be spelt in a setting, or the file cannot be written.
-pub fn write_access_token(folder: &Path, host: &str, token: &Secret) -> Result<PathBuf, WriteError> {
+pub fn write_access_token(
+    folder: &Path,
+    host: &str,
+    token: &Secret,
+) -> Result<PathBuf, WriteError> {
     spellable(ACCESS_TOKEN, token)?;
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:/".contains(&c);
     if host.is_empty() || !host.bytes().all(plain) {
         return Err(WriteError::Host(one_line(host, 120)));
     }
-    let line = Zeroizing::new(format!("extra-access-tokens = {host}={}\n", token.expose()).into_bytes());
+    let line =
+        Zeroizing::new(format!("extra-access-tokens = {host}={}\n", token.expose()).into_bytes());
     write_private(folder, "access-tokens.conf", line)
 }
 
@@ -129,12 +149,20 @@ pub fn write_access_token(folder: &Path, host: &str, token: &Secret) -> Result<P
 ///
 /// # Errors
 /// When the token cannot be spelt there, or the file cannot be written.
-pub fn write_attic_home(folder: &Path, name: &str, server: &Url, token: &Secret) -> Result<PathBuf, WriteError> {
+pub fn write_attic_home(
+    folder: &Path,
+    name: &str,
+    server: &Url,
+    token: &Secret,
+) -> Result<PathBuf, WriteError> {
     spellable(TOKEN, token)?;
     let home = folder.join("attic-home");
     let own = home.join("attic");
     let made = DirBuilder::new().mode(0o700).recursive(true).create(&own);
-    made.map_err(|source| WriteError::Write { file: own.clone(), source })?;
+    made.map_err(|source| WriteError::Write {
+        file: own.clone(),
+        source,
+    })?;
     // A URL is percent-encoded: it has no quote and no backslash.
     let text = format!(
         "default-server = \"{name}\"\n\n[servers.{name}]\nendpoint = \"{server}\"\ntoken = \"{}\"\n",
@@ -164,15 +192,26 @@ fn spellable(what: &'static str, token: &Secret) -> Result<(), WriteError> {
 
 /// The whole netrc in use, ending with a line break; empty if there is none.
 fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
-    let error = |source| WriteError::Existing { file: file.to_owned(), source };
+    let error = |source| WriteError::Existing {
+        file: file.to_owned(),
+        source,
+    };
     let opened = match File::open(file) {
-        Err(missing) if missing.kind() == io::ErrorKind::NotFound => return Ok(Zeroizing::default()),
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => {
+            return Ok(Zeroizing::default());
+        }
         opened => opened.map_err(error)?,
     };
     let mut bytes = Zeroizing::new(Vec::new());
-    opened.take(EXISTING_LIMIT + 1).read_to_end(&mut bytes).map_err(error)?;
+    opened
+        .take(EXISTING_LIMIT + 1)
+        .read_to_end(&mut bytes)
+        .map_err(error)?;
     if bytes.len() as u64 > EXISTING_LIMIT {
-        return Err(error(io::Error::new(io::ErrorKind::FileTooLarge, "over 1 MiB")));
+        return Err(error(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "over 1 MiB",
+        )));
     }
     if bytes.last().is_some_and(|last| *last != b'\n') {
         bytes.push(b'\n');
@@ -181,16 +220,29 @@ fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
 }
 
 /// Creates the file under another name, 0600 from its first moment, and moves it to its place.
-#[expect(clippy::needless_pass_by_value, reason = "the credential ends here, and its memory is wiped")]
-fn write_private(folder: &Path, name: &str, bytes: Zeroizing<Vec<u8>>) -> Result<PathBuf, WriteError> {
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the credential ends here, and its memory is wiped"
+)]
+fn write_private(
+    folder: &Path,
+    name: &str,
+    bytes: Zeroizing<Vec<u8>>,
+) -> Result<PathBuf, WriteError> {
     let file = folder.join(name);
-    let error = |source| WriteError::Write { file: file.clone(), source };
+    let error = |source| WriteError::Write {
+        file: file.clone(),
+        source,
+    };
     let facts = fs::metadata(folder).map_err(error)?;
     if facts.mode() & 0o077 != 0 {
         return Err(WriteError::Open(folder.to_owned()));
     }
     // An `include` line has two words, and `#` begins a comment.
-    if folder.to_str().is_none_or(|name| name.contains(|c: char| c.is_whitespace() || c == '#')) {
+    if folder
+        .to_str()
+        .is_none_or(|name| name.contains(|c: char| c.is_whitespace() || c == '#'))
+    {
         return Err(WriteError::Name(folder.to_owned()));
     }
     let draft = folder.join(format!(".{name}.{:016x}", fastrand::u64(..)));
@@ -233,14 +285,28 @@ mod tests {
     fn the_cache_comes_first_and_the_other_machines_stay() {
         let folder = private();
         let old = folder.path().join("old");
-        fs::write(&old, "machine a.example login x password y\ndefault login z password w").expect("written");
-        let file = write(folder.path(), "cache.example", &secret("eyJh.b-c_d"), Some(&old)).expect("written");
+        fs::write(
+            &old,
+            "machine a.example login x password y\ndefault login z password w",
+        )
+        .expect("written");
+        let file = write(
+            folder.path(),
+            "cache.example",
+            &secret("eyJh.b-c_d"),
+            Some(&old),
+        )
+        .expect("written");
         assert_eq!(
             read(&file),
             "machine cache.example login attic password eyJh.b-c_d\nmachine a.example login x password y\ndefault login z password w\n"
         );
         assert_eq!(fs::metadata(&file).expect("there").mode() & 0o7777, 0o600);
-        let names: Vec<_> = fs::read_dir(folder.path()).expect("there").flatten().map(|e| e.file_name()).collect();
+        let names: Vec<_> = fs::read_dir(folder.path())
+            .expect("there")
+            .flatten()
+            .map(|e| e.file_name())
+            .collect();
         assert_eq!(names.len(), 2, "no draft stays: {names:?}");
     }
 
@@ -258,34 +324,66 @@ mod tests {
     #[test]
     fn a_credential_that_cannot_be_spelt_is_refused_and_not_shown() {
         let folder = private();
-        for text in ["two words", "line\nbreak", "quo\"te", "#comment", "back\\slash", "täg", &"x".repeat(5000)] {
-            let error = write(folder.path(), "cache.example", &secret(text), None).expect_err("unspellable");
+        for text in [
+            "two words",
+            "line\nbreak",
+            "quo\"te",
+            "#comment",
+            "back\\slash",
+            "täg",
+            &"x".repeat(5000),
+        ] {
+            let error = write(folder.path(), "cache.example", &secret(text), None)
+                .expect_err("unspellable");
             assert!(matches!(error, WriteError::Unspellable { .. }), "{error}");
-            assert!(!format!("{error} {error:?} {:?}", error.hint()).contains(text), "{error}");
+            assert!(
+                !format!("{error} {error:?} {:?}", error.hint()).contains(text),
+                "{error}"
+            );
             assert!(write_access_token(folder.path(), "github.com", &secret(text)).is_err());
         }
         for host in ["", "a b", "a\nmachine b", "a\"b"] {
-            assert!(matches!(write(folder.path(), host, &secret("t"), None), Err(WriteError::Host(_))), "{host}");
+            assert!(
+                matches!(
+                    write(folder.path(), host, &secret("t"), None),
+                    Err(WriteError::Host(_))
+                ),
+                "{host}"
+            );
         }
     }
 
     #[test]
     fn an_open_folder_or_an_unreadable_netrc_is_refused() {
         let folder = private();
-        let unreadable = write(folder.path(), "c", &secret("t"), Some(folder.path())).expect_err("a folder");
-        assert!(matches!(unreadable, WriteError::Existing { .. }), "{unreadable}");
+        let unreadable =
+            write(folder.path(), "c", &secret("t"), Some(folder.path())).expect_err("a folder");
+        assert!(
+            matches!(unreadable, WriteError::Existing { .. }),
+            "{unreadable}"
+        );
         let spaced = folder.path().join("a b");
-        fs::DirBuilder::new().mode(0o700).create(&spaced).expect("made");
-        assert!(matches!(write(&spaced, "c", &secret("t"), None), Err(WriteError::Name(_))));
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&spaced)
+            .expect("made");
+        assert!(matches!(
+            write(&spaced, "c", &secret("t"), None),
+            Err(WriteError::Name(_))
+        ));
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("opened");
-        assert!(matches!(write(folder.path(), "c", &secret("t"), None), Err(WriteError::Open(_))));
+        assert!(matches!(
+            write(folder.path(), "c", &secret("t"), None),
+            Err(WriteError::Open(_))
+        ));
     }
 
     #[test]
     fn attics_client_gets_a_home_of_its_own() {
         let folder = private();
         let server: Url = "http://h:1/a\"b/".parse().expect("URL");
-        let home = write_attic_home(folder.path(), "x", &server, &secret("eyJ.a-b")).expect("written");
+        let home =
+            write_attic_home(folder.path(), "x", &server, &secret("eyJ.a-b")).expect("written");
         let file = home.join("attic/config.toml");
         let text = "default-server = \"x\"\n\n[servers.x]\nendpoint = \"http://h:1/a%22b/\"\ntoken = \"eyJ.a-b\"\n";
         assert_eq!(read(&file), text);
@@ -297,7 +395,8 @@ mod tests {
     #[test]
     fn an_access_token_is_a_setting_in_a_file() {
         let folder = private();
-        let file = write_access_token(folder.path(), "github.com", &secret("ghp_x")).expect("written");
+        let file =
+            write_access_token(folder.path(), "github.com", &secret("ghp_x")).expect("written");
         assert_eq!(read(&file), "extra-access-tokens = github.com=ghp_x\n");
         assert_eq!(fs::metadata(&file).expect("there").mode() & 0o7777, 0o600);
     }

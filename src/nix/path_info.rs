@@ -75,7 +75,12 @@ impl PathInfo {
 }
 
 /// The text that a cache signs. References are sorted here, since Nix verifies a sorted list.
-pub fn fingerprint(path: &StorePath, nar_hash: &Sha256, nar_size: u64, references: &[StorePath]) -> String {
+pub fn fingerprint(
+    path: &StorePath,
+    nar_hash: &Sha256,
+    nar_size: u64,
+    references: &[StorePath],
+) -> String {
     let mut sorted: Vec<String> = references.iter().map(StorePath::to_string).collect();
     sorted.sort_unstable();
     sorted.dedup();
@@ -88,7 +93,8 @@ mod tests {
 
     fn origin(name: &str, change: impl FnOnce(&mut PathInfo)) -> Origin {
         let mut info = PathInfo {
-            path: StorePath::from_base_name(&format!("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}")).expect("valid"),
+            path: StorePath::from_base_name(&format!("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}"))
+                .expect("valid"),
             nar_hash: Sha256([0; 32]),
             nar_size: 120,
             references: Vec::new(),
@@ -105,13 +111,24 @@ mod tests {
     fn registration_tells_where_a_path_came_from() {
         let ca = || Some("fixed:r:sha256:x".to_owned());
         assert_eq!(origin("hello", |info| info.ultimate = true), Origin::Built);
-        assert_eq!(origin("hello", |info| info.signatures.push("c:x".to_owned())), Origin::Substituted);
-        assert_eq!(origin("hello", |_| ()), Origin::Substituted, "copied without a signature");
+        assert_eq!(
+            origin("hello", |info| info.signatures.push("c:x".to_owned())),
+            Origin::Substituted
+        );
+        assert_eq!(
+            origin("hello", |_| ()),
+            Origin::Substituted,
+            "copied without a signature"
+        );
         assert_eq!(origin("source", |info| info.ca = ca()), Origin::Added);
-        assert_eq!(origin("hello.drv", |info| info.signatures.push("c:x".to_owned())), Origin::Added);
+        assert_eq!(
+            origin("hello.drv", |info| info.signatures.push("c:x".to_owned())),
+            Origin::Added
+        );
         let fetched = |info: &mut PathInfo| (info.ca, info.ultimate) = (ca(), true);
         assert_eq!(origin("fixed-output", fetched), Origin::Built);
-        let from_cache = |info: &mut PathInfo| (info.ca, info.deriver) = (ca(), Some(info.path.clone()));
+        let from_cache =
+            |info: &mut PathInfo| (info.ca, info.deriver) = (ca(), Some(info.path.clone()));
         assert_eq!(origin("fixed-output", from_cache), Origin::Substituted);
     }
 }

@@ -37,7 +37,10 @@ pub fn parse(json: &[u8]) -> Result<Found, JsonError> {
         }
         match path_info(&name, &facts) {
             Ok(info) => found.infos.push(info),
-            Err(problem) => found.unreadable.push(Unreadable { path: one_line(&name, 260), problem }),
+            Err(problem) => found.unreadable.push(Unreadable {
+                path: one_line(&name, 260),
+                problem,
+            }),
         }
     }
     found.infos.sort_unstable_by(|a, b| a.path.cmp(&b.path));
@@ -58,27 +61,47 @@ fn entries(whole: Value) -> Result<Vec<(String, Value)>, JsonError> {
 }
 
 fn named(facts: Value) -> Result<(String, Value), JsonError> {
-    let name = facts.get("path").and_then(Value::as_str).ok_or(JsonError::Shape)?.to_owned();
+    let name = facts
+        .get("path")
+        .and_then(Value::as_str)
+        .ok_or(JsonError::Shape)?
+        .to_owned();
     Ok((name, facts))
 }
 
 fn path_info(name: &str, facts: &Value) -> Result<PathInfo, String> {
     let facts = facts.as_object().ok_or("it is described by no object")?;
-    let deriver = facts.get("deriver").and_then(Value::as_str).filter(|name| *name != "unknown-deriver");
+    let deriver = facts
+        .get("deriver")
+        .and_then(Value::as_str)
+        .filter(|name| *name != "unknown-deriver");
     Ok(PathInfo {
         path: store_path(name)?,
         nar_hash: nar_hash(facts.get("narHash"))?,
-        nar_size: facts.get("narSize").and_then(Value::as_u64).filter(|size| *size > 0).ok_or("its size is unknown")?,
+        nar_size: facts
+            .get("narSize")
+            .and_then(Value::as_u64)
+            .filter(|size| *size > 0)
+            .ok_or("its size is unknown")?,
         references: references(facts)?,
         deriver: deriver.map(store_path).transpose()?,
-        signatures: list(facts, "signatures").iter().filter_map(signature).collect(),
-        ca: facts.get("ca").filter(|ca| !ca.is_null()).map(content_address).transpose()?,
+        signatures: list(facts, "signatures")
+            .iter()
+            .filter_map(signature)
+            .collect(),
+        ca: facts
+            .get("ca")
+            .filter(|ca| !ca.is_null())
+            .map(content_address)
+            .transpose()?,
         ultimate: facts.get("ultimate") == Some(&Value::Bool(true)),
     })
 }
 
 fn references(facts: &Map<String, Value>) -> Result<Vec<StorePath>, String> {
-    let names = list(facts, "references").iter().map(|name| store_path(name.as_str().unwrap_or_default()));
+    let names = list(facts, "references")
+        .iter()
+        .map(|name| store_path(name.as_str().unwrap_or_default()));
     let mut references = names.collect::<Result<Vec<_>, _>>()?;
     references.sort_unstable();
     references.dedup();
@@ -86,12 +109,19 @@ fn references(facts: &Map<String, Value>) -> Result<Vec<StorePath>, String> {
 }
 
 fn list<'a>(facts: &'a Map<String, Value>, name: &str) -> &'a [Value] {
-    facts.get(name).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+    facts
+        .get(name)
+        .and_then(Value::as_array)
+        .map_or(&[], Vec::as_slice)
 }
 
 /// A full path, or a base name in newer formats.
 fn store_path(name: &str) -> Result<StorePath, String> {
-    let read = if name.starts_with(STORE_DIR) { name.parse() } else { StorePath::from_base_name(name) };
+    let read = if name.starts_with(STORE_DIR) {
+        name.parse()
+    } else {
+        StorePath::from_base_name(name)
+    };
     read.map_err(|error| error.to_string())
 }
 
@@ -118,7 +148,10 @@ fn hash_text(hash: &Value) -> Result<String, String> {
 /// `<key name>:<base64>`, or an object with the two parts.
 fn signature(value: &Value) -> Option<String> {
     let part = |name| value.get(name).and_then(Value::as_str);
-    value.as_str().map(str::to_owned).or_else(|| Some(format!("{}:{}", part("keyName")?, part("sig")?)))
+    value
+        .as_str()
+        .map(str::to_owned)
+        .or_else(|| Some(format!("{}:{}", part("keyName")?, part("sig")?)))
 }
 
 /// `fixed:r:sha256:<base32>` as narinfo has it, or an object with method and hash.
@@ -127,7 +160,11 @@ fn content_address(value: &Value) -> Result<String, String> {
     if let Some(text) = value.as_str() {
         return Ok(text.to_owned());
     }
-    let method = match value.get("method").and_then(Value::as_str).ok_or_else(unknown)? {
+    let method = match value
+        .get("method")
+        .and_then(Value::as_str)
+        .ok_or_else(unknown)?
+    {
         "flat" => "fixed:",
         "nar" => "fixed:r:",
         "git" => "fixed:git:",
@@ -187,7 +224,11 @@ mod tests {
             "/nix/store/4hivvj5k2gza6kvh7ii2m6chw3fmg113-a":{"narHash":null,"narSize":120}}"#;
         let found = parse(json).expect("an object");
         assert_eq!(found.infos, []);
-        let problems: Vec<&str> = found.unreadable.iter().map(|path| path.problem.as_str()).collect();
+        let problems: Vec<&str> = found
+            .unreadable
+            .iter()
+            .map(|path| path.problem.as_str())
+            .collect();
         assert_eq!(problems, ["its hash is unknown", "its size is unknown"]);
     }
 

@@ -64,16 +64,25 @@ pub async fn ping(nix: &Nix, limit: Duration) -> Result<Ping, Error> {
 fn read(stdout: &str, stderr: &str) -> Opened {
     let field = |name: &str| {
         let mut lines = stdout.lines().chain(stderr.lines());
-        lines.find_map(|line| line.strip_prefix(name)).map(|value| value.trim().to_owned())
+        lines
+            .find_map(|line| line.strip_prefix(name))
+            .map(|value| value.trim().to_owned())
     };
     let trusted = field("Trusted:").map(|value| value == "1" || value == "true");
     let url = field("Store URL:").unwrap_or_default();
-    Opened { url, trusted, missing_group: missing_group(stderr), said: stderr.to_owned() }
+    Opened {
+        url,
+        trusted,
+        missing_group: missing_group(stderr),
+        said: stderr.to_owned(),
+    }
 }
 
 /// From "the group 'nixbld' specified in 'build-users-group' does not exist".
 fn missing_group(stderr: &str) -> Option<String> {
-    let line = stderr.lines().find(|line| line.contains("'build-users-group' does not exist"))?;
+    let line = stderr
+        .lines()
+        .find(|line| line.contains("'build-users-group' does not exist"))?;
     line.split('\'').nth(1).map(str::to_owned)
 }
 
@@ -101,8 +110,14 @@ mod tests {
         );
         assert_eq!((old.url.as_str(), old.trusted), ("local", None));
         assert_eq!(old.missing_group.as_deref(), Some("nixbld"));
-        let new = read("Store URL: daemon\nVersion: 2.26.3\nTrusted: 0\n", "warning: 'ping' is a deprecated alias\n");
-        assert_eq!((new.url.as_str(), new.trusted, new.missing_group), ("daemon", Some(false), None));
+        let new = read(
+            "Store URL: daemon\nVersion: 2.26.3\nTrusted: 0\n",
+            "warning: 'ping' is a deprecated alias\n",
+        );
+        assert_eq!(
+            (new.url.as_str(), new.trusted, new.missing_group),
+            ("daemon", Some(false), None)
+        );
     }
 
     #[test]
@@ -111,6 +126,9 @@ mod tests {
         assert!(matches!(refusal(dead), Refusal::NoDaemon(_)));
         let locked = "error: opening lock file '/nix/var/nix/db/big-lock': Permission denied";
         assert!(matches!(refusal(locked), Refusal::NoRights(_)));
-        assert_eq!(refusal("error: database is corrupt\n"), Refusal::Other("database is corrupt".to_owned()));
+        assert_eq!(
+            refusal("error: database is corrupt\n"),
+            Refusal::Other("database is corrupt".to_owned())
+        );
     }
 }

@@ -41,15 +41,31 @@ pub enum Reason {
 /// For a log line, complete.
 impl std::fmt::Display for Ignored {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { setting, line_to_add, .. } = self;
+        let Self {
+            setting,
+            line_to_add,
+            ..
+        } = self;
         match (self.reason, &self.file) {
             (Reason::Untrusted, file) => {
-                let file = file.as_ref().map(|file| format!(" to `{}`", file.display())).unwrap_or_default();
-                write!(f, "`{setting}` is ignored: the Nix daemon does not trust this user; ")?;
-                write!(f, "add `{line_to_add}`{file} on the runner and restart the daemon")
+                let file = file
+                    .as_ref()
+                    .map(|file| format!(" to `{}`", file.display()))
+                    .unwrap_or_default();
+                write!(
+                    f,
+                    "`{setting}` is ignored: the Nix daemon does not trust this user; "
+                )?;
+                write!(
+                    f,
+                    "add `{line_to_add}`{file} on the runner and restart the daemon"
+                )
             }
             (Reason::Overridden, _) => {
-                write!(f, "`{setting}` is overridden by a later line; `extra-nix-config` should have `{line_to_add}`")
+                write!(
+                    f,
+                    "`{setting}` is overridden by a later line; `extra-nix-config` should have `{line_to_add}`"
+                )
             }
         }
     }
@@ -71,7 +87,11 @@ pub struct InForce {
 ///
 /// # Errors
 /// When Nix gives no answer; one that refuses its configuration altogether is among them.
-pub async fn read_back(nix: &Nix, cache: Option<&Cache>, opened: Option<Opened>) -> Result<InForce, Error> {
+pub async fn read_back(
+    nix: &Nix,
+    cache: Option<&Cache>,
+    opened: Option<Opened>,
+) -> Result<InForce, Error> {
     let opening = async {
         match opened {
             Some(opened) => Ok(Some(opened)),
@@ -92,7 +112,11 @@ pub async fn read_back(nix: &Nix, cache: Option<&Cache>, opened: Option<Opened>)
             ignored.extend(more);
         }
     }
-    Ok(InForce { settings, opened, ignored })
+    Ok(InForce {
+        settings,
+        opened,
+        ignored,
+    })
 }
 
 async fn open(nix: &Nix) -> Result<Option<Opened>, Error> {
@@ -105,18 +129,35 @@ async fn open(nix: &Nix) -> Result<Option<Opened>, Error> {
 
 /// What the client itself does not have in force.
 fn overridden(settings: &Settings, cache: &Cache) -> Vec<Ignored> {
-    let ignored =
-        |setting, line: String| Ignored { setting, reason: Reason::Overridden, line_to_add: line, file: None };
+    let ignored = |setting, line: String| Ignored {
+        setting,
+        reason: Reason::Overridden,
+        line_to_add: line,
+        file: None,
+    };
     let mut all = Vec::new();
     if !lists_url(&settings.words("substituters"), &cache.substituter) {
-        all.push(ignored("extra-substituters", format!("extra-substituters = {}", cache.substituter)));
+        all.push(ignored(
+            "extra-substituters",
+            format!("extra-substituters = {}", cache.substituter),
+        ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
     if let Some(key) = key.filter(|key| !settings.words("trusted-public-keys").contains(key)) {
-        all.push(ignored("extra-trusted-public-keys", format!("extra-trusted-public-keys = {key}")));
+        all.push(ignored(
+            "extra-trusted-public-keys",
+            format!("extra-trusted-public-keys = {key}"),
+        ));
     }
-    if let Some(netrc) = cache.netrc.as_ref().filter(|netrc| settings.netrc_file().as_ref() != Some(netrc)) {
-        all.push(ignored("netrc-file", format!("netrc-file = {}", netrc.display())));
+    if let Some(netrc) = cache
+        .netrc
+        .as_ref()
+        .filter(|netrc| settings.netrc_file().as_ref() != Some(netrc))
+    {
+        all.push(ignored(
+            "netrc-file",
+            format!("netrc-file = {}", netrc.display()),
+        ));
     }
     all
 }
@@ -126,7 +167,9 @@ fn overridden(settings: &Settings, cache: &Cache) -> Vec<Ignored> {
 /// # Errors
 /// When Nix gives no answer.
 pub async fn distrust(nix: &Nix) -> Result<Option<Opened>, Error> {
-    let Some(opened) = open(nix).await? else { return Ok(None) };
+    let Some(opened) = open(nix).await? else {
+        return Ok(None);
+    };
     Ok(is_distrust(nix, &opened).await?.then_some(opened))
 }
 
@@ -139,7 +182,10 @@ async fn is_distrust(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
         return Ok(!trusted);
     }
     // Versions before 2.15 do not say: a daemon that trusts us takes any substituter without a word.
-    let config = format!("{}\nextra-substituters = {SENTINEL}\n", nix.config().trim_end());
+    let config = format!(
+        "{}\nextra-substituters = {SENTINEL}\n",
+        nix.config().trim_end()
+    );
     let probed = ping(&nix.clone().with_config(&config), LIMIT).await?;
     Ok(matches!(&probed, Ping::Open(probed) if refuses(&probed.said, SENTINEL)))
 }
@@ -149,13 +195,19 @@ fn refuses(said: &str, url: &str) -> bool {
     let url = url.trim_end_matches('/');
     said.lines()
         .filter(|line| line.contains("ignoring untrusted substituter"))
-        .any(|line| line.split('\'').nth(1).is_some_and(|named| named.trim_end_matches('/') == url))
+        .any(|line| {
+            line.split('\'')
+                .nth(1)
+                .is_some_and(|named| named.trim_end_matches('/') == url)
+        })
 }
 
 /// The same Nix, with the system's settings alone: those that the daemon has too.
 fn of_system(nix: &Nix) -> Nix {
     // Without this variable, or with an empty one on some versions, the user's own file would count.
-    nix.clone().with_config("").with_variable("NIX_USER_CONF_FILES", Some("/dev/null"))
+    nix.clone()
+        .with_config("")
+        .with_variable("NIX_USER_CONF_FILES", Some("/dev/null"))
 }
 
 /// What a daemon that does not trust this user ignores, unless its own settings say the same.
@@ -170,15 +222,24 @@ fn untrusted(nix: &Nix, opened: &Opened, own: &Settings, cache: &Cache) -> Vec<I
     let mut all = Vec::new();
     // The daemon's own word counts: its settings may be another machine's.
     if refuses(&opened.said, &cache.substituter) {
-        all.push(ignored("extra-substituters", format!("extra-trusted-substituters = {}", cache.substituter)));
+        all.push(ignored(
+            "extra-substituters",
+            format!("extra-trusted-substituters = {}", cache.substituter),
+        ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
     if let Some(key) = key.filter(|key| !own.words("trusted-public-keys").contains(key)) {
-        all.push(ignored("extra-trusted-public-keys", format!("extra-trusted-public-keys = {key}")));
+        all.push(ignored(
+            "extra-trusted-public-keys",
+            format!("extra-trusted-public-keys = {key}"),
+        ));
     }
     // The netrc is another one in every job, so that nothing but trust helps.
     if cache.netrc.is_some() {
-        all.push(ignored("netrc-file", format!("extra-trusted-users = {}", user())));
+        all.push(ignored(
+            "netrc-file",
+            format!("extra-trusted-users = {}", user()),
+        ));
     }
     all
 }
@@ -187,7 +248,11 @@ fn untrusted(nix: &Nix, opened: &Opened, own: &Settings, cache: &Cache) -> Vec<I
 fn system_file(nix: &Nix) -> PathBuf {
     let folder = nix.variable("NIX_CONF_DIR").unwrap_or("/etc/nix");
     // Determinate's daemon writes `nix.conf` itself and includes this one.
-    let name = if nix.version.flavour == Flavour::Determinate { "nix.custom.conf" } else { "nix.conf" };
+    let name = if nix.version.flavour == Flavour::Determinate {
+        "nix.custom.conf"
+    } else {
+        "nix.conf"
+    };
     PathBuf::from(folder).join(name)
 }
 
@@ -204,7 +269,8 @@ fn user() -> String {
 }
 
 fn lists_url(list: &[String], url: &str) -> bool {
-    list.iter().any(|listed| listed.trim_end_matches('/') == url.trim_end_matches('/'))
+    list.iter()
+        .any(|listed| listed.trim_end_matches('/') == url.trim_end_matches('/'))
 }
 
 #[cfg(test)]
@@ -214,10 +280,12 @@ mod tests {
     #[test]
     fn a_daemons_refusal_is_understood_in_all_versions() {
         let old = "warning: ignoring untrusted substituter 'http://c/main'\nStore URL: daemon";
-        let new =
-            "warning: ignoring untrusted substituter 'http://c/main', you are not a trusted user.\nRun `man nix.conf`";
+        let new = "warning: ignoring untrusted substituter 'http://c/main', you are not a trusted user.\nRun `man nix.conf`";
         for said in [old, new] {
-            assert!(refuses(said, "http://c/main/") && !refuses(said, "http://c/other"), "{said}");
+            assert!(
+                refuses(said, "http://c/main/") && !refuses(said, "http://c/other"),
+                "{said}"
+            );
         }
     }
 

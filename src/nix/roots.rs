@@ -20,20 +20,33 @@ const SLACK: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When `folder` cannot be read. Roots that cannot be read count as none: the folder's own links remain.
-pub fn result_links(gcroots: &Path, folder: &Path, since: SystemTime) -> io::Result<Vec<StorePath>> {
+pub fn result_links(
+    gcroots: &Path,
+    folder: &Path,
+    since: SystemTime,
+) -> io::Result<Vec<StorePath>> {
     let since = since.checked_sub(SLACK).unwrap_or(SystemTime::UNIX_EPOCH);
     // Nix writes the link's path as it was typed, so that both spellings of the folder may occur.
     let spellings = [folder.to_owned(), folder.canonicalize()?];
     let registered = registered(&gcroots.join("auto"));
-    let below = registered.into_iter().filter(|link| spellings.iter().any(|folder| link.starts_with(folder)));
+    let below = registered
+        .into_iter()
+        .filter(|link| spellings.iter().any(|folder| link.starts_with(folder)));
     let links = below.chain(own_results(folder)?);
-    let found: BTreeSet<StorePath> = links.filter_map(|link| fresh_target(&link, since)).collect();
+    let found: BTreeSet<StorePath> = links
+        .filter_map(|link| fresh_target(&link, since))
+        .collect();
     Ok(found.into_iter().collect())
 }
 
 fn registered(auto: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(auto) else { return Vec::new() };
-    entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok()).collect()
+    let Ok(entries) = fs::read_dir(auto) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .collect()
 }
 
 fn own_results(folder: &Path) -> io::Result<Vec<PathBuf>> {
@@ -66,16 +79,25 @@ mod tests {
     }
 
     fn age(link: &Path) {
-        let old = Timespec { tv_sec: 1_000_000_000, tv_nsec: 0 };
-        let times = Timestamps { last_access: old, last_modification: old };
+        let old = Timespec {
+            tv_sec: 1_000_000_000,
+            tv_nsec: 0,
+        };
+        let times = Timestamps {
+            last_access: old,
+            last_modification: old,
+        };
         utimensat(CWD, link, &times, AtFlags::SYMLINK_NOFOLLOW).expect("set");
     }
 
     #[test]
     fn links_of_this_job_below_this_folder_are_found() {
         let world = tempfile::tempdir().expect("temporary folder");
-        let (job, other, auto) =
-            (world.path().join("job"), world.path().join("other"), world.path().join("roots/auto"));
+        let (job, other, auto) = (
+            world.path().join("job"),
+            world.path().join("other"),
+            world.path().join("roots/auto"),
+        );
         for folder in [&job.join("deep"), &other, &auto] {
             fs::create_dir_all(folder).expect("made");
         }
@@ -97,7 +119,10 @@ mod tests {
         age(&job.join("result-2"));
         fs::write(job.join("result.txt"), "no link").expect("written");
         let found = result_links(&world.path().join("roots"), &job, started).expect("readable");
-        assert_eq!(found.iter().map(StorePath::name).collect::<Vec<_>>(), ["deep", "unregistered"]);
+        assert_eq!(
+            found.iter().map(StorePath::name).collect::<Vec<_>>(),
+            ["deep", "unregistered"]
+        );
     }
 
     #[test]
@@ -105,7 +130,12 @@ mod tests {
         let world = tempfile::tempdir().expect("temporary folder");
         symlink(path("a"), world.path().join("result")).expect("linked");
         let none = Path::new("/nonexistent");
-        assert_eq!(result_links(none, world.path(), SystemTime::UNIX_EPOCH).expect("readable").len(), 1);
+        assert_eq!(
+            result_links(none, world.path(), SystemTime::UNIX_EPOCH)
+                .expect("readable")
+                .len(),
+            1
+        );
         assert!(result_links(none, none, SystemTime::UNIX_EPOCH).is_err());
     }
 }

@@ -83,7 +83,12 @@ fn by_word<S: serde::Serializer>(rule: &Rule, serializer: S) -> Result<S::Ok, S:
 impl Finding {
     /// One that is at no place in a file: the job, or what the store knows of the path, breaks the rule.
     pub fn of_job(rule: Rule, what: String) -> Self {
-        Self { rule, file: String::new(), offset: 0, what }
+        Self {
+            rule,
+            file: String::new(),
+            offset: 0,
+            what,
+        }
     }
 
     fn has_place(&self) -> bool {
@@ -94,11 +99,20 @@ impl Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rule, file, offset, what } = self;
+        let Self {
+            rule,
+            file,
+            offset,
+            what,
+        } = self;
         if !self.has_place() {
             return write!(f, "{rule}: {what}");
         }
-        let place = if file.is_empty() { "the file itself".to_owned() } else { format!("`{}`", one_line(file, 300)) };
+        let place = if file.is_empty() {
+            "the file itself".to_owned()
+        } else {
+            format!("`{}`", one_line(file, 300))
+        };
         write!(f, "{rule}: {what} in {place}, at byte {offset}")
     }
 }
@@ -143,9 +157,15 @@ impl Scanner {
     /// One that looks for these secrets, by the names of their variables, and these places, by what they are;
     /// and for all that has the shape of a secret.
     pub fn new(secrets: &[(String, Secret)], places: &[(&str, &Path)]) -> Self {
-        let mut needles: Vec<Needle> = secrets.iter().flat_map(|(name, secret)| of_secret(name, secret)).collect();
+        let mut needles: Vec<Needle> = secrets
+            .iter()
+            .flat_map(|(name, secret)| of_secret(name, secret))
+            .collect();
         let values = needles.iter().map(|needle| needle.bytes.clone()).collect();
-        let mut sole: Vec<Needle> = places.iter().filter_map(|(what, folder)| of_place(what, folder)).collect();
+        let mut sole: Vec<Needle> = places
+            .iter()
+            .filter_map(|(what, folder)| of_place(what, folder))
+            .collect();
         sole.sort_by_key(|needle| std::cmp::Reverse(needle.bytes.len()));
         let places = sole.iter().filter_map(|needle| match &needle.what {
             What::Place(what) => Some((needle.bytes.clone(), what.clone())),
@@ -154,7 +174,10 @@ impl Scanner {
         let places = places.collect();
         needles.extend(sole);
         let mut bytes: Vec<Vec<u8>> = needles.iter().map(|needle| needle.bytes.clone()).collect();
-        let mut looked_for: Vec<LookedFor> = needles.into_iter().map(|needle| LookedFor::Needle(needle.what)).collect();
+        let mut looked_for: Vec<LookedFor> = needles
+            .into_iter()
+            .map(|needle| LookedFor::Needle(needle.what))
+            .collect();
         for (beginning, shape) in Shape::BEGINNINGS {
             bytes.push(beginning.as_bytes().to_vec());
             looked_for.push(LookedFor::Shape(shape));
@@ -163,8 +186,16 @@ impl Scanner {
             bytes.push(beginning.to_vec());
             looked_for.push(what);
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { matcher: Matcher::new(&bytes), looked_for, values, places, now }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        Self {
+            matcher: Matcher::new(&bytes),
+            looked_for,
+            values,
+            places,
+            now,
+        }
     }
 
     /// How many different byte strings it looks for.
@@ -191,7 +222,12 @@ impl Scanner {
     ///
     /// # Errors
     /// When it cannot be read whole, or is not what was registered.
-    pub fn look_and_read(&self, path: &Path, hash: Sha256, size: u64) -> Result<(Looked, Option<Bytes>), DumpError> {
+    pub fn look_and_read(
+        &self,
+        path: &Path,
+        hash: Sha256,
+        size: u64,
+    ) -> Result<(Looked, Option<Bytes>), DumpError> {
         let mut look = self.begin();
         match read_observed(path, hash, size, &mut look) {
             Err(DumpError::Sink(_)) => Ok((look.looked, None)),
@@ -203,14 +239,26 @@ impl Scanner {
     /// The longest place that stands here whole: `/home/me2` is not `/home/me`.
     fn place(&self, before: Option<u8>, found: &[u8]) -> Option<&str> {
         let is_of_name = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.".contains(byte);
-        let ends = |place: &[u8]| found.starts_with(place) && !found.get(place.len()).is_some_and(is_of_name);
+        let ends = |place: &[u8]| {
+            found.starts_with(place) && !found.get(place.len()).is_some_and(is_of_name)
+        };
         let begins = !before.as_ref().is_some_and(is_of_name);
-        self.places.iter().find(|(place, _)| begins && ends(place)).map(|(_, what)| what.as_str())
+        self.places
+            .iter()
+            .find(|(place, _)| begins && ends(place))
+            .map(|(_, what)| what.as_str())
     }
 
     /// A look that whoever reads a path feeds.
     pub fn begin(&self) -> Look<'_> {
-        Look { scanner: self, looked: Looked::default(), file: Vec::new(), block: Vec::new(), base: 0, next: 0 }
+        Look {
+            scanner: self,
+            looked: Looked::default(),
+            file: Vec::new(),
+            block: Vec::new(),
+            base: 0,
+            next: 0,
+        }
     }
 }
 
@@ -230,19 +278,35 @@ pub struct Look<'a> {
 impl Look<'_> {
     /// Looks through what is in the block; `whole`: nothing follows.
     fn through(&mut self, whole: bool) -> io::Result<()> {
-        let until = if whole { self.block.len() } else { self.block.len().saturating_sub(LOOKAHEAD) };
+        let until = if whole {
+            self.block.len()
+        } else {
+            self.block.len().saturating_sub(LOOKAHEAD)
+        };
         if until > self.next {
             let block = std::mem::take(&mut self.block);
             let scanner = self.scanner;
-            scanner.matcher.find(&block, self.next, until, |number, at| self.judge(number, &block, at));
+            scanner
+                .matcher
+                .find(&block, self.next, until, |number, at| {
+                    self.judge(number, &block, at)
+                });
             self.block = block;
             self.next = until;
         }
-        let done = if whole { self.block.len() } else { self.next.saturating_sub(LOOKBACK) };
+        let done = if whole {
+            self.block.len()
+        } else {
+            self.next.saturating_sub(LOOKBACK)
+        };
         self.block.drain(..done);
         self.base += done as u64;
         self.next -= done;
-        if self.looked.findings.len() >= FINDS { Err(io::Error::other("enough was found")) } else { Ok(()) }
+        if self.looked.findings.len() >= FINDS {
+            Err(io::Error::other("enough was found"))
+        } else {
+            Ok(())
+        }
     }
 
     fn judge(&mut self, number: usize, block: &[u8], at: usize) {
@@ -251,7 +315,11 @@ impl Look<'_> {
         let offset = self.base + at as u64;
         match looked_for {
             LookedFor::Needle(What::Value { name, form }) => {
-                self.find(Rule::Secret, offset, format!("the value of `{name}` {form}"));
+                self.find(
+                    Rule::Secret,
+                    offset,
+                    format!("the value of `{name}` {form}"),
+                );
             }
             LookedFor::Needle(What::Place(_)) => {
                 if let Some(what) = self.scanner.place(before, found) {
@@ -259,12 +327,21 @@ impl Look<'_> {
                 }
             }
             LookedFor::Shape(shape) => {
-                if let Some(what) = shape.judge(before, found, self.scanner.now).filter(|_| !self.is_for_show()) {
-                    self.find(Rule::Secret, offset, format!("what has the shape of {what}"));
+                if let Some(what) = shape
+                    .judge(before, found, self.scanner.now)
+                    .filter(|_| !self.is_for_show())
+                {
+                    self.find(
+                        Rule::Secret,
+                        offset,
+                        format!("what has the shape of {what}"),
+                    );
                 }
             }
             LookedFor::StorePath => {
-                let hash = found.get(STORE.len()..STORE.len() + 32).and_then(|hash| std::str::from_utf8(hash).ok());
+                let hash = found
+                    .get(STORE.len()..STORE.len() + 32)
+                    .and_then(|hash| std::str::from_utf8(hash).ok());
                 if found.get(STORE.len() + 32) == Some(&b'-')
                     && let Some(hash) = hash.and_then(|hash| PathHash::parse(hash).ok())
                     && self.looked.mentions.len() < MENTIONS
@@ -276,14 +353,23 @@ impl Look<'_> {
             }
             LookedFor::Scratch => {
                 if is_scratch(&found[SCRATCH.len()..]) {
-                    self.find(Rule::MachinePath, offset, "the folder that it was built in".to_owned());
+                    self.find(
+                        Rule::MachinePath,
+                        offset,
+                        "the folder that it was built in".to_owned(),
+                    );
                 }
             }
         }
     }
 
     fn find(&mut self, rule: Rule, offset: u64, what: String) {
-        let finding = Finding { rule, file: self.shown(), offset, what };
+        let finding = Finding {
+            rule,
+            file: self.shown(),
+            offset,
+            what,
+        };
         if self.looked.findings.len() < FINDS && !self.looked.findings.contains(&finding) {
             self.looked.findings.push(finding);
         }
@@ -291,9 +377,18 @@ impl Look<'_> {
 
     /// The file inside the path. A name may hold a secret, and nothing that is said may.
     fn shown(&self) -> String {
-        let is_secret = |name: &[u8]| self.scanner.values.iter().any(|value| contains(name, value));
+        let is_secret = |name: &[u8]| {
+            self.scanner
+                .values
+                .iter()
+                .any(|value| contains(name, value))
+        };
         let shown = |name: &Vec<u8>| {
-            if is_secret(name) { "…".into() } else { String::from_utf8_lossy(name).into_owned() }
+            if is_secret(name) {
+                "…".into()
+            } else {
+                String::from_utf8_lossy(name).into_owned()
+            }
         };
         let names: Vec<String> = self.file.iter().map(shown).collect();
         names.join("/")
@@ -301,10 +396,14 @@ impl Look<'_> {
 
     /// Whether the file is among what tests and documentation hold.
     fn is_for_show(&self) -> bool {
-        let names = self.file.iter().map(|name| String::from_utf8_lossy(name).to_ascii_lowercase());
-        names
-            .into_iter()
-            .any(|name| name.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| FOR_SHOW.contains(&word)))
+        let names = self
+            .file
+            .iter()
+            .map(|name| String::from_utf8_lossy(name).to_ascii_lowercase());
+        names.into_iter().any(|name| {
+            name.split(|c: char| !c.is_ascii_alphanumeric())
+                .any(|word| FOR_SHOW.contains(&word))
+        })
     }
 
     fn short(&mut self, text: &[u8]) -> io::Result<()> {
@@ -319,12 +418,15 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 
 /// `name.drv-0` follows, which is how Nix names the folder of a build.
 fn is_scratch(text: &[u8]) -> bool {
-    let name =
-        text.iter().take(220).position(|byte| !byte.is_ascii_graphic() || *byte == b'/').unwrap_or(text.len().min(220));
+    let name = text
+        .iter()
+        .take(220)
+        .position(|byte| !byte.is_ascii_graphic() || *byte == b'/')
+        .unwrap_or(text.len().min(220));
     let name = &text[..name];
-    name.windows(5)
-        .enumerate()
-        .any(|(at, part)| at > 0 && part == b".drv-" && name.get(at + 5).is_some_and(u8::is_ascii_digit))
+    name.windows(5).enumerate().any(|(at, part)| {
+        at > 0 && part == b".drv-" && name.get(at + 5).is_some_and(u8::is_ascii_digit)
+    })
 }
 
 impl Observe for Look<'_> {
@@ -340,7 +442,11 @@ impl Observe for Look<'_> {
     fn content(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.looked.bytes += bytes.len() as u64;
         self.block.extend_from_slice(bytes);
-        if self.block.len() >= BLOCK { self.through(false) } else { Ok(()) }
+        if self.block.len() >= BLOCK {
+            self.through(false)
+        } else {
+            Ok(())
+        }
     }
 
     fn end(&mut self) -> io::Result<()> {

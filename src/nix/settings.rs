@@ -15,8 +15,12 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 /// A substituter that dies in the middle of a job costs seconds, not minutes, and a slow link still
 /// works: Nix's own defaults are no bound at all, 300 s, five attempts, and a failed build.
-const BOUNDS: [(&str, &str); 4] =
-    [("connect-timeout", "5"), ("stalled-download-timeout", "30"), ("download-attempts", "2"), ("fallback", "true")];
+const BOUNDS: [(&str, &str); 4] = [
+    ("connect-timeout", "5"),
+    ("stalled-download-timeout", "30"),
+    ("download-attempts", "2"),
+    ("fallback", "true"),
+];
 
 /// What the job's settings should say.
 #[derive(Clone, Debug, Default)]
@@ -91,15 +95,26 @@ pub fn sets(text: &str, name: &str) -> bool {
 /// The lines that are not empty, with their numbers, split into words as Nix does: comments away,
 /// blanks, tabs and carriage returns between words.
 fn lines(text: &str) -> impl Iterator<Item = (usize, Vec<&str>)> {
-    let words = text.lines().map(|line| line.split('#').next().unwrap_or_default().split_whitespace().collect());
-    (1..).zip(words).filter(|(_, words): &(usize, Vec<&str>)| !words.is_empty())
+    let words = text.lines().map(|line| {
+        line.split('#')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .collect()
+    });
+    (1..)
+        .zip(words)
+        .filter(|(_, words): &(usize, Vec<&str>)| !words.is_empty())
 }
 
 /// The numbers of the lines that Nix refuses, and with them every command: neither
 /// `name = value` nor `include file`. The lines themselves may hold a secret.
 pub fn malformed(text: &str) -> Vec<usize> {
     let is_good = |words: &[&str]| matches!(words, ["include" | "!include", _] | [_, "=", ..]);
-    lines(text).filter(|(_, words)| !is_good(words)).map(|(number, _)| number).collect()
+    lines(text)
+        .filter(|(_, words)| !is_good(words))
+        .map(|(number, _)| number)
+        .collect()
 }
 
 /// Checks the user's own lines before anything is touched.
@@ -107,9 +122,14 @@ pub fn malformed(text: &str) -> Vec<usize> {
 /// # Errors
 /// When Nix would refuse one of them.
 pub fn check_extra(text: &str) -> Result<(), UsageError> {
-    let Some(number) = malformed(text).first().copied() else { return Ok(()) };
-    Err(UsageError::new("extra-nix-config", format!("has no `name = value` on line {number}"))
-        .with_hint("Write one setting a line, such as `max-jobs = 4`."))
+    let Some(number) = malformed(text).first().copied() else {
+        return Ok(());
+    };
+    Err(UsageError::new(
+        "extra-nix-config",
+        format!("has no `name = value` on line {number}"),
+    )
+    .with_hint("Write one setting a line, such as `max-jobs = 4`."))
 }
 
 /// The settings that Nix has in force. Holds access tokens: never to be printed as a whole.
@@ -124,13 +144,20 @@ impl Settings {
     pub async fn read(nix: &Nix) -> Result<Self, Error> {
         // The command was renamed in 2.20; Lix renamed it in its first version.
         let renamed = nix.version.at_least(2, 20) || nix.version.flavour != Flavour::Nix;
-        let arguments: &[&str] = if renamed { &["config", "show", "--json"] } else { &["show-config", "--json"] };
+        let arguments: &[&str] = if renamed {
+            &["config", "show", "--json"]
+        } else {
+            &["show-config", "--json"]
+        };
         let output = nix.ask(arguments, LIMIT).await?;
         let call = format!("nix {}", arguments[..arguments.len() - 1].join(" "));
         // What serde says could quote a value.
         serde_json::from_slice(&output.stdout)
             .map(Self)
-            .map_err(|_| Error::Answer { call, problem: "not a JSON object".to_owned() })
+            .map_err(|_| Error::Answer {
+                call,
+                problem: "not a JSON object".to_owned(),
+            })
     }
 
     /// A setting's value as text, `None` if this Nix does not know it. Lists are joined by spaces.
@@ -146,7 +173,11 @@ impl Settings {
     /// The words of a setting that is a list.
     pub fn words(&self, name: &str) -> Vec<String> {
         match self.value(name) {
-            Some(Value::Array(list)) => list.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+            Some(Value::Array(list)) => list
+                .iter()
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect(),
             Some(Value::String(text)) => text.split_whitespace().map(str::to_owned).collect(),
             _ => Vec::new(),
         }
@@ -154,12 +185,15 @@ impl Settings {
 
     /// Whether somebody has given it a value other than its default.
     pub fn is_set(&self, name: &str) -> bool {
-        self.value(name).is_some() && self.value(name) != self.0.get(name).and_then(|entry| entry.get("defaultValue"))
+        self.value(name).is_some()
+            && self.value(name) != self.0.get(name).and_then(|entry| entry.get("defaultValue"))
     }
 
     /// The netrc in use, whether it exists or not.
     pub fn netrc_file(&self) -> Option<PathBuf> {
-        self.text("netrc-file").filter(|file| !file.is_empty()).map(PathBuf::from)
+        self.text("netrc-file")
+            .filter(|file| !file.is_empty())
+            .map(PathBuf::from)
     }
 
     fn value(&self, name: &str) -> Option<&Value> {
@@ -212,7 +246,10 @@ mod tests {
 
     #[test]
     fn without_a_cache_nothing_but_the_command_line_changes() {
-        assert_eq!(compose("", &Wanted::default()), "extra-experimental-features = nix-command flakes\n");
+        assert_eq!(
+            compose("", &Wanted::default()),
+            "extra-experimental-features = nix-command flakes\n"
+        );
     }
 
     #[test]
@@ -220,21 +257,41 @@ mod tests {
         let before = settings(
             r#"{"download-attempts":{"value":7,"defaultValue":5},"fallback":{"value":false,"defaultValue":false}}"#,
         );
-        let text = compose("connect-timeout=9\nconnect-timeout = 60", &Wanted { before, ..wanted() });
-        assert!(!text.contains("connect-timeout = 5") && !text.contains("download-attempts"), "{text}");
-        assert!(text.contains("fallback = true") && text.contains("stalled-download-timeout = 30"), "{text}");
-        let looser = compose("", &Wanted { extra: "connect-timeout = 60".to_owned(), ..wanted() });
-        assert!(looser.find("connect-timeout = 5") < looser.find("connect-timeout = 60"), "the last one counts");
+        let text = compose(
+            "connect-timeout=9\nconnect-timeout = 60",
+            &Wanted { before, ..wanted() },
+        );
+        assert!(
+            !text.contains("connect-timeout = 5") && !text.contains("download-attempts"),
+            "{text}"
+        );
+        assert!(
+            text.contains("fallback = true") && text.contains("stalled-download-timeout = 30"),
+            "{text}"
+        );
+        let looser = compose(
+            "",
+            &Wanted {
+                extra: "connect-timeout = 60".to_owned(),
+                ..wanted()
+            },
+        );
+        assert!(
+            looser.find("connect-timeout = 5") < looser.find("connect-timeout = 60"),
+            "the last one counts"
+        );
     }
 
     #[test]
     fn lines_that_nix_refuses_are_found_by_number() {
-        let text =
-            "cores = 2\r\n\n# garbage\ngarbage\nx=1\n= 3\ninclude a\n!include a\ninclude\nempty =\nextra-x http://x";
+        let text = "cores = 2\r\n\n# garbage\ngarbage\nx=1\n= 3\ninclude a\n!include a\ninclude\nempty =\nextra-x http://x";
         assert_eq!(malformed(text), [4, 5, 6, 9, 11]);
         assert!(check_extra("max-jobs = 4").is_ok());
         let error = check_extra("max-jobs = 4\nmax-jobs: 3").expect_err("no equals sign");
-        assert_eq!(error.to_string(), "input `extra-nix-config` has no `name = value` on line 2");
+        assert_eq!(
+            error.to_string(),
+            "input `extra-nix-config` has no `name = value` on line 2"
+        );
     }
 
     #[test]

@@ -129,7 +129,11 @@ impl Store {
         } else {
             Err(format!("the store is `{}`", one_line(&opened.url, 120)))
         };
-        Ok(Self { nix: nix.clone(), state, db: db.map(|db| Arc::new(Mutex::new(db))) })
+        Ok(Self {
+            nix: nix.clone(),
+            state,
+            db: db.map(|db| Arc::new(Mutex::new(db))),
+        })
     }
 
     /// The store that a database of this machine describes, whichever Nix would open. `None` if it is not ours to read.
@@ -137,7 +141,11 @@ impl Store {
         let state = state_folder(nix);
         let folder = state.clone();
         let db = blocking(move || Ok(open_db(&folder))).await.ok()?.ok()?;
-        Some(Self { nix: nix.clone(), state, db: Ok(Arc::new(Mutex::new(db))) })
+        Some(Self {
+            nix: nix.clone(),
+            state,
+            db: Ok(Arc::new(Mutex::new(db))),
+        })
     }
 
     /// Why the database is not read, so that Nix is asked instead, which is slower; `None` if it is read.
@@ -160,8 +168,13 @@ impl Store {
         }
         let found = self.list().await?;
         let readable = found.infos.into_iter().map(|info| info.path);
-        let unreadable = found.unreadable.iter().filter_map(|path| path.path.parse().ok());
-        Ok(Mark(Moment::Paths(Arc::new(readable.chain(unreadable).collect()))))
+        let unreadable = found
+            .unreadable
+            .iter()
+            .filter_map(|path| path.path.parse().ok());
+        Ok(Mark(Moment::Paths(Arc::new(
+            readable.chain(unreadable).collect(),
+        ))))
     }
 
     /// Everything that was added since `mark` and is still valid: built, substituted, copied, evaluated.
@@ -174,19 +187,28 @@ impl Store {
                 let id = *id;
                 let added = self.query(move |db| db.after(id)).await?;
                 let infos = added.rows.into_iter().map(|(_, info)| info).collect();
-                return Ok(Found { infos, unreadable: added.unreadable });
+                return Ok(Found {
+                    infos,
+                    unreadable: added.unreadable,
+                });
             }
             Moment::Paths(before) => Arc::clone(before),
         };
         let mut found = self.list().await?;
         found.infos.retain(|info| !before.contains(&info.path));
-        found.unreadable.retain(|path| path.path.parse().is_ok_and(|path| !before.contains(&path)));
+        found
+            .unreadable
+            .retain(|path| path.path.parse().is_ok_and(|path| !before.contains(&path)));
         Ok(found)
     }
 
     /// Watches for paths that are added after `mark`, and tells of each as it becomes valid. `None`
     /// where the database cannot be read: then `added_since` at the end has to do, and misses nothing.
-    pub fn watch(&self, mark: &Mark, tell: impl FnMut(Vec<PathInfo>) + Send + 'static) -> Option<Watcher> {
+    pub fn watch(
+        &self,
+        mark: &Mark,
+        tell: impl FnMut(Vec<PathInfo>) + Send + 'static,
+    ) -> Option<Watcher> {
         match (&mark.0, self.database_file()) {
             (Moment::Id(id), Some(file)) => Watcher::start(&file, *id, tell),
             _ => None,
@@ -209,12 +231,18 @@ impl Store {
     ///
     /// # Errors
     /// When the store gives no answer.
-    pub async fn likely_served(&self, key: Option<&str>, nar_size: u64, most: u32) -> Result<Vec<StorePath>, Error> {
+    pub async fn likely_served(
+        &self,
+        key: Option<&str>,
+        nar_size: u64,
+        most: u32,
+    ) -> Result<Vec<StorePath>, Error> {
         if self.db.is_err() {
             return Ok(Vec::new());
         }
         let key = key.map(str::to_owned);
-        self.query(move |db| db.likely_served(key.as_deref(), nar_size, most)).await
+        self.query(move |db| db.likely_served(key.as_deref(), nar_size, most))
+            .await
     }
 
     /// What is known of these paths; those that are not valid (any more) are left out.
@@ -228,7 +256,9 @@ impl Store {
         }
         let mut found = self.list().await?;
         let wanted: BTreeSet<String> = paths.iter().map(ToString::to_string).collect();
-        found.infos.retain(|info| wanted.contains(&info.path.to_string()));
+        found
+            .infos
+            .retain(|info| wanted.contains(&info.path.to_string()));
         found.unreadable.retain(|path| wanted.contains(&path.path));
         Ok(found)
     }
@@ -250,10 +280,15 @@ impl Store {
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub async fn result_links(&self, folder: &Path, since: SystemTime) -> Result<Vec<StorePath>, Error> {
+    pub async fn result_links(
+        &self,
+        folder: &Path,
+        since: SystemTime,
+    ) -> Result<Vec<StorePath>, Error> {
         let (gcroots, folder) = (self.state.join("gcroots"), folder.to_owned());
         blocking(move || {
-            roots::result_links(&gcroots, &folder, since).map_err(|source| Error::Folder { folder, source })
+            roots::result_links(&gcroots, &folder, since)
+                .map_err(|source| Error::Folder { folder, source })
         })
         .await
     }
@@ -263,7 +298,11 @@ impl Store {
         &self,
         ask: impl Fn(&Db) -> Result<T, db::Error> + Send + 'static,
     ) -> Result<T, Error> {
-        let db = self.db.as_ref().map(Arc::clone).map_err(|why| Error::Closed(why.clone()))?;
+        let db = self
+            .db
+            .as_ref()
+            .map(Arc::clone)
+            .map_err(|why| Error::Closed(why.clone()))?;
         let file = Db::file(&self.state);
         blocking(move || {
             // A thread that died with the lock held left nothing half-done: we only read.
@@ -291,7 +330,8 @@ impl Store {
 
 /// Where this Nix keeps its state.
 pub fn state_folder(nix: &Nix) -> PathBuf {
-    nix.variable("NIX_STATE_DIR").map_or_else(|| STATE_DIR.into(), PathBuf::from)
+    nix.variable("NIX_STATE_DIR")
+        .map_or_else(|| STATE_DIR.into(), PathBuf::from)
 }
 
 /// The socket at which a daemon of this state folder answers.
@@ -303,7 +343,10 @@ pub fn daemon_socket(nix: &Nix) -> PathBuf {
 /// Whether a store of this URL is the one that the state folder describes.
 fn is_own(url: &str, state: &Path) -> bool {
     let socket = state.join("daemon-socket/socket");
-    matches!(url, "local" | "daemon") || url.strip_prefix("unix://").is_some_and(|path| Path::new(path) == socket)
+    matches!(url, "local" | "daemon")
+        || url
+            .strip_prefix("unix://")
+            .is_some_and(|path| Path::new(path) == socket)
 }
 
 /// Opens the database of a state folder, or says on one line why it is of no use. Blocking.
@@ -312,8 +355,13 @@ fn is_own(url: &str, state: &Path) -> bool {
 /// When there is none, it cannot be read, or it knows nothing of a store that holds something.
 pub fn open_db(state: &Path) -> Result<Db, String> {
     let file = Db::file(state);
-    let opened = Db::open(&file)
-        .or_else(|error| if file.exists() { open_beside_daemon(&file, state).ok_or(error) } else { Err(error) });
+    let opened = Db::open(&file).or_else(|error| {
+        if file.exists() {
+            open_beside_daemon(&file, state).ok_or(error)
+        } else {
+            Err(error)
+        }
+    });
     let db = opened.map_err(|error| describe(&error))?;
     // A container may have the host's store and socket but a state folder of its own.
     if db.last_id().map_err(|error| describe(&error))? == 0 && store_has_entries() {
@@ -341,33 +389,54 @@ fn open_beside_daemon(file: &Path, state: &Path) -> Option<Db> {
 
 fn store_has_entries() -> bool {
     let entries = std::fs::read_dir(STORE_DIR).into_iter().flatten().flatten();
-    entries.into_iter().any(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
+    entries
+        .into_iter()
+        .any(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
 }
 
 fn describe(error: &db::Error) -> String {
-    let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    let source = std::error::Error::source(error)
+        .map(ToString::to_string)
+        .unwrap_or_default();
     one_line(&format!("{error}: {source}"), 300)
 }
 
 /// The part of `all` that `paths` reach.
 fn closure_in(all: Found, paths: Vec<StorePath>) -> Found {
-    let mut known: BTreeMap<StorePath, PathInfo> =
-        all.infos.into_iter().map(|info| (info.path.clone(), info)).collect();
+    let mut known: BTreeMap<StorePath, PathInfo> = all
+        .infos
+        .into_iter()
+        .map(|info| (info.path.clone(), info))
+        .collect();
     let mut seen: BTreeSet<StorePath> = paths.iter().cloned().collect();
     let mut found = Found::default();
     let mut ahead = paths;
     while let Some(path) = ahead.pop() {
-        let Some(info) = known.remove(&path) else { continue };
-        ahead.extend(info.references.iter().filter(|path| seen.insert((*path).clone())).cloned());
+        let Some(info) = known.remove(&path) else {
+            continue;
+        };
+        ahead.extend(
+            info.references
+                .iter()
+                .filter(|path| seen.insert((*path).clone()))
+                .cloned(),
+        );
         found.infos.push(info);
     }
     found.infos.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     // What such a path refers to is not known, so that it may only be named.
-    found.unreadable =
-        all.unreadable.into_iter().filter(|path| path.path.parse().is_ok_and(|p| seen.contains(&p))).collect();
+    found.unreadable = all
+        .unreadable
+        .into_iter()
+        .filter(|path| path.path.parse().is_ok_and(|p| seen.contains(&p)))
+        .collect();
     found
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Error> + Send + 'static) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(Error::Thread)?
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(Error::Thread)?
 }

@@ -83,7 +83,11 @@ impl StorePath {
         let allowed = |c: u8| c.is_ascii_alphanumeric() || b"+-._?=".contains(&c);
         let named = !rest.is_empty() && rest.len() <= NAME_LIMIT && rest.bytes().all(allowed);
         let dots = matches!(rest.split('-').next(), Some("." | ".."));
-        if is_base32(hash) && named && !dots { Ok(Self(name.to_owned())) } else { Err(error()) }
+        if is_base32(hash) && named && !dots {
+            Ok(Self(name.to_owned()))
+        } else {
+            Err(error())
+        }
     }
 
     /// Reads a full path or anything below it, and gives the store path it is in.
@@ -93,7 +97,11 @@ impl StorePath {
     pub fn containing(path: &Path) -> Result<Self, StorePathError> {
         let error = || StorePathError(crate::text::one_line(&path.to_string_lossy(), 260));
         let below = path.strip_prefix(STORE_DIR).map_err(|_| error())?;
-        let first = below.components().next().and_then(|part| part.as_os_str().to_str()).ok_or_else(error)?;
+        let first = below
+            .components()
+            .next()
+            .and_then(|part| part.as_os_str().to_str())
+            .ok_or_else(error)?;
         Self::from_base_name(first)
     }
 
@@ -141,8 +149,13 @@ impl FromStr for StorePath {
     type Err = StorePathError;
 
     fn from_str(text: &str) -> Result<Self, StorePathError> {
-        let base = text.strip_prefix(STORE_DIR).and_then(|rest| rest.strip_prefix('/'));
-        base.map_or_else(|| Err(StorePathError(crate::text::one_line(text, 260))), Self::from_base_name)
+        let base = text
+            .strip_prefix(STORE_DIR)
+            .and_then(|rest| rest.strip_prefix('/'));
+        base.map_or_else(
+            || Err(StorePathError(crate::text::one_line(text, 260))),
+            Self::from_base_name,
+        )
     }
 }
 
@@ -172,7 +185,10 @@ mod tests {
         assert_eq!(path.name(), "hello-1.0");
         assert_eq!(path.to_string(), HELLO);
         assert!(!path.is_derivation());
-        assert_eq!(StorePath::containing(Path::new(&format!("{HELLO}/bin/x"))), Ok(path));
+        assert_eq!(
+            StorePath::containing(Path::new(&format!("{HELLO}/bin/x"))),
+            Ok(path)
+        );
     }
 
     #[test]

@@ -15,7 +15,11 @@ use crate::runner::env::{Env, split_path};
 use crate::text::one_line;
 
 /// Where installers put Nix, looked at after `PATH`. The one below the home folder comes second.
-pub const WELL_KNOWN: [&str; 3] = ["/nix/var/nix/profiles/default/bin", "/run/current-system/sw/bin", "/usr/bin"];
+pub const WELL_KNOWN: [&str; 3] = [
+    "/nix/var/nix/profiles/default/bin",
+    "/run/current-system/sw/bin",
+    "/usr/bin",
+];
 /// Where a single-user installation puts Nix, below the home folder.
 const OF_HOME: &str = ".nix-profile/bin";
 /// Saying its version needs no store, so this is ample even on a machine under load.
@@ -98,7 +102,12 @@ impl Version {
         };
         let major = numbers.next()?.parse().ok()?;
         let minor = numbers.next()?.parse().ok()?;
-        Some(Self { flavour, major, minor, line: one_line(line, 120) })
+        Some(Self {
+            flavour,
+            major,
+            minor,
+            line: one_line(line, 120),
+        })
     }
 
     /// Whether it is at least this version of Nix. Lix left Nix at 2.18 and counts from 2.90.
@@ -133,27 +142,49 @@ impl Nix {
     pub async fn at(program: &Path, env: &Env) -> Result<Self, Error> {
         let unasked = Self::unasked(program, env);
         let call = || "nix --version".to_owned();
-        let tool = Tool::new(program).envs(&unasked.environment).arg("--version");
-        let output = tool.run(VERSION_LIMIT).await.map_err(|source| Error::Run { call: call(), source })?;
+        let tool = Tool::new(program)
+            .envs(&unasked.environment)
+            .arg("--version");
+        let output = tool.run(VERSION_LIMIT).await.map_err(|source| Error::Run {
+            call: call(),
+            source,
+        })?;
         if !output.status.success() {
-            return Err(Error::Failed { call: call(), complaint: complaint(&output.stderr) });
+            return Err(Error::Failed {
+                call: call(),
+                complaint: complaint(&output.stderr),
+            });
         }
         let text = output.text();
-        let version = Version::parse(&text)
-            .ok_or_else(|| Error::Answer { call: call(), problem: format!("`{}`", one_line(&text, 120)) })?;
+        let version = Version::parse(&text).ok_or_else(|| Error::Answer {
+            call: call(),
+            problem: format!("`{}`", one_line(&text, 120)),
+        })?;
         Ok(Self { version, ..unasked })
     }
 
     /// A Nix that has not been asked yet, taken for an old one: for calls that all versions understand.
     pub(super) fn unasked(program: &Path, env: &Env) -> Self {
-        let version = Version { flavour: Flavour::Nix, major: 0, minor: 0, line: String::new() };
+        let version = Version {
+            flavour: Flavour::Nix,
+            major: 0,
+            minor: 0,
+            line: String::new(),
+        };
         let config = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
-        Self { program: program.to_owned(), version, environment: environment(env), config }
+        Self {
+            program: program.to_owned(),
+            version,
+            environment: environment(env),
+            config,
+        }
     }
 
     /// The folder that the program was found in, to be put on a command's `PATH`.
     pub fn folder(&self) -> &Path {
-        self.program.parent().expect("the program's path is absolute")
+        self.program
+            .parent()
+            .expect("the program's path is absolute")
     }
 
     /// The same Nix with another `NIX_CONFIG`.
@@ -180,13 +211,19 @@ impl Nix {
 
     /// A variable that its calls have; `None` if unset or empty.
     pub fn variable(&self, name: &str) -> Option<&str> {
-        self.environment.get(name)?.to_str().filter(|value| !value.is_empty())
+        self.environment
+            .get(name)?
+            .to_str()
+            .filter(|value| !value.is_empty())
     }
 
     /// Everything that a child of Nix's kind needs, `NIX_CONFIG` with the new command line switched on included.
     pub fn variables(&self) -> BTreeMap<String, OsString> {
         let mut all = self.environment.clone();
-        all.insert("NIX_CONFIG".to_owned(), format!("{}\n{FEATURES}\n", self.config.trim_end()).into());
+        all.insert(
+            "NIX_CONFIG".to_owned(),
+            format!("{}\n{FEATURES}\n", self.config.trim_end()).into(),
+        );
         all
     }
 
@@ -201,7 +238,10 @@ impl Nix {
     /// When it cannot be started or does not end within `limit`.
     pub async fn run(&self, arguments: &[&str], limit: Duration) -> Result<Output, Error> {
         let ran = self.tool().args(arguments).run(limit).await;
-        ran.map_err(|source| Error::Run { call: shown(arguments), source })
+        ran.map_err(|source| Error::Run {
+            call: shown(arguments),
+            source,
+        })
     }
 
     /// The same, but an exit code other than 0 is an error that says what Nix complained about.
@@ -213,7 +253,10 @@ impl Nix {
         if output.status.success() {
             return Ok(output);
         }
-        Err(Error::Failed { call: shown(arguments), complaint: complaint(&output.stderr) })
+        Err(Error::Failed {
+            call: shown(arguments),
+            complaint: complaint(&output.stderr),
+        })
     }
 }
 
@@ -236,18 +279,33 @@ pub struct Found {
 /// Looks for `nix` on `PATH`, then in `~/.nix-profile/bin` and in `places`.
 pub fn find(env: &Env, places: &[PathBuf]) -> Option<Found> {
     if let Some(program) = on_path(env, "nix") {
-        return Some(Found { program, on_path: true });
+        return Some(Found {
+            program,
+            on_path: true,
+        });
     }
     let of_home = env.path("HOME").map(|home| home.join(OF_HOME));
-    let folders = places.iter().take(1).chain(of_home.as_ref()).chain(places.iter().skip(1));
-    folders.map(|folder| folder.join("nix")).find(|file| runs(file)).map(|program| Found { program, on_path: false })
+    let folders = places
+        .iter()
+        .take(1)
+        .chain(of_home.as_ref())
+        .chain(places.iter().skip(1));
+    folders
+        .map(|folder| folder.join("nix"))
+        .find(|file| runs(file))
+        .map(|program| Found {
+            program,
+            on_path: false,
+        })
 }
 
 /// A program on the job's `PATH`, absolute. Relative entries are passed over: they change with the folder.
 pub fn on_path(env: &Env, name: &str) -> Option<PathBuf> {
     let path = env.path("PATH")?;
-    let found =
-        split_path(path.as_os_str()).into_iter().filter(|folder| folder.is_absolute()).map(|folder| folder.join(name));
+    let found = split_path(path.as_os_str())
+        .into_iter()
+        .filter(|folder| folder.is_absolute())
+        .map(|folder| folder.join(name));
     found.into_iter().find(|file| runs(file))
 }
 
@@ -258,7 +316,8 @@ fn runs(file: &Path) -> bool {
 /// The job's environment without what our calls of Nix have no use for and could leak.
 fn environment(env: &Env) -> BTreeMap<String, OsString> {
     let kept = env.all().filter(|(name, _)| !is_withheld(name));
-    kept.map(|(name, value)| (name.to_owned(), value.clone())).collect()
+    kept.map(|(name, value)| (name.to_owned(), value.clone()))
+        .collect()
 }
 
 fn is_withheld(name: &str) -> bool {
@@ -272,7 +331,9 @@ fn is_withheld(name: &str) -> bool {
 
 /// A call as an error shows it: the words of the command, not its options and paths.
 fn shown(arguments: &[&str]) -> String {
-    let words = arguments.iter().take_while(|word| !word.starts_with(['-', '/']));
+    let words = arguments
+        .iter()
+        .take_while(|word| !word.starts_with(['-', '/']));
     words.fold("nix".to_owned(), |call, word| format!("{call} {word}"))
 }
 
@@ -283,9 +344,15 @@ pub(crate) fn complaint(stderr: &str) -> String {
         return "NIX_CONFIG or nix.conf has a line that Nix cannot read".to_owned();
     }
     let plain = without_colour(stderr);
-    let from = plain.find("error:").map_or(plain.as_str(), |start| &plain[start + "error:".len()..]);
+    let from = plain
+        .find("error:")
+        .map_or(plain.as_str(), |start| &plain[start + "error:".len()..]);
     let words: Vec<&str> = from.split_whitespace().collect();
-    if words.is_empty() { "it said nothing".to_owned() } else { one_line(&words.join(" "), COMPLAINT_LIMIT) }
+    if words.is_empty() {
+        "it said nothing".to_owned()
+    } else {
+        one_line(&words.join(" "), COMPLAINT_LIMIT)
+    }
 }
 
 /// Text without terminal colours (`ESC [ … letter`).
@@ -317,8 +384,17 @@ pub(crate) mod tests {
     pub(crate) async fn script(folder: &Path, name: &str, text: &str) -> PathBuf {
         let file = folder.join(name);
         let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && /bin/chmod 755 "$0""#;
-        let tool = Tool::new(Path::new("/bin/sh")).args(["-c", write]).arg(&file).arg(text);
-        assert!(tool.run(VERSION_LIMIT).await.expect("runs").status.success());
+        let tool = Tool::new(Path::new("/bin/sh"))
+            .args(["-c", write])
+            .arg(&file)
+            .arg(text);
+        assert!(
+            tool.run(VERSION_LIMIT)
+                .await
+                .expect("runs")
+                .status
+                .success()
+        );
         file
     }
 
@@ -326,14 +402,30 @@ pub(crate) mod tests {
     fn every_maker_is_known() {
         assert_eq!(version("nix (Nix) 2.8.0\n"), (Flavour::Nix, 2, 8));
         assert_eq!(version("nix (Nix) 2.26.3"), (Flavour::Nix, 2, 26));
-        assert_eq!(version("nix (Nix) 2.24pre20240723_deadbeef"), (Flavour::Nix, 2, 24));
-        assert_eq!(version("nix (Determinate Nix 3.6.2) 2.29.0"), (Flavour::Determinate, 2, 29));
-        assert_eq!(version("nix (Lix, like Nix) 2.91.1\nSystem type: x86_64-linux"), (Flavour::Lix, 2, 91));
-        assert_eq!(version("nix (Lix, like Nix) 2.93.0-dev-pre20250101-abc"), (Flavour::Lix, 2, 93));
+        assert_eq!(
+            version("nix (Nix) 2.24pre20240723_deadbeef"),
+            (Flavour::Nix, 2, 24)
+        );
+        assert_eq!(
+            version("nix (Determinate Nix 3.6.2) 2.29.0"),
+            (Flavour::Determinate, 2, 29)
+        );
+        assert_eq!(
+            version("nix (Lix, like Nix) 2.91.1\nSystem type: x86_64-linux"),
+            (Flavour::Lix, 2, 91)
+        );
+        assert_eq!(
+            version("nix (Lix, like Nix) 2.93.0-dev-pre20250101-abc"),
+            (Flavour::Lix, 2, 93)
+        );
         for stranger in ["", "nix", "nix (Nix)", "bash 5.2", "nix (Nix) two"] {
             assert_eq!(Version::parse(stranger), None, "{stranger}");
         }
-        assert!(Version::parse("nix (Nix) 2.20.1").expect("a version").at_least(2, 20));
+        assert!(
+            Version::parse("nix (Nix) 2.20.1")
+                .expect("a version")
+                .at_least(2, 20)
+        );
     }
 
     #[tokio::test]
@@ -342,9 +434,25 @@ pub(crate) mod tests {
         let program = script(folder.path(), "nix", "echo").await;
         let place = folder.path().to_str().expect("UTF-8");
         let found = find(&Env::from_pairs([("PATH", place)]), &[]).expect("on PATH");
-        assert_eq!(found, Found { program: program.clone(), on_path: true });
-        let aside = find(&Env::from_pairs([("PATH", "/nonexistent")]), &[folder.path().into()]).expect("aside");
-        assert_eq!(aside, Found { program, on_path: false });
+        assert_eq!(
+            found,
+            Found {
+                program: program.clone(),
+                on_path: true
+            }
+        );
+        let aside = find(
+            &Env::from_pairs([("PATH", "/nonexistent")]),
+            &[folder.path().into()],
+        )
+        .expect("aside");
+        assert_eq!(
+            aside,
+            Found {
+                program,
+                on_path: false
+            }
+        );
         assert_eq!(find(&Env::from_pairs([("PATH", "relative:.")]), &[]), None);
     }
 
@@ -358,7 +466,12 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn our_calls_hold_no_token_and_the_config_they_are_given() {
         let folder = tempfile::tempdir().expect("temporary folder");
-        let program = script(folder.path(), "nix", "[ \"$1\" = --version ] && echo 'nix (Nix) 2.8.0' || env").await;
+        let program = script(
+            folder.path(),
+            "nix",
+            "[ \"$1\" = --version ] && echo 'nix (Nix) 2.8.0' || env",
+        )
+        .await;
         let env = Env::from_pairs([
             ("PATH", "/usr/bin:/bin"),
             ("HOME", "/home/x"),
@@ -367,12 +480,23 @@ pub(crate) mod tests {
             ("GITHUB_TOKEN", "third-secret"),
             ("NIX_CONFIG", "cores = 3"),
         ]);
-        let nix = Nix::at(&program, &env).await.expect("runs").with_variable("NIX_REMOTE", Some("local"));
-        let printed = nix.ask(&["store", "ping"], VERSION_LIMIT).await.expect("runs").text();
+        let nix = Nix::at(&program, &env)
+            .await
+            .expect("runs")
+            .with_variable("NIX_REMOTE", Some("local"));
+        let printed = nix
+            .ask(&["store", "ping"], VERSION_LIMIT)
+            .await
+            .expect("runs")
+            .text();
         for absent in ["first-secret", "second-secret", "third-secret"] {
             assert!(!printed.contains(absent), "{printed}");
         }
-        for present in ["HOME=/home/x", "NIX_REMOTE=local", "NIX_CONFIG=cores = 3\nextra-experimental-features"] {
+        for present in [
+            "HOME=/home/x",
+            "NIX_REMOTE=local",
+            "NIX_CONFIG=cores = 3\nextra-experimental-features",
+        ] {
             assert!(printed.contains(present), "{present} in {printed}");
         }
     }
@@ -384,15 +508,29 @@ pub(crate) mod tests {
             printf 'warning: x\\n\\033[31;1merror:\\033[0m path\\n  is not valid\\n' >&2; exit 1";
         let program = script(folder.path(), "nix", text).await;
         let nix = Nix::at(&program, &Env::default()).await.expect("runs");
-        let error = nix.ask(&["path-info", "--json", "/x"], VERSION_LIMIT).await.expect_err("fails");
-        assert_eq!(error.to_string(), "`nix path-info` failed: path is not valid");
+        let error = nix
+            .ask(&["path-info", "--json", "/x"], VERSION_LIMIT)
+            .await
+            .expect_err("fails");
+        assert_eq!(
+            error.to_string(),
+            "`nix path-info` failed: path is not valid"
+        );
     }
 
     #[test]
     fn a_line_that_nix_cannot_read_is_not_repeated() {
         // 2.8, and 2.26 and later.
-        for said in ["illegal configuration line", "syntax error in configuration line"] {
-            assert!(!complaint(&format!("error: {said} 'github.com=s3cr3t' in 'NIX_CONFIG'")).contains("s3cr3t"));
+        for said in [
+            "illegal configuration line",
+            "syntax error in configuration line",
+        ] {
+            assert!(
+                !complaint(&format!(
+                    "error: {said} 'github.com=s3cr3t' in 'NIX_CONFIG'"
+                ))
+                .contains("s3cr3t")
+            );
         }
     }
 }

@@ -40,15 +40,19 @@ impl Watcher {
     /// Begins to watch the database `file`; `tell` gets every path registered after `id`, in the
     /// order of registration, each once. `None` when the database cannot be read: then one look
     /// at the end has to do, which misses nothing either.
-    pub fn start(file: &Path, id: i64, tell: impl FnMut(Vec<PathInfo>) + Send + 'static) -> Option<Self> {
+    pub fn start(
+        file: &Path,
+        id: i64,
+        tell: impl FnMut(Vec<PathInfo>) + Send + 'static,
+    ) -> Option<Self> {
         let db = Db::open(file).ok()?;
         // One waiting wake-up is as good as many.
         let (send, receive) = sync_channel(1);
         let wake = send.clone();
         let folder = file.parent()?.to_owned();
         let notify = Notify::watch(&folder, WatchFlags::MODIFY, PACE, move |event| {
-            let ours =
-                matches!(event, Event::Lost) || matches!(event, Event::Entry(name) if name.starts_with("db.sqlite"));
+            let ours = matches!(event, Event::Lost)
+                || matches!(event, Event::Entry(name) if name.starts_with("db.sqlite"));
             if ours && let Err(TrySendError::Disconnected(_)) = wake.try_send(Woken::Moved) {
                 // The watch is being taken down.
             }
@@ -61,7 +65,11 @@ impl Watcher {
                 follow(&db, id, &receive, tell);
             })
             .ok()?;
-        Some(Self { stop: Some(send), thread: Some(thread), _notify: notify })
+        Some(Self {
+            stop: Some(send),
+            thread: Some(thread),
+            _notify: notify,
+        })
     }
 }
 

@@ -20,17 +20,30 @@ impl Allowed {
     pub fn read(line: &str) -> Result<Self, String> {
         let mut words = line.split_whitespace();
         let (Some(name), Some(pattern)) = (words.next(), words.next()) else {
-            return Err(format!("has `{}`; write `RULE PATTERN REASON`", one_line(line, 80)));
+            return Err(format!(
+                "has `{}`; write `RULE PATTERN REASON`",
+                one_line(line, 80)
+            ));
         };
         let reason = words.collect::<Vec<_>>().join(" ");
         if reason.is_empty() {
-            return Err(format!("allows `{name} {}` without a reason; add one", one_line(pattern, 80)));
+            return Err(format!(
+                "allows `{name} {}` without a reason; add one",
+                one_line(pattern, 80)
+            ));
         }
         if pattern.contains('/') {
             let problem = "has folders in it; give the store path's name alone";
-            return Err(format!("has the pattern `{}`, which {problem}", one_line(pattern, 80)));
+            return Err(format!(
+                "has the pattern `{}`, which {problem}",
+                one_line(pattern, 80)
+            ));
         }
-        Ok(Self { rule: rule(name)?, pattern: pattern.to_owned(), reason })
+        Ok(Self {
+            rule: rule(name)?,
+            pattern: pattern.to_owned(),
+            reason,
+        })
     }
 
     /// Reads a list, one a line; empty lines and those that begin with `#` count for nothing.
@@ -38,7 +51,10 @@ impl Allowed {
     /// # Errors
     /// What is wrong with the first bad line, a fragment.
     pub fn read_all(text: &str) -> Result<Vec<Self>, String> {
-        let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let lines = text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
         lines.map(Self::read).collect()
     }
 
@@ -55,12 +71,18 @@ impl Allowed {
 
 /// `*` stands for any text, all else for itself.
 fn matches(pattern: &str, text: &str) -> bool {
-    let Some((head, tail)) = pattern.split_once('*') else { return pattern == text };
-    let Some(mut rest) = text.strip_prefix(head) else { return false };
+    let Some((head, tail)) = pattern.split_once('*') else {
+        return pattern == text;
+    };
+    let Some(mut rest) = text.strip_prefix(head) else {
+        return false;
+    };
     let mut parts: Vec<&str> = tail.split('*').collect();
     let last = parts.pop().unwrap_or_default();
     for part in parts {
-        let Some(at) = rest.find(part) else { return false };
+        let Some(at) = rest.find(part) else {
+            return false;
+        };
         rest = &rest[at + part.len()..];
     }
     rest.ends_with(last)
@@ -91,7 +113,10 @@ mod tests {
     fn an_exception_has_a_rule_a_pattern_and_a_reason() {
         let list = "# ours\n\nsecret openssl-*-doc the keys of its examples\n";
         let allowed = Allowed::read_all(list).expect("good");
-        assert_eq!((allowed.len(), allowed[0].reason()), (1, "the keys of its examples"));
+        assert_eq!(
+            (allowed.len(), allowed[0].reason()),
+            (1, "the keys of its examples")
+        );
         assert!(allowed[0].covers(Rule::Secret, "openssl-3-doc"));
         assert!(!allowed[0].covers(Rule::MachinePath, "openssl-3-doc"));
         for (line, says) in [

@@ -11,18 +11,40 @@ pub fn of_command(text: &str) -> Option<Impurity> {
     let plain: String = text
         .lines()
         .filter(|line| !line.trim_start().starts_with('#'))
-        .map(|line| line.trim_end().strip_suffix('\\').map_or_else(|| format!("{line}\n"), |line| format!("{line} ")))
+        .map(|line| {
+            line.trim_end()
+                .strip_suffix('\\')
+                .map_or_else(|| format!("{line}\n"), |line| format!("{line} "))
+        })
         .collect();
     let plain = plain.replace("\\n", " ");
-    let plain: String = plain.chars().filter(|c| !matches!(c, '\'' | '"' | '\\')).collect();
-    let words: Vec<&str> = plain.split(|c: char| c.is_whitespace() || "();|&`{}=,$".contains(c)).collect();
-    of_words(&words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>())
+    let plain: String = plain
+        .chars()
+        .filter(|c| !matches!(c, '\'' | '"' | '\\'))
+        .collect();
+    let words: Vec<&str> = plain
+        .split(|c: char| c.is_whitespace() || "();|&`{}=,$".contains(c))
+        .collect();
+    of_words(
+        &words
+            .into_iter()
+            .filter(|word| !word.is_empty())
+            .collect::<Vec<_>>(),
+    )
 }
 
 /// Reads the arguments of a program that runs; each may be a whole script.
 pub fn of_arguments(arguments: &[String]) -> Option<Impurity> {
-    let words: Vec<&str> = arguments.iter().map(|word| word.trim_end_matches('\0')).collect();
-    of_words(&words).or_else(|| arguments.iter().skip(1).find_map(|argument| of_command(argument)))
+    let words: Vec<&str> = arguments
+        .iter()
+        .map(|word| word.trim_end_matches('\0'))
+        .collect();
+    of_words(&words).or_else(|| {
+        arguments
+            .iter()
+            .skip(1)
+            .find_map(|argument| of_command(argument))
+    })
 }
 
 /// Reads lines of Nix's configuration. The last word on a setting counts.
@@ -31,7 +53,10 @@ pub fn of_settings(text: &str) -> Option<Impurity> {
         let (name, value) = line.split('#').next()?.split_once('=')?;
         (name.trim() == "pure-eval").then(|| value.trim())
     });
-    values.next_back().filter(|value| is_no(value)).map(|value| Impurity(format!("pure-eval = {value}")))
+    values
+        .next_back()
+        .filter(|value| is_no(value))
+        .map(|value| Impurity(format!("pure-eval = {value}")))
 }
 
 /// Nix's words for no (`BaseSetting<bool>::parse`).
@@ -45,8 +70,11 @@ fn of_words(words: &[&str]) -> Option<Impurity> {
         match *word {
             "--impure" | "--no-pure-eval" => return Some(Impurity((*word).to_owned())),
             "--option" | "pure-eval" => {
-                let value =
-                    if *word == "--option" { rest.get(1).filter(|_| rest[0] == "pure-eval") } else { rest.first() };
+                let value = if *word == "--option" {
+                    rest.get(1).filter(|_| rest[0] == "pure-eval")
+                } else {
+                    rest.first()
+                };
                 if let Some(no) = value.filter(|value| is_no(value)) {
                     return Some(Impurity(format!("pure-eval {no}")));
                 }
@@ -93,7 +121,12 @@ mod tests {
 
     #[test]
     fn arguments_and_settings_are_read() {
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let words = |words: &[&str]| {
+            words
+                .iter()
+                .map(|word| (*word).to_owned())
+                .collect::<Vec<_>>()
+        };
         assert!(of_arguments(&words(&["nix", "build", "--impure", ""])).is_some());
         assert!(of_arguments(&words(&["sh", "-c", "exec nix build --impure"])).is_some());
         assert_eq!(of_arguments(&words(&["nix", "build", ".#a"])), None);

@@ -79,7 +79,12 @@ pub struct Tool {
 impl Tool {
     /// A tool with no arguments and an empty environment.
     pub fn new(program: &Path) -> Self {
-        Self { program: program.to_owned(), arguments: Vec::new(), environment: BTreeMap::new(), folder: None }
+        Self {
+            program: program.to_owned(),
+            arguments: Vec::new(),
+            environment: BTreeMap::new(),
+            folder: None,
+        }
     }
 
     /// Adds an argument.
@@ -92,22 +97,33 @@ impl Tool {
     /// Adds arguments.
     #[must_use]
     pub fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
-        self.arguments.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        self.arguments.extend(
+            arguments
+                .into_iter()
+                .map(|argument| argument.as_ref().to_owned()),
+        );
         self
     }
 
     /// Sets a variable.
     #[must_use]
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
-        self.environment.insert(name.as_ref().to_owned(), value.as_ref().to_owned());
+        self.environment
+            .insert(name.as_ref().to_owned(), value.as_ref().to_owned());
         self
     }
 
     /// Sets variables.
     #[must_use]
-    pub fn envs<N: AsRef<OsStr>, V: AsRef<OsStr>>(mut self, pairs: impl IntoIterator<Item = (N, V)>) -> Self {
-        self.environment
-            .extend(pairs.into_iter().map(|(name, value)| (name.as_ref().to_owned(), value.as_ref().to_owned())));
+    pub fn envs<N: AsRef<OsStr>, V: AsRef<OsStr>>(
+        mut self,
+        pairs: impl IntoIterator<Item = (N, V)>,
+    ) -> Self {
+        self.environment.extend(
+            pairs
+                .into_iter()
+                .map(|(name, value)| (name.as_ref().to_owned(), value.as_ref().to_owned())),
+        );
         self
     }
 
@@ -126,15 +142,24 @@ impl Tool {
     pub fn talk(self) -> Result<Talking, CaptureError> {
         let mut command = self.command();
         command.stdout(Stdio::null());
-        let start = |source| CaptureError::Start { program: self.program, source };
+        let start = |source| CaptureError::Start {
+            program: self.program,
+            source,
+        };
         let (child, registered) = own::spawn(&mut command).map_err(start)?;
         Ok(Talking::of(child, registered))
     }
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
-        command.args(&self.arguments).env_clear().envs(&self.environment);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(&self.arguments)
+            .env_clear()
+            .envs(&self.environment);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command.process_group(0).kill_on_drop(true);
         if let Some(folder) = &self.folder {
             command.current_dir(folder);
@@ -150,7 +175,10 @@ impl Tool {
         let mut command = self.command();
         let program = self.program;
         let (mut child, _registered) =
-            own::spawn(&mut command).map_err(|source| CaptureError::Start { program: program.clone(), source })?;
+            own::spawn(&mut command).map_err(|source| CaptureError::Start {
+                program: program.clone(),
+                source,
+            })?;
         let group = child.id();
         match tokio::time::timeout(limit, collect(&mut child)).await {
             Ok(result) => result.map_err(|source| CaptureError::Read { program, source }),
@@ -168,20 +196,29 @@ async fn collect(child: &mut Child) -> io::Result<Output> {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let (stdout, stderr) = tokio::try_join!(read(stdout), read(stderr))?;
     let status = child.wait().await?;
-    Ok(Output { status, stdout, stderr: String::from_utf8_lossy(&stderr).into_owned() })
+    Ok(Output {
+        status,
+        stdout,
+        stderr: String::from_utf8_lossy(&stderr).into_owned(),
+    })
 }
 
 async fn read(pipe: Option<impl tokio::io::AsyncRead + Unpin>) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if let Some(mut pipe) = pipe {
-        (&mut pipe).take(OUTPUT_LIMIT).read_to_end(&mut bytes).await?;
+        (&mut pipe)
+            .take(OUTPUT_LIMIT)
+            .read_to_end(&mut bytes)
+            .await?;
         tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await?;
     }
     Ok(bytes)
 }
 
 fn kill_group(group: Option<u32>) {
-    let pid = group.and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+    let pid = group
+        .and_then(|id| i32::try_from(id).ok())
+        .and_then(Pid::from_raw);
     if let Some(pid) = pid {
         // Already gone is as good as killed.
         let _ = kill_process_group(pid, Signal::KILL);
@@ -202,19 +239,31 @@ mod tests {
             .run(Duration::from_secs(10))
             .await
             .expect("ends");
-        assert_eq!((output.text().as_str(), output.stderr.as_str()), ("out\n0\n", "err\n"));
+        assert_eq!(
+            (output.text().as_str(), output.stderr.as_str()),
+            ("out\n0\n", "err\n")
+        );
         assert_eq!(output.status.code(), Some(3));
     }
 
     #[tokio::test]
     async fn a_hanging_tool_is_killed_with_its_children() {
-        let ended = shell("sleep 600 & sleep 600").run(Duration::from_millis(50)).await;
+        let ended = shell("sleep 600 & sleep 600")
+            .run(Duration::from_millis(50))
+            .await;
         assert!(matches!(ended, Err(CaptureError::Deadline { .. })));
     }
 
     #[tokio::test]
     async fn a_missing_tool_is_named() {
-        let ended = Tool::new(Path::new("/nonexistent/nix")).run(Duration::from_secs(1)).await;
-        assert!(ended.expect_err("missing").to_string().contains("/nonexistent/nix"));
+        let ended = Tool::new(Path::new("/nonexistent/nix"))
+            .run(Duration::from_secs(1))
+            .await;
+        assert!(
+            ended
+                .expect_err("missing")
+                .to_string()
+                .contains("/nonexistent/nix")
+        );
     }
 }

@@ -17,13 +17,26 @@ const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; exec "$0" "$@""
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn start(program: &Path, arguments: &[OsString], without: &[&str], log: File) -> io::Result<Child> {
+pub fn start(
+    program: &Path,
+    arguments: &[OsString],
+    without: &[&str],
+    log: File,
+) -> io::Result<Child> {
     let mut command = Command::new("/bin/sh");
-    command.arg("-c").arg(SCRIPT).arg(program).args(arguments).current_dir("/");
+    command
+        .arg("-c")
+        .arg(SCRIPT)
+        .arg(program)
+        .args(arguments)
+        .current_dir("/");
     for name in without {
         command.env_remove(name);
     }
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log);
     command.spawn()
 }
 

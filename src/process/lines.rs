@@ -27,9 +27,17 @@ pub struct Talking {
 
 impl Talking {
     pub(super) fn of(mut child: Child, registered: Registered) -> Self {
-        let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        let group = child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(Pid::from_raw);
         let stderr = BufReader::new(child.stderr.take().expect("it was asked for"));
-        Self { child, _registered: registered, group, stderr }
+        Self {
+            child,
+            _registered: registered,
+            group,
+            stderr,
+        }
     }
 
     /// Its process id, until it is reaped.
@@ -67,7 +75,10 @@ impl Talking {
     /// Ends it and its children: asks, and kills after `grace`.
     pub async fn stop(mut self, grace: Duration) {
         self.signal(Signal::TERM);
-        if tokio::time::timeout(grace, self.child.wait()).await.is_err() {
+        if tokio::time::timeout(grace, self.child.wait())
+            .await
+            .is_err()
+        {
             self.kill();
             // It is dead or dying now; reaping it cannot last.
             let _ = tokio::time::timeout(READ_GRACE, self.child.wait()).await;
@@ -98,7 +109,10 @@ impl Drop for Talking {
 #[derive(Debug, Default)]
 pub struct Line(Vec<u8>);
 
-async fn read_line(pipe: &mut (impl AsyncBufRead + Unpin), held: &mut Line) -> io::Result<Option<String>> {
+async fn read_line(
+    pipe: &mut (impl AsyncBufRead + Unpin),
+    held: &mut Line,
+) -> io::Result<Option<String>> {
     loop {
         let bytes = pipe.fill_buf().await?;
         if bytes.is_empty() {
@@ -117,7 +131,9 @@ async fn read_line(pipe: &mut (impl AsyncBufRead + Unpin), held: &mut Line) -> i
 
 fn take(held: &mut Line) -> String {
     let bytes = std::mem::take(&mut held.0);
-    String::from_utf8_lossy(&bytes).trim_end_matches('\r').to_owned()
+    String::from_utf8_lossy(&bytes)
+        .trim_end_matches('\r')
+        .to_owned()
 }
 
 #[cfg(test)]
@@ -128,7 +144,10 @@ mod tests {
     use crate::process::capture::Tool;
 
     fn shell(script: &str) -> Talking {
-        Tool::new(Path::new("/bin/sh")).args(["-c", script]).talk().expect("starts")
+        Tool::new(Path::new("/bin/sh"))
+            .args(["-c", script])
+            .talk()
+            .expect("starts")
     }
 
     #[tokio::test]
@@ -147,15 +166,28 @@ mod tests {
     async fn a_line_without_end_is_cut() {
         let mut tool = shell("head -c 400000 /dev/zero | tr '\\0' x >&2; echo >&2; echo next >&2");
         let mut held = Line::default();
-        assert_eq!(tool.line(&mut held).await.expect("read").expect("a line").len(), LINE_LIMIT);
-        assert_eq!(tool.line(&mut held).await.expect("read").as_deref(), Some("next"));
+        assert_eq!(
+            tool.line(&mut held)
+                .await
+                .expect("read")
+                .expect("a line")
+                .len(),
+            LINE_LIMIT
+        );
+        assert_eq!(
+            tool.line(&mut held).await.expect("read").as_deref(),
+            Some("next")
+        );
     }
 
     #[tokio::test]
     async fn a_tool_that_does_not_want_to_end_is_killed() {
         let mut tool = shell("trap '' TERM; echo up >&2; while :; do sleep 1; done");
         let mut held = Line::default();
-        assert_eq!(tool.line(&mut held).await.expect("read").as_deref(), Some("up"));
+        assert_eq!(
+            tool.line(&mut held).await.expect("read").as_deref(),
+            Some("up")
+        );
         let id = tool.id().expect("runs");
         tool.stop(Duration::from_millis(50)).await;
         assert!(!Path::new(&format!("/proc/{id}")).exists());

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use rustix::process::{
-    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper, test_kill_process, waitpid,
+    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper,
+    test_kill_process, waitpid,
 };
 use tokio::time::{Instant, sleep};
 
@@ -70,7 +71,8 @@ fn leftovers(group: Option<Pid>) -> Vec<Pid> {
     let group = group.map(|pid| pid.as_raw_nonzero().get());
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    let left = pids.filter(|pid| *pid != us && !u32::try_from(*pid).is_ok_and(|pid| started.contains(&pid)));
+    let left = pids
+        .filter(|pid| *pid != us && !u32::try_from(*pid).is_ok_and(|pid| started.contains(&pid)));
     left.filter_map(|pid| {
         let stat = Stat::of(pid)?;
         let ours = Some(stat.group) == group || stat.parent == us;
@@ -97,7 +99,11 @@ impl Stat {
         let (_, rest) = text.rsplit_once(')')?;
         let mut words = rest.split_whitespace();
         let dead = matches!(words.next()?, "Z" | "X");
-        Some(Self { parent: words.next()?.parse().ok()?, group: words.next()?.parse().ok()?, dead })
+        Some(Self {
+            parent: words.next()?.parse().ok()?,
+            group: words.next()?.parse().ok()?,
+            dead,
+        })
     }
 }
 

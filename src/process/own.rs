@@ -33,5 +33,7 @@ pub fn spawn(command: &mut Command) -> io::Result<(Child, Registered)> {
 
 /// The register, held: nobody starts a child meanwhile.
 pub(super) fn started() -> MutexGuard<'static, BTreeSet<u32>> {
-    STARTED.lock().expect("nothing panics while it holds this lock")
+    STARTED
+        .lock()
+        .expect("nothing panics while it holds this lock")
 }

@@ -42,16 +42,36 @@ impl Service {
         environment: &BTreeMap<String, OsString>,
     ) -> Result<Self, CaptureError> {
         let mut command = Command::new(program);
-        command.args(arguments).env_clear().envs(environment).current_dir("/");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(environment)
+            .current_dir("/");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
         command.process_group(0).kill_on_drop(true);
-        let start = |source| CaptureError::Start { program: program.to_owned(), source };
+        let start = |source| CaptureError::Start {
+            program: program.to_owned(),
+            source,
+        };
         let (mut child, registered) = own::spawn(&mut command).map_err(start)?;
-        let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+        let group = child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(Pid::from_raw);
         let tail = Arc::default();
         let stderr = child.stderr.take().expect("it was asked for above");
         let reader = tokio::spawn(keep_tail(stderr, Arc::clone(&tail)));
-        Ok(Self { program: program.to_owned(), child, _registered: registered, group, tail, reader })
+        Ok(Self {
+            program: program.to_owned(),
+            child,
+            _registered: registered,
+            group,
+            tail,
+            reader,
+        })
     }
 
     /// The program that runs.
@@ -67,7 +87,10 @@ impl Service {
     /// Asks it to end, kills it if it has not within `grace`, and gives the last of what it said.
     pub async fn stop(mut self, grace: Duration) -> String {
         self.signal(Signal::TERM);
-        if tokio::time::timeout(grace, self.child.wait()).await.is_err() {
+        if tokio::time::timeout(grace, self.child.wait())
+            .await
+            .is_err()
+        {
             self.signal(Signal::KILL);
             // It is dead or dying now; reaping it cannot last.
             let _ = self.child.wait().await;
@@ -78,7 +101,10 @@ impl Service {
     }
 
     fn last_words(&self) -> String {
-        let tail = self.tail.lock().expect("nothing panics while it holds this lock");
+        let tail = self
+            .tail
+            .lock()
+            .expect("nothing panics while it holds this lock");
         String::from_utf8_lossy(&tail).into_owned()
     }
 
@@ -101,7 +127,9 @@ impl Drop for Service {
 async fn keep_tail(mut stderr: ChildStderr, tail: Arc<Mutex<Vec<u8>>>) {
     let mut bytes = [0_u8; 1024];
     while let Ok(read @ 1..) = stderr.read(&mut bytes).await {
-        let mut tail = tail.lock().expect("nothing panics while it holds this lock");
+        let mut tail = tail
+            .lock()
+            .expect("nothing panics while it holds this lock");
         tail.extend_from_slice(&bytes[..read]);
         let excess = tail.len().saturating_sub(TAIL_LIMIT);
         tail.drain(..excess);
@@ -122,12 +150,15 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), waited).await.expect("in time");
+        tokio::time::timeout(Duration::from_secs(10), waited)
+            .await
+            .expect("in time");
     }
 
     fn runs(pid: u32) -> bool {
         // A zombie is no longer running; only its parent has not asked yet.
-        std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+        std::fs::read_to_string(format!("/proc/{pid}/stat"))
+            .is_ok_and(|stat| !stat.contains(") Z "))
     }
 
     #[tokio::test]
@@ -151,7 +182,9 @@ mod tests {
     #[tokio::test]
     async fn last_words_explain_an_end() {
         let mut service = shell("echo no socket >&2; exit 1");
-        let ended = tokio::time::timeout(Duration::from_secs(10), service.child.wait()).await.expect("in time");
+        let ended = tokio::time::timeout(Duration::from_secs(10), service.child.wait())
+            .await
+            .expect("in time");
         assert!(!ended.expect("ended").success() && !service.is_alive());
         assert_eq!(service.stop(Duration::ZERO).await, "no socket\n");
     }

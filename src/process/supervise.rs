@@ -99,7 +99,12 @@ impl Supervised {
         };
         let mut arguments: Vec<OsString> = flags.iter().map(OsString::from).collect();
         arguments.push(file.into());
-        Self { program, arguments, environment: BTreeMap::new(), folder: folder.to_owned() }
+        Self {
+            program,
+            arguments,
+            environment: BTreeMap::new(),
+            folder: folder.to_owned(),
+        }
     }
 
     /// A program and its arguments, found on `path` as a shell would find it.
@@ -107,7 +112,12 @@ impl Supervised {
         let name = words.first().cloned().unwrap_or_default();
         let program = which::which_in(&name, path, folder).unwrap_or_else(|_| name.into());
         let arguments = words.iter().skip(1).cloned().collect();
-        Self { program, arguments, environment: BTreeMap::new(), folder: folder.to_owned() }
+        Self {
+            program,
+            arguments,
+            environment: BTreeMap::new(),
+            folder: folder.to_owned(),
+        }
     }
 
     /// Runs it to its end. Signals that come meanwhile are handed on to its whole group; the
@@ -119,29 +129,50 @@ impl Supervised {
         orphans::adopt();
         let begun = Instant::now();
         let (mut child, _registered) = self.start()?;
-        let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
-        let (status, stopped) = attend(&mut child, group, signals).await.map_err(SuperviseError::Wait)?;
+        let group = child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(Pid::from_raw);
+        let (status, stopped) = attend(&mut child, group, signals)
+            .await
+            .map_err(SuperviseError::Wait)?;
         let lasted = begun.elapsed();
         let left = orphans::end(group).await;
         let signal = status.signal();
-        Ok(Ended { code: code_of(status), signal, stopped, lasted, orphans: left })
+        Ok(Ended {
+            code: code_of(status),
+            signal,
+            stopped,
+            lasted,
+            orphans: left,
+        })
     }
 
     fn start(&self) -> Result<(Child, Registered), SuperviseError> {
         let mut command = Command::new(&self.program);
-        command.args(&self.arguments).env_clear().envs(&self.environment).current_dir(&self.folder);
+        command
+            .args(&self.arguments)
+            .env_clear()
+            .envs(&self.environment)
+            .current_dir(&self.folder);
         // In a group of its own it must not read from a terminal: it would be stopped for it.
         if io::stdin().is_terminal() {
             command.stdin(Stdio::null());
         }
         command.process_group(0);
-        own::spawn(&mut command).map_err(|source| SuperviseError::Start { program: self.program.clone(), source })
+        own::spawn(&mut command).map_err(|source| SuperviseError::Start {
+            program: self.program.clone(),
+            source,
+        })
     }
 }
 
 fn code_of(status: ExitStatus) -> u8 {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX)
 }
 
 /// What the supervisor is waiting for next.
@@ -157,7 +188,9 @@ async fn attend(
     signals: &mut Signals,
 ) -> io::Result<(ExitStatus, Option<(Stop, Instant)>)> {
     let mut stopped: Option<(Stop, Instant)> = None;
-    let mut steps = [(TERMINATE_AFTER, Signal::TERM), (KILL_AFTER, Signal::KILL)].into_iter().peekable();
+    let mut steps = [(TERMINATE_AFTER, Signal::TERM), (KILL_AFTER, Signal::KILL)]
+        .into_iter()
+        .peekable();
     loop {
         let due = stopped.and_then(|(_, at)| steps.peek().map(|(after, _)| at + *after));
         let event = tokio::select! {
@@ -227,7 +260,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_command_leaves_behind_is_ended() {
-        let ended = run("sleep 4321 >/dev/null 2>&1 &\nsetsid sleep 4321 >/dev/null 2>&1 &\nexit 0").await;
+        let ended =
+            run("sleep 4321 >/dev/null 2>&1 &\nsetsid sleep 4321 >/dev/null 2>&1 &\nexit 0").await;
         assert_eq!(ended.code, 0);
         assert!(ended.orphans >= 1, "{ended:?}");
     }

@@ -98,7 +98,10 @@ impl Canary {
     }
 
     fn failed(&self, severity: Severity) -> impl Iterator<Item = &Check> {
-        let failed = self.checks.iter().filter(|check| matches!(check.verdict, Verdict::Failed { .. }));
+        let failed = self
+            .checks
+            .iter()
+            .filter(|check| matches!(check.verdict, Verdict::Failed { .. }));
         failed.filter(move |check| check.severity == severity)
     }
 
@@ -108,20 +111,30 @@ impl Canary {
     }
 
     fn broken(&self) -> Option<&Check> {
-        self.failed(Severity::Required).next().or_else(|| self.failed(Severity::Advisory).next())
+        self.failed(Severity::Required)
+            .next()
+            .or_else(|| self.failed(Severity::Advisory).next())
     }
 
     /// One line: `nix-builder is healthy (14 checks, 1.2 s)`.
     pub fn closing_line(&self) -> String {
-        let ran = self.checks.iter().filter(|check| check.verdict != Verdict::Skipped).count();
+        let ran = self
+            .checks
+            .iter()
+            .filter(|check| check.verdict != Verdict::Skipped)
+            .count();
         let seconds = self.took.as_secs_f64();
         match (self.healthy(), self.broken()) {
             (true, None) => format!("{} is healthy ({ran} checks, {seconds:.1} s)", self.class),
             (true, Some(check)) => {
-                format!("{} is healthy, but `{}` is broken: {}", self.class, check.layer, check.text)
+                format!(
+                    "{} is healthy, but `{}` is broken: {}",
+                    self.class, check.layer, check.text
+                )
             }
             (false, check) => {
-                let (layer, text) = check.map_or(("", ""), |check| (check.layer, check.text.as_str()));
+                let (layer, text) =
+                    check.map_or(("", ""), |check| (check.layer, check.text.as_str()));
                 format!("{} is broken at `{layer}`: {text}", self.class)
             }
         }
@@ -129,7 +142,12 @@ impl Canary {
 
     /// The table of the log. Every line begins with a word of ours.
     pub fn table(&self) -> String {
-        let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or_default();
+        let width = self
+            .checks
+            .iter()
+            .map(|check| check.name.len())
+            .max()
+            .unwrap_or_default();
         let mut text = String::new();
         for check in &self.checks {
             let line = format!(
@@ -142,7 +160,10 @@ impl Canary {
             );
             push(&mut text, format_args!("{}\n", line.trim_end()));
             if let Verdict::Failed { hint } = &check.verdict {
-                push(&mut text, format_args!("help     {}\n", one_line(hint, 400)));
+                push(
+                    &mut text,
+                    format_args!("help     {}\n", one_line(hint, 400)),
+                );
             }
         }
         text
@@ -151,9 +172,17 @@ impl Canary {
     /// The job summary, which is also the text of the Check Run.
     pub fn summary(&self) -> String {
         let sign = if self.healthy() { "✅" } else { "❌" };
-        let mut text = format!("### {sign} Builder health: {}\n\n", cell(&self.closing_line()));
-        for check in self.failed(Severity::Required).chain(self.failed(Severity::Advisory)) {
-            let Verdict::Failed { hint } = &check.verdict else { continue };
+        let mut text = format!(
+            "### {sign} Builder health: {}\n\n",
+            cell(&self.closing_line())
+        );
+        for check in self
+            .failed(Severity::Required)
+            .chain(self.failed(Severity::Advisory))
+        {
+            let Verdict::Failed { hint } = &check.verdict else {
+                continue;
+            };
             push(
                 &mut text,
                 format_args!(
@@ -181,7 +210,10 @@ impl Canary {
             );
         }
         if let Some(cold) = self.cold_start {
-            push(&mut text, format_args!("\nCold start: {:.1} s.\n", cold.as_secs_f64()));
+            push(
+                &mut text,
+                format_args!("\nCold start: {:.1} s.\n", cold.as_secs_f64()),
+            );
         }
         shorten(&text, TEXT_LIMIT)
     }
@@ -189,7 +221,11 @@ impl Canary {
     /// The form for machines.
     pub fn json(&self) -> Value {
         let checks = self.checks.iter().map(|check| {
-            let hint = if let Verdict::Failed { hint } = &check.verdict { Some(hint) } else { None };
+            let hint = if let Verdict::Failed { hint } = &check.verdict {
+                Some(hint)
+            } else {
+                None
+            };
             json!({
                 "name": check.name,
                 "layer": check.layer,
@@ -217,10 +253,15 @@ impl Canary {
     pub fn outputs(&self) -> [(&'static str, String); 3] {
         [
             ("healthy", self.healthy().to_string()),
-            ("broken-layer", self.broken_layer().unwrap_or_default().to_owned()),
+            (
+                "broken-layer",
+                self.broken_layer().unwrap_or_default().to_owned(),
+            ),
             (
                 "cold-start-seconds",
-                self.cold_start.map(|cold| format!("{:.3}", cold.as_secs_f64())).unwrap_or_default(),
+                self.cold_start
+                    .map(|cold| format!("{:.3}", cold.as_secs_f64()))
+                    .unwrap_or_default(),
             ),
         ]
     }
@@ -229,20 +270,37 @@ impl Canary {
     pub fn metrics(&self) -> String {
         let mut text = String::new();
         let class = format!("class=\"{}\"", label(&self.class));
-        let lane = format!("lane=\"{}\"", label(self.lane.as_deref().unwrap_or_default()));
+        let lane = format!(
+            "lane=\"{}\"",
+            label(self.lane.as_deref().unwrap_or_default())
+        );
         let mut family = |name: &str, help: &str, samples: &[(String, String)]| {
             if samples.is_empty() {
                 return;
             }
-            push(&mut text, format_args!("# HELP {name} {help}\n# TYPE {name} gauge\n"));
+            push(
+                &mut text,
+                format_args!("# HELP {name} {help}\n# TYPE {name} gauge\n"),
+            );
             for (labels, value) in samples {
-                push(&mut text, format_args!("{name}{{{class},{lane}{labels}}} {value}\n"));
+                push(
+                    &mut text,
+                    format_args!("{name}{{{class},{lane}{labels}}} {value}\n"),
+                );
             }
         };
         let one = |value: String| vec![(String::new(), value)];
         let healthy = i32::from(self.healthy()).to_string();
-        family("flywheel_builder_healthy", "Whether every required check of the canary holds.", &one(healthy));
-        let ran: Vec<&Check> = self.checks.iter().filter(|check| check.verdict != Verdict::Skipped).collect();
+        family(
+            "flywheel_builder_healthy",
+            "Whether every required check of the canary holds.",
+            &one(healthy),
+        );
+        let ran: Vec<&Check> = self
+            .checks
+            .iter()
+            .filter(|check| check.verdict != Verdict::Skipped)
+            .collect();
         let labels = |check: &Check| {
             format!(
                 ",check=\"{}\",layer=\"{}\",severity=\"{}\"",
@@ -251,15 +309,41 @@ impl Canary {
                 check.severity.word()
             )
         };
-        let success = ran.iter().map(|check| (labels(check), i32::from(check.verdict == Verdict::Passed).to_string()));
-        family("flywheel_builder_check_success", "Whether a check of the canary holds.", &success.collect::<Vec<_>>());
-        let times = ran.iter().map(|check| (labels(check), format!("{:.6}", check.took.as_secs_f64())));
-        family("flywheel_builder_check_duration_seconds", "How long a check took.", &times.collect::<Vec<_>>());
-        let cold: Vec<_> =
-            self.cold_start.iter().map(|cold| (String::new(), format!("{:.6}", cold.as_secs_f64()))).collect();
-        family("flywheel_builder_cold_start_seconds", "From the start to the end of the first build.", &cold);
+        let success = ran.iter().map(|check| {
+            (
+                labels(check),
+                i32::from(check.verdict == Verdict::Passed).to_string(),
+            )
+        });
+        family(
+            "flywheel_builder_check_success",
+            "Whether a check of the canary holds.",
+            &success.collect::<Vec<_>>(),
+        );
+        let times = ran
+            .iter()
+            .map(|check| (labels(check), format!("{:.6}", check.took.as_secs_f64())));
+        family(
+            "flywheel_builder_check_duration_seconds",
+            "How long a check took.",
+            &times.collect::<Vec<_>>(),
+        );
+        let cold: Vec<_> = self
+            .cold_start
+            .iter()
+            .map(|cold| (String::new(), format!("{:.6}", cold.as_secs_f64())))
+            .collect();
+        family(
+            "flywheel_builder_cold_start_seconds",
+            "From the start to the end of the first build.",
+            &cold,
+        );
         let ended = one(self.ended_at.to_string());
-        family("flywheel_builder_last_run_timestamp_seconds", "When the canary last ended.", &ended);
+        family(
+            "flywheel_builder_last_run_timestamp_seconds",
+            "When the canary last ended.",
+            &ended,
+        );
         text
     }
 }
@@ -275,7 +359,9 @@ fn cell(text: &str) -> String {
 
 /// Text for a label's value.
 fn label(text: &str) -> String {
-    one_line(text, 200).replace('\\', "\\\\").replace('"', "\\\"")
+    one_line(text, 200)
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
 }
 
 #[cfg(test)]
@@ -296,22 +382,48 @@ mod tests {
     }
 
     fn failed() -> Verdict {
-        Verdict::Failed { hint: "Mend it.".into() }
+        Verdict::Failed {
+            hint: "Mend it.".into(),
+        }
     }
 
     fn canary(checks: Vec<Check>) -> Canary {
         let class = "nix-builder".to_owned();
-        Canary { class, lane: None, checks, cold_start: None, took: Duration::from_secs(1), ended_at: 1_700_000_000 }
+        Canary {
+            class,
+            lane: None,
+            checks,
+            cold_start: None,
+            took: Duration::from_secs(1),
+            ended_at: 1_700_000_000,
+        }
     }
 
     #[test]
     fn a_required_layer_is_named_before_an_advisory_one_below_it() {
-        let advisory = check("cache-connect", "cache-connect", Severity::Advisory, failed());
-        let both = canary(vec![advisory.clone(), check("build", "build", Severity::Required, failed())]);
-        assert_eq!((both.healthy(), both.broken_layer()), (false, Some("build")));
+        let advisory = check(
+            "cache-connect",
+            "cache-connect",
+            Severity::Advisory,
+            failed(),
+        );
+        let both = canary(vec![
+            advisory.clone(),
+            check("build", "build", Severity::Required, failed()),
+        ]);
+        assert_eq!(
+            (both.healthy(), both.broken_layer()),
+            (false, Some("build"))
+        );
         let one = canary(vec![advisory]);
-        assert_eq!((one.healthy(), one.broken_layer()), (true, Some("cache-connect")));
-        assert_eq!(one.closing_line(), "nix-builder is healthy, but `cache-connect` is broken: as it is");
+        assert_eq!(
+            (one.healthy(), one.broken_layer()),
+            (true, Some("cache-connect"))
+        );
+        assert_eq!(
+            one.closing_line(),
+            "nix-builder is healthy, but `cache-connect` is broken: as it is"
+        );
         assert_eq!(canary(Vec::new()).broken_layer(), None);
     }
 
@@ -323,7 +435,10 @@ mod tests {
         ]);
         canary.class = "a\"b\\\n".into();
         let metrics = canary.metrics();
-        assert!(!metrics.contains("check=\"a\"") && metrics.contains("check=\"b\""), "{metrics}");
+        assert!(
+            !metrics.contains("check=\"a\"") && metrics.contains("check=\"b\""),
+            "{metrics}"
+        );
         assert!(metrics.contains(r#"class="a\"b\\""#), "{metrics}");
         assert!(!metrics.contains("cold_start"));
     }
@@ -332,7 +447,16 @@ mod tests {
     fn text_from_outside_stays_text() {
         let mut canary = canary(vec![check("a", "a", Severity::Required, failed())]);
         canary.checks[0].text = "<b>x</b>\n| y".into();
-        assert!(canary.summary().contains("&lt;b>x&lt;/b> \\| y"), "{}", canary.summary());
-        assert!(canary.table().lines().all(|line| ["failed", "help"].iter().any(|word| line.starts_with(word))));
+        assert!(
+            canary.summary().contains("&lt;b>x&lt;/b> \\| y"),
+            "{}",
+            canary.summary()
+        );
+        assert!(
+            canary
+                .table()
+                .lines()
+                .all(|line| ["failed", "help"].iter().any(|word| line.starts_with(word)))
+        );
     }
 }

@@ -147,7 +147,11 @@ impl Job {
         if self.publication.is_none() {
             extras.push(format!("not publishing: {}", self.unpublished));
         }
-        let extras = if extras.is_empty() { String::new() } else { format!(" ({})", extras.join(", ")) };
+        let extras = if extras.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", extras.join(", "))
+        };
         format!(
             "{} built, {} published, {} verified, {} lost{extras}",
             self.built,
@@ -160,7 +164,9 @@ impl Job {
     /// The clocks in one line.
     pub fn clocks(&self) -> String {
         let memory = match (self.peak, self.limit) {
-            (Some(peak), Some(limit)) => format!(", peak memory {} of {}", bytes(peak), bytes(limit)),
+            (Some(peak), Some(limit)) => {
+                format!(", peak memory {} of {}", bytes(peak), bytes(limit))
+            }
             (Some(peak), None) => format!(", peak memory {}", bytes(peak)),
             (None, _) => String::new(),
         };
@@ -196,7 +202,12 @@ pub(super) mod tests {
             substituted: 0,
             added: 1,
             unpublished: String::new(),
-            publication: Some(Publication { published: 3, verified: 3, bytes: 2048, ..Publication::default() }),
+            publication: Some(Publication {
+                published: 3,
+                verified: 3,
+                bytes: 2048,
+                ..Publication::default()
+            }),
             bootstrap: Duration::from_millis(100),
             command: Duration::from_secs(2),
             publish: Duration::from_millis(500),
@@ -210,9 +221,15 @@ pub(super) mod tests {
     #[test]
     fn the_closing_line_counts_and_explains() {
         let mut job = example();
-        assert_eq!(job.closing_line(), "3 built, 3 published, 3 verified, 0 lost");
+        assert_eq!(
+            job.closing_line(),
+            "3 built, 3 published, 3 verified, 0 lost"
+        );
         job.publication.as_mut().expect("publishes").already_there = 2;
-        assert_eq!(job.closing_line(), "3 built, 3 published, 3 verified, 0 lost (2 already there)");
+        assert_eq!(
+            job.closing_line(),
+            "3 built, 3 published, 3 verified, 0 lost (2 already there)"
+        );
         job.publication = None;
         job.unpublished = "pull requests only read".into();
         assert_eq!(

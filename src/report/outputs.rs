@@ -18,7 +18,12 @@ pub fn of_job(job: &Job) -> Vec<(&'static str, String)> {
         ("bootstrap-seconds", seconds(job.bootstrap)),
         ("command-seconds", seconds(job.command)),
         ("publish-seconds", seconds(job.publish)),
-        ("peak-memory-mib", job.peak.map(|peak| peak.div_ceil(1 << 20).to_string()).unwrap_or_default()),
+        (
+            "peak-memory-mib",
+            job.peak
+                .map(|peak| peak.div_ceil(1 << 20).to_string())
+                .unwrap_or_default(),
+        ),
         ("cache-state", job.cache_state.word()),
         ("trust", job.trust.verdict.to_owned()),
         ("attic", job.trust.attic.to_owned()),
@@ -34,7 +39,12 @@ mod tests {
     #[test]
     fn outputs_of_a_good_job() {
         let outputs = of_job(&example());
-        let of = |name: &str| outputs.iter().find(|(key, _)| *key == name).map(|(_, value)| value.as_str());
+        let of = |name: &str| {
+            outputs
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| value.as_str())
+        };
         assert_eq!(of("outcome"), Some("success"));
         assert_eq!(of("command-seconds"), Some("2.000"));
         assert_eq!(of("peak-memory-mib"), Some("64"));

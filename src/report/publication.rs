@@ -73,7 +73,10 @@ impl Publication {
 impl std::fmt::Display for Publication {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} published", self.published)?;
-        for (number, what) in [(self.already_there, "already there"), (self.skipped, "skipped")] {
+        for (number, what) in [
+            (self.already_there, "already there"),
+            (self.skipped, "skipped"),
+        ] {
             if number > 0 {
                 write!(f, ", {number} {what}")?;
             }
@@ -95,9 +98,16 @@ mod tests {
 
     #[test]
     fn the_closing_line_says_what_matters() {
-        let publication = Publication { published: 3, verified: 3, ..Publication::default() };
+        let publication = Publication {
+            published: 3,
+            verified: 3,
+            ..Publication::default()
+        };
         assert_eq!(publication.to_string(), "3 published, 3 verified, 0 lost");
-        let missed = || Missed { path: "/nix/store/x".into(), reason: "why".into() };
+        let missed = || Missed {
+            path: "/nix/store/x".into(),
+            reason: "why".into(),
+        };
         let publication = Publication {
             already_there: 2,
             skipped: 1,

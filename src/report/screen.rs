@@ -41,7 +41,11 @@ impl Screen {
             bar.set_style(style.expect("the template is a constant that indicatif accepts"));
             bar
         });
-        Self(Arc::new(Inner { workflow: workflow.clone(), bar, state: Mutex::default() }))
+        Self(Arc::new(Inner {
+            workflow: workflow.clone(),
+            bar,
+            state: Mutex::default(),
+        }))
     }
 
     /// A sink for events that draws them here.
@@ -76,7 +80,10 @@ impl Screen {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().expect("nothing panics while it holds this lock")
+        self.0
+            .state
+            .lock()
+            .expect("nothing panics while it holds this lock")
     }
 
     fn show(&self, event: Progress) {
@@ -90,7 +97,11 @@ impl Screen {
         match event {
             Progress::Note(line) => self.say(&line),
             Progress::Degraded { area, text } => self.warn(area, &text),
-            Progress::Moved { done, total, bytes: sent } => self.moved(done, total, sent),
+            Progress::Moved {
+                done,
+                total,
+                bytes: sent,
+            } => self.moved(done, total, sent),
         }
     }
 
@@ -128,7 +139,10 @@ impl Screen {
         if last.elapsed() >= LINE_EVERY {
             state.last_line = Some(Instant::now());
             drop(state);
-            self.0.workflow.say(&format!("publishing: {done} of {total} paths, {}", bytes(sent)));
+            self.0.workflow.say(&format!(
+                "publishing: {done} of {total} paths, {}",
+                bytes(sent)
+            ));
         }
     }
 }

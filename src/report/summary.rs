@@ -29,10 +29,22 @@ fn write(text: &mut String, job: &Job) -> std::fmt::Result {
     };
     writeln!(text, "### {sign} Flywheel: {}\n", job.closing_line())?;
     if let Some(found) = &job.out_of_memory {
-        writeln!(text, "> **Out of memory:** {}\n", cell(&found.text(job.heavy_lane.as_deref())))?;
+        writeln!(
+            text,
+            "> **Out of memory:** {}\n",
+            cell(&found.text(job.heavy_lane.as_deref()))
+        )?;
     }
-    if let CacheState::LeftOut { layer, text: reason } = &job.cache_state {
-        writeln!(text, "> **The cache was left out** at the layer `{layer}`: {}\n", cell(reason))?;
+    if let CacheState::LeftOut {
+        layer,
+        text: reason,
+    } = &job.cache_state
+    {
+        writeln!(
+            text,
+            "> **The cache was left out** at the layer `{layer}`: {}\n",
+            cell(reason)
+        )?;
     }
     for line in &job.degraded {
         writeln!(text, "> {}\n", cell(line))?;
@@ -43,7 +55,11 @@ fn write(text: &mut String, job: &Job) -> std::fmt::Result {
     }
     if let Some(publication) = &job.publication {
         list(text, "Withheld by the policy", &publication.withheld)?;
-        list(text, "Published, although a rule warns", &publication.warned)?;
+        list(
+            text,
+            "Published, although a rule warns",
+            &publication.warned,
+        )?;
         list(text, "Lost", &publication.lost)?;
         list(text, "Sent, but not verified", &publication.unverified)?;
     }
@@ -52,11 +68,23 @@ fn write(text: &mut String, job: &Job) -> std::fmt::Result {
 
 fn rows(job: &Job) -> Vec<(&'static str, String)> {
     let mut rows = vec![
-        ("Outcome", format!("`{}`, exit code {}", job.outcome.word(), job.exit_code)),
+        (
+            "Outcome",
+            format!("`{}`, exit code {}", job.outcome.word(), job.exit_code),
+        ),
         ("Nix", cell(&job.nix)),
-        ("Trust", format!("`{}`: {}", job.trust.verdict, cell(&job.trust.reason))),
+        (
+            "Trust",
+            format!("`{}`: {}", job.trust.verdict, cell(&job.trust.reason)),
+        ),
         ("Cache", cache(job)),
-        ("Paths", format!("{} built, {} substituted, {} added", job.built, job.substituted, job.added)),
+        (
+            "Paths",
+            format!(
+                "{} built, {} substituted, {} added",
+                job.built, job.substituted, job.added
+            ),
+        ),
     ];
     if let Some(publication) = &job.publication {
         let counts = format!(
@@ -70,17 +98,33 @@ fn rows(job: &Job) -> Vec<(&'static str, String)> {
         );
         rows.push(("Publication", counts));
     }
-    let times = [("bootstrap", job.bootstrap), ("command", job.command), ("publication", job.publish)];
-    rows.push(("Clocks", times.map(|(name, time)| format!("{name} {}", duration(time))).join(", ")));
+    let times = [
+        ("bootstrap", job.bootstrap),
+        ("command", job.command),
+        ("publication", job.publish),
+    ];
+    rows.push((
+        "Clocks",
+        times
+            .map(|(name, time)| format!("{name} {}", duration(time)))
+            .join(", "),
+    ));
     if let Some(peak) = job.peak {
-        let limit = job.limit.map(|limit| format!(" of {}", bytes(limit))).unwrap_or_default();
+        let limit = job
+            .limit
+            .map(|limit| format!(" of {}", bytes(limit)))
+            .unwrap_or_default();
         rows.push(("Peak memory", format!("{}{limit}", bytes(peak))));
     }
     rows
 }
 
 fn cache(job: &Job) -> String {
-    let url = job.cache.as_deref().map(|url| format!("`{}`, ", cell(url))).unwrap_or_default();
+    let url = job
+        .cache
+        .as_deref()
+        .map(|url| format!("`{}`, ", cell(url)))
+        .unwrap_or_default();
     let state = match &job.cache_state {
         CacheState::Attached => "attached".to_owned(),
         CacheState::Off => "switched off by `attic-enabled`".to_owned(),
@@ -118,9 +162,15 @@ mod tests {
     fn a_lost_path_is_named_with_its_reason() {
         let mut job = example();
         let publication = job.publication.as_mut().expect("publishes");
-        publication.lost.push(Missed { path: "/nix/store/x-lost".into(), reason: "500, five times".into() });
+        publication.lost.push(Missed {
+            path: "/nix/store/x-lost".into(),
+            reason: "500, five times".into(),
+        });
         let text = of_job(&job);
-        assert!(text.contains("1 lost") && text.contains("- `/nix/store/x-lost`: 500, five times"), "{text}");
+        assert!(
+            text.contains("1 lost") && text.contains("- `/nix/store/x-lost`: 500, five times"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -134,7 +184,10 @@ mod tests {
     #[test]
     fn the_layer_that_failed_is_named() {
         let mut job = example();
-        job.cache_state = CacheState::LeftOut { layer: "connect", text: "connection refused".into() };
+        job.cache_state = CacheState::LeftOut {
+            layer: "connect",
+            text: "connection refused".into(),
+        };
         assert!(of_job(&job).contains("left out** at the layer `connect`: connection refused"));
     }
 }

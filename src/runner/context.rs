@@ -58,7 +58,9 @@ pub fn facts(env: &Env) -> Facts {
 
 /// Where GitHub's API is: `GITHUB_API_URL`, else GitHub's own.
 pub fn github_api(env: &Env) -> Url {
-    let named = env.get("GITHUB_API_URL").and_then(|text| Url::parse(text).ok());
+    let named = env
+        .get("GITHUB_API_URL")
+        .and_then(|text| Url::parse(text).ok());
     named.unwrap_or_else(|| Url::parse("https://api.github.com").expect("a constant that is a URL"))
 }
 
@@ -105,7 +107,8 @@ fn unreadable_file(file: &Path, error: &PayloadError) -> UsageError {
 
 /// Whether the job has a cache token. Its value stays where it is.
 pub fn token_present(env: &Env) -> bool {
-    env.get("ATTIC_TOKEN").is_some_and(|text| Secret::new(text).is_some())
+    env.get("ATTIC_TOKEN")
+        .is_some_and(|text| Secret::new(text).is_some())
 }
 
 enum Place {
@@ -129,12 +132,23 @@ const OTHER_CI: [(&str, &str); 7] = [
 
 /// Whoever shows a sign of a CI is in one, and has to show facts.
 fn place(env: &Env) -> Place {
-    const GITHUB: [&str; 4] = ["GITHUB_ACTIONS", "GITHUB_EVENT_NAME", "GITHUB_EVENT_PATH", "GITHUB_REF"];
+    const GITHUB: [&str; 4] = [
+        "GITHUB_ACTIONS",
+        "GITHUB_EVENT_NAME",
+        "GITHUB_EVENT_PATH",
+        "GITHUB_REF",
+    ];
     let github = GITHUB.iter().any(|name| env.get(name).is_some());
-    let other = OTHER_CI.iter().find(|(marker, _)| env.get(marker).is_some());
+    let other = OTHER_CI
+        .iter()
+        .find(|(marker, _)| env.get(marker).is_some());
     if env.get("GITLAB_CI").is_some() {
         // Which of the two would be guessing.
-        if github { Place::OtherCi("GitLab and GitHub at once") } else { Place::GitLab }
+        if github {
+            Place::OtherCi("GitLab and GitHub at once")
+        } else {
+            Place::GitLab
+        }
     } else if let Some((_, name)) = other {
         Place::OtherCi(name)
     } else if github {
@@ -152,7 +166,10 @@ pub fn in_ci(env: &Env) -> bool {
 /// A payload, or why there is none.
 fn payload(read: Option<Result<Payload, PayloadError>>) -> Fact<Payload> {
     read.ok_or(Doubt::Missing(Name::Payload))?
-        .map_err(|error| Doubt::Unreadable { name: Name::Payload, why: error.to_string() })
+        .map_err(|error| Doubt::Unreadable {
+            name: Name::Payload,
+            why: error.to_string(),
+        })
 }
 
 /// What the environment says, before anything is compared.
@@ -212,14 +229,21 @@ impl Told {
 
     /// The environment names the event; the payload must not look like another's.
     fn event(&self, payload: &Fact<Payload>) -> Fact<Event> {
-        let event = Event::named(self.event_name.as_deref().ok_or(Doubt::Missing(Name::Event))?);
+        let event = Event::named(
+            self.event_name
+                .as_deref()
+                .ok_or(Doubt::Missing(Name::Event))?,
+        );
         let own: &[&str] = match event {
             Event::Push | Event::Schedule | Event::WorkflowDispatch => &[],
             Event::MergeGroup => &["action", "merge_group"],
             // No other event gains anything by its payload.
             _ => return Ok(event),
         };
-        let marks = payload.as_ref().map(|payload| payload.marks.as_slice()).unwrap_or_default();
+        let marks = payload
+            .as_ref()
+            .map(|payload| payload.marks.as_slice())
+            .unwrap_or_default();
         match marks.iter().find(|mark| !own.contains(mark)) {
             None => Ok(event),
             Some(mark) => Err(Doubt::Disagree {
@@ -232,9 +256,15 @@ impl Told {
 
     fn repository(&self, payload: &Fact<Payload>) -> Fact<String> {
         let payload = payload.as_ref().map_err(Clone::clone)?;
-        let told = if self.payload_names_repository { payload.repository.as_ref() } else { self.repository.as_ref() };
+        let told = if self.payload_names_repository {
+            payload.repository.as_ref()
+        } else {
+            self.repository.as_ref()
+        };
         let told = told.ok_or(Doubt::Missing(Name::Repository))?;
-        let whole = told.split('/').count() == 2 && told.split('/').all(|part| !part.is_empty()) && is_plain(told);
+        let whole = told.split('/').count() == 2
+            && told.split('/').all(|part| !part.is_empty())
+            && is_plain(told);
         if !whole {
             return Err(unreadable(Name::Repository, told, "`owner/name`"));
         }
@@ -244,8 +274,13 @@ impl Told {
 
     fn default_branch(&self, payload: &Fact<Payload>) -> Fact<String> {
         let payload = payload.as_ref().map_err(Clone::clone)?;
-        let told = payload.default_branch.as_deref().or(self.default_branch.as_deref());
-        let told = told.filter(|name| !name.is_empty()).ok_or(Doubt::Missing(Name::DefaultBranch))?;
+        let told = payload
+            .default_branch
+            .as_deref()
+            .or(self.default_branch.as_deref());
+        let told = told
+            .filter(|name| !name.is_empty())
+            .ok_or(Doubt::Missing(Name::DefaultBranch))?;
         match self.default_branch.as_deref() {
             _ if !is_plain(told) => Err(unreadable(Name::DefaultBranch, told, "a branch name")),
             Some(other) if other != told => Err(disagree(Name::DefaultBranch, other, told)),
@@ -256,7 +291,11 @@ impl Told {
     fn git_ref(&self, event: Option<&Event>, payload: &Fact<Payload>) -> Fact<String> {
         let told = self.git_ref.as_deref().ok_or(Doubt::Missing(Name::Ref))?;
         if !told.starts_with("refs/") || !is_plain(told) {
-            return Err(unreadable(Name::Ref, told, "a full ref such as `refs/heads/main`"));
+            return Err(unreadable(
+                Name::Ref,
+                told,
+                "a full ref such as `refs/heads/main`",
+            ));
         }
         let of_its_kind = match self.ref_type.as_deref() {
             Some("branch") => !told.starts_with("refs/tags/"),
@@ -268,14 +307,21 @@ impl Told {
             return Err(Doubt::Disagree {
                 name: Name::Ref,
                 one: format!("`GITHUB_REF` says `{}`", shown(told)),
-                other: format!("`GITHUB_REF_TYPE` says `{}`", shown(self.ref_type.as_deref().unwrap_or_default())),
+                other: format!(
+                    "`GITHUB_REF_TYPE` says `{}`",
+                    shown(self.ref_type.as_deref().unwrap_or_default())
+                ),
             });
         }
         let payload = payload.as_ref().map_err(Clone::clone)?;
         match event {
-            Some(Event::Push | Event::WorkflowDispatch) => agree(Name::Ref, told, payload.git_ref.as_deref()),
+            Some(Event::Push | Event::WorkflowDispatch) => {
+                agree(Name::Ref, told, payload.git_ref.as_deref())
+            }
             Some(Event::MergeGroup) => agree(Name::Ref, told, payload.queue_ref.as_deref()),
-            Some(Event::Schedule) => agree(Name::Ref, told, payload.git_ref.as_deref().or(Some(told))),
+            Some(Event::Schedule) => {
+                agree(Name::Ref, told, payload.git_ref.as_deref().or(Some(told)))
+            }
             // Other events' payloads name other refs, or mean something else by it.
             _ => Ok(told.to_owned()),
         }
@@ -295,7 +341,11 @@ fn removes_ref(event: Option<&Event>, payload: &Fact<Payload>) -> Fact<bool> {
 /// Whether an object id is the one of no object: all zeros.
 fn is_no_object(id: &str) -> Fact<bool> {
     let is_id = matches!(id.len(), 40 | 64) && id.bytes().all(|digit| digit.is_ascii_hexdigit());
-    if is_id { Ok(id.bytes().all(|digit| digit == b'0')) } else { Err(unreadable(Name::After, id, "an object id")) }
+    if is_id {
+        Ok(id.bytes().all(|digit| digit == b'0'))
+    } else {
+        Err(unreadable(Name::After, id, "an object id"))
+    }
 }
 
 fn agree(name: Name, told: &str, payload: Option<&str>) -> Fact<String> {
@@ -315,12 +365,17 @@ fn disagree(name: Name, told: &str, payload: &str) -> Doubt {
 }
 
 fn unreadable(name: Name, told: &str, expected: &str) -> Doubt {
-    Doubt::Unreadable { name, why: format!("`{}` is not {expected}", shown(told)) }
+    Doubt::Unreadable {
+        name,
+        why: format!("`{}` is not {expected}", shown(told)),
+    }
 }
 
 /// Whether a name holds only what git lets a ref hold (git-check-ref-format), so that it can be shown as it is.
 fn is_plain(name: &str) -> bool {
-    !name.chars().any(|c| c.is_control() || c.is_whitespace() || "~^:?*[\\`".contains(c))
+    !name
+        .chars()
+        .any(|c| c.is_control() || c.is_whitespace() || "~^:?*[\\`".contains(c))
 }
 
 #[cfg(test)]

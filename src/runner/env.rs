@@ -11,12 +11,21 @@ pub struct Env(BTreeMap<String, OsString>);
 impl Env {
     /// Reads the process's environment. Names that are not UTF-8 are left out: none of ours is.
     pub fn of_process() -> Self {
-        Self(std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value))).collect())
+        Self(
+            std::env::vars_os()
+                .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+                .collect(),
+        )
     }
 
     /// An environment from pairs, for tests and for recorded events.
     pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
-        Self(pairs.into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect())
+        Self(
+            pairs
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value.into()))
+                .collect(),
+        )
     }
 
     /// A variable's value; `None` if it is unset, empty, or not UTF-8. GitHub sets what it does not
@@ -27,7 +36,10 @@ impl Env {
 
     /// A variable that names a path.
     pub fn path(&self, name: &str) -> Option<PathBuf> {
-        self.0.get(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+        self.0
+            .get(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
     }
 
     /// All variables, empty ones included.
@@ -51,7 +63,10 @@ pub fn program_folder() -> Option<PathBuf> {
 /// # Errors
 /// When the system does not tell.
 pub fn program_and_arguments() -> std::io::Result<(PathBuf, Vec<OsString>)> {
-    Ok((std::env::current_exe()?, std::env::args_os().skip(1).collect()))
+    Ok((
+        std::env::current_exe()?,
+        std::env::args_os().skip(1).collect(),
+    ))
 }
 
 /// The folder that this process runs in.

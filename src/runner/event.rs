@@ -115,13 +115,23 @@ pub fn read(file: &Path) -> Result<Payload, PayloadError> {
 fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
     let unreadable = |error: io::Error| PayloadError::Open(error.kind().to_string());
     let flags = OFlags::NONBLOCK.bits().cast_signed();
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(file).map_err(unreadable)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(file)
+        .map_err(unreadable)?;
     if !file.metadata().map_err(unreadable)?.is_file() {
         return Err(PayloadError::NotAFile);
     }
     let mut bytes = Vec::new();
-    file.take(SIZE_LIMIT + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    if bytes.len() as u64 > SIZE_LIMIT { Err(PayloadError::TooLarge) } else { Ok(bytes) }
+    file.take(SIZE_LIMIT + 1)
+        .read_to_end(&mut bytes)
+        .map_err(unreadable)?;
+    if bytes.len() as u64 > SIZE_LIMIT {
+        Err(PayloadError::TooLarge)
+    } else {
+        Ok(bytes)
+    }
 }
 
 fn parse(bytes: &[u8]) -> Result<Payload, PayloadError> {
@@ -154,7 +164,8 @@ impl<'de> Deserialize<'de> for Payload {
                 let mut payload = Payload::default();
                 let mut seen: Vec<&str> = Vec::new();
                 while let Some(key) = map.next_key::<String>()? {
-                    let Some(field) = FIELDS.iter().chain(&MARKS).find(|field| **field == key) else {
+                    let Some(field) = FIELDS.iter().chain(&MARKS).find(|field| **field == key)
+                    else {
                         map.next_value::<IgnoredAny>()?;
                         continue;
                     };
@@ -172,7 +183,11 @@ impl<'de> Deserialize<'de> for Payload {
 }
 
 impl Payload {
-    fn take<'de, A: MapAccess<'de>>(&mut self, field: &'static str, map: &mut A) -> Result<(), A::Error> {
+    fn take<'de, A: MapAccess<'de>>(
+        &mut self,
+        field: &'static str,
+        map: &mut A,
+    ) -> Result<(), A::Error> {
         if MARKS.contains(&field) {
             self.marks.push(field);
         }
@@ -183,7 +198,8 @@ impl Payload {
             "repository" => {
                 let repository: Option<Object<Repository>> = map.next_value()?;
                 let repository = repository.map(|object| object.0).unwrap_or_default();
-                (self.repository, self.default_branch) = (repository.full_name, repository.default_branch);
+                (self.repository, self.default_branch) =
+                    (repository.full_name, repository.default_branch);
             }
             "merge_group" => {
                 let group: Option<Object<MergeGroup>> = map.next_value()?;
@@ -234,12 +250,20 @@ mod tests {
     use super::*;
 
     fn check(json: &str, expected: &Result<Payload, PayloadError>) {
-        assert_eq!(parse(json.as_bytes()), *expected, "{}", crate::text::shorten(json, 100));
+        assert_eq!(
+            parse(json.as_bytes()),
+            *expected,
+            "{}",
+            crate::text::shorten(json, 100)
+        );
     }
 
     fn wrong(json: &str) {
         let read = parse(json.as_bytes());
-        assert!(matches!(read, Err(PayloadError::WrongShape { .. })), "{json} gave {read:?}");
+        assert!(
+            matches!(read, Err(PayloadError::WrongShape { .. })),
+            "{json} gave {read:?}"
+        );
     }
 
     #[test]
@@ -261,7 +285,13 @@ mod tests {
 
     #[test]
     fn a_mark_counts_even_if_it_is_null() {
-        check(r#"{"pull_request":null}"#, &Ok(Payload { marks: vec!["pull_request"], ..Payload::default() }));
+        check(
+            r#"{"pull_request":null}"#,
+            &Ok(Payload {
+                marks: vec!["pull_request"],
+                ..Payload::default()
+            }),
+        );
     }
 
     #[test]
@@ -298,7 +328,8 @@ mod tests {
 
     #[test]
     fn a_payload_cut_anywhere_is_unreadable() {
-        let whole = r#"{"ref":"refs/heads/main","repository":{"full_name":"o/ü","default_branch":"main"}}"#;
+        let whole =
+            r#"{"ref":"refs/heads/main","repository":{"full_name":"o/ü","default_branch":"main"}}"#;
         assert!(parse(whole.as_bytes()).is_ok());
         for end in 0..whole.len() {
             assert!(parse(&whole.as_bytes()[..end]).is_err(), "cut at {end}");
@@ -310,7 +341,10 @@ mod tests {
     fn hostile_text_is_unreadable() {
         let not_json = |text: &[u8]| {
             let read = parse(text);
-            assert!(matches!(read, Err(PayloadError::NotJson { .. })), "{read:?}");
+            assert!(
+                matches!(read, Err(PayloadError::NotJson { .. })),
+                "{read:?}"
+            );
         };
         not_json(b"{} {}");
         not_json("\u{feff}{}".as_bytes());
@@ -325,18 +359,27 @@ mod tests {
         for key in ["commits", "ref", "repository", "pull_request"] {
             let bomb = format!("{{\"{key}\":{}{}}}", "[".repeat(deep), "]".repeat(deep));
             // Where nobody looks it is skipped without recursion; a field that is read has the wrong type.
-            assert_eq!(parse(bomb.as_bytes()).is_ok(), matches!(key, "commits" | "pull_request"), "{key}");
+            assert_eq!(
+                parse(bomb.as_bytes()).is_ok(),
+                matches!(key, "commits" | "pull_request"),
+                "{key}"
+            );
         }
     }
 
     #[test]
     fn only_a_regular_file_of_a_sane_size_is_read() {
         let folder = tempfile::tempdir().expect("temporary folder");
-        assert!(matches!(read(&folder.path().join("none")), Err(PayloadError::Open(_))));
+        assert!(matches!(
+            read(&folder.path().join("none")),
+            Err(PayloadError::Open(_))
+        ));
         assert_eq!(read(folder.path()), Err(PayloadError::NotAFile));
         assert_eq!(read(Path::new("/dev/zero")), Err(PayloadError::NotAFile));
         let large = folder.path().join("large");
-        std::fs::File::create(&large).and_then(|file| file.set_len(SIZE_LIMIT + 1)).expect("sparse file");
+        std::fs::File::create(&large)
+            .and_then(|file| file.set_len(SIZE_LIMIT + 1))
+            .expect("sparse file");
         assert_eq!(read(&large), Err(PayloadError::TooLarge));
     }
 }

@@ -111,12 +111,16 @@ impl Name {
     /// Where the fact comes from: in a job, and for a recorded event.
     pub fn source(self) -> &'static str {
         match self {
-            Self::Event => "`GITHUB_EVENT_NAME` (GitLab: `CI_PIPELINE_SOURCE`; for a recorded event `--event-name`)",
+            Self::Event => {
+                "`GITHUB_EVENT_NAME` (GitLab: `CI_PIPELINE_SOURCE`; for a recorded event `--event-name`)"
+            }
             Self::Payload => "`GITHUB_EVENT_PATH` (for a recorded event `--event-path`)",
             Self::Repository => {
                 "`GITHUB_REPOSITORY` (for a recorded event `--repository`) and the payload (GitLab: `CI_PROJECT_PATH`)"
             }
-            Self::DefaultBranch => "`repository.default_branch` of the payload (GitLab: `CI_DEFAULT_BRANCH`)",
+            Self::DefaultBranch => {
+                "`repository.default_branch` of the payload (GitLab: `CI_DEFAULT_BRANCH`)"
+            }
             Self::Ref => {
                 "`GITHUB_REF` (for a recorded event `--ref`) and the payload (GitLab: `CI_COMMIT_REF_NAME`, `CI_COMMIT_REF_PROTECTED`, and `CI_COMMIT_BRANCH` or `CI_COMMIT_TAG`)"
             }
@@ -169,7 +173,9 @@ impl Doubt {
     pub fn remedy(&self) -> String {
         match self {
             Self::Missing(_) => "Supply that fact: none is ever guessed.".into(),
-            Self::Unreadable { name, .. } | Self::Disagree { name, .. } => format!("Look at {}.", name.source()),
+            Self::Unreadable { name, .. } | Self::Disagree { name, .. } => {
+                format!("Look at {}.", name.source())
+            }
         }
     }
 }

@@ -52,7 +52,9 @@ impl Files {
     /// When the file cannot be appended to, or the folder's name has a line break in it.
     pub fn add_path(&self, folder: &Path) -> io::Result<()> {
         let name = folder.to_str().filter(|name| !name.contains(['\n', '\r']));
-        let name = name.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a folder name for PATH"))?;
+        let name = name.ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidInput, "not a folder name for PATH")
+        })?;
         append(self.path.as_deref(), &format!("{name}\n"))
     }
 
@@ -63,7 +65,10 @@ impl Files {
     pub fn add_summary(&self, markdown: &str) -> io::Result<()> {
         let cut = if markdown.len() > SUMMARY_LIMIT {
             // A character has four bytes at most.
-            format!("{}\n\n(cut: GitHub drops summaries over 1 MiB)\n", shorten(markdown, SUMMARY_LIMIT / 4))
+            format!(
+                "{}\n\n(cut: GitHub drops summaries over 1 MiB)\n",
+                shorten(markdown, SUMMARY_LIMIT / 4)
+            )
         } else {
             markdown.to_owned()
         };
@@ -77,12 +82,19 @@ fn append_pair(file: Option<&Path>, name: &str, value: &str) -> io::Result<()> {
     while value.contains(&delimiter) {
         delimiter = format!("flywheel_{:032x}", fastrand::u128(..));
     }
-    append(file, &format!("{name}<<{delimiter}\n{value}\n{delimiter}\n"))
+    append(
+        file,
+        &format!("{name}<<{delimiter}\n{value}\n{delimiter}\n"),
+    )
 }
 
 fn append(file: Option<&Path>, text: &str) -> io::Result<()> {
     let Some(file) = file else { return Ok(()) };
-    OpenOptions::new().append(true).create(true).open(file)?.write_all(text.as_bytes())
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(file)?
+        .write_all(text.as_bytes())
 }
 
 #[cfg(test)]
@@ -93,11 +105,21 @@ mod tests {
     fn a_value_cannot_set_another_output() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let file = folder.path().join("out");
-        let files = Files { output: Some(file.clone()), ..Files::default() };
+        let files = Files {
+            output: Some(file.clone()),
+            ..Files::default()
+        };
         files.set_output("a", "x\nb=evil\nEOF").expect("written");
         let text = std::fs::read_to_string(file).expect("written");
-        let delimiter = text.lines().next().and_then(|line| line.strip_prefix("a<<")).expect("heredoc");
-        assert_eq!(text, format!("a<<{delimiter}\nx\nb=evil\nEOF\n{delimiter}\n"));
+        let delimiter = text
+            .lines()
+            .next()
+            .and_then(|line| line.strip_prefix("a<<"))
+            .expect("heredoc");
+        assert_eq!(
+            text,
+            format!("a<<{delimiter}\nx\nb=evil\nEOF\n{delimiter}\n")
+        );
         assert!(delimiter.len() > 30, "not guessable");
     }
 
@@ -105,8 +127,13 @@ mod tests {
     fn a_summary_never_reaches_the_size_that_drops_it() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let file = folder.path().join("summary");
-        let files = Files { summary: Some(file.clone()), ..Files::default() };
-        files.add_summary(&"ä".repeat(SUMMARY_LIMIT)).expect("written");
+        let files = Files {
+            summary: Some(file.clone()),
+            ..Files::default()
+        };
+        files
+            .add_summary(&"ä".repeat(SUMMARY_LIMIT))
+            .expect("written");
         assert!(std::fs::metadata(file).expect("written").len() < 1024 * 1024);
     }
 }

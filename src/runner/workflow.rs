@@ -46,7 +46,10 @@ pub struct Workflow {
 impl Workflow {
     /// `in_job`: whether GitHub's runner reads our stdout.
     pub fn new(in_job: bool) -> Self {
-        Self { in_job, said: Arc::default() }
+        Self {
+            in_job,
+            said: Arc::default(),
+        }
     }
 
     /// Whether GitHub's runner reads our stdout.
@@ -81,27 +84,57 @@ impl Workflow {
             return complain(&format!("{word}: {title}: {message}"));
         }
         if self.count(level) <= SHOWN_PER_LEVEL {
-            print_line(&format!("::{word} title={}::{}", escape_property(title), escape_data(&message)));
+            print_line(&format!(
+                "::{word} title={}::{}",
+                escape_property(title),
+                escape_data(&message)
+            ));
         } else {
-            print_line(&format!("{word}: {title}: {}", message.replace(['\r', '\n'], " ")));
+            print_line(&format!(
+                "{word}: {title}: {}",
+                message.replace(['\r', '\n'], " ")
+            ));
         }
     }
 
     /// An annotation on a line of a file of the repository (lines and columns count from 1).
-    pub fn annotate_line(&self, level: Level, title: &str, message: &str, file: &str, line: u32, column: Option<u32>) {
+    pub fn annotate_line(
+        &self,
+        level: Level,
+        title: &str,
+        message: &str,
+        file: &str,
+        line: u32,
+        column: Option<u32>,
+    ) {
         let message = shorten(message, MESSAGE_LIMIT - 100);
         let word = level.word();
         if !self.in_job || self.count(level) > SHOWN_PER_LEVEL {
-            let line = format!("{word}: {title}: {file}:{line}: {}", message.replace(['\r', '\n'], " "));
-            return if self.in_job { print_line(&line) } else { complain(&line) };
+            let line = format!(
+                "{word}: {title}: {file}:{line}: {}",
+                message.replace(['\r', '\n'], " ")
+            );
+            return if self.in_job {
+                print_line(&line)
+            } else {
+                complain(&line)
+            };
         }
-        let column = column.map(|column| format!(",col={column}")).unwrap_or_default();
+        let column = column
+            .map(|column| format!(",col={column}"))
+            .unwrap_or_default();
         let (file, title) = (escape_property(file), escape_property(title));
-        print_line(&format!("::{word} file={file},line={line}{column},title={title}::{}", escape_data(&message)));
+        print_line(&format!(
+            "::{word} file={file},line={line}{column},title={title}::{}",
+            escape_data(&message)
+        ));
     }
 
     fn count(&self, level: Level) -> usize {
-        let mut said = self.said.lock().expect("nothing panics while it holds this lock");
+        let mut said = self
+            .said
+            .lock()
+            .expect("nothing panics while it holds this lock");
         said[level as usize] += 1;
         said[level as usize]
     }
@@ -157,7 +190,9 @@ fn complain(line: &str) {
 
 /// Data of a command on one line (actions/toolkit, `command.ts`).
 pub fn escape_data(text: &str) -> String {
-    text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A")
+    text.replace('%', "%25")
+        .replace('\r', "%0D")
+        .replace('\n', "%0A")
 }
 
 /// A property of a command on one line (actions/toolkit, `command.ts`).

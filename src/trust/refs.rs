@@ -23,24 +23,42 @@ impl TrustedRefs {
     /// # Errors
     /// For a pattern that can name no branch and no tag, or names pull requests.
     pub fn parse(text: &str) -> Result<Self, UsageError> {
-        let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
-        let patterns = words.map(|word| check(word).map(|()| word.to_owned())).collect::<Result<Vec<_>, _>>()?;
-        Ok(if patterns.is_empty() { Self::default() } else { Self(patterns) })
+        let words = text
+            .split(|c: char| c == ',' || c.is_whitespace())
+            .filter(|word| !word.is_empty());
+        let patterns = words
+            .map(|word| check(word).map(|()| word.to_owned()))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(if patterns.is_empty() {
+            Self::default()
+        } else {
+            Self(patterns)
+        })
     }
 
     /// The pattern that names this ref, if any does. Only branches and tags can be named, whatever a pattern matches.
     pub fn naming(&self, git_ref: &str) -> Option<String> {
         let nameable = git_ref.starts_with("refs/heads/") || git_ref.starts_with("refs/tags/");
-        self.0.iter().find(|pattern| nameable && matches(pattern, git_ref)).cloned()
+        self.0
+            .iter()
+            .find(|pattern| nameable && matches(pattern, git_ref))
+            .cloned()
     }
 }
 
 fn check(pattern: &str) -> Result<(), UsageError> {
     let wrong = |problem: &str, hint: &str| {
-        Err(UsageError::new("trusted-refs", format!("{problem}, not `{}`", shown(pattern))).with_hint(hint))
+        Err(UsageError::new(
+            "trusted-refs",
+            format!("{problem}, not `{}`", shown(pattern)),
+        )
+        .with_hint(hint))
     };
     let Some(below) = pattern.strip_prefix("refs/") else {
-        return wrong("must hold full refs", "Write `refs/heads/NAME` for a branch, `refs/tags/NAME` for a tag.");
+        return wrong(
+            "must hold full refs",
+            "Write `refs/heads/NAME` for a branch, `refs/tags/NAME` for a tag.",
+        );
     };
     let kind = below.split('/').next().unwrap_or_default();
     if kind == "pull" {
@@ -50,11 +68,17 @@ fn check(pattern: &str) -> Result<(), UsageError> {
         );
     }
     if !kind.contains('*') && !matches!(kind, "heads" | "tags") {
-        return wrong("must name branches or tags", "Begin it with `refs/heads/` or `refs/tags/`.");
+        return wrong(
+            "must name branches or tags",
+            "Begin it with `refs/heads/` or `refs/tags/`.",
+        );
     }
     // git lets no ref hold these, so such a pattern would silently match nothing.
     if pattern.contains(['?', '[', '\\', '^', '~', ':']) {
-        return wrong("must use no other wildcards than `*` and `**`", "`*` stops at a `/`, `**` does not.");
+        return wrong(
+            "must use no other wildcards than `*` and `**`",
+            "`*` stops at a `/`, `**` does not.",
+        );
     }
     Ok(())
 }
@@ -95,16 +119,28 @@ mod tests {
     fn check(patterns: &str, named: &[&str], not_named: &[&str]) {
         let trusted = TrustedRefs::parse(patterns).expect("good patterns");
         for git_ref in named {
-            assert!(trusted.naming(git_ref).is_some(), "`{patterns}` should name {git_ref}");
+            assert!(
+                trusted.naming(git_ref).is_some(),
+                "`{patterns}` should name {git_ref}"
+            );
         }
         for git_ref in not_named {
-            assert!(trusted.naming(git_ref).is_none(), "`{patterns}` should not name {git_ref}");
+            assert!(
+                trusted.naming(git_ref).is_none(),
+                "`{patterns}` should not name {git_ref}"
+            );
         }
     }
 
     #[test]
     fn the_default_is_version_tags() {
-        let not = ["refs/tags/1.0", "refs/tags/v1/x", "refs/heads/v1", "refs/tags/x/v1", "xrefs/tags/v1"];
+        let not = [
+            "refs/tags/1.0",
+            "refs/tags/v1/x",
+            "refs/heads/v1",
+            "refs/tags/x/v1",
+            "xrefs/tags/v1",
+        ];
         check("", &["refs/tags/v1.0", "refs/tags/v"], &not);
         check(" , ", &["refs/tags/v1.0"], &not);
     }
@@ -120,31 +156,55 @@ mod tests {
 
     #[test]
     fn one_star_stops_at_a_slash_and_two_do_not() {
-        check("refs/heads/release/*", &["refs/heads/release/1"], &["refs/heads/release/1/x", "refs/heads/release"]);
-        check("refs/heads/release/**", &["refs/heads/release/1/x", "refs/heads/release/1"], &["refs/heads/release"]);
+        check(
+            "refs/heads/release/*",
+            &["refs/heads/release/1"],
+            &["refs/heads/release/1/x", "refs/heads/release"],
+        );
+        check(
+            "refs/heads/release/**",
+            &["refs/heads/release/1/x", "refs/heads/release/1"],
+            &["refs/heads/release"],
+        );
         check(
             "refs/heads/*/b*c",
             &["refs/heads/a/bc", "refs/heads/a/bxbc"],
             &["refs/heads/a/x/bc", "refs/heads/a/bcd"],
         );
-        check("refs/**/v*", &["refs/tags/v1", "refs/heads/x/v2"], &["refs/tags/w", "refs/notes/v1"]);
+        check(
+            "refs/**/v*",
+            &["refs/tags/v1", "refs/heads/x/v2"],
+            &["refs/tags/w", "refs/notes/v1"],
+        );
     }
 
     #[test]
     fn several_patterns_by_comma_space_or_line() {
         let all = ["refs/tags/v1", "refs/heads/a", "refs/heads/b"];
-        check("refs/tags/v*,refs/heads/a\n\trefs/heads/b", &all, &["refs/heads/c", "refs/heads/a,refs/heads/b"]);
+        check(
+            "refs/tags/v*,refs/heads/a\n\trefs/heads/b",
+            &all,
+            &["refs/heads/c", "refs/heads/a,refs/heads/b"],
+        );
     }
 
     #[test]
     fn no_pattern_reaches_beyond_branches_and_tags() {
-        check("refs/** refs/*/1/*", &["refs/heads/x"], &["refs/pull/1/merge", "refs/notes/x", "refs/merge-requests/1"]);
+        check(
+            "refs/** refs/*/1/*",
+            &["refs/heads/x"],
+            &["refs/pull/1/merge", "refs/notes/x", "refs/merge-requests/1"],
+        );
     }
 
     #[test]
     fn a_pattern_is_no_trap() {
         let many = "*a".repeat(200);
-        check(&format!("refs/heads/{many}b"), &[], &[&format!("refs/heads/{}", "a".repeat(1000))]);
+        check(
+            &format!("refs/heads/{many}b"),
+            &[],
+            &[&format!("refs/heads/{}", "a".repeat(1000))],
+        );
     }
 
     #[test]
@@ -163,7 +223,10 @@ mod tests {
         ] {
             let error = TrustedRefs::parse(&format!("refs/tags/v*, {wrong}")).expect_err(wrong);
             assert_eq!(error.exit(), Exit::Usage);
-            assert!(error.to_string().contains("`trusted-refs`") && error.to_string().contains(&format!("`{wrong}`")));
+            assert!(
+                error.to_string().contains("`trusted-refs`")
+                    && error.to_string().contains(&format!("`{wrong}`"))
+            );
             assert!(error.hint().is_some());
         }
     }

@@ -20,8 +20,15 @@ fn on(event: &str, git_ref: &str) -> Case {
         ref_protected: false,
         removes_ref: Ok(false),
     };
-    let request = Request { push_cache: PushCache::Always, ..Request::default() };
-    Case { facts: Facts::Job(Box::new(job)), request, token: true }
+    let request = Request {
+        push_cache: PushCache::Always,
+        ..Request::default()
+    };
+    Case {
+        facts: Facts::Job(Box::new(job)),
+        request,
+        token: true,
+    }
 }
 
 fn push(git_ref: &str) -> Case {
@@ -29,12 +36,17 @@ fn push(git_ref: &str) -> Case {
 }
 
 fn laptop() -> Case {
-    Case { facts: Facts::Local, ..push("") }
+    Case {
+        facts: Facts::Local,
+        ..push("")
+    }
 }
 
 impl Case {
     fn with(mut self, change: impl FnOnce(&mut Job)) -> Self {
-        let Facts::Job(job) = &mut self.facts else { panic!("a laptop has no job") };
+        let Facts::Job(job) = &mut self.facts else {
+            panic!("a laptop has no job")
+        };
         change(job);
         self
     }
@@ -71,7 +83,11 @@ fn decided(case: &Case) -> Decision {
     assert_eq!(decision.plan().attic == ToAttic::All, decision.publishes());
     assert_eq!(decision.remedy().is_none(), decision.publishes());
     if decision.publishes() {
-        assert!(case.token && matches!(decision.verdict(), Verdict::MayPublish(_)) && !decision.is_refused());
+        assert!(
+            case.token
+                && matches!(decision.verdict(), Verdict::MayPublish(_))
+                && !decision.is_refused()
+        );
     }
     decision
 }
@@ -79,13 +95,22 @@ fn decided(case: &Case) -> Decision {
 /// Publishes or not; a token is there and `push-cache: true` unless the case says otherwise.
 fn check(case: &Case, publishes: bool) -> Decision {
     let decision = decided(case);
-    assert_eq!(decision.publishes(), publishes, "{case:?}: {}", decision.reason());
+    assert_eq!(
+        decision.publishes(),
+        publishes,
+        "{case:?}: {}",
+        decision.reason()
+    );
     decision
 }
 
 impl std::fmt::Debug for Case {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?} with {:?}, token: {}", self.facts, self.request, self.token)
+        write!(
+            f,
+            "{:?} with {:?}, token: {}",
+            self.facts, self.request, self.token
+        )
     }
 }
 
@@ -132,8 +157,14 @@ fn a_named_tag_publishes_without_protection() {
     check(&push("refs/tags/v1.0"), true);
     check(&on("workflow_dispatch", "refs/tags/v1.0"), true);
     check(&push("refs/tags/release-1"), false);
-    check(&push("refs/tags/release-1").trusting("refs/tags/release-*"), true);
-    check(&push("refs/tags/v1.0").trusting("refs/tags/release-*"), false);
+    check(
+        &push("refs/tags/release-1").trusting("refs/tags/release-*"),
+        true,
+    );
+    check(
+        &push("refs/tags/v1.0").trusting("refs/tags/release-*"),
+        false,
+    );
     refusal(&on("schedule", "refs/tags/v1.0"));
 }
 
@@ -142,14 +173,24 @@ fn a_named_branch_must_be_protected() {
     let release = push("refs/heads/release/1").trusting("refs/heads/release/*");
     assert!(matches!(refusal(&release), Refusal::Unprotected { .. }));
     check(&release.protected(), true);
-    assert!(matches!(refusal(&push("refs/heads/other").protected()), Refusal::OtherRef { .. }));
-    refusal(&on("schedule", "refs/heads/release/1").trusting("refs/heads/release/*").protected());
+    assert!(matches!(
+        refusal(&push("refs/heads/other").protected()),
+        Refusal::OtherRef { .. }
+    ));
+    refusal(
+        &on("schedule", "refs/heads/release/1")
+            .trusting("refs/heads/release/*")
+            .protected(),
+    );
 }
 
 #[test]
 fn a_push_that_removes_its_ref_never_publishes() {
     for git_ref in ["refs/heads/main", "refs/tags/v1"] {
-        let gone = push(git_ref).with(|job| job.removes_ref = Ok(true)).trusting(WIDEST).protected();
+        let gone = push(git_ref)
+            .with(|job| job.removes_ref = Ok(true))
+            .trusting(WIDEST)
+            .protected();
         assert!(matches!(refusal(&gone), Refusal::RefRemoved { .. }));
     }
 }
@@ -157,10 +198,17 @@ fn a_push_that_removes_its_ref_never_publishes() {
 #[test]
 fn a_merge_queue_publishes_only_by_name() {
     let queue = on("merge_group", "refs/heads/gh-readonly-queue/main/pr-1-0a");
-    assert!(matches!(refusal(&queue.clone().protected()), Refusal::MergeGroup { .. }));
+    assert!(matches!(
+        refusal(&queue.clone().protected()),
+        Refusal::MergeGroup { .. }
+    ));
     check(&queue.trusting("refs/heads/gh-readonly-queue/main/*"), true);
     assert!(matches!(
-        refusal(&on("merge_group", "refs/heads/main").trusting(WIDEST).protected()),
+        refusal(
+            &on("merge_group", "refs/heads/main")
+                .trusting(WIDEST)
+                .protected()
+        ),
         Refusal::NotAQueue { .. }
     ));
 }
@@ -207,7 +255,12 @@ fn other_events_never_publish_whatever_is_set() {
 #[test]
 fn a_pull_request_ref_never_publishes_for_any_event() {
     for event in ["push", "workflow_dispatch", "schedule", "merge_group"] {
-        refusal(&on(event, "refs/pull/1/merge").trusting(WIDEST).protected().by_hand());
+        refusal(
+            &on(event, "refs/pull/1/merge")
+                .trusting(WIDEST)
+                .protected()
+                .by_hand(),
+        );
     }
 }
 
@@ -230,7 +283,10 @@ fn any_fact_in_doubt_makes_it_read_only() {
         for change in changes {
             let case = on(event, git_ref).protected().trusting(WIDEST).by_hand();
             check(&case, true);
-            assert_eq!(refusal(&case.with(|job| change(job, missing()))), Refusal::InDoubt(missing()));
+            assert_eq!(
+                refusal(&case.with(|job| change(job, missing()))),
+                Refusal::InDoubt(missing())
+            );
         }
     }
 }
@@ -243,23 +299,39 @@ fn an_empty_default_branch_matches_nothing() {
 #[test]
 fn a_laptop_publishes_only_by_hand() {
     let decision = check(&laptop(), false);
-    assert_eq!(decision.reason(), "local: publish only when asked (`--publish`)");
-    assert!(!decision.is_refused(), "push-cache asks nothing on a laptop");
+    assert_eq!(
+        decision.reason(),
+        "local: publish only when asked (`--publish`)"
+    );
+    assert!(
+        !decision.is_refused(),
+        "push-cache asks nothing on a laptop"
+    );
     let decision = check(&laptop().by_hand().push_cache(PushCache::Never), true);
-    assert_eq!(decision.reason(), "local: publish only when asked, and `--publish` asks");
+    assert_eq!(
+        decision.reason(),
+        "local: publish only when asked, and `--publish` asks"
+    );
     assert!(check(&laptop().by_hand().without_token(), false).is_refused());
 }
 
 #[test]
 fn another_ci_is_read_only() {
-    let case = Case { facts: Facts::OtherCi("GitLab CI".into()), ..push("").by_hand() };
+    let case = Case {
+        facts: Facts::OtherCi("GitLab CI".into()),
+        ..push("").by_hand()
+    };
     assert_eq!(refusal(&case), Refusal::OtherCi("GitLab CI".into()));
 }
 
 #[test]
 fn may_publish_needs_a_request_and_a_token() {
     let main = push("refs/heads/main");
-    for (push_cache, asks) in [(PushCache::Always, true), (PushCache::Auto, true), (PushCache::Never, false)] {
+    for (push_cache, asks) in [
+        (PushCache::Always, true),
+        (PushCache::Auto, true),
+        (PushCache::Never, false),
+    ] {
         check(&main.clone().push_cache(push_cache), asks);
         check(&main.clone().push_cache(push_cache).without_token(), false);
     }
@@ -286,7 +358,10 @@ fn what_was_asked_for_and_will_not_happen_is_told() {
         (pull_request.push_cache(PushCache::Never).by_hand(), true),
         (main.clone(), false),
         (main.clone().without_token(), true),
-        (main.clone().push_cache(PushCache::Auto).without_token(), true),
+        (
+            main.clone().push_cache(PushCache::Auto).without_token(),
+            true,
+        ),
         (main.push_cache(PushCache::Never).without_token(), false),
     ] {
         assert_eq!(decided(&case).is_refused(), refused, "{case:?}");
@@ -297,13 +372,30 @@ fn what_was_asked_for_and_will_not_happen_is_told() {
 fn flakehub_follows_the_publication_policy() {
     let cases = [
         (push("refs/heads/main"), ToFlakeHub::Rolling),
-        (push("refs/heads/main").push_cache(PushCache::Never).without_token(), ToFlakeHub::Rolling),
+        (
+            push("refs/heads/main")
+                .push_cache(PushCache::Never)
+                .without_token(),
+            ToFlakeHub::Rolling,
+        ),
         (push("refs/tags/v1.0"), ToFlakeHub::Versioned),
-        (push("refs/tags/v1.0").with(|job| job.removes_ref = Ok(true)), ToFlakeHub::Nothing),
-        (push("refs/tags/nightly").trusting("refs/tags/*"), ToFlakeHub::Nothing),
-        (push("refs/heads/v1").trusting("refs/heads/*").protected(), ToFlakeHub::Nothing),
+        (
+            push("refs/tags/v1.0").with(|job| job.removes_ref = Ok(true)),
+            ToFlakeHub::Nothing,
+        ),
+        (
+            push("refs/tags/nightly").trusting("refs/tags/*"),
+            ToFlakeHub::Nothing,
+        ),
+        (
+            push("refs/heads/v1").trusting("refs/heads/*").protected(),
+            ToFlakeHub::Nothing,
+        ),
         (on("schedule", "refs/heads/main"), ToFlakeHub::Nothing),
-        (on("workflow_dispatch", "refs/tags/v1.0"), ToFlakeHub::Nothing),
+        (
+            on("workflow_dispatch", "refs/tags/v1.0"),
+            ToFlakeHub::Nothing,
+        ),
         (on("pull_request", "refs/heads/main"), ToFlakeHub::Nothing),
         (laptop().by_hand(), ToFlakeHub::Nothing),
     ];
@@ -315,5 +407,8 @@ fn flakehub_follows_the_publication_policy() {
 #[test]
 fn a_reason_is_one_line_without_commands_whatever_the_event_is_called() {
     let reason = decided(&on("x\n::error::`y`##[add-path]z", "refs/heads/main")).reason();
-    assert!(!reason.contains('\n') && !reason.contains("##["), "{reason}");
+    assert!(
+        !reason.contains('\n') && !reason.contains("##["),
+        "{reason}"
+    );
 }

@@ -7,7 +7,12 @@ use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
 
 fn contract(arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     let arguments = [&["cache-contract"], arguments].concat();
-    environment.iter().fold(Flywheel::in_job(&arguments), |run, (name, value)| run.env(name, value)).run()
+    environment
+        .iter()
+        .fold(Flywheel::in_job(&arguments), |run, (name, value)| {
+            run.env(name, value)
+        })
+        .run()
 }
 
 #[track_caller]
@@ -15,27 +20,50 @@ fn check(arguments: &[&str], environment: &[(&str, &str)], code: i32, says: &str
     let ran = contract(arguments, environment);
     let said = format!("{}{}", ran.stdout, ran.stderr);
     assert_eq!(ran.code, code, "{arguments:?} {environment:?}\n{said}");
-    assert!(said.contains(says), "{arguments:?} {environment:?}: no `{says}` in\n{said}");
+    assert!(
+        said.contains(says),
+        "{arguments:?} {environment:?}: no `{says}` in\n{said}"
+    );
 }
 
 #[test]
 fn every_endpoint_is_asked_in_its_own_language() {
     for (answer, scheme, code, says) in [
-        (Answer::Grpc { execution: false }, "grpc", 0, "the shared-cache contract holds, strict"),
+        (
+            Answer::Grpc { execution: false },
+            "grpc",
+            0,
+            "the shared-cache contract holds, strict",
+        ),
         (Answer::Http(404, ""), "http", 0, "answers in"),
         (Answer::Http(200, ""), "http", 0, "answers in"),
         (Answer::Http(200, "<html>"), "http", 1, "no Bazel cache"),
         (Answer::Http(403, ""), "http", 1, "403 (authorisation)"),
         (Answer::Http(500, ""), "http", 1, "500 (answer)"),
-        (Answer::GrpcGarbage, "grpc", 1, "no message of the remote execution protocol"),
+        (
+            Answer::GrpcGarbage,
+            "grpc",
+            1,
+            "no message of the remote execution protocol",
+        ),
         (Answer::GrpcStatus("12"), "grpc", 1, "no Bazel remote cache"),
         (Answer::GrpcStatus("16"), "grpc", 1, "(authorisation)"),
         (Answer::GrpcStatus("14"), "grpc", 1, "gRPC status 14"),
         (Answer::Http(200, ""), "grpc", 1, "(answer)"),
-        (Answer::Grpc { execution: false }, "grpcs", 1, "error      cache:"),
+        (
+            Answer::Grpc { execution: false },
+            "grpcs",
+            1,
+            "error      cache:",
+        ),
     ] {
         let url = Server::start(answer).url(scheme);
-        check(&["--strict", "--class", "general", "--allow-localhost"], &[("BAZEL_REMOTE_CACHE", &url)], code, says);
+        check(
+            &["--strict", "--class", "general", "--allow-localhost"],
+            &[("BAZEL_REMOTE_CACHE", &url)],
+            code,
+            says,
+        );
     }
 }
 
@@ -43,52 +71,124 @@ fn every_endpoint_is_asked_in_its_own_language() {
 fn an_endpoint_that_does_not_answer_breaks_only_the_strict_contract() {
     let url = Server::start(Answer::Silent).url("grpc");
     let bounded = ["--allow-localhost", "--timeout", "1"];
-    check(&bounded, &[("BAZEL_REMOTE_CACHE", &url)], 0, "warning    cache:");
+    check(
+        &bounded,
+        &[("BAZEL_REMOTE_CACHE", &url)],
+        0,
+        "warning    cache:",
+    );
     let strict = [&bounded[..], &["--strict", "--class", "general"]].concat();
-    check(&strict, &[("BAZEL_REMOTE_CACHE", &url)], 1, "no answer within 1");
+    check(
+        &strict,
+        &[("BAZEL_REMOTE_CACHE", &url)],
+        1,
+        "no answer within 1",
+    );
     check(&["--timeout", "soon"], &[], 64, "timeout");
 }
 
 #[test]
 fn an_executor_must_execute() {
-    let mode = ["--allow-localhost", "--strict", "--class", "general", "--mode", "executor-backed"];
-    for (execution, code, says) in [(true, 0, "mode       executor-backed"), (false, 1, "executes nothing")] {
+    let mode = [
+        "--allow-localhost",
+        "--strict",
+        "--class",
+        "general",
+        "--mode",
+        "executor-backed",
+    ];
+    for (execution, code, says) in [
+        (true, 0, "mode       executor-backed"),
+        (false, 1, "executes nothing"),
+    ] {
         let url = Server::start(Answer::Grpc { execution }).url("grpc");
-        check(&mode, &[("BAZEL_REMOTE_CACHE", &url), ("BAZEL_REMOTE_EXECUTOR", &url)], code, says);
+        check(
+            &mode,
+            &[
+                ("BAZEL_REMOTE_CACHE", &url),
+                ("BAZEL_REMOTE_EXECUTOR", &url),
+            ],
+            code,
+            says,
+        );
     }
 }
 
 #[test]
 fn wrong_input_is_64() {
-    check(&["--mode", "shared-cache-baked"], &[], 64, "Did you mean `shared-cache-backed`?");
+    check(
+        &["--mode", "shared-cache-baked"],
+        &[],
+        64,
+        "Did you mean `shared-cache-backed`?",
+    );
     check(&["--class", "genral"], &[], 64, "Did you mean `general`?");
-    check(&["--contract-file", "nowhere.yml"], &[], 64, "`nowhere.yml`");
+    check(
+        &["--contract-file", "nowhere.yml"],
+        &[],
+        64,
+        "`nowhere.yml`",
+    );
     check(&["--push-cache", "maybe"], &[], 64, "push-cache");
 }
 
 #[test]
 fn attic_is_part_of_the_contract() {
     let mode = [("FLYWHEEL_MODE", "compatibility-local-only")];
-    check(&[], &[mode[0], ("ATTIC_SERVER", "${ATTIC_SERVER}")], 1, "error      attic: `ATTIC_SERVER` holds a literal");
-    check(&[], &[mode[0], ("ATTIC_SERVER", "http://127.0.0.1:9")], 1, "`allow-localhost`");
-    check(&["--allow-localhost"], &[mode[0], ("ATTIC_SERVER", "http://127.0.0.1:9")], 0, "warning    attic:");
+    check(
+        &[],
+        &[mode[0], ("ATTIC_SERVER", "${ATTIC_SERVER}")],
+        1,
+        "error      attic: `ATTIC_SERVER` holds a literal",
+    );
+    check(
+        &[],
+        &[mode[0], ("ATTIC_SERVER", "http://127.0.0.1:9")],
+        1,
+        "`allow-localhost`",
+    );
+    check(
+        &["--allow-localhost"],
+        &[mode[0], ("ATTIC_SERVER", "http://127.0.0.1:9")],
+        0,
+        "warning    attic:",
+    );
 }
 
 #[test]
 fn the_repository_declares_the_mode() {
     let run = Flywheel::new(&["cache-contract", "--mode", "compatibility-local-only"]);
-    std::fs::write(run.path("flywheel.yml"), "shared-cache: {mode: executor-backed}\n").unwrap();
+    std::fs::write(
+        run.path("flywheel.yml"),
+        "shared-cache: {mode: executor-backed}\n",
+    )
+    .unwrap();
     let ran = run.run();
     assert_eq!(ran.code, 1);
-    assert!(ran.stdout.contains("(declared: executor-backed, by flywheel.yml)"), "{}", ran.stdout);
+    assert!(
+        ran.stdout
+            .contains("(declared: executor-backed, by flywheel.yml)"),
+        "{}",
+        ran.stdout
+    );
 }
 
 #[test]
 fn credentials_in_an_address_are_never_printed_or_written() {
     let server = Server::start(Answer::Http(404, ""));
-    let url = format!("http://me:{PLANTED_TOKEN}@127.0.0.1:{}/x?key={PLANTED_TOKEN}", server.port);
+    let url = format!(
+        "http://me:{PLANTED_TOKEN}@127.0.0.1:{}/x?key={PLANTED_TOKEN}",
+        server.port
+    );
     for format in ["text", "json"] {
-        let arguments = ["cache-contract", "--allow-localhost", "--format", format, "--bazelrc", "rc"];
+        let arguments = [
+            "cache-contract",
+            "--allow-localhost",
+            "--format",
+            format,
+            "--bazelrc",
+            "rc",
+        ];
         let run = Flywheel::in_job(&arguments).env("BAZEL_REMOTE_CACHE", &url);
         assert_eq!(run.run().code, 0);
         assert_eq!(
@@ -97,38 +197,73 @@ fn credentials_in_an_address_are_never_printed_or_written() {
         );
     }
     let broken = url.replace("http://", "ftp://");
-    check(&["--allow-localhost"], &[("BAZEL_REMOTE_CACHE", &broken)], 1, "its scheme is `ftp`");
+    check(
+        &["--allow-localhost"],
+        &[("BAZEL_REMOTE_CACHE", &broken)],
+        1,
+        "its scheme is `ftp`",
+    );
     let dead = format!("grpc://me:{PLANTED_TOKEN}@127.0.0.1:9");
-    check(&["--allow-localhost"], &[("BAZEL_REMOTE_CACHE", &dead)], 0, "grpc://127.0.0.1:9");
+    check(
+        &["--allow-localhost"],
+        &[("BAZEL_REMOTE_CACHE", &dead)],
+        0,
+        "grpc://127.0.0.1:9",
+    );
 }
 
 #[test]
 fn uploads_are_written_only_where_the_gate_allows_and_the_caller_asks() {
     let url = Server::start(Answer::Grpc { execution: false }).url("grpc");
-    for (arguments, uploads) in [(&["--publish"][..], true), (&[], false), (&["--push-cache", "true"], false)] {
-        let arguments = [&["cache-contract", "--allow-localhost", "--bazelrc", "rc"], arguments].concat();
+    for (arguments, uploads) in [
+        (&["--publish"][..], true),
+        (&[], false),
+        (&["--push-cache", "true"], false),
+    ] {
+        let arguments = [
+            &["cache-contract", "--allow-localhost", "--bazelrc", "rc"],
+            arguments,
+        ]
+        .concat();
         let run = Flywheel::new(&arguments).env("BAZEL_REMOTE_CACHE", &url);
         assert_eq!(run.run().code, 0);
         let line = format!("build --remote_upload_local_results={uploads}\nbuild --disk_cache=\n");
-        assert!(run.read("rc").contains(&line), "{arguments:?}: {}", run.read("rc"));
+        assert!(
+            run.read("rc").contains(&line),
+            "{arguments:?}: {}",
+            run.read("rc")
+        );
     }
 }
 
 #[test]
 fn the_report_has_a_form_for_machines_and_the_step_has_outputs() {
     let url = Server::start(Answer::Grpc { execution: false }).url("grpc");
-    let run =
-        Flywheel::in_job(&["cache-contract", "--allow-localhost", "--format", "json", "--strict", "--class", "kernel"]);
+    let run = Flywheel::in_job(&[
+        "cache-contract",
+        "--allow-localhost",
+        "--format",
+        "json",
+        "--strict",
+        "--class",
+        "kernel",
+    ]);
     let run = run.env("BAZEL_REMOTE_CACHE", &url);
     let ran = run.run();
-    let report: Value = serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("{error}: {}", ran.stdout));
+    let report: Value =
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("{error}: {}", ran.stdout));
     assert_eq!(report["holds"], true);
     assert_eq!(report["actual"], "shared-cache-backed");
     assert_eq!(report["endpoints"]["cache"]["url"], url);
     let outputs = run.read("GITHUB_OUTPUT");
     assert!(
-        outputs.contains("holds<<") && outputs.contains("\ntrue\n") && outputs.contains("\nshared-cache-backed\n"),
+        outputs.contains("holds<<")
+            && outputs.contains("\ntrue\n")
+            && outputs.contains("\nshared-cache-backed\n"),
         "{outputs}"
     );
-    assert!(run.read("GITHUB_STEP_SUMMARY").starts_with("### ✅ the shared-cache contract holds, strict"));
+    assert!(
+        run.read("GITHUB_STEP_SUMMARY")
+            .starts_with("### ✅ the shared-cache contract holds, strict")
+    );
 }

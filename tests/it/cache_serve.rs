@@ -18,7 +18,16 @@ mod uploading;
 #[test]
 fn the_first_start_makes_private_files_and_the_second_keeps_them() {
     let start = || {
-        let run = Flywheel::new(&["cache", "serve", "--dir", "c", "--listen", "127.0.0.1:0", "--stop-after", "0s"]);
+        let run = Flywheel::new(&[
+            "cache",
+            "serve",
+            "--dir",
+            "c",
+            "--listen",
+            "127.0.0.1:0",
+            "--stop-after",
+            "0s",
+        ]);
         run.env("FLYWHEEL_CACHE_READY_FILE", "ready")
     };
     let mut first = start();
@@ -30,9 +39,23 @@ fn the_first_start_makes_private_files_and_the_second_keeps_them() {
     assert_eq!(lines[2], "tokens-file c/tokens");
     assert_eq!(first.read("ready").trim(), lines[0]);
     for file in ["c/tokens", "c/keys/main.secret"] {
-        assert_eq!(std::fs::metadata(first.path(file)).unwrap().permissions().mode() & 0o777, 0o600, "{file}");
+        assert_eq!(
+            std::fs::metadata(first.path(file))
+                .unwrap()
+                .permissions()
+                .mode()
+                & 0o777,
+            0o600,
+            "{file}"
+        );
     }
-    let token = first.read("c/tokens").lines().last().unwrap().trim_start_matches("write ").to_owned();
+    let token = first
+        .read("c/tokens")
+        .lines()
+        .last()
+        .unwrap()
+        .trim_start_matches("write ")
+        .to_owned();
     assert_eq!(token.len(), 64);
     assert!(!ran.stdout.contains(&token) && !ran.stderr.contains(&token));
 
@@ -47,13 +70,37 @@ fn the_first_start_makes_private_files_and_the_second_keeps_them() {
 #[test]
 fn bad_input_is_refused_before_anything_is_made() {
     let cases: [(&[&str], &str, &str); 9] = [
-        (&["--listen", "0.0.0.0:0"], "names 0.0.0.0, which other machines may reach", "--allow-remote"),
-        (&["--listen", "8080"], "must be an address and a port", "127.0.0.1:8484"),
+        (
+            &["--listen", "0.0.0.0:0"],
+            "names 0.0.0.0, which other machines may reach",
+            "--allow-remote",
+        ),
+        (
+            &["--listen", "8080"],
+            "must be an address and a port",
+            "127.0.0.1:8484",
+        ),
         (&["--cache", "../x"], "is no cache name", ""),
-        (&["--max-age", "3y"], "must be a time such as `30d`, not `3y`", "`w`"),
-        (&["--max-size", "big"], "must be a size such as `20G`, not `big`", "1024"),
-        (&["--level", "0"], "must be a number from 1 to 19, not `0`", ""),
-        (&["--priority", "low"], "must be a number from 0 to 1000, not `low`", ""),
+        (
+            &["--max-age", "3y"],
+            "must be a time such as `30d`, not `3y`",
+            "`w`",
+        ),
+        (
+            &["--max-size", "big"],
+            "must be a size such as `20G`, not `big`",
+            "1024",
+        ),
+        (
+            &["--level", "0"],
+            "must be a number from 1 to 19, not `0`",
+            "",
+        ),
+        (
+            &["--priority", "low"],
+            "must be a number from 0 to 1000, not `low`",
+            "",
+        ),
         (&["--grace", "x"], "must be a time", ""),
         (&["--stop-after", "x"], "must be a time", ""),
     ];
@@ -63,21 +110,52 @@ fn bad_input_is_refused_before_anything_is_made() {
         let run = Flywheel::new(&arguments);
         let ran = run.run();
         assert_eq!(ran.code, 64, "{more:?}: {}", ran.stderr);
-        assert!(ran.stderr.contains(problem) && ran.stderr.contains(hint), "{more:?}: {}", ran.stderr);
+        assert!(
+            ran.stderr.contains(problem) && ran.stderr.contains(hint),
+            "{more:?}: {}",
+            ran.stderr
+        );
         assert!(!run.path("c").exists(), "{more:?}");
     }
 }
 
 #[test]
 fn empty_inputs_are_inputs_that_were_not_given() {
-    let run = Flywheel::in_job(&["cache", "serve", "--dir", "c", "--listen", "127.0.0.1:0", "--stop-after", "0"]);
-    let names = ["READY_FILE", "TOKENS", "LEVEL", "PRIORITY", "MAX_AGE", "MAX_SIZE", "GRACE", "GC_INTERVAL", "PRIVATE"];
-    let run = names.iter().fold(run, |run, name| run.env(&format!("FLYWHEEL_CACHE_{name}"), ""));
+    let run = Flywheel::in_job(&[
+        "cache",
+        "serve",
+        "--dir",
+        "c",
+        "--listen",
+        "127.0.0.1:0",
+        "--stop-after",
+        "0",
+    ]);
+    let names = [
+        "READY_FILE",
+        "TOKENS",
+        "LEVEL",
+        "PRIORITY",
+        "MAX_AGE",
+        "MAX_SIZE",
+        "GRACE",
+        "GC_INTERVAL",
+        "PRIVATE",
+    ];
+    let run = names.iter().fold(run, |run, name| {
+        run.env(&format!("FLYWHEEL_CACHE_{name}"), "")
+    });
     assert_eq!(run.run().code, 0);
-    let run = Flywheel::in_job(&["cache", "serve", "--dir", "c"]).env("FLYWHEEL_CACHE_LISTEN", "nowhere");
+    let run =
+        Flywheel::in_job(&["cache", "serve", "--dir", "c"]).env("FLYWHEEL_CACHE_LISTEN", "nowhere");
     let ran = run.run();
     assert_eq!(ran.code, 64);
-    assert!(ran.stdout.starts_with("::error title=flywheel::input `listen` must be"), "{}", ran.stdout);
+    assert!(
+        ran.stdout
+            .starts_with("::error title=flywheel::input `listen` must be"),
+        "{}",
+        ran.stdout
+    );
 }
 
 #[test]
@@ -87,7 +165,11 @@ fn a_bad_tokens_file_is_named_and_not_shown() {
     std::fs::write(run.path("c/tokens"), "push hidden-token\n").unwrap();
     let ran = run.run();
     assert_eq!(ran.code, 69);
-    assert!(ran.stderr.contains("line 1 of the tokens file `c/tokens`"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("line 1 of the tokens file `c/tokens`"),
+        "{}",
+        ran.stderr
+    );
     assert!(!ran.stderr.contains("hidden-token"), "{}", ran.stderr);
 }
 
@@ -96,13 +178,28 @@ fn a_second_server_and_a_collection_beside_a_server_are_refused() {
     let served = Served::start(&[]);
     let folder = served.path("").display().to_string();
     for arguments in [
-        vec!["cache", "serve", "--dir", &folder, "--listen", "127.0.0.1:0"],
+        vec![
+            "cache",
+            "serve",
+            "--dir",
+            &folder,
+            "--listen",
+            "127.0.0.1:0",
+        ],
         vec!["cache", "gc", "--dir", &folder, "--max-size", "0"],
     ] {
         let ran = Flywheel::new(&arguments).run();
         assert_eq!(ran.code, 69, "{}", ran.stderr);
-        assert!(ran.stderr.contains("is in use by another `flywheel cache`"), "{}", ran.stderr);
-        assert!(ran.stderr.contains("help: A folder has one server"), "{}", ran.stderr);
+        assert!(
+            ran.stderr.contains("is in use by another `flywheel cache`"),
+            "{}",
+            ran.stderr
+        );
+        assert!(
+            ran.stderr.contains("help: A folder has one server"),
+            "{}",
+            ran.stderr
+        );
     }
     assert_eq!(served.stop().0.code, 0);
 }
@@ -119,16 +216,24 @@ async fn answers(served: &Served, token: Option<&str>, cache: &str, path: &TestP
     let info = path.info(cache).to_string();
     let requests = [
         client.get(format!("{url}/_api/v1/cache-config/{cache}")),
-        client.post(format!("{url}/_api/v1/get-missing-paths")).json(&ask),
+        client
+            .post(format!("{url}/_api/v1/get-missing-paths"))
+            .json(&ask),
         client.get(format!("{url}/{cache}/{}.narinfo", path.hash())),
-        client.put(format!("{url}/_api/v1/upload-path")).header("X-Attic-Nar-Info", info).body(path.nar.clone()),
+        client
+            .put(format!("{url}/_api/v1/upload-path"))
+            .header("X-Attic-Nar-Info", info)
+            .body(path.nar.clone()),
     ];
     let mut statuses = [0; 4];
     for (status, request) in statuses.iter_mut().zip(requests) {
         let (code, json) = answer(with(request)).await;
         if code >= 400 {
             assert_eq!(json["code"], code, "{json}");
-            assert!(json["error"].is_string() && json["message"].is_string(), "{json}");
+            assert!(
+                json["error"].is_string() && json["message"].is_string(),
+                "{json}"
+            );
         }
         *status = code;
     }
@@ -140,37 +245,106 @@ async fn a_private_cache_answers_as_attic_does() {
     let served = Served::start(&["--private"]);
     let path = TestPath::new('a', b"x");
     for stranger in [None, Some("garbage-token"), Some("planted-token-4f1d9c2b7")] {
-        assert_eq!(answers(&served, stranger, "main", &path).await, [401, 401, 401, 401], "{stranger:?}");
-        assert_eq!(answers(&served, stranger, "none", &path).await, [401, 401, 404, 401], "{stranger:?}");
+        assert_eq!(
+            answers(&served, stranger, "main", &path).await,
+            [401, 401, 401, 401],
+            "{stranger:?}"
+        );
+        assert_eq!(
+            answers(&served, stranger, "none", &path).await,
+            [401, 401, 404, 401],
+            "{stranger:?}"
+        );
     }
-    assert_eq!(answers(&served, Some("team-token"), "main", &path).await, [401, 401, 401, 401]);
-    assert_eq!(answers(&served, Some("team-token"), "none", &path).await, [401, 401, 404, 401]);
-    assert_eq!(answers(&served, Some("reader-token"), "main", &path).await, [200, 403, 404, 403]);
-    assert_eq!(answers(&served, Some(PLANTED_TOKEN), "none", &path).await, [404, 404, 404, 404]);
-    assert_eq!(answers(&served, Some(PLANTED_TOKEN), "main", &path).await, [200, 200, 404, 200]);
-    assert_eq!(answers(&served, Some("reader-token"), "main", &path).await, [200, 403, 200, 403]);
+    assert_eq!(
+        answers(&served, Some("team-token"), "main", &path).await,
+        [401, 401, 401, 401]
+    );
+    assert_eq!(
+        answers(&served, Some("team-token"), "none", &path).await,
+        [401, 401, 404, 401]
+    );
+    assert_eq!(
+        answers(&served, Some("reader-token"), "main", &path).await,
+        [200, 403, 404, 403]
+    );
+    assert_eq!(
+        answers(&served, Some(PLANTED_TOKEN), "none", &path).await,
+        [404, 404, 404, 404]
+    );
+    assert_eq!(
+        answers(&served, Some(PLANTED_TOKEN), "main", &path).await,
+        [200, 200, 404, 200]
+    );
+    assert_eq!(
+        answers(&served, Some("reader-token"), "main", &path).await,
+        [200, 403, 200, 403]
+    );
     // What Nix sends from a netrc line.
     let url = format!("{}/main/{}.narinfo", served.url, path.hash());
     let get = || served.client().get(&url);
-    assert_eq!(get().basic_auth("anybody", Some("reader-token")).send().await.unwrap().status(), 200);
-    assert_eq!(get().basic_auth("reader-token", None::<&str>).send().await.unwrap().status(), 401);
-    let nar = format!("{}/main/nar/{}.nar.zst", served.url, path.nar_hash().base32());
+    assert_eq!(
+        get()
+            .basic_auth("anybody", Some("reader-token"))
+            .send()
+            .await
+            .unwrap()
+            .status(),
+        200
+    );
+    assert_eq!(
+        get()
+            .basic_auth("reader-token", None::<&str>)
+            .send()
+            .await
+            .unwrap()
+            .status(),
+        401
+    );
+    let nar = format!(
+        "{}/main/nar/{}.nar.zst",
+        served.url,
+        path.nar_hash().base32()
+    );
     assert_eq!(served.client().get(nar).send().await.unwrap().status(), 401);
     let (ran, _) = served.stop();
-    assert!(ran.stderr.contains("PUT /_api/v1/upload-path 200 "), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("PUT /_api/v1/upload-path 200 "),
+        "{}",
+        ran.stderr
+    );
     assert!(!ran.stderr.contains("reader-token"), "{}", ran.stderr);
-    assert!(ran.stderr.contains("warning: tokens: `"), "the tests' file has no private mode: {}", ran.stderr);
+    assert!(
+        ran.stderr.contains("warning: tokens: `"),
+        "the tests' file has no private mode: {}",
+        ran.stderr
+    );
 }
 
 #[tokio::test]
 async fn a_public_cache_answers_as_attic_does() {
     let served = Served::start(&[]);
     let path = TestPath::new('a', b"x");
-    for stranger in [None, Some("garbage-token"), Some("reader-token"), Some("team-token")] {
-        assert_eq!(answers(&served, stranger, "main", &path).await, [200, 403, 404, 403], "{stranger:?}");
+    for stranger in [
+        None,
+        Some("garbage-token"),
+        Some("reader-token"),
+        Some("team-token"),
+    ] {
+        assert_eq!(
+            answers(&served, stranger, "main", &path).await,
+            [200, 403, 404, 403],
+            "{stranger:?}"
+        );
     }
-    assert_eq!(answers(&served, None, "none", &path).await, [401, 401, 404, 401]);
-    assert_eq!(answers(&served, Some("team-token"), "team", &path).await, [200, 200, 404, 200]);
+    assert_eq!(
+        answers(&served, None, "none", &path).await,
+        [401, 401, 404, 401]
+    );
+    assert_eq!(
+        answers(&served, Some("team-token"), "team", &path).await,
+        [200, 200, 404, 200]
+    );
 }
 
 #[tokio::test]
@@ -191,10 +365,21 @@ async fn cache_config_tells_a_client_what_it_needs() {
         })
     );
     let (_, config) = get("x-forwarded-proto", "https").await;
-    assert_eq!(config["api_endpoint"], served.url.replace("http:", "https:") + "/");
-    let info = served.client().get(format!("{}/team/nix-cache-info", served.url)).send().await.unwrap();
+    assert_eq!(
+        config["api_endpoint"],
+        served.url.replace("http:", "https:") + "/"
+    );
+    let info = served
+        .client()
+        .get(format!("{}/team/nix-cache-info", served.url))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(info.headers()["x-attic-cache-visibility"], "public");
-    assert_eq!(info.text().await.unwrap(), "WantMassQuery: 1\nStoreDir: /nix/store\nPriority: 30\n");
+    assert_eq!(
+        info.text().await.unwrap(),
+        "WantMassQuery: 1\nStoreDir: /nix/store\nPriority: 30\n"
+    );
 }
 
 #[tokio::test]
@@ -202,7 +387,10 @@ async fn what_is_at_no_address_is_told_in_json() {
     let served = Served::start(&[]);
     let url = &served.url;
     let client = served.client();
-    assert_eq!(client.get(format!("{url}/")).send().await.unwrap().status(), 200);
+    assert_eq!(
+        client.get(format!("{url}/")).send().await.unwrap().status(),
+        200
+    );
     for (request, status) in [
         (client.get(format!("{url}/main/x/y/z")), 404),
         (client.get(format!("{url}/main/{}.ls", "a".repeat(32))), 404),
@@ -225,28 +413,65 @@ async fn missing_paths_are_asked_for_in_one_batch() {
     assert_eq!(served.upload(&known).await.0, 200);
     let post = |body: String, kind: &'static str| {
         let url = format!("{}/_api/v1/get-missing-paths", served.url);
-        answer(served.client().post(url).bearer_auth(PLANTED_TOKEN).header("content-type", kind).body(body))
+        answer(
+            served
+                .client()
+                .post(url)
+                .bearer_auth(PLANTED_TOKEN)
+                .header("content-type", kind)
+                .body(body),
+        )
     };
     let ask = |hashes: Vec<String>| {
-        post(json!({"cache": "main", "store_path_hashes": hashes}).to_string(), "application/json")
+        post(
+            json!({"cache": "main", "store_path_hashes": hashes}).to_string(),
+            "application/json",
+        )
     };
     let b = "b".repeat(32);
     assert_eq!(ask(vec![]).await, (200, json!({"missing_paths": []})));
-    assert_eq!(ask(vec![b.clone(), known.hash().into(), b.clone()]).await, (200, json!({"missing_paths": [b]})));
+    assert_eq!(
+        ask(vec![b.clone(), known.hash().into(), b.clone()]).await,
+        (200, json!({"missing_paths": [b]}))
+    );
     let digits = "0123456789abcdfghijklmnpqrsvwxyz".as_bytes();
     let many = (0..10_000).map(|n: usize| {
-        let tail: String = (0..3).map(|place| char::from(digits[n >> (5 * place) & 31])).collect();
+        let tail: String = (0..3)
+            .map(|place| char::from(digits[n >> (5 * place) & 31]))
+            .collect();
         format!("{}{tail}", "c".repeat(29))
     });
-    assert_eq!(ask(many.collect()).await.1["missing_paths"].as_array().unwrap().len(), 10_000);
+    assert_eq!(
+        ask(many.collect()).await.1["missing_paths"]
+            .as_array()
+            .unwrap()
+            .len(),
+        10_000
+    );
     assert_eq!(ask(vec!["e".repeat(32)]).await.0, 422);
-    assert_eq!(post("{}".into(), "application/json; charset=utf-8").await.0, 422);
+    assert_eq!(
+        post("{}".into(), "application/json; charset=utf-8").await.0,
+        422
+    );
     assert_eq!(post("{".into(), "application/json").await.0, 400);
     assert_eq!(post("{}".into(), "text/plain").await.0, 415);
-    assert_eq!(post(" ".repeat(2 * 1024 * 1024 + 1), "application/json").await.0, 413);
+    assert_eq!(
+        post(" ".repeat(2 * 1024 * 1024 + 1), "application/json")
+            .await
+            .0,
+        413
+    );
     // A NAR that is gone from the disk is missing, whatever the narinfo says.
-    std::fs::remove_file(served.path("nars").join(format!("{}.nar.zst", known.nar_hash().base32()))).unwrap();
-    assert_eq!(ask(vec![known.hash().into()]).await.1["missing_paths"], json!([known.hash()]));
+    std::fs::remove_file(
+        served
+            .path("nars")
+            .join(format!("{}.nar.zst", known.nar_hash().base32())),
+    )
+    .unwrap();
+    assert_eq!(
+        ask(vec![known.hash().into()]).await.1["missing_paths"],
+        json!([known.hash()])
+    );
     assert!(served.narinfo("main", &known).await.is_none());
     assert_eq!(served.upload(&known).await.1["kind"], "Uploaded");
     assert!(served.narinfo("main", &known).await.is_some());
@@ -257,14 +482,22 @@ fn sigterm_ends_it_within_six_seconds_whatever_is_under_way() {
     let served = Served::start(&[]);
     let mut hanging = TcpStream::connect(served.address()).unwrap();
     let path = TestPath::new('a', &[7; 1_000_000]);
-    let head = upload_head(&path, PLANTED_TOKEN, &format!("Content-Length: {}\r\n", path.nar.len()));
+    let head = upload_head(
+        &path,
+        PLANTED_TOKEN,
+        &format!("Content-Length: {}\r\n", path.nar.len()),
+    );
     hanging.write_all(head.as_bytes()).unwrap();
     hanging.write_all(&path.nar[..500_000]).unwrap();
     served.until("a temporary file", || !served.names("tmp").is_empty());
     let begun = Instant::now();
     let (ran, _) = served.stop();
     assert_eq!(ran.code, 0, "{}", ran.stderr);
-    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        begun.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -282,24 +515,42 @@ async fn a_kill_loses_nothing_and_the_end_of_the_machine_only_what_came_last() {
     served.signal(Signal::KILL);
     let (_, folder) = served.wait();
     let served = Served::in_folder(folder, &[]);
-    assert!(served.narinfo("main", &new).await.is_some(), "the system keeps what a killed process wrote");
+    assert!(
+        served.narinfo("main", &new).await.is_some(),
+        "the system keeps what a killed process wrote"
+    );
     served.signal(Signal::KILL);
     let (ran, folder) = served.wait();
     assert!(!ran.stderr.contains("the machine ended"), "{}", ran.stderr);
 
     // As if the machine had ended before anything more was synced.
-    let boot = synced.lines().find(|line| line.starts_with("Boot: ")).unwrap();
-    std::fs::write(folder.path().join("cache/synced"), synced.replace(boot, "Boot: another")).unwrap();
+    let boot = synced
+        .lines()
+        .find(|line| line.starts_with("Boot: "))
+        .unwrap();
+    std::fs::write(
+        folder.path().join("cache/synced"),
+        synced.replace(boot, "Boot: another"),
+    )
+    .unwrap();
     let served = Served::in_folder(folder, &[]);
     assert!(served.narinfo("main", &old).await.is_some());
     assert!(served.narinfo("main", &new).await.is_none());
     for folder in ["nars", "caches/main/nars"] {
-        assert_eq!(served.names(folder).len(), 1, "a NAR that may be torn is not taken for known");
+        assert_eq!(
+            served.names(folder).len(),
+            1,
+            "a NAR that may be torn is not taken for known"
+        );
     }
     assert_eq!(served.upload(&new).await.0, 200);
     assert!(served.narinfo("main", &new).await.is_some());
     let (ran, _) = served.stop();
-    assert!(ran.stderr.contains("what came last may be torn: 1 path\n"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("what came last may be torn: 1 path\n"),
+        "{}",
+        ran.stderr
+    );
 }
 
 /// The head of an upload in the header's form, for tests that talk to the socket themselves.
@@ -313,7 +564,9 @@ fn upload_head(path: &TestPath, token: &str, more: &str) -> String {
 
 /// All that a connection says until it ends.
 fn read_all(mut stream: &TcpStream) -> String {
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
     String::from_utf8_lossy(&answer).into_owned()

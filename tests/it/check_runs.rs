@@ -19,22 +19,38 @@ const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
 const MINUTE: Duration = Duration::from_millis(400);
 
 fn manners() -> Manners {
-    Manners { token: PLANTED_TOKEN.to_owned(), ..Manners::default() }
+    Manners {
+        token: PLANTED_TOKEN.to_owned(),
+        ..Manners::default()
+    }
 }
 
 fn options() -> Options {
-    Options { minute: MINUTE, base: Duration::from_millis(5), request: Duration::from_secs(5), ..Options::default() }
+    Options {
+        minute: MINUTE,
+        base: Duration::from_millis(5),
+        request: Duration::from_secs(5),
+        ..Options::default()
+    }
 }
 
 fn board(github: &GitHub, options: Options) -> Board {
-    let commit = Commit { api: github.url.parse().unwrap(), repository: "octo-org/app".into(), sha: SHA.into() };
+    let commit = Commit {
+        api: github.url.parse().unwrap(),
+        repository: "octo-org/app".into(),
+        sha: SHA.into(),
+    };
     let client = Clients::new(&Roots::default()).unwrap().asking;
     let runs = CheckRuns::of(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
     Board::start(runs, options, Sink::silent())
 }
 
 fn output(n: usize) -> Output {
-    Output { label: format!("x86_64-linux.{n}"), attribute: format!("checks.x86_64-linux.{n}"), system: None }
+    Output {
+        label: format!("x86_64-linux.{n}"),
+        attribute: format!("checks.x86_64-linux.{n}"),
+        system: None,
+    }
 }
 
 fn ended(cause: Cause) -> State {
@@ -50,11 +66,21 @@ fn ended(cause: Cause) -> State {
 }
 
 fn aggregate(conclusion: Ended) -> Aggregate {
-    Aggregate { conclusion, title: "The whole".into(), summary: "x".repeat(70_000) }
+    Aggregate {
+        conclusion,
+        title: "The whole".into(),
+        summary: "x".repeat(70_000),
+    }
 }
 
 async fn close(board: Board) -> Told {
-    board.close(aggregate(Ended::Success), Instant::now() + Duration::from_secs(30), &CancellationToken::new()).await
+    board
+        .close(
+            aggregate(Ended::Success),
+            Instant::now() + Duration::from_secs(30),
+            &CancellationToken::new(),
+        )
+        .await
 }
 
 async fn until(what: &str, condition: impl Fn() -> bool) {
@@ -72,31 +98,64 @@ async fn each_output_goes_its_way_and_ends() {
     board.announce((0..3).map(output).collect());
     until("announced", || github.names().len() == 4).await;
     board.update("x86_64-linux.0", State::Building);
-    until("begun", || github.run("x86_64-linux.0")["status"] == "in_progress").await;
-    let place = Some(Place { file: "nix/flake.nix".into(), line: 7, column: Some(3) });
+    until("begun", || {
+        github.run("x86_64-linux.0")["status"] == "in_progress"
+    })
+    .await;
+    let place = Some(Place {
+        file: "nix/flake.nix".into(),
+        line: 7,
+        column: Some(3),
+    });
     board.update("x86_64-linux.0", ended(Cause::Built));
     board.update("x86_64-linux.0", State::Building);
-    let wrong = Cause::HashMismatch { specified: "sha256-A".into(), got: "sha256-B".into(), place };
+    let wrong = Cause::HashMismatch {
+        specified: "sha256-A".into(),
+        got: "sha256-B".into(),
+        place,
+    };
     board.update("x86_64-linux.1", ended(wrong));
     board.update("x86_64-linux.2", ended(Cause::AlreadyCached));
     board.update("nobody", State::Building);
     let told = close(board).await;
     assert_eq!((told.shown, told.missing.len()), (4, 0));
     let conclusion = |n: usize| github.run(&format!("x86_64-linux.{n}"))["conclusion"].clone();
-    assert_eq!([conclusion(0), conclusion(1), conclusion(2)], ["success", "failure", "neutral"]);
+    assert_eq!(
+        [conclusion(0), conclusion(1), conclusion(2)],
+        ["success", "failure", "neutral"]
+    );
     let mark = &github.run("x86_64-linux.1")["output"]["annotations"];
     assert_eq!(mark.as_array().unwrap().len(), 1, "{mark}");
-    assert_eq!((mark[0]["path"].as_str(), mark[0]["start_line"].as_u64()), (Some("nix/flake.nix"), Some(7)));
-    assert_eq!(mark[0]["message"], "The hash is wrong. Replace `sha256-A` by `sha256-B`.");
-    assert_eq!(github.history("x86_64-linux.0"), ["queued", "in_progress", "completed"]);
+    assert_eq!(
+        (mark[0]["path"].as_str(), mark[0]["start_line"].as_u64()),
+        (Some("nix/flake.nix"), Some(7))
+    );
+    assert_eq!(
+        mark[0]["message"],
+        "The hash is wrong. Replace `sha256-A` by `sha256-B`."
+    );
+    assert_eq!(
+        github.history("x86_64-linux.0"),
+        ["queued", "in_progress", "completed"]
+    );
     assert_eq!(github.history("flake checks"), ["in_progress", "completed"]);
     assert_eq!(github.run("flake checks")["conclusion"], "success");
-    assert!(github.log().iter().all(|(_, status)| (200..300).contains(status)), "{:?}", github.log());
+    assert!(
+        github
+            .log()
+            .iter()
+            .all(|(_, status)| (200..300).contains(status)),
+        "{:?}",
+        github.log()
+    );
 }
 
 #[tokio::test]
 async fn what_happens_while_github_is_away_costs_one_request() {
-    let github = GitHub::with(Manners { hangs: true, ..manners() });
+    let github = GitHub::with(Manners {
+        hangs: true,
+        ..manners()
+    });
     let board = board(&github, options());
     board.announce(vec![output(0)]);
     for state in [State::Evaluating, State::Building, ended(Cause::Build)] {
@@ -112,22 +171,47 @@ async fn what_happens_while_github_is_away_costs_one_request() {
 async fn two_thousand_outputs_keep_to_the_limits_and_none_is_lost() {
     // 80 writes in a minute, and a secondary limit out of nothing now and then.
     let limits = Some((40, 429, "Retry-After: 0\r\n"));
-    let github = GitHub::with(Manners { most: Some((80, MINUTE)), limits, ..manners() });
+    let github = GitHub::with(Manners {
+        most: Some((80, MINUTE)),
+        limits,
+        ..manners()
+    });
     let board = board(&github, options());
     board.announce((0..2000).map(output).collect());
     for n in 0..2000 {
         board.update(&format!("x86_64-linux.{n}"), State::Building);
-        let cause = if n % 100 == 7 { Cause::Build } else { Cause::Built };
+        let cause = if n % 100 == 7 {
+            Cause::Build
+        } else {
+            Cause::Built
+        };
         board.update(&format!("x86_64-linux.{n}"), ended(cause));
     }
     let told = close(board).await;
     assert_eq!(told.missing, Vec::<String>::new());
     assert_eq!(github.open(), Vec::<String>::new());
     // The aggregate, a failure each, and twenty for all.
-    assert_eq!((told.shown, github.names().len()), (41, 41), "{:?}", github.names());
-    assert!(told.requests < 200 && github.writes() < 100, "{} {}", told.requests, github.writes());
-    let shared: Vec<_> = github.runs().into_iter().filter(|run| run["name"].as_str().unwrap().contains('–')).collect();
-    let texts: String = shared.iter().map(|run| run["output"]["summary"].as_str().unwrap()).collect();
+    assert_eq!(
+        (told.shown, github.names().len()),
+        (41, 41),
+        "{:?}",
+        github.names()
+    );
+    assert!(
+        told.requests < 200 && github.writes() < 100,
+        "{} {}",
+        told.requests,
+        github.writes()
+    );
+    let shared: Vec<_> = github
+        .runs()
+        .into_iter()
+        .filter(|run| run["name"].as_str().unwrap().contains('–'))
+        .collect();
+    let texts: String = shared
+        .iter()
+        .map(|run| run["output"]["summary"].as_str().unwrap())
+        .collect();
     for n in 0..2000 {
         assert!(texts.contains(&format!("`x86_64-linux.{n}: ")), "{n}");
     }
@@ -139,10 +223,34 @@ async fn two_thousand_outputs_keep_to_the_limits_and_none_is_lost() {
 async fn limits_and_faults_lose_nothing_and_leave_nothing_twice() {
     let reset = "x-ratelimit-remaining: 0\r\nx-ratelimit-reset: 1\r\n";
     for (name, faults) in [
-        ("403", Manners { limits: Some((3, 403, "Retry-After: 0\r\n")), ..manners() }),
-        ("primary", Manners { limits: Some((5, 403, reset)), ..manners() }),
-        ("502", Manners { fails: Some(3), ..manners() }),
-        ("cut after the write", Manners { cuts: Some(3), ..manners() }),
+        (
+            "403",
+            Manners {
+                limits: Some((3, 403, "Retry-After: 0\r\n")),
+                ..manners()
+            },
+        ),
+        (
+            "primary",
+            Manners {
+                limits: Some((5, 403, reset)),
+                ..manners()
+            },
+        ),
+        (
+            "502",
+            Manners {
+                fails: Some(3),
+                ..manners()
+            },
+        ),
+        (
+            "cut after the write",
+            Manners {
+                cuts: Some(3),
+                ..manners()
+            },
+        ),
     ] {
         let github = GitHub::with(faults);
         let board = board(&github, options());
@@ -151,7 +259,12 @@ async fn limits_and_faults_lose_nothing_and_leave_nothing_twice() {
             board.update(&format!("x86_64-linux.{n}"), ended(Cause::Built));
         }
         let told = close(board).await;
-        assert_eq!((told.shown, told.missing.len(), github.names().len()), (13, 0, 13), "{name}: {:?}", github.names());
+        assert_eq!(
+            (told.shown, told.missing.len(), github.names().len()),
+            (13, 0, 13),
+            "{name}: {:?}",
+            github.names()
+        );
         assert_eq!(github.open(), Vec::<String>::new(), "{name}");
     }
 }
@@ -167,9 +280,17 @@ async fn a_cancel_leaves_nothing_open() {
     }
     board.update("x86_64-linux.0", ended(Cause::Built));
     let told = board
-        .close(aggregate(Ended::Cancelled), Instant::now() + Duration::from_secs(4), &CancellationToken::new())
+        .close(
+            aggregate(Ended::Cancelled),
+            Instant::now() + Duration::from_secs(4),
+            &CancellationToken::new(),
+        )
         .await;
-    assert_eq!((told.missing.len(), github.open().len()), (0, 0), "{told:?}");
+    assert_eq!(
+        (told.missing.len(), github.open().len()),
+        (0, 0),
+        "{told:?}"
+    );
     assert_eq!(github.run("x86_64-linux.0")["conclusion"], "success");
     assert_eq!(github.run("x86_64-linux.39")["conclusion"], "cancelled");
     assert_eq!(github.run("flake checks")["conclusion"], "cancelled");
@@ -192,37 +313,75 @@ async fn a_second_attempt_finds_the_runs_of_the_first() {
 
 #[tokio::test]
 async fn a_token_that_may_not_is_asked_once() {
-    let github = GitHub::with(Manners { refuses: true, ..manners() });
-    let board = board(&github, Options { at_once: 1, ..options() });
+    let github = GitHub::with(Manners {
+        refuses: true,
+        ..manners()
+    });
+    let board = board(
+        &github,
+        Options {
+            at_once: 1,
+            ..options()
+        },
+    );
     board.announce((0..50).map(output).collect());
     let began = Instant::now();
     let told = close(board).await;
     assert!(began.elapsed() < Duration::from_secs(5));
     assert_eq!((told.shown, told.missing.len()), (0, 51));
-    assert_eq!(github.log().len(), 2, "one look and one try: {:?}", github.log());
+    assert_eq!(
+        github.log().len(),
+        2,
+        "one look and one try: {:?}",
+        github.log()
+    );
 }
 
 #[tokio::test]
 async fn a_github_that_never_answers_holds_nobody_up() {
-    let github = GitHub::with(Manners { hangs: true, ..manners() });
+    let github = GitHub::with(Manners {
+        hangs: true,
+        ..manners()
+    });
     let board = board(&github, options());
     board.announce((0..5).map(output).collect());
     let began = Instant::now();
-    let told =
-        board.close(aggregate(Ended::Success), began + Duration::from_millis(300), &CancellationToken::new()).await;
+    let told = board
+        .close(
+            aggregate(Ended::Success),
+            began + Duration::from_millis(300),
+            &CancellationToken::new(),
+        )
+        .await;
     assert!(began.elapsed() < Duration::from_secs(5));
     assert_eq!((told.shown, told.missing.len()), (0, 6));
 }
 
 #[tokio::test]
 async fn a_request_to_stop_while_github_wants_to_be_left_alone_ends_it() {
-    let github = GitHub::with(Manners { limits: Some((1, 403, "Retry-After: 600\r\n")), ..manners() });
+    let github = GitHub::with(Manners {
+        limits: Some((1, 403, "Retry-After: 600\r\n")),
+        ..manners()
+    });
     let board = board(&github, options());
     board.announce(vec![output(0)]);
-    until("refused", || github.log().iter().any(|(_, status)| *status == 403)).await;
+    until("refused", || {
+        github.log().iter().any(|(_, status)| *status == 403)
+    })
+    .await;
     let (began, stop) = (Instant::now(), CancellationToken::new());
     stop.cancel();
-    let told = board.close(aggregate(Ended::Success), began + Duration::from_secs(300), &stop).await;
-    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    let told = board
+        .close(
+            aggregate(Ended::Success),
+            began + Duration::from_secs(300),
+            &stop,
+        )
+        .await;
+    assert!(
+        began.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        began.elapsed()
+    );
     assert_eq!((told.shown, told.missing.len()), (0, 2));
 }

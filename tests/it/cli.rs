@@ -38,8 +38,13 @@ fn help(verb: &[String]) -> String {
 /// The names under `Commands:`.
 fn subcommands(help: &str) -> Vec<String> {
     let list = help.lines().skip_while(|line| *line != "Commands:").skip(1);
-    let names = list.take_while(|line| !line.is_empty()).filter(|line| !line.starts_with("    "));
-    names.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+    let names = list
+        .take_while(|line| !line.is_empty())
+        .filter(|line| !line.starts_with("    "));
+    names
+        .filter_map(|line| line.split_whitespace().next())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// The flags in a help text: a flag's line, and the lines below it that are further in.
@@ -49,11 +54,21 @@ fn flags(help: &str) -> Vec<Flag> {
     for line in help.lines() {
         let indent = line.len() - line.trim_start().len();
         if line.trim_start().starts_with('-') && (2..=6).contains(&indent) {
-            let name = line.split([' ', ',', '<', '[']).find(|word| word.starts_with("--")).unwrap_or(line);
-            flags.push(Flag { name: name.to_owned(), text: line.to_owned() });
+            let name = line
+                .split([' ', ',', '<', '['])
+                .find(|word| word.starts_with("--"))
+                .unwrap_or(line);
+            flags.push(Flag {
+                name: name.to_owned(),
+                text: line.to_owned(),
+            });
             inside = true;
         } else if inside && (indent > 6 || line.is_empty()) {
-            flags.last_mut().unwrap().text.push_str(&format!("\n{line}"));
+            flags
+                .last_mut()
+                .unwrap()
+                .text
+                .push_str(&format!("\n{line}"));
         } else {
             inside = false;
         }
@@ -66,14 +81,24 @@ fn flags(help: &str) -> Vec<Flag> {
 fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
     // Lines are wrapped anywhere.
     let text = flag.text.split_whitespace().collect::<Vec<_>>().join(" ");
-    let upper = |word: &str| word.trim_start_matches('-').to_uppercase().replace('-', "_");
+    let upper = |word: &str| {
+        word.trim_start_matches('-')
+            .to_uppercase()
+            .replace('-', "_")
+    };
     // A verb that is no action puts its own name before a flag's that says little alone (`dir`).
-    let variables = [upper(&flag.name), format!("{}_{}", upper(verb), upper(&flag.name))];
+    let variables = [
+        upper(&flag.name),
+        format!("{}_{}", upper(verb), upper(&flag.name)),
+    ];
     let says = |words: &[&str]| words.iter().any(|word| text.to_lowercase().contains(word));
     let mut missing = Vec::new();
     // With `=` and its value now, or without where the value may be long.
-    let named =
-        |variable: &String| ["=", "]"].iter().any(|end| text.contains(&format!("[env: FLYWHEEL_{variable}{end}")));
+    let named = |variable: &String| {
+        ["=", "]"]
+            .iter()
+            .any(|end| text.contains(&format!("[env: FLYWHEEL_{variable}{end}")))
+    };
     if !variables.iter().any(named) {
         missing.push("its environment variable");
     }
@@ -92,7 +117,11 @@ fn help_reads_like_documentation() {
     for verb in verbs() {
         for flag in flags(&help(&verb)) {
             for what in lacks(&verb[0], &flag) {
-                complaints.push(format!("flywheel {} {}: the help lacks {what}", verb.join(" "), flag.name));
+                complaints.push(format!(
+                    "flywheel {} {}: the help lacks {what}",
+                    verb.join(" "),
+                    flag.name
+                ));
             }
         }
     }
@@ -105,7 +134,10 @@ fn help_that_lacks_something_is_noticed() {
                 [env: FLYWHEEL_GOOD=]\n          [default: none]\n\n      --bad\n          Does something\n\n  -h, --help\n          \
                 Print help\n\nExamples:\n  flywheel x --bad\n";
     let flags = flags(help);
-    let found: Vec<_> = flags.iter().map(|flag| (flag.name.as_str(), lacks("x", flag).len())).collect();
+    let found: Vec<_> = flags
+        .iter()
+        .map(|flag| (flag.name.as_str(), lacks("x", flag).len()))
+        .collect();
     assert_eq!(found, [("--good", 0), ("--bad", 3)]);
 }
 
@@ -117,8 +149,13 @@ fn every_verb_says_what_it_is_for() {
         let says = first.len() > 20 && !first.starts_with("Usage") && !first.starts_with("What `");
         assert!(says, "flywheel {}: {help}", verb.join(" "));
         let secrets = ["--token", "--password", "--secret"];
-        let leaky = flags(&help).into_iter().find(|flag| secrets.contains(&flag.name.as_str()));
-        assert!(leaky.is_none(), "an argument can be read by every process: {leaky:?}");
+        let leaky = flags(&help)
+            .into_iter()
+            .find(|flag| secrets.contains(&flag.name.as_str()));
+        assert!(
+            leaky.is_none(),
+            "an argument can be read by every process: {leaky:?}"
+        );
     }
 }
 
@@ -128,7 +165,10 @@ fn help_and_version_are_no_failures() {
         let ran = flywheel(&arguments);
         assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{arguments:?}");
     }
-    assert_eq!(flywheel(&["--version"]).stdout, concat!("flywheel ", env!("CARGO_PKG_VERSION"), "\n"));
+    assert_eq!(
+        flywheel(&["--version"]).stdout,
+        concat!("flywheel ", env!("CARGO_PKG_VERSION"), "\n")
+    );
 }
 
 #[test]
@@ -148,13 +188,23 @@ fn a_wrong_command_line_is_64_and_says_what_was_meant() {
 
 #[test]
 fn a_wrong_command_line_touches_nothing() {
-    let run = Flywheel::in_job(&["nix-job", "--hlep"]).env("ATTIC_TOKEN", crate::world::PLANTED_TOKEN);
+    let run =
+        Flywheel::in_job(&["nix-job", "--hlep"]).env("ATTIC_TOKEN", crate::world::PLANTED_TOKEN);
     let ran = run.run();
     assert_eq!(ran.code, 64);
-    for file in ["GITHUB_OUTPUT", "GITHUB_ENV", "GITHUB_PATH", "GITHUB_STEP_SUMMARY"] {
+    for file in [
+        "GITHUB_OUTPUT",
+        "GITHUB_ENV",
+        "GITHUB_PATH",
+        "GITHUB_STEP_SUMMARY",
+    ] {
         assert_eq!(run.read(file), "", "{file}");
     }
     for folder in ["home", "tmp", "runner-temp"] {
-        assert_eq!(std::fs::read_dir(run.path(folder)).unwrap().count(), 0, "{folder}");
+        assert_eq!(
+            std::fs::read_dir(run.path(folder)).unwrap().count(),
+            0,
+            "{folder}"
+        );
     }
 }

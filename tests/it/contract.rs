@@ -47,14 +47,20 @@ fn the_page_is_what_the_binary_prints() {
         std::fs::write(&file, &page).unwrap();
     }
     let written = std::fs::read_to_string(file).unwrap_or_default();
-    assert!(written == page, "docs/contract.md is out of date: UPDATE_DOCS=1 cargo test --test it contract");
+    assert!(
+        written == page,
+        "docs/contract.md is out of date: UPDATE_DOCS=1 cargo test --test it contract"
+    );
 }
 
 #[test]
 fn the_example_reproduces_every_table_of_the_fleet() {
     let page = example(&["--format", "markdown"]);
     for row in FLEET.lines().filter(|line| !line.is_empty()) {
-        assert!(page.lines().any(|line| line == row), "no line\n{row}\nin\n{page}");
+        assert!(
+            page.lines().any(|line| line == row),
+            "no line\n{row}\nin\n{page}"
+        );
     }
 }
 
@@ -100,27 +106,56 @@ const FLEET: &str = "
 #[test]
 fn a_section_can_be_had_alone_and_a_slip_gets_a_hint() {
     let section = printed(&["--section", "exposure", "--format", "markdown"]);
-    assert!(section.starts_with("## Exposure\n") && !section.contains("## Caches"), "{section}");
+    assert!(
+        section.starts_with("## Exposure\n") && !section.contains("## Caches"),
+        "{section}"
+    );
     let text = printed(&["--section", "on-miss"]);
-    assert!(text.starts_with("ON A MISS\n") && text.contains("what it costs  5 to 10 minutes"), "{text}");
-    let json: Value = serde_json::from_str(&printed(&["--section", "classes", "--format", "json"])).unwrap();
+    assert!(
+        text.starts_with("ON A MISS\n") && text.contains("what it costs  5 to 10 minutes"),
+        "{text}"
+    );
+    let json: Value =
+        serde_json::from_str(&printed(&["--section", "classes", "--format", "json"])).unwrap();
     assert_eq!(json["nix-builder"]["lanes"][0]["label"], "nix-builder");
     let wrong = contract(&["--section", "exposre"]);
     assert_eq!(wrong.code, 64);
-    assert!(wrong.stderr.contains("Did you mean `exposure`?"), "{}", wrong.stderr);
+    assert!(
+        wrong.stderr.contains("Did you mean `exposure`?"),
+        "{}",
+        wrong.stderr
+    );
 }
 
 #[test]
 fn a_file_of_the_repository_is_found_and_a_wrong_one_is_64() {
-    let ran =
-        with_files(&["--section", "classes"], &[("flywheel.yml", "classes: {mine: {lanes: [{label: my-lane}]}}\n")]);
-    assert!(ran.code == 0 && ran.stdout.contains("`my-lane`"), "{}", ran.stdout);
+    let ran = with_files(
+        &["--section", "classes"],
+        &[(
+            "flywheel.yml",
+            "classes: {mine: {lanes: [{label: my-lane}]}}\n",
+        )],
+    );
+    assert!(
+        ran.code == 0 && ran.stdout.contains("`my-lane`"),
+        "{}",
+        ran.stdout
+    );
     for arguments in [&[][..], &["check", "flywheel.yml"]] {
         let wrong = "version: 1\nclasses:\n  mine:\n    lanez: []\n";
         let ran = with_files(arguments, &[("flywheel.yml", wrong)]);
         assert_eq!((ran.code, ran.stdout.as_str()), (64, ""));
-        assert!(ran.stderr.contains("flywheel.yml:4: `lanez`: there is no such key here"), "{}", ran.stderr);
-        assert!(ran.stderr.contains("Did you mean `lanes`?"), "{}", ran.stderr);
+        assert!(
+            ran.stderr
+                .contains("flywheel.yml:4: `lanez`: there is no such key here"),
+            "{}",
+            ran.stderr
+        );
+        assert!(
+            ran.stderr.contains("Did you mean `lanes`?"),
+            "{}",
+            ran.stderr
+        );
     }
     assert_eq!(contract(&["check", "nowhere.yml"]).code, 64);
 }
@@ -130,8 +165,14 @@ fn workflows_are_held_against_the_contract() {
     let good = "on: push\njobs:\n  a:\n    runs-on: general\n    steps: [{run: pnpm test}]\n";
     let bad = "on: push\njobs:\n  a:\n    runs-on: ${{ inputs.lane }}\n    steps: []\n  b:\n    runs-on: [self-hosted, linux]\n    steps: []\n  c:\n    runs-on: general\n    steps: [{run: nix build}]\n";
     let ran = with_files(&["check", "--workflows", "good.yml"], &[("good.yml", good)]);
-    assert_eq!((ran.code, ran.stdout.as_str()), (0, "1 workflow, 0 errors, 0 notes\n"));
-    let ran = with_files(&["check", "--workflows", "good.yml", "bad.yml"], &[("good.yml", good), ("bad.yml", bad)]);
+    assert_eq!(
+        (ran.code, ran.stdout.as_str()),
+        (0, "1 workflow, 0 errors, 0 notes\n")
+    );
+    let ran = with_files(
+        &["check", "--workflows", "good.yml", "bad.yml"],
+        &[("good.yml", good), ("bad.yml", bad)],
+    );
     assert_eq!(ran.code, 1);
     insta::assert_snapshot!(ran.stdout, @r"
     bad.yml:3: note: job `a`: `runs-on: ${{ inputs.lane }}` is decided when it runs
@@ -139,15 +180,27 @@ fn workflows_are_held_against_the_contract() {
     bad.yml:9: error: job `c`: `run: nix build` needs `nix`, which `general` (class `general`) does not offer
     2 workflows, 2 errors, 1 note
     ");
-    let ran = with_files(&["check", "--format", "json", "--workflows", "bad.yml"], &[("bad.yml", bad)]);
+    let ran = with_files(
+        &["check", "--format", "json", "--workflows", "bad.yml"],
+        &[("bad.yml", bad)],
+    );
     let report: Value = serde_json::from_str(&ran.stdout).unwrap();
-    assert_eq!((report["holds"].as_bool(), report["findings"][1]["line"].as_u64()), (Some(false), Some(6)));
+    assert_eq!(
+        (
+            report["holds"].as_bool(),
+            report["findings"][1]["line"].as_u64()
+        ),
+        (Some(false), Some(6))
+    );
 }
 
 #[test]
 fn the_repositorys_own_workflows_keep_the_built_in_contract() {
     let folder = root().join(".github/workflows");
-    let files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let files: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     let files: Vec<&str> = files.iter().map(|file| file.to_str().unwrap()).collect();
     let ran = contract(&[&["check", "--workflows"], files.as_slice()].concat());
     assert_eq!(ran.code, 0, "{}", ran.stdout);
@@ -168,13 +221,22 @@ fn the_published_schema_accepts_what_the_binary_accepts() {
     let (_, validator) = schema();
     jsonschema::draft202012::meta::validate(&schema().0).unwrap();
     for (name, file) in [
-        ("the built-in contract", yaml(&read("src/contract/default.yml"))),
+        (
+            "the built-in contract",
+            yaml(&read("src/contract/default.yml")),
+        ),
         ("the example", yaml(&read("examples/flywheel.yml"))),
-        ("the print", serde_json::from_str(&printed(&["--format", "json"])).unwrap()),
+        (
+            "the print",
+            serde_json::from_str(&printed(&["--format", "json"])).unwrap(),
+        ),
         ("nothing", json!({})),
         ("null", json!({ "classes": { "kernel": null } })),
     ] {
-        let complaints: Vec<String> = validator.iter_errors(&file).map(|error| error.to_string()).collect();
+        let complaints: Vec<String> = validator
+            .iter_errors(&file)
+            .map(|error| error.to_string())
+            .collect();
         assert!(complaints.is_empty(), "{name}: {complaints:#?}");
     }
 }
@@ -199,7 +261,10 @@ fn the_published_schema_refuses_what_the_binary_refuses() {
         "shared-cache: {mode: on}",
         "shared-cache: {allow-localhost: 1}",
     ] {
-        assert!(!validator.is_valid(&yaml(wrong)), "the schema accepts {wrong}");
+        assert!(
+            !validator.is_valid(&yaml(wrong)),
+            "the schema accepts {wrong}"
+        );
         let ran = with_files(&["check", "flywheel.yml"], &[("flywheel.yml", wrong)]);
         assert_eq!(ran.code, 64, "the binary accepts {wrong}");
     }

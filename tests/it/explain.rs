@@ -23,10 +23,15 @@ fn job(event: &Event, arguments: &[&str]) -> Flywheel {
 }
 
 fn run_in(event: &Event, arguments: &[&str]) -> Flywheel {
-    let run = Flywheel::in_job(arguments).env("ATTIC_TOKEN", PLANTED_TOKEN).env("FLYWHEEL_PUSH_CACHE", "true");
+    let run = Flywheel::in_job(arguments)
+        .env("ATTIC_TOKEN", PLANTED_TOKEN)
+        .env("FLYWHEEL_PUSH_CACHE", "true");
     let file = run.path("event.json");
     std::fs::write(&file, event.payload.to_string()).unwrap();
-    event.variables(&file).into_iter().fold(run, |run, (name, value)| run.env(name, &value))
+    event
+        .variables(&file)
+        .into_iter()
+        .fold(run, |run, (name, value)| run.env(name, &value))
 }
 
 fn explained(run: &Flywheel) -> Value {
@@ -74,9 +79,21 @@ fn every_published_event_gets_a_verdict() {
         if !seen.insert(name.clone()) {
             continue;
         }
-        let branch = payload["repository"]["default_branch"].as_str().unwrap_or("main").to_owned();
-        let repository = payload["repository"]["full_name"].as_str().unwrap_or("octo-org/octo-repo").to_owned();
-        let event = Event { name, payload, repository, ..push() }.on(&format!("refs/heads/{branch}"));
+        let branch = payload["repository"]["default_branch"]
+            .as_str()
+            .unwrap_or("main")
+            .to_owned();
+        let repository = payload["repository"]["full_name"]
+            .as_str()
+            .unwrap_or("octo-org/octo-repo")
+            .to_owned();
+        let event = Event {
+            name,
+            payload,
+            repository,
+            ..push()
+        }
+        .on(&format!("refs/heads/{branch}"));
         let publishes = matches!(event.name.as_str(), "push" | "workflow_dispatch");
         assert_eq!(json_of(&event)["publishes"], publishes, "{event:?}");
     }
@@ -86,10 +103,22 @@ fn every_published_event_gets_a_verdict() {
 #[test]
 fn a_token_and_a_request_are_both_needed() {
     let json = ["--format", "json"];
-    assert_eq!(explained(&job(&push(), &json).env("ATTIC_TOKEN", ""))["publishes"], false);
-    assert_eq!(explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", "false"))["publishes"], false);
-    assert_eq!(explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", ""))["publishes"], false);
-    assert_eq!(explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", "Auto"))["publishes"], true);
+    assert_eq!(
+        explained(&job(&push(), &json).env("ATTIC_TOKEN", ""))["publishes"],
+        false
+    );
+    assert_eq!(
+        explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", "false"))["publishes"],
+        false
+    );
+    assert_eq!(
+        explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", ""))["publishes"],
+        false
+    );
+    assert_eq!(
+        explained(&job(&push(), &json).env("FLYWHEEL_PUSH_CACHE", "Auto"))["publishes"],
+        true
+    );
 }
 
 #[test]
@@ -97,8 +126,17 @@ fn the_jobs_protection_and_trusted_refs_count() {
     let release = push().on("refs/heads/release/1");
     let json = ["--format", "json", "--trusted-refs", "refs/heads/release/*"];
     let unprotected = explained(&job(&release, &json));
-    assert!(unprotected["reason"].as_str().unwrap().contains("no rule protects"), "{unprotected}");
-    assert_eq!(explained(&job(&release.protected(), &json))["publishes"], true);
+    assert!(
+        unprotected["reason"]
+            .as_str()
+            .unwrap()
+            .contains("no rule protects"),
+        "{unprotected}"
+    );
+    assert_eq!(
+        explained(&job(&release.protected(), &json))["publishes"],
+        true
+    );
 }
 
 #[test]
@@ -106,11 +144,23 @@ fn a_broken_payload_is_read_only_and_no_failure() {
     let whole = push().payload.to_string();
     let half = &whole[..whole.len() / 2];
     let deep = "[".repeat(200_000);
-    for text in ["", "{", "null", half, &deep, "{\"repository\":[]}", "\u{0}", "{}{}"] {
+    for text in [
+        "",
+        "{",
+        "null",
+        half,
+        &deep,
+        "{\"repository\":[]}",
+        "\u{0}",
+        "{}{}",
+    ] {
         let run = job(&push(), &["--format", "json"]);
         std::fs::write(run.path("event.json"), text).unwrap();
         let explanation = explained(&run);
-        assert_eq!((&explanation["verdict"], &explanation["publishes"]), (&json!("read-only"), &json!(false)));
+        assert_eq!(
+            (&explanation["verdict"], &explanation["publishes"]),
+            (&json!("read-only"), &json!(false))
+        );
     }
     let run = job(&push(), &["--format", "json"]);
     std::fs::remove_file(run.path("event.json")).unwrap();
@@ -119,16 +169,34 @@ fn a_broken_payload_is_read_only_and_no_failure() {
 
 #[test]
 fn no_line_is_a_command_whatever_the_payload_says() {
-    let hostile = event("push", &json!({ "after": "x\n::add-path::/evil\n##[add-path]/evil" }));
-    for event in [hostile.on("refs/heads/main"), Event { name: "x##[add-path]/evil".into(), ..push() }] {
+    let hostile = event(
+        "push",
+        &json!({ "after": "x\n::add-path::/evil\n##[add-path]/evil" }),
+    );
+    for event in [
+        hostile.on("refs/heads/main"),
+        Event {
+            name: "x##[add-path]/evil".into(),
+            ..push()
+        },
+    ] {
         let stdout = job(&event, &[]).run().stdout;
-        assert!(!stdout.lines().any(|line| line.trim_start().starts_with("::") || line.contains("##[")), "{stdout}");
+        assert!(
+            !stdout
+                .lines()
+                .any(|line| line.trim_start().starts_with("::") || line.contains("##[")),
+            "{stdout}"
+        );
     }
 }
 
 /// A recorded event, on a laptop.
 fn recorded(payload: &str, arguments: &[&str]) -> (Flywheel, Ran) {
-    let arguments = [&["explain", "--format", "json", "--event-path", "event.json"], arguments].concat();
+    let arguments = [
+        &["explain", "--format", "json", "--event-path", "event.json"],
+        arguments,
+    ]
+    .concat();
     let run = Flywheel::new(&arguments).env("ATTIC_TOKEN", PLANTED_TOKEN);
     std::fs::write(run.path("event.json"), payload).unwrap();
     let ran = run.run();
@@ -143,20 +211,48 @@ fn replayed(arguments: &[&str]) -> Value {
 
 #[test]
 fn a_recorded_event_can_be_tried_on_a_laptop() {
-    let main = ["--event-name", "push", "--ref", "refs/heads/main", "--push-cache", "auto"];
+    let main = [
+        "--event-name",
+        "push",
+        "--ref",
+        "refs/heads/main",
+        "--push-cache",
+        "auto",
+    ];
     assert_eq!(replayed(&main)["publishes"], true);
-    assert_eq!(replayed(&[&main[..], &["--repository", "octo-org/octo-repo"]].concat())["publishes"], true);
-    assert_eq!(replayed(&[&main[..], &["--repository", "stranger/octo-repo"]].concat())["publishes"], false);
-    assert_eq!(replayed(&["--event-name", "pull_request", "--ref", "refs/heads/main"])["verdict"], "read-only");
+    assert_eq!(
+        replayed(&[&main[..], &["--repository", "octo-org/octo-repo"]].concat())["publishes"],
+        true
+    );
+    assert_eq!(
+        replayed(&[&main[..], &["--repository", "stranger/octo-repo"]].concat())["publishes"],
+        false
+    );
+    assert_eq!(
+        replayed(&["--event-name", "pull_request", "--ref", "refs/heads/main"])["verdict"],
+        "read-only"
+    );
     let no_ref = replayed(&["--event-name", "push"]);
-    assert!(no_ref["reason"].as_str().unwrap().contains("`--ref`"), "{no_ref}");
+    assert!(
+        no_ref["reason"].as_str().unwrap().contains("`--ref`"),
+        "{no_ref}"
+    );
     let no_name = replayed(&["--ref", "refs/heads/main"]);
-    assert!(no_name["reason"].as_str().unwrap().contains("`--event-name`"), "{no_name}");
+    assert!(
+        no_name["reason"]
+            .as_str()
+            .unwrap()
+            .contains("`--event-name`"),
+        "{no_name}"
+    );
 }
 
 #[test]
 fn a_recorded_payload_that_is_broken_is_read_only() {
-    let (_run, ran) = recorded("{\"ref\":", &["--event-name", "push", "--ref", "refs/heads/main"]);
+    let (_run, ran) = recorded(
+        "{\"ref\":",
+        &["--event-name", "push", "--ref", "refs/heads/main"],
+    );
     assert_eq!(ran.code, 0);
     assert!(ran.stdout.contains("cut short"), "{}", ran.stdout);
 }
@@ -169,14 +265,23 @@ fn a_laptop_publishes_only_when_asked() {
     };
     let silent = laptop(&["--push-cache", "true"]);
     assert_eq!(silent["publishes"], false);
-    assert!(silent["reason"].as_str().unwrap().starts_with("local: publish only when asked"), "{silent}");
+    assert!(
+        silent["reason"]
+            .as_str()
+            .unwrap()
+            .starts_with("local: publish only when asked"),
+        "{silent}"
+    );
     assert_eq!(laptop(&["--publish"])["publishes"], true);
 }
 
 #[test]
 fn bad_input_is_64_and_names_it() {
     for (arguments, named) in [
-        (&["--event-path", "/nowhere/event.json"][..], "/nowhere/event.json"),
+        (
+            &["--event-path", "/nowhere/event.json"][..],
+            "/nowhere/event.json",
+        ),
         (&["--event-path", "/"], "event-path"),
         (&["--trusted-refs", "main"], "trusted-refs"),
         (&["--trusted-refs", "refs/pull/**"], "trusted-refs"),

@@ -42,14 +42,22 @@ fn job(arguments: &[&str], programs: &[(&str, &str)]) -> Flywheel {
 }
 
 fn with_github(run: Flywheel, github: &GitHub) -> Flywheel {
-    let run = run.env("GITHUB_API_URL", &github.url).env("GITHUB_REPOSITORY", "octo-org/app");
-    run.env("GITHUB_SHA", COMMIT).env("GITHUB_EVENT_NAME", "push")
+    let run = run
+        .env("GITHUB_API_URL", &github.url)
+        .env("GITHUB_REPOSITORY", "octo-org/app");
+    run.env("GITHUB_SHA", COMMIT)
+        .env("GITHUB_EVENT_NAME", "push")
 }
 
 fn output(run: &Flywheel, name: &str) -> String {
     let text = run.read("GITHUB_OUTPUT");
-    let value = text.lines().skip_while(|line| !line.starts_with(&format!("{name}<<"))).nth(1);
-    value.unwrap_or_else(|| panic!("no output `{name}` in {text}")).to_owned()
+    let value = text
+        .lines()
+        .skip_while(|line| !line.starts_with(&format!("{name}<<")))
+        .nth(1);
+    value
+        .unwrap_or_else(|| panic!("no output `{name}` in {text}"))
+        .to_owned()
 }
 
 #[track_caller]
@@ -65,18 +73,45 @@ fn check(ran: &Ran, code: i32, words: &[&str]) {
 fn wrong_input_is_named_before_anything_is_touched() {
     for (arguments, words) in [
         (["--flake", ".#checks"], ["`.#checks`", "flake-attr"]),
-        (["--flake", "/nonexistent"], ["has no `flake.nix`", "earlier step"]),
+        (
+            ["--flake", "/nonexistent"],
+            ["has no `flake.nix`", "earlier step"],
+        ),
         (["--flake", "--impure"], ["flake", "is no flake reference"]),
-        (["--flake-attr", "checks..x"], ["`checks..x`", "dots between them"]),
-        (["--systems", "x86_64-linux linux"], ["is no system: `linux`", "`all`"]),
-        (["--evaluation-workers", "0"], ["evaluation-workers", "from 1 to 256"]),
-        (["--derivations-per-worker", "some"], ["derivations-per-worker", "not `some`"]),
-        (["--publish-workers", "-1"], ["publish-workers", "from 1 to 256"]),
-        (["--nix-args", "--option 'x"], ["nix-args", "a quote that does not end"]),
+        (
+            ["--flake-attr", "checks..x"],
+            ["`checks..x`", "dots between them"],
+        ),
+        (
+            ["--systems", "x86_64-linux linux"],
+            ["is no system: `linux`", "`all`"],
+        ),
+        (
+            ["--evaluation-workers", "0"],
+            ["evaluation-workers", "from 1 to 256"],
+        ),
+        (
+            ["--derivations-per-worker", "some"],
+            ["derivations-per-worker", "not `some`"],
+        ),
+        (
+            ["--publish-workers", "-1"],
+            ["publish-workers", "from 1 to 256"],
+        ),
+        (
+            ["--nix-args", "--option 'x"],
+            ["nix-args", "a quote that does not end"],
+        ),
         (["--evaluator", "hydra"], ["evaluator", "`nix-eval-jobs`"]),
-        (["--evaluation-memory", "verfy"], ["evaluation-memory", "Did you mean `verify`?"]),
+        (
+            ["--evaluation-memory", "verfy"],
+            ["evaluation-memory", "Did you mean `verify`?"],
+        ),
         (["--retries", "11"], ["retries", "from 0 to 10"]),
-        (["--checks", "maybe"], ["checks", "`auto` or `true` or `false`"]),
+        (
+            ["--checks", "maybe"],
+            ["checks", "`auto` or `true` or `false`"],
+        ),
         (["--build", "no"], ["build", "`true` or `false`"]),
     ] {
         let arguments = [arguments[0], &format!("{}={}", arguments[0], arguments[1])];
@@ -90,50 +125,125 @@ fn wrong_input_is_named_before_anything_is_touched() {
 fn a_flake_that_does_not_evaluate_fails_the_one_check_that_is_required() {
     let github = GitHub::start(PLANTED_TOKEN, false);
     let names = "echo 'error: syntax error, unexpected end of file' >&2; exit 1";
-    let run = with_github(job(&["--build", "false"], &[("nix", &NIX.replace("NAMES", names))]), &github);
+    let run = with_github(
+        job(
+            &["--build", "false"],
+            &[("nix", &NIX.replace("NAMES", names))],
+        ),
+        &github,
+    );
     let ran = run.run();
-    check(&ran, 1, &["the outputs cannot be listed", "syntax error", "nix flake show"]);
+    check(
+        &ran,
+        1,
+        &[
+            "the outputs cannot be listed",
+            "syntax error",
+            "nix flake show",
+        ],
+    );
     let all = github.run("flake checks");
-    assert_eq!((all["conclusion"].as_str(), all["status"].as_str()), (Some("failure"), Some("completed")), "{all}");
-    assert!(all["output"]["title"].as_str().unwrap().contains("syntax error"), "{all}");
+    assert_eq!(
+        (all["conclusion"].as_str(), all["status"].as_str()),
+        (Some("failure"), Some("completed")),
+        "{all}"
+    );
+    assert!(
+        all["output"]["title"]
+            .as_str()
+            .unwrap()
+            .contains("syntax error"),
+        "{all}"
+    );
 }
 
 #[test]
 fn nix_eval_jobs_evaluates_where_it_is_asked_for_and_there() {
     let github = GitHub::start(PLANTED_TOKEN, false);
-    let programs = [("nix", NIX.replace("NAMES", LIST)), ("nix-eval-jobs", JOBS.to_owned())];
-    let programs = programs.each_ref().map(|(name, text)| (*name, text.as_str()));
-    let arguments = ["--build", "false", "--evaluator", "nix-eval-jobs", "--junit", "x.xml", "--json-lines", "x.jsonl"];
+    let programs = [
+        ("nix", NIX.replace("NAMES", LIST)),
+        ("nix-eval-jobs", JOBS.to_owned()),
+    ];
+    let programs = programs
+        .each_ref()
+        .map(|(name, text)| (*name, text.as_str()));
+    let arguments = [
+        "--build",
+        "false",
+        "--evaluator",
+        "nix-eval-jobs",
+        "--junit",
+        "x.xml",
+        "--json-lines",
+        "x.jsonl",
+    ];
     let run = with_github(job(&arguments, &programs), &github);
-    check(&run.run(), 1, &["nix-eval-jobs evaluates", "3 outputs: 2 failure, 1 success"]);
-    for (name, conclusion) in
-        [("good", "success"), ("bad", "failure"), ("silent", "failure"), ("flake checks", "failure")]
-    {
+    check(
+        &run.run(),
+        1,
+        &["nix-eval-jobs evaluates", "3 outputs: 2 failure, 1 success"],
+    );
+    for (name, conclusion) in [
+        ("good", "success"),
+        ("bad", "failure"),
+        ("silent", "failure"),
+        ("flake checks", "failure"),
+    ] {
         assert_eq!(github.run(name)["conclusion"], conclusion, "{name}");
     }
-    assert_eq!(github.names().len(), 4, "the other system is left out: {:?}", github.names());
+    assert_eq!(
+        github.names().len(),
+        4,
+        "the other system is left out: {:?}",
+        github.names()
+    );
     let values = ["outputs", "succeeded", "failed", "exit-code"].map(|name| output(&run, name));
     assert_eq!(values, ["3", "1", "2", "1"]);
     let lines = run.read("x.jsonl");
     let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
-    assert_eq!((first["label"].as_str(), first["cause"]["kind"].as_str()), (Some("good"), Some("evaluated")));
+    assert_eq!(
+        (first["label"].as_str(), first["cause"]["kind"].as_str()),
+        (Some("good"), Some("evaluated"))
+    );
     assert!(run.read("x.xml").contains("tests=\"3\" failures=\"2\""));
-    assert!(run.read("GITHUB_STEP_SUMMARY").contains("| ❌ | bad | Does not evaluate: no way |"));
+    assert!(
+        run.read("GITHUB_STEP_SUMMARY")
+            .contains("| ❌ | bad | Does not evaluate: no way |")
+    );
 }
 
 #[test]
 fn without_nix_eval_jobs_nix_itself_is_asked() {
-    let run =
-        job(&["--build", "false", "--evaluator", "nix-eval-jobs"], &[("nix", &NIX.replace("NAMES", "echo '[]'"))]);
-    check(&run.run(), 0, &["`nix-eval-jobs` is not on `PATH`, so Nix itself evaluates", "nothing to check"]);
+    let run = job(
+        &["--build", "false", "--evaluator", "nix-eval-jobs"],
+        &[("nix", &NIX.replace("NAMES", "echo '[]'"))],
+    );
+    check(
+        &run.run(),
+        0,
+        &[
+            "`nix-eval-jobs` is not on `PATH`, so Nix itself evaluates",
+            "nothing to check",
+        ],
+    );
 }
 
 #[test]
 fn check_runs_that_were_asked_for_and_cannot_be_are_said() {
-    let run = job(&["--build", "false", "--checks", "true"], &[("nix", &NIX.replace("NAMES", "echo '[]'"))]);
-    check(&run.run(), 0, &["there are no Check Runs: this is no job with a commit"]);
+    let run = job(
+        &["--build", "false", "--checks", "true"],
+        &[("nix", &NIX.replace("NAMES", "echo '[]'"))],
+    );
+    check(
+        &run.run(),
+        0,
+        &["there are no Check Runs: this is no job with a commit"],
+    );
     let github = GitHub::start(PLANTED_TOKEN, false);
-    let run = job(&["--build", "false", "--checks", "false"], &[("nix", &NIX.replace("NAMES", "echo '[]'"))]);
+    let run = job(
+        &["--build", "false", "--checks", "false"],
+        &[("nix", &NIX.replace("NAMES", "echo '[]'"))],
+    );
     check(&with_github(run, &github).run(), 0, &[]);
     assert!(github.log().is_empty(), "nobody asked for any");
 }

@@ -18,12 +18,24 @@ fn a_secret_is_named_by_its_place_and_never_said() {
     // The harness looks for the other one in every file, and here it may stand in one.
     let secret = "x7Rk2Lm9Qs4Tv6Wz";
     let run = Flywheel::new(&["scan", "out"]).env("DEPLOY_TOKEN", secret);
-    folder(&run, &[("clean", "nothing"), ("config", &format!("token={secret}\n"))]);
+    folder(
+        &run,
+        &[
+            ("clean", "nothing"),
+            ("config", &format!("token={secret}\n")),
+        ],
+    );
     let ran = run.run();
     assert_eq!(ran.code, 1, "{}{}", ran.stdout, ran.stderr);
     let said = format!("{}{}", ran.stdout, ran.stderr);
-    assert!(said.contains("secret: the value of `DEPLOY_TOKEN` as it is in `config`, at byte 6"), "{said}");
-    assert!(said.contains("1 finding in 1 path") && !said.contains(secret), "{said}");
+    assert!(
+        said.contains("secret: the value of `DEPLOY_TOKEN` as it is in `config`, at byte 6"),
+        "{said}"
+    );
+    assert!(
+        said.contains("1 finding in 1 path") && !said.contains(secret),
+        "{said}"
+    );
 }
 
 #[test]
@@ -31,7 +43,13 @@ fn what_is_clean_is_clean() {
     let run = Flywheel::new(&["scan", "out"]).env("DEPLOY_TOKEN", PLANTED_TOKEN);
     folder(&run, &[("clean", "nothing at all")]);
     let ran = run.run();
-    assert_eq!((ran.code, ran.stdout.contains("0 findings in 1 path")), (0, true), "{}{}", ran.stdout, ran.stderr);
+    assert_eq!(
+        (ran.code, ran.stdout.contains("0 findings in 1 path")),
+        (0, true),
+        "{}{}",
+        ran.stdout,
+        ran.stderr
+    );
 }
 
 #[test]
@@ -41,19 +59,38 @@ fn exceptions_and_modes_are_obeyed_and_json_says_it_all() {
         (&[][..], 1, 1),
         (&["--policy", "machine-path = warn"], 0, 1),
         (&["--policy", "machine-path = off"], 0, 0),
-        (&["--policy-allow", "machine-path out it is meant to be"], 0, 0),
-        (&["--policy-allow", "machine-path other it is meant to be"], 1, 1),
+        (
+            &["--policy-allow", "machine-path out it is meant to be"],
+            0,
+            0,
+        ),
+        (
+            &["--policy-allow", "machine-path other it is meant to be"],
+            1,
+            1,
+        ),
     ] {
         let arguments = [&["scan", "out", "--format", "json"], arguments].concat();
         let run = Flywheel::new(&arguments).env("GITHUB_WORKSPACE", place);
         folder(&run, &[("script", &format!("cd {place}/src"))]);
         let ran = run.run();
-        let report: Value = serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("{error}: {}", ran.stdout));
+        let report: Value = serde_json::from_str(&ran.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", ran.stdout));
         let found = report["findings"].as_array().unwrap();
-        assert_eq!((ran.code, found.len()), (code, findings), "{arguments:?}: {report}");
+        assert_eq!(
+            (ran.code, found.len()),
+            (code, findings),
+            "{arguments:?}: {report}"
+        );
         if let Some(one) = found.first() {
-            assert_eq!((one["rule"].as_str(), one["file"].as_str()), (Some("machine-path"), Some("script")));
-            assert_eq!((one["offset"].as_u64(), one["withheld"].as_bool()), (Some(3), Some(code == 1)));
+            assert_eq!(
+                (one["rule"].as_str(), one["file"].as_str()),
+                (Some("machine-path"), Some("script"))
+            );
+            assert_eq!(
+                (one["offset"].as_u64(), one["withheld"].as_bool()),
+                (Some(3), Some(code == 1))
+            );
         }
     }
 }
@@ -69,8 +106,17 @@ fn wrong_input_is_64_and_says_what_was_meant() {
     ] {
         let ran = Flywheel::new(&["scan", ".", arguments[0], arguments[1]]).run();
         let said = format!("{}{}", ran.stdout, ran.stderr);
-        assert!(ran.code == 64 && said.contains(says), "{arguments:?}: {} {said}", ran.code);
+        assert!(
+            ran.code == 64 && said.contains(says),
+            "{arguments:?}: {} {said}",
+            ran.code
+        );
     }
     let ran = Flywheel::new(&["scan", "nowhere"]).run();
-    assert!(ran.code == 64 && ran.stderr.contains("`nowhere` is not there"), "{} {}", ran.code, ran.stderr);
+    assert!(
+        ran.code == 64 && ran.stderr.contains("`nowhere` is not there"),
+        "{} {}",
+        ran.code,
+        ran.stderr
+    );
 }

@@ -33,7 +33,10 @@ fn entries(text: &str) -> BTreeMap<String, String> {
     let mut entries = BTreeMap::new();
     while let Some(line) = lines.next() {
         let (name, delimiter) = line.split_once("<<").unwrap();
-        let value: Vec<&str> = lines.by_ref().take_while(|line| *line != delimiter).collect();
+        let value: Vec<&str> = lines
+            .by_ref()
+            .take_while(|line| *line != delimiter)
+            .collect();
         entries.insert(name.to_owned(), value.join("\n"));
     }
     entries
@@ -46,7 +49,10 @@ fn exported(run: &Flywheel) -> (BTreeMap<String, String>, Ran) {
 }
 
 fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    pairs
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+        .collect()
 }
 
 #[test]
@@ -82,7 +88,10 @@ fn an_input_goes_before_the_hint() {
         .env("FLYWHEEL_ATTIC_CACHE", "input")
         .env("FLYWHEEL_ATTIC_PUBLIC_KEY", "");
     let mode = ("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only");
-    assert_eq!(exported(&run).0, map(&[("ATTIC_SERVER", &server), ("ATTIC_CACHE", "input"), mode]));
+    assert_eq!(
+        exported(&run).0,
+        map(&[("ATTIC_SERVER", &server), ("ATTIC_CACHE", "input"), mode])
+    );
 }
 
 #[test]
@@ -93,23 +102,46 @@ fn the_mode_is_what_answers_and_not_what_is_said() {
     let cache = format!("grpc://{bazel}");
     let with_cache = || setup().env("FLYWHEEL_BAZEL_REMOTE_CACHE", &cache);
     let executor = format!("grpc://{executor}");
-    assert_eq!(mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &executor)), "executor-backed");
-    assert_eq!(mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &format!("grpc://{}", dead()))), "shared-cache-backed");
-    assert_eq!(mode(setup().env("BAZEL_REMOTE_EXECUTOR", &executor)), "compatibility-local-only");
-    assert_eq!(mode(setup().env("GF_BAZEL_SUBSTRATE_MODE", "executor-backed")), "compatibility-local-only");
+    assert_eq!(
+        mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &executor)),
+        "executor-backed"
+    );
+    assert_eq!(
+        mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &format!("grpc://{}", dead()))),
+        "shared-cache-backed"
+    );
+    assert_eq!(
+        mode(setup().env("BAZEL_REMOTE_EXECUTOR", &executor)),
+        "compatibility-local-only"
+    );
+    assert_eq!(
+        mode(setup().env("GF_BAZEL_SUBSTRATE_MODE", "executor-backed")),
+        "compatibility-local-only"
+    );
 }
 
 #[test]
 fn what_does_not_answer_is_left_out_soon_and_told() {
     let server = format!("http://{}/", dead());
     // A network that swallows everything (RFC 5737), or that refuses at once: both are no answer.
-    let run = setup().env("ATTIC_SERVER", &server).env("BAZEL_REMOTE_CACHE", "grpc://192.0.2.1:9092");
+    let run = setup()
+        .env("ATTIC_SERVER", &server)
+        .env("BAZEL_REMOTE_CACHE", "grpc://192.0.2.1:9092");
     let begun = Instant::now();
     let (exports, ran) = exported(&run);
-    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
-    assert_eq!(exports, map(&[("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only")]));
-    for named in [format!("`ATTIC_SERVER` is not exported: `{server}`"), "`BAZEL_REMOTE_CACHE` is not exported".into()]
-    {
+    assert!(
+        begun.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_eq!(
+        exports,
+        map(&[("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only")])
+    );
+    for named in [
+        format!("`ATTIC_SERVER` is not exported: `{server}`"),
+        "`BAZEL_REMOTE_CACHE` is not exported".into(),
+    ] {
         assert!(ran.stdout.contains(&named), "{}", ran.stdout);
     }
 }
@@ -127,7 +159,11 @@ fn a_malformed_hint_is_a_warning_that_names_it() {
         ("GF_BAZEL_SUBSTRATE_MODE", "turbo"),
     ] {
         let (exports, ran) = exported(&setup().env(name, value));
-        assert_eq!(exports, map(&[("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only")]), "{name}");
+        assert_eq!(
+            exports,
+            map(&[("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only")]),
+            "{name}"
+        );
         let warned = format!("::warning title=flywheel::the runner's hint `{name}` is not used");
         assert!(ran.stdout.contains(&warned), "{}", ran.stdout);
         assert!(!ran.stdout.contains("sesame"), "{}", ran.stdout);
@@ -144,10 +180,17 @@ fn a_malformed_input_is_64_and_touches_nothing() {
         ("push-cache", "yes"),
         ("trusted-refs", "main"),
     ] {
-        let run = setup().env(&format!("FLYWHEEL_{}", input.replace('-', "_").to_uppercase()), value);
+        let run = setup().env(
+            &format!("FLYWHEEL_{}", input.replace('-', "_").to_uppercase()),
+            value,
+        );
         let ran = run.run();
         assert_eq!(ran.code, 64, "{input}");
-        assert!(ran.stdout.contains(&format!("input `{input}`")), "{}", ran.stdout);
+        assert!(
+            ran.stdout.contains(&format!("input `{input}`")),
+            "{}",
+            ran.stdout
+        );
         for file in ["GITHUB_ENV", "GITHUB_PATH", "GITHUB_OUTPUT"] {
             assert_eq!(run.read(file), "", "{input}: {file}");
         }
@@ -193,42 +236,79 @@ fn outputs_tell_the_gates_answer() {
 fn a_laptop_gets_lines_for_its_shell() {
     let (_attic, attic) = listener();
     let server = format!("http://{attic}/it's;$(x)");
-    let run = Flywheel::new(&["setup", "--attic-server", &server, "--attic-public-key", KEY]);
+    let run = Flywheel::new(&[
+        "setup",
+        "--attic-server",
+        &server,
+        "--attic-public-key",
+        KEY,
+    ]);
     let ran = run.env("ATTIC_TOKEN", PLANTED_TOKEN).run();
     assert_eq!(ran.code, 0, "{}", ran.stderr);
-    let script = format!("{}\nprintf '%s\\n' \"$ATTIC_SERVER\" \"$ATTIC_CACHE\" \"$ATTIC_PUBLIC_KEY\"", ran.stdout);
-    let shell = std::process::Command::new("/bin/sh").args(["-eu", "-c", &script]).env_clear().output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&shell.stdout), format!("{server}\nmain\n{KEY}\n"));
+    let script = format!(
+        "{}\nprintf '%s\\n' \"$ATTIC_SERVER\" \"$ATTIC_CACHE\" \"$ATTIC_PUBLIC_KEY\"",
+        ran.stdout
+    );
+    let shell = std::process::Command::new("/bin/sh")
+        .args(["-eu", "-c", &script])
+        .env_clear()
+        .output()
+        .unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&shell.stdout),
+        format!("{server}\nmain\n{KEY}\n")
+    );
 }
 
 #[test]
 fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("action.yml")).unwrap();
+    let text =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("action.yml")).unwrap();
     let action: Value = serde_norway::from_str(&text).unwrap();
     let steps = action["runs"]["steps"].as_sequence().unwrap();
     assert_eq!(steps.len(), 1);
-    assert_eq!(steps[0]["run"].as_str().unwrap(), "exec \"$GITHUB_ACTION_PATH/dist/flywheel\" setup");
+    assert_eq!(
+        steps[0]["run"].as_str().unwrap(),
+        "exec \"$GITHUB_ACTION_PATH/dist/flywheel\" setup"
+    );
     let mapped: BTreeMap<&str, &str> = steps[0]["env"]
         .as_mapping()
         .unwrap()
         .iter()
         .map(|(name, value)| (name.as_str().unwrap(), value.as_str().unwrap()))
         .collect();
-    let inputs: Vec<&str> = action["inputs"].as_mapping().unwrap().keys().map(|name| name.as_str().unwrap()).collect();
+    let inputs: Vec<&str> = action["inputs"]
+        .as_mapping()
+        .unwrap()
+        .keys()
+        .map(|name| name.as_str().unwrap())
+        .collect();
     let help = Flywheel::new(&["setup", "--help"]).run().stdout;
     // Lines are wrapped anywhere.
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     assert_eq!(mapped.len(), inputs.len());
     for input in inputs {
         let variable = format!("FLYWHEEL_{}", input.replace('-', "_").to_uppercase());
-        assert_eq!(mapped[variable.as_str()], format!("${{{{ inputs.{input} }}}}"));
-        assert!(help.contains(&format!("--{input} ")) && help.contains(&format!("[env: {variable}=")), "{input}");
+        assert_eq!(
+            mapped[variable.as_str()],
+            format!("${{{{ inputs.{input} }}}}")
+        );
+        assert!(
+            help.contains(&format!("--{input} ")) && help.contains(&format!("[env: {variable}=")),
+            "{input}"
+        );
     }
     let outputs = setup();
     assert_eq!(outputs.run().code, 0);
-    let set: Vec<String> = entries(&outputs.read("GITHUB_OUTPUT")).into_keys().collect();
-    let mut declared: Vec<&str> =
-        action["outputs"].as_mapping().unwrap().keys().map(|name| name.as_str().unwrap()).collect();
+    let set: Vec<String> = entries(&outputs.read("GITHUB_OUTPUT"))
+        .into_keys()
+        .collect();
+    let mut declared: Vec<&str> = action["outputs"]
+        .as_mapping()
+        .unwrap()
+        .keys()
+        .map(|name| name.as_str().unwrap())
+        .collect();
     declared.sort_unstable();
     assert_eq!(set, declared);
 }

@@ -14,13 +14,26 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// A canary of the class `general`, in a job, with a healthy or a missing `node`.
 fn general(arguments: &[&str], healthy: bool) -> Flywheel {
-    let run =
-        Flywheel::in_job(&[&["validate-builders", "--class", "general", "--min-free", "1MiB"], arguments].concat());
+    let run = Flywheel::in_job(
+        &[
+            &[
+                "validate-builders",
+                "--class",
+                "general",
+                "--min-free",
+                "1MiB",
+            ],
+            arguments,
+        ]
+        .concat(),
+    );
     let bin = run.path("bin");
     std::fs::create_dir(&bin).unwrap();
-    for (name, version) in
-        [("git", "git version 2.39.5"), ("pnpm", "10.1.0"), ("node", if healthy { "v22.0.0" } else { "v12.0.0" })]
-    {
+    for (name, version) in [
+        ("git", "git version 2.39.5"),
+        ("pnpm", "10.1.0"),
+        ("node", if healthy { "v22.0.0" } else { "v12.0.0" }),
+    ] {
         std::fs::write(bin.join(name), format!("#!/bin/sh\necho {version}\n")).unwrap();
         std::fs::set_permissions(bin.join(name), std::fs::Permissions::from_mode(0o755)).unwrap();
     }
@@ -29,8 +42,12 @@ fn general(arguments: &[&str], healthy: bool) -> Flywheel {
 }
 
 fn with_github(run: Flywheel, github: &GitHub) -> Flywheel {
-    let run = run.env("GITHUB_API_URL", &github.url).env("GITHUB_TOKEN", PLANTED_TOKEN);
-    run.env("GITHUB_REPOSITORY", "octo-org/app").env("GITHUB_SHA", COMMIT).env("GITHUB_EVENT_NAME", "push")
+    let run = run
+        .env("GITHUB_API_URL", &github.url)
+        .env("GITHUB_TOKEN", PLANTED_TOKEN);
+    run.env("GITHUB_REPOSITORY", "octo-org/app")
+        .env("GITHUB_SHA", COMMIT)
+        .env("GITHUB_EVENT_NAME", "push")
 }
 
 fn said(ran: &Ran) -> String {
@@ -40,33 +57,73 @@ fn said(ran: &Ran) -> String {
 #[test]
 fn a_healthy_and_a_broken_builder_leave_their_marks() {
     for (healthy, code, layer) in [(true, 0, ""), (false, 1, "tools")] {
-        let run = general(&["--report-file", "canary.json", "--metrics-file", "canary.prom"], healthy);
+        let run = general(
+            &[
+                "--report-file",
+                "canary.json",
+                "--metrics-file",
+                "canary.prom",
+            ],
+            healthy,
+        );
         let ran = run.run();
         assert_eq!(ran.code, code, "{}", said(&ran));
         let outputs = run.read("GITHUB_OUTPUT");
-        assert!(outputs.contains(&format!("\n{healthy}\n")) && outputs.contains("broken-layer<<"), "{outputs}");
+        assert!(
+            outputs.contains(&format!("\n{healthy}\n")) && outputs.contains("broken-layer<<"),
+            "{outputs}"
+        );
         let report: Value = serde_json::from_str(&run.read("canary.json")).unwrap();
         assert_eq!(report["healthy"], healthy);
         assert_eq!(report["broken-layer"].as_str().unwrap_or_default(), layer);
-        let sample = format!("flywheel_builder_healthy{{class=\"general\",lane=\"general\"}} {}\n", i32::from(healthy));
-        assert!(run.read("canary.prom").contains(&sample), "{}", run.read("canary.prom"));
+        let sample = format!(
+            "flywheel_builder_healthy{{class=\"general\",lane=\"general\"}} {}\n",
+            i32::from(healthy)
+        );
+        assert!(
+            run.read("canary.prom").contains(&sample),
+            "{}",
+            run.read("canary.prom")
+        );
         let summary = run.read("GITHUB_STEP_SUMMARY");
         assert!(
-            summary.starts_with(if healthy { "### ✅ Builder health" } else { "### ❌ Builder health" }),
+            summary.starts_with(if healthy {
+                "### ✅ Builder health"
+            } else {
+                "### ❌ Builder health"
+            }),
             "{summary}"
         );
-        assert_eq!(ran.stdout.contains("::error title=tools::it is `v12.0.0`"), !healthy, "{}", ran.stdout);
-        assert_eq!(ran.stdout.contains("help     Put node (>=18) into the image of this class."), !healthy);
+        assert_eq!(
+            ran.stdout.contains("::error title=tools::it is `v12.0.0`"),
+            !healthy,
+            "{}",
+            ran.stdout
+        );
+        assert_eq!(
+            ran.stdout
+                .contains("help     Put node (>=18) into the image of this class."),
+            !healthy
+        );
     }
 }
 
 #[test]
 fn json_on_stdout_is_nothing_but_json() {
     let ran = general(&["--format", "json"], false).run();
-    let report: Value = serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("{error}: {}", ran.stdout));
+    let report: Value =
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|error| panic!("{error}: {}", ran.stdout));
     assert_eq!(report["broken-layer"], "tools");
-    let node = report["checks"].as_array().unwrap().iter().find(|check| check["name"] == "tool-node").unwrap();
-    assert_eq!((node["severity"].as_str(), node["limit-seconds"].as_f64()), (Some("required"), Some(10.0)));
+    let node = report["checks"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|check| check["name"] == "tool-node")
+        .unwrap();
+    assert_eq!(
+        (node["severity"].as_str(), node["limit-seconds"].as_f64()),
+        (Some("required"), Some(10.0))
+    );
 }
 
 #[test]
@@ -78,11 +135,19 @@ fn wrong_input_is_64_and_says_what_was_meant() {
         (["--min-free", "lots"], "write it as `8GiB`"),
         (["--timeout", "soon"], "must be a number from 1 to 3600"),
         (["--cache-path", "/tmp/x"], "is no store path"),
-        (["--pushgateway", "gateway:9091"], "must be an http or https URL"),
+        (
+            ["--pushgateway", "gateway:9091"],
+            "must be an http or https URL",
+        ),
         (["--check-run", "maybe"], "check-run"),
     ] {
         let ran = Flywheel::new(&["validate-builders", arguments[0], arguments[1]]).run();
-        assert!(ran.code == 64 && said(&ran).contains(says), "{arguments:?}: {} {}", ran.code, said(&ran));
+        assert!(
+            ran.code == 64 && said(&ran).contains(says),
+            "{arguments:?}: {} {}",
+            ran.code,
+            said(&ran)
+        );
     }
 }
 
@@ -102,13 +167,36 @@ fn a_check_run_is_left_and_on_a_second_run_brought_up_to_date() {
     for (key, value) in expected {
         assert_eq!(runs[0][key], value, "{key}");
     }
-    assert!(runs[0]["output"]["title"].as_str().unwrap().starts_with("general is broken at `tools`"), "{}", runs[0]);
+    assert!(
+        runs[0]["output"]["title"]
+            .as_str()
+            .unwrap()
+            .starts_with("general is broken at `tools`"),
+        "{}",
+        runs[0]
+    );
     assert_eq!(with_github(general(&[], true), &github).run().code, 0);
     let runs = github.runs();
-    assert_eq!((runs.len(), runs[0]["conclusion"].as_str()), (1, Some("success")), "{:?}", github.log());
-    let lines: Vec<(String, u16)> =
-        github.log().into_iter().map(|(line, status)| (line.split(' ').next().unwrap().to_owned(), status)).collect();
-    assert_eq!(lines, [("GET".into(), 200), ("POST".into(), 201), ("GET".into(), 200), ("PATCH".into(), 200)]);
+    assert_eq!(
+        (runs.len(), runs[0]["conclusion"].as_str()),
+        (1, Some("success")),
+        "{:?}",
+        github.log()
+    );
+    let lines: Vec<(String, u16)> = github
+        .log()
+        .into_iter()
+        .map(|(line, status)| (line.split(' ').next().unwrap().to_owned(), status))
+        .collect();
+    assert_eq!(
+        lines,
+        [
+            ("GET".into(), 200),
+            ("POST".into(), 201),
+            ("GET".into(), 200),
+            ("PATCH".into(), 200)
+        ]
+    );
 }
 
 #[test]
@@ -117,8 +205,14 @@ fn a_pull_request_has_it_on_the_head_of_its_branch() {
     let head = "f".repeat(40);
     let run = with_github(general(&[], true), &github);
     let event = run.path("event.json");
-    std::fs::write(&event, json!({ "pull_request": { "head": { "sha": head } } }).to_string()).unwrap();
-    let run = run.env("GITHUB_EVENT_NAME", "pull_request").env("GITHUB_EVENT_PATH", event.to_str().unwrap());
+    std::fs::write(
+        &event,
+        json!({ "pull_request": { "head": { "sha": head } } }).to_string(),
+    )
+    .unwrap();
+    let run = run
+        .env("GITHUB_EVENT_NAME", "pull_request")
+        .env("GITHUB_EVENT_PATH", event.to_str().unwrap());
     assert_eq!(run.run().code, 0);
     assert_eq!(github.runs()[0]["head_sha"], head);
 }
@@ -130,16 +224,25 @@ fn a_token_that_may_not_is_a_warning_and_the_verdict_stands() {
         let ran = with_github(general(&[], healthy), &github).run();
         assert_eq!(ran.code, code);
         assert!(
-            ran.stdout.contains("::warning title=check run::") && ran.stdout.contains("`checks: write`"),
+            ran.stdout.contains("::warning title=check run::")
+                && ran.stdout.contains("`checks: write`"),
             "{}",
             ran.stdout
         );
     }
     let dead = with_github(general(&[], true), &github).env("GITHUB_API_URL", "http://127.0.0.1:9");
     let ran = dead.run();
-    assert!(ran.code == 0 && ran.stdout.contains("no Check Run is left"), "{}", ran.stdout);
+    assert!(
+        ran.code == 0 && ran.stdout.contains("no Check Run is left"),
+        "{}",
+        ran.stdout
+    );
     let asked = general(&["--check-run", "true"], true).run();
-    assert!(asked.code == 0 && asked.stdout.contains("there is no `GITHUB_TOKEN`"), "{}", asked.stdout);
+    assert!(
+        asked.code == 0 && asked.stdout.contains("there is no `GITHUB_TOKEN`"),
+        "{}",
+        asked.stdout
+    );
     let silent = with_github(general(&["--check-run", "false"], true), &github).run();
     assert!(!silent.stdout.contains("Check Run"), "{}", silent.stdout);
 }
@@ -157,16 +260,28 @@ fn metrics_are_pushed_to_a_gateway() {
             assert!(read > 0, "{request}");
             request.push_str(&String::from_utf8_lossy(&buffer[..read]));
         }
-        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").unwrap();
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            .unwrap();
         request
     });
     let ran = general(&["--pushgateway", &url], true).run();
-    assert!(ran.code == 0 && !ran.stdout.contains("::warning"), "{}", ran.stdout);
+    assert!(
+        ran.code == 0 && !ran.stdout.contains("::warning"),
+        "{}",
+        ran.stdout
+    );
     let request = gateway.join().unwrap();
     assert!(
-        request.starts_with("PUT /prefix/metrics/job/flywheel_canary/class/general/lane/general HTTP/1.1"),
+        request.starts_with(
+            "PUT /prefix/metrics/job/flywheel_canary/class/general/lane/general HTTP/1.1"
+        ),
         "{request}"
     );
     let ran = general(&["--pushgateway", "http://127.0.0.1:9/"], true).run();
-    assert!(ran.code == 0 && ran.stdout.contains("::warning title=metrics::"), "{}", ran.stdout);
+    assert!(
+        ran.code == 0 && ran.stdout.contains("::warning title=metrics::"),
+        "{}",
+        ran.stdout
+    );
 }

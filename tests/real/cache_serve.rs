@@ -28,23 +28,51 @@ impl Served {
     fn start(more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut command = Command::new(flywheel());
-        command.args(["cache", "serve", "--listen", "127.0.0.1:0", "--quiet", "--stop-after", "10m", "--dir"]);
-        command.arg(folder.path()).args(more).env_clear().stdout(Stdio::piped());
+        command.args([
+            "cache",
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--quiet",
+            "--stop-after",
+            "10m",
+            "--dir",
+        ]);
+        command
+            .arg(folder.path())
+            .args(more)
+            .env_clear()
+            .stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let lines = first_lines(child.stdout.take().unwrap());
-        let keys = lines.iter().filter_map(|line| line.strip_prefix("public-key ")).map(str::to_owned).collect();
-        Self { folder, child, url: lines[0].clone(), keys }
+        let keys = lines
+            .iter()
+            .filter_map(|line| line.strip_prefix("public-key "))
+            .map(str::to_owned)
+            .collect();
+        Self {
+            folder,
+            child,
+            url: lines[0].clone(),
+            keys,
+        }
     }
 
     fn token(&self) -> String {
         let text = std::fs::read_to_string(self.folder.path().join("tokens")).unwrap();
-        text.lines().find_map(|line| line.strip_prefix("write ")).unwrap().to_owned()
+        text.lines()
+            .find_map(|line| line.strip_prefix("write "))
+            .unwrap()
+            .to_owned()
     }
 
     /// The most memory that the server ever had, in KiB.
     fn peak_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmHWM:"))
+            .unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 }
@@ -61,7 +89,10 @@ fn first_lines(stdout: ChildStdout) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     for line in BufReader::new(stdout).lines().map_while(Result::ok) {
         lines.push(line);
-        if lines.last().is_some_and(|line| line.starts_with("tokens-file ")) {
+        if lines
+            .last()
+            .is_some_and(|line| line.starts_with("tokens-file "))
+        {
             break;
         }
     }
@@ -78,7 +109,14 @@ impl Machine {
     fn new(served: &Served, more: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let netrc = folder.path().join("netrc");
-        std::fs::write(&netrc, format!("machine 127.0.0.1 login flywheel password {}\n", served.token())).unwrap();
+        std::fs::write(
+            &netrc,
+            format!(
+                "machine 127.0.0.1 login flywheel password {}\n",
+                served.token()
+            ),
+        )
+        .unwrap();
         let config = format!(
             "experimental-features = nix-command flakes\nbuild-users-group =\nsandbox = false\nsubstituters =\n\
              netrc-file = {}\nfallback = false\n{more}\n",
@@ -94,12 +132,25 @@ impl Machine {
     /// Runs a program with this machine's store as `/nix`; its standard output if it succeeds.
     fn run(&self, program: &Path, arguments: &[&str]) -> Result<String, String> {
         let mut command = with_private_nix(&self.path("nix"), program);
-        command.args(arguments).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command.env("HOME", self.path("home")).env("XDG_CACHE_HOME", self.path("xdg"));
-        let output = command.env("NIX_CONFIG", &self.config).stdin(Stdio::null()).output().unwrap();
+        command
+            .args(arguments)
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command
+            .env("HOME", self.path("home"))
+            .env("XDG_CACHE_HOME", self.path("xdg"));
+        let output = command
+            .env("NIX_CONFIG", &self.config)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         println!("$ {} {}\n{said}", program.display(), arguments.join(" "));
-        if output.status.success() { Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()) } else { Err(said) }
+        if output.status.success() {
+            Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        } else {
+            Err(said)
+        }
     }
 
     fn nix(&self, arguments: &[&str]) -> Result<String, String> {
@@ -114,30 +165,64 @@ impl Machine {
                 args = [ "-c" "echo ${name} on $below, itself at $out > $out" ];
               };
           in step "three" (step "two" (step "one" "nothing"))"#;
-        self.run(&need("nix-build", NIX_HOW), &["--no-out-link", "--expr", expression]).unwrap()
+        self.run(
+            &need("nix-build", NIX_HOW),
+            &["--no-out-link", "--expr", expression],
+        )
+        .unwrap()
     }
 }
 
 #[test]
 fn real_nix_copies_to_it_and_substitutes_from_it() {
-    let served = Served::start(&["--private", "--cache", "xz", "--cache", "zst", "--cache", "plain"]);
+    let served = Served::start(&[
+        "--private",
+        "--cache",
+        "xz",
+        "--cache",
+        "zst",
+        "--cache",
+        "plain",
+    ]);
     let builder = Machine::new(&served, "");
     let path = builder.build_chain();
-    for (cache, query) in [("xz", ""), ("zst", "?compression=zstd"), ("plain", "?compression=none")] {
+    for (cache, query) in [
+        ("xz", ""),
+        ("zst", "?compression=zstd"),
+        ("plain", "?compression=none"),
+    ] {
         let store = format!("{}/{cache}{query}", served.url);
         builder.nix(&["copy", "--to", &store, &path]).unwrap();
         // The second time there is nothing to send, and Nix asks no more than that.
         builder.nix(&["copy", "--to", &store, &path]).unwrap();
 
-        let key = served.keys.iter().find(|key| key.starts_with(&format!("{cache}:"))).unwrap();
+        let key = served
+            .keys
+            .iter()
+            .find(|key| key.starts_with(&format!("{cache}:")))
+            .unwrap();
         let from = format!("{}/{cache}", served.url);
         let trusting = format!("trusted-public-keys = {key}\nsubstituters = {from}\nmax-jobs = 0");
         let reader = Machine::new(&served, &trusting);
-        reader.run(&need("nix-store", NIX_HOW), &["--realise", &path]).unwrap();
-        let text = std::fs::read_to_string(reader.path("nix").join(path.strip_prefix("/nix/").unwrap())).unwrap();
-        assert!(text.starts_with("three on /nix/store/") && text.contains(&path), "{text}");
-        reader.run(&need("nix-store", NIX_HOW), &["--verify", "--check-contents"]).unwrap();
-        let closure = reader.run(&need("nix-store", NIX_HOW), &["-qR", &path]).unwrap();
+        reader
+            .run(&need("nix-store", NIX_HOW), &["--realise", &path])
+            .unwrap();
+        let text =
+            std::fs::read_to_string(reader.path("nix").join(path.strip_prefix("/nix/").unwrap()))
+                .unwrap();
+        assert!(
+            text.starts_with("three on /nix/store/") && text.contains(&path),
+            "{text}"
+        );
+        reader
+            .run(
+                &need("nix-store", NIX_HOW),
+                &["--verify", "--check-contents"],
+            )
+            .unwrap();
+        let closure = reader
+            .run(&need("nix-store", NIX_HOW), &["-qR", &path])
+            .unwrap();
         assert_eq!(closure.lines().count(), 3, "{closure}");
 
         let copying = Machine::new(&served, &trusting);
@@ -147,7 +232,12 @@ fn real_nix_copies_to_it_and_substitutes_from_it() {
         assert!(refused.contains("lacks a valid signature"), "{refused}");
     }
     // Three caches, three paths, each NAR once.
-    assert_eq!(std::fs::read_dir(served.folder.path().join("nars")).unwrap().count(), 3);
+    assert_eq!(
+        std::fs::read_dir(served.folder.path().join("nars"))
+            .unwrap()
+            .count(),
+        3
+    );
 }
 
 #[test]
@@ -156,9 +246,16 @@ fn real_nix_is_refused_where_it_has_no_token() {
     let mut machine = Machine::new(&served, "");
     let path = machine.build_chain();
     machine.config.push_str("netrc-file = /nonexistent\n");
-    let refused = machine.nix(&["copy", "--to", &format!("{}/main", served.url), &path]).unwrap_err();
+    let refused = machine
+        .nix(&["copy", "--to", &format!("{}/main", served.url), &path])
+        .unwrap_err();
     assert!(refused.contains("403"), "{refused}");
-    assert_eq!(std::fs::read_dir(served.folder.path().join("nars")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(served.folder.path().join("nars"))
+            .unwrap()
+            .count(),
+        0
+    );
 }
 
 /// Blocks of 1 MiB of which an eighth is new each time and does not compress.
@@ -185,8 +282,11 @@ async fn two_gigabytes_pass_within_64_mib_of_memory() {
         "references": [], "sigs": [], "nar_hash": hash.to_string(), "nar_size": BLOCKS * MIB,
     });
     let client = flywheel::http::client(&flywheel::http::Roots::default()).unwrap();
-    let body = reqwest::Body::wrap_stream(stream::iter(blocks(BLOCKS)).map(Ok::<_, std::io::Error>));
-    let request = client.put(format!("{}/_api/v1/upload-path", served.url)).bearer_auth(served.token());
+    let body =
+        reqwest::Body::wrap_stream(stream::iter(blocks(BLOCKS)).map(Ok::<_, std::io::Error>));
+    let request = client
+        .put(format!("{}/_api/v1/upload-path", served.url))
+        .bearer_auth(served.token());
     let response = request
         .header("X-Attic-Nar-Info", info.to_string())
         .header("Content-Length", BLOCKS * MIB)
@@ -197,17 +297,31 @@ async fn two_gigabytes_pass_within_64_mib_of_memory() {
     assert_eq!(response.status(), 200);
     let after_upload = served.peak_kib();
 
-    let narinfo = client.get(format!("{}/main/{letters}.narinfo", served.url)).send().await.unwrap();
+    let narinfo = client
+        .get(format!("{}/main/{letters}.narinfo", served.url))
+        .send()
+        .await
+        .unwrap();
     let narinfo = NarInfo::parse(&narinfo.text().await.unwrap()).unwrap();
-    let response = client.get(format!("{}/main/{}", served.url, narinfo.url)).send().await.unwrap();
-    assert!(narinfo.file_size.unwrap() > 256 * MIB as u64, "enough that buffering it would show");
+    let response = client
+        .get(format!("{}/main/{}", served.url, narinfo.url))
+        .send()
+        .await
+        .unwrap();
+    assert!(
+        narinfo.file_size.unwrap() > 256 * MIB as u64,
+        "enough that buffering it would show"
+    );
     let mut pieces = response.bytes_stream();
     let mut decoder = zstd::stream::write::Decoder::new(Hashing::default()).unwrap();
     while let Some(piece) = pieces.next().await {
         std::io::Write::write_all(&mut decoder, &piece.unwrap()).unwrap();
     }
     let came = decoder.finish().unwrap();
-    assert_eq!((Sha256(came.hash.finalize().into()), came.size), (hash, (BLOCKS * MIB) as u64));
+    assert_eq!(
+        (Sha256(came.hash.finalize().into()), came.size),
+        (hash, (BLOCKS * MIB) as u64)
+    );
     let after_download = served.peak_kib();
     println!("peak after upload {after_upload} KiB, after download {after_download} KiB");
     assert!(after_download < 64 * 1024, "{after_download} KiB");

@@ -29,7 +29,9 @@ struct Ended {
 
 impl Dist {
     fn new() -> Self {
-        let dist = Self { folder: tempfile::Builder::new().prefix("a b").tempdir().unwrap() };
+        let dist = Self {
+            folder: tempfile::Builder::new().prefix("a b").tempdir().unwrap(),
+        };
         let script = dist.folder.path().join("script");
         fs::write(&script, "#!/bin/sh\nprintf '[%s]' \"$@\"\nexit 7\n").unwrap();
         fs::create_dir(dist.path("dist")).unwrap();
@@ -45,15 +47,29 @@ impl Dist {
 
     /// Puts a program in front of `PATH`.
     fn fake(&self, name: &str, script: &str) {
-        fs::write(self.path("bin").join(name), format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(self.path("bin").join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(
+            self.path("bin").join(name),
+            format!("#!/bin/sh\n{script}\n"),
+        )
+        .unwrap();
+        fs::set_permissions(
+            self.path("bin").join(name),
+            fs::Permissions::from_mode(0o755),
+        )
+        .unwrap();
     }
 
     /// The launcher, called as `program`, in another folder and with a cleared environment.
     fn launcher(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command.args(["one", "two words", "", "*"]).env_clear().current_dir("/");
-        command.env("PATH", format!("{}:/usr/bin:/bin", self.path("bin").display()));
+        command
+            .args(["one", "two words", "", "*"])
+            .env_clear()
+            .current_dir("/");
+        command.env(
+            "PATH",
+            format!("{}:/usr/bin:/bin", self.path("bin").display()),
+        );
         command
     }
 
@@ -63,20 +79,36 @@ impl Dist {
 }
 
 fn ended(command: &mut Command) -> Ended {
-    let Output { status, stdout, stderr } = command.output().unwrap();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command.output().unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-    Ended { code: status.code().unwrap(), stdout: text(stdout), stderr: text(stderr) }
+    Ended {
+        code: status.code().unwrap(),
+        stdout: text(stdout),
+        stderr: text(stderr),
+    }
 }
 
 fn passed_through() -> Ended {
-    Ended { code: 7, stdout: "[one][two words][][*]".to_owned(), stderr: String::new() }
+    Ended {
+        code: 7,
+        stdout: "[one][two words][][*]".to_owned(),
+        stderr: String::new(),
+    }
 }
 
 /// Ends with `code`, runs nothing, and says something with all of `words` in it.
 fn check_refusal(ended: &Ended, code: i32, words: &[&str]) {
     assert_eq!((ended.code, ended.stdout.as_str()), (code, ""), "{ended:?}");
     for word in words {
-        assert!(ended.stderr.contains(word), "no `{word}` in: {}", ended.stderr);
+        assert!(
+            ended.stderr.contains(word),
+            "no `{word}` in: {}",
+            ended.stderr
+        );
     }
     assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
 }
@@ -92,10 +124,18 @@ fn the_launcher_is_the_binary() {
     let script = dist.path("script");
     fs::write(&script, "#!/bin/sh\necho $$\n").unwrap();
     put_binary(&script, &dist.path("dist"));
-    let child = dist.launcher(&dist.path("dist/flywheel")).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let child = dist
+        .launcher(&dist.path("dist/flywheel"))
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
     let id = child.id();
     let output = child.wait_with_output().unwrap();
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{id}\n"), "signals must reach the binary itself");
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        format!("{id}\n"),
+        "signals must reach the binary itself"
+    );
 }
 
 #[test]
@@ -107,12 +147,25 @@ fn the_launcher_finds_itself_through_links() {
     symlink("x y/relative", dist.path("twice")).unwrap();
     symlink("dist", dist.path("folder")).unwrap();
     for program in ["x y/absolute", "x y/relative", "twice", "folder/flywheel"] {
-        assert_eq!(ended(&mut dist.launcher(&dist.path(program))), passed_through(), "{program}");
+        assert_eq!(
+            ended(&mut dist.launcher(&dist.path(program))),
+            passed_through(),
+            "{program}"
+        );
     }
     let mut by_path = Command::new("/bin/sh");
-    by_path.args(["-c", "exec flywheel one 'two words' '' '*'"]).env_clear().current_dir(dist.path("x y"));
-    by_path.env("PATH", "../dist:/usr/bin:/bin").env("CDPATH", "/usr");
-    assert_eq!(ended(&mut by_path), passed_through(), "found on a relative PATH");
+    by_path
+        .args(["-c", "exec flywheel one 'two words' '' '*'"])
+        .env_clear()
+        .current_dir(dist.path("x y"));
+    by_path
+        .env("PATH", "../dist:/usr/bin:/bin")
+        .env("CDPATH", "/usr");
+    assert_eq!(
+        ended(&mut by_path),
+        passed_through(),
+        "found on a relative PATH"
+    );
 }
 
 #[test]
@@ -121,9 +174,17 @@ fn a_damaged_binary_is_never_run() {
     let before = sum_of(&dist.path("dist").join(BINARY));
     fs::write(dist.path("dist").join(BINARY), "#!/bin/sh\necho evil\n").unwrap();
     let now = sum_of(&dist.path("dist").join(BINARY));
-    check_refusal(&dist.run(), 69, &["damaged", &before, &now, "check the repository out again"]);
+    check_refusal(
+        &dist.run(),
+        69,
+        &["damaged", &before, &now, "check the repository out again"],
+    );
 
-    fs::write(dist.path("dist/SHA256SUMS"), format!("{now}  another-file\n")).unwrap();
+    fs::write(
+        dist.path("dist/SHA256SUMS"),
+        format!("{now}  another-file\n"),
+    )
+    .unwrap();
     check_refusal(&dist.run(), 69, &["has no sum for flywheel-x86_64-linux"]);
     fs::remove_file(dist.path("dist/SHA256SUMS")).unwrap();
     check_refusal(&dist.run(), 69, &["SHA256SUMS` is missing"]);
@@ -134,16 +195,34 @@ fn a_damaged_binary_is_never_run() {
 #[test]
 fn a_binary_without_its_mode_is_named() {
     let dist = Dist::new();
-    fs::set_permissions(dist.path("dist").join(BINARY), fs::Permissions::from_mode(0o644)).unwrap();
+    fs::set_permissions(
+        dist.path("dist").join(BINARY),
+        fs::Permissions::from_mode(0o644),
+    )
+    .unwrap();
     check_refusal(&dist.run(), 69, &["is not executable", "chmod +x"]);
 }
 
 #[test]
 fn another_platform_gets_a_clear_message() {
-    for (system, machine) in [("Darwin", "arm64"), ("Linux", "aarch64"), ("MINGW64_NT-10.0", "x86_64")] {
+    for (system, machine) in [
+        ("Darwin", "arm64"),
+        ("Linux", "aarch64"),
+        ("MINGW64_NT-10.0", "x86_64"),
+    ] {
         let dist = Dist::new();
-        dist.fake("uname", &format!("case $1 in -s) echo {system} ;; -m) echo {machine} ;; esac"));
-        check_refusal(&dist.run(), 69, &[&format!("no binary for {system}-{machine} yet"), "FLYWHEEL_BIN"]);
+        dist.fake(
+            "uname",
+            &format!("case $1 in -s) echo {system} ;; -m) echo {machine} ;; esac"),
+        );
+        check_refusal(
+            &dist.run(),
+            69,
+            &[
+                &format!("no binary for {system}-{machine} yet"),
+                "FLYWHEEL_BIN",
+            ],
+        );
     }
 }
 
@@ -151,31 +230,65 @@ fn another_platform_gets_a_clear_message() {
 fn in_a_job_the_message_is_an_annotation() {
     let dist = Dist::new();
     dist.fake("uname", "echo Plan9");
-    let ended = ended(dist.launcher(&dist.path("dist/flywheel")).env("GITHUB_ACTIONS", "true"));
+    let ended = ended(
+        dist.launcher(&dist.path("dist/flywheel"))
+            .env("GITHUB_ACTIONS", "true"),
+    );
     assert_eq!((ended.code, ended.stderr.as_str()), (69, ""));
-    assert!(ended.stdout.starts_with("::error title=flywheel::there is no binary for Plan9-Plan9"), "{ended:?}");
+    assert!(
+        ended
+            .stdout
+            .starts_with("::error title=flywheel::there is no binary for Plan9-Plan9"),
+        "{ended:?}"
+    );
 }
 
 #[test]
 fn any_tool_that_computes_sums_will_do_and_none_is_an_error() {
     let dist = Dist::new();
     for tool in ["dirname", "uname", "readlink", "sh"] {
-        symlink(need(tool, "apt-get install coreutils"), dist.path("bin").join(tool)).unwrap();
+        symlink(
+            need(tool, "apt-get install coreutils"),
+            dist.path("bin").join(tool),
+        )
+        .unwrap();
     }
     let path = dist.path("bin");
-    let run = || ended(dist.launcher(&dist.path("dist/flywheel")).env("PATH", &path));
-    check_refusal(&run(), 69, &["no `sha256sum`, `shasum` or `openssl`", "FLYWHEEL_SKIP_CHECKSUM=1"]);
-    let skipped =
-        ended(dist.launcher(&dist.path("dist/flywheel")).env("PATH", &path).env("FLYWHEEL_SKIP_CHECKSUM", "1"));
+    let run = || {
+        ended(
+            dist.launcher(&dist.path("dist/flywheel"))
+                .env("PATH", &path),
+        )
+    };
+    check_refusal(
+        &run(),
+        69,
+        &[
+            "no `sha256sum`, `shasum` or `openssl`",
+            "FLYWHEEL_SKIP_CHECKSUM=1",
+        ],
+    );
+    let skipped = ended(
+        dist.launcher(&dist.path("dist/flywheel"))
+            .env("PATH", &path)
+            .env("FLYWHEEL_SKIP_CHECKSUM", "1"),
+    );
     assert_eq!(skipped, passed_through());
 
-    let sha256sum = need("sha256sum", "apt-get install coreutils").display().to_string();
+    let sha256sum = need("sha256sum", "apt-get install coreutils")
+        .display()
+        .to_string();
     for (tool, call) in [
         (
             "openssl",
-            format!("[ \"$*\" = 'dgst -sha256 -r' ] && read -r x <<E\n$({sha256sum})\nE\necho \"${{x%% *}} *stdin\""),
+            format!(
+                "[ \"$*\" = 'dgst -sha256 -r' ] && read -r x <<E\n$({sha256sum})\nE\necho \"${{x%% *}} *stdin\""
+            ),
         ),
-        ("shasum", format!("[ \"$*\" = '-a 256' ] && exec {sha256sum}")),
+        (
+            "shasum",
+            format!("[ \"$*\" = '-a 256' ] && exec {sha256sum}"),
+        ),
         ("sha256sum", format!("exec {sha256sum}")),
     ] {
         dist.fake(tool, &call);
@@ -184,60 +297,115 @@ fn any_tool_that_computes_sums_will_do_and_none_is_an_error() {
     }
     // Asking to skip does not skip where the sum can be computed.
     dist.fake("sha256sum", "echo 0123 -");
-    let lied = ended(dist.launcher(&dist.path("dist/flywheel")).env("PATH", &path).env("FLYWHEEL_SKIP_CHECKSUM", "1"));
+    let lied = ended(
+        dist.launcher(&dist.path("dist/flywheel"))
+            .env("PATH", &path)
+            .env("FLYWHEEL_SKIP_CHECKSUM", "1"),
+    );
     check_refusal(&lied, 69, &["damaged", "0123"]);
 }
 
 #[test]
 fn flywheel_bin_names_another_binary() {
     let dist = Dist::new();
-    let run = |binary: &str| ended(dist.launcher(&dist.path("dist/flywheel")).env("FLYWHEEL_BIN", binary));
+    let run = |binary: &str| {
+        ended(
+            dist.launcher(&dist.path("dist/flywheel"))
+                .env("FLYWHEEL_BIN", binary),
+        )
+    };
     fs::write(dist.path("dist/SHA256SUMS"), "").unwrap();
-    assert_eq!(run(dist.path("script").to_str().unwrap()).code, 64, "not executable");
+    assert_eq!(
+        run(dist.path("script").to_str().unwrap()).code,
+        64,
+        "not executable"
+    );
     fs::set_permissions(dist.path("script"), fs::Permissions::from_mode(0o755)).unwrap();
     assert_eq!(run(dist.path("script").to_str().unwrap()), passed_through());
-    check_refusal(&run("dist/script"), 64, &["`FLYWHEEL_BIN` must be an absolute path, not `dist/script`"]);
+    check_refusal(
+        &run("dist/script"),
+        64,
+        &["`FLYWHEEL_BIN` must be an absolute path, not `dist/script`"],
+    );
     check_refusal(
         &run("/nonexistent/flywheel"),
         64,
         &["`FLYWHEEL_BIN` names no executable file: `/nonexistent/flywheel`"],
     );
     // Naming the launcher itself goes once around, and then checks the sum as ever.
-    check_refusal(&run(dist.path("dist/flywheel").to_str().unwrap()), 69, &["has no sum"]);
+    check_refusal(
+        &run(dist.path("dist/flywheel").to_str().unwrap()),
+        69,
+        &["has no sum"],
+    );
 }
 
 #[test]
 fn the_committed_binary_is_small_static_and_alone_in_a_chroot() {
     let binary = root().join("dist").join(BINARY);
-    assert!(binary.is_file(), "`dist/{BINARY}` is missing: `just dist` builds it");
+    assert!(
+        binary.is_file(),
+        "`dist/{BINARY}` is missing: `just dist` builds it"
+    );
     let size = fs::metadata(&binary).unwrap().len();
     assert!(size < SIZE_LIMIT, "{size} bytes");
 
     let sums = fs::read_to_string(root().join("dist/SHA256SUMS")).unwrap();
     assert_eq!(sums, format!("{}  {BINARY}\n", sum_of(&binary)));
 
-    let headers = Command::new(need("readelf", "apt-get install binutils")).arg("-lW").arg(&binary).output().unwrap();
+    let headers = Command::new(need("readelf", "apt-get install binutils"))
+        .arg("-lW")
+        .arg(&binary)
+        .output()
+        .unwrap();
     let headers = String::from_utf8(headers.stdout).unwrap();
-    assert!(headers.contains("LOAD") && !headers.contains("INTERP"), "{headers}");
+    assert!(
+        headers.contains("LOAD") && !headers.contains("INTERP"),
+        "{headers}"
+    );
 
     let empty = tempfile::tempdir().unwrap();
     fs::copy(&binary, empty.path().join("flywheel")).unwrap();
     let mut chroot = Command::new(need("chroot", "apt-get install coreutils"));
-    chroot.arg(empty.path()).args(["/flywheel", "--version"]).env_clear();
+    chroot
+        .arg(empty.path())
+        .args(["/flywheel", "--version"])
+        .env_clear();
     let version = format!("flywheel {}\n", env!("CARGO_PKG_VERSION"));
-    assert_eq!(ended(&mut chroot), Ended { code: 0, stdout: version, stderr: String::new() });
+    assert_eq!(
+        ended(&mut chroot),
+        Ended {
+            code: 0,
+            stdout: version,
+            stderr: String::new()
+        }
+    );
 }
 
 #[test]
 fn the_committed_binary_names_no_folder_of_this_machine() {
     let bytes = fs::read(root().join("dist").join(BINARY)).unwrap();
-    for name in [&format!("{}/src/", root().display()), "/.cargo/", "/.rustup/"] {
-        let found = bytes.windows(name.len()).any(|window| window == name.as_bytes());
+    for name in [
+        &format!("{}/src/", root().display()),
+        "/.cargo/",
+        "/.rustup/",
+    ] {
+        let found = bytes
+            .windows(name.len())
+            .any(|window| window == name.as_bytes());
         assert!(!found, "`{name}` stands in the binary");
     }
 }
 
 fn sum_of(file: &Path) -> String {
-    let output = Command::new(need("sha256sum", "apt-get install coreutils")).arg(file).output().unwrap();
-    String::from_utf8(output.stdout).unwrap().split(' ').next().unwrap().to_owned()
+    let output = Command::new(need("sha256sum", "apt-get install coreutils"))
+        .arg(file)
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout)
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .to_owned()
 }

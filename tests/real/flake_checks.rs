@@ -95,7 +95,10 @@ fn each_of_a_dozen_outputs_has_its_verdict() {
     assert_eq!(ran.code, 0, "{}", ran.log());
     assert_eq!(github.run("x86_64-linux.cached")["conclusion"], "success");
 
-    let (github, caller) = (GitHub::start(TOKEN, false), caller("checks", &cache, &github));
+    let (github, caller) = (
+        GitHub::start(TOKEN, false),
+        caller("checks", &cache, &github),
+    );
     let caller = caller.with_env("GITHUB_API_URL", &github.url);
     let ran = caller.run(&caller.push("refs/heads/main"));
     assert_ne!(ran.code, 0, "failures fail the step");
@@ -103,21 +106,35 @@ fn each_of_a_dozen_outputs_has_its_verdict() {
     let step = ran.step("checks", "checks");
     let said = |name: &str| {
         let run = github.run(&format!("x86_64-linux.{name}"));
-        let text =
-            format!("{}\n{}", run["output"]["title"].as_str().unwrap(), run["output"]["summary"].as_str().unwrap());
-        (run["conclusion"].as_str().unwrap_or("none").to_owned(), text)
+        let text = format!(
+            "{}\n{}",
+            run["output"]["title"].as_str().unwrap(),
+            run["output"]["summary"].as_str().unwrap()
+        );
+        (
+            run["conclusion"].as_str().unwrap_or("none").to_owned(),
+            text,
+        )
     };
     for (name, conclusion, words) in [
         ("cached", "neutral", "Already in the cache"),
         ("good", "success", "Built in"),
-        ("uses-good", "success", "nix build '.#checks.x86_64-linux.uses-good'"),
+        (
+            "uses-good",
+            "success",
+            "nix build '.#checks.x86_64-linux.uses-good'",
+        ),
         ("slow", "success", "Built in"),
         ("with.dot", "success", "checks.x86_64-linux.\"with.dot\""),
         ("of-commit", "success", "Built in"),
         ("bad", "failure", "oops"),
         ("uses-shared-1", "failure", "the shared one"),
         ("uses-shared-2", "failure", "A dependency failed: shared"),
-        ("wrong-hash", "failure", "sha256-WJG1tSLV3whtD/CxEPvZ0hu0/HFjrzTQgoai6Eb2vgM="),
+        (
+            "wrong-hash",
+            "failure",
+            "sha256-WJG1tSLV3whtD/CxEPvZ0hu0/HFjrzTQgoai6Eb2vgM=",
+        ),
         ("throws", "failure", "no way"),
         ("missing", "failure", "attribute 'nothing' missing"),
     ] {
@@ -137,17 +154,37 @@ fn each_of_a_dozen_outputs_has_its_verdict() {
     assert_eq!(github.names().len(), 13, "{:?}", github.names());
     assert_eq!(github.run("flake checks")["conclusion"], "failure");
     assert_eq!(github.open(), Vec::<String>::new());
-    assert!(github.log().iter().all(|(_, status)| (200..300).contains(status)), "{:?}", github.log());
+    assert!(
+        github
+            .log()
+            .iter()
+            .all(|(_, status)| (200..300).contains(status)),
+        "{:?}",
+        github.log()
+    );
 
-    for (name, value) in [("outputs", "12"), ("failed", "6"), ("succeeded", "5"), ("cached", "1"), ("lost", "0")] {
+    for (name, value) in [
+        ("outputs", "12"),
+        ("failed", "6"),
+        ("succeeded", "5"),
+        ("cached", "1"),
+        ("lost", "0"),
+    ] {
         assert_eq!(step.outputs[name], value, "{name}\n{}", step.log);
     }
     let names = cache.names();
     for name in ["good", "uses-good", "slow", "dotted", "of-commit"] {
         assert!(names.contains(&name.to_owned()), "{name}: {names:?}");
     }
-    assert!(!ran.nix_has(&caller, "cached"), "what the cache has is not downloaded");
-    for words in ["❌ 12 outputs: 6 failure, 5 success, 1 already there", "```mermaid", "x86\\_64-linux.throws"] {
+    assert!(
+        !ran.nix_has(&caller, "cached"),
+        "what the cache has is not downloaded"
+    );
+    for words in [
+        "❌ 12 outputs: 6 failure, 5 success, 1 already there",
+        "```mermaid",
+        "x86\\_64-linux.throws",
+    ] {
         assert!(step.summary.contains(words), "{words}: {}", step.summary);
     }
     for token in [TOKEN, cache.token.as_str()] {
@@ -163,27 +200,48 @@ impl crate::world::act::Ran {
     /// Whether a store path of this name is in the caller's store.
     fn nix_has(&self, caller: &Caller, name: &str) -> bool {
         let entries = fs::read_dir(caller.nix().join("store")).unwrap().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).any(|entry| entry.get(33..) == Some(name))
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .any(|entry| entry.get(33..) == Some(name))
     }
 }
 
 #[test]
 fn a_fork_gets_the_same_result_without_check_runs() {
-    let (cache, github) =
-        (Cache::start(&[]), GitHub::with(Manners { token: TOKEN.into(), refuses: true, ..Manners::default() }));
+    let (cache, github) = (
+        Cache::start(&[]),
+        GitHub::with(Manners {
+            token: TOKEN.into(),
+            refuses: true,
+            ..Manners::default()
+        }),
+    );
     let caller = caller("packages", &cache, &github);
     let ran = caller.run(&caller.pull_request("someone/app"));
     assert_eq!(ran.code, 0, "{}", ran.log());
     let step = ran.step("checks", "checks");
-    assert_eq!((step.outputs["succeeded"].as_str(), step.outputs["trust"].as_str()), ("1", "read-only"));
-    assert!(step.log.contains("there are no Check Runs: GitHub answered 403"), "{}", step.log);
+    assert_eq!(
+        (
+            step.outputs["succeeded"].as_str(),
+            step.outputs["trust"].as_str()
+        ),
+        ("1", "read-only")
+    );
+    assert!(
+        step.log
+            .contains("there are no Check Runs: GitHub answered 403"),
+        "{}",
+        step.log
+    );
     assert!(github.names().is_empty() && cache.names().is_empty());
 }
 
 /// A step of `flake-checks` over a flake in its workspace.
 fn job(cache: &Cache, github: &GitHub, flake: &str) -> Job {
     let job = Job::of(cache, "flake-checks").with_env("GITHUB_API_URL", &github.url);
-    let job = job.with_env("GITHUB_TOKEN", TOKEN).with_env("GITHUB_SHA", &"a".repeat(40));
+    let job = job
+        .with_env("GITHUB_TOKEN", TOKEN)
+        .with_env("GITHUB_SHA", &"a".repeat(40));
     fs::write(job.step.workspace().join("flake.nix"), flake).unwrap();
     job.with_env("FLYWHEEL_FLAKE", "path:.")
 }
@@ -210,17 +268,35 @@ fn a_cancelled_run_leaves_no_check_run_open_and_loses_nothing() {
     let (cache, github) = (Cache::start(&["--private"]), GitHub::start(TOKEN, false));
     let job = job(&cache, &github, SLOW);
     let is = |name: &str, status: &str| {
-        github.runs().iter().any(|run| run["name"] == format!("x86_64-linux.{name}") && run["status"] == status)
+        github
+            .runs()
+            .iter()
+            .any(|run| run["name"] == format!("x86_64-linux.{name}") && run["status"] == status)
     };
-    let report = job.step.cancel_when(|_| is("slow", "in_progress") && is("quick", "completed"));
+    let report = job
+        .step
+        .cancel_when(|_| is("slow", "in_progress") && is("quick", "completed"));
     left_nothing(&report);
-    assert!(report.to_end.unwrap() < Duration::from_secs(6), "{:?}\n{}", report.to_end, report.log);
+    assert!(
+        report.to_end.unwrap() < Duration::from_secs(6),
+        "{:?}\n{}",
+        report.to_end,
+        report.log
+    );
     assert_eq!(output(&report, "outcome"), "cancelled", "{}", report.log);
     assert_eq!(github.open(), Vec::<String>::new(), "{}", report.log);
     let conclusion = |name: &str| github.run(&format!("x86_64-linux.{name}"))["conclusion"].clone();
-    assert_eq!([conclusion("quick"), conclusion("slow"), conclusion("later")], ["success", "cancelled", "cancelled"]);
+    assert_eq!(
+        [conclusion("quick"), conclusion("slow"), conclusion("later")],
+        ["success", "cancelled", "cancelled"]
+    );
     assert_eq!(github.run("flake checks")["conclusion"], "cancelled");
-    assert!(cache.names().contains(&"quick".to_owned()), "{:?}\n{}", cache.names(), report.log);
+    assert!(
+        cache.names().contains(&"quick".to_owned()),
+        "{:?}\n{}",
+        cache.names(),
+        report.log
+    );
     assert_eq!(output(&report, "lost"), "0", "{}", report.log);
 }
 
@@ -249,10 +325,19 @@ const FAILING: &str = r#"{
 fn the_first_failure_ends_the_run_where_that_is_asked_for() {
     let (cache, github) = (Cache::start(&[]), GitHub::start(TOKEN, false));
     let job = job(&cache, &github, FAILING).with_env("FLYWHEEL_FLAKE_ATTR", "packages");
-    let report = job.with_env("FLYWHEEL_FAIL_FAST", "true").with_env("FLYWHEEL_MAX_JOBS", "2").step.run();
+    let report = job
+        .with_env("FLYWHEEL_FAIL_FAST", "true")
+        .with_env("FLYWHEEL_MAX_JOBS", "2")
+        .step
+        .run();
     assert_eq!(report.code, 1, "{}", report.log);
     let conclusion = |name: &str| github.run(&format!("x86_64-linux.{name}"))["conclusion"].clone();
-    assert_eq!([conclusion("bad"), conclusion("slow")], ["failure", "cancelled"], "{}", report.log);
+    assert_eq!(
+        [conclusion("bad"), conclusion("slow")],
+        ["failure", "cancelled"],
+        "{}",
+        report.log
+    );
     assert_eq!(github.run("flake checks")["conclusion"], "failure");
     left_nothing(&report);
 }
@@ -261,9 +346,20 @@ fn the_first_failure_ends_the_run_where_that_is_asked_for() {
 fn a_build_that_failed_for_the_networks_fault_is_tried_again() {
     let (cache, github) = (Cache::start(&[]), GitHub::start(TOKEN, false));
     let job = job(&cache, &github, FAILING).with_env("FLYWHEEL_RETRIES", "2");
-    let report = job.with_env("FLYWHEEL_EXTRA_NIX_CONFIG", "download-attempts = 1").step.run();
+    let report = job
+        .with_env("FLYWHEEL_EXTRA_NIX_CONFIG", "download-attempts = 1")
+        .step
+        .run();
     assert_eq!(report.code, 1, "{}", report.log);
-    assert_eq!(report.log.matches("tried again: error: unable to download").count(), 2, "{}", report.log);
+    assert_eq!(
+        report
+            .log
+            .matches("tried again: error: unable to download")
+            .count(),
+        2,
+        "{}",
+        report.log
+    );
     let text = github.run("x86_64-linux.fetched")["output"].to_string();
     assert!(text.contains("unable to download"), "{text}");
 }
@@ -271,20 +367,39 @@ fn a_build_that_failed_for_the_networks_fault_is_tried_again() {
 #[test]
 fn the_store_is_collected_and_this_runs_derivations_stay() {
     let (cache, github) = (Cache::start(&[]), GitHub::start(TOKEN, false));
-    let job = job(&cache, &github, FAILING).with_env("FLYWHEEL_FLAKE_ATTR", "other").with_env("FLYWHEEL_GC", "true");
+    let job = job(&cache, &github, FAILING)
+        .with_env("FLYWHEEL_FLAKE_ATTR", "other")
+        .with_env("FLYWHEEL_GC", "true");
     let has = |name: &str| {
         let entries = fs::read_dir(job.nix.join("store")).unwrap().flatten();
-        entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).any(|entry| entry.get(33..) == Some(name))
+        entries
+            .map(|entry| entry.file_name().to_string_lossy().into_owned())
+            .any(|entry| entry.get(33..) == Some(name))
     };
     // What somebody has left before.
     let nix = need("nix", "apt-get install nix-bin");
     let mut left = with_private_nix(&job.nix, &nix);
-    left.args(["--extra-experimental-features", "nix-command", "store", "add-file", "flake.nix", "--name", "left"]);
-    must(left.current_dir(job.step.workspace()).env("HOME", job.step.folder()));
+    left.args([
+        "--extra-experimental-features",
+        "nix-command",
+        "store",
+        "add-file",
+        "flake.nix",
+        "--name",
+        "left",
+    ]);
+    must(
+        left.current_dir(job.step.workspace())
+            .env("HOME", job.step.folder()),
+    );
     assert!(has("left"));
     let report = job.step.run();
     assert_eq!(report.code, 0, "{}", report.log);
-    assert!(report.log.contains("the store was collected"), "{}", report.log);
+    assert!(
+        report.log.contains("the store was collected"),
+        "{}",
+        report.log
+    );
     assert!(!has("left") && has("kept.drv"), "{}", report.log);
     assert!(cache.names().contains(&"kept".to_owned()));
 }
@@ -307,16 +422,26 @@ fn an_attribute_that_needs_more_than_there_is_fails_alone() {
     let group = MemoryGroup::new(2 << 30);
     let job = job(&cache, &github, BIG).with_env("FLYWHEEL_BUILD", "false");
     let report = group.run(&job.step);
-    assert_eq!(report.code, 1, "the job itself is not killed: {}", report.log);
     assert_eq!(
-        (output(&report, "succeeded").as_str(), output(&report, "failed").as_str()),
+        report.code, 1,
+        "the job itself is not killed: {}",
+        report.log
+    );
+    assert_eq!(
+        (
+            output(&report, "succeeded").as_str(),
+            output(&report, "failed").as_str()
+        ),
         ("6", "1"),
         "{}",
         report.log
     );
     let big = github.run("x86_64-linux.big");
     let title = big["output"]["title"].as_str().unwrap();
-    assert!(title.starts_with("Evaluation needs more than ") && title.contains("GiB"), "{title}");
+    assert!(
+        title.starts_with("Evaluation needs more than ") && title.contains("GiB"),
+        "{title}"
+    );
     assert_eq!(big["conclusion"], "failure");
     left_nothing(&report);
 }
@@ -336,7 +461,9 @@ fn every_attribute_is_evaluated_once_however_they_are_shared_out() {
     let (cache, github) = (Cache::start(&[]), GitHub::start(TOKEN, false));
     let mut before: Option<Vec<String>> = None;
     for (workers, each) in [("1", "auto"), ("2", "auto"), ("3", "7"), ("8", "1")] {
-        let job = job(&cache, &github, MANY).with_env("FLYWHEEL_BUILD", "false").with_env("FLYWHEEL_CHECKS", "false");
+        let job = job(&cache, &github, MANY)
+            .with_env("FLYWHEEL_BUILD", "false")
+            .with_env("FLYWHEEL_CHECKS", "false");
         let lines = job.step.folder().join("lines");
         let job = job.with_env("FLYWHEEL_JSON_LINES", lines.to_str().unwrap());
         let job = job.with_env("FLYWHEEL_EVALUATION_WORKERS", workers);
@@ -344,14 +471,32 @@ fn every_attribute_is_evaluated_once_however_they_are_shared_out() {
         let report = job.step.run();
         assert_eq!(report.code, 1, "{workers} {each}: {}", report.log);
         let text = fs::read_to_string(&lines).unwrap();
-        let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        let thrown = lines.iter().filter(|line| line["title"].as_str().unwrap().contains("Does not evaluate: the "));
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        let thrown = lines.iter().filter(|line| {
+            line["title"]
+                .as_str()
+                .unwrap()
+                .contains("Does not evaluate: the ")
+        });
         assert_eq!((lines.len(), thrown.count()), (120, 6), "{workers} {each}");
         // All but those of the date, which is another in each folder.
-        let derivations = lines.iter().filter(|line| line["derivation"].as_str().is_some_and(|drv| drv.len() < 56));
-        let derivations: Vec<String> = derivations.map(|line| line["derivation"].to_string()).collect();
+        let derivations = lines.iter().filter(|line| {
+            line["derivation"]
+                .as_str()
+                .is_some_and(|drv| drv.len() < 56)
+        });
+        let derivations: Vec<String> = derivations
+            .map(|line| line["derivation"].to_string())
+            .collect();
         assert_eq!(derivations.len(), 108, "{workers} {each}");
-        assert_eq!(before.get_or_insert_with(|| derivations.clone()), &derivations, "{workers} {each}");
+        assert_eq!(
+            before.get_or_insert_with(|| derivations.clone()),
+            &derivations,
+            "{workers} {each}"
+        );
     }
 }
 
@@ -384,14 +529,20 @@ struct Repository {
 
 impl Repository {
     fn new() -> Self {
-        let repository = Self { folder: tempfile::tempdir().unwrap() };
+        let repository = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
         for name in ["app", "other", "home", "nix", "temp"] {
             fs::create_dir(repository.path(name)).unwrap();
         }
         fs::write(repository.path("other/file"), "other").unwrap();
         fs::write(repository.path("app/file"), "0").unwrap();
         let other = repository.path("other");
-        fs::write(repository.path("app/flake.nix"), DEPENDING.replace("OTHER", other.to_str().unwrap())).unwrap();
+        fs::write(
+            repository.path("app/flake.nix"),
+            DEPENDING.replace("OTHER", other.to_str().unwrap()),
+        )
+        .unwrap();
         repository.git(&["init", "--quiet", "--initial-branch=main"]);
         repository.git(&["add", "--all"]);
         repository.nix(&["flake", "lock"]);
@@ -405,9 +556,16 @@ impl Repository {
 
     fn run(&self, program: &Path, arguments: &[&str]) -> Command {
         let mut command = with_private_nix(&self.path("nix"), program);
-        command.args(arguments).current_dir(self.path("app")).env_clear();
-        command.env("PATH", crate::world::PATH).env("HOME", self.path("home")).env("TMPDIR", self.path("temp"));
-        let config = "experimental-features = nix-command flakes\nbuild-users-group =\nsubstituters =";
+        command
+            .args(arguments)
+            .current_dir(self.path("app"))
+            .env_clear();
+        command
+            .env("PATH", crate::world::PATH)
+            .env("HOME", self.path("home"))
+            .env("TMPDIR", self.path("temp"));
+        let config =
+            "experimental-features = nix-command flakes\nbuild-users-group =\nsubstituters =";
         command.env("NIX_CONFIG", config);
         command
     }
@@ -418,8 +576,19 @@ impl Repository {
 
     fn git(&self, arguments: &[&str]) {
         let mut command = Command::new(need("git", "apt-get install git"));
-        command.args(["-c", "user.name=octocat", "-c", "user.email=octocat@example.org"]).args(arguments);
-        must(command.current_dir(self.path("app")).env("HOME", self.path("home")));
+        command
+            .args([
+                "-c",
+                "user.name=octocat",
+                "-c",
+                "user.email=octocat@example.org",
+            ])
+            .args(arguments);
+        must(
+            command
+                .current_dir(self.path("app"))
+                .env("HOME", self.path("home")),
+        );
     }
 
     fn commit(&self) {
@@ -430,7 +599,16 @@ impl Repository {
     /// The derivations by Nix itself.
     fn truth(&self) -> BTreeMap<String, String> {
         let list = "c: builtins.mapAttrs (n: d: d.drvPath) c.x86_64-linux";
-        let text = self.nix(&["eval", "--json", "--option", "eval-cache", "false", ".#checks", "--apply", list]);
+        let text = self.nix(&[
+            "eval",
+            "--json",
+            "--option",
+            "eval-cache",
+            "false",
+            ".#checks",
+            "--apply",
+            list,
+        ]);
         serde_json::from_str(&text).unwrap()
     }
 
@@ -440,20 +618,41 @@ impl Repository {
         let outputs = self.path("outputs");
         fs::write(&outputs, "").unwrap();
         let memory = self.path("memory");
-        let arguments = ["flake-checks", "--build", "false", "--json-lines", lines.to_str().unwrap()];
+        let arguments = [
+            "flake-checks",
+            "--build",
+            "false",
+            "--json-lines",
+            lines.to_str().unwrap(),
+        ];
         let memory = ["--evaluation-memory-folder", memory.to_str().unwrap()];
         let arguments = [&arguments[..], &memory, more].concat();
         let mut command = self.run(&flywheel(), &arguments);
-        must(command.env("GITHUB_OUTPUT", &outputs).env("GITHUB_ACTIONS", "true"));
+        must(
+            command
+                .env("GITHUB_OUTPUT", &outputs)
+                .env("GITHUB_ACTIONS", "true"),
+        );
         let lines = fs::read_to_string(lines).unwrap();
-        let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let lines = lines
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
         let text = |value: &Value| value.as_str().unwrap().to_owned();
         let derivations = lines.map(|line| {
-            (text(&line["label"]).trim_start_matches("x86_64-linux.").to_owned(), text(&line["derivation"]))
+            (
+                text(&line["label"])
+                    .trim_start_matches("x86_64-linux.")
+                    .to_owned(),
+                text(&line["derivation"]),
+            )
         });
         let derivations = derivations.collect();
         let outputs = fs::read_to_string(outputs).unwrap();
-        let remembered = outputs.lines().skip_while(|line| !line.starts_with("remembered<<")).nth(1).unwrap();
+        let remembered = outputs
+            .lines()
+            .skip_while(|line| !line.starts_with("remembered<<"))
+            .nth(1)
+            .unwrap();
         (derivations, remembered.parse().unwrap())
     }
 }
@@ -473,7 +672,11 @@ fn what_depends_on_the_commit_is_not_remembered_however_much_of_it_there_is() {
         repository.commit();
         let truth = repository.truth();
         assert_eq!(repository.checked(&[]), (truth.clone(), remembered));
-        assert_ne!(before.replace(truth.clone()), Some(truth), "each commit has derivations of its own");
+        assert_ne!(
+            before.replace(truth.clone()),
+            Some(truth),
+            "each commit has derivations of its own"
+        );
     }
 }
 
@@ -502,7 +705,10 @@ fn the_evaluation_memory_is_never_stale() {
         }
         let truth = repository.truth();
         let (checked, remembered) = repository.checked(&[]);
-        assert_eq!(checked, truth, "seed {seed}, step {step}, edit {edit}, {remembered} remembered");
+        assert_eq!(
+            checked, truth,
+            "seed {seed}, step {step}, edit {edit}, {remembered} remembered"
+        );
         warm += usize::from(remembered > 0);
         most = most.max(remembered);
     }
@@ -514,6 +720,12 @@ fn the_evaluation_memory_is_never_stale() {
     repository.checked(&[]);
     repository.commit();
     assert_eq!(repository.checked(&[]), (repository.truth(), 6));
-    assert_eq!(repository.checked(&["--evaluation-memory", "off"]), (repository.truth(), 0));
-    assert_eq!(repository.checked(&["--evaluation-memory", "verify"]), (repository.truth(), 0));
+    assert_eq!(
+        repository.checked(&["--evaluation-memory", "off"]),
+        (repository.truth(), 0)
+    );
+    assert_eq!(
+        repository.checked(&["--evaluation-memory", "verify"]),
+        (repository.truth(), 0)
+    );
 }

@@ -58,9 +58,16 @@ fn build_and_validation_overlap_and_deployment_waits_for_both() {
     let ran = run(&caller(&cache, meet.path(), "touch $MEET/validated"));
     assert_eq!(ran.code, 0, "{}", ran.raw);
     let deployed = std::fs::read_to_string(meet.path().join("deployed")).expect("it was deployed");
-    assert!(deployed.contains("built\n") && deployed.contains("validated\n"), "{deployed}");
+    assert!(
+        deployed.contains("built\n") && deployed.contains("validated\n"),
+        "{deployed}"
+    );
     for name in ["app", "lib", "base"] {
-        assert!(cache.names().contains(&name.to_owned()), "{name} is not among {:?}", cache.names());
+        assert!(
+            cache.names().contains(&name.to_owned()),
+            "{name} is not among {:?}",
+            cache.names()
+        );
     }
 }
 
@@ -69,9 +76,17 @@ fn a_failed_validation_keeps_what_was_built_and_deploys_nothing() {
     let (cache, meet) = (Cache::start(&[]), tempfile::tempdir().unwrap());
     let ran = run(&caller(&cache, meet.path(), "exit 3"));
     assert_ne!(ran.code, 0, "{}", ran.raw);
-    assert!(meet.path().join("built").exists(), "the build ended well:\n{}", ran.raw);
+    assert!(
+        meet.path().join("built").exists(),
+        "the build ended well:\n{}",
+        ran.raw
+    );
     assert!(!meet.path().join("deployed").exists(), "{}", ran.raw);
     for name in ["app", "lib", "base"] {
-        assert!(cache.names().contains(&name.to_owned()), "{name} is not among {:?}", cache.names());
+        assert!(
+            cache.names().contains(&name.to_owned()),
+            "{name} is not among {:?}",
+            cache.names()
+        );
     }
 }

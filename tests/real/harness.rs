@@ -64,9 +64,17 @@ runs:
 
     let ran = caller.run(&caller.pull_request("stranger/app"));
 
-    assert_eq!((ran.code, ran.jobs["one"].as_str()), (1, "failure"), "{}", ran.log());
+    assert_eq!(
+        (ran.code, ran.jobs["one"].as_str()),
+        (1, "failure"),
+        "{}",
+        ran.log()
+    );
     let ask = ran.step("one", "ask");
-    assert_eq!(ask.outputs["version"], concat!("flywheel ", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        ask.outputs["version"],
+        concat!("flywheel ", env!("CARGO_PKG_VERSION"))
+    );
     assert_eq!(ask.log, "token of 26 letters: ***\n");
     assert_eq!(ask.summary, "one\n");
     let say = ran.step("one", "say");
@@ -74,9 +82,15 @@ runs:
     let log = format!(
         "version: flywheel {version}, ref: refs/pull/7/merge\nstore: only-here\npath: {PATH}\n::warning::look\n"
     );
-    assert_eq!((say.log.as_str(), say.result.as_str()), (log.as_str(), "failure"));
+    assert_eq!(
+        (say.log.as_str(), say.result.as_str()),
+        (log.as_str(), "failure")
+    );
     assert_eq!(say.summary, "two\n");
-    assert!(!std::path::Path::new("/nix/only-here").exists(), "the machine's own /nix was touched");
+    assert!(
+        !std::path::Path::new("/nix/only-here").exists(),
+        "the machine's own /nix was touched"
+    );
     assert!(!caller.folder().join("private/secrets").exists());
 }
 
@@ -95,11 +109,16 @@ jobs:
           grep -c '"default_branch":"main"' "$GITHUB_EVENT_PATH"
 "#,
     );
-    for (git_ref, kind, protected) in
-        [("refs/heads/main", "branch", true), ("refs/heads/Main", "branch", false), ("refs/tags/v1", "tag", false)]
-    {
+    for (git_ref, kind, protected) in [
+        ("refs/heads/main", "branch", true),
+        ("refs/heads/Main", "branch", false),
+        ("refs/tags/v1", "tag", false),
+    ] {
         let ran = caller.run(&caller.push(git_ref));
-        assert_eq!(ran.step("one", "facts").log, format!("push {git_ref} {kind} {protected} {CALLER}\n1\n"));
+        assert_eq!(
+            ran.step("one", "facts").log,
+            format!("push {git_ref} {kind} {protected} {CALLER}\n1\n")
+        );
         assert_eq!(ran.code, 0);
     }
 }
@@ -121,7 +140,8 @@ jobs:
 }
 
 /// What single-user Nix needs where there is neither a network nor a group of build users.
-const NIX_CONFIG: &str = "experimental-features = nix-command flakes\nsubstituters =\nbuild-users-group =\n";
+const NIX_CONFIG: &str =
+    "experimental-features = nix-command flakes\nsubstituters =\nbuild-users-group =\n";
 
 const FLAKE: &str = r#"
 {
@@ -150,7 +170,9 @@ jobs:
           ls -d /nix/store/*-hello 2>/dev/null || echo "nothing yet"
           nix build && cat result
 "#;
-    let mut caller = Caller::new(workflow).with_flake(FLAKE).with_env("NIX_CONFIG", NIX_CONFIG);
+    let mut caller = Caller::new(workflow)
+        .with_flake(FLAKE)
+        .with_env("NIX_CONFIG", NIX_CONFIG);
     caller = caller.with_limit(Duration::from_secs(60));
     let push = caller.push("refs/heads/main");
     let built = |caller: &Caller| {
@@ -172,10 +194,12 @@ jobs:
 #[test]
 fn the_runner_has_a_nix_of_its_own() {
     let store = tempfile::tempdir().unwrap();
-    let step = Step::new("echo text >text; nix-store --add text; ls /nix/store | grep -c text; cp text ../home")
-        .with_nix(store.path())
-        .with_env("NIX_CONFIG", NIX_CONFIG)
-        .with_limit(Duration::from_secs(60));
+    let step = Step::new(
+        "echo text >text; nix-store --add text; ls /nix/store | grep -c text; cp text ../home",
+    )
+    .with_nix(store.path())
+    .with_env("NIX_CONFIG", NIX_CONFIG)
+    .with_limit(Duration::from_secs(60));
     let report = step.run();
     assert_eq!(report.code, 0, "{}", report.log);
     assert!(report.log.ends_with("-text\n1\n"), "{}", report.log);
@@ -184,13 +208,24 @@ fn the_runner_has_a_nix_of_its_own() {
 
 #[test]
 fn the_runner_interrupts_the_entry_process() {
-    let step =
-        Step::new("exec bash -c 'trap \"echo bye; exit 9\" INT; echo ready; while :; do read -t 1 <> <(:); done'");
+    let step = Step::new(
+        "exec bash -c 'trap \"echo bye; exit 9\" INT; echo ready; while :; do read -t 1 <> <(:); done'",
+    );
     let report = step.cancel_when(|log| log.contains("ready"));
     assert_eq!((report.code, report.log.as_str()), (9, "ready\nbye\n"));
-    assert_eq!(report.signals.iter().map(|(signal, _)| *signal).collect::<Vec<_>>(), [Signal::INT]);
+    assert_eq!(
+        report
+            .signals
+            .iter()
+            .map(|(signal, _)| *signal)
+            .collect::<Vec<_>>(),
+        [Signal::INT]
+    );
     assert!(!report.streams_held && report.orphans.is_empty());
-    assert!(report.to_end.unwrap() < Duration::from_secs(5), "{report:?}");
+    assert!(
+        report.to_end.unwrap() < Duration::from_secs(5),
+        "{report:?}"
+    );
 }
 
 #[test]
@@ -200,8 +235,22 @@ fn the_runner_kills_what_ignores_it_and_then_its_orphans() {
     );
     let report = step.cancel_when(|log| log.contains("ready"));
     assert_eq!(report.code, 128 + 9);
-    let signals: Vec<_> = report.signals.iter().map(|(signal, at)| (*signal, at.as_millis() / 100)).collect();
-    assert!(matches!(signals[..], [(Signal::INT, 0), (Signal::TERM, 75..80), (Signal::KILL, 100..108)]), "{signals:?}");
+    let signals: Vec<_> = report
+        .signals
+        .iter()
+        .map(|(signal, at)| (*signal, at.as_millis() / 100))
+        .collect();
+    assert!(
+        matches!(
+            signals[..],
+            [
+                (Signal::INT, 0),
+                (Signal::TERM, 75..80),
+                (Signal::KILL, 100..108)
+            ]
+        ),
+        "{signals:?}"
+    );
     assert!(report.streams_held, "`sleep` inherited stdout");
     let mut orphans = report.orphans.clone();
     orphans.sort();
@@ -216,7 +265,10 @@ fn the_runner_masks_and_reads_command_files() {
          read -r x || echo no input; test -t 1 || echo no terminal; exit 3",
     );
     let report = step.run();
-    assert_eq!((report.code, report.log.as_str()), (3, "word1\na *** b\nno input\nno terminal\n"));
+    assert_eq!(
+        (report.code, report.log.as_str()),
+        (3, "word1\na *** b\nno input\nno terminal\n")
+    );
     assert_eq!(report.files["GITHUB_OUTPUT"], "k=v\n");
     assert!(report.signals.is_empty() && report.left_in_temp.is_empty());
 }

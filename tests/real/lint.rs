@@ -15,11 +15,22 @@ fn a_missing_linter_is_a_failure_that_says_how_to_get_it() {
     std::fs::create_dir(&bin).unwrap();
     std::fs::copy(root().join("scripts/lint.sh"), scripts.join("lint.sh")).unwrap();
     for tool in ["bash", "dirname", "zizmor", "check-jsonschema"] {
-        symlink(need(tool, "scripts/bootstrap.sh tools installs it"), bin.join(tool)).unwrap();
+        symlink(
+            need(tool, "scripts/bootstrap.sh tools installs it"),
+            bin.join(tool),
+        )
+        .unwrap();
     }
-    let output = Command::new(bin.join("bash")).arg(scripts.join("lint.sh")).env_clear().env("PATH", &bin).output();
+    let output = Command::new(bin.join("bash"))
+        .arg(scripts.join("lint.sh"))
+        .env_clear()
+        .env("PATH", &bin)
+        .output();
     let output = output.unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(69), "{said}");
-    assert_eq!(said, "lint: `shellcheck` is missing; scripts/bootstrap.sh tools installs it\n");
+    assert_eq!(
+        said,
+        "lint: `shellcheck` is missing; scripts/bootstrap.sh tools installs it\n"
+    );
 }

@@ -1,6 +1,10 @@
 //! The real suite: real Nix, real act with our real actions, real servers on loopback.
 //! Nothing is skipped: a missing tool fails the test and says how to get it.
-#![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test that fails says why by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test that fails says why by panicking"
+)]
 
 #[path = "../it/world/bazel.rs"]
 mod bazel;

@@ -48,22 +48,33 @@ impl Job {
     }
 
     pub fn with_env(self, name: &str, value: &str) -> Self {
-        Self { step: self.step.with_env(name, value), nix: self.nix }
+        Self {
+            step: self.step.with_env(name, value),
+            nix: self.nix,
+        }
     }
 }
 
 pub fn output(report: &Report, name: &str) -> String {
     let text = &report.files["GITHUB_OUTPUT"];
     let mut lines = text.lines();
-    let value = lines.find(|line| line.starts_with(&format!("{name}<<"))).and_then(|_| lines.next());
-    value.unwrap_or_else(|| panic!("no output `{name}` in:\n{text}\n{}", report.log)).to_owned()
+    let value = lines
+        .find(|line| line.starts_with(&format!("{name}<<")))
+        .and_then(|_| lines.next());
+    value
+        .unwrap_or_else(|| panic!("no output `{name}` in:\n{text}\n{}", report.log))
+        .to_owned()
 }
 
 /// What must hold however a job ends.
 pub fn left_nothing(report: &Report) {
     assert_eq!(report.orphans, Vec::<String>::new(), "{}", report.log);
     assert!(!report.streams_held, "{}", report.log);
-    let left: Vec<&String> = report.left_in_temp.iter().filter(|name| name.contains("run-")).collect();
+    let left: Vec<&String> = report
+        .left_in_temp
+        .iter()
+        .filter(|name| name.contains("run-"))
+        .collect();
     assert!(left.is_empty(), "{left:?}\n{}", report.log);
 }
 
@@ -73,19 +84,34 @@ fn a_cancelled_job_leaves_nothing_and_loses_nothing() {
     let job = Job::new(&cache, "nix build --no-link -L path:.#slow");
     let report = job.step.cancel_when(|log| log.contains("slow has begun"));
     left_nothing(&report);
-    assert_eq!(report.signals.len(), 1, "the first signal was enough: {:?}", report.signals);
-    assert!(report.to_end.unwrap() < Duration::from_secs(6), "{:?}", report.to_end);
+    assert_eq!(
+        report.signals.len(),
+        1,
+        "the first signal was enough: {:?}",
+        report.signals
+    );
+    assert!(
+        report.to_end.unwrap() < Duration::from_secs(6),
+        "{:?}",
+        report.to_end
+    );
     assert_ne!(report.code, 0);
     assert_eq!(output(&report, "outcome"), "cancelled");
     assert_eq!(output(&report, "lost"), "0", "{}", report.log);
-    assert!(cache.names().contains(&"quick".to_owned()), "{:?}\n{}", cache.names(), report.log);
+    assert!(
+        cache.names().contains(&"quick".to_owned()),
+        "{:?}\n{}",
+        cache.names(),
+        report.log
+    );
 }
 
 #[test]
 fn a_cancelled_job_lists_what_a_silent_cache_did_not_take() {
     let mut cache = Cache::start(&[]);
     let through = crate::world::broken::forward(&cache.url);
-    let job = Job::new(&cache, "nix build --no-link -L path:.#slow").with_env("ATTIC_SERVER", &through.url);
+    let job = Job::new(&cache, "nix build --no-link -L path:.#slow")
+        .with_env("ATTIC_SERVER", &through.url);
     let report = job.step.cancel_when(|log| {
         // From the moment the command runs nothing reaches the cache any more.
         if log.contains("attached") {
@@ -94,7 +120,11 @@ fn a_cancelled_job_lists_what_a_silent_cache_did_not_take() {
         log.contains("slow has begun")
     });
     left_nothing(&report);
-    assert!(report.to_end.unwrap() < Duration::from_millis(7500), "{:?}", report.to_end);
+    assert!(
+        report.to_end.unwrap() < Duration::from_millis(7500),
+        "{:?}",
+        report.to_end
+    );
     assert_eq!(output(&report, "outcome"), "cancelled");
     let lost: u32 = output(&report, "lost").parse().unwrap();
     let published: u32 = output(&report, "published").parse().unwrap();
@@ -120,8 +150,15 @@ fn a_killed_job_is_swept_by_the_next() {
         false
     });
     assert!(killed && report.code == 137, "{report:?}");
-    let dead: Vec<&String> = report.left_in_temp.iter().filter(|name| name.contains("run-")).collect();
-    assert!(!dead.is_empty(), "it was killed before it could remove anything: {report:?}");
+    let dead: Vec<&String> = report
+        .left_in_temp
+        .iter()
+        .filter(|name| name.contains("run-"))
+        .collect();
+    assert!(
+        !dead.is_empty(),
+        "it was killed before it could remove anything: {report:?}"
+    );
 
     let next = job.with_env("FLYWHEEL_COMMAND", "true");
     let report = next.step.run();
@@ -141,7 +178,8 @@ fn a_token_is_seen_nowhere() {
         nix build --no-link -L path:.#app
         nix build --no-link -L path:.#fails || true
     "#;
-    let job = Job::new(&cache, command).with_env("GITHUB_TOKEN", "ghs_fetcher-credential-0123456789");
+    let job =
+        Job::new(&cache, command).with_env("GITHUB_TOKEN", "ghs_fetcher-credential-0123456789");
     let mut seen = Vec::new();
     let report = job.step.run_and(|_, _| {
         seen.extend(command_lines_with(&cache.token));
@@ -151,11 +189,23 @@ fn a_token_is_seen_nowhere() {
     left_nothing(&report);
     assert_eq!(seen, Vec::<String>::new(), "the token was an argument");
     let text = |name: &str| fs::read_to_string(job.step.workspace().join(name)).unwrap();
-    assert!(!text("environment.txt").contains(&cache.token), "the token is in the command's environment");
-    assert!(!text("environment.txt").contains("FLYWHEEL_"), "our inputs are in the command's environment");
-    assert!(!text("environment.txt").contains("access-tokens = "), "a token is in `NIX_CONFIG`");
+    assert!(
+        !text("environment.txt").contains(&cache.token),
+        "the token is in the command's environment"
+    );
+    assert!(
+        !text("environment.txt").contains("FLYWHEEL_"),
+        "our inputs are in the command's environment"
+    );
+    assert!(
+        !text("environment.txt").contains("access-tokens = "),
+        "a token is in `NIX_CONFIG`"
+    );
     assert_eq!(text("modes.txt"), "600 root\n700 root\n");
-    assert_eq!(text("machine.txt"), "machine 127.0.0.1 login attic password\n");
+    assert_eq!(
+        text("machine.txt"),
+        "machine 127.0.0.1 login attic password\n"
+    );
     assert!(!Path::new(text("netrc-file.txt").trim()).exists());
     for (name, text) in &report.files {
         assert!(!text.contains(&cache.token), "the token is in {name}");
@@ -163,7 +213,15 @@ fn a_token_is_seen_nowhere() {
     assert!(!report.log.contains(&cache.token));
     assert_eq!(output(&report, "lost"), "0");
     assert_eq!(output(&report, "published"), output(&report, "verified"));
-    no_file_holds(&cache.token, &[&job.step.workspace(), &job.step.temp(), &job.nix, &job.step.folder().join("home")]);
+    no_file_holds(
+        &cache.token,
+        &[
+            &job.step.workspace(),
+            &job.step.temp(),
+            &job.nix,
+            &job.step.folder().join("home"),
+        ],
+    );
 }
 
 fn command_lines_with(secret: &str) -> Vec<String> {
@@ -182,7 +240,9 @@ fn no_file_holds(secret: &str, folders: &[&Path]) {
                 folders.push(entry.path());
             } else if kind.is_file() {
                 let bytes = fs::read(entry.path()).unwrap();
-                let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
+                let found = bytes
+                    .windows(secret.len())
+                    .any(|window| window == secret.as_bytes());
                 assert!(!found, "the token is in {}", entry.path().display());
             }
         }
@@ -198,8 +258,17 @@ fn out_of_memory_is_told_by_the_kernels_counters() {
         .with_env("FLYWHEEL_HEAVY_LANE", "nix-heavy");
     let report = group.run(&job.step);
     assert_ne!(report.code, 0, "{}", report.log);
-    assert_eq!(output(&report, "outcome"), "out-of-memory", "{}", report.log);
-    assert!(report.files["GITHUB_STEP_SUMMARY"].contains("nix-heavy"), "{}", report.log);
+    assert_eq!(
+        output(&report, "outcome"),
+        "out-of-memory",
+        "{}",
+        report.log
+    );
+    assert!(
+        report.files["GITHUB_STEP_SUMMARY"].contains("nix-heavy"),
+        "{}",
+        report.log
+    );
     assert!(report.log.contains("64.0 MiB"), "{}", report.log);
     left_nothing(&report);
 }
@@ -229,7 +298,9 @@ impl MemoryGroup {
             false => ("/sys/fs/cgroup", "memory.max"),
         };
         let folder = Path::new(root).join(name);
-        fs::create_dir(&folder).expect("the real suite runs as root, with a memory control group that it may write to");
+        fs::create_dir(&folder).expect(
+            "the real suite runs as root, with a memory control group that it may write to",
+        );
         fs::write(folder.join(file), limit.to_string()).unwrap();
         Self { folder }
     }
@@ -259,11 +330,20 @@ fn two_jobs_on_one_host_do_not_publish_each_others_work() {
         }
     });
     assert_eq!(output(&report, "outcome"), "cancelled");
-    assert!(theirs.names().contains(&"quick".to_owned()), "{:?}\n{}", theirs.names(), report.log);
+    assert!(
+        theirs.names().contains(&"quick".to_owned()),
+        "{:?}\n{}",
+        theirs.names(),
+        report.log
+    );
     assert!(mine.names().contains(&"app".to_owned()));
     for (cache, strangers) in [(&mine, ["quick", "slow"]), (&theirs, ["app", "lib"])] {
         for stranger in strangers {
-            assert!(!cache.names().contains(&stranger.to_owned()), "{stranger} in {:?}", cache.names());
+            assert!(
+                !cache.names().contains(&stranger.to_owned()),
+                "{stranger} in {:?}",
+                cache.names()
+            );
         }
     }
 }
@@ -271,14 +351,20 @@ fn two_jobs_on_one_host_do_not_publish_each_others_work() {
 #[test]
 fn the_runners_own_settings_and_folder_are_kept() {
     let cache = Cache::start(&[]);
-    let job = Job::new(&cache, "pwd\nnix show-config | grep -E '^(cores|max-jobs|substituters) '")
-        .with_env("NIX_CONFIG", "cores = 3\nmax-jobs = 2")
-        .with_env("FLYWHEEL_EXTRA_NIX_CONFIG", "max-jobs = 5")
-        .with_env("FLYWHEEL_WORKING_DIRECTORY", "bin");
+    let job = Job::new(
+        &cache,
+        "pwd\nnix show-config | grep -E '^(cores|max-jobs|substituters) '",
+    )
+    .with_env("NIX_CONFIG", "cores = 3\nmax-jobs = 2")
+    .with_env("FLYWHEEL_EXTRA_NIX_CONFIG", "max-jobs = 5")
+    .with_env("FLYWHEEL_WORKING_DIRECTORY", "bin");
     let report = job.step.run();
     assert_eq!(report.code, 0, "{}", report.log);
     let log = &report.log;
-    assert!(log.contains("cores = 3") && log.contains("max-jobs = 5"), "{log}");
+    assert!(
+        log.contains("cores = 3") && log.contains("max-jobs = 5"),
+        "{log}"
+    );
     assert!(log.contains(&format!("{}/main", cache.url)), "{log}");
     assert!(log.lines().any(|line| line.ends_with("/work/bin")), "{log}");
 }
@@ -286,7 +372,10 @@ fn the_runners_own_settings_and_folder_are_kept() {
 #[test]
 fn several_lines_run_in_one_shell() {
     let cache = Cache::start(&[]);
-    let job = Job::new(&cache, "set -u\nfor n in 1 2; do\n  echo \"line $n\"\ndone\nexit 5");
+    let job = Job::new(
+        &cache,
+        "set -u\nfor n in 1 2; do\n  echo \"line $n\"\ndone\nexit 5",
+    );
     let report = job.step.run();
     assert_eq!(report.code, 5, "{}", report.log);
     assert!(report.log.contains("line 1\nline 2\n"), "{}", report.log);

@@ -14,12 +14,17 @@ const TOKEN: [&str; 2] = ["ghp_Zk4Tq9Wm2Lx7", "Vb1Nc6Hd8Js3Fg5Rp0"];
 fn token() -> String {
     let random = TOKEN.concat();
     let sum = random[4..].bytes().fold(u32::MAX, |sum, byte| {
-        (0..8).fold(sum ^ u32::from(byte), |sum, _| (sum >> 1) ^ (0xEDB8_8320 & (sum & 1).wrapping_neg()))
+        (0..8).fold(sum ^ u32::from(byte), |sum, _| {
+            (sum >> 1) ^ (0xEDB8_8320 & (sum & 1).wrapping_neg())
+        })
     });
     let mut number = !sum;
     let mut digits = Vec::new();
     for _ in 0..6 {
-        digits.push(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"[(number % 62) as usize]);
+        digits.push(
+            b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+                [(number % 62) as usize],
+        );
         number /= 62;
     }
     digits.reverse();
@@ -70,12 +75,19 @@ fn job(cache: &Cache, command: &str) -> Job {
 }
 
 fn said(report: &Report) -> String {
-    format!("{}\n{}\n{}", report.log, report.files["GITHUB_STEP_SUMMARY"], report.files["GITHUB_OUTPUT"])
+    format!(
+        "{}\n{}\n{}",
+        report.log, report.files["GITHUB_STEP_SUMMARY"], report.files["GITHUB_OUTPUT"]
+    )
 }
 
 /// Names in the cache, less those that every flake brings.
 fn names(cache: &Cache) -> Vec<String> {
-    cache.names().into_iter().filter(|name| name != "bin" && name != "source").collect()
+    cache
+        .names()
+        .into_iter()
+        .filter(|name| name != "bin" && name != "source")
+        .collect()
 }
 
 #[test]
@@ -85,23 +97,49 @@ fn what_breaks_a_rule_stays_and_what_refers_to_it_and_all_else_goes() {
     let report = job.step.run();
     assert_eq!(report.code, 0, "{}", report.log);
     left_nothing(&report);
-    assert_eq!(names(&cache), ["clean", "other", "uses-clean"], "{}", report.log);
+    assert_eq!(
+        names(&cache),
+        ["clean", "other", "uses-clean"],
+        "{}",
+        report.log
+    );
     let log = said(&report);
     for (path, says) in [
-        ("leaks-secret", "secret: the value of `DEPLOY_TOKEN` as it is in `etc/config`, at byte 11"),
-        ("leaks-token", "secret: what has the shape of a GitHub token in `etc/config`, at byte 11"),
-        ("names-machine", "machine-path: the workspace of this machine in `etc/config`, at byte 11"),
-        ("dangles", "-other`, which is not in its closure in `etc/config`, at byte 11"),
+        (
+            "leaks-secret",
+            "secret: the value of `DEPLOY_TOKEN` as it is in `etc/config`, at byte 11",
+        ),
+        (
+            "leaks-token",
+            "secret: what has the shape of a GitHub token in `etc/config`, at byte 11",
+        ),
+        (
+            "names-machine",
+            "machine-path: the workspace of this machine in `etc/config`, at byte 11",
+        ),
+        (
+            "dangles",
+            "-other`, which is not in its closure in `etc/config`, at byte 11",
+        ),
         ("uses-leaks-secret", "which is withheld"),
         ("-all", "which is withheld"),
     ] {
-        let named = log.lines().any(|line| line.contains("::warning") && line.contains(path) && line.contains(says));
+        let named = log
+            .lines()
+            .any(|line| line.contains("::warning") && line.contains(path) && line.contains(says));
         assert!(named, "no annotation of `{path}` says `{says}`:\n{log}");
     }
     assert!(!log.contains(SECRET) && !log.contains(&token()), "{log}");
-    assert_eq!((output(&report, "lost"), output(&report, "outcome")), ("0".into(), "success".into()), "{log}");
+    assert_eq!(
+        (output(&report, "lost"), output(&report, "outcome")),
+        ("0".into(), "success".into()),
+        "{log}"
+    );
     // Four and what refers to them, all that uses them, and the flake's own tree, where it all stands.
-    assert!(output(&report, "withheld").parse::<u32>().unwrap() >= 9, "{log}");
+    assert!(
+        output(&report, "withheld").parse::<u32>().unwrap() >= 9,
+        "{log}"
+    );
 }
 
 #[test]
@@ -110,10 +148,21 @@ fn rules_are_switched_and_findings_can_fail_the_step() {
     let policy = "secret = off\nmachine-path = warn";
     let job = job(&cache, "nix build --no-link path:.#all").with_env("FLYWHEEL_POLICY", policy);
     let allow = "dangling dangles it brings what it names";
-    let job = job.with_env("FLYWHEEL_POLICY_ALLOW", allow).with_env("FLYWHEEL_ON_FINDING", "fail");
+    let job = job
+        .with_env("FLYWHEEL_POLICY_ALLOW", allow)
+        .with_env("FLYWHEEL_ON_FINDING", "fail");
     let report = job.step.run();
-    assert_eq!((report.code, output(&report, "withheld")), (0, "0".into()), "{}", report.log);
-    assert!(names(&cache).contains(&"all".to_owned()), "{:?}", names(&cache));
+    assert_eq!(
+        (report.code, output(&report, "withheld")),
+        (0, "0".into()),
+        "{}",
+        report.log
+    );
+    assert!(
+        names(&cache).contains(&"all".to_owned()),
+        "{:?}",
+        names(&cache)
+    );
     assert!(
         said(&report).lines().any(|line| line.contains("::warning title=policy::") && line.contains("names-machine"))
     );
@@ -123,8 +172,16 @@ fn rules_are_switched_and_findings_can_fail_the_step() {
         .with_env("ATTIC_SERVER", &cache.url)
         .with_env("ATTIC_PUBLIC_KEY", &cache.key)
         .with_env("ATTIC_TOKEN", &cache.token);
-    let report = strict.with_env("FLYWHEEL_COMMAND", "nix build -o result path:.#dangling").step.run();
-    assert_eq!((report.code, output(&report, "outcome")), (1, "withheld".into()), "{}", report.log);
+    let report = strict
+        .with_env("FLYWHEEL_COMMAND", "nix build -o result path:.#dangling")
+        .step
+        .run();
+    assert_eq!(
+        (report.code, output(&report, "outcome")),
+        (1, "withheld".into()),
+        "{}",
+        report.log
+    );
     assert!(!names(&cache).contains(&"dangles".to_owned()));
 }
 
@@ -132,18 +189,42 @@ fn rules_are_switched_and_findings_can_fail_the_step() {
 fn nothing_of_an_impure_job_goes_however_it_was_asked_for() {
     let script = "echo 'exec nix build --no-link path:.#clean \"$@\"' > build.sh; flag=--im; sh build.sh ${flag}pure";
     for (command, config, whose) in [
-        ("nix build --no-link --impure path:.#clean", "", "in the command"),
-        ("sh -c \"nix build --no-link '--imp'ure path:.#clean\"", "", "in the command"),
-        ("nix build --no-link path:.#clean", "pure-eval = false", "Nix's settings"),
+        (
+            "nix build --no-link --impure path:.#clean",
+            "",
+            "in the command",
+        ),
+        (
+            "sh -c \"nix build --no-link '--imp'ure path:.#clean\"",
+            "",
+            "in the command",
+        ),
+        (
+            "nix build --no-link path:.#clean",
+            "pure-eval = false",
+            "Nix's settings",
+        ),
         (script, "", "in a Nix process of the job"),
     ] {
         let cache = Cache::start(&[]);
         let job = job(&cache, command).with_env("FLYWHEEL_EXTRA_NIX_CONFIG", config);
         let report = job.step.run();
         assert_eq!(report.code, 0, "{}", report.log);
-        assert_eq!(cache.names(), Vec::<String>::new(), "{command}\n{}", report.log);
+        assert_eq!(
+            cache.names(),
+            Vec::<String>::new(),
+            "{command}\n{}",
+            report.log
+        );
         assert!(
-            said(&report).contains(&format!("impure: `{}", if config.is_empty() { "--impure" } else { "pure-eval" })),
+            said(&report).contains(&format!(
+                "impure: `{}",
+                if config.is_empty() {
+                    "--impure"
+                } else {
+                    "pure-eval"
+                }
+            )),
             "{}",
             report.log
         );
@@ -155,14 +236,23 @@ fn nothing_of_an_impure_job_goes_however_it_was_asked_for() {
 fn nothing_goes_before_the_flakes_checks_have_passed() {
     for passes in [true, false] {
         let cache = Cache::start(&[]);
-        let job = job(&cache, "nix build --no-link path:.#other").with_env("FLYWHEEL_REQUIRE_FLAKE_CHECK", "true");
+        let job = job(&cache, "nix build --no-link path:.#other")
+            .with_env("FLYWHEEL_REQUIRE_FLAKE_CHECK", "true");
         if !passes {
             fs::write(job.step.workspace().join("bad"), "").unwrap();
         }
         let report = job.step.run();
         assert_eq!(report.code, 0, "{}", report.log);
-        let (gone, held) = (names(&cache), said(&report).contains("unchecked: `nix flake check` has not passed"));
-        assert_eq!((gone.contains(&"other".to_owned()), held), (passes, !passes), "{gone:?}\n{}", report.log);
+        let (gone, held) = (
+            names(&cache),
+            said(&report).contains("unchecked: `nix flake check` has not passed"),
+        );
+        assert_eq!(
+            (gone.contains(&"other".to_owned()), held),
+            (passes, !passes),
+            "{gone:?}\n{}",
+            report.log
+        );
         assert!(passes || gone.is_empty(), "{gone:?}");
     }
 }
@@ -173,15 +263,32 @@ fn other_stores_get_no_more_than_the_cache() {
     let job = job(&cache, "nix build --no-link path:.#all");
     let folder = job.step.folder().join("binary-cache");
     let to = format!("file://{}", folder.display());
-    let job = job.with_env("ATTIC_SERVER", "").with_env("FLYWHEEL_CACHE", &to);
+    let job = job
+        .with_env("ATTIC_SERVER", "")
+        .with_env("FLYWHEEL_CACHE", &to);
     let report = job.step.run();
     assert_eq!(report.code, 0, "{}", report.log);
     assert!(folder.is_dir(), "{}", report.log);
-    let infos = fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.path());
+    let infos = fs::read_dir(&folder)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path());
     let infos = infos.filter(|path| path.extension().is_some_and(|ending| ending == "narinfo"));
-    let all: String = infos.map(|path| fs::read_to_string(path).unwrap()).collect();
-    assert!(all.contains("-uses-clean\n") && all.contains("-other\n"), "{all}\n{}", report.log);
-    for name in ["leaks-secret", "leaks-token", "names-machine", "dangles", "-all"] {
+    let all: String = infos
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    assert!(
+        all.contains("-uses-clean\n") && all.contains("-other\n"),
+        "{all}\n{}",
+        report.log
+    );
+    for name in [
+        "leaks-secret",
+        "leaks-token",
+        "names-machine",
+        "dangles",
+        "-all",
+    ] {
         assert!(!all.contains(&format!("{name}\n")), "{name}\n{all}");
     }
 }

@@ -51,10 +51,22 @@ fn nars_are_those_of_nix() {
         random_tree(&tree, seed);
         let mut ours = Vec::new();
         flywheel::nix::nar::write(&tree, &mut ours).unwrap();
-        let theirs =
-            with_private_nix(&folder.path().join("nix"), &nix_store).arg("--dump").arg(&tree).output().unwrap();
-        assert!(theirs.status.success(), "{}", String::from_utf8_lossy(&theirs.stderr));
-        assert!(ours == theirs.stdout, "tree {seed}: {} bytes here, {} there", ours.len(), theirs.stdout.len());
+        let theirs = with_private_nix(&folder.path().join("nix"), &nix_store)
+            .arg("--dump")
+            .arg(&tree)
+            .output()
+            .unwrap();
+        assert!(
+            theirs.status.success(),
+            "{}",
+            String::from_utf8_lossy(&theirs.stderr)
+        );
+        assert!(
+            ours == theirs.stdout,
+            "tree {seed}: {} bytes here, {} there",
+            ours.len(),
+            theirs.stdout.len()
+        );
     }
 }
 
@@ -73,7 +85,16 @@ impl Bench {
         let at = |name: &str| folder.path().join(name);
         std::fs::create_dir(at("home")).unwrap();
         let server = std::process::Command::new(flywheel())
-            .args(["cache", "serve", "--listen", "127.0.0.1:0", "--stop-after", "10m", "--quiet", "--dir"])
+            .args([
+                "cache",
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--stop-after",
+                "10m",
+                "--quiet",
+                "--dir",
+            ])
             .arg(at("cache"))
             .stdout(std::fs::File::create(at("serve.out")).unwrap())
             .spawn()
@@ -84,33 +105,64 @@ impl Bench {
             if said.contains("tokens-file") {
                 break said;
             }
-            assert!(Instant::now() < deadline, "the cache does not start: {said}");
+            assert!(
+                Instant::now() < deadline,
+                "the cache does not start: {said}"
+            );
             std::thread::yield_now();
         };
-        let word = |name: &str| said.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+        let word = |name: &str| {
+            said.lines()
+                .find_map(|line| line.strip_prefix(name))
+                .unwrap()
+                .trim()
+                .to_owned()
+        };
         let tokens = std::fs::read_to_string(word("tokens-file ")).unwrap();
-        let token = tokens.lines().find_map(|line| line.strip_prefix("write ")).unwrap().trim().to_owned();
-        Self { url: said.lines().next().unwrap().to_owned(), key: word("public-key "), server, token, folder }
+        let token = tokens
+            .lines()
+            .find_map(|line| line.strip_prefix("write "))
+            .unwrap()
+            .trim()
+            .to_owned();
+        Self {
+            url: said.lines().next().unwrap().to_owned(),
+            key: word("public-key "),
+            server,
+            token,
+            folder,
+        }
     }
 
     fn command(&self, program: &Path) -> std::process::Command {
         let mut command = with_private_nix(&self.folder.path().join("nix"), program);
         let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
-        command.env_clear().env("PATH", "/usr/bin:/bin").env("NIX_CONFIG", config);
-        command.env("HOME", self.folder.path().join("home")).current_dir(self.folder.path());
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("NIX_CONFIG", config);
+        command
+            .env("HOME", self.folder.path().join("home"))
+            .current_dir(self.folder.path());
         command
     }
 
     /// Builds an expression to a link, with these settings besides.
     fn build(&self, expression: &str, link: &str, settings: &[&str]) -> Output {
         let tool = need("nix-build", "apt-get install nix-bin");
-        self.command(&tool).args(["-E", expression, "-o", link]).args(settings).output().unwrap()
+        self.command(&tool)
+            .args(["-E", expression, "-o", link])
+            .args(settings)
+            .output()
+            .unwrap()
     }
 
     fn publish(&self, arguments: &[&str]) -> std::process::Command {
         let mut command = self.command(&flywheel());
         command.env("ATTIC_TOKEN", &self.token).arg("publish");
-        command.args(["--attic-server", &self.url, "--attic-public-key", &self.key]).args(arguments);
+        command
+            .args(["--attic-server", &self.url, "--attic-public-key", &self.key])
+            .args(arguments);
         command
     }
 }
@@ -145,35 +197,64 @@ fn what_is_published_is_substituted_on_an_emptied_store() {
     let said = success(&bench.publish(&["./result"]).output().unwrap());
     assert!(said.contains("32 published, 32 verified, 0 lost"), "{said}");
     let said = success(&bench.publish(&["./result"]).output().unwrap());
-    assert!(said.contains("0 published, 32 already there, 32 verified, 0 lost"), "{said}");
+    assert!(
+        said.contains("0 published, 32 already there, 32 verified, 0 lost"),
+        "{said}"
+    );
     assert!(!said.contains(&bench.token), "the token is shown");
 
     std::fs::remove_dir_all(bench.folder.path().join("nix")).unwrap();
     std::fs::remove_dir_all(bench.folder.path().join("home")).unwrap();
     let substituter = format!("{}/main", bench.url);
-    let settings = ["--option", "substituters", &substituter, "--option", "trusted-public-keys", &bench.key];
+    let settings = [
+        "--option",
+        "substituters",
+        &substituter,
+        "--option",
+        "trusted-public-keys",
+        &bench.key,
+    ];
     let said = success(&bench.build(TREE, "again", &[&settings[..], &["-j", "0"]].concat()));
-    assert!(said.contains("copying path") && !said.contains("building '"), "{said}");
+    assert!(
+        said.contains("copying path") && !said.contains("building '"),
+        "{said}"
+    );
 }
 
 #[test]
 fn nothing_is_asked_of_nix_where_its_database_is_readable() {
     let bench = Bench::new();
     success(&bench.build(TREE, "result", &[]));
-    let (folder, called) = (bench.folder.path().join("bin"), bench.folder.path().join("called"));
+    let (folder, called) = (
+        bench.folder.path().join("bin"),
+        bench.folder.path().join("called"),
+    );
     std::fs::create_dir(&folder).unwrap();
     let script = format!("#!/bin/sh\necho \"$@\" >>{}\nexit 1\n", called.display());
     std::fs::write(folder.join("nix"), script).unwrap();
     std::fs::set_permissions(folder.join("nix"), std::fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{}:/usr/bin:/bin", folder.display());
-    let said = success(&bench.publish(&["./result"]).env("PATH", &path).output().unwrap());
-    assert!(said.contains("32 published, 32 verified, 0 lost") && !called.exists(), "{said}");
+    let said = success(
+        &bench
+            .publish(&["./result"])
+            .env("PATH", &path)
+            .output()
+            .unwrap(),
+    );
+    assert!(
+        said.contains("32 published, 32 verified, 0 lost") && !called.exists(),
+        "{said}"
+    );
 
     let unknown = "/nix/store/00000000000000000000000000000000-unknown";
     std::fs::create_dir(bench.folder.path().join(unknown.trim_start_matches('/'))).unwrap();
     let ran = bench.publish(&[unknown]).output().unwrap();
     let said = String::from_utf8_lossy(&ran.stderr);
-    assert!(ran.status.code() == Some(1) && said.contains(&format!("`{unknown}` is not valid in the store")), "{said}");
+    assert!(
+        ran.status.code() == Some(1)
+            && said.contains(&format!("`{unknown}` is not valid in the store")),
+        "{said}"
+    );
 }
 
 #[test]
@@ -184,14 +265,25 @@ fn a_path_of_two_gib_is_published_in_flat_memory() {
       args = [ "-c" "/bin/dd if=/dev/zero of=$out bs=1048576 count=2048 2>&1" ];
     }"#;
     success(&bench.build(big, "big", &[]));
-    let child = bench.publish(&["./big"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let child = bench
+        .publish(&["./big"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     // `unshare` and `sh` become the binary by `exec`, so that this is its process.
     let status = format!("/proc/{}/status", child.id());
     let ended = std::thread::spawn(move || child.wait_with_output().unwrap());
     let mut peak_kib = 0;
     while !ended.is_finished() {
         let text = std::fs::read_to_string(&status).unwrap_or_default();
-        let peak = text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+        let peak = text.lines().find_map(|line| {
+            line.strip_prefix("VmHWM:")?
+                .trim()
+                .strip_suffix(" kB")?
+                .parse()
+                .ok()
+        });
         peak_kib = peak_kib.max(peak.unwrap_or(0));
         std::thread::yield_now();
     }

@@ -61,7 +61,11 @@ impl Host {
     fn new(cache: &Cache) -> Self {
         need("nix", "apt-get install nix-bin");
         let folder = tempfile::tempdir().unwrap();
-        Self { folder, token: cache.token.clone(), key: cache.key.clone() }
+        Self {
+            folder,
+            token: cache.token.clone(),
+            key: cache.key.clone(),
+        }
     }
 
     fn nix(&self) -> PathBuf {
@@ -70,14 +74,14 @@ impl Host {
 
     /// A job on a push to the default branch.
     fn job(&self, server: &str, command: &str) -> Step {
-        let step = Step::new(&format!("exec '{}' nix-job", flywheel().display())).with_nix(&self.nix());
+        let step =
+            Step::new(&format!("exec '{}' nix-job", flywheel().display())).with_nix(&self.nix());
         fs::write(step.workspace().join("flake.nix"), FLAKE).unwrap();
         fs::create_dir_all(step.workspace().join("bin")).unwrap();
         let busybox = need("busybox", "apt-get install busybox-static");
         fs::copy(busybox, step.workspace().join("bin/busybox")).unwrap();
         let repository = json!({ "full_name": "octo-org/app", "default_branch": "main" });
-        let payload =
-            json!({ "ref": "refs/heads/main", "after": "1".repeat(40), "deleted": false, "repository": repository });
+        let payload = json!({ "ref": "refs/heads/main", "after": "1".repeat(40), "deleted": false, "repository": repository });
         let event = step.folder().join("event.json");
         fs::write(&event, payload.to_string()).unwrap();
         step.with_env("GITHUB_EVENT_NAME", "push")
@@ -102,10 +106,23 @@ impl Host {
         let mut command: Command = with_private_nix(&self.nix(), &shell);
         let home = self.folder.path().join("stranger");
         fs::create_dir_all(&home).unwrap();
-        command.args(["-euc", script]).current_dir(&home).env_clear().env("PATH", PATH).env("HOME", &home);
-        command.env("NIX_CONFIG", "build-users-group =\nsubstituters =\nsandbox = false");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
-        Stranger { child: command.spawn().unwrap() }
+        command
+            .args(["-euc", script])
+            .current_dir(&home)
+            .env_clear()
+            .env("PATH", PATH)
+            .env("HOME", &home);
+        command.env(
+            "NIX_CONFIG",
+            "build-users-group =\nsubstituters =\nsandbox = false",
+        );
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::inherit());
+        Stranger {
+            child: command.spawn().unwrap(),
+        }
     }
 }
 
@@ -123,15 +140,23 @@ impl Drop for Stranger {
 fn output(report: &Report, name: &str) -> u64 {
     let text = &report.files["GITHUB_OUTPUT"];
     let mut lines = text.lines();
-    let value = lines.find(|line| line.starts_with(&format!("{name}<<"))).and_then(|_| lines.next());
-    value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no `{name}` in:\n{text}\n{}", report.log))
+    let value = lines
+        .find(|line| line.starts_with(&format!("{name}<<")))
+        .and_then(|_| lines.next());
+    value
+        .and_then(|value| value.parse().ok())
+        .unwrap_or_else(|| panic!("no `{name}` in:\n{text}\n{}", report.log))
 }
 
 /// The build's result is its own, and nothing is lost.
 fn is_whole(report: &Report, code: i32) {
     assert_eq!(report.code, code, "{}", report.log);
     assert_eq!(output(report, "lost"), 0, "{}", report.log);
-    assert!(output(report, "verified") >= output(report, "published"), "{}", report.log);
+    assert!(
+        output(report, "verified") >= output(report, "published"),
+        "{}",
+        report.log
+    );
     assert!(!report.log.contains("not verified"), "{}", report.log);
 }
 
@@ -140,7 +165,10 @@ fn build(attribute: &str) -> String {
 }
 
 fn runs(name: &str, default: u32) -> u32 {
-    std::env::var(name).ok().and_then(|count| count.parse().ok()).unwrap_or(default)
+    std::env::var(name)
+        .ok()
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(default)
 }
 
 /// The flood: derivations, texts and files, from processes short and long.
@@ -166,16 +194,28 @@ fn five_hundred_paths_in_a_flood_of_others_are_all_published() {
         drop(flood);
         is_whole(&report, 0);
         let names = cache.names();
-        let strangers: Vec<&String> = names.iter().filter(|name| name.starts_with("flood")).collect();
+        let strangers: Vec<&String> = names
+            .iter()
+            .filter(|name| name.starts_with("flood"))
+            .collect();
         assert_eq!(strangers, Vec::<&String>::new(), "run {run}");
         for part in 0..500 {
-            assert!(names.contains(&format!("part-{part}")), "run {run}: part-{part} is missing\n{}", report.log);
+            assert!(
+                names.contains(&format!("part-{part}")),
+                "run {run}: part-{part} is missing\n{}",
+                report.log
+            );
         }
         assert!(names.contains(&"many".to_owned()), "run {run}");
         assert_eq!(output(&report, "built"), 501, "run {run}: {}", report.log);
         let flooded = fs::read_dir(host.nix().join("store")).unwrap().flatten();
-        let flooded = flooded.filter(|entry| entry.file_name().to_string_lossy().contains("-flood-")).count();
-        println!("run {run}: {} published, {flooded} strangers beside", output(&report, "published"));
+        let flooded = flooded
+            .filter(|entry| entry.file_name().to_string_lossy().contains("-flood-"))
+            .count();
+        println!(
+            "run {run}: {} published, {flooded} strangers beside",
+            output(&report, "published")
+        );
         assert!(flooded > 50, "the flood was none: {flooded}");
     }
 }
@@ -186,19 +226,41 @@ fn a_server_that_fails_costs_time_and_no_path() {
     let address = cache.url.trim_start_matches("http://").parse().unwrap();
     // Publishing alone: Nix 2.8 ends a build by itself when a substituter answers 500 twice running.
     let faults = [
-        ("500 to every third", Plan::new().fault("P", When::Every(3), Fault::Status(500))),
-        ("429", Plan::new().fault("PUT", When::First(2), Fault::RetryAfter(1))),
-        ("body cut in half", Plan::new().fault("PUT", When::Every(3), Fault::CutBody)),
-        ("answer cut", Plan::new().fault("PUT", When::Every(3), Fault::CutAnswer)),
-        ("slow", Plan::new().fault("", When::Always, Fault::Slow(Duration::from_millis(100)))),
-        ("closed questions", Plan::new().fault("POST", When::First(3), Fault::Close)),
+        (
+            "500 to every third",
+            Plan::new().fault("P", When::Every(3), Fault::Status(500)),
+        ),
+        (
+            "429",
+            Plan::new().fault("PUT", When::First(2), Fault::RetryAfter(1)),
+        ),
+        (
+            "body cut in half",
+            Plan::new().fault("PUT", When::Every(3), Fault::CutBody),
+        ),
+        (
+            "answer cut",
+            Plan::new().fault("PUT", When::Every(3), Fault::CutAnswer),
+        ),
+        (
+            "slow",
+            Plan::new().fault("", When::Always, Fault::Slow(Duration::from_millis(100))),
+        ),
+        (
+            "closed questions",
+            Plan::new().fault("POST", When::First(3), Fault::Close),
+        ),
     ];
     for (name, plan) in faults {
         let front = plan.before(address);
         let host = Host::new(&cache);
         let begun = Instant::now();
         // Each time other paths, because the cache keeps what it has.
-        let seed = format!("sed -i 's/echo \\$/echo {} $/' flake.nix; {}", name.replace(' ', "-"), build("some"));
+        let seed = format!(
+            "sed -i 's/echo \\$/echo {} $/' flake.nix; {}",
+            name.replace(' ', "-"),
+            build("some")
+        );
         let report = host.job(&front.url(), &seed).run();
         println!(
             "{name}: {:?}, {} published, {} requests",
@@ -208,7 +270,11 @@ fn a_server_that_fails_costs_time_and_no_path() {
         );
         is_whole(&report, 0);
         assert!(output(&report, "published") >= 13, "{name}: {}", report.log);
-        assert!(begun.elapsed() < Duration::from_secs(30), "{name}: {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < Duration::from_secs(30),
+            "{name}: {:?}",
+            begun.elapsed()
+        );
     }
 }
 
@@ -216,14 +282,27 @@ fn a_server_that_fails_costs_time_and_no_path() {
 fn a_server_that_never_answers_is_named_in_bounded_time() {
     let cache = Cache::start(&[]);
     let address = cache.url.trim_start_matches("http://").parse().unwrap();
-    let front = Plan::new().fault("PUT", When::Always, Fault::Hang).before(address);
+    let front = Plan::new()
+        .fault("PUT", When::Always, Fault::Hang)
+        .before(address);
     let host = Host::new(&cache);
     let begun = Instant::now();
-    let report = host.job(&front.url(), &build("some")).with_env("FLYWHEEL_DRAIN_TIMEOUT", "3").run();
+    let report = host
+        .job(&front.url(), &build("some"))
+        .with_env("FLYWHEEL_DRAIN_TIMEOUT", "3")
+        .run();
     assert_eq!(report.code, 0, "{}", report.log);
-    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        begun.elapsed()
+    );
     assert!(output(&report, "lost") >= 13, "{}", report.log);
-    assert!(report.files["GITHUB_STEP_SUMMARY"].contains("-some-11"), "{}", report.files["GITHUB_STEP_SUMMARY"]);
+    assert!(
+        report.files["GITHUB_STEP_SUMMARY"].contains("-some-11"),
+        "{}",
+        report.files["GITHUB_STEP_SUMMARY"]
+    );
 }
 
 #[test]
@@ -250,7 +329,11 @@ fn a_server_killed_and_restarted_in_mid_build_costs_time_and_no_path() {
         false
     });
     is_whole(&report, 0);
-    assert!(cache.names().contains(&"long".to_owned()), "{:?}", cache.names());
+    assert!(
+        cache.names().contains(&"long".to_owned()),
+        "{:?}",
+        cache.names()
+    );
 }
 
 /// What the official client's watch breaks on (`attic-protocol`, 2.1), brought about for real.
@@ -285,7 +368,12 @@ fn what_others_miss_is_published_or_named() {
         let report = host.job(&cache.url, &command).run();
         is_whole(&report, code);
         for path in published {
-            assert!(cache.names().contains(&(*path).to_owned()), "{name}: {path}: {:?}\n{}", cache.names(), report.log);
+            assert!(
+                cache.names().contains(&(*path).to_owned()),
+                "{name}: {path}: {:?}\n{}",
+                cache.names(),
+                report.log
+            );
         }
         println!("{name}: {} published", output(&report, "published"));
     }
@@ -299,7 +387,11 @@ fn a_path_deleted_at_once_is_published_or_left_out_by_name() {
                    \"$(nix eval --raw path:.#once.drvPath)\"); nix-store --delete \"$path\"; nix build --no-link path:.#chain";
     let report = host.job(&cache.url, command).run();
     is_whole(&report, 0);
-    assert!(cache.names().contains(&"link-5".to_owned()), "{}", report.log);
+    assert!(
+        cache.names().contains(&"link-5".to_owned()),
+        "{}",
+        report.log
+    );
 }
 
 #[test]
@@ -317,5 +409,10 @@ fn a_signal_right_after_the_build_loses_nothing() {
     });
     assert!(sent && report.code != 0, "{}", report.log);
     assert_eq!(output(&report, "lost"), 0, "{}", report.log);
-    assert!(cache.names().contains(&"link-5".to_owned()), "{:?}\n{}", cache.names(), report.log);
+    assert!(
+        cache.names().contains(&"link-5".to_owned()),
+        "{:?}\n{}",
+        cache.names(),
+        report.log
+    );
 }

@@ -49,13 +49,23 @@ impl Host {
         });
         fs::write(folder.join("event.json"), payload.to_string()).unwrap();
         fs::write(folder.join("env"), "").unwrap();
-        Job { host: self, cache, tracking, folder }
+        Job {
+            host: self,
+            cache,
+            tracking,
+            folder,
+        }
     }
 
     fn journals(&self) -> usize {
-        let folder = self.folder.path().join("home/.local/state/flywheel/journal");
+        let folder = self
+            .folder
+            .path()
+            .join("home/.local/state/flywheel/journal");
         let names = fs::read_dir(folder).into_iter().flatten().flatten();
-        names.filter(|entry| entry.file_name().to_string_lossy().ends_with(".journal")).count()
+        names
+            .filter(|entry| entry.file_name().to_string_lossy().ends_with(".journal"))
+            .count()
     }
 }
 
@@ -63,14 +73,33 @@ impl Job<'_> {
     /// A step, with what `GITHUB_ENV` says so far.
     fn step(&self, program: &Path, arguments: &[&str]) -> Command {
         let mut command = with_private_nix(&self.host.folder.path().join("nix"), program);
-        command.args(arguments).current_dir(self.folder.join("work")).env_clear();
-        command.env("PATH", PATH).env("HOME", self.host.folder.path().join("home"));
-        command.env("RUNNER_TEMP", self.folder.join("temp")).env("RUNNER_TRACKING_ID", &self.tracking);
-        command.env("GITHUB_ACTIONS", "true").env("CI", "true").env("GITHUB_EVENT_NAME", "push");
-        command.env("GITHUB_REF", "refs/heads/main").env("GITHUB_REPOSITORY", "octo-org/app");
+        command
+            .args(arguments)
+            .current_dir(self.folder.join("work"))
+            .env_clear();
+        command
+            .env("PATH", PATH)
+            .env("HOME", self.host.folder.path().join("home"));
+        command
+            .env("RUNNER_TEMP", self.folder.join("temp"))
+            .env("RUNNER_TRACKING_ID", &self.tracking);
+        command
+            .env("GITHUB_ACTIONS", "true")
+            .env("CI", "true")
+            .env("GITHUB_EVENT_NAME", "push");
+        command
+            .env("GITHUB_REF", "refs/heads/main")
+            .env("GITHUB_REPOSITORY", "octo-org/app");
         command.env("GITHUB_EVENT_PATH", self.folder.join("event.json"));
-        command.env("ATTIC_SERVER", &self.cache.url).env("ATTIC_PUBLIC_KEY", &self.cache.key);
-        for name in ["GITHUB_ENV", "GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY", "GITHUB_PATH"] {
+        command
+            .env("ATTIC_SERVER", &self.cache.url)
+            .env("ATTIC_PUBLIC_KEY", &self.cache.key);
+        for name in [
+            "GITHUB_ENV",
+            "GITHUB_OUTPUT",
+            "GITHUB_STEP_SUMMARY",
+            "GITHUB_PATH",
+        ] {
             let file = name.trim_start_matches("GITHUB_").to_lowercase();
             command.env(name, self.folder.join(file));
         }
@@ -85,7 +114,10 @@ impl Job<'_> {
         let mut found = Vec::new();
         while let Some(line) = lines.next() {
             let (name, delimiter) = line.split_once("<<").unwrap();
-            let value: Vec<&str> = lines.by_ref().take_while(|line| *line != delimiter).collect();
+            let value: Vec<&str> = lines
+                .by_ref()
+                .take_while(|line| *line != delimiter)
+                .collect();
             found.push((name.to_owned(), value.join("\n")));
         }
         found
@@ -93,7 +125,11 @@ impl Job<'_> {
 
     fn watch(&self, words: &[&str]) -> Output {
         let mut command = self.step(&flywheel(), &[&["watch-store"], words].concat());
-        command.env("ATTIC_TOKEN", &self.cache.token).env("FLYWHEEL_PUSH_CACHE", "auto").output().unwrap()
+        command
+            .env("ATTIC_TOKEN", &self.cache.token)
+            .env("FLYWHEEL_PUSH_CACHE", "auto")
+            .output()
+            .unwrap()
     }
 
     fn start(&self) -> String {
@@ -101,14 +137,18 @@ impl Job<'_> {
     }
 
     fn nix(&self, arguments: &[&str]) -> Output {
-        self.step(&need("nix", "apt-get install nix-bin"), arguments).output().unwrap()
+        self.step(&need("nix", "apt-get install nix-bin"), arguments)
+            .output()
+            .unwrap()
     }
 
     fn output(&self, name: &str) -> String {
         let text = fs::read_to_string(self.folder.join("output")).unwrap();
         let mut lines = text.lines();
         let line = lines.find(|line| line.starts_with(&format!("{name}<<")));
-        line.and_then(|_| lines.next()).unwrap_or_else(|| panic!("no `{name}` in:\n{text}")).to_owned()
+        line.and_then(|_| lines.next())
+            .unwrap_or_else(|| panic!("no `{name}` in:\n{text}"))
+            .to_owned()
     }
 
     fn status(&self) -> Value {
@@ -132,9 +172,16 @@ impl Drop for Job<'_> {
 }
 
 fn good(output: &Output) -> String {
-    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(output.status.success(), "{text}");
-    let shown: Vec<&str> = text.lines().filter(|line| !line.starts_with("::add-mask::")).collect();
+    let shown: Vec<&str> = text
+        .lines()
+        .filter(|line| !line.starts_with("::add-mask::"))
+        .collect();
     shown.join("\n")
 }
 
@@ -145,42 +192,98 @@ fn a_job_of_several_steps_is_published_and_nothing_is_left() {
     let began = Instant::now();
     let said = job.start();
     // A debug build on a busy machine; what is promised is a second.
-    assert!(began.elapsed() < Duration::from_secs(4), "{:?}\n{said}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(4),
+        "{:?}\n{said}",
+        began.elapsed()
+    );
     assert!(said.contains("trust: may-publish"), "{said}");
     let status = job.status();
-    assert_eq!((&status["state"], &status["publishes"]), (&json!("watching"), &json!(true)), "{status}");
+    assert_eq!(
+        (&status["state"], &status["publishes"]),
+        (&json!("watching"), &json!(true)),
+        "{status}"
+    );
     let pid = i32::try_from(status["pid"].as_u64().unwrap()).unwrap();
     let session = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = session.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let fields: Vec<&str> = session
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
     assert_eq!(fields[3], pid.to_string(), "it leads a session of its own");
     let environment = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
-    assert!(environment.contains(&job.mark()), "it does not hide from the runner");
-    assert!(!environment.contains(&cache.token), "the token is in its environment");
-    let config = job.variables().into_iter().find(|(name, _)| name == "NIX_CONFIG").unwrap().1;
-    assert!(config.contains(&cache.url) && !config.contains(&cache.token), "{config}");
+    assert!(
+        environment.contains(&job.mark()),
+        "it does not hide from the runner"
+    );
+    assert!(
+        !environment.contains(&cache.token),
+        "the token is in its environment"
+    );
+    let config = job
+        .variables()
+        .into_iter()
+        .find(|(name, _)| name == "NIX_CONFIG")
+        .unwrap()
+        .1;
+    assert!(
+        config.contains(&cache.url) && !config.contains(&cache.token),
+        "{config}"
+    );
     assert!(!job.watch(&["start"]).status.success(), "one watch a job");
 
     good(&job.nix(&["build", "--no-link", "path:.#app"]));
-    let came = processes::wait_until(Duration::from_secs(20), || cache.names().contains(&"app".to_owned()));
-    assert!(came, "it publishes while the job goes on: {:?}", job.status());
-    assert!(!job.nix(&["build", "--no-link", "path:.#fails"]).status.success());
+    let came = processes::wait_until(Duration::from_secs(20), || {
+        cache.names().contains(&"app".to_owned())
+    });
+    assert!(
+        came,
+        "it publishes while the job goes on: {:?}",
+        job.status()
+    );
+    assert!(
+        !job.nix(&["build", "--no-link", "path:.#fails"])
+            .status
+            .success()
+    );
 
     let said = good(&job.watch(&["finish"]));
     assert!(said.contains("0 lost"), "{said}");
-    assert_eq!((job.output("outcome").as_str(), job.output("lost").as_str()), ("success", "0"), "{said}");
+    assert_eq!(
+        (job.output("outcome").as_str(), job.output("lost").as_str()),
+        ("success", "0"),
+        "{said}"
+    );
     assert_eq!(job.output("built"), "4", "{said}");
     assert_eq!(job.output("published"), job.output("verified"), "{said}");
     for name in ["base", "lib", "app", "good"] {
-        assert!(cache.names().contains(&name.to_owned()), "{name}: {:?}", cache.names());
+        assert!(
+            cache.names().contains(&name.to_owned()),
+            "{name}: {:?}",
+            cache.names()
+        );
     }
     // It has said everything, and ends.
-    let gone = processes::wait_until(Duration::from_secs(5), || processes::with_variable(&job.mark()).is_empty());
+    let gone = processes::wait_until(Duration::from_secs(5), || {
+        processes::with_variable(&job.mark()).is_empty()
+    });
     assert!(gone, "{:?}", processes::with_variable(&job.mark()));
-    let temp = fs::read_dir(job.folder.join("temp/flywheel-0")).unwrap().flatten();
-    let names: Vec<_> = temp.map(|entry| entry.file_name()).filter(|name| name != "sweep.lock").collect();
+    let temp = fs::read_dir(job.folder.join("temp/flywheel-0"))
+        .unwrap()
+        .flatten();
+    let names: Vec<_> = temp
+        .map(|entry| entry.file_name())
+        .filter(|name| name != "sweep.lock")
+        .collect();
     assert!(names.is_empty(), "{names:?}");
     assert_eq!(host.journals(), 0);
-    assert_eq!(job.variables().last().unwrap(), &("NIX_CONFIG".to_owned(), String::new()), "given back");
+    assert_eq!(
+        job.variables().last().unwrap(),
+        &("NIX_CONFIG".to_owned(), String::new()),
+        "given back"
+    );
     assert!(!said.contains(&cache.token), "the token is shown");
     for file in ["env", "output", "step_summary"] {
         let text = fs::read_to_string(job.folder.join(file)).unwrap();
@@ -222,10 +325,27 @@ jobs:
     assert_ne!(ran.code, 0, "the failing step fails the job");
     assert_eq!(ran.left_processes, Vec::<String>::new(), "{}", ran.log());
     let step = ran.step("build", "watch");
-    assert_eq!(step.outputs.get("outcome").map(String::as_str), Some("success"), "{}", ran.log());
-    assert_eq!((step.outputs["built"].as_str(), step.outputs["lost"].as_str()), ("3", "0"), "{}", ran.log());
+    assert_eq!(
+        step.outputs.get("outcome").map(String::as_str),
+        Some("success"),
+        "{}",
+        ran.log()
+    );
+    assert_eq!(
+        (
+            step.outputs["built"].as_str(),
+            step.outputs["lost"].as_str()
+        ),
+        ("3", "0"),
+        "{}",
+        ran.log()
+    );
     for name in ["base", "lib", "good"] {
-        assert!(cache.names().contains(&name.to_owned()), "{name}: {:?}", cache.names());
+        assert!(
+            cache.names().contains(&name.to_owned()),
+            "{name}: {:?}",
+            cache.names()
+        );
     }
     assert!(!ran.log().contains(&cache.token));
 }
@@ -237,13 +357,32 @@ fn what_is_left_is_no_business_of_readers_and_of_other_caches() {
     let through = crate::world::broken::forward(&cache.url);
     let job = host.job(&cache);
     let start = |job: &Job<'_>, url: &str| {
-        let mut step = job.step(&flywheel(), &["watch-store", "start", "--attic-server", url, "--push-cache", "auto"]);
+        let mut step = job.step(
+            &flywheel(),
+            &[
+                "watch-store",
+                "start",
+                "--attic-server",
+                url,
+                "--push-cache",
+                "auto",
+            ],
+        );
         good(&step.env("ATTIC_TOKEN", &cache.token).output().unwrap())
     };
     start(&job, &through.url);
     through.cut();
-    good(&job.nix(&["build", "--no-link", "path:.#app", "--option", "substitute", "false"]));
-    let seen = processes::wait_until(Duration::from_secs(20), || job.status()["known"].as_u64() >= Some(3));
+    good(&job.nix(&[
+        "build",
+        "--no-link",
+        "path:.#app",
+        "--option",
+        "substitute",
+        "false",
+    ]));
+    let seen = processes::wait_until(Duration::from_secs(20), || {
+        job.status()["known"].as_u64() >= Some(3)
+    });
     assert!(seen, "{}", job.status());
     assert!(job.end() >= 1, "the runner ends it");
     assert!(!cache.names().contains(&"app".to_owned()));
@@ -253,10 +392,16 @@ fn what_is_left_is_no_business_of_readers_and_of_other_caches() {
     let reader = host.job(&cache);
     let mut step = reader.step(&flywheel(), &["nix-job", "--command", "true"]);
     good(&step.env("ATTIC_TOKEN", &cache.token).output().unwrap());
-    assert_eq!((host.journals(), cache.names().contains(&"app".to_owned())), (1, false));
+    assert_eq!(
+        (host.journals(), cache.names().contains(&"app".to_owned())),
+        (1, false)
+    );
     let other = Cache::start(&[]);
     let elsewhere = host.job(&other);
-    let mut step = elsewhere.step(&flywheel(), &["nix-job", "--push-cache", "true", "--command", "true"]);
+    let mut step = elsewhere.step(
+        &flywheel(),
+        &["nix-job", "--push-cache", "true", "--command", "true"],
+    );
     good(&step.env("ATTIC_TOKEN", &other.token).output().unwrap());
     assert_eq!((host.journals(), other.names()), (1, Vec::<String>::new()));
 }
@@ -274,9 +419,14 @@ fn two_jobs_on_one_host_publish_their_own() {
     });
     good(&one.watch(&["finish"]));
     good(&other.watch(&["finish"]));
-    assert_eq!((one.output("built"), other.output("built")), ("3".to_owned(), "1".to_owned()));
+    assert_eq!(
+        (one.output("built"), other.output("built")),
+        ("3".to_owned(), "1".to_owned())
+    );
     assert!(mine.names().contains(&"app".to_owned()) && !mine.names().contains(&"good".to_owned()));
-    assert!(theirs.names().contains(&"good".to_owned()) && !theirs.names().contains(&"app".to_owned()));
+    assert!(
+        theirs.names().contains(&"good".to_owned()) && !theirs.names().contains(&"app".to_owned())
+    );
 }
 
 #[test]
@@ -284,19 +434,33 @@ fn run_in_the_foreground_ends_within_six_seconds() {
     let (host, cache) = (Host::new(), Cache::start(&[]));
     let job = host.job(&cache);
     let mut run = job.step(&flywheel(), &["watch-store", "run", "--push-cache", "auto"]);
-    let run = run.env("ATTIC_TOKEN", &cache.token).stdout(Stdio::null()).stderr(Stdio::null());
+    let run = run
+        .env("ATTIC_TOKEN", &cache.token)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     let mut child = run.spawn().unwrap();
     let watching = || job.status()["state"] == "watching";
     assert!(processes::wait_until(Duration::from_secs(20), watching));
     // What `run` knows of Nix's settings reaches no later step before it ends.
-    let mut build = job.step(&need("nix", "apt-get install nix-bin"), &["build", "--no-link", "path:.#app"]);
+    let mut build = job.step(
+        &need("nix", "apt-get install nix-bin"),
+        &["build", "--no-link", "path:.#app"],
+    );
     let config = "experimental-features = nix-command flakes\nbuild-users-group =\nsubstituters =";
     good(&build.env("NIX_CONFIG", config).output().unwrap());
     let began = Instant::now();
     processes::signal(i32::try_from(child.id()).unwrap(), Signal::TERM);
     let ended = processes::ended(&mut child, Duration::from_secs(7)).expect("it ends");
-    assert!(ended.success() && began.elapsed() < Duration::from_secs(6), "{ended} {:?}", began.elapsed());
-    assert!(cache.names().contains(&"app".to_owned()), "{:?}", cache.names());
+    assert!(
+        ended.success() && began.elapsed() < Duration::from_secs(6),
+        "{ended} {:?}",
+        began.elapsed()
+    );
+    assert!(
+        cache.names().contains(&"app".to_owned()),
+        "{:?}",
+        cache.names()
+    );
     assert_eq!(job.output("lost"), "0");
 }
 
@@ -309,24 +473,76 @@ fn a_drain_that_takes_too_long_names_what_is_lost_and_the_next_job_takes_it_up()
         let mut step = job.step(&flywheel(), &[&["watch-store"], words].concat());
         step.env("ATTIC_TOKEN", &cache.token).output().unwrap()
     };
-    good(&watch(&job, &["start", "--attic-server", &through.url, "--push-cache", "auto"]));
+    good(&watch(
+        &job,
+        &[
+            "start",
+            "--attic-server",
+            &through.url,
+            "--push-cache",
+            "auto",
+        ],
+    ));
     through.cut();
-    good(&job.nix(&["build", "--no-link", "path:.#app", "--option", "substitute", "false"]));
+    good(&job.nix(&[
+        "build",
+        "--no-link",
+        "path:.#app",
+        "--option",
+        "substitute",
+        "false",
+    ]));
     let began = Instant::now();
-    let finished = watch(&job, &["finish", "--drain-timeout", "2", "--require-publish", "true"]);
-    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    let finished = watch(
+        &job,
+        &[
+            "finish",
+            "--drain-timeout",
+            "2",
+            "--require-publish",
+            "true",
+        ],
+    );
+    assert!(
+        began.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        began.elapsed()
+    );
     let said = String::from_utf8_lossy(&finished.stdout).into_owned();
     assert_eq!(finished.status.code(), Some(1), "{said}");
-    assert!(said.contains("title=lost::") && said.contains("-app"), "{said}");
+    assert!(
+        said.contains("title=lost::") && said.contains("-app"),
+        "{said}"
+    );
     assert_eq!(job.output("outcome"), "not-published");
-    assert_eq!((host.journals(), cache.names().contains(&"app".to_owned())), (1, false));
+    assert_eq!(
+        (host.journals(), cache.names().contains(&"app".to_owned())),
+        (1, false)
+    );
 
     // The identity of a cache is its address; the same one, alive again.
     through.mend();
     let next = host.job(&cache);
-    let words = ["nix-job", "--attic-server", &through.url, "--push-cache", "true", "--command", "true"];
-    let said = good(&next.step(&flywheel(), &words).env("ATTIC_TOKEN", &cache.token).output().unwrap());
-    assert!(said.contains("of earlier jobs taken up") && cache.names().contains(&"app".to_owned()), "{said}");
+    let words = [
+        "nix-job",
+        "--attic-server",
+        &through.url,
+        "--push-cache",
+        "true",
+        "--command",
+        "true",
+    ];
+    let said = good(
+        &next
+            .step(&flywheel(), &words)
+            .env("ATTIC_TOKEN", &cache.token)
+            .output()
+            .unwrap(),
+    );
+    assert!(
+        said.contains("of earlier jobs taken up") && cache.names().contains(&"app".to_owned()),
+        "{said}"
+    );
     assert_eq!((host.journals(), next.output("lost")), (0, "0".to_owned()));
 }
 
@@ -346,7 +562,8 @@ in path 50"#
 /// which builds nothing, publishes all that was valid by then.
 #[test]
 fn killed_at_any_moment_the_next_job_loses_nothing() {
-    let kills: u64 = std::env::var("FLYWHEEL_KILLS").map_or(25, |text| text.parse().expect("a number"));
+    let kills: u64 =
+        std::env::var("FLYWHEEL_KILLS").map_or(25, |text| text.parse().expect("a number"));
     let (host, cache) = (Host::new(), Cache::start(&[]));
     let nix = need("nix-build", "apt-get install nix-bin");
     let (mut published_early, mut taken_up) = (0, 0);
@@ -355,8 +572,22 @@ fn killed_at_any_moment_the_next_job_loses_nothing() {
         job.start();
         let pid = i32::try_from(job.status()["pid"].as_u64().unwrap()).unwrap();
         let chain = chain(seed);
-        let mut build = job.step(&nix, &["--no-out-link", "--option", "sandbox", "false", "-E", &chain]);
-        let mut build = build.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut build = job.step(
+            &nix,
+            &[
+                "--no-out-link",
+                "--option",
+                "sandbox",
+                "false",
+                "-E",
+                &chain,
+            ],
+        );
+        let mut build = build
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let moment = Duration::from_millis(fastrand::u64(100..1500));
         let over = Instant::now() + moment;
         processes::wait_until(moment, || Instant::now() >= over);
@@ -367,26 +598,45 @@ fn killed_at_any_moment_the_next_job_loses_nothing() {
         let valid = names_in_store(&host, seed);
 
         let next = host.job(&cache);
-        let mut step = next.step(&flywheel(), &["nix-job", "--push-cache", "true", "--command", "true"]);
+        let mut step = next.step(
+            &flywheel(),
+            &["nix-job", "--push-cache", "true", "--command", "true"],
+        );
         let said = good(&step.env("ATTIC_TOKEN", &cache.token).output().unwrap());
         let served = cache.names();
         for name in &valid {
-            assert!(served.contains(name), "kill {seed} after {moment:?}: {name} is lost\n{said}");
+            assert!(
+                served.contains(name),
+                "kill {seed} after {moment:?}: {name} is lost\n{said}"
+            );
         }
         assert_eq!(next.output("lost"), "0", "{said}");
         published_early += valid.iter().filter(|name| before.contains(name)).count();
         taken_up += valid.iter().filter(|name| !before.contains(name)).count();
         assert_eq!(host.journals(), 0, "kill {seed}");
     }
-    println!("{kills} kills: {published_early} paths published before, {taken_up} taken up, none lost");
-    assert!(published_early + taken_up > 0, "every kill came before the first path");
+    println!(
+        "{kills} kills: {published_early} paths published before, {taken_up} taken up, none lost"
+    );
+    assert!(
+        published_early + taken_up > 0,
+        "every kill came before the first path"
+    );
 }
 
 /// The valid paths of one build, by name, as Nix's database has them.
 fn names_in_store(host: &Host, seed: u64) -> Vec<String> {
     let file = host.folder.path().join("nix/var/nix/db/db.sqlite");
-    let db = rusqlite::Connection::open_with_flags(file, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY).unwrap();
-    let mut rows = db.prepare("select path from ValidPaths where path like ?1 and path not like '%.drv'").unwrap();
-    let names = rows.query_map([format!("%-kill-{seed}-%")], |row| row.get::<_, String>(0)).unwrap();
-    names.map(|path| path.unwrap()["/nix/store/".len() + 33..].to_owned()).collect()
+    let db =
+        rusqlite::Connection::open_with_flags(file, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)
+            .unwrap();
+    let mut rows = db
+        .prepare("select path from ValidPaths where path like ?1 and path not like '%.drv'")
+        .unwrap();
+    let names = rows
+        .query_map([format!("%-kill-{seed}-%")], |row| row.get::<_, String>(0))
+        .unwrap();
+    names
+        .map(|path| path.unwrap()["/nix/store/".len() + 33..].to_owned())
+        .collect()
 }

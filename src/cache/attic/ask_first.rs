@@ -51,27 +51,40 @@ enum Ended {
     /// It is known why, and trying again would be for nothing.
     Failed(Error),
     /// Without an answer. `in_vain`: on a connection that had rested, and of which nothing was heard.
-    BrokeOff { error: std::io::Error, in_vain: bool },
+    BrokeOff {
+        error: std::io::Error,
+        in_vain: bool,
+    },
 }
 
 impl AskFirst {
     /// Patience is for bytes that do not move; questions of leave have their own.
     pub fn new(lines: Arc<Lines>, sending: reqwest::Client, patience: Patience) -> Self {
-        Self { lines, proxied: WholeBody::new(sending, patience), patience }
+        Self {
+            lines,
+            proxied: WholeBody::new(sending, patience),
+            patience,
+        }
     }
 
     async fn put(&self, parcel: Parcel) -> Result<Uploaded, Error> {
         if self.lines.is_proxied(&parcel.url) {
             return self.proxied.send(parcel).await;
         }
-        let by_header = parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
-        let manner = if by_header && parcel.size > WORTH_ASKING { Manner::Asks } else { Manner::AtOnce };
+        let by_header =
+            parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
+        let manner = if by_header && parcel.size > WORTH_ASKING {
+            Manner::Asks
+        } else {
+            Manner::AtOnce
+        };
         let mut ended = self.once(&parcel, manner, true).await;
         if matches!(ended, Ended::BrokeOff { in_vain: true, .. }) {
             parcel.meter.forget();
             ended = self.once(&parcel, manner, false).await;
         }
-        let refused_to_wait = matches!(&ended, Ended::Answered { answer, .. } if answer.status == 417);
+        let refused_to_wait =
+            matches!(&ended, Ended::Answered { answer, .. } if answer.status == 417);
         // The server may have said why it takes no more, and closed so that it could not be heard.
         let unheard = matches!(ended, Ended::BrokeOff { .. }) && parcel.meter.own() < parcel.size;
         if refused_to_wait && manner == Manner::Asks {
@@ -79,13 +92,28 @@ impl AskFirst {
             ended = self.once(&parcel, Manner::AtOnce, false).await;
         } else if unheard {
             parcel.meter.forget();
-            ended = self.once(&parcel, if by_header { Manner::Asks } else { Manner::Holds }, false).await;
+            ended = self
+                .once(
+                    &parcel,
+                    if by_header {
+                        Manner::Asks
+                    } else {
+                        Manner::Holds
+                    },
+                    false,
+                )
+                .await;
         }
         match ended {
-            Ended::Answered { answer, .. } if (200..300).contains(&answer.status) => Ok(read_kind(&answer.body)),
-            Ended::Answered { answer, .. } => {
-                Err(Error::of_answer(answer.status, &answer.headers, &answer.body, parcel.size))
+            Ended::Answered { answer, .. } if (200..300).contains(&answer.status) => {
+                Ok(read_kind(&answer.body))
             }
+            Ended::Answered { answer, .. } => Err(Error::of_answer(
+                answer.status,
+                &answer.headers,
+                &answer.body,
+                parcel.size,
+            )),
             Ended::Failed(error) => Err(error),
             Ended::BrokeOff { error, .. } => Err(Error::broken_off(&error)),
         }
@@ -93,7 +121,9 @@ impl AskFirst {
 
     /// One request, on a connection that rested if `old` allows it and there is one.
     async fn once(&self, parcel: &Parcel, manner: Manner, old: bool) -> Ended {
-        let rested = old.then(|| self.lines.wake(&parcel.url, ANSWER_LIMIT)).flatten();
+        let rested = old
+            .then(|| self.lines.wake(&parcel.url, ANSWER_LIMIT))
+            .flatten();
         let is_old = rested.is_some();
         let mut line = match rested {
             Some(line) => line,
@@ -115,7 +145,10 @@ impl AskFirst {
                 }
                 Ended::Answered { answer, whole }
             }
-            Ended::BrokeOff { error, .. } => Ended::BrokeOff { error, in_vain: is_old },
+            Ended::BrokeOff { error, .. } => Ended::BrokeOff {
+                error,
+                in_vain: is_old,
+            },
             failed @ Ended::Failed(_) => failed,
         }
     }
@@ -128,11 +161,20 @@ impl SendNar for AskFirst {
 }
 
 async fn exchange(line: &mut Line, parcel: &Parcel, manner: Manner) -> Ended {
-    let broke_off = |error| Ended::BrokeOff { error, in_vain: false };
-    let early = |answer| Ended::Answered { answer, whole: false };
-    let Some(head) = head(parcel, manner) else { return Ended::Failed(Error::Token) };
+    let broke_off = |error| Ended::BrokeOff {
+        error,
+        in_vain: false,
+    };
+    let early = |answer| Ended::Answered {
+        answer,
+        whole: false,
+    };
+    let Some(head) = head(parcel, manner) else {
+        return Ended::Failed(Error::Token);
+    };
     // Head and body of a small one go together: one packet, and the server wakes up once.
-    let mut body = (manner == Manner::AtOnce && parcel.size <= WORTH_ASKING).then(|| Body::open(parcel));
+    let mut body =
+        (manner == Manner::AtOnce && parcel.size <= WORTH_ASKING).then(|| Body::open(parcel));
     let first = match &mut body {
         Some(body) => match body.next().await {
             Ok(block) => block.unwrap_or_default(),
@@ -165,7 +207,12 @@ async fn exchange(line: &mut Line, parcel: &Parcel, manner: Manner) -> Ended {
             Err(error) => return broke_off(error),
         }
     }
-    line.answer().await.map_or_else(broke_off, |answer| Ended::Answered { answer, whole: true })
+    line.answer()
+        .await
+        .map_or_else(broke_off, |answer| Ended::Answered {
+            answer,
+            whole: true,
+        })
 }
 
 /// The NAR on its way, counted as it leaves.
@@ -176,7 +223,10 @@ struct Body<'a> {
 
 impl<'a> Body<'a> {
     fn open(parcel: &'a Parcel) -> Self {
-        Self { nar: parcel.source.stream(parcel.hash, parcel.size), meter: &parcel.meter }
+        Self {
+            nar: parcel.source.stream(parcel.hash, parcel.size),
+            meter: &parcel.meter,
+        }
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, Ended> {
@@ -188,22 +238,35 @@ impl<'a> Body<'a> {
             (None, None) => Ok(None),
             // The request stays unfinished, so that the server stores nothing.
             (_, Some(error)) => Err(Ended::Failed(error.into())),
-            (Some(Err(error)), None) => Err(Ended::BrokeOff { error, in_vain: false }),
+            (Some(Err(error)), None) => Err(Ended::BrokeOff {
+                error,
+                in_vain: false,
+            }),
         }
     }
 }
 
 /// The request's head, and the description where it does not fit into it.
 fn head(parcel: &Parcel, manner: Manner) -> Option<Zeroizing<Vec<u8>>> {
-    let by_header = parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
+    let by_header =
+        parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
     let preamble = if by_header { "" } else { parcel.info.as_str() };
     let length = preamble.len() as u64 + parcel.size;
     let mut head = lines::head("PUT", &parcel.url, &parcel.headers, 2 * parcel.info.len())?;
-    write!(head, "Content-Type: application/x-nix-nar\r\nContent-Length: {length}\r\n").ok()?;
+    write!(
+        head,
+        "Content-Type: application/x-nix-nar\r\nContent-Length: {length}\r\n"
+    )
+    .ok()?;
     if by_header {
         write!(head, "X-Attic-Nar-Info: {}\r\n", parcel.info).ok()?;
     } else {
-        write!(head, "X-Attic-Nar-Info-Preamble-Size: {}\r\n", preamble.len()).ok()?;
+        write!(
+            head,
+            "X-Attic-Nar-Info-Preamble-Size: {}\r\n",
+            preamble.len()
+        )
+        .ok()?;
     }
     if manner == Manner::Asks && by_header {
         head.extend_from_slice(b"Expect: 100-continue\r\n");

@@ -23,11 +23,18 @@ impl CacheConfig {
     /// Takes what can be understood.
     pub fn from_json(raw: Map<String, Value>) -> Self {
         let text = |name: &str| raw.get(name).and_then(Value::as_str);
-        let keys = raw.get("upstream_cache_key_names").and_then(Value::as_array);
+        let keys = raw
+            .get("upstream_cache_key_names")
+            .and_then(Value::as_array);
         Self {
             public_key: text("public_key").and_then(|key| key.parse().ok()),
             is_public: raw.get("is_public").and_then(Value::as_bool),
-            upstream_keys: keys.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect(),
+            upstream_keys: keys
+                .into_iter()
+                .flatten()
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect(),
             raw,
         }
     }
@@ -35,8 +42,12 @@ impl CacheConfig {
     /// Addresses the server announces for itself on other hosts than the one the user named.
     /// They are worth a warning and are never followed: the token would go to a stranger.
     pub fn strangers(&self, endpoint: &Endpoint) -> Vec<String> {
-        let announced = ["api_endpoint", "substituter_endpoint"].map(|name| self.raw.get(name).and_then(Value::as_str));
-        let urls = announced.into_iter().flatten().filter_map(|text| text.parse::<Url>().ok());
+        let announced = ["api_endpoint", "substituter_endpoint"]
+            .map(|name| self.raw.get(name).and_then(Value::as_str));
+        let urls = announced
+            .into_iter()
+            .flatten()
+            .filter_map(|text| text.parse::<Url>().ok());
         let mut hosts: Vec<String> = urls
             .filter(|url| url.host() != endpoint.server.host())
             .filter_map(|url| url.host_str().map(str::to_owned))
@@ -57,8 +68,9 @@ mod tests {
     #[test]
     fn a_configuration_is_read_leniently() {
         assert_eq!(config("{}").public_key, None);
-        let config =
-            config(r#"{"public_key": 7, "is_public": true, "upstream_cache_key_names": ["a-1", 2], "new": {}}"#);
+        let config = config(
+            r#"{"public_key": 7, "is_public": true, "upstream_cache_key_names": ["a-1", 2], "new": {}}"#,
+        );
         assert_eq!((config.public_key, config.is_public), (None, Some(true)));
         assert_eq!(config.upstream_keys, ["a-1"]);
         assert!(config.raw.contains_key("new"));
@@ -66,12 +78,18 @@ mod tests {
 
     #[test]
     fn strangers_are_named_once() {
-        let endpoint = Endpoint::new("http://attic.svc:8080".parse().expect("URL"), "main".parse().expect("name"));
+        let endpoint = Endpoint::new(
+            "http://attic.svc:8080".parse().expect("URL"),
+            "main".parse().expect("name"),
+        );
         let config = config(
             r#"{"api_endpoint": "https://attic.example/", "substituter_endpoint": "https://attic.example/main"}"#,
         );
         assert_eq!(config.strangers(&endpoint), ["attic.example"]);
-        let own = Endpoint::new("https://attic.example".parse().expect("URL"), "main".parse().expect("name"));
+        let own = Endpoint::new(
+            "https://attic.example".parse().expect("URL"),
+            "main".parse().expect("name"),
+        );
         assert!(config.strangers(&own).is_empty());
     }
 }

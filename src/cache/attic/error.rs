@@ -93,8 +93,12 @@ impl Explain for Error {
 
     fn hint(&self) -> Option<String> {
         match self.action() {
-            Action::Stop => Some("Check `ATTIC_TOKEN` (its rights and its end) and `attic-cache`.".into()),
-            Action::Again { .. } => Some("Check `attic-server`, and whether the server is up.".into()),
+            Action::Stop => {
+                Some("Check `ATTIC_TOKEN` (its rights and its end) and `attic-cache`.".into())
+            }
+            Action::Again { .. } => {
+                Some("Check `attic-server`, and whether the server is up.".into())
+            }
             Action::RereadOnce | Action::Never => None,
         }
     }
@@ -122,18 +126,31 @@ impl Error {
     /// What this failure deserves.
     pub fn action(&self) -> Action {
         match self {
-            Self::Unreachable { layer, .. } => Action::Again { after: None, ask_first: *layer == Layer::Http },
+            Self::Unreachable { layer, .. } => Action::Again {
+                after: None,
+                ask_first: *layer == Layer::Http,
+            },
             // A gateway's own error says nothing of what the server behind it has done; a 500 is the
             // server's own, and it has kept nothing.
-            Self::Busy { status, retry_after, .. } => {
-                Action::Again { after: *retry_after, ask_first: matches!(status, 502 | 504 | 520..) }
-            }
-            Self::Tool { .. } => Action::Again { after: None, ask_first: true },
+            Self::Busy {
+                status,
+                retry_after,
+                ..
+            } => Action::Again {
+                after: *retry_after,
+                ask_first: matches!(status, 502 | 504 | 520..),
+            },
+            Self::Tool { .. } => Action::Again {
+                after: None,
+                ask_first: true,
+            },
             Self::Refused { .. } | Self::Token => Action::Stop,
             Self::BadNar(_) => Action::RereadOnce,
-            Self::TooLarge { .. } | Self::Rejected { .. } | Self::Foreign(_) | Self::Facts(_) | Self::Local(_) => {
-                Action::Never
-            }
+            Self::TooLarge { .. }
+            | Self::Rejected { .. }
+            | Self::Foreign(_)
+            | Self::Facts(_)
+            | Self::Local(_) => Action::Never,
         }
     }
 
@@ -151,47 +168,81 @@ impl Error {
         let said = Said::read(body);
         let text = said.text;
         match status {
-            300..=399 => Self::Refused { status, text: redirected(headers) },
-            408 | 425 | 429 | 500..=599 => Self::Busy { status, text, retry_after: retry_after(headers) },
+            300..=399 => Self::Refused {
+                status,
+                text: redirected(headers),
+            },
+            408 | 425 | 429 | 500..=599 => Self::Busy {
+                status,
+                text,
+                retry_after: retry_after(headers),
+            },
             401 | 403 | 404 => Self::Refused { status, text },
             400 if is_bad_nar(&text) => Self::BadNar(text),
-            413 => {
-                Self::TooLarge { who: if said.html { "a proxy before the server" } else { "the server" }, size, text }
-            }
+            413 => Self::TooLarge {
+                who: if said.html {
+                    "a proxy before the server"
+                } else {
+                    "the server"
+                },
+                size,
+                text,
+            },
             _ => Self::Rejected { status, text },
         }
     }
 
     /// Reads a failure without an answer.
     pub fn of_request(error: reqwest::Error) -> Self {
-        Self::Unreachable { layer: http::layer(&error), text: http::chain(error) }
+        Self::Unreachable {
+            layer: http::layer(&error),
+            text: http::chain(error),
+        }
     }
 
     /// Reads a connection that could not be made.
     pub fn of_connection(error: &http::ConnectError) -> Self {
-        Self::Unreachable { layer: error.layer(), text: error.to_string() }
+        Self::Unreachable {
+            layer: error.layer(),
+            text: error.to_string(),
+        }
     }
 
     /// Reads an exchange that broke off.
     pub fn broken_off(error: &std::io::Error) -> Self {
-        Self::Unreachable { layer: Layer::Http, text: format!("the connection broke off: {error}") }
+        Self::Unreachable {
+            layer: Layer::Http,
+            text: format!("the connection broke off: {error}"),
+        }
     }
 
     /// No answer within the time it was given.
     pub fn timed_out(limit: Duration) -> Self {
-        Self::Unreachable { layer: Layer::Http, text: format!("nothing moved for {} s", limit.as_secs()) }
+        Self::Unreachable {
+            layer: Layer::Http,
+            text: format!("nothing moved for {} s", limit.as_secs()),
+        }
     }
 }
 
 fn is_bad_nar(text: &str) -> bool {
-    ["Bad chunk hash or size", "Bad NAR Hash or Size"].iter().any(|known| text.contains(known))
+    ["Bad chunk hash or size", "Bad NAR Hash or Size"]
+        .iter()
+        .any(|known| text.contains(known))
 }
 
 fn redirected(headers: &HeaderMap) -> String {
-    let target = headers.get("location").and_then(|value| value.to_str().ok());
-    let host = target.and_then(|text| text.parse::<url::Url>().ok()).map(|url| http::redact(&url));
+    let target = headers
+        .get("location")
+        .and_then(|value| value.to_str().ok());
+    let host = target
+        .and_then(|text| text.parse::<url::Url>().ok())
+        .map(|url| http::redact(&url));
     match host {
-        Some(url) => format!("it redirects to {}, which is not followed; name that address", one_line(&url, SHOWN)),
+        Some(url) => format!(
+            "it redirects to {}, which is not followed; name that address",
+            one_line(&url, SHOWN)
+        ),
         None => "it redirects to another address, which is not followed".to_owned(),
     }
 }
@@ -202,7 +253,10 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     if let Ok(seconds) = text.parse() {
         return Some(Duration::from_secs(seconds));
     }
-    httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::now()).ok()
+    httpdate::parse_http_date(text)
+        .ok()?
+        .duration_since(SystemTime::now())
+        .ok()
 }
 
 /// A server's own words: Attic's JSON, else the beginning of whatever came.
@@ -237,7 +291,16 @@ impl Said {
 }
 
 fn title(html: &str) -> String {
-    let between = |text: &str| Some(text.split_once("<title>")?.1.split_once("</title>")?.0.trim().to_owned());
+    let between = |text: &str| {
+        Some(
+            text.split_once("<title>")?
+                .1
+                .split_once("</title>")?
+                .0
+                .trim()
+                .to_owned(),
+        )
+    };
     between(html).unwrap_or_else(|| "without a title".to_owned())
 }
 
@@ -251,9 +314,16 @@ mod tests {
 
     #[test]
     fn each_answer_deserves_what_the_protocol_says() {
-        let again = |ask_first| Action::Again { after: None, ask_first };
+        let again = |ask_first| Action::Again {
+            after: None,
+            ask_first,
+        };
         for (status, body, action) in [
-            (500, r#"{"code":500,"error":"InternalServerError","message":"x"}"#, again(false)),
+            (
+                500,
+                r#"{"code":500,"error":"InternalServerError","message":"x"}"#,
+                again(false),
+            ),
             (429, "", again(false)),
             (503, "", again(false)),
             (502, "<html>", again(true)),
@@ -261,7 +331,11 @@ mod tests {
             (403, "", Action::Stop),
             (404, "", Action::Stop),
             (302, "", Action::Stop),
-            (400, r#"{"code":400,"error":"RequestError","message":"Bad NAR Hash or Size"}"#, Action::RereadOnce),
+            (
+                400,
+                r#"{"code":400,"error":"RequestError","message":"Bad NAR Hash or Size"}"#,
+                Action::RereadOnce,
+            ),
             (400, "Bad Host", Action::Never),
             (413, "length limit exceeded", Action::Never),
             (422, "", Action::Never),
@@ -273,15 +347,28 @@ mod tests {
     #[test]
     fn a_server_speaks_for_itself() {
         assert_eq!(
-            of(403, r#"{"code":403,"error":"AccessError","message":"no push"}"#).to_string(),
+            of(
+                403,
+                r#"{"code":403,"error":"AccessError","message":"no push"}"#
+            )
+            .to_string(),
             "the server answered 403: AccessError: no push"
         );
-        let proxy = of(413, "<html><head><title>413 Request Entity Too Large</title></head>").to_string();
+        let proxy = of(
+            413,
+            "<html><head><title>413 Request Entity Too Large</title></head>",
+        )
+        .to_string();
         assert_eq!(
             proxy,
             "a proxy before the server refuses 7 bytes in one request (HTML, 413 Request Entity Too Large)"
         );
-        assert!(of(500, &"\u{1b}[31mx\n".repeat(500)).to_string().chars().all(|c| !c.is_control()));
+        assert!(
+            of(500, &"\u{1b}[31mx\n".repeat(500))
+                .to_string()
+                .chars()
+                .all(|c| !c.is_control())
+        );
     }
 
     #[test]

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use bytes::Buf;
 use futures_util::FutureExt as _;
-use reqwest::header::{CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use reqwest::header::{
+    CONNECTION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
 use tokio::time::timeout;
 
@@ -67,7 +69,14 @@ impl Line {
     /// `limit`: bytes of an answer's body that are read.
     pub fn new(connection: Box<dyn Connection>, limit: usize) -> Self {
         let (half, writer) = tokio::io::split(connection);
-        Self { reader: Reader { half, read: Vec::new(), limit }, writer }
+        Self {
+            reader: Reader {
+                half,
+                read: Vec::new(),
+                limit,
+            },
+            writer,
+        }
     }
 
     /// Reads so many bytes of an answer's body from now on.
@@ -143,7 +152,10 @@ impl Reader {
 
     /// What a server has said that takes no more of a body; if nothing, why it takes no more.
     async fn last_words(&mut self, error: io::Error) -> io::Result<Answer> {
-        timeout(LAST_WORDS, self.answer()).await.unwrap_or(Err(io::ErrorKind::TimedOut.into())).map_err(|_| error)
+        timeout(LAST_WORDS, self.answer())
+            .await
+            .unwrap_or(Err(io::ErrorKind::TimedOut.into()))
+            .map_err(|_| error)
     }
 
     async fn answer(&mut self) -> io::Result<Answer> {
@@ -176,11 +188,20 @@ impl Reader {
 
     async fn body(&mut self, head: Head) -> io::Result<Answer> {
         let says = |name: &HeaderName, word: &str| {
-            let values = head.headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
-            values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(word))
+            let values = head
+                .headers
+                .get_all(name)
+                .into_iter()
+                .filter_map(|value| value.to_str().ok());
+            values
+                .flat_map(|value| value.split(','))
+                .any(|part| part.trim().eq_ignore_ascii_case(word))
         };
         let keeps = head.modern && !says(&CONNECTION, "close");
-        let length = head.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        let length = head
+            .headers
+            .get(CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.trim().parse().ok());
         let mut body = Vec::new();
         let ended = if head.status == 204 || head.status == 304 {
             Ok(true)
@@ -198,7 +219,13 @@ impl Reader {
             Err(error) => return Err(error),
         };
         let keeps = keeps && whole;
-        Ok(Answer { status: head.status, headers: head.headers, body, whole, keeps })
+        Ok(Answer {
+            status: head.status,
+            headers: head.headers,
+            body,
+            whole,
+            keeps,
+        })
     }
 
     /// So many bytes; `false` if they are more than are read of an answer.
@@ -241,7 +268,10 @@ impl Reader {
             if size == 0 {
                 return self.trailers().await;
             }
-            if !self.take(usize::try_from(size).unwrap_or(usize::MAX), body).await? {
+            if !self
+                .take(usize::try_from(size).unwrap_or(usize::MAX), body)
+                .await?
+            {
                 return Ok(false);
             }
             let mut line_end = Vec::new();
@@ -260,7 +290,10 @@ impl Reader {
             let end = if self.read.starts_with(b"\r\n") {
                 Some(2)
             } else {
-                self.read.windows(4).position(|four| four == b"\r\n\r\n").map(|at| at + 4)
+                self.read
+                    .windows(4)
+                    .position(|four| four == b"\r\n\r\n")
+                    .map(|at| at + 4)
             };
             if let Some(end) = end {
                 self.read.drain(..end);
@@ -280,7 +313,11 @@ fn parse(bytes: &[u8]) -> io::Result<Option<(Head, usize)>> {
     let length = match response.parse(bytes) {
         Ok(httparse::Status::Complete(length)) => length,
         Ok(httparse::Status::Partial) => return Ok(None),
-        Err(error) => return Err(no_answer(&format!("it does not answer in HTTP/1.1 ({error})"))),
+        Err(error) => {
+            return Err(no_answer(&format!(
+                "it does not answer in HTTP/1.1 ({error})"
+            )));
+        }
     };
     let mut headers = HeaderMap::new();
     for header in response.headers.iter() {
@@ -290,7 +327,14 @@ fn parse(bytes: &[u8]) -> io::Result<Option<(Head, usize)>> {
         }
     }
     let status = response.code.unwrap_or(0);
-    Ok(Some((Head { status, headers, modern: response.version == Some(1) }, length)))
+    Ok(Some((
+        Head {
+            status,
+            headers,
+            modern: response.version == Some(1),
+        },
+        length,
+    )))
 }
 
 fn no_answer(text: &str) -> io::Error {

@@ -39,7 +39,10 @@ struct Rested {
 impl Lines {
     /// None rests yet.
     pub fn new(direct: Direct) -> Self {
-        Self { direct, resting: Mutex::default() }
+        Self {
+            direct,
+            resting: Mutex::default(),
+        }
     }
 
     /// Whether the environment names a proxy for this address, so that nobody may go there by a line.
@@ -49,7 +52,10 @@ impl Lines {
 
     /// A connection that rested and is quiet still; `limit`: bytes of an answer's body that are read.
     pub(super) fn wake(&self, url: &Url, limit: usize) -> Option<Line> {
-        let (mut resting, to) = (self.resting.lock().unwrap_or_else(PoisonError::into_inner), url.origin());
+        let (mut resting, to) = (
+            self.resting.lock().unwrap_or_else(PoisonError::into_inner),
+            url.origin(),
+        );
         while let Some(at) = resting.iter().rposition(|rested| rested.to == to) {
             let mut rested = resting.remove(at);
             if rested.since.elapsed() < REST && rested.line.is_quiet() {
@@ -70,7 +76,11 @@ impl Lines {
         let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
         resting.retain(|rested| rested.since.elapsed() < REST);
         if resting.len() < RESTING {
-            resting.push(Rested { line, to: url.origin(), since: Instant::now() });
+            resting.push(Rested {
+                line,
+                to: url.origin(),
+                since: Instant::now(),
+            });
         }
     }
 
@@ -89,7 +99,9 @@ impl Lines {
         if self.is_proxied(url) {
             return Ok(None);
         }
-        let Some(mut head) = head("GET", url, headers, 0) else { return Err(Error::Token) };
+        let Some(mut head) = head("GET", url, headers, 0) else {
+            return Err(Error::Token);
+        };
         head.extend_from_slice(b"\r\n");
         let asking = async {
             if let Some(line) = self.wake(url, limit)
@@ -97,10 +109,17 @@ impl Lines {
             {
                 return Ok(answer);
             }
-            let line = self.connect(url, limit).await.map_err(|error| Error::of_connection(&error))?;
-            self.exchange(url, line, &head).await.map_err(|error| Error::broken_off(&error))
+            let line = self
+                .connect(url, limit)
+                .await
+                .map_err(|error| Error::of_connection(&error))?;
+            self.exchange(url, line, &head)
+                .await
+                .map_err(|error| Error::broken_off(&error))
         };
-        let answer = timeout(within, asking).await.unwrap_or(Err(Error::timed_out(within)))?;
+        let answer = timeout(within, asking)
+            .await
+            .unwrap_or(Err(Error::timed_out(within)))?;
         Ok((answer.whole || answer.status >= 300).then_some(answer))
     }
 
@@ -118,9 +137,20 @@ impl Lines {
 
 /// A request's first line and headers, but for the empty line at their end, with `room` for so many bytes more.
 /// Zeroised, for the token is in it.
-pub(super) fn head(method: &str, url: &Url, headers: &HeaderMap, room: usize) -> Option<Zeroizing<Vec<u8>>> {
-    let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
-    let query = url.query().map(|query| format!("?{query}")).unwrap_or_default();
+pub(super) fn head(
+    method: &str,
+    url: &Url,
+    headers: &HeaderMap,
+    room: usize,
+) -> Option<Zeroizing<Vec<u8>>> {
+    let port = url
+        .port()
+        .map(|port| format!(":{port}"))
+        .unwrap_or_default();
+    let query = url
+        .query()
+        .map(|query| format!("?{query}"))
+        .unwrap_or_default();
     // Grown at once: what a vector leaves behind when it grows is not zeroised.
     let mut head = Zeroizing::new(Vec::with_capacity(8 * 1024 + room));
     write!(

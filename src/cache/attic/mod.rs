@@ -57,7 +57,11 @@ impl Attic {
     /// A cache, and the token by which we may use it.
     pub fn new(endpoint: Endpoint, token: Option<Secret>, clients: Clients) -> Self {
         let lines = Arc::new(Lines::new(clients.direct));
-        let sender = Box::new(AskFirst::new(Arc::clone(&lines), clients.sending, Patience::default()));
+        let sender = Box::new(AskFirst::new(
+            Arc::clone(&lines),
+            clients.sending,
+            Patience::default(),
+        ));
         Self::with_sender(endpoint, token, clients.asking, lines, sender, ASK_TIMEOUT)
     }
 
@@ -70,7 +74,14 @@ impl Attic {
         sender: Box<dyn SendNar>,
         ask_timeout: Duration,
     ) -> Self {
-        Self(Arc::new(Inner { endpoint, token, asking, lines, sender, ask_timeout }))
+        Self(Arc::new(Inner {
+            endpoint,
+            token,
+            asking,
+            lines,
+            sender,
+            ask_timeout,
+        }))
     }
 
     /// Where it is.
@@ -83,8 +94,11 @@ impl Attic {
     /// # Errors
     /// As [`Error`] says.
     pub async fn cache_config(&self) -> Result<CacheConfig, Error> {
-        let answer = self.ask(self.0.asking.get(self.endpoint().config())).await?;
-        let raw = serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
+        let answer = self
+            .ask(self.0.asking.get(self.endpoint().config()))
+            .await?;
+        let raw =
+            serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
         Ok(CacheConfig::from_json(raw))
     }
 
@@ -103,10 +117,18 @@ impl Attic {
         struct Answer {
             missing_paths: HashSet<PathHash>,
         }
-        let question = Question { cache: self.endpoint().cache.as_str(), store_path_hashes: hashes };
-        let request = self.0.asking.post(self.endpoint().api("get-missing-paths")).json(&question);
+        let question = Question {
+            cache: self.endpoint().cache.as_str(),
+            store_path_hashes: hashes,
+        };
+        let request = self
+            .0
+            .asking
+            .post(self.endpoint().api("get-missing-paths"))
+            .json(&question);
         let answer = self.ask(request).await?;
-        let answer: Answer = serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
+        let answer: Answer =
+            serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
         Ok(answer.missing_paths)
     }
 
@@ -145,9 +167,19 @@ impl Attic {
 
     /// Something small and its whole, successful text.
     async fn get(&self, url: Url) -> Result<Vec<u8>, Error> {
-        match self.0.lines.get(&url, &self.headers()?, ANSWER_LIMIT, self.0.ask_timeout).await? {
+        match self
+            .0
+            .lines
+            .get(&url, &self.headers()?, ANSWER_LIMIT, self.0.ask_timeout)
+            .await?
+        {
             Some(answer) if (200..300).contains(&answer.status) => Ok(answer.body),
-            Some(answer) => Err(Error::of_answer(answer.status, &answer.headers, &answer.body, 0)),
+            Some(answer) => Err(Error::of_answer(
+                answer.status,
+                &answer.headers,
+                &answer.body,
+                0,
+            )),
             None => self.ask(self.0.asking.get(url)).await,
         }
     }
@@ -161,7 +193,11 @@ impl Attic {
 }
 
 /// Reads an answer of at most `limit` bytes; more is cut off. `sent` is the size of what was sent.
-async fn answer(mut response: reqwest::Response, limit: usize, sent: u64) -> Result<Vec<u8>, Error> {
+async fn answer(
+    mut response: reqwest::Response,
+    limit: usize,
+    sent: u64,
+) -> Result<Vec<u8>, Error> {
     let (status, headers) = (response.status(), response.headers().clone());
     let mut body = Vec::new();
     let broken = loop {
@@ -198,7 +234,10 @@ fn upload_info(cache: &str, info: &PathInfo) -> Result<String, Error> {
     }
     if info.nar_size == 0 {
         // Attic would take an empty NAR and serve it for ever.
-        return Err(Error::Facts(format!("the store has not registered a NAR size for `{}`", info.path)));
+        return Err(Error::Facts(format!(
+            "the store has not registered a NAR size for `{}`",
+            info.path
+        )));
     }
     let mut references: Vec<&str> = info.references.iter().map(StorePath::base_name).collect();
     references.sort_unstable();

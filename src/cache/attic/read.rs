@@ -34,12 +34,17 @@ impl Attic {
     /// # Errors
     /// As [`Error`] says; [`Error::Foreign`] if the text is no narinfo.
     pub async fn nar_info(&self, hash: &PathHash) -> Result<Option<NarInfo>, Error> {
-        let text = match self.get(self.endpoint().read(&format!("{hash}.narinfo"))).await {
+        let text = match self
+            .get(self.endpoint().read(&format!("{hash}.narinfo")))
+            .await
+        {
             Err(Error::Refused { status: 404, .. }) => return Ok(None),
             answer => answer?,
         };
         let text = String::from_utf8(text).map_err(|error| Error::Foreign(error.to_string()))?;
-        NarInfo::parse(&text).map(Some).map_err(|error| Error::Foreign(error.to_string()))
+        NarInfo::parse(&text)
+            .map(Some)
+            .map_err(|error| Error::Foreign(error.to_string()))
     }
 
     /// Fetches and unpacks the NAR body behind a narinfo, and compares its hash. It is held in
@@ -51,15 +56,19 @@ impl Attic {
         let Some(url) = self.endpoint().nar(&info.url) else {
             return Ok(Body::Bad("its narinfo names no URL".to_owned()));
         };
-        let limit = usize::try_from(info.nar_size + info.nar_size / 8 + SLACK).unwrap_or(usize::MAX);
+        let limit =
+            usize::try_from(info.nar_size + info.nar_size / 8 + SLACK).unwrap_or(usize::MAX);
         let packed = match self.fetch(url, limit).await {
             Err(Error::Refused { status: 404, .. }) => {
-                return Ok(Body::Bad("its narinfo is there, but its NAR is not".to_owned()));
+                return Ok(Body::Bad(
+                    "its narinfo is there, but its NAR is not".to_owned(),
+                ));
             }
             answer => answer?,
         };
         let (compression, hash, size) = (info.compression.clone(), info.nar_hash, info.nar_size);
-        let judged = tokio::task::spawn_blocking(move || judge(&packed, &compression, hash, size)).await;
+        let judged =
+            tokio::task::spawn_blocking(move || judge(&packed, &compression, hash, size)).await;
         judged.map_err(|panic| Error::Foreign(panic.to_string()))
     }
 
@@ -71,9 +80,16 @@ impl Attic {
             request = request.headers(self.headers()?);
         }
         let response = request.send().await.map_err(Error::of_request)?;
-        let target = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
-        let target = target.filter(|_| response.status().is_redirection()).and_then(|text| url.join(text).ok());
-        let Some(target) = target else { return answer(response, limit.max(ANSWER_LIMIT), 0).await };
+        let target = response
+            .headers()
+            .get(LOCATION)
+            .and_then(|value| value.to_str().ok());
+        let target = target
+            .filter(|_| response.status().is_redirection())
+            .and_then(|text| url.join(text).ok());
+        let Some(target) = target else {
+            return answer(response, limit.max(ANSWER_LIMIT), 0).await;
+        };
         let request = self.0.asking.get(target).timeout(BODY_TIMEOUT);
         let response = request.send().await.map_err(Error::of_request)?;
         answer(response, limit.max(ANSWER_LIMIT), 0).await
@@ -88,12 +104,20 @@ fn judge(packed: &[u8], compression: &str, hash: Sha256, size: u64) -> Body {
         "none" | "" => digest(packed, size),
         "zstd" => zstd::stream::read::Decoder::new(packed).and_then(|reader| digest(reader, size)),
         "xz" => digest(liblzma::read::XzDecoder::new(packed), size),
-        other => return Body::Unread(format!("its NAR is compressed with `{other}`, which is not unpacked here")),
+        other => {
+            return Body::Unread(format!(
+                "its NAR is compressed with `{other}`, which is not unpacked here"
+            ));
+        }
     };
     match unpacked {
         Err(error) => Body::Bad(format!("its NAR cannot be unpacked ({error})")),
-        Ok((_, found)) if found != size => Body::Bad(format!("its NAR has {found} bytes or more instead of {size}")),
-        Ok((found, _)) if found != hash => Body::Bad(format!("its NAR's hash is {found} instead of {hash}")),
+        Ok((_, found)) if found != size => Body::Bad(format!(
+            "its NAR has {found} bytes or more instead of {size}"
+        )),
+        Ok((found, _)) if found != hash => {
+            Body::Bad(format!("its NAR's hash is {found} instead of {hash}"))
+        }
         Ok(_) => Body::Good,
     }
 }
@@ -124,14 +148,32 @@ mod tests {
         let (hash, size) = (Sha256(Hasher::digest(&nar).into()), nar.len() as u64);
         let zstd = zstd::encode_all(&nar[..], 3).expect("packed");
         let mut xz = Vec::new();
-        liblzma::read::XzEncoder::new(&nar[..], 1).read_to_end(&mut xz).expect("packed");
+        liblzma::read::XzEncoder::new(&nar[..], 1)
+            .read_to_end(&mut xz)
+            .expect("packed");
         for (packed, compression) in [(&nar, "none"), (&zstd, "zstd"), (&xz, "xz")] {
-            assert_eq!(judge(packed, compression, hash, size), Body::Good, "{compression}");
-            assert!(matches!(judge(packed, compression, hash, size - 1), Body::Bad(_)), "{compression}");
-            assert!(matches!(judge(&packed[..packed.len() / 2], compression, hash, size), Body::Bad(_)));
+            assert_eq!(
+                judge(packed, compression, hash, size),
+                Body::Good,
+                "{compression}"
+            );
+            assert!(
+                matches!(judge(packed, compression, hash, size - 1), Body::Bad(_)),
+                "{compression}"
+            );
+            assert!(matches!(
+                judge(&packed[..packed.len() / 2], compression, hash, size),
+                Body::Bad(_)
+            ));
         }
-        assert!(matches!(judge(&nar, "none", Sha256([0; 32]), size), Body::Bad(_)));
-        assert_eq!(judge(b"", "zstd", hash, size), Body::Bad("its NAR is served empty".to_owned()));
+        assert!(matches!(
+            judge(&nar, "none", Sha256([0; 32]), size),
+            Body::Bad(_)
+        ));
+        assert_eq!(
+            judge(b"", "zstd", hash, size),
+            Body::Bad("its NAR is served empty".to_owned())
+        );
         assert!(matches!(judge(b"x", "br", hash, size), Body::Unread(_)));
     }
 }

@@ -41,7 +41,10 @@ pub struct Patience {
 impl Default for Patience {
     /// 60 s and 4 MB/s (`attic-protocol`, section 5).
     fn default() -> Self {
-        Self { idle: Duration::from_secs(60), rate: 4_000_000 }
+        Self {
+            idle: Duration::from_secs(60),
+            rate: 4_000_000,
+        }
     }
 }
 
@@ -50,8 +53,11 @@ impl Patience {
     pub(super) async fn standstill(self, meter: &Meter, size: u64) -> Duration {
         let (mut seen, mut since) = (0, Instant::now());
         loop {
-            let limit =
-                if meter.own() < size { self.idle } else { self.idle + Duration::from_secs(size / self.rate.max(1)) };
+            let limit = if meter.own() < size {
+                self.idle
+            } else {
+                self.idle + Duration::from_secs(size / self.rate.max(1))
+            };
             let left = limit.saturating_sub(since.elapsed());
             if left.is_zero() {
                 return limit;
@@ -75,7 +81,10 @@ impl Meter {
     /// A meter for one more upload that counts into the same sum.
     #[must_use]
     pub fn next(&self) -> Self {
-        Self { own: Arc::default(), all: Arc::clone(&self.all) }
+        Self {
+            own: Arc::default(),
+            all: Arc::clone(&self.all),
+        }
     }
 
     /// NAR bytes of this upload so far.
@@ -160,27 +169,53 @@ impl WholeBody {
 
     /// One request, its body held back for `hold`: how it ended, and whether the connection broke off.
     async fn once(&self, parcel: Parcel, hold: Duration) -> (Result<Uploaded, Error>, bool) {
-        let Parcel { url, mut headers, info, source, hash, size, meter } = parcel;
-        let header = HeaderValue::from_str(&info).ok().filter(|_| info.len() <= HEADER_LIMIT);
+        let Parcel {
+            url,
+            mut headers,
+            info,
+            source,
+            hash,
+            size,
+            meter,
+        } = parcel;
+        let header = HeaderValue::from_str(&info)
+            .ok()
+            .filter(|_| info.len() <= HEADER_LIMIT);
         let preamble = match header {
             Some(value) => {
                 headers.insert("x-attic-nar-info", value);
                 Bytes::new()
             }
             None => {
-                headers.insert("x-attic-nar-info-preamble-size", HeaderValue::from(info.len()));
+                headers.insert(
+                    "x-attic-nar-info-preamble-size",
+                    HeaderValue::from(info.len()),
+                );
                 Bytes::from(info)
             }
         };
-        headers.insert(CONTENT_LENGTH, HeaderValue::from(preamble.len() as u64 + size));
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-nix-nar"));
+        headers.insert(
+            CONTENT_LENGTH,
+            HeaderValue::from(preamble.len() as u64 + size),
+        );
+        headers.insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/x-nix-nar"),
+        );
         let nar = source.stream(hash, size);
         let fault = nar.fault();
         let counted = meter.clone();
         let nar = nar.inspect_ok(move |block| counted.add(block.len() as u64));
         let held = stream::once(sleep(hold)).filter_map(|()| ready(None));
-        let body = held.chain(stream::iter((!preamble.is_empty()).then_some(Ok(preamble)))).chain(nar);
-        let request = self.client.put(url).headers(headers).body(reqwest::Body::wrap_stream(body)).send();
+        let body = held
+            .chain(stream::iter((!preamble.is_empty()).then_some(Ok(preamble))))
+            .chain(nar);
+        let request = self
+            .client
+            .put(url)
+            .headers(headers)
+            .body(reqwest::Body::wrap_stream(body))
+            .send();
         let exchange = async {
             let response = request.await.map_err(Error::of_request)?;
             answer(response, ANSWER_LIMIT, size).await
@@ -193,7 +228,13 @@ impl WholeBody {
             (_, Some(error)) => (Err(error.into()), false),
             (Ok(text), None) => (Ok(read_kind(&text)), false),
             (Err(error), None) => {
-                let broke_off = matches!(error, Error::Unreachable { layer: Layer::Http, .. });
+                let broke_off = matches!(
+                    error,
+                    Error::Unreachable {
+                        layer: Layer::Http,
+                        ..
+                    }
+                );
                 (Err(error), broke_off)
             }
         }

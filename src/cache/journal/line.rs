@@ -56,21 +56,41 @@ struct Begin {
 
 impl Entry {
     pub(super) fn begin(cache: &str, mark: Option<i64>, at: u64) -> Self {
-        Self { begin: Some(Begin { version: VERSION, cache: cache.to_owned(), mark, at }), ..Self::default() }
+        Self {
+            begin: Some(Begin {
+                version: VERSION,
+                cache: cache.to_owned(),
+                mark,
+                at,
+            }),
+            ..Self::default()
+        }
     }
 
     pub(super) fn paths(step: Step, paths: &[&str]) -> Self {
         let paths = paths.iter().map(|path| (*path).to_owned()).collect();
-        Self { step: Some(step), paths, ..Self::default() }
+        Self {
+            step: Some(step),
+            paths,
+            ..Self::default()
+        }
     }
 
     pub(super) fn carried(path: &StorePath, since: u64) -> Self {
         let paths = vec![path.base_name().to_owned()];
-        Self { step: Some(Step::Seen), paths, since: Some(since), ..Self::default() }
+        Self {
+            step: Some(Step::Seen),
+            paths,
+            since: Some(since),
+            ..Self::default()
+        }
     }
 
     pub(super) fn end() -> Self {
-        Self { end: true, ..Self::default() }
+        Self {
+            end: true,
+            ..Self::default()
+        }
     }
 
     pub(super) fn to_line(&self) -> String {
@@ -80,7 +100,9 @@ impl Entry {
 
     fn parse(line: &[u8]) -> Option<Self> {
         let (written, text) = std::str::from_utf8(line).ok()?.split_once(' ')?;
-        (written == sum(text)).then(|| serde_json::from_str(text).ok()).flatten()
+        (written == sum(text))
+            .then(|| serde_json::from_str(text).ok())
+            .flatten()
     }
 }
 
@@ -119,7 +141,11 @@ impl Read {
         self.ended |= entry.end;
         let Some(step) = entry.step else { return };
         let since = entry.since.or(self.begun).unwrap_or_default();
-        for path in entry.paths.iter().filter_map(|name| StorePath::from_base_name(name).ok()) {
+        for path in entry
+            .paths
+            .iter()
+            .filter_map(|name| StorePath::from_base_name(name).ok())
+        {
             let known = self.paths.entry(path).or_insert((step, since));
             *known = (known.0.max(step), known.1.min(since));
         }
@@ -127,18 +153,27 @@ impl Read {
 
     /// The paths that are wanted in the cache and not settled, and since when.
     pub(super) fn seen(&self) -> impl Iterator<Item = (StorePath, u64)> {
-        let unsettled = self.paths.iter().filter(|(_, (step, _))| (Step::Seen..Step::Settled).contains(step));
+        let unsettled = self
+            .paths
+            .iter()
+            .filter(|(_, (step, _))| (Step::Seen..Step::Settled).contains(step));
         unsettled.map(|(path, (_, since))| (path.clone(), *since))
     }
 
     /// The paths that may have become valid without being seen: none after an end in order.
     pub(super) fn expected(&self) -> impl Iterator<Item = StorePath> {
-        let expected = self.paths.iter().filter(|(_, (step, _))| !self.ended && *step == Step::Expected);
+        let expected = self
+            .paths
+            .iter()
+            .filter(|(_, (step, _))| !self.ended && *step == Step::Expected);
         expected.map(|(path, _)| path.clone())
     }
 
     /// When the youngest unsettled path was seen.
     pub(super) fn youngest(&self) -> u64 {
-        self.seen().map(|(_, since)| since).max().unwrap_or_default()
+        self.seen()
+            .map(|(_, since)| since)
+            .max()
+            .unwrap_or_default()
     }
 }

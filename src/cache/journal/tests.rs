@@ -21,26 +21,42 @@ fn folder() -> (tempfile::TempDir, Folder) {
 }
 
 fn files(folder: &Folder) -> Vec<PathBuf> {
-    let entries = fs::read_dir(&folder.0).expect("there").flatten().map(|entry| entry.path());
-    entries.filter(|path| path.extension().is_some_and(|ending| ending == ENDING)).collect()
+    let entries = fs::read_dir(&folder.0)
+        .expect("there")
+        .flatten()
+        .map(|entry| entry.path());
+    entries
+        .filter(|path| path.extension().is_some_and(|ending| ending == ENDING))
+        .collect()
 }
 
 fn names(left: &Left) -> Vec<String> {
-    left.seen.iter().map(|(path, _)| path.name().to_owned()).collect()
+    left.seen
+        .iter()
+        .map(|(path, _)| path.name().to_owned())
+        .collect()
 }
 
 /// Every path walks its states in order; the paths' walks are interleaved at random, the file is cut at
 /// a random byte, and garbage may follow. What is left is exactly what whole lines say.
 #[test]
 fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
-    let steps = [Step::Expected, Step::Seen, Step::Planned, Step::Uploaded, Step::Settled];
+    let steps = [
+        Step::Expected,
+        Step::Seen,
+        Step::Planned,
+        Step::Uploaded,
+        Step::Settled,
+    ];
     for seed in 0..400 {
         let mut rng = Rng::with_seed(seed);
         let mut text = Entry::begin(CACHE, Some(7), 1000).to_line();
         let header = text.len();
         // Where each line ends, and what it says.
         let mut said: Vec<(usize, usize, Step)> = Vec::new();
-        let mut walks: Vec<(usize, usize, usize)> = (0..rng.usize(1..12)).map(|n| (n, rng.usize(0..2), 0)).collect();
+        let mut walks: Vec<(usize, usize, usize)> = (0..rng.usize(1..12))
+            .map(|n| (n, rng.usize(0..2), 0))
+            .collect();
         for walk in &mut walks {
             walk.2 = rng.usize(walk.1..=steps.len());
         }
@@ -61,7 +77,11 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
             bytes.push(b'\n');
             bytes.extend((0..rng.usize(0..40)).map(|_| rng.u8(..)));
             // What another write adds after the torn one counts.
-            bytes.extend(Entry::paths(Step::Seen, &[path(99).base_name()]).to_line().bytes());
+            bytes.extend(
+                Entry::paths(Step::Seen, &[path(99).base_name()])
+                    .to_line()
+                    .bytes(),
+            );
             said.push((cut, 99, Step::Seen));
         }
         let mut states: BTreeMap<usize, Step> = BTreeMap::new();
@@ -70,16 +90,30 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
             *state = (*state).max(*step);
         }
         let of = |wanted: fn(Step) -> bool| {
-            let mut paths: Vec<StorePath> =
-                states.iter().filter(|(_, step)| wanted(**step)).map(|(n, _)| path(*n)).collect();
+            let mut paths: Vec<StorePath> = states
+                .iter()
+                .filter(|(_, step)| wanted(**step))
+                .map(|(n, _)| path(*n))
+                .collect();
             paths.sort();
             paths
         };
         let read = Read::of(&bytes);
         let seen: Vec<StorePath> = read.seen().map(|(path, _)| path).collect();
-        assert_eq!(seen, of(|step| step > Step::Expected && step < Step::Settled), "seed {seed}");
-        assert_eq!(read.expected().collect::<Vec<_>>(), of(|step| step == Step::Expected), "seed {seed}");
-        assert_eq!((read.cache.as_deref(), read.mark, read.begun), (Some(CACHE), Some(7), Some(1000)));
+        assert_eq!(
+            seen,
+            of(|step| step > Step::Expected && step < Step::Settled),
+            "seed {seed}"
+        );
+        assert_eq!(
+            read.expected().collect::<Vec<_>>(),
+            of(|step| step == Step::Expected),
+            "seed {seed}"
+        );
+        assert_eq!(
+            (read.cache.as_deref(), read.mark, read.begun),
+            (Some(CACHE), Some(7), Some(1000))
+        );
     }
 }
 
@@ -102,21 +136,43 @@ fn the_next_job_takes_up_what_a_killed_one_left() {
     journal.planned([&path(2)]);
     journal.uploaded([&path(3)]);
     journal.settled([&path(1)]);
-    assert!(folder.left(CACHE).expect("read").is_empty(), "its job is alive");
+    assert!(
+        folder.left(CACHE).expect("read").is_empty(),
+        "its job is alive"
+    );
     // As a kill would: the lock goes, the file stays.
     drop(journal);
-    assert!(folder.left("http://other.example/main").expect("read").is_empty(), "another cache's");
+    assert!(
+        folder
+            .left("http://other.example/main")
+            .expect("read")
+            .is_empty(),
+        "another cache's"
+    );
 
     let left = folder.left(CACHE).expect("read");
     assert_eq!(names(&left), ["path-2", "path-3"]);
     assert_eq!(left.expected, [(41, vec![path(0)])]);
-    assert!(folder.left(CACHE).expect("read").is_empty(), "two jobs do not take up the same");
+    assert!(
+        folder.left(CACHE).expect("read").is_empty(),
+        "two jobs do not take up the same"
+    );
     let next = folder.begin(CACHE, Some(50)).expect("begun");
-    next.carried(&left.seen.iter().map(|(path, since)| (path, Some(*since))).collect::<Vec<_>>());
+    next.carried(
+        &left
+            .seen
+            .iter()
+            .map(|(path, since)| (path, Some(*since)))
+            .collect::<Vec<_>>(),
+    );
     left.taken_up();
     assert_eq!(files(&folder).len(), 1);
     drop(next);
-    assert_eq!(names(&folder.left(CACHE).expect("read")), ["path-2", "path-3"], "killed again");
+    assert_eq!(
+        names(&folder.left(CACHE).expect("read")),
+        ["path-2", "path-3"],
+        "killed again"
+    );
 }
 
 #[test]
@@ -135,7 +191,10 @@ fn a_job_that_ends_well_leaves_nothing_and_a_loss_is_kept() {
     journal.settled([&path(1)]);
     journal.close();
     let left = folder.left(CACHE).expect("read");
-    assert_eq!((names(&left), left.expected.len()), (vec!["path-2".to_owned()], 0));
+    assert_eq!(
+        (names(&left), left.expected.len()),
+        (vec!["path-2".to_owned()], 0)
+    );
 }
 
 #[test]
@@ -147,7 +206,12 @@ fn age_is_bounded_and_the_folder_private() {
     assert_eq!((mode(&folder.0), mode(&files(&folder)[0])), (0o700, 0o600));
     drop(journal);
     let later = now() + AGE_LIMIT_SECONDS + 10;
-    assert!(folder.left_at("http://other.example/x", later).expect("read").is_empty());
+    assert!(
+        folder
+            .left_at("http://other.example/x", later)
+            .expect("read")
+            .is_empty()
+    );
     assert_eq!(files(&folder), Vec::<PathBuf>::new());
 
     use std::os::unix::fs::PermissionsExt as _;

@@ -8,7 +8,11 @@ async fn probe_at(endpoint: &Endpoint, token: Option<&str>, limit: Duration) -> 
     let token = token.and_then(Secret::new);
     let began = Instant::now();
     let found = probe(endpoint, token.as_ref(), &client, &Names::default(), limit).await;
-    assert!(began.elapsed() < limit + Duration::from_secs(1), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < limit + Duration::from_secs(1),
+        "{:?}",
+        began.elapsed()
+    );
     assert_ne!(found.usable, found.failed.is_some(), "{found:?}");
     found
 }
@@ -18,21 +22,43 @@ async fn of(fake: &Fake, token: Option<&str>) -> Probe {
 }
 
 fn failed(probe: &Probe) -> (Layer, &str) {
-    probe.failed.as_ref().map(|(layer, text)| (*layer, text.as_str())).expect("failed")
+    probe
+        .failed
+        .as_ref()
+        .map(|(layer, text)| (*layer, text.as_str()))
+        .expect("failed")
 }
 
 #[tokio::test]
 async fn a_good_cache_is_known_on_every_layer() {
     let fake = Fake::start().await;
     let private = of(&fake, Some(GOOD)).await;
-    assert!(private.usable && !private.public && private.answers, "{private:?}");
-    assert_eq!(private.config.and_then(|config| config.public_key), Some(fake.server.key.public()));
+    assert!(
+        private.usable && !private.public && private.answers,
+        "{private:?}"
+    );
+    assert_eq!(
+        private.config.and_then(|config| config.public_key),
+        Some(fake.server.key.public())
+    );
     let layers: Vec<Layer> = private.layers.iter().map(|(layer, _)| *layer).collect();
-    assert_eq!(layers, [Layer::Name, Layer::Connect, Layer::Http, Layer::Authorised, Layer::Cache]);
+    assert_eq!(
+        layers,
+        [
+            Layer::Name,
+            Layer::Connect,
+            Layer::Http,
+            Layer::Authorised,
+            Layer::Cache
+        ]
+    );
     assert!(private.layers.is_sorted_by_key(|(_, time)| *time));
     fake.server.faults().public = true;
     let public = of(&fake, None).await;
-    assert!(public.usable && public.public && public.config.is_some(), "{public:?}");
+    assert!(
+        public.usable && public.public && public.config.is_some(),
+        "{public:?}"
+    );
 }
 
 #[tokio::test]
@@ -48,10 +74,16 @@ async fn refusals_say_whether_a_token_is_missing_or_wrong() {
     let fake = Fake::start().await;
     let none = of(&fake, None).await;
     assert_eq!(failed(&none).0, Layer::Authorised);
-    assert!(failed(&none).1.contains("give a token in `ATTIC_TOKEN`"), "{none:?}");
+    assert!(
+        failed(&none).1.contains("give a token in `ATTIC_TOKEN`"),
+        "{none:?}"
+    );
     let expired = of(&fake, Some("expired")).await;
     assert!(failed(&expired).1.contains("it has ended"), "{expired:?}");
-    assert!(!format!("{expired:?}").contains("expired"), "the token is not shown");
+    assert!(
+        !format!("{expired:?}").contains("expired"),
+        "the token is not shown"
+    );
     let push_only = of(&fake, Some(PUSH_ONLY)).await;
     assert_eq!(failed(&push_only).0, Layer::Authorised);
     assert!(push_only.answers, "publishing may be tried");
@@ -59,7 +91,12 @@ async fn refusals_say_whether_a_token_is_missing_or_wrong() {
     fake.server.faults().unknown_cache = true;
     let unknown = of(&fake, Some(GOOD)).await;
     assert_eq!(failed(&unknown).0, Layer::Cache);
-    assert!(failed(&unknown).1.contains("Check the name in `attic-cache`"), "{unknown:?}");
+    assert!(
+        failed(&unknown)
+            .1
+            .contains("Check the name in `attic-cache`"),
+        "{unknown:?}"
+    );
 }
 
 #[tokio::test]
@@ -75,7 +112,12 @@ async fn servers_that_are_no_caches_are_named() {
     fake.server.faults().html = None;
     fake.server.faults().redirect = true;
     let probe = of(&fake, Some(GOOD)).await;
-    assert!(failed(&probe).1.contains("it redirects to https://elsewhere.example/x."), "{probe:?}");
+    assert!(
+        failed(&probe)
+            .1
+            .contains("it redirects to https://elsewhere.example/x."),
+        "{probe:?}"
+    );
 }
 
 #[tokio::test]
@@ -84,12 +126,23 @@ async fn silence_and_closed_ports_are_bounded() {
     fake.server.faults().hang = true;
     let silent = probe_at(&fake.endpoint(), Some(GOOD), Duration::from_millis(300)).await;
     assert_eq!(failed(&silent).0, Layer::Http);
-    assert!(failed(&silent).1.contains("no answer within 0.3 s"), "{silent:?}");
-    assert!(silent.layers.iter().any(|(layer, _)| *layer == Layer::Connect));
+    assert!(
+        failed(&silent).1.contains("no answer within 0.3 s"),
+        "{silent:?}"
+    );
+    assert!(
+        silent
+            .layers
+            .iter()
+            .any(|(layer, _)| *layer == Layer::Connect)
+    );
     fake.stop().await;
     let closed = of(&fake, None).await;
     assert_eq!(failed(&closed).0, Layer::Connect);
-    let nowhere = Endpoint::new("http://no-such-host.invalid/".parse().expect("URL"), fake.endpoint().cache);
+    let nowhere = Endpoint::new(
+        "http://no-such-host.invalid/".parse().expect("URL"),
+        fake.endpoint().cache,
+    );
     let nameless = probe_at(&nowhere, None, Duration::from_secs(2)).await;
     assert_eq!(failed(&nameless).0, Layer::Name);
 }
@@ -98,7 +151,12 @@ async fn silence_and_closed_ports_are_bounded() {
 async fn plain_http_behind_an_https_address_is_a_matter_of_tls() {
     let fake = Fake::start().await;
     let url = format!("https://{}/", fake.address).parse().expect("URL");
-    let probe = probe_at(&Endpoint::new(url, fake.endpoint().cache), None, Duration::from_secs(2)).await;
+    let probe = probe_at(
+        &Endpoint::new(url, fake.endpoint().cache),
+        None,
+        Duration::from_secs(2),
+    )
+    .await;
     assert_eq!(failed(&probe).0, Layer::Tls, "{probe:?}");
 }
 
@@ -111,7 +169,8 @@ async fn dropped_connections_are_bounded() {
     let address = listener.local_addr().expect("bound");
     let mut filling = Vec::new();
     for _ in 0..4 {
-        let filled = tokio::time::timeout(Duration::from_millis(100), TcpStream::connect(address)).await;
+        let filled =
+            tokio::time::timeout(Duration::from_millis(100), TcpStream::connect(address)).await;
         filling.extend(filled.ok().and_then(Result::ok));
     }
     let url = format!("http://{address}/").parse().expect("URL");

@@ -73,7 +73,10 @@ impl Default for Options {
             config: None,
             store: STORE_DIR.into(),
             // A server that fails every third time loses one path in thousands at eight tries.
-            policy: Policy { attempts: 8, ..Policy::CACHE },
+            policy: Policy {
+                attempts: 8,
+                ..Policy::CACHE
+            },
             uploads: 4,
             most_uploads: 16,
             large_uploads: 2,
@@ -91,7 +94,10 @@ impl Default for Options {
 
 enum Command {
     Offer(Vec<PathInfo>),
-    Drain { deadline: Instant, cancel: CancellationToken },
+    Drain {
+        deadline: Instant,
+        cancel: CancellationToken,
+    },
 }
 
 /// A running publisher. Dropping it ends it at once; draining is how it should end.
@@ -104,10 +110,18 @@ pub struct Publisher {
 impl Publisher {
     /// Starts: the cache is asked at once whether we may push, while the build goes on.
     #[must_use]
-    pub fn start(_permit: &PublishPermit, to: impl Into<Target>, options: Options, sink: Sink) -> Self {
+    pub fn start(
+        _permit: &PublishPermit,
+        to: impl Into<Target>,
+        options: Options,
+        sink: Sink,
+    ) -> Self {
         let (commands, receiver) = mpsc::channel(OFFERS);
         let task = tokio::spawn(Box::pin(Work::new(to.into(), options, sink).run(receiver)));
-        Self { commands, task: AbortOnDropHandle::new(task) }
+        Self {
+            commands,
+            task: AbortOnDropHandle::new(task),
+        }
     }
 
     /// Hands paths on, at any time. Offering a path again changes nothing. A path goes only when
@@ -122,9 +136,14 @@ impl Publisher {
     /// Every path that was offered is in the outcome.
     pub async fn drain(self, deadline: Instant, cancel: CancellationToken) -> Outcome {
         // As above.
-        let _ = self.commands.send(Command::Drain { deadline, cancel }).await;
+        let _ = self
+            .commands
+            .send(Command::Drain { deadline, cancel })
+            .await;
         self.task.await.unwrap_or_else(|error| Outcome {
-            stopped: Some(format!("a fault in Flywheel itself ended the publisher ({error})")),
+            stopped: Some(format!(
+                "a fault in Flywheel itself ended the publisher ({error})"
+            )),
             ..Outcome::default()
         })
     }

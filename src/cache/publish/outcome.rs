@@ -41,7 +41,9 @@ impl fmt::Display for Withheld {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Found(findings) => {
-                let Some(first) = findings.first() else { return f.write_str("the policy forbids it") };
+                let Some(first) = findings.first() else {
+                    return f.write_str("the policy forbids it");
+                };
                 write!(f, "{first}")?;
                 match findings.len() {
                     1 => Ok(()),
@@ -81,7 +83,10 @@ pub enum Final {
 impl Final {
     /// Whether what refers to this path may be published.
     pub(super) fn is_good(&self) -> bool {
-        matches!(self, Self::Published | Self::AlreadyThere | Self::Skipped(Skip::Upstream(_)))
+        matches!(
+            self,
+            Self::Published | Self::AlreadyThere | Self::Skipped(Skip::Upstream(_))
+        )
     }
 
     /// Whether the cache should now serve it.
@@ -166,16 +171,23 @@ impl Outcome {
 
     /// The paths that the cache should now serve.
     pub fn served(&self) -> impl Iterator<Item = &PathInfo> {
-        self.paths.iter().filter(|path| path.end.is_served()).map(|path| &path.info)
+        self.paths
+            .iter()
+            .filter(|path| path.end.is_served())
+            .map(|path| &path.info)
     }
 
     /// The paths that the policy keeps back, and why.
     pub fn withheld(&self) -> impl Iterator<Item = (&PathInfo, &Withheld)> {
-        self.paths.iter().filter_map(|path| Some((&path.info, path.end.withheld()?)))
+        self.paths
+            .iter()
+            .filter_map(|path| Some((&path.info, path.end.withheld()?)))
     }
 
     /// The paths that should have been published and were not, with the reason.
     pub fn lost(&self) -> impl Iterator<Item = (&PathInfo, &str)> {
-        self.paths.iter().filter_map(|path| Some((&path.info, path.end.lost()?)))
+        self.paths
+            .iter()
+            .filter_map(|path| Some((&path.info, path.end.lost()?)))
     }
 }

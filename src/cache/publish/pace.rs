@@ -21,7 +21,13 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(start: usize, most: usize) -> Self {
-        Self { limit: start.clamp(1, most.max(1)), most: most.max(1), good: 0, mean: None, best: f64::INFINITY }
+        Self {
+            limit: start.clamp(1, most.max(1)),
+            most: most.max(1),
+            good: 0,
+            mean: None,
+            best: f64::INFINITY,
+        }
     }
 
     pub(super) fn limit(&self) -> usize {

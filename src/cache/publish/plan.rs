@@ -79,8 +79,13 @@ impl Plan {
         }
         self.offered += 1;
         let node = &mut self.nodes[id];
-        let upstream = info.signatures.iter().filter_map(|signature| signature.split(':').next());
-        let upstream = upstream.map(str::to_owned).find(|key| self.upstream.contains(key));
+        let upstream = info
+            .signatures
+            .iter()
+            .filter_map(|signature| signature.split(':').next());
+        let upstream = upstream
+            .map(str::to_owned)
+            .find(|key| self.upstream.contains(key));
         let derivation = info.path.is_derivation();
         node.info = Some(info);
         if matches!(node.state, State::Settled(_)) {
@@ -96,9 +101,16 @@ impl Plan {
 
     /// Has the cache asked about a path, and its references taken in.
     fn want(&mut self, id: Id) {
-        let Some(info) = &self.nodes[id].info else { return };
+        let Some(info) = &self.nodes[id].info else {
+            return;
+        };
         let own = info.path.clone();
-        let references: BTreeSet<StorePath> = info.references.iter().filter(|path| **path != own).cloned().collect();
+        let references: BTreeSet<StorePath> = info
+            .references
+            .iter()
+            .filter(|path| **path != own)
+            .cloned()
+            .collect();
         for path in references {
             let reference = self.node(&path);
             self.nodes[reference].dependents.push(id);
@@ -159,7 +171,9 @@ impl Plan {
     pub(super) fn ask(&mut self, most: usize) -> Vec<(Id, StorePath)> {
         let mut batch = Vec::new();
         while batch.len() < most {
-            let Some(id) = self.unasked.pop_front() else { break };
+            let Some(id) = self.unasked.pop_front() else {
+                break;
+            };
             // Skipped or settled meanwhile.
             if self.nodes[id].state == State::Unasked {
                 self.nodes[id].state = State::Asking;
@@ -185,7 +199,11 @@ impl Plan {
         if is_missing {
             self.missing(id);
         } else {
-            let end = if self.nodes[id].in_the_dark { Final::Published } else { Final::AlreadyThere };
+            let end = if self.nodes[id].in_the_dark {
+                Final::Published
+            } else {
+                Final::AlreadyThere
+            };
             self.settle(id, end);
         }
     }
@@ -207,7 +225,11 @@ impl Plan {
     pub(super) fn ready(&mut self, id: Id) {
         let size = self.size(id);
         self.nodes[id].state = State::Ready;
-        let queue = if size >= LARGE { &mut self.large } else { &mut self.small };
+        let queue = if size >= LARGE {
+            &mut self.large
+        } else {
+            &mut self.small
+        };
         queue.insert((size, id));
     }
 
@@ -218,7 +240,11 @@ impl Plan {
 
     /// Takes the smallest of the small or of the large paths, to be sent.
     pub(super) fn take(&mut self, large: bool) -> Option<(Id, PathInfo)> {
-        let queue = if large { &mut self.large } else { &mut self.small };
+        let queue = if large {
+            &mut self.large
+        } else {
+            &mut self.small
+        };
         let (_, id) = queue.pop_first()?;
         self.nodes[id].state = State::Sending;
         self.nodes[id].attempts += 1;
@@ -301,9 +327,15 @@ impl Plan {
     /// Every offered path with what became of it. What is undecided is left for `reason`, or
     /// failed for want of a reference that nobody offered.
     pub(super) fn finish(self, reason: &str, in_time: bool) -> Vec<Settled> {
-        let ends: Vec<Final> = self.nodes.iter().map(|node| self.end(node, reason, in_time)).collect();
+        let ends: Vec<Final> = self
+            .nodes
+            .iter()
+            .map(|node| self.end(node, reason, in_time))
+            .collect();
         let settled = self.nodes.into_iter().zip(ends);
-        settled.filter_map(|(node, end)| node.info.map(|info| Settled { info, end })).collect()
+        settled
+            .filter_map(|(node, end)| node.info.map(|info| Settled { info, end }))
+            .collect()
     }
 
     fn end(&self, node: &Node, reason: &str, in_time: bool) -> Final {
@@ -311,15 +343,26 @@ impl Plan {
             State::Settled(end) => end.clone(),
             State::Waiting if in_time => {
                 let references = node.info.iter().flat_map(|info| &info.references);
-                let foreign = references
-                    .filter(|path| self.index.get(path).is_some_and(|id| self.nodes[*id].state == State::Foreign));
+                let foreign = references.filter(|path| {
+                    self.index
+                        .get(path)
+                        .is_some_and(|id| self.nodes[*id].state == State::Foreign)
+                });
                 let reason = match foreign.into_iter().next() {
-                    Some(path) => format!("it refers to `{path}`, which is neither in the cache nor offered to it"),
-                    None => "something in its closure is neither in the cache nor offered to it".to_owned(),
+                    Some(path) => format!(
+                        "it refers to `{path}`, which is neither in the cache nor offered to it"
+                    ),
+                    None => "something in its closure is neither in the cache nor offered to it"
+                        .to_owned(),
                 };
-                Final::Failed { reason, attempts: 0 }
+                Final::Failed {
+                    reason,
+                    attempts: 0,
+                }
             }
-            _ => Final::Left { reason: reason.to_owned() },
+            _ => Final::Left {
+                reason: reason.to_owned(),
+            },
         }
     }
 }
@@ -328,13 +371,23 @@ impl Plan {
 fn blocked_by(path: &StorePath, end: &Final) -> Final {
     // The reason of a whole chain is the first one: it is the one to act on.
     let reason = match end {
-        Final::Withheld(Withheld::Refers(first)) => return Final::Withheld(Withheld::Refers(first.clone())),
-        Final::Withheld(Withheld::Found(_)) => return Final::Withheld(Withheld::Refers(path.clone())),
-        Final::Failed { reason, attempts: 0 } if reason.starts_with("it refers to") => reason.clone(),
+        Final::Withheld(Withheld::Refers(first)) => {
+            return Final::Withheld(Withheld::Refers(first.clone()));
+        }
+        Final::Withheld(Withheld::Found(_)) => {
+            return Final::Withheld(Withheld::Refers(path.clone()));
+        }
+        Final::Failed {
+            reason,
+            attempts: 0,
+        } if reason.starts_with("it refers to") => reason.clone(),
         Final::Skipped(skip) => format!("it refers to `{path}`, which is not published: {skip}"),
         _ => format!("it refers to `{path}`, which could not be published"),
     };
-    Final::Failed { reason, attempts: 0 }
+    Final::Failed {
+        reason,
+        attempts: 0,
+    }
 }
 
 #[cfg(test)]

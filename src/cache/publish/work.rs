@@ -124,7 +124,9 @@ impl Work {
             greeted: false,
             health: Health::Well,
             away_since: None,
-            pace: width.map_or(Pace::new(options.uploads, options.most_uploads), |width| Pace::new(width, width)),
+            pace: width.map_or(Pace::new(options.uploads, options.most_uploads), |width| {
+                Pace::new(width, width)
+            }),
             options,
             jobs: JoinSet::new(),
             asking: false,
@@ -258,7 +260,10 @@ impl Work {
                 }
             };
             let (config, may_push) = tokio::join!(config, to.missing(&[]));
-            Done::Preflight { config, may_push: may_push.map(|_| ()) }
+            Done::Preflight {
+                config,
+                may_push: may_push.map(|_| ()),
+            }
         });
     }
 
@@ -267,11 +272,17 @@ impl Work {
             return;
         }
         let to = self.to.clone();
-        self.jobs.spawn(async move { Done::Visited(to.missing(&[]).await.map(|_| ())) });
+        self.jobs
+            .spawn(async move { Done::Visited(to.missing(&[]).await.map(|_| ())) });
     }
 
     fn wake_rested(&mut self, now: Instant) {
-        while let Some((until, id, ask)) = self.resting.first().copied().filter(|(until, ..)| *until <= now) {
+        while let Some((until, id, ask)) = self
+            .resting
+            .first()
+            .copied()
+            .filter(|(until, ..)| *until <= now)
+        {
             self.resting.remove(&(until, id, ask));
             if ask {
                 self.plan.ask_again(id);
@@ -317,7 +328,9 @@ impl Work {
         self.hold = None;
         while self.sending < self.pace.limit() {
             let Some(large) = self.pick() else { break };
-            let Some((id, info)) = self.plan.take(large) else { break };
+            let Some((id, info)) = self.plan.take(large) else {
+                break;
+            };
             self.sending += 1;
             self.sending_large += usize::from(large);
             let (to, meter) = (self.to.clone(), self.meter.next());
@@ -331,11 +344,18 @@ impl Work {
                 };
                 let began = Instant::now();
                 let answer = match inspected {
-                    Ok(findings) if !findings.is_empty() => return Done::Kept { id, size, findings },
+                    Ok(findings) if !findings.is_empty() => {
+                        return Done::Kept { id, size, findings };
+                    }
                     Ok(_) => to.send(&info, source, &meter).await,
                     Err(error) => Err(error.into()),
                 };
-                Done::Sent { id, size, took: began.elapsed(), answer }
+                Done::Sent {
+                    id,
+                    size,
+                    took: began.elapsed(),
+                    answer,
+                }
             });
         }
         None
@@ -362,7 +382,11 @@ impl Work {
             self.told = Some(now);
             let (done, total) = self.plan.progress();
             let total = total + self.early.len() as u64;
-            self.sink.send(Progress::Moved { done, total, bytes: self.meter.all() });
+            self.sink.send(Progress::Moved {
+                done,
+                total,
+                bytes: self.meter.all(),
+            });
         }
     }
 
@@ -382,19 +406,32 @@ impl Work {
             _ => None,
         };
         // The one message says why; a hundred paths need not repeat it.
-        let left = stopped.as_ref().map(|_| "publishing was given up").or(reason);
-        let mut paths = self.plan.finish(left.unwrap_or("publishing has ended"), left.is_none());
+        let left = stopped
+            .as_ref()
+            .map(|_| "publishing was given up")
+            .or(reason);
+        let mut paths = self
+            .plan
+            .finish(left.unwrap_or("publishing has ended"), left.is_none());
         for path in paths.iter_mut().filter(|path| path.end.lost().is_some()) {
             vanished(path, &self.options);
         }
-        Outcome { paths, stopped, bytes: self.meter.all(), retries: self.retries, elapsed: self.began.elapsed() }
+        Outcome {
+            paths,
+            stopped,
+            bytes: self.meter.all(),
+            retries: self.retries,
+            elapsed: self.began.elapsed(),
+        }
     }
 }
 
 /// A collected path takes what refers to it along: those are not lost either.
 fn vanished(path: &mut Settled, options: &Options) {
     let file = options.store.join(path.info.path.base_name());
-    let gone = file.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+    let gone = file
+        .symlink_metadata()
+        .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
     if gone {
         path.end = Final::Skipped(Skip::Vanished);
     }

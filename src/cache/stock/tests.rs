@@ -24,7 +24,11 @@ impl Host {
         for name in ["bin", "private", "flake", "store/bin"] {
             fs::create_dir_all(folder.path().join(name)).expect("made");
         }
-        fs::set_permissions(folder.path().join("private"), fs::Permissions::from_mode(0o700)).expect("private");
+        fs::set_permissions(
+            folder.path().join("private"),
+            fs::Permissions::from_mode(0o700),
+        )
+        .expect("private");
         let built = format!(r#"printf '[{{"drvPath":"x","outputs":{{"out":"{at}/store"}}}}]'"#);
         let text = format!(
             "[ \"$1\" = --version ] && {{ echo 'nix (Nix) 2.24.1'; exit; }}\necho \"$*\" >> {at}/calls\n\
@@ -40,8 +44,18 @@ impl Host {
     }
 
     async fn find(&self) -> Result<Client, String> {
-        let (folder, links) = (self.folder.path().join("flake"), self.folder.path().join("private"));
-        find(&Search { env: &self.env, nix: &self.nix, reference: REFERENCE, folder: &folder, links: &links }).await
+        let (folder, links) = (
+            self.folder.path().join("flake"),
+            self.folder.path().join("private"),
+        );
+        find(&Search {
+            env: &self.env,
+            nix: &self.nix,
+            reference: REFERENCE,
+            folder: &folder,
+            links: &links,
+        })
+        .await
     }
 
     fn with_flake(self) -> Self {
@@ -54,9 +68,14 @@ impl Host {
         let text = fs::read_to_string(self.folder.path().join("calls")).unwrap_or_default();
         for call in text.lines() {
             assert!(call.starts_with("build "), "{call}");
-            assert!(call.contains(" --max-jobs 0 --builders  "), "it could compile: {call}");
+            assert!(
+                call.contains(" --max-jobs 0 --builders  "),
+                "it could compile: {call}"
+            );
         }
-        text.lines().map(|call| call.split(' ').nth(1).unwrap_or_default().to_owned()).collect()
+        text.lines()
+            .map(|call| call.split(' ').nth(1).unwrap_or_default().to_owned())
+            .collect()
     }
 }
 
@@ -66,23 +85,45 @@ const NOTHING: &str = "*) echo 'error: no substituter has it, and max-jobs is 0'
 async fn first_comes_the_one_on_the_path() {
     let host = Host::new(NOTHING).await;
     let program = script(&host.folder.path().join("bin"), "attic", "exit 0").await;
-    assert_eq!(host.find().await, Ok(Client { program, origin: Origin::Path }));
+    assert_eq!(
+        host.find().await,
+        Ok(Client {
+            program,
+            origin: Origin::Path
+        })
+    );
     assert_eq!(host.calls(), [""; 0], "nix is not even asked");
 }
 
 #[tokio::test]
 async fn then_the_reference_is_substituted() {
-    let host = Host::new(&format!("{REFERENCE}) BUILT;;")).await.with_flake();
+    let host = Host::new(&format!("{REFERENCE}) BUILT;;"))
+        .await
+        .with_flake();
     let program = host.folder.path().join("store/bin/attic");
-    assert_eq!(host.find().await, Ok(Client { program, origin: Origin::Reference }));
+    assert_eq!(
+        host.find().await,
+        Ok(Client {
+            program,
+            origin: Origin::Reference
+        })
+    );
     assert_eq!(host.calls(), [REFERENCE]);
 }
 
 #[tokio::test]
 async fn then_the_flakes_own_is_substituted() {
-    let host = Host::new(&format!(".#attic-client) BUILT;;\n{NOTHING}")).await.with_flake();
+    let host = Host::new(&format!(".#attic-client) BUILT;;\n{NOTHING}"))
+        .await
+        .with_flake();
     let program = host.folder.path().join("store/bin/attic");
-    assert_eq!(host.find().await, Ok(Client { program, origin: Origin::OwnFlake }));
+    assert_eq!(
+        host.find().await,
+        Ok(Client {
+            program,
+            origin: Origin::OwnFlake
+        })
+    );
     assert_eq!(host.calls(), [REFERENCE, ".#attic-client"]);
 }
 
@@ -90,21 +131,37 @@ async fn then_the_flakes_own_is_substituted() {
 async fn else_there_is_none_and_each_reason_is_told() {
     let host = Host::new(NOTHING).await;
     let reason = host.find().await.expect_err("none");
-    assert!(reason.contains("no `attic` is on `PATH`") && reason.contains("max-jobs is 0"), "{reason}");
+    assert!(
+        reason.contains("no `attic` is on `PATH`") && reason.contains("max-jobs is 0"),
+        "{reason}"
+    );
     assert!(reason.contains("there is no flake"), "{reason}");
     assert_eq!(host.calls(), [REFERENCE]);
     let host = host.with_flake();
     let reason = host.find().await.expect_err("none");
-    assert!(reason.contains("`.#attic-client` cannot be substituted"), "{reason}");
+    assert!(
+        reason.contains("`.#attic-client` cannot be substituted"),
+        "{reason}"
+    );
     assert_eq!(host.calls(), [REFERENCE, REFERENCE, ".#attic-client"]);
 }
 
 /// A stock client that this script stands in for.
 async fn stock(host: &Host, fake: &Fake, client: &str) -> Stock {
     let program = script(&host.folder.path().join("bin"), "attic", client).await;
-    let client = Client { program, origin: Origin::Path };
+    let client = Client {
+        program,
+        origin: Origin::Path,
+    };
     let token = Secret::new(GOOD).expect("token");
-    Stock::new(&client, &host.nix, fake.attic(GOOD), &token, &host.folder.path().join("private")).expect("written")
+    Stock::new(
+        &client,
+        &host.nix,
+        fake.attic(GOOD),
+        &token,
+        &host.folder.path().join("private"),
+    )
+    .expect("written")
 }
 
 #[tokio::test]
@@ -115,39 +172,72 @@ async fn the_token_travels_by_file_and_paths_come_in_one_call() {
         "echo \"$*\" >> {at}/pushes; env > {at}/env; while read -r line; do echo \"$line\"; done < \"$HOME/attic/config.toml\" > {at}/seen"
     );
     let stock = stock(&host, &fake, &client).await;
-    let infos: Vec<PathInfo> = (0..3).map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[])).collect();
+    let infos: Vec<PathInfo> = (0..3)
+        .map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[]))
+        .collect();
     let file = Path::new("/nonexistent");
     let meter = Meter::default();
-    let sent = futures_util::future::join_all(infos.iter().map(|info| stock.send(info, file.into(), &meter))).await;
+    let sent = futures_util::future::join_all(
+        infos
+            .iter()
+            .map(|info| stock.send(info, file.into(), &meter)),
+    )
+    .await;
     assert!(sent.iter().all(Result::is_ok), "{sent:?}");
-    assert_eq!(meter.all(), infos.iter().map(|info| info.nar_size).sum::<u64>());
+    assert_eq!(
+        meter.all(),
+        infos.iter().map(|info| info.nar_size).sum::<u64>()
+    );
     let pushes = fs::read_to_string(host.folder.path().join("pushes")).expect("called");
     assert_eq!(pushes.lines().count(), 1, "{pushes}");
     assert!(
-        pushes.starts_with("push --no-closure --ignore-upstream-cache-filter flywheel:main /nix/store/"),
+        pushes.starts_with(
+            "push --no-closure --ignore-upstream-cache-filter flywheel:main /nix/store/"
+        ),
         "{pushes}"
     );
     let environment = fs::read_to_string(host.folder.path().join("env")).expect("seen");
-    assert!(!pushes.contains(GOOD) && !environment.contains(GOOD), "{pushes}{environment}");
-    assert!(fs::read_to_string(host.folder.path().join("seen")).expect("seen").contains(GOOD));
+    assert!(
+        !pushes.contains(GOOD) && !environment.contains(GOOD),
+        "{pushes}{environment}"
+    );
+    assert!(
+        fs::read_to_string(host.folder.path().join("seen"))
+            .expect("seen")
+            .contains(GOOD)
+    );
 }
 
 #[tokio::test]
 async fn a_call_that_fails_leaves_each_path_its_own_fate() {
     let (host, fake) = (Host::new(NOTHING).await, Fake::start().await);
-    let infos: Vec<PathInfo> = (0..3).map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[])).collect();
+    let infos: Vec<PathInfo> = (0..3)
+        .map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[]))
+        .collect();
     // Two arrive, the third does not.
     for info in &infos[..2] {
-        fake.attic(GOOD).upload(info, &fake.file(info), &Meter::default()).await.expect("stored");
+        fake.attic(GOOD)
+            .upload(info, &fake.file(info), &Meter::default())
+            .await
+            .expect("stored");
     }
     let bad = infos[2].path.base_name();
-    let stock =
-        stock(&host, &fake, &format!("echo 'x {bad}: 413 too large' >&2; echo 'Error: 1 failed' >&2; exit 1")).await;
+    let stock = stock(
+        &host,
+        &fake,
+        &format!("echo 'x {bad}: 413 too large' >&2; echo 'Error: 1 failed' >&2; exit 1"),
+    )
+    .await;
     for plain in [false, true] {
         // A server without Attic's API is looked into path by path.
         fake.server.faults().plain = plain;
         let (file, meter) = (Path::new("/nonexistent"), Meter::default());
-        let sent = futures_util::future::join_all(infos.iter().map(|info| stock.send(info, file.into(), &meter))).await;
+        let sent = futures_util::future::join_all(
+            infos
+                .iter()
+                .map(|info| stock.send(info, file.into(), &meter)),
+        )
+        .await;
         assert!(sent[0].is_ok() && sent[1].is_ok(), "{sent:?}");
         let error = sent[2].as_ref().expect_err("missing").to_string();
         assert!(error.contains("413 too large"), "{error}");
@@ -159,12 +249,21 @@ async fn a_call_that_fails_leaves_each_path_its_own_fate() {
 async fn a_client_that_hangs_ends_with_its_askers() {
     let (host, fake) = (Host::new(NOTHING).await, Fake::start().await);
     let at = host.folder.path().display().to_string();
-    let stock = stock(&host, &fake, &format!("echo $$ > {at}/pid; exec /bin/sleep 600")).await;
+    let stock = stock(
+        &host,
+        &fake,
+        &format!("echo $$ > {at}/pid; exec /bin/sleep 600"),
+    )
+    .await;
     let info = fake.path("p", b"1", &[]);
     let meter = Meter::default();
     let pid = host.folder.path().join("pid");
     let began = async {
-        while fs::read_to_string(&pid).unwrap_or_default().trim().is_empty() {
+        while fs::read_to_string(&pid)
+            .unwrap_or_default()
+            .trim()
+            .is_empty()
+        {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -172,7 +271,9 @@ async fn a_client_that_hangs_ends_with_its_askers() {
         sent = stock.send(&info, "/nonexistent".into(), &meter) => panic!("{sent:?}"),
         () = began => (),
     }
-    let process = PathBuf::from("/proc").join(fs::read_to_string(&pid).expect("written").trim()).join("cmdline");
+    let process = PathBuf::from("/proc")
+        .join(fs::read_to_string(&pid).expect("written").trim())
+        .join("cmdline");
     let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
     while fs::read(&process).is_ok_and(|line| !line.is_empty()) {
         assert!(tokio::time::Instant::now() < deadline, "it lives on");

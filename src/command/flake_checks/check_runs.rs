@@ -28,26 +28,44 @@ pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option
     }
     let lacking = |what: &str| {
         if plan.checks == Checks::Yes {
-            workflow.annotate(Level::Warning, "check runs", &format!("there are no Check Runs: {what}"));
+            workflow.annotate(
+                Level::Warning,
+                "check runs",
+                &format!("there are no Check Runs: {what}"),
+            );
         }
         None
     };
     let Some(token) = work.secrets.github.as_ref() else {
         return lacking("there is no `GITHUB_TOKEN` in the step's `env`");
     };
-    let Some((repository, sha)) = commit(work.env) else { return lacking("this is no job with a commit") };
-    let roots = Roots { files: work.env.path("NIX_SSL_CERT_FILE").into_iter().collect() };
+    let Some((repository, sha)) = commit(work.env) else {
+        return lacking("this is no job with a commit");
+    };
+    let roots = Roots {
+        files: work.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    };
     let client = match Clients::new(&roots) {
         Ok(clients) => clients.asking,
         Err(error) => return lacking(&error.to_string()),
     };
-    let commit = Commit { api: github_api(work.env), repository, sha };
+    let commit = Commit {
+        api: github_api(work.env),
+        repository,
+        sha,
+    };
     match CheckRuns::of(&commit, token, client) {
         Ok(runs) => {
             let job = [work.env.get("GITHUB_WORKFLOW"), work.env.get("GITHUB_JOB")];
-            let job = job.map(|name| one_line(name.unwrap_or_default(), 60)).join("/");
+            let job = job
+                .map(|name| one_line(name.unwrap_or_default(), 60))
+                .join("/");
             let scope = format!("flywheel/flake-checks/{job}/{}", plan.check_name);
-            let options = Options { name: plan.check_name.clone(), scope, ..Options::default() };
+            let options = Options {
+                name: plan.check_name.clone(),
+                scope,
+                ..Options::default()
+            };
             Some(Board::start(runs, options, work.sink.clone()))
         }
         Err(error) => lacking(&error.to_string()),
@@ -71,13 +89,21 @@ pub(super) fn aggregate(ran: &Ran) -> Aggregate {
         (true, _) | (_, End::FailedFast) => Conclusion::Failure,
         (false, End::Whole) => Conclusion::Success,
     };
-    Aggregate { conclusion, title: closing_line(&ended), summary: of_all(&ended) }
+    Aggregate {
+        conclusion,
+        title: closing_line(&ended),
+        summary: of_all(&ended),
+    }
 }
 
 /// The same where the run was cancelled before there was anything to check.
 pub(super) fn cancelled() -> Aggregate {
     let text = "Cancelled before anything was evaluated";
-    Aggregate { conclusion: Conclusion::Cancelled, title: text.to_owned(), summary: format!("{text}.") }
+    Aggregate {
+        conclusion: Conclusion::Cancelled,
+        title: text.to_owned(),
+        summary: format!("{text}."),
+    }
 }
 
 /// The same where there was nothing to check, for the flake does not evaluate.
@@ -86,6 +112,10 @@ pub(super) fn of_failure(failure: &dyn Explain) -> Aggregate {
     Aggregate {
         conclusion: Conclusion::Failure,
         title: one_line(&text, 200),
-        summary: format!("{}\n\n{}", plain(&text), plain(&failure.hint().unwrap_or_default())),
+        summary: format!(
+            "{}\n\n{}",
+            plain(&text),
+            plain(&failure.hint().unwrap_or_default())
+        ),
     }
 }

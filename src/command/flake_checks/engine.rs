@@ -153,7 +153,9 @@ impl<'a> Engine<'a> {
             self.outs[id].is_remembered = true;
             self.known(id, facts);
         }
-        let ids: Vec<usize> = (0..self.outs.len()).filter(|id| !remembered.contains(id)).collect();
+        let ids: Vec<usize> = (0..self.outs.len())
+            .filter(|id| !remembered.contains(id))
+            .collect();
         let first = Arc::clone(&evaluation.first);
         self.evaluate(&evaluation, ids, &first).await;
         let mut look = tokio::time::interval(LOOK);
@@ -191,7 +193,12 @@ impl<'a> Engine<'a> {
             }
         }
         // Nobody listens any more, so that nobody waits to be heard.
-        let Evaluation { tasks, events, pool, .. } = evaluation;
+        let Evaluation {
+            tasks,
+            events,
+            pool,
+            ..
+        } = evaluation;
         drop((tasks, events, steps));
         // It kills what it started, and a pool that panicked has said so.
         let _ = pool.await;
@@ -201,8 +208,11 @@ impl<'a> Engine<'a> {
     }
 
     fn has_failed(&self) -> bool {
-        let failed =
-            |out: &Out| out.verdict.as_ref().is_some_and(|verdict| verdict.conclusion() == Conclusion::Failure);
+        let failed = |out: &Out| {
+            out.verdict
+                .as_ref()
+                .is_some_and(|verdict| verdict.conclusion() == Conclusion::Failure)
+        };
         self.outs.iter().any(failed)
     }
 
@@ -240,7 +250,11 @@ impl<'a> Engine<'a> {
                 self.outs[id].begin();
                 self.teller.state(&self.outs[id].output, &State::Evaluating);
             }
-            Event::Known { id, facts, independent } => {
+            Event::Known {
+                id,
+                facts,
+                independent,
+            } => {
                 self.evaluating -= 1;
                 self.outs[id].is_written = self.plan.build;
                 self.outs[id].is_remembered = independent;
@@ -290,9 +304,15 @@ impl<'a> Engine<'a> {
             out.paths().unwrap_or_default().into_iter().chain(drv)
         });
         let paths: Vec<StorePath> = paths.collect::<BTreeSet<_>>().into_iter().collect();
-        let (nix, store, steps) = (self.nix.clone(), Arc::clone(&self.store), self.steps.clone());
+        let (nix, store, steps) = (
+            self.nix.clone(),
+            Arc::clone(&self.store),
+            self.steps.clone(),
+        );
         self.jobs.spawn(async move {
-            let present = Present::find(&nix, &store, &paths).await.map_err(|error| error.to_string());
+            let present = Present::find(&nix, &store, &paths)
+                .await
+                .map_err(|error| error.to_string());
             // The engine is gone only when nobody wants to know any more.
             let _ = steps.send(Step::Looked(ids, present)).await;
         });
@@ -310,7 +330,8 @@ impl<'a> Engine<'a> {
                     let paths = out.paths().filter(|paths| !paths.is_empty());
                     if paths.is_some_and(|paths| paths.iter().all(|path| present.has(path))) {
                         self.end(id, Cause::AlreadyCached, Vec::new());
-                    } else if out.is_written || out.drv.as_ref().is_some_and(|drv| present.has(drv)) {
+                    } else if out.is_written || out.drv.as_ref().is_some_and(|drv| present.has(drv))
+                    {
                         self.to_build.push(id);
                     } else {
                         again.push(id);
@@ -341,7 +362,12 @@ impl<'a> Engine<'a> {
     /// Outputs in the lanes whose paths have become valid are built.
     async fn see_what_is_valid(&mut self) {
         self.teller.progress(&self.outs);
-        let ids: Vec<usize> = self.lanes.iter().flatten().flat_map(|lane| lane.ids.clone()).collect();
+        let ids: Vec<usize> = self
+            .lanes
+            .iter()
+            .flatten()
+            .flat_map(|lane| lane.ids.clone())
+            .collect();
         self.see_valid_of(&ids).await;
     }
 
@@ -349,11 +375,18 @@ impl<'a> Engine<'a> {
         let open: Vec<(usize, Vec<StorePath>)> = ids
             .iter()
             .filter(|id| self.outs[**id].verdict.is_none())
-            .filter_map(|id| Some((*id, self.outs[*id].paths().filter(|paths| !paths.is_empty())?)))
+            .filter_map(|id| {
+                Some((
+                    *id,
+                    self.outs[*id].paths().filter(|paths| !paths.is_empty())?,
+                ))
+            })
             .collect();
         let paths: Vec<StorePath> = open.iter().flat_map(|(_, paths)| paths.clone()).collect();
         // A store that gives no answer now is asked again.
-        let Ok(there) = valid(&self.store, &paths).await else { return };
+        let Ok(there) = valid(&self.store, &paths).await else {
+            return;
+        };
         for (id, paths) in open {
             if paths.iter().all(|path| there.contains(path)) {
                 self.end(id, Cause::Built, Vec::new());
@@ -373,7 +406,8 @@ impl<'a> Engine<'a> {
         {
             self.logs.remove(drv);
         }
-        self.teller.state(&self.outs[id].output, &State::Finished(Box::new(verdict)));
+        self.teller
+            .state(&self.outs[id].output, &State::Finished(Box::new(verdict)));
     }
 }
 

@@ -47,9 +47,14 @@ impl Prospect {
         let nonce = Secret::random();
         let expressions = Expressions::new(&source, &plan.attribute, nonce.expose());
         let jobs = jobs(plan, env, sink);
-        let memory = if jobs.is_none() { memory_of(plan, nix, &source, sink) } else { None };
+        let memory = if jobs.is_none() {
+            memory_of(plan, nix, &source, sink)
+        } else {
+            None
+        };
         let remembered = memory.as_ref().and_then(Memory::read);
-        let enough = plan.remember == Remember::On && remembered.as_ref().is_some_and(Remembered::is_whole);
+        let enough =
+            plan.remember == Remember::On && remembered.as_ref().is_some_and(Remembered::is_whole);
         let views = match &memory {
             Some(_) if !enough => views(nix, &source, &expressions).await,
             _ => None,
@@ -59,7 +64,14 @@ impl Prospect {
         }
         let memory = memory.filter(|_| views.is_some() || enough);
         let remembered = remembered.filter(|_| memory.is_some());
-        Ok(Self { source, expressions, memory, remembered, views, jobs })
+        Ok(Self {
+            source,
+            expressions,
+            memory,
+            remembered,
+            views,
+            jobs,
+        })
     }
 
     /// How the flake sees itself in the evaluation, at first and where it depends on the commit.
@@ -81,8 +93,15 @@ impl Prospect {
         }
         let (first, real) = self.seen(plan);
         for seen in [first, real] {
-            let found =
-                names(nix, &self.source, &self.expressions, &seen, plan.function.as_deref(), &plan.arguments).await?;
+            let found = names(
+                nix,
+                &self.source,
+                &self.expressions,
+                &seen,
+                plan.function.as_deref(),
+                &plan.arguments,
+            )
+            .await?;
             if let Names::Found(found) = found {
                 return Ok(found);
             }
@@ -93,9 +112,13 @@ impl Prospect {
 
     /// Those whose derivations are remembered, by their place in `names`.
     pub fn known(&self, plan: &Plan, names: &[Name]) -> Vec<(usize, Facts)> {
-        let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) else { return Vec::new() };
+        let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) else {
+            return Vec::new();
+        };
         let known = names.iter().enumerate();
-        known.filter_map(|(id, name)| Some((id, remembered.facts.get(&name.label)?.clone()))).collect()
+        known
+            .filter_map(|(id, name)| Some((id, remembered.facts.get(&name.label)?.clone())))
+            .collect()
     }
 
     /// Starts the workers.
@@ -132,12 +155,21 @@ impl Prospect {
                 tokio::spawn(pool.run(queue, events, cancel.clone()))
             }
         };
-        Evaluation { tasks, events: heard, cancel, first, real, pool }
+        Evaluation {
+            tasks,
+            events: heard,
+            cancel,
+            first,
+            real,
+            pool,
+        }
     }
 
     /// Remembers what does not depend on the commit. Gives the labels of which something else was remembered.
     pub fn remember(&self, outs: &[Out], names: Vec<Name>, sink: &Sink) -> Vec<String> {
-        let Some(memory) = &self.memory else { return Vec::new() };
+        let Some(memory) = &self.memory else {
+            return Vec::new();
+        };
         let old = self.remembered.clone().unwrap_or_default();
         let mut facts = old.facts.clone();
         let mut wrong = Vec::new();
@@ -158,7 +190,9 @@ impl Prospect {
         if new != old
             && let Err(error) = memory.write(&new)
         {
-            sink.note(format!("flywheel: the evaluation is not remembered: {error}"));
+            sink.note(format!(
+                "flywheel: the evaluation is not remembered: {error}"
+            ));
         }
         wrong
     }
@@ -171,7 +205,10 @@ fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
     }
     let found = on_path(env, "nix-eval-jobs");
     sink.note(match &found {
-        Some(program) => format!("flywheel: {} evaluates, and nothing is remembered", program.display()),
+        Some(program) => format!(
+            "flywheel: {} evaluates, and nothing is remembered",
+            program.display()
+        ),
         None => "flywheel: `nix-eval-jobs` is not on `PATH`, so Nix itself evaluates".to_owned(),
     });
     found
@@ -179,7 +216,11 @@ fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
 
 /// The words that are about the inputs' lock, for a call that evaluates nothing.
 fn of_lock(arguments: &[String]) -> Vec<String> {
-    if may_be_remembered(arguments) { Vec::new() } else { arguments.to_vec() }
+    if may_be_remembered(arguments) {
+        Vec::new()
+    } else {
+        arguments.to_vec()
+    }
 }
 
 /// Where the evaluation is remembered; `None`, and a word why, where it must not be.

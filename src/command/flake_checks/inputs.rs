@@ -28,25 +28,55 @@ const MOST_WORKERS: usize = 256;
 #[command(verbatim_doc_comment)]
 pub struct Inputs {
     /// The flake, such as `.`, `./services` or `github:owner/repo` (default: `.`).
-    #[arg(long, env = "FLYWHEEL_FLAKE", value_name = "REF", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FLAKE",
+        value_name = "REF",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub flake: Text,
 
     /// The attribute whose outputs are checked, such as `packages.x86_64-linux` (default: `checks`).
-    #[arg(long, env = "FLYWHEEL_FLAKE_ATTR", value_name = "PATH", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FLAKE_ATTR",
+        value_name = "PATH",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub flake_attr: Text,
 
     /// A Nix function from the selected attribute to a list of `{ attr, label }`, such as
     /// `c: [ { attr = "x86_64-linux.a"; label = "a"; } ]` (default: every attribute of every system).
-    #[arg(long, env = "FLYWHEEL_FLAKE_APPLY", value_name = "NIX", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FLAKE_APPLY",
+        value_name = "NIX",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub flake_apply: Text,
 
     /// The systems whose outputs are checked, separated by white space or commas, such as `x86_64-linux`; `all`
     /// for every one (default: `auto`, those that this machine and its builders build).
-    #[arg(long, env = "FLYWHEEL_SYSTEMS", value_name = "LIST", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_SYSTEMS",
+        value_name = "LIST",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub systems: Text,
 
     /// How many processes evaluate at once, such as `4` (default: `auto`, by cores and memory).
-    #[arg(long, env = "FLYWHEEL_EVALUATION_WORKERS", value_name = "N", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_EVALUATION_WORKERS",
+        value_name = "N",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub evaluation_workers: Text,
 
     /// How many derivations one process evaluates before it is replaced, such as `50` (default: `auto`, as many
@@ -61,7 +91,13 @@ pub struct Inputs {
     pub derivations_per_worker: Text,
 
     /// How many paths are published at once at most, such as `8` (default: `auto`, by how the server answers).
-    #[arg(long, env = "FLYWHEEL_PUBLISH_WORKERS", value_name = "N", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_PUBLISH_WORKERS",
+        value_name = "N",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub publish_workers: Text,
 
     /// More words for Nix, written as for a shell, such as `--option cores 4` (default: none).
@@ -76,7 +112,13 @@ pub struct Inputs {
     pub nix_args: Text,
 
     /// Who evaluates: `nix` itself, the default, or `nix-eval-jobs` where it is on `PATH`.
-    #[arg(long, env = "FLYWHEEL_EVALUATOR", value_name = "WORD", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_EVALUATOR",
+        value_name = "WORD",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub evaluator: Text,
 
     /// Whether what an unchanged source evaluates to is remembered: `on`, the default, `off`, or `verify`, which
@@ -103,50 +145,116 @@ pub struct Inputs {
 
     /// Whether the store is collected at the end; the derivations of this run stay. `true` or `false`, the
     /// default.
-    #[arg(long, env = "FLYWHEEL_GC", value_name = "BOOL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_GC",
+        value_name = "BOOL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub gc: Text,
 
     /// Whether outputs are built; `false` only evaluates them, such as for a quick look at every system
     /// (default: `true`).
-    #[arg(long, env = "FLYWHEEL_BUILD", value_name = "BOOL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_BUILD",
+        value_name = "BOOL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub build: Text,
 
     /// How many builds run at once, such as `4` (default: Nix's own setting).
-    #[arg(long, env = "FLYWHEEL_MAX_JOBS", value_name = "N", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_MAX_JOBS",
+        value_name = "N",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub max_jobs: Text,
 
     /// Whether the first failure ends the run; the rest is cancelled. `true` or `false`, the default.
-    #[arg(long, env = "FLYWHEEL_FAIL_FAST", value_name = "BOOL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FAIL_FAST",
+        value_name = "BOOL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub fail_fast: Text,
 
     /// Whether Nix goes on with other builds when one fails, such as `false` (default: `true`).
-    #[arg(long, env = "FLYWHEEL_KEEP_GOING", value_name = "BOOL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_KEEP_GOING",
+        value_name = "BOOL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub keep_going: Text,
 
     /// How often a build is tried again that failed for a reason not its own, such as a server that did not
     /// answer, from `0` to `10` (default: `1`).
-    #[arg(long, env = "FLYWHEEL_RETRIES", value_name = "N", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_RETRIES",
+        value_name = "N",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub retries: Text,
 
     /// Whether each output gets a Check Run: `auto`, the default, in a job with a token; `true`; or `false`.
-    #[arg(long, env = "FLYWHEEL_CHECKS", value_name = "WORD", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CHECKS",
+        value_name = "WORD",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub checks: Text,
 
     /// The name of the Check Run that stands for all, to be required by a branch's protection, such as
     /// `flake checks`, the default.
-    #[arg(long, env = "FLYWHEEL_CHECK_NAME", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CHECK_NAME",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub check_name: Text,
 
     /// A file for the verdicts as JUnit XML, such as `checks.xml` (default: none).
-    #[arg(long, env = "FLYWHEEL_JUNIT", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_JUNIT",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub junit: Text,
 
     /// A file for the verdicts as JSON, a line each, such as `checks.jsonl` (default: none).
-    #[arg(long, env = "FLYWHEEL_JSON_LINES", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_JSON_LINES",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub json_lines: Text,
 
     /// The runner label to name when memory runs out, such as `nix-heavy` (default: none).
-    #[arg(long, env = "FLYWHEEL_HEAVY_LANE", value_name = "LABEL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_HEAVY_LANE",
+        value_name = "LABEL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub heavy_lane: Text,
 
     #[command(flatten)]
@@ -237,13 +345,20 @@ impl Plan {
             evaluator: choice(
                 "evaluator",
                 &inputs.evaluator,
-                &[("nix", EvaluatorKind::Nix), ("nix-eval-jobs", EvaluatorKind::NixEvalJobs)],
+                &[
+                    ("nix", EvaluatorKind::Nix),
+                    ("nix-eval-jobs", EvaluatorKind::NixEvalJobs),
+                ],
             )?
             .unwrap_or(EvaluatorKind::Nix),
             remember: choice(
                 "evaluation-memory",
                 &inputs.evaluation_memory,
-                &[("on", Remember::On), ("off", Remember::Off), ("verify", Remember::Verify)],
+                &[
+                    ("on", Remember::On),
+                    ("off", Remember::Off),
+                    ("verify", Remember::Verify),
+                ],
             )?
             .unwrap_or(Remember::On),
             memory_folder: memory_folder(&inputs.evaluation_memory_folder, env)?,
@@ -256,7 +371,11 @@ impl Plan {
             checks: choice(
                 "checks",
                 &inputs.checks,
-                &[("auto", Checks::Auto), ("true", Checks::Yes), ("false", Checks::No)],
+                &[
+                    ("auto", Checks::Auto),
+                    ("true", Checks::Yes),
+                    ("false", Checks::No),
+                ],
             )?
             .unwrap_or(Checks::Auto),
             check_name: one_line(inputs.check_name.get().unwrap_or("flake checks"), 100),
@@ -268,7 +387,12 @@ impl Plan {
 
     /// The installable of an output, as one would write it in a shell.
     pub fn installable(&self, attr: &[String]) -> String {
-        let names = self.attribute.iter().chain(attr).map(|name| installable_name(name)).collect::<Vec<_>>();
+        let names = self
+            .attribute
+            .iter()
+            .chain(attr)
+            .map(|name| installable_name(name))
+            .collect::<Vec<_>>();
         format!("{}#{}", self.flake, names.join("."))
     }
 }
@@ -276,13 +400,22 @@ impl Plan {
 fn flake(input: &Text) -> Result<String, UsageError> {
     let text = input.get().unwrap_or(".");
     let error = |problem: &str, hint: &str| {
-        Err(UsageError::new("flake", format!("{problem}: `{}`", one_line(text, 200))).with_hint(hint))
+        Err(
+            UsageError::new("flake", format!("{problem}: `{}`", one_line(text, 200)))
+                .with_hint(hint),
+        )
     };
     if text.contains('#') {
-        return error("names an attribute too", "Give the flake alone, and the attribute in `flake-attr`.");
+        return error(
+            "names an attribute too",
+            "Give the flake alone, and the attribute in `flake-attr`.",
+        );
     }
     if text.starts_with('-') || text.contains(char::is_whitespace) {
-        return error("is no flake reference", "Give one such as `.`, `./services` or `github:owner/repo`.");
+        return error(
+            "is no flake reference",
+            "Give one such as `.`, `./services` or `github:owner/repo`.",
+        );
     }
     let is_folder = text.starts_with(['.', '/']);
     let path = Path::new(text.split('?').next().unwrap_or(text));
@@ -297,33 +430,48 @@ fn flake(input: &Text) -> Result<String, UsageError> {
 
 /// Nix looks for `flake.nix` in the folders above too.
 fn in_a_flake(path: &Path) -> bool {
-    path.canonicalize().is_ok_and(|path| path.ancestors().any(|folder| folder.join("flake.nix").is_file()))
+    path.canonicalize().is_ok_and(|path| {
+        path.ancestors()
+            .any(|folder| folder.join("flake.nix").is_file())
+    })
 }
 
 fn attribute(input: &Text) -> Result<AttributePath, UsageError> {
     let text = input.get().unwrap_or("checks");
     attribute_path(text).ok_or_else(|| {
-        UsageError::new("flake-attr", format!("is no attribute path: `{}`", one_line(text, 100)))
-            .with_hint("Give names with dots between them, such as `checks.x86_64-linux`.")
+        UsageError::new(
+            "flake-attr",
+            format!("is no attribute path: `{}`", one_line(text, 100)),
+        )
+        .with_hint("Give names with dots between them, such as `checks.x86_64-linux`.")
     })
 }
 
 fn systems(input: &Text) -> Result<Systems, UsageError> {
     let text = input.get().unwrap_or("auto");
-    let words: Vec<String> =
-        text.split([' ', ',', '\n', '\t']).filter(|word| !word.is_empty()).map(str::to_owned).collect();
+    let words: Vec<String> = text
+        .split([' ', ',', '\n', '\t'])
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["auto"] => return Ok(Systems::Auto),
         ["all"] => return Ok(Systems::All),
         _ => (),
     }
     let odd = |word: &&String| {
-        !word.contains('-') || !word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
+        !word.contains('-')
+            || !word
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
     };
     match words.iter().find(odd) {
         None => Ok(Systems::These(words)),
-        Some(word) => Err(UsageError::new("systems", format!("is no system: `{}`", one_line(word, 60)))
-            .with_hint("Give systems such as `x86_64-linux`, or `all`, or `auto`.")),
+        Some(word) => Err(UsageError::new(
+            "systems",
+            format!("is no system: `{}`", one_line(word, 60)),
+        )
+        .with_hint("Give systems such as `x86_64-linux`, or `all`, or `auto`.")),
     }
 }
 
@@ -337,7 +485,8 @@ fn at_least_one(name: &str, input: &Text) -> Result<Option<usize>, UsageError> {
 fn arguments(input: &Text) -> Result<Vec<String>, UsageError> {
     let text = input.get().unwrap_or_default();
     shlex::split(text).ok_or_else(|| {
-        UsageError::new("nix-args", "has a quote that does not end").with_hint("Write the words as for a shell.")
+        UsageError::new("nix-args", "has a quote that does not end")
+            .with_hint("Write the words as for a shell.")
     })
 }
 
@@ -346,10 +495,15 @@ fn memory_folder(input: &Text, env: &Env) -> Result<Option<PathBuf>, UsageError>
         let folder = PathBuf::from(text);
         if folder.is_file() {
             let problem = format!("is a file, not a folder: `{}`", one_line(text, 200));
-            return Err(UsageError::new("evaluation-memory-folder", problem).with_hint("Name a folder; it is made."));
+            return Err(UsageError::new("evaluation-memory-folder", problem)
+                .with_hint("Name a folder; it is made."));
         }
         return Ok(Some(folder));
     }
-    let cache = env.path("XDG_CACHE_HOME").or_else(|| env.path("HOME").map(|home| home.join(".cache")));
-    Ok(cache.filter(|cache| cache.is_absolute()).map(|cache| cache.join("flywheel/evaluation")))
+    let cache = env
+        .path("XDG_CACHE_HOME")
+        .or_else(|| env.path("HOME").map(|home| home.join(".cache")));
+    Ok(cache
+        .filter(|cache| cache.is_absolute())
+        .map(|cache| cache.join("flywheel/evaluation")))
 }

@@ -32,7 +32,13 @@ pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize
     }
     let Some(other) = moment.other else {
         // Alone; half is left for the second lane, while there may be a use for it.
-        return Some(jobs.map(|jobs| if moment.all_known { jobs } else { jobs.div_ceil(2) }));
+        return Some(jobs.map(|jobs| {
+            if moment.all_known {
+                jobs
+            } else {
+                jobs.div_ceil(2)
+            }
+        }));
     };
     if !(moment.all_known || moment.waiting >= MANY || moment.running >= LONG) {
         return None;
@@ -41,7 +47,9 @@ pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize
         (None, _) => Some(None),
         // No builds here at all: remote builders do everything, and have bounds of their own.
         (Some(0), _) => Some(Some(0)),
-        (Some(jobs), other) => Some(jobs.saturating_sub(other.unwrap_or(jobs))).filter(|left| *left > 0).map(Some),
+        (Some(jobs), other) => Some(jobs.saturating_sub(other.unwrap_or(jobs)))
+            .filter(|left| *left > 0)
+            .map(Some),
     }
 }
 
@@ -49,33 +57,75 @@ pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize
 mod tests {
     use super::*;
 
-    const QUIET: Moment = Moment { waiting: 3, all_known: false, other: None, running: Duration::ZERO };
+    const QUIET: Moment = Moment {
+        waiting: 3,
+        all_known: false,
+        other: None,
+        running: Duration::ZERO,
+    };
 
     #[test]
     fn the_first_lane_starts_at_once() {
         assert_eq!(start(None, &QUIET), Some(None));
         assert_eq!(start(Some(5), &QUIET), Some(Some(3)));
-        assert_eq!(start(Some(5), &Moment { all_known: true, ..QUIET }), Some(Some(5)));
-        assert_eq!(start(None, &Moment { waiting: 0, ..QUIET }), None);
+        assert_eq!(
+            start(
+                Some(5),
+                &Moment {
+                    all_known: true,
+                    ..QUIET
+                }
+            ),
+            Some(Some(5))
+        );
+        assert_eq!(
+            start(
+                None,
+                &Moment {
+                    waiting: 0,
+                    ..QUIET
+                }
+            ),
+            None
+        );
     }
 
     #[test]
     fn both_lanes_together_keep_to_what_was_asked_for() {
         for jobs in 1..=64 {
             let first = start(Some(jobs), &QUIET).flatten().expect("starts");
-            let second = start(Some(jobs), &Moment { all_known: true, other: Some(Some(first)), ..QUIET });
+            let second = start(
+                Some(jobs),
+                &Moment {
+                    all_known: true,
+                    other: Some(Some(first)),
+                    ..QUIET
+                },
+            );
             assert_eq!(first + second.flatten().unwrap_or(0), jobs);
         }
     }
 
     #[test]
     fn the_second_lane_waits_for_a_reason() {
-        let beside = Moment { other: Some(None), ..QUIET };
+        let beside = Moment {
+            other: Some(None),
+            ..QUIET
+        };
         assert_eq!(start(None, &beside), None);
         for reason in [
-            Moment { all_known: true, ..beside },
-            Moment { waiting: MANY, ..beside },
-            Moment { running: LONG, ..beside },
+            Moment {
+                all_known: true,
+                ..beside
+            },
+            Moment {
+                waiting: MANY,
+                ..beside
+            },
+            Moment {
+                running: LONG,
+                ..beside
+            },
         ] {
             assert_eq!(start(None, &reason), Some(None), "{reason:?}");
         }

@@ -61,8 +61,8 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let decision = job::judge(&plan.job, &secrets, env);
     let screen = Screen::new(&workflow);
     // Before anything is made that would have to be removed.
-    let mut signals =
-        Signals::listen().map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
+    let mut signals = Signals::listen()
+        .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
     let private = PrivateFolder::create(&job::private_base(env))?;
     job::introduce(&plan.job, &decision, &workflow);
     let work = Work {
@@ -74,7 +74,13 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         screen: &screen,
         private: private.path(),
     };
-    let ended = FlakeChecks { plan: &plan, work, workflow }.run(&mut signals).await;
+    let ended = FlakeChecks {
+        plan: &plan,
+        work,
+        workflow,
+    }
+    .run(&mut signals)
+    .await;
     screen.finish();
     if let Err(failure) = &ended {
         job::tell_not_started(&**failure, env, "nothing was checked");
@@ -111,9 +117,16 @@ impl FlakeChecks<'_> {
         ended
     }
 
-    async fn run_prepared(&self, prepared: &mut Prepared, signals: &mut Signals) -> Result<Exit, Failure> {
+    async fn run_prepared(
+        &self,
+        prepared: &mut Prepared,
+        signals: &mut Signals,
+    ) -> Result<Exit, Failure> {
         let nix = prepared.nix();
-        let mut teller = Teller::new(&self.workflow, check_runs::start(self.plan, &self.work, &self.workflow));
+        let mut teller = Teller::new(
+            &self.workflow,
+            check_runs::start(self.plan, &self.work, &self.workflow),
+        );
         // What is asked of Nix impurely, about the source alone, is asked before the job's processes are watched.
         let open = Prospect::open(self.plan, &nix, self.work.env, &self.work.sink);
         let opened = tokio::select! {
@@ -126,7 +139,9 @@ impl FlakeChecks<'_> {
             Some((Err(failure), _)) => return self.give_up(teller, failure).await,
             None => {
                 let at = Instant::now() + STOPPED_LIMIT;
-                teller.close(check_runs::cancelled(), at, &CancellationToken::new()).await;
+                teller
+                    .close(check_runs::cancelled(), at, &CancellationToken::new())
+                    .await;
                 return Ok(self.cancelled_early());
             }
         };
@@ -141,20 +156,39 @@ impl FlakeChecks<'_> {
             },
         };
         let span = Span::begin();
-        let ran = match self.check(prospect, prepared, store, &mut teller, signals).await {
+        let ran = match self
+            .check(prospect, prepared, store, &mut teller, signals)
+            .await
+        {
             Ok(ran) => ran,
             Err(failure) => return self.give_up(teller, failure).await,
         };
         let spent = span.end().await;
         let published = Instant::now();
         if let Some(watch) = &mut watch {
-            let built = ran.outs.iter().filter(|out| is_there(out)).filter_map(Out::paths);
-            watch.add_results(built.flatten().filter(|path| path.to_path().symlink_metadata().is_ok()));
+            let built = ran
+                .outs
+                .iter()
+                .filter(|out| is_there(out))
+                .filter_map(Out::paths);
+            watch.add_results(
+                built
+                    .flatten()
+                    .filter(|path| path.to_path().symlink_metadata().is_ok()),
+            );
         }
         if ran.end == End::Whole && verdict(&ran).1 == 0 {
-            self.work.check(prepared, watch.as_ref(), Path::new(&self.plan.flake), signals).await;
+            self.work
+                .check(
+                    prepared,
+                    watch.as_ref(),
+                    Path::new(&self.plan.flake),
+                    signals,
+                )
+                .await;
         }
-        let ((harvest, publication), told) = self.finish(prepared, watch, teller, &ran, signals).await;
+        let ((harvest, publication), told) =
+            self.finish(prepared, watch, teller, &ran, signals).await;
         self.say_of_check_runs(told);
         tokio::select! {
             biased;
@@ -162,7 +196,12 @@ impl FlakeChecks<'_> {
             () = self.collect(prepared, &ran) => (),
         }
         let job = self.told(prepared, &ran, &harvest, publication);
-        let job = Job { publish: published.elapsed(), peak: spent.peak, limit: spent.limit, ..job };
+        let job = Job {
+            publish: published.elapsed(),
+            peak: spent.peak,
+            limit: spent.limit,
+            ..job
+        };
         self.tell(&job, &ran);
         Ok(Exit::Command(job.exit_code))
     }
@@ -177,7 +216,11 @@ impl FlakeChecks<'_> {
         signals: &mut Signals,
     ) -> ((Harvest, Option<Publication>), Option<board::Told>) {
         let cancel = CancellationToken::new();
-        let mut closing = pin!(teller.close(check_runs::aggregate(ran), check_runs::deadline(ran), &cancel));
+        let mut closing = pin!(teller.close(
+            check_runs::aggregate(ran),
+            check_runs::deadline(ran),
+            &cancel
+        ));
         let mut told = None;
         let stopped = match ran.end {
             End::Stopped(_, at) => Some(at),
@@ -186,8 +229,14 @@ impl FlakeChecks<'_> {
         let published = {
             // Links of other tools are no results of this run.
             let folder = self.work.private;
-            let mut publishing =
-                pin!(self.work.deliver_in_time(watch, &prepared.cache, folder, stopped, &cancel, &mut *signals));
+            let mut publishing = pin!(self.work.deliver_in_time(
+                watch,
+                &prepared.cache,
+                folder,
+                stopped,
+                &cancel,
+                &mut *signals
+            ));
             loop {
                 tokio::select! {
                     published = &mut publishing => break published,
@@ -211,7 +260,13 @@ impl FlakeChecks<'_> {
     /// There is nothing to check: the Check Run that stands for all says why.
     async fn give_up(&self, teller: Teller, failure: Failure) -> Result<Exit, Failure> {
         let at = Instant::now() + STOPPED_LIMIT;
-        teller.close(check_runs::of_failure(&*failure), at, &CancellationToken::new()).await;
+        teller
+            .close(
+                check_runs::of_failure(&*failure),
+                at,
+                &CancellationToken::new(),
+            )
+            .await;
         Err(failure)
     }
 
@@ -231,14 +286,29 @@ impl FlakeChecks<'_> {
             stop = signals.next() => return Ok(Ran::nothing(End::Stopped(stop, Instant::now()))),
             names = prospect.names(self.plan, &nix) => names?,
         };
-        let native = prepared.in_force.as_ref().and_then(|found| native(&found.settings));
-        let names: Vec<Name> = all.iter().filter(|name| self.wants(name, native.as_ref())).cloned().collect();
+        let native = prepared
+            .in_force
+            .as_ref()
+            .and_then(|found| native(&found.settings));
+        let names: Vec<Name> = all
+            .iter()
+            .filter(|name| self.wants(name, native.as_ref()))
+            .cloned()
+            .collect();
         let outs: Vec<Out> = names.iter().map(|name| self.out(name)).collect();
         let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
-        self.workflow.say(&format!("flywheel: {} of {}", count(outs.len() as u64, "output"), self.plan.flake));
+        self.workflow.say(&format!(
+            "flywheel: {} of {}",
+            count(outs.len() as u64, "output"),
+            self.plan.flake
+        ));
         if outs.is_empty() {
-            let text = format!("`{}` has no outputs for the systems asked for", self.plan.installable(&[]));
-            self.workflow.annotate(Level::Warning, "nothing to check", &text);
+            let text = format!(
+                "`{}` has no outputs for the systems asked for",
+                self.plan.installable(&[])
+            );
+            self.workflow
+                .annotate(Level::Warning, "nothing to check", &text);
         }
         teller.announce(&outputs);
         let tree = tree(&prospect.source, self.work.env);
@@ -251,12 +321,21 @@ impl FlakeChecks<'_> {
         let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
         let outs = std::mem::take(&mut engine.outs);
         let wrong = prospect.remember(&outs, all, &self.work.sink);
-        Ok(Ran { outs, end, evaluation: evaluated - began, build: evaluated.elapsed(), remembered, wrong })
+        Ok(Ran {
+            outs,
+            end,
+            evaluation: evaluated - began,
+            build: evaluated.elapsed(),
+            remembered,
+            wrong,
+        })
     }
 
     fn wants(&self, name: &Name, native: Option<&BTreeSet<String>>) -> bool {
         let mut path = self.plan.attribute.iter().chain(&name.attr);
-        let Some(system) = path.find(|name| is_system(name)) else { return true };
+        let Some(system) = path.find(|name| is_system(name)) else {
+            return true;
+        };
         match &self.plan.systems {
             Systems::All => true,
             Systems::These(systems) => systems.contains(system),
@@ -265,7 +344,13 @@ impl FlakeChecks<'_> {
     }
 
     fn out(&self, name: &Name) -> Out {
-        let attribute: Vec<String> = self.plan.attribute.iter().chain(&name.attr).cloned().collect();
+        let attribute: Vec<String> = self
+            .plan
+            .attribute
+            .iter()
+            .chain(&name.attr)
+            .cloned()
+            .collect();
         let output = Output {
             label: name.label.clone(),
             attribute: attribute.join("."),
@@ -274,8 +359,19 @@ impl FlakeChecks<'_> {
         Out::new(name.clone(), output, self.plan.installable(&name.attr))
     }
 
-    fn told(&self, prepared: &Prepared, ran: &Ran, harvest: &Harvest, publication: Option<Publication>) -> Job {
-        let told = self.work.told(prepared, harvest, publication, self.work.plan.require_publish);
+    fn told(
+        &self,
+        prepared: &Prepared,
+        ran: &Ran,
+        harvest: &Harvest,
+        publication: Option<Publication>,
+    ) -> Job {
+        let told = self.work.told(
+            prepared,
+            harvest,
+            publication,
+            self.work.plan.require_publish,
+        );
         let (_, failed) = verdict(ran);
         let (outcome, exit_code) = match (ran.end, failed > 0 || !ran.wrong.is_empty()) {
             (End::Stopped(..), _) => (Outcome::Cancelled, 130),
@@ -283,7 +379,13 @@ impl FlakeChecks<'_> {
             (End::Whole, false) => (told.outcome, told.exit_code),
         };
         let command = ran.evaluation + ran.build;
-        Job { outcome, exit_code, command, heavy_lane: self.plan.heavy_lane.clone(), ..told }
+        Job {
+            outcome,
+            exit_code,
+            command,
+            heavy_lane: self.plan.heavy_lane.clone(),
+            ..told
+        }
     }
 
     /// Keeps the derivations of this run, and removes what else nothing needs.
@@ -292,24 +394,40 @@ impl FlakeChecks<'_> {
             return;
         }
         let nix = prepared.nix();
-        let derivations: Vec<StorePath> = ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
+        let derivations: Vec<StorePath> =
+            ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
         let name = Sha256::digest(format!("{}\n{}", self.plan.installable(&[]), self.place()));
-        let name: String = name[..10].iter().map(|byte| format!("{byte:02x}")).collect();
+        let name: String = name[..10]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         let kept = collect::keep(&nix, self.work.env.get("USER"), &name, &derivations);
         let collected = match kept {
-            Ok(()) => collect::collect(&nix).await.map_err(|error| error.to_string()),
+            Ok(()) => collect::collect(&nix)
+                .await
+                .map_err(|error| error.to_string()),
             Err(error) => Err(format!("the derivations cannot be kept: {error}")),
         };
         match collected {
-            Ok(said) => self.work.sink.note(format!("flywheel: the store was collected: {said}")),
-            Err(problem) => self.work.sink.degraded("gc", format!("the store was not collected: {problem}")),
+            Ok(said) => self
+                .work
+                .sink
+                .note(format!("flywheel: the store was collected: {said}")),
+            Err(problem) => self
+                .work
+                .sink
+                .degraded("gc", format!("the store was not collected: {problem}")),
         }
     }
 
     /// What tells this run's flake from that of another repository on the host.
     fn place(&self) -> String {
         let repository = self.work.env.get("GITHUB_REPOSITORY").map(str::to_owned);
-        let here = || Path::new(".").canonicalize().map(|folder| folder.display().to_string());
+        let here = || {
+            Path::new(".")
+                .canonicalize()
+                .map(|folder| folder.display().to_string())
+        };
         repository.unwrap_or_else(|| here().unwrap_or_default())
     }
 
@@ -322,7 +440,10 @@ impl FlakeChecks<'_> {
         ));
         if !told.missing.is_empty() {
             let names = one_line(&told.missing.join(", "), 500);
-            let text = format!("{} could not be shown: {names}. The summary has them.", told.missing.len());
+            let text = format!(
+                "{} could not be shown: {names}. The summary has them.",
+                told.missing.len()
+            );
             self.work.sink.degraded("check runs", text);
         }
     }
@@ -332,17 +453,27 @@ impl FlakeChecks<'_> {
             let text = format!(
                 "what was remembered of `{label}` is not what it evaluates to; the memory is corrected. Please report it: this must not happen"
             );
-            self.workflow.annotate(Level::Error, "evaluation memory", &text);
+            self.workflow
+                .annotate(Level::Error, "evaluation memory", &text);
         }
         let ended = ran.ended();
         let files = Files::from_env(self.work.env);
         self.mark_lines(&ended);
         self.write_files(&ended);
-        self.workflow.say(&format!("flywheel: {}", summary::closing_line(&ended)));
-        let of_run = [("evaluation-seconds", ran.evaluation), ("build-seconds", ran.build)];
+        self.workflow
+            .say(&format!("flywheel: {}", summary::closing_line(&ended)));
+        let of_run = [
+            ("evaluation-seconds", ran.evaluation),
+            ("build-seconds", ran.build),
+        ];
         let of_run = of_run.map(|(name, time)| (name, format!("{:.3}", time.as_secs_f64())));
-        let of =
-            |conclusion| ended.iter().filter(|(_, verdict)| verdict.conclusion() == conclusion).count().to_string();
+        let of = |conclusion| {
+            ended
+                .iter()
+                .filter(|(_, verdict)| verdict.conclusion() == conclusion)
+                .count()
+                .to_string()
+        };
         let counts = [
             ("outputs", ended.len().to_string()),
             ("succeeded", of(Conclusion::Success)),
@@ -356,7 +487,11 @@ impl FlakeChecks<'_> {
             written = written.and_then(|()| files.set_output(name, &value));
         }
         if let Err(error) = written {
-            self.workflow.annotate(Level::Warning, "report", &format!("the report could not be written: {error}"));
+            self.workflow.annotate(
+                Level::Warning,
+                "report",
+                &format!("the report could not be written: {error}"),
+            );
         }
         Told::of(job).tell(&self.workflow, &files);
     }
@@ -366,15 +501,30 @@ impl FlakeChecks<'_> {
         for (output, verdict) in ended {
             if let (Some(place), Some(text)) = (verdict.cause.place(), annotation(verdict)) {
                 let title = one_line(&output.label, 100);
-                self.workflow.annotate_line(Level::Error, &title, &text, &place.file, place.line, place.column);
+                self.workflow.annotate_line(
+                    Level::Error,
+                    &title,
+                    &text,
+                    &place.file,
+                    place.line,
+                    place.column,
+                );
             }
         }
     }
 
     /// Writes the files that other tools read. That one cannot be written is said, and changes nothing.
     fn write_files(&self, ended: &[summary::Ended<'_>]) {
-        let junit = self.plan.junit.as_ref().map(|file| (file, files::junit(&self.plan.check_name, ended)));
-        let lines = self.plan.json_lines.as_ref().map(|file| (file, files::json_lines(ended)));
+        let junit = self
+            .plan
+            .junit
+            .as_ref()
+            .map(|file| (file, files::junit(&self.plan.check_name, ended)));
+        let lines = self
+            .plan
+            .json_lines
+            .as_ref()
+            .map(|file| (file, files::json_lines(ended)));
         for (file, text) in junit.into_iter().chain(lines) {
             if let Err(error) = std::fs::write(file, text) {
                 let text = format!("`{}` could not be written: {error}", file.display());
@@ -386,9 +536,14 @@ impl FlakeChecks<'_> {
     /// The run was cancelled before there was anything to check.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
-        self.workflow.say("flywheel: cancelled before anything was evaluated; nothing is lost");
+        self.workflow
+            .say("flywheel: cancelled before anything was evaluated; nothing is lost");
         if let Err(error) = job::set_outcome(self.work.env, Outcome::Cancelled, exit) {
-            self.workflow.annotate(Level::Warning, "report", &format!("the outputs could not be written: {error}"));
+            self.workflow.annotate(
+                Level::Warning,
+                "report",
+                &format!("the outputs could not be written: {error}"),
+            );
         }
         exit
     }
@@ -397,7 +552,10 @@ impl FlakeChecks<'_> {
 impl Ran {
     /// The outputs with their verdicts.
     fn ended(&self) -> Vec<summary::Ended<'_>> {
-        self.outs.iter().filter_map(|out| Some((&out.output, out.verdict.as_ref()?))).collect()
+        self.outs
+            .iter()
+            .filter_map(|out| Some((&out.output, out.verdict.as_ref()?)))
+            .collect()
     }
 
     fn nothing(end: End) -> Self {
@@ -415,7 +573,9 @@ impl Ran {
 /// How many outputs have ended, and how many of them failed.
 fn verdict(ran: &Ran) -> (usize, usize) {
     let failed = ran.outs.iter().filter_map(|out| out.verdict.as_ref());
-    let failed = failed.filter(|verdict| verdict.conclusion() == Conclusion::Failure).count();
+    let failed = failed
+        .filter(|verdict| verdict.conclusion() == Conclusion::Failure)
+        .count();
     (ran.outs.len(), failed)
 }
 
@@ -427,9 +587,14 @@ fn is_there(out: &Out) -> bool {
 
 /// Whether a name of an attribute path names a system.
 fn is_system(name: &str) -> bool {
-    const KERNELS: [&str; 9] = ["linux", "darwin", "freebsd", "netbsd", "openbsd", "windows", "cygwin", "none", "wasi"];
+    const KERNELS: [&str; 9] = [
+        "linux", "darwin", "freebsd", "netbsd", "openbsd", "windows", "cygwin", "none", "wasi",
+    ];
     name.rsplit_once('-').is_some_and(|(cpu, kernel)| {
-        let cpu = !cpu.is_empty() && cpu.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+        let cpu = !cpu.is_empty()
+            && cpu
+                .chars()
+                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
         cpu && KERNELS.iter().any(|name| kernel.starts_with(name))
     })
 }
@@ -444,20 +609,43 @@ fn native(settings: &Settings) -> Option<BTreeSet<String>> {
         Some(file) => std::fs::read_to_string(file.trim()).unwrap_or_default(),
         None => builders,
     };
-    let machines = text.split([';', '\n']).map(|line| line.split('#').next().unwrap_or_default());
+    let machines = text
+        .split([';', '\n'])
+        .map(|line| line.split('#').next().unwrap_or_default());
     let listed = machines.filter_map(|machine| machine.split_whitespace().nth(1));
-    systems.extend(listed.flat_map(|list| list.split(',')).filter(|word| is_system(word)).map(str::to_owned));
+    systems.extend(
+        listed
+            .flat_map(|list| list.split(','))
+            .filter(|word| is_system(word))
+            .map(str::to_owned),
+    );
     Some(systems)
 }
 
 /// Where the flake's files are in the repository: a `path:` flake's tree begins at its own folder.
 fn tree(source: &Source, env: &Env) -> Tree {
     let is_path = source.locked.get("type").is_some_and(|kind| kind == "path");
-    let workspace = env.path("GITHUB_WORKSPACE").or_else(|| Path::new(".").canonicalize().ok());
+    let workspace = env
+        .path("GITHUB_WORKSPACE")
+        .or_else(|| Path::new(".").canonicalize().ok());
     let prefix = workspace.filter(|_| is_path).and_then(|workspace| {
-        let folder = source.resolved.strip_prefix("path:")?.split('?').next()?.to_owned();
+        let folder = source
+            .resolved
+            .strip_prefix("path:")?
+            .split('?')
+            .next()?
+            .to_owned();
         let below = Path::new(&folder).canonicalize().ok()?;
-        Some(below.strip_prefix(workspace.canonicalize().ok()?).ok()?.to_string_lossy().into_owned())
+        Some(
+            below
+                .strip_prefix(workspace.canonicalize().ok()?)
+                .ok()?
+                .to_string_lossy()
+                .into_owned(),
+        )
     });
-    Tree { store: source.path.clone(), prefix: prefix.unwrap_or_default() }
+    Tree {
+        store: source.path.clone(),
+        prefix: prefix.unwrap_or_default(),
+    }
 }

@@ -54,7 +54,8 @@ impl Out {
 
     /// Work on it begins, if it has not before.
     pub fn begin(&mut self) {
-        self.begun.get_or_insert_with(|| (SystemTime::now(), Instant::now()));
+        self.begun
+            .get_or_insert_with(|| (SystemTime::now(), Instant::now()));
     }
 
     /// Its build begins: that is what is timed from here on.
@@ -69,15 +70,24 @@ impl Out {
 
     /// Ends it.
     pub fn end(&mut self, cause: Cause, log_tail: Vec<String>) -> &Verdict {
-        let (at, since) = self.begun.unwrap_or_else(|| (SystemTime::now(), Instant::now()));
+        let (at, since) = self
+            .begun
+            .unwrap_or_else(|| (SystemTime::now(), Instant::now()));
         self.verdict.insert(Verdict {
             cause,
             derivation: self.facts.as_ref().map(|facts| facts.drv.clone()),
-            out_paths: self.facts.iter().flat_map(|facts| facts.outs.values().cloned()).collect(),
+            out_paths: self
+                .facts
+                .iter()
+                .flat_map(|facts| facts.outs.values().cloned())
+                .collect(),
             log_tail,
             started_at: at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             took: since.elapsed(),
-            reproduce: format!("nix build {}", shlex::try_quote(&self.installable).unwrap_or_default()),
+            reproduce: format!(
+                "nix build {}",
+                shlex::try_quote(&self.installable).unwrap_or_default()
+            ),
         })
     }
 }
@@ -111,8 +121,16 @@ pub(super) struct Tree {
 impl Tree {
     /// A place of the tree, as a place of the repository.
     pub fn place(&self, at: &At) -> Place {
-        let file = if self.prefix.is_empty() { at.file.clone() } else { format!("{}/{}", self.prefix, at.file) };
-        Place { file, line: at.line, column: at.column }
+        let file = if self.prefix.is_empty() {
+            at.file.clone()
+        } else {
+            format!("{}/{}", self.prefix, at.file)
+        };
+        Place {
+            file,
+            line: at.line,
+            column: at.column,
+        }
     }
 
     /// The line that a hash stands on, in any of the ways to write it. Reads files: not for a thread that must
@@ -126,7 +144,9 @@ impl Tree {
         let mut looked = 0;
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-                let Ok(kind) = entry.file_type() else { continue };
+                let Ok(kind) = entry.file_type() else {
+                    continue;
+                };
                 if kind.is_dir() {
                     folders.push(entry.path());
                 } else if kind.is_file() && looked < FILES {
@@ -149,28 +169,44 @@ impl Tree {
             let column = forms.iter().find_map(|form| line.find(form.as_str()))?;
             Some((n, column))
         })?;
-        let name = file.strip_prefix(&self.store).ok()?.to_string_lossy().into_owned();
-        Some(At { file: name, line: u32::try_from(n + 1).ok()?, column: u32::try_from(column + 1).ok() })
+        let name = file
+            .strip_prefix(&self.store)
+            .ok()?
+            .to_string_lossy()
+            .into_owned();
+        Some(At {
+            file: name,
+            line: u32::try_from(n + 1).ok()?,
+            column: u32::try_from(column + 1).ok(),
+        })
     }
 }
 
 /// Why an output that has no derivation failed.
 pub(super) fn of_evaluation(failure: &Failure, tree: &Tree) -> Cause {
     match failure {
-        Failure::Evaluation { text, place } => {
-            Cause::Evaluation { text: text.clone(), place: place.as_ref().map(|at| tree.place(at)) }
-        }
-        Failure::OutOfMemory { needed, limit } => Cause::OutOfMemory { needed_bytes: *needed, limit_bytes: *limit },
+        Failure::Evaluation { text, place } => Cause::Evaluation {
+            text: text.clone(),
+            place: place.as_ref().map(|at| tree.place(at)),
+        },
+        Failure::OutOfMemory { needed, limit } => Cause::OutOfMemory {
+            needed_bytes: *needed,
+            limit_bytes: *limit,
+        },
     }
 }
 
 /// Why an output failed whose own build, or one that it needs, did. `is_own`: whether it is its own.
 pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
     match (&failure.kind, &failure.derivation) {
-        (Kind::HashMismatch { specified, got }, _) => {
-            Cause::HashMismatch { specified: specified.clone(), got: got.clone(), place: tree.find_hash(specified) }
-        }
-        (_, Some(derivation)) if !is_own => Cause::Dependency { derivation: derivation.to_string() },
+        (Kind::HashMismatch { specified, got }, _) => Cause::HashMismatch {
+            specified: specified.clone(),
+            got: got.clone(),
+            place: tree.find_hash(specified),
+        },
+        (_, Some(derivation)) if !is_own => Cause::Dependency {
+            derivation: derivation.to_string(),
+        },
         _ => Cause::Build,
     }
 }
@@ -185,11 +221,22 @@ mod tests {
         std::fs::create_dir(folder.path().join("sub")).expect("made");
         let sri = "sha256-WJG1tSLV3whtD/CxEPvZ0hu0/HFjrzTQgoai6Eb2vgM=";
         let hash = Sha256::parse(sri).expect("a hash");
-        let tree = Tree { store: folder.path().into(), prefix: "nix".into() };
+        let tree = Tree {
+            store: folder.path().into(),
+            prefix: "nix".into(),
+        };
         assert_eq!(tree.find_hash(sri), None);
         for form in [sri.to_owned(), hash.base32(), hash.base16()] {
-            std::fs::write(folder.path().join("sub/a.nix"), format!("# x\n  hash = \"{form}\";\n")).expect("written");
-            let expected = Place { file: "nix/sub/a.nix".into(), line: 2, column: Some(11) };
+            std::fs::write(
+                folder.path().join("sub/a.nix"),
+                format!("# x\n  hash = \"{form}\";\n"),
+            )
+            .expect("written");
+            let expected = Place {
+                file: "nix/sub/a.nix".into(),
+                line: 2,
+                column: Some(11),
+            };
             assert_eq!(tree.find_hash(sri), Some(expected), "{form}");
         }
     }

@@ -30,7 +30,13 @@ pub(super) struct Teller {
 impl Teller {
     /// `board`: the Check Runs, if there are any.
     pub fn new(workflow: &Workflow, board: Option<Board>) -> Self {
-        Self { workflow: workflow.clone(), board, many: false, building: 0, last: Instant::now() }
+        Self {
+            workflow: workflow.clone(),
+            board,
+            many: false,
+            building: 0,
+            last: Instant::now(),
+        }
     }
 
     /// The outputs are known by name.
@@ -58,7 +64,12 @@ impl Teller {
         if self.many && !is_failure {
             return;
         }
-        let line = format!("{} {}: {}", sign(verdict.conclusion()), one_line(&output.label, 100), title(verdict));
+        let line = format!(
+            "{} {}: {}",
+            sign(verdict.conclusion()),
+            one_line(&output.label, 100),
+            title(verdict)
+        );
         if !is_failure || verdict.log_tail.is_empty() {
             return self.workflow.say(&line);
         }
@@ -66,14 +77,23 @@ impl Teller {
         let skipped = verdict.log_tail.len().saturating_sub(SHOWN);
         for line in &verdict.log_tail[skipped..] {
             // Whatever a build prints, the bar keeps it from being a command.
-            self.workflow.say(&format!("| {}", shorten(&without_ansi(line).replace(['\r', '\n'], " "), 2000)));
+            self.workflow.say(&format!(
+                "| {}",
+                shorten(&without_ansi(line).replace(['\r', '\n'], " "), 2000)
+            ));
         }
-        self.workflow.say(&format!("| by hand: {}", one_line(&verdict.reproduce, 500)));
+        self.workflow
+            .say(&format!("| by hand: {}", one_line(&verdict.reproduce, 500)));
         self.workflow.end_group();
     }
 
     /// Ends the Check Runs, until `deadline`, and soon once `stop` is cancelled.
-    pub async fn close(self, aggregate: Aggregate, deadline: Instant, stop: &CancellationToken) -> Option<Told> {
+    pub async fn close(
+        self,
+        aggregate: Aggregate,
+        deadline: Instant,
+        stop: &CancellationToken,
+    ) -> Option<Told> {
         Some(self.board?.close(aggregate, deadline.into(), stop).await)
     }
 
@@ -93,7 +113,10 @@ impl Teller {
         }
         self.last = Instant::now();
         let ended = outs.iter().filter(|out| out.verdict.is_some()).count();
-        let known = outs.iter().filter(|out| out.facts.is_some() || out.verdict.is_some()).count();
+        let known = outs
+            .iter()
+            .filter(|out| out.facts.is_some() || out.verdict.is_some())
+            .count();
         self.workflow.say(&format!(
             "flywheel: {ended} of {} outputs have a verdict, {known} are evaluated, {} builds of outputs have begun",
             outs.len(),

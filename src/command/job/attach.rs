@@ -48,20 +48,34 @@ impl Cache {
     /// Its address as Nix has it, without credentials.
     pub fn address(&self) -> Option<String> {
         let store = || self.store.as_ref().map(StoreUrl::to_string);
-        self.endpoint.as_ref().map(Endpoint::substituter).or_else(store)
+        self.endpoint
+            .as_ref()
+            .map(Endpoint::substituter)
+            .or_else(store)
     }
 
     /// Why it takes nothing, if it was to be used and was left out.
     pub fn refusal(&self) -> Option<String> {
         match &self.state {
-            CacheState::LeftOut { layer, text } => Some(format!("the cache was left out (layer `{layer}`): {text}")),
+            CacheState::LeftOut { layer, text } => {
+                Some(format!("the cache was left out (layer `{layer}`): {text}"))
+            }
             CacheState::Attached | CacheState::Off | CacheState::NotNamed => None,
         }
     }
 
     fn none(state: CacheState) -> Self {
         let (probe, public_key) = (Probe::default(), None);
-        Self { endpoint: None, store: None, skipped: None, state, probe, token: None, public_key, serving: None }
+        Self {
+            endpoint: None,
+            store: None,
+            skipped: None,
+            state,
+            probe,
+            token: None,
+            public_key,
+            serving: None,
+        }
     }
 
     /// Ends our own server, if there is one.
@@ -90,41 +104,84 @@ pub async fn attach(
             public_key: key.cloned(),
             ..Cache::none(CacheState::Attached)
         },
-        Source::Server(endpoint) => try_out(endpoint.clone(), key.cloned(), token.cloned(), clients).await,
+        Source::Server(endpoint) => {
+            try_out(endpoint.clone(), key.cloned(), token.cloned(), clients).await
+        }
         Source::Embedded { folder, cache } => match embed(folder, cache).await {
             Ok(embedded) => {
-                let cache = try_out(embedded.endpoint, Some(embedded.key), embedded.token, clients).await;
-                Cache { serving: Some(embedded.serving), ..cache }
+                let cache = try_out(
+                    embedded.endpoint,
+                    Some(embedded.key),
+                    embedded.token,
+                    clients,
+                )
+                .await;
+                Cache {
+                    serving: Some(embedded.serving),
+                    ..cache
+                }
             }
-            Err(text) => Cache::none(CacheState::LeftOut { layer: "cache", text }),
+            Err(text) => Cache::none(CacheState::LeftOut {
+                layer: "cache",
+                text,
+            }),
         },
     };
     tell(&cache, sink);
     cache
 }
 
-async fn try_out(endpoint: Endpoint, key: Option<PublicKey>, token: Option<Secret>, clients: &Clients) -> Cache {
+async fn try_out(
+    endpoint: Endpoint,
+    key: Option<PublicKey>,
+    token: Option<Secret>,
+    clients: &Clients,
+) -> Cache {
     let names = Names::default();
-    let probe = probe::probe(&endpoint, token.as_ref(), &clients.asking, &names, probe::DEADLINE).await;
+    let probe = probe::probe(
+        &endpoint,
+        token.as_ref(),
+        &clients.asking,
+        &names,
+        probe::DEADLINE,
+    )
+    .await;
     let state = match &probe.failed {
         None => CacheState::Attached,
-        Some((layer, text)) => CacheState::LeftOut { layer: layer.word(), text: text.clone() },
+        Some((layer, text)) => CacheState::LeftOut {
+            layer: layer.word(),
+            text: text.clone(),
+        },
     };
-    Cache { endpoint: Some(endpoint), probe, token, public_key: key, ..Cache::none(state) }
+    Cache {
+        endpoint: Some(endpoint),
+        probe,
+        token,
+        public_key: key,
+        ..Cache::none(state)
+    }
 }
 
 fn tell(cache: &Cache, sink: &Sink) {
     if let CacheState::LeftOut { layer, text } = &cache.state {
-        sink.degraded("cache", format!("left out, the layer `{layer}` failed: {text}"));
+        sink.degraded(
+            "cache",
+            format!("left out, the layer `{layer}` failed: {text}"),
+        );
         return;
     }
     if !cache.is_attached() {
         return;
     }
-    let announced = cache.probe.config.as_ref().and_then(|config| config.public_key.as_ref());
+    let announced = cache
+        .probe
+        .config
+        .as_ref()
+        .and_then(|config| config.public_key.as_ref());
     match (&cache.public_key, announced) {
         (None, announced) => {
-            let line = announced.map(|key| format!(" (`attic-public-key: {key}` is what the cache announces)"));
+            let line = announced
+                .map(|key| format!(" (`attic-public-key: {key}` is what the cache announces)"));
             let line = line.unwrap_or_default();
             sink.degraded(
                 "cache",
@@ -144,7 +201,9 @@ fn tell(cache: &Cache, sink: &Sink) {
         _ => Vec::new(),
     };
     for stranger in strangers {
-        sink.note(format!("the cache names {stranger}; Flywheel stays on the address that you gave"));
+        sink.note(format!(
+            "the cache names {stranger}; Flywheel stays on the address that you gave"
+        ));
     }
 }
 
@@ -157,14 +216,34 @@ struct Embedded {
 }
 
 async fn embed(folder: &Path, cache: &CacheName) -> Result<Embedded, String> {
-    let (folder, options) = (folder.to_owned(), Options { caches: vec![cache.clone()], ..Options::default() });
+    let (folder, options) = (
+        folder.to_owned(),
+        Options {
+            caches: vec![cache.clone()],
+            ..Options::default()
+        },
+    );
     // Opening a folder syncs it to the disk, which may take its time.
     let opened = tokio::task::spawn_blocking(move || Server::open(&folder, options)).await;
-    let server = opened.map_err(|error| error.to_string())?.map_err(|error| format!("the embedded cache: {error}"))?;
-    let listener = TcpListener::bind(("127.0.0.1", 0)).await.map_err(|error| format!("the embedded cache: {error}"))?;
-    let serving = server.serve(listener).map_err(|error| format!("the embedded cache: {error}"))?;
+    let server = opened
+        .map_err(|error| error.to_string())?
+        .map_err(|error| format!("the embedded cache: {error}"))?;
+    let listener = TcpListener::bind(("127.0.0.1", 0))
+        .await
+        .map_err(|error| format!("the embedded cache: {error}"))?;
+    let serving = server
+        .serve(listener)
+        .map_err(|error| format!("the embedded cache: {error}"))?;
     let token = serving.write_token().cloned();
-    let key = serving.public_key(cache.as_str()).cloned().ok_or("the embedded cache has no key")?;
+    let key = serving
+        .public_key(cache.as_str())
+        .cloned()
+        .ok_or("the embedded cache has no key")?;
     let url = Url::parse(&serving.url()).map_err(|error| error.to_string())?;
-    Ok(Embedded { serving, endpoint: Endpoint::new(url, cache.clone()), key, token })
+    Ok(Embedded {
+        serving,
+        endpoint: Endpoint::new(url, cache.clone()),
+        key,
+        token,
+    })
 }

@@ -36,7 +36,9 @@ mod tests {
     use crate::nix::hash::Sha256;
 
     fn path(letter: char) -> StorePath {
-        format!("/nix/store/{}-x", letter.to_string().repeat(32)).parse().expect("valid")
+        format!("/nix/store/{}-x", letter.to_string().repeat(32))
+            .parse()
+            .expect("valid")
     }
 
     fn info(letter: char, references: &str) -> PathInfo {
@@ -54,16 +56,38 @@ mod tests {
 
     fn divided(closed: &mut Closed, infos: Vec<PathInfo>) -> [String; 2] {
         let (whole, open) = closed.divide(infos);
-        [whole, open].map(|infos| infos.iter().map(|info| info.path.to_string().as_bytes()[11] as char).collect())
+        [whole, open].map(|infos| {
+            infos
+                .iter()
+                .map(|info| info.path.to_string().as_bytes()[11] as char)
+                .collect()
+        })
     }
 
     #[test]
     fn only_what_refers_to_something_not_given_must_be_asked_for() {
         let mut closed = Closed::default();
-        let batch = || vec![info('a', ""), info('b', "ab"), info('c', "z"), info('d', "bc")];
+        let batch = || {
+            vec![
+                info('a', ""),
+                info('b', "ab"),
+                info('c', "z"),
+                info('d', "bc"),
+            ]
+        };
         assert_eq!(divided(&mut closed, batch()), ["ab", "cd"]);
-        assert_eq!(divided(&mut closed, vec![info('f', "c")]), ["", "f"], "its closure is not known to be given");
+        assert_eq!(
+            divided(&mut closed, vec![info('f', "c")]),
+            ["", "f"],
+            "its closure is not known to be given"
+        );
         closed.add(&[info('z', ""), info('c', "z")]);
-        assert_eq!(divided(&mut closed, vec![info('d', "bc"), info('f', "d"), info('g', "y")]), ["df", "g"]);
+        assert_eq!(
+            divided(
+                &mut closed,
+                vec![info('d', "bc"), info('f', "d"), info('g', "y")]
+            ),
+            ["df", "g"]
+        );
     }
 }

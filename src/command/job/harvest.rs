@@ -41,8 +41,15 @@ impl Harvest {
         results: Vec<StorePath>,
     ) -> Result<Self, store::Error> {
         let found = store.added_since(mark).await?;
-        let mut harvest = Self { unreadable: found.unreadable, ..Self::default() };
-        let mut roots: BTreeSet<StorePath> = store.result_links(folder, begun).await?.into_iter().collect();
+        let mut harvest = Self {
+            unreadable: found.unreadable,
+            ..Self::default()
+        };
+        let mut roots: BTreeSet<StorePath> = store
+            .result_links(folder, begun)
+            .await?
+            .into_iter()
+            .collect();
         let (ours, unclear) = harvest.take(found.infos, clients);
         roots.extend(ours);
         roots.extend(results);
@@ -52,7 +59,9 @@ impl Harvest {
         harvest.wanted = closure.infos;
         // What a result needs is published, whoever added it, and then it is the job's.
         let wanted: BTreeSet<&StorePath> = harvest.wanted.iter().map(|info| &info.path).collect();
-        let (needed, left_out): (Vec<_>, Vec<_>) = unclear.into_iter().partition(|info| wanted.contains(&info.path));
+        let (needed, left_out): (Vec<_>, Vec<_>) = unclear
+            .into_iter()
+            .partition(|info| wanted.contains(&info.path));
         for info in &needed {
             harvest.count(info);
         }
@@ -63,7 +72,10 @@ impl Harvest {
     /// Counts the job's own paths; gives those to publish, and those of which it is unclear whose they are.
     fn take(&mut self, infos: Vec<PathInfo>, clients: &Clients) -> (Vec<StorePath>, Vec<PathInfo>) {
         // A derivation's closure is its build-time sources: nobody substitutes those.
-        let infos: Vec<PathInfo> = infos.into_iter().filter(|info| !info.path.is_derivation()).collect();
+        let infos: Vec<PathInfo> = infos
+            .into_iter()
+            .filter(|info| !info.path.is_derivation())
+            .collect();
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
         let (mut ours, mut unclear) = (Vec::new(), Vec::new());
         for (info, whose) in infos.into_iter().zip(clients.whose(&paths)) {

@@ -39,18 +39,36 @@ pub struct JobInputs {
 
     /// How long publishing and verifying may take at the end, such as `10m`; a bare number counts
     /// seconds (default: `300`).
-    #[arg(long, env = "FLYWHEEL_DRAIN_TIMEOUT", value_name = "TIME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_DRAIN_TIMEOUT",
+        value_name = "TIME",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub drain_timeout: Text,
 
     /// A folder for the embedded cache, used where no server is named, such as `/var/cache/flywheel`
     /// (default on a laptop: `~/.local/share/flywheel/cache`; in a job: none).
-    #[arg(long, env = "FLYWHEEL_EMBEDDED_CACHE", value_name = "DIR", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_EMBEDDED_CACHE",
+        value_name = "DIR",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub embedded_cache: Text,
 
     /// The folder of the journal, from which the next job on this disk takes up what a killed one
     /// left, such as `/var/lib/flywheel/journal`; `off` keeps none (default:
     /// `~/.local/state/flywheel/journal`).
-    #[arg(long, env = "FLYWHEEL_JOURNAL", value_name = "DIR", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_JOURNAL",
+        value_name = "DIR",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub journal: Text,
 
     #[command(flatten)]
@@ -117,10 +135,16 @@ impl Plan {
     pub fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
         let named = inputs.cache.named(env)?;
         let way = inputs.destination.read()?;
-        let other = way.store.clone().filter(|_| named.enabled).map(Source::Store);
+        let other = way
+            .store
+            .clone()
+            .filter(|_| named.enabled)
+            .map(Source::Store);
         if other.is_some() && named.given.is_some() {
-            return Err(UsageError::new("cache", "and `attic-server` are both given")
-                .with_hint("Give the one that the job is to use."));
+            return Err(
+                UsageError::new("cache", "and `attic-server` are both given")
+                    .with_hint("Give the one that the job is to use."),
+            );
         }
         let extra = inputs.extra_nix_config.get().unwrap_or_default();
         check_extra(extra)?;
@@ -143,13 +167,19 @@ impl Plan {
 }
 
 fn drain_timeout(input: &Text) -> Result<Duration, UsageError> {
-    let Some(text) = input.get() else { return Ok(DRAIN_TIMEOUT) };
+    let Some(text) = input.get() else {
+        return Ok(DRAIN_TIMEOUT);
+    };
     let time = units::duration("drain-timeout", text)?;
     if (Duration::from_secs(1)..=DRAIN_LIMIT).contains(&time) {
         return Ok(time);
     }
-    let problem = format!("must be from one second to one day, not `{}`", one_line(text, 40));
-    Err(UsageError::new("drain-timeout", problem).with_hint("Give seconds, or a time such as `10m`."))
+    let problem = format!(
+        "must be from one second to one day, not `{}`",
+        one_line(text, 40)
+    );
+    Err(UsageError::new("drain-timeout", problem)
+        .with_hint("Give seconds, or a time such as `10m`."))
 }
 
 /// Where state of a user lies that outlives a job (`XDG_STATE_HOME`, freedesktop.org's base directory
@@ -159,11 +189,20 @@ fn journal(input: &Text, env: &Env) -> Result<Option<PathBuf>, UsageError> {
         Some("off") => return Ok(None),
         Some(folder) if PathBuf::from(folder).is_absolute() => return Ok(Some(folder.into())),
         Some(folder) => {
-            let problem = format!("must be a whole path or `off`, not `{}`", one_line(folder, 100));
-            return Err(UsageError::new("journal", problem).with_hint("Begin the folder's path with `/`."));
+            let problem = format!(
+                "must be a whole path or `off`, not `{}`",
+                one_line(folder, 100)
+            );
+            return Err(
+                UsageError::new("journal", problem).with_hint("Begin the folder's path with `/`.")
+            );
         }
         None => (),
     }
-    let state = env.path("XDG_STATE_HOME").or_else(|| env.path("HOME").map(|home| home.join(".local/state")));
-    Ok(state.filter(|state| state.is_absolute()).map(|state| state.join("flywheel/journal")))
+    let state = env
+        .path("XDG_STATE_HOME")
+        .or_else(|| env.path("HOME").map(|home| home.join(".local/state")));
+    Ok(state
+        .filter(|state| state.is_absolute())
+        .map(|state| state.join("flywheel/journal")))
 }

@@ -80,19 +80,28 @@ impl Secrets {
             let secret = env.get(name).and_then(Secret::new);
             secret.inspect(|secret| workflow.mask(secret))
         };
-        Self { attic: take("ATTIC_TOKEN"), github: take("GITHUB_TOKEN") }
+        Self {
+            attic: take("ATTIC_TOKEN"),
+            github: take("GITHUB_TOKEN"),
+        }
     }
 }
 
 /// In a job the runner's own folder, which it empties itself; else the user's.
 pub fn private_base(env: &Env) -> PathBuf {
-    let named = ["RUNNER_TEMP", "XDG_RUNTIME_DIR", "TMPDIR"].into_iter().filter_map(|name| env.path(name));
-    named.into_iter().find(|folder| folder.is_dir()).unwrap_or_else(|| "/tmp".into())
+    let named = ["RUNNER_TEMP", "XDG_RUNTIME_DIR", "TMPDIR"]
+        .into_iter()
+        .filter_map(|name| env.path(name));
+    named
+        .into_iter()
+        .find(|folder| folder.is_dir())
+        .unwrap_or_else(|| "/tmp".into())
 }
 
 /// Whether and why this job publishes.
 pub fn judge(plan: &Plan, secrets: &Secrets, env: &Env) -> Decision {
-    let has_token = secrets.attic.is_some() || matches!(plan.source, Source::Embedded { .. } | Source::Store(_));
+    let has_token = secrets.attic.is_some()
+        || matches!(plan.source, Source::Embedded { .. } | Source::Store(_));
     decide(&context::facts(env), &plan.request, has_token)
 }
 
@@ -101,10 +110,21 @@ pub fn introduce(plan: &Plan, decision: &Decision, workflow: &Workflow) {
     for hint in &plan.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
-    workflow.say(&format!("flywheel: trust: {}: {}", decision.verdict().word(), decision.reason()));
+    workflow.say(&format!(
+        "flywheel: trust: {}: {}",
+        decision.verdict().word(),
+        decision.reason()
+    ));
     if decision.is_refused() {
-        let remedy = decision.remedy().map(|remedy| format!(". {remedy}")).unwrap_or_default();
-        workflow.annotate(Level::Notice, "not publishing", &format!("{}{remedy}", decision.reason()));
+        let remedy = decision
+            .remedy()
+            .map(|remedy| format!(". {remedy}"))
+            .unwrap_or_default();
+        workflow.annotate(
+            Level::Notice,
+            "not publishing",
+            &format!("{}{remedy}", decision.reason()),
+        );
     }
 }
 
@@ -153,7 +173,11 @@ impl Prepared {
     /// # Errors
     /// When Nix cannot.
     pub async fn open_store(&self) -> Result<Store, store::Error> {
-        match self.in_force.as_ref().and_then(|found| found.opened.as_ref()) {
+        match self
+            .in_force
+            .as_ref()
+            .and_then(|found| found.opened.as_ref())
+        {
             Some(opened) => Store::opened(&self.nix(), opened).await,
             None => Store::open(&self.nix()).await,
         }
@@ -207,12 +231,16 @@ impl Work<'_> {
         let sink = self.sink.clone();
         let (plan, token) = (self.plan, self.secrets.attic.as_ref());
         let attaching = async {
-            let roots = Roots { files: self.env.path("NIX_SSL_CERT_FILE").into_iter().collect() };
+            let roots = Roots {
+                files: self.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+            };
             let http = HttpClients::new(&roots)?;
-            let cache = attach::attach(&plan.source, plan.public_key.as_ref(), token, &http, &sink).await;
+            let cache =
+                attach::attach(&plan.source, plan.public_key.as_ref(), token, &http, &sink).await;
             Ok::<_, Failure>((http, cache))
         };
-        let bootstrapping = async { Ok(Box::pin(bootstrap::ready(self.env, &sink, BOOTSTRAP_LIMIT)).await?) };
+        let bootstrapping =
+            async { Ok(Box::pin(bootstrap::ready(self.env, &sink, BOOTSTRAP_LIMIT)).await?) };
         // Nix is asked first: the system's certificates are read while it answers.
         let (ready, (http, mut cache)) = tokio::try_join!(bootstrapping, attaching)?;
         if let Some(secret) = &cache.token {
@@ -220,22 +248,46 @@ impl Work<'_> {
         }
         let mut settled = self.settle(&ready, &cache, &sink).await;
         let nix = ready.nix.clone().with_config(&settled.config);
-        let opening = Opening { env: self.env, nix: &nix, http: &http, private: self.private };
+        let opening = Opening {
+            env: self.env,
+            nix: &nix,
+            http: &http,
+            private: self.private,
+        };
         opening.ping(&mut cache, &sink).await;
         if cache.store.is_some() && !cache.is_attached() {
             settled = self.settle(&ready, &cache, &sink).await;
         }
-        let opened = if self.decision.publishes() { opening.open(&cache, &plan.way, &sink).await } else { Ok(None) };
+        let opened = if self.decision.publishes() {
+            opening.open(&cache, &plan.way, &sink).await
+        } else {
+            Ok(None)
+        };
         let to = opened.unwrap_or_else(|reason| {
-            workflow.annotate(Level::Notice, "not publishing", &format!("publication is skipped: {reason}"));
+            workflow.annotate(
+                Level::Notice,
+                "not publishing",
+                &format!("publication is skipped: {reason}"),
+            );
             cache.skipped = Some(reason);
             None
         });
-        sink.note(format!("flywheel: {} at {}", ready.nix.version, ready.nix.program.display()));
+        sink.note(format!(
+            "flywheel: {} at {}",
+            ready.nix.version,
+            ready.nix.program.display()
+        ));
         if let Some(address) = cache.address().filter(|_| cache.is_attached()) {
             sink.note(format!("flywheel: cache {address} attached"));
         }
-        Ok(Prepared { ready, cache, to, settled, in_force: None, took: begun.elapsed() })
+        Ok(Prepared {
+            ready,
+            cache,
+            to,
+            settled,
+            in_force: None,
+            took: begun.elapsed(),
+        })
     }
 
     async fn settle(&self, ready: &Ready, cache: &Cache, sink: &Sink) -> Settled {
@@ -253,14 +305,24 @@ impl Work<'_> {
 
     /// Asks Nix what it makes of the job's settings; what it does not follow is said.
     pub async fn read_back(&self, prepared: &Prepared) -> Option<InForce> {
-        settings::say_ignored(&prepared.ready, &prepared.settled, &self.plan.extra_nix_config, &self.sink).await
+        settings::say_ignored(
+            &prepared.ready,
+            &prepared.settled,
+            &self.plan.extra_nix_config,
+            &self.sink,
+        )
+        .await
     }
 
     /// Makes ready in a group of the log. `None` when the job was cancelled meanwhile.
     ///
     /// # Errors
     /// As `make_ready`.
-    pub async fn prepare(&self, workflow: &Workflow, signals: &mut Signals) -> Result<Option<Prepared>, Failure> {
+    pub async fn prepare(
+        &self,
+        workflow: &Workflow,
+        signals: &mut Signals,
+    ) -> Result<Option<Prepared>, Failure> {
         in_group(workflow, signals, self.make_ready(workflow)).await
     }
 
@@ -292,49 +354,96 @@ impl Work<'_> {
             Err(error) => {
                 sink.degraded(
                     "publication",
-                    format!("the store cannot be read, so nothing is counted or published: {error}"),
+                    format!(
+                        "the store cannot be read, so nothing is counted or published: {error}"
+                    ),
                 );
                 return None;
             }
         };
         let permit = self.decision.permit().zip(prepared.to.clone());
-        let journal = permit.as_ref().and_then(|_| JournalBook::open(self.plan, &mark, &sink)).unwrap_or_default();
+        let journal = permit
+            .as_ref()
+            .and_then(|_| JournalBook::open(self.plan, &mark, &sink))
+            .unwrap_or_default();
         let written = journal.journal.clone();
         let store = Arc::new(store);
-        clients.tell(move |paths| written.expected(paths.iter().filter(|path| !path.is_derivation())));
+        clients
+            .tell(move |paths| written.expected(paths.iter().filter(|path| !path.is_derivation())));
         let inspector = self.inspector(prepared, &store);
         let at_once = !self.demands_check();
         let workers = self.plan.publish_workers;
-        let from = From { store: &store, mark: &mark, clients: &clients, inspector: &inspector, at_once, workers };
-        let stream = permit.map(|(permit, to)| Stream::start(&permit, to, &prepared.cache, &from, journal, &sink));
-        Some(Watch { store, mark, clients, inspector, begun: SystemTime::now(), stream, results: Vec::new() })
+        let from = From {
+            store: &store,
+            mark: &mark,
+            clients: &clients,
+            inspector: &inspector,
+            at_once,
+            workers,
+        };
+        let stream = permit
+            .map(|(permit, to)| Stream::start(&permit, to, &prepared.cache, &from, journal, &sink));
+        Some(Watch {
+            store,
+            mark,
+            clients,
+            inspector,
+            begun: SystemTime::now(),
+            stream,
+            results: Vec::new(),
+        })
     }
 
     /// Whether nothing may go before the flake's checks have passed.
     pub fn demands_check(&self) -> bool {
-        self.plan.require_flake_check && self.plan.policy.looks_at(Rule::Unchecked) && self.decision.publishes()
+        self.plan.require_flake_check
+            && self.plan.policy.looks_at(Rule::Unchecked)
+            && self.decision.publishes()
     }
 
     /// Who looks at the job's paths before they go.
     fn inspector(&self, prepared: &Prepared, store: &Arc<Store>) -> Arc<Inspector> {
-        let secrets = [("ATTIC_TOKEN", self.secrets.attic.as_ref()), ("GITHUB_TOKEN", self.secrets.github.as_ref())];
-        let secrets = [&secrets[..], &[("the cache's token", prepared.cache.token.as_ref())]].concat();
-        let inspector =
-            self.plan.policy.inspector(self.env, &secrets, &[&prepared.settled.config], Some(Arc::clone(store)));
+        let secrets = [
+            ("ATTIC_TOKEN", self.secrets.attic.as_ref()),
+            ("GITHUB_TOKEN", self.secrets.github.as_ref()),
+        ];
+        let secrets = [
+            &secrets[..],
+            &[("the cache's token", prepared.cache.token.as_ref())],
+        ]
+        .concat();
+        let inspector = self.plan.policy.inspector(
+            self.env,
+            &secrets,
+            &[&prepared.settled.config],
+            Some(Arc::clone(store)),
+        );
         if let Some(found) = &self.plan.impurity {
             policy::accuse(&inspector, found, "the command");
         }
         if self.demands_check() {
-            inspector.accuse(Rule::Unchecked, "`nix flake check` has not passed in this job".to_owned());
+            inspector.accuse(
+                Rule::Unchecked,
+                "`nix flake check` has not passed in this job".to_owned(),
+            );
         }
         inspector
     }
 
     /// Runs `nix flake check` in `folder`, where the policy demands it and the job has ended well; from then on
     /// what the job built may go. Its failure is said, and withholds everything.
-    pub async fn check(&self, prepared: &Prepared, watch: Option<&Watch>, folder: &Path, signals: &mut Signals) {
-        let Some(watch) = watch.filter(|_| self.demands_check()) else { return };
-        self.sink.note("flywheel: `nix flake check` (`require-flake-check`)");
+    pub async fn check(
+        &self,
+        prepared: &Prepared,
+        watch: Option<&Watch>,
+        folder: &Path,
+        signals: &mut Signals,
+    ) {
+        let Some(watch) = watch.filter(|_| self.demands_check()) else {
+            return;
+        };
+        self.sink
+            .note("flywheel: `nix flake check` (`require-flake-check`)");
         let nix = prepared.nix();
         let flake = folder.to_string_lossy();
         let arguments = ["flake", "check", &flake];
@@ -350,7 +459,10 @@ impl Work<'_> {
         };
         match ended {
             Ok(()) => watch.inspector.acquit(Rule::Unchecked),
-            Err(problem) => self.sink.degraded("policy", format!("`nix flake check` did not pass: {problem}")),
+            Err(problem) => self.sink.degraded(
+                "policy",
+                format!("`nix flake check` did not pass: {problem}"),
+            ),
         }
     }
 
@@ -364,10 +476,23 @@ impl Work<'_> {
         bound: &Bound,
     ) -> (Harvest, Option<Publication>) {
         let sink = self.sink.clone();
-        let Watch { store, mark, clients, begun, stream, results, .. } = watch;
+        let Watch {
+            store,
+            mark,
+            clients,
+            begun,
+            stream,
+            results,
+            ..
+        } = watch;
         let reaping = Harvest::reap(&store, &clients, &mark, (folder, begun), results);
-        let limit = bound.deadline.min(tokio::time::Instant::now() + HARVEST_LIMIT);
-        let harvest = match timeout_at(limit, reaping).await.map_err(|_| "there was no time left".to_owned()) {
+        let limit = bound
+            .deadline
+            .min(tokio::time::Instant::now() + HARVEST_LIMIT);
+        let harvest = match timeout_at(limit, reaping)
+            .await
+            .map_err(|_| "there was no time left".to_owned())
+        {
             Ok(Ok(harvest)) => harvest,
             Ok(Err(error)) => unread(&error.to_string(), &sink),
             Err(problem) => unread(&problem, &sink),
@@ -378,7 +503,9 @@ impl Work<'_> {
         }
         let publication = match (stream, self.decision.publishes()) {
             (Some(stream), _) => Some(stream.finish(cache, &harvest, bound, &sink).await),
-            (None, true) => cache.refusal().map(|reason| publication::of_nothing(&harvest.wanted, &reason)),
+            (None, true) => cache
+                .refusal()
+                .map(|reason| publication::of_nothing(&harvest.wanted, &reason)),
             (None, false) => None,
         };
         (harvest, publication)
@@ -396,12 +523,17 @@ impl Work<'_> {
         cancel: &CancellationToken,
         signals: &mut Signals,
     ) -> (Harvest, Option<Publication>) {
-        let Some(watch) = watch else { return (Harvest::default(), None) };
+        let Some(watch) = watch else {
+            return (Harvest::default(), None);
+        };
         let deadline = match stopped {
             Some(at) => at + STOPPED_LIMIT,
             None => Instant::now() + self.plan.drain_timeout,
         };
-        let bound = Bound { deadline: deadline.into(), cancel: cancel.clone() };
+        let bound = Bound {
+            deadline: deadline.into(),
+            cancel: cancel.clone(),
+        };
         let mut delivering = Box::pin(self.deliver(watch, cache, folder, &bound));
         loop {
             tokio::select! {
@@ -431,7 +563,10 @@ impl Work<'_> {
         require_publish: bool,
     ) -> Job {
         let lost = require_publish && !self.is_whole(publication.as_ref());
-        let withheld = self.plan.policy.fails && publication.as_ref().is_some_and(|found| !found.withheld.is_empty());
+        let withheld = self.plan.policy.fails
+            && publication
+                .as_ref()
+                .is_some_and(|found| !found.withheld.is_empty());
         let outcome = match (lost, withheld) {
             (true, _) => Outcome::NotPublished,
             (false, true) => Outcome::Withheld,
@@ -440,7 +575,11 @@ impl Work<'_> {
         Job {
             outcome,
             exit_code: u8::from(outcome != Outcome::Success),
-            nix: format!("{} at {}", prepared.ready.nix.version, prepared.ready.nix.program.display()),
+            nix: format!(
+                "{} at {}",
+                prepared.ready.nix.version,
+                prepared.ready.nix.program.display()
+            ),
             trust: Trust {
                 verdict: self.decision.verdict().word(),
                 publishes: self.decision.publishes(),
@@ -472,7 +611,10 @@ impl Work<'_> {
             (true, CacheState::NotNamed) => "no cache is named (`attic-server`)".to_owned(),
             (true, CacheState::Off) => "the cache is switched off (`attic-enabled`)".to_owned(),
             (true, _) if cache.skipped.is_some() => {
-                format!("publication was skipped: {}", cache.skipped.as_deref().unwrap_or_default())
+                format!(
+                    "publication was skipped: {}",
+                    cache.skipped.as_deref().unwrap_or_default()
+                )
             }
             (true, _) => "the store could not be read".to_owned(),
             (false, _) => self.decision.reason(),
@@ -516,11 +658,18 @@ pub fn set_outcome(env: &Env, outcome: Outcome, exit: Exit) -> std::io::Result<(
 }
 
 fn withheld_level(job: &Job) -> Level {
-    if job.outcome == Outcome::Withheld { Level::Error } else { Level::Warning }
+    if job.outcome == Outcome::Withheld {
+        Level::Error
+    } else {
+        Level::Warning
+    }
 }
 
 fn unread(problem: &str, sink: &Sink) -> Harvest {
-    sink.degraded("publication", format!("the store could not be read at the end: {problem}"));
+    sink.degraded(
+        "publication",
+        format!("the store could not be read at the end: {problem}"),
+    );
     Harvest::default()
 }
 
@@ -540,34 +689,67 @@ impl Told {
     pub fn of(job: &Job) -> Self {
         let mut annotations = Vec::new();
         if let Some(found) = &job.out_of_memory {
-            annotations.push((Level::Error, "out of memory".to_owned(), found.text(job.heavy_lane.as_deref())));
+            annotations.push((
+                Level::Error,
+                "out of memory".to_owned(),
+                found.text(job.heavy_lane.as_deref()),
+            ));
         }
-        let level = if job.outcome == Outcome::NotPublished { Level::Error } else { Level::Warning };
+        let level = if job.outcome == Outcome::NotPublished {
+            Level::Error
+        } else {
+            Level::Warning
+        };
         if let Some(publication) = &job.publication {
-            for (title, missed) in [("lost", &publication.lost), ("not verified", &publication.unverified)] {
-                let named = missed.iter().map(|one| format!("{}: {}", one.path, one.reason));
+            for (title, missed) in [
+                ("lost", &publication.lost),
+                ("not verified", &publication.unverified),
+            ] {
+                let named = missed
+                    .iter()
+                    .map(|one| format!("{}: {}", one.path, one.reason));
                 annotations.extend(named.map(|text| (level, title.to_owned(), text)));
             }
         }
         for (title, missed, level) in [
-            ("withheld", job.publication.as_ref().map(|found| &found.withheld), withheld_level(job)),
-            ("policy", job.publication.as_ref().map(|found| &found.warned), Level::Warning),
+            (
+                "withheld",
+                job.publication.as_ref().map(|found| &found.withheld),
+                withheld_level(job),
+            ),
+            (
+                "policy",
+                job.publication.as_ref().map(|found| &found.warned),
+                Level::Warning,
+            ),
         ] {
-            let named = missed.into_iter().flatten().map(|one| format!("{}: {}", one.path, one.reason));
+            let named = missed
+                .into_iter()
+                .flatten()
+                .map(|one| format!("{}: {}", one.path, one.reason));
             annotations.extend(named.map(|text| (level, title.to_owned(), text)));
         }
         Self {
             annotations,
-            lines: vec![format!("flywheel: {}", job.clocks()), format!("flywheel: {}", job.closing_line())],
+            lines: vec![
+                format!("flywheel: {}", job.clocks()),
+                format!("flywheel: {}", job.closing_line()),
+            ],
             summary: summary::of_job(job),
-            outputs: outputs::of_job(job).into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            outputs: outputs::of_job(job)
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
             exit_code: job.exit_code,
         }
     }
 
     /// A job that was cancelled before it began: there is nothing to say.
     pub fn cancelled() -> Self {
-        Self { exit_code: 130, ..Self::default() }
+        Self {
+            exit_code: 130,
+            ..Self::default()
+        }
     }
 
     /// Says it all. A report that cannot be written never changes how the job ends.
@@ -583,7 +765,11 @@ impl Told {
             written = written.and_then(|()| files.set_output(name, value));
         }
         if let Err(error) = written {
-            workflow.annotate(Level::Warning, "report", &format!("the report could not be written: {error}"));
+            workflow.annotate(
+                Level::Warning,
+                "report",
+                &format!("the report could not be written: {error}"),
+            );
         }
     }
 }

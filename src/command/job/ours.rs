@@ -24,13 +24,20 @@ pub struct Ours {
 impl Ours {
     /// Tells them by what is seen of the store's clients.
     pub fn new(clients: Arc<Clients>) -> Self {
-        Self { clients, held: VecDeque::new() }
+        Self {
+            clients,
+            held: VecDeque::new(),
+        }
     }
 
     /// The job's own of what has just become valid, and of what has waited long enough by `now`. What still waits
     /// when nobody asks any more is for whoever looks the store through at the end.
     pub fn of(&mut self, new: Vec<PathInfo>, now: Instant) -> Vec<PathInfo> {
-        let due = self.held.iter().take_while(|(until, _)| *until <= now).count();
+        let due = self
+            .held
+            .iter()
+            .take_while(|(until, _)| *until <= now)
+            .count();
         let waited: Vec<PathInfo> = self.held.drain(..due).map(|(_, info)| info).collect();
         let mut ours = Vec::new();
         for (info, whose) in self.told(waited) {
@@ -75,7 +82,9 @@ mod tests {
     use crate::nix::hash::Sha256;
 
     fn path(name: &str) -> StorePath {
-        format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}").parse().expect("valid")
+        format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}")
+            .parse()
+            .expect("valid")
     }
 
     fn info(name: &str) -> PathInfo {
@@ -92,7 +101,11 @@ mod tests {
     }
 
     fn adds(state: &Path, pid: u32, path: &StorePath) {
-        fs::write(state.join("temproots").join(pid.to_string()), format!("{path}\0")).expect("written");
+        fs::write(
+            state.join("temproots").join(pid.to_string()),
+            format!("{path}\0"),
+        )
+        .expect("written");
     }
 
     fn watched() -> (tempfile::TempDir, Ours) {

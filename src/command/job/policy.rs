@@ -24,12 +24,24 @@ const LIST_LIMIT: u64 = 1 << 20;
 pub struct PolicyInputs {
     /// How strictly the rules `impure`, `unchecked`, `dangling`, `machine-path` and `secret` hold, a line
     /// each, such as `machine-path = warn`; `enforce` (the default), `warn` or `off`.
-    #[arg(long, env = "FLYWHEEL_POLICY", value_name = "LINES", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_POLICY",
+        value_name = "LINES",
+        default_value = "",
+        hide_default_value = true
+    )]
     policy: Text,
 
     /// Exceptions, a line each: rule, name of the store path (`*` stands for any text), reason; such as
     /// `secret openssl-*-doc the keys of its examples` (default: none).
-    #[arg(long, env = "FLYWHEEL_POLICY_ALLOW", value_name = "LINES", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_POLICY_ALLOW",
+        value_name = "LINES",
+        default_value = "",
+        hide_default_value = true
+    )]
     policy_allow: Text,
 
     /// A file with more of them, such as `.github/flywheel-allow.txt` (default: none).
@@ -44,7 +56,13 @@ pub struct PolicyInputs {
 
     /// What a path that the policy withholds does to the step: `continue` with a warning, the default, or
     /// `fail`.
-    #[arg(long, env = "FLYWHEEL_ON_FINDING", value_name = "WHAT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ON_FINDING",
+        value_name = "WHAT",
+        default_value = "",
+        hide_default_value = true
+    )]
     on_finding: Text,
 }
 
@@ -67,19 +85,24 @@ impl PolicyInputs {
             let name = name.to_owned();
             move |problem: String| UsageError::new(&name, problem)
         };
-        let policy = Policy::read(self.policy.get().unwrap_or_default()).map_err(wrong("policy"))?;
-        let mut allowed =
-            Allowed::read_all(self.policy_allow.get().unwrap_or_default()).map_err(wrong("policy-allow"))?;
+        let policy =
+            Policy::read(self.policy.get().unwrap_or_default()).map_err(wrong("policy"))?;
+        let mut allowed = Allowed::read_all(self.policy_allow.get().unwrap_or_default())
+            .map_err(wrong("policy-allow"))?;
         if let Some(file) = self.policy_allow_file.get() {
             let text = read_list(Path::new(file)).map_err(|problem| {
                 let problem = format!("names `{}`, which {problem}", one_line(file, 200));
-                UsageError::new("policy-allow-file", problem).with_hint("Check the repository out in an earlier step.")
+                UsageError::new("policy-allow-file", problem)
+                    .with_hint("Check the repository out in an earlier step.")
             })?;
             allowed.extend(Allowed::read_all(&text).map_err(wrong("policy-allow-file"))?);
         }
         let words = [("continue", false), ("fail", true)];
         let fails = choice("on-finding", &self.on_finding, &words)?.unwrap_or_default();
-        Ok(Kept { policy: policy.with_allowed(allowed), fails })
+        Ok(Kept {
+            policy: policy.with_allowed(allowed),
+            fails,
+        })
     }
 }
 
@@ -118,14 +141,19 @@ impl Kept {
 
 /// Withholds, or names, everything of a job that evaluates impurely.
 pub fn accuse(inspector: &Inspector, found: &Impurity, whose: &str) {
-    inspector.accuse(Rule::Impure, format!("`{}` in {whose}", one_line(&found.0, 60)));
+    inspector.accuse(
+        Rule::Impure,
+        format!("`{}` in {whose}", one_line(&found.0, 60)),
+    );
 }
 
 /// One that knows the secrets and places of this environment.
 pub fn scanner(env: &Env, more: &[(&str, Option<&Secret>)]) -> Scanner {
     let of_env = env.all().filter(|(name, _)| is_secret_name(name));
     let of_env = of_env.filter_map(|(name, value)| Some((name, Secret::new(value.to_str()?)?)));
-    let given = more.iter().filter_map(|(name, secret)| Some((*name, (*secret)?.clone())));
+    let given = more
+        .iter()
+        .filter_map(|(name, secret)| Some((*name, (*secret)?.clone())));
     let mut secrets: Vec<(String, Secret)> = Vec::new();
     for (name, secret) in given.chain(of_env) {
         if is_secret_value(secret.expose()) && !secrets.iter().any(|(_, known)| *known == secret) {
@@ -138,8 +166,13 @@ pub fn scanner(env: &Env, more: &[(&str, Option<&Secret>)]) -> Scanner {
         ("the runner's temporary folder", "RUNNER_TEMP"),
         ("the home folder", "HOME"),
     ];
-    let places: Vec<(&str, PathBuf)> =
-        places.iter().filter_map(|(what, variable)| Some((*what, env.path(variable)?))).collect();
-    let places: Vec<(&str, &Path)> = places.iter().map(|(what, folder)| (*what, folder.as_path())).collect();
+    let places: Vec<(&str, PathBuf)> = places
+        .iter()
+        .filter_map(|(what, variable)| Some((*what, env.path(variable)?)))
+        .collect();
+    let places: Vec<(&str, &Path)> = places
+        .iter()
+        .map(|(what, folder)| (*what, folder.as_path()))
+        .collect();
     Scanner::new(&secrets, &places)
 }

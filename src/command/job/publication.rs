@@ -17,7 +17,10 @@ pub fn of(
 ) -> Publication {
     let counts = outcome.counts();
     let unsent = outcome.lost().map(|(info, reason)| missed(info, reason));
-    let unread = unreadable.iter().map(|path| Missed { path: path.path.clone(), reason: path.problem.clone() });
+    let unread = unreadable.iter().map(|path| Missed {
+        path: path.path.clone(),
+        reason: path.problem.clone(),
+    });
     let mut publication = Publication {
         published: counts.published,
         already_there: counts.already_there,
@@ -26,10 +29,16 @@ pub fn of(
         bytes: outcome.bytes,
         lost: unsent.chain(unread).collect(),
         unverified: Vec::new(),
-        withheld: outcome.withheld().map(|(info, why)| missed(info, &why.to_string())).collect(),
+        withheld: outcome
+            .withheld()
+            .map(|(info, why)| missed(info, &why.to_string()))
+            .collect(),
         warned: warned
             .iter()
-            .map(|(path, finding)| Missed { path: path.to_string(), reason: finding.to_string() })
+            .map(|(path, finding)| Missed {
+                path: path.to_string(),
+                reason: finding.to_string(),
+            })
             .collect(),
         key: match verification.key {
             verify::Key::Given(_) => Key::Given,
@@ -52,13 +61,26 @@ pub fn of(
 pub fn of_nothing(wanted: &[PathInfo], reason: &str) -> Publication {
     let upstream = Options::default().upstream_keys;
     let signed = |info: &PathInfo| {
-        let keys = info.signatures.iter().filter_map(|signature| signature.split(':').next());
-        keys.into_iter().any(|key| upstream.iter().any(|known| known == key))
+        let keys = info
+            .signatures
+            .iter()
+            .filter_map(|signature| signature.split(':').next());
+        keys.into_iter()
+            .any(|key| upstream.iter().any(|known| known == key))
     };
-    let lost = wanted.iter().filter(|info| !signed(info)).map(|info| missed(info, reason));
-    Publication { lost: lost.collect(), ..Publication::default() }
+    let lost = wanted
+        .iter()
+        .filter(|info| !signed(info))
+        .map(|info| missed(info, reason));
+    Publication {
+        lost: lost.collect(),
+        ..Publication::default()
+    }
 }
 
 fn missed(info: &PathInfo, reason: &str) -> Missed {
-    Missed { path: info.path.to_string(), reason: reason.to_owned() }
+    Missed {
+        path: info.path.to_string(),
+        reason: reason.to_owned(),
+    }
 }

@@ -46,7 +46,9 @@ pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> Settled {
     for number in malformed(base) {
         sink.degraded(
             "nix settings",
-            format!("line {number} of the runner's `NIX_CONFIG` is malformed, and Nix refuses all of it"),
+            format!(
+                "line {number} of the runner's `NIX_CONFIG` is malformed, and Nix refuses all of it"
+            ),
         );
     }
     let before = match &from.ready.settings_before {
@@ -54,28 +56,58 @@ pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> Settled {
         None => Settings::read(&from.ready.nix).await,
     };
     let before = before.unwrap_or_else(|error| {
-        sink.degraded("nix settings", format!("the settings in force cannot be read: {error}"));
+        sink.degraded(
+            "nix settings",
+            format!("the settings in force cannot be read: {error}"),
+        );
         Settings::default()
     });
-    let cache = from.cache.is_attached().then(|| cache_settings(from, &before, sink)).flatten();
+    let cache = from
+        .cache
+        .is_attached()
+        .then(|| cache_settings(from, &before, sink))
+        .flatten();
     let access_tokens = access_tokens(from, sink);
-    let wanted = Wanted { cache, access_tokens, repairs: from.ready.settings(), extra: from.extra.to_owned(), before };
-    Settled { config: compose(base, &wanted), cache: wanted.cache }
+    let wanted = Wanted {
+        cache,
+        access_tokens,
+        repairs: from.ready.settings(),
+        extra: from.extra.to_owned(),
+        before,
+    };
+    Settled {
+        config: compose(base, &wanted),
+        cache: wanted.cache,
+    }
 }
 
 /// What Nix makes of them. What it does not follow is said. `extra`: the user's own lines.
-pub async fn say_ignored(ready: &Ready, settled: &Settled, extra: &str, sink: &Sink) -> Option<InForce> {
+pub async fn say_ignored(
+    ready: &Ready,
+    settled: &Settled,
+    extra: &str,
+    sink: &Sink,
+) -> Option<InForce> {
     let nix = ready.nix.clone().with_config(&settled.config);
     // None of our lines changes how a store opens that is not a daemon's.
     let may_change = sets(extra, "store") || extra.contains("include");
-    let opened = ready.opened.clone().filter(|opened| opened.url == "local" && !may_change);
+    let opened = ready
+        .opened
+        .clone()
+        .filter(|opened| opened.url == "local" && !may_change);
     match read_back(&nix, settled.cache.as_ref(), opened).await {
         Ok(found) => {
-            found.ignored.iter().for_each(|one| sink.degraded("nix settings", one.to_string()));
+            found
+                .ignored
+                .iter()
+                .for_each(|one| sink.degraded("nix settings", one.to_string()));
             Some(found)
         }
         Err(error) => {
-            sink.degraded("nix settings", format!("what Nix uses cannot be read back: {error}"));
+            sink.degraded(
+                "nix settings",
+                format!("what Nix uses cannot be read back: {error}"),
+            );
             None
         }
     }
@@ -83,7 +115,11 @@ pub async fn say_ignored(ready: &Ready, settled: &Settled, extra: &str, sink: &S
 
 fn cache_settings(from: &Ingredients<'_>, before: &Settings, sink: &Sink) -> Option<CacheSettings> {
     // A job that only reads a public cache has no use for the token, so its command gets none to read.
-    let token = from.cache.token.as_ref().filter(|_| from.publishes || !from.cache.probe.public);
+    let token = from
+        .cache
+        .token
+        .as_ref()
+        .filter(|_| from.publishes || !from.cache.probe.public);
     let (substituter, host) = match (&from.cache.endpoint, &from.cache.store) {
         (Some(endpoint), _) => (endpoint.substituter(), endpoint.server.host_str()),
         (None, Some(url)) => (url.as_str().to_owned(), url.http_host()),
@@ -93,22 +129,38 @@ fn cache_settings(from: &Ingredients<'_>, before: &Settings, sink: &Sink) -> Opt
         let existing = before.netrc_file().filter(|file| file.is_file());
         let file = match netrc::write(from.private, host, token, existing.as_deref()) {
             Err(error @ netrc::WriteError::Existing { .. }) => {
-                sink.degraded("nix settings", format!("credentials for other hosts are missing in this job: {error}"));
+                sink.degraded(
+                    "nix settings",
+                    format!("credentials for other hosts are missing in this job: {error}"),
+                );
                 netrc::write(from.private, host, token, None)
             }
             file => file,
         };
         written("netrc", file, sink)
     });
-    Some(CacheSettings { substituter, public_key: from.cache.public_key.clone(), netrc })
+    Some(CacheSettings {
+        substituter,
+        public_key: from.cache.public_key.clone(),
+        netrc,
+    })
 }
 
 fn access_tokens(from: &Ingredients<'_>, sink: &Sink) -> Option<PathBuf> {
-    let host = from.env.get("GITHUB_SERVER_URL").and_then(|url| url.strip_prefix("https://")).unwrap_or("github.com");
+    let host = from
+        .env
+        .get("GITHUB_SERVER_URL")
+        .and_then(|url| url.strip_prefix("https://"))
+        .unwrap_or("github.com");
     let token = from.github_token?;
-    written("access token", netrc::write_access_token(from.private, host.trim_end_matches('/'), token), sink)
+    written(
+        "access token",
+        netrc::write_access_token(from.private, host.trim_end_matches('/'), token),
+        sink,
+    )
 }
 
 fn written(what: &str, file: Result<PathBuf, netrc::WriteError>, sink: &Sink) -> Option<PathBuf> {
-    file.map_err(|error| sink.degraded("nix settings", format!("the {what} is left out: {error}"))).ok()
+    file.map_err(|error| sink.degraded("nix settings", format!("the {what} is left out: {error}")))
+        .ok()
 }

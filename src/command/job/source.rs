@@ -33,7 +33,10 @@ impl Source {
     /// Finds it: an input goes before the embedded cache, that before a hint, and a laptop has one anyway.
     pub fn find(named: &NamedCache, embedded: &Text, env: &Env) -> Self {
         let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
-        let embed = |folder: PathBuf| Self::Embedded { folder, cache: named.name.clone() };
+        let embed = |folder: PathBuf| Self::Embedded {
+            folder,
+            cache: named.name.clone(),
+        };
         match (&named.given, embedded.get(), &named.hinted) {
             _ if !named.enabled => Self::Off,
             (Some(url), ..) => server(url),
@@ -50,14 +53,18 @@ impl Source {
             Self::Off | Self::NotNamed => None,
             Self::Server(endpoint) => Some(endpoint.substituter()),
             Self::Store(url) => Some(url.as_str().to_owned()),
-            Self::Embedded { folder, cache } => Some(format!("embedded:{}#{cache}", folder.display())),
+            Self::Embedded { folder, cache } => {
+                Some(format!("embedded:{}#{cache}", folder.display()))
+            }
         }
     }
 }
 
 /// Where data of a user lies (`XDG_DATA_HOME`, freedesktop.org's base directory specification).
 fn laptop_folder(env: &Env) -> Option<PathBuf> {
-    let data = env.path("XDG_DATA_HOME").or_else(|| env.path("HOME").map(|home| home.join(".local/share")));
+    let data = env
+        .path("XDG_DATA_HOME")
+        .or_else(|| env.path("HOME").map(|home| home.join(".local/share")));
     data.map(|data| data.join("flywheel/cache"))
 }
 
@@ -69,8 +76,15 @@ mod tests {
     fn find(input: &str, embedded: &str, env: &[(&str, &str)]) -> Source {
         let text = |text: &str| text.parse::<Text>().expect("infallible");
         let env = Env::from_pairs(env.iter().copied());
-        let inputs = CacheInputs { attic_server: text(input), ..CacheInputs::default() };
-        Source::find(&inputs.named(&env).expect("well-formed"), &text(embedded), &env)
+        let inputs = CacheInputs {
+            attic_server: text(input),
+            ..CacheInputs::default()
+        };
+        Source::find(
+            &inputs.named(&env).expect("well-formed"),
+            &text(embedded),
+            &env,
+        )
     }
 
     #[test]
@@ -78,11 +92,26 @@ mod tests {
         let hint = ("ATTIC_SERVER", "https://hint.example/attic");
         let home = ("HOME", "/h");
         let identity = |source: Source| source.identity();
-        assert_eq!(identity(find("http://h:1", "/c", &[hint])).as_deref(), Some("http://h:1/main"));
-        assert_eq!(identity(find("", "/c", &[hint])).as_deref(), Some("embedded:/c#main"));
-        assert_eq!(identity(find("", "", &[hint, home])).as_deref(), Some("https://hint.example/attic/main"));
-        assert_eq!(find("", "", &[home, ("GITHUB_ACTIONS", "true")]), Source::NotNamed);
+        assert_eq!(
+            identity(find("http://h:1", "/c", &[hint])).as_deref(),
+            Some("http://h:1/main")
+        );
+        assert_eq!(
+            identity(find("", "/c", &[hint])).as_deref(),
+            Some("embedded:/c#main")
+        );
+        assert_eq!(
+            identity(find("", "", &[hint, home])).as_deref(),
+            Some("https://hint.example/attic/main")
+        );
+        assert_eq!(
+            find("", "", &[home, ("GITHUB_ACTIONS", "true")]),
+            Source::NotNamed
+        );
         let laptop = identity(find("", "", &[home]));
-        assert_eq!(laptop.as_deref(), Some("embedded:/h/.local/share/flywheel/cache#main"));
+        assert_eq!(
+            laptop.as_deref(),
+            Some("embedded:/h/.local/share/flywheel/cache#main")
+        );
     }
 }

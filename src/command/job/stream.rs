@@ -90,11 +90,19 @@ impl JournalBook {
         let (folder, cache) = (plan.journal.as_deref()?, plan.source.identity()?);
         let opened = Folder::open(folder).and_then(|folder| {
             let left = folder.left(&cache)?;
-            Ok(Self { journal: folder.begin(&cache, mark.id())?, left })
+            Ok(Self {
+                journal: folder.begin(&cache, mark.id())?,
+                left,
+            })
         });
         let tell = |error: &dyn std::error::Error| {
-            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
-            let text = format!("{error}{cause}; what a killed job leaves is not taken up by the next (`journal`)");
+            let cause = error
+                .source()
+                .map(|cause| format!(": {cause}"))
+                .unwrap_or_default();
+            let text = format!(
+                "{error}{cause}; what a killed job leaves is not taken up by the next (`journal`)"
+            );
             sink.degraded("journal", text);
         };
         opened.inspect_err(|error| tell(error)).ok()
@@ -122,7 +130,12 @@ impl Stream {
             inspector: Some(Arc::clone(from.inspector)),
             ..usual
         };
-        let publisher = Arc::new(Publisher::start(permit, Target::clone(&to), options, sink.clone()));
+        let publisher = Arc::new(Publisher::start(
+            permit,
+            Target::clone(&to),
+            options,
+            sink.clone(),
+        ));
         let (send, receive) = mpsc::channel(BATCHES);
         // The watcher has a thread of its own, which may wait.
         let watcher = from.store.watch(from.mark, move |infos| {
@@ -141,12 +154,34 @@ impl Stream {
         };
         let feeding = tokio::spawn(feeder.feed(book.left, receive));
         let (inspector, clients) = (Arc::clone(from.inspector), Arc::clone(from.clients));
-        Self { to, publisher, watcher, feeding, journal, inspector, clients }
+        Self {
+            to,
+            publisher,
+            watcher,
+            feeding,
+            journal,
+            inspector,
+            clients,
+        }
     }
 
     /// Stops watching, offers the whole harvest, publishes what is left and verifies, within `bound`.
-    pub async fn finish(self, cache: &Cache, harvest: &Harvest, bound: &Bound, sink: &Sink) -> Publication {
-        let Self { to, publisher, watcher, feeding, journal, inspector, clients } = self;
+    pub async fn finish(
+        self,
+        cache: &Cache,
+        harvest: &Harvest,
+        bound: &Bound,
+        sink: &Sink,
+    ) -> Publication {
+        let Self {
+            to,
+            publisher,
+            watcher,
+            feeding,
+            journal,
+            inspector,
+            clients,
+        } = self;
         // Its threads are joined, which may wait for a reading of the database.
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
         // It ends when the watcher is gone; it panics only by our fault, and the harvest has everything.
@@ -154,20 +189,33 @@ impl Stream {
         journal.seen(harvest.wanted.iter().map(|info| &info.path));
         suspect(&clients, &inspector);
         publisher.offer(harvest.wanted.clone()).await;
-        let publisher = Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
-        let outcome = publisher.drain(before_verifying(bound), bound.cancel.clone()).await;
+        let publisher =
+            Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
+        let outcome = publisher
+            .drain(before_verifying(bound), bound.cancel.clone())
+            .await;
         if let Some(reason) = &outcome.stopped {
             sink.degraded("publication", reason.clone());
         }
-        let options = verify::Options { key: cache.public_key.clone(), ..verify::Options::default() };
+        let options = verify::Options {
+            key: cache.public_key.clone(),
+            ..verify::Options::default()
+        };
         let served = outcome.served().cloned().collect();
-        let verification = verify::verify(to, served, &options, bound.deadline, &bound.cancel).await;
+        let verification =
+            verify::verify(to, served, &options, bound.deadline, &bound.cancel).await;
         if verification.key == Key::Unknown && verification.good() > 0 {
-            let text = "no signature was checked: neither `attic-public-key` nor the cache names a key";
+            let text =
+                "no signature was checked: neither `attic-public-key` nor the cache names a key";
             sink.degraded("publication", text);
         }
         settle(journal, &outcome, &verification);
-        publication::of(&outcome, &verification, &harvest.unreadable, &inspector.warned())
+        publication::of(
+            &outcome,
+            &verification,
+            &harvest.unreadable,
+            &inspector.warned(),
+        )
     }
 }
 
@@ -181,9 +229,15 @@ fn suspect(clients: &Clients, inspector: &Inspector) {
 
 /// Writes down what needs no more care; the rest is the next job's.
 fn settle(journal: Journal, outcome: &Outcome, verification: &Verification) {
-    let skipped = outcome.paths.iter().filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
+    let skipped = outcome
+        .paths
+        .iter()
+        .filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
     journal.settled(skipped.map(|path| &path.info.path));
-    let good = verification.paths.iter().filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
+    let good = verification
+        .paths
+        .iter()
+        .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
     journal.settled(good.map(|(info, _)| &info.path));
     journal.close();
 }
@@ -244,24 +298,41 @@ impl Feeder {
         if left.is_empty() {
             return;
         }
-        let mut since: BTreeMap<StorePath, Option<u64>> =
-            left.seen.iter().map(|(path, since)| (path.clone(), Some(*since))).collect();
+        let mut since: BTreeMap<StorePath, Option<u64>> = left
+            .seen
+            .iter()
+            .map(|(path, since)| (path.clone(), Some(*since)))
+            .collect();
         for (mark, expected) in &left.expected {
             // What was expected counts if it was really added, by whomever that job's process shared the work with.
-            let Ok(added) = self.store.added_since(&Mark::after_id(*mark)).await else { return };
-            let meant = added.infos.into_iter().filter(|info| expected.binary_search(&info.path).is_ok());
+            let Ok(added) = self.store.added_since(&Mark::after_id(*mark)).await else {
+                return;
+            };
+            let meant = added
+                .infos
+                .into_iter()
+                .filter(|info| expected.binary_search(&info.path).is_ok());
             for info in meant {
                 since.entry(info.path).or_default();
             }
         }
         let all: Vec<StorePath> = since.keys().cloned().collect();
-        let Ok(valid) = self.store.infos(&all).await else { return };
+        let Ok(valid) = self.store.infos(&all).await else {
+            return;
+        };
         let since = |path| since.get(path).copied().flatten();
-        let carried: Vec<_> = valid.infos.iter().map(|info| (&info.path, since(&info.path))).collect();
+        let carried: Vec<_> = valid
+            .infos
+            .iter()
+            .map(|info| (&info.path, since(&info.path)))
+            .collect();
         self.journal.carried(&carried);
         left.taken_up();
         if !valid.infos.is_empty() {
-            self.sink.note(format!("flywheel: {} of earlier jobs taken up", count(valid.infos.len() as u64, "path")));
+            self.sink.note(format!(
+                "flywheel: {} of earlier jobs taken up",
+                count(valid.infos.len() as u64, "path")
+            ));
             self.offer(valid.infos).await;
         }
     }

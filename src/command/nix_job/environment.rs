@@ -19,13 +19,22 @@ pub(super) fn of_command(
     nix_folder: Option<&Path>,
     repairs: &[(&str, &str)],
 ) -> BTreeMap<OsString, OsString> {
-    let kept = env.all().filter(|(name, _)| !TOKENS.contains(name) && !name.starts_with(OURS));
-    let mut variables: BTreeMap<OsString, OsString> =
-        kept.map(|(name, value)| (OsString::from(name), value.clone())).collect();
+    let kept = env
+        .all()
+        .filter(|(name, _)| !TOKENS.contains(name) && !name.starts_with(OURS));
+    let mut variables: BTreeMap<OsString, OsString> = kept
+        .map(|(name, value)| (OsString::from(name), value.clone()))
+        .collect();
     variables.insert("NIX_CONFIG".into(), config.into());
-    variables.extend(repairs.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))));
+    variables.extend(
+        repairs
+            .iter()
+            .map(|(name, value)| (OsString::from(name), OsString::from(value))),
+    );
     if let Some(folder) = nix_folder {
-        let path = variables.remove(&OsString::from("PATH")).unwrap_or_default();
+        let path = variables
+            .remove(&OsString::from("PATH"))
+            .unwrap_or_default();
         let folders = std::iter::once(folder.to_owned()).chain(split_path(&path));
         variables.insert("PATH".into(), join_path(folders).unwrap_or(path));
     }
@@ -46,8 +55,17 @@ mod tests {
             ("EMPTY", ""),
             ("GITHUB_TOKEN", "put there on purpose"),
         ]);
-        let variables = of_command(&env, "cores = 2", Some(Path::new("/opt/nix/bin")), &[("NIX_REMOTE", "local")]);
-        let of = |name: &str| variables.get(&OsString::from(name)).and_then(|value| value.to_str());
+        let variables = of_command(
+            &env,
+            "cores = 2",
+            Some(Path::new("/opt/nix/bin")),
+            &[("NIX_REMOTE", "local")],
+        );
+        let of = |name: &str| {
+            variables
+                .get(&OsString::from(name))
+                .and_then(|value| value.to_str())
+        };
         assert_eq!(of("ATTIC_TOKEN"), None);
         assert_eq!(of("FLYWHEEL_COMMAND"), None);
         assert_eq!(of("NIX_CONFIG"), Some("cores = 2"));

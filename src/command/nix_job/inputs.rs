@@ -37,11 +37,23 @@ pub struct Inputs {
     pub command: Text,
 
     /// The folder that the command runs in, such as `services/api` (default: the current one).
-    #[arg(long, env = "FLYWHEEL_WORKING_DIRECTORY", value_name = "DIR", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_WORKING_DIRECTORY",
+        value_name = "DIR",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub working_directory: Text,
 
     /// The runner label to name when memory runs out, such as `nix-heavy` (default: none).
-    #[arg(long, env = "FLYWHEEL_HEAVY_LANE", value_name = "LABEL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_HEAVY_LANE",
+        value_name = "LABEL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub heavy_lane: Text,
 
     /// Whether the runner obeys workflow commands (`::notice::` …) that the command prints, such as
@@ -77,7 +89,10 @@ impl Wanted {
         match self {
             Self::Script(text) => of_command(text),
             Self::Program(words) => {
-                let words: Vec<String> = words.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+                let words: Vec<String> = words
+                    .iter()
+                    .map(|word| word.to_string_lossy().into_owned())
+                    .collect();
                 of_arguments(&words)
             }
         }
@@ -119,8 +134,11 @@ fn wanted(inputs: &Inputs) -> Result<Wanted, UsageError> {
     match (inputs.command.get(), inputs.program.is_empty()) {
         (Some(text), true) => Ok(Wanted::Script(format!("{text}\n"))),
         (None, false) => Ok(Wanted::Program(inputs.program.clone())),
-        (Some(_), false) => Err(UsageError::new("command", "and a program behind `--` are given both")
-            .with_hint("Give the command once, one way or the other.")),
+        (Some(_), false) => Err(UsageError::new(
+            "command",
+            "and a program behind `--` are given both",
+        )
+        .with_hint("Give the command once, one way or the other.")),
         (None, true) => Err(UsageError::new("command", "is empty")
             .with_hint("Say what to run, such as `command: nix build .#default`.")),
     }
@@ -129,9 +147,18 @@ fn wanted(inputs: &Inputs) -> Result<Wanted, UsageError> {
 fn folder(input: &Text) -> Result<PathBuf, UsageError> {
     let asked = Path::new(input.get().unwrap_or("."));
     let error = |problem: &str| {
-        UsageError::new("working-directory", format!("{problem}: `{}`", one_line(&asked.to_string_lossy(), 200)))
-            .with_hint("Give a folder of the checkout, and check the repository out in an earlier step.")
+        UsageError::new(
+            "working-directory",
+            format!("{problem}: `{}`", one_line(&asked.to_string_lossy(), 200)),
+        )
+        .with_hint(
+            "Give a folder of the checkout, and check the repository out in an earlier step.",
+        )
     };
     let folder = asked.canonicalize().map_err(|_| error("is not there"))?;
-    if folder.is_dir() { Ok(folder) } else { Err(error("is no folder")) }
+    if folder.is_dir() {
+        Ok(folder)
+    } else {
+        Err(error("is no folder"))
+    }
 }

@@ -42,8 +42,8 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let decision = job::judge(&plan.job, &secrets, env);
     let screen = Screen::new(&workflow);
     // Before anything is made that would have to be removed.
-    let mut signals =
-        Signals::listen().map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
+    let mut signals = Signals::listen()
+        .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
     let private = PrivateFolder::create(&job::private_base(env))?;
     job::introduce(&plan.job, &decision, &workflow);
     let work = Work {
@@ -55,7 +55,13 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         screen: &screen,
         private: private.path(),
     };
-    let ended = NixJob { plan: &plan, work, workflow }.run(&mut signals).await;
+    let ended = NixJob {
+        plan: &plan,
+        work,
+        workflow,
+    }
+    .run(&mut signals)
+    .await;
     screen.finish();
     if let Err(failure) = &ended {
         job::tell_not_started(&**failure, env, "the command was not run");
@@ -81,15 +87,31 @@ impl NixJob<'_> {
         let spent = span.end().await;
         let published = Instant::now();
         if ended.code == 0 && ended.stopped.is_none() {
-            self.work.check(&prepared, watch.as_ref(), &self.plan.folder, signals).await;
+            self.work
+                .check(&prepared, watch.as_ref(), &self.plan.folder, signals)
+                .await;
         }
         let stopped = ended.stopped.map(|(_, at)| at);
         let folder = &self.plan.folder;
         let (harvest, publication) = self
             .work
-            .deliver_in_time(watch, &prepared.cache, folder, stopped, &CancellationToken::new(), signals)
+            .deliver_in_time(
+                watch,
+                &prepared.cache,
+                folder,
+                stopped,
+                &CancellationToken::new(),
+                signals,
+            )
             .await;
-        let job = self.told(&prepared, &ended, &spent, &harvest, publication, published.elapsed());
+        let job = self.told(
+            &prepared,
+            &ended,
+            &spent,
+            &harvest,
+            publication,
+            published.elapsed(),
+        );
         prepared.stop().await;
         Told::of(&job).tell(&self.workflow, &Files::from_env(self.work.env));
         Ok(Exit::Command(job.exit_code))
@@ -107,11 +129,14 @@ impl NixJob<'_> {
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {
                 let file = self.work.private.join("command.sh");
-                std::fs::write(&file, text)
-                    .map_err(|error| UsageError::new("command", format!("cannot be written to a file: {error}")))?;
+                std::fs::write(&file, text).map_err(|error| {
+                    UsageError::new("command", format!("cannot be written to a file: {error}"))
+                })?;
                 Supervised::script(&file, path.as_deref(), &self.plan.folder)
             }
-            Wanted::Program(words) => Supervised::program(words, path.as_deref(), &self.plan.folder),
+            Wanted::Program(words) => {
+                Supervised::program(words, path.as_deref(), &self.plan.folder)
+            }
         };
         command.environment = environment;
         let word = Secret::random();
@@ -144,7 +169,12 @@ impl NixJob<'_> {
             peak: spent.peak,
         };
         let out_of_memory = budget::judge(&observed);
-        let told = self.work.told(prepared, harvest, publication, self.work.plan.require_publish);
+        let told = self.work.told(
+            prepared,
+            harvest,
+            publication,
+            self.work.plan.require_publish,
+        );
         let (outcome, exit_code) = match (ended.stopped, ended.code, &out_of_memory) {
             (Some(_), code, _) => (Outcome::Cancelled, code),
             (None, 0, _) => (told.outcome, told.exit_code),
@@ -167,9 +197,15 @@ impl NixJob<'_> {
     /// The job was cancelled before the command began.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
-        self.workflow.say("flywheel: cancelled before the command began; nothing was run and nothing is lost");
+        self.workflow.say(
+            "flywheel: cancelled before the command began; nothing was run and nothing is lost",
+        );
         if let Err(error) = job::set_outcome(self.work.env, Outcome::Cancelled, exit) {
-            self.workflow.annotate(Level::Warning, "report", &format!("the outputs could not be written: {error}"));
+            self.workflow.annotate(
+                Level::Warning,
+                "report",
+                &format!("the outputs could not be written: {error}"),
+            );
         }
         exit
     }

@@ -18,8 +18,11 @@ pub(super) fn resolve(paths: &[PathBuf]) -> Result<Vec<StorePath>, UsageError> {
     for path in paths {
         let store_path = store_path(path).ok_or_else(|| {
             let shown = one_line(&path.to_string_lossy(), 200);
-            UsageError::new("PATH", format!("must lie in the store or link to it, which `{shown}` does not"))
-                .with_hint("Give a path below `/nix/store`, or a link such as `./result`.")
+            UsageError::new(
+                "PATH",
+                format!("must lie in the store or link to it, which `{shown}` does not"),
+            )
+            .with_hint("Give a path below `/nix/store`, or a link such as `./result`.")
         })?;
         if !found.contains(&store_path) {
             found.push(store_path);
@@ -63,7 +66,12 @@ mod tests {
         symlink("result", at("again")).expect("made");
         symlink(folder.path(), at("here")).expect("made");
         let hello: StorePath = HELLO.parse().expect("valid");
-        let paths = [at("result"), at("again"), at("here/result"), PathBuf::from(format!("{HELLO}/bin/hello"))];
+        let paths = [
+            at("result"),
+            at("again"),
+            at("here/result"),
+            PathBuf::from(format!("{HELLO}/bin/hello")),
+        ];
         assert_eq!(resolve(&paths).expect("in the store"), [hello]);
     }
 
@@ -71,9 +79,17 @@ mod tests {
     fn what_leads_elsewhere_is_named() {
         let folder = tempfile::tempdir().expect("temporary folder");
         symlink("loop", folder.path().join("loop")).expect("made");
-        for path in [folder.path().join("loop"), folder.path().join("none"), folder.path().to_owned(), "/".into()] {
+        for path in [
+            folder.path().join("loop"),
+            folder.path().join("none"),
+            folder.path().to_owned(),
+            "/".into(),
+        ] {
             let error = resolve(std::slice::from_ref(&path)).expect_err("not in the store");
-            assert!(error.to_string().contains(path.to_str().expect("text")), "{error}");
+            assert!(
+                error.to_string().contains(path.to_str().expect("text")),
+                "{error}"
+            );
         }
     }
 }

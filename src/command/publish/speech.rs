@@ -21,7 +21,8 @@ pub(super) enum Format {
 }
 
 impl Format {
-    pub(super) const WORDS: [(&'static str, Self); 2] = [("text", Self::Text), ("json", Self::Json)];
+    pub(super) const WORDS: [(&'static str, Self); 2] =
+        [("text", Self::Text), ("json", Self::Json)];
 }
 
 /// Notes are log lines, what is degraded is a warning.
@@ -86,7 +87,12 @@ pub(super) fn close(
     name(workflow, Level::Warning, "withheld", &publication.withheld);
     name(workflow, Level::Warning, "policy", &publication.warned);
     name(workflow, Level::Error, "lost", &publication.lost);
-    name(workflow, Level::Warning, "unverified", &publication.unverified);
+    name(
+        workflow,
+        Level::Warning,
+        "unverified",
+        &publication.unverified,
+    );
     match publication.key {
         Key::Given => (),
         _ if offered == 0 => (),
@@ -109,10 +115,16 @@ fn name(workflow: &Workflow, level: Level, title: &str, paths: &[Missed]) {
         return;
     }
     let more = paths.len().saturating_sub(NAMED);
-    let mut lines: Vec<String> =
-        paths.iter().take(NAMED).map(|missed| format!("{}: {}", missed.path, missed.reason)).collect();
+    let mut lines: Vec<String> = paths
+        .iter()
+        .take(NAMED)
+        .map(|missed| format!("{}: {}", missed.path, missed.reason))
+        .collect();
     if more > 0 {
-        lines.push(format!("and {}; `--format json` names them all", text::count(more as u64, "more path")));
+        lines.push(format!(
+            "and {}; `--format json` names them all",
+            text::count(more as u64, "more path")
+        ));
     }
     workflow.annotate(level, title, &lines.join("\n"));
 }

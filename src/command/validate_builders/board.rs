@@ -59,11 +59,21 @@ pub(super) struct Spec {
 
 impl Spec {
     pub const fn required(name: &'static str, layer: &'static str, seconds: u64) -> Self {
-        Self { name, layer, severity: Severity::Required, limit: Duration::from_secs(seconds) }
+        Self {
+            name,
+            layer,
+            severity: Severity::Required,
+            limit: Duration::from_secs(seconds),
+        }
     }
 
     pub const fn advisory(name: &'static str, layer: &'static str, seconds: u64) -> Self {
-        Self { name, layer, severity: Severity::Advisory, limit: Duration::from_secs(seconds) }
+        Self {
+            name,
+            layer,
+            severity: Severity::Advisory,
+            limit: Duration::from_secs(seconds),
+        }
     }
 }
 
@@ -78,11 +88,18 @@ pub(super) struct Broken {
 
 impl Broken {
     pub fn new(text: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { layer: None, text: text.into(), hint: hint.into() }
+        Self {
+            layer: None,
+            text: text.into(),
+            hint: hint.into(),
+        }
     }
 
     pub fn at(self, layer: &'static str) -> Self {
-        Self { layer: Some(layer), ..self }
+        Self {
+            layer: Some(layer),
+            ..self
+        }
     }
 }
 
@@ -99,8 +116,13 @@ pub(super) struct Weights {
 impl Weights {
     /// The caller's words, or the one that is no layer, with the nearest that is.
     pub fn words(text: Option<&str>) -> Result<Vec<String>, (String, Option<&'static str>)> {
-        let words = text.unwrap_or_default().split(|c: char| c.is_whitespace() || c == ',');
-        let words: Vec<String> = words.filter(|word| !word.is_empty()).map(str::to_owned).collect();
+        let words = text
+            .unwrap_or_default()
+            .split(|c: char| c.is_whitespace() || c == ',');
+        let words: Vec<String> = words
+            .filter(|word| !word.is_empty())
+            .map(str::to_owned)
+            .collect();
         match words.iter().find(|word| !LAYERS.contains(&word.as_str())) {
             Some(word) => Err((one_line(word, 80), nearest(word, LAYERS))),
             None => Ok(words),
@@ -110,7 +132,10 @@ impl Weights {
     fn severity(&self, layer: &str, own: Severity) -> Severity {
         let holds = |words: &[String]| {
             words.iter().any(|word| {
-                layer == word || layer.strip_prefix(word.as_str()).is_some_and(|rest| rest.starts_with('-'))
+                layer == word
+                    || layer
+                        .strip_prefix(word.as_str())
+                        .is_some_and(|rest| rest.starts_with('-'))
             })
         };
         // Whoever says both wants to be blocked.
@@ -134,12 +159,19 @@ pub(super) struct Board {
 
 impl Board {
     pub fn new(weights: Weights, deadline: Instant) -> Self {
-        Self { weights, deadline, checks: Vec::new() }
+        Self {
+            weights,
+            deadline,
+            checks: Vec::new(),
+        }
     }
 
     /// An empty board with the same rules, for checks that run beside these.
     pub fn beside(&self) -> Self {
-        Self { checks: Vec::new(), ..self.clone() }
+        Self {
+            checks: Vec::new(),
+            ..self.clone()
+        }
     }
 
     /// Runs a check; it is told how long it has, and is cut off if it does not end by then.
@@ -148,7 +180,9 @@ impl Board {
         spec: Spec,
         run: impl FnOnce(Duration) -> F,
     ) -> Option<T> {
-        let limit = spec.limit.min(self.deadline.saturating_duration_since(Instant::now()));
+        let limit = spec
+            .limit
+            .min(self.deadline.saturating_duration_since(Instant::now()));
         let begun = Instant::now();
         if limit.is_zero() {
             let broken = Broken::new(
@@ -158,10 +192,15 @@ impl Board {
             self.put(spec, limit, Duration::ZERO, Err(broken));
             return None;
         }
-        let found = timeout(limit + GRACE, run(limit)).await.unwrap_or_else(|_| {
-            let text = format!("it did not end within {}", duration(limit));
-            Err(Broken::new(text, "Something behind it hangs; look at the runner's processes and mounts."))
-        });
+        let found = timeout(limit + GRACE, run(limit))
+            .await
+            .unwrap_or_else(|_| {
+                let text = format!("it did not end within {}", duration(limit));
+                Err(Broken::new(
+                    text,
+                    "Something behind it hangs; look at the runner's processes and mounts.",
+                ))
+            });
         let (value, said) = match found {
             Ok((value, text)) => (Some(value), Ok(text)),
             Err(broken) => (None, Err(broken)),
@@ -171,10 +210,20 @@ impl Board {
     }
 
     /// Writes a check down that has run as part of another.
-    pub fn put(&mut self, spec: Spec, limit: Duration, took: Duration, said: Result<String, Broken>) {
+    pub fn put(
+        &mut self,
+        spec: Spec,
+        limit: Duration,
+        took: Duration,
+        said: Result<String, Broken>,
+    ) {
         let (layer, verdict, text) = match said {
             Ok(text) => (spec.layer, Verdict::Passed, text),
-            Err(broken) => (broken.layer.unwrap_or(spec.layer), Verdict::Failed { hint: broken.hint }, broken.text),
+            Err(broken) => (
+                broken.layer.unwrap_or(spec.layer),
+                Verdict::Failed { hint: broken.hint },
+                broken.text,
+            ),
         };
         let severity = self.weights.severity(layer, spec.severity);
         self.checks.push(Check {
@@ -221,12 +270,19 @@ mod tests {
     #[tokio::test]
     async fn a_check_that_hangs_is_cut_off_and_the_whole_too() {
         let mut board = board(Duration::from_millis(500));
-        let hanging = Spec { limit: Duration::from_millis(40), ..IT };
+        let hanging = Spec {
+            limit: Duration::from_millis(40),
+            ..IT
+        };
         for _ in 0..3 {
             let value: Option<()> = board.check(hanging, |_| std::future::pending()).await;
             assert!(value.is_none());
         }
-        let texts: Vec<&str> = board.checks.iter().map(|check| check.text.as_str()).collect();
+        let texts: Vec<&str> = board
+            .checks
+            .iter()
+            .map(|check| check.text.as_str())
+            .collect();
         assert_eq!(texts[0], "it did not end within 0.0 s");
         assert_eq!(texts[2], "the time for all checks was over before it began");
     }
@@ -234,14 +290,34 @@ mod tests {
     #[tokio::test]
     async fn a_fault_may_lie_at_another_layer_and_the_caller_weighs_it() {
         let mut board = board(Duration::from_secs(2));
-        board.weights = Weights { required: vec!["disk".into()], advisory: vec!["cache".into()] };
+        board.weights = Weights {
+            required: vec!["disk".into()],
+            advisory: vec!["cache".into()],
+        };
         let run = |layer: Option<&'static str>| async move {
-            Found::<()>::Err(Broken { layer, text: String::new(), hint: String::new() })
+            Found::<()>::Err(Broken {
+                layer,
+                text: String::new(),
+                hint: String::new(),
+            })
         };
         board.check(IT, |_| run(None)).await;
         board.check(IT, |_| run(Some("disk"))).await;
-        let found: Vec<_> = board.checks.iter().map(|check| (check.layer, check.severity)).collect();
-        assert_eq!(found, [("cache-nar", Severity::Advisory), ("disk", Severity::Required)]);
-        assert_eq!(Weights::words(Some("cahce")), Err(("cahce".into(), Some("cache"))));
+        let found: Vec<_> = board
+            .checks
+            .iter()
+            .map(|check| (check.layer, check.severity))
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ("cache-nar", Severity::Advisory),
+                ("disk", Severity::Required)
+            ]
+        );
+        assert_eq!(
+            Weights::words(Some("cahce")),
+            Err(("cahce".into(), Some("cache")))
+        );
     }
 }

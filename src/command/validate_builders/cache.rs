@@ -54,7 +54,12 @@ pub(super) struct Usable {
 }
 
 /// Probes the cache, and reads the path that the caller names from it.
-pub(super) async fn read(board: &mut Board, plan: &Plan, token: Option<&Secret>, clients: &Clients) -> Option<Usable> {
+pub(super) async fn read(
+    board: &mut Board,
+    plan: &Plan,
+    token: Option<&Secret>,
+    clients: &Clients,
+) -> Option<Usable> {
     let Some(endpoint) = &plan.cache else {
         board.skip_all(&GROUND, "no cache is named");
         board.skip_all(&READ, "no cache is named");
@@ -71,14 +76,24 @@ pub(super) async fn read(board: &mut Board, plan: &Plan, token: Option<&Secret>,
 }
 
 /// Where the caller names no path: reads the first path of the store that the cache turns out to have.
-pub(super) async fn read_any(board: &mut Board, plan: &Plan, usable: Option<&Usable>, nix: Option<&Nix>) {
-    let (Some(usable), None) = (usable, &plan.cache_path) else { return };
+pub(super) async fn read_any(
+    board: &mut Board,
+    plan: &Plan,
+    usable: Option<&Usable>,
+    nix: Option<&Nix>,
+) {
+    let (Some(usable), None) = (usable, &plan.cache_path) else {
+        return;
+    };
     let looked = tokio::time::timeout(NARINFO.limit, first_served(usable, nix)).await;
     match looked.unwrap_or_default() {
         (Some(path), _) => served(board, usable, &path).await,
         (None, looked) => {
             let asked = count(looked as u64, "path");
-            board.skip_all(&READ, &format!("the cache has none of {asked} of this store; `cache-path` names another"));
+            board.skip_all(
+                &READ,
+                &format!("the cache has none of {asked} of this store; `cache-path` names another"),
+            );
         }
     }
 }
@@ -86,9 +101,14 @@ pub(super) async fn read_any(board: &mut Board, plan: &Plan, usable: Option<&Usa
 /// The path, and how many were asked for.
 async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>, usize) {
     let Some(nix) = nix else { return (None, 0) };
-    let Ok(store) = Store::open(nix).await else { return (None, 0) };
+    let Ok(store) = Store::open(nix).await else {
+        return (None, 0);
+    };
     let key = usable.key.as_ref().map(PublicKey::name);
-    let candidates = store.likely_served(key, CANDIDATE_SIZE, CANDIDATES).await.unwrap_or_default();
+    let candidates = store
+        .likely_served(key, CANDIDATE_SIZE, CANDIDATES)
+        .await
+        .unwrap_or_default();
     for path in &candidates {
         // An answer that is no answer is for the check to name.
         if !matches!(usable.attic.nar_info(&path.hash()).await, Ok(None)) {
@@ -116,11 +136,29 @@ async fn ground(
     token: Option<&Secret>,
     clients: &Clients,
 ) -> Option<Usable> {
-    let probed = probe(endpoint, token, &clients.asking, &Names::default(), PROBE_LIMIT).await;
+    let probed = probe(
+        endpoint,
+        token,
+        &clients.asking,
+        &Names::default(),
+        PROBE_LIMIT,
+    )
+    .await;
     let mut reached = Duration::ZERO;
-    for layer in [Layer::Name, Layer::Connect, Layer::Tls, Layer::Http, Layer::Authorised, Layer::Cache] {
+    for layer in [
+        Layer::Name,
+        Layer::Connect,
+        Layer::Tls,
+        Layer::Http,
+        Layer::Authorised,
+        Layer::Cache,
+    ] {
         let spec = spec(layer);
-        let at = probed.layers.iter().find(|(known, _)| *known == layer).map(|(_, at)| *at);
+        let at = probed
+            .layers
+            .iter()
+            .find(|(known, _)| *known == layer)
+            .map(|(_, at)| *at);
         match (&probed.failed, at) {
             (Some((failed, text)), _) if *failed == layer => {
                 let (what, hint) = text.rsplit_once(". ").unwrap_or((text, ""));
@@ -132,7 +170,12 @@ async fn ground(
                 );
             }
             (_, Some(at)) => {
-                board.put(spec, PROBE_LIMIT, at.saturating_sub(reached), Ok(endpoint.to_string()));
+                board.put(
+                    spec,
+                    PROBE_LIMIT,
+                    at.saturating_sub(reached),
+                    Ok(endpoint.to_string()),
+                );
                 reached = reached.max(at);
             }
             (_, None) if layer == Layer::Tls && endpoint.server.scheme() == "http" => {
@@ -146,16 +189,23 @@ async fn ground(
     }
     let announced = probed.config.and_then(|config| config.public_key);
     let key = plan.public_key.clone().or(announced);
-    Some(Usable { attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()), key })
+    Some(Usable {
+        attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()),
+        key,
+    })
 }
 
 /// What the cache serves of a path that it should have.
 async fn served(board: &mut Board, usable: &Usable, path: &StorePath) {
     let found = board.check(NARINFO, |_| narinfo(usable, path)).await;
-    let Some(info) = found else { return board.skip_all(&READ[1..], "it stands on `cache-narinfo`") };
+    let Some(info) = found else {
+        return board.skip_all(&READ[1..], "it stands on `cache-narinfo`");
+    };
     board.check(NAR, |_| body(usable, &info)).await;
     if usable.key.is_some() {
-        board.check(SIGNATURE, |_| async { signature(usable, &info) }).await;
+        board
+            .check(SIGNATURE, |_| async { signature(usable, &info) })
+            .await;
     } else {
         board.skip(SIGNATURE, "no key is known: give `attic-public-key`");
     }
@@ -165,8 +215,14 @@ async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
     let hint = "Look at the cache server and at its storage, and publish the path again.";
     match usable.attic.nar_info(&path.hash()).await {
         Ok(Some(info)) if info.path == *path => Ok((info, path.to_string())),
-        Ok(Some(info)) => Err(Broken::new(format!("it describes `{}` instead of `{path}`", info.path), hint)),
-        Ok(None) => Err(Broken::new(format!("the cache does not have `{path}`"), hint)),
+        Ok(Some(info)) => Err(Broken::new(
+            format!("it describes `{}` instead of `{path}`", info.path),
+            hint,
+        )),
+        Ok(None) => Err(Broken::new(
+            format!("the cache does not have `{path}`"),
+            hint,
+        )),
         Err(error) => Err(Broken::new(error.to_string(), hint)),
     }
 }
@@ -181,12 +237,20 @@ async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
 }
 
 fn signature(usable: &Usable, info: &NarInfo) -> Found<()> {
-    let Some(key) = &usable.key else { return Ok(((), "no key is known".to_owned())) };
+    let Some(key) = &usable.key else {
+        return Ok(((), "no key is known".to_owned()));
+    };
     if info.signed_by(key) {
         return Ok(((), format!("good, by `{}`", key.name())));
     }
-    let text = format!("no good signature by `{}`, so that Nix refuses every hit", key.name());
-    Err(Broken::new(text, "Compare `attic-public-key` with what the cache says of itself (`attic cache info`)."))
+    let text = format!(
+        "no good signature by `{}`, so that Nix refuses every hit",
+        key.name()
+    );
+    Err(Broken::new(
+        text,
+        "Compare `attic-public-key` with what the cache says of itself (`attic cache info`).",
+    ))
 }
 
 /// Writes what the canary has built, if the gate allows, and reads it back.
@@ -202,9 +266,15 @@ pub(super) async fn write(
         (.., None) => decision.reason(),
         (Some(usable), Some((nix, path)), Some(permit)) => {
             let begun = Instant::now();
-            let wrote = board.check(WRITE, |_| upload(usable, nix, path, &permit)).await;
+            let wrote = board
+                .check(WRITE, |_| upload(usable, nix, path, &permit))
+                .await;
             match wrote {
-                Some(()) => drop(board.check(READ_BACK, |_| read_back(usable, path, begun)).await),
+                Some(()) => drop(
+                    board
+                        .check(READ_BACK, |_| read_back(usable, path, begun))
+                        .await,
+                ),
                 None => board.skip(READ_BACK, "it stands on `cache-write`"),
             }
             return;
@@ -214,15 +284,32 @@ pub(super) async fn write(
 }
 
 /// The permit says that the gate has been asked.
-async fn upload(usable: &Usable, nix: &Nix, path: &StorePath, _permit: &PublishPermit) -> Found<()> {
-    let hint = "Check the rights of `ATTIC_TOKEN` (`push` on this cache), and the cache server's log.";
+async fn upload(
+    usable: &Usable,
+    nix: &Nix,
+    path: &StorePath,
+    _permit: &PublishPermit,
+) -> Found<()> {
+    let hint =
+        "Check the rights of `ATTIC_TOKEN` (`push` on this cache), and the cache server's log.";
     let broken = |text: String| Broken::new(text, hint);
-    let store = Store::open(nix).await.map_err(|error| broken(error.to_string()).at("store"))?;
-    let found = store.infos(std::slice::from_ref(path)).await.map_err(|error| broken(error.to_string()).at("store"))?;
-    let info: &PathInfo =
-        found.infos.first().ok_or_else(|| broken(format!("`{path}` is gone from the store")).at("store"))?;
+    let store = Store::open(nix)
+        .await
+        .map_err(|error| broken(error.to_string()).at("store"))?;
+    let found = store
+        .infos(std::slice::from_ref(path))
+        .await
+        .map_err(|error| broken(error.to_string()).at("store"))?;
+    let info: &PathInfo = found
+        .infos
+        .first()
+        .ok_or_else(|| broken(format!("`{path}` is gone from the store")).at("store"))?;
     let file = PathBuf::from(path.to_string());
-    usable.attic.upload(info, &file, &Meter::default()).await.map_err(|error| broken(error.to_string()))?;
+    usable
+        .attic
+        .upload(info, &file, &Meter::default())
+        .await
+        .map_err(|error| broken(error.to_string()))?;
     Ok(((), path.to_string()))
 }
 
@@ -232,37 +319,63 @@ async fn read_back(usable: &Usable, path: &StorePath, begun: Instant) -> Found<(
     if usable.key.is_some() {
         signature(usable, &info)?;
     }
-    Ok(((), format!("whole, {:.2} s after the upload began", begun.elapsed().as_secs_f64())))
+    Ok((
+        (),
+        format!(
+            "whole, {:.2} s after the upload began",
+            begun.elapsed().as_secs_f64()
+        ),
+    ))
 }
 
 /// The Bazel remote cache and executor that the runner's hints name.
 pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Asker) {
     let hint = |name: &str| env.get(name).map(str::to_owned);
     let given = Given {
-        cache: plan.bazel_cache.clone().or_else(|| hint("BAZEL_REMOTE_CACHE")),
+        cache: plan
+            .bazel_cache
+            .clone()
+            .or_else(|| hint("BAZEL_REMOTE_CACHE")),
         executor: hint("BAZEL_REMOTE_EXECUTOR"),
         ..Given::default()
     };
     let judgement = judge(&plan.shared_cache, &given);
-    for (about, spec, is_given) in
-        [("cache", BAZEL_CACHE, given.cache.is_some()), ("executor", BAZEL_EXECUTOR, given.executor.is_some())]
-    {
-        let wrong = judgement.findings.iter().find(|finding| finding.about == about);
-        let endpoint = judgement.endpoints.iter().find(|endpoint| endpoint.about == about);
+    for (about, spec, is_given) in [
+        ("cache", BAZEL_CACHE, given.cache.is_some()),
+        ("executor", BAZEL_EXECUTOR, given.executor.is_some()),
+    ] {
+        let wrong = judgement
+            .findings
+            .iter()
+            .find(|finding| finding.about == about);
+        let endpoint = judgement
+            .endpoints
+            .iter()
+            .find(|endpoint| endpoint.about == about);
         match (wrong, endpoint) {
             _ if !is_given => board.skip(spec, "none is named"),
             (Some(finding), _) => {
-                let broken =
-                    Broken::new(finding.text.clone(), "Correct the hint; `flywheel cache-contract` says more.");
+                let broken = Broken::new(
+                    finding.text.clone(),
+                    "Correct the hint; `flywheel cache-contract` says more.",
+                );
                 board.put(spec, spec.limit, Duration::ZERO, Err(broken));
             }
-            (None, Some(endpoint)) => drop(board.check(spec, |limit| asked(asker, endpoint, limit)).await),
+            (None, Some(endpoint)) => drop(
+                board
+                    .check(spec, |limit| asked(asker, endpoint, limit))
+                    .await,
+            ),
             (None, None) => board.skip(spec, "none is named"),
         }
     }
 }
 
-async fn asked(asker: &Asker, endpoint: &crate::contract::shared_cache::Endpoint, limit: Duration) -> Found<()> {
+async fn asked(
+    asker: &Asker,
+    endpoint: &crate::contract::shared_cache::Endpoint,
+    limit: Duration,
+) -> Found<()> {
     let hint = "Check that the server is up and that the runner may reach it.";
     let shown = crate::contract::shared_cache::redact(endpoint.url.as_str());
     let failed = |text: String| Broken::new(format!("{shown}: {text}"), hint);

@@ -40,20 +40,33 @@ pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env, client: &r
     let looked = |places: Vec<PathBuf>, look: fn(&[PathBuf], u64) -> Found<()>, least: u64| {
         move |_| async move {
             let looked = tokio::task::spawn_blocking(move || look(&places, least)).await;
-            looked.unwrap_or_else(|panic| Err(Broken::new(panic.to_string(), "This is a fault of Flywheel's.")))
+            looked.unwrap_or_else(|panic| {
+                Err(Broken::new(
+                    panic.to_string(),
+                    "This is a fault of Flywheel's.",
+                ))
+            })
         }
     };
-    board.check(DISK, looked(places.clone(), disk, plan.min_free)).await;
-    board.check(INODES, looked(places, inodes, LEAST_INODES)).await;
+    board
+        .check(DISK, looked(places.clone(), disk, plan.min_free))
+        .await;
+    board
+        .check(INODES, looked(places, inodes, LEAST_INODES))
+        .await;
     let base = plan.temporary.clone();
-    board.check(TEMPORARY, looked(vec![base], temporary, 0)).await;
+    board
+        .check(TEMPORARY, looked(vec![base], temporary, 0))
+        .await;
     match plan.memory {
         Some(wanted) => drop(board.check(MEMORY, |_| async move { memory(wanted) }).await),
         None => board.skip(MEMORY, "the contract names no memory for this lane"),
     }
     board.check(CLOCK, |limit| clock(plan, client, limit)).await;
     let config = env.get("NIX_CONFIG").unwrap_or_default();
-    board.check(NIX_CONFIG, |_| async move { nix_config(config) }).await;
+    board
+        .check(NIX_CONFIG, |_| async move { nix_config(config) })
+        .await;
     board.check(HINTS, |_| async move { hints(env) }).await;
 }
 
@@ -61,28 +74,43 @@ pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env, client: &r
 fn places(plan: &Plan, env: &Env) -> Vec<PathBuf> {
     let mut places = vec![PathBuf::from("."), plan.temporary.clone()];
     if plan.class == "nix-builder" {
-        let store = env.path("NIX_STORE_DIR").unwrap_or_else(|| "/nix/store".into());
-        places.extend([store.clone(), "/nix".into()].into_iter().find(|folder| folder.is_dir()));
+        let store = env
+            .path("NIX_STORE_DIR")
+            .unwrap_or_else(|| "/nix/store".into());
+        places.extend(
+            [store.clone(), "/nix".into()]
+                .into_iter()
+                .find(|folder| folder.is_dir()),
+        );
     }
     places.retain(|folder| folder.is_dir());
     places
 }
 
 fn disk(places: &[PathBuf], least: u64) -> Found<()> {
-    let found = look(places, |stat| Some(stat.f_bavail.saturating_mul(stat.f_frsize)))?;
-    let Some((folder, free)) = found else { return Ok(((), "nothing to look at".to_owned())) };
+    let found = look(places, |stat| {
+        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+    })?;
+    let Some((folder, free)) = found else {
+        return Ok(((), "nothing to look at".to_owned()));
+    };
     let text = format!("{} free in `{}`", bytes(free), folder.display());
     if free >= least {
         return Ok(((), text));
     }
     let hint = "Make room: collect garbage (`nix-collect-garbage`), or give the runner a bigger volume; `min-free` sets the bound.";
-    Err(Broken::new(format!("{text}, and {} are needed", bytes(least)), hint))
+    Err(Broken::new(
+        format!("{text}, and {} are needed", bytes(least)),
+        hint,
+    ))
 }
 
 fn inodes(places: &[PathBuf], least: u64) -> Found<()> {
     // File systems that make inodes as they go say 0 of 0.
     let found = look(places, |stat| (stat.f_files > 0).then_some(stat.f_favail))?;
-    let Some((folder, free)) = found else { return Ok(((), "this file system has no fixed number".to_owned())) };
+    let Some((folder, free)) = found else {
+        return Ok(((), "this file system has no fixed number".to_owned()));
+    };
     let text = format!("{free} free in `{}`", folder.display());
     if free >= least {
         return Ok(((), text));
@@ -101,9 +129,14 @@ fn look(
     let mut least: Option<(PathBuf, u64)> = None;
     for folder in places {
         let stat = statvfs(folder).map_err(|error| {
-            Broken::new(format!("`{}` cannot be looked at: {error}", folder.display()), "Look at the runner's mounts.")
+            Broken::new(
+                format!("`{}` cannot be looked at: {error}", folder.display()),
+                "Look at the runner's mounts.",
+            )
         })?;
-        if let Some(found) = number(&stat).filter(|found| least.as_ref().is_none_or(|(_, known)| found < known)) {
+        if let Some(found) =
+            number(&stat).filter(|found| least.as_ref().is_none_or(|(_, known)| found < known))
+        {
             least = Some((folder.clone(), found));
         }
     }
@@ -113,7 +146,9 @@ fn look(
 fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
     let folder = places.first().map_or(Path::new("/tmp"), PathBuf::as_path);
     let tried = || -> std::io::Result<()> {
-        let file = tempfile::Builder::new().prefix("flywheel-canary-").tempfile_in(folder)?;
+        let file = tempfile::Builder::new()
+            .prefix("flywheel-canary-")
+            .tempfile_in(folder)?;
         std::fs::write(file.path(), vec![0x5a; PROBE_BYTES])?;
         let back = std::fs::read(file.path())?;
         if back.len() == PROBE_BYTES {
@@ -126,14 +161,21 @@ fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
         Ok(()) => Ok(((), format!("`{}` can be written to", folder.display()))),
         Err(error) => {
             let text = format!("`{}` cannot be written to: {error}", folder.display());
-            Err(Broken::new(text, "Point `RUNNER_TEMP` or `TMPDIR` to a folder of the runner's user, with room."))
+            Err(Broken::new(
+                text,
+                "Point `RUNNER_TEMP` or `TMPDIR` to a folder of the runner's user, with room.",
+            ))
         }
     }
 }
 
 fn memory(wanted: Size) -> Found<()> {
-    let (group, machine) = (Cgroup::of_self().and_then(|group| group.read().limit), of_machine());
-    let enough_machine = machine.is_none_or(|machine| machine as f64 >= wanted.bytes() as f64 * MACHINE_SLACK);
+    let (group, machine) = (
+        Cgroup::of_self().and_then(|group| group.read().limit),
+        of_machine(),
+    );
+    let enough_machine =
+        machine.is_none_or(|machine| machine as f64 >= wanted.bytes() as f64 * MACHINE_SLACK);
     let enough_group = group.is_none_or(|limit| limit >= wanted.bytes());
     let text = match (group, machine) {
         (Some(limit), _) => format!("a limit of {}", bytes(limit)),
@@ -144,32 +186,66 @@ fn memory(wanted: Size) -> Found<()> {
         return Ok(((), format!("{text}; the class has {wanted}")));
     }
     let hint = "Give the runner the memory of its lane, or correct `memory` of the lane in `flywheel.yml`.";
-    Err(Broken::new(format!("{text}, and the class has {wanted}"), hint))
+    Err(Broken::new(
+        format!("{text}, and the class has {wanted}"),
+        hint,
+    ))
 }
 
 async fn clock(plan: &Plan, client: &reqwest::Client, limit: Duration) -> Found<()> {
     let now = SystemTime::now();
-    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let seconds = now
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
     let hint = "Set the clock, or start the machine's time service.";
     if seconds < EARLIEST {
-        return Err(Broken::new(format!("it says {}", httpdate::fmt_http_date(now)), hint));
+        return Err(Broken::new(
+            format!("it says {}", httpdate::fmt_http_date(now)),
+            hint,
+        ));
     }
     // Any server that answers knows the time; one that does not is another check's business.
-    let Some(endpoint) = &plan.cache else { return Ok(((), "it is after the year 2024".to_owned())) };
-    let asked = client.head(endpoint.read("nix-cache-info")).timeout(limit.min(Duration::from_secs(3))).send().await;
-    let date =
-        asked.ok().and_then(|answer| httpdate::parse_http_date(answer.headers().get("date")?.to_str().ok()?).ok());
-    let Some(date) = date else { return Ok(((), "it is after the year 2024".to_owned())) };
-    let skew = date.duration_since(now).or_else(|_| now.duration_since(date)).unwrap_or_default();
+    let Some(endpoint) = &plan.cache else {
+        return Ok(((), "it is after the year 2024".to_owned()));
+    };
+    let asked = client
+        .head(endpoint.read("nix-cache-info"))
+        .timeout(limit.min(Duration::from_secs(3)))
+        .send()
+        .await;
+    let date = asked.ok().and_then(|answer| {
+        httpdate::parse_http_date(answer.headers().get("date")?.to_str().ok()?).ok()
+    });
+    let Some(date) = date else {
+        return Ok(((), "it is after the year 2024".to_owned()));
+    };
+    let skew = date
+        .duration_since(now)
+        .or_else(|_| now.duration_since(date))
+        .unwrap_or_default();
     let text = format!("{} s from the cache server's", skew.as_secs());
-    if skew <= SKEW { Ok(((), text)) } else { Err(Broken::new(text, hint)) }
+    if skew <= SKEW {
+        Ok(((), text))
+    } else {
+        Err(Broken::new(text, hint))
+    }
 }
 
 fn nix_config(config: &str) -> Found<()> {
     match settings::malformed(config).first() {
-        None => Ok(((), if config.is_empty() { "none" } else { "well formed" }.to_owned())),
+        None => Ok((
+            (),
+            if config.is_empty() {
+                "none"
+            } else {
+                "well formed"
+            }
+            .to_owned(),
+        )),
         Some(line) => Err(Broken::new(
-            format!("`NIX_CONFIG` has no `name = value` on line {line}, so Nix refuses every command"),
+            format!(
+                "`NIX_CONFIG` has no `name = value` on line {line}, so Nix refuses every command"
+            ),
             "Correct `NIX_CONFIG` in the runner's environment.",
         )),
     }
@@ -191,12 +267,31 @@ fn hints(env: &Env) -> Found<()> {
         _ => Some("is no http or https address".to_owned()),
     });
     look("ATTIC_CACHE", &|text| {
-        text.parse::<crate::nix::cache_name::CacheName>().err().map(|_| "is no name of a cache".to_owned())
+        text.parse::<crate::nix::cache_name::CacheName>()
+            .err()
+            .map(|_| "is no name of a cache".to_owned())
     });
-    look("ATTIC_PUBLIC_KEY", &|text| text.parse::<PublicKey>().err().map(|_| "is no public key".to_owned()));
-    look("BAZEL_REMOTE_CACHE", &|text| text.contains("${").then(|| "holds a literal `${…}`".to_owned()));
+    look("ATTIC_PUBLIC_KEY", &|text| {
+        text.parse::<PublicKey>()
+            .err()
+            .map(|_| "is no public key".to_owned())
+    });
+    look("BAZEL_REMOTE_CACHE", &|text| {
+        text.contains("${")
+            .then(|| "holds a literal `${…}`".to_owned())
+    });
     if wrong.is_empty() {
-        return Ok(((), if given.is_empty() { "none".to_owned() } else { given.join(", ") }));
+        return Ok((
+            (),
+            if given.is_empty() {
+                "none".to_owned()
+            } else {
+                given.join(", ")
+            },
+        ));
     }
-    Err(Broken::new(wrong.join(", "), "Correct it in the runner's environment; a malformed hint is not used."))
+    Err(Broken::new(
+        wrong.join(", "),
+        "Correct it in the runner's environment; a malformed hint is not used.",
+    ))
 }

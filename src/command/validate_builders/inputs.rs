@@ -48,45 +48,99 @@ const MIN_FREE: &str = "1GiB";
 pub struct Inputs {
     /// The class of this builder in the contract, such as `general`, `container` or `kernel`
     /// (default: `nix-builder`).
-    #[arg(long, env = "FLYWHEEL_CLASS", value_name = "NAME", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CLASS",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
     class: Text,
 
     /// The label of this builder's lane, such as `nix-builder-heavy`; its memory counts (default: the
     /// first lane of the class).
-    #[arg(long, env = "FLYWHEEL_LANE", value_name = "LABEL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_LANE",
+        value_name = "LABEL",
+        default_value = "",
+        hide_default_value = true
+    )]
     lane: Text,
 
     #[command(flatten)]
     contract: ContractInput,
 
     /// The flake to evaluate, such as `.` or `path:./ci` (default: `.`, if it has a `flake.nix`).
-    #[arg(long, env = "FLYWHEEL_FLAKE", value_name = "FLAKE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FLAKE",
+        value_name = "FLAKE",
+        default_value = "",
+        hide_default_value = true
+    )]
     flake: Text,
 
     /// A package to build besides the canary's own, such as `.#default` (default: none).
-    #[arg(long, env = "FLYWHEEL_PACKAGE", value_name = "INSTALLABLE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_PACKAGE",
+        value_name = "INSTALLABLE",
+        default_value = "",
+        hide_default_value = true
+    )]
     package: Text,
 
     /// Layers that must hold, too, separated by white space or commas, such as `cache bazel-cache`; a
     /// family stands for its layers (default: those of the host, of the tools and of Nix).
-    #[arg(long, env = "FLYWHEEL_REQUIRED", value_name = "LAYERS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_REQUIRED",
+        value_name = "LAYERS",
+        default_value = "",
+        hide_default_value = true
+    )]
     required: Text,
 
     /// Layers that need not hold, such as `user-trust` (default: those of the caches).
-    #[arg(long, env = "FLYWHEEL_ADVISORY", value_name = "LAYERS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_ADVISORY",
+        value_name = "LAYERS",
+        default_value = "",
+        hide_default_value = true
+    )]
     advisory: Text,
 
     /// How long all checks may take together, in seconds, such as `60` (default: `120`).
-    #[arg(long, env = "FLYWHEEL_TIMEOUT", value_name = "SECONDS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_TIMEOUT",
+        value_name = "SECONDS",
+        default_value = "",
+        hide_default_value = true
+    )]
     timeout: Text,
 
     /// Room that must be free where a job writes, such as `20GiB` (default: `1GiB`).
-    #[arg(long, env = "FLYWHEEL_MIN_FREE", value_name = "SIZE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_MIN_FREE",
+        value_name = "SIZE",
+        default_value = "",
+        hide_default_value = true
+    )]
     min_free: Text,
 
     /// When the runner began to start, in seconds since 1970, such as `1760000000`; the cold start counts
     /// from there (default: the start of the canary).
-    #[arg(long, env = "FLYWHEEL_STARTED_AT", value_name = "SECONDS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_STARTED_AT",
+        value_name = "SECONDS",
+        default_value = "",
+        hide_default_value = true
+    )]
     started_at: Text,
 
     /// The kernel to build modules for, such as `6.12.0-1-amd64` (default: the running one).
@@ -104,7 +158,13 @@ pub struct Inputs {
 
     /// A store path that the cache should have, such as `/nix/store/…-hello-2.12`: it is read whole, and its
     /// signature checked (default: the first path of this store that the cache turns out to have).
-    #[arg(long, env = "FLYWHEEL_CACHE_PATH", value_name = "PATH", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE_PATH",
+        value_name = "PATH",
+        default_value = "",
+        hide_default_value = true
+    )]
     cache_path: Text,
 
     /// The Bazel remote cache, such as `grpcs://bazel-cache.example.org:9092` (default: the hint
@@ -121,11 +181,23 @@ pub struct Inputs {
 
     /// Whether to write to the cache and read back, `true`, `auto` or `false` (the default); the trust gate
     /// decides.
-    #[arg(long, env = "FLYWHEEL_PUSH_CACHE", value_name = "WHEN", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_PUSH_CACHE",
+        value_name = "WHEN",
+        default_value = "",
+        hide_default_value = true
+    )]
     push_cache: Text,
 
     /// Refs that may write besides the default branch, such as `refs/tags/v*` (the default).
-    #[arg(long, env = "FLYWHEEL_TRUSTED_REFS", value_name = "REFS", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_TRUSTED_REFS",
+        value_name = "REFS",
+        default_value = "",
+        hide_default_value = true
+    )]
     trusted_refs: Text,
 
     /// Asks for writing by hand, as in `flywheel validate-builders --publish`; outside of CI nothing else
@@ -134,24 +206,54 @@ pub struct Inputs {
     publish: bool,
 
     /// How to report on stdout: `text`, the default, or `json`.
-    #[arg(long, env = "FLYWHEEL_FORMAT", value_name = "FORMAT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FORMAT",
+        value_name = "FORMAT",
+        default_value = "",
+        hide_default_value = true
+    )]
     format: Text,
 
     /// A file for the report as JSON, such as `canary.json` (default: none).
-    #[arg(long, env = "FLYWHEEL_REPORT_FILE", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_REPORT_FILE",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     report_file: Text,
 
     /// A file for the metrics in Prometheus's text format, such as `flywheel.prom` (default: none).
-    #[arg(long, env = "FLYWHEEL_METRICS_FILE", value_name = "FILE", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_METRICS_FILE",
+        value_name = "FILE",
+        default_value = "",
+        hide_default_value = true
+    )]
     metrics_file: Text,
 
     /// A Pushgateway to send the metrics to, such as `http://pushgateway.example.org:9091/` (default: none).
-    #[arg(long, env = "FLYWHEEL_PUSHGATEWAY", value_name = "URL", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_PUSHGATEWAY",
+        value_name = "URL",
+        default_value = "",
+        hide_default_value = true
+    )]
     pushgateway: Text,
 
     /// Whether to leave a Check Run "Builder health: CLASS" on the commit: `true`, `false`, or `auto`, the
     /// default: if `GITHUB_TOKEN` is there.
-    #[arg(long, env = "FLYWHEEL_CHECK_RUN", value_name = "WHEN", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_CHECK_RUN",
+        value_name = "WHEN",
+        default_value = "",
+        hide_default_value = true
+    )]
     check_run: Text,
 }
 
@@ -200,27 +302,40 @@ impl Plan {
     pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, Failure> {
         let contract = inputs.contract.read()?;
         let name = inputs.class.get().unwrap_or(DEFAULT_CLASS);
-        let class = contract.class(name).ok_or_else(|| unknown_class(name, &contract))?;
+        let class = contract
+            .class(name)
+            .ok_or_else(|| unknown_class(name, &contract))?;
         let lane = lane(inputs, &contract, name, class)?;
         let text = |input: &Text| input.get().map(str::to_owned);
         // A malformed hint is the business of the check `hints`, and names no cache.
         let named = inputs.cache.named(env)?;
         let server = named.given.or(named.hinted).filter(|_| named.enabled);
-        let when = [("true", CheckRun::Always), ("auto", CheckRun::IfToken), ("false", CheckRun::Never)];
+        let when = [
+            ("true", CheckRun::Always),
+            ("auto", CheckRun::IfToken),
+            ("false", CheckRun::Never),
+        ];
         Ok(Self {
             class: name.to_owned(),
             lane: lane.map(|lane| lane.label.clone()),
             memory: class.memory(lane),
-            tools: class.tools.iter().map(|(tool, wanted)| (tool.to_owned(), wanted.clone())).collect(),
+            tools: class
+                .tools
+                .iter()
+                .map(|(tool, wanted)| (tool.to_owned(), wanted.clone()))
+                .collect(),
             nix: class.tools.get("nix").cloned(),
             shared_cache: contract.shared_cache.clone(),
-            flake: text(&inputs.flake).or_else(|| Path::new("flake.nix").is_file().then(|| ".".to_owned())),
+            flake: text(&inputs.flake)
+                .or_else(|| Path::new("flake.nix").is_file().then(|| ".".to_owned())),
             package: text(&inputs.package),
             weights: Weights {
                 required: layers("required", &inputs.required)?,
                 advisory: layers("advisory", &inputs.advisory)?,
             },
-            timeout: Duration::from_secs(number("timeout", &inputs.timeout, 1..=3600)?.unwrap_or(TIMEOUT)),
+            timeout: Duration::from_secs(
+                number("timeout", &inputs.timeout, 1..=3600)?.unwrap_or(TIMEOUT),
+            ),
             min_free: size(&inputs.min_free)?,
             head_start: head_start(number("started-at", &inputs.started_at, 0..=u64::MAX)?),
             kernel_release: text(&inputs.kernel_release),
@@ -234,7 +349,8 @@ impl Plan {
                 by_hand: inputs.publish,
                 trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
             },
-            as_json: choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default(),
+            as_json: choice("format", &inputs.format, &[("text", false), ("json", true)])?
+                .unwrap_or_default(),
             report_file: text(&inputs.report_file).map(PathBuf::from),
             metrics_file: text(&inputs.metrics_file).map(PathBuf::from),
             pushgateway: inputs.pushgateway.get().map(gateway).transpose()?,
@@ -249,13 +365,24 @@ fn lane<'a>(
     name: &str,
     class: &'a Class,
 ) -> Result<Option<&'a Lane>, UsageError> {
-    let Some(label) = inputs.lane.get() else { return Ok(class.lanes().first()) };
+    let Some(label) = inputs.lane.get() else {
+        return Ok(class.lanes().first());
+    };
     match contract.lane(label) {
         Some((of, _, lane)) if of == name => Ok(Some(lane)),
         _ => {
-            let known: Vec<&str> = class.lanes().iter().map(|lane| lane.label.as_str()).collect();
-            let problem = format!("must be a lane of `{name}` ({}), not `{}`", known.join(", "), one_line(label, 80));
-            Err(UsageError::new("lane", problem).with_hint("Name it under `lanes` of the class in `flywheel.yml`."))
+            let known: Vec<&str> = class
+                .lanes()
+                .iter()
+                .map(|lane| lane.label.as_str())
+                .collect();
+            let problem = format!(
+                "must be a lane of `{name}` ({}), not `{}`",
+                known.join(", "),
+                one_line(label, 80)
+            );
+            Err(UsageError::new("lane", problem)
+                .with_hint("Name it under `lanes` of the class in `flywheel.yml`."))
         }
     }
 }
@@ -265,35 +392,46 @@ fn layers(name: &str, input: &Text) -> Result<Vec<String>, UsageError> {
         let error = UsageError::new(name, format!("names `{word}`, which is no layer"));
         match meant {
             Some(meant) => error.with_hint(format!("Did you mean `{meant}`?")),
-            None => error.with_hint(format!("The layers are {}.", super::board::LAYERS.join(", "))),
+            None => error.with_hint(format!(
+                "The layers are {}.",
+                super::board::LAYERS.join(", ")
+            )),
         }
     })
 }
 
 fn size(input: &Text) -> Result<u64, UsageError> {
     let text = input.get().unwrap_or(MIN_FREE);
-    Size::parse(text).map(Size::bytes).map_err(|problem| UsageError::new("min-free", format!("is wrong: {problem}")))
+    Size::parse(text)
+        .map(Size::bytes)
+        .map_err(|problem| UsageError::new("min-free", format!("is wrong: {problem}")))
 }
 
 /// How long ago the runner began to start; a time to come is none.
 fn head_start(started_at: Option<u64>) -> Duration {
     let started = started_at.map(|seconds| UNIX_EPOCH + Duration::from_secs(seconds));
-    started.and_then(|started| SystemTime::now().duration_since(started).ok()).unwrap_or_default()
+    started
+        .and_then(|started| SystemTime::now().duration_since(started).ok())
+        .unwrap_or_default()
 }
 
 fn store_path(input: &Text) -> Result<Option<StorePath>, UsageError> {
     let parsed = input.get().map(|text| {
         text.parse().map_err(|_| {
-            UsageError::new("cache-path", format!("is no store path: `{}`", one_line(text, 200)))
-                .with_hint("Give it whole, such as `/nix/store/…-hello-2.12`.")
+            UsageError::new(
+                "cache-path",
+                format!("is no store path: `{}`", one_line(text, 200)),
+            )
+            .with_hint("Give it whole, such as `/nix/store/…-hello-2.12`.")
         })
     });
     parsed.transpose()
 }
 
 fn gateway(text: &str) -> Result<Url, UsageError> {
-    let mut url =
-        Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some());
+    let mut url = Url::parse(text)
+        .ok()
+        .filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some());
     if let Some(url) = &mut url {
         url.set_query(None);
         url.set_fragment(None);

@@ -35,14 +35,31 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let begun = Instant::now();
     let plan = Plan::read(&inputs, env)?;
     let workflow = Workflow::new(env.in_github_actions());
-    let token = |name: &str| env.get(name).and_then(Secret::new).inspect(|secret| workflow.mask(secret));
+    let token = |name: &str| {
+        env.get(name)
+            .and_then(Secret::new)
+            .inspect(|secret| workflow.mask(secret))
+    };
     let (attic, github) = (token("ATTIC_TOKEN"), token("GITHUB_TOKEN"));
     let decision = decide(&context::facts(env), &plan.request, attic.is_some());
-    let roots = Roots { files: env.path("NIX_SSL_CERT_FILE").into_iter().collect() };
-    let work = Work { plan, env, clients: Clients::new(&roots)?, asker: Asker::new(&roots)?, attic, decision };
+    let roots = Roots {
+        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    };
+    let work = Work {
+        plan,
+        env,
+        clients: Clients::new(&roots)?,
+        asker: Asker::new(&roots)?,
+        attic,
+        decision,
+    };
     let canary = work.run(begun).await;
     tell::everybody(&canary, &work, &workflow, github.as_ref()).await;
-    Ok(if canary.healthy() { Exit::Ok } else { Exit::Failed })
+    Ok(if canary.healthy() {
+        Exit::Ok
+    } else {
+        Exit::Failed
+    })
 }
 
 /// Everything that the parts need.
@@ -59,17 +76,24 @@ impl Work<'_> {
     async fn run(&self, begun: Instant) -> Canary {
         let deadline = tokio::time::Instant::now() + self.plan.timeout;
         let mut host = Board::new(self.plan.weights.clone(), deadline);
-        let (mut class, mut cache, mut bazel, mut write) = (host.beside(), host.beside(), host.beside(), host.beside());
+        let (mut class, mut cache, mut bazel, mut write) =
+            (host.beside(), host.beside(), host.beside(), host.beside());
         let mut first_build = None;
         let (built, usable, (), ()) = tokio::join!(
             async {
                 let built = self.class(&mut class).await;
-                first_build = built.as_ref().and_then(|built| built.path.as_ref()).map(|_| begun.elapsed());
+                first_build = built
+                    .as_ref()
+                    .and_then(|built| built.path.as_ref())
+                    .map(|_| begun.elapsed());
                 built
             },
             async {
                 match self.plan.class.as_str() {
-                    "nix-builder" => cache::read(&mut cache, &self.plan, self.attic.as_ref(), &self.clients).await,
+                    "nix-builder" => {
+                        cache::read(&mut cache, &self.plan, self.attic.as_ref(), &self.clients)
+                            .await
+                    }
                     _ => None,
                 }
             },
@@ -81,18 +105,31 @@ impl Work<'_> {
             },
         );
         if self.plan.class == "nix-builder" {
-            cache::read_any(&mut cache, &self.plan, usable.as_ref(), built.as_ref().map(|built| &built.nix)).await;
-            let new = built.as_ref().and_then(|built| Some((&built.nix, built.path.as_ref()?)));
+            cache::read_any(
+                &mut cache,
+                &self.plan,
+                usable.as_ref(),
+                built.as_ref().map(|built| &built.nix),
+            )
+            .await;
+            let new = built
+                .as_ref()
+                .and_then(|built| Some((&built.nix, built.path.as_ref()?)));
             cache::write(&mut write, usable.as_ref(), new, &self.decision).await;
         }
-        let checks = [host, class, cache, write, bazel].into_iter().flat_map(|board| board.checks).collect();
+        let checks = [host, class, cache, write, bazel]
+            .into_iter()
+            .flat_map(|board| board.checks)
+            .collect();
         Canary {
             class: self.plan.class.clone(),
             lane: self.plan.lane.clone(),
             checks,
             cold_start: first_build.map(|at| at + self.plan.head_start),
             took: begun.elapsed(),
-            ended_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            ended_at: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
         }
     }
 

@@ -27,7 +27,9 @@ const EVALUATION: Spec = Spec::required("evaluation", "evaluation", 60);
 const BUILD: Spec = Spec::required("canary-build", "build", 30);
 const PACKAGE: Spec = Spec::required("package", "package", 120);
 /// In the order of their running; what comes after a failed one that it stands on is skipped.
-const ALL: [Spec; 10] = [PRESENT, VERSION, OPENS, FEATURES, TAKES, TRUST, EVALUATION, BUILD, SANDBOX, PACKAGE];
+const ALL: [Spec; 10] = [
+    PRESENT, VERSION, OPENS, FEATURES, TAKES, TRUST, EVALUATION, BUILD, SANDBOX, PACKAGE,
+];
 
 /// A Nix that works, and what it has built.
 pub(super) struct Built {
@@ -40,8 +42,13 @@ pub(super) struct Built {
 pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env) -> Option<Built> {
     let built = run(board, plan, env).await;
     // Where several fail, the first is the one that the others stand on.
-    let failed = board.checks.iter().find(|check| matches!(check.verdict, Verdict::Failed { .. }));
-    let why = failed.map(|check| format!("it stands on `{}`", check.name)).unwrap_or_default();
+    let failed = board
+        .checks
+        .iter()
+        .find(|check| matches!(check.verdict, Verdict::Failed { .. }));
+    let why = failed
+        .map(|check| format!("it stands on `{}`", check.name))
+        .unwrap_or_default();
     for spec in ALL {
         if !board.checks.iter().any(|check| check.name == spec.name) {
             board.skip(spec, why.clone());
@@ -53,26 +60,47 @@ pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env) -> Option<
 /// Up to the first check that the others stand on.
 async fn run(board: &mut Board, plan: &Plan, env: &Env) -> Option<Built> {
     let program = board.check(PRESENT, |_| async { present(env) }).await?;
-    let nix = board.check(VERSION, |limit| version(plan, &program, env, limit)).await?;
+    let nix = board
+        .check(VERSION, |limit| version(plan, &program, env, limit))
+        .await?;
     board.check(OPENS, |limit| opens(&nix, limit)).await?;
-    board.check(FEATURES, |limit| features(&nix, env, limit)).await?;
+    board
+        .check(FEATURES, |limit| features(&nix, env, limit))
+        .await?;
     let taken = board.check(TAKES, |limit| takes(&nix, plan, limit)).await;
     board.check(TRUST, |_| trusted(&nix)).await;
     taken?;
     let settings = Settings::read(&nix).await.unwrap_or_default();
     let system = settings.text("system").unwrap_or_default();
     match &plan.flake {
-        Some(flake) => drop(board.check(EVALUATION, |limit| evaluates(&nix, flake, &system, limit)).await),
-        None => board.skip(EVALUATION, "there is no `flake.nix` here; `flake` names another place"),
+        Some(flake) => drop(
+            board
+                .check(EVALUATION, |limit| evaluates(&nix, flake, &system, limit))
+                .await,
+        ),
+        None => board.skip(
+            EVALUATION,
+            "there is no `flake.nix` here; `flake` names another place",
+        ),
     }
-    let path = board.check(BUILD, |limit| build(&nix, &settings, false, limit)).await;
+    let path = board
+        .check(BUILD, |limit| build(&nix, &settings, false, limit))
+        .await;
     match (settings.text("sandbox").as_deref(), &path) {
         (_, None) => {}
         (Some("false"), _) => board.skip(SANDBOX, "`sandbox` is `false` in Nix's settings"),
-        (_, Some(_)) => drop(board.check(SANDBOX, |limit| build(&nix, &settings, true, limit)).await),
+        (_, Some(_)) => drop(
+            board
+                .check(SANDBOX, |limit| build(&nix, &settings, true, limit))
+                .await,
+        ),
     }
     match (&plan.package, path.is_some()) {
-        (Some(package), true) => drop(board.check(PACKAGE, |limit| package_builds(&nix, package, limit)).await),
+        (Some(package), true) => drop(
+            board
+                .check(PACKAGE, |limit| package_builds(&nix, package, limit))
+                .await,
+        ),
         (Some(_), false) => {}
         (None, _) => board.skip(PACKAGE, "no `package` is named"),
     }
@@ -101,9 +129,15 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
     let hint = "Repair the installation, or take it off `PATH`.";
     // A program that hangs is ended here, with its children, before it is asked for more.
     let path = env.path("PATH").unwrap_or_default();
-    let asked = Tool::new(program).arg("--version").env("PATH", path).run(limit).await;
+    let asked = Tool::new(program)
+        .arg("--version")
+        .env("PATH", path)
+        .run(limit)
+        .await;
     asked.map_err(|error| Broken::new(error.to_string(), hint))?;
-    let nix = Nix::at(program, env).await.map_err(|error| Broken::new(told(&error), hint))?;
+    let nix = Nix::at(program, env)
+        .await
+        .map_err(|error| Broken::new(told(&error), hint))?;
     let number = format!("{}.{}", nix.version.major, nix.version.minor);
     let line = nix.version.line.clone();
     match &plan.nix {
@@ -118,21 +152,30 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
 /// Asked without what our own calls switch on: a job has only what the installation allows.
 async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
     let mut variables = nix.variables();
-    variables.insert("NIX_CONFIG".to_owned(), env.get("NIX_CONFIG").unwrap_or_default().into());
-    let tool = Tool::new(&nix.program).envs(variables).args(["eval", "--expr", "builtins ? getFlake"]);
-    let hint =
-        "Add `experimental-features = nix-command flakes` to `/etc/nix/nix.conf` on the runner, or to `NIX_CONFIG`.";
-    let output =
-        tool.run(limit).await.map_err(|error| Broken::new(error.to_string(), "Look at what Nix waits for."))?;
+    variables.insert(
+        "NIX_CONFIG".to_owned(),
+        env.get("NIX_CONFIG").unwrap_or_default().into(),
+    );
+    let tool =
+        Tool::new(&nix.program)
+            .envs(variables)
+            .args(["eval", "--expr", "builtins ? getFlake"]);
+    let hint = "Add `experimental-features = nix-command flakes` to `/etc/nix/nix.conf` on the runner, or to `NIX_CONFIG`.";
+    let output = tool
+        .run(limit)
+        .await
+        .map_err(|error| Broken::new(error.to_string(), "Look at what Nix waits for."))?;
     match (output.status.success(), output.text().trim()) {
         (true, "true") => Ok(((), "`nix-command` and `flakes` are on".to_owned())),
         (true, _) => Err(Broken::new("`flakes` is off", hint)),
         (false, _) if output.stderr.contains("'nix-command' is disabled") => {
             Err(Broken::new("`nix-command` is off", hint))
         }
-        (false, _) => {
-            Err(of_text("nix eval", &output.stderr, "Look at `NIX_CONFIG` and `/etc/nix/nix.conf` on the runner."))
-        }
+        (false, _) => Err(of_text(
+            "nix eval",
+            &output.stderr,
+            "Look at `NIX_CONFIG` and `/etc/nix/nix.conf` on the runner.",
+        )),
     }
 }
 
@@ -162,8 +205,12 @@ async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
     let hint = "Give the store room and rights on the runner.";
     let name = format!("flywheel-canary-{:032x}", fastrand::u128(..));
     let file = plan.temporary.join(&name);
-    std::fs::write(&file, &name).map_err(|error| Broken::new(error.to_string(), hint).at("temporary-space"))?;
-    let tool = Tool::new(&nix.folder().join("nix-store")).envs(nix.variables()).arg("--add").arg(&file);
+    std::fs::write(&file, &name)
+        .map_err(|error| Broken::new(error.to_string(), hint).at("temporary-space"))?;
+    let tool = Tool::new(&nix.folder().join("nix-store"))
+        .envs(nix.variables())
+        .arg("--add")
+        .arg(&file);
     let ran = tool.run(limit).await;
     // What cannot be removed goes with the runner's temporary folder.
     let _ = std::fs::remove_file(&file);
@@ -182,7 +229,10 @@ async fn trusted(nix: &Nix) -> Found<()> {
             "the daemon does not trust this user, so that a job's cache and keys are ignored",
             "Add the runner's user to `trusted-users` in `/etc/nix/nix.conf` and restart the daemon.",
         )),
-        Err(error) => Err(Broken::new(told(&error), "Look at the daemon on the runner.")),
+        Err(error) => Err(Broken::new(
+            told(&error),
+            "Look at the daemon on the runner.",
+        )),
     }
 }
 
@@ -190,29 +240,61 @@ async fn trusted(nix: &Nix) -> Found<()> {
 async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Found<()> {
     let attribute = format!("{flake}#packages.{system}");
     let apply = "p: builtins.mapAttrs (n: d: d.drvPath) p";
-    let arguments =
-        ["eval", "--json", "--option", "eval-cache", "false", "--no-write-lock-file", "--apply", apply, &attribute];
+    let arguments = [
+        "eval",
+        "--json",
+        "--option",
+        "eval-cache",
+        "false",
+        "--no-write-lock-file",
+        "--apply",
+        apply,
+        &attribute,
+    ];
     let output = nix
         .run(&arguments, limit)
         .await
         .map_err(|error| Broken::new(told(&error), "Look at what the flake waits for."))?;
-    let hint = format!("Run `nix eval {attribute} --apply builtins.attrNames` by hand, and mend the flake.");
+    let hint = format!(
+        "Run `nix eval {attribute} --apply builtins.attrNames` by hand, and mend the flake."
+    );
     if !output.status.success() {
         return Err(of_text("nix eval", &output.stderr, &hint));
     }
     let packages: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&output.stdout).unwrap_or_default();
     match packages.len() {
-        0 => Err(Broken::new(format!("`packages.{system}` has nothing in it"), hint)),
-        number => Ok(((), format!("{} of `packages.{system}` evaluate", count(number as u64, "attribute")))),
+        0 => Err(Broken::new(
+            format!("`packages.{system}` has nothing in it"),
+            hint,
+        )),
+        number => Ok((
+            (),
+            format!(
+                "{} of `packages.{system}` evaluate",
+                count(number as u64, "attribute")
+            ),
+        )),
     }
 }
 
 /// Builds what no cache can have: its name and its content come from a number drawn just now.
-async fn build(nix: &Nix, settings: &Settings, in_sandbox: bool, limit: Duration) -> Found<StorePath> {
+async fn build(
+    nix: &Nix,
+    settings: &Settings,
+    in_sandbox: bool,
+    limit: Duration,
+) -> Found<StorePath> {
     let system = settings.text("system").unwrap_or_default();
     let expression = derivation(&system, has_shell(settings) && !in_sandbox);
-    let mut arguments = vec!["build", "--no-link", "--json", "--option", "substitute", "false"];
+    let mut arguments = vec![
+        "build",
+        "--no-link",
+        "--json",
+        "--option",
+        "substitute",
+        "false",
+    ];
     if in_sandbox {
         // Older versions build without one where there can be none, and say nothing.
         arguments.extend(["--option", "sandbox-fallback", "false"]);
@@ -231,9 +313,16 @@ async fn build(nix: &Nix, settings: &Settings, in_sandbox: bool, limit: Duration
         return Err(of_text("nix build", &output.stderr, hint));
     }
     let built: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let path = built.first().and_then(|one| one["outputs"]["out"].as_str()).and_then(|path| path.parse().ok());
-    let path: StorePath =
-        path.ok_or_else(|| Broken::new("Nix does not say what it has built", "This is a fault of Flywheel's."))?;
+    let path = built
+        .first()
+        .and_then(|one| one["outputs"]["out"].as_str())
+        .and_then(|path| path.parse().ok());
+    let path: StorePath = path.ok_or_else(|| {
+        Broken::new(
+            "Nix does not say what it has built",
+            "This is a fault of Flywheel's.",
+        )
+    })?;
     let text = path.to_string();
     Ok((path, text))
 }
@@ -241,13 +330,21 @@ async fn build(nix: &Nix, settings: &Settings, in_sandbox: bool, limit: Duration
 /// Whether a build finds a shell: the host's, or the one that the sandbox is given.
 fn has_shell(settings: &Settings) -> bool {
     let without_sandbox = settings.text("sandbox").as_deref() == Some("false");
-    without_sandbox || settings.words("sandbox-paths").iter().any(|path| path.starts_with("/bin/sh"))
+    without_sandbox
+        || settings
+            .words("sandbox-paths")
+            .iter()
+            .any(|path| path.starts_with("/bin/sh"))
 }
 
 /// Without a shell, Nix's own builder, which runs in a build's process all the same.
 fn derivation(system: &str, shell: bool) -> String {
     let nonce = format!("{:032x}", fastrand::u128(..));
-    let (system, builder) = if shell { (system, "/bin/sh") } else { ("builtin", "builtin:buildenv") };
+    let (system, builder) = if shell {
+        (system, "/bin/sh")
+    } else {
+        ("builtin", "builtin:buildenv")
+    };
     format!(
         r#"derivation {{ name = "flywheel-canary-{nonce}"; system = "{system}"; builder = "{builder}"; args = [ "-c" "echo $nonce > $out" ]; nonce = "{nonce}"; derivations = ""; manifest = "/{nonce}"; }}"#
     )
@@ -255,19 +352,28 @@ fn derivation(system: &str, shell: bool) -> String {
 
 async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> {
     let arguments = ["build", "--no-link", "--no-write-lock-file", package];
-    let output = nix
-        .run(&arguments, limit)
-        .await
-        .map_err(|error| Broken::new(told(&error), "Raise `timeout`, or name a smaller `package`."))?;
+    let output = nix.run(&arguments, limit).await.map_err(|error| {
+        Broken::new(
+            told(&error),
+            "Raise `timeout`, or name a smaller `package`.",
+        )
+    })?;
     if output.status.success() {
         return Ok(((), format!("`{}` is built", one_line(package, 100))));
     }
-    Err(of_text("nix build", &output.stderr, "Build it by hand and mend it; `package` names it."))
+    Err(of_text(
+        "nix build",
+        &output.stderr,
+        "Build it by hand and mend it; `package` names it.",
+    ))
 }
 
 /// What Nix complained about, and whose fault it is.
 fn of_text(call: &str, stderr: &str, hint: &str) -> Broken {
-    classed(format!("`{call}` failed: {}", crate::nix::tool::complaint(stderr)), hint)
+    classed(
+        format!("`{call}` failed: {}", crate::nix::tool::complaint(stderr)),
+        hint,
+    )
 }
 
 /// Some faults show wherever something is written first.
@@ -288,6 +394,8 @@ fn classed(text: String, hint: &str) -> Broken {
 
 /// An error with what is behind it.
 fn told(error: &Error) -> String {
-    let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+    let source = std::error::Error::source(error)
+        .map(|source| format!(": {source}"))
+        .unwrap_or_default();
     format!("{error}{source}")
 }

@@ -22,10 +22,19 @@ const PUSH_LIMIT: Duration = Duration::from_secs(5);
 const CHECK_RUN_LIMIT: Duration = Duration::from_secs(15);
 
 /// Tells everybody.
-pub(super) async fn everybody(canary: &Canary, work: &Work<'_>, workflow: &Workflow, github: Option<&Secret>) {
+pub(super) async fn everybody(
+    canary: &Canary,
+    work: &Work<'_>,
+    workflow: &Workflow,
+    github: Option<&Secret>,
+) {
     let plan = &work.plan;
     let report = format!("{:#}\n", canary.json());
-    data(&if plan.as_json { report.clone() } else { format!("{}{}", canary.table(), canary.closing_line()) });
+    data(&if plan.as_json {
+        report.clone()
+    } else {
+        format!("{}{}", canary.table(), canary.closing_line())
+    });
     // Whoever reads JSON from stdout finds nothing else there.
     let quiet = plan.as_json && workflow.in_job();
     let warn = |area: &str, text: String| {
@@ -38,9 +47,14 @@ pub(super) async fn everybody(canary: &Canary, work: &Work<'_>, workflow: &Workf
     }
     let files = Files::from_env(work.env);
     let outputs = canary.outputs();
-    let told = outputs.iter().try_for_each(|(name, value)| files.set_output(name, value));
+    let told = outputs
+        .iter()
+        .try_for_each(|(name, value)| files.set_output(name, value));
     if let Err(error) = told.and_then(|()| files.add_summary(&canary.summary())) {
-        warn("report", format!("the runner's files cannot be written: {error}"));
+        warn(
+            "report",
+            format!("the runner's files cannot be written: {error}"),
+        );
     }
     let metrics = canary.metrics();
     for (file, text) in [(&plan.report_file, &report), (&plan.metrics_file, &metrics)] {
@@ -52,7 +66,9 @@ pub(super) async fn everybody(canary: &Canary, work: &Work<'_>, workflow: &Workf
     let (pushed, left) = tokio::join!(
         async {
             match &plan.pushgateway {
-                Some(gateway) => push(gateway, canary, metrics.clone(), &work.clients.sending).await,
+                Some(gateway) => {
+                    push(gateway, canary, metrics.clone(), &work.clients.sending).await
+                }
                 None => Ok(()),
             }
         },
@@ -69,7 +85,11 @@ fn annotate(canary: &Canary, workflow: &Workflow) {
     for check in &canary.checks {
         if let Verdict::Failed { hint } = &check.verdict {
             let required = check.severity == crate::report::canary::Severity::Required;
-            let level = if required { Level::Error } else { Level::Warning };
+            let level = if required {
+                Level::Error
+            } else {
+                Level::Warning
+            };
             workflow.annotate(level, check.layer, &format!("{}\nhelp: {hint}", check.text));
         }
     }
@@ -77,21 +97,37 @@ fn annotate(canary: &Canary, workflow: &Workflow) {
 
 /// A collector that looks at the file at any moment sees all of it or none.
 fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let new = tempfile::Builder::new().prefix(".flywheel-").tempfile_in(folder)?;
+    let folder = file
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let new = tempfile::Builder::new()
+        .prefix(".flywheel-")
+        .tempfile_in(folder)?;
     std::fs::write(new.path(), text)?;
     // Others read it: the collector has a user of its own.
-    std::fs::set_permissions(new.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
+    std::fs::set_permissions(
+        new.path(),
+        std::os::unix::fs::PermissionsExt::from_mode(0o644),
+    )?;
     new.persist(file)?;
     Ok(())
 }
 
 /// Replaces what the gateway knows of this class and lane.
-async fn push(gateway: &Url, canary: &Canary, metrics: String, client: &reqwest::Client) -> Result<(), String> {
+async fn push(
+    gateway: &Url,
+    canary: &Canary,
+    metrics: String,
+    client: &reqwest::Client,
+) -> Result<(), String> {
     let mut url = gateway.clone();
     {
-        let mut path = url.path_segments_mut().map_err(|()| "`pushgateway` is no base address".to_owned())?;
-        path.pop_if_empty().extend(["metrics", "job", "flywheel_canary", "class", &canary.class]);
+        let mut path = url
+            .path_segments_mut()
+            .map_err(|()| "`pushgateway` is no base address".to_owned())?;
+        path.pop_if_empty()
+            .extend(["metrics", "job", "flywheel_canary", "class", &canary.class]);
         path.extend(canary.lane.iter().flat_map(|lane| ["lane", lane.as_str()]));
     }
     let sent = client
@@ -109,7 +145,11 @@ async fn push(gateway: &Url, canary: &Canary, metrics: String, client: &reqwest:
     }
 }
 
-async fn leave_check_run(canary: &Canary, work: &Work<'_>, token: Option<&Secret>) -> Result<(), String> {
+async fn leave_check_run(
+    canary: &Canary,
+    work: &Work<'_>,
+    token: Option<&Secret>,
+) -> Result<(), String> {
     let lacking = |what: &str| match work.plan.check_run {
         CheckRun::Always => Err(format!("no Check Run is left: {what}")),
         CheckRun::IfToken | CheckRun::Never => Ok(()),
@@ -117,9 +157,17 @@ async fn leave_check_run(canary: &Canary, work: &Work<'_>, token: Option<&Secret
     if work.plan.check_run == CheckRun::Never {
         return Ok(());
     }
-    let Some(token) = token else { return lacking("there is no `GITHUB_TOKEN` in the step's `env`") };
-    let Some((repository, sha)) = commit(work.env) else { return lacking("this is no job with a commit") };
-    let conclusion = if canary.healthy() { Conclusion::Success } else { Conclusion::Failure };
+    let Some(token) = token else {
+        return lacking("there is no `GITHUB_TOKEN` in the step's `env`");
+    };
+    let Some((repository, sha)) = commit(work.env) else {
+        return lacking("this is no job with a commit");
+    };
+    let conclusion = if canary.healthy() {
+        Conclusion::Success
+    } else {
+        Conclusion::Failure
+    };
     let finished = Finished {
         name: format!("Builder health: {}", canary.class),
         external_id: format!("flywheel/validate-builders/{}", canary.class),
@@ -129,7 +177,11 @@ async fn leave_check_run(canary: &Canary, work: &Work<'_>, token: Option<&Secret
         ended_at: canary.ended_at,
         took: canary.took,
     };
-    let commit = Commit { api: github_api(work.env), repository, sha };
+    let commit = Commit {
+        api: github_api(work.env),
+        repository,
+        sha,
+    };
     let leaving = check_run::leave(&commit, &finished, token, work.clients.asking.clone());
     match tokio::time::timeout(CHECK_RUN_LIMIT, leaving).await {
         Ok(Ok(())) => Ok(()),
@@ -137,6 +189,9 @@ async fn leave_check_run(canary: &Canary, work: &Work<'_>, token: Option<&Secret
             let hint = crate::exit::Explain::hint(&error).unwrap_or_default();
             Err(format!("no Check Run is left: {error}. {hint}"))
         }
-        Err(_) => Err(format!("no Check Run is left: GitHub did not answer within {} s", CHECK_RUN_LIMIT.as_secs())),
+        Err(_) => Err(format!(
+            "no Check Run is left: GitHub did not answer within {} s",
+            CHECK_RUN_LIMIT.as_secs()
+        )),
     }
 }

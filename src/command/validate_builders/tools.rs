@@ -34,15 +34,22 @@ const VARIABLES: [&str; 11] = [
 ];
 
 fn tool(program: &Path, env: &Env) -> Tool {
-    let given = VARIABLES.iter().filter_map(|name| Some((*name, env.path(name)?)));
+    let given = VARIABLES
+        .iter()
+        .filter_map(|name| Some((*name, env.path(name)?)));
     Tool::new(program).envs(given)
 }
 
 /// Every tool that the contract names for the class, with its version. Nix has checks of its own.
 pub(super) async fn tools(board: &mut Board, plan: &Plan, env: &Env) {
     for (name, wanted) in plan.tools.iter().filter(|(name, _)| name != "nix") {
-        board.check(TOOL, |limit| versioned(name, wanted, env, limit)).await;
-        let last = board.checks.last_mut().expect("it has just been written down");
+        board
+            .check(TOOL, |limit| versioned(name, wanted, env, limit))
+            .await;
+        let last = board
+            .checks
+            .last_mut()
+            .expect("it has just been written down");
         last.name = format!("tool-{name}");
     }
 }
@@ -57,17 +64,28 @@ async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration)
     let text = output.text();
     let line = one_line(text.lines().next().unwrap_or_default(), 100);
     if !output.status.success() {
-        return Err(Broken::new(format!("`{name} --version` fails: {}", last_line(&output)), hint));
+        return Err(Broken::new(
+            format!("`{name} --version` fails: {}", last_line(&output)),
+            hint,
+        ));
     }
     if wanted.allows(&line) {
         Ok(((), line))
     } else {
-        Err(Broken::new(format!("it is `{line}`, and the class wants {wanted}"), hint))
+        Err(Broken::new(
+            format!("it is `{line}`, and the class wants {wanted}"),
+            hint,
+        ))
     }
 }
 
 fn last_line(output: &Output) -> String {
-    let said = output.stderr.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+    let said = output
+        .stderr
+        .lines()
+        .rev()
+        .find(|line| !line.trim().is_empty())
+        .unwrap_or("it said nothing");
     one_line(said, 300)
 }
 
@@ -81,15 +99,22 @@ enum Builder {
 pub(super) async fn container(board: &mut Board, plan: &Plan, env: &Env) {
     let builder = board.check(ENDPOINT, |limit| endpoint(env, limit)).await;
     match builder {
-        Some(builder) => drop(board.check(IMAGE, |limit| image(&builder, plan, env, limit)).await),
+        Some(builder) => drop(
+            board
+                .check(IMAGE, |limit| image(&builder, plan, env, limit))
+                .await,
+        ),
         None => board.skip(IMAGE, "it stands on `container-endpoint`"),
     }
 }
 
 async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
-    let hint =
-        "Start the Docker or BuildKit daemon beside the runner, and point `DOCKER_HOST` or `BUILDKIT_HOST` to it.";
-    let (builder, asked) = match (env.get("BUILDKIT_HOST"), on_path(env, "buildctl"), on_path(env, "docker")) {
+    let hint = "Start the Docker or BuildKit daemon beside the runner, and point `DOCKER_HOST` or `BUILDKIT_HOST` to it.";
+    let (builder, asked) = match (
+        env.get("BUILDKIT_HOST"),
+        on_path(env, "buildctl"),
+        on_path(env, "docker"),
+    ) {
         (Some(host), Some(program), _) => {
             let asked = tool(&program, env).args(["--addr", host, "debug", "workers"]);
             (Builder::Buildctl(program, host.to_owned()), asked)
@@ -98,11 +123,22 @@ async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
             let asked = tool(&program, env).args(["version", "--format", "{{.Server.Version}}"]);
             (Builder::Docker(program), asked)
         }
-        _ => return Err(Broken::new("there is neither `docker` nor `buildctl` with `BUILDKIT_HOST`", hint)),
+        _ => {
+            return Err(Broken::new(
+                "there is neither `docker` nor `buildctl` with `BUILDKIT_HOST`",
+                hint,
+            ));
+        }
     };
-    let output = asked.run(limit).await.map_err(|error| Broken::new(error.to_string(), hint))?;
+    let output = asked
+        .run(limit)
+        .await
+        .map_err(|error| Broken::new(error.to_string(), hint))?;
     if !output.status.success() {
-        return Err(Broken::new(format!("it does not answer: {}", last_line(&output)), hint));
+        return Err(Broken::new(
+            format!("it does not answer: {}", last_line(&output)),
+            hint,
+        ));
     }
     let text = match &builder {
         Builder::Docker(_) => format!("Docker {}", one_line(output.text().trim(), 60)),
@@ -116,7 +152,9 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
     let hint = "Build a small image by hand on the runner, and look at the daemon's log.";
     let broken = |text: String| Broken::new(text, hint);
     let nonce = format!("{:032x}", fastrand::u128(..));
-    let folder = tempfile::Builder::new().prefix("flywheel-canary-").tempdir_in(&plan.temporary);
+    let folder = tempfile::Builder::new()
+        .prefix("flywheel-canary-")
+        .tempdir_in(&plan.temporary);
     let folder = folder.map_err(|error| broken(error.to_string()).at("temporary-space"))?;
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text);
     write("Dockerfile", "FROM scratch\nCOPY nonce /nonce\n")
@@ -125,22 +163,39 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
     let tag = format!("flywheel-canary:{nonce}");
     let (program, asked) = match builder {
         Builder::Docker(program) => {
-            let asked = tool(program, env).args(["build", "--quiet", "--tag", &tag]).arg(folder.path());
+            let asked = tool(program, env)
+                .args(["build", "--quiet", "--tag", &tag])
+                .arg(folder.path());
             (program, asked)
         }
         Builder::Buildctl(program, host) => {
             let local = |name: &str| format!("{name}={}", folder.path().display());
-            let asked = tool(program, env).args(["--addr", host, "build", "--frontend", "dockerfile.v0"]);
-            (program, asked.args(["--local", &local("context"), "--local", &local("dockerfile")]))
+            let asked =
+                tool(program, env).args(["--addr", host, "build", "--frontend", "dockerfile.v0"]);
+            (
+                program,
+                asked.args([
+                    "--local",
+                    &local("context"),
+                    "--local",
+                    &local("dockerfile"),
+                ]),
+            )
         }
     };
-    let output = asked.run(limit).await.map_err(|error| broken(error.to_string()))?;
+    let output = asked
+        .run(limit)
+        .await
+        .map_err(|error| broken(error.to_string()))?;
     if !output.status.success() {
         return Err(broken(format!("the build fails: {}", last_line(&output))));
     }
     if matches!(builder, Builder::Docker(_)) {
         // An image of a few bytes that stays behind does no harm.
-        let _ = tool(program, env).args(["image", "rm", "--force", &tag]).run(limit).await;
+        let _ = tool(program, env)
+            .args(["image", "rm", "--force", &tag])
+            .run(limit)
+            .await;
     }
     Ok(((), "an image from scratch is built".to_owned()))
 }
@@ -148,22 +203,35 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
 /// Headers for a kernel, and a module that compiles with them.
 pub(super) async fn kernel(board: &mut Board, plan: &Plan, env: &Env) {
     let release = plan.kernel_release.clone();
-    let headers = board.check(HEADERS, |_| async move { headers(release.as_deref()) }).await;
+    let headers = board
+        .check(HEADERS, |_| async move { headers(release.as_deref()) })
+        .await;
     match headers {
-        Some(folder) => drop(board.check(MODULE, |limit| module(&folder, plan, env, limit)).await),
+        Some(folder) => drop(
+            board
+                .check(MODULE, |limit| module(&folder, plan, env, limit))
+                .await,
+        ),
         None => board.skip(MODULE, "it stands on `kernel-headers`"),
     }
 }
 
 fn headers(release: Option<&str>) -> Found<PathBuf> {
-    let running = rustix::system::uname().release().to_string_lossy().into_owned();
+    let running = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
     let release = release.unwrap_or(&running);
     let places = [
         format!("/lib/modules/{release}/build"),
         format!("/usr/src/kernels/{release}"),
         format!("/usr/src/linux-headers-{release}"),
     ];
-    match places.iter().map(PathBuf::from).find(|folder| folder.join("Makefile").is_file()) {
+    match places
+        .iter()
+        .map(PathBuf::from)
+        .find(|folder| folder.join("Makefile").is_file())
+    {
         Some(folder) => {
             let text = format!("for {release} in `{}`", folder.display());
             Ok((folder, text))
@@ -182,16 +250,28 @@ async fn module(headers: &Path, plan: &Plan, env: &Env, limit: Duration) -> Foun
     let Some(make) = on_path(env, "make") else {
         return Err(broken("there is no `make` on `PATH`".to_owned()).at("tools"));
     };
-    let folder = tempfile::Builder::new().prefix("flywheel-canary-").tempdir_in(&plan.temporary);
+    let folder = tempfile::Builder::new()
+        .prefix("flywheel-canary-")
+        .tempdir_in(&plan.temporary);
     let folder = folder.map_err(|error| broken(error.to_string()).at("temporary-space"))?;
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text);
     write("hello.c", SOURCE)
         .and_then(|()| write("Makefile", "obj-m := hello.o\n"))
         .map_err(|error| broken(error.to_string()).at("temporary-space"))?;
-    let asked = tool(&make, env).arg("-C").arg(headers).arg(format!("M={}", folder.path().display())).arg("hello.o");
-    let output = asked.run(limit).await.map_err(|error| broken(error.to_string()))?;
+    let asked = tool(&make, env)
+        .arg("-C")
+        .arg(headers)
+        .arg(format!("M={}", folder.path().display()))
+        .arg("hello.o");
+    let output = asked
+        .run(limit)
+        .await
+        .map_err(|error| broken(error.to_string()))?;
     if !output.status.success() {
-        return Err(broken(format!("it does not compile: {}", last_line(&output))));
+        return Err(broken(format!(
+            "it does not compile: {}",
+            last_line(&output)
+        )));
     }
     if !folder.path().join("hello.o").is_file() {
         return Err(broken("`make` ends well and leaves no object".to_owned()));

@@ -56,11 +56,17 @@ impl Board {
     }
 
     pub fn status(&self) -> MutexGuard<'_, Status> {
-        self.0.0.lock().expect("nothing panics while it holds this lock")
+        self.0
+            .0
+            .lock()
+            .expect("nothing panics while it holds this lock")
     }
 
     fn shown(&self) -> Status {
-        Status { seconds: self.0.1.elapsed().as_secs(), ..self.status().clone() }
+        Status {
+            seconds: self.0.1.elapsed().as_secs(),
+            ..self.status().clone()
+        }
     }
 }
 
@@ -102,14 +108,19 @@ impl Keeper<'_> {
         ready: impl AsyncFnOnce(&Prepared),
     ) -> Result<Told, Failure> {
         let (asked, mut asking) = mpsc::channel(1);
-        let _answering = AbortOnDropHandle::new(tokio::spawn(answer(listener, self.board.clone(), asked)));
+        let _answering =
+            AbortOnDropHandle::new(tokio::spawn(answer(listener, self.board.clone(), asked)));
         let prepared = tokio::select! {
             biased;
             _ = signals.next() => return Ok(Told::cancelled()),
             prepared = Box::pin(self.work.make_ready(&self.workflow)) => prepared?,
         };
         let watch = self.work.watch(&prepared, self.whose.clone()).await;
-        let cache = prepared.cache.endpoint.as_ref().map(crate::cache::endpoint::Endpoint::substituter);
+        let cache = prepared
+            .cache
+            .endpoint
+            .as_ref()
+            .map(crate::cache::endpoint::Endpoint::substituter);
         {
             let mut status = self.board.status();
             status.state = "watching".into();
@@ -128,7 +139,14 @@ impl Keeper<'_> {
         prepared.stop().await;
         if let Some(mut waiting) = waiting {
             // A step that has gone meanwhile is told nothing.
-            let _ = say(&mut waiting.stream, &Finished { told: told.clone(), variables: before }).await;
+            let _ = say(
+                &mut waiting.stream,
+                &Finished {
+                    told: told.clone(),
+                    variables: before,
+                },
+            )
+            .await;
         }
         Ok(told)
     }
@@ -142,18 +160,32 @@ impl Keeper<'_> {
         signals: &mut Signals,
     ) -> (Told, Option<Waiting>) {
         if matches!(end, End::Asked(_)) {
-            self.work.check(prepared, watch.as_ref(), &self.folder, signals).await;
+            self.work
+                .check(prepared, watch.as_ref(), &self.folder, signals)
+                .await;
         }
         let began = Instant::now();
         let (limit, mut waiting) = match end {
             End::Stopped => (STOPPED_LIMIT, None),
-            End::Asked(waiting) => (waiting.drain_timeout.unwrap_or(self.work.plan.drain_timeout), Some(waiting)),
+            End::Asked(waiting) => (
+                waiting
+                    .drain_timeout
+                    .unwrap_or(self.work.plan.drain_timeout),
+                Some(waiting),
+            ),
         };
-        let bound = Bound { deadline: (began + limit).into(), cancel: CancellationToken::new() };
+        let bound = Bound {
+            deadline: (began + limit).into(),
+            cancel: CancellationToken::new(),
+        };
         let (harvest, publication) = match watch {
             None => Default::default(),
             Some(watch) => {
-                let mut delivering = Box::pin(self.work.deliver(watch, &prepared.cache, &self.folder, &bound));
+                let mut delivering =
+                    Box::pin(
+                        self.work
+                            .deliver(watch, &prepared.cache, &self.folder, &bound),
+                    );
                 let mut hurried = false;
                 loop {
                     tokio::select! {
@@ -170,7 +202,10 @@ impl Keeper<'_> {
                 }
             }
         };
-        let require = self.work.plan.require_publish || waiting.as_ref().is_some_and(|waiting| waiting.require_publish);
+        let require = self.work.plan.require_publish
+            || waiting
+                .as_ref()
+                .is_some_and(|waiting| waiting.require_publish);
         let mut job = self.work.told(prepared, &harvest, publication, require);
         (job.command, job.publish) = (watched, began.elapsed());
         (Told::of(&job), waiting)
@@ -193,10 +228,17 @@ async fn answer(listener: UnixListener, board: Board, asked: mpsc::Sender<Waitin
             Ok(Some(Ask::Status)) => {
                 let _ = say(&mut stream, &board.shown()).await;
             }
-            Ok(Some(Ask::Finish { drain_timeout, require_publish })) => {
+            Ok(Some(Ask::Finish {
+                drain_timeout,
+                require_publish,
+            })) => {
                 let drain_timeout = drain_timeout.map(Duration::from_secs);
                 // A second one finds the channel full or closed, and its connection ends.
-                let _ = asked.try_send(Waiting { stream, drain_timeout, require_publish });
+                let _ = asked.try_send(Waiting {
+                    stream,
+                    drain_timeout,
+                    require_publish,
+                });
             }
             _ => (),
         }
@@ -205,8 +247,14 @@ async fn answer(listener: UnixListener, board: Board, asked: mpsc::Sender<Waitin
 
 /// The variables that the later steps need, and their values so far.
 pub(super) fn variables(prepared: &Prepared) -> Vec<(String, String)> {
-    let repairs = prepared.ready.variables().into_iter().map(|(name, value)| (name.to_owned(), value.to_owned()));
-    std::iter::once(("NIX_CONFIG".to_owned(), prepared.settled.config.clone())).chain(repairs).collect()
+    let repairs = prepared
+        .ready
+        .variables()
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()));
+    std::iter::once(("NIX_CONFIG".to_owned(), prepared.settled.config.clone()))
+        .chain(repairs)
+        .collect()
 }
 
 /// The folder of Nix, where it is not on `PATH` yet.

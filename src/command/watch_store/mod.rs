@@ -56,18 +56,32 @@ const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN
 /// is interrupted. Without `finish` the runner kills the process at the job's end; what was left
 /// stands in the journal, and the next job on the disk takes it up.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  flywheel watch-store start --push-cache auto\n  flywheel watch-store finish")]
+#[command(
+    after_help = "Example:\n  flywheel watch-store start --push-cache auto\n  flywheel watch-store finish"
+)]
 pub struct Inputs {
     /// What to do: `start`, `status`, `finish` or `run`.
     #[arg(value_name = "WORD", default_value = "", hide_default_value = true)]
     word: Text,
 
     /// The same word for the action, such as `finish` (default: none, so that one of both is needed).
-    #[arg(long, env = "FLYWHEEL_MODE", value_name = "WORD", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_MODE",
+        value_name = "WORD",
+        default_value = "",
+        hide_default_value = true
+    )]
     mode: Text,
 
     /// How `status` says it: `text`, the default, or `json` on stdout.
-    #[arg(long, env = "FLYWHEEL_FORMAT", value_name = "FORMAT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        env = "FLYWHEEL_FORMAT",
+        value_name = "FORMAT",
+        default_value = "",
+        hide_default_value = true
+    )]
     format: Text,
 
     /// The child that `start` leaves behind.
@@ -127,9 +141,9 @@ impl Explain for Error {
         match self {
             Self::Running => Some("Call `flywheel watch-store finish` first.".into()),
             Self::Prepare { hint, .. } => hint.clone(),
-            Self::NotRunning | Self::Silent => {
-                Some("What it left stands in the journal: the next job on this disk takes it up.".into())
-            }
+            Self::NotRunning | Self::Silent => Some(
+                "What it left stands in the journal: the next job on this disk takes it up.".into(),
+            ),
             Self::Start(_) => None,
         }
     }
@@ -141,7 +155,8 @@ impl Explain for Error {
 /// For wrong input, before anything is touched; when there is no Nix to be had.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let word = word(&inputs)?;
-    let as_json = choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
+    let as_json =
+        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
     let plan = Plan::read(&inputs.job, env)?;
     match word {
         Word::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
@@ -156,10 +171,21 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
 }
 
 fn word(inputs: &Inputs) -> Result<Word, UsageError> {
-    let words = [("start", Word::Start), ("status", Word::Status), ("finish", Word::Finish), ("run", Word::Run)];
+    let words = [
+        ("start", Word::Start),
+        ("status", Word::Status),
+        ("finish", Word::Finish),
+        ("run", Word::Run),
+    ];
     let named = choice("WORD", &inputs.word, &words)?;
-    let word = named.map_or_else(|| choice("mode", &inputs.mode, &words), |word| Ok(Some(word)))?;
-    word.ok_or_else(|| UsageError::new("mode", "is not given").with_hint("Say `start`, `status`, `finish` or `run`."))
+    let word = named.map_or_else(
+        || choice("mode", &inputs.mode, &words),
+        |word| Ok(Some(word)),
+    )?;
+    word.ok_or_else(|| {
+        UsageError::new("mode", "is not given")
+            .with_hint("Say `start`, `status`, `finish` or `run`.")
+    })
 }
 
 /// Leaves the background process behind, once it is ready.
@@ -175,7 +201,13 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let mut signals = Signals::listen().map_err(broken)?;
     let (program, mut arguments) = program_and_arguments().map_err(broken)?;
     arguments.push("--in-background".into());
-    let mut child = detached::start(&program, &arguments, &TOKENS, place.new_log().map_err(broken)?).map_err(broken)?;
+    let mut child = detached::start(
+        &program,
+        &arguments,
+        &TOKENS,
+        place.new_log().map_err(broken)?,
+    )
+    .map_err(broken)?;
     let mut to = child.stdin.take().expect("it was asked for");
     let mut from = BufReader::new(child.stdout.take().expect("it was asked for"));
     let expose = |secret: &Option<Secret>| secret.as_ref().map(|secret| secret.expose().to_owned());
@@ -200,14 +232,29 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         match begun {
             Some(Begun::Note(text)) => workflow.say(&text),
             Some(Begun::Degraded(area, text)) => workflow.annotate(Level::Warning, &area, &text),
-            Some(Begun::Ready { secret, variables, folder }) => {
+            Some(Begun::Ready {
+                secret,
+                variables,
+                folder,
+            }) => {
                 if let Some(secret) = secret.as_deref().and_then(Secret::new) {
                     workflow.mask(&secret);
                 }
                 hand_on(env, &workflow, &variables, folder.as_deref())?;
                 return Ok(Exit::Ok);
             }
-            Some(Begun::Failed { text, hint, is_host }) => return Err(Error::Prepare { text, hint, is_host }.into()),
+            Some(Begun::Failed {
+                text,
+                hint,
+                is_host,
+            }) => {
+                return Err(Error::Prepare {
+                    text,
+                    hint,
+                    is_host,
+                }
+                .into());
+            }
             None => {
                 let _ = child.start_kill();
                 let log = std::fs::read_to_string(place.log()).unwrap_or_default();
@@ -225,7 +272,9 @@ fn hand_on(
     folder: Option<&std::path::Path>,
 ) -> Result<(), Failure> {
     let files = Files::from_env(env);
-    let broken = |error: std::io::Error| Error::Start(format!("the runner's files cannot be written: {error}"));
+    let broken = |error: std::io::Error| {
+        Error::Start(format!("the runner's files cannot be written: {error}"))
+    };
     if workflow.in_job() {
         for (name, value) in variables {
             files.set_env(name, value).map_err(broken)?;
@@ -235,7 +284,9 @@ fn hand_on(
         }
     } else if !std::io::stdout().is_terminal() {
         // For `eval "$(flywheel watch-store start)"`.
-        let exports = variables.iter().map(|(name, value)| format!("export {name}={}", quoted(value)));
+        let exports = variables
+            .iter()
+            .map(|(name, value)| format!("export {name}={}", quoted(value)));
         data(&exports.collect::<Vec<_>>().join("\n"));
     }
     workflow.say("flywheel: watching the store; `flywheel watch-store finish` ends it");
@@ -245,11 +296,16 @@ fn hand_on(
 /// The process that `start` leaves behind. Its log is its standard error.
 async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     detached::leave_session();
-    let hello: Option<Hello> =
-        timeout(STATUS_LIMIT, hear(&mut BufReader::new(tokio::io::stdin()))).await.ok().flatten();
+    let hello: Option<Hello> = timeout(STATUS_LIMIT, hear(&mut BufReader::new(tokio::io::stdin())))
+        .await
+        .ok()
+        .flatten();
     let hello = hello.ok_or_else(|| Error::Start("nobody said what to watch".into()))?;
     let secret = |text: &Option<String>| text.as_deref().and_then(Secret::new);
-    let secrets = Secrets { attic: secret(&hello.attic), github: secret(&hello.github) };
+    let secrets = Secrets {
+        attic: secret(&hello.attic),
+        github: secret(&hello.github),
+    };
     // On a laptop and in a job alike the log is plain text.
     let workflow = Workflow::new(false);
     let screen = Screen::new(&workflow);
@@ -266,7 +322,11 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         })
     };
     let ready = async |prepared: &Prepared| {
-        let own = prepared.cache.token.as_ref().filter(|token| secrets.attic.as_ref() != Some(token));
+        let own = prepared
+            .cache
+            .token
+            .as_ref()
+            .filter(|token| secrets.attic.as_ref() != Some(token));
         let word = Begun::Ready {
             secret: own.map(|token| token.expose().to_owned()),
             variables: variables(prepared),
@@ -276,10 +336,24 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         // From here on its words would go nowhere.
         let _ = detached::let_go_of_output();
     };
-    let ended = keep(plan, env, &secrets, hello.folder, &workflow, &screen, both, ready).await;
+    let ended = keep(
+        plan,
+        env,
+        &secrets,
+        hello.folder,
+        &workflow,
+        &screen,
+        both,
+        ready,
+    )
+    .await;
     if let Err(failure) = &ended {
         let is_host = failure.exit() == Exit::Host;
-        data(&json(&Begun::Failed { text: failure.to_string(), hint: failure.hint(), is_host }));
+        data(&json(&Begun::Failed {
+            text: failure.to_string(),
+            hint: failure.hint(),
+            is_host,
+        }));
     }
     ended.map(|told| {
         told.tell(&workflow, &Files::default());
@@ -299,14 +373,27 @@ async fn in_foreground(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     job::introduce(plan, &job::judge(plan, &secrets, env), &workflow);
     let folder = current_folder().map_err(|error| Error::Start(error.to_string()))?;
     let ready = async |_: &Prepared| workflow.say("flywheel: watching the store");
-    let told = keep(plan, env, &secrets, folder, &workflow, &screen, screen.sink(), ready).await;
+    let told = keep(
+        plan,
+        env,
+        &secrets,
+        folder,
+        &workflow,
+        &screen,
+        screen.sink(),
+        ready,
+    )
+    .await;
     screen.finish();
     let told = told?;
     told.tell(&workflow, &Files::from_env(env));
     Ok(Exit::Command(told.exit_code))
 }
 
-#[expect(clippy::too_many_arguments, reason = "the two callers differ in each of them")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the two callers differ in each of them"
+)]
 async fn keep(
     plan: &Plan,
     env: &Env,
@@ -332,11 +419,31 @@ async fn keep(
         reason: decision.reason(),
         ..Status::default()
     });
-    let work =
-        Work { plan, env, secrets, decision: &decision, sink: board.sink(sink), screen, private: private.path() };
-    let keeper = Keeper { work, workflow: workflow.clone(), board, folder, whose: mark(env) };
+    let work = Work {
+        plan,
+        env,
+        secrets,
+        decision: &decision,
+        sink: board.sink(sink),
+        screen,
+        private: private.path(),
+    };
+    let keeper = Keeper {
+        work,
+        workflow: workflow.clone(),
+        board,
+        folder,
+        whose: mark(env),
+    };
     let before = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
-    let ended = keeper.keep(listener, &mut signals, vec![("NIX_CONFIG".into(), before)], ready).await;
+    let ended = keeper
+        .keep(
+            listener,
+            &mut signals,
+            vec![("NIX_CONFIG".into(), before)],
+            ready,
+        )
+        .await;
     drop(private);
     place.remove();
     ended
@@ -356,8 +463,10 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
         return Ok(Exit::Ok);
     };
     let mut stream = BufReader::new(stream);
-    let ask =
-        Ask::Finish { drain_timeout: drain_timeout.map(|time| time.as_secs()), require_publish: plan.require_publish };
+    let ask = Ask::Finish {
+        drain_timeout: drain_timeout.map(|time| time.as_secs()),
+        require_publish: plan.require_publish,
+    };
     // It is removed with the watch.
     let log = File::open(place.log());
     say(&mut stream, &ask).await.map_err(|_| Error::Silent)?;
@@ -369,7 +478,11 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
     let files = Files::from_env(env);
     for (name, value) in &finished.variables {
         if let Err(error) = files.set_env(name, value) {
-            workflow.annotate(Level::Warning, "watch-store", &format!("`{name}` could not be reset: {error}"));
+            workflow.annotate(
+                Level::Warning,
+                "watch-store",
+                &format!("`{name}` could not be reset: {error}"),
+            );
         }
     }
     finished.told.tell(&workflow, &files);
@@ -378,7 +491,11 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
 
 /// Waits for the end, says now and then how far it is, and hands a request to stop on. The time is
 /// bounded by the background process; should it hang, the runner's own limit holds.
-async fn wait(stream: &mut BufReader<UnixStream>, place: &Place, workflow: &Workflow) -> Result<Finished, Error> {
+async fn wait(
+    stream: &mut BufReader<UnixStream>,
+    place: &Place,
+    workflow: &Workflow,
+) -> Result<Finished, Error> {
     let mut signals = Signals::listen().map_err(|error| Error::Start(error.to_string()))?;
     let mut ticks = interval(TELL_EVERY);
     ticks.tick().await;
@@ -430,7 +547,10 @@ async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
     if status.is_none() {
         place.leave();
     }
-    let status = status.unwrap_or_else(|| Status { state: "none".into(), ..Status::default() });
+    let status = status.unwrap_or_else(|| Status {
+        state: "none".into(),
+        ..Status::default()
+    });
     if as_json {
         data(&serde_json::to_string_pretty(&status).expect("texts and numbers are always JSON"));
         return Ok(Exit::Ok);
@@ -442,10 +562,16 @@ async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
     }
     let cache = status.cache.as_deref().unwrap_or("no cache");
     let since = text::duration(Duration::from_secs(status.seconds));
-    workflow.say(&format!("{} for {since}, process {}, {cache}", status.state, status.pid));
+    workflow.say(&format!(
+        "{} for {since}, process {}, {cache}",
+        status.state, status.pid
+    ));
     workflow.say(&format!("trust: {} ({})", status.trust, status.reason));
     let (settled, known) = (status.settled, text::count(status.known, "path"));
-    workflow.say(&format!("{settled} of {known} settled, {} sent", text::bytes(status.bytes)));
+    workflow.say(&format!(
+        "{settled} of {known} settled, {} sent",
+        text::bytes(status.bytes)
+    ));
     for line in &status.degraded {
         workflow.say(&format!("degraded: {line}"));
     }

@@ -23,7 +23,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// How this job's processes are known: by what the CI puts into the environment of each.
 pub(super) fn mark(env: &Env) -> Job {
     let marks = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID"];
-    let found = marks.iter().find_map(|name| env.get(name).map(|value| format!("{name}={value}")));
+    let found = marks
+        .iter()
+        .find_map(|name| env.get(name).map(|value| format!("{name}={value}")));
     found.map_or(Job::User, Job::Marked)
 }
 
@@ -35,8 +37,14 @@ impl Place {
     /// Finds it, and makes it if it is not there.
     pub fn of(env: &Env) -> Result<Self, PrivateError> {
         let folder = PrivateFolder::shared(&private_base(env))?.join(format!("watch-{}", key(env)));
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-        made.map_err(|source| PrivateError::Make { folder: folder.clone(), source })?;
+        let made = DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder);
+        made.map_err(|source| PrivateError::Make {
+            folder: folder.clone(),
+            source,
+        })?;
         Ok(Self(folder))
     }
 
@@ -47,12 +55,22 @@ impl Place {
 
     /// Opens a new log.
     pub fn new_log(&self) -> io::Result<File> {
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(self.log())
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(self.log())
     }
 
     /// Takes the place for this process, as long as the file is kept; `None` if a living one has it.
     pub fn hold(&self) -> io::Result<Option<File>> {
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(self.0.join("lock"))?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.0.join("lock"))?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
@@ -70,7 +88,10 @@ impl Place {
     /// Connects to the watch of this job, if one runs.
     pub async fn connect(&self) -> Option<UnixStream> {
         let (_folder, short) = self.short().ok()?;
-        timeout(CONNECT_LIMIT, UnixStream::connect(short)).await.ok()?.ok()
+        timeout(CONNECT_LIMIT, UnixStream::connect(short))
+            .await
+            .ok()?
+            .ok()
     }
 
     /// Removes everything.
@@ -90,16 +111,32 @@ impl Place {
     /// its open file, which must be kept until the path was used.
     fn short(&self) -> io::Result<(File, PathBuf)> {
         let folder = File::open(&self.0)?;
-        let short = Path::new("/proc/self/fd").join(folder.as_raw_fd().to_string()).join("control");
+        let short = Path::new("/proc/self/fd")
+            .join(folder.as_raw_fd().to_string())
+            .join("control");
         Ok((folder, short))
     }
 }
 
 /// The same for all steps of a job, and another for each job.
 fn key(env: &Env) -> String {
-    let names = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID", "GITHUB_RUN_ATTEMPT", "GITHUB_JOB", "RUNNER_NAME"];
-    let text: Vec<String> = names.iter().map(|name| format!("{:?}", env.get(name))).collect();
-    Sha256::digest(text.join("\n")).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    let names = [
+        "RUNNER_TRACKING_ID",
+        "CI_JOB_ID",
+        "GITHUB_RUN_ID",
+        "GITHUB_RUN_ATTEMPT",
+        "GITHUB_JOB",
+        "RUNNER_NAME",
+    ];
+    let text: Vec<String> = names
+        .iter()
+        .map(|name| format!("{:?}", env.get(name)))
+        .collect();
+    Sha256::digest(text.join("\n"))
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -111,7 +148,11 @@ mod tests {
         let base = tempfile::tempdir().expect("temporary folder");
         let base = base.path().to_str().expect("text");
         let place = |id: &str, step: &str| {
-            let env = [("RUNNER_TEMP", base), ("RUNNER_TRACKING_ID", id), ("GITHUB_ACTION", step)];
+            let env = [
+                ("RUNNER_TEMP", base),
+                ("RUNNER_TRACKING_ID", id),
+                ("GITHUB_ACTION", step),
+            ];
             Place::of(&Env::from_pairs(env)).expect("made")
         };
         assert_eq!(place("github_1", "a").0, place("github_1", "b").0);
@@ -125,7 +166,10 @@ mod tests {
     #[test]
     fn a_ci_marks_its_processes_and_a_laptop_has_users() {
         let of = |pairs: &[(&str, &str)]| mark(&Env::from_pairs(pairs.iter().copied()));
-        assert_eq!(of(&[("RUNNER_TRACKING_ID", "github_1")]), Job::Marked("RUNNER_TRACKING_ID=github_1".into()));
+        assert_eq!(
+            of(&[("RUNNER_TRACKING_ID", "github_1")]),
+            Job::Marked("RUNNER_TRACKING_ID=github_1".into())
+        );
         assert_eq!(of(&[("CI_JOB_ID", "7")]), Job::Marked("CI_JOB_ID=7".into()));
         assert_eq!(of(&[]), Job::User);
     }

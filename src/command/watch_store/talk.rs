@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{
+    AsyncBufRead, AsyncBufReadExt as _, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _,
+};
 use tokio::time::timeout;
 
 use crate::command::job::Told;
@@ -90,19 +92,27 @@ pub(super) struct Finished {
 }
 
 /// Says one line.
-pub(super) async fn say(to: &mut (impl AsyncWrite + Unpin), word: &impl Serialize) -> io::Result<()> {
+pub(super) async fn say(
+    to: &mut (impl AsyncWrite + Unpin),
+    word: &impl Serialize,
+) -> io::Result<()> {
     let mut line = serde_json::to_string(word)?;
     line.push('\n');
     let said = async {
         to.write_all(line.as_bytes()).await?;
         to.flush().await
     };
-    timeout(SAY_LIMIT, said).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    timeout(SAY_LIMIT, said)
+        .await
+        .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// Hears one line; none at the end, or when it is not one of ours.
 pub(super) async fn hear<T: DeserializeOwned>(from: &mut (impl AsyncBufRead + Unpin)) -> Option<T> {
     let mut line = Vec::new();
-    from.take(LINE_LIMIT).read_until(b'\n', &mut line).await.ok()?;
+    from.take(LINE_LIMIT)
+        .read_until(b'\n', &mut line)
+        .await
+        .ok()?;
     serde_json::from_slice(&line).ok()
 }

@@ -5,13 +5,24 @@ use super::*;
 const CACHE: &str = "grpcs://cache.example:9092";
 
 fn backed() -> Given {
-    Given { cache: Some(CACHE.into()), class: Some("general".into()), ..Given::default() }
+    Given {
+        cache: Some(CACHE.into()),
+        class: Some("general".into()),
+        ..Given::default()
+    }
 }
 
 fn check(declared: &SharedCache, given: &Given, expected: &[&str]) {
-    let found: Vec<String> = judge(declared, given).findings.into_iter().map(|one| one.text).collect();
-    let as_expected =
-        found.len() == expected.len() && found.iter().zip(expected).all(|(text, part)| text.contains(part));
+    let found: Vec<String> = judge(declared, given)
+        .findings
+        .into_iter()
+        .map(|one| one.text)
+        .collect();
+    let as_expected = found.len() == expected.len()
+        && found
+            .iter()
+            .zip(expected)
+            .all(|(text, part)| text.contains(part));
     assert!(as_expected, "{given:?}: {found:#?}, expected {expected:#?}");
 }
 
@@ -30,38 +41,99 @@ fn the_mode_follows_from_the_endpoints() {
             ..Given::default()
         };
         let judgement = judge(&none, &given);
-        assert_eq!((judgement.actual, judgement.holds()), (Some(mode), true), "{:?}", judgement.findings);
+        assert_eq!(
+            (judgement.actual, judgement.holds()),
+            (Some(mode), true),
+            "{:?}",
+            judgement.findings
+        );
     }
-    check(&none, &Given::default(), &["declared is `shared-cache-backed` (default)"]);
+    check(
+        &none,
+        &Given::default(),
+        &["declared is `shared-cache-backed` (default)"],
+    );
 }
 
 #[test]
 fn the_repository_declares_before_the_input_does() {
-    let declared = SharedCache { mode: Some(Mode::ExecutorBacked), ..SharedCache::default() };
-    let given = Given { mode: Some(Mode::SharedCacheBacked), ..backed() };
-    check(&declared, &given, &["declared is `executor-backed` (flywheel.yml)"]);
-    let hinted = Given { hinted_mode: Some("executor-backed".into()), ..backed() };
-    check(&SharedCache::default(), &hinted, &["`GF_BAZEL_SUBSTRATE_MODE` is `executor-backed`"]);
-    let slip = Given { hinted_mode: Some("shared-cache-baked".into()), ..backed() };
-    check(&SharedCache::default(), &slip, &["did you mean `shared-cache-backed`"]);
+    let declared = SharedCache {
+        mode: Some(Mode::ExecutorBacked),
+        ..SharedCache::default()
+    };
+    let given = Given {
+        mode: Some(Mode::SharedCacheBacked),
+        ..backed()
+    };
+    check(
+        &declared,
+        &given,
+        &["declared is `executor-backed` (flywheel.yml)"],
+    );
+    let hinted = Given {
+        hinted_mode: Some("executor-backed".into()),
+        ..backed()
+    };
+    check(
+        &SharedCache::default(),
+        &hinted,
+        &["`GF_BAZEL_SUBSTRATE_MODE` is `executor-backed`"],
+    );
+    let slip = Given {
+        hinted_mode: Some("shared-cache-baked".into()),
+        ..backed()
+    };
+    check(
+        &SharedCache::default(),
+        &slip,
+        &["did you mean `shared-cache-backed`"],
+    );
 }
 
 #[test]
 fn a_profile_state_must_be_known_and_fit() {
-    let state = |state: &str| Given { state: Some(state.into()), ..backed() };
+    let state = |state: &str| Given {
+        state: Some(state.into()),
+        ..backed()
+    };
     check(&SharedCache::default(), &state("shared-cache-backed"), &[]);
-    check(&SharedCache::default(), &state("unattached"), &["contradicts"]);
-    check(&SharedCache::default(), &state("executor-backed"), &["contradicts"]);
-    check(&SharedCache::default(), &state("local-proof"), &["contradicts"]);
-    check(&SharedCache::default(), &state("unatached"), &["did you mean `unattached`"]);
-    let allowed = SharedCache { allow_localhost: Some(true), ..SharedCache::default() };
-    let proof = Given { cache: Some("grpc://localhost:9092".into()), ..state("local-proof") };
+    check(
+        &SharedCache::default(),
+        &state("unattached"),
+        &["contradicts"],
+    );
+    check(
+        &SharedCache::default(),
+        &state("executor-backed"),
+        &["contradicts"],
+    );
+    check(
+        &SharedCache::default(),
+        &state("local-proof"),
+        &["contradicts"],
+    );
+    check(
+        &SharedCache::default(),
+        &state("unatached"),
+        &["did you mean `unattached`"],
+    );
+    let allowed = SharedCache {
+        allow_localhost: Some(true),
+        ..SharedCache::default()
+    };
+    let proof = Given {
+        cache: Some("grpc://localhost:9092".into()),
+        ..state("local-proof")
+    };
     check(&allowed, &proof, &[]);
 }
 
 #[test]
 fn endpoints_are_checked_for_form() {
-    let cache = |text: &str| Given { cache: Some(text.into()), ..backed() };
+    let cache = |text: &str| Given {
+        cache: Some(text.into()),
+        ..backed()
+    };
     for (text, problem) in [
         ("${BAZEL_REMOTE_CACHE}", "literal `${…}`"),
         ("grpc://${HOST}:9092", "literal `${…}`"),
@@ -92,18 +164,42 @@ fn an_executor_needs_a_cache_and_its_place() {
         ..Given::default()
     };
     let none = SharedCache::default();
-    check(&none, &executor(None), &["make it `compatibility-local-only`", "without `BAZEL_REMOTE_CACHE`"]);
-    check(&none, &executor(Some(CACHE)), &["`allow-separate-executor`"]);
-    let allowed = SharedCache { allow_separate_executor: Some(true), ..none };
+    check(
+        &none,
+        &executor(None),
+        &[
+            "make it `compatibility-local-only`",
+            "without `BAZEL_REMOTE_CACHE`",
+        ],
+    );
+    check(
+        &none,
+        &executor(Some(CACHE)),
+        &["`allow-separate-executor`"],
+    );
+    let allowed = SharedCache {
+        allow_separate_executor: Some(true),
+        ..none
+    };
     check(&allowed, &executor(Some(CACHE)), &[]);
 }
 
 #[test]
 fn strict_fails_closed() {
-    let local = Given { mode: Some(Mode::CompatibilityLocalOnly), ..Given::default() };
+    let local = Given {
+        mode: Some(Mode::CompatibilityLocalOnly),
+        ..Given::default()
+    };
     check(&SharedCache::default(), &local, &[]);
-    let strict = Given { strict: true, ..local };
-    check(&SharedCache::default(), &strict, &["no capability class", "`BAZEL_REMOTE_CACHE` is empty"]);
+    let strict = Given {
+        strict: true,
+        ..local
+    };
+    check(
+        &SharedCache::default(),
+        &strict,
+        &["no capability class", "`BAZEL_REMOTE_CACHE` is empty"],
+    );
     let mut judgement = judge(&SharedCache::default(), &backed());
     judgement.answered("cache", Some("no answer".into()), false);
     assert!(judgement.holds());
@@ -114,8 +210,11 @@ fn strict_fails_closed() {
 #[test]
 fn no_message_shows_a_credential() {
     let secret = "hunter22";
-    for text in ["grpcs://user:hunter22@cache.example/x?token=hunter22#hunter22", "ftp://user:hunter22@x", "hunter22@x"]
-    {
+    for text in [
+        "grpcs://user:hunter22@cache.example/x?token=hunter22#hunter22",
+        "ftp://user:hunter22@x",
+        "hunter22@x",
+    ] {
         let given = Given {
             cache: Some(text.into()),
             executor: Some(text.into()),
@@ -124,7 +223,11 @@ fn no_message_shows_a_credential() {
             ..Given::default()
         };
         let judgement = judge(&SharedCache::default(), &given);
-        assert!(!format!("{:?}", judgement.findings).contains(secret), "{:?}", judgement.findings);
+        assert!(
+            !format!("{:?}", judgement.findings).contains(secret),
+            "{:?}",
+            judgement.findings
+        );
         assert!(!redact(text).contains(secret), "{}", redact(text));
     }
 }
@@ -132,7 +235,13 @@ fn no_message_shows_a_credential() {
 #[test]
 fn uploads_are_off_unless_allowed() {
     let rc = bazelrc(Mode::SharedCacheBacked, Some(CACHE), None, false);
-    assert!(rc.contains("--remote_upload_local_results=false") && rc.contains("--disk_cache=\n"), "{rc}");
-    assert!(bazelrc(Mode::ExecutorBacked, Some(CACHE), Some(CACHE), true).contains("--remote_executor="));
+    assert!(
+        rc.contains("--remote_upload_local_results=false") && rc.contains("--disk_cache=\n"),
+        "{rc}"
+    );
+    assert!(
+        bazelrc(Mode::ExecutorBacked, Some(CACHE), Some(CACHE), true)
+            .contains("--remote_executor=")
+    );
     assert!(!bazelrc(Mode::CompatibilityLocalOnly, None, None, true).contains("upload"));
 }

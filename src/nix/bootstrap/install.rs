@@ -19,14 +19,27 @@ const PATIENCE: [&str; 4] = ["-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Ret
 /// What packages' scripts expect on `PATH`.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Variables of the job that a download may need.
-const KEPT: [&str; 8] =
-    ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HOME", "TMPDIR"];
+const KEPT: [&str; 8] = [
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "HOME",
+    "TMPDIR",
+];
 
 /// Installs it.
 ///
 /// # Errors
 /// When this is not root, not Debian's kind of system, or the package manager fails or takes too long.
-pub(super) async fn install(host: &Host, env: &Env, sink: &Sink, deadline: Instant) -> Result<(), Error> {
+pub(super) async fn install(
+    host: &Host,
+    env: &Env,
+    sink: &Sink,
+    deadline: Instant,
+) -> Result<(), Error> {
     if !host.root {
         return Err(Error::Missing("that takes root"));
     }
@@ -35,22 +48,45 @@ pub(super) async fn install(host: &Host, env: &Env, sink: &Sink, deadline: Insta
     let update = ["update", "-q"].as_slice();
     let install = ["install", "-q", "-y", "--no-install-recommends", "nix-bin"].as_slice();
     // One broken source fails the update while the others may do, so that only the second step decides.
-    let updated = step("apt-get update", tool(&apt, env).args(update), sink, deadline).await;
+    let updated = step(
+        "apt-get update",
+        tool(&apt, env).args(update),
+        sink,
+        deadline,
+    )
+    .await;
     if let Err(Error::Install { problem, .. }) = &updated {
         sink.note(format!("`apt-get update` {problem}"));
     }
-    step("apt-get install nix-bin", tool(&apt, env).args(install), sink, deadline).await
+    step(
+        "apt-get install nix-bin",
+        tool(&apt, env).args(install),
+        sink,
+        deadline,
+    )
+    .await
 }
 
 fn apt_get(host: &Host, env: &Env) -> Option<PathBuf> {
-    let beside = || host.system.iter().map(|folder| folder.join("apt-get")).find(|file| file.is_file());
+    let beside = || {
+        host.system
+            .iter()
+            .map(|folder| folder.join("apt-get"))
+            .find(|file| file.is_file())
+    };
     tool::on_path(env, "apt-get").or_else(beside)
 }
 
 fn tool(apt: &std::path::Path, env: &Env) -> Tool {
-    let path = env.get("PATH").map_or_else(|| SYSTEM_PATH.to_owned(), |path| format!("{path}:{SYSTEM_PATH}"));
+    let path = env.get("PATH").map_or_else(
+        || SYSTEM_PATH.to_owned(),
+        |path| format!("{path}:{SYSTEM_PATH}"),
+    );
     let kept = KEPT.iter().filter_map(|name| Some((name, env.get(name)?)));
-    let tool = Tool::new(apt).envs(kept).env("PATH", path).env("LC_ALL", "C");
+    let tool = Tool::new(apt)
+        .envs(kept)
+        .env("PATH", path)
+        .env("LC_ALL", "C");
     tool.env("DEBIAN_FRONTEND", "noninteractive").args(PATIENCE)
 }
 
@@ -67,7 +103,10 @@ async fn step(name: &'static str, tool: Tool, sink: &Sink, deadline: Instant) ->
             _ = news.tick() => sink.note(format!("`{name}` has run for {} s", started.elapsed().as_secs())),
         }
     };
-    judge(ended).map_err(|problem| Error::Install { step: name, problem })
+    judge(ended).map_err(|problem| Error::Install {
+        step: name,
+        problem,
+    })
 }
 
 fn judge(ended: Result<Output, CaptureError>) -> Result<(), String> {
@@ -79,8 +118,16 @@ fn judge(ended: Result<Output, CaptureError>) -> Result<(), String> {
         return Ok(());
     }
     // apt marks what is wrong; without a mark its last line is the best guess.
-    let marked: Vec<&str> = output.stderr.lines().filter(|line| line.starts_with("E:")).take(3).collect();
-    let said =
-        if marked.is_empty() { output.stderr.lines().last().unwrap_or_default().into() } else { marked.join(" ") };
+    let marked: Vec<&str> = output
+        .stderr
+        .lines()
+        .filter(|line| line.starts_with("E:"))
+        .take(3)
+        .collect();
+    let said = if marked.is_empty() {
+        output.stderr.lines().last().unwrap_or_default().into()
+    } else {
+        marked.join(" ")
+    };
     Err(format!("failed: {}", one_line(&said, 300)))
 }

@@ -39,7 +39,10 @@ pub(super) struct FirstLook {
 impl FirstLook {
     pub async fn take(nix: &Nix, deadline: Instant) -> Self {
         let (store, settings) = tokio::join!(answer(nix, deadline), Settings::read(nix));
-        Self { store, settings: settings.ok() }
+        Self {
+            store,
+            settings: settings.ok(),
+        }
     }
 }
 
@@ -72,7 +75,10 @@ pub(super) async fn open(
             if host.root {
                 revive(ready, &problem, deadline).await
             } else {
-                Err(Error::DeadDaemon { socket: daemon_socket(&ready.nix), problem })
+                Err(Error::DeadDaemon {
+                    socket: daemon_socket(&ready.nix),
+                    problem,
+                })
             }
         }
         Ping::Refused(Refusal::NoRights(problem)) => Err(Error::NoRights(problem)),
@@ -96,7 +102,10 @@ async fn answer(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
 async fn once(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
     let limit = PING_LIMIT.min(deadline.saturating_duration_since(Instant::now()));
     match ping(nix, limit).await {
-        Err(tool::Error::Run { source: CaptureError::Deadline { limit, .. }, .. }) => {
+        Err(tool::Error::Run {
+            source: CaptureError::Deadline { limit, .. },
+            ..
+        }) => {
             let text = format!("no answer within {} s", limit.as_secs());
             Ok(Ping::Refused(Refusal::NoDaemon(text)))
         }
@@ -113,7 +122,9 @@ fn has_own_daemon(nix: &Nix) -> bool {
 /// A store that we open ourselves. As root, when there are settings, Nix builds as other users, and refuses if
 /// there are none.
 fn local(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> BuildUsers {
-    let group = settings.and_then(|settings| settings.text("build-users-group")).unwrap_or_default();
+    let group = settings
+        .and_then(|settings| settings.text("build-users-group"))
+        .unwrap_or_default();
     if group.is_empty() {
         return BuildUsers::None;
     }
@@ -123,7 +134,14 @@ fn local(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> Buil
         None => return BuildUsers::InForce,
     };
     let text = format!("{problem}, so builds run as root (`{NO_BUILD_USERS}`)");
-    repair(ready, Repair { text, setting: Some(NO_BUILD_USERS), variable: None });
+    repair(
+        ready,
+        Repair {
+            text,
+            setting: Some(NO_BUILD_USERS),
+            variable: None,
+        },
+    );
     BuildUsers::None
 }
 
@@ -132,7 +150,10 @@ fn is_empty_group(name: &str) -> bool {
     let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
     groups.lines().any(|line| {
         let mut fields = line.split(':');
-        fields.next() == Some(name) && fields.nth(2).is_some_and(|members| members.trim().is_empty())
+        fields.next() == Some(name)
+            && fields
+                .nth(2)
+                .is_some_and(|members| members.trim().is_empty())
     })
 }
 
@@ -150,13 +171,27 @@ async fn revive(ready: &mut Ready, dead: &str, deadline: Instant) -> Result<Buil
         Ok(daemon) => {
             ready.daemon = Some(daemon);
             let text = format!("the Nix daemon was dead ({dead}); one was started for this job");
-            repair(ready, Repair { text, setting: None, variable: None });
+            repair(
+                ready,
+                Repair {
+                    text,
+                    setting: None,
+                    variable: None,
+                },
+            );
         }
         Err(problem) => {
             let text = format!(
                 "the Nix daemon is dead ({dead}) and did not start ({problem}); the job uses the store directly"
             );
-            repair(ready, Repair { text, setting: None, variable: Some(("NIX_REMOTE", "local")) });
+            repair(
+                ready,
+                Repair {
+                    text,
+                    setting: None,
+                    variable: Some(("NIX_REMOTE", "local")),
+                },
+            );
         }
     }
     Ok(users)
@@ -179,10 +214,17 @@ async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
         daemon.is_alive() && matches!(answer(nix, limit).await, Ok(Ping::Open(_)))
     });
     if waited.await == Ok(true) {
-        return Ok(Daemon { service: daemon, made });
+        return Ok(Daemon {
+            service: daemon,
+            made,
+        });
     }
     let words = one_line(&daemon.stop(super::DAEMON_GRACE).await, 200);
-    Err(if words.is_empty() { "it said nothing".to_owned() } else { words })
+    Err(if words.is_empty() {
+        "it said nothing".to_owned()
+    } else {
+        words
+    })
 }
 
 /// Notes a repair, and has our own calls of Nix follow it.

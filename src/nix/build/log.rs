@@ -89,7 +89,9 @@ struct Message {
 impl Reader {
     /// What one line says.
     pub fn read(&mut self, line: &str) -> Option<Event> {
-        let message: Option<Message> = line.strip_prefix("@nix ").and_then(|json| serde_json::from_str(json).ok());
+        let message: Option<Message> = line
+            .strip_prefix("@nix ")
+            .and_then(|json| serde_json::from_str(json).ok());
         let Some(message) = message else {
             self.keep(line);
             return None;
@@ -103,7 +105,10 @@ impl Reader {
             ("stop", _) => self.builds.remove(&message.id).map(Event::Stopped),
             ("result", RESULT_LOG_LINE) => {
                 let path = self.builds.get(&message.id)?;
-                Some(Event::Line(path.clone(), message.fields.first()?.as_str()?.to_owned()))
+                Some(Event::Line(
+                    path.clone(),
+                    message.fields.first()?.as_str()?.to_owned(),
+                ))
             }
             ("msg", _) => {
                 self.keep(&message.msg);
@@ -122,30 +127,56 @@ impl Reader {
 
     /// What was said beside events, the last of it.
     pub fn said(&self) -> String {
-        self.said.iter().map(String::as_str).collect::<Vec<_>>().join("\n")
+        self.said
+            .iter()
+            .map(String::as_str)
+            .collect::<Vec<_>>()
+            .join("\n")
     }
 }
 
 /// Reads an error's words.
 pub fn failure(message: &str) -> Failure {
     let text = without_colour(message);
-    let text = text.trim().strip_prefix("error:").unwrap_or(&text).trim().to_owned();
+    let text = text
+        .trim()
+        .strip_prefix("error:")
+        .unwrap_or(&text)
+        .trim()
+        .to_owned();
     // At its end a build that failed names all that it was asked for.
-    let derivation = if text.starts_with("build of '") { None } else { derivation(&text) };
+    let derivation = if text.starts_with("build of '") {
+        None
+    } else {
+        derivation(&text)
+    };
     let lower = text.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| lower.contains(word));
     let kind = if let Some(kind) = hash_mismatch(&text) {
         kind
-    } else if has(&["dependencies of derivation", "dependency failed", "dependencies failed"]) {
+    } else if has(&[
+        "dependencies of derivation",
+        "dependency failed",
+        "dependencies failed",
+    ]) {
         Kind::Dependency
     } else if has(&PASSING) {
         Kind::Passing
-    } else if has(&["builder for", "builder failed", "failed with exit code", "failed to produce output"]) {
+    } else if has(&[
+        "builder for",
+        "builder failed",
+        "failed with exit code",
+        "failed to produce output",
+    ]) {
         Kind::Build
     } else {
         Kind::Other
     };
-    Failure { derivation, kind, text }
+    Failure {
+        derivation,
+        kind,
+        text,
+    }
 }
 
 /// Words of errors that are nobody's but the network's or a builder's.
@@ -172,9 +203,15 @@ pub fn is_download(log: &[String]) -> bool {
     let last = &log[log.len().saturating_sub(LAST)..];
     let says = |line: &String| {
         let line = without_colour(line).trim().to_lowercase();
-        let rest = line.strip_prefix("error: unable to download").or_else(|| line.strip_prefix("curl: ("));
+        let rest = line
+            .strip_prefix("error: unable to download")
+            .or_else(|| line.strip_prefix("curl: ("));
         // A page that is not there will not be there another time; curl's 22 is that, and its 37 a missing file.
-        rest.is_some_and(|rest| !["http error 4", "22)", "37)"].iter().any(|own| rest.contains(own)))
+        rest.is_some_and(|rest| {
+            !["http error 4", "22)", "37)"]
+                .iter()
+                .any(|own| rest.contains(own))
+        })
     };
     last.iter().any(says)
 }
@@ -198,7 +235,10 @@ fn hash_mismatch(text: &str) -> Option<Kind> {
         let (_, rest) = text.split_once(name)?;
         rest.split_whitespace().next().map(str::to_owned)
     };
-    Some(Kind::HashMismatch { specified: value("specified:").or_else(|| value("wanted:"))?, got: value("got:")? })
+    Some(Kind::HashMismatch {
+        specified: value("specified:").or_else(|| value("wanted:"))?,
+        got: value("got:")?,
+    })
 }
 
 #[cfg(test)]
@@ -216,9 +256,18 @@ mod tests {
         );
         assert_eq!(reader.read(&start), Some(Event::Started(bad.clone())));
         let line = r#"@nix {"action":"result","fields":["oops"],"id":7,"type":101}"#;
-        assert_eq!(reader.read(line), Some(Event::Line(bad.clone(), "oops".into())));
-        assert_eq!(reader.read(r#"@nix {"action":"result","fields":[0,1,0,0],"id":7,"type":105}"#), None);
-        assert_eq!(reader.read(r#"@nix {"action":"stop","id":7}"#), Some(Event::Stopped(bad)));
+        assert_eq!(
+            reader.read(line),
+            Some(Event::Line(bad.clone(), "oops".into()))
+        );
+        assert_eq!(
+            reader.read(r#"@nix {"action":"result","fields":[0,1,0,0],"id":7,"type":105}"#),
+            None
+        );
+        assert_eq!(
+            reader.read(r#"@nix {"action":"stop","id":7}"#),
+            Some(Event::Stopped(bad))
+        );
         assert_eq!(reader.read(line), None, "nobody's line");
         assert_eq!(reader.read("@nix {torn"), None);
         assert_eq!(reader.read("warning: x"), None);
@@ -228,10 +277,14 @@ mod tests {
     #[test]
     fn downloads_that_failed_are_told_by_their_logs() {
         let is = |line: &str| is_download(&["trying https://x".to_owned(), line.to_owned()]);
-        assert!(is("error: unable to download 'http://x/y': Couldn't connect to server (7)"));
+        assert!(is(
+            "error: unable to download 'http://x/y': Couldn't connect to server (7)"
+        ));
         assert!(is("curl: (28) Operation timed out"));
         assert!(!is("curl: (22) The requested URL returned error: 404"));
-        assert!(!is("error: unable to download 'http://x/y': HTTP error 404"));
+        assert!(!is(
+            "error: unable to download 'http://x/y': HTTP error 404"
+        ));
         assert!(!is("test connection_refused ... FAILED") && !is_download(&[]));
     }
 
@@ -241,25 +294,51 @@ mod tests {
         let failed = failure(&format!(
             "\u{1b}[31;1merror:\u{1b}[0m builder for '\u{1b}[35;1m{BAD}\u{1b}[0m' failed with exit code 1"
         ));
-        assert_eq!((failed.derivation.map(|path| path.to_string()).as_deref(), failed.kind), (Some(BAD), Kind::Build));
+        assert_eq!(
+            (
+                failed.derivation.map(|path| path.to_string()).as_deref(),
+                failed.kind
+            ),
+            (Some(BAD), Kind::Build)
+        );
         // 2.31 and later.
         assert_eq!(
-            kind(&format!("error: Cannot build '{BAD}'.\nReason: builder failed with exit code 1.")),
+            kind(&format!(
+                "error: Cannot build '{BAD}'.\nReason: builder failed with exit code 1."
+            )),
             Kind::Build
         );
-        assert_eq!(kind(&format!("error: Cannot build '{BAD}'.\nReason: 1 dependency failed.")), Kind::Dependency);
-        assert_eq!(kind(&format!("error: 1 dependencies of derivation '{BAD}' failed to build")), Kind::Dependency);
+        assert_eq!(
+            kind(&format!(
+                "error: Cannot build '{BAD}'.\nReason: 1 dependency failed."
+            )),
+            Kind::Dependency
+        );
+        assert_eq!(
+            kind(&format!(
+                "error: 1 dependencies of derivation '{BAD}' failed to build"
+            )),
+            Kind::Dependency
+        );
         let whole = failure(&format!("error: build of '{BAD}^*', '{BAD}^*' failed"));
         assert_eq!((whole.derivation, whole.kind), (None, Kind::Other));
-        assert_eq!(kind("error: unable to download 'https://x/y.nar': HTTP error 503"), Kind::Passing);
         assert_eq!(
-            kind(&format!("error: a 'aarch64-darwin' is required to build '{BAD}', but I am a 'x86_64-linux'")),
+            kind("error: unable to download 'https://x/y.nar': HTTP error 503"),
+            Kind::Passing
+        );
+        assert_eq!(
+            kind(&format!(
+                "error: a 'aarch64-darwin' is required to build '{BAD}', but I am a 'x86_64-linux'"
+            )),
             Kind::Other
         );
         let mismatch = format!(
             "error: hash mismatch in fixed-output derivation '{BAD}':\n  specified: sha256-A=\n     got:    sha256-B="
         );
-        let expected = Kind::HashMismatch { specified: "sha256-A=".into(), got: "sha256-B=".into() };
+        let expected = Kind::HashMismatch {
+            specified: "sha256-A=".into(),
+            got: "sha256-B=".into(),
+        };
         assert_eq!(kind(&mismatch), expected);
     }
 }

@@ -68,11 +68,16 @@ impl Order {
             }
         }
         let whole = tool.ended().await.is_ok_and(|status| status.success());
-        Ok(Ended { whole, said: reader.said() })
+        Ok(Ended {
+            whole,
+            said: reader.said(),
+        })
     }
 
     fn words(&self, nix: &Nix) -> Vec<String> {
-        let mut words: Vec<String> = ["build", "--no-link", "--log-format", "internal-json"].map(str::to_owned).into();
+        let mut words: Vec<String> = ["build", "--no-link", "--log-format", "internal-json"]
+            .map(str::to_owned)
+            .into();
         if self.keep_going {
             words.push("--keep-going".to_owned());
         }
@@ -81,7 +86,11 @@ impl Order {
         }
         words.extend(self.arguments.iter().cloned());
         // From 2.13 on a bare `.drv` is the file itself.
-        let all = if nix.version.at_least(2, 13) { "^*" } else { "" };
+        let all = if nix.version.at_least(2, 13) {
+            "^*"
+        } else {
+            ""
+        };
         words.extend(self.derivations.iter().map(|path| format!("{path}{all}")));
         words
     }

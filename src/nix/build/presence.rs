@@ -55,18 +55,30 @@ impl Present {
 ///
 /// # Errors
 /// When the store gives no answer.
-pub async fn valid(store: &Store, paths: &[StorePath]) -> Result<BTreeSet<StorePath>, store::Error> {
+pub async fn valid(
+    store: &Store,
+    paths: &[StorePath],
+) -> Result<BTreeSet<StorePath>, store::Error> {
     if paths.is_empty() {
         return Ok(BTreeSet::new());
     }
     let found = if store.without_database().is_none() {
-        store.valid_of(paths.iter().map(StorePath::hash).collect()).await?
+        store
+            .valid_of(paths.iter().map(StorePath::hash).collect())
+            .await?
     } else {
         // What is in the store's folder and not being built has no lock beside it.
-        paths.iter().filter(|path| is_there(path)).cloned().collect()
+        paths
+            .iter()
+            .filter(|path| is_there(path))
+            .cloned()
+            .collect()
     };
     let wanted: BTreeSet<&StorePath> = paths.iter().collect();
-    Ok(found.into_iter().filter(|path| wanted.contains(path)).collect())
+    Ok(found
+        .into_iter()
+        .filter(|path| wanted.contains(path))
+        .collect())
 }
 
 fn is_there(path: &StorePath) -> bool {

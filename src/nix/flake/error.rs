@@ -18,7 +18,9 @@ pub fn words(said: &str) -> String {
     let plain = super::super::tool::without_colour(said);
     let from = plain.find("error:").unwrap_or(0);
     let text = plain[from..].trim();
-    let text = text.strip_suffix("(use '--show-trace' to show detailed location information)").unwrap_or(text);
+    let text = text
+        .strip_suffix("(use '--show-trace' to show detailed location information)")
+        .unwrap_or(text);
     text.trim_end().to_owned()
 }
 
@@ -29,7 +31,9 @@ pub fn place(text: &str, tree: &Path) -> Option<At> {
     let mut found = None;
     for (at, _) in text.match_indices(&tree) {
         let rest = &text[at + tree.len()..];
-        let end = rest.find(|c: char| c.is_whitespace() || "'\"»,".contains(c)).unwrap_or(rest.len());
+        let end = rest
+            .find(|c: char| c.is_whitespace() || "'\"»,".contains(c))
+            .unwrap_or(rest.len());
         found = position(&rest[..end]).or(found);
     }
     found
@@ -40,7 +44,11 @@ fn position(text: &str) -> Option<At> {
     let mut parts = text.trim_end_matches(':').split(':');
     let file = parts.next().filter(|file| !file.is_empty())?;
     let line = parts.next()?.parse().ok()?;
-    Some(At { file: file.to_owned(), line, column: parts.next().and_then(|column| column.parse().ok()) })
+    Some(At {
+        file: file.to_owned(),
+        line,
+        column: parts.next().and_then(|column| column.parse().ok()),
+    })
 }
 
 #[cfg(test)]
@@ -52,9 +60,25 @@ mod tests {
         let text = "error: attribute 'x' missing\n\n       at /nix/store/aaa-source/flake.nix:3:5:\n  2| a\n       at /nix/store/bbb-source/lib.nix:9:9:\n \
             at /nix/store/aaa-source/sub/x.nix:12:7:\n";
         let place = place(text, Path::new("/nix/store/aaa-source"));
-        assert_eq!(place, Some(At { file: "sub/x.nix".into(), line: 12, column: Some(7) }));
-        assert_eq!(super::place("error: no way", Path::new("/nix/store/aaa-source")), None);
-        assert_eq!(super::place("see /nix/store/aaa-source/README", Path::new("/nix/store/aaa-source")), None);
+        assert_eq!(
+            place,
+            Some(At {
+                file: "sub/x.nix".into(),
+                line: 12,
+                column: Some(7)
+            })
+        );
+        assert_eq!(
+            super::place("error: no way", Path::new("/nix/store/aaa-source")),
+            None
+        );
+        assert_eq!(
+            super::place(
+                "see /nix/store/aaa-source/README",
+                Path::new("/nix/store/aaa-source")
+            ),
+            None
+        );
     }
 
     #[test]

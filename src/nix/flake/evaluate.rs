@@ -13,7 +13,9 @@ pub use crate::nix::flake::pool::{Pool, Task};
 use crate::exit::{Exit, Explain};
 use crate::nix::flake::Source;
 use crate::nix::flake::error::{At, place, words};
-use crate::nix::flake::expression::{AttributePath, Expressions, OF_THE_TREE, Seen, attribute_path};
+use crate::nix::flake::expression::{
+    AttributePath, Expressions, OF_THE_TREE, Seen, attribute_path,
+};
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::{self, Nix};
 use crate::text::one_line;
@@ -166,14 +168,23 @@ pub async fn names(
     let call: Vec<&str> = call.iter().map(String::as_str).collect();
     let output = nix.run(&call, NAMES_LIMIT).await?;
     if output.status.success() {
-        return read_names(&output.text()).map(Names::Found).map_err(Error::List);
+        return read_names(&output.text())
+            .map(Names::Found)
+            .map_err(Error::List);
     }
     if output.stderr.contains(&expressions.poison()) {
         return Ok(Names::Dependent);
     }
     let text = words(&output.stderr);
-    let text = if text.is_empty() { format!("`nix eval` ended: {}", output.status) } else { text };
-    Err(Error::Names { place: place(&text, &source.path), text })
+    let text = if text.is_empty() {
+        format!("`nix eval` ended: {}", output.status)
+    } else {
+        text
+    };
+    Err(Error::Names {
+        place: place(&text, &source.path),
+        text,
+    })
 }
 
 /// Our calls make no use of the evaluation cache: several at once would stand in each other's way.
@@ -187,7 +198,10 @@ fn read_names(text: &str) -> Result<Vec<Name>, String> {
     for (n, entry) in list.iter().enumerate() {
         let attr = match &entry["attr"] {
             Value::String(text) => attribute_path(text),
-            Value::Array(parts) => parts.iter().map(|part| part.as_str().map(str::to_owned)).collect(),
+            Value::Array(parts) => parts
+                .iter()
+                .map(|part| part.as_str().map(str::to_owned))
+                .collect(),
             _ => None,
         };
         let attr = attr.ok_or_else(|| format!("entry {} has no `attr` that is a path", n + 1))?;
@@ -225,7 +239,10 @@ pub async fn views(nix: &Nix, source: &Source, expressions: &Expressions) -> Opt
     }
     values.retain(|name, _| !OF_THE_TREE.contains(&name.as_str()));
     let poisoned = Seen::Poisoned(values.keys().cloned().collect());
-    Some(Views { real: Seen::Real(values), poisoned })
+    Some(Views {
+        real: Seen::Real(values),
+        poisoned,
+    })
 }
 
 /// Words for Nix with which an evaluation may be remembered: none of them changes what the inputs are.
@@ -256,11 +273,22 @@ pub fn may_be_remembered(arguments: &[String]) -> bool {
 /// The key's part that the settings are.
 pub fn settings_that_matter(config: &str) -> String {
     let matters = |line: &&str| {
-        ["allow", "restrict-eval", "system", "eval-system", "nix-path", "store"]
-            .iter()
-            .any(|name| line.trim_start().starts_with(name))
+        [
+            "allow",
+            "restrict-eval",
+            "system",
+            "eval-system",
+            "nix-path",
+            "store",
+        ]
+        .iter()
+        .any(|name| line.trim_start().starts_with(name))
     };
-    config.lines().filter(matters).collect::<Vec<_>>().join("\n")
+    config
+        .lines()
+        .filter(matters)
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 #[cfg(test)]
@@ -269,12 +297,22 @@ mod tests {
 
     #[test]
     fn lists_are_read_and_wrong_ones_named() {
-        let names = read_names(r#"[{"attr":"x86_64-linux.\"a.b\"","label":"ab"},{"attr":["c"]}]"#).expect("a list");
-        assert_eq!(names[0], Name { attr: vec!["x86_64-linux".into(), "a.b".into()], label: "ab".into() });
+        let names = read_names(r#"[{"attr":"x86_64-linux.\"a.b\"","label":"ab"},{"attr":["c"]}]"#)
+            .expect("a list");
+        assert_eq!(
+            names[0],
+            Name {
+                attr: vec!["x86_64-linux".into(), "a.b".into()],
+                label: "ab".into()
+            }
+        );
         assert_eq!(names[1].label, "c");
         for (text, problem) in [
             ("{}", "no list"),
-            (r#"[{"attr":"a","label":"x"},{"attr":"b","label":"x"}]"#, "two entries have the label `x`"),
+            (
+                r#"[{"attr":"a","label":"x"},{"attr":"b","label":"x"}]"#,
+                "two entries have the label `x`",
+            ),
             (r#"[{"attr":"a..b"}]"#, "entry 1 has no `attr`"),
             (r#"[{"attr":"a","label":3}]"#, "entry 1 has a `label`"),
         ] {
@@ -285,9 +323,22 @@ mod tests {
 
     #[test]
     fn words_that_change_the_inputs_are_not_remembered() {
-        let may = |text: &str| may_be_remembered(&text.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+        let may = |text: &str| {
+            may_be_remembered(
+                &text
+                    .split_whitespace()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>(),
+            )
+        };
         assert!(may("") && may("--option cores 3 --show-trace"));
-        for no in ["--impure", "--override-input a b", "--option pure-eval false", "--update-input x", "--what"] {
+        for no in [
+            "--impure",
+            "--override-input a b",
+            "--option pure-eval false",
+            "--update-input x",
+            "--what",
+        ] {
             assert!(!may(no), "{no}");
         }
     }

@@ -52,7 +52,11 @@ pub struct Expressions {
 impl Expressions {
     /// `nonce` marks our lines among those of the flake; it is to be new for each run.
     pub fn new(source: &Source, attribute: &[String], nonce: &str) -> Self {
-        Self { source: source.clone(), attribute: attribute.to_owned(), nonce: nonce.to_owned() }
+        Self {
+            source: source.clone(),
+            attribute: attribute.to_owned(),
+            nonce: nonce.to_owned(),
+        }
     }
 
     /// What stands before each of our lines.
@@ -73,8 +77,16 @@ impl Expressions {
     }
 
     /// The words behind `nix eval` that say of each attribute when it begins and what it is.
-    pub fn facts(&self, seen: &Seen, attributes: &[(usize, &AttributePath)], read_only: bool) -> Vec<String> {
-        let list: Vec<Value> = attributes.iter().map(|(id, path)| serde_json::json!({ "i": id, "p": path })).collect();
+    pub fn facts(
+        &self,
+        seen: &Seen,
+        attributes: &[(usize, &AttributePath)],
+        read_only: bool,
+    ) -> Vec<String> {
+        let list: Vec<Value> = attributes
+            .iter()
+            .map(|(id, path)| serde_json::json!({ "i": id, "p": path }))
+            .collect();
         let function = format!(
             r#"(selected: let
   say = value: builtins.trace ({mark} + builtins.toJSON value);
@@ -100,7 +112,11 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
     fn words(&self, seen: &Seen, function: &str) -> Vec<String> {
         match seen {
             Seen::Installable => {
-                let attribute: Vec<String> = self.attribute.iter().map(|name| installable_name(name)).collect();
+                let attribute: Vec<String> = self
+                    .attribute
+                    .iter()
+                    .map(|name| installable_name(name))
+                    .collect();
                 let installable = format!("{}#{}", self.source.reference, attribute.join("."));
                 [
                     "eval".to_owned(),
@@ -111,7 +127,12 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
                 ]
                 .into()
             }
-            _ => ["eval".to_owned(), "--expr".to_owned(), format!("{} ({})", function, self.selected(seen))].into(),
+            _ => [
+                "eval".to_owned(),
+                "--expr".to_owned(),
+                format!("{} ({})", function, self.selected(seen)),
+            ]
+            .into(),
         }
     }
 
@@ -121,7 +142,10 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
             Seen::Installable => "{ }".to_owned(),
             Seen::Real(values) => {
                 let values: serde_json::Map<String, Value> = values.clone().into_iter().collect();
-                format!("builtins.fromJSON {}", text(&Value::from(values).to_string()))
+                format!(
+                    "builtins.fromJSON {}",
+                    text(&Value::from(values).to_string())
+                )
             }
             Seen::Poisoned(names) => format!(
                 "builtins.listToAttrs (map (name: {{ inherit name; value = builtins.abort ({} + name); }}) (builtins.fromJSON {}))",
@@ -129,7 +153,11 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
                 text(&Value::from(names.clone()).to_string()),
             ),
         };
-        let attribute: String = self.attribute.iter().map(|name| format!(".{}", text(name))).collect();
+        let attribute: String = self
+            .attribute
+            .iter()
+            .map(|name| format!(".{}", text(name)))
+            .collect();
         format!(
             r#"let
   real = builtins.getFlake {reference};
@@ -155,9 +183,13 @@ in self{attribute}"#,
     /// The words behind `nix eval` that print what Nix itself tells the flake of its source, as JSON. Impure,
     /// for the source may be a tree with changes; nothing of the flake is evaluated.
     pub fn source_information(&self) -> Vec<String> {
-        let expression =
-            format!("builtins.removeAttrs (builtins.getFlake {}).sourceInfo [ \"outPath\" ]", text(&self.source.url));
-        ["eval", "--impure", "--json", "--expr", &expression].map(str::to_owned).into()
+        let expression = format!(
+            "builtins.removeAttrs (builtins.getFlake {}).sourceInfo [ \"outPath\" ]",
+            text(&self.source.url)
+        );
+        ["eval", "--impure", "--json", "--expr", &expression]
+            .map(str::to_owned)
+            .into()
     }
 }
 
@@ -180,8 +212,14 @@ fn text(text: &str) -> String {
 /// A name as a part of an attribute path; quoted where it has to be.
 pub fn installable_name(name: &str) -> String {
     let plain = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-'".contains(c));
-    if plain { name.to_owned() } else { format!("\"{name}\"") }
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "_-'".contains(c));
+    if plain {
+        name.to_owned()
+    } else {
+        format!("\"{name}\"")
+    }
 }
 
 /// Reads `checks.x86_64-linux."a.b"` as the names it is made of; `None` for anything else.
@@ -213,13 +251,22 @@ mod tests {
     fn attribute_paths_are_read_as_nix_writes_them() {
         let read = |text: &str| attribute_path(text).map(|names| names.join("|"));
         assert_eq!(read("checks").as_deref(), Some("checks"));
-        assert_eq!(read("checks.x86_64-linux").as_deref(), Some("checks|x86_64-linux"));
+        assert_eq!(
+            read("checks.x86_64-linux").as_deref(),
+            Some("checks|x86_64-linux")
+        );
         assert_eq!(read("a.\"b.c\".d").as_deref(), Some("a|b.c|d"));
-        for wrong in ["", ".", "a.", ".a", "a..b", "a b", "a.\"b", "a\"b\"", "a.\"b\"c", "${x}", "a#b", "a.\"\""] {
+        for wrong in [
+            "", ".", "a.", ".a", "a..b", "a b", "a.\"b", "a\"b\"", "a.\"b\"c", "${x}", "a#b",
+            "a.\"\"",
+        ] {
             assert_eq!(read(wrong), None, "{wrong}");
         }
         for name in ["hello", "a.b", "1st", "x'"] {
-            assert_eq!(attribute_path(&installable_name(name)), Some(vec![name.to_owned()]));
+            assert_eq!(
+                attribute_path(&installable_name(name)),
+                Some(vec![name.to_owned()])
+            );
         }
     }
 

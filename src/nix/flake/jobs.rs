@@ -70,8 +70,14 @@ impl Jobs {
         }
     }
 
-    async fn evaluate(&self, tasks: Vec<Task>, events: &mpsc::Sender<Event>, cancel: &CancellationToken) {
-        let mut open: HashMap<AttributePath, usize> = tasks.into_iter().map(|task| (task.path, task.id)).collect();
+    async fn evaluate(
+        &self,
+        tasks: Vec<Task>,
+        events: &mpsc::Sender<Event>,
+        cancel: &CancellationToken,
+    ) {
+        let mut open: HashMap<AttributePath, usize> =
+            tasks.into_iter().map(|task| (task.path, task.id)).collect();
         let said = match self.tool().talk() {
             Err(error) => format!("error: {error}"),
             Ok(mut tool) => {
@@ -99,33 +105,71 @@ impl Jobs {
                 said
             }
         };
-        let said = if said.trim().is_empty() { "error: `nix-eval-jobs` said nothing of it".to_owned() } else { said };
+        let said = if said.trim().is_empty() {
+            "error: `nix-eval-jobs` said nothing of it".to_owned()
+        } else {
+            said
+        };
         for id in open.into_values() {
-            let _ = events.send(Event::Failed(id, Failure::said(&said, &self.source))).await;
+            let _ = events
+                .send(Event::Failed(id, Failure::said(&said, &self.source)))
+                .await;
         }
     }
 
     fn event(&self, id: usize, object: Object) -> Event {
         match (object.drv_path, object.error) {
             (Some(drv), None) => {
-                let outs = object.outputs.into_iter().map(|(name, path)| (name, path.unwrap_or_default())).collect();
-                Event::Known { id, facts: Facts { drv, outs, system: object.system }, independent: false }
+                let outs = object
+                    .outputs
+                    .into_iter()
+                    .map(|(name, path)| (name, path.unwrap_or_default()))
+                    .collect();
+                Event::Known {
+                    id,
+                    facts: Facts {
+                        drv,
+                        outs,
+                        system: object.system,
+                    },
+                    independent: false,
+                }
             }
             (_, error) => {
                 let text = error.unwrap_or_else(|| "it is no derivation".to_owned());
-                let text = if text.contains("error:") { text } else { format!("error: {text}") };
+                let text = if text.contains("error:") {
+                    text
+                } else {
+                    format!("error: {text}")
+                };
                 Event::Failed(id, Failure::said(&text, &self.source))
             }
         }
     }
 
     fn tool(&self) -> Tool {
-        let attribute: Vec<String> = self.attribute.iter().map(|name| installable_name(name)).collect();
+        let attribute: Vec<String> = self
+            .attribute
+            .iter()
+            .map(|name| installable_name(name))
+            .collect();
         let flake = format!("{}#{}", self.source.reference, attribute.join("."));
         let memory = (self.share >> 20).clamp(512, 1 << 20).to_string();
         let workers = self.workers.to_string();
-        let words = ["--flake", &flake, "--workers", &workers, "--max-memory-size", &memory, "--force-recurse"];
-        let tool = Tool::new(std::path::Path::new("/bin/sh")).args(["-c", BOTH]).arg(&self.program);
-        tool.args(words).args(&self.arguments).envs(self.nix.variables())
+        let words = [
+            "--flake",
+            &flake,
+            "--workers",
+            &workers,
+            "--max-memory-size",
+            &memory,
+            "--force-recurse",
+        ];
+        let tool = Tool::new(std::path::Path::new("/bin/sh"))
+            .args(["-c", BOTH])
+            .arg(&self.program);
+        tool.args(words)
+            .args(&self.arguments)
+            .envs(self.nix.variables())
     }
 }

@@ -49,7 +49,9 @@ pub struct Remembered {
 impl Remembered {
     /// Whether nothing is left to evaluate.
     pub fn is_whole(&self) -> bool {
-        self.names.iter().all(|name| self.facts.contains_key(&name.label))
+        self.names
+            .iter()
+            .all(|name| self.facts.contains_key(&name.label))
     }
 }
 
@@ -64,7 +66,10 @@ impl Memory {
     pub fn of(folder: &Path, source: &Source, key: &Key<'_>) -> Self {
         // Presence is a fact that a flake can ask for; values that come with the commit are not in the key.
         let names: Vec<&String> = source.locked.keys().chain(&source.known).collect();
-        let kinds: Vec<_> = ["type", "submodules", "lfs"].iter().map(|name| source.locked.get(*name)).collect();
+        let kinds: Vec<_> = ["type", "submodules", "lfs"]
+            .iter()
+            .map(|name| source.locked.get(*name))
+            .collect();
         let all = serde_json::json!({
             "version": VERSION,
             "narHash": source.nar_hash,
@@ -74,7 +79,9 @@ impl Memory {
             "key": key,
         });
         let sum = Sha256::digest(all.to_string());
-        Self { file: folder.join(format!("{}.json", hexadecimal(&sum[..20]))) }
+        Self {
+            file: folder.join(format!("{}.json", hexadecimal(&sum[..20]))),
+        }
     }
 
     /// What is remembered; `None` if nothing is, or it is damaged.
@@ -121,7 +128,12 @@ fn prune(folder: &Path) {
     }
     files.sort_by_key(|(modified, _)| std::cmp::Reverse(*modified));
     let old = SystemTime::now() - KEPT;
-    for (_, path) in files.iter().enumerate().filter(|(n, (at, _))| *n >= MOST || *at < old).map(|(_, file)| file) {
+    for (_, path) in files
+        .iter()
+        .enumerate()
+        .filter(|(n, (at, _))| *n >= MOST || *at < old)
+        .map(|(_, file)| file)
+    {
         let _ = std::fs::remove_file(path);
     }
 }
@@ -158,18 +170,33 @@ mod tests {
     }
 
     fn key(arguments: &[String]) -> Key<'_> {
-        Key { nix: "nix (Nix) 2.8.0", attribute: &[], function: None, arguments, settings: "" }
+        Key {
+            nix: "nix (Nix) 2.8.0",
+            attribute: &[],
+            function: None,
+            arguments,
+            settings: "",
+        }
     }
 
     #[test]
     fn another_commit_of_the_same_tree_is_the_same_key_and_another_tree_is_not() {
         let folder = tempfile::tempdir().expect("temporary folder");
-        let file = |source: &Source, arguments: &[String]| Memory::of(folder.path(), source, &key(arguments)).file;
+        let file = |source: &Source, arguments: &[String]| {
+            Memory::of(folder.path(), source, &key(arguments)).file
+        };
         let one = file(&source("sha256-a", Some("aaaa")), &[]);
         assert_eq!(one, file(&source("sha256-a", Some("bbbbbb")), &[]));
         assert_ne!(one, file(&source("sha256-b", Some("aaaa")), &[]));
-        assert_ne!(one, file(&source("sha256-a", None), &[]), "a tree with changes has no `rev`");
-        assert_ne!(one, file(&source("sha256-a", Some("aaaa")), &["--option".into()]));
+        assert_ne!(
+            one,
+            file(&source("sha256-a", None), &[]),
+            "a tree with changes has no `rev`"
+        );
+        assert_ne!(
+            one,
+            file(&source("sha256-a", Some("aaaa")), &["--option".into()])
+        );
     }
 
     #[test]
@@ -177,8 +204,13 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let memory = Memory::of(folder.path(), &source("sha256-a", None), &key(&[]));
         assert_eq!(memory.read(), None);
-        let remembered =
-            Remembered { names: vec![Name { attr: vec!["a".into()], label: "a".into() }], facts: BTreeMap::new() };
+        let remembered = Remembered {
+            names: vec![Name {
+                attr: vec!["a".into()],
+                label: "a".into(),
+            }],
+            facts: BTreeMap::new(),
+        };
         memory.write(&remembered).expect("written");
         assert_eq!(memory.read(), Some(remembered));
         let text = std::fs::read_to_string(&memory.file).expect("read");

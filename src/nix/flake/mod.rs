@@ -65,12 +65,29 @@ impl Source {
     /// # Errors
     /// When there is no such flake, or it cannot be fetched.
     pub async fn find(nix: &Nix, reference: &str, arguments: &[String]) -> Result<Self, Error> {
-        let mut words = vec!["flake", "metadata", "--json", "--no-write-lock-file", reference];
+        let mut words = vec![
+            "flake",
+            "metadata",
+            "--json",
+            "--no-write-lock-file",
+            reference,
+        ];
         words.extend(arguments.iter().map(String::as_str));
         let printed = nix.ask(&words, FETCH_LIMIT).await?;
-        let problem = |problem: String| Error::Answer { call: "nix flake metadata".to_owned(), problem };
-        let found: Metadata = serde_json::from_slice(&printed.stdout).map_err(|error| problem(error.to_string()))?;
-        let text = |name: &str| found.locked.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let problem = |problem: String| Error::Answer {
+            call: "nix flake metadata".to_owned(),
+            problem,
+        };
+        let found: Metadata =
+            serde_json::from_slice(&printed.stdout).map_err(|error| problem(error.to_string()))?;
+        let text = |name: &str| {
+            found
+                .locked
+                .get(name)
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned()
+        };
         let nar_hash = text("narHash");
         if nar_hash.is_empty() {
             return Err(problem("it names no `narHash`".to_owned()));
@@ -93,33 +110,48 @@ impl Source {
 
     /// The folder of `flake.nix` in the store.
     pub fn flake_folder(&self) -> PathBuf {
-        if self.folder.is_empty() { self.path.clone() } else { self.path.join(&self.folder) }
+        if self.folder.is_empty() {
+            self.path.clone()
+        } else {
+            self.path.join(&self.folder)
+        }
     }
 
     /// What of the flake's inputs stands in the way of remembering its evaluation, if anything does.
     pub fn unremembered(&self) -> Option<&'static str> {
         let written = std::fs::read(self.flake_folder().join("flake.lock")).ok();
         let written: Option<Value> = written.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        let Some(nodes) = self.locks["nodes"].as_object() else { return Some("Nix does not tell what its inputs are") };
+        let Some(nodes) = self.locks["nodes"].as_object() else {
+            return Some("Nix does not tell what its inputs are");
+        };
         let alone = nodes.len() <= 1;
         let is_written = written.is_some_and(|written| written["nodes"] == self.locks["nodes"]);
         if !alone && !is_written {
             return Some("its inputs are not locked in a `flake.lock` that is up to date");
         }
         let root = self.locks["root"].as_str().unwrap_or("root");
-        nodes.iter().find_map(|(name, node)| unremembered_node(node, name == root))
+        nodes
+            .iter()
+            .find_map(|(name, node)| unremembered_node(node, name == root))
     }
 }
 
 /// An input that sees the flake itself, and with it the commit.
 fn unremembered_node(node: &Value, is_root: bool) -> Option<&'static str> {
     let inputs = node["inputs"].as_object();
-    let follows_root = inputs.is_some_and(|inputs| inputs.values().any(|to| to.as_array().is_some_and(Vec::is_empty)));
+    let follows_root = inputs.is_some_and(|inputs| {
+        inputs
+            .values()
+            .any(|to| to.as_array().is_some_and(Vec::is_empty))
+    });
     if follows_root {
         return Some("one of its inputs follows the flake itself");
     }
     let locked = &node["locked"];
-    let is_inside = locked["type"] == "path" && locked["path"].as_str().is_some_and(|path| !path.starts_with('/'));
+    let is_inside = locked["type"] == "path"
+        && locked["path"]
+            .as_str()
+            .is_some_and(|path| !path.starts_with('/'));
     if is_inside || node.get("parent").is_some() {
         return Some("one of its inputs is a folder of the flake itself");
     }
@@ -157,7 +189,11 @@ mod tests {
             if written {
                 std::fs::write(&lock, locks.to_string()).expect("written");
             }
-            Source { path: folder.path().into(), ..source(locks) }.unremembered()
+            Source {
+                path: folder.path().into(),
+                ..source(locks)
+            }
+            .unremembered()
         };
         assert_eq!(remembered(json!({ "root": {} }), false), None);
         let good = json!({ "type": "path", "path": "/a", "narHash": "sha256-y" });
@@ -166,14 +202,24 @@ mod tests {
         assert_eq!(remembered(nodes(&good, json!({ "b": ["c"] })), true), None);
         for (locked, more, written, why) in [
             (&good, json!({}), false, "up to date"),
-            (&good, json!({ "root": [] }), true, "follows the flake itself"),
+            (
+                &good,
+                json!({ "root": [] }),
+                true,
+                "follows the flake itself",
+            ),
             (
                 &json!({ "type": "path", "path": "./sub", "narHash": "sha256-y" }),
                 json!({}),
                 true,
                 "folder of the flake",
             ),
-            (&json!({ "type": "git", "url": "x" }), json!({}), true, "by a hash"),
+            (
+                &json!({ "type": "git", "url": "x" }),
+                json!({}),
+                true,
+                "by a hash",
+            ),
         ] {
             let found = remembered(nodes(locked, more), written).unwrap_or_default();
             assert!(found.contains(why), "{found}: {why}");

@@ -96,7 +96,13 @@ impl Pool {
     pub fn fitted(asked: Option<usize>) -> (usize, u64) {
         let limit = Cgroup::of_self().and_then(|cgroup| cgroup.read().limit);
         let others = memory::of_descendants();
-        let room = Room { limit, others, available: memory::available(), workers: 0 }.for_workers();
+        let room = Room {
+            limit,
+            others,
+            available: memory::available(),
+            workers: 0,
+        }
+        .for_workers();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let workers = sizing::workers(asked, cores, room);
         (workers, sizing::share(room, workers))
@@ -170,19 +176,34 @@ impl Running<'_> {
     fn room(&mut self) -> Option<u64> {
         let workers = self.workers.values().map(|worker| worker.held).sum();
         if self.looks.is_multiple_of(OTHERS) {
-            let ours = memory::of_descendants().max(self.cgroup.as_ref().and_then(Cgroup::of_processes).unwrap_or(0));
+            let ours = memory::of_descendants().max(
+                self.cgroup
+                    .as_ref()
+                    .and_then(Cgroup::of_processes)
+                    .unwrap_or(0),
+            );
             self.others = ours.saturating_sub(workers);
         }
         self.looks += 1;
         let limit = self.cgroup.as_ref().and_then(|cgroup| cgroup.read().limit);
-        Room { limit, others: self.others, available: memory::available(), workers }.for_workers()
+        Room {
+            limit,
+            others: self.others,
+            available: memory::available(),
+            workers,
+        }
+        .for_workers()
     }
 
     /// Starts workers while there is something to do and a place for one.
     async fn fill(&mut self) {
         while self.workers.values().all(|worker| !worker.alone) {
             if self.workers.len() < self.width && !self.waiting.is_empty() {
-                let count = sizing::chunk(self.pool.per_worker, self.waiting.len(), self.width - self.workers.len());
+                let count = sizing::chunk(
+                    self.pool.per_worker,
+                    self.waiting.len(),
+                    self.width - self.workers.len(),
+                );
                 let tasks = self.take(count);
                 self.start(tasks, false).await;
             } else if self.workers.is_empty()
@@ -210,7 +231,9 @@ impl Running<'_> {
         {
             // As JSON in a Nix string: each quote has a backslash.
             size += task.path.iter().map(|name| name.len() + 6).sum::<usize>() + 24;
-            let is_like = |first: &Task| Arc::ptr_eq(&first.seen, &task.seen) && first.written == task.written;
+            let is_like = |first: &Task| {
+                Arc::ptr_eq(&first.seen, &task.seen) && first.written == task.written
+            };
             let other = taken.front().is_some_and(|first| !is_like(first));
             if other || (size > ARGUMENT && !taken.is_empty()) {
                 break;
@@ -226,29 +249,47 @@ impl Running<'_> {
             return VecDeque::new();
         }
         let start = self.start;
-        let longest = self.workers.values_mut().filter(|worker| worker.ended.is_none() && worker.done > 0);
-        let Some(worker) = longest.max_by_key(|worker| worker.left.len()) else { return VecDeque::new() };
-        let each = worker.first.map_or(0.0, |first| first.elapsed().as_secs_f64()) / worker.done as f64;
+        let longest = self
+            .workers
+            .values_mut()
+            .filter(|worker| worker.ended.is_none() && worker.done > 0);
+        let Some(worker) = longest.max_by_key(|worker| worker.left.len()) else {
+            return VecDeque::new();
+        };
+        let each = worker
+            .first
+            .map_or(0.0, |first| first.elapsed().as_secs_f64())
+            / worker.done as f64;
         let count = sizing::take_over(worker.left.len(), each, start);
         worker.left.split_off(worker.left.len() - count)
     }
 
     async fn start(&mut self, tasks: VecDeque<Task>, alone: bool) {
         let Some(first) = tasks.front() else { return };
-        let list: Vec<(usize, &AttributePath)> = tasks.iter().map(|task| (task.id, &task.path)).collect();
-        let mut words = self.pool.expressions.facts(&first.seen, &list, self.pool.read_only && !first.written);
+        let list: Vec<(usize, &AttributePath)> =
+            tasks.iter().map(|task| (task.id, &task.path)).collect();
+        let mut words =
+            self.pool
+                .expressions
+                .facts(&first.seen, &list, self.pool.read_only && !first.written);
         words.extend(QUIET.map(str::to_owned));
         words.extend(self.pool.arguments.iter().cloned());
         let id = self.next;
         self.next += 1;
-        let unset = COLLECTOR.iter().filter(|(name, _)| self.pool.nix.variable(name).is_none());
+        let unset = COLLECTOR
+            .iter()
+            .filter(|(name, _)| self.pool.nix.variable(name).is_none());
         let tool = self.pool.nix.tool().args(&words).envs(unset.copied());
         let tool = match tool.talk() {
             Ok(tool) => tool,
             Err(error) => {
                 let text = format!("error: {error}");
                 for task in tasks {
-                    self.tell(Event::Failed(task.id, Failure::said(&text, &self.pool.source))).await;
+                    self.tell(Event::Failed(
+                        task.id,
+                        Failure::said(&text, &self.pool.source),
+                    ))
+                    .await;
                 }
                 return;
             }
@@ -256,7 +297,13 @@ impl Running<'_> {
         let process = tool.id().unwrap_or_default();
         memory::expendable(process);
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
-        self.following.spawn(follow(tool, id, self.heard.clone(), stop.clone(), kill.clone()));
+        self.following.spawn(follow(
+            tool,
+            id,
+            self.heard.clone(),
+            stop.clone(),
+            kill.clone(),
+        ));
         let worker = Worker {
             process,
             left: tasks,
@@ -283,8 +330,12 @@ impl Running<'_> {
     }
 
     async fn line(&mut self, id: usize, line: String) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        let ours = line.strip_prefix(&self.pool.expressions.mark()).and_then(|json| serde_json::from_str(json).ok());
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        let ours = line
+            .strip_prefix(&self.pool.expressions.mark())
+            .and_then(|json| serde_json::from_str(json).ok());
         match ours {
             None => keep(&mut worker.said, &line),
             Some(Said::Begun { b }) => {
@@ -308,7 +359,12 @@ impl Running<'_> {
                 let Some(task) = task else { return };
                 let independent = matches!(*task.seen, Seen::Poisoned(_));
                 self.independent += usize::from(independent);
-                self.tell(Event::Known { id: d, facts: f, independent }).await;
+                self.tell(Event::Known {
+                    id: d,
+                    facts: f,
+                    independent,
+                })
+                .await;
                 self.retire(id);
             }
         }
@@ -317,7 +373,9 @@ impl Running<'_> {
     /// Between two attributes a worker that has outgrown its share, when it was last looked at, goes.
     fn retire(&mut self, id: usize) {
         let share = self.share;
-        let Some(worker) = self.workers.get_mut(&id) else { return };
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
         if worker.held > share && !worker.left.is_empty() {
             worker.end(Ended::Retired);
         }
@@ -342,14 +400,25 @@ impl Running<'_> {
     }
 
     async fn ended(&mut self, id: usize, status: Option<ExitStatus>) {
-        let Some(mut worker) = self.workers.remove(&id) else { return };
+        let Some(mut worker) = self.workers.remove(&id) else {
+            return;
+        };
         let left = std::mem::take(&mut worker.left);
         let current = worker.current.take();
         match worker.ended {
-            Some(Ended::Retired | Ended::Overtaken) => self.put_back(left.into_iter().chain(current)),
+            Some(Ended::Retired | Ended::Overtaken) => {
+                self.put_back(left.into_iter().chain(current))
+            }
             Some(Ended::TooLarge) => self.too_large(&worker, left, current).await,
-            None if is_for_memory(status, &worker.said) => self.too_large(&worker, left, current).await,
-            None if status.is_some_and(|status| status.success()) && current.is_none() && left.is_empty() => (),
+            None if is_for_memory(status, &worker.said) => {
+                self.too_large(&worker, left, current).await
+            }
+            None if status.is_some_and(|status| status.success())
+                && current.is_none()
+                && left.is_empty() =>
+            {
+                ()
+            }
             None => self.failed(&worker, status, left, current).await,
         }
     }
@@ -364,10 +433,15 @@ impl Running<'_> {
     /// The worker is dead for its memory. The attribute that it was at is tried once more by itself.
     async fn too_large(&mut self, worker: &Worker, left: VecDeque<Task>, current: Option<Task>) {
         self.put_back(left.into_iter());
-        let Some(task) = current.or_else(|| self.waiting.pop_front()) else { return };
+        let Some(task) = current.or_else(|| self.waiting.pop_front()) else {
+            return;
+        };
         if worker.alone {
             let limit = self.room().unwrap_or(worker.most);
-            let failure = Failure::OutOfMemory { needed: worker.most, limit };
+            let failure = Failure::OutOfMemory {
+                needed: worker.most,
+                limit,
+            };
             self.tell(Event::Failed(task.id, failure)).await;
         } else if worker.done == 0 {
             self.alone.push_back(task);
@@ -403,7 +477,11 @@ impl Running<'_> {
                 self.waiting.push_back(task);
                 continue;
             }
-            let event = if dependent { Event::Dependent(task.id) } else { Event::Failed(task.id, failure.clone()) };
+            let event = if dependent {
+                Event::Dependent(task.id)
+            } else {
+                Event::Failed(task.id, failure.clone())
+            };
             self.dependent += usize::from(dependent);
             self.tell(event).await;
         }
@@ -419,7 +497,9 @@ impl Running<'_> {
 
     /// Where nearly everything depends on the commit, each would cost a worker.
     async fn give_poison_up(&mut self) {
-        let Some(instead) = self.pool.instead.clone() else { return };
+        let Some(instead) = self.pool.instead.clone() else {
+            return;
+        };
         if self.dependent < DEPENDENT || self.dependent <= self.independent {
             return;
         }

@@ -88,8 +88,15 @@ pub(super) fn keep(said: &mut String, line: &str) {
 /// Whether it died for memory: killed by others than us, or by its own word.
 pub(super) fn is_for_memory(status: Option<ExitStatus>, said: &str) -> bool {
     let killed = status.is_some_and(|status| status.signal() == Some(9));
-    let word = ["std::bad_alloc", "Out of Memory", "out of memory", "Cannot allocate memory"];
-    killed || (status.is_none_or(|status| !status.success()) && word.iter().any(|word| said.contains(word)))
+    let word = [
+        "std::bad_alloc",
+        "Out of Memory",
+        "out of memory",
+        "Cannot allocate memory",
+    ];
+    killed
+        || (status.is_none_or(|status| !status.success())
+            && word.iter().any(|word| said.contains(word)))
 }
 
 /// Hands on what a worker says, until it has ended or is to end.

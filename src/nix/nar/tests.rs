@@ -68,13 +68,30 @@ fn depth_beyond_path_max_is_no_obstacle() {
     let root = folder.path().join("deep");
     std::fs::create_dir(&root).expect("made");
     let name = CString::new("d".repeat(200)).expect("no zero");
-    let mut at = openat(CWD, &root, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).expect("open");
+    let mut at = openat(
+        CWD,
+        &root,
+        OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .expect("open");
     for _ in 0..100 {
         rustix::fs::mkdirat(&at, &name, Mode::RWXU).expect("made");
-        at = openat(&at, &name, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).expect("open");
+        at = openat(
+            &at,
+            &name,
+            OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .expect("open");
     }
     let nar = dump(&root);
-    assert_eq!(nar.windows(200).filter(|window| *window == name.as_bytes()).count(), 100);
+    assert_eq!(
+        nar.windows(200)
+            .filter(|window| *window == name.as_bytes())
+            .count(),
+        100
+    );
     assert!(nar.ends_with(&spelt(&[")", ")", ")"])));
 }
 
@@ -82,7 +99,18 @@ fn depth_beyond_path_max_is_no_obstacle() {
 async fn a_stream_gives_the_same_bytes_at_every_size() {
     let folder = tempfile::tempdir().expect("temporary folder");
     let file = folder.path().join("file");
-    for size in [0, 1, 7, 8, READ - 1, BLOCK - 112, BLOCK - 104, BLOCK, 2 * BLOCK - 112, 5 * BLOCK + 3] {
+    for size in [
+        0,
+        1,
+        7,
+        8,
+        READ - 1,
+        BLOCK - 112,
+        BLOCK - 104,
+        BLOCK,
+        2 * BLOCK - 112,
+        5 * BLOCK + 3,
+    ] {
         std::fs::write(&file, vec![b'x'; size]).expect("written");
         let nar = dump(&file);
         let (streamed, fault) = collect(&file, hash(&nar), nar.len() as u64).await;
@@ -99,10 +127,21 @@ async fn a_corrupt_path_is_never_sent_whole() {
         std::fs::write(&file, vec![b'x'; content]).expect("written");
         let nar = dump(&file);
         let size = nar.len() as u64;
-        for (hash, size) in [(hash(b"other"), size), (hash(&nar), size - 8), (hash(&nar), size + 8)] {
+        for (hash, size) in [
+            (hash(b"other"), size),
+            (hash(&nar), size - 8),
+            (hash(&nar), size + 8),
+        ] {
             let (sent, fault) = collect(&file, hash, size).await;
-            assert!((sent.len() as u64) < size, "{content}: {} of {size} bytes were sent", sent.len());
-            assert!(matches!(fault, Some(DumpError::Corrupt { .. })), "{content}: {fault:?}");
+            assert!(
+                (sent.len() as u64) < size,
+                "{content}: {} of {size} bytes were sent",
+                sent.len()
+            );
+            assert!(
+                matches!(fault, Some(DumpError::Corrupt { .. })),
+                "{content}: {fault:?}"
+            );
         }
     }
 }
@@ -118,7 +157,10 @@ fn a_socket_is_named() {
     let folder = tempfile::tempdir().expect("temporary folder");
     let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("s")).expect("bound");
     let error = write(folder.path(), &mut Vec::new()).expect_err("no NAR of a socket");
-    assert!(matches!(&error, DumpError::Special(path) if path.ends_with("s")), "{error}");
+    assert!(
+        matches!(&error, DumpError::Special(path) if path.ends_with("s")),
+        "{error}"
+    );
 }
 
 #[test]
@@ -126,8 +168,15 @@ fn reading_leaves_no_trace_in_the_file_system() {
     let folder = tempfile::tempdir().expect("temporary folder");
     let name = folder.path().join("file");
     std::fs::write(&name, "content").expect("written");
-    let (then, file) = (std::time::UNIX_EPOCH, File::options().write(true).open(&name).expect("opened"));
-    file.set_times(std::fs::FileTimes::new().set_accessed(then)).expect("set");
+    let (then, file) = (
+        std::time::UNIX_EPOCH,
+        File::options().write(true).open(&name).expect("opened"),
+    );
+    file.set_times(std::fs::FileTimes::new().set_accessed(then))
+        .expect("set");
     write(&name, &mut Vec::new()).expect("read");
-    assert_eq!(file.metadata().expect("there").accessed().expect("known"), then);
+    assert_eq!(
+        file.metadata().expect("there").accessed().expect("known"),
+        then
+    );
 }

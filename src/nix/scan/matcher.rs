@@ -29,13 +29,24 @@ enum By {
 impl Matcher {
     /// Needles must not be empty.
     pub(super) fn new(needles: &[Vec<u8>]) -> Self {
-        let groups = needles.chunks(GROUP).enumerate().map(|(n, chunk)| Group { first: n * GROUP, by: By::of(chunk) });
-        Self { groups: groups.collect() }
+        let groups = needles.chunks(GROUP).enumerate().map(|(n, chunk)| Group {
+            first: n * GROUP,
+            by: By::of(chunk),
+        });
+        Self {
+            groups: groups.collect(),
+        }
     }
 
     /// Tells of each needle that begins within `from..until`, with its number; its end may be beyond. Where
     /// several of a group begin at one place, one of them is told.
-    pub(super) fn find(&self, hay: &[u8], from: usize, until: usize, mut tell: impl FnMut(usize, usize)) {
+    pub(super) fn find(
+        &self,
+        hay: &[u8],
+        from: usize,
+        until: usize,
+        mut tell: impl FnMut(usize, usize),
+    ) {
         for group in &self.groups {
             let mut start = from;
             while start < until {
@@ -58,13 +69,18 @@ impl By {
             Some(searcher) => Self::Vectors(searcher),
             None => {
                 let automaton = AhoCorasick::new(needles);
-                Self::Automaton(Box::new(automaton.expect("a few dozen needles are never too many")))
+                Self::Automaton(Box::new(
+                    automaton.expect("a few dozen needles are never too many"),
+                ))
             }
         }
     }
 
     fn next(&self, hay: &[u8], start: usize) -> Option<(usize, usize)> {
-        let span = Span { start, end: hay.len() };
+        let span = Span {
+            start,
+            end: hay.len(),
+        };
         let found = match self {
             Self::Vectors(searcher) => searcher.find_in(hay, span),
             Self::Automaton(automaton) => automaton.find(Input::new(hay).span(span)),
@@ -79,7 +95,9 @@ mod tests {
 
     #[test]
     fn every_needle_of_every_group_is_found_and_no_other_place() {
-        let needles: Vec<Vec<u8>> = (0..200).map(|n| format!("needle-{n:03}-of-hay").into_bytes()).collect();
+        let needles: Vec<Vec<u8>> = (0..200)
+            .map(|n| format!("needle-{n:03}-of-hay").into_bytes())
+            .collect();
         let matcher = Matcher::new(&needles);
         let mut hay = vec![b'-'; 100_000];
         let mut expected = Vec::new();
@@ -94,7 +112,10 @@ mod tests {
         assert_eq!(found, expected);
         found.clear();
         matcher.find(&hay, 38, 478, |n, at| found.push((n, at)));
-        assert!(found.is_empty(), "neither the one before nor the one that begins at the end");
+        assert!(
+            found.is_empty(),
+            "neither the one before nor the one that begins at the end"
+        );
         matcher.find(&hay, 38, 479, |n, at| found.push((n, at)));
         assert_eq!(found, [(1, 478)]);
     }

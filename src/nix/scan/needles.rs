@@ -40,10 +40,22 @@ pub(super) struct Needle {
 /// Whether the variable's name says that its value is a secret. Public keys say that they are none.
 pub fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    let says = |word: &str| name.split(|c: char| !c.is_ascii_alphanumeric()).any(|part| part == word);
-    let ends = ["token", "secret", "password", "passwd", "passphrase", "credential", "credentials"];
+    let says = |word: &str| {
+        name.split(|c: char| !c.is_ascii_alphanumeric())
+            .any(|part| part == word)
+    };
+    let ends = [
+        "token",
+        "secret",
+        "password",
+        "passwd",
+        "passphrase",
+        "credential",
+        "credentials",
+    ];
     let within = ends.iter().any(|word| name.contains(word));
-    let is_key = says("key") || says("apikey") || name.ends_with("_key") || name.contains("private_key");
+    let is_key =
+        says("key") || says("apikey") || name.ends_with("_key") || name.contains("private_key");
     (within || is_key) && !name.contains("public")
 }
 
@@ -53,7 +65,9 @@ pub fn is_secret_value(value: &str) -> bool {
     seen.sort_unstable();
     seen.dedup();
     let is_word = value.chars().all(|c| c.is_ascii_alphabetic()) && value.len() < 16;
-    let is_place = value.starts_with('/') || value.starts_with("./") || value.contains("://") && !value.contains('@');
+    let is_place = value.starts_with('/')
+        || value.starts_with("./")
+        || value.contains("://") && !value.contains('@');
     let is_number = value.chars().all(|c| c.is_ascii_digit()) && value.len() < 16;
     value.len() >= SHORTEST && seen.len() >= VARIETY && !is_word && !is_place && !is_number
 }
@@ -61,15 +75,27 @@ pub fn is_secret_value(value: &str) -> bool {
 /// Every form of a secret that a file could hold.
 pub(super) fn of_secret(name: &str, secret: &Secret) -> Vec<Needle> {
     let whole = secret.expose();
-    let lines = whole.lines().map(str::trim).filter(|line| line.len() >= 2 * SHORTEST && whole.contains('\n'));
+    let lines = whole
+        .lines()
+        .map(str::trim)
+        .filter(|line| line.len() >= 2 * SHORTEST && whole.contains('\n'));
     let mut needles = Vec::new();
     let mut add = |bytes: Vec<u8>, form| {
         let long_enough = bytes.len() >= SHORTEST;
         if long_enough && !needles.iter().any(|needle: &Needle| needle.bytes == bytes) {
-            needles.push(Needle { bytes, what: What::Value { name: name.to_owned(), form } });
+            needles.push(Needle {
+                bytes,
+                what: What::Value {
+                    name: name.to_owned(),
+                    form,
+                },
+            });
         }
     };
-    for text in std::iter::once(whole).chain(lines).filter(|text| !text.starts_with("-----")) {
+    for text in std::iter::once(whole)
+        .chain(lines)
+        .filter(|text| !text.starts_with("-----"))
+    {
         let bytes = &text.as_bytes()[..text.len().min(LONGEST)];
         add(bytes.to_vec(), "as it is");
         for before in 0..3 {
@@ -101,15 +127,25 @@ fn url_encoded(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Homes that machines without number have: what was built on one of them names it, and is no worse for it.
-const COMMON: [&str; 6] =
-    ["/home/runner", "/home/ubuntu", "/home/debian", "/home/vscode", "/home/nonroot", "/homeless-shelter"];
+const COMMON: [&str; 6] = [
+    "/home/runner",
+    "/home/ubuntu",
+    "/home/debian",
+    "/home/vscode",
+    "/home/nonroot",
+    "/homeless-shelter",
+];
 
 /// A place of this machine, if it is long enough to be this machine's alone.
 pub(super) fn of_place(what: &str, folder: &Path) -> Option<Needle> {
     let text = folder.to_str()?.trim_end_matches('/');
-    let deep = text.matches('/').count() >= 2 && text.starts_with('/') && !text.starts_with("/nix/store");
+    let deep =
+        text.matches('/').count() >= 2 && text.starts_with('/') && !text.starts_with("/nix/store");
     let is_sole = deep && text.len() >= SHORTEST_PLACE && !COMMON.contains(&text);
-    is_sole.then(|| Needle { bytes: text.as_bytes().to_vec(), what: What::Place(what.to_owned()) })
+    is_sole.then(|| Needle {
+        bytes: text.as_bytes().to_vec(),
+        what: What::Place(what.to_owned()),
+    })
 }
 
 #[cfg(test)]
@@ -120,23 +156,45 @@ mod tests {
 
     #[test]
     fn names_say_what_is_a_secret() {
-        for name in ["ATTIC_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "DEPLOY_KEY", "GPG_PRIVATE_KEY", "api-key"]
-        {
+        for name in [
+            "ATTIC_TOKEN",
+            "AWS_SECRET_ACCESS_KEY",
+            "MY_PASSWORD",
+            "DEPLOY_KEY",
+            "GPG_PRIVATE_KEY",
+            "api-key",
+        ] {
             assert!(is_secret_name(name), "{name}");
         }
-        for name in ["ATTIC_PUBLIC_KEY", "PATH", "KEYBOARD", "HOME", "MONKEY_BUSINESS"] {
+        for name in [
+            "ATTIC_PUBLIC_KEY",
+            "PATH",
+            "KEYBOARD",
+            "HOME",
+            "MONKEY_BUSINESS",
+        ] {
             assert!(!is_secret_name(name), "{name}");
         }
     }
 
     #[test]
     fn values_that_are_plainly_none_are_left_alone() {
-        for value in ["true", "11111111", "development", "/run/secrets/token", "https://example.org/x", "123456789012"]
-        {
+        for value in [
+            "true",
+            "11111111",
+            "development",
+            "/run/secrets/token",
+            "https://example.org/x",
+            "123456789012",
+        ] {
             assert!(!is_secret_value(value), "{value}");
         }
-        for value in ["hunter22x", "correct horse battery", "postgres://me:pw1234@host/db", "a8f5f167f44f4964e6c998de"]
-        {
+        for value in [
+            "hunter22x",
+            "correct horse battery",
+            "postgres://me:pw1234@host/db",
+            "a8f5f167f44f4964e6c998de",
+        ] {
             assert!(is_secret_value(value), "{value}");
         }
     }
@@ -147,11 +205,18 @@ mod tests {
         let needles = of_secret("X", &secret);
         for before in 0..7 {
             for after in 0..4 {
-                let text = [&vec![b'u'; before], secret.expose().as_bytes(), &vec![b'v'; after]].concat();
+                let text = [
+                    &vec![b'u'; before],
+                    secret.expose().as_bytes(),
+                    &vec![b'v'; after],
+                ]
+                .concat();
                 for hay in [STANDARD_NO_PAD.encode(&text), URL_SAFE_NO_PAD.encode(&text)] {
-                    let found = needles
-                        .iter()
-                        .any(|needle| hay.as_bytes().windows(needle.bytes.len()).any(|part| part == needle.bytes));
+                    let found = needles.iter().any(|needle| {
+                        hay.as_bytes()
+                            .windows(needle.bytes.len())
+                            .any(|part| part == needle.bytes)
+                    });
                     assert!(found, "{before} {after} {hay}");
                 }
             }
@@ -171,7 +236,11 @@ mod tests {
             ("/home/runner/checkouts/app", true),
             ("/nix/store/x", false),
         ] {
-            assert_eq!(of_place("it", Path::new(folder)).is_some(), is_one, "{folder}");
+            assert_eq!(
+                of_place("it", Path::new(folder)).is_some(),
+                is_one,
+                "{folder}"
+            );
         }
     }
 }

@@ -64,7 +64,9 @@ impl Shape {
             Self::GithubFineGrained => is_fine_grained(text).then_some("a GitHub token"),
             Self::Gitlab => is_token(text.get(6..)?, 20..=64, b"-_.").then_some("a GitLab token"),
             Self::AwsKeyId => is_aws(text).then_some("an AWS access key"),
-            Self::GoogleApiKey => is_token(text.get(4..)?, 35..=35, b"-_").then_some("a Google API key"),
+            Self::GoogleApiKey => {
+                is_token(text.get(4..)?, 35..=35, b"-_").then_some("a Google API key")
+            }
             Self::SlackToken => is_slack(text.get(5..)?).then_some("a Slack token"),
             Self::SlackHook => is_hook(text.get(25..)?).then_some("a Slack webhook"),
             Self::Jwt => is_live_jwt(text, now).then_some("a token (JWT)"),
@@ -76,7 +78,9 @@ impl Shape {
 
 /// How many of the first bytes are of the alphabet.
 fn run(text: &[u8], fits: impl Fn(&u8) -> bool) -> usize {
-    text.iter().position(|byte| !fits(byte)).unwrap_or(text.len())
+    text.iter()
+        .position(|byte| !fits(byte))
+        .unwrap_or(text.len())
 }
 
 fn varied(text: &[u8]) -> bool {
@@ -84,12 +88,19 @@ fn varied(text: &[u8]) -> bool {
     text.iter().for_each(|byte| counts[usize::from(*byte)] += 1);
     let length = text.len().max(1) as f64;
     let bits = |count: &u32| f64::from(*count) / length * (length / f64::from(*count)).log2();
-    counts.iter().filter(|count| **count > 0).map(bits).sum::<f64>() >= VARIETY
+    counts
+        .iter()
+        .filter(|count| **count > 0)
+        .map(bits)
+        .sum::<f64>()
+        >= VARIETY
 }
 
 /// A word of this length over letters, digits and `more`, varied, with a digit in it.
 fn is_token(text: &[u8], length: std::ops::RangeInclusive<usize>, more: &[u8]) -> bool {
-    let word = &text[..run(text, |byte| byte.is_ascii_alphanumeric() || more.contains(byte))];
+    let word = &text[..run(text, |byte| {
+        byte.is_ascii_alphanumeric() || more.contains(byte)
+    })];
     length.contains(&word.len()) && varied(word) && word.iter().any(u8::is_ascii_digit)
 }
 
@@ -116,23 +127,37 @@ fn base62(mut number: u32) -> [u8; 6] {
 /// The CRC of zip and Ethernet, bit by bit: it is asked for thirty bytes, and seldom.
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |sum, byte| {
-        (0..8).fold(sum ^ u32::from(*byte), |sum, _| (sum >> 1) ^ (0xEDB8_8320 & (sum & 1).wrapping_neg()))
+        (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
+            (sum >> 1) ^ (0xEDB8_8320 & (sum & 1).wrapping_neg())
+        })
     })
 }
 
 fn is_fine_grained(text: &[u8]) -> bool {
-    let Some(rest) = text.get(11..) else { return false };
+    let Some(rest) = text.get(11..) else {
+        return false;
+    };
     let first = run(rest, u8::is_ascii_alphanumeric);
-    let second = rest.get(first + 1..).map_or(0, |rest| run(rest, u8::is_ascii_alphanumeric));
+    let second = rest
+        .get(first + 1..)
+        .map_or(0, |rest| run(rest, u8::is_ascii_alphanumeric));
     (first, rest.get(first), second) == (22, Some(&b'_'), 59) && varied(rest)
 }
 
 /// The identifier of a key pair. Documentation has ones that end in `EXAMPLE`.
 fn is_aws(text: &[u8]) -> bool {
-    let length = run(text, |byte| byte.is_ascii_uppercase() || (b'2'..=b'7').contains(byte));
-    let ends = text.get(length).is_none_or(|byte| !byte.is_ascii_alphanumeric() && *byte != b'+' && *byte != b'/');
+    let length = run(text, |byte| {
+        byte.is_ascii_uppercase() || (b'2'..=b'7').contains(byte)
+    });
+    let ends = text
+        .get(length)
+        .is_none_or(|byte| !byte.is_ascii_alphanumeric() && *byte != b'+' && *byte != b'/');
     let word = &text[..length];
-    length == 20 && ends && !word.ends_with(b"EXAMPLE") && varied(&word[4..]) && word.iter().any(u8::is_ascii_digit)
+    length == 20
+        && ends
+        && !word.ends_with(b"EXAMPLE")
+        && varied(&word[4..])
+        && word.iter().any(u8::is_ascii_digit)
 }
 
 /// Numbers of the workspace and the application, then random characters.
@@ -142,14 +167,20 @@ fn is_slack(text: &[u8]) -> bool {
     let is_number = |part: &&[u8]| part.len() >= 9 && part.iter().all(u8::is_ascii_digit);
     parts.len() >= 3
         && parts.first().is_some_and(is_number)
-        && parts.last().is_some_and(|last| last.len() >= 20 && varied(last))
+        && parts
+            .last()
+            .is_some_and(|last| last.len() >= 20 && varied(last))
 }
 
 fn is_hook(text: &[u8]) -> bool {
     let word = &text[..run(text, |byte| byte.is_ascii_alphanumeric() || *byte == b'/')];
     let parts: Vec<&[u8]> = word.split(|byte| *byte == b'/').collect();
-    let id =
-        |part: &[u8]| part.len() >= 8 && part.iter().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit());
+    let id = |part: &[u8]| {
+        part.len() >= 8
+            && part
+                .iter()
+                .all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit())
+    };
     matches!(parts[..], [team, bot, key, ..] if id(team) && id(bot) && key.len() == 24 && varied(key))
 }
 
@@ -170,16 +201,24 @@ struct Header {
 /// A signed token that is still good: it ends in time to come, or is of a kind that never ends (Attic's without
 /// an end, and those of old Kubernetes service accounts). Test suites are full of tokens that ended long ago.
 fn is_live_jwt(text: &[u8], now: u64) -> bool {
-    let word = &text[..run(text, |byte| byte.is_ascii_alphanumeric() || b"-_.".contains(byte))];
+    let word = &text[..run(text, |byte| {
+        byte.is_ascii_alphanumeric() || b"-_.".contains(byte)
+    })];
     let parts: Vec<&[u8]> = word.split(|byte| *byte == b'.').collect();
-    let [header, claims, signature] = parts[..] else { return false };
+    let [header, claims, signature] = parts[..] else {
+        return false;
+    };
     let decode = |part: &[u8]| URL_SAFE_NO_PAD.decode(part).ok();
     let header: Option<Header> = decode(header).and_then(|json| serde_json::from_slice(&json).ok());
     let claims: Option<Claims> = decode(claims).and_then(|json| serde_json::from_slice(&json).ok());
-    let (Some(header), Some(claims)) = (header, claims) else { return false };
+    let (Some(header), Some(claims)) = (header, claims) else {
+        return false;
+    };
     let lives = match claims.exp {
         Some(end) => end > now as f64,
-        None => claims.attic.is_some() || claims.iss.as_deref() == Some("kubernetes/serviceaccount"),
+        None => {
+            claims.attic.is_some() || claims.iss.as_deref() == Some("kubernetes/serviceaccount")
+        }
     };
     lives && !header.alg.eq_ignore_ascii_case("none") && signature.len() >= 40 && varied(signature)
 }
@@ -188,11 +227,21 @@ fn is_live_jwt(text: &[u8], now: u64) -> bool {
 /// how long it is, so that one that was shortened for show is none; OpenSSH's begins with its name.
 fn is_private_key(text: &[u8]) -> bool {
     let head = &text[..text.len().min(60)];
-    let find = |part: &[u8]| head.windows(part.len()).position(|window| window == part).map(|at| (at, at + part.len()));
+    let find = |part: &[u8]| {
+        head.windows(part.len())
+            .position(|window| window == part)
+            .map(|at| (at, at + part.len()))
+    };
     let pgp = find(b"PGP PRIVATE KEY BLOCK-----");
-    let Some((name, end)) = pgp.or_else(|| find(b"PRIVATE KEY-----")) else { return false };
+    let Some((name, end)) = pgp.or_else(|| find(b"PRIVATE KEY-----")) else {
+        return false;
+    };
     let kind = &head[11..name];
-    if !kind.iter().all(|byte| byte.is_ascii_uppercase() || *byte == b' ') || kind.starts_with(b"ENCRYPTED") {
+    if !kind
+        .iter()
+        .all(|byte| byte.is_ascii_uppercase() || *byte == b' ')
+        || kind.starts_with(b"ENCRYPTED")
+    {
         return false;
     }
     let mut body = Vec::new();
@@ -216,18 +265,29 @@ fn is_private_key(text: &[u8]) -> bool {
         // A key ring may be longer than what is looked at.
         return body.len() >= 64 && varied(&body);
     }
-    let whole = STANDARD.decode(&body).is_ok_and(|key| is_open_openssh(&key) || is_whole_der(&key));
+    let whole = STANDARD
+        .decode(&body)
+        .is_ok_and(|key| is_open_openssh(&key) || is_whole_der(&key));
     rest.starts_with(b"-----END") && whole && varied(&body)
 }
 
 /// Lines such as `Comment: x` stand between the head of an armour and an empty line (RFC 9580, 6.2).
 fn after_armour_headers(text: &[u8]) -> &[u8] {
-    let first = text.iter().skip_while(|byte| b"\r\n".contains(byte)).take_while(|byte| **byte != b'\n');
+    let first = text
+        .iter()
+        .skip_while(|byte| b"\r\n".contains(byte))
+        .take_while(|byte| **byte != b'\n');
     if !first.into_iter().any(|byte| *byte == b':') {
         return text;
     }
-    let ends = |end: &[u8]| text.windows(end.len()).position(|window| window == end).map(|at| at + end.len());
-    ends(b"\n\n").or_else(|| ends(b"\r\n\r\n")).map_or(&[], |at| &text[at..])
+    let ends = |end: &[u8]| {
+        text.windows(end.len())
+            .position(|window| window == end)
+            .map(|at| at + end.len())
+    };
+    ends(b"\n\n")
+        .or_else(|| ends(b"\r\n\r\n"))
+        .map_or(&[], |at| &text[at..])
 }
 
 /// OpenSSH's own format, without a passphrase: the cipher is `none` (OpenSSH's `PROTOCOL.key`).
@@ -237,15 +297,23 @@ fn is_open_openssh(key: &[u8]) -> bool {
 
 /// One sequence of ASN.1 that is as long as it says (X.690, 8.1.3).
 fn is_whole_der(bytes: &[u8]) -> bool {
-    let [0x30, length, rest @ ..] = bytes else { return false };
+    let [0x30, length, rest @ ..] = bytes else {
+        return false;
+    };
     if *length < 0x80 {
         return rest.len() == usize::from(*length);
     }
     let octets = usize::from(*length & 0x7F);
-    let Some((number, content)) = rest.split_at_checked(octets).filter(|_| (1..=3).contains(&octets)) else {
+    let Some((number, content)) = rest
+        .split_at_checked(octets)
+        .filter(|_| (1..=3).contains(&octets))
+    else {
         return false;
     };
-    content.len() == number.iter().fold(0, |sum, octet| sum << 8 | usize::from(*octet))
+    content.len()
+        == number
+            .iter()
+            .fold(0, |sum, octet| sum << 8 | usize::from(*octet))
 }
 
 /// `machine HOST login NAME password WORD`, on one line or several, the word being neither a placeholder nor a
@@ -253,16 +321,26 @@ fn is_whole_der(bytes: &[u8]) -> bool {
 fn is_netrc(text: &[u8]) -> bool {
     let text = String::from_utf8_lossy(&text[..text.len().min(400)]);
     let mut words = text.split_ascii_whitespace().skip(1);
-    let Some(host) = words.next() else { return false };
+    let Some(host) = words.next() else {
+        return false;
+    };
     let mut next = words.next();
     if matches!(next, Some("login")) {
         words.next();
         next = words.next();
     }
-    let (Some("password"), Some(word)) = (next, words.next()) else { return false };
-    let plain = word.bytes().all(|byte| byte.is_ascii_graphic() && !b"<>${}[]()\"'`%*".contains(&byte));
+    let (Some("password"), Some(word)) = (next, words.next()) else {
+        return false;
+    };
+    let plain = word
+        .bytes()
+        .all(|byte| byte.is_ascii_graphic() && !b"<>${}[]()\"'`%*".contains(&byte));
     let host_like = host.contains('.') || host == "localhost" || host.contains("127.");
-    host_like && plain && word.len() >= 12 && varied(word.as_bytes()) && word.bytes().any(|byte| byte.is_ascii_digit())
+    host_like
+        && plain
+        && word.len() >= 12
+        && varied(word.as_bytes())
+        && word.bytes().any(|byte| byte.is_ascii_digit())
 }
 
 #[cfg(test)]
@@ -272,18 +350,29 @@ pub(in crate::nix::scan) mod tests {
     const NOW: u64 = 1_767_225_600;
 
     fn judged(text: &str) -> Option<&'static str> {
-        Shape::BEGINNINGS.iter().find(|(beginning, _)| text.starts_with(beginning))?.1.judge(None, text.as_bytes(), NOW)
+        Shape::BEGINNINGS
+            .iter()
+            .find(|(beginning, _)| text.starts_with(beginning))?
+            .1
+            .judge(None, text.as_bytes(), NOW)
     }
 
     fn checksummed(beginning: &str, random: &str) -> String {
         let sum = base62(crc32(random.as_bytes()));
-        format!("{beginning}{random}{}", std::str::from_utf8(&sum).expect("ASCII"))
+        format!(
+            "{beginning}{random}{}",
+            std::str::from_utf8(&sum).expect("ASCII")
+        )
     }
 
     fn jwt(claims: &str) -> String {
         let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
         let signature = "Kx3tQ0vB7yM1nZ8wR5cD2fG9hJ4kL6pS0aE7uT3iO1Y";
-        format!("{}.{}.{signature}", part(r#"{"alg":"HS256","typ":"JWT"}"#), part(claims))
+        format!(
+            "{}.{}.{signature}",
+            part(r#"{"alg":"HS256","typ":"JWT"}"#),
+            part(claims)
+        )
     }
 
     /// What has the form of a key and opens nothing.
@@ -291,9 +380,15 @@ pub(in crate::nix::scan) mod tests {
         let mut der = vec![0x30, 0x81, 200];
         der.extend((0..200_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8));
         let body = STANDARD.encode(der);
-        let lines: Vec<&str> =
-            body.as_bytes().chunks(64).map(|line| std::str::from_utf8(line).expect("ASCII")).collect();
-        format!("-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----\n", lines.join("\n"))
+        let lines: Vec<&str> = body
+            .as_bytes()
+            .chunks(64)
+            .map(|line| std::str::from_utf8(line).expect("ASCII"))
+            .collect();
+        format!(
+            "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY-----\n",
+            lines.join("\n")
+        )
     }
 
     fn pgp(headers: &str) -> String {
@@ -304,7 +399,11 @@ pub(in crate::nix::scan) mod tests {
     fn openssh(cipher: &str) -> String {
         let mut key = b"openssh-key-v1\0\0\0\0".to_vec();
         key.push(u8::try_from(cipher.len()).expect("short"));
-        key.extend(cipher.bytes().chain((0..150_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)));
+        key.extend(
+            cipher
+                .bytes()
+                .chain((0..150_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)),
+        );
         let body = STANDARD.encode(key);
         format!("-----BEGIN OPENSSH PRIVATE KEY-----\n{body}\n-----END OPENSSH PRIVATE KEY-----\n")
     }
@@ -320,29 +419,54 @@ pub(in crate::nix::scan) mod tests {
     fn what_has_the_shape_of_a_secret_is_one() {
         let key = pem();
         for (text, what) in [
-            (checksummed("ghp_", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1"), "a GitHub token"),
-            (checksummed("npm_", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1"), "an npm token"),
+            (
+                checksummed("ghp_", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1"),
+                "a GitHub token",
+            ),
+            (
+                checksummed("npm_", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1"),
+                "an npm token",
+            ),
             (
                 format!(
                     "github_pat_{}_{}",
-                    "11ABCDEFG0aBcDeFgHiJkL", "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1dE3fG5hJ7kL9mN1pQ3rS5tU7vW9xY"
+                    "11ABCDEFG0aBcDeFgHiJkL",
+                    "aB3dE5gH7jK9mN1pQ3sT5vW7yZ9bC1dE3fG5hJ7kL9mN1pQ3rS5tU7vW9xY"
                 ),
                 "a GitHub token",
             ),
             ("glpat-x7Rk2Lm9Qs4Tv6Wz1Yb3".to_owned(), "a GitLab token"),
             ("AKIA2E7GQ5ZLXN4RTBWM\n".to_owned(), "an AWS access key"),
-            ("AIzaSyD4x7Rk2Lm9Qs4Tv6Wz1Yb3Nc5Pf8Hj0q7".to_owned(), "a Google API key"),
-            ("xoxb-123456789012-1234567890123-x7Rk2Lm9Qs4Tv6Wz1Yb3Nc5P".to_owned(), "a Slack token"),
-            ("hooks.slack.com/services/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".to_owned(), "a Slack webhook"),
+            (
+                "AIzaSyD4x7Rk2Lm9Qs4Tv6Wz1Yb3Nc5Pf8Hj0q7".to_owned(),
+                "a Google API key",
+            ),
+            (
+                "xoxb-123456789012-1234567890123-x7Rk2Lm9Qs4Tv6Wz1Yb3Nc5P".to_owned(),
+                "a Slack token",
+            ),
+            (
+                "hooks.slack.com/services/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".to_owned(),
+                "a Slack webhook",
+            ),
             (jwt(r#"{"sub":"ci","exp":4102444800}"#), "a token (JWT)"),
-            (jwt(r#"{"sub":"ci","https://jwt.attic.rs/v1":{"caches":{}}}"#), "a token (JWT)"),
+            (
+                jwt(r#"{"sub":"ci","https://jwt.attic.rs/v1":{"caches":{}}}"#),
+                "a token (JWT)",
+            ),
             (key.clone(), "a private key"),
             (key.replace('\n', "\\n"), "a private key"),
             (pgp(""), "a private key"),
             (pgp("Comment: x\nVersion: 1\n"), "a private key"),
             (openssh("none"), "a private key"),
-            ("machine cache.example.org login attic password x7Rk2Lm9Qs4Tv6Wz".to_owned(), "a password of a netrc"),
-            ("machine cache.example.org\n  password x7Rk2Lm9Qs4Tv6Wz\n".to_owned(), "a password of a netrc"),
+            (
+                "machine cache.example.org login attic password x7Rk2Lm9Qs4Tv6Wz".to_owned(),
+                "a password of a netrc",
+            ),
+            (
+                "machine cache.example.org\n  password x7Rk2Lm9Qs4Tv6Wz\n".to_owned(),
+                "a password of a netrc",
+            ),
         ] {
             assert_eq!(judged(&text), Some(what), "{text}");
         }
@@ -375,6 +499,10 @@ pub(in crate::nix::scan) mod tests {
         ] {
             assert_eq!(judged(&text), None, "{text}");
         }
-        assert_eq!(Shape::Gitlab.judge(Some(b'x'), b"glpat-x7Rk2Lm9Qs4Tv6Wz1Yb3", NOW), None, "within a word");
+        assert_eq!(
+            Shape::Gitlab.judge(Some(b'x'), b"glpat-x7Rk2Lm9Qs4Tv6Wz1Yb3", NOW),
+            None,
+            "within a word"
+        );
     }
 }

@@ -9,12 +9,17 @@ const VALUE: &str = "x7Rk2Lm9Qs4Tv6Wz";
 
 fn scanner() -> Scanner {
     let secret = Secret::new(VALUE).expect("not empty");
-    Scanner::new(&[("MY_TOKEN".to_owned(), secret)], &[("the workspace", Path::new("/home/runner/work/app"))])
+    Scanner::new(
+        &[("MY_TOKEN".to_owned(), secret)],
+        &[("the workspace", Path::new("/home/runner/work/app"))],
+    )
 }
 
 /// Bytes that hold nothing.
 fn filler(length: usize) -> Vec<u8> {
-    (0..length).map(|n| b"lorem ipsum dolor sit amet "[n % 27]).collect()
+    (0..length)
+        .map(|n| b"lorem ipsum dolor sit amet "[n % 27])
+        .collect()
 }
 
 fn fed(scanner: &Scanner, parts: &[&[u8]]) -> Vec<Finding> {
@@ -38,7 +43,10 @@ fn a_secret_is_found_across_every_boundary() {
             let parts: Vec<&[u8]> = text.chunks(BLOCK / 2).collect();
             let found = fed(&scanner, &parts);
             assert_eq!(found.len(), 1, "{before}");
-            assert_eq!((found[0].offset, found[0].file.as_str()), (before as u64, "bin/tool"));
+            assert_eq!(
+                (found[0].offset, found[0].file.as_str()),
+                (before as u64, "bin/tool")
+            );
         }
     }
     let text = [filler(100), VALUE.as_bytes().to_vec(), filler(100)].concat();
@@ -70,7 +78,10 @@ fn two_files_are_not_one_text() {
     let (one, other) = VALUE.as_bytes().split_at(7);
     let mut look = scanner.begin();
     for part in [one, other] {
-        look.enter(b"part").and_then(|()| look.content(part)).and_then(|()| look.end()).expect("few finds");
+        look.enter(b"part")
+            .and_then(|()| look.content(part))
+            .and_then(|()| look.end())
+            .expect("few finds");
         look.leave();
     }
     assert_eq!(look.looked.findings, []);
@@ -92,13 +103,20 @@ fn places_end_where_they_end() {
     ] {
         let found = fed(&scanner, &[text.as_bytes()]);
         assert_eq!(found.len(), count, "{text}: {found:?}");
-        assert!(found.iter().all(|finding| finding.rule == Rule::MachinePath));
+        assert!(
+            found
+                .iter()
+                .all(|finding| finding.rule == Rule::MachinePath)
+        );
     }
 }
 
 #[test]
 fn a_place_that_begins_with_another_hides_it_not() {
-    let places = [("the workspace", Path::new("/srv/builder/app")), ("the home folder", Path::new("/srv/builder"))];
+    let places = [
+        ("the workspace", Path::new("/srv/builder/app")),
+        ("the home folder", Path::new("/srv/builder")),
+    ];
     let scanner = Scanner::new(&[], &places);
     for (text, what) in [
         ("/srv/builder/app/x.c", "the workspace of this machine"),
@@ -106,7 +124,14 @@ fn a_place_that_begins_with_another_hides_it_not() {
         ("/srv/builder/.cache", "the home folder of this machine"),
     ] {
         let found = fed(&scanner, &[text.as_bytes()]);
-        assert_eq!(found.iter().map(|one| one.what.as_str()).collect::<Vec<_>>(), [what], "{text}");
+        assert_eq!(
+            found
+                .iter()
+                .map(|one| one.what.as_str())
+                .collect::<Vec<_>>(),
+            [what],
+            "{text}"
+        );
     }
     assert_eq!(fed(&scanner, &[b"/srv/builders/x"]), []);
 }
@@ -134,16 +159,34 @@ fn a_real_path_is_looked_into_with_its_names_and_links() {
     std::fs::write(path.join("etc/config"), format!("token = {VALUE}\n")).expect("written");
     std::fs::write(path.join(format!("etc/{VALUE}")), "").expect("written");
     symlink(format!("/somewhere/{VALUE}"), path.join("link")).expect("linked");
-    let store = "/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-hello/bin/hello and /nix/store/short-x";
+    let store =
+        "/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-hello/bin/hello and /nix/store/short-x";
     std::fs::write(path.join("etc/script"), store).expect("written");
     // A key that a test suite brings opens nothing; this job's own secret is one everywhere.
     let key = pem();
     std::fs::write(path.join("etc/tests/key.pem"), format!("{key}{VALUE}")).expect("written");
     let looked = scanner().look_into(&path).expect("readable");
-    let files: Vec<(&str, u64)> = looked.findings.iter().map(|found| (found.file.as_str(), found.offset)).collect();
+    let files: Vec<(&str, u64)> = looked
+        .findings
+        .iter()
+        .map(|found| (found.file.as_str(), found.offset))
+        .collect();
     let length = key.len() as u64;
-    assert_eq!(files, [("etc/config", 8), ("etc/tests/key.pem", length), ("etc/…", 0), ("link", 11)]);
-    assert!(looked.findings.iter().all(|found| !format!("{found} {found:?}").contains(VALUE)));
+    assert_eq!(
+        files,
+        [
+            ("etc/config", 8),
+            ("etc/tests/key.pem", length),
+            ("etc/…", 0),
+            ("link", 11)
+        ]
+    );
+    assert!(
+        looked
+            .findings
+            .iter()
+            .all(|found| !format!("{found} {found:?}").contains(VALUE))
+    );
     let mentioned: Vec<&str> = looked.mentions.keys().map(PathHash::as_str).collect();
     assert_eq!(mentioned, ["fvchbymk0m4jvldpb9m5hy0bjy2lf30k"]);
 }

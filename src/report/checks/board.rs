@@ -118,7 +118,10 @@ struct Wanted {
 impl Board {
     /// Starts. The aggregate is created at once.
     pub fn start(runs: CheckRuns, options: Options, sink: Sink) -> Self {
-        let shared = Arc::new(Shared { wanted: Mutex::default(), changed: Notify::new() });
+        let shared = Arc::new(Shared {
+            wanted: Mutex::default(),
+            changed: Notify::new(),
+        });
         let task = tokio::spawn(Work::new(Arc::clone(&shared), runs, options, sink).run());
         Self { shared, task }
     }
@@ -126,8 +129,15 @@ impl Board {
     /// The outputs are known by name.
     pub fn announce(&self, outputs: Vec<Output>) {
         let mut wanted = self.shared.wanted();
-        wanted.index = outputs.iter().enumerate().map(|(n, output)| (output.label.clone(), n)).collect();
-        wanted.outputs = outputs.into_iter().map(|output| (output, State::Queued)).collect();
+        wanted.index = outputs
+            .iter()
+            .enumerate()
+            .map(|(n, output)| (output.label.clone(), n))
+            .collect();
+        wanted.outputs = outputs
+            .into_iter()
+            .map(|output| (output, State::Queued))
+            .collect();
         wanted.is_announced = true;
         drop(wanted);
         self.shared.changed.notify_one();
@@ -147,7 +157,12 @@ impl Board {
 
     /// Ends it: everything that is still to be shown is, until `deadline`, and soon once `stop` is cancelled. An
     /// output without a verdict is shown as cancelled.
-    pub async fn close(self, aggregate: Aggregate, deadline: Instant, stop: &CancellationToken) -> Told {
+    pub async fn close(
+        self,
+        aggregate: Aggregate,
+        deadline: Instant,
+        stop: &CancellationToken,
+    ) -> Told {
         let Self { shared, mut task } = self;
         let close_at = |deadline: Instant| {
             shared.wanted().close = Some(deadline);
@@ -165,7 +180,9 @@ impl Board {
 
 impl Shared {
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
-        self.wanted.lock().expect("nothing panics while it holds this lock")
+        self.wanted
+            .lock()
+            .expect("nothing panics while it holds this lock")
     }
 }
 
@@ -234,7 +251,9 @@ impl Work {
         loop {
             let (close, busy) = (self.shared.wanted().close, !self.jobs.is_empty());
             let now = Instant::now();
-            if close.is_some_and(|deadline| deadline <= now) || self.stopped && close.is_some() && !busy {
+            if close.is_some_and(|deadline| deadline <= now)
+                || self.stopped && close.is_some() && !busy
+            {
                 break;
             }
             let wake = self.send(now, close);
@@ -259,13 +278,20 @@ impl Work {
     }
 
     fn told(&self) -> Told {
-        let mut told = Told { requests: self.requests, ..Told::default() };
+        let mut told = Told {
+            requests: self.requests,
+            ..Told::default()
+        };
         for (subject, stage) in self.stages(true) {
             let shown = self.records.get(&subject).and_then(|record| record.shown);
             if shown == Some(stage) {
                 told.shown += 1;
             } else {
-                told.missing.push(runs::name(subject, &self.shared.wanted().outputs, &self.options));
+                told.missing.push(runs::name(
+                    subject,
+                    &self.shared.wanted().outputs,
+                    &self.options,
+                ));
             }
         }
         told
@@ -275,13 +301,20 @@ impl Work {
     fn list(&mut self) {
         let (runs, limit) = (self.runs.clone(), self.options.request);
         self.requests += 1;
-        self.jobs.spawn(async move { Answer::Listed(bounded(limit, runs.list(None)).await) });
+        self.jobs
+            .spawn(async move { Answer::Listed(bounded(limit, runs.list(None)).await) });
     }
 
     /// How far each Check Run should be now, what is most urgent first.
     fn stages(&self, closing: bool) -> Vec<(Subject, Stage)> {
         let wanted = self.shared.wanted();
-        runs::stages(&wanted.outputs, wanted.is_announced, wanted.aggregate.as_ref(), &self.options, closing)
+        runs::stages(
+            &wanted.outputs,
+            wanted.is_announced,
+            wanted.aggregate.as_ref(),
+            &self.options,
+            closing,
+        )
     }
 
     /// The same; at the end what GitHub shows as open comes before what it does not show yet.
@@ -302,7 +335,11 @@ impl Work {
         if self.stopped || !self.is_listed {
             return None;
         }
-        while self.writes.front().is_some_and(|at| *at + self.options.minute <= now) {
+        while self
+            .writes
+            .front()
+            .is_some_and(|at| *at + self.options.minute <= now)
+        {
             self.writes.pop_front();
         }
         let closing = close.is_some();
@@ -311,7 +348,9 @@ impl Work {
         for (subject, stage) in self.in_order(closing) {
             let record = self.records.get(&subject);
             let shown = record.and_then(|record| record.shown);
-            if record.is_some_and(|record| record.refused) || shown.is_some_and(|shown| shown >= stage) {
+            if record.is_some_and(|record| record.refused)
+                || shown.is_some_and(|shown| shown >= stage)
+            {
                 continue;
             }
             if record.is_some_and(|record| record.sending) {
@@ -320,7 +359,9 @@ impl Work {
             }
             // The aggregate ends last, but it does end.
             let last_call = close.map(|deadline| deadline - LAST_CALL);
-            let is_last = subject == Subject::Aggregate && stage.is_completed() && (open || !self.jobs.is_empty());
+            let is_last = subject == Subject::Aggregate
+                && stage.is_completed()
+                && (open || !self.jobs.is_empty());
             if let Some(at) = last_call.filter(|at| is_last && *at > now) {
                 open = true;
                 next = Some(next.map_or(at, |next: Instant| next.min(at)));
@@ -345,16 +386,27 @@ impl Work {
 
     /// Whether there is a request left for it. What is open must be closed, failures must be seen; the rest comes
     /// out of what is left.
-    fn is_worth(&self, subject: Subject, stage: Stage, shown: Option<Stage>, closing: bool) -> bool {
+    fn is_worth(
+        &self,
+        subject: Subject,
+        stage: Stage,
+        shown: Option<Stage>,
+        closing: bool,
+    ) -> bool {
         let left = self.options.in_all.saturating_sub(self.all_writes);
-        let open =
-            self.records.values().filter(|record| record.shown.is_some_and(|shown| !shown.is_completed())).count();
+        let open = self
+            .records
+            .values()
+            .filter(|record| record.shown.is_some_and(|shown| !shown.is_completed()))
+            .count();
         let closes = stage.is_completed() && (shown.is_some() || subject == Subject::Aggregate);
         let fails = stage == Stage::Completed(check_run::Conclusion::Failure);
         match (closes || fails, stage) {
             (true, _) => left > 0,
             // What begins now has to end too.
-            (false, Stage::Queued | Stage::InProgress) if shown.is_none() => !closing && left > open + 2,
+            (false, Stage::Queued | Stage::InProgress) if shown.is_none() => {
+                !closing && left > open + 2
+            }
             // That it goes on is nice to know, when there are requests to spare.
             (false, Stage::InProgress) => !closing && left > 3 * (open + 1),
             (false, _) => left > open + 1,
@@ -374,7 +426,13 @@ impl Work {
 
     fn start(&mut self, subject: Subject, closing: bool, now: Instant) {
         let wanted = self.shared.wanted();
-        let run: CheckRun = runs::render(subject, &wanted.outputs, wanted.aggregate.as_ref(), &self.options, closing);
+        let run: CheckRun = runs::render(
+            subject,
+            &wanted.outputs,
+            wanted.aggregate.as_ref(),
+            &self.options,
+            closing,
+        );
         drop(wanted);
         let record = self.records.entry(subject).or_default();
         record.sending = true;
@@ -384,18 +442,23 @@ impl Work {
         let (runs, limit, stage) = (self.runs.clone(), self.options.request, run.stage);
         self.requests += 1;
         if record.id.is_none() && record.unsure {
-            self.jobs.spawn(async move { Answer::Looked(subject, bounded(limit, runs.list(Some(&run.name))).await) });
+            self.jobs.spawn(async move {
+                Answer::Looked(subject, bounded(limit, runs.list(Some(&run.name))).await)
+            });
             return;
         }
         self.writes.push_back(now);
         self.all_writes += 1;
         match record.id {
             Some(id) => {
-                self.jobs
-                    .spawn(async move { Answer::Updated(subject, stage, bounded(limit, runs.update(id, &run)).await) });
+                self.jobs.spawn(async move {
+                    Answer::Updated(subject, stage, bounded(limit, runs.update(id, &run)).await)
+                });
             }
             None => {
-                self.jobs.spawn(async move { Answer::Made(subject, stage, bounded(limit, runs.create(&run)).await) });
+                self.jobs.spawn(async move {
+                    Answer::Made(subject, stage, bounded(limit, runs.create(&run)).await)
+                });
             }
         }
     }
@@ -406,15 +469,22 @@ impl Work {
                 self.is_listed = true;
                 // A token that may write and not read makes new ones, and that is better than none.
                 let found = found.unwrap_or_default();
-                self.earlier = found.into_iter().filter_map(|run| Some((run.external_id?, run.id))).collect();
+                self.earlier = found
+                    .into_iter()
+                    .filter_map(|run| Some((run.external_id?, run.id)))
+                    .collect();
             }
             Answer::Looked(subject, found) => {
                 let name = runs::external_id(subject, &self.shared.wanted().outputs, &self.options);
-                let Some(record) = self.records.get_mut(&subject) else { return };
+                let Some(record) = self.records.get_mut(&subject) else {
+                    return;
+                };
                 record.sending = false;
                 match found {
                     Ok(found) => {
-                        let ours = found.into_iter().find(|run| run.external_id.as_deref() == Some(name.as_str()));
+                        let ours = found
+                            .into_iter()
+                            .find(|run| run.external_id.as_deref() == Some(name.as_str()));
                         record.id = ours.map(|run| run.id);
                         record.unsure = false;
                     }
@@ -443,29 +513,41 @@ impl Work {
     }
 
     fn failed(&mut self, subject: &Subject, error: &Error) {
-        let Some(record) = self.records.get_mut(subject) else { return };
+        let Some(record) = self.records.get_mut(subject) else {
+            return;
+        };
         record.sending = false;
         let now = Instant::now();
         match error {
             Error::Refused { .. } => {
                 if !std::mem::replace(&mut self.stopped, true) {
                     let hint = crate::exit::Explain::hint(error).unwrap_or_default();
-                    let text = format!("there are no Check Runs: {error}. {hint} The summary has every verdict.");
+                    let text = format!(
+                        "there are no Check Runs: {error}. {hint} The summary has every verdict."
+                    );
                     self.sink.degraded("check runs", text);
                 }
             }
             Error::Invalid { .. } => {
                 record.refused = true;
-                self.sink.degraded("check runs", format!("GitHub does not take a Check Run: {error}"));
+                self.sink.degraded(
+                    "check runs",
+                    format!("GitHub does not take a Check Run: {error}"),
+                );
             }
             Error::Limited { wait, .. } => {
                 self.wait(now, (*wait).max(self.options.base));
             }
             Error::Request(_) => {
                 self.streak += 1;
-                let wait = self.options.base.saturating_mul(1 << self.streak.clamp(1, 5).saturating_sub(1));
+                let wait = self
+                    .options
+                    .base
+                    .saturating_mul(1 << self.streak.clamp(1, 5).saturating_sub(1));
                 if self.streak == 5 {
-                    let text = format!("GitHub does not answer, so Check Runs are late or missing: {error}");
+                    let text = format!(
+                        "GitHub does not answer, so Check Runs are late or missing: {error}"
+                    );
                     self.sink.degraded("check runs", text);
                 }
                 self.wait(now, wait);
@@ -480,7 +562,12 @@ impl Work {
     }
 }
 
-async fn bounded<T>(limit: Duration, request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+async fn bounded<T>(
+    limit: Duration,
+    request: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
     let late = || Error::Request(format!("no answer within {} s", limit.as_secs()));
-    tokio::time::timeout(limit, request).await.unwrap_or_else(|_| Err(late()))
+    tokio::time::timeout(limit, request)
+        .await
+        .unwrap_or_else(|_| Err(late()))
 }

@@ -53,8 +53,16 @@ pub fn json_lines(ended: &[Ended<'_>]) -> String {
 
 /// JUnit's XML, of which there is no standard but what tools read: a suite, a case an output, `failure`, `skipped`.
 pub fn junit(name: &str, ended: &[Ended<'_>]) -> String {
-    let of = |conclusion: Conclusion| ended.iter().filter(|(_, verdict)| verdict.conclusion() == conclusion).count();
-    let seconds: f64 = ended.iter().map(|(_, verdict)| verdict.took.as_secs_f64()).sum();
+    let of = |conclusion: Conclusion| {
+        ended
+            .iter()
+            .filter(|(_, verdict)| verdict.conclusion() == conclusion)
+            .count()
+    };
+    let seconds: f64 = ended
+        .iter()
+        .map(|(_, verdict)| verdict.took.as_secs_f64())
+        .sum();
     let counts = format!(
         "tests=\"{}\" failures=\"{}\" skipped=\"{}\" time=\"{seconds:.3}\"",
         ended.len(),
@@ -63,7 +71,11 @@ pub fn junit(name: &str, ended: &[Ended<'_>]) -> String {
     );
     let mut text = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
     // Writing to a `String` cannot fail.
-    let _ = writeln!(text, "<testsuites {counts}>\n<testsuite name=\"{}\" {counts}>", escape(name));
+    let _ = writeln!(
+        text,
+        "<testsuites {counts}>\n<testsuite name=\"{}\" {counts}>",
+        escape(name)
+    );
     for (output, verdict) in ended {
         let class = output.system.as_deref().unwrap_or(name);
         let _ = write!(
@@ -133,19 +145,33 @@ mod tests {
 
     #[test]
     fn both_files_hold_hostile_words() {
-        let output =
-            Output { label: "a<\"&".into(), attribute: "checks.a".into(), system: Some("x86_64-linux".into()) };
-        let (bad, gone) = (verdict(Cause::Build, "\u{1b}[31m</failure>\u{0}"), verdict(Cause::Cancelled, ""));
+        let output = Output {
+            label: "a<\"&".into(),
+            attribute: "checks.a".into(),
+            system: Some("x86_64-linux".into()),
+        };
+        let (bad, gone) = (
+            verdict(Cause::Build, "\u{1b}[31m</failure>\u{0}"),
+            verdict(Cause::Cancelled, ""),
+        );
         let ended = [(&output, &bad), (&output, &gone)];
         let xml = junit("flake checks", &ended);
-        assert!(xml.contains("tests=\"2\" failures=\"1\" skipped=\"1\" time=\"3.000\""), "{xml}");
+        assert!(
+            xml.contains("tests=\"2\" failures=\"1\" skipped=\"1\" time=\"3.000\""),
+            "{xml}"
+        );
         assert!(xml.contains("name=\"a&lt;&quot;&amp;\" time=\"1.500\"><failure message=\"Build failed after 1.5 s\">&lt;/failure&gt;</failure>"), "{xml}");
-        let lines: Vec<serde_json::Value> =
-            json_lines(&ended).lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let lines: Vec<serde_json::Value> = json_lines(&ended)
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("JSON"))
+            .collect();
         assert_eq!(lines[0]["conclusion"], "failure");
         assert_eq!(lines[0]["cause"]["kind"], "build");
         assert_eq!(
-            (lines[0]["outPaths"][0].as_str(), lines[1]["seconds"].as_f64()),
+            (
+                lines[0]["outPaths"][0].as_str(),
+                lines[1]["seconds"].as_f64()
+            ),
             (Some("/nix/store/x-a"), Some(1.5))
         );
     }

@@ -36,12 +36,21 @@ pub(super) fn stages(
     if !announced || outputs.len() <= options.alone {
         all.extend((0..outputs.len()).map(of));
     } else {
-        let failed = |(_, stage): &(Subject, Stage)| *stage == Stage::Completed(Conclusion::Failure);
-        all.extend((0..outputs.len()).map(of).filter(failed).take(options.failures));
+        let failed =
+            |(_, stage): &(Subject, Stage)| *stage == Stage::Completed(Conclusion::Failure);
+        all.extend(
+            (0..outputs.len())
+                .map(of)
+                .filter(failed)
+                .take(options.failures),
+        );
         let firsts = (0..outputs.len()).step_by(options.shared.max(1));
         all.extend(firsts.map(|first| {
             let part = part(first, outputs, options);
-            (Subject::Shared(first), stage_of_part(&ends(part, closing), part.len()))
+            (
+                Subject::Shared(first),
+                stage_of_part(&ends(part, closing), part.len()),
+            )
         }));
     }
     // Failures, then what has ended, then what goes on.
@@ -79,7 +88,12 @@ pub(super) fn name(subject: Subject, outputs: &[(Output, State)], options: &Opti
         Subject::Aggregate => options.name.clone(),
         Subject::Output(n) => one_line(&outputs[n].0.label, 200),
         Subject::Shared(first) => {
-            format!("{} ({}–{})", options.name, first + 1, (first + options.shared).min(outputs.len()))
+            format!(
+                "{} ({}–{})",
+                options.name,
+                first + 1,
+                (first + options.shared).min(outputs.len())
+            )
         }
     }
 }
@@ -93,7 +107,11 @@ fn stage_of(state: &State, closing: bool) -> Stage {
     }
 }
 
-fn part<'a>(first: usize, outputs: &'a [(Output, State)], options: &Options) -> &'a [(Output, State)] {
+fn part<'a>(
+    first: usize,
+    outputs: &'a [(Output, State)],
+    options: &Options,
+) -> &'a [(Output, State)] {
     &outputs[first..(first + options.shared).min(outputs.len())]
 }
 
@@ -106,15 +124,31 @@ fn ends(part: &[(Output, State)], closing: bool) -> Vec<Conclusion> {
 }
 
 /// What is worst comes first.
-const WORST: [Conclusion; 4] = [Conclusion::Failure, Conclusion::Cancelled, Conclusion::Success, Conclusion::Neutral];
+const WORST: [Conclusion; 4] = [
+    Conclusion::Failure,
+    Conclusion::Cancelled,
+    Conclusion::Success,
+    Conclusion::Neutral,
+];
 
 fn stage_of_part(ends: &[Conclusion], outputs: usize) -> Stage {
-    let worst = WORST.into_iter().find(|conclusion| ends.contains(conclusion)).unwrap_or(Conclusion::Success);
-    if ends.len() == outputs { Stage::Completed(worst) } else { Stage::InProgress }
+    let worst = WORST
+        .into_iter()
+        .find(|conclusion| ends.contains(conclusion))
+        .unwrap_or(Conclusion::Success);
+    if ends.len() == outputs {
+        Stage::Completed(worst)
+    } else {
+        Stage::InProgress
+    }
 }
 
 /// Our own name for a run, the same on every attempt.
-pub(super) fn external_id(subject: Subject, outputs: &[(Output, State)], options: &Options) -> String {
+pub(super) fn external_id(
+    subject: Subject,
+    outputs: &[(Output, State)],
+    options: &Options,
+) -> String {
     match subject {
         Subject::Aggregate => options.scope.clone(),
         Subject::Output(n) => format!("{}/{}", options.scope, outputs[n].0.label),
@@ -122,14 +156,28 @@ pub(super) fn external_id(subject: Subject, outputs: &[(Output, State)], options
     }
 }
 
-fn of_all(outputs: &[(Output, State)], aggregate: Option<&Aggregate>, options: &Options) -> CheckRun {
-    let ended = outputs.iter().filter(|(_, state)| matches!(state, State::Finished(_))).count();
+fn of_all(
+    outputs: &[(Output, State)],
+    aggregate: Option<&Aggregate>,
+    options: &Options,
+) -> CheckRun {
+    let ended = outputs
+        .iter()
+        .filter(|(_, state)| matches!(state, State::Finished(_)))
+        .count();
     let (stage, title, summary) = match aggregate {
-        Some(aggregate) => (Stage::Completed(aggregate.conclusion), aggregate.title.clone(), aggregate.summary.clone()),
+        Some(aggregate) => (
+            Stage::Completed(aggregate.conclusion),
+            aggregate.title.clone(),
+            aggregate.summary.clone(),
+        ),
         None => (
             Stage::InProgress,
             "Evaluating and building".to_owned(),
-            format!("{ended} of {} have ended.", count(outputs.len() as u64, "output")),
+            format!(
+                "{ended} of {} have ended.",
+                count(outputs.len() as u64, "output")
+            ),
         ),
     };
     CheckRun {
@@ -167,24 +215,50 @@ fn of_output(n: usize, outputs: &[(Output, State)], options: &Options, closing: 
             annotations: marks(verdict),
             ..blank
         },
-        _ if closing => CheckRun { stage, title: "Cancelled".to_owned(), ..blank },
+        _ if closing => CheckRun {
+            stage,
+            title: "Cancelled".to_owned(),
+            ..blank
+        },
         State::Queued => blank,
-        State::Evaluating => CheckRun { stage, title: "Evaluating".to_owned(), ..blank },
-        State::Building => CheckRun { stage, title: "Building".to_owned(), ..blank },
+        State::Evaluating => CheckRun {
+            stage,
+            title: "Evaluating".to_owned(),
+            ..blank
+        },
+        State::Building => CheckRun {
+            stage,
+            title: "Building".to_owned(),
+            ..blank
+        },
     }
 }
 
-fn of_shared(first: usize, outputs: &[(Output, State)], options: &Options, closing: bool) -> CheckRun {
+fn of_shared(
+    first: usize,
+    outputs: &[(Output, State)],
+    options: &Options,
+    closing: bool,
+) -> CheckRun {
     let part = part(first, outputs, options);
     let ends = ends(part, closing);
     let stage = stage_of_part(&ends, part.len());
     let of = |conclusion: Conclusion| ends.iter().filter(|end| **end == conclusion).count();
-    let counts = WORST.iter().filter(|one| of(**one) > 0).map(|one| format!("{} {}", of(*one), word(*one)));
+    let counts = WORST
+        .iter()
+        .filter(|one| of(**one) > 0)
+        .map(|one| format!("{} {}", of(*one), word(*one)));
     let counts: Vec<String> = counts.collect();
-    let mut text = format!("{} of {}.\n\n", part.len(), count(outputs.len() as u64, "output"));
+    let mut text = format!(
+        "{} of {}.\n\n",
+        part.len(),
+        count(outputs.len() as u64, "output")
+    );
     for (output, state) in part {
         let said = match state {
-            State::Finished(verdict) => format!("{}: {}", word(verdict.conclusion()), title(verdict)),
+            State::Finished(verdict) => {
+                format!("{}: {}", word(verdict.conclusion()), title(verdict))
+            }
             _ if closing => word(Conclusion::Cancelled).to_owned(),
             _ => "…".to_owned(),
         };
@@ -198,7 +272,11 @@ fn of_shared(first: usize, outputs: &[(Output, State)], options: &Options, closi
         stage,
         started_at: None,
         completed_at: None,
-        title: if stage.is_completed() { counts.join(", ") } else { "Evaluating and building".to_owned() },
+        title: if stage.is_completed() {
+            counts.join(", ")
+        } else {
+            "Evaluating and building".to_owned()
+        },
         summary: text,
         annotations: Vec::new(),
     }
@@ -206,14 +284,16 @@ fn of_shared(first: usize, outputs: &[(Output, State)], options: &Options, closi
 
 fn marks(verdict: &Verdict) -> Vec<Annotation> {
     let place = verdict.cause.place();
-    let mark = place.zip(annotation(verdict)).map(|(place, message)| Annotation {
-        path: place.file.clone(),
-        start_line: place.line,
-        end_line: place.line,
-        annotation_level: "failure",
-        title: title(verdict),
-        message,
-    });
+    let mark = place
+        .zip(annotation(verdict))
+        .map(|(place, message)| Annotation {
+            path: place.file.clone(),
+            start_line: place.line,
+            end_line: place.line,
+            annotation_level: "failure",
+            title: title(verdict),
+            message,
+        });
     mark.into_iter().collect()
 }
 

@@ -18,14 +18,26 @@ pub type Ended<'a> = (&'a Output, &'a Verdict);
 
 /// One line about all: `12 outputs: 3 failure, 9 success`.
 pub fn closing_line(ended: &[Ended<'_>]) -> String {
-    let conclusions =
-        [Conclusion::Failure, Conclusion::Cancelled, Conclusion::Success, Conclusion::Neutral].map(|conclusion| {
-            let number = ended.iter().filter(|(_, verdict)| verdict.conclusion() == conclusion).count();
-            (number > 0).then(|| format!("{number} {}", word(conclusion)))
-        });
+    let conclusions = [
+        Conclusion::Failure,
+        Conclusion::Cancelled,
+        Conclusion::Success,
+        Conclusion::Neutral,
+    ]
+    .map(|conclusion| {
+        let number = ended
+            .iter()
+            .filter(|(_, verdict)| verdict.conclusion() == conclusion)
+            .count();
+        (number > 0).then(|| format!("{number} {}", word(conclusion)))
+    });
     let counts: Vec<String> = conclusions.into_iter().flatten().collect();
     let all = count(ended.len() as u64, "output");
-    if counts.is_empty() { all } else { format!("{all}: {}", counts.join(", ")) }
+    if counts.is_empty() {
+        all
+    } else {
+        format!("{all}: {}", counts.join(", "))
+    }
 }
 
 /// The Markdown of all verdicts.
@@ -37,8 +49,15 @@ pub fn of_all(ended: &[Ended<'_>]) -> String {
 }
 
 fn write(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
-    let failed = ended.iter().any(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
-    writeln!(text, "### {} {}\n", if failed { "❌" } else { "✅" }, closing_line(ended))?;
+    let failed = ended
+        .iter()
+        .any(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
+    writeln!(
+        text,
+        "### {} {}\n",
+        if failed { "❌" } else { "✅" },
+        closing_line(ended)
+    )?;
     if ended.is_empty() {
         return Ok(());
     }
@@ -48,8 +67,16 @@ fn write(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     for (output, verdict) in rows.iter().take(ROWS) {
         let label = plain(&one_line(&output.label, 100));
         let verdict_text = plain(&one_line(&title(verdict), 300));
-        let took = if verdict.cause == Cause::AlreadyCached { String::new() } else { duration(verdict.took) };
-        writeln!(text, "| {} | {label} | {verdict_text} | {took} |", sign(verdict.conclusion()))?;
+        let took = if verdict.cause == Cause::AlreadyCached {
+            String::new()
+        } else {
+            duration(verdict.took)
+        };
+        writeln!(
+            text,
+            "| {} | {label} | {verdict_text} | {took} |",
+            sign(verdict.conclusion())
+        )?;
     }
     if rows.len() > ROWS {
         writeln!(text, "\n… and {} more.", rows.len() - ROWS)?;
@@ -77,8 +104,16 @@ pub fn sign(conclusion: Conclusion) -> &'static str {
 
 /// The builds over time, as Mermaid draws them.
 fn picture(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
-    let is_build = |cause: &Cause| !matches!(cause, Cause::AlreadyCached | Cause::Evaluated | Cause::Cancelled);
-    let mut bars: Vec<&Ended<'_>> = ended.iter().filter(|(_, verdict)| is_build(&verdict.cause)).collect();
+    let is_build = |cause: &Cause| {
+        !matches!(
+            cause,
+            Cause::AlreadyCached | Cause::Evaluated | Cause::Cancelled
+        )
+    };
+    let mut bars: Vec<&Ended<'_>> = ended
+        .iter()
+        .filter(|(_, verdict)| is_build(&verdict.cause))
+        .collect();
     if bars.is_empty() {
         return Ok(());
     }
@@ -86,11 +121,21 @@ fn picture(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     bars.truncate(BARS);
     bars.sort_by_key(|(_, verdict)| verdict.started_at);
     let first = bars.first().map_or(0, |(_, verdict)| verdict.started_at);
-    writeln!(text, "\n```mermaid\ngantt\n  dateFormat x\n  axisFormat %M:%S")?;
+    writeln!(
+        text,
+        "\n```mermaid\ngantt\n  dateFormat x\n  axisFormat %M:%S"
+    )?;
     for (output, verdict) in bars {
-        let tag = if verdict.conclusion() == Conclusion::Failure { "crit" } else { "done" };
+        let tag = if verdict.conclusion() == Conclusion::Failure {
+            "crit"
+        } else {
+            "done"
+        };
         let from = (verdict.started_at - first) * 1000;
-        let to = from + u64::try_from(verdict.took.as_millis()).unwrap_or(u64::MAX - from).max(1);
+        let to = from
+            + u64::try_from(verdict.took.as_millis())
+                .unwrap_or(u64::MAX - from)
+                .max(1);
         writeln!(text, "  {} :{tag}, {from}, {to}", bar(&output.label))?;
     }
     writeln!(text, "```")
@@ -99,7 +144,16 @@ fn picture(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
 /// A label that means nothing to Mermaid.
 fn bar(label: &str) -> String {
     let label = one_line(label, 60);
-    label.chars().map(|c| if c.is_alphanumeric() || "-_. ".contains(c) { c } else { '_' }).collect()
+    label
+        .chars()
+        .map(|c| {
+            if c.is_alphanumeric() || "-_. ".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -109,7 +163,11 @@ mod tests {
     use super::*;
 
     fn ended(label: &str, cause: Cause, at: u64) -> (Output, Verdict) {
-        let output = Output { label: label.into(), attribute: label.into(), system: None };
+        let output = Output {
+            label: label.into(),
+            attribute: label.into(),
+            system: None,
+        };
         let verdict = Verdict {
             cause,
             derivation: None,
@@ -129,23 +187,49 @@ mod tests {
             ended("a|b`<c>: #", Cause::Build, 3),
             ended("there", Cause::AlreadyCached, 0),
         ];
-        let all: Vec<Ended<'_>> = all.iter().map(|(output, verdict)| (output, verdict)).collect();
+        let all: Vec<Ended<'_>> = all
+            .iter()
+            .map(|(output, verdict)| (output, verdict))
+            .collect();
         let text = of_all(&all);
-        assert!(text.starts_with("### ❌ 3 outputs: 1 failure, 1 success, 1 already there\n"), "{text}");
-        assert!(text.find("| ❌ |").expect("failed") < text.find("| ✅ |").expect("built"), "{text}");
+        assert!(
+            text.starts_with("### ❌ 3 outputs: 1 failure, 1 success, 1 already there\n"),
+            "{text}"
+        );
+        assert!(
+            text.find("| ❌ |").expect("failed") < text.find("| ✅ |").expect("built"),
+            "{text}"
+        );
         assert!(text.contains("a\\|b\\`&lt;c>: \\#"), "{text}");
-        assert!(text.contains("\n  good :done, 0, 1500\n  a_b__c__ _ :crit, 2000, 3500\n```"), "{text}");
+        assert!(
+            text.contains("\n  good :done, 0, 1500\n  a_b__c__ _ :crit, 2000, 3500\n```"),
+            "{text}"
+        );
     }
 
     #[test]
     fn thousands_fit() {
         let all: Vec<(Output, Verdict)> = (0..5000)
             .map(|n| {
-                ended(&format!("{n}{}", "x".repeat(300)), Cause::Evaluation { text: "e".repeat(900), place: None }, n)
+                ended(
+                    &format!("{n}{}", "x".repeat(300)),
+                    Cause::Evaluation {
+                        text: "e".repeat(900),
+                        place: None,
+                    },
+                    n,
+                )
             })
             .collect();
-        let all: Vec<Ended<'_>> = all.iter().map(|(output, verdict)| (output, verdict)).collect();
+        let all: Vec<Ended<'_>> = all
+            .iter()
+            .map(|(output, verdict)| (output, verdict))
+            .collect();
         let text = of_all(&all);
-        assert!(text.len() < 900 * 1024 && text.contains("… and 4700 more."), "{}", text.len());
+        assert!(
+            text.len() < 900 * 1024 && text.contains("… and 4700 more."),
+            "{}",
+            text.len()
+        );
     }
 }

@@ -21,11 +21,20 @@ pub fn title(verdict: &Verdict) -> String {
         Cause::Evaluated => format!("Evaluated in {took}"),
         Cause::AlreadyCached => "Already in the cache".to_owned(),
         Cause::Evaluation { text, .. } => format!("Does not evaluate: {}", error_line(text)),
-        Cause::OutOfMemory { needed_bytes, limit_bytes } => {
-            format!("Evaluation needs more than {} of {}", bytes(*needed_bytes), bytes(*limit_bytes))
+        Cause::OutOfMemory {
+            needed_bytes,
+            limit_bytes,
+        } => {
+            format!(
+                "Evaluation needs more than {} of {}",
+                bytes(*needed_bytes),
+                bytes(*limit_bytes)
+            )
         }
         Cause::Build => format!("Build failed after {took}"),
-        Cause::Dependency { derivation } => format!("A dependency failed: {}", short_name(derivation)),
+        Cause::Dependency { derivation } => {
+            format!("A dependency failed: {}", short_name(derivation))
+        }
         Cause::HashMismatch { got, .. } => format!("Wrong hash; the right one is {got}"),
         Cause::Cancelled => "Cancelled".to_owned(),
     };
@@ -34,11 +43,21 @@ pub fn title(verdict: &Verdict) -> String {
 
 /// The Markdown of an output's Check Run.
 pub fn summary(output: &Output, verdict: &Verdict) -> String {
-    let mut parts = vec![format!("{} ended: {}.", code(&output.attribute), plain(&title(verdict)))];
+    let mut parts = vec![format!(
+        "{} ended: {}.",
+        code(&output.attribute),
+        plain(&title(verdict))
+    )];
     match &verdict.cause {
-        Cause::Evaluation { text, .. } => parts.push(fenced(&shorten(&without_ansi(text), ERROR_LIMIT))),
+        Cause::Evaluation { text, .. } => {
+            parts.push(fenced(&shorten(&without_ansi(text), ERROR_LIMIT)))
+        }
         Cause::HashMismatch { specified, got, .. } => {
-            parts.push(format!("The source says {}; what was fetched has {}.", code(specified), code(got)));
+            parts.push(format!(
+                "The source says {}; what was fetched has {}.",
+                code(specified),
+                code(got)
+            ));
         }
         Cause::Dependency { derivation } => parts.push(format!("Failed: {}.", code(derivation))),
         _ => {}
@@ -46,9 +65,15 @@ pub fn summary(output: &Output, verdict: &Verdict) -> String {
     if let Some(derivation) = &verdict.derivation {
         parts.push(format!("Derivation: {}", code(derivation)));
     }
-    parts.push(format!("By hand:\n\n{}", fenced(&shorten(&verdict.reproduce, 2_000))));
+    parts.push(format!(
+        "By hand:\n\n{}",
+        fenced(&shorten(&verdict.reproduce, 2_000))
+    ));
     if !verdict.log_tail.is_empty() {
-        parts.push(format!("The end of the log:\n\n{}", fenced(&log_tail(&verdict.log_tail))));
+        parts.push(format!(
+            "The end of the log:\n\n{}",
+            fenced(&log_tail(&verdict.log_tail))
+        ));
     }
     bounded(&parts.join("\n\n"), MARKDOWN_LIMIT_BYTES)
 }
@@ -57,7 +82,9 @@ pub fn summary(output: &Output, verdict: &Verdict) -> String {
 pub fn annotation(verdict: &Verdict) -> Option<String> {
     verdict.cause.place()?;
     Some(match &verdict.cause {
-        Cause::HashMismatch { specified, got, .. } => format!("The hash is wrong. Replace `{specified}` by `{got}`."),
+        Cause::HashMismatch { specified, got, .. } => {
+            format!("The hash is wrong. Replace `{specified}` by `{got}`.")
+        }
         _ => title(verdict),
     })
 }
@@ -82,8 +109,15 @@ fn log_tail(lines: &[String]) -> String {
 fn error_line(text: &str) -> String {
     let clean = without_ansi(text);
     let mut last = clean.lines().map(str::trim).filter(|line| !line.is_empty());
-    let found = clean.lines().rev().find_map(|line| line.trim().strip_prefix("error:").map(str::trim));
-    found.filter(|line| !line.is_empty()).or_else(|| last.next_back()).unwrap_or("no reason was given").to_owned()
+    let found = clean
+        .lines()
+        .rev()
+        .find_map(|line| line.trim().strip_prefix("error:").map(str::trim));
+    found
+        .filter(|line| !line.is_empty())
+        .or_else(|| last.next_back())
+        .unwrap_or("no reason was given")
+        .to_owned()
 }
 
 /// `/nix/store/<hash>-hello.drv` as `hello`.
@@ -110,9 +144,17 @@ pub fn without_ansi(text: &str) -> String {
 
 fn skip_sequence(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
     match chars.next() {
-        Some('[') => while chars.next_if(|c| !('@'..='~').contains(c) && *c != '\n').is_some() {},
+        Some('[') => {
+            while chars
+                .next_if(|c| !('@'..='~').contains(c) && *c != '\n')
+                .is_some()
+            {}
+        }
         Some(']') => {
-            while chars.next_if(|c| !matches!(c, '\u{7}' | '\u{1b}' | '\n')).is_some() {}
+            while chars
+                .next_if(|c| !matches!(c, '\u{7}' | '\u{1b}' | '\n'))
+                .is_some()
+            {}
             if chars.next_if_eq(&'\u{1b}').is_none() {
                 chars.next_if_eq(&'\u{7}');
                 return;
@@ -186,27 +228,52 @@ mod tests {
     }
 
     fn output() -> Output {
-        Output { label: "hello".into(), attribute: "checks.x86_64-linux.hello".into(), system: None }
+        Output {
+            label: "hello".into(),
+            attribute: "checks.x86_64-linux.hello".into(),
+            system: None,
+        }
     }
 
     #[test]
     fn a_wrong_hash_is_told_with_the_right_one_on_its_line() {
-        let place = Some(Place { file: "flake.nix".into(), line: 7, column: None });
-        let verdict = verdict(Cause::HashMismatch { specified: "sha256-A".into(), got: "sha256-B".into(), place });
+        let place = Some(Place {
+            file: "flake.nix".into(),
+            line: 7,
+            column: None,
+        });
+        let verdict = verdict(Cause::HashMismatch {
+            specified: "sha256-A".into(),
+            got: "sha256-B".into(),
+            place,
+        });
         assert_eq!(verdict.conclusion(), Conclusion::Failure);
         assert_eq!(verdict.cause.place().map(|place| place.line), Some(7));
-        assert_eq!(annotation(&verdict).as_deref(), Some("The hash is wrong. Replace `sha256-A` by `sha256-B`."));
+        assert_eq!(
+            annotation(&verdict).as_deref(),
+            Some("The hash is wrong. Replace `sha256-A` by `sha256-B`.")
+        );
     }
 
     #[test]
     fn a_hostile_log_stays_inside_its_block_and_its_bound() {
         let mut verdict = verdict(Cause::Build);
         verdict.log_tail = vec!["x".repeat(1_000); 500];
-        verdict.log_tail.push("\u{1b}[31m````\u{1b}[0m\r::error::x\u{1b}]0;title\u{7}end".into());
+        verdict
+            .log_tail
+            .push("\u{1b}[31m````\u{1b}[0m\r::error::x\u{1b}]0;title\u{7}end".into());
         let summary = summary(&output(), &verdict);
         assert!(summary.len() <= MARKDOWN_LIMIT_BYTES, "{}", summary.len());
-        assert!(summary.ends_with("\n````::error::xend\n`````"), "{}", &summary[summary.len() - 60..]);
-        assert!(summary.contains("`checks.x86_64-linux.hello` ended"), "{}", &summary[..80]);
+        assert!(
+            summary.ends_with("\n````::error::xend\n`````"),
+            "{}",
+            &summary[summary.len() - 60..]
+        );
+        assert!(
+            summary.contains("`checks.x86_64-linux.hello` ended"),
+            "{}",
+            &summary[..80]
+        );
         assert!(!summary.contains('\u{1b}'));
     }
 

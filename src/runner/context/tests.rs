@@ -21,7 +21,10 @@ fn payload_of_push() -> Value {
 }
 
 fn job() -> World {
-    let world = World { folder: tempfile::tempdir().expect("temporary folder"), variables: Vec::new() };
+    let world = World {
+        folder: tempfile::tempdir().expect("temporary folder"),
+        variables: Vec::new(),
+    };
     world
         .set("GITHUB_ACTIONS", "true")
         .set("GITHUB_EVENT_NAME", "push")
@@ -50,7 +53,11 @@ impl World {
     }
 
     fn env(&self) -> Env {
-        Env::from_pairs(self.variables.iter().map(|(name, value)| (*name, value.as_str())))
+        Env::from_pairs(
+            self.variables
+                .iter()
+                .map(|(name, value)| (*name, value.as_str())),
+        )
     }
 
     fn job(&self) -> Job {
@@ -82,8 +89,18 @@ fn a_whole_job_has_no_doubts() {
         removes_ref: Ok(false),
     };
     assert_eq!(job().job(), expected);
-    assert!(job().set("GITHUB_REF_PROTECTED", "true").job().ref_protected);
-    assert!(!job().set("GITHUB_REF_PROTECTED", "True").job().ref_protected);
+    assert!(
+        job()
+            .set("GITHUB_REF_PROTECTED", "true")
+            .job()
+            .ref_protected
+    );
+    assert!(
+        !job()
+            .set("GITHUB_REF_PROTECTED", "True")
+            .job()
+            .ref_protected
+    );
 }
 
 #[test]
@@ -93,35 +110,81 @@ fn only_who_is_surely_no_ci_is_local() {
     assert_eq!(place(&[("CI", ""), ("GITHUB_TOKEN", "x")]), Facts::Local);
     assert_eq!(place(&[("CI", "false")]), Facts::Local);
     assert_eq!(place(&[("CI", "true")]), Facts::Local);
-    assert!(matches!(place(&[("CI", "true"), ("JENKINS_URL", "https://x/")]), Facts::OtherCi(_)));
-    assert!(matches!(place(&[("GITLAB_CI", "true"), ("GITHUB_EVENT_NAME", "push")]), Facts::OtherCi(_)));
-    for name in ["GITHUB_ACTIONS", "GITHUB_EVENT_NAME", "GITHUB_EVENT_PATH", "GITHUB_REF"] {
+    assert!(matches!(
+        place(&[("CI", "true"), ("JENKINS_URL", "https://x/")]),
+        Facts::OtherCi(_)
+    ));
+    assert!(matches!(
+        place(&[("GITLAB_CI", "true"), ("GITHUB_EVENT_NAME", "push")]),
+        Facts::OtherCi(_)
+    ));
+    for name in [
+        "GITHUB_ACTIONS",
+        "GITHUB_EVENT_NAME",
+        "GITHUB_EVENT_PATH",
+        "GITHUB_REF",
+    ] {
         assert!(matches!(place(&[(name, "x")]), Facts::Job(_)), "{name}");
     }
 }
 
 #[test]
 fn what_nobody_tells_is_missing() {
-    assert_eq!(job().set("GITHUB_EVENT_NAME", "").job().event, Err(Doubt::Missing(Name::Event)));
-    assert_eq!(job().set("GITHUB_REF", "").job().git_ref, Err(Doubt::Missing(Name::Ref)));
-    assert_eq!(job().set("GITHUB_REPOSITORY", "").job().repository, Err(Doubt::Missing(Name::Repository)));
+    assert_eq!(
+        job().set("GITHUB_EVENT_NAME", "").job().event,
+        Err(Doubt::Missing(Name::Event))
+    );
+    assert_eq!(
+        job().set("GITHUB_REF", "").job().git_ref,
+        Err(Doubt::Missing(Name::Ref))
+    );
+    assert_eq!(
+        job().set("GITHUB_REPOSITORY", "").job().repository,
+        Err(Doubt::Missing(Name::Repository))
+    );
     let no_payload = job().set("GITHUB_EVENT_PATH", "").job();
     assert_eq!(no_payload.event, Ok(Event::Push));
     assert_eq!(no_payload.repository, Err(Doubt::Missing(Name::Payload)));
-    assert_eq!(no_payload.default_branch, Err(Doubt::Missing(Name::Payload)));
+    assert_eq!(
+        no_payload.default_branch,
+        Err(Doubt::Missing(Name::Payload))
+    );
     assert_eq!(no_payload.removes_ref, Err(Doubt::Missing(Name::Payload)));
-    assert_eq!(changed(|payload| payload["repository"] = json!({})).repository, Err(Doubt::Missing(Name::Repository)));
+    assert_eq!(
+        changed(|payload| payload["repository"] = json!({})).repository,
+        Err(Doubt::Missing(Name::Repository))
+    );
     let nameless = changed(|payload| payload["repository"]["default_branch"] = json!(""));
-    assert_eq!(nameless.default_branch, Err(Doubt::Missing(Name::DefaultBranch)));
-    assert_eq!(changed(|payload| payload["ref"] = Value::Null).git_ref, Err(Doubt::Missing(Name::Ref)));
+    assert_eq!(
+        nameless.default_branch,
+        Err(Doubt::Missing(Name::DefaultBranch))
+    );
+    assert_eq!(
+        changed(|payload| payload["ref"] = Value::Null).git_ref,
+        Err(Doubt::Missing(Name::Ref))
+    );
 }
 
 #[test]
 fn an_unreadable_payload_puts_every_fact_of_it_in_doubt() {
-    for text in [&b""[..], b"{", b"[]", b"\xff", b"{\"repository\":[]}", b"{\"ref\":1,\"ref\":2}"] {
+    for text in [
+        &b""[..],
+        b"{",
+        b"[]",
+        b"\xff",
+        b"{\"repository\":[]}",
+        b"{\"ref\":1,\"ref\":2}",
+    ] {
         let job = job().payload_text(text).job();
-        for doubt in [in_doubt(&job.repository), in_doubt(&job.default_branch), in_doubt(&job.git_ref)] {
-            assert!(doubt.starts_with("the event payload is unreadable: "), "{doubt}");
+        for doubt in [
+            in_doubt(&job.repository),
+            in_doubt(&job.default_branch),
+            in_doubt(&job.git_ref),
+        ] {
+            assert!(
+                doubt.starts_with("the event payload is unreadable: "),
+                "{doubt}"
+            );
         }
         in_doubt(&job.removes_ref);
     }
@@ -145,8 +208,20 @@ fn payload_and_environment_must_agree() {
 
 #[test]
 fn a_payload_of_another_event_puts_the_event_in_doubt() {
-    for mark in ["pull_request", "action", "workflow_run", "issue", "release", "client_payload", "merge_group"] {
-        let payload = if mark == "merge_group" { Value::Null } else { json!({}) };
+    for mark in [
+        "pull_request",
+        "action",
+        "workflow_run",
+        "issue",
+        "release",
+        "client_payload",
+        "merge_group",
+    ] {
+        let payload = if mark == "merge_group" {
+            Value::Null
+        } else {
+            json!({})
+        };
         let job = changed(|whole| whole[mark] = payload);
         assert!(in_doubt(&job.event).contains(mark), "{mark}");
     }
@@ -155,11 +230,16 @@ fn a_payload_of_another_event_puts_the_event_in_doubt() {
         "merge_group": { "head_ref": "refs/heads/gh-readonly-queue/main/pr-1-0a" },
         "repository": { "full_name": "octo/repo", "default_branch": "main" },
     });
-    let queue = job().set("GITHUB_EVENT_NAME", "merge_group").payload(&queue);
+    let queue = job()
+        .set("GITHUB_EVENT_NAME", "merge_group")
+        .payload(&queue);
     assert_eq!(queue.job().event, Ok(Event::MergeGroup));
     in_doubt(&queue.job().git_ref);
     let queue = queue.set("GITHUB_REF", "refs/heads/gh-readonly-queue/main/pr-1-0a");
-    assert_eq!(queue.job().git_ref.as_deref(), Ok("refs/heads/gh-readonly-queue/main/pr-1-0a"));
+    assert_eq!(
+        queue.job().git_ref.as_deref(),
+        Ok("refs/heads/gh-readonly-queue/main/pr-1-0a")
+    );
 }
 
 #[test]
@@ -179,7 +259,10 @@ fn a_push_must_show_what_it_left_behind() {
     assert_eq!(removes(Value::Null, json!("0".repeat(64))), Ok(true));
     assert_eq!(removes(Value::Null, good), Ok(false));
     assert_eq!(removes(json!(false), Value::Null), Ok(false));
-    assert_eq!(removes(Value::Null, Value::Null), Err(Doubt::Missing(Name::After)));
+    assert_eq!(
+        removes(Value::Null, Value::Null),
+        Err(Doubt::Missing(Name::After))
+    );
     in_doubt(&removes(json!(false), json!("0000")));
     in_doubt(&removes(json!(false), json!("")));
 }
@@ -187,8 +270,14 @@ fn a_push_must_show_what_it_left_behind() {
 #[test]
 fn a_schedule_needs_no_ref_in_its_payload() {
     let payload = json!({ "schedule": "0 4 * * *", "repository": payload_of_push()["repository"] });
-    let job = job().set("GITHUB_EVENT_NAME", "schedule").payload(&payload).job();
-    assert_eq!((job.git_ref.as_deref(), job.removes_ref), (Ok("refs/heads/main"), Ok(false)));
+    let job = job()
+        .set("GITHUB_EVENT_NAME", "schedule")
+        .payload(&payload)
+        .job();
+    assert_eq!(
+        (job.git_ref.as_deref(), job.removes_ref),
+        (Ok("refs/heads/main"), Ok(false))
+    );
 }
 
 #[test]
@@ -207,17 +296,29 @@ fn a_recorded_event_stands_in_for_the_job() {
     };
     // Outside of a job the payload's word on the repository is enough …
     let outside = Env::default();
-    assert_eq!(read(&outside, &record).repository.as_deref(), Ok("octo/repo"));
+    assert_eq!(
+        read(&outside, &record).repository.as_deref(),
+        Ok("octo/repo")
+    );
     // … but in one it has to agree, and so has a flag.
     let other = Env::from_pairs([("GITHUB_REPOSITORY", "other/repo")]);
     in_doubt(&read(&other, &record).repository);
-    let flag = Recorded { repository: Some("octo/repo".into()), ..record.clone() };
+    let flag = Recorded {
+        repository: Some("octo/repo".into()),
+        ..record.clone()
+    };
     assert_eq!(read(&other, &flag).repository.as_deref(), Ok("octo/repo"));
     // The environment's word on its own ref says nothing of another ref.
     let protected = Env::from_pairs([("GITHUB_REF_PROTECTED", "true"), ("GITHUB_REF_TYPE", "tag")]);
     let job = read(&protected, &record);
-    assert_eq!((job.ref_protected, job.git_ref.as_deref()), (false, Ok("refs/heads/main")));
-    let no_ref = Recorded { git_ref: None, ..record };
+    assert_eq!(
+        (job.ref_protected, job.git_ref.as_deref()),
+        (false, Ok("refs/heads/main"))
+    );
+    let no_ref = Recorded {
+        git_ref: None,
+        ..record
+    };
     assert!(in_doubt(&read(&outside, &no_ref).git_ref).contains("`--ref`"));
 }
 
@@ -225,9 +326,15 @@ fn a_recorded_event_stands_in_for_the_job() {
 fn a_recorded_file_that_cannot_be_read_is_bad_input() {
     let folder = tempfile::tempdir().expect("temporary folder");
     for file in [folder.path().join("none"), folder.path().to_owned()] {
-        let record = Recorded { event_path: Some(file.clone()), ..Recorded::default() };
+        let record = Recorded {
+            event_path: Some(file.clone()),
+            ..Recorded::default()
+        };
         let error = recorded(&Env::default(), &record).expect_err("no file");
-        assert!(error.to_string().contains(file.to_str().expect("UTF-8")), "{error}");
+        assert!(
+            error.to_string().contains(file.to_str().expect("UTF-8")),
+            "{error}"
+        );
     }
 }
 

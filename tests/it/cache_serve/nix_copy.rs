@@ -15,7 +15,10 @@ fn packed(path: &TestPath, packing: &str) -> (String, Vec<u8>) {
         ".zst" => zstd::encode_all(&*path.nar, 1).unwrap(),
         _ => path.nar.clone(),
     };
-    (format!("nar/{}.nar{packing}", sha256(&bytes).base32()), bytes)
+    (
+        format!("nar/{}.nar{packing}", sha256(&bytes).base32()),
+        bytes,
+    )
 }
 
 fn narinfo(path: &TestPath, name: &str, bytes: &[u8]) -> String {
@@ -33,7 +36,12 @@ fn narinfo(path: &TestPath, name: &str, bytes: &[u8]) -> String {
 
 async fn put(served: &Served, file: &str, body: impl Into<reqwest::Body>) -> (u16, Value) {
     let request = served.client().put(format!("{}/main/{file}", served.url));
-    answer(request.basic_auth("flywheel", Some(PLANTED_TOKEN)).body(body)).await
+    answer(
+        request
+            .basic_auth("flywheel", Some(PLANTED_TOKEN))
+            .body(body),
+    )
+    .await
 }
 
 #[tokio::test]
@@ -46,22 +54,44 @@ async fn every_packing_becomes_the_same_zstd_file() {
         let head = || served.client().head(&url).send();
         assert_eq!(head().await.unwrap().status(), 404);
         assert_eq!(put(&served, &name, bytes.clone()).await.0, 201);
-        assert_eq!(head().await.unwrap().status(), 200, "Nix asks so that it need not send twice");
-        assert!(served.narinfo("main", &path).await.is_none(), "not before its narinfo");
+        assert_eq!(
+            head().await.unwrap().status(),
+            200,
+            "Nix asks so that it need not send twice"
+        );
+        assert!(
+            served.narinfo("main", &path).await.is_none(),
+            "not before its narinfo"
+        );
         let text = narinfo(&path, &name, &bytes) + "Sig: other-1:" + &foreign_signature() + "\n";
-        assert_eq!(put(&served, &format!("{}.narinfo", path.hash()), text).await.0, 201);
+        assert_eq!(
+            put(&served, &format!("{}.narinfo", path.hash()), text)
+                .await
+                .0,
+            201
+        );
         let info = served.narinfo("main", &path).await.unwrap();
         assert_eq!(info.compression, "zstd");
         assert_eq!(info.signatures.len(), 2);
         assert!(info.signatures[0].starts_with("other-1:"));
-        let nar = served.client().get(format!("{}/main/{}", served.url, info.url)).send().await.unwrap();
-        assert_eq!(zstd::decode_all(&*nar.bytes().await.unwrap()).unwrap(), path.nar);
+        let nar = served
+            .client()
+            .get(format!("{}/main/{}", served.url, info.url))
+            .send()
+            .await
+            .unwrap();
+        assert_eq!(
+            zstd::decode_all(&*nar.bytes().await.unwrap()).unwrap(),
+            path.nar
+        );
     }
     assert_eq!(served.names("nars").len(), 1);
 }
 
 fn foreign_signature() -> String {
-    let signature = flywheel::nix::key::SecretKey::generate("other-1").unwrap().sign("x");
+    let signature = flywheel::nix::key::SecretKey::generate("other-1")
+        .unwrap()
+        .sign("x");
     signature.split_once(':').unwrap().1.to_owned()
 }
 
@@ -72,16 +102,47 @@ async fn a_nar_that_is_not_what_its_name_says_is_refused() {
     let (name, bytes) = packed(&path, ".xz");
     let (_, other) = packed(&path, ".zst");
     assert_eq!(put(&served, &name, other).await.0, 400, "no xz");
-    assert_eq!(put(&served, &name, bytes[..bytes.len() - 4].to_vec()).await.0, 400, "cut");
-    assert_eq!(put(&served, &name, xz(b"another")).await.0, 400, "another hash");
+    assert_eq!(
+        put(&served, &name, bytes[..bytes.len() - 4].to_vec())
+            .await
+            .0,
+        400,
+        "cut"
+    );
+    assert_eq!(
+        put(&served, &name, xz(b"another")).await.0,
+        400,
+        "another hash"
+    );
     assert_eq!(put(&served, &name, "").await.0, 400, "empty");
-    assert_eq!(put(&served, "nar/x.nar.xz", bytes.clone()).await.0, 400, "no hash");
+    assert_eq!(
+        put(&served, "nar/x.nar.xz", bytes.clone()).await.0,
+        400,
+        "no hash"
+    );
     let (status, json) = put(&served, &name.replace(".xz", ".bz2"), bytes).await;
     assert_eq!(status, 415);
-    assert!(json["message"].as_str().unwrap().contains("?compression=zstd"), "{json}");
+    assert!(
+        json["message"]
+            .as_str()
+            .unwrap()
+            .contains("?compression=zstd"),
+        "{json}"
+    );
     let nothing = sha256(b"").base32();
-    assert_eq!(put(&served, &format!("nar/{nothing}.nar"), reqwest::Body::wrap_stream(empty())).await.0, 400);
-    served.until("the temporary files gone", || served.names("tmp").is_empty());
+    assert_eq!(
+        put(
+            &served,
+            &format!("nar/{nothing}.nar"),
+            reqwest::Body::wrap_stream(empty())
+        )
+        .await
+        .0,
+        400
+    );
+    served.until("the temporary files gone", || {
+        served.names("tmp").is_empty()
+    });
     assert!(served.names("nars").is_empty() && served.names("caches/main/uploads").is_empty());
 }
 
@@ -97,26 +158,50 @@ async fn a_narinfo_that_does_not_fit_its_nar_is_refused() {
     let good = narinfo(&path, &name, &bytes);
     let file = format!("{}.narinfo", path.hash());
     let (_, json) = put(&served, &file, good.clone()).await;
-    assert!(json["message"].as_str().unwrap().contains("was not sent before it"), "{json}");
+    assert!(
+        json["message"]
+            .as_str()
+            .unwrap()
+            .contains("was not sent before it"),
+        "{json}"
+    );
     assert_eq!(put(&served, &name, bytes.clone()).await.0, 201);
     let zeros = format!("sha256:{}", "0".repeat(52));
     let cases = [
-        (good.replace(&path.nar_hash().to_string(), &zeros), "`NarHash`"),
-        (good.replace(&sha256(&bytes).to_string(), &zeros), "`FileHash`"),
+        (
+            good.replace(&path.nar_hash().to_string(), &zeros),
+            "`NarHash`",
+        ),
+        (
+            good.replace(&sha256(&bytes).to_string(), &zeros),
+            "`FileHash`",
+        ),
         (good.replace("NarSize: ", "NarSize: 1"), "`NarSize`"),
         (good.replace("FileSize: ", "FileSize: 1"), "`FileSize`"),
         (good.replace("URL: nar/", "URL: http://elsewhere/"), "`URL`"),
         (good.replace("URL: nar/", "URL: nar/../"), "`URL`"),
         (good.clone() + "CA: nonsense\n", "`ca`"),
-        (good.clone() + &format!("Deriver: {}\n", path.base), "`deriver`"),
+        (
+            good.clone() + &format!("Deriver: {}\n", path.base),
+            "`deriver`",
+        ),
         (good.clone() + "Sig: x\n", "`sigs`"),
-        (good.replace("References: ", "References: nonsense"), "`References`"),
+        (
+            good.replace("References: ", "References: nonsense"),
+            "`References`",
+        ),
         (good.replace(&path.base, &"b".repeat(32)), "`StorePath`"),
-        (good.replace(&path.base, &TestPath::new('b', b"").base), "the narinfo is of"),
+        (
+            good.replace(&path.base, &TestPath::new('b', b"").base),
+            "the narinfo is of",
+        ),
     ];
     for (text, problem) in cases {
         let (status, json) = put(&served, &file, text).await;
-        assert!(status == 400 && json["message"].as_str().unwrap().contains(problem), "{problem}: {json}");
+        assert!(
+            status == 400 && json["message"].as_str().unwrap().contains(problem),
+            "{problem}: {json}"
+        );
     }
     assert!(served.narinfo("main", &path).await.is_none());
     assert_eq!(put(&served, &file, good).await.0, 201);
@@ -128,15 +213,33 @@ async fn writing_needs_a_token_for_this_cache() {
     let served = Served::start(&[]);
     let path = TestPath::new('a', b"x");
     let (name, bytes) = packed(&path, "");
-    for (token, status) in [("reader-token", 403), ("team-token", 403), ("garbage-token", 403)] {
+    for (token, status) in [
+        ("reader-token", 403),
+        ("team-token", 403),
+        ("garbage-token", 403),
+    ] {
         for file in [name.clone(), format!("{}.narinfo", path.hash())] {
-            let request = served.client().put(format!("{}/main/{file}", served.url)).basic_auth("x", Some(token));
-            assert_eq!(answer(request.body(bytes.clone())).await.0, status, "{token} {file}");
+            let request = served
+                .client()
+                .put(format!("{}/main/{file}", served.url))
+                .basic_auth("x", Some(token));
+            assert_eq!(
+                answer(request.body(bytes.clone())).await.0,
+                status,
+                "{token} {file}"
+            );
         }
     }
     // A NAR that another cache was sent cannot be claimed here.
     assert_eq!(put(&served, &name, bytes.clone()).await.0, 201);
-    let request = served.client().put(format!("{}/team/{}.narinfo", served.url, path.hash()));
-    let (status, _) = answer(request.bearer_auth("team-token").body(narinfo(&path, &name, &bytes))).await;
+    let request = served
+        .client()
+        .put(format!("{}/team/{}.narinfo", served.url, path.hash()));
+    let (status, _) = answer(
+        request
+            .bearer_auth("team-token")
+            .body(narinfo(&path, &name, &bytes)),
+    )
+    .await;
     assert_eq!(status, 400);
 }

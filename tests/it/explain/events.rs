@@ -29,12 +29,16 @@ pub struct Event {
 pub fn published() -> &'static [(String, Value)] {
     static EXAMPLES: OnceLock<Vec<(String, Value)>> = OnceLock::new();
     EXAMPLES.get_or_init(|| {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/events/examples.jsonl");
+        let file =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/events/examples.jsonl");
         let text = std::fs::read_to_string(file).unwrap();
         text.lines()
             .map(|line| {
                 let mut line: Value = serde_json::from_str(line).unwrap();
-                (line["event"].as_str().unwrap().to_owned(), line["payload"].take())
+                (
+                    line["event"].as_str().unwrap().to_owned(),
+                    line["payload"].take(),
+                )
             })
             .collect()
     })
@@ -44,9 +48,16 @@ pub fn published() -> &'static [(String, Value)] {
 pub fn push() -> Event {
     let whole = |(name, payload): &&(String, Value)| name == "push" && payload["deleted"] == false;
     let (name, payload) = published().iter().find(whole).unwrap().clone();
-    let event =
-        Event { name, payload, git_ref: String::new(), protected: false, repository: "octo-org/octo-repo".into() };
-    event.change(|payload| payload["repository"] = repository()).on("refs/heads/main")
+    let event = Event {
+        name,
+        payload,
+        git_ref: String::new(),
+        protected: false,
+        repository: "octo-org/octo-repo".into(),
+    };
+    event
+        .change(|payload| payload["repository"] = repository())
+        .on("refs/heads/main")
 }
 
 fn repository() -> Value {
@@ -57,7 +68,11 @@ fn repository() -> Value {
 pub fn event(name: &str, fields: &Value) -> Event {
     let mut payload = fields.clone();
     payload["repository"] = repository();
-    Event { name: name.into(), payload, ..push() }
+    Event {
+        name: name.into(),
+        payload,
+        ..push()
+    }
 }
 
 /// Payloads in files, each written once: a disk is slower than the gate.
@@ -68,11 +83,17 @@ pub struct Files {
 
 impl Files {
     pub fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), written: HashMap::new() }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            written: HashMap::new(),
+        }
     }
 
     fn of(&mut self, payload: &Value) -> PathBuf {
-        let next = self.folder.path().join(format!("{}.json", self.written.len()));
+        let next = self
+            .folder
+            .path()
+            .join(format!("{}.json", self.written.len()));
         let text = payload.to_string();
         let file = self.written.entry(text).or_insert_with_key(|text| {
             std::fs::write(&next, text).unwrap();
@@ -119,6 +140,10 @@ impl Event {
     /// The facts that a job of it would have.
     pub fn facts(&self, files: &mut Files) -> Facts {
         let variables = self.variables(&files.of(&self.payload));
-        facts(&Env::from_pairs(variables.iter().map(|(name, value)| (*name, value.as_str()))))
+        facts(&Env::from_pairs(
+            variables
+                .iter()
+                .map(|(name, value)| (*name, value.as_str())),
+        ))
     }
 }

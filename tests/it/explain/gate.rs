@@ -12,7 +12,8 @@ use super::events::{Event, Files, event, published, push};
 
 /// As wide as `trusted-refs` can be.
 pub const WIDEST: &str = "refs/heads/** refs/tags/** refs/**";
-const QUEUE: &str = "refs/heads/gh-readonly-queue/main/pr-104-929f8209d40f77f4abc622a499c93a83babdbe64";
+const QUEUE: &str =
+    "refs/heads/gh-readonly-queue/main/pr-104-929f8209d40f77f4abc622a499c93a83babdbe64";
 
 #[test]
 fn only_the_tables_rows_publish() {
@@ -42,7 +43,11 @@ fn only_the_tables_rows_publish() {
     assert_eq!(names.len(), 59, "58 published events and `schedule`");
     assert!(tried > 50_000, "{tried}");
     let four = ["merge_group", "push", "schedule", "workflow_dispatch"].map(str::to_owned);
-    assert_eq!(published_for, BTreeSet::from(four), "each row of the table was seen to publish, and no other");
+    assert_eq!(
+        published_for,
+        BTreeSet::from(four),
+        "each row of the table was seen to publish, and no other"
+    );
 }
 
 /// The policy's table: what the gate lets through goes unless an enforced rule is broken, and nothing else goes
@@ -68,7 +73,11 @@ fn the_policy_rules_what_the_gate_lets_through_and_nothing_else() {
             seen.insert((publishes, *rule, *word, *breaks));
         }
     }
-    assert_eq!(seen.len(), 2 * rules.len(), "each row was seen for a job that publishes and one that does not");
+    assert_eq!(
+        seen.len(),
+        2 * rules.len(),
+        "each row was seen for a job that publishes and one that does not"
+    );
 }
 
 /// Every rule, every mode, kept and broken; each with the policy that says so.
@@ -83,7 +92,10 @@ fn rules() -> impl Iterator<Item = (Policy, Rule, (&'static str, Mode), bool)> {
 
 fn schedule() -> (String, Value) {
     let repository = push().payload["repository"].clone();
-    ("schedule".into(), json!({ "schedule": "0 4 * * *", "workflow": "ci.yml", "repository": repository }))
+    (
+        "schedule".into(),
+        json!({ "schedule": "0 4 * * *", "workflow": "ci.yml", "repository": repository }),
+    )
 }
 
 /// Whether `trusted-refs` is at its widest, the request, whether there is a token.
@@ -92,7 +104,11 @@ fn requests() -> Vec<(bool, Request, bool)> {
     for (wide, trusted) in [(false, ""), (true, WIDEST)] {
         for push_cache in [PushCache::Always, PushCache::Auto, PushCache::Never] {
             let trusted_refs = TrustedRefs::parse(trusted).unwrap();
-            let request = Request { push_cache, by_hand: false, trusted_refs };
+            let request = Request {
+                push_cache,
+                by_hand: false,
+                trusted_refs,
+            };
             requests.extend([false, true].map(|token| (wide, request.clone(), token)));
         }
     }
@@ -104,7 +120,11 @@ fn all_jobs() -> &'static [(Event, Facts)] {
     static JOBS: OnceLock<Vec<(Event, Facts)>> = OnceLock::new();
     JOBS.get_or_init(|| {
         let mut files = Files::new();
-        let jobs = published().iter().chain([&schedule()]).flat_map(|(name, payload)| jobs(name, payload)).collect();
+        let jobs = published()
+            .iter()
+            .chain([&schedule()])
+            .flat_map(|(name, payload)| jobs(name, payload))
+            .collect();
         let with_facts = |job: Event| {
             let facts = job.facts(&mut files);
             (job, facts)
@@ -116,8 +136,14 @@ fn all_jobs() -> &'static [(Event, Facts)] {
 /// One example as jobs: on every kind of ref, with the payload agreeing and as it came, protected or
 /// not, in a fork or not.
 fn jobs(name: &str, payload: &Value) -> Vec<Event> {
-    let default = payload["repository"]["default_branch"].as_str().unwrap_or("main").to_owned();
-    let repository = payload["repository"]["full_name"].as_str().unwrap_or("octo-org/octo-repo").to_owned();
+    let default = payload["repository"]["default_branch"]
+        .as_str()
+        .unwrap_or("main")
+        .to_owned();
+    let repository = payload["repository"]["full_name"]
+        .as_str()
+        .unwrap_or("octo-org/octo-repo")
+        .to_owned();
     let mut refs: BTreeSet<String> = [
         format!("refs/heads/{default}"),
         format!("refs/heads/{}", default.to_uppercase()),
@@ -154,16 +180,23 @@ fn jobs(name: &str, payload: &Value) -> Vec<Event> {
 /// The design's table, told again from the raw payload.
 fn table_says(job: &Event, wide: bool) -> bool {
     let payload = &job.payload;
-    let Some(default) = payload["repository"]["default_branch"].as_str() else { return false };
+    let Some(default) = payload["repository"]["default_branch"].as_str() else {
+        return false;
+    };
     let git_ref = job.git_ref.as_str();
-    let removed =
-        payload["deleted"] == true || payload["after"].as_str().is_some_and(|id| id.chars().all(|c| c == '0'));
+    let removed = payload["deleted"] == true
+        || payload["after"]
+            .as_str()
+            .is_some_and(|id| id.chars().all(|c| c == '0'));
     let on_default = git_ref.strip_prefix("refs/heads/") == Some(default);
-    let tag =
-        git_ref.strip_prefix("refs/tags/").is_some_and(|tag| wide || (tag.starts_with('v') && !tag.contains('/')));
+    let tag = git_ref
+        .strip_prefix("refs/tags/")
+        .is_some_and(|tag| wide || (tag.starts_with('v') && !tag.contains('/')));
     let branch = wide && job.protected && git_ref.starts_with("refs/heads/");
     match job.name.as_str() {
-        "push" | "workflow_dispatch" => payload["ref"] == git_ref && !removed && (on_default || tag || branch),
+        "push" | "workflow_dispatch" => {
+            payload["ref"] == git_ref && !removed && (on_default || tag || branch)
+        }
         "schedule" => on_default,
         "merge_group" => wide && payload["merge_group"]["head_ref"] == git_ref,
         _ => false,
@@ -173,16 +206,28 @@ fn table_says(job: &Event, wide: bool) -> bool {
 /// A job that asks for everything there is, with a token.
 fn check(job: &Event, publishes: bool) -> String {
     let mut files = Files::new();
-    let request =
-        Request { push_cache: PushCache::Always, by_hand: true, trusted_refs: TrustedRefs::parse(WIDEST).unwrap() };
+    let request = Request {
+        push_cache: PushCache::Always,
+        by_hand: true,
+        trusted_refs: TrustedRefs::parse(WIDEST).unwrap(),
+    };
     let decision = decide(&job.facts(&mut files), &request, true);
-    assert_eq!(decision.publishes(), publishes, "{job:?}: {}", decision.reason());
+    assert_eq!(
+        decision.publishes(),
+        publishes,
+        "{job:?}: {}",
+        decision.reason()
+    );
     decision.reason()
 }
 
 fn pull_request(name: &str, head_repository: &Value) -> Event {
-    let sides = json!({ "head": { "ref": "main", "repo": head_repository }, "base": { "ref": "main" } });
-    event(name, &json!({ "action": "synchronize", "pull_request": sides }))
+    let sides =
+        json!({ "head": { "ref": "main", "repo": head_repository }, "base": { "ref": "main" } });
+    event(
+        name,
+        &json!({ "action": "synchronize", "pull_request": sides }),
+    )
 }
 
 #[test]
@@ -195,7 +240,12 @@ fn no_pull_request_publishes_from_wherever_it_comes() {
     let own = json!({ "full_name": "octo-org/octo-repo", "fork": false });
     let fork = json!({ "full_name": "stranger/octo-repo", "fork": true });
     for head in [own, fork, Value::Null] {
-        for name in ["pull_request", "pull_request_target", "pull_request_review", "pull_request_review_comment"] {
+        for name in [
+            "pull_request",
+            "pull_request_target",
+            "pull_request_review",
+            "pull_request_review_comment",
+        ] {
             for git_ref in ["refs/pull/7/merge", "refs/heads/main", "refs/tags/v1"] {
                 check(&pull_request(name, &head).protected().on(git_ref), false);
             }
@@ -203,33 +253,63 @@ fn no_pull_request_publishes_from_wherever_it_comes() {
             let lying = pull_request(name, &head).change(|payload| {
                 payload["after"] = json!("6113728f27ae82c7b1a177c8d03f9e96e0adf246");
             });
-            check(&Event { name: "push".into(), ..lying }.on("refs/heads/main"), false);
+            check(
+                &Event {
+                    name: "push".into(),
+                    ..lying
+                }
+                .on("refs/heads/main"),
+                false,
+            );
         }
     }
 }
 
 #[test]
 fn dependabot_gains_nothing_by_its_name() {
-    let by_dependabot =
-        |event: Event| event.change(|payload| payload["sender"] = json!({ "login": "dependabot[bot]" }));
-    check(&by_dependabot(push().on("refs/heads/dependabot/cargo/x-1")), false);
-    check(&by_dependabot(pull_request("pull_request", &Value::Null)), false);
+    let by_dependabot = |event: Event| {
+        event.change(|payload| payload["sender"] = json!({ "login": "dependabot[bot]" }))
+    };
+    check(
+        &by_dependabot(push().on("refs/heads/dependabot/cargo/x-1")),
+        false,
+    );
+    check(
+        &by_dependabot(pull_request("pull_request", &Value::Null)),
+        false,
+    );
 }
 
 #[test]
 fn a_workflow_run_of_a_branch_named_main_never_publishes() {
     let run = json!({ "event": "pull_request", "head_branch": "main", "head_repository": { "fork": true } });
-    let event = event("workflow_run", &json!({ "action": "completed", "workflow_run": run, "workflow": {} }));
+    let event = event(
+        "workflow_run",
+        &json!({ "action": "completed", "workflow_run": run, "workflow": {} }),
+    );
     check(&event.clone().on("refs/heads/main").protected(), false);
-    check(&Event { name: "push".into(), ..event }.on("refs/heads/main"), false);
+    check(
+        &Event {
+            name: "push".into(),
+            ..event
+        }
+        .on("refs/heads/main"),
+        false,
+    );
 }
 
 #[test]
 fn a_push_that_removes_or_does_not_say_never_publishes() {
     for git_ref in ["refs/heads/main", "refs/tags/v1"] {
         let on = || push().on(git_ref);
-        check(&on().change(|payload| payload["deleted"] = json!(true)), false);
-        check(&on().change(|payload| payload["after"] = json!("0".repeat(40))), false);
+        check(
+            &on().change(|payload| payload["deleted"] = json!(true)),
+            false,
+        );
+        check(
+            &on().change(|payload| payload["after"] = json!("0".repeat(40))),
+            false,
+        );
         let silent = on().change(|payload| {
             payload["deleted"] = Value::Null;
             payload["after"] = Value::Null;
@@ -257,9 +337,39 @@ fn hostile_and_disagreeing_payloads_never_publish() {
     for change in changes {
         check(&push().change(change), false);
     }
-    check(&Event { repository: "stranger/octo-repo".into(), ..push() }, false);
-    check(&Event { git_ref: "refs/heads/other".into(), ..push() }, false);
-    check(&Event { git_ref: String::new(), ..push() }, false);
-    check(&Event { repository: String::new(), ..push() }, false);
-    check(&Event { name: String::new(), ..push() }, false);
+    check(
+        &Event {
+            repository: "stranger/octo-repo".into(),
+            ..push()
+        },
+        false,
+    );
+    check(
+        &Event {
+            git_ref: "refs/heads/other".into(),
+            ..push()
+        },
+        false,
+    );
+    check(
+        &Event {
+            git_ref: String::new(),
+            ..push()
+        },
+        false,
+    );
+    check(
+        &Event {
+            repository: String::new(),
+            ..push()
+        },
+        false,
+    );
+    check(
+        &Event {
+            name: String::new(),
+            ..push()
+        },
+        false,
+    );
 }

@@ -55,7 +55,10 @@ impl Job {
             ("CI_PROJECT_PATH", "group/app"),
             ("CI_DEFAULT_BRANCH", "main"),
             ("CI_COMMIT_REF_NAME", name),
-            ("CI_COMMIT_REF_PROTECTED", if self.protected { "true" } else { "false" }),
+            (
+                "CI_COMMIT_REF_PROTECTED",
+                if self.protected { "true" } else { "false" },
+            ),
             ("CI_COMMIT_SHA", "6113728f27ae82c7b1a177c8d03f9e96e0adf246"),
         ];
         match (self.merge_request, folder) {
@@ -72,18 +75,30 @@ impl Job {
 }
 
 fn job(source: &'static str, git_ref: &'static str) -> Job {
-    Job { source, git_ref, protected: false, merge_request: false }
+    Job {
+        source,
+        git_ref,
+        protected: false,
+        merge_request: false,
+    }
 }
 
 fn answer(job: &Job, trusted: &str, push_cache: PushCache, token: bool) -> Decision {
-    let request = Request { push_cache, by_hand: false, trusted_refs: TrustedRefs::parse(trusted).unwrap() };
+    let request = Request {
+        push_cache,
+        by_hand: false,
+        trusted_refs: TrustedRefs::parse(trusted).unwrap(),
+    };
     decide(&job.facts(), &request, token)
 }
 
 /// The table, told again.
 fn table_says(job: &Job, wide: bool) -> bool {
     let on_default = job.git_ref == "heads/main";
-    let tag = job.git_ref.strip_prefix("tags/").is_some_and(|tag| wide || tag.starts_with('v'));
+    let tag = job
+        .git_ref
+        .strip_prefix("tags/")
+        .is_some_and(|tag| wide || tag.starts_with('v'));
     let branch = wide && job.protected && job.git_ref.starts_with("heads/");
     match job.source {
         _ if job.merge_request => false,
@@ -97,9 +112,23 @@ fn table_says(job: &Job, wide: bool) -> bool {
 fn only_the_tables_rows_publish() {
     let mut published_for = Vec::new();
     for source in SOURCES {
-        for git_ref in ["heads/main", "heads/Main", "heads/main2", "heads/refs/heads/main", "tags/main", "tags/v1.0"] {
-            for (protected, merge_request) in [(false, false), (true, false), (false, true), (true, true)] {
-                let job = Job { source, git_ref, protected, merge_request };
+        for git_ref in [
+            "heads/main",
+            "heads/Main",
+            "heads/main2",
+            "heads/refs/heads/main",
+            "tags/main",
+            "tags/v1.0",
+        ] {
+            for (protected, merge_request) in
+                [(false, false), (true, false), (false, true), (true, true)]
+            {
+                let job = Job {
+                    source,
+                    git_ref,
+                    protected,
+                    merge_request,
+                };
                 for (wide, trusted) in [(false, ""), (true, WIDEST)] {
                     for push_cache in [PushCache::Always, PushCache::Auto, PushCache::Never] {
                         for token in [true, false] {
@@ -122,19 +151,31 @@ fn only_the_tables_rows_publish() {
             }
         }
     }
-    assert_eq!(published_for, ["push", "schedule", "web"], "each row was seen to publish, and no other");
+    assert_eq!(
+        published_for,
+        ["push", "schedule", "web"],
+        "each row was seen to publish, and no other"
+    );
 }
 
 /// The same event of the other CI gets the same verdict: there is one table.
 #[test]
 fn both_cis_are_judged_by_one_table() {
     let mut files = Files::new();
-    let github = [("push", "push"), ("schedule", "schedule"), ("web", "workflow_dispatch")];
+    let github = [
+        ("push", "push"),
+        ("schedule", "schedule"),
+        ("web", "workflow_dispatch"),
+    ];
     for (source, name) in github {
         for git_ref in ["heads/main", "heads/feature", "tags/v1.0", "tags/nightly"] {
             for protected in [false, true] {
                 let there = job(source, git_ref);
-                let base = if name == "push" { push() } else { event(name, &serde_json::json!({})) };
+                let base = if name == "push" {
+                    push()
+                } else {
+                    event(name, &serde_json::json!({}))
+                };
                 let mut here = base.on(&format!("refs/{git_ref}"));
                 here.protected = protected;
                 let request = Request {
@@ -144,7 +185,10 @@ fn both_cis_are_judged_by_one_table() {
                 };
                 let theirs = decide(&Job { protected, ..there }.facts(), &request, true);
                 let ours = decide(&here.facts(&mut files), &request, true);
-                assert_eq!(theirs, ours, "{source} on {git_ref}, protected: {protected}");
+                assert_eq!(
+                    theirs, ours,
+                    "{source} on {git_ref}, protected: {protected}"
+                );
             }
         }
     }
@@ -154,20 +198,39 @@ fn both_cis_are_judged_by_one_table() {
 fn every_variable_is_needed() {
     let whole = job("push", "heads/main");
     assert!(answer(&whole, "", PushCache::Always, true).publishes());
-    for (missing, _) in whole.variables().into_iter().filter(|(name, _)| !matches!(*name, "CI" | "GITLAB_CI")) {
-        let rest = whole.variables().into_iter().filter(|(name, _)| *name != missing);
-        let request = Request { push_cache: PushCache::Always, ..Request::default() };
+    for (missing, _) in whole
+        .variables()
+        .into_iter()
+        .filter(|(name, _)| !matches!(*name, "CI" | "GITLAB_CI"))
+    {
+        let rest = whole
+            .variables()
+            .into_iter()
+            .filter(|(name, _)| *name != missing);
+        let request = Request {
+            push_cache: PushCache::Always,
+            ..Request::default()
+        };
         let decision = decide(&facts(&Env::from_pairs(rest)), &request, true);
         assert!(!decision.publishes(), "{missing}");
-        assert!(decision.remedy().unwrap().contains("Supply that fact"), "{missing}");
+        assert!(
+            decision.remedy().unwrap().contains("Supply that fact"),
+            "{missing}"
+        );
     }
 }
 
 #[test]
 fn explain_shows_it() {
     let run = |job: &Job| {
-        let run = Flywheel::new(&["explain"]).env("ATTIC_TOKEN", PLANTED_TOKEN).env("FLYWHEEL_PUSH_CACHE", "true");
-        job.variables().into_iter().fold(run, |run, (name, value)| run.env(name, value)).run().stdout
+        let run = Flywheel::new(&["explain"])
+            .env("ATTIC_TOKEN", PLANTED_TOKEN)
+            .env("FLYWHEEL_PUSH_CACHE", "true");
+        job.variables()
+            .into_iter()
+            .fold(run, |run, (name, value)| run.env(name, value))
+            .run()
+            .stdout
     };
     insta::assert_snapshot!(run(&job("push", "heads/main")), @"
     verdict    may-publish
@@ -176,8 +239,14 @@ fn explain_shows_it() {
     attic      everything that the job builds
     flakehub   a rolling release, if a workflow with FlakeHub's action asks
     ");
-    let merge_request = run(&Job { merge_request: true, ..job("merge_request_event", "heads/main") });
-    assert!(merge_request.contains("publishes  no\nreason     a pull request reads"), "{merge_request}");
+    let merge_request = run(&Job {
+        merge_request: true,
+        ..job("merge_request_event", "heads/main")
+    });
+    assert!(
+        merge_request.contains("publishes  no\nreason     a pull request reads"),
+        "{merge_request}"
+    );
 }
 
 /// The page's table.
@@ -191,18 +260,49 @@ pub fn table() -> String {
         (job("push", "heads/main"), "", ""),
         (job("push", "tags/v1.0"), "", ""),
         (job("push", "heads/feature"), "", ""),
-        (Job { protected: true, ..job("push", "heads/release/1") }, "refs/heads/release/*", "named, and protected"),
-        (job("push", "heads/release/1"), "refs/heads/release/*", "named, not protected"),
-        (Job { merge_request: true, ..job("push", "heads/main") }, "", "`CI_MERGE_REQUEST_IID` is set"),
+        (
+            Job {
+                protected: true,
+                ..job("push", "heads/release/1")
+            },
+            "refs/heads/release/*",
+            "named, and protected",
+        ),
+        (
+            job("push", "heads/release/1"),
+            "refs/heads/release/*",
+            "named, not protected",
+        ),
+        (
+            Job {
+                merge_request: true,
+                ..job("push", "heads/main")
+            },
+            "",
+            "`CI_MERGE_REQUEST_IID` is set",
+        ),
     ];
     let others = SOURCES[1..SOURCES.len() - 4].iter().map(|source| {
         let merge_request = *source == "merge_request_event";
-        (Job { merge_request, protected: true, ..job(source, "heads/main") }, "", "")
+        (
+            Job {
+                merge_request,
+                protected: true,
+                ..job(source, "heads/main")
+            },
+            "",
+            "",
+        )
     });
     for (job, trusted, special) in rows.into_iter().chain(others) {
         let decision = answer(&job, trusted, PushCache::Always, true);
         let (verdict, reason) = (decision.verdict().word(), decision.reason());
-        writeln!(table, "| `{}` | `refs/{}` | {special} | {verdict} | {reason} |", job.source, job.git_ref).unwrap();
+        writeln!(
+            table,
+            "| `{}` | `refs/{}` | {special} | {verdict} | {reason} |",
+            job.source, job.git_ref
+        )
+        .unwrap();
     }
     table.push_str(
         "\nGitLab lets whoever starts a pipeline set variables, and those go before its own: these facts are as good as \

@@ -23,7 +23,10 @@ fn yaml(file: &Source) -> Value {
 /// The keys of a mapping; none if there is no such mapping.
 fn keys(value: &Value) -> Vec<String> {
     let mapping = value.as_mapping().into_iter().flatten();
-    mapping.filter_map(|(key, _)| key.as_str()).map(str::to_owned).collect()
+    mapping
+        .filter_map(|(key, _)| key.as_str())
+        .map(str::to_owned)
+        .collect()
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {
@@ -50,17 +53,32 @@ fn no_shell_reads_an_expression() {
             mappings(&yaml(file), &mut |mapping| {
                 for key in ["run", "description", "shell"] {
                     if text(mapping, key).contains("${{") {
-                        complaints.push(format!("{}: an expression in `{key}`: {}", file.name, text(mapping, key)));
+                        complaints.push(format!(
+                            "{}: an expression in `{key}`: {}",
+                            file.name,
+                            text(mapping, key)
+                        ));
                     }
                 }
             });
         }
         complaints
     };
-    let real = [actions(), files(".github", ".yml"), files("examples", ".yml")].concat();
+    let real = [
+        actions(),
+        files(".github", ".yml"),
+        files("examples", ".yml"),
+    ]
+    .concat();
     let planted = [
-        Source::planted(".github/workflows/x.yml", "jobs: { a: { steps: [ { run: 'echo ${{ github.ref }}' } ] } }"),
-        Source::planted("actions/x/action.yml", "inputs: { a: { description: 'like ${{ secrets.X }}' } }"),
+        Source::planted(
+            ".github/workflows/x.yml",
+            "jobs: { a: { steps: [ { run: 'echo ${{ github.ref }}' } ] } }",
+        ),
+        Source::planted(
+            "actions/x/action.yml",
+            "inputs: { a: { description: 'like ${{ secrets.X }}' } }",
+        ),
     ];
     hold(rule, real, &planted);
 }
@@ -73,7 +91,11 @@ fn an_action_is_one_step_that_becomes_the_binary() {
             let mut complain = |what: &str| complaints.push(format!("{}: {what}", file.name));
             let action = yaml(file);
             let runs = action.get("runs").cloned().unwrap_or_default();
-            let steps = runs.get("steps").and_then(Value::as_sequence).cloned().unwrap_or_default();
+            let steps = runs
+                .get("steps")
+                .and_then(Value::as_sequence)
+                .cloned()
+                .unwrap_or_default();
             if text(&runs, "using") != "composite" || steps.is_empty() {
                 complain("is no composite action");
             }
@@ -86,7 +108,12 @@ fn an_action_is_one_step_that_becomes_the_binary() {
                 }
             }
             // The runner signals the entry process alone, so the shell must become the binary.
-            let last = steps.last().map_or("", |step| text(step, "run")).lines().last().unwrap_or_default();
+            let last = steps
+                .last()
+                .map_or("", |step| text(step, "run"))
+                .lines()
+                .last()
+                .unwrap_or_default();
             if !last.starts_with("exec \"$GITHUB_ACTION_PATH/") {
                 complain("does not `exec` a program of its own checkout");
             }
@@ -99,12 +126,19 @@ fn an_action_is_one_step_that_becomes_the_binary() {
         "runs: { using: composite, steps: [ { shell: sh, run: 'exec \"$GITHUB_ACTION_PATH/x\"' } ] }",
         "runs: { using: node20, main: x.js }",
     ];
-    hold(rule, actions(), &planted.map(|text| Source::planted("actions/x/action.yml", text)));
+    hold(
+        rule,
+        actions(),
+        &planted.map(|text| Source::planted("actions/x/action.yml", text)),
+    );
 }
 
 /// The verb that an action is the face of.
 fn verb(file: &Source) -> &str {
-    file.name.strip_prefix("actions/").and_then(|name| name.split('/').next()).unwrap_or("setup")
+    file.name
+        .strip_prefix("actions/")
+        .and_then(|name| name.split('/').next())
+        .unwrap_or("setup")
 }
 
 #[test]
@@ -118,39 +152,63 @@ fn every_input_is_a_variable_and_a_flag() {
             let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
             let inputs = action.get("inputs").cloned().unwrap_or_default();
             let mut mapped = Vec::new();
-            mappings(&action["runs"], &mut |mapping| mapped.extend(keys(mapping.get("env").unwrap_or(&Value::Null))));
+            mappings(&action["runs"], &mut |mapping| {
+                mapped.extend(keys(mapping.get("env").unwrap_or(&Value::Null)))
+            });
             let mut wanted: Vec<String> = Vec::new();
             for input in keys(&inputs) {
                 let variable = format!("FLYWHEEL_{}", input.to_uppercase().replace('-', "_"));
                 let line = format!("{variable}: ${{{{ inputs.{input} }}}}");
                 if !file.text.contains(&line) {
-                    complaints.push(format!("{}: input `{input}` is not handed on as `{line}`", file.name));
+                    complaints.push(format!(
+                        "{}: input `{input}` is not handed on as `{line}`",
+                        file.name
+                    ));
                 }
-                let reads = ["=", "]"].iter().any(|end| help.contains(&format!("[env: {variable}{end}")));
+                let reads = ["=", "]"]
+                    .iter()
+                    .any(|end| help.contains(&format!("[env: {variable}{end}")));
                 // A switch may stand alone on a command line: `--strict[=<BOOL>]`.
-                let is_flag = [" <", "[=<"].iter().any(|start| help.contains(&format!("--{input}{start}")));
+                let is_flag = [" <", "[=<"]
+                    .iter()
+                    .any(|start| help.contains(&format!("--{input}{start}")));
                 if !is_flag || !reads {
-                    complaints.push(format!("{}: input `{input}` is no flag of `flywheel {}`", file.name, verb(file)));
+                    complaints.push(format!(
+                        "{}: input `{input}` is no flag of `flywheel {}`",
+                        file.name,
+                        verb(file)
+                    ));
                 }
                 if text(&inputs[&input], "description").is_empty() {
                     complaints.push(format!("{}: input `{input}` has no description", file.name));
                 }
                 wanted.push(variable);
             }
-            for variable in mapped.iter().filter(|name| name.starts_with("FLYWHEEL_") && !wanted.contains(name)) {
+            for variable in mapped
+                .iter()
+                .filter(|name| name.starts_with("FLYWHEEL_") && !wanted.contains(name))
+            {
                 complaints.push(format!("{}: `{variable}` belongs to no input", file.name));
             }
             for output in keys(action.get("outputs").unwrap_or(&Value::Null)) {
                 let output = &action["outputs"][&output];
-                if text(output, "description").is_empty() || !text(output, "value").starts_with("${{ steps.") {
-                    complaints.push(format!("{}: an output without description or value: {output:?}", file.name));
+                if text(output, "description").is_empty()
+                    || !text(output, "value").starts_with("${{ steps.")
+                {
+                    complaints.push(format!(
+                        "{}: an output without description or value: {output:?}",
+                        file.name
+                    ));
                 }
             }
         }
         complaints
     };
     let real = actions();
-    let action = real.iter().find(|file| file.name == "actions/nix-job/action.yml").expect("actions/nix-job");
+    let action = real
+        .iter()
+        .find(|file| file.name == "actions/nix-job/action.yml")
+        .expect("actions/nix-job");
     let change = |from: &str, to: &str| {
         assert!(action.text.contains(from), "{from}");
         Source::planted(&action.name, &action.text.replacen(from, to, 1))
@@ -158,7 +216,10 @@ fn every_input_is_a_variable_and_a_flag() {
     let planted = [
         change("${{ inputs.heavy-lane }}", "heavy"),
         change("  heavy-lane:\n", "  heavy-line:\n"),
-        change("        FLYWHEEL_HEAVY_LANE", "        FLYWHEEL_UNHEARD_OF: x\n        FLYWHEEL_HEAVY_LANE"),
+        change(
+            "        FLYWHEEL_HEAVY_LANE",
+            "        FLYWHEEL_UNHEARD_OF: x\n        FLYWHEEL_HEAVY_LANE",
+        ),
         change("    description: The command's exit code.\n", ""),
     ];
     hold(rule, real.clone(), &planted);
@@ -171,7 +232,11 @@ fn workflows_ask_for_little() {
         for file in files {
             let mut complain = |what: &str| complaints.push(format!("{}: {what}", file.name));
             let workflow = yaml(file);
-            if workflow.get("permissions").and_then(Value::as_mapping).is_none_or(|granted| !granted.is_empty()) {
+            if workflow
+                .get("permissions")
+                .and_then(Value::as_mapping)
+                .is_none_or(|granted| !granted.is_empty())
+            {
                 complain("`permissions: {}` must stand on top");
             }
             // One that is only called runs in its caller's group; another of its own would wait for nothing.
@@ -190,7 +255,9 @@ fn workflows_ask_for_little() {
                 if !uses.is_empty() && !uses.starts_with("./") && !pinned {
                     complain(&format!("`{uses}` is not pinned by its commit"));
                 }
-                let keeps = mapping.get("with").and_then(|with| with.get("persist-credentials"));
+                let keeps = mapping
+                    .get("with")
+                    .and_then(|with| with.get("persist-credentials"));
                 if uses.starts_with("actions/checkout@") && keeps != Some(&Value::Bool(false)) {
                     complain("a checkout without `persist-credentials: false`");
                 }

@@ -15,7 +15,10 @@ pub struct Source {
 impl Source {
     /// A file that is not there, for showing that a rule is heard.
     pub fn planted(name: &str, text: &str) -> Self {
-        Self { name: name.to_owned(), text: text.to_owned() }
+        Self {
+            name: name.to_owned(),
+            text: text.to_owned(),
+        }
     }
 
     /// The module on the top level that it belongs to: `cache` for `src/cache/attic.rs`.
@@ -60,12 +63,18 @@ pub fn files(folder: &str, ending: &str) -> Vec<Source> {
 
 /// One file.
 pub fn file(name: &str) -> Source {
-    let text = fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
-    Source { name: name.to_owned(), text }
+    let text =
+        fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    Source {
+        name: name.to_owned(),
+        text,
+    }
 }
 
 fn collect(folder: &Path, ending: &str, found: &mut Vec<Source>) {
-    let Ok(entries) = fs::read_dir(folder) else { return };
+    let Ok(entries) = fs::read_dir(folder) else {
+        return;
+    };
     let paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     for path in paths {
         let name = path.strip_prefix(root()).unwrap().display().to_string();
@@ -89,7 +98,9 @@ fn strip(text: &str) -> String {
             '/' if rest.starts_with("//") => rest.find('\n').unwrap_or(rest.len()),
             '/' if rest.starts_with("/*") => rest.find("*/").map_or(rest.len(), |end| end + 2),
             '"' => 1 + closing_quote(&rest[1..]),
-            'r' if !code.ends_with(|last: char| last.is_alphanumeric() || last == '_') => raw_text(rest).unwrap_or(0),
+            'r' if !code.ends_with(|last: char| last.is_alphanumeric() || last == '_') => {
+                raw_text(rest).unwrap_or(0)
+            }
             // A character, not a lifetime.
             '\'' if rest.starts_with("'\"'") => 3,
             '\'' if rest.starts_with("'\\") => 4 + rest[3..].find('\'').unwrap_or(0),

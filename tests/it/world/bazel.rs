@@ -38,8 +38,13 @@ impl Server {
         let port = listener.local_addr().unwrap().port();
         listener.set_nonblocking(true).unwrap();
         std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async { serve(tokio::net::TcpListener::from_std(listener).unwrap(), answer).await });
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                serve(tokio::net::TcpListener::from_std(listener).unwrap(), answer).await
+            });
         });
         Self { port }
     }
@@ -59,12 +64,22 @@ async fn serve(listener: tokio::net::TcpListener, answer: Answer) {
             continue;
         }
         let io = TokioIo::new(stream);
-        let respond = service::service_fn(move |request| async move { Ok::<_, Infallible>(respond(answer, &request)) });
+        let respond = service::service_fn(move |request| async move {
+            Ok::<_, Infallible>(respond(answer, &request))
+        });
         tokio::spawn(async move {
             // A client that hangs up is no fault of the test.
             let _ = match answer {
-                Answer::Http(..) => hyper::server::conn::http1::Builder::new().serve_connection(io, respond).await,
-                _ => hyper::server::conn::http2::Builder::new(TokioExecutor::new()).serve_connection(io, respond).await,
+                Answer::Http(..) => {
+                    hyper::server::conn::http1::Builder::new()
+                        .serve_connection(io, respond)
+                        .await
+                }
+                _ => {
+                    hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                        .serve_connection(io, respond)
+                        .await
+                }
             };
         });
     }
@@ -77,12 +92,23 @@ fn respond(answer: Answer, request: &Request<Incoming>) -> Response<Message> {
         let length = u32::try_from(body.len()).unwrap().to_be_bytes();
         let body = [&[0], &length[..], body].concat();
         let answer = Response::builder().header("content-type", "application/grpc");
-        answer.body(Message { body: Some(Bytes::from(body)), trailers: Some(trailers) }).unwrap()
+        answer
+            .body(Message {
+                body: Some(Bytes::from(body)),
+                trailers: Some(trailers),
+            })
+            .unwrap()
     };
-    let asked = request.uri().path().ends_with("/build.bazel.remote.execution.v2.Capabilities/GetCapabilities");
+    let asked = request
+        .uri()
+        .path()
+        .ends_with("/build.bazel.remote.execution.v2.Capabilities/GetCapabilities");
     match answer {
         Answer::Http(status, body) => {
-            let message = Message { body: Some(Bytes::from_static(body.as_bytes())), trailers: None };
+            let message = Message {
+                body: Some(Bytes::from_static(body.as_bytes())),
+                trailers: None,
+            };
             Response::builder().status(status).body(message).unwrap()
         }
         _ if !asked => message(b"", "12"),
@@ -104,10 +130,17 @@ impl Body for Message {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         if let Some(body) = self.body.take() {
             return Poll::Ready(Some(Ok(Frame::data(body))));
         }
-        Poll::Ready(self.trailers.take().map(|trailers| Ok(Frame::trailers(trailers))))
+        Poll::Ready(
+            self.trailers
+                .take()
+                .map(|trailers| Ok(Frame::trailers(trailers))),
+        )
     }
 }

@@ -45,9 +45,18 @@ impl Served {
             // A signal that is ignored stays ignored, and the write fails instead. The unit is 512 bytes.
             shell.args(["-c", "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\""]);
             shell.arg(command.get_program()).args(command.get_args());
-            shell.env_clear().current_dir(command.get_current_dir().unwrap());
-            shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-            shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            shell
+                .env_clear()
+                .current_dir(command.get_current_dir().unwrap());
+            shell.envs(
+                command
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            );
+            shell
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
             shell
         })
     }
@@ -62,8 +71,22 @@ impl Served {
         let file = tokens.path().join("tokens");
         let text = format!("write {PLANTED_TOKEN}\nread reader-token\nwrite team-token team\n");
         std::fs::write(&file, text).unwrap();
-        let mut arguments = vec!["cache", "serve", "--dir", "cache", "--listen", "127.0.0.1:0"];
-        arguments.extend(["--tokens", file.to_str().unwrap(), "--cache", "main", "--cache", "team"]);
+        let mut arguments = vec![
+            "cache",
+            "serve",
+            "--dir",
+            "cache",
+            "--listen",
+            "127.0.0.1:0",
+        ];
+        arguments.extend([
+            "--tokens",
+            file.to_str().unwrap(),
+            "--cache",
+            "main",
+            "--cache",
+            "team",
+        ]);
         arguments.extend(more);
         let client = flywheel::http::client(&flywheel::http::Roots::default()).unwrap();
         let mut run = Flywheel::new(&arguments);
@@ -71,16 +94,34 @@ impl Served {
         let mut child = wrap(run.command()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut lines = Vec::new();
-        while !lines.last().is_some_and(|line: &String| line.starts_with("tokens-file ")) {
+        while !lines
+            .last()
+            .is_some_and(|line: &String| line.starts_with("tokens-file "))
+        {
             let mut line = String::new();
             if stdout.read_line(&mut line).unwrap() == 0 {
                 let output = child.wait_with_output().unwrap();
-                panic!("the server did not start: {}", String::from_utf8_lossy(&output.stderr));
+                panic!(
+                    "the server did not start: {}",
+                    String::from_utf8_lossy(&output.stderr)
+                );
             }
             lines.push(line.trim_end().to_owned());
         }
-        let keys = lines.iter().filter_map(|line| line.strip_prefix("public-key ")).map(str::to_owned).collect();
-        Self { run, child: Some(child), url: lines[0].clone(), keys, stdout, client, _tokens: tokens }
+        let keys = lines
+            .iter()
+            .filter_map(|line| line.strip_prefix("public-key "))
+            .map(str::to_owned)
+            .collect();
+        Self {
+            run,
+            child: Some(child),
+            url: lines[0].clone(),
+            keys,
+            stdout,
+            client,
+            _tokens: tokens,
+        }
     }
 
     /// A client; making one takes a while, so each server has one.
@@ -101,7 +142,9 @@ impl Served {
     /// The sorted names in a folder of the cache's folder.
     pub fn names(&self, folder: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.path(folder)).unwrap();
-        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -123,7 +166,10 @@ impl Served {
         let mut output = child.wait_with_output().unwrap();
         std::io::Read::read_to_end(&mut self.stdout, &mut output.stdout).unwrap();
         let ran = self.run.check(&output);
-        (ran, std::mem::replace(&mut self.run.folder, tempfile::tempdir().unwrap()))
+        (
+            ran,
+            std::mem::replace(&mut self.run.folder, tempfile::tempdir().unwrap()),
+        )
     }
 
     /// SIGTERM, then as `wait`.
@@ -143,13 +189,27 @@ impl Served {
 
     /// Uploads with Attic's protocol and the planted token: status and JSON.
     pub async fn upload(&self, path: &TestPath) -> (u16, Value) {
-        self.upload_as(PLANTED_TOKEN, &path.info("main"), path.nar.clone()).await
+        self.upload_as(PLANTED_TOKEN, &path.info("main"), path.nar.clone())
+            .await
     }
 
     /// Uploads any metadata with any NAR.
-    pub async fn upload_as(&self, token: &str, info: &Value, nar: impl Into<reqwest::Body>) -> (u16, Value) {
-        let request = self.client().put(format!("{}/_api/v1/upload-path", self.url)).bearer_auth(token);
-        answer(request.header("X-Attic-Nar-Info", info.to_string()).body(nar)).await
+    pub async fn upload_as(
+        &self,
+        token: &str,
+        info: &Value,
+        nar: impl Into<reqwest::Body>,
+    ) -> (u16, Value) {
+        let request = self
+            .client()
+            .put(format!("{}/_api/v1/upload-path", self.url))
+            .bearer_auth(token);
+        answer(
+            request
+                .header("X-Attic-Nar-Info", info.to_string())
+                .body(nar),
+        )
+        .await
     }
 
     /// The narinfo of a path, if the cache has one; checked against the cache's key.
@@ -162,7 +222,11 @@ impl Served {
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/x-nix-narinfo");
         let info = NarInfo::parse(&response.text().await.unwrap()).unwrap();
-        let key = self.keys.iter().find(|key| key.starts_with(&format!("{cache}:"))).unwrap();
+        let key = self
+            .keys
+            .iter()
+            .find(|key| key.starts_with(&format!("{cache}:")))
+            .unwrap();
         assert!(info.signed_by(&key.parse().unwrap()), "a bad signature");
         Some(info)
     }
@@ -181,7 +245,10 @@ impl Drop for Served {
 pub async fn answer(request: reqwest::RequestBuilder) -> (u16, Value) {
     let response = request.send().await.unwrap();
     let status = response.status().as_u16();
-    (status, serde_json::from_slice(&response.bytes().await.unwrap()).unwrap_or(Value::Null))
+    (
+        status,
+        serde_json::from_slice(&response.bytes().await.unwrap()).unwrap_or(Value::Null),
+    )
 }
 
 /// A store path that exists in tests only.
@@ -199,7 +266,11 @@ impl TestPath {
     /// A path whose hash is `letter` thirty-two times: one file with this content.
     pub fn new(letter: char, content: &[u8]) -> Self {
         let base = format!("{}-{letter}", letter.to_string().repeat(32));
-        Self { base, nar: nar(content), references: Vec::new() }
+        Self {
+            base,
+            nar: nar(content),
+            references: Vec::new(),
+        }
     }
 
     /// The same with references.
@@ -236,7 +307,15 @@ pub fn sha256(bytes: &[u8]) -> Sha256 {
 /// The NAR of one plain file.
 fn nar(content: &[u8]) -> Vec<u8> {
     let mut nar = Vec::new();
-    for part in [b"nix-archive-1" as &[u8], b"(", b"type", b"regular", b"contents", content, b")"] {
+    for part in [
+        b"nix-archive-1" as &[u8],
+        b"(",
+        b"type",
+        b"regular",
+        b"contents",
+        content,
+        b")",
+    ] {
         nar.extend((part.len() as u64).to_le_bytes());
         nar.extend(part);
         nar.resize(nar.len().next_multiple_of(8), 0);

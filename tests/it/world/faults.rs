@@ -71,7 +71,12 @@ impl Plan {
 
     /// Does `fault` to requests whose line begins with `begins`. The first rule that applies is taken.
     pub fn fault(mut self, begins: &str, when: When, fault: Fault) -> Self {
-        self.rules.push(Rule { begins: begins.to_owned(), when, fault, seen: 0 });
+        self.rules.push(Rule {
+            begins: begins.to_owned(),
+            when,
+            fault,
+            seen: 0,
+        });
         self
     }
 
@@ -115,7 +120,11 @@ impl Front {
         });
         let of_thread = Arc::clone(&shared);
         let accepting = std::thread::spawn(move || accept(&listener, &of_thread));
-        Self { address, shared, accepting: Some(accepting) }
+        Self {
+            address,
+            shared,
+            accepting: Some(accepting),
+        }
     }
 
     /// `http://127.0.0.1:<port>`.
@@ -125,7 +134,11 @@ impl Front {
 
     /// The request lines so far, without `HTTP/1.1`, in the order of their arrival.
     pub fn requests(&self) -> Vec<String> {
-        self.shared.requests.lock().expect("no panic holds it").clone()
+        self.shared
+            .requests
+            .lock()
+            .expect("no panic holds it")
+            .clone()
     }
 }
 
@@ -157,14 +170,22 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         }
         let Ok(stream) = stream else { continue };
         if let Ok(copy) = stream.try_clone() {
-            shared.open.lock().expect("no panic holds it").insert(number, copy);
+            shared
+                .open
+                .lock()
+                .expect("no panic holds it")
+                .insert(number, copy);
         }
         let shared = Arc::clone(shared);
         threads.push(std::thread::spawn(move || {
             // A broken connection is what this is for.
             let _ = answer(&stream, &shared);
             let _ = stream.shutdown(Shutdown::Both);
-            shared.open.lock().expect("no panic holds it").remove(&number);
+            shared
+                .open
+                .lock()
+                .expect("no panic holds it")
+                .remove(&number);
         }));
     }
     for stream in shared.open.lock().expect("no panic holds it").values() {
@@ -177,19 +198,40 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 
 fn answer(stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
     let (head, rest) = read_head(stream)?;
-    let line = head.lines().next().unwrap_or_default().trim_end_matches(" HTTP/1.1").to_owned();
-    shared.requests.lock().expect("no panic holds it").push(line.clone());
+    let line = head
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .trim_end_matches(" HTTP/1.1")
+        .to_owned();
+    shared
+        .requests
+        .lock()
+        .expect("no panic holds it")
+        .push(line.clone());
     match shared.plan.lock().expect("no panic holds it").choose(&line) {
         Some(Fault::Close) => Ok(()),
         Some(Fault::Hang) => drain(stream, None),
         Some(Fault::Status(status)) => {
-            let body = format!("{{\"code\":{status},\"error\":\"Fault\",\"message\":\"a planned fault\"}}");
+            let body = format!(
+                "{{\"code\":{status},\"error\":\"Fault\",\"message\":\"a planned fault\"}}"
+            );
             early(stream, status, "application/json", "", &body)
         }
-        Some(Fault::Html(status)) => early(stream, status, "text/html", "", "<html><h1>A proxy says no</h1></html>\n"),
-        Some(Fault::RetryAfter(seconds)) => {
-            early(stream, 429, "text/plain", &format!("Retry-After: {seconds}\r\n"), "slow down\n")
-        }
+        Some(Fault::Html(status)) => early(
+            stream,
+            status,
+            "text/html",
+            "",
+            "<html><h1>A proxy says no</h1></html>\n",
+        ),
+        Some(Fault::RetryAfter(seconds)) => early(
+            stream,
+            429,
+            "text/plain",
+            &format!("Retry-After: {seconds}\r\n"),
+            "slow down\n",
+        ),
         Some(Fault::CutBody) => cut_body(stream, shared, &head, &rest),
         Some(Fault::CutAnswer) => forward(stream, shared, &head, &rest, false),
         Some(Fault::Slow(time)) => {
@@ -202,7 +244,10 @@ fn answer(stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
 
 impl Plan {
     fn choose(&mut self, line: &str) -> Option<Fault> {
-        let rules = self.rules.iter_mut().filter(|rule| line.starts_with(&rule.begins));
+        let rules = self
+            .rules
+            .iter_mut()
+            .filter(|rule| line.starts_with(&rule.begins));
         for rule in rules {
             let number = rule.seen;
             rule.seen += 1;
@@ -236,7 +281,13 @@ fn read_head(mut stream: &TcpStream) -> std::io::Result<(String, Vec<u8>)> {
     }
 }
 
-fn early(mut stream: &TcpStream, status: u16, kind: &str, more: &str, body: &str) -> std::io::Result<()> {
+fn early(
+    mut stream: &TcpStream,
+    status: u16,
+    kind: &str,
+    more: &str,
+    body: &str,
+) -> std::io::Result<()> {
     let length = body.len();
     write!(
         stream,
@@ -254,10 +305,22 @@ fn drain(mut stream: &TcpStream, silence: Option<Duration>) -> std::io::Result<(
     Ok(())
 }
 
-fn cut_body(mut client: &TcpStream, shared: &Shared, head: &str, rest: &[u8]) -> std::io::Result<()> {
-    let Some(upstream) = shared.upstream else { return Ok(()) };
-    let length =
-        head.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse().ok());
+fn cut_body(
+    mut client: &TcpStream,
+    shared: &Shared,
+    head: &str,
+    rest: &[u8],
+) -> std::io::Result<()> {
+    let Some(upstream) = shared.upstream else {
+        return Ok(());
+    };
+    let length = head.lines().find_map(|line| {
+        line.to_ascii_lowercase()
+            .strip_prefix("content-length:")?
+            .trim()
+            .parse()
+            .ok()
+    });
     let half = length.unwrap_or(0) / 2;
     let mut server = TcpStream::connect(upstream)?;
     server.write_all(head.as_bytes())?;
@@ -275,14 +338,28 @@ fn cut_body(mut client: &TcpStream, shared: &Shared, head: &str, rest: &[u8]) ->
     server.shutdown(Shutdown::Both)
 }
 
-fn forward(mut client: &TcpStream, shared: &Shared, head: &str, rest: &[u8], back: bool) -> std::io::Result<()> {
+fn forward(
+    mut client: &TcpStream,
+    shared: &Shared,
+    head: &str,
+    rest: &[u8],
+    back: bool,
+) -> std::io::Result<()> {
     let Some(upstream) = shared.upstream else {
-        return early(client, 404, "text/plain", "", "there is nothing behind this front\n");
+        return early(
+            client,
+            404,
+            "text/plain",
+            "",
+            "there is nothing behind this front\n",
+        );
     };
     let mut server = TcpStream::connect(upstream)?;
     let (line, headers) = head.split_once("\r\n").unwrap_or((head, "\r\n"));
-    let kept: Vec<&str> =
-        headers.split("\r\n").filter(|header| !header.to_ascii_lowercase().starts_with("connection:")).collect();
+    let kept: Vec<&str> = headers
+        .split("\r\n")
+        .filter(|header| !header.to_ascii_lowercase().starts_with("connection:"))
+        .collect();
     server.write_all(format!("{line}\r\nConnection: close\r\n{}", kept.join("\r\n")).as_bytes())?;
     server.write_all(rest)?;
     let (mut from_client, mut to_server) = (client.try_clone()?, server.try_clone()?);
@@ -308,8 +385,12 @@ mod tests {
     /// The status line that a request gets, empty when the connection ends without one.
     fn get(front: &str, path: &str) -> String {
         let address = front.trim_start_matches("http://");
-        let Ok(mut stream) = TcpStream::connect(address) else { return "refused".to_owned() };
-        stream.set_read_timeout(Some(Duration::from_millis(200))).expect("a socket");
+        let Ok(mut stream) = TcpStream::connect(address) else {
+            return "refused".to_owned();
+        };
+        stream
+            .set_read_timeout(Some(Duration::from_millis(200)))
+            .expect("a socket");
         write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").expect("sent");
         let mut answer = Vec::new();
         let ended = stream.read_to_end(&mut answer);
@@ -322,7 +403,9 @@ mod tests {
 
     #[test]
     fn each_fault_does_what_it_says_to_the_requests_it_is_for() {
-        let behind = Plan::new().fault("GET /", When::Always, Fault::Status(204)).alone();
+        let behind = Plan::new()
+            .fault("GET /", When::Always, Fault::Status(204))
+            .alone();
         let front = Plan::new()
             .fault("GET /close", When::Always, Fault::Close)
             .fault("GET /hang", When::Always, Fault::Hang)
@@ -330,19 +413,38 @@ mod tests {
             .fault("GET /every", When::Every(2), Fault::Html(413))
             .fault("GET /later", When::Always, Fault::RetryAfter(1))
             .fault("GET /cut", When::Always, Fault::CutAnswer)
-            .fault("GET /slow", When::Always, Fault::Slow(Duration::from_millis(20)))
+            .fault(
+                "GET /slow",
+                When::Always,
+                Fault::Slow(Duration::from_millis(20)),
+            )
             .fault("GET /half", When::Always, Fault::CutBody)
             .before(behind.address);
         let statuses = |path: &str| [(); 3].map(|()| get(&front.url(), path));
         assert_eq!(get(&front.url(), "/close"), "");
         assert_eq!(get(&front.url(), "/hang"), "silence");
-        assert_eq!(statuses("/first"), ["500", "500", "204"].map(|status| format!("HTTP/1.1 {status} Fault")));
-        assert_eq!(statuses("/every"), ["413", "204", "413"].map(|status| format!("HTTP/1.1 {status} Fault")));
+        assert_eq!(
+            statuses("/first"),
+            ["500", "500", "204"].map(|status| format!("HTTP/1.1 {status} Fault"))
+        );
+        assert_eq!(
+            statuses("/every"),
+            ["413", "204", "413"].map(|status| format!("HTTP/1.1 {status} Fault"))
+        );
         assert_eq!(get(&front.url(), "/later"), "HTTP/1.1 429 Fault");
         assert_eq!(get(&front.url(), "/cut"), "");
         assert_eq!(get(&front.url(), "/half"), "");
         assert_eq!(get(&front.url(), "/slow"), "HTTP/1.1 204 Fault");
-        assert_eq!(behind.requests(), ["GET /first", "GET /every", "GET /cut", "GET /half", "GET /slow"]);
+        assert_eq!(
+            behind.requests(),
+            [
+                "GET /first",
+                "GET /every",
+                "GET /cut",
+                "GET /half",
+                "GET /slow"
+            ]
+        );
         assert_eq!(front.requests().len(), 12);
         assert_eq!(get(&Plan::new().alone().url(), "/"), "HTTP/1.1 404 Fault");
         assert_eq!(get(&closed_port(), "/"), "refused");

@@ -63,14 +63,21 @@ enum Done {
 impl GitHub {
     /// Starts one that knows a token. `refuses`: whether the token may not write, as a fork's may not.
     pub fn start(token: &str, refuses: bool) -> Self {
-        Self::with(Manners { token: token.to_owned(), refuses, ..Manners::default() })
+        Self::with(Manners {
+            token: token.to_owned(),
+            refuses,
+            ..Manners::default()
+        })
     }
 
     /// Starts one with manners of its own.
     pub fn with(manners: Manners) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let state = Arc::new(Mutex::new(State { manners, ..State::default() }));
+        let state = Arc::new(Mutex::new(State {
+            manners,
+            ..State::default()
+        }));
         let of_thread = Arc::clone(&state);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
@@ -89,26 +96,47 @@ impl GitHub {
     /// The one Check Run of a name.
     #[track_caller]
     pub fn run(&self, name: &str) -> Value {
-        let mut found: Vec<Value> = self.runs().into_iter().filter(|run| run["name"] == name).collect();
-        assert_eq!(found.len(), 1, "Check Runs named {name}: {:?}", self.names());
+        let mut found: Vec<Value> = self
+            .runs()
+            .into_iter()
+            .filter(|run| run["name"] == name)
+            .collect();
+        assert_eq!(
+            found.len(),
+            1,
+            "Check Runs named {name}: {:?}",
+            self.names()
+        );
         found.remove(0)
     }
 
     /// The names of all.
     pub fn names(&self) -> Vec<String> {
-        self.runs().iter().map(|run| run["name"].as_str().unwrap().to_owned()).collect()
+        self.runs()
+            .iter()
+            .map(|run| run["name"].as_str().unwrap().to_owned())
+            .collect()
     }
 
     /// Those that have not ended.
     pub fn open(&self) -> Vec<String> {
-        let open = self.runs().into_iter().filter(|run| run["status"] != "completed");
-        open.map(|run| run["name"].as_str().unwrap().to_owned()).collect()
+        let open = self
+            .runs()
+            .into_iter()
+            .filter(|run| run["status"] != "completed");
+        open.map(|run| run["name"].as_str().unwrap().to_owned())
+            .collect()
     }
 
     /// What a run has been, one after the other: `queued`, `in_progress`, `completed`.
     pub fn history(&self, name: &str) -> Vec<String> {
         let state = self.state.lock().unwrap();
-        state.history.iter().filter(|(of, _)| of == name).map(|(_, status)| status.clone()).collect()
+        state
+            .history
+            .iter()
+            .filter(|(of, _)| of == name)
+            .map(|(_, status)| status.clone())
+            .collect()
     }
 
     /// Every request so far: method and path, and the status of its answer.
@@ -118,7 +146,10 @@ impl GitHub {
 
     /// How many writes were done.
     pub fn writes(&self) -> usize {
-        self.log().iter().filter(|(line, status)| !line.starts_with("GET") && (200..300).contains(status)).count()
+        self.log()
+            .iter()
+            .filter(|(line, status)| !line.starts_with("GET") && (200..300).contains(status))
+            .count()
     }
 
     /// Has it behave otherwise from now on.
@@ -130,11 +161,16 @@ impl GitHub {
 /// The schema of a file, read once.
 fn schema(name: &'static str) -> &'static Validator {
     static READ: Mutex<BTreeMap<&str, &Validator>> = Mutex::new(BTreeMap::new());
-    READ.lock().unwrap().entry(name).or_insert_with(|| Box::leak(Box::new(read_schema(name))))
+    READ.lock()
+        .unwrap()
+        .entry(name)
+        .or_insert_with(|| Box::leak(Box::new(read_schema(name))))
 }
 
 fn read_schema(name: &str) -> Validator {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/github").join(name);
+    let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/github")
+        .join(name);
     let schema = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
     jsonschema::validator_for(&schema).unwrap()
 }
@@ -153,7 +189,12 @@ fn serve(stream: TcpStream, state: &Mutex<State>) {
     }
     let mut body = Vec::new();
     reader.by_ref().take(length).read_to_end(&mut body).unwrap();
-    let line = head.lines().next().unwrap_or_default().trim_end_matches(" HTTP/1.1").to_owned();
+    let line = head
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .trim_end_matches(" HTTP/1.1")
+        .to_owned();
     if line.is_empty() {
         return;
     }
@@ -161,7 +202,12 @@ fn serve(stream: TcpStream, state: &Mutex<State>) {
     while state.lock().unwrap().manners.hangs {
         std::thread::sleep(Duration::from_millis(20));
     }
-    let done = respond(&line, &head.to_lowercase(), &body, &mut state.lock().unwrap());
+    let done = respond(
+        &line,
+        &head.to_lowercase(),
+        &body,
+        &mut state.lock().unwrap(),
+    );
     let Done::Answered(status, headers, answer) = done else {
         state.lock().unwrap().log.push((line, 200));
         return;
@@ -173,20 +219,36 @@ fn serve(stream: TcpStream, state: &Mutex<State>) {
         answer.len()
     );
     // A client that hangs up early gets no answer.
-    let _ = reader.get_mut().write_all(format!("{head}{answer}").as_bytes());
+    let _ = reader
+        .get_mut()
+        .write_all(format!("{head}{answer}").as_bytes());
 }
 
 fn respond(line: &str, head: &str, body: &Value, state: &mut State) -> Done {
-    let error =
-        |status, message: &str| Done::Answered(status, "", json!({ "message": message, "documentation_url": "" }));
+    let error = |status, message: &str| {
+        Done::Answered(
+            status,
+            "",
+            json!({ "message": message, "documentation_url": "" }),
+        )
+    };
     let manners = state.manners.clone();
-    let authorised = head.contains(&format!("authorization: bearer {}", manners.token.to_lowercase()));
-    if !authorised || !head.contains("x-github-api-version: 2022-11-28") || !head.contains("user-agent: ") {
+    let authorised = head.contains(&format!(
+        "authorization: bearer {}",
+        manners.token.to_lowercase()
+    ));
+    if !authorised
+        || !head.contains("x-github-api-version: 2022-11-28")
+        || !head.contains("user-agent: ")
+    {
         return error(401, "Bad credentials");
     }
     let (method, path) = line.split_once(' ').unwrap();
     let (path, query) = path.split_once('?').unwrap_or((path, ""));
-    let Some(path) = path.strip_prefix("/repos/octo-org/").and_then(|path| path.split_once('/')).map(|(_, path)| path)
+    let Some(path) = path
+        .strip_prefix("/repos/octo-org/")
+        .and_then(|path| path.split_once('/'))
+        .map(|(_, path)| path)
     else {
         return error(404, "Not Found");
     };
@@ -197,7 +259,8 @@ fn respond(line: &str, head: &str, body: &Value, state: &mut State) -> Done {
         return error(403, "Resource not accessible by integration");
     }
     state.writes += 1;
-    let is_due = |every: Option<usize>| every.is_some_and(|every| state.writes.is_multiple_of(every));
+    let is_due =
+        |every: Option<usize>| every.is_some_and(|every| state.writes.is_multiple_of(every));
     if let Some((_, status, headers)) = manners.limits.filter(|(every, ..)| is_due(Some(*every))) {
         let text = "You have exceeded a secondary rate limit. Please wait a few minutes before you try again.";
         return Done::Answered(status, headers, json!({ "message": text }));
@@ -207,7 +270,11 @@ fn respond(line: &str, head: &str, body: &Value, state: &mut State) -> Done {
             state.recent.pop_front();
         }
         if state.recent.len() >= most {
-            return Done::Answered(403, "", json!({ "message": "You have exceeded a secondary rate limit." }));
+            return Done::Answered(
+                403,
+                "",
+                json!({ "message": "You have exceeded a secondary rate limit." }),
+            );
         }
         state.recent.push_back(Instant::now());
     }
@@ -215,14 +282,18 @@ fn respond(line: &str, head: &str, body: &Value, state: &mut State) -> Done {
         return error(502, "Server Error");
     }
     let cut = is_due(manners.cuts);
-    let done = write(method, path, body, state).unwrap_or_else(|(status, problem)| error(status, &problem));
+    let done = write(method, path, body, state)
+        .unwrap_or_else(|(status, problem)| error(status, &problem));
     if cut { Done::Cut } else { done }
 }
 
 fn list(path: &str, query: &str, state: &State) -> Option<Done> {
     let sha = path.strip_prefix("commits/")?.strip_suffix("/check-runs")?;
-    let pairs: BTreeMap<String, String> = url::form_urlencoded::parse(query.as_bytes()).into_owned().collect();
-    let number = |name: &str, usual: usize| pairs.get(name).map_or(usual, |text| text.parse().unwrap());
+    let pairs: BTreeMap<String, String> = url::form_urlencoded::parse(query.as_bytes())
+        .into_owned()
+        .collect();
+    let number =
+        |name: &str, usual: usize| pairs.get(name).map_or(usual, |text| text.parse().unwrap());
     let (page, size) = (number("page", 1), number("per_page", 30).min(100));
     let name = pairs.get("check_name");
     let found: Vec<&Value> = state
@@ -231,30 +302,46 @@ fn list(path: &str, query: &str, state: &State) -> Option<Done> {
         .filter(|run| run["head_sha"] == sha && name.is_none_or(|name| run["name"] == **name))
         .collect();
     let part: Vec<&&Value> = found.iter().skip((page - 1) * size).take(size).collect();
-    Some(Done::Answered(200, "", json!({ "total_count": found.len(), "check_runs": part })))
+    Some(Done::Answered(
+        200,
+        "",
+        json!({ "total_count": found.len(), "check_runs": part }),
+    ))
 }
 
 fn write(method: &str, path: &str, body: &Value, state: &mut State) -> Result<Done, (u16, String)> {
-    let id = path.strip_prefix("check-runs/").and_then(|id| id.parse::<u64>().ok());
+    let id = path
+        .strip_prefix("check-runs/")
+        .and_then(|id| id.parse::<u64>().ok());
     let (status, id) = match (method, path, id) {
         ("POST", "check-runs", _) => {
-            wrong(schema("check-run-create.json"), body).map_or(Ok(()), |problem| Err((422, problem)))?;
+            wrong(schema("check-run-create.json"), body)
+                .map_or(Ok(()), |problem| Err((422, problem)))?;
             let id = state.runs.len() as u64 + 1;
-            state.runs.insert(id, json!({ "id": id, "status": "queued" }));
+            state
+                .runs
+                .insert(id, json!({ "id": id, "status": "queued" }));
             (201, id)
         }
         ("PATCH", _, Some(id)) => {
-            wrong(schema("check-run-update.json"), body).map_or(Ok(()), |problem| Err((422, problem)))?;
+            wrong(schema("check-run-update.json"), body)
+                .map_or(Ok(()), |problem| Err((422, problem)))?;
             (200, id)
         }
         _ => return Err((404, "Not Found".to_owned())),
     };
-    let run = state.runs.get_mut(&id).ok_or((404, "Not Found".to_owned()))?;
+    let run = state
+        .runs
+        .get_mut(&id)
+        .ok_or((404, "Not Found".to_owned()))?;
     for (key, value) in body.as_object().unwrap() {
         match key.as_str() {
             // GitHub adds the annotations of an update to those that are there.
             "output" => {
-                let mut marks = run["output"]["annotations"].as_array().cloned().unwrap_or_default();
+                let mut marks = run["output"]["annotations"]
+                    .as_array()
+                    .cloned()
+                    .unwrap_or_default();
                 marks.extend(value["annotations"].as_array().cloned().unwrap_or_default());
                 run["output"] = value.clone();
                 run["output"]["annotations"] = marks.into();
@@ -265,8 +352,12 @@ fn write(method: &str, path: &str, body: &Value, state: &mut State) -> Result<Do
     if run["status"] != "completed" {
         run["conclusion"] = Value::Null;
     }
-    let (run, text) = (run.clone(), |value: &Value| value.as_str().unwrap().to_owned());
-    state.history.push((text(&run["name"]), text(&run["status"])));
+    let (run, text) = (run.clone(), |value: &Value| {
+        value.as_str().unwrap().to_owned()
+    });
+    state
+        .history
+        .push((text(&run["name"]), text(&run["status"])));
     Ok(Done::Answered(status, "", run))
 }
 
@@ -279,27 +370,50 @@ fn wrong(schema: &Validator, body: &Value) -> Option<String> {
         return Some("a completed run needs a conclusion".to_owned());
     }
     let output = &body["output"];
-    let long = |value: &Value, most: usize| value.as_str().is_some_and(|text| text.chars().count() > most);
-    if long(&output["title"], TITLE) || long(&output["summary"], TEXT) || long(&output["text"], TEXT) {
+    let long = |value: &Value, most: usize| {
+        value
+            .as_str()
+            .is_some_and(|text| text.chars().count() > most)
+    };
+    if long(&output["title"], TITLE)
+        || long(&output["summary"], TEXT)
+        || long(&output["text"], TEXT)
+    {
         return Some("Invalid request.\n\nThe output is too long".to_owned());
     }
-    if output["annotations"].as_array().is_some_and(|marks| marks.len() > ANNOTATIONS) {
+    if output["annotations"]
+        .as_array()
+        .is_some_and(|marks| marks.len() > ANNOTATIONS)
+    {
         return Some("No more than 50 annotations are supported".to_owned());
     }
     let is_stamp = |text: &str| {
         let pattern = "dddd-dd-ddTdd:dd:ddZ";
         text.len() == pattern.len()
-            && text.chars().zip(pattern.chars()).all(|(c, p)| if p == 'd' { c.is_ascii_digit() } else { c == p })
+            && text
+                .chars()
+                .zip(pattern.chars())
+                .all(|(c, p)| if p == 'd' { c.is_ascii_digit() } else { c == p })
     };
     let stamps = ["started_at", "completed_at"].map(|key| body[key].as_str());
-    stamps.into_iter().flatten().find(|text| !is_stamp(text)).map(|text| format!("`{text}` is no time stamp"))
+    stamps
+        .into_iter()
+        .flatten()
+        .find(|text| !is_stamp(text))
+        .map(|text| format!("`{text}` is no time stamp"))
 }
 
 #[test]
 fn this_github_refuses_what_github_refuses() {
     let create = schema("check-run-create.json");
     let sha = "a".repeat(40);
-    assert_eq!(wrong(create, &json!({ "name": "x", "head_sha": sha, "status": "queued" })), None);
+    assert_eq!(
+        wrong(
+            create,
+            &json!({ "name": "x", "head_sha": sha, "status": "queued" })
+        ),
+        None
+    );
     for body in [
         json!({ "name": "x", "status": "queued" }),
         json!({ "name": "x", "head_sha": sha, "status": "completed" }),

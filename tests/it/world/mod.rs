@@ -37,18 +37,39 @@ impl Flywheel {
     pub fn new(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut environment = BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]);
-        for (name, below) in [("HOME", "home"), ("TMPDIR", "tmp"), ("RUNNER_TEMP", "runner-temp")] {
+        for (name, below) in [
+            ("HOME", "home"),
+            ("TMPDIR", "tmp"),
+            ("RUNNER_TEMP", "runner-temp"),
+        ] {
             std::fs::create_dir(folder.path().join(below)).unwrap();
-            environment.insert(name.to_owned(), folder.path().join(below).display().to_string());
+            environment.insert(
+                name.to_owned(),
+                folder.path().join(below).display().to_string(),
+            );
         }
         environment.remove("RUNNER_TEMP");
-        Self { folder, arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(), environment }
+        Self {
+            folder,
+            arguments: arguments
+                .iter()
+                .map(|argument| (*argument).to_owned())
+                .collect(),
+            environment,
+        }
     }
 
     /// The same, as a step of a GitHub job: runner files, `GITHUB_ACTIONS`, `RUNNER_TEMP`.
     pub fn in_job(arguments: &[&str]) -> Self {
-        let mut run = Self::new(arguments).env("GITHUB_ACTIONS", "true").env("CI", "true");
-        for name in ["GITHUB_OUTPUT", "GITHUB_ENV", "GITHUB_PATH", "GITHUB_STEP_SUMMARY"] {
+        let mut run = Self::new(arguments)
+            .env("GITHUB_ACTIONS", "true")
+            .env("CI", "true");
+        for name in [
+            "GITHUB_OUTPUT",
+            "GITHUB_ENV",
+            "GITHUB_PATH",
+            "GITHUB_STEP_SUMMARY",
+        ] {
             let file = run.path(name);
             std::fs::write(&file, "").unwrap();
             run = run.env(name, file.to_str().unwrap());
@@ -76,8 +97,15 @@ impl Flywheel {
     /// The command, not yet started, for tests that talk to it while it runs.
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flywheel"));
-        command.args(&self.arguments).env_clear().envs(&self.environment).current_dir(self.folder.path());
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(&self.arguments)
+            .env_clear()
+            .envs(&self.environment)
+            .current_dir(self.folder.path());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command
     }
 
@@ -95,9 +123,14 @@ impl Flywheel {
         };
         for (what, text) in [("stdout", &ran.stdout), ("stderr", &ran.stderr)] {
             // The runner itself takes `::add-mask::` lines out of the log.
-            let shown = text.lines().filter(|line| !line.starts_with("::add-mask::"));
+            let shown = text
+                .lines()
+                .filter(|line| !line.starts_with("::add-mask::"));
             for line in shown {
-                assert!(!line.contains(PLANTED_TOKEN), "the planted token stands in {what}: {line}");
+                assert!(
+                    !line.contains(PLANTED_TOKEN),
+                    "the planted token stands in {what}: {line}"
+                );
             }
         }
         no_secret_below(self.folder.path());
@@ -113,8 +146,14 @@ pub fn no_secret_below(folder: &Path) {
             no_secret_below(&entry.path());
         } else if kind.is_file() {
             let bytes = std::fs::read(entry.path()).unwrap();
-            let found = bytes.windows(PLANTED_TOKEN.len()).any(|window| window == PLANTED_TOKEN.as_bytes());
-            assert!(!found, "the planted token stands in {}", entry.path().display());
+            let found = bytes
+                .windows(PLANTED_TOKEN.len())
+                .any(|window| window == PLANTED_TOKEN.as_bytes());
+            assert!(
+                !found,
+                "the planted token stands in {}",
+                entry.path().display()
+            );
         }
     }
 }

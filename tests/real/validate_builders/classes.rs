@@ -24,7 +24,11 @@ impl Docker {
     /// Starts it: the one that `scripts/bootstrap.sh tools` unpacked, else the host's.
     fn start() -> Self {
         let unpacked = root().join("target/tools/docker/usr");
-        let path = format!("{}:{}:{PATH}", unpacked.join("sbin").display(), unpacked.join("bin").display());
+        let path = format!(
+            "{}:{}:{PATH}",
+            unpacked.join("sbin").display(),
+            unpacked.join("bin").display()
+        );
         let folder = tempfile::tempdir().unwrap();
         std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
         let plugins = folder.path().join("config/cli-plugins");
@@ -36,7 +40,14 @@ impl Docker {
         let log = File::create(folder.path().join("log")).unwrap();
         let at = |name: &str| folder.path().join(name).display().to_string();
         let mut command = Command::new(need("unshare", "apt-get install util-linux"));
-        command.args(["--mount", "--propagation", "private", "dockerd", "--bridge=none", "--iptables=false"]);
+        command.args([
+            "--mount",
+            "--propagation",
+            "private",
+            "dockerd",
+            "--bridge=none",
+            "--iptables=false",
+        ]);
         command.args([
             "--ip6tables=false",
             "--storage-driver=vfs",
@@ -45,12 +56,34 @@ impl Docker {
             "--exec-root",
             &at("exec"),
         ]);
-        command.args(["--pidfile", &at("pid"), "--host", &format!("unix://{}", at("docker.sock"))]);
-        command.env_clear().env("PATH", &path).env("HOME", folder.path());
-        let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn();
-        let docker = Self { child: child.expect("unshare starts"), path, folder };
-        let up = wait_until(Duration::from_secs(60), || docker.said().contains("API listen on"));
-        assert!(up, "dockerd does not listen (`scripts/bootstrap.sh tools` unpacks it):\n{}", docker.said());
+        command.args([
+            "--pidfile",
+            &at("pid"),
+            "--host",
+            &format!("unix://{}", at("docker.sock")),
+        ]);
+        command
+            .env_clear()
+            .env("PATH", &path)
+            .env("HOME", folder.path());
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn();
+        let docker = Self {
+            child: child.expect("unshare starts"),
+            path,
+            folder,
+        };
+        let up = wait_until(Duration::from_secs(60), || {
+            docker.said().contains("API listen on")
+        });
+        assert!(
+            up,
+            "dockerd does not listen (`scripts/bootstrap.sh tools` unpacks it):\n{}",
+            docker.said()
+        );
         docker
     }
 
@@ -59,7 +92,10 @@ impl Docker {
     }
 
     fn host(&self) -> String {
-        format!("unix://{}", self.folder.path().join("docker.sock").display())
+        format!(
+            "unix://{}",
+            self.folder.path().join("docker.sock").display()
+        )
     }
 
     fn images(&self) -> String {
@@ -90,13 +126,28 @@ fn a_docker_that_builds_an_image_is_healthy_until_it_dies() {
     let mut docker = Docker::start();
     let config = docker.folder.path().join("config").display().to_string();
     let builder = || {
-        let builder = Builder::new().args(&["--class", "container"]).env("PATH", &docker.path);
-        builder.env("DOCKER_HOST", &docker.host()).env("DOCKER_CONFIG", &config)
+        let builder = Builder::new()
+            .args(&["--class", "container"])
+            .env("PATH", &docker.path);
+        builder
+            .env("DOCKER_HOST", &docker.host())
+            .env("DOCKER_CONFIG", &config)
     };
     let canary = builder().run();
-    assert_eq!((canary.code, canary.layer()), (0, ""), "{}\n{}", canary.log, docker.said());
+    assert_eq!(
+        (canary.code, canary.layer()),
+        (0, ""),
+        "{}\n{}",
+        canary.log,
+        docker.said()
+    );
     for check in ["container-endpoint", "image-build"] {
-        assert_eq!(canary.check(check)["verdict"], "passed", "{check}\n{}", canary.log);
+        assert_eq!(
+            canary.check(check)["verdict"],
+            "passed",
+            "{check}\n{}",
+            canary.log
+        );
     }
     assert_eq!(docker.images(), "", "the canary's image is gone");
     let builder = builder();
@@ -109,14 +160,34 @@ fn headers() -> (String, String) {
     let unpacked = root().join("target/tools/kernel/usr");
     let release_of = |entry: std::fs::DirEntry| {
         let name = entry.file_name().into_string().unwrap();
-        Some(name.strip_prefix("linux-headers-").filter(|release| !release.ends_with("-common"))?.to_owned())
+        Some(
+            name.strip_prefix("linux-headers-")
+                .filter(|release| !release.ends_with("-common"))?
+                .to_owned(),
+        )
     };
     match std::fs::read_dir(unpacked.join("src")) {
         Ok(entries) => {
-            let release = entries.flatten().find_map(release_of).expect("unpacked headers");
-            (format!("mount -t overlay -o lowerdir={}:/usr overlay /usr", unpacked.display()), release)
+            let release = entries
+                .flatten()
+                .find_map(release_of)
+                .expect("unpacked headers");
+            (
+                format!(
+                    "mount -t overlay -o lowerdir={}:/usr overlay /usr",
+                    unpacked.display()
+                ),
+                release,
+            )
         }
-        Err(_) => (String::new(), rustix::system::uname().release().to_str().unwrap().to_owned()),
+        Err(_) => (
+            String::new(),
+            rustix::system::uname()
+                .release()
+                .to_str()
+                .unwrap()
+                .to_owned(),
+        ),
     }
 }
 
@@ -136,7 +207,12 @@ fn headers_that_a_module_compiles_with_are_healthy_until_one_is_empty() {
     let canary = builder().run();
     assert_eq!((canary.code, canary.layer()), (0, ""), "{}", canary.log);
     for check in ["kernel-headers", "kernel-module"] {
-        assert_eq!(canary.check(check)["verdict"], "passed", "{check}\n{}", canary.log);
+        assert_eq!(
+            canary.check(check)["verdict"],
+            "passed",
+            "{check}\n{}",
+            canary.log
+        );
     }
     let emptied = format!("mount --bind /dev/null {}", include_of(&release).display());
     broken("no configuration", &builder().broken_by(&emptied), "module");

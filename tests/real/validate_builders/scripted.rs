@@ -15,8 +15,14 @@ use crate::world::{must, need};
 
 /// A whole HTTP answer.
 pub fn answer(status: u16, headers: &[(&str, &str)], body: &[u8]) -> Vec<u8> {
-    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-    let head = format!("HTTP/1.1 {status} x\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let headers: String = headers
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}\r\n"))
+        .collect();
+    let head = format!(
+        "HTTP/1.1 {status} x\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
     [head.as_bytes(), body].concat()
 }
 
@@ -48,7 +54,10 @@ impl Scripted {
                 }
                 let _ = reader.by_ref().take(length).read_to_end(&mut Vec::new());
                 let mut words = request.split_whitespace();
-                let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+                let (method, path) = (
+                    words.next().unwrap_or_default(),
+                    words.next().unwrap_or_default(),
+                );
                 let _ = reader.get_mut().write_all(&script(method, path));
             }
         });
@@ -75,7 +84,15 @@ impl Nar {
             let padding = vec![0; (8 - text.len() % 8) % 8];
             [&length[..], text.as_bytes(), &padding].concat()
         };
-        let words = ["nix-archive-1", "(", "type", "regular", "contents", "the whole body of a NAR", ")"];
+        let words = [
+            "nix-archive-1",
+            "(",
+            "type",
+            "regular",
+            "contents",
+            "the whole body of a NAR",
+            ")",
+        ];
         let body: Vec<u8> = words.into_iter().flat_map(text).collect();
         let path = "/nix/store/0123456789abcdfghijklmnpqrsvwxyz-flywheel-probe".to_owned();
         let key = SecretKey::generate("scripted-1").unwrap();
@@ -86,7 +103,12 @@ impl Nar {
         let info = format!(
             "StorePath: {path}\nURL: nar/it.nar\nCompression: none\nFileHash: {hash}\nFileSize: {size}\nNarHash: {hash}\nNarSize: {size}\nReferences: \nSig: {signature}\n"
         );
-        Self { path, key: key.public().to_string(), body, info }
+        Self {
+            path,
+            key: key.public().to_string(),
+            body,
+            info,
+        }
     }
 
     /// What a good cache answers.
@@ -108,10 +130,16 @@ impl Nar {
             "nar empty" if of_nar => answer(200, &[], b""),
             "nar other" if of_nar => answer(200, &[], &vec![b'x'; self.body.len()]),
             "signature" if of_info => {
-                let other = SecretKey::generate("scripted-1").unwrap().sign("something else");
+                let other = SecretKey::generate("scripted-1")
+                    .unwrap()
+                    .sign("something else");
                 let lines = self.info.lines().filter(|line| !line.starts_with("Sig: "));
                 let lines: Vec<&str> = lines.collect();
-                answer(200, &[], format!("{}\nSig: {other}\n", lines.join("\n")).as_bytes())
+                answer(
+                    200,
+                    &[],
+                    format!("{}\nSig: {other}\n", lines.join("\n")).as_bytes(),
+                )
             }
             _ => self.serve(path),
         }
@@ -132,19 +160,54 @@ impl Tls {
         let openssl = need("openssl", "apt-get install openssl");
         let folder = tempfile::tempdir().unwrap();
         let mut request = Command::new(&openssl);
-        request.args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]);
-        request.args(["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]);
+        request.args([
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=127.0.0.1",
+        ]);
+        request.args([
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+        ]);
         must(request.current_dir(folder.path()));
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let mut serve = Command::new(openssl);
-        serve.args(["s_server", "-quiet", "-www", "-key", "key.pem", "-cert", "cert.pem", "-accept"]);
-        serve.arg(format!("127.0.0.1:{port}")).current_dir(folder.path());
-        let child = serve.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        serve.args([
+            "s_server", "-quiet", "-www", "-key", "key.pem", "-cert", "cert.pem", "-accept",
+        ]);
+        serve
+            .arg(format!("127.0.0.1:{port}"))
+            .current_dir(folder.path());
+        let child = serve
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let limit = std::time::Duration::from_secs(10);
-        let up =
-            crate::world::processes::wait_until(limit, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let up = crate::world::processes::wait_until(limit, || {
+            std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
         assert!(up, "openssl does not listen");
-        Self { url: format!("https://127.0.0.1:{port}"), child, _folder: folder }
+        Self {
+            url: format!("https://127.0.0.1:{port}"),
+            child,
+            _folder: folder,
+        }
     }
 }
 

@@ -52,7 +52,9 @@ jobs:
 
 /// A builder with so much memory, as its class wants.
 fn caller(workflow: &str, memory: &str) -> Caller {
-    let caller = Caller::new(workflow).with_flake(FLAKE).with_env("NIX_CONFIG", NIX_CONFIG);
+    let caller = Caller::new(workflow)
+        .with_flake(FLAKE)
+        .with_env("NIX_CONFIG", NIX_CONFIG);
     caller.with_file("flywheel.yml", &SMALL.replace("64MiB", memory))
 }
 
@@ -62,12 +64,36 @@ fn a_deployment_waits_for_the_canary() {
         let caller = caller(BY_ACTION, memory);
         let ran = caller.run(&caller.push("refs/heads/main"));
         let canary = ran.step("canary", "canary");
-        assert_eq!(canary.outputs["healthy"], healthy.to_string(), "{}", ran.log());
-        assert_eq!(canary.outputs["broken-layer"], if healthy { "" } else { "memory" }, "{}", ran.log());
-        assert_eq!(ran.jobs["canary"], if healthy { "success" } else { "failure" }, "{}", ran.log());
-        assert_eq!(ran.log().contains("deployed after"), healthy, "{}", ran.log());
+        assert_eq!(
+            canary.outputs["healthy"],
+            healthy.to_string(),
+            "{}",
+            ran.log()
+        );
+        assert_eq!(
+            canary.outputs["broken-layer"],
+            if healthy { "" } else { "memory" },
+            "{}",
+            ran.log()
+        );
+        assert_eq!(
+            ran.jobs["canary"],
+            if healthy { "success" } else { "failure" },
+            "{}",
+            ran.log()
+        );
+        assert_eq!(
+            ran.log().contains("deployed after"),
+            healthy,
+            "{}",
+            ran.log()
+        );
         assert_eq!(ran.code == 0, healthy);
-        assert!(canary.summary.contains("Builder health"), "{}", canary.summary);
+        assert!(
+            canary.summary.contains("Builder health"),
+            "{}",
+            canary.summary
+        );
     }
 }
 
@@ -78,18 +104,33 @@ fn a_deployment_waits_for_the_reusable_workflow() {
         if !healthy {
             cache.kill();
         }
-        let caller = caller(BY_WORKFLOW, "64MiB").with_checkout(CHECKOUT).with_secret("ATTIC_TOKEN", &cache.token);
-        let caller = caller.with_env("ATTIC_SERVER", &cache.url).with_env("ATTIC_PUBLIC_KEY", &cache.key);
+        let caller = caller(BY_WORKFLOW, "64MiB")
+            .with_checkout(CHECKOUT)
+            .with_secret("ATTIC_TOKEN", &cache.token);
+        let caller = caller
+            .with_env("ATTIC_SERVER", &cache.url)
+            .with_env("ATTIC_PUBLIC_KEY", &cache.key);
         let ran = caller.run(&caller.push("refs/heads/main"));
         assert_eq!(ran.code == 0, healthy, "{}", ran.raw);
         // Act prints no number where the output was not handed on.
-        let deployed =
-            ran.log().lines().any(|line| line.contains("deployed after 0.") || line.contains("deployed after 1."));
+        let deployed = ran
+            .log()
+            .lines()
+            .any(|line| line.contains("deployed after 0.") || line.contains("deployed after 1."));
         assert_eq!(deployed, healthy, "{}", ran.log());
         if healthy {
-            assert_eq!(cache.names().len(), 1, "the canary wrote and read back: {:?}", cache.names());
+            assert_eq!(
+                cache.names().len(),
+                1,
+                "the canary wrote and read back: {:?}",
+                cache.names()
+            );
         } else {
-            assert!(ran.log().contains("is broken at `cache-connect`"), "{}", ran.log());
+            assert!(
+                ran.log().contains("is broken at `cache-connect`"),
+                "{}",
+                ran.log()
+            );
         }
     }
 }

@@ -107,13 +107,17 @@ impl Ran {
     /// A step of a job.
     pub fn step(&self, job: &str, step: &str) -> &Step {
         let name = format!("{job}/{step}");
-        self.steps.get(&name).unwrap_or_else(|| panic!("no step `{name}` in:\n{}", self.log()))
+        self.steps
+            .get(&name)
+            .unwrap_or_else(|| panic!("no step `{name}` in:\n{}", self.log()))
     }
 
     /// What all steps printed, in order of their names.
     pub fn log(&self) -> String {
         let steps = self.steps.iter();
-        let mut log: String = steps.map(|(name, step)| format!("--- {name}: {}\n{}", step.result, step.log)).collect();
+        let mut log: String = steps
+            .map(|(name, step)| format!("--- {name}: {}\n{}", step.result, step.log))
+            .collect();
         if self.steps.is_empty() {
             log.push_str(&self.raw);
         }
@@ -132,7 +136,11 @@ impl Caller {
         export(&folder.path().join("export"));
         fs::create_dir(folder.path().join("shell")).unwrap();
         fs::write(folder.path().join("shell/bash"), SHELL).unwrap();
-        fs::set_permissions(folder.path().join("shell/bash"), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(
+            folder.path().join("shell/bash"),
+            fs::Permissions::from_mode(0o755),
+        )
+        .unwrap();
         let caller = Self {
             folder,
             secrets: BTreeMap::new(),
@@ -229,8 +237,18 @@ impl Caller {
         let repository = self.repository();
         let git = |arguments: &[&str]| {
             let mut command = Command::new(need("git", "apt-get install git"));
-            command.args(["-c", "user.name=octocat", "-c", "user.email=octocat@example.org"]);
-            must(command.args(arguments).current_dir(&repository).env("HOME", self.folder.path().join("home")))
+            command.args([
+                "-c",
+                "user.name=octocat",
+                "-c",
+                "user.email=octocat@example.org",
+            ]);
+            must(
+                command
+                    .args(arguments)
+                    .current_dir(&repository)
+                    .env("HOME", self.folder.path().join("home")),
+            )
         };
         git(&["init", "--quiet", "--initial-branch=main"]);
         git(&["add", "--all"]);
@@ -266,14 +284,20 @@ impl Caller {
         self.commit();
         let private = self.folder.path().join("private");
         fs::write(private.join("event.json"), event.payload.to_string()).unwrap();
-        let secrets: String = self.secrets.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect();
+        let secrets: String = self
+            .secrets
+            .iter()
+            .map(|(name, value)| format!("{name}='{value}'\n"))
+            .collect();
         fs::write(private.join("secrets"), secrets).unwrap();
         let marker = format!("ACT_TEST_RUN={:032x}", fastrand::u128(..));
 
         let mut command = self.act(event, &private, &marker);
         let (stdout, stderr) = (private.join("stdout"), private.join("stderr"));
         command.stdin(Stdio::null());
-        command.stdout(File::create(&stdout).unwrap()).stderr(File::create(&stderr).unwrap());
+        command
+            .stdout(File::create(&stdout).unwrap())
+            .stderr(File::create(&stderr).unwrap());
         let started = Instant::now();
         let mut child = command.process_group(0).spawn().unwrap();
         let status = processes::ended(&mut child, self.limit);
@@ -289,8 +313,12 @@ impl Caller {
         for file in ["secrets", "event.json", "stdout", "stderr"] {
             fs::remove_file(private.join(file)).unwrap();
         }
-        let status = status.unwrap_or_else(|| panic!("act was killed after {:?}:\n{raw}", self.limit));
-        let left_processes = left.into_iter().map(|process| process.command_line).collect();
+        let status =
+            status.unwrap_or_else(|| panic!("act was killed after {:?}:\n{raw}", self.limit));
+        let left_processes = left
+            .into_iter()
+            .map(|process| process.command_line)
+            .collect();
         let mut ran = Ran {
             code: status.code().unwrap_or(-1),
             jobs: BTreeMap::new(),
@@ -310,19 +338,32 @@ impl Caller {
         // Without a terminal to be had, act gives its steps plain pipes, as GitHub's runner does. With
         // one it does not wait for the last output of a step that fails.
         let mut command = with_private_nix(&self.nix(), Path::new("/bin/sh"));
-        command.args(["-c", "mount --bind /dev/null /dev/ptmx && exec \"$0\" \"$@\""]).arg(act);
-        command.arg(&event.name).args(["--json", "--action-offline-mode", "--no-cache-server"]);
+        command
+            .args([
+                "-c",
+                "mount --bind /dev/null /dev/ptmx && exec \"$0\" \"$@\"",
+            ])
+            .arg(act);
+        command
+            .arg(&event.name)
+            .args(["--json", "--action-offline-mode", "--no-cache-server"]);
         for label in ["ubuntu-latest", "self-hosted", "nix"] {
             command.arg("-P").arg(format!("{label}=-self-hosted"));
         }
         command.arg("--workflows").arg(".github/workflows/ci.yml");
         command.arg("--eventpath").arg(private.join("event.json"));
         command.arg("--secret-file").arg(private.join("secrets"));
-        command.arg("--local-repository").arg(format!("{ACTIONS}@main={}", below("export").display()));
+        command
+            .arg("--local-repository")
+            .arg(format!("{ACTIONS}@main={}", below("export").display()));
         for (name, folder) in &self.repositories {
-            command.arg("--local-repository").arg(format!("{name}={}", folder.display()));
+            command
+                .arg("--local-repository")
+                .arg(format!("{name}={}", folder.display()));
         }
-        command.arg("--action-cache-path").arg(below("actions-cache"));
+        command
+            .arg("--action-cache-path")
+            .arg(below("actions-cache"));
         command.args(["--actor", "octocat"]);
         for (name, value) in event.facts() {
             command.arg("--env").arg(format!("{name}={value}"));
@@ -333,7 +374,10 @@ impl Caller {
         }
         command.current_dir(self.repository()).env_clear();
         command.env("PATH", format!("{}:{PATH}", below("shell").display()));
-        command.env("HOME", below("home")).env("XDG_CACHE_HOME", below("cache")).env("TMPDIR", below("tmp"));
+        command
+            .env("HOME", below("home"))
+            .env("XDG_CACHE_HOME", below("cache"))
+            .env("TMPDIR", below("tmp"));
         command
     }
 }
@@ -341,15 +385,23 @@ impl Caller {
 impl Event {
     /// An event of the caller's repository, which is added to the payload, as GitHub adds it.
     pub fn new(name: &str, mut payload: Value, git_ref: &str) -> Self {
-        payload["repository"] =
-            json!({ "full_name": CALLER, "name": "app", "default_branch": "main", "owner": { "login": "octo-org" } });
+        payload["repository"] = json!({ "full_name": CALLER, "name": "app", "default_branch": "main", "owner": { "login": "octo-org" } });
         payload["sender"] = json!({ "login": "octocat" });
-        Self { name: name.to_owned(), payload, git_ref: git_ref.to_owned(), protected: git_ref == "refs/heads/main" }
+        Self {
+            name: name.to_owned(),
+            payload,
+            git_ref: git_ref.to_owned(),
+            protected: git_ref == "refs/heads/main",
+        }
     }
 
     /// The facts that GitHub's runner gives and act leaves out or gets wrong.
     fn facts(&self) -> Vec<(&'static str, String)> {
-        let kind = if self.git_ref.starts_with("refs/tags/") { "tag" } else { "branch" };
+        let kind = if self.git_ref.starts_with("refs/tags/") {
+            "tag"
+        } else {
+            "branch"
+        };
         vec![
             ("GITHUB_REF", self.git_ref.clone()),
             ("GITHUB_REF_TYPE", kind.to_owned()),
@@ -357,7 +409,10 @@ impl Event {
             ("GITHUB_REPOSITORY", CALLER.to_owned()),
             ("GITHUB_REPOSITORY_OWNER", "octo-org".to_owned()),
             ("GITHUB_TRIGGERING_ACTOR", "octocat".to_owned()),
-            ("GITHUB_WORKFLOW_REF", format!("{CALLER}/.github/workflows/ci.yml@{}", self.git_ref)),
+            (
+                "GITHUB_WORKFLOW_REF",
+                format!("{CALLER}/.github/workflows/ci.yml@{}", self.git_ref),
+            ),
             ("RUNNER_ENVIRONMENT", "self-hosted".to_owned()),
         ]
     }
@@ -368,7 +423,8 @@ fn export(folder: &Path) {
     fs::create_dir(folder).unwrap();
     let git = need("git", "apt-get install git");
     let mut list = Command::new(git);
-    list.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root());
+    list.args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root());
     for name in must(&mut list).lines() {
         let (from, to) = (root().join(name), folder.join(name));
         // A file that was deleted and is not yet committed is still listed.
@@ -380,7 +436,11 @@ fn export(folder: &Path) {
     let binary = flywheel();
     if fs::read(&binary).unwrap().starts_with(b"#!") {
         // It is the launcher: the committed binary itself is under test, with the committed sum.
-        fs::copy(binary.with_file_name(BINARY), folder.join("dist").join(BINARY)).unwrap();
+        fs::copy(
+            binary.with_file_name(BINARY),
+            folder.join("dist").join(BINARY),
+        )
+        .unwrap();
     } else {
         put_binary(&binary, &folder.join("dist"));
     }
@@ -389,7 +449,10 @@ fn export(folder: &Path) {
 /// Puts a binary where the launcher looks for it, with its sum.
 pub fn put_binary(binary: &Path, dist: &Path) {
     let bytes = fs::read(binary).unwrap();
-    let sum: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let sum: String = Sha256::digest(&bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     fs::write(dist.join(BINARY), bytes).unwrap();
     fs::set_permissions(dist.join(BINARY), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(dist.join("SHA256SUMS"), format!("{sum}  {BINARY}\n")).unwrap();
@@ -398,14 +461,20 @@ pub fn put_binary(binary: &Path, dist: &Path) {
 /// Sorts act's JSON lines by step. A composite's inner step counts as the step that uses it.
 fn read_log(ran: &mut Ran) {
     for line in ran.raw.lines() {
-        let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
+        let Ok(line) = serde_json::from_str::<Value>(line) else {
+            continue;
+        };
         let text = |key: &str| line[key].as_str().unwrap_or_default();
         let job = text("jobID").to_owned();
         if !text("jobResult").is_empty() {
             ran.jobs.insert(job.clone(), text("jobResult").to_owned());
         }
-        let Some(ids) = line["stepID"].as_array() else { continue };
-        let Some(step) = ids.first().and_then(Value::as_str) else { continue };
+        let Some(ids) = line["stepID"].as_array() else {
+            continue;
+        };
+        let Some(step) = ids.first().and_then(Value::as_str) else {
+            continue;
+        };
         if text("stage") != "Main" {
             continue;
         }
@@ -413,12 +482,14 @@ fn read_log(ran: &mut Ran) {
         match text("command") {
             // Act repeats a composite's results for the step that uses it: those are the step's own.
             "set-output" if ids.len() == 1 => {
-                step.outputs.insert(text("name").to_owned(), text("arg").to_owned());
+                step.outputs
+                    .insert(text("name").to_owned(), text("arg").to_owned());
             }
             "summary" if ids.len() == 1 => step.summary = text("content").to_owned(),
             "" if line["raw_output"] == true => step.log.push_str(text("msg")),
             "notice" | "warning" | "error" | "group" | "endgroup" => {
-                step.log.push_str(&format!("::{}::{}\n", text("command"), text("arg")));
+                step.log
+                    .push_str(&format!("::{}::{}\n", text("command"), text("arg")));
             }
             _ => {}
         }

@@ -15,7 +15,8 @@ pub fn server() -> String {
             let mut request = [0_u8; 4096];
             // Whoever hangs up early gets no answer.
             let _ = stream.read(&mut request);
-            let _ = stream.write_all(b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
+            let _ = stream
+                .write_all(b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
         }
     });
     address
@@ -44,13 +45,21 @@ impl Forward {
 pub fn forward(url: &str) -> Forward {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let own = format!("http://{}", listener.local_addr().unwrap());
-    let target = url.trim_start_matches("http://").trim_end_matches('/').to_owned();
+    let target = url
+        .trim_start_matches("http://")
+        .trim_end_matches('/')
+        .to_owned();
     let cut = Arc::new(AtomicBool::new(false));
     let stop = Arc::clone(&cut);
     thread::spawn(move || {
         for client in listener.incoming().flatten() {
-            let Ok(server) = TcpStream::connect(&target) else { continue };
-            let halves = [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)];
+            let Ok(server) = TcpStream::connect(&target) else {
+                continue;
+            };
+            let halves = [
+                (client.try_clone().unwrap(), server.try_clone().unwrap()),
+                (server, client),
+            ];
             for (from, to) in halves {
                 let stop = Arc::clone(&stop);
                 thread::spawn(move || pump(from, to, &stop));

@@ -31,15 +31,31 @@ impl Cache {
 
     /// Starts one that knows the tokens of a file.
     pub fn start_with_tokens(tokens: &Path) -> Self {
-        Self::launch(tempfile::tempdir().unwrap(), tokens, &["--tokens", tokens.to_str().unwrap()])
+        Self::launch(
+            tempfile::tempdir().unwrap(),
+            tokens,
+            &["--tokens", tokens.to_str().unwrap()],
+        )
     }
 
     fn launch(folder: TempDir, tokens: &Path, more: &[&str]) -> Self {
         let more: Vec<String> = more.iter().map(|&word| word.to_owned()).collect();
         let (child, url, key) = serve(folder.path(), "127.0.0.1:0", &more);
         let tokens = std::fs::read_to_string(tokens).unwrap();
-        let token = tokens.lines().find_map(|line| line.strip_prefix("write ")).unwrap().trim().to_owned();
-        Self { folder, child, more, url, key, token }
+        let token = tokens
+            .lines()
+            .find_map(|line| line.strip_prefix("write "))
+            .unwrap()
+            .trim()
+            .to_owned();
+        Self {
+            folder,
+            child,
+            more,
+            url,
+            key,
+            token,
+        }
     }
 
     /// Starts it again after `kill`, in the same folder and on the same port.
@@ -57,7 +73,11 @@ impl Cache {
 
     /// The names of the store paths that it serves, without their hashes, sorted.
     pub fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.infos().iter().filter_map(|text| name_of(text)).collect();
+        let mut names: Vec<String> = self
+            .infos()
+            .iter()
+            .filter_map(|text| name_of(text))
+            .collect();
         names.sort();
         names
     }
@@ -83,12 +103,30 @@ impl Cache {
 
 fn serve(folder: &Path, address: &str, more: &[String]) -> (Child, String, String) {
     let mut command = Command::new(flywheel());
-    command.args(["cache", "serve", "--quiet", "--stop-after", "15m", "--listen", address, "--dir"]);
+    command.args([
+        "cache",
+        "serve",
+        "--quiet",
+        "--stop-after",
+        "15m",
+        "--listen",
+        address,
+        "--dir",
+    ]);
     command.arg(folder).args(more).env_remove("GITHUB_ACTIONS");
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn().unwrap();
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap())
+        .lines()
+        .map_while(Result::ok);
     let url = lines.next().expect("the server says where it listens");
-    let key = lines.find_map(|line| line.strip_prefix("public-key ").map(str::to_owned)).expect("and its key");
+    let key = lines
+        .find_map(|line| line.strip_prefix("public-key ").map(str::to_owned))
+        .expect("and its key");
     (child, url, key)
 }
 
@@ -99,6 +137,8 @@ impl Drop for Cache {
 }
 
 fn name_of(info: &str) -> Option<String> {
-    let path = info.lines().find_map(|line| line.strip_prefix("StorePath: "))?;
+    let path = info
+        .lines()
+        .find_map(|line| line.strip_prefix("StorePath: "))?;
     Some(path.rsplit('/').next()?.get(33..)?.to_owned())
 }

@@ -33,5 +33,9 @@ pub const FLAKE: &str = r#"{
 pub fn write(folder: &Path) {
     fs::write(folder.join("flake.nix"), FLAKE).unwrap();
     fs::create_dir_all(folder.join("bin")).unwrap();
-    fs::copy(need("busybox", "apt-get install busybox-static"), folder.join("bin/busybox")).unwrap();
+    fs::copy(
+        need("busybox", "apt-get install busybox-static"),
+        folder.join("bin/busybox"),
+    )
+    .unwrap();
 }

@@ -34,7 +34,8 @@ pub fn need(tool: &str, how: &str) -> PathBuf {
 
 /// The binary under test: `FLYWHEEL_BIN`, else the one that this build made.
 pub fn flywheel() -> PathBuf {
-    std::env::var_os("FLYWHEEL_BIN").map_or_else(|| env!("CARGO_BIN_EXE_flywheel").into(), PathBuf::from)
+    std::env::var_os("FLYWHEEL_BIN")
+        .map_or_else(|| env!("CARGO_BIN_EXE_flywheel").into(), PathBuf::from)
 }
 
 /// The binary itself, also where `FLYWHEEL_BIN` is a launcher: for places where a shell script
@@ -42,7 +43,11 @@ pub fn flywheel() -> PathBuf {
 pub fn binary() -> PathBuf {
     let named = flywheel();
     let is_script = std::fs::read(&named).is_ok_and(|bytes| bytes.starts_with(b"#!"));
-    if is_script { named.with_file_name(act::BINARY) } else { named }
+    if is_script {
+        named.with_file_name(act::BINARY)
+    } else {
+        named
+    }
 }
 
 /// A command in a mount namespace where `nix` is the folder `/nix`, so that tests neither see each
@@ -52,15 +57,31 @@ pub fn with_private_nix(nix: &Path, program: &Path) -> Command {
     std::fs::create_dir_all("/nix").unwrap();
     let unshare = need("unshare", "apt-get install util-linux");
     let mut command = Command::new(unshare);
-    command.args(["--mount", "--propagation", "private", "sh", "-c", "mount --bind \"$0\" /nix && exec \"$@\""]);
+    command.args([
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        "mount --bind \"$0\" /nix && exec \"$@\"",
+    ]);
     command.arg(nix).arg(program);
     command
 }
 
 /// A tool run to its end, which must succeed; what it printed.
 pub fn must(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{command:?}: {}\n{stdout}\n{stderr}", output.status);
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let (stdout, stderr) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{stdout}\n{stderr}",
+        output.status
+    );
     stdout.into_owned()
 }

@@ -22,13 +22,27 @@ pub struct Process {
 pub fn with_variable(variable: &str) -> Vec<Process> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
+        let Some(id) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
         // A process that ends meanwhile has no environment any more; a dead one that nobody has
         // waited for has an empty one.
-        let Ok(environment) = fs::read(entry.path().join("environ")) else { continue };
-        if environment.split(|byte| *byte == 0).any(|pair| pair == variable.as_bytes()) {
+        let Ok(environment) = fs::read(entry.path().join("environ")) else {
+            continue;
+        };
+        if environment
+            .split(|byte| *byte == 0)
+            .any(|pair| pair == variable.as_bytes())
+        {
             let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let command_line = String::from_utf8_lossy(&arguments).replace('\0', " ").trim().to_owned();
+            let command_line = String::from_utf8_lossy(&arguments)
+                .replace('\0', " ")
+                .trim()
+                .to_owned();
             found.push(Process { id, command_line });
         }
     }

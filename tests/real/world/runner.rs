@@ -24,7 +24,13 @@ const TO_KILL: Duration = Duration::from_millis(2500);
 /// How long the runner waits for stdout and stderr after the entry process has ended.
 const FOR_STREAMS: Duration = Duration::from_secs(5);
 /// The command files of a step.
-const FILES: [&str; 5] = ["GITHUB_OUTPUT", "GITHUB_ENV", "GITHUB_PATH", "GITHUB_STATE", "GITHUB_STEP_SUMMARY"];
+const FILES: [&str; 5] = [
+    "GITHUB_OUTPUT",
+    "GITHUB_ENV",
+    "GITHUB_PATH",
+    "GITHUB_STATE",
+    "GITHUB_STEP_SUMMARY",
+];
 
 /// One step to come: a bash script, as `shell: bash` runs it.
 pub struct Step {
@@ -68,7 +74,13 @@ impl Step {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
         let script = script.to_owned();
-        Self { folder, script, environment: BTreeMap::new(), nix: None, limit: Duration::from_secs(180) }
+        Self {
+            folder,
+            script,
+            environment: BTreeMap::new(),
+            nix: None,
+            limit: Duration::from_secs(180),
+        }
     }
 
     /// Sets a variable.
@@ -112,7 +124,11 @@ impl Step {
     /// Runs it, and cancels it as GitHub does once the log so far makes `now` true.
     pub fn cancel_when(&self, now: impl Fn(&str) -> bool) -> Report {
         let report = self.run_and(|log, _| now(log));
-        assert!(!report.signals.is_empty(), "it ended before the moment to cancel came:\n{}", report.log);
+        assert!(
+            !report.signals.is_empty(),
+            "it ended before the moment to cancel came:\n{}",
+            report.log
+        );
         report
     }
 
@@ -143,15 +159,38 @@ impl Step {
         }
         let to_end = (!signals.is_empty()).then(|| began.elapsed());
         let streams_held = !streams_closed(&streams);
-        let orphans = processes::kill_with_variable(&tracking).into_iter().map(|found| found.command_line).collect();
-        assert!(came, "the step did not end within {:?}:\n{}", self.limit, log.shown());
+        let orphans = processes::kill_with_variable(&tracking)
+            .into_iter()
+            .map(|found| found.command_line)
+            .collect();
+        assert!(
+            came,
+            "the step did not end within {:?}:\n{}",
+            self.limit,
+            log.shown()
+        );
         let status = status.unwrap();
-        let code =
-            status.code().unwrap_or_else(|| 128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap());
-        let text = |name: &&str| ((*name).to_owned(), fs::read_to_string(self.command_file(name)).unwrap_or_default());
+        let code = status.code().unwrap_or_else(|| {
+            128 + std::os::unix::process::ExitStatusExt::signal(&status).unwrap()
+        });
+        let text = |name: &&str| {
+            (
+                (*name).to_owned(),
+                fs::read_to_string(self.command_file(name)).unwrap_or_default(),
+            )
+        };
         let files = FILES.iter().map(text).collect();
         let left_in_temp = below(&self.temp(), &self.temp());
-        Report { code, log: log.shown(), signals, to_end, streams_held, orphans, files, left_in_temp }
+        Report {
+            code,
+            log: log.shown(),
+            signals,
+            to_end,
+            streams_held,
+            orphans,
+            files,
+            left_in_temp,
+        }
     }
 
     fn command_file(&self, name: &str) -> PathBuf {
@@ -166,11 +205,18 @@ impl Step {
             Some(nix) => with_private_nix(nix, &bash),
             None => Command::new(&bash),
         };
-        command.args(["--noprofile", "--norc", "-e", "-o", "pipefail"]).arg(script);
+        command
+            .args(["--noprofile", "--norc", "-e", "-o", "pipefail"])
+            .arg(script);
         command.current_dir(self.workspace()).env_clear();
         command.env("PATH", PATH);
-        command.env("HOME", self.folder.path().join("home")).env("RUNNER_TEMP", self.temp());
-        command.env("GITHUB_WORKSPACE", self.workspace()).env("RUNNER_OS", "Linux").env("RUNNER_ARCH", "X64");
+        command
+            .env("HOME", self.folder.path().join("home"))
+            .env("RUNNER_TEMP", self.temp());
+        command
+            .env("GITHUB_WORKSPACE", self.workspace())
+            .env("RUNNER_OS", "Linux")
+            .env("RUNNER_ARCH", "X64");
         command.env("GITHUB_ACTIONS", "true").env("CI", "true");
         for name in FILES {
             fs::write(self.command_file(name), "").unwrap();
@@ -179,7 +225,10 @@ impl Step {
         command.envs(&self.environment);
         let (name, value) = tracking.split_once('=').unwrap();
         command.env(name, value);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command
     }
 }
@@ -203,7 +252,11 @@ fn stop(child: &mut Child, signals: &mut Vec<(Signal, Duration)>) -> std::proces
 /// Whether both streams came to their end in the time that the runner gives them.
 fn streams_closed(streams: &std::sync::mpsc::Receiver<()>) -> bool {
     let deadline = Instant::now() + FOR_STREAMS;
-    (0..2).all(|_| streams.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_ok())
+    (0..2).all(|_| {
+        streams
+            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            .is_ok()
+    })
 }
 
 impl Log {
@@ -214,7 +267,10 @@ impl Log {
             let mut stream = BufReader::new(stream);
             let mut line = Vec::new();
             while matches!(stream.read_until(b'\n', &mut line), Ok(read) if read > 0) {
-                log.0.lock().unwrap().push(String::from_utf8_lossy(&line).into_owned());
+                log.0
+                    .lock()
+                    .unwrap()
+                    .push(String::from_utf8_lossy(&line).into_owned());
                 line.clear();
             }
             let _ = done.send(());
@@ -227,12 +283,24 @@ impl Log {
         let mut shown = String::new();
         for line in self.0.lock().unwrap().iter() {
             if let Some(value) = line.trim().strip_prefix("::add-mask::") {
-                let value = value.replace("%0D", "\r").replace("%0A", "\n").replace("%25", "%");
-                masks.extend(value.lines().filter(|part| !part.trim().is_empty()).map(str::to_owned));
+                let value = value
+                    .replace("%0D", "\r")
+                    .replace("%0A", "\n")
+                    .replace("%25", "%");
+                masks.extend(
+                    value
+                        .lines()
+                        .filter(|part| !part.trim().is_empty())
+                        .map(str::to_owned),
+                );
                 masks.sort_by_key(|mask| std::cmp::Reverse(mask.len()));
                 continue;
             }
-            shown.push_str(&masks.iter().fold(line.clone(), |line, mask| line.replace(mask, "***")));
+            shown.push_str(
+                &masks
+                    .iter()
+                    .fold(line.clone(), |line, mask| line.replace(mask, "***")),
+            );
         }
         shown
     }
@@ -242,7 +310,14 @@ impl Log {
 fn below(folder: &Path, top: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).unwrap().flatten() {
-        found.push(entry.path().strip_prefix(top).unwrap().display().to_string());
+        found.push(
+            entry
+                .path()
+                .strip_prefix(top)
+                .unwrap()
+                .display()
+                .to_string(),
+        );
         if entry.file_type().unwrap().is_dir() {
             found.extend(below(&entry.path(), top));
         }

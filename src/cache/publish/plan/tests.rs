@@ -31,11 +31,15 @@ fn answer(plan: &mut Plan, there: &[&str]) {
 }
 
 fn take(plan: &mut Plan) -> Option<(Id, String)> {
-    plan.take(false).map(|(id, info)| (id, info.path.name().to_owned()))
+    plan.take(false)
+        .map(|(id, info)| (id, info.path.name().to_owned()))
 }
 
 fn ends(plan: Plan) -> HashMap<String, Final> {
-    plan.finish("time", true).into_iter().map(|path| (path.info.path.name().to_owned(), path.end)).collect()
+    plan.finish("time", true)
+        .into_iter()
+        .map(|path| (path.info.path.name().to_owned(), path.end))
+        .collect()
 }
 
 fn failed(end: &Final) -> &str {
@@ -58,12 +62,23 @@ fn references_go_first() {
 #[test]
 fn a_failure_blocks_what_refers_to_it_and_nothing_else() {
     let mut plan = Plan::default();
-    for path in [info("app", &["lib"]), info("lib", &["base"]), info("base", &[]), info("other", &[])] {
+    for path in [
+        info("app", &["lib"]),
+        info("lib", &["base"]),
+        info("base", &[]),
+        info("other", &[]),
+    ] {
         plan.offer(path);
     }
     answer(&mut plan, &[]);
     let (base, _) = take(&mut plan).expect("ready");
-    plan.settle(base, Final::Failed { reason: "413".into(), attempts: 1 });
+    plan.settle(
+        base,
+        Final::Failed {
+            reason: "413".into(),
+            attempts: 1,
+        },
+    );
     let (other, _) = take(&mut plan).expect("ready");
     plan.settle(other, Final::Published);
     // Offered when it is too late already.
@@ -71,7 +86,10 @@ fn a_failure_blocks_what_refers_to_it_and_nothing_else() {
     answer(&mut plan, &[]);
     let ends = ends(plan);
     for name in ["app", "lib", "late"] {
-        assert!(failed(&ends[name]).contains("-base`, which could not be published"), "{ends:?}");
+        assert!(
+            failed(&ends[name]).contains("-base`, which could not be published"),
+            "{ends:?}"
+        );
     }
     assert_eq!(ends["other"], Final::Published);
 }
@@ -82,7 +100,13 @@ fn a_blocked_path_that_is_there_is_there() {
     plan.offer(info("base", &[]));
     answer(&mut plan, &[]);
     let (base, _) = take(&mut plan).expect("ready");
-    plan.settle(base, Final::Failed { reason: "x".into(), attempts: 1 });
+    plan.settle(
+        base,
+        Final::Failed {
+            reason: "x".into(),
+            attempts: 1,
+        },
+    );
     plan.offer(info("app", &["base"]));
     answer(&mut plan, &["app"]);
     assert_eq!(ends(plan)["app"], Final::AlreadyThere);
@@ -98,13 +122,20 @@ fn upstream_paths_are_skipped_and_block_nothing() {
     plan.offer(glibc);
     answer(&mut plan, &[]);
     assert_eq!(take(&mut plan).expect("ready").1, "app");
-    assert_eq!(ends(plan)["glibc"], Final::Skipped(Skip::Upstream("cache.nixos.org-1".into())));
+    assert_eq!(
+        ends(plan)["glibc"],
+        Final::Skipped(Skip::Upstream("cache.nixos.org-1".into()))
+    );
 }
 
 #[test]
 fn a_derivation_is_published_only_where_a_path_refers_to_it() {
     let mut plan = Plan::default();
-    for path in [info("source.drv", &[]), info("needed.drv", &["source.drv"]), info("other.drv", &[])] {
+    for path in [
+        info("source.drv", &[]),
+        info("needed.drv", &["source.drv"]),
+        info("other.drv", &[]),
+    ] {
         plan.offer(path);
     }
     assert_eq!(plan.progress(), (3, 3));
@@ -130,9 +161,15 @@ fn a_reference_that_nobody_offers_is_named() {
     plan.offer(info("late", &[]));
     assert_eq!(take(&mut plan).expect("known to be missing").1, "late");
     let ends = ends(plan);
-    assert!(failed(&ends["app"]).contains("-lost`, which is neither in the cache nor offered"), "{ends:?}");
+    assert!(
+        failed(&ends["app"]).contains("-lost`, which is neither in the cache nor offered"),
+        "{ends:?}"
+    );
     // `late` was taken and never settled, so `tool` waits for something that is not foreign.
-    assert!(failed(&ends["tool"]).starts_with("something in its closure"), "{ends:?}");
+    assert!(
+        failed(&ends["tool"]).starts_with("something in its closure"),
+        "{ends:?}"
+    );
 }
 
 #[test]
@@ -151,11 +188,16 @@ fn an_answer_after_the_dark_means_published() {
 fn small_ones_come_smallest_first_and_large_ones_apart() {
     let mut plan = Plan::default();
     for (name, size) in [("c", 300), ("a", 100), ("huge", LARGE), ("b", 200)] {
-        plan.offer(PathInfo { nar_size: size, ..info(name, &[]) });
+        plan.offer(PathInfo {
+            nar_size: size,
+            ..info(name, &[])
+        });
     }
     answer(&mut plan, &[]);
     assert_eq!(plan.ready_sizes(), (true, true));
-    let order: Vec<String> = std::iter::from_fn(|| take(&mut plan)).map(|(_, name)| name).collect();
+    let order: Vec<String> = std::iter::from_fn(|| take(&mut plan))
+        .map(|(_, name)| name)
+        .collect();
     assert_eq!(order, ["a", "b", "c"]);
     assert_eq!(plan.take(true).expect("large").1.path.name(), "huge");
 }
@@ -170,8 +212,12 @@ fn random_graphs_end_decided_and_in_order() {
         let name = |n: usize| format!("p{n}");
         let mut offers: Vec<PathInfo> = (0..count)
             .map(|n| {
-                let references: Vec<String> = (0..n).filter(|_| random.u8(..) < 40).map(name).collect();
-                info(&name(n), &references.iter().map(String::as_str).collect::<Vec<_>>())
+                let references: Vec<String> =
+                    (0..n).filter(|_| random.u8(..) < 40).map(name).collect();
+                info(
+                    &name(n),
+                    &references.iter().map(String::as_str).collect::<Vec<_>>(),
+                )
             })
             .collect();
         random.shuffle(&mut offers);
@@ -193,7 +239,12 @@ fn random_graphs_end_decided_and_in_order() {
                 2 => {
                     if let Some((id, info)) = plan.take(false) {
                         let own = info.path.clone();
-                        assert!(info.references.iter().all(|path| *path == own || good.contains(path)), "seed {seed}");
+                        assert!(
+                            info.references
+                                .iter()
+                                .all(|path| *path == own || good.contains(path)),
+                            "seed {seed}"
+                        );
                         sending.push((id, info));
                     }
                 }
@@ -203,17 +254,28 @@ fn random_graphs_end_decided_and_in_order() {
                             good.insert(info.path);
                             plan.settle(id, Final::Published);
                         } else {
-                            plan.settle(id, Final::Failed { reason: "x".into(), attempts: 1 });
+                            plan.settle(
+                                id,
+                                Final::Failed {
+                                    reason: "x".into(),
+                                    attempts: 1,
+                                },
+                            );
                         }
                     }
                 }
             }
-            let idle = sending.is_empty() && plan.unasked() == 0 && plan.ready_sizes() == (false, false);
+            let idle =
+                sending.is_empty() && plan.unasked() == 0 && plan.ready_sizes() == (false, false);
             if idle && offers.is_empty() {
                 break;
             }
         }
         assert_eq!(plan.progress(), (count as u64, count as u64), "seed {seed}");
-        assert!(plan.finish("time", true).iter().all(|path| !matches!(path.end, Final::Left { .. })));
+        assert!(
+            plan.finish("time", true)
+                .iter()
+                .all(|path| !matches!(path.end, Final::Left { .. }))
+        );
     }
 }

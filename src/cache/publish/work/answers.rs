@@ -46,9 +46,15 @@ impl Work {
             Done::Kept { id, size, findings } => {
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
-                self.plan.settle(id, Final::Withheld(Withheld::Found(findings)));
+                self.plan
+                    .settle(id, Final::Withheld(Withheld::Found(findings)));
             }
-            Done::Sent { id, size, took, answer } => {
+            Done::Sent {
+                id,
+                size,
+                took,
+                answer,
+            } => {
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
                 match answer {
@@ -71,7 +77,9 @@ impl Work {
         if let Some(endpoint) = self.to.endpoint() {
             let server = crate::http::redact(&endpoint.server);
             for host in config.strangers(endpoint) {
-                self.sink.note(format!("the cache names `{host}` as its address; Flywheel stays with {server}"));
+                self.sink.note(format!(
+                    "the cache names `{host}` as its address; Flywheel stays with {server}"
+                ));
             }
         }
         if self.to.leaves_upstream_out() {
@@ -82,7 +90,9 @@ impl Work {
     /// A look at the server that was away, or the first one.
     fn visited(&mut self, answer: Result<(), Error>, first: bool) {
         let (visits, refused) = match self.health {
-            Health::Away { visits, refused, .. } => (visits, refused),
+            Health::Away {
+                visits, refused, ..
+            } => (visits, refused),
             Health::Stopped(_) => return,
             _ => (0, 0),
         };
@@ -102,7 +112,8 @@ impl Work {
                 Action::Again { .. } if self.is_given_up() => self.stop(&error),
                 Action::Again { .. } => {
                     if visits == 0 {
-                        self.sink.note(format!("the cache is away, paths wait for it: {error}"));
+                        self.sink
+                            .note(format!("the cache is away, paths wait for it: {error}"));
                     }
                     self.away(visits + 1, 0);
                 }
@@ -112,16 +123,25 @@ impl Work {
     }
 
     fn away(&mut self, visits: u32, refused: u32) {
-        let wait = FIRST_VISIT.saturating_mul(1 << visits.min(8)).min(self.options.revisit);
+        let wait = FIRST_VISIT
+            .saturating_mul(1 << visits.min(8))
+            .min(self.options.revisit);
         let now = Instant::now();
         self.away_since.get_or_insert(now);
         let next = self.hold.map_or(now + wait, |hold| hold.max(now + wait));
-        self.health = Health::Away { visits, next, refused };
+        self.health = Health::Away {
+            visits,
+            next,
+            refused,
+        };
     }
 
     /// Whether the server has been away too long for a job that waits for nothing else.
     fn is_given_up(&self) -> bool {
-        let waiting = self.away_since.zip(self.drain_began).map(|(away, drain)| away.max(drain));
+        let waiting = self
+            .away_since
+            .zip(self.drain_began)
+            .map(|(away, drain)| away.max(drain));
         waiting.is_some_and(|since| since.elapsed() > self.options.give_up)
     }
 
@@ -130,13 +150,17 @@ impl Work {
         let address = self.to.address();
         let advice = match error {
             Error::Token => "Check `ATTIC_TOKEN`: it is one line of plain characters",
-            Error::Refused { status: 401 | 403, .. } => {
+            Error::Refused {
+                status: 401 | 403, ..
+            } => {
                 "The token in `ATTIC_TOKEN` may not push there: it is missing, has ended, lacks the right `push`, or is for another cache"
             }
             Error::Refused { status: 404, .. } => {
                 "Check the name in `attic-cache`, and that `attic-server` speaks Attic's protocol"
             }
-            error if matches!(error.action(), Action::Again { .. }) => "The cache has been away for too long",
+            error if matches!(error.action(), Action::Again { .. }) => {
+                "The cache has been away for too long"
+            }
             _ => "Check that `attic-server` is the address of an Attic server itself",
         };
         let text = format!("nothing more is published to {address}: {error}. {advice}.");
@@ -148,16 +172,24 @@ impl Work {
         match answer {
             Ok(missing) => {
                 (self.streak, self.unanswered) = (0, 0);
-                let (planned, there): (Vec<_>, Vec<_>) = ids.iter().partition(|(_, path)| missing.contains(path));
-                self.options.journal.planned(planned.into_iter().map(|(id, _)| self.plan.path(*id)));
-                self.options.journal.uploaded(there.into_iter().map(|(id, _)| self.plan.path(*id)));
+                let (planned, there): (Vec<_>, Vec<_>) =
+                    ids.iter().partition(|(_, path)| missing.contains(path));
+                self.options
+                    .journal
+                    .planned(planned.into_iter().map(|(id, _)| self.plan.path(*id)));
+                self.options
+                    .journal
+                    .uploaded(there.into_iter().map(|(id, _)| self.plan.path(*id)));
                 for (id, path) in ids {
                     self.plan.answered(id, missing.contains(&path));
                 }
             }
             Err(error) => {
                 self.retries += 1;
-                let too_long = matches!(error, Error::Busy { status: 500, .. } | Error::TooLarge { .. });
+                let too_long = matches!(
+                    error,
+                    Error::Busy { status: 500, .. } | Error::TooLarge { .. }
+                );
                 if too_long && ids.len() > SHORTEST {
                     // Servers have limits of their own; a shorter question is no second try.
                     self.batch = ids.len() / 4;
@@ -179,13 +211,23 @@ impl Work {
             let wait = Instant::now() + self.options.policy.base;
             // Refused: the next visit decides for all of them. Anything else will not get better.
             let stop = error.action() == Action::Stop;
-            return ids.into_iter().for_each(|(id, _)| if stop { self.rest(id, wait) } else { self.fail(id, error) });
+            return ids.into_iter().for_each(|(id, _)| {
+                if stop {
+                    self.rest(id, wait)
+                } else {
+                    self.fail(id, error)
+                }
+            });
         };
         self.unanswered += u32::from(!error.server_is_away());
         if self.unanswered > self.options.policy.attempts * 2 {
             return ids.into_iter().for_each(|(id, _)| self.fail(id, error));
         }
-        let wait = self.options.policy.wait(self.unanswered.max(1), after).unwrap_or(self.options.policy.cap);
+        let wait = self
+            .options
+            .policy
+            .wait(self.unanswered.max(1), after)
+            .unwrap_or(self.options.policy.cap);
         for (id, _) in ids {
             self.rest(id, Instant::now() + wait);
         }
@@ -201,7 +243,9 @@ impl Work {
     fn unsent(&mut self, id: Id, error: &Error) {
         self.retries += 1;
         match (error, error.action()) {
-            (Error::Local(DumpError::Gone(_)), _) => self.plan.settle(id, Final::Skipped(Skip::Vanished)),
+            (Error::Local(DumpError::Gone(_)), _) => {
+                self.plan.settle(id, Final::Skipped(Skip::Vanished))
+            }
             (_, Action::RereadOnce) if self.plan.reread(id) => self.plan.ready(id),
             (_, Action::Never | Action::RereadOnce) => self.fail(id, error),
             (_, Action::Again { .. } | Action::Stop) => {
@@ -224,7 +268,11 @@ impl Work {
         let wait = if counts {
             self.options.policy.wait(attempts, after)
         } else {
-            Some(after.unwrap_or(self.options.policy.base).min(self.options.policy.cap))
+            Some(
+                after
+                    .unwrap_or(self.options.policy.base)
+                    .min(self.options.policy.cap),
+            )
         };
         match wait {
             None => self.fail(id, error),
@@ -237,14 +285,23 @@ impl Work {
 
     fn fail(&mut self, id: Id, error: &Error) {
         let attempts = self.plan.attempts(id).max(1);
-        self.plan.settle(id, Final::Failed { reason: reason(error), attempts });
+        self.plan.settle(
+            id,
+            Final::Failed {
+                reason: reason(error),
+                attempts,
+            },
+        );
     }
 
     /// What a failure says of the server as a whole.
     fn trouble(&mut self, error: &Error) {
         self.pace.trouble();
         match error {
-            Error::Busy { retry_after: Some(wait), .. } => {
+            Error::Busy {
+                retry_after: Some(wait),
+                ..
+            } => {
                 let until = Instant::now() + (*wait).min(self.options.policy.cap);
                 self.hold = Some(self.hold.map_or(until, |hold| hold.max(until)));
             }
@@ -256,9 +313,17 @@ impl Work {
             }
             _ => (),
         }
-        let slow_down = matches!(error, Error::Busy { status: 408 | 425 | 429, .. });
+        let slow_down = matches!(
+            error,
+            Error::Busy {
+                status: 408 | 425 | 429,
+                ..
+            }
+        );
         self.streak += u32::from(!slow_down);
-        let away = error.server_is_away() || self.streak >= STREAK || matches!(error.action(), Action::Stop);
+        let away = error.server_is_away()
+            || self.streak >= STREAK
+            || matches!(error.action(), Action::Stop);
         if away && matches!(self.health, Health::Well) {
             self.away(0, 0);
         }

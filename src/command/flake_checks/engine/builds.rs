@@ -30,7 +30,9 @@ impl Engine<'_> {
                 other: other.map(|lane| lane.jobs),
                 running: other.map(|lane| lane.since.elapsed()).unwrap_or_default(),
             };
-            let Some(jobs) = lanes::start(self.plan.max_jobs, &moment) else { continue };
+            let Some(jobs) = lanes::start(self.plan.max_jobs, &moment) else {
+                continue;
+            };
             let ids = self.take_of_one_kind();
             self.start_lane(lane, ids, jobs);
         }
@@ -39,10 +41,16 @@ impl Engine<'_> {
     /// Nix gives a whole build up when a derivation is for a system that nobody builds, so those go apart, last.
     fn take_of_one_kind(&mut self) -> Vec<usize> {
         let is_native = |id: &usize| {
-            let system = self.outs[*id].facts.as_ref().and_then(|facts| facts.system.as_ref());
-            system.zip(self.native.as_ref()).is_none_or(|(system, native)| native.contains(system))
+            let system = self.outs[*id]
+                .facts
+                .as_ref()
+                .and_then(|facts| facts.system.as_ref());
+            system
+                .zip(self.native.as_ref())
+                .is_none_or(|(system, native)| native.contains(system))
         };
-        let (native, foreign): (Vec<usize>, Vec<usize>) = self.to_build.iter().copied().partition(is_native);
+        let (native, foreign): (Vec<usize>, Vec<usize>) =
+            self.to_build.iter().copied().partition(is_native);
         if native.is_empty() {
             self.to_build = foreign[1..].to_vec();
             return foreign[..1].to_vec();
@@ -53,7 +61,10 @@ impl Engine<'_> {
     }
 
     fn start_lane(&mut self, lane: usize, ids: Vec<usize>, jobs: Option<usize>) {
-        let derivations: BTreeSet<StorePath> = ids.iter().filter_map(|id| self.outs[*id].drv.clone()).collect();
+        let derivations: BTreeSet<StorePath> = ids
+            .iter()
+            .filter_map(|id| self.outs[*id].drv.clone())
+            .collect();
         for drv in &derivations {
             self.failures.remove(drv);
         }
@@ -73,14 +84,22 @@ impl Engine<'_> {
                 }
             };
             let build = async {
-                let ended = order.build(&nix, &events, &cancel).await.map_err(|error| error.to_string());
+                let ended = order
+                    .build(&nix, &events, &cancel)
+                    .await
+                    .map_err(|error| error.to_string());
                 drop(events);
                 ended
             };
             let (ended, ()) = tokio::join!(build, forward);
             let _ = steps.send(Step::Built(lane, ended)).await;
         });
-        self.lanes[lane] = Some(Lane { ids, jobs, since: Instant::now(), failed: Vec::new() });
+        self.lanes[lane] = Some(Lane {
+            ids,
+            jobs,
+            since: Instant::now(),
+            failed: Vec::new(),
+        });
     }
 
     pub(super) fn building(&mut self, lane: usize, event: Event) {
@@ -97,8 +116,11 @@ impl Engine<'_> {
             Event::Line(drv, line) => self.logs.entry(drv).or_default().push(line),
             Event::Stopped(_) => (),
             Event::Failed(failure) => {
-                if let (Some(drv), false) = (&failure.derivation, failure.kind == Kind::Dependency) {
-                    self.failures.entry(drv.clone()).or_insert_with(|| failure.clone());
+                if let (Some(drv), false) = (&failure.derivation, failure.kind == Kind::Dependency)
+                {
+                    self.failures
+                        .entry(drv.clone())
+                        .or_insert_with(|| failure.clone());
                 }
                 if let Some(lane) = &mut self.lanes[lane] {
                     lane.failed.push(failure);
@@ -108,9 +130,16 @@ impl Engine<'_> {
     }
 
     pub(super) async fn built(&mut self, lane: usize, ended: Result<Ended, String>) {
-        let Some(lane) = self.lanes[lane].take() else { return };
+        let Some(lane) = self.lanes[lane].take() else {
+            return;
+        };
         self.see_valid_of(&lane.ids).await;
-        let open: Vec<usize> = lane.ids.iter().copied().filter(|id| self.outs[*id].verdict.is_none()).collect();
+        let open: Vec<usize> = lane
+            .ids
+            .iter()
+            .copied()
+            .filter(|id| self.outs[*id].verdict.is_none())
+            .collect();
         let whole = ended.as_ref().is_ok_and(|ended| ended.whole);
         let said = ended.map_or_else(|error| error, |ended| ended.said);
         let mut unexplained = Vec::new();
@@ -123,9 +152,12 @@ impl Engine<'_> {
                 continue;
             }
             match self.failure_of(id).await {
-                Some((failure, _)) if self.is_passing(&failure) && self.outs[id].tries < self.plan.retries => {
+                Some((failure, _))
+                    if self.is_passing(&failure) && self.outs[id].tries < self.plan.retries =>
+                {
                     self.outs[id].tries += 1;
-                    self.teller.again(&self.outs[id].output, &self.why(&failure));
+                    self.teller
+                        .again(&self.outs[id].output, &self.why(&failure));
                     self.to_build.push(id);
                     passed.extend(failure.derivation);
                 }
@@ -141,7 +173,10 @@ impl Engine<'_> {
         if settled > 0 && !self.plan.keep_going {
             self.is_enough = true;
         }
-        let passing = lane.failed.iter().any(|failure| failure.kind == Kind::Passing);
+        let passing = lane
+            .failed
+            .iter()
+            .any(|failure| failure.kind == Kind::Passing);
         for id in unexplained {
             let may_again = self.outs[id].tries < self.plan.retries;
             if lane.ids.len() > 1 && settled > 0 {
@@ -160,16 +195,24 @@ impl Engine<'_> {
 
     /// Whether it may go well another time.
     fn is_passing(&self, failure: &Failure) -> bool {
-        failure.kind == Kind::Passing || failure.kind == Kind::Build && is_download(&self.log_of(failure))
+        failure.kind == Kind::Passing
+            || failure.kind == Kind::Build && is_download(&self.log_of(failure))
     }
 
     fn log_of(&self, failure: &Failure) -> Vec<String> {
-        failure.derivation.as_ref().and_then(|drv| self.logs.get(drv)).map(Tail::lines).unwrap_or_default()
+        failure
+            .derivation
+            .as_ref()
+            .and_then(|drv| self.logs.get(drv))
+            .map(Tail::lines)
+            .unwrap_or_default()
     }
 
     /// The last word on it: of its log, else of Nix.
     fn why(&self, failure: &Failure) -> String {
-        self.log_of(failure).pop().unwrap_or_else(|| failure.text.clone())
+        self.log_of(failure)
+            .pop()
+            .unwrap_or_else(|| failure.text.clone())
     }
 
     /// A log begins; the oldest of what has not failed is dropped for it.
@@ -177,7 +220,10 @@ impl Engine<'_> {
         self.log_order.retain(|other| *other != drv);
         self.log_order.push_back(drv.clone());
         self.logs.insert(drv, Tail::default());
-        let oldest = self.log_order.iter().position(|drv| !self.failures.contains_key(drv));
+        let oldest = self
+            .log_order
+            .iter()
+            .position(|drv| !self.failures.contains_key(drv));
         if let Some(at) = oldest.filter(|_| self.logs.len() > LOGS)
             && let Some(drv) = self.log_order.remove(at)
         {
@@ -204,13 +250,21 @@ impl Engine<'_> {
         }
         let closure = self.store.closure(std::slice::from_ref(drv)).await.ok()?;
         let needed: BTreeSet<&StorePath> = closure.infos.iter().map(|info| &info.path).collect();
-        let found = self.failures.iter().filter(|(drv, _)| needed.contains(drv)).min_by_key(|(drv, _)| (*drv).clone());
+        let found = self
+            .failures
+            .iter()
+            .filter(|(drv, _)| needed.contains(drv))
+            .min_by_key(|(drv, _)| (*drv).clone());
         found.map(|(_, failure)| (failure.clone(), false))
     }
 
     async fn fail(&mut self, id: usize, failure: Failure, is_own: bool) {
         let log = self.log_of(&failure);
-        let log = if log.is_empty() { failure.text.lines().map(str::to_owned).collect() } else { log };
+        let log = if log.is_empty() {
+            failure.text.lines().map(str::to_owned).collect()
+        } else {
+            log
+        };
         let tree = self.tree.clone();
         let cause = tokio::task::spawn_blocking(move || of_build(&failure, is_own, &tree)).await;
         self.end(id, cause.unwrap_or(Cause::Build), log);
