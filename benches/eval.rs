@@ -47,7 +47,7 @@ fn main() {
                 table.add(
                     &format!("{count}: {name}"),
                     BTreeMap::from([("wall s", wall)]),
-                )
+                );
             };
             add("nix flake check --no-build", bench.flake_check());
             add("flywheel, cold", bench.flywheel("off"));

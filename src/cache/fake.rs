@@ -477,7 +477,7 @@ async fn receive(headers: &HeaderMap, body: Body) -> Option<(Value, Vec<u8>, boo
                 .to_str()
                 .ok()?
                 .parse()
-                .ok()?
+                .ok()?;
         }
     }
     let (mut hasher, mut size, mut nar) = (Hasher::new(), 0, Vec::new());

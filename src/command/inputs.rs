@@ -239,7 +239,7 @@ impl<'a> Hints<'a> {
         let bad = |problem: String| {
             self.bad.push(format!(
                 "the runner's hint `{name}` is not used: it {problem}"
-            ))
+            ));
         };
         read(text).map_err(bad).ok()
     }

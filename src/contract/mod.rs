@@ -284,7 +284,7 @@ impl Contract {
         self.classes.overlay(over.classes, Class::overlay);
         self.caches.overlay(over.caches, Cache::overlay);
         self.exposure.overlay(over.exposure, |old, new| {
-            old.overlay(new, |old, new| *old = new)
+            old.overlay(new, |old, new| *old = new);
         });
         take_list(&mut self.placement, over.placement);
         take_list(

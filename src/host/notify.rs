@@ -166,7 +166,7 @@ mod tests {
         let (send, receive) = mpsc::channel();
         let pace = Duration::from_secs(3600);
         let notify = Notify::watch(folder.path(), WatchFlags::CREATE, pace, move |_| {
-            send.send(()).expect("heard")
+            send.send(()).expect("heard");
         });
         let notify = notify.expect("watched");
         std::fs::write(folder.path().join("first"), "").expect("written");

@@ -289,7 +289,7 @@ impl Look<'_> {
             scanner
                 .matcher
                 .find(&block, self.next, until, |number, at| {
-                    self.judge(number, &block, at)
+                    self.judge(number, &block, at);
                 });
             self.block = block;
             self.next = until;

@@ -115,9 +115,9 @@ impl Workflow {
                 message.replace(['\r', '\n'], " ")
             );
             return if self.in_job {
-                print_line(&line)
+                print_line(&line);
             } else {
-                complain(&line)
+                complain(&line);
             };
         }
         let column = column

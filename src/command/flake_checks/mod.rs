@@ -166,16 +166,7 @@ impl FlakeChecks<'_> {
         let spent = span.end().await;
         let published = Instant::now();
         if let Some(watch) = &mut watch {
-            let built = ran
-                .outs
-                .iter()
-                .filter(|out| is_there(out))
-                .filter_map(Out::paths);
-            watch.add_results(
-                built
-                    .flatten()
-                    .filter(|path| path.to_path().symlink_metadata().is_ok()),
-            );
+            watch.add_results(paths_in_store(&ran));
         }
         if ran.end == End::Whole && verdict(&ran).1 == 0 {
             self.work
@@ -583,6 +574,15 @@ fn verdict(ran: &Ran) -> (usize, usize) {
 fn is_there(out: &Out) -> bool {
     let cause = out.verdict.as_ref().map(|verdict| &verdict.cause);
     matches!(cause, Some(Cause::Built | Cause::AlreadyCached))
+}
+
+/// The paths of the outputs that succeeded, as far as they are in this store.
+fn paths_in_store(ran: &Ran) -> Vec<StorePath> {
+    let there = ran.outs.iter().filter(|out| is_there(out));
+    let paths = there.filter_map(Out::paths).flatten();
+    paths
+        .filter(|path| path.to_path().symlink_metadata().is_ok())
+        .collect()
 }
 
 /// Whether a name of an attribute path names a system.

@@ -407,17 +407,17 @@ impl Running<'_> {
         let current = worker.current.take();
         match worker.ended {
             Some(Ended::Retired | Ended::Overtaken) => {
-                self.put_back(left.into_iter().chain(current))
+                self.put_back(left.into_iter().chain(current));
             }
             Some(Ended::TooLarge) => self.too_large(&worker, left, current).await,
             None if is_for_memory(status, &worker.said) => {
-                self.too_large(&worker, left, current).await
+                self.too_large(&worker, left, current).await;
             }
             None if status.is_some_and(|status| status.success())
                 && current.is_none()
                 && left.is_empty() =>
             {
-                ()
+                // The worker had nothing left to do.
             }
             None => self.failed(&worker, status, left, current).await,
         }

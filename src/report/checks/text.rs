@@ -50,7 +50,7 @@ pub fn summary(output: &Output, verdict: &Verdict) -> String {
     )];
     match &verdict.cause {
         Cause::Evaluation { text, .. } => {
-            parts.push(fenced(&shorten(&without_ansi(text), ERROR_LIMIT)))
+            parts.push(fenced(&shorten(&without_ansi(text), ERROR_LIMIT)));
         }
         Cause::HashMismatch { specified, got, .. } => {
             parts.push(format!(

@@ -169,10 +169,8 @@ async fn a_real_deriver_and_foreign_signatures_are_served() {
     assert!(narinfo.ca.unwrap().starts_with("fixed:r:sha256:"));
 }
 
-#[tokio::test]
-async fn bad_metadata_is_refused_and_leaves_nothing() {
-    let served = Served::start(&[]);
-    let path = TestPath::new('a', b"a");
+/// Upload infos that are each wrong in one thing, with what the refusal says of it.
+fn bad_metadata(path: &TestPath) -> Vec<(Value, &'static str)> {
     let with = |name: &str, value: Value| {
         let mut info = path.info("main");
         info[name] = value;
@@ -183,7 +181,7 @@ async fn bad_metadata_is_refused_and_leaves_nothing() {
         info.as_object_mut().unwrap().remove(name);
         info
     };
-    let cases = [
+    vec![
         (
             with("store_path_hash", json!("b".repeat(32))),
             "`store_path_hash` is not the hash of",
@@ -222,8 +220,14 @@ async fn bad_metadata_is_refused_and_leaves_nothing() {
         (without("references"), "missing field `references`"),
         (without("sigs"), "missing field `sigs`"),
         (json!("x"), "the upload info cannot be read"),
-    ];
-    for (info, problem) in cases {
+    ]
+}
+
+#[tokio::test]
+async fn bad_metadata_is_refused_and_leaves_nothing() {
+    let served = Served::start(&[]);
+    let path = TestPath::new('a', b"a");
+    for (info, problem) in bad_metadata(&path) {
         let (status, json) = served
             .upload_as(PLANTED_TOKEN, &info, path.nar.clone())
             .await;

@@ -153,7 +153,7 @@ fn every_input_is_a_variable_and_a_flag() {
             let inputs = action.get("inputs").cloned().unwrap_or_default();
             let mut mapped = Vec::new();
             mappings(&action["runs"], &mut |mapping| {
-                mapped.extend(keys(mapping.get("env").unwrap_or(&Value::Null)))
+                mapped.extend(keys(mapping.get("env").unwrap_or(&Value::Null)));
             });
             let mut wanted: Vec<String> = Vec::new();
             for input in keys(&inputs) {

@@ -43,7 +43,7 @@ impl Server {
                 .build()
                 .unwrap();
             runtime.block_on(async {
-                serve(tokio::net::TcpListener::from_std(listener).unwrap(), answer).await
+                serve(tokio::net::TcpListener::from_std(listener).unwrap(), answer).await;
             });
         });
         Self { port }

@@ -213,9 +213,9 @@ impl Work {
             let stop = error.action() == Action::Stop;
             return ids.into_iter().for_each(|(id, _)| {
                 if stop {
-                    self.rest(id, wait)
+                    self.rest(id, wait);
                 } else {
-                    self.fail(id, error)
+                    self.fail(id, error);
                 }
             });
         };
@@ -244,7 +244,7 @@ impl Work {
         self.retries += 1;
         match (error, error.action()) {
             (Error::Local(DumpError::Gone(_)), _) => {
-                self.plan.settle(id, Final::Skipped(Skip::Vanished))
+                self.plan.settle(id, Final::Skipped(Skip::Vanished));
             }
             (_, Action::RereadOnce) if self.plan.reread(id) => self.plan.ready(id),
             (_, Action::Never | Action::RereadOnce) => self.fail(id, error),
