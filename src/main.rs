@@ -34,7 +34,7 @@ fn main() -> ExitCode {
     };
     // The job's own work comes first. The main thread, from which its command is started, stays as it is.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // One may be held up by a disk (`host::brief`).
+    // One may be held up by a disk (`host::inline_blocking`).
     let workers = std::thread::available_parallelism()
         .map_or(1, NonZero::get)
         .max(2);

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::host::brief::Brief;
+use crate::host::inline_blocking::Brief;
 use crate::nix::nar::{DumpError, NarSource};
 use crate::nix::path_info::PathInfo;
 use crate::nix::scan::{Finding, Looked, Scanner};

@@ -1,6 +1,7 @@
 //! Binary caches as a client sees them: probing, publishing, verifying. Never decides whether to publish.
 
 pub mod attic;
+pub mod attic_cli;
 mod batch;
 pub mod bazel;
 pub mod copy;
@@ -10,7 +11,6 @@ pub mod inspect;
 pub mod journal;
 pub mod probe;
 pub mod publish;
-pub mod stock;
 pub mod verify;
 
 #[cfg(test)]

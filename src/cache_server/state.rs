@@ -12,7 +12,7 @@ use crate::cache_server::pack::Packers;
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::store::Store;
 use crate::cache_server::token::{Scope, Tokens, presented};
-use crate::host::brief::Brief;
+use crate::host::inline_blocking::Brief;
 use crate::nix::cache_name::CacheName;
 use crate::nix::key::SecretKey;
 use crate::secret::Secret;

@@ -2,7 +2,7 @@
 //! thread brief work is done.
 //! Owns what is read and kept there; what follows from it is decided in `budget`.
 
-pub mod brief;
+pub mod inline_blocking;
 pub mod memory;
 pub mod notify;
 pub mod peak;

@@ -1,11 +1,11 @@
 //! The client of Attic's protocol: asking what is missing, uploading, reading back.
 //! Stays on the server the user named; never decides what is published, and never tries twice by itself.
 
-mod ask_first;
 mod config;
 mod error;
-mod line;
-mod lines;
+mod expect_continue;
+mod http1;
+mod pool;
 mod read;
 mod send;
 
@@ -18,10 +18,10 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-pub use self::ask_first::AskFirst;
 pub use self::config::CacheConfig;
 pub use self::error::{Action, Error};
-pub use self::lines::Lines;
+pub use self::expect_continue::AskFirst;
+pub use self::pool::Lines;
 pub use self::read::Body;
 pub use self::send::{Meter, Parcel, Patience, SendNar, Uploaded, WholeBody};
 

@@ -4,8 +4,8 @@
 //! One task owns all state and never waits for the network: questions and uploads are jobs of
 //! their own, bounded in number, and all of them are ended before the publisher is.
 
+mod concurrency;
 mod outcome;
-mod pace;
 mod plan;
 mod work;
 

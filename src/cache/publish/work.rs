@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cache::attic::{BATCH, CacheConfig, Error, Meter, Uploaded};
 use crate::cache::destination::Target;
+use crate::cache::publish::concurrency::Pace;
 use crate::cache::publish::outcome::{Final, Outcome, Settled, Skip};
-use crate::cache::publish::pace::Pace;
 use crate::cache::publish::plan::{Id, Plan};
 use crate::cache::publish::{Command, Options};
 use crate::nix::nar::NarSource;

@@ -6,9 +6,9 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::cache::attic::Attic;
+use crate::cache::attic_cli::{self, Search, Stock};
 use crate::cache::copy::{Copy, StoreUrl};
 use crate::cache::destination::Target;
-use crate::cache::stock::{self, Search, Stock};
 use crate::command::inputs::{Text, choice};
 use crate::command::job::attach::Cache;
 use crate::exit::{Explain as _, UsageError};
@@ -106,12 +106,12 @@ impl DestinationInputs {
             ("built-in", Hand::BuiltIn),
             ("attic-client", Hand::AtticClient),
         ];
-        let reference = self.attic_client.get().unwrap_or(stock::REFERENCE);
+        let reference = self.attic_client.get().unwrap_or(attic_cli::REFERENCE);
         if reference.starts_with('-') || reference.contains(char::is_whitespace) {
             return Err(
                 UsageError::new("attic-client", "is no flake reference").with_hint(format!(
                     "Give one with its attribute, such as `{}`.",
-                    stock::REFERENCE
+                    attic_cli::REFERENCE
                 )),
             );
         }
@@ -166,7 +166,7 @@ impl Opening<'_> {
             Hand::BuiltIn => false,
             Hand::AtticClient => true,
             // A cache that describes itself as Attic's needs no further question.
-            Hand::Auto => cache.probe.config.is_none() && !stock::speaks_attic(&attic).await,
+            Hand::Auto => cache.probe.config.is_none() && !attic_cli::speaks_attic(&attic).await,
         };
         if own {
             self.stock(attic, cache, way, sink).await.map(Some)
@@ -183,7 +183,7 @@ impl Opening<'_> {
         sink: &Sink,
     ) -> Result<Target, String> {
         let (env, nix, links) = (self.env, self.nix, self.private);
-        let client = stock::find(&Search {
+        let client = attic_cli::find(&Search {
             env,
             nix,
             reference: &way.reference,
@@ -245,7 +245,7 @@ mod tests {
         let way = Way {
             store: None,
             hand: Hand::Auto,
-            reference: stock::REFERENCE.to_owned(),
+            reference: attic_cli::REFERENCE.to_owned(),
             folder: ".".into(),
         };
         assert_eq!(read("", "", ""), Ok(way));

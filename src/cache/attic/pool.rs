@@ -11,7 +11,7 @@ use url::Url;
 use zeroize::Zeroizing;
 
 use crate::cache::attic::Error;
-use crate::cache::attic::line::{Answer, Line};
+use crate::cache::attic::http1::{Answer, Line};
 use crate::http::{ConnectError, Direct, USER_AGENT};
 
 /// Connections that rest at most, and how long: less than servers let them.

@@ -13,8 +13,8 @@ use reqwest::header::HeaderValue;
 use zeroize::Zeroizing;
 
 use crate::cache::attic::Error;
-use crate::cache::attic::line::{Answer, Leave, Line};
-use crate::cache::attic::lines::{self, Lines};
+use crate::cache::attic::http1::{Answer, Leave, Line};
+use crate::cache::attic::pool::{self, Lines};
 use crate::cache::attic::send::{
     ANSWER_LIMIT, HEADER_LIMIT, Meter, Parcel, Patience, SendNar, Uploaded, WholeBody, read_kind,
 };
@@ -252,7 +252,7 @@ fn head(parcel: &Parcel, manner: Manner) -> Option<Zeroizing<Vec<u8>>> {
         parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
     let preamble = if by_header { "" } else { parcel.info.as_str() };
     let length = preamble.len() as u64 + parcel.size;
-    let mut head = lines::head("PUT", &parcel.url, &parcel.headers, 2 * parcel.info.len())?;
+    let mut head = pool::head("PUT", &parcel.url, &parcel.headers, 2 * parcel.info.len())?;
     write!(
         head,
         "Content-Type: application/x-nix-nar\r\nContent-Length: {length}\r\n"
