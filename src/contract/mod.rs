@@ -5,12 +5,12 @@
 pub mod print;
 pub mod read;
 pub mod shared_cache;
-mod words;
+mod types;
 pub mod workflow;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::words::{Access, Named, Requirement, Size, Skill};
+pub use self::types::{Access, Named, Requirement, Size, Skill};
 
 /// The file in a repository that overrides the built-in contract.
 pub const FILE: &str = "flywheel.yml";

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::inputs::Plan;
 use crate::command::flake_checks::output::{Out, Tail, Tree, of_evaluation};
-use crate::command::flake_checks::tell::Teller;
+use crate::command::flake_checks::reporter::Teller;
 use crate::nix::build::Ended;
 use crate::nix::build::log::{Event as BuildEvent, Failure as BuildFailure};
 use crate::nix::build::presence::{Present, valid};

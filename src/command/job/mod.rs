@@ -2,12 +2,12 @@
 //! Nix and the cache made ready, the settings, publication while the job runs, and what came of it.
 //! No verb of its own: how a job begins and ends is each verb's story.
 
+pub mod added_paths;
 pub mod attach;
-mod closed;
+mod closure_tracker;
 pub mod destination;
-pub mod harvest;
 pub mod inputs;
-mod ours;
+mod ownership;
 pub mod policy;
 pub mod publication;
 pub mod settings;
@@ -22,9 +22,9 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
+use self::added_paths::Harvest;
 use self::attach::Cache;
 use self::destination::Opening;
-use self::harvest::Harvest;
 use self::inputs::Plan;
 use self::settings::{Ingredients, Settled};
 use self::source::Source;

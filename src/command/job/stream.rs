@@ -25,11 +25,11 @@ use crate::report::publication::Publication;
 use crate::text::count;
 use crate::trust::PublishPermit;
 
+use super::added_paths::Harvest;
 use super::attach::Cache;
-use super::closed::Closed;
-use super::harvest::Harvest;
+use super::closure_tracker::Closed;
 use super::inputs::Plan;
-use super::ours::Ours;
+use super::ownership::Ours;
 use super::policy::accuse;
 use super::publication;
 

@@ -14,7 +14,7 @@ pub use self::inputs::Inputs;
 use self::inputs::{Plan, Wanted};
 use crate::budget::{self, Observed};
 use crate::command::Failure;
-use crate::command::job::harvest::Harvest;
+use crate::command::job::added_paths::Harvest;
 use crate::command::job::{self, Prepared, Secrets, Told, Work};
 use crate::exit::{Exit, UsageError};
 use crate::host::peak::{Span, Spent};

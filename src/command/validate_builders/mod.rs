@@ -6,7 +6,7 @@ mod cache;
 mod host;
 mod inputs;
 mod nix;
-mod tell;
+mod reporter;
 mod tools;
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -54,7 +54,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         decision,
     };
     let canary = work.run(begun).await;
-    tell::everybody(&canary, &work, &workflow, github.as_ref()).await;
+    reporter::everybody(&canary, &work, &workflow, github.as_ref()).await;
     Ok(if canary.healthy() {
         Exit::Ok
     } else {

@@ -2,9 +2,9 @@
 //! watches and publishes, `status` asks it, `finish` drains, verifies and reports; `run` is all of it in
 //! the foreground.
 
-mod keeper;
-mod place;
-mod talk;
+mod daemon;
+mod ipc;
+mod runtime_dir;
 
 use std::fs::File;
 use std::io::IsTerminal as _;
@@ -17,9 +17,9 @@ use tokio::io::BufReader;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 
-use self::keeper::{Board, Keeper, nix_folder, variables};
-use self::place::{Place, mark};
-use self::talk::{Ask, Begun, Finished, Hello, Status, hear, say};
+use self::daemon::{Board, Keeper, nix_folder, variables};
+use self::ipc::{Ask, Begun, Finished, Hello, Status, hear, say};
+use self::runtime_dir::{Place, mark};
 use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
 use crate::command::job::inputs::{JobInputs, Plan};

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::talk::{Ask, Finished, Status, hear, say};
+use super::ipc::{Ask, Finished, Status, hear, say};
 use crate::command::Failure;
 use crate::command::job::stream::Bound;
 use crate::command::job::{Prepared, STOPPED_LIMIT, Told, Watch, Work};
