@@ -34,7 +34,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// The verdict as outputs and `--format json` have it.
-    pub fn word(&self) -> &'static str {
+    pub fn as_str(&self) -> &'static str {
         match self {
             Self::MayPublish(_) => "may-publish",
             Self::ReadOnly(_) => "read-only",
@@ -76,7 +76,7 @@ pub enum ToAttic {
 
 impl ToAttic {
     /// The word of outputs and `--format json`.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::All => "all",
             Self::Nothing => "none",
@@ -97,7 +97,7 @@ pub enum ToFlakeHub {
 
 impl ToFlakeHub {
     /// The word of outputs and `--format json`.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Rolling => "rolling",
             Self::Versioned => "versioned",

@@ -412,8 +412,8 @@ struct Report {
 impl Report {
     fn modes(&self) -> (&'static str, &'static str) {
         (
-            self.judgement.declared.map_or("", Mode::word),
-            self.judgement.actual.map_or("", Mode::word),
+            self.judgement.declared.map_or("", Mode::as_str),
+            self.judgement.actual.map_or("", Mode::as_str),
         )
     }
 

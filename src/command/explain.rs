@@ -172,12 +172,12 @@ struct Plan {
 fn json(decision: &Decision) -> String {
     let plan = decision.plan();
     let explanation = Explanation {
-        verdict: decision.verdict().word(),
+        verdict: decision.verdict().as_str(),
         publishes: decision.publishes(),
         reason: decision.reason(),
         plan: Plan {
-            attic: plan.attic.word(),
-            flakehub: plan.flakehub.word(),
+            attic: plan.attic.as_str(),
+            flakehub: plan.flakehub.as_str(),
         },
     };
     serde_json::to_string_pretty(&explanation).expect("texts and a boolean are always JSON")
@@ -195,7 +195,7 @@ fn text(decision: &Decision, must_publish: bool) -> String {
         ToFlakeHub::Nothing => "nothing",
     };
     let mut lines = vec![
-        format!("verdict    {}", decision.verdict().word()),
+        format!("verdict    {}", decision.verdict().as_str()),
         format!(
             "publishes  {}",
             if decision.publishes() { "yes" } else { "no" }

@@ -1,7 +1,7 @@
 //! `flywheel publish`: store paths and their closures, by hand.
 
+mod output;
 mod paths;
-mod speech;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use self::speech::Format;
+use self::output::Format;
 use crate::cache::attic::Attic;
 use crate::cache::endpoint::Endpoint;
 use crate::cache::probe::{self, probe};
@@ -149,7 +149,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         return refused(&decision, &workflow, must_publish);
     };
     let wanted = paths::resolve(&inputs.paths)?;
-    let sink = speech::sink(&workflow);
+    let sink = output::sink(&workflow);
     let (endpoint, key) = cache;
     let clients = Clients::new(&Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
@@ -188,7 +188,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         &inspector.warned(),
     );
     let offered = (outcome.paths.len() + found.unreadable.len()) as u64;
-    let lost = speech::close(&workflow, format, &publication, offered, outcome.elapsed);
+    let lost = output::close(&workflow, format, &publication, offered, outcome.elapsed);
     let withheld = policy.fails && !publication.withheld.is_empty();
     Ok(if lost || withheld {
         Exit::Failed

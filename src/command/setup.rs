@@ -159,7 +159,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     }
     workflow.say(&format!(
         "trust: {} ({})",
-        decision.verdict().word(),
+        decision.verdict().as_str(),
         decision.reason()
     ));
     Ok(Exit::Ok)
@@ -321,7 +321,7 @@ fn export_to_job(
 }
 
 fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
-    files.set_output("trust", decision.verdict().word())?;
+    files.set_output("trust", decision.verdict().as_str())?;
     files.set_output(
         "publishes",
         if decision.publishes() {
@@ -331,8 +331,8 @@ fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
         },
     )?;
     files.set_output("reason", &decision.reason())?;
-    files.set_output("attic", decision.plan().attic.word())?;
-    files.set_output("flakehub", decision.plan().flakehub.word())?;
+    files.set_output("attic", decision.plan().attic.as_str())?;
+    files.set_output("flakehub", decision.plan().flakehub.as_str())?;
     files.set_output("version", env!("CARGO_PKG_VERSION"))
 }
 

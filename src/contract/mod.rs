@@ -5,12 +5,12 @@
 pub mod print;
 pub mod read;
 pub mod shared_cache;
-mod words;
+mod types;
 pub mod workflow;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::words::{Access, Named, Requirement, Size, Skill};
+pub use self::types::{Access, NamedMap, Requirement, Size, Skill};
 
 /// The file in a repository that overrides the built-in contract.
 pub const FILE: &str = "flywheel.yml";
@@ -26,16 +26,16 @@ pub struct Contract {
     pub version: Option<Version>,
     /// Classes of builders by name.
     #[serde(default)]
-    pub classes: Named<Class>,
+    pub classes: NamedMap<Class>,
     /// Caches by name.
     #[serde(default)]
-    pub caches: Named<Cache>,
+    pub caches: NamedMap<Cache>,
     /// What goes where.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub placement: Vec<Placement>,
     /// Who may reach which cache.
     #[serde(default)]
-    pub exposure: Named<Named<Access>>,
+    pub exposure: NamedMap<NamedMap<Access>>,
     /// What is published, and when.
     #[serde(default)]
     pub publication: Publication,
@@ -87,8 +87,8 @@ pub struct Class {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub used_for: Option<Vec<String>>,
     /// Tools that must be on `PATH`, with their versions.
-    #[serde(skip_serializing_if = "Named::is_empty")]
-    pub tools: Named<Requirement>,
+    #[serde(skip_serializing_if = "NamedMap::is_empty")]
+    pub tools: NamedMap<Requirement>,
     /// The memory that a job of it has at least, where its lane does not say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,

@@ -182,7 +182,7 @@ impl MapOwned for Vec<&'static str> {
 fn words(skills: &[Skill]) -> String {
     skills
         .iter()
-        .map(|skill| skill.word())
+        .map(|skill| skill.as_str())
         .collect::<Vec<_>>()
         .join(", ")
 }
@@ -371,7 +371,7 @@ fn shared_cache(contract: &Contract) -> Block {
             "mode".to_owned(),
             declared
                 .mode
-                .map(|mode| mode.word().to_owned())
+                .map(|mode| mode.as_str().to_owned())
                 .unwrap_or("not declared".to_owned()),
         ],
         vec!["schemes".to_owned(), declared.schemes().join(", ")],

@@ -71,7 +71,7 @@ impl Stage {
         matches!(self, Self::Completed(_))
     }
 
-    fn word(self) -> &'static str {
+    fn as_str(self) -> &'static str {
         match self {
             Self::Queued => "queued",
             Self::InProgress => "in_progress",
@@ -223,12 +223,12 @@ struct Page {
 }
 
 #[derive(Deserialize)]
-struct Made {
+struct Created {
     id: u64,
 }
 
 #[derive(Deserialize, Default)]
-struct Complaint {
+struct ErrorBody {
     #[serde(default)]
     message: String,
 }
@@ -245,7 +245,11 @@ impl CheckRuns {
     ///
     /// # Errors
     /// When the address or the token is none.
-    pub fn of(commit: &Commit, token: &Secret, client: reqwest::Client) -> Result<Self, Error> {
+    pub fn for_commit(
+        commit: &Commit,
+        token: &Secret,
+        client: reqwest::Client,
+    ) -> Result<Self, Error> {
         let broken = |error: octocrab::Error| Error::Request(one_line(&error.to_string(), 300));
         let builder = Octocrab::builder()
             .base_uri(commit.api.as_str().trim_end_matches('/'))
@@ -273,9 +277,9 @@ impl CheckRuns {
             .github
             ._post(route, Some(&body))
             .await
-            .map_err(|error| unsure(&error))?;
-        let made: Made = self.read(answer).await?;
-        Ok(made.id)
+            .map_err(|error| may_have_arrived(&error))?;
+        let created: Created = self.read(answer).await?;
+        Ok(created.id)
     }
 
     /// Brings one up to date.
@@ -288,7 +292,7 @@ impl CheckRuns {
             .github
             ._patch(route, Some(&body(run, None)))
             .await
-            .map_err(|error| unsure(&error))?;
+            .map_err(|error| may_have_arrived(&error))?;
         self.read::<serde::de::IgnoredAny>(answer).await.map(drop)
     }
 
@@ -310,7 +314,7 @@ impl CheckRuns {
                 .github
                 ._get(route)
                 .await
-                .map_err(|error| unsure(&error))?;
+                .map_err(|error| may_have_arrived(&error))?;
             let found: Page = self.read(answer).await?;
             let last = found.check_runs.len() < PAGE;
             all.extend(found.check_runs);
@@ -321,23 +325,28 @@ impl CheckRuns {
         Ok(all)
     }
 
-    async fn read<T: serde::de::DeserializeOwned>(&self, answer: Answer) -> Result<T, Error> {
+    async fn read<T: serde::de::DeserializeOwned>(&self, answer: ApiResponse) -> Result<T, Error> {
         let (status, headers) = (answer.status(), answer.headers().clone());
         let text = self
             .github
             .body_to_string(answer)
             .await
-            .map_err(|error| unsure(&error))?;
+            .map_err(|error| may_have_arrived(&error))?;
         if status.is_success() {
             return serde_json::from_str(&text)
                 .map_err(|error| Error::Request(format!("its answer is not read: {error}")));
         }
-        let complaint: Complaint = serde_json::from_str(&text).unwrap_or_default();
-        Err(refusal(status, &headers, one_line(&complaint.message, 200)))
+        let error_body: ErrorBody = serde_json::from_str(&text).unwrap_or_default();
+        Err(error_of(
+            status,
+            &headers,
+            one_line(&error_body.message, 200),
+        ))
     }
 }
 
-type Answer = ::http::Response<http_body_util::combinators::BoxBody<bytes::Bytes, octocrab::Error>>;
+type ApiResponse =
+    ::http::Response<http_body_util::combinators::BoxBody<bytes::Bytes, octocrab::Error>>;
 
 fn query(page: usize, name: Option<&str>) -> String {
     let mut query = url::form_urlencoded::Serializer::new(String::new());
@@ -352,7 +361,7 @@ fn query(page: usize, name: Option<&str>) -> String {
 }
 
 /// What a refusal means. Limits are told by headers and words, as GitHub's "Rate limits for the REST API" has them.
-fn refusal(status: StatusCode, headers: &HeaderMap, text: String) -> Error {
+fn error_of(status: StatusCode, headers: &HeaderMap, text: String) -> Error {
     let number = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse::<u64>().ok();
     let status_code = status.as_u16();
     let after = number("retry-after").map(Duration::from_secs);
@@ -390,13 +399,13 @@ fn refusal(status: StatusCode, headers: &HeaderMap, text: String) -> Error {
 ///
 /// # Errors
 /// When GitHub refuses or does not answer.
-pub async fn leave(
+pub async fn create_or_update(
     commit: &Commit,
     finished: &Finished,
     token: &Secret,
     client: reqwest::Client,
 ) -> Result<(), Error> {
-    let runs = CheckRuns::of(commit, token, client)?;
+    let runs = CheckRuns::for_commit(commit, token, client)?;
     let run = CheckRun {
         name: finished.name.clone(),
         external_id: finished.external_id.clone(),
@@ -429,10 +438,13 @@ fn body<'a>(run: &'a CheckRun, head_sha: Option<&'a str>) -> Body<'a> {
         head_sha,
         name: &run.name,
         external_id: &run.external_id,
-        status: run.stage.word(),
+        status: run.stage.as_str(),
         conclusion,
-        started_at: run.started_at.map(stamp),
-        completed_at: run.completed_at.filter(|_| conclusion.is_some()).map(stamp),
+        started_at: run.started_at.map(rfc3339),
+        completed_at: run
+            .completed_at
+            .filter(|_| conclusion.is_some())
+            .map(rfc3339),
         output: Output {
             title: shorten(&run.title, TITLE_LIMIT - 1),
             summary: shorten(&run.summary, SUMMARY_LIMIT),
@@ -443,7 +455,7 @@ fn body<'a>(run: &'a CheckRun, head_sha: Option<&'a str>) -> Body<'a> {
 
 /// `YYYY-MM-DDTHH:MM:SSZ`, the one form that GitHub takes; days are counted as in Howard Hinnant's
 /// `civil_from_days` (<https://howardhinnant.github.io/date_algorithms.html>).
-fn stamp(seconds: u64) -> String {
+fn rfc3339(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
@@ -467,7 +479,7 @@ fn stamp(seconds: u64) -> String {
 }
 
 /// The request may have arrived.
-fn unsure(error: &octocrab::Error) -> Error {
+fn may_have_arrived(error: &octocrab::Error) -> Error {
     let mut text = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(source) = cause {
@@ -490,7 +502,7 @@ mod tests {
                     value.parse().expect("a value"),
                 )
             });
-            refusal(
+            error_of(
                 StatusCode::from_u16(status).expect("a status"),
                 &headers.collect(),
                 text.to_owned(),
@@ -536,13 +548,13 @@ mod tests {
             (1_767_225_600, "2026-01-01T00:00:00Z"),
             (4_107_542_400, "2100-03-01T00:00:00Z"),
         ] {
-            assert_eq!(stamp(seconds), text);
+            assert_eq!(rfc3339(seconds), text);
         }
         // The web's own form of dates agrees for every day of forty years.
         for day in 0..15_000 {
             let time: SystemTime = UNIX_EPOCH + Duration::from_secs(day * 86_400);
             let web = httpdate::fmt_http_date(time);
-            assert_eq!(web[5..7], stamp(day * 86_400)[8..10], "{web}");
+            assert_eq!(web[5..7], rfc3339(day * 86_400)[8..10], "{web}");
         }
     }
 }

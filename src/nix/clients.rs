@@ -24,15 +24,15 @@ use crate::policy::{Impurity, of_arguments, of_settings};
 /// How many steps a process may be below us; more is a loop.
 const DEPTH_LIMIT: usize = 4096;
 
-/// Whose an added path is.
+/// The job that added a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whose {
+pub enum Owner {
     /// A process of this job added it.
-    Ours,
+    ThisJob,
     /// Another job's process added it.
-    Others,
+    OtherJob,
     /// Nobody was seen to add it, and another job's processes were at work.
-    Unclear,
+    Ambiguous,
     /// Nobody was seen to add it, and no other job was seen at work so far: it is the job's, unless one comes to light.
     Unclaimed,
 }
@@ -164,12 +164,12 @@ impl Clients {
 
     /// Whose each of these added paths is. To be asked once they are valid: by then their names
     /// have long been written.
-    pub fn whose(&self, paths: &[StorePath]) -> Vec<Whose> {
+    pub fn owners(&self, paths: &[StorePath]) -> Vec<Owner> {
         let mut state = lock(&self.state);
         // What was made a moment ago may not have reached the watching task yet.
         state.take_in_all();
         state.read_on();
-        paths.iter().map(|path| state.whose(path)).collect()
+        paths.iter().map(|path| state.owner(path)).collect()
     }
 }
 
@@ -215,26 +215,26 @@ impl State {
         {
             return;
         }
-        let whose = Owner::of(pid, &self.job);
-        if whose == Owner::Job && self.impurity.is_none() {
+        let owner = ProcessOwner::of(pid, &self.job);
+        if owner == ProcessOwner::Job && self.impurity.is_none() {
             self.impurity = impurity_of(pid);
         }
-        self.strangers |= whose == Owner::Other;
-        match (file, whose) {
-            (_, Owner::Dead) => (),
+        self.strangers |= owner == ProcessOwner::Other;
+        match (file, owner) {
+            (_, ProcessOwner::Dead) => (),
             (Ok(file), owner) => {
                 self.finish(pid);
                 self.open.insert(
                     pid,
                     Roots {
                         file,
-                        ours: owner == Owner::Job,
+                        ours: owner == ProcessOwner::Job,
                         rest: Vec::new(),
                     },
                 );
             }
-            (Err(_), Owner::Other) => self.unclear = true,
-            (Err(_), Owner::Job) => (),
+            (Err(_), ProcessOwner::Other) => self.unclear = true,
+            (Err(_), ProcessOwner::Job) => (),
         }
     }
 
@@ -278,15 +278,15 @@ impl State {
         }
     }
 
-    fn whose(&self, path: &StorePath) -> Whose {
+    fn owner(&self, path: &StorePath) -> Owner {
         if self.ours.contains(path) {
-            Whose::Ours
+            Owner::ThisJob
         } else if self.others.contains(path) {
-            Whose::Others
+            Owner::OtherJob
         } else if self.unclear || self.strangers {
-            Whose::Unclear
+            Owner::Ambiguous
         } else {
-            Whose::Unclaimed
+            Owner::Unclaimed
         }
     }
 }
@@ -300,13 +300,13 @@ fn same_file(one: &File, other: &File) -> bool {
 
 /// Whose a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Owner {
+enum ProcessOwner {
     Job,
     Other,
     Dead,
 }
 
-impl Owner {
+impl ProcessOwner {
     fn of(pid: u32, job: &Job) -> Self {
         let Some(arguments) = arguments(pid) else {
             return Self::Dead;
@@ -413,14 +413,14 @@ mod tests {
         let folder = state_dir();
         let clients = Clients::watch(folder.path(), Job::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
         fs::remove_file(
             folder
                 .path()
                 .join(format!("temproots/{}", std::process::id())),
         )
         .expect("removed");
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
     }
 
     #[test]
@@ -428,9 +428,9 @@ mod tests {
         let folder = state_dir();
         let clients = Clients::watch(folder.path(), Job::Descendants);
         write(folder.path(), 1, &format!("{PATH}\0/nix/store/half-writ"));
-        assert_eq!(clients.whose(&[path()]), [Whose::Others]);
+        assert_eq!(clients.owners(&[path()]), [Owner::OtherJob]);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours], "both want it");
+        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob], "both want it");
     }
 
     #[test]
@@ -439,8 +439,8 @@ mod tests {
         write(folder.path(), u32::MAX, &format!("{PATH}\0"));
         let clients = Clients::watch(folder.path(), Job::Descendants);
         assert_eq!(
-            clients.whose(&[path()]),
-            [Whose::Unclaimed],
+            clients.owners(&[path()]),
+            [Owner::Unclaimed],
             "a dead process's file tells nothing"
         );
     }
@@ -452,11 +452,15 @@ mod tests {
         let gone = u32::MAX - 1;
         write(folder.path(), gone, &format!("{PATH}\0"));
         lock(&clients.state).hear(&Event::Entry(&gone.to_string()));
-        assert_eq!(clients.whose(&[path()]), [Whose::Unclaimed]);
+        assert_eq!(clients.owners(&[path()]), [Owner::Unclaimed]);
         write(folder.path(), 1, "");
-        assert_eq!(clients.whose(&[path()]), [Whose::Unclear]);
+        assert_eq!(clients.owners(&[path()]), [Owner::Ambiguous]);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours], "ours want it too");
+        assert_eq!(
+            clients.owners(&[path()]),
+            [Owner::ThisJob],
+            "ours want it too"
+        );
     }
 
     #[test]
@@ -466,7 +470,7 @@ mod tests {
         let (us, second) = (std::process::id(), PATH.replace("hello", "world"));
         write(folder.path(), us, &format!("{PATH}\0"));
         write(folder.path(), 1, "");
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
         assert_eq!(lock(&clients.state).open.len(), 2);
         for pid in [us, 1] {
             fs::remove_file(folder.path().join(format!("temproots/{pid}"))).expect("removed");
@@ -475,7 +479,7 @@ mod tests {
         let mut state = lock(&clients.state);
         state.hear(&Event::Entry(&us.to_string()));
         assert!(state.open.keys().eq(&[us]));
-        assert_eq!(state.whose(&second.parse().expect("valid")), Whose::Ours);
+        assert_eq!(state.owner(&second.parse().expect("valid")), Owner::ThisJob);
     }
 
     #[test]
@@ -506,13 +510,16 @@ mod tests {
         assert!(holds(std::process::id(), &variable), "{variable}");
         assert!(!holds(1, "RUNNER_TRACKING_ID=github_of_nobody"));
         assert_eq!(
-            Owner::of(
+            ProcessOwner::of(
                 1,
                 &Job::Marked("RUNNER_TRACKING_ID=github_of_nobody".into())
             ),
-            Owner::Other
+            ProcessOwner::Other
         );
-        assert_eq!(Owner::of(std::process::id(), &Job::User), Owner::Job);
+        assert_eq!(
+            ProcessOwner::of(std::process::id(), &Job::User),
+            ProcessOwner::Job
+        );
     }
 
     #[test]
@@ -520,7 +527,7 @@ mod tests {
         let folder = state_dir();
         let clients = Clients::watch(folder.path(), Job::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(clients.whose(&[path()]), [Whose::Ours]);
+        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
         let (send, receive) = std::sync::mpsc::channel();
         clients.tell(move |paths| send.send(paths.to_vec()).expect("the test listens"));
         let deadline = Duration::from_secs(10);

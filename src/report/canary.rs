@@ -22,7 +22,7 @@ pub enum Severity {
 
 impl Severity {
     /// Its word.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Required => "required",
             Self::Advisory => "advisory",
@@ -46,7 +46,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// Its word.
-    pub fn word(&self) -> &'static str {
+    pub fn as_str(&self) -> &'static str {
         match self {
             Self::Passed => "passed",
             Self::Failed { .. } => "failed",
@@ -152,9 +152,9 @@ impl Canary {
         for check in &self.checks {
             let line = format!(
                 "{:<7}  {:<width$}  {:<8}  {:>6.3} s  {}",
-                check.verdict.word(),
+                check.verdict.as_str(),
                 check.name,
-                check.severity.word(),
+                check.severity.as_str(),
                 check.took.as_secs_f64(),
                 one_line(&check.text, 400)
             );
@@ -188,7 +188,7 @@ impl Canary {
                 format_args!(
                     "> **`{}`** ({}): {}. {}\n>\n",
                     check.layer,
-                    check.severity.word(),
+                    check.severity.as_str(),
                     cell(&check.text),
                     cell(hint)
                 ),
@@ -202,8 +202,8 @@ impl Canary {
                     "| `{}` | `{}` | {} | {} | {:.3} s | {} |\n",
                     cell(&check.name),
                     check.layer,
-                    check.severity.word(),
-                    check.verdict.word(),
+                    check.severity.as_str(),
+                    check.verdict.as_str(),
                     check.took.as_secs_f64(),
                     cell(&check.text)
                 ),
@@ -229,8 +229,8 @@ impl Canary {
             json!({
                 "name": check.name,
                 "layer": check.layer,
-                "severity": check.severity.word(),
-                "verdict": check.verdict.word(),
+                "severity": check.severity.as_str(),
+                "verdict": check.verdict.as_str(),
                 "limit-seconds": check.limit.as_secs_f64(),
                 "seconds": check.took.as_secs_f64(),
                 "text": check.text,
@@ -306,7 +306,7 @@ impl Canary {
                 ",check=\"{}\",layer=\"{}\",severity=\"{}\"",
                 label(&check.name),
                 check.layer,
-                check.severity.word()
+                check.severity.as_str()
             )
         };
         let success = ran.iter().map(|check| {

@@ -27,7 +27,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// The word of the step output `outcome`.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Success => "success",
             Self::CommandFailed => "command-failed",
@@ -60,7 +60,7 @@ pub enum CacheState {
 
 impl CacheState {
     /// The word of the step output `cache-state`.
-    pub fn word(&self) -> String {
+    pub fn as_str(&self) -> String {
         match self {
             Self::Attached => "attached".into(),
             Self::Off => "off".into(),
@@ -87,7 +87,7 @@ pub struct Trust {
 
 /// What there is to tell of one job.
 #[derive(Clone, Debug)]
-pub struct Job {
+pub struct JobResult {
     /// Who failed.
     pub outcome: Outcome,
     /// The step's exit code.
@@ -128,7 +128,7 @@ pub struct Job {
     pub heavy_lane: Option<String>,
 }
 
-impl Job {
+impl JobResult {
     /// The closing line: `412 built, 412 published, 412 verified, 0 lost`, and what else there is to say.
     pub fn closing_line(&self) -> String {
         let nothing = Publication::default();
@@ -183,8 +183,8 @@ impl Job {
 pub(super) mod tests {
     use super::*;
 
-    pub(crate) fn example() -> Job {
-        Job {
+    pub(crate) fn example() -> JobResult {
+        JobResult {
             outcome: Outcome::Success,
             exit_code: 0,
             nix: "Nix 2.8.0 at /usr/bin/nix".into(),

@@ -53,7 +53,7 @@ pub enum Key {
 
 impl Key {
     /// The word of the machine-readable form.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Given => "given",
             Self::Announced => "announced",

@@ -5,8 +5,8 @@ use std::time::Duration;
 use flywheel::github::check_run::{CheckRuns, Commit, Conclusion as Ended};
 use flywheel::http::{Clients, Roots};
 use flywheel::progress::Sink;
-use flywheel::report::checks::board::{Aggregate, Board, Options, Told};
-use flywheel::report::checks::{Cause, Output, Place, State, Verdict};
+use flywheel::report::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
+use flywheel::report::checks::{Cause, Output, SourceLocation, State, Verdict};
 use flywheel::secret::Secret;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -34,15 +34,16 @@ fn options() -> Options {
     }
 }
 
-fn board(github: &GitHub, options: Options) -> Board {
+fn board(github: &GitHub, options: Options) -> CheckRunReporter {
     let commit = Commit {
         api: github.url.parse().unwrap(),
         repository: "octo-org/app".into(),
         sha: SHA.into(),
     };
     let client = Clients::new(&Roots::default()).unwrap().asking;
-    let runs = CheckRuns::of(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
-    Board::start(runs, options, Sink::silent())
+    let runs =
+        CheckRuns::for_commit(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
+    CheckRunReporter::start(runs, options, Sink::silent())
 }
 
 fn output(n: usize) -> Output {
@@ -73,7 +74,7 @@ fn aggregate(conclusion: Ended) -> Aggregate {
     }
 }
 
-async fn close(board: Board) -> Told {
+async fn close(board: CheckRunReporter) -> ReportStats {
     board
         .close(
             aggregate(Ended::Success),
@@ -102,7 +103,7 @@ async fn each_output_goes_its_way_and_ends() {
         github.run("x86_64-linux.0")["status"] == "in_progress"
     })
     .await;
-    let place = Some(Place {
+    let location = Some(SourceLocation {
         file: "nix/flake.nix".into(),
         line: 7,
         column: Some(3),
@@ -112,7 +113,7 @@ async fn each_output_goes_its_way_and_ends() {
     let wrong = Cause::HashMismatch {
         specified: "sha256-A".into(),
         got: "sha256-B".into(),
-        place,
+        location,
     };
     board.update("x86_64-linux.1", ended(wrong));
     board.update("x86_64-linux.2", ended(Cause::AlreadyCached));

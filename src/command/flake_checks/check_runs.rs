@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use crate::command::flake_checks::engine::End;
+use crate::command::flake_checks::engine::RunEnd;
 use crate::command::flake_checks::inputs::{Checks, Plan};
-use crate::command::flake_checks::{Ran, verdict};
+use crate::command::flake_checks::{RunResult, verdict};
 use crate::command::job::{STOPPED_LIMIT, Work};
 use crate::exit::Explain;
 use crate::github::check_run::{CheckRuns, Commit, Conclusion};
 use crate::http::{Clients, Roots};
-use crate::report::checks::board::{Aggregate, Board, Options};
-use crate::report::checks::summary::{closing_line, of_all};
+use crate::report::checks::board::{Aggregate, CheckRunReporter, Options};
+use crate::report::checks::summary::{closing_line, render};
 use crate::report::checks::text::plain;
 use crate::runner::context::{commit, github_api};
 use crate::runner::workflow::{Level, Workflow};
@@ -22,11 +22,11 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(300);
 const STOPPED_RESERVE: Duration = Duration::from_millis(700);
 
 /// Starts them, if this job may have any; says why not where they were asked for.
-pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option<Board> {
+pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option<CheckRunReporter> {
     if plan.checks == Checks::No {
         return None;
     }
-    let lacking = |what: &str| {
+    let unavailable = |what: &str| {
         if plan.checks == Checks::Yes {
             workflow.annotate(
                 Level::Warning,
@@ -37,24 +37,24 @@ pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option
         None
     };
     let Some(token) = work.secrets.github.as_ref() else {
-        return lacking("there is no `GITHUB_TOKEN` in the step's `env`");
+        return unavailable("there is no `GITHUB_TOKEN` in the step's `env`");
     };
     let Some((repository, sha)) = commit(work.env) else {
-        return lacking("this is no job with a commit");
+        return unavailable("this is no job with a commit");
     };
     let roots = Roots {
         files: work.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
     let client = match Clients::new(&roots) {
         Ok(clients) => clients.asking,
-        Err(error) => return lacking(&error.to_string()),
+        Err(error) => return unavailable(&error.to_string()),
     };
     let commit = Commit {
         api: github_api(work.env),
         repository,
         sha,
     };
-    match CheckRuns::of(&commit, token, client) {
+    match CheckRuns::for_commit(&commit, token, client) {
         Ok(runs) => {
             let job = [work.env.get("GITHUB_WORKFLOW"), work.env.get("GITHUB_JOB")];
             let job = job
@@ -66,33 +66,33 @@ pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option
                 scope,
                 ..Options::default()
             };
-            Some(Board::start(runs, options, work.sink.clone()))
+            Some(CheckRunReporter::start(runs, options, work.sink.clone()))
         }
-        Err(error) => lacking(&error.to_string()),
+        Err(error) => unavailable(&error.to_string()),
     }
 }
 
 /// Until when the Check Runs may be brought up to date.
-pub(super) fn deadline(ran: &Ran) -> Instant {
+pub(super) fn deadline(ran: &RunResult) -> Instant {
     match ran.end {
-        End::Stopped(_, at) => at + (STOPPED_LIMIT - STOPPED_RESERVE),
-        End::Whole | End::FailedFast => Instant::now() + CLOSE_LIMIT,
+        RunEnd::Stopped(_, at) => at + (STOPPED_LIMIT - STOPPED_RESERVE),
+        RunEnd::Complete | RunEnd::FailedFast => Instant::now() + CLOSE_LIMIT,
     }
 }
 
 /// What is said of the whole.
-pub(super) fn aggregate(ran: &Ran) -> Aggregate {
+pub(super) fn aggregate(ran: &RunResult) -> Aggregate {
     let ended = ran.ended();
     let failed = verdict(ran).1 > 0 || !ran.wrong.is_empty();
     let conclusion = match (failed, ran.end) {
-        (_, End::Stopped(..)) => Conclusion::Cancelled,
-        (true, _) | (_, End::FailedFast) => Conclusion::Failure,
-        (false, End::Whole) => Conclusion::Success,
+        (_, RunEnd::Stopped(..)) => Conclusion::Cancelled,
+        (true, _) | (_, RunEnd::FailedFast) => Conclusion::Failure,
+        (false, RunEnd::Complete) => Conclusion::Success,
     };
     Aggregate {
         conclusion,
         title: closing_line(&ended),
-        summary: of_all(&ended),
+        summary: render(&ended),
     }
 }
 
@@ -107,7 +107,7 @@ pub(super) fn cancelled() -> Aggregate {
 }
 
 /// The same where there was nothing to check, for the flake does not evaluate.
-pub(super) fn of_failure(failure: &dyn Explain) -> Aggregate {
+pub(super) fn for_failure(failure: &dyn Explain) -> Aggregate {
     let text = failure.to_string();
     Aggregate {
         conclusion: Conclusion::Failure,

@@ -15,8 +15,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::inputs::Plan;
-use crate::command::flake_checks::output::{Out, Tail, Tree, of_evaluation};
-use crate::command::flake_checks::tell::Teller;
+use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, of_evaluation};
+use crate::command::flake_checks::reporter::Reporter;
 use crate::nix::build::Ended;
 use crate::nix::build::log::{Event as BuildEvent, Failure as BuildFailure};
 use crate::nix::build::presence::{Present, valid};
@@ -29,11 +29,11 @@ use crate::process::signals::{Signals, Stop};
 use crate::report::checks::{Cause, Conclusion, State};
 
 /// How often it is looked which outputs have become valid.
-const LOOK: Duration = Duration::from_millis(300);
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
 /// Events that may wait.
 const QUEUE: usize = 4096;
 /// Looking at what failed at the end of a run that was cancelled.
-const LAST_LOOK: Duration = Duration::from_millis(500);
+const FINAL_POLL_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How the evaluation is asked for.
 pub(super) struct Evaluation {
@@ -53,16 +53,16 @@ pub(super) struct Evaluation {
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum RunEnd {
     /// Every output has a verdict of its own.
-    Whole,
+    Complete,
     /// The first failure ended it.
     FailedFast,
     /// The runner asked it to stop, then.
     Stopped(Stop, Instant),
 }
 
-enum Step {
+enum EngineEvent {
     Looked(Vec<usize>, Result<Present, String>),
     Building(usize, BuildEvent),
     Built(usize, Result<Ended, String>),
@@ -81,8 +81,8 @@ pub(super) struct Engine<'a> {
     pub nix: Nix,
     pub store: Arc<Store>,
     pub tree: Tree,
-    pub teller: &'a mut Teller,
-    pub outs: Vec<Out>,
+    pub reporter: &'a mut Reporter,
+    pub outs: Vec<OutputProgress>,
     /// The systems that are built here, if that is known.
     pub native: Option<BTreeSet<String>>,
     by_drv: HashMap<StorePath, Vec<usize>>,
@@ -94,11 +94,11 @@ pub(super) struct Engine<'a> {
     logs: HashMap<StorePath, Tail>,
     log_order: VecDeque<StorePath>,
     failures: HashMap<StorePath, BuildFailure>,
-    steps: mpsc::Sender<Step>,
+    steps: mpsc::Sender<EngineEvent>,
     jobs: JoinSet<()>,
     cancel: CancellationToken,
     /// A build failed, and no other is to go on.
-    is_enough: bool,
+    is_given_up: bool,
     /// Since when the evaluation has ended.
     pub evaluated: Option<Instant>,
 }
@@ -109,17 +109,17 @@ impl<'a> Engine<'a> {
         nix: Nix,
         store: Arc<Store>,
         tree: Tree,
-        teller: &'a mut Teller,
-        outs: Vec<Out>,
+        reporter: &'a mut Reporter,
+        outs: Vec<OutputProgress>,
         native: Option<BTreeSet<String>>,
-    ) -> (Self, Steps) {
+    ) -> (Self, EngineEvents) {
         let (steps, receiver) = mpsc::channel(QUEUE);
         let engine = Self {
             plan,
             nix,
             store,
             tree,
-            teller,
+            reporter,
             outs,
             native,
             by_drv: HashMap::new(),
@@ -134,10 +134,10 @@ impl<'a> Engine<'a> {
             steps,
             jobs: JoinSet::new(),
             cancel: CancellationToken::new(),
-            is_enough: false,
+            is_given_up: false,
             evaluated: None,
         };
-        (engine, Steps(receiver))
+        (engine, EngineEvents(receiver))
     }
 
     /// Brings every output to its verdict; `known` are those whose derivations are remembered.
@@ -145,9 +145,9 @@ impl<'a> Engine<'a> {
         &mut self,
         known: Vec<(usize, Facts)>,
         mut evaluation: Evaluation,
-        mut steps: Steps,
+        mut steps: EngineEvents,
         signals: &mut Signals,
-    ) -> End {
+    ) -> RunEnd {
         let remembered: BTreeSet<usize> = known.iter().map(|(id, _)| *id).collect();
         for (id, facts) in known {
             self.outs[id].is_remembered = true;
@@ -158,36 +158,36 @@ impl<'a> Engine<'a> {
             .collect();
         let first = Arc::clone(&evaluation.first);
         self.evaluate(&evaluation, ids, &first).await;
-        let mut look = tokio::time::interval(LOOK);
+        let mut look = tokio::time::interval(POLL_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let end = loop {
             if self.evaluating == 0 {
                 self.evaluated.get_or_insert_with(Instant::now);
             }
-            if self.is_enough || self.plan.fail_fast && self.has_failed() {
-                break End::FailedFast;
+            if self.is_given_up || self.plan.fail_fast && self.has_failed() {
+                break RunEnd::FailedFast;
             }
-            self.look_at_arrived();
+            self.query_arrived();
             self.start_lanes();
             if self.outs.iter().all(|out| out.verdict.is_some()) {
-                break End::Whole;
+                break RunEnd::Complete;
             }
             tokio::select! {
                 biased;
-                stop = signals.next() => break End::Stopped(stop, Instant::now()),
+                stop = signals.next() => break RunEnd::Stopped(stop, Instant::now()),
                 event = evaluation.events.recv(), if self.evaluating > 0 => match event {
-                    Some(event) => self.heard(event, &evaluation).await,
+                    Some(event) => self.on_evaluation(event, &evaluation).await,
                     None => self.evaluation_is_gone(),
                 },
-                Some(step) = steps.0.recv() => self.step(step, &evaluation).await,
-                _ = look.tick() => self.see_what_is_valid().await,
+                Some(step) = steps.0.recv() => self.on_event(step, &evaluation).await,
+                _ = look.tick() => self.end_valid_in_lanes().await,
             }
         };
         evaluation.cancel.cancel();
         self.cancel.cancel();
-        if end != End::Whole {
+        if end != RunEnd::Complete {
             // What was finished in the last moment is finished.
-            let _ = tokio::time::timeout(LAST_LOOK, self.see_what_is_valid()).await;
+            let _ = tokio::time::timeout(FINAL_POLL_TIMEOUT, self.end_valid_in_lanes()).await;
             for id in 0..self.outs.len() {
                 self.end(id, Cause::Cancelled, Vec::new());
             }
@@ -208,7 +208,7 @@ impl<'a> Engine<'a> {
     }
 
     fn has_failed(&self) -> bool {
-        let failed = |out: &Out| {
+        let failed = |out: &OutputProgress| {
             out.verdict
                 .as_ref()
                 .is_some_and(|verdict| verdict.conclusion() == Conclusion::Failure)
@@ -239,16 +239,24 @@ impl<'a> Engine<'a> {
         for id in 0..self.outs.len() {
             if self.outs[id].facts.is_none() {
                 let text = "error: the evaluation has ended without an answer".to_owned();
-                self.end(id, Cause::Evaluation { text, place: None }, Vec::new());
+                self.end(
+                    id,
+                    Cause::Evaluation {
+                        text,
+                        location: None,
+                    },
+                    Vec::new(),
+                );
             }
         }
     }
 
-    async fn heard(&mut self, event: Event, evaluation: &Evaluation) {
+    async fn on_evaluation(&mut self, event: Event, evaluation: &Evaluation) {
         match event {
             Event::Begun(id) => {
                 self.outs[id].begin();
-                self.teller.state(&self.outs[id].output, &State::Evaluating);
+                self.reporter
+                    .state(&self.outs[id].output, &State::Evaluating);
             }
             Event::Known {
                 id,
@@ -281,7 +289,14 @@ impl<'a> Engine<'a> {
         match drv {
             None => {
                 let text = "error: its derivation is no store path".to_owned();
-                self.end(id, Cause::Evaluation { text, place: None }, Vec::new());
+                self.end(
+                    id,
+                    Cause::Evaluation {
+                        text,
+                        location: None,
+                    },
+                    Vec::new(),
+                );
             }
             Some(_) if !self.plan.build => self.end(id, Cause::Evaluated, Vec::new()),
             Some(drv) => {
@@ -292,7 +307,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Asks where the outputs are that have arrived, unless that is being asked already.
-    fn look_at_arrived(&mut self) {
+    fn query_arrived(&mut self) {
         if self.looking || self.arrived.is_empty() {
             return;
         }
@@ -314,13 +329,13 @@ impl<'a> Engine<'a> {
                 .await
                 .map_err(|error| error.to_string());
             // The engine is gone only when nobody wants to know any more.
-            let _ = steps.send(Step::Looked(ids, present)).await;
+            let _ = steps.send(EngineEvent::Looked(ids, present)).await;
         });
     }
 
-    async fn step(&mut self, step: Step, evaluation: &Evaluation) {
+    async fn on_event(&mut self, step: EngineEvent, evaluation: &Evaluation) {
         match step {
-            Step::Looked(ids, present) => {
+            EngineEvent::Looked(ids, present) => {
                 self.looking = false;
                 // A store that gives no answer is Nix's to complain about, when it builds.
                 let present = present.unwrap_or_default();
@@ -344,8 +359,8 @@ impl<'a> Engine<'a> {
                 let first = Arc::clone(&evaluation.first);
                 self.evaluate(evaluation, again, &first).await;
             }
-            Step::Building(lane, event) => self.building(lane, event),
-            Step::Built(lane, ended) => self.built(lane, ended).await,
+            EngineEvent::Building(lane, event) => self.on_build_event(lane, event),
+            EngineEvent::Built(lane, ended) => self.on_built(lane, ended).await,
         }
     }
 
@@ -360,18 +375,18 @@ impl<'a> Engine<'a> {
     }
 
     /// Outputs in the lanes whose paths have become valid are built.
-    async fn see_what_is_valid(&mut self) {
-        self.teller.progress(&self.outs);
+    async fn end_valid_in_lanes(&mut self) {
+        self.reporter.progress(&self.outs);
         let ids: Vec<usize> = self
             .lanes
             .iter()
             .flatten()
             .flat_map(|lane| lane.ids.clone())
             .collect();
-        self.see_valid_of(&ids).await;
+        self.end_valid(&ids).await;
     }
 
-    async fn see_valid_of(&mut self, ids: &[usize]) {
+    async fn end_valid(&mut self, ids: &[usize]) {
         let open: Vec<(usize, Vec<StorePath>)> = ids
             .iter()
             .filter(|id| self.outs[**id].verdict.is_none())
@@ -406,10 +421,10 @@ impl<'a> Engine<'a> {
         {
             self.logs.remove(drv);
         }
-        self.teller
+        self.reporter
             .state(&self.outs[id].output, &State::Finished(Box::new(verdict)));
     }
 }
 
 /// What the engine's tasks report.
-pub(super) struct Steps(mpsc::Receiver<Step>);
+pub(super) struct EngineEvents(mpsc::Receiver<EngineEvent>);

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::command::Failure;
 use crate::command::flake_checks::engine::Evaluation;
 use crate::command::flake_checks::inputs::{EvaluatorKind, Plan, Remember};
-use crate::command::flake_checks::output::Out;
+use crate::command::flake_checks::output::OutputProgress;
 use crate::nix::flake::Source;
 use crate::nix::flake::evaluate::{
     self, Facts, Name, Names, Pool, Views, may_be_remembered, names, settings_that_matter, views,
@@ -27,7 +27,7 @@ use crate::secret::Secret;
 const QUEUE: usize = 1024;
 
 /// A flake, and how it is to be evaluated.
-pub(super) struct Prospect {
+pub(super) struct FlakeEvaluation {
     pub source: Source,
     expressions: Expressions,
     /// Where it is remembered, if it may be.
@@ -40,7 +40,7 @@ pub(super) struct Prospect {
     jobs: Option<PathBuf>,
 }
 
-impl Prospect {
+impl FlakeEvaluation {
     /// Finds the source, and what is remembered of it.
     pub async fn open(plan: &Plan, nix: &Nix, env: &Env, sink: &Sink) -> Result<Self, Failure> {
         let source = Source::find(nix, &plan.flake, &of_lock(&plan.arguments)).await?;
@@ -166,7 +166,7 @@ impl Prospect {
     }
 
     /// Remembers what does not depend on the commit. Gives the labels of which something else was remembered.
-    pub fn remember(&self, outs: &[Out], names: Vec<Name>, sink: &Sink) -> Vec<String> {
+    pub fn remember(&self, outs: &[OutputProgress], names: Vec<Name>, sink: &Sink) -> Vec<String> {
         let Some(memory) = &self.memory else {
             return Vec::new();
         };

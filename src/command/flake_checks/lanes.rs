@@ -13,7 +13,7 @@ pub(super) const MOST: usize = 256;
 
 /// What is known when a lane is free.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Moment {
+pub(super) struct LaneState {
     /// Outputs that wait to be built.
     pub waiting: usize,
     /// Whether all derivations are known.
@@ -26,7 +26,7 @@ pub(super) struct Moment {
 
 /// Whether a lane starts now, and with how many builds at once: `Some(None)` is Nix's own setting.
 /// `jobs`: what both may have together, if that was asked for.
-pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize>> {
+pub(super) fn start(jobs: Option<usize>, moment: &LaneState) -> Option<Option<usize>> {
     if moment.waiting == 0 {
         return None;
     }
@@ -57,7 +57,7 @@ pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize
 mod tests {
     use super::*;
 
-    const QUIET: Moment = Moment {
+    const QUIET: LaneState = LaneState {
         waiting: 3,
         all_known: false,
         other: None,
@@ -71,7 +71,7 @@ mod tests {
         assert_eq!(
             start(
                 Some(5),
-                &Moment {
+                &LaneState {
                     all_known: true,
                     ..QUIET
                 }
@@ -81,7 +81,7 @@ mod tests {
         assert_eq!(
             start(
                 None,
-                &Moment {
+                &LaneState {
                     waiting: 0,
                     ..QUIET
                 }
@@ -96,7 +96,7 @@ mod tests {
             let first = start(Some(jobs), &QUIET).flatten().expect("starts");
             let second = start(
                 Some(jobs),
-                &Moment {
+                &LaneState {
                     all_known: true,
                     other: Some(Some(first)),
                     ..QUIET
@@ -108,21 +108,21 @@ mod tests {
 
     #[test]
     fn the_second_lane_waits_for_a_reason() {
-        let beside = Moment {
+        let beside = LaneState {
             other: Some(None),
             ..QUIET
         };
         assert_eq!(start(None, &beside), None);
         for reason in [
-            Moment {
+            LaneState {
                 all_known: true,
                 ..beside
             },
-            Moment {
+            LaneState {
                 waiting: MANY,
                 ..beside
             },
-            Moment {
+            LaneState {
                 running: LONG,
                 ..beside
             },

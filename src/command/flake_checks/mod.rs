@@ -8,7 +8,7 @@ mod evaluation;
 mod inputs;
 mod lanes;
 mod output;
-mod tell;
+mod reporter;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -21,14 +21,14 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::inputs::Inputs;
 
-use self::engine::{End, Engine};
-use self::evaluation::Prospect;
+use self::engine::{Engine, RunEnd};
+use self::evaluation::FlakeEvaluation;
 use self::inputs::{Plan, Systems};
-use self::output::{Out, Tree};
-use self::tell::Teller;
+use self::output::{OutputProgress, Tree};
+use self::reporter::Reporter;
 use crate::command::Failure;
-use crate::command::job::harvest::Harvest;
-use crate::command::job::{self, Prepared, STOPPED_LIMIT, Secrets, Told, Watch, Work};
+use crate::command::job::added_paths::AddedPaths;
+use crate::command::job::{self, JobReport, Prepared, STOPPED_LIMIT, Secrets, Watch, Work};
 use crate::exit::{Exit, UsageError};
 use crate::host::peak::Span;
 use crate::host::private::PrivateFolder;
@@ -41,7 +41,7 @@ use crate::nix::{clients, collect};
 use crate::process::signals::Signals;
 use crate::report::checks::text::annotation;
 use crate::report::checks::{Cause, Conclusion, Output, board, files, summary};
-use crate::report::job::{Job, Outcome};
+use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use crate::report::screen::Screen;
 use crate::runner::env::Env;
@@ -64,7 +64,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let mut signals = Signals::listen()
         .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
     let private = PrivateFolder::create(&job::private_base(env))?;
-    job::introduce(&plan.job, &decision, &workflow);
+    job::announce(&plan.job, &decision, &workflow);
     let work = Work {
         plan: &plan.job,
         env,
@@ -83,7 +83,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     .await;
     screen.finish();
     if let Err(failure) = &ended {
-        job::tell_not_started(&**failure, env, "nothing was checked");
+        job::report_not_started(&**failure, env, "nothing was checked");
     }
     ended
 }
@@ -96,9 +96,9 @@ struct FlakeChecks<'a> {
 }
 
 /// What a run came to.
-struct Ran {
-    outs: Vec<Out>,
-    end: End,
+struct RunResult {
+    outs: Vec<OutputProgress>,
+    end: RunEnd,
     evaluation: Duration,
     build: Duration,
     /// How many outputs were remembered.
@@ -123,23 +123,23 @@ impl FlakeChecks<'_> {
         signals: &mut Signals,
     ) -> Result<Exit, Failure> {
         let nix = prepared.nix();
-        let mut teller = Teller::new(
+        let mut reporter = Reporter::new(
             &self.workflow,
             check_runs::start(self.plan, &self.work, &self.workflow),
         );
         // What is asked of Nix impurely, about the source alone, is asked before the job's processes are watched.
-        let open = Prospect::open(self.plan, &nix, self.work.env, &self.work.sink);
+        let open = FlakeEvaluation::open(self.plan, &nix, self.work.env, &self.work.sink);
         let opened = tokio::select! {
             biased;
             _ = signals.next() => None,
             found = async { tokio::join!(open, self.work.read_back(prepared)) } => Some(found),
         };
-        let (prospect, in_force) = match opened {
-            Some((Ok(prospect), in_force)) => (prospect, in_force),
-            Some((Err(failure), _)) => return self.give_up(teller, failure).await,
+        let (flake_evaluation, in_force) = match opened {
+            Some((Ok(flake_evaluation), in_force)) => (flake_evaluation, in_force),
+            Some((Err(failure), _)) => return self.give_up(reporter, failure).await,
             None => {
                 let at = Instant::now() + STOPPED_LIMIT;
-                teller
+                reporter
                     .close(check_runs::cancelled(), at, &CancellationToken::new())
                     .await;
                 return Ok(self.cancelled_early());
@@ -152,23 +152,23 @@ impl FlakeChecks<'_> {
             Some(watch) => Arc::clone(watch.store()),
             None => match prepared.open_store().await {
                 Ok(store) => Arc::new(store),
-                Err(error) => return self.give_up(teller, error.into()).await,
+                Err(error) => return self.give_up(reporter, error.into()).await,
             },
         };
         let span = Span::begin();
         let ran = match self
-            .check(prospect, prepared, store, &mut teller, signals)
+            .check(flake_evaluation, prepared, store, &mut reporter, signals)
             .await
         {
             Ok(ran) => ran,
-            Err(failure) => return self.give_up(teller, failure).await,
+            Err(failure) => return self.give_up(reporter, failure).await,
         };
         let spent = span.end().await;
         let published = Instant::now();
         if let Some(watch) = &mut watch {
             watch.add_results(paths_in_store(&ran));
         }
-        if ran.end == End::Whole && verdict(&ran).1 == 0 {
+        if ran.end == RunEnd::Complete && verdict(&ran).1 == 0 {
             self.work
                 .check(
                     prepared,
@@ -178,16 +178,16 @@ impl FlakeChecks<'_> {
                 )
                 .await;
         }
-        let ((harvest, publication), told) =
-            self.finish(prepared, watch, teller, &ran, signals).await;
-        self.say_of_check_runs(told);
+        let ((added_paths, publication), told) =
+            self.finish(prepared, watch, reporter, &ran, signals).await;
+        self.log_check_runs(told);
         tokio::select! {
             biased;
             _ = signals.next() => self.work.sink.note("flywheel: the store is not collected: asked to stop"),
             () = self.collect(prepared, &ran) => (),
         }
-        let job = self.told(prepared, &ran, &harvest, publication);
-        let job = Job {
+        let job = self.told(prepared, &ran, &added_paths, publication);
+        let job = JobResult {
             publish: published.elapsed(),
             peak: spent.peak,
             limit: spent.limit,
@@ -202,20 +202,23 @@ impl FlakeChecks<'_> {
         &self,
         prepared: &Prepared,
         watch: Option<Watch>,
-        teller: Teller,
-        ran: &Ran,
+        reporter: Reporter,
+        ran: &RunResult,
         signals: &mut Signals,
-    ) -> ((Harvest, Option<Publication>), Option<board::Told>) {
+    ) -> (
+        (AddedPaths, Option<Publication>),
+        Option<board::ReportStats>,
+    ) {
         let cancel = CancellationToken::new();
-        let mut closing = pin!(teller.close(
+        let mut closing = pin!(reporter.close(
             check_runs::aggregate(ran),
             check_runs::deadline(ran),
             &cancel
         ));
         let mut told = None;
         let stopped = match ran.end {
-            End::Stopped(_, at) => Some(at),
-            End::Whole | End::FailedFast => None,
+            RunEnd::Stopped(_, at) => Some(at),
+            RunEnd::Complete | RunEnd::FailedFast => None,
         };
         let published = {
             // Links of other tools are no results of this run.
@@ -249,11 +252,11 @@ impl FlakeChecks<'_> {
     }
 
     /// There is nothing to check: the Check Run that stands for all says why.
-    async fn give_up(&self, teller: Teller, failure: Failure) -> Result<Exit, Failure> {
+    async fn give_up(&self, reporter: Reporter, failure: Failure) -> Result<Exit, Failure> {
         let at = Instant::now() + STOPPED_LIMIT;
-        teller
+        reporter
             .close(
-                check_runs::of_failure(&*failure),
+                check_runs::for_failure(&*failure),
                 at,
                 &CancellationToken::new(),
             )
@@ -264,18 +267,18 @@ impl FlakeChecks<'_> {
     /// Names, derivations, builds.
     async fn check(
         &self,
-        mut prospect: Prospect,
+        mut flake_evaluation: FlakeEvaluation,
         prepared: &Prepared,
         store: Arc<Store>,
-        teller: &mut Teller,
+        reporter: &mut Reporter,
         signals: &mut Signals,
-    ) -> Result<Ran, Failure> {
+    ) -> Result<RunResult, Failure> {
         let began = Instant::now();
         let nix = prepared.nix();
         let all = tokio::select! {
             biased;
-            stop = signals.next() => return Ok(Ran::nothing(End::Stopped(stop, Instant::now()))),
-            names = prospect.names(self.plan, &nix) => names?,
+            stop = signals.next() => return Ok(RunResult::nothing(RunEnd::Stopped(stop, Instant::now()))),
+            names = flake_evaluation.names(self.plan, &nix) => names?,
         };
         let native = prepared
             .in_force
@@ -286,7 +289,7 @@ impl FlakeChecks<'_> {
             .filter(|name| self.wants(name, native.as_ref()))
             .cloned()
             .collect();
-        let outs: Vec<Out> = names.iter().map(|name| self.out(name)).collect();
+        let outs: Vec<OutputProgress> = names.iter().map(|name| self.out(name)).collect();
         let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
         self.workflow.say(&format!(
             "flywheel: {} of {}",
@@ -301,18 +304,18 @@ impl FlakeChecks<'_> {
             self.workflow
                 .annotate(Level::Warning, "nothing to check", &text);
         }
-        teller.announce(&outputs);
-        let tree = tree(&prospect.source, self.work.env);
-        let known = prospect.known(self.plan, &names);
+        reporter.announce(&outputs);
+        let tree = tree(&flake_evaluation.source, self.work.env);
+        let known = flake_evaluation.known(self.plan, &names);
         let remembered = known.len();
         let cancel = CancellationToken::new();
-        let evaluation = prospect.start(self.plan, &nix, cancel);
-        let (mut engine, steps) = Engine::new(self.plan, nix, store, tree, teller, outs, native);
+        let evaluation = flake_evaluation.start(self.plan, &nix, cancel);
+        let (mut engine, steps) = Engine::new(self.plan, nix, store, tree, reporter, outs, native);
         let end = engine.run(known, evaluation, steps, signals).await;
         let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
         let outs = std::mem::take(&mut engine.outs);
-        let wrong = prospect.remember(&outs, all, &self.work.sink);
-        Ok(Ran {
+        let wrong = flake_evaluation.remember(&outs, all, &self.work.sink);
+        Ok(RunResult {
             outs,
             end,
             evaluation: evaluated - began,
@@ -334,7 +337,7 @@ impl FlakeChecks<'_> {
         }
     }
 
-    fn out(&self, name: &Name) -> Out {
+    fn out(&self, name: &Name) -> OutputProgress {
         let attribute: Vec<String> = self
             .plan
             .attribute
@@ -347,30 +350,30 @@ impl FlakeChecks<'_> {
             attribute: attribute.join("."),
             system: attribute.iter().find(|name| is_system(name)).cloned(),
         };
-        Out::new(name.clone(), output, self.plan.installable(&name.attr))
+        OutputProgress::new(name.clone(), output, self.plan.installable(&name.attr))
     }
 
     fn told(
         &self,
         prepared: &Prepared,
-        ran: &Ran,
-        harvest: &Harvest,
+        ran: &RunResult,
+        added_paths: &AddedPaths,
         publication: Option<Publication>,
-    ) -> Job {
-        let told = self.work.told(
+    ) -> JobResult {
+        let told = self.work.result(
             prepared,
-            harvest,
+            added_paths,
             publication,
             self.work.plan.require_publish,
         );
         let (_, failed) = verdict(ran);
         let (outcome, exit_code) = match (ran.end, failed > 0 || !ran.wrong.is_empty()) {
-            (End::Stopped(..), _) => (Outcome::Cancelled, 130),
-            (End::FailedFast, _) | (End::Whole, true) => (Outcome::CommandFailed, 1),
-            (End::Whole, false) => (told.outcome, told.exit_code),
+            (RunEnd::Stopped(..), _) => (Outcome::Cancelled, 130),
+            (RunEnd::FailedFast, _) | (RunEnd::Complete, true) => (Outcome::CommandFailed, 1),
+            (RunEnd::Complete, false) => (told.outcome, told.exit_code),
         };
         let command = ran.evaluation + ran.build;
-        Job {
+        JobResult {
             outcome,
             exit_code,
             command,
@@ -380,14 +383,18 @@ impl FlakeChecks<'_> {
     }
 
     /// Keeps the derivations of this run, and removes what else nothing needs.
-    async fn collect(&self, prepared: &Prepared, ran: &Ran) {
-        if !self.plan.gc || ran.end != End::Whole {
+    async fn collect(&self, prepared: &Prepared, ran: &RunResult) {
+        if !self.plan.gc || ran.end != RunEnd::Complete {
             return;
         }
         let nix = prepared.nix();
         let derivations: Vec<StorePath> =
             ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
-        let name = Sha256::digest(format!("{}\n{}", self.plan.installable(&[]), self.place()));
+        let name = Sha256::digest(format!(
+            "{}\n{}",
+            self.plan.installable(&[]),
+            self.location()
+        ));
         let name: String = name[..10]
             .iter()
             .map(|byte| format!("{byte:02x}"))
@@ -412,7 +419,7 @@ impl FlakeChecks<'_> {
     }
 
     /// What tells this run's flake from that of another repository on the host.
-    fn place(&self) -> String {
+    fn location(&self) -> String {
         let repository = self.work.env.get("GITHUB_REPOSITORY").map(str::to_owned);
         let here = || {
             Path::new(".")
@@ -422,7 +429,7 @@ impl FlakeChecks<'_> {
         repository.unwrap_or_else(|| here().unwrap_or_default())
     }
 
-    fn say_of_check_runs(&self, told: Option<board::Told>) {
+    fn log_check_runs(&self, told: Option<board::ReportStats>) {
         let Some(told) = told else { return };
         self.workflow.say(&format!(
             "flywheel: {} shown, in {}",
@@ -439,7 +446,7 @@ impl FlakeChecks<'_> {
         }
     }
 
-    fn tell(&self, job: &Job, ran: &Ran) {
+    fn tell(&self, job: &JobResult, ran: &RunResult) {
         for label in &ran.wrong {
             let text = format!(
                 "what was remembered of `{label}` is not what it evaluates to; the memory is corrected. Please report it: this must not happen"
@@ -473,7 +480,7 @@ impl FlakeChecks<'_> {
             ("cancelled", of(Conclusion::Cancelled)),
             ("remembered", ran.remembered.to_string()),
         ];
-        let mut written = files.add_summary(&summary::of_all(&ended));
+        let mut written = files.add_summary(&summary::render(&ended));
         for (name, value) in counts.into_iter().chain(of_run) {
             written = written.and_then(|()| files.set_output(name, &value));
         }
@@ -484,21 +491,21 @@ impl FlakeChecks<'_> {
                 &format!("the report could not be written: {error}"),
             );
         }
-        Told::of(job).tell(&self.workflow, &files);
+        JobReport::new(job).emit(&self.workflow, &files);
     }
 
     /// Marks the lines of the sources that are wrong. GitHub shows ten of them.
     fn mark_lines(&self, ended: &[summary::Ended<'_>]) {
         for (output, verdict) in ended {
-            if let (Some(place), Some(text)) = (verdict.cause.place(), annotation(verdict)) {
+            if let (Some(location), Some(text)) = (verdict.cause.location(), annotation(verdict)) {
                 let title = one_line(&output.label, 100);
                 self.workflow.annotate_line(
                     Level::Error,
                     &title,
                     &text,
-                    &place.file,
-                    place.line,
-                    place.column,
+                    &location.file,
+                    location.line,
+                    location.column,
                 );
             }
         }
@@ -540,7 +547,7 @@ impl FlakeChecks<'_> {
     }
 }
 
-impl Ran {
+impl RunResult {
     /// The outputs with their verdicts.
     fn ended(&self) -> Vec<summary::Ended<'_>> {
         self.outs
@@ -549,7 +556,7 @@ impl Ran {
             .collect()
     }
 
-    fn nothing(end: End) -> Self {
+    fn nothing(end: RunEnd) -> Self {
         Self {
             outs: Vec::new(),
             end,
@@ -562,7 +569,7 @@ impl Ran {
 }
 
 /// How many outputs have ended, and how many of them failed.
-fn verdict(ran: &Ran) -> (usize, usize) {
+fn verdict(ran: &RunResult) -> (usize, usize) {
     let failed = ran.outs.iter().filter_map(|out| out.verdict.as_ref());
     let failed = failed
         .filter(|verdict| verdict.conclusion() == Conclusion::Failure)
@@ -571,15 +578,15 @@ fn verdict(ran: &Ran) -> (usize, usize) {
 }
 
 /// Whether its paths may be in this store.
-fn is_there(out: &Out) -> bool {
+fn is_there(out: &OutputProgress) -> bool {
     let cause = out.verdict.as_ref().map(|verdict| &verdict.cause);
     matches!(cause, Some(Cause::Built | Cause::AlreadyCached))
 }
 
 /// The paths of the outputs that succeeded, as far as they are in this store.
-fn paths_in_store(ran: &Ran) -> Vec<StorePath> {
+fn paths_in_store(ran: &RunResult) -> Vec<StorePath> {
     let there = ran.outs.iter().filter(|out| is_there(out));
-    let paths = there.filter_map(Out::paths).flatten();
+    let paths = there.filter_map(OutputProgress::paths).flatten();
     paths
         .filter(|path| path.to_path().symlink_metadata().is_ok())
         .collect()

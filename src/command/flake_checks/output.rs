@@ -9,7 +9,7 @@ use crate::nix::flake::error::At;
 use crate::nix::flake::evaluate::{Facts, Failure, Name};
 use crate::nix::hash::Sha256;
 use crate::nix::store_path::StorePath;
-use crate::report::checks::{Cause, Output, Place, Verdict};
+use crate::report::checks::{Cause, Output, SourceLocation, Verdict};
 
 /// Lines of a build's log that are kept, the last.
 const TAIL: usize = 200;
@@ -19,7 +19,7 @@ const FILE_SIZE: u64 = 1 << 20;
 
 /// One output.
 #[derive(Debug)]
-pub(super) struct Out {
+pub(super) struct OutputProgress {
     pub name: Name,
     pub output: Output,
     pub installable: String,
@@ -36,7 +36,7 @@ pub(super) struct Out {
     pub verdict: Option<Verdict>,
 }
 
-impl Out {
+impl OutputProgress {
     pub fn new(name: Name, output: Output, installable: String) -> Self {
         Self {
             name,
@@ -120,13 +120,13 @@ pub(super) struct Tree {
 
 impl Tree {
     /// A place of the tree, as a place of the repository.
-    pub fn place(&self, at: &At) -> Place {
+    pub fn location(&self, at: &At) -> SourceLocation {
         let file = if self.prefix.is_empty() {
             at.file.clone()
         } else {
             format!("{}/{}", self.prefix, at.file)
         };
-        Place {
+        SourceLocation {
             file,
             line: at.line,
             column: at.column,
@@ -135,7 +135,7 @@ impl Tree {
 
     /// The line that a hash stands on, in any of the ways to write it. Reads files: not for a thread that must
     /// not wait.
-    pub fn find_hash(&self, hash: &str) -> Option<Place> {
+    pub fn find_hash(&self, hash: &str) -> Option<SourceLocation> {
         let mut forms = vec![hash.to_owned()];
         if let Ok(sum) = Sha256::parse(hash) {
             forms.extend([sum.base32(), sum.base16()]);
@@ -152,7 +152,7 @@ impl Tree {
                 } else if kind.is_file() && looked < FILES {
                     looked += 1;
                     if let Some(at) = self.in_file(&entry.path(), &forms) {
-                        return Some(self.place(&at));
+                        return Some(self.location(&at));
                     }
                 }
             }
@@ -187,7 +187,7 @@ pub(super) fn of_evaluation(failure: &Failure, tree: &Tree) -> Cause {
     match failure {
         Failure::Evaluation { text, place } => Cause::Evaluation {
             text: text.clone(),
-            place: place.as_ref().map(|at| tree.place(at)),
+            location: place.as_ref().map(|at| tree.location(at)),
         },
         Failure::OutOfMemory { needed, limit } => Cause::OutOfMemory {
             needed_bytes: *needed,
@@ -202,7 +202,7 @@ pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cau
         (Kind::HashMismatch { specified, got }, _) => Cause::HashMismatch {
             specified: specified.clone(),
             got: got.clone(),
-            place: tree.find_hash(specified),
+            location: tree.find_hash(specified),
         },
         (_, Some(derivation)) if !is_own => Cause::Dependency {
             derivation: derivation.to_string(),
@@ -232,7 +232,7 @@ mod tests {
                 format!("# x\n  hash = \"{form}\";\n"),
             )
             .expect("written");
-            let expected = Place {
+            let expected = SourceLocation {
                 file: "nix/sub/a.nix".into(),
                 line: 2,
                 column: Some(11),

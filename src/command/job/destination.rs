@@ -63,7 +63,7 @@ pub struct DestinationInputs {
 
 /// The input `publisher`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Hand {
+pub enum PublisherKind {
     /// Ours, unless the server does not understand it.
     #[default]
     Auto,
@@ -75,11 +75,11 @@ pub enum Hand {
 
 /// Checked inputs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct DestinationConfig {
     /// Another kind of store.
     pub store: Option<StoreUrl>,
     /// Who talks to an Attic server.
-    pub hand: Hand,
+    pub publisher: PublisherKind,
     /// Where Attic's own client is substituted from.
     pub reference: String,
     /// The folder of the flake that may have it, too.
@@ -91,7 +91,7 @@ impl DestinationInputs {
     ///
     /// # Errors
     /// For the first that is wrong.
-    pub fn read(&self) -> Result<Way, UsageError> {
+    pub fn read(&self) -> Result<DestinationConfig, UsageError> {
         let store = self
             .cache
             .get()
@@ -102,9 +102,9 @@ impl DestinationInputs {
                     .with_hint(error.hint().unwrap_or_default())
             })?;
         let words = [
-            ("auto", Hand::Auto),
-            ("built-in", Hand::BuiltIn),
-            ("attic-client", Hand::AtticClient),
+            ("auto", PublisherKind::Auto),
+            ("built-in", PublisherKind::BuiltIn),
+            ("attic-client", PublisherKind::AtticClient),
         ];
         let reference = self.attic_client.get().unwrap_or(attic_cli::REFERENCE);
         if reference.starts_with('-') || reference.contains(char::is_whitespace) {
@@ -115,9 +115,9 @@ impl DestinationInputs {
                 )),
             );
         }
-        Ok(Way {
+        Ok(DestinationConfig {
             store,
-            hand: choice("publisher", &self.publisher, &words)?.unwrap_or_default(),
+            publisher: choice("publisher", &self.publisher, &words)?.unwrap_or_default(),
             reference: reference.to_owned(),
             folder: ".".into(),
         })
@@ -126,7 +126,7 @@ impl DestinationInputs {
 
 /// What it takes to open a destination.
 #[derive(Debug)]
-pub struct Opening<'a> {
+pub struct DestinationOpener<'a> {
     /// The job's environment.
     pub env: &'a Env,
     /// Nix with the job's settings, credentials included.
@@ -137,7 +137,7 @@ pub struct Opening<'a> {
     pub private: &'a Path,
 }
 
-impl Opening<'_> {
+impl DestinationOpener<'_> {
     /// Opens what the cache is. `None` where it takes nothing: it was left out, and is not even one
     /// that answers and may be written to without being read.
     ///
@@ -146,7 +146,7 @@ impl Opening<'_> {
     pub async fn open(
         &self,
         cache: &Cache,
-        way: &Way,
+        config: &DestinationConfig,
         sink: &Sink,
     ) -> Result<Option<Target>, String> {
         if let Some(url) = &cache.store {
@@ -162,14 +162,16 @@ impl Opening<'_> {
             return Ok(None);
         };
         let attic = Attic::new(endpoint, cache.token.clone(), self.http.clone());
-        let own = match way.hand {
-            Hand::BuiltIn => false,
-            Hand::AtticClient => true,
+        let own = match config.publisher {
+            PublisherKind::BuiltIn => false,
+            PublisherKind::AtticClient => true,
             // A cache that describes itself as Attic's needs no further question.
-            Hand::Auto => cache.probe.config.is_none() && !attic_cli::speaks_attic(&attic).await,
+            PublisherKind::Auto => {
+                cache.probe.config.is_none() && !attic_cli::speaks_attic(&attic).await
+            }
         };
         if own {
-            self.stock(attic, cache, way, sink).await.map(Some)
+            self.stock(attic, cache, config, sink).await.map(Some)
         } else {
             Ok(Some(attic.into()))
         }
@@ -179,15 +181,15 @@ impl Opening<'_> {
         &self,
         attic: Attic,
         cache: &Cache,
-        way: &Way,
+        config: &DestinationConfig,
         sink: &Sink,
     ) -> Result<Target, String> {
         let (env, nix, links) = (self.env, self.nix, self.private);
         let client = attic_cli::find(&Search {
             env,
             nix,
-            reference: &way.reference,
-            folder: &way.folder,
+            reference: &config.reference,
+            folder: &config.folder,
             links,
         })
         .await?;
@@ -230,7 +232,7 @@ impl Opening<'_> {
 mod tests {
     use super::*;
 
-    fn read(cache: &str, publisher: &str, client: &str) -> Result<Way, String> {
+    fn read(cache: &str, publisher: &str, client: &str) -> Result<DestinationConfig, String> {
         let text = |text: &str| text.parse::<Text>().expect("infallible");
         let inputs = DestinationInputs {
             cache: text(cache),
@@ -242,19 +244,19 @@ mod tests {
 
     #[test]
     fn what_is_not_given_is_the_built_in_client_if_the_server_knows_it() {
-        let way = Way {
+        let config = DestinationConfig {
             store: None,
-            hand: Hand::Auto,
+            publisher: PublisherKind::Auto,
             reference: attic_cli::REFERENCE.to_owned(),
             folder: ".".into(),
         };
-        assert_eq!(read("", "", ""), Ok(way));
+        assert_eq!(read("", "", ""), Ok(config));
         assert_eq!(
-            read("", "Attic-Client", "path:/x#attic").map(|way| way.hand),
-            Ok(Hand::AtticClient)
+            read("", "Attic-Client", "path:/x#attic").map(|config| config.publisher),
+            Ok(PublisherKind::AtticClient)
         );
         assert_eq!(
-            read("s3://b", "", "").map(|way| way.store.map(|url| url.to_string())),
+            read("s3://b", "", "").map(|config| config.store.map(|url| url.to_string())),
             Ok(Some("s3://b".into()))
         );
     }
@@ -271,13 +273,13 @@ mod tests {
         ]);
         let nix = Nix::at(&program, &env).await.expect("a nix");
         let http = Clients::new(&crate::http::Roots::default()).expect("clients");
-        let opening = Opening {
+        let opener = DestinationOpener {
             env: &env,
             nix: &nix,
             http: &http,
             private: folder.path(),
         };
-        let of = |url: &str| opening.nix_for(&url.parse().expect("a store"));
+        let of = |url: &str| opener.nix_for(&url.parse().expect("a store"));
         let bucket = of("s3://bucket");
         assert_eq!(bucket.variable("AWS_SECRET_ACCESS_KEY"), Some("k"));
         assert_eq!(

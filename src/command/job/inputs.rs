@@ -6,8 +6,8 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::command::inputs::{CacheInputs, GateInputs, Text, switch};
-use crate::command::job::destination::{DestinationInputs, Way};
-use crate::command::job::policy::{Kept, PolicyInputs};
+use crate::command::job::destination::{DestinationConfig, DestinationInputs};
+use crate::command::job::policy::{PolicyConfig, PolicyInputs};
 use crate::command::job::source::Source;
 use crate::command::units;
 use crate::exit::UsageError;
@@ -110,13 +110,13 @@ pub struct Plan {
     /// Which cache is used.
     pub source: Source,
     /// By whose hand paths get there.
-    pub way: Way,
+    pub destination: DestinationConfig,
     /// The key by which it is trusted.
     pub public_key: Option<PublicKey>,
     /// The folder of the journal, if one is kept.
     pub journal: Option<PathBuf>,
     /// The publication policy.
-    pub policy: Kept,
+    pub policy: PolicyConfig,
     /// Whether `nix flake check` has to pass before anything is published.
     pub require_flake_check: bool,
     /// What the command's own text asks impure evaluation with.
@@ -134,8 +134,8 @@ impl Plan {
     /// For the first input that is wrong; nothing has been touched then.
     pub fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
         let named = inputs.cache.named(env)?;
-        let way = inputs.destination.read()?;
-        let other = way
+        let destination = inputs.destination.read()?;
+        let other = destination
             .store
             .clone()
             .filter(|_| named.enabled)
@@ -154,7 +154,7 @@ impl Plan {
             drain_timeout: drain_timeout(&inputs.drain_timeout)?,
             require_publish: inputs.gate.must_publish()?,
             source: other.unwrap_or_else(|| Source::find(&named, &inputs.embedded_cache, env)),
-            way,
+            destination,
             public_key: named.key,
             journal: journal(&inputs.journal, env)?,
             policy: inputs.policy.read()?,

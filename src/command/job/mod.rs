@@ -2,12 +2,12 @@
 //! Nix and the cache made ready, the settings, publication while the job runs, and what came of it.
 //! No verb of its own: how a job begins and ends is each verb's story.
 
+pub mod added_paths;
 pub mod attach;
-mod closed;
+mod closure_tracker;
 pub mod destination;
-pub mod harvest;
 pub mod inputs;
-mod ours;
+mod ownership;
 pub mod policy;
 pub mod publication;
 pub mod settings;
@@ -22,13 +22,13 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
+use self::added_paths::AddedPaths;
 use self::attach::Cache;
-use self::destination::Opening;
-use self::harvest::Harvest;
+use self::destination::DestinationOpener;
 use self::inputs::Plan;
-use self::settings::{Ingredients, Settled};
+use self::settings::{NixSettings, SettingsInputs};
 use self::source::Source;
-use self::stream::{Bound, From, JournalBook, Stream};
+use self::stream::{Deadline, JobJournal, Stream, StreamInputs};
 use crate::cache::destination::Target;
 use crate::cache::inspect::Inspector;
 use crate::command::Failure;
@@ -43,7 +43,7 @@ use crate::nix::tool::{Nix, complaint};
 use crate::policy::Rule;
 use crate::process::signals::Signals;
 use crate::progress::Sink;
-use crate::report::job::{CacheState, Job, Outcome, Trust};
+use crate::report::job::{CacheState, JobResult, Outcome, Trust};
 use crate::report::publication::Publication;
 use crate::report::screen::Screen;
 use crate::report::{outputs, summary};
@@ -59,7 +59,7 @@ const BOOTSTRAP_LIMIT: Duration = Duration::from_secs(600);
 /// The flake's checks may build for long; a job's own limit is shorter.
 const CHECK_LIMIT: Duration = Duration::from_secs(6 * 60 * 60);
 /// What reading the store at the end may take before the publication goes on without it.
-const HARVEST_LIMIT: Duration = Duration::from_secs(120);
+const COLLECT_LIMIT: Duration = Duration::from_secs(120);
 /// After the first request to stop, publishing and verifying end here; GitHub kills 10 s after its
 /// `SIGINT`, and we promise to be done in 6.
 pub const STOPPED_LIMIT: Duration = Duration::from_millis(5200);
@@ -106,13 +106,13 @@ pub fn judge(plan: &Plan, secrets: &Secrets, env: &Env) -> Decision {
 }
 
 /// What there is to say before anything is done.
-pub fn introduce(plan: &Plan, decision: &Decision, workflow: &Workflow) {
+pub fn announce(plan: &Plan, decision: &Decision, workflow: &Workflow) {
     for hint in &plan.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
     workflow.say(&format!(
         "flywheel: trust: {}: {}",
-        decision.verdict().word(),
+        decision.verdict().as_str(),
         decision.reason()
     ));
     if decision.is_refused() {
@@ -155,7 +155,7 @@ pub struct Prepared {
     /// Where paths go, if the job publishes and there is somewhere.
     pub to: Option<Target>,
     /// The job's settings.
-    pub settled: Settled,
+    pub settings: NixSettings,
     /// What Nix is like under them, once it has been asked and if it has answered.
     pub in_force: Option<InForce>,
     /// How long it took.
@@ -165,7 +165,7 @@ pub struct Prepared {
 impl Prepared {
     /// Nix with the job's settings.
     pub fn nix(&self) -> Nix {
-        self.ready.nix.clone().with_config(&self.settled.config)
+        self.ready.nix.clone().with_config(&self.settings.config)
     }
 
     /// Opens the job's store.
@@ -246,20 +246,20 @@ impl Work<'_> {
         if let Some(secret) = &cache.token {
             workflow.mask(secret);
         }
-        let mut settled = self.settle(&ready, &cache, &sink).await;
-        let nix = ready.nix.clone().with_config(&settled.config);
-        let opening = Opening {
+        let mut settings = self.prepare_settings(&ready, &cache, &sink).await;
+        let nix = ready.nix.clone().with_config(&settings.config);
+        let opener = DestinationOpener {
             env: self.env,
             nix: &nix,
             http: &http,
             private: self.private,
         };
-        opening.ping(&mut cache, &sink).await;
+        opener.ping(&mut cache, &sink).await;
         if cache.store.is_some() && !cache.is_attached() {
-            settled = self.settle(&ready, &cache, &sink).await;
+            settings = self.prepare_settings(&ready, &cache, &sink).await;
         }
         let opened = if self.decision.publishes() {
-            opening.open(&cache, &plan.way, &sink).await
+            opener.open(&cache, &plan.destination, &sink).await
         } else {
             Ok(None)
         };
@@ -284,14 +284,14 @@ impl Work<'_> {
             ready,
             cache,
             to,
-            settled,
+            settings,
             in_force: None,
             took: begun.elapsed(),
         })
     }
 
-    async fn settle(&self, ready: &Ready, cache: &Cache, sink: &Sink) -> Settled {
-        let ingredients = Ingredients {
+    async fn prepare_settings(&self, ready: &Ready, cache: &Cache, sink: &Sink) -> NixSettings {
+        let inputs = SettingsInputs {
             env: self.env,
             ready,
             cache,
@@ -300,14 +300,14 @@ impl Work<'_> {
             extra: &self.plan.extra_nix_config,
             private: self.private,
         };
-        settings::settle(&ingredients, sink).await
+        settings::prepare(&inputs, sink).await
     }
 
     /// Asks Nix what it makes of the job's settings; what it does not follow is said.
     pub async fn read_back(&self, prepared: &Prepared) -> Option<InForce> {
-        settings::say_ignored(
+        settings::report_ignored(
             &prepared.ready,
-            &prepared.settled,
+            &prepared.settings,
             &self.plan.extra_nix_config,
             &self.sink,
         )
@@ -364,7 +364,7 @@ impl Work<'_> {
         let permit = self.decision.permit().zip(prepared.to.clone());
         let journal = permit
             .as_ref()
-            .and_then(|_| JournalBook::open(self.plan, &mark, &sink))
+            .and_then(|_| JobJournal::open(self.plan, &mark, &sink))
             .unwrap_or_default();
         let written = journal.journal.clone();
         let store = Arc::new(store);
@@ -373,7 +373,7 @@ impl Work<'_> {
         let inspector = self.inspector(prepared, &store);
         let at_once = !self.demands_check();
         let workers = self.plan.publish_workers;
-        let from = From {
+        let inputs = StreamInputs {
             store: &store,
             mark: &mark,
             clients: &clients,
@@ -381,8 +381,9 @@ impl Work<'_> {
             at_once,
             workers,
         };
-        let stream = permit
-            .map(|(permit, to)| Stream::start(&permit, to, &prepared.cache, &from, journal, &sink));
+        let stream = permit.map(|(permit, to)| {
+            Stream::start(&permit, to, &prepared.cache, &inputs, journal, &sink)
+        });
         Some(Watch {
             store,
             mark,
@@ -415,7 +416,7 @@ impl Work<'_> {
         let inspector = self.plan.policy.inspector(
             self.env,
             &secrets,
-            &[&prepared.settled.config],
+            &[&prepared.settings.config],
             Some(Arc::clone(store)),
         );
         if let Some(found) = &self.plan.impurity {
@@ -473,8 +474,8 @@ impl Work<'_> {
         watch: Watch,
         cache: &Cache,
         folder: &Path,
-        bound: &Bound,
-    ) -> (Harvest, Option<Publication>) {
+        deadline: &Deadline,
+    ) -> (AddedPaths, Option<Publication>) {
         let sink = self.sink.clone();
         let Watch {
             store,
@@ -485,30 +486,28 @@ impl Work<'_> {
             results,
             ..
         } = watch;
-        let reaping = Harvest::reap(&store, &clients, &mark, (folder, begun), results);
-        let limit = bound
-            .deadline
-            .min(tokio::time::Instant::now() + HARVEST_LIMIT);
-        let harvest = match timeout_at(limit, reaping)
+        let collecting = AddedPaths::collect(&store, &clients, &mark, (folder, begun), results);
+        let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
+        let added_paths = match timeout_at(limit, collecting)
             .await
             .map_err(|_| "there was no time left".to_owned())
         {
-            Ok(Ok(harvest)) => harvest,
+            Ok(Ok(added_paths)) => added_paths,
             Ok(Err(error)) => unread(&error.to_string(), &sink),
             Err(problem) => unread(&problem, &sink),
         };
-        for path in &harvest.unclear {
+        for path in &added_paths.unclear {
             let text = "was left out: another job was at work in this store, and whose it is cannot be read";
             sink.degraded("publication", format!("{path} {text}"));
         }
         let publication = match (stream, self.decision.publishes()) {
-            (Some(stream), _) => Some(stream.finish(cache, &harvest, bound, &sink).await),
+            (Some(stream), _) => Some(stream.finish(cache, &added_paths, deadline, &sink).await),
             (None, true) => cache
                 .refusal()
-                .map(|reason| publication::of_nothing(&harvest.wanted, &reason)),
+                .map(|reason| publication::of_nothing(&added_paths.wanted, &reason)),
             (None, false) => None,
         };
-        (harvest, publication)
+        (added_paths, publication)
     }
 
     /// Delivers within the time there is: until a moment after `stopped`, when the job was asked to end, else within
@@ -522,26 +521,26 @@ impl Work<'_> {
         stopped: Option<Instant>,
         cancel: &CancellationToken,
         signals: &mut Signals,
-    ) -> (Harvest, Option<Publication>) {
+    ) -> (AddedPaths, Option<Publication>) {
         let Some(watch) = watch else {
-            return (Harvest::default(), None);
+            return (AddedPaths::default(), None);
         };
         let deadline = match stopped {
             Some(at) => at + STOPPED_LIMIT,
             None => Instant::now() + self.plan.drain_timeout,
         };
-        let bound = Bound {
-            deadline: deadline.into(),
+        let deadline = Deadline {
+            at: deadline.into(),
             cancel: cancel.clone(),
         };
-        let mut delivering = Box::pin(self.deliver(watch, cache, folder, &bound));
+        let mut delivering = Box::pin(self.deliver(watch, cache, folder, &deadline));
         loop {
             tokio::select! {
                 biased;
                 done = &mut delivering => return done,
                 stop = signals.next() => {
                     self.sink.note(format!("flywheel: {stop:?}: publishing ends now; what is left is listed"));
-                    bound.cancel.cancel();
+                    deadline.cancel.cancel();
                 }
             }
         }
@@ -555,13 +554,13 @@ impl Work<'_> {
 
     /// What there is to tell of a job that ended well; what is not known here is left empty.
     /// `require_publish`: whether a loss fails the step.
-    pub fn told(
+    pub fn result(
         &self,
         prepared: &Prepared,
-        harvest: &Harvest,
+        added_paths: &AddedPaths,
         publication: Option<Publication>,
         require_publish: bool,
-    ) -> Job {
+    ) -> JobResult {
         let lost = require_publish && !self.is_whole(publication.as_ref());
         let withheld = self.plan.policy.fails
             && publication
@@ -572,7 +571,7 @@ impl Work<'_> {
             (false, true) => Outcome::Withheld,
             (false, false) => Outcome::Success,
         };
-        Job {
+        JobResult {
             outcome,
             exit_code: u8::from(outcome != Outcome::Success),
             nix: format!(
@@ -581,18 +580,18 @@ impl Work<'_> {
                 prepared.ready.nix.program.display()
             ),
             trust: Trust {
-                verdict: self.decision.verdict().word(),
+                verdict: self.decision.verdict().as_str(),
                 publishes: self.decision.publishes(),
-                attic: self.decision.plan().attic.word(),
-                flakehub: self.decision.plan().flakehub.word(),
+                attic: self.decision.plan().attic.as_str(),
+                flakehub: self.decision.plan().flakehub.as_str(),
                 reason: self.decision.reason(),
             },
             cache: prepared.cache.address(),
             cache_state: prepared.cache.state.clone(),
             degraded: self.screen.degraded(),
-            built: harvest.built,
-            substituted: harvest.substituted,
-            added: harvest.added,
+            built: added_paths.built,
+            substituted: added_paths.substituted,
+            added: added_paths.added,
             publication,
             unpublished: self.unpublished(&prepared.cache),
             bootstrap: prepared.took,
@@ -639,7 +638,7 @@ async fn in_group(
 
 /// Says in the summary and the outputs that a job did not come to its work. The error itself is said by whoever ends
 /// the program. `what`: what did not happen.
-pub fn tell_not_started(failure: &dyn Explain, env: &Env, what: &str) {
+pub fn report_not_started(failure: &dyn Explain, env: &Env, what: &str) {
     let hint = failure.hint().unwrap_or_default();
     let text = format!("### ❌ Flywheel: {what}\n\n{failure}\n\n{hint}\n");
     // A report that cannot be written changes nothing.
@@ -653,11 +652,11 @@ pub fn tell_not_started(failure: &dyn Explain, env: &Env, what: &str) {
 /// When the runner's file cannot be written.
 pub fn set_outcome(env: &Env, outcome: Outcome, exit: Exit) -> std::io::Result<()> {
     let files = Files::from_env(env);
-    files.set_output("outcome", outcome.word())?;
+    files.set_output("outcome", outcome.as_str())?;
     files.set_output("exit-code", &exit.code().to_string())
 }
 
-fn withheld_level(job: &Job) -> Level {
+fn withheld_level(job: &JobResult) -> Level {
     if job.outcome == Outcome::Withheld {
         Level::Error
     } else {
@@ -665,17 +664,17 @@ fn withheld_level(job: &Job) -> Level {
     }
 }
 
-fn unread(problem: &str, sink: &Sink) -> Harvest {
+fn unread(problem: &str, sink: &Sink) -> AddedPaths {
     sink.degraded(
         "publication",
         format!("the store could not be read at the end: {problem}"),
     );
-    Harvest::default()
+    AddedPaths::default()
 }
 
 /// Everything that is said at a job's end, so that another process may say it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Told {
+pub struct JobReport {
     annotations: Vec<(Level, String, String)>,
     lines: Vec<String>,
     summary: String,
@@ -684,9 +683,9 @@ pub struct Told {
     pub exit_code: u8,
 }
 
-impl Told {
+impl JobReport {
     /// What there is to say of a job.
-    pub fn of(job: &Job) -> Self {
+    pub fn new(job: &JobResult) -> Self {
         let mut annotations = Vec::new();
         if let Some(found) = &job.out_of_memory {
             annotations.push((
@@ -735,8 +734,8 @@ impl Told {
                 format!("flywheel: {}", job.clocks()),
                 format!("flywheel: {}", job.closing_line()),
             ],
-            summary: summary::of_job(job),
-            outputs: outputs::of_job(job)
+            summary: summary::render(job),
+            outputs: outputs::values(job)
                 .into_iter()
                 .map(|(name, value)| (name.to_owned(), value))
                 .collect(),
@@ -753,7 +752,7 @@ impl Told {
     }
 
     /// Says it all. A report that cannot be written never changes how the job ends.
-    pub fn tell(&self, workflow: &Workflow, files: &Files) {
+    pub fn emit(&self, workflow: &Workflow, files: &Files) {
         for (level, title, text) in &self.annotations {
             workflow.annotate(*level, title, text);
         }

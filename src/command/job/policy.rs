@@ -68,7 +68,7 @@ pub struct PolicyInputs {
 
 /// The policy as a job keeps it.
 #[derive(Clone, Debug, Default)]
-pub struct Kept {
+pub struct PolicyConfig {
     /// The rules.
     pub policy: Policy,
     /// Whether a path that is withheld fails the step.
@@ -80,7 +80,7 @@ impl PolicyInputs {
     ///
     /// # Errors
     /// For the first input that is wrong.
-    pub fn read(&self) -> Result<Kept, UsageError> {
+    pub fn read(&self) -> Result<PolicyConfig, UsageError> {
         let wrong = |name: &str| {
             let name = name.to_owned();
             move |problem: String| UsageError::new(&name, problem)
@@ -99,7 +99,7 @@ impl PolicyInputs {
         }
         let words = [("continue", false), ("fail", true)];
         let fails = choice("on-finding", &self.on_finding, &words)?.unwrap_or_default();
-        Ok(Kept {
+        Ok(PolicyConfig {
             policy: policy.with_allowed(allowed),
             fails,
         })
@@ -114,7 +114,7 @@ fn read_list(file: &Path) -> Result<String, String> {
     std::fs::read_to_string(file).map_err(|error| format!("cannot be read ({error})"))
 }
 
-impl Kept {
+impl PolicyConfig {
     /// Who inspects the job's paths: knows the secrets and places of this environment, `more` secrets by name, and
     /// the purity that `settings` ask for.
     pub fn inspector(

@@ -14,7 +14,7 @@ use crate::secret::Secret;
 use super::attach::Cache;
 
 /// What settings are made of.
-pub struct Ingredients<'a> {
+pub struct SettingsInputs<'a> {
     /// The job's environment.
     pub env: &'a Env,
     /// Nix.
@@ -33,7 +33,7 @@ pub struct Ingredients<'a> {
 
 /// A job's settings.
 #[derive(Debug, Default)]
-pub struct Settled {
+pub struct NixSettings {
     /// The job's `NIX_CONFIG`.
     pub config: String,
     /// What of it is about the cache.
@@ -41,8 +41,8 @@ pub struct Settled {
 }
 
 /// The settings for the command. What could not be written is said, and left out.
-pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> Settled {
-    let base = from.env.get("NIX_CONFIG").unwrap_or_default();
+pub async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
+    let base = inputs.env.get("NIX_CONFIG").unwrap_or_default();
     for number in malformed(base) {
         sink.degraded(
             "nix settings",
@@ -51,9 +51,9 @@ pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> Settled {
             ),
         );
     }
-    let before = match &from.ready.settings_before {
+    let before = match &inputs.ready.settings_before {
         Some(settings) => Ok(settings.clone()),
-        None => Settings::read(&from.ready.nix).await,
+        None => Settings::read(&inputs.ready.nix).await,
     };
     let before = before.unwrap_or_else(|error| {
         sink.degraded(
@@ -62,40 +62,40 @@ pub async fn settle(from: &Ingredients<'_>, sink: &Sink) -> Settled {
         );
         Settings::default()
     });
-    let cache = from
+    let cache = inputs
         .cache
         .is_attached()
-        .then(|| cache_settings(from, &before, sink))
+        .then(|| cache_settings(inputs, &before, sink))
         .flatten();
-    let access_tokens = access_tokens(from, sink);
+    let access_tokens = access_tokens(inputs, sink);
     let wanted = Wanted {
         cache,
         access_tokens,
-        repairs: from.ready.settings(),
-        extra: from.extra.to_owned(),
+        repairs: inputs.ready.settings(),
+        extra: inputs.extra.to_owned(),
         before,
     };
-    Settled {
+    NixSettings {
         config: compose(base, &wanted),
         cache: wanted.cache,
     }
 }
 
 /// What Nix makes of them. What it does not follow is said. `extra`: the user's own lines.
-pub async fn say_ignored(
+pub async fn report_ignored(
     ready: &Ready,
-    settled: &Settled,
+    settings: &NixSettings,
     extra: &str,
     sink: &Sink,
 ) -> Option<InForce> {
-    let nix = ready.nix.clone().with_config(&settled.config);
+    let nix = ready.nix.clone().with_config(&settings.config);
     // None of our lines changes how a store opens that is not a daemon's.
     let may_change = sets(extra, "store") || extra.contains("include");
     let opened = ready
         .opened
         .clone()
         .filter(|opened| opened.url == "local" && !may_change);
-    match read_back(&nix, settled.cache.as_ref(), opened).await {
+    match read_back(&nix, settings.cache.as_ref(), opened).await {
         Ok(found) => {
             found
                 .ignored
@@ -113,54 +113,62 @@ pub async fn say_ignored(
     }
 }
 
-fn cache_settings(from: &Ingredients<'_>, before: &Settings, sink: &Sink) -> Option<CacheSettings> {
+fn cache_settings(
+    inputs: &SettingsInputs<'_>,
+    before: &Settings,
+    sink: &Sink,
+) -> Option<CacheSettings> {
     // A job that only reads a public cache has no use for the token, so its command gets none to read.
-    let token = from
+    let token = inputs
         .cache
         .token
         .as_ref()
-        .filter(|_| from.publishes || !from.cache.probe.public);
-    let (substituter, host) = match (&from.cache.endpoint, &from.cache.store) {
+        .filter(|_| inputs.publishes || !inputs.cache.probe.public);
+    let (substituter, host) = match (&inputs.cache.endpoint, &inputs.cache.store) {
         (Some(endpoint), _) => (endpoint.substituter(), endpoint.server.host_str()),
         (None, Some(url)) => (url.as_str().to_owned(), url.http_host()),
         (None, None) => return None,
     };
     let netrc = token.zip(host).and_then(|(token, host)| {
         let existing = before.netrc_file().filter(|file| file.is_file());
-        let file = match netrc::write(from.private, host, token, existing.as_deref()) {
+        let file = match netrc::write(inputs.private, host, token, existing.as_deref()) {
             Err(error @ netrc::WriteError::Existing { .. }) => {
                 sink.degraded(
                     "nix settings",
                     format!("credentials for other hosts are missing in this job: {error}"),
                 );
-                netrc::write(from.private, host, token, None)
+                netrc::write(inputs.private, host, token, None)
             }
             file => file,
         };
-        written("netrc", file, sink)
+        or_left_out("netrc", file, sink)
     });
     Some(CacheSettings {
         substituter,
-        public_key: from.cache.public_key.clone(),
+        public_key: inputs.cache.public_key.clone(),
         netrc,
     })
 }
 
-fn access_tokens(from: &Ingredients<'_>, sink: &Sink) -> Option<PathBuf> {
-    let host = from
+fn access_tokens(inputs: &SettingsInputs<'_>, sink: &Sink) -> Option<PathBuf> {
+    let host = inputs
         .env
         .get("GITHUB_SERVER_URL")
         .and_then(|url| url.strip_prefix("https://"))
         .unwrap_or("github.com");
-    let token = from.github_token?;
-    written(
+    let token = inputs.github_token?;
+    or_left_out(
         "access token",
-        netrc::write_access_token(from.private, host.trim_end_matches('/'), token),
+        netrc::write_access_token(inputs.private, host.trim_end_matches('/'), token),
         sink,
     )
 }
 
-fn written(what: &str, file: Result<PathBuf, netrc::WriteError>, sink: &Sink) -> Option<PathBuf> {
+fn or_left_out(
+    what: &str,
+    file: Result<PathBuf, netrc::WriteError>,
+    sink: &Sink,
+) -> Option<PathBuf> {
     file.map_err(|error| sink.degraded("nix settings", format!("the {what} is left out: {error}")))
         .ok()
 }

@@ -25,11 +25,11 @@ use crate::report::publication::Publication;
 use crate::text::count;
 use crate::trust::PublishPermit;
 
+use super::added_paths::AddedPaths;
 use super::attach::Cache;
-use super::closed::Closed;
-use super::harvest::Harvest;
+use super::closure_tracker::ClosureTracker;
 use super::inputs::Plan;
-use super::ours::Ours;
+use super::ownership::OwnershipFilter;
 use super::policy::accuse;
 use super::publication;
 
@@ -52,16 +52,16 @@ pub struct Stream {
 
 /// How long it may take: until when, and what ends it before.
 #[derive(Clone, Debug)]
-pub struct Bound {
+pub struct Deadline {
     /// Until when.
-    pub deadline: Instant,
+    pub at: Instant,
     /// What ends it before.
     pub cancel: CancellationToken,
 }
 
 /// Where the paths come from.
 #[derive(Debug)]
-pub struct From<'a> {
+pub struct StreamInputs<'a> {
     /// The store.
     pub store: &'a Arc<Store>,
     /// The moment from which on paths are the job's.
@@ -78,13 +78,13 @@ pub struct From<'a> {
 
 /// The job's journal, and what dead jobs left for the same cache.
 #[derive(Debug, Default)]
-pub struct JournalBook {
+pub struct JobJournal {
     /// The job's own.
     pub journal: Journal,
     left: Left,
 }
 
-impl JournalBook {
+impl JobJournal {
     /// Opens it for a job that may publish; a journal that cannot be kept is said, and done without.
     pub fn open(plan: &Plan, mark: &Mark, sink: &Sink) -> Option<Self> {
         let (folder, cache) = (plan.journal.as_deref()?, plan.source.identity()?);
@@ -115,19 +115,19 @@ impl Stream {
         permit: &PublishPermit,
         to: Target,
         cache: &Cache,
-        from: &From<'_>,
-        book: JournalBook,
+        inputs: &StreamInputs<'_>,
+        journal: JobJournal,
         sink: &Sink,
     ) -> Self {
-        let journal = book.journal.clone();
+        let JobJournal { journal, left } = journal;
         let usual = Options::default();
-        let most_uploads = from.workers.unwrap_or(usual.most_uploads);
+        let most_uploads = inputs.workers.unwrap_or(usual.most_uploads);
         let options = Options {
             uploads: usual.uploads.min(most_uploads),
             most_uploads,
             config: cache.probe.config.clone(),
             journal: journal.clone(),
-            inspector: Some(Arc::clone(from.inspector)),
+            inspector: Some(Arc::clone(inputs.inspector)),
             ..usual
         };
         let publisher = Arc::new(Publisher::start(
@@ -138,22 +138,22 @@ impl Stream {
         ));
         let (send, receive) = mpsc::channel(BATCHES);
         // The watcher has a thread of its own, which may wait.
-        let watcher = from.store.watch(from.mark, move |infos| {
+        let watcher = inputs.store.watch(inputs.mark, move |infos| {
             // The feeder is gone only when the publication is being taken down.
             let _ = send.blocking_send(infos);
         });
         let feeder = Feeder {
             publisher: Arc::clone(&publisher),
-            store: Arc::clone(from.store),
-            clients: Arc::clone(from.clients),
-            inspector: Arc::clone(from.inspector),
-            at_once: from.at_once,
+            store: Arc::clone(inputs.store),
+            clients: Arc::clone(inputs.clients),
+            inspector: Arc::clone(inputs.inspector),
+            at_once: inputs.at_once,
             journal: journal.clone(),
             sink: sink.clone(),
-            closed: Closed::default(),
+            closures: ClosureTracker::default(),
         };
-        let feeding = tokio::spawn(feeder.feed(book.left, receive));
-        let (inspector, clients) = (Arc::clone(from.inspector), Arc::clone(from.clients));
+        let feeding = tokio::spawn(feeder.feed(left, receive));
+        let (inspector, clients) = (Arc::clone(inputs.inspector), Arc::clone(inputs.clients));
         Self {
             to,
             publisher,
@@ -169,8 +169,8 @@ impl Stream {
     pub async fn finish(
         self,
         cache: &Cache,
-        harvest: &Harvest,
-        bound: &Bound,
+        added_paths: &AddedPaths,
+        deadline: &Deadline,
         sink: &Sink,
     ) -> Publication {
         let Self {
@@ -186,13 +186,13 @@ impl Stream {
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
         // It ends when the watcher is gone; it panics only by our fault, and the harvest has everything.
         let _ = feeding.await;
-        journal.seen(harvest.wanted.iter().map(|info| &info.path));
+        journal.seen(added_paths.wanted.iter().map(|info| &info.path));
         suspect(&clients, &inspector);
-        publisher.offer(harvest.wanted.clone()).await;
+        publisher.offer(added_paths.wanted.clone()).await;
         let publisher =
             Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
         let outcome = publisher
-            .drain(before_verifying(bound), bound.cancel.clone())
+            .drain(before_verifying(deadline), deadline.cancel.clone())
             .await;
         if let Some(reason) = &outcome.stopped {
             sink.degraded("publication", reason.clone());
@@ -203,7 +203,7 @@ impl Stream {
         };
         let served = outcome.served().cloned().collect();
         let verification =
-            verify::verify(to, served, &options, bound.deadline, &bound.cancel).await;
+            verify::verify(to, served, &options, deadline.at, &deadline.cancel).await;
         if verification.key == Key::Unknown && verification.good() > 0 {
             let text =
                 "no signature was checked: neither `attic-public-key` nor the cache names a key";
@@ -213,7 +213,7 @@ impl Stream {
         publication::of(
             &outcome,
             &verification,
-            &harvest.unreadable,
+            &added_paths.unreadable,
             &inspector.warned(),
         )
     }
@@ -251,7 +251,7 @@ struct Feeder {
     at_once: bool,
     journal: Journal,
     sink: Sink,
-    closed: Closed,
+    closures: ClosureTracker,
 }
 
 impl Feeder {
@@ -261,7 +261,7 @@ impl Feeder {
         if self.at_once {
             self.take_up(left).await;
         }
-        let mut ours = Ours::new(Arc::clone(&self.clients));
+        let mut ours = OwnershipFilter::new(Arc::clone(&self.clients));
         loop {
             let infos = tokio::select! {
                 infos = batches.recv() => infos,
@@ -279,12 +279,12 @@ impl Feeder {
     }
 
     async fn offer(&mut self, infos: Vec<PathInfo>) {
-        let (mut offers, open) = self.closed.divide(infos);
+        let (mut offers, open) = self.closures.split_ready(infos);
         if !open.is_empty() {
             let open: Vec<StorePath> = open.into_iter().map(|info| info.path).collect();
             // A closure that cannot be had now is part of the harvest at the end.
             if let Ok(found) = self.store.closure(&open).await {
-                self.closed.add(&found.infos);
+                self.closures.add(&found.infos);
                 offers.extend(found.infos);
             }
         }
@@ -338,7 +338,7 @@ impl Feeder {
     }
 }
 
-fn before_verifying(bound: &Bound) -> Instant {
-    let left = bound.deadline.saturating_duration_since(Instant::now());
-    bound.deadline - left.mul_f64(VERIFY_SHARE).min(Duration::from_secs(30))
+fn before_verifying(deadline: &Deadline) -> Instant {
+    let left = deadline.at.saturating_duration_since(Instant::now());
+    deadline.at - left.mul_f64(VERIFY_SHARE).min(Duration::from_secs(30))
 }

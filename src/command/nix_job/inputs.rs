@@ -117,7 +117,7 @@ impl Plan {
     pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
         let folder = folder(&inputs.working_directory)?;
         let mut job = job::Plan::read(&inputs.job, env)?;
-        job.way.folder.clone_from(&folder);
+        job.destination.folder.clone_from(&folder);
         let wanted = wanted(inputs)?;
         job.impurity = wanted.impurity();
         Ok(Self {

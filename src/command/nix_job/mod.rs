@@ -14,15 +14,15 @@ pub use self::inputs::Inputs;
 use self::inputs::{Plan, Wanted};
 use crate::budget::{self, Observed};
 use crate::command::Failure;
-use crate::command::job::harvest::Harvest;
-use crate::command::job::{self, Prepared, Secrets, Told, Work};
+use crate::command::job::added_paths::AddedPaths;
+use crate::command::job::{self, JobReport, Prepared, Secrets, Work};
 use crate::exit::{Exit, UsageError};
 use crate::host::peak::{Span, Spent};
 use crate::host::private::PrivateFolder;
 use crate::nix::clients;
 use crate::process::signals::Signals;
 use crate::process::supervise::{Ended, Supervised};
-use crate::report::job::{Job, Outcome};
+use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use crate::report::screen::Screen;
 use crate::runner::env::Env;
@@ -45,7 +45,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let mut signals = Signals::listen()
         .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
     let private = PrivateFolder::create(&job::private_base(env))?;
-    job::introduce(&plan.job, &decision, &workflow);
+    job::announce(&plan.job, &decision, &workflow);
     let work = Work {
         plan: &plan.job,
         env,
@@ -64,7 +64,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     .await;
     screen.finish();
     if let Err(failure) = &ended {
-        job::tell_not_started(&**failure, env, "the command was not run");
+        job::report_not_started(&**failure, env, "the command was not run");
     }
     ended
 }
@@ -93,7 +93,7 @@ impl NixJob<'_> {
         }
         let stopped = ended.stopped.map(|(_, at)| at);
         let folder = &self.plan.folder;
-        let (harvest, publication) = self
+        let (added_paths, publication) = self
             .work
             .deliver_in_time(
                 watch,
@@ -108,12 +108,12 @@ impl NixJob<'_> {
             &prepared,
             &ended,
             &spent,
-            &harvest,
+            &added_paths,
             publication,
             published.elapsed(),
         );
         prepared.stop().await;
-        Told::of(&job).tell(&self.workflow, &Files::from_env(self.work.env));
+        JobReport::new(&job).emit(&self.workflow, &Files::from_env(self.work.env));
         Ok(Exit::Command(job.exit_code))
     }
 
@@ -121,7 +121,7 @@ impl NixJob<'_> {
         let ready = &prepared.ready;
         let environment = environment::of_command(
             self.work.env,
-            &prepared.settled.config,
+            &prepared.settings.config,
             ready.folder.as_deref(),
             &ready.variables(),
         );
@@ -157,10 +157,10 @@ impl NixJob<'_> {
         prepared: &Prepared,
         ended: &Ended,
         spent: &Spent,
-        harvest: &Harvest,
+        added_paths: &AddedPaths,
         publication: Option<Publication>,
         publish: Duration,
-    ) -> Job {
+    ) -> JobResult {
         let observed = Observed {
             killed_in_group: spent.killed_in_group,
             killed_on_machine: spent.killed_on_machine,
@@ -169,9 +169,9 @@ impl NixJob<'_> {
             peak: spent.peak,
         };
         let out_of_memory = budget::judge(&observed);
-        let told = self.work.told(
+        let told = self.work.result(
             prepared,
-            harvest,
+            added_paths,
             publication,
             self.work.plan.require_publish,
         );
@@ -181,7 +181,7 @@ impl NixJob<'_> {
             (None, code, Some(_)) => (Outcome::OutOfMemory, code),
             (None, code, None) => (Outcome::CommandFailed, code),
         };
-        Job {
+        JobResult {
             outcome,
             exit_code,
             command: ended.lasted,

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::board::{Board, Broken, Found, Spec};
+use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
 use crate::cache::attic::{Attic, Body, Meter};
 use crate::cache::bazel::Asker;
@@ -23,21 +23,21 @@ use crate::secret::Secret;
 use crate::text::count;
 use crate::trust::{Decision, PublishPermit};
 
-const NAME: Spec = Spec::advisory("cache-name", "cache-name", 5);
-const CONNECT: Spec = Spec::advisory("cache-connect", "cache-connect", 5);
-const TLS: Spec = Spec::advisory("cache-tls", "cache-tls", 5);
-const ANSWER: Spec = Spec::advisory("cache-answer", "cache-answer", 5);
-const AUTHORISED: Spec = Spec::advisory("cache-authorised", "cache-authorised", 5);
-const EXISTS: Spec = Spec::advisory("cache-exists", "cache-exists", 5);
-const NARINFO: Spec = Spec::advisory("cache-narinfo", "cache-narinfo", 10);
-const NAR: Spec = Spec::advisory("cache-nar", "cache-nar", 20);
-const SIGNATURE: Spec = Spec::advisory("cache-signature", "cache-signature", 5);
-const WRITE: Spec = Spec::advisory("cache-write", "cache-write", 15);
-const READ_BACK: Spec = Spec::advisory("cache-read-back", "cache-read-back", 15);
-const BAZEL_CACHE: Spec = Spec::advisory("bazel-cache", "bazel-cache", 5);
-const BAZEL_EXECUTOR: Spec = Spec::advisory("bazel-executor", "bazel-executor", 5);
-const GROUND: [Spec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
-const READ: [Spec; 3] = [NARINFO, NAR, SIGNATURE];
+const NAME: CheckSpec = CheckSpec::advisory("cache-name", "cache-name", 5);
+const CONNECT: CheckSpec = CheckSpec::advisory("cache-connect", "cache-connect", 5);
+const TLS: CheckSpec = CheckSpec::advisory("cache-tls", "cache-tls", 5);
+const ANSWER: CheckSpec = CheckSpec::advisory("cache-answer", "cache-answer", 5);
+const AUTHORISED: CheckSpec = CheckSpec::advisory("cache-authorised", "cache-authorised", 5);
+const EXISTS: CheckSpec = CheckSpec::advisory("cache-exists", "cache-exists", 5);
+const NARINFO: CheckSpec = CheckSpec::advisory("cache-narinfo", "cache-narinfo", 10);
+const NAR: CheckSpec = CheckSpec::advisory("cache-nar", "cache-nar", 20);
+const SIGNATURE: CheckSpec = CheckSpec::advisory("cache-signature", "cache-signature", 5);
+const WRITE: CheckSpec = CheckSpec::advisory("cache-write", "cache-write", 15);
+const READ_BACK: CheckSpec = CheckSpec::advisory("cache-read-back", "cache-read-back", 15);
+const BAZEL_CACHE: CheckSpec = CheckSpec::advisory("bazel-cache", "bazel-cache", 5);
+const BAZEL_EXECUTOR: CheckSpec = CheckSpec::advisory("bazel-executor", "bazel-executor", 5);
+const GROUND: [CheckSpec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
+const READ: [CheckSpec; 3] = [NARINFO, NAR, SIGNATURE];
 
 /// All layers of the probe together.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
@@ -55,29 +55,29 @@ pub(super) struct Usable {
 
 /// Probes the cache, and reads the path that the caller names from it.
 pub(super) async fn read(
-    board: &mut Board,
+    list: &mut CheckList,
     plan: &Plan,
     token: Option<&Secret>,
     clients: &Clients,
 ) -> Option<Usable> {
     let Some(endpoint) = &plan.cache else {
-        board.skip_all(&GROUND, "no cache is named");
-        board.skip_all(&READ, "no cache is named");
+        list.skip_all(&GROUND, "no cache is named");
+        list.skip_all(&READ, "no cache is named");
         return None;
     };
-    let usable = ground(board, plan, endpoint, token, clients).await;
+    let usable = ground(list, plan, endpoint, token, clients).await;
     match (&usable, &plan.cache_path) {
-        (Some(usable), Some(path)) => served(board, usable, path).await,
+        (Some(usable), Some(path)) => served(list, usable, path).await,
         // Which paths it may have the store knows, and that has to be looked at first.
         (Some(_), None) => {}
-        (None, _) => board.skip_all(&READ, "it stands on the layers below"),
+        (None, _) => list.skip_all(&READ, "it stands on the layers below"),
     }
     usable
 }
 
 /// Where the caller names no path: reads the first path of the store that the cache turns out to have.
 pub(super) async fn read_any(
-    board: &mut Board,
+    list: &mut CheckList,
     plan: &Plan,
     usable: Option<&Usable>,
     nix: Option<&Nix>,
@@ -87,10 +87,10 @@ pub(super) async fn read_any(
     };
     let looked = tokio::time::timeout(NARINFO.limit, first_served(usable, nix)).await;
     match looked.unwrap_or_default() {
-        (Some(path), _) => served(board, usable, &path).await,
+        (Some(path), _) => served(list, usable, &path).await,
         (None, looked) => {
             let asked = count(looked as u64, "path");
-            board.skip_all(
+            list.skip_all(
                 &READ,
                 &format!("the cache has none of {asked} of this store; `cache-path` names another"),
             );
@@ -118,7 +118,7 @@ async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>,
     (None, candidates.len())
 }
 
-fn spec(layer: Layer) -> Spec {
+fn spec(layer: Layer) -> CheckSpec {
     match layer {
         Layer::Name => NAME,
         Layer::Connect => CONNECT,
@@ -130,7 +130,7 @@ fn spec(layer: Layer) -> Spec {
 }
 
 async fn ground(
-    board: &mut Board,
+    list: &mut CheckList,
     plan: &Plan,
     endpoint: &Endpoint,
     token: Option<&Secret>,
@@ -162,15 +162,15 @@ async fn ground(
         match (&probed.failed, at) {
             (Some((failed, text)), _) if *failed == layer => {
                 let (what, hint) = text.rsplit_once(". ").unwrap_or((text, ""));
-                board.put(
+                list.put(
                     spec,
                     PROBE_LIMIT,
                     at.unwrap_or(PROBE_LIMIT).saturating_sub(reached),
-                    Err(Broken::new(what, hint)),
+                    Err(CheckFailure::new(what, hint)),
                 );
             }
             (_, Some(at)) => {
-                board.put(
+                list.put(
                     spec,
                     PROBE_LIMIT,
                     at.saturating_sub(reached),
@@ -179,9 +179,9 @@ async fn ground(
                 reached = reached.max(at);
             }
             (_, None) if layer == Layer::Tls && endpoint.server.scheme() == "http" => {
-                board.skip(spec, "the cache is named by `http`");
+                list.skip(spec, "the cache is named by `http`");
             }
-            (_, None) => board.skip(spec, "it stands on the layers below"),
+            (_, None) => list.skip(spec, "it stands on the layers below"),
         }
     }
     if !probed.usable {
@@ -196,18 +196,17 @@ async fn ground(
 }
 
 /// What the cache serves of a path that it should have.
-async fn served(board: &mut Board, usable: &Usable, path: &StorePath) {
-    let found = board.check(NARINFO, |_| narinfo(usable, path)).await;
+async fn served(list: &mut CheckList, usable: &Usable, path: &StorePath) {
+    let found = list.check(NARINFO, |_| narinfo(usable, path)).await;
     let Some(info) = found else {
-        return board.skip_all(&READ[1..], "it stands on `cache-narinfo`");
+        return list.skip_all(&READ[1..], "it stands on `cache-narinfo`");
     };
-    board.check(NAR, |_| body(usable, &info)).await;
+    list.check(NAR, |_| body(usable, &info)).await;
     if usable.key.is_some() {
-        board
-            .check(SIGNATURE, |_| async { signature(usable, &info) })
+        list.check(SIGNATURE, |_| async { signature(usable, &info) })
             .await;
     } else {
-        board.skip(SIGNATURE, "no key is known: give `attic-public-key`");
+        list.skip(SIGNATURE, "no key is known: give `attic-public-key`");
     }
 }
 
@@ -215,15 +214,15 @@ async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
     let hint = "Look at the cache server and at its storage, and publish the path again.";
     match usable.attic.nar_info(&path.hash()).await {
         Ok(Some(info)) if info.path == *path => Ok((info, path.to_string())),
-        Ok(Some(info)) => Err(Broken::new(
+        Ok(Some(info)) => Err(CheckFailure::new(
             format!("it describes `{}` instead of `{path}`", info.path),
             hint,
         )),
-        Ok(None) => Err(Broken::new(
+        Ok(None) => Err(CheckFailure::new(
             format!("the cache does not have `{path}`"),
             hint,
         )),
-        Err(error) => Err(Broken::new(error.to_string(), hint)),
+        Err(error) => Err(CheckFailure::new(error.to_string(), hint)),
     }
 }
 
@@ -231,8 +230,8 @@ async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
     let hint = "The cache has lost or spoiled it: look at its storage, and publish the path again.";
     match usable.attic.check_body(info).await {
         Ok(Body::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
-        Ok(Body::Bad(text) | Body::Unread(text)) => Err(Broken::new(text, hint)),
-        Err(error) => Err(Broken::new(error.to_string(), hint)),
+        Ok(Body::Bad(text) | Body::Unread(text)) => Err(CheckFailure::new(text, hint)),
+        Err(error) => Err(CheckFailure::new(error.to_string(), hint)),
     }
 }
 
@@ -247,7 +246,7 @@ fn signature(usable: &Usable, info: &NarInfo) -> Found<()> {
         "no good signature by `{}`, so that Nix refuses every hit",
         key.name()
     );
-    Err(Broken::new(
+    Err(CheckFailure::new(
         text,
         "Compare `attic-public-key` with what the cache says of itself (`attic cache info`).",
     ))
@@ -255,7 +254,7 @@ fn signature(usable: &Usable, info: &NarInfo) -> Found<()> {
 
 /// Writes what the canary has built, if the gate allows, and reads it back.
 pub(super) async fn write(
-    board: &mut Board,
+    list: &mut CheckList,
     usable: Option<&Usable>,
     built: Option<(&Nix, &StorePath)>,
     decision: &Decision,
@@ -266,21 +265,20 @@ pub(super) async fn write(
         (.., None) => decision.reason(),
         (Some(usable), Some((nix, path)), Some(permit)) => {
             let begun = Instant::now();
-            let wrote = board
+            let wrote = list
                 .check(WRITE, |_| upload(usable, nix, path, &permit))
                 .await;
             match wrote {
                 Some(()) => drop(
-                    board
-                        .check(READ_BACK, |_| read_back(usable, path, begun))
+                    list.check(READ_BACK, |_| read_back(usable, path, begun))
                         .await,
                 ),
-                None => board.skip(READ_BACK, "it stands on `cache-write`"),
+                None => list.skip(READ_BACK, "it stands on `cache-write`"),
             }
             return;
         }
     };
-    board.skip_all(&[WRITE, READ_BACK], &why);
+    list.skip_all(&[WRITE, READ_BACK], &why);
 }
 
 /// The permit says that the gate has been asked.
@@ -292,7 +290,7 @@ async fn upload(
 ) -> Found<()> {
     let hint =
         "Check the rights of `ATTIC_TOKEN` (`push` on this cache), and the cache server's log.";
-    let broken = |text: String| Broken::new(text, hint);
+    let broken = |text: String| CheckFailure::new(text, hint);
     let store = Store::open(nix)
         .await
         .map_err(|error| broken(error.to_string()).at("store"))?;
@@ -329,7 +327,7 @@ async fn read_back(usable: &Usable, path: &StorePath, begun: Instant) -> Found<(
 }
 
 /// The Bazel remote cache and executor that the runner's hints name.
-pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Asker) {
+pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &Asker) {
     let hint = |name: &str| env.get(name).map(str::to_owned);
     let given = Given {
         cache: plan
@@ -353,20 +351,19 @@ pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Ask
             .iter()
             .find(|endpoint| endpoint.about == about);
         match (wrong, endpoint) {
-            _ if !is_given => board.skip(spec, "none is named"),
+            _ if !is_given => list.skip(spec, "none is named"),
             (Some(finding), _) => {
-                let broken = Broken::new(
+                let broken = CheckFailure::new(
                     finding.text.clone(),
                     "Correct the hint; `flywheel cache-contract` says more.",
                 );
-                board.put(spec, spec.limit, Duration::ZERO, Err(broken));
+                list.put(spec, spec.limit, Duration::ZERO, Err(broken));
             }
             (None, Some(endpoint)) => drop(
-                board
-                    .check(spec, |limit| asked(asker, endpoint, limit))
+                list.check(spec, |limit| asked(asker, endpoint, limit))
                     .await,
             ),
-            (None, None) => board.skip(spec, "none is named"),
+            (None, None) => list.skip(spec, "none is named"),
         }
     }
 }
@@ -378,7 +375,7 @@ async fn asked(
 ) -> Found<()> {
     let hint = "Check that the server is up and that the runner may reach it.";
     let shown = crate::contract::shared_cache::redact(endpoint.url.as_str());
-    let failed = |text: String| Broken::new(format!("{shown}: {text}"), hint);
+    let failed = |text: String| CheckFailure::new(format!("{shown}: {text}"), hint);
     let can = asker
         .ask(&endpoint.url, limit)
         .await

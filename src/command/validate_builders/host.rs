@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::statvfs;
 
-use super::board::{Board, Broken, Found, Spec};
+use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
 use crate::contract::Size;
 use crate::host::memory::{Cgroup, of_machine};
@@ -15,13 +15,13 @@ use crate::nix::settings;
 use crate::runner::env::Env;
 use crate::text::bytes;
 
-const DISK: Spec = Spec::required("disk-space", "disk", 5);
-const INODES: Spec = Spec::required("disk-inodes", "inodes", 5);
-const TEMPORARY: Spec = Spec::required("temporary-space", "temporary-space", 10);
-const MEMORY: Spec = Spec::required("memory-envelope", "memory", 5);
-const CLOCK: Spec = Spec::required("clock", "clock", 10);
-const NIX_CONFIG: Spec = Spec::required("hint-nix-config", "hints", 5);
-const HINTS: Spec = Spec::advisory("hints", "hints", 5);
+const DISK: CheckSpec = CheckSpec::required("disk-space", "disk", 5);
+const INODES: CheckSpec = CheckSpec::required("disk-inodes", "inodes", 5);
+const TEMPORARY: CheckSpec = CheckSpec::required("temporary-space", "temporary-space", 10);
+const MEMORY: CheckSpec = CheckSpec::required("memory-envelope", "memory", 5);
+const CLOCK: CheckSpec = CheckSpec::required("clock", "clock", 10);
+const NIX_CONFIG: CheckSpec = CheckSpec::required("hint-nix-config", "hints", 5);
+const HINTS: CheckSpec = CheckSpec::advisory("hints", "hints", 5);
 
 /// A store path has hundreds of files; fewer inodes than this end in the middle of one.
 const LEAST_INODES: u64 = 20_000;
@@ -35,39 +35,35 @@ const EARLIEST: u64 = 1_735_689_600;
 const SKEW: Duration = Duration::from_secs(300);
 
 /// Runs the checks of the host.
-pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env, client: &reqwest::Client) {
+pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env, client: &reqwest::Client) {
     let places = places(plan, env);
     let looked = |places: Vec<PathBuf>, look: fn(&[PathBuf], u64) -> Found<()>, least: u64| {
         move |_| async move {
             let looked = tokio::task::spawn_blocking(move || look(&places, least)).await;
             looked.unwrap_or_else(|panic| {
-                Err(Broken::new(
+                Err(CheckFailure::new(
                     panic.to_string(),
                     "This is a fault of Flywheel's.",
                 ))
             })
         }
     };
-    board
-        .check(DISK, looked(places.clone(), disk, plan.min_free))
+    list.check(DISK, looked(places.clone(), disk, plan.min_free))
         .await;
-    board
-        .check(INODES, looked(places, inodes, LEAST_INODES))
+    list.check(INODES, looked(places, inodes, LEAST_INODES))
         .await;
     let base = plan.temporary.clone();
-    board
-        .check(TEMPORARY, looked(vec![base], temporary, 0))
+    list.check(TEMPORARY, looked(vec![base], temporary, 0))
         .await;
     match plan.memory {
-        Some(wanted) => drop(board.check(MEMORY, |_| async move { memory(wanted) }).await),
-        None => board.skip(MEMORY, "the contract names no memory for this lane"),
+        Some(wanted) => drop(list.check(MEMORY, |_| async move { memory(wanted) }).await),
+        None => list.skip(MEMORY, "the contract names no memory for this lane"),
     }
-    board.check(CLOCK, |limit| clock(plan, client, limit)).await;
+    list.check(CLOCK, |limit| clock(plan, client, limit)).await;
     let config = env.get("NIX_CONFIG").unwrap_or_default();
-    board
-        .check(NIX_CONFIG, |_| async move { nix_config(config) })
+    list.check(NIX_CONFIG, |_| async move { nix_config(config) })
         .await;
-    board.check(HINTS, |_| async move { hints(env) }).await;
+    list.check(HINTS, |_| async move { hints(env) }).await;
 }
 
 /// Where a job of the class writes.
@@ -99,7 +95,7 @@ fn disk(places: &[PathBuf], least: u64) -> Found<()> {
         return Ok(((), text));
     }
     let hint = "Make room: collect garbage (`nix-collect-garbage`), or give the runner a bigger volume; `min-free` sets the bound.";
-    Err(Broken::new(
+    Err(CheckFailure::new(
         format!("{text}, and {} are needed", bytes(least)),
         hint,
     ))
@@ -115,7 +111,7 @@ fn inodes(places: &[PathBuf], least: u64) -> Found<()> {
     if free >= least {
         return Ok(((), text));
     }
-    Err(Broken::new(
+    Err(CheckFailure::new(
         format!("{text}, and {least} are needed"),
         "Remove small files, or make the file system anew with more inodes.",
     ))
@@ -125,11 +121,11 @@ fn inodes(places: &[PathBuf], least: u64) -> Found<()> {
 fn look(
     places: &[PathBuf],
     number: impl Fn(&rustix::fs::StatVfs) -> Option<u64>,
-) -> Result<Option<(PathBuf, u64)>, Broken> {
+) -> Result<Option<(PathBuf, u64)>, CheckFailure> {
     let mut least: Option<(PathBuf, u64)> = None;
     for folder in places {
         let stat = statvfs(folder).map_err(|error| {
-            Broken::new(
+            CheckFailure::new(
                 format!("`{}` cannot be looked at: {error}", folder.display()),
                 "Look at the runner's mounts.",
             )
@@ -161,7 +157,7 @@ fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
         Ok(()) => Ok(((), format!("`{}` can be written to", folder.display()))),
         Err(error) => {
             let text = format!("`{}` cannot be written to: {error}", folder.display());
-            Err(Broken::new(
+            Err(CheckFailure::new(
                 text,
                 "Point `RUNNER_TEMP` or `TMPDIR` to a folder of the runner's user, with room.",
             ))
@@ -186,7 +182,7 @@ fn memory(wanted: Size) -> Found<()> {
         return Ok(((), format!("{text}; the class has {wanted}")));
     }
     let hint = "Give the runner the memory of its lane, or correct `memory` of the lane in `flywheel.yml`.";
-    Err(Broken::new(
+    Err(CheckFailure::new(
         format!("{text}, and the class has {wanted}"),
         hint,
     ))
@@ -199,7 +195,7 @@ async fn clock(plan: &Plan, client: &reqwest::Client, limit: Duration) -> Found<
         .map_or(0, |since| since.as_secs());
     let hint = "Set the clock, or start the machine's time service.";
     if seconds < EARLIEST {
-        return Err(Broken::new(
+        return Err(CheckFailure::new(
             format!("it says {}", httpdate::fmt_http_date(now)),
             hint,
         ));
@@ -227,7 +223,7 @@ async fn clock(plan: &Plan, client: &reqwest::Client, limit: Duration) -> Found<
     if skew <= SKEW {
         Ok(((), text))
     } else {
-        Err(Broken::new(text, hint))
+        Err(CheckFailure::new(text, hint))
     }
 }
 
@@ -242,7 +238,7 @@ fn nix_config(config: &str) -> Found<()> {
             }
             .to_owned(),
         )),
-        Some(line) => Err(Broken::new(
+        Some(line) => Err(CheckFailure::new(
             format!(
                 "`NIX_CONFIG` has no `name = value` on line {line}, so Nix refuses every command"
             ),
@@ -290,7 +286,7 @@ fn hints(env: &Env) -> Found<()> {
             },
         ));
     }
-    Err(Broken::new(
+    Err(CheckFailure::new(
         wrong.join(", "),
         "Correct it in the runner's environment; a malformed hint is not used.",
     ))

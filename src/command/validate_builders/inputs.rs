@@ -8,7 +8,7 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use url::Url;
 
-use super::board::Weights;
+use super::check_list::Weights;
 use crate::cache::endpoint::Endpoint;
 use crate::command::Failure;
 use crate::command::cache_contract::unknown_class;
@@ -388,13 +388,13 @@ fn lane<'a>(
 }
 
 fn layers(name: &str, input: &Text) -> Result<Vec<String>, UsageError> {
-    Weights::words(input.get()).map_err(|(word, meant)| {
+    Weights::layers(input.get()).map_err(|(word, meant)| {
         let error = UsageError::new(name, format!("names `{word}`, which is no layer"));
         match meant {
             Some(meant) => error.with_hint(format!("Did you mean `{meant}`?")),
             None => error.with_hint(format!(
                 "The layers are {}.",
-                super::board::LAYERS.join(", ")
+                super::check_list::LAYERS.join(", ")
             )),
         }
     })

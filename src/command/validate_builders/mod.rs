@@ -1,19 +1,19 @@
 //! `flywheel validate-builders`: the canary. Proves a builder, names the broken layer, and tells everybody who
 //! should know. This file is the story; its parts stand beside it.
 
-mod board;
 mod cache;
+mod check_list;
 mod host;
 mod inputs;
 mod nix;
-mod tell;
+mod reporter;
 mod tools;
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 pub use self::inputs::Inputs;
 
-use self::board::Board;
+use self::check_list::CheckList;
 use self::inputs::Plan;
 use self::nix::Built;
 use crate::cache::bazel::Asker;
@@ -45,7 +45,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let roots = Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
-    let work = Work {
+    let work = CheckContext {
         plan,
         env,
         clients: Clients::new(&roots)?,
@@ -54,7 +54,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         decision,
     };
     let canary = work.run(begun).await;
-    tell::everybody(&canary, &work, &workflow, github.as_ref()).await;
+    reporter::report(&canary, &work, &workflow, github.as_ref()).await;
     Ok(if canary.healthy() {
         Exit::Ok
     } else {
@@ -63,7 +63,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
 }
 
 /// Everything that the parts need.
-struct Work<'a> {
+struct CheckContext<'a> {
     plan: Plan,
     env: &'a Env,
     clients: Clients,
@@ -72,10 +72,10 @@ struct Work<'a> {
     decision: Decision,
 }
 
-impl Work<'_> {
+impl CheckContext<'_> {
     async fn run(&self, begun: Instant) -> Canary {
         let deadline = tokio::time::Instant::now() + self.plan.timeout;
-        let mut host = Board::new(self.plan.weights.clone(), deadline);
+        let mut host = CheckList::new(self.plan.weights.clone(), deadline);
         let (mut class, mut cache, mut bazel, mut write) =
             (host.beside(), host.beside(), host.beside(), host.beside());
         let mut first_build = None;
@@ -119,7 +119,7 @@ impl Work<'_> {
         }
         let checks = [host, class, cache, write, bazel]
             .into_iter()
-            .flat_map(|board| board.checks)
+            .flat_map(|list| list.checks)
             .collect();
         Canary {
             class: self.plan.class.clone(),
@@ -134,12 +134,12 @@ impl Work<'_> {
     }
 
     /// What only this class has. Another class of the contract's has its tools alone.
-    async fn class(&self, board: &mut Board) -> Option<Built> {
-        tools::tools(board, &self.plan, self.env).await;
+    async fn class(&self, list: &mut CheckList) -> Option<Built> {
+        tools::tools(list, &self.plan, self.env).await;
         match self.plan.class.as_str() {
-            "nix-builder" => return nix::checks(board, &self.plan, self.env).await,
-            "container" => tools::container(board, &self.plan, self.env).await,
-            "kernel" => tools::kernel(board, &self.plan, self.env).await,
+            "nix-builder" => return nix::checks(list, &self.plan, self.env).await,
+            "container" => tools::container(list, &self.plan, self.env).await,
+            "kernel" => tools::kernel(list, &self.plan, self.env).await,
             _ => {}
         }
         None

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::board::{Board, Broken, Found, Spec};
+use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
 use crate::contract::Requirement;
 use crate::nix::tool::on_path;
@@ -12,11 +12,11 @@ use crate::process::capture::{Output, Tool};
 use crate::runner::env::Env;
 use crate::text::one_line;
 
-const TOOL: Spec = Spec::required("tool", "tools", 10);
-const ENDPOINT: Spec = Spec::required("container-endpoint", "docker", 15);
-const IMAGE: Spec = Spec::required("image-build", "image-build", 60);
-const HEADERS: Spec = Spec::required("kernel-headers", "headers", 5);
-const MODULE: Spec = Spec::required("kernel-module", "module", 60);
+const TOOL: CheckSpec = CheckSpec::required("tool", "tools", 10);
+const ENDPOINT: CheckSpec = CheckSpec::required("container-endpoint", "docker", 15);
+const IMAGE: CheckSpec = CheckSpec::required("image-build", "image-build", 60);
+const HEADERS: CheckSpec = CheckSpec::required("kernel-headers", "headers", 5);
+const MODULE: CheckSpec = CheckSpec::required("kernel-module", "module", 60);
 
 /// What a container tool finds its server by, and no secret.
 const VARIABLES: [&str; 11] = [
@@ -41,12 +41,11 @@ fn tool(program: &Path, env: &Env) -> Tool {
 }
 
 /// Every tool that the contract names for the class, with its version. Nix has checks of its own.
-pub(super) async fn tools(board: &mut Board, plan: &Plan, env: &Env) {
+pub(super) async fn tools(list: &mut CheckList, plan: &Plan, env: &Env) {
     for (name, wanted) in plan.tools.iter().filter(|(name, _)| name != "nix") {
-        board
-            .check(TOOL, |limit| versioned(name, wanted, env, limit))
+        list.check(TOOL, |limit| versioned(name, wanted, env, limit))
             .await;
-        let last = board
+        let last = list
             .checks
             .last_mut()
             .expect("it has just been written down");
@@ -57,14 +56,17 @@ pub(super) async fn tools(board: &mut Board, plan: &Plan, env: &Env) {
 async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration) -> Found<()> {
     let hint = format!("Put {name} ({wanted}) into the image of this class.");
     let Some(program) = on_path(env, name) else {
-        return Err(Broken::new(format!("there is no `{name}` on `PATH`"), hint));
+        return Err(CheckFailure::new(
+            format!("there is no `{name}` on `PATH`"),
+            hint,
+        ));
     };
     let output = tool(&program, env).arg("--version").run(limit).await;
-    let output = output.map_err(|error| Broken::new(error.to_string(), hint.clone()))?;
+    let output = output.map_err(|error| CheckFailure::new(error.to_string(), hint.clone()))?;
     let text = output.text();
     let line = one_line(text.lines().next().unwrap_or_default(), 100);
     if !output.status.success() {
-        return Err(Broken::new(
+        return Err(CheckFailure::new(
             format!("`{name} --version` fails: {}", last_line(&output)),
             hint,
         ));
@@ -72,7 +74,7 @@ async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration)
     if wanted.allows(&line) {
         Ok(((), line))
     } else {
-        Err(Broken::new(
+        Err(CheckFailure::new(
             format!("it is `{line}`, and the class wants {wanted}"),
             hint,
         ))
@@ -96,15 +98,14 @@ enum Builder {
 }
 
 /// An endpoint that answers, and an image from scratch that it builds.
-pub(super) async fn container(board: &mut Board, plan: &Plan, env: &Env) {
-    let builder = board.check(ENDPOINT, |limit| endpoint(env, limit)).await;
+pub(super) async fn container(list: &mut CheckList, plan: &Plan, env: &Env) {
+    let builder = list.check(ENDPOINT, |limit| endpoint(env, limit)).await;
     match builder {
         Some(builder) => drop(
-            board
-                .check(IMAGE, |limit| image(&builder, plan, env, limit))
+            list.check(IMAGE, |limit| image(&builder, plan, env, limit))
                 .await,
         ),
-        None => board.skip(IMAGE, "it stands on `container-endpoint`"),
+        None => list.skip(IMAGE, "it stands on `container-endpoint`"),
     }
 }
 
@@ -124,7 +125,7 @@ async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
             (Builder::Docker(program), asked)
         }
         _ => {
-            return Err(Broken::new(
+            return Err(CheckFailure::new(
                 "there is neither `docker` nor `buildctl` with `BUILDKIT_HOST`",
                 hint,
             ));
@@ -133,9 +134,9 @@ async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
     let output = asked
         .run(limit)
         .await
-        .map_err(|error| Broken::new(error.to_string(), hint))?;
+        .map_err(|error| CheckFailure::new(error.to_string(), hint))?;
     if !output.status.success() {
-        return Err(Broken::new(
+        return Err(CheckFailure::new(
             format!("it does not answer: {}", last_line(&output)),
             hint,
         ));
@@ -150,7 +151,7 @@ async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
 /// Builds from nothing but a file that is new in every run, so that no layer can come from a cache.
 async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Found<()> {
     let hint = "Build a small image by hand on the runner, and look at the daemon's log.";
-    let broken = |text: String| Broken::new(text, hint);
+    let broken = |text: String| CheckFailure::new(text, hint);
     let nonce = format!("{:032x}", fastrand::u128(..));
     let folder = tempfile::Builder::new()
         .prefix("flywheel-canary-")
@@ -201,18 +202,17 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
 }
 
 /// Headers for a kernel, and a module that compiles with them.
-pub(super) async fn kernel(board: &mut Board, plan: &Plan, env: &Env) {
+pub(super) async fn kernel(list: &mut CheckList, plan: &Plan, env: &Env) {
     let release = plan.kernel_release.clone();
-    let headers = board
+    let headers = list
         .check(HEADERS, |_| async move { headers(release.as_deref()) })
         .await;
     match headers {
         Some(folder) => drop(
-            board
-                .check(MODULE, |limit| module(&folder, plan, env, limit))
+            list.check(MODULE, |limit| module(&folder, plan, env, limit))
                 .await,
         ),
-        None => board.skip(MODULE, "it stands on `kernel-headers`"),
+        None => list.skip(MODULE, "it stands on `kernel-headers`"),
     }
 }
 
@@ -236,7 +236,7 @@ fn headers(release: Option<&str>) -> Found<PathBuf> {
             let text = format!("for {release} in `{}`", folder.display());
             Ok((folder, text))
         }
-        None => Err(Broken::new(
+        None => Err(CheckFailure::new(
             format!("there are none for {release} in {}", places.join(", ")),
             "Install the headers of that kernel, or name the kernel to build for in `kernel-release`.",
         )),
@@ -246,7 +246,7 @@ fn headers(release: Option<&str>) -> Found<PathBuf> {
 async fn module(headers: &Path, plan: &Plan, env: &Env, limit: Duration) -> Found<()> {
     const SOURCE: &str = "#include <linux/module.h>\nMODULE_LICENSE(\"GPL\");\nstatic int __init hello(void) { return 0; }\nmodule_init(hello);\n";
     let hint = "Compile a module by hand on the runner; compiler and headers must fit each other.";
-    let broken = |text: String| Broken::new(text, hint);
+    let broken = |text: String| CheckFailure::new(text, hint);
     let Some(make) = on_path(env, "make") else {
         return Err(broken("there is no `make` on `PATH`".to_owned()).at("tools"));
     };

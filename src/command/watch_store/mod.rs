@@ -2,9 +2,9 @@
 //! watches and publishes, `status` asks it, `finish` drains, verifies and reports; `run` is all of it in
 //! the foreground.
 
-mod keeper;
-mod place;
-mod talk;
+mod daemon;
+mod ipc;
+mod runtime_dir;
 
 use std::fs::File;
 use std::io::IsTerminal as _;
@@ -17,13 +17,13 @@ use tokio::io::BufReader;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 
-use self::keeper::{Board, Keeper, nix_folder, variables};
-use self::place::{Place, mark};
-use self::talk::{Ask, Begun, Finished, Hello, Status, hear, say};
+use self::daemon::{Daemon, StatusCell, nix_folder, variables};
+use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, send};
+use self::runtime_dir::{RuntimeDir, job_processes};
 use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
 use crate::command::job::inputs::{JobInputs, Plan};
-use crate::command::job::{self, Prepared, Secrets, Told, Work};
+use crate::command::job::{self, JobReport, Prepared, Secrets, Work};
 use crate::command::setup::quoted;
 use crate::exit::{Exit, Explain, UsageError};
 use crate::host::private::PrivateFolder;
@@ -42,7 +42,7 @@ const START_LIMIT: Duration = Duration::from_secs(630);
 /// After the time to drain, the background process ends within this.
 const END_LIMIT: Duration = Duration::from_secs(30);
 /// How often a step that waits for the end says how far it is.
-const TELL_EVERY: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// A background process answers at once, or is dead.
 const STATUS_LIMIT: Duration = Duration::from_secs(5);
 /// Tokens go to the child by a pipe, and stand in no environment of a process that outlives the step.
@@ -94,7 +94,7 @@ pub struct Inputs {
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Word {
+enum Mode {
     Start,
     Status,
     Finish,
@@ -125,7 +125,7 @@ pub enum Error {
     NotRunning,
     /// The watch ended without a report.
     #[error("the watch has ended without a report")]
-    Silent,
+    NoReport,
 }
 
 impl Explain for Error {
@@ -141,7 +141,7 @@ impl Explain for Error {
         match self {
             Self::Running => Some("Call `flywheel watch-store finish` first.".into()),
             Self::Prepare { hint, .. } => hint.clone(),
-            Self::NotRunning | Self::Silent => Some(
+            Self::NotRunning | Self::NoReport => Some(
                 "What it left stands in the journal: the next job on this disk takes it up.".into(),
             ),
             Self::Start(_) => None,
@@ -154,28 +154,28 @@ impl Explain for Error {
 /// # Errors
 /// For wrong input, before anything is touched; when there is no Nix to be had.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let word = word(&inputs)?;
+    let word = mode(&inputs)?;
     let as_json =
         choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
     let plan = Plan::read(&inputs.job, env)?;
     match word {
-        Word::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
-        Word::Start => Box::pin(start(&plan, env)).await,
-        Word::Status => status(env, as_json).await,
-        Word::Finish => {
+        Mode::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
+        Mode::Start => Box::pin(start(&plan, env)).await,
+        Mode::Status => status(env, as_json).await,
+        Mode::Finish => {
             let given = inputs.job.drain_timeout.get().map(|_| plan.drain_timeout);
             Box::pin(finish(&plan, given, env)).await
         }
-        Word::Run => Box::pin(in_foreground(&plan, env)).await,
+        Mode::Run => Box::pin(in_foreground(&plan, env)).await,
     }
 }
 
-fn word(inputs: &Inputs) -> Result<Word, UsageError> {
+fn mode(inputs: &Inputs) -> Result<Mode, UsageError> {
     let words = [
-        ("start", Word::Start),
-        ("status", Word::Status),
-        ("finish", Word::Finish),
-        ("run", Word::Run),
+        ("start", Mode::Start),
+        ("status", Mode::Status),
+        ("finish", Mode::Finish),
+        ("run", Mode::Run),
     ];
     let named = choice("WORD", &inputs.word, &words)?;
     let word = named.map_or_else(
@@ -192,9 +192,9 @@ fn word(inputs: &Inputs) -> Result<Word, UsageError> {
 async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
     let secrets = Secrets::masked(env, &workflow);
-    job::introduce(plan, &job::judge(plan, &secrets, env), &workflow);
-    let place = Place::of(env)?;
-    if place.connect().await.is_some() {
+    job::announce(plan, &job::judge(plan, &secrets, env), &workflow);
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    if runtime_dir.connect().await.is_some() {
         return Err(Error::Running.into());
     }
     let broken = |error: std::io::Error| Error::Start(error.to_string());
@@ -205,18 +205,18 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         &program,
         &arguments,
         &TOKENS,
-        place.new_log().map_err(broken)?,
+        runtime_dir.new_log().map_err(broken)?,
     )
     .map_err(broken)?;
     let mut to = child.stdin.take().expect("it was asked for");
     let mut from = BufReader::new(child.stdout.take().expect("it was asked for"));
     let expose = |secret: &Option<Secret>| secret.as_ref().map(|secret| secret.expose().to_owned());
-    let hello = Hello {
+    let config = ChildConfig {
         attic: expose(&secrets.attic),
         github: expose(&secrets.github),
         folder: current_folder().map_err(broken)?,
     };
-    say(&mut to, &hello).await.map_err(broken)?;
+    send(&mut to, &config).await.map_err(broken)?;
     drop(to);
     let deadline = Instant::now() + START_LIMIT;
     loop {
@@ -227,12 +227,14 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 let _ = child.start_kill();
                 return Ok(Exit::Command(130));
             }
-            begun = timeout_at(deadline, hear(&mut from)) => begun.ok().flatten(),
+            begun = timeout_at(deadline, receive(&mut from)) => begun.ok().flatten(),
         };
         match begun {
-            Some(Begun::Note(text)) => workflow.say(&text),
-            Some(Begun::Degraded(area, text)) => workflow.annotate(Level::Warning, &area, &text),
-            Some(Begun::Ready {
+            Some(StartEvent::Note(text)) => workflow.say(&text),
+            Some(StartEvent::Degraded(area, text)) => {
+                workflow.annotate(Level::Warning, &area, &text)
+            }
+            Some(StartEvent::Ready {
                 secret,
                 variables,
                 folder,
@@ -240,10 +242,10 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 if let Some(secret) = secret.as_deref().and_then(Secret::new) {
                     workflow.mask(&secret);
                 }
-                hand_on(env, &workflow, &variables, folder.as_deref())?;
+                export_settings(env, &workflow, &variables, folder.as_deref())?;
                 return Ok(Exit::Ok);
             }
-            Some(Begun::Failed {
+            Some(StartEvent::Failed {
                 text,
                 hint,
                 is_host,
@@ -257,7 +259,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
             }
             None => {
                 let _ = child.start_kill();
-                let log = std::fs::read_to_string(place.log()).unwrap_or_default();
+                let log = std::fs::read_to_string(runtime_dir.log()).unwrap_or_default();
                 return Err(Error::Start(text::one_line(&log, 600)).into());
             }
         }
@@ -265,7 +267,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
 }
 
 /// Settings for the later steps, or for the shell that asked.
-fn hand_on(
+fn export_settings(
     env: &Env,
     workflow: &Workflow,
     variables: &[(String, String)],
@@ -296,22 +298,27 @@ fn hand_on(
 /// The process that `start` leaves behind. Its log is its standard error.
 async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     detached::leave_session();
-    let hello: Option<Hello> = timeout(STATUS_LIMIT, hear(&mut BufReader::new(tokio::io::stdin())))
-        .await
-        .ok()
-        .flatten();
-    let hello = hello.ok_or_else(|| Error::Start("nobody said what to watch".into()))?;
+    let config: Option<ChildConfig> = timeout(
+        STATUS_LIMIT,
+        receive(&mut BufReader::new(tokio::io::stdin())),
+    )
+    .await
+    .ok()
+    .flatten();
+    let config = config.ok_or_else(|| Error::Start("nobody said what to watch".into()))?;
     let secret = |text: &Option<String>| text.as_deref().and_then(Secret::new);
     let secrets = Secrets {
-        attic: secret(&hello.attic),
-        github: secret(&hello.github),
+        attic: secret(&config.attic),
+        github: secret(&config.github),
     };
     // On a laptop and in a job alike the log is plain text.
     let workflow = Workflow::new(false);
     let screen = Screen::new(&workflow);
     let begun = Sink::new(|event| match event {
-        Progress::Note(text) => data(&json(&Begun::Note(text))),
-        Progress::Degraded { area, text } => data(&json(&Begun::Degraded(area.to_owned(), text))),
+        Progress::Note(text) => data(&json(&StartEvent::Note(text))),
+        Progress::Degraded { area, text } => {
+            data(&json(&StartEvent::Degraded(area.to_owned(), text)))
+        }
         Progress::Moved { .. } => (),
     });
     let both = {
@@ -327,7 +334,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
             .token
             .as_ref()
             .filter(|token| secrets.attic.as_ref() != Some(token));
-        let word = Begun::Ready {
+        let word = StartEvent::Ready {
             secret: own.map(|token| token.expose().to_owned()),
             variables: variables(prepared),
             folder: nix_folder(prepared).map(Into::into),
@@ -340,7 +347,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         plan,
         env,
         &secrets,
-        hello.folder,
+        config.folder,
         &workflow,
         &screen,
         both,
@@ -349,19 +356,19 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     .await;
     if let Err(failure) = &ended {
         let is_host = failure.exit() == Exit::Host;
-        data(&json(&Begun::Failed {
+        data(&json(&StartEvent::Failed {
             text: failure.to_string(),
             hint: failure.hint(),
             is_host,
         }));
     }
-    ended.map(|told| {
-        told.tell(&workflow, &Files::default());
+    ended.map(|report| {
+        report.emit(&workflow, &Files::default());
         Exit::Ok
     })
 }
 
-fn json(word: &Begun) -> String {
+fn json(word: &StartEvent) -> String {
     serde_json::to_string(word).expect("texts and numbers are always JSON")
 }
 
@@ -370,10 +377,10 @@ async fn in_foreground(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
     let secrets = Secrets::masked(env, &workflow);
     let screen = Screen::new(&workflow);
-    job::introduce(plan, &job::judge(plan, &secrets, env), &workflow);
+    job::announce(plan, &job::judge(plan, &secrets, env), &workflow);
     let folder = current_folder().map_err(|error| Error::Start(error.to_string()))?;
     let ready = async |_: &Prepared| workflow.say("flywheel: watching the store");
-    let told = keep(
+    let report = keep(
         plan,
         env,
         &secrets,
@@ -385,9 +392,9 @@ async fn in_foreground(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     )
     .await;
     screen.finish();
-    let told = told?;
-    told.tell(&workflow, &Files::from_env(env));
-    Ok(Exit::Command(told.exit_code))
+    let report = report?;
+    report.emit(&workflow, &Files::from_env(env));
+    Ok(Exit::Command(report.exit_code))
 }
 
 #[expect(
@@ -403,18 +410,18 @@ async fn keep(
     screen: &Screen,
     sink: Sink,
     ready: impl AsyncFnOnce(&Prepared),
-) -> Result<Told, Failure> {
+) -> Result<JobReport, Failure> {
     let broken = |error: std::io::Error| Error::Start(error.to_string());
     let mut signals = Signals::listen().map_err(broken)?;
-    let place = Place::of(env)?;
-    let _held: File = place.hold().map_err(broken)?.ok_or(Error::Running)?;
-    let listener = place.listen().map_err(broken)?;
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    let _held: File = runtime_dir.lock().map_err(broken)?.ok_or(Error::Running)?;
+    let listener = runtime_dir.listen().map_err(broken)?;
     let private = PrivateFolder::create(&job::private_base(env))?;
     let decision = job::judge(plan, secrets, env);
-    let board = Board::new(Status {
+    let status_cell = StatusCell::new(Status {
         state: "preparing".into(),
         pid: std::process::id(),
-        trust: decision.verdict().word().to_owned(),
+        trust: decision.verdict().as_str().to_owned(),
         publishes: decision.publishes(),
         reason: decision.reason(),
         ..Status::default()
@@ -424,16 +431,16 @@ async fn keep(
         env,
         secrets,
         decision: &decision,
-        sink: board.sink(sink),
+        sink: status_cell.sink(sink),
         screen,
         private: private.path(),
     };
-    let keeper = Keeper {
+    let keeper = Daemon {
         work,
         workflow: workflow.clone(),
-        board,
+        status_cell,
         folder,
-        whose: mark(env),
+        whose: job_processes(env),
     };
     let before = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
     let ended = keeper
@@ -445,16 +452,16 @@ async fn keep(
         )
         .await;
     drop(private);
-    place.remove();
+    runtime_dir.remove();
     ended
 }
 
 /// Asks the background process to drain, verify and end, and reports.
 async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
-    let place = Place::of(env)?;
-    let Some(stream) = place.connect().await else {
-        place.leave();
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    let Some(stream) = runtime_dir.connect().await else {
+        runtime_dir.remove_if_unused();
         if plan.require_publish {
             return Err(Error::NotRunning.into());
         }
@@ -463,18 +470,18 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
         return Ok(Exit::Ok);
     };
     let mut stream = BufReader::new(stream);
-    let ask = Ask::Finish {
+    let ask = Request::Finish {
         drain_timeout: drain_timeout.map(|time| time.as_secs()),
         require_publish: plan.require_publish,
     };
     // It is removed with the watch.
-    let log = File::open(place.log());
-    say(&mut stream, &ask).await.map_err(|_| Error::Silent)?;
-    let finished = wait(&mut stream, &place, &workflow).await?;
+    let log = File::open(runtime_dir.log());
+    send(&mut stream, &ask).await.map_err(|_| Error::NoReport)?;
+    let finished = wait(&mut stream, &runtime_dir, &workflow).await?;
     let text = log.and_then(std::io::read_to_string).unwrap_or_default();
-    tell_log(&workflow, &text);
+    print_log(&workflow, &text);
     // It cleans up before it ends, and its end is the end of the connection.
-    let _ = timeout(END_LIMIT, hear::<Ask>(&mut stream)).await;
+    let _ = timeout(END_LIMIT, receive::<Request>(&mut stream)).await;
     let files = Files::from_env(env);
     for (name, value) in &finished.variables {
         if let Err(error) = files.set_env(name, value) {
@@ -485,37 +492,37 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
             );
         }
     }
-    finished.told.tell(&workflow, &files);
-    Ok(Exit::Command(finished.told.exit_code))
+    finished.report.emit(&workflow, &files);
+    Ok(Exit::Command(finished.report.exit_code))
 }
 
 /// Waits for the end, says now and then how far it is, and hands a request to stop on. The time is
 /// bounded by the background process; should it hang, the runner's own limit holds.
 async fn wait(
     stream: &mut BufReader<UnixStream>,
-    place: &Place,
+    runtime_dir: &RuntimeDir,
     workflow: &Workflow,
 ) -> Result<Finished, Error> {
     let mut signals = Signals::listen().map_err(|error| Error::Start(error.to_string()))?;
-    let mut ticks = interval(TELL_EVERY);
+    let mut ticks = interval(PROGRESS_INTERVAL);
     ticks.tick().await;
     let mut hurried = None;
     let (mut reading, mut writing) = stream.get_mut().split();
     let mut reading = BufReader::new(&mut reading);
-    let mut hearing = Box::pin(hear::<Finished>(&mut reading));
+    let mut hearing = Box::pin(receive::<Finished>(&mut reading));
     loop {
         tokio::select! {
             biased;
-            finished = &mut hearing => return finished.ok_or(Error::Silent),
+            finished = &mut hearing => return finished.ok_or(Error::NoReport),
             _ = signals.next(), if hurried.is_none() => {
                 hurried = Some(Instant::now() + job::STOPPED_LIMIT);
-                let _ = say(&mut writing, &Ask::Hurry).await;
+                let _ = send(&mut writing, &Request::Cancel).await;
             }
             () = tokio::time::sleep_until(hurried.unwrap_or_else(Instant::now)), if hurried.is_some() => {
-                return Err(Error::Silent);
+                return Err(Error::NoReport);
             }
             _ = ticks.tick() => {
-                if let Some(status) = ask_status(place).await {
+                if let Some(status) = request_status(runtime_dir).await {
                     workflow.say(&format!("publishing: {} of {} paths", status.settled, status.known));
                 }
             }
@@ -524,7 +531,7 @@ async fn wait(
 }
 
 /// The background process's own words, each on a line that can be no workflow command.
-fn tell_log(workflow: &Workflow, log: &str) {
+fn print_log(workflow: &Workflow, log: &str) {
     if !log.trim().is_empty() {
         workflow.group("flywheel: what the watch said");
         for line in log.lines() {
@@ -534,18 +541,18 @@ fn tell_log(workflow: &Workflow, log: &str) {
     }
 }
 
-async fn ask_status(place: &Place) -> Option<Status> {
-    let mut stream = BufReader::new(place.connect().await?);
-    say(&mut stream, &Ask::Status).await.ok()?;
-    timeout(STATUS_LIMIT, hear(&mut stream)).await.ok()?
+async fn request_status(runtime_dir: &RuntimeDir) -> Option<Status> {
+    let mut stream = BufReader::new(runtime_dir.connect().await?);
+    send(&mut stream, &Request::Status).await.ok()?;
+    timeout(STATUS_LIMIT, receive(&mut stream)).await.ok()?
 }
 
 /// Says what the background process is doing.
 async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
-    let place = Place::of(env)?;
-    let status = ask_status(&place).await;
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    let status = request_status(&runtime_dir).await;
     if status.is_none() {
-        place.leave();
+        runtime_dir.remove_if_unused();
     }
     let status = status.unwrap_or_else(|| Status {
         state: "none".into(),

@@ -66,10 +66,10 @@ impl Default for Options {
 }
 
 /// So long before the deadline the aggregate ends, whatever else is still open.
-const LAST_CALL: Duration = Duration::from_secs(2);
+const AGGREGATE_RESERVE: Duration = Duration::from_secs(2);
 
 /// After a request to stop it may take so long; GitHub kills after ten seconds, and we promise to be done in six.
-const HURRY: Duration = Duration::from_secs(4);
+const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// What is said of the whole at its end.
 #[derive(Clone, Debug)]
@@ -84,7 +84,7 @@ pub struct Aggregate {
 
 /// What came of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct ReportStats {
     /// Check Runs that show what they should.
     pub shown: usize,
     /// The names of those that do not.
@@ -95,9 +95,9 @@ pub struct Told {
 
 /// A handle; every method but `close` returns at once.
 #[derive(Debug)]
-pub struct Board {
+pub struct CheckRunReporter {
     shared: Arc<Shared>,
-    task: JoinHandle<Told>,
+    task: JoinHandle<ReportStats>,
 }
 
 #[derive(Debug)]
@@ -115,14 +115,14 @@ struct Wanted {
     close: Option<Instant>,
 }
 
-impl Board {
+impl CheckRunReporter {
     /// Starts. The aggregate is created at once.
     pub fn start(runs: CheckRuns, options: Options, sink: Sink) -> Self {
         let shared = Arc::new(Shared {
             wanted: Mutex::default(),
             changed: Notify::new(),
         });
-        let task = tokio::spawn(Work::new(Arc::clone(&shared), runs, options, sink).run());
+        let task = tokio::spawn(Worker::new(Arc::clone(&shared), runs, options, sink).run());
         Self { shared, task }
     }
 
@@ -162,7 +162,7 @@ impl Board {
         aggregate: Aggregate,
         deadline: Instant,
         stop: &CancellationToken,
-    ) -> Told {
+    ) -> ReportStats {
         let Self { shared, mut task } = self;
         let close_at = |deadline: Instant| {
             shared.wanted().close = Some(deadline);
@@ -171,8 +171,8 @@ impl Board {
         shared.wanted().aggregate = Some(aggregate);
         close_at(deadline);
         tokio::select! {
-            told = &mut task => return told.unwrap_or_default(),
-            () = stop.cancelled() => close_at(deadline.min(Instant::now() + HURRY)),
+            stats = &mut task => return stats.unwrap_or_default(),
+            () = stop.cancelled() => close_at(deadline.min(Instant::now() + STOP_TIMEOUT)),
         }
         task.await.unwrap_or_default()
     }
@@ -195,19 +195,19 @@ struct Record {
     /// What is on its way.
     sending: bool,
     /// A request that made it may have arrived.
-    unsure: bool,
+    may_exist: bool,
     /// GitHub does not take it.
     refused: bool,
 }
 
-enum Answer {
+enum Response {
     Listed(Result<Vec<check_run::Listed>, Error>),
     Looked(Subject, Result<Vec<check_run::Listed>, Error>),
     Made(Subject, Stage, Result<u64, Error>),
     Updated(Subject, Stage, Result<(), Error>),
 }
 
-struct Work {
+struct Worker {
     shared: Arc<Shared>,
     runs: CheckRuns,
     options: Options,
@@ -219,14 +219,14 @@ struct Work {
     writes: VecDeque<Instant>,
     all_writes: usize,
     requests: usize,
-    jobs: JoinSet<Answer>,
-    hold: Option<Instant>,
-    streak: u32,
+    jobs: JoinSet<Response>,
+    blocked: Option<Instant>,
+    failures_in_a_row: u32,
     /// Why nothing more is sent.
     stopped: bool,
 }
 
-impl Work {
+impl Worker {
     fn new(shared: Arc<Shared>, runs: CheckRuns, options: Options, sink: Sink) -> Self {
         Self {
             shared,
@@ -240,13 +240,13 @@ impl Work {
             all_writes: 0,
             requests: 0,
             jobs: JoinSet::new(),
-            hold: None,
-            streak: 0,
+            blocked: None,
+            failures_in_a_row: 0,
             stopped: false,
         }
     }
 
-    async fn run(mut self) -> Told {
+    async fn run(mut self) -> ReportStats {
         self.list();
         loop {
             let (close, busy) = (self.shared.wanted().close, !self.jobs.is_empty());
@@ -266,7 +266,7 @@ impl Work {
                 Some(answer) = self.jobs.join_next(), if !self.jobs.is_empty() => {
                     // A request that panicked has said so; what it was for is seen to be missing.
                     if let Ok(answer) = answer {
-                        self.heard(answer);
+                        self.on_response(answer);
                     }
                 }
                 () = self.shared.changed.notified() => (),
@@ -274,27 +274,27 @@ impl Work {
             }
         }
         self.jobs.shutdown().await;
-        self.told()
+        self.stats()
     }
 
-    fn told(&self) -> Told {
-        let mut told = Told {
+    fn stats(&self) -> ReportStats {
+        let mut stats = ReportStats {
             requests: self.requests,
-            ..Told::default()
+            ..ReportStats::default()
         };
         for (subject, stage) in self.stages(true) {
             let shown = self.records.get(&subject).and_then(|record| record.shown);
             if shown == Some(stage) {
-                told.shown += 1;
+                stats.shown += 1;
             } else {
-                told.missing.push(runs::name(
+                stats.missing.push(runs::name(
                     subject,
                     &self.shared.wanted().outputs,
                     &self.options,
                 ));
             }
         }
-        told
+        stats
     }
 
     /// Looks for runs of an earlier attempt, so that they are brought up to date and not left beside new ones.
@@ -302,7 +302,7 @@ impl Work {
         let (runs, limit) = (self.runs.clone(), self.options.request);
         self.requests += 1;
         self.jobs
-            .spawn(async move { Answer::Listed(bounded(limit, runs.list(None)).await) });
+            .spawn(async move { Response::Listed(bounded(limit, runs.list(None)).await) });
     }
 
     /// How far each Check Run should be now, what is most urgent first.
@@ -358,16 +358,16 @@ impl Work {
                 continue;
             }
             // The aggregate ends last, but it does end.
-            let last_call = close.map(|deadline| deadline - LAST_CALL);
+            let aggregate_due = close.map(|deadline| deadline - AGGREGATE_RESERVE);
             let is_last = subject == Subject::Aggregate
                 && stage.is_completed()
                 && (open || !self.jobs.is_empty());
-            if let Some(at) = last_call.filter(|at| is_last && *at > now) {
+            if let Some(at) = aggregate_due.filter(|at| is_last && *at > now) {
                 open = true;
                 next = Some(next.map_or(at, |next: Instant| next.min(at)));
                 continue;
             }
-            if !self.is_worth(subject, stage, shown, closing) {
+            if !self.is_affordable(subject, stage, shown, closing) {
                 continue;
             }
             open = true;
@@ -375,7 +375,7 @@ impl Work {
                 // The next answer makes room.
                 continue;
             }
-            if let Some(until) = self.held(now, close) {
+            if let Some(until) = self.blocked_until(now, close) {
                 next = Some(next.map_or(until, |next: Instant| next.min(until)));
                 continue;
             }
@@ -386,7 +386,7 @@ impl Work {
 
     /// Whether there is a request left for it. What is open must be closed, failures must be seen; the rest comes
     /// out of what is left.
-    fn is_worth(
+    fn is_affordable(
         &self,
         subject: Subject,
         stage: Stage,
@@ -414,14 +414,14 @@ impl Work {
     }
 
     /// Until when nothing may be sent.
-    fn held(&self, now: Instant, close: Option<Instant>) -> Option<Instant> {
-        if let Some(until) = self.hold.filter(|until| *until > now) {
+    fn blocked_until(&self, now: Instant, close: Option<Instant>) -> Option<Instant> {
+        if let Some(until) = self.blocked.filter(|until| *until > now) {
             return Some(until);
         }
         let full = self.writes.len() >= self.options.per_minute;
         // At a cancel there is no minute to wait for; GitHub itself says when it is too much.
-        let hurry = close.is_some_and(|deadline| deadline < now + self.options.minute);
-        (full && !hurry).then(|| self.writes[0] + self.options.minute)
+        let is_closing_soon = close.is_some_and(|deadline| deadline < now + self.options.minute);
+        (full && !is_closing_soon).then(|| self.writes[0] + self.options.minute)
     }
 
     fn start(&mut self, subject: Subject, closing: bool, now: Instant) {
@@ -441,9 +441,9 @@ impl Work {
         }
         let (runs, limit, stage) = (self.runs.clone(), self.options.request, run.stage);
         self.requests += 1;
-        if record.id.is_none() && record.unsure {
+        if record.id.is_none() && record.may_exist {
             self.jobs.spawn(async move {
-                Answer::Looked(subject, bounded(limit, runs.list(Some(&run.name))).await)
+                Response::Looked(subject, bounded(limit, runs.list(Some(&run.name))).await)
             });
             return;
         }
@@ -452,20 +452,20 @@ impl Work {
         match record.id {
             Some(id) => {
                 self.jobs.spawn(async move {
-                    Answer::Updated(subject, stage, bounded(limit, runs.update(id, &run)).await)
+                    Response::Updated(subject, stage, bounded(limit, runs.update(id, &run)).await)
                 });
             }
             None => {
                 self.jobs.spawn(async move {
-                    Answer::Made(subject, stage, bounded(limit, runs.create(&run)).await)
+                    Response::Made(subject, stage, bounded(limit, runs.create(&run)).await)
                 });
             }
         }
     }
 
-    fn heard(&mut self, answer: Answer) {
-        match answer {
-            Answer::Listed(found) => {
+    fn on_response(&mut self, response: Response) {
+        match response {
+            Response::Listed(found) => {
                 self.is_listed = true;
                 // A token that may write and not read makes new ones, and that is better than none.
                 let found = found.unwrap_or_default();
@@ -474,7 +474,7 @@ impl Work {
                     .filter_map(|run| Some((run.external_id?, run.id)))
                     .collect();
             }
-            Answer::Looked(subject, found) => {
+            Response::Looked(subject, found) => {
                 let name = runs::external_id(subject, &self.shared.wanted().outputs, &self.options);
                 let Some(record) = self.records.get_mut(&subject) else {
                     return;
@@ -486,25 +486,25 @@ impl Work {
                             .into_iter()
                             .find(|run| run.external_id.as_deref() == Some(name.as_str()));
                         record.id = ours.map(|run| run.id);
-                        record.unsure = false;
+                        record.may_exist = false;
                     }
-                    Err(error) => self.failed(&subject, &error),
+                    Err(error) => self.on_failure(&subject, &error),
                 }
             }
-            Answer::Made(subject, stage, Ok(id)) => self.showed(subject, stage, Some(id)),
-            Answer::Updated(subject, stage, Ok(())) => self.showed(subject, stage, None),
-            Answer::Made(subject, _, Err(error)) => {
+            Response::Made(subject, stage, Ok(id)) => self.on_shown(subject, stage, Some(id)),
+            Response::Updated(subject, stage, Ok(())) => self.on_shown(subject, stage, None),
+            Response::Made(subject, _, Err(error)) => {
                 if let Some(record) = self.records.get_mut(&subject) {
-                    record.unsure |= matches!(error, Error::Request(_));
+                    record.may_exist |= matches!(error, Error::Request(_));
                 }
-                self.failed(&subject, &error);
+                self.on_failure(&subject, &error);
             }
-            Answer::Updated(subject, _, Err(error)) => self.failed(&subject, &error),
+            Response::Updated(subject, _, Err(error)) => self.on_failure(&subject, &error),
         }
     }
 
-    fn showed(&mut self, subject: Subject, stage: Stage, id: Option<u64>) {
-        self.streak = 0;
+    fn on_shown(&mut self, subject: Subject, stage: Stage, id: Option<u64>) {
+        self.failures_in_a_row = 0;
         if let Some(record) = self.records.get_mut(&subject) {
             record.sending = false;
             record.shown = Some(stage);
@@ -512,7 +512,7 @@ impl Work {
         }
     }
 
-    fn failed(&mut self, subject: &Subject, error: &Error) {
+    fn on_failure(&mut self, subject: &Subject, error: &Error) {
         let Some(record) = self.records.get_mut(subject) else {
             return;
         };
@@ -539,12 +539,12 @@ impl Work {
                 self.wait(now, (*wait).max(self.options.base));
             }
             Error::Request(_) => {
-                self.streak += 1;
+                self.failures_in_a_row += 1;
                 let wait = self
                     .options
                     .base
-                    .saturating_mul(1 << self.streak.clamp(1, 5).saturating_sub(1));
-                if self.streak == 5 {
+                    .saturating_mul(1 << self.failures_in_a_row.clamp(1, 5).saturating_sub(1));
+                if self.failures_in_a_row == 5 {
                     let text = format!(
                         "GitHub does not answer, so Check Runs are late or missing: {error}"
                     );
@@ -558,7 +558,7 @@ impl Work {
     /// Leaves GitHub alone, and a little longer than it asks, so that not every job comes back at the same moment.
     fn wait(&mut self, now: Instant, wait: Duration) {
         let until = now + wait + wait.mul_f64(fastrand::f64() * 0.1);
-        self.hold = Some(self.hold.map_or(until, |hold| hold.max(until)));
+        self.blocked = Some(self.blocked.map_or(until, |blocked| blocked.max(until)));
     }
 }
 

@@ -39,7 +39,7 @@ pub enum State {
 
 /// A place in a source file of the flake.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Place {
+pub struct SourceLocation {
     /// The file, from the root of the repository.
     pub file: String,
     /// The line, from 1.
@@ -63,7 +63,9 @@ pub enum Cause {
         /// Nix's own words.
         text: String,
         /// Where, when the error names a file of the flake.
-        place: Option<Place>,
+        // Readers of the JSON file know the key as `place`.
+        #[serde(rename = "place")]
+        location: Option<SourceLocation>,
     },
     /// The evaluation was killed for its memory, alone too.
     OutOfMemory {
@@ -86,7 +88,8 @@ pub enum Cause {
         /// The right one.
         got: String,
         /// The line that holds the wrong one.
-        place: Option<Place>,
+        #[serde(rename = "place")]
+        location: Option<SourceLocation>,
     },
     /// The run was cancelled.
     Cancelled,
@@ -108,9 +111,11 @@ impl Cause {
     }
 
     /// The source line to mark, where there is one.
-    pub fn place(&self) -> Option<&Place> {
+    pub fn location(&self) -> Option<&SourceLocation> {
         match self {
-            Self::Evaluation { place, .. } | Self::HashMismatch { place, .. } => place.as_ref(),
+            Self::Evaluation { location, .. } | Self::HashMismatch { location, .. } => {
+                location.as_ref()
+            }
             _ => None,
         }
     }

@@ -76,9 +76,9 @@ pub(super) fn render(
     closing: bool,
 ) -> CheckRun {
     match subject {
-        Subject::Aggregate => of_all(outputs, aggregate, options),
-        Subject::Output(n) => of_output(n, outputs, options, closing),
-        Subject::Shared(first) => of_shared(first, outputs, options, closing),
+        Subject::Aggregate => render_aggregate(outputs, aggregate, options),
+        Subject::Output(n) => render_output(n, outputs, options, closing),
+        Subject::Shared(first) => render_shared(first, outputs, options, closing),
     }
 }
 
@@ -156,7 +156,7 @@ pub(super) fn external_id(
     }
 }
 
-fn of_all(
+fn render_aggregate(
     outputs: &[(Output, State)],
     aggregate: Option<&Aggregate>,
     options: &Options,
@@ -192,7 +192,12 @@ fn of_all(
     }
 }
 
-fn of_output(n: usize, outputs: &[(Output, State)], options: &Options, closing: bool) -> CheckRun {
+fn render_output(
+    n: usize,
+    outputs: &[(Output, State)],
+    options: &Options,
+    closing: bool,
+) -> CheckRun {
     let (output, state) = &outputs[n];
     let blank = CheckRun {
         name: name(Subject::Output(n), outputs, options),
@@ -212,7 +217,7 @@ fn of_output(n: usize, outputs: &[(Output, State)], options: &Options, closing: 
             completed_at: Some(verdict.started_at + verdict.took.as_secs()),
             title: title(verdict),
             summary: summary(output, verdict),
-            annotations: marks(verdict),
+            annotations: annotations_of(verdict),
             ..blank
         },
         _ if closing => CheckRun {
@@ -234,7 +239,7 @@ fn of_output(n: usize, outputs: &[(Output, State)], options: &Options, closing: 
     }
 }
 
-fn of_shared(
+fn render_shared(
     first: usize,
     outputs: &[(Output, State)],
     options: &Options,
@@ -247,7 +252,7 @@ fn of_shared(
     let counts = WORST
         .iter()
         .filter(|one| of(**one) > 0)
-        .map(|one| format!("{} {}", of(*one), word(*one)));
+        .map(|one| format!("{} {}", of(*one), as_str(*one)));
     let counts: Vec<String> = counts.collect();
     let mut text = format!(
         "{} of {}.\n\n",
@@ -255,14 +260,14 @@ fn of_shared(
         count(outputs.len() as u64, "output")
     );
     for (output, state) in part {
-        let said = match state {
+        let verdict_text = match state {
             State::Finished(verdict) => {
-                format!("{}: {}", word(verdict.conclusion()), title(verdict))
+                format!("{}: {}", as_str(verdict.conclusion()), title(verdict))
             }
-            _ if closing => word(Conclusion::Cancelled).to_owned(),
+            _ if closing => as_str(Conclusion::Cancelled).to_owned(),
             _ => "…".to_owned(),
         };
-        let line = one_line(&format!("{}: {said}", output.label), LINE).replace('`', "'");
+        let line = one_line(&format!("{}: {verdict_text}", output.label), LINE).replace('`', "'");
         // Writing to a `String` cannot fail.
         let _ = writeln!(text, "- `{line}`");
     }
@@ -282,14 +287,14 @@ fn of_shared(
     }
 }
 
-fn marks(verdict: &Verdict) -> Vec<Annotation> {
-    let place = verdict.cause.place();
-    let mark = place
+fn annotations_of(verdict: &Verdict) -> Vec<Annotation> {
+    let location = verdict.cause.location();
+    let mark = location
         .zip(annotation(verdict))
-        .map(|(place, message)| Annotation {
-            path: place.file.clone(),
-            start_line: place.line,
-            end_line: place.line,
+        .map(|(location, message)| Annotation {
+            path: location.file.clone(),
+            start_line: location.line,
+            end_line: location.line,
             annotation_level: "failure",
             title: title(verdict),
             message,
@@ -298,7 +303,7 @@ fn marks(verdict: &Verdict) -> Vec<Annotation> {
 }
 
 /// A conclusion as a word.
-pub fn word(conclusion: Conclusion) -> &'static str {
+pub fn as_str(conclusion: Conclusion) -> &'static str {
     match conclusion {
         Conclusion::Success => "success",
         Conclusion::Failure => "failure",

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use super::runs::word;
+use super::runs::as_str;
 use super::text::{plain, title};
 use super::{Cause, Conclusion, Output, Verdict};
 use crate::text::{count, duration, one_line};
@@ -29,7 +29,7 @@ pub fn closing_line(ended: &[Ended<'_>]) -> String {
             .iter()
             .filter(|(_, verdict)| verdict.conclusion() == conclusion)
             .count();
-        (number > 0).then(|| format!("{number} {}", word(conclusion)))
+        (number > 0).then(|| format!("{number} {}", as_str(conclusion)))
     });
     let counts: Vec<String> = conclusions.into_iter().flatten().collect();
     let all = count(ended.len() as u64, "output");
@@ -41,7 +41,7 @@ pub fn closing_line(ended: &[Ended<'_>]) -> String {
 }
 
 /// The Markdown of all verdicts.
-pub fn of_all(ended: &[Ended<'_>]) -> String {
+pub fn render(ended: &[Ended<'_>]) -> String {
     let mut text = String::new();
     // Writing to a `String` cannot fail.
     let _ = write(&mut text, ended);
@@ -81,7 +81,7 @@ fn write(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     if rows.len() > ROWS {
         writeln!(text, "\n… and {} more.", rows.len() - ROWS)?;
     }
-    picture(text, ended)
+    timeline(text, ended)
 }
 
 fn rank(conclusion: Conclusion) -> u8 {
@@ -103,7 +103,7 @@ pub fn sign(conclusion: Conclusion) -> &'static str {
 }
 
 /// The builds over time, as Mermaid draws them.
-fn picture(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
+fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     let is_build = |cause: &Cause| {
         !matches!(
             cause,
@@ -191,7 +191,7 @@ mod tests {
             .iter()
             .map(|(output, verdict)| (output, verdict))
             .collect();
-        let text = of_all(&all);
+        let text = render(&all);
         assert!(
             text.starts_with("### ❌ 3 outputs: 1 failure, 1 success, 1 already there\n"),
             "{text}"
@@ -215,7 +215,7 @@ mod tests {
                     &format!("{n}{}", "x".repeat(300)),
                     Cause::Evaluation {
                         text: "e".repeat(900),
-                        place: None,
+                        location: None,
                     },
                     n,
                 )
@@ -225,7 +225,7 @@ mod tests {
             .iter()
             .map(|(output, verdict)| (output, verdict))
             .collect();
-        let text = of_all(&all);
+        let text = render(&all);
         assert!(
             text.len() < 900 * 1024 && text.contains("… and 4700 more."),
             "{}",

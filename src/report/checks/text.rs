@@ -80,7 +80,7 @@ pub fn summary(output: &Output, verdict: &Verdict) -> String {
 
 /// What an annotation on the source line says, when the cause has a line.
 pub fn annotation(verdict: &Verdict) -> Option<String> {
-    verdict.cause.place()?;
+    verdict.cause.location()?;
     Some(match &verdict.cause {
         Cause::HashMismatch { specified, got, .. } => {
             format!("The hash is wrong. Replace `{specified}` by `{got}`.")
@@ -213,7 +213,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::report::checks::{Conclusion, Place};
+    use crate::report::checks::{Conclusion, SourceLocation};
 
     fn verdict(cause: Cause) -> Verdict {
         Verdict {
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_wrong_hash_is_told_with_the_right_one_on_its_line() {
-        let place = Some(Place {
+        let location = Some(SourceLocation {
             file: "flake.nix".into(),
             line: 7,
             column: None,
@@ -245,10 +245,13 @@ mod tests {
         let verdict = verdict(Cause::HashMismatch {
             specified: "sha256-A".into(),
             got: "sha256-B".into(),
-            place,
+            location,
         });
         assert_eq!(verdict.conclusion(), Conclusion::Failure);
-        assert_eq!(verdict.cause.place().map(|place| place.line), Some(7));
+        assert_eq!(
+            verdict.cause.location().map(|location| location.line),
+            Some(7)
+        );
         assert_eq!(
             annotation(&verdict).as_deref(),
             Some("The hash is wrong. Replace `sha256-A` by `sha256-B`.")
@@ -281,7 +284,10 @@ mod tests {
     fn the_title_is_the_last_error_and_one_line() {
         let text =
             "error:\n  … while calling\n\u{1b}[31;1merror:\u{1b}[0m attribute 'x' missing\n  at /x:1:2".to_owned();
-        let title = title(&verdict(Cause::Evaluation { text, place: None }));
+        let title = title(&verdict(Cause::Evaluation {
+            text,
+            location: None,
+        }));
         assert_eq!(title, "Does not evaluate: attribute 'x' missing");
     }
 }

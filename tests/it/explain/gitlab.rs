@@ -296,7 +296,7 @@ pub fn table() -> String {
     });
     for (job, trusted, special) in rows.into_iter().chain(others) {
         let decision = answer(&job, trusted, PushCache::Always, true);
-        let (verdict, reason) = (decision.verdict().word(), decision.reason());
+        let (verdict, reason) = (decision.verdict().as_str(), decision.reason());
         writeln!(
             table,
             "| `{}` | `refs/{}` | {special} | {verdict} | {reason} |",

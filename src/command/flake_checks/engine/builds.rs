@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
-use super::{Engine, Lane, QUEUE, Step};
-use crate::command::flake_checks::lanes::{self, Moment};
+use super::{Engine, EngineEvent, Lane, QUEUE};
+use crate::command::flake_checks::lanes::{self, LaneState};
 use crate::command::flake_checks::output::{Tail, of_build};
 use crate::nix::build::log::{Event, Failure, Kind, is_download};
 use crate::nix::build::{Ended, Order};
@@ -24,7 +24,7 @@ impl Engine<'_> {
                 continue;
             }
             let other = self.lanes[1 - lane].as_ref();
-            let moment = Moment {
+            let moment = LaneState {
                 waiting: self.to_build.len(),
                 all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.looking,
                 other: other.map(|lane| lane.jobs),
@@ -80,7 +80,7 @@ impl Engine<'_> {
             let forward = async {
                 while let Some(event) = heard.recv().await {
                     // The engine is gone only when nobody wants to know any more.
-                    let _ = steps.send(Step::Building(lane, event)).await;
+                    let _ = steps.send(EngineEvent::Building(lane, event)).await;
                 }
             };
             let build = async {
@@ -92,7 +92,7 @@ impl Engine<'_> {
                 ended
             };
             let (ended, ()) = tokio::join!(build, forward);
-            let _ = steps.send(Step::Built(lane, ended)).await;
+            let _ = steps.send(EngineEvent::Built(lane, ended)).await;
         });
         self.lanes[lane] = Some(Lane {
             ids,
@@ -102,13 +102,13 @@ impl Engine<'_> {
         });
     }
 
-    pub(super) fn building(&mut self, lane: usize, event: Event) {
+    pub(super) fn on_build_event(&mut self, lane: usize, event: Event) {
         match event {
             Event::Started(drv) => {
                 for id in self.by_drv.get(&drv).cloned().unwrap_or_default() {
                     if self.outs[id].verdict.is_none() {
                         self.outs[id].begin_build();
-                        self.teller.state(&self.outs[id].output, &State::Building);
+                        self.reporter.state(&self.outs[id].output, &State::Building);
                     }
                 }
                 self.begin_log(drv);
@@ -129,11 +129,11 @@ impl Engine<'_> {
         }
     }
 
-    pub(super) async fn built(&mut self, lane: usize, ended: Result<Ended, String>) {
+    pub(super) async fn on_built(&mut self, lane: usize, ended: Result<Ended, String>) {
         let Some(lane) = self.lanes[lane].take() else {
             return;
         };
-        self.see_valid_of(&lane.ids).await;
+        self.end_valid(&lane.ids).await;
         let open: Vec<usize> = lane
             .ids
             .iter()
@@ -156,7 +156,7 @@ impl Engine<'_> {
                     if self.is_passing(&failure) && self.outs[id].tries < self.plan.retries =>
                 {
                     self.outs[id].tries += 1;
-                    self.teller
+                    self.reporter
                         .again(&self.outs[id].output, &self.why(&failure));
                     self.to_build.push(id);
                     passed.extend(failure.derivation);
@@ -171,7 +171,7 @@ impl Engine<'_> {
         // What is tried again is no reason for anything else to fail.
         self.failures.retain(|drv, _| !passed.contains(drv));
         if settled > 0 && !self.plan.keep_going {
-            self.is_enough = true;
+            self.is_given_up = true;
         }
         let passing = lane
             .failed

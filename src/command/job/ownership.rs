@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::nix::clients::{Clients, Whose};
+use crate::nix::clients::{Clients, Owner};
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePath;
 
@@ -15,13 +15,13 @@ const HOLD: Duration = Duration::from_secs(1);
 
 /// Tells the job's own paths from others', as they become valid.
 #[derive(Debug)]
-pub struct Ours {
+pub struct OwnershipFilter {
     clients: Arc<Clients>,
     /// Paths that nobody was seen to add, and until when they wait; the oldest first.
     held: VecDeque<(Instant, PathInfo)>,
 }
 
-impl Ours {
+impl OwnershipFilter {
     /// Tells them by what is seen of the store's clients.
     pub fn new(clients: Arc<Clients>) -> Self {
         Self {
@@ -41,26 +41,26 @@ impl Ours {
         let waited: Vec<PathInfo> = self.held.drain(..due).map(|(_, info)| info).collect();
         let mut ours = Vec::new();
         for (info, whose) in self.told(waited) {
-            if matches!(whose, Whose::Ours | Whose::Unclaimed) {
+            if matches!(whose, Owner::ThisJob | Owner::Unclaimed) {
                 ours.push(info);
             }
         }
         for (info, whose) in self.told(new) {
             match whose {
-                Whose::Ours => ours.push(info),
-                Whose::Unclaimed => self.held.push_back((now + HOLD, info)),
-                Whose::Others | Whose::Unclear => (),
+                Owner::ThisJob => ours.push(info),
+                Owner::Unclaimed => self.held.push_back((now + HOLD, info)),
+                Owner::OtherJob | Owner::Ambiguous => (),
             }
         }
         ours
     }
 
-    fn told(&self, infos: Vec<PathInfo>) -> Vec<(PathInfo, Whose)> {
+    fn told(&self, infos: Vec<PathInfo>) -> Vec<(PathInfo, Owner)> {
         if infos.is_empty() {
             return Vec::new();
         }
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
-        infos.into_iter().zip(self.clients.whose(&paths)).collect()
+        infos.into_iter().zip(self.clients.owners(&paths)).collect()
     }
 
     /// Waits until the first of the waiting paths has waited enough; for ever when none waits.
@@ -108,11 +108,11 @@ mod tests {
         .expect("written");
     }
 
-    fn watched() -> (tempfile::TempDir, Ours) {
+    fn watched() -> (tempfile::TempDir, OwnershipFilter) {
         let state = tempfile::tempdir().expect("temporary folder");
         fs::create_dir(state.path().join("temproots")).expect("made");
         let clients = Arc::new(Clients::watch(state.path(), Job::Descendants));
-        (state, Ours::new(clients))
+        (state, OwnershipFilter::new(clients))
     }
 
     #[test]

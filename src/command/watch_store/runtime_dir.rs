@@ -21,7 +21,7 @@ use crate::runner::env::Env;
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// How this job's processes are known: by what the CI puts into the environment of each.
-pub(super) fn mark(env: &Env) -> Job {
+pub(super) fn job_processes(env: &Env) -> Job {
     let marks = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID"];
     let found = marks
         .iter()
@@ -31,11 +31,11 @@ pub(super) fn mark(env: &Env) -> Job {
 
 /// The folder of one job's watch.
 #[derive(Debug)]
-pub(super) struct Place(PathBuf);
+pub(super) struct RuntimeDir(PathBuf);
 
-impl Place {
+impl RuntimeDir {
     /// Finds it, and makes it if it is not there.
-    pub fn of(env: &Env) -> Result<Self, PrivateError> {
+    pub fn from_env(env: &Env) -> Result<Self, PrivateError> {
         let folder = PrivateFolder::shared(&private_base(env))?.join(format!("watch-{}", key(env)));
         let made = DirBuilder::new()
             .recursive(true)
@@ -64,7 +64,7 @@ impl Place {
     }
 
     /// Takes the place for this process, as long as the file is kept; `None` if a living one has it.
-    pub fn hold(&self) -> io::Result<Option<File>> {
+    pub fn lock(&self) -> io::Result<Option<File>> {
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -101,8 +101,8 @@ impl Place {
     }
 
     /// Removes it if no watch has it.
-    pub fn leave(&self) {
-        if let Ok(Some(_held)) = self.hold() {
+    pub fn remove_if_unused(&self) {
+        if let Ok(Some(_held)) = self.lock() {
             self.remove();
         }
     }
@@ -147,25 +147,44 @@ mod tests {
     fn steps_of_a_job_meet_and_jobs_do_not() {
         let base = tempfile::tempdir().expect("temporary folder");
         let base = base.path().to_str().expect("text");
-        let place = |id: &str, step: &str| {
+        let runtime_dir = |id: &str, step: &str| {
             let env = [
                 ("RUNNER_TEMP", base),
                 ("RUNNER_TRACKING_ID", id),
                 ("GITHUB_ACTION", step),
             ];
-            Place::of(&Env::from_pairs(env)).expect("made")
+            RuntimeDir::from_env(&Env::from_pairs(env)).expect("made")
         };
-        assert_eq!(place("github_1", "a").0, place("github_1", "b").0);
-        assert_ne!(place("github_1", "a").0, place("github_2", "a").0);
-        let held = place("github_1", "a").hold().expect("asked").expect("free");
-        assert!(place("github_1", "b").hold().expect("asked").is_none());
+        assert_eq!(
+            runtime_dir("github_1", "a").0,
+            runtime_dir("github_1", "b").0
+        );
+        assert_ne!(
+            runtime_dir("github_1", "a").0,
+            runtime_dir("github_2", "a").0
+        );
+        let held = runtime_dir("github_1", "a")
+            .lock()
+            .expect("asked")
+            .expect("free");
+        assert!(
+            runtime_dir("github_1", "b")
+                .lock()
+                .expect("asked")
+                .is_none()
+        );
         drop(held);
-        assert!(place("github_1", "b").hold().expect("asked").is_some());
+        assert!(
+            runtime_dir("github_1", "b")
+                .lock()
+                .expect("asked")
+                .is_some()
+        );
     }
 
     #[test]
     fn a_ci_marks_its_processes_and_a_laptop_has_users() {
-        let of = |pairs: &[(&str, &str)]| mark(&Env::from_pairs(pairs.iter().copied()));
+        let of = |pairs: &[(&str, &str)]| job_processes(&Env::from_pairs(pairs.iter().copied()));
         assert_eq!(
             of(&[("RUNNER_TRACKING_ID", "github_1")]),
             Job::Marked("RUNNER_TRACKING_ID=github_1".into())

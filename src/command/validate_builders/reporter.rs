@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use url::Url;
 
-use super::Work;
+use super::CheckContext;
 use super::inputs::CheckRun;
 use crate::github::check_run::{self, Commit, Conclusion, Finished};
 use crate::http::{chain, redact};
@@ -22,9 +22,9 @@ const PUSH_LIMIT: Duration = Duration::from_secs(5);
 const CHECK_RUN_LIMIT: Duration = Duration::from_secs(15);
 
 /// Tells everybody.
-pub(super) async fn everybody(
+pub(super) async fn report(
     canary: &Canary,
-    work: &Work<'_>,
+    work: &CheckContext<'_>,
     workflow: &Workflow,
     github: Option<&Secret>,
 ) {
@@ -72,7 +72,7 @@ pub(super) async fn everybody(
                 None => Ok(()),
             }
         },
-        leave_check_run(canary, work, github),
+        write_check_run(canary, work, github),
     );
     for (area, result) in [("metrics", pushed), ("check run", left)] {
         if let Err(text) = result {
@@ -145,12 +145,12 @@ async fn push(
     }
 }
 
-async fn leave_check_run(
+async fn write_check_run(
     canary: &Canary,
-    work: &Work<'_>,
+    work: &CheckContext<'_>,
     token: Option<&Secret>,
 ) -> Result<(), String> {
-    let lacking = |what: &str| match work.plan.check_run {
+    let unavailable = |what: &str| match work.plan.check_run {
         CheckRun::Always => Err(format!("no Check Run is left: {what}")),
         CheckRun::IfToken | CheckRun::Never => Ok(()),
     };
@@ -158,10 +158,10 @@ async fn leave_check_run(
         return Ok(());
     }
     let Some(token) = token else {
-        return lacking("there is no `GITHUB_TOKEN` in the step's `env`");
+        return unavailable("there is no `GITHUB_TOKEN` in the step's `env`");
     };
     let Some((repository, sha)) = commit(work.env) else {
-        return lacking("this is no job with a commit");
+        return unavailable("this is no job with a commit");
     };
     let conclusion = if canary.healthy() {
         Conclusion::Success
@@ -182,7 +182,8 @@ async fn leave_check_run(
         repository,
         sha,
     };
-    let leaving = check_run::leave(&commit, &finished, token, work.clients.asking.clone());
+    let leaving =
+        check_run::create_or_update(&commit, &finished, token, work.clients.asking.clone());
     match tokio::time::timeout(CHECK_RUN_LIMIT, leaving).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {

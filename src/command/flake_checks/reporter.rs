@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::command::flake_checks::output::Out;
-use crate::report::checks::board::{Aggregate, Board, Told};
+use crate::command::flake_checks::output::OutputProgress;
+use crate::report::checks::board::{Aggregate, CheckRunReporter, ReportStats};
 use crate::report::checks::summary::sign;
 use crate::report::checks::text::{title, without_ansi};
 use crate::report::checks::{Conclusion, Output, State, Verdict};
@@ -13,27 +13,27 @@ use crate::runner::workflow::Workflow;
 use crate::text::{one_line, shorten};
 
 /// How often a log gets a line about a run that goes on.
-const LINE_EVERY: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// Lines of a failed build's log that the job's log shows.
-const SHOWN: usize = 60;
+const LOG_TAIL_LINES: usize = 60;
 /// Of so many outputs each success gets a line; of more only failures do.
-const MANY: usize = 200;
+const QUIET_ABOVE: usize = 200;
 
-pub(super) struct Teller {
+pub(super) struct Reporter {
     workflow: Workflow,
-    board: Option<Board>,
-    many: bool,
+    check_runs: Option<CheckRunReporter>,
+    is_quiet: bool,
     building: u64,
     last: Instant,
 }
 
-impl Teller {
+impl Reporter {
     /// `board`: the Check Runs, if there are any.
-    pub fn new(workflow: &Workflow, board: Option<Board>) -> Self {
+    pub fn new(workflow: &Workflow, check_runs: Option<CheckRunReporter>) -> Self {
         Self {
             workflow: workflow.clone(),
-            board,
-            many: false,
+            check_runs,
+            is_quiet: false,
             building: 0,
             last: Instant::now(),
         }
@@ -41,16 +41,16 @@ impl Teller {
 
     /// The outputs are known by name.
     pub fn announce(&mut self, outputs: &[Output]) {
-        self.many = outputs.len() > MANY;
-        if let Some(board) = &self.board {
-            board.announce(outputs.to_vec());
+        self.is_quiet = outputs.len() > QUIET_ABOVE;
+        if let Some(check_runs) = &self.check_runs {
+            check_runs.announce(outputs.to_vec());
         }
     }
 
     /// An output has moved on.
     pub fn state(&mut self, output: &Output, state: &State) {
-        if let Some(board) = &self.board {
-            board.update(&output.label, state.clone());
+        if let Some(check_runs) = &self.check_runs {
+            check_runs.update(&output.label, state.clone());
         }
         match state {
             State::Queued | State::Evaluating => (),
@@ -61,7 +61,7 @@ impl Teller {
 
     fn ended(&mut self, output: &Output, verdict: &Verdict) {
         let is_failure = verdict.conclusion() == Conclusion::Failure;
-        if self.many && !is_failure {
+        if self.is_quiet && !is_failure {
             return;
         }
         let line = format!(
@@ -74,7 +74,7 @@ impl Teller {
             return self.workflow.say(&line);
         }
         self.workflow.group(&line);
-        let skipped = verdict.log_tail.len().saturating_sub(SHOWN);
+        let skipped = verdict.log_tail.len().saturating_sub(LOG_TAIL_LINES);
         for line in &verdict.log_tail[skipped..] {
             // Whatever a build prints, the bar keeps it from being a command.
             self.workflow.say(&format!(
@@ -93,8 +93,12 @@ impl Teller {
         aggregate: Aggregate,
         deadline: Instant,
         stop: &CancellationToken,
-    ) -> Option<Told> {
-        Some(self.board?.close(aggregate, deadline.into(), stop).await)
+    ) -> Option<ReportStats> {
+        Some(
+            self.check_runs?
+                .close(aggregate, deadline.into(), stop)
+                .await,
+        )
     }
 
     /// A build is tried again, for what was not its fault.
@@ -107,8 +111,8 @@ impl Teller {
     }
 
     /// How far it is; every few seconds.
-    pub fn progress(&mut self, outs: &[Out]) {
-        if self.last.elapsed() < LINE_EVERY {
+    pub fn progress(&mut self, outs: &[OutputProgress]) {
+        if self.last.elapsed() < PROGRESS_INTERVAL {
             return;
         }
         self.last = Instant::now();

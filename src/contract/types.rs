@@ -11,12 +11,12 @@ use crate::text::nearest;
 
 /// Values by name, in the order of the file. A name that is `null` in a file takes the value away.
 #[derive(Clone, Debug)]
-pub struct Named<T> {
+pub struct NamedMap<T> {
     entries: Vec<(String, T)>,
     removed: Vec<String>,
 }
 
-impl<T> Named<T> {
+impl<T> NamedMap<T> {
     /// The value of this name.
     pub fn get(&self, name: &str) -> Option<&T> {
         self.entries
@@ -50,7 +50,7 @@ impl<T> Named<T> {
     }
 }
 
-impl<T> Default for Named<T> {
+impl<T> Default for NamedMap<T> {
     fn default() -> Self {
         Self {
             entries: Vec::new(),
@@ -59,18 +59,18 @@ impl<T> Default for Named<T> {
     }
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Named<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for NamedMap<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Pairs<T>(PhantomData<T>);
         impl<'de, T: Deserialize<'de>> Visitor<'de> for Pairs<T> {
-            type Value = Named<T>;
+            type Value = NamedMap<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a mapping of names")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Named<T>, A::Error> {
-                let mut named = Named::default();
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<NamedMap<T>, A::Error> {
+                let mut named = NamedMap::default();
                 while let Some(name) = map.next_key::<String>()? {
                     match map.next_value::<Option<T>>()? {
                         Some(value) => named.entries.push((name, value)),
@@ -84,7 +84,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Named<T> {
     }
 }
 
-impl<T: Serialize> Serialize for Named<T> {
+impl<T: Serialize> Serialize for NamedMap<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(self.entries.len()))?;
         for (name, value) in &self.entries {
@@ -197,7 +197,7 @@ pub enum Skill {
 }
 
 impl Skill {
-    const WORDS: [(&str, Self); 11] = [
+    const NAMES: [(&str, Self); 11] = [
         ("nix", Self::Nix),
         ("attic", Self::Attic),
         ("git", Self::Git),
@@ -212,8 +212,8 @@ impl Skill {
     ];
 
     /// Its word in a file.
-    pub fn word(self) -> &'static str {
-        Self::WORDS
+    pub fn as_str(self) -> &'static str {
+        Self::NAMES
             .into_iter()
             .find(|(_, skill)| *skill == self)
             .expect("every skill has a word")
@@ -221,10 +221,10 @@ impl Skill {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        if let Some((_, skill)) = Self::WORDS.into_iter().find(|(word, _)| *word == text) {
+        if let Some((_, skill)) = Self::NAMES.into_iter().find(|(word, _)| *word == text) {
             return Ok(skill);
         }
-        let words = Self::WORDS.map(|(word, _)| word);
+        let words = Self::NAMES.map(|(word, _)| word);
         Err(match nearest(text, words) {
             Some(word) => {
                 format!("`{text}` is nothing that a lane provides; did you mean `{word}`?")
@@ -239,7 +239,7 @@ impl Skill {
 
 impl fmt::Display for Skill {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
+        f.write_str(self.as_str())
     }
 }
 

@@ -50,14 +50,14 @@ pub(super) const LAYERS: [&str; 33] = [
 
 /// What a check is called and how it counts.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Spec {
+pub(super) struct CheckSpec {
     pub name: &'static str,
     pub layer: &'static str,
     pub severity: Severity,
     pub limit: Duration,
 }
 
-impl Spec {
+impl CheckSpec {
     pub const fn required(name: &'static str, layer: &'static str, seconds: u64) -> Self {
         Self {
             name,
@@ -79,14 +79,14 @@ impl Spec {
 
 /// Why a check fails.
 #[derive(Clone, Debug)]
-pub(super) struct Broken {
+pub(super) struct CheckFailure {
     /// Another layer than the check's own, where the fault is seen to lie there.
     pub layer: Option<&'static str>,
     pub text: String,
     pub hint: String,
 }
 
-impl Broken {
+impl CheckFailure {
     pub fn new(text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self {
             layer: None,
@@ -104,7 +104,7 @@ impl Broken {
 }
 
 /// A value, and what to say of it.
-pub(super) type Found<T> = Result<(T, String), Broken>;
+pub(super) type Found<T> = Result<(T, String), CheckFailure>;
 
 /// Layers that the caller makes count more or less.
 #[derive(Clone, Debug, Default)]
@@ -115,7 +115,7 @@ pub(super) struct Weights {
 
 impl Weights {
     /// The caller's words, or the one that is no layer, with the nearest that is.
-    pub fn words(text: Option<&str>) -> Result<Vec<String>, (String, Option<&'static str>)> {
+    pub fn layers(text: Option<&str>) -> Result<Vec<String>, (String, Option<&'static str>)> {
         let words = text
             .unwrap_or_default()
             .split(|c: char| c.is_whitespace() || c == ',');
@@ -151,13 +151,13 @@ impl Weights {
 
 /// A list of checks that grows.
 #[derive(Clone, Debug)]
-pub(super) struct Board {
+pub(super) struct CheckList {
     weights: Weights,
     deadline: Instant,
     pub checks: Vec<Check>,
 }
 
-impl Board {
+impl CheckList {
     pub fn new(weights: Weights, deadline: Instant) -> Self {
         Self {
             weights,
@@ -177,7 +177,7 @@ impl Board {
     /// Runs a check; it is told how long it has, and is cut off if it does not end by then.
     pub async fn check<T, F: Future<Output = Found<T>>>(
         &mut self,
-        spec: Spec,
+        spec: CheckSpec,
         run: impl FnOnce(Duration) -> F,
     ) -> Option<T> {
         let limit = spec
@@ -185,7 +185,7 @@ impl Board {
             .min(self.deadline.saturating_duration_since(Instant::now()));
         let begun = Instant::now();
         if limit.is_zero() {
-            let broken = Broken::new(
+            let broken = CheckFailure::new(
                 "the time for all checks was over before it began",
                 "Look at the checks before it, or raise `timeout`.",
             );
@@ -196,7 +196,7 @@ impl Board {
             .await
             .unwrap_or_else(|_| {
                 let text = format!("it did not end within {}", duration(limit));
-                Err(Broken::new(
+                Err(CheckFailure::new(
                     text,
                     "Something behind it hangs; look at the runner's processes and mounts.",
                 ))
@@ -212,10 +212,10 @@ impl Board {
     /// Writes a check down that has run as part of another.
     pub fn put(
         &mut self,
-        spec: Spec,
+        spec: CheckSpec,
         limit: Duration,
         took: Duration,
-        said: Result<String, Broken>,
+        said: Result<String, CheckFailure>,
     ) {
         let (layer, verdict, text) = match said {
             Ok(text) => (spec.layer, Verdict::Passed, text),
@@ -238,7 +238,7 @@ impl Board {
     }
 
     /// Writes down that there was nothing to check, and why.
-    pub fn skip(&mut self, spec: Spec, why: impl Into<String>) {
+    pub fn skip(&mut self, spec: CheckSpec, why: impl Into<String>) {
         let severity = self.weights.severity(spec.layer, spec.severity);
         self.checks.push(Check {
             name: spec.name.to_owned(),
@@ -252,7 +252,7 @@ impl Board {
     }
 
     /// Skips all of these for one reason.
-    pub fn skip_all(&mut self, specs: &[Spec], why: &str) {
+    pub fn skip_all(&mut self, specs: &[CheckSpec], why: &str) {
         specs.iter().for_each(|spec| self.skip(*spec, why));
     }
 }
@@ -261,24 +261,24 @@ impl Board {
 mod tests {
     use super::*;
 
-    const IT: Spec = Spec::required("it", "cache-nar", 1);
+    const IT: CheckSpec = CheckSpec::required("it", "cache-nar", 1);
 
-    fn board(left: Duration) -> Board {
-        Board::new(Weights::default(), Instant::now() + left)
+    fn list(left: Duration) -> CheckList {
+        CheckList::new(Weights::default(), Instant::now() + left)
     }
 
     #[tokio::test]
     async fn a_check_that_hangs_is_cut_off_and_the_whole_too() {
-        let mut board = board(Duration::from_millis(500));
-        let hanging = Spec {
+        let mut list = list(Duration::from_millis(500));
+        let hanging = CheckSpec {
             limit: Duration::from_millis(40),
             ..IT
         };
         for _ in 0..3 {
-            let value: Option<()> = board.check(hanging, |_| std::future::pending()).await;
+            let value: Option<()> = list.check(hanging, |_| std::future::pending()).await;
             assert!(value.is_none());
         }
-        let texts: Vec<&str> = board
+        let texts: Vec<&str> = list
             .checks
             .iter()
             .map(|check| check.text.as_str())
@@ -289,21 +289,21 @@ mod tests {
 
     #[tokio::test]
     async fn a_fault_may_lie_at_another_layer_and_the_caller_weighs_it() {
-        let mut board = board(Duration::from_secs(2));
-        board.weights = Weights {
+        let mut list = list(Duration::from_secs(2));
+        list.weights = Weights {
             required: vec!["disk".into()],
             advisory: vec!["cache".into()],
         };
         let run = |layer: Option<&'static str>| async move {
-            Found::<()>::Err(Broken {
+            Found::<()>::Err(CheckFailure {
                 layer,
                 text: String::new(),
                 hint: String::new(),
             })
         };
-        board.check(IT, |_| run(None)).await;
-        board.check(IT, |_| run(Some("disk"))).await;
-        let found: Vec<_> = board
+        list.check(IT, |_| run(None)).await;
+        list.check(IT, |_| run(Some("disk"))).await;
+        let found: Vec<_> = list
             .checks
             .iter()
             .map(|check| (check.layer, check.severity))
@@ -316,7 +316,7 @@ mod tests {
             ]
         );
         assert_eq!(
-            Weights::words(Some("cahce")),
+            Weights::layers(Some("cahce")),
             Err(("cahce".into(), Some("cache")))
         );
     }

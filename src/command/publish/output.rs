@@ -75,7 +75,7 @@ pub(super) fn close(
             withheld: publication.withheld.len(),
             lost: publication.lost.len(),
             bytes: publication.bytes,
-            key: publication.key.word(),
+            key: publication.key.as_str(),
             stopped: publication.stopped.as_deref(),
             withheld_paths: &publication.withheld,
             lost_paths: &publication.lost,

@@ -8,9 +8,9 @@ use crate::nix::store_path::{PathHash, StorePath};
 
 /// The paths that were given with all they refer to.
 #[derive(Debug, Default)]
-pub struct Closed(HashSet<PathHash>);
+pub struct ClosureTracker(HashSet<PathHash>);
 
-impl Closed {
+impl ClosureTracker {
     /// These were given together, and every reference of theirs with them or before.
     pub fn add(&mut self, infos: &[PathInfo]) {
         self.0.extend(infos.iter().map(|info| info.path.hash()));
@@ -18,7 +18,7 @@ impl Closed {
 
     /// Divides what is to be given, in the order of its registration: first what refers only to what was given, itself,
     /// or something before it, and counts as given from now on; second the rest, whose closures must be asked for.
-    pub fn divide(&mut self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
+    pub fn split_ready(&mut self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
         infos.into_iter().partition(|info| {
             let is_given = |path: &StorePath| *path == info.path || self.0.contains(&path.hash());
             let is_whole = info.references.iter().all(is_given);
@@ -54,8 +54,8 @@ mod tests {
         }
     }
 
-    fn divided(closed: &mut Closed, infos: Vec<PathInfo>) -> [String; 2] {
-        let (whole, open) = closed.divide(infos);
+    fn divided(closures: &mut ClosureTracker, infos: Vec<PathInfo>) -> [String; 2] {
+        let (whole, open) = closures.split_ready(infos);
         [whole, open].map(|infos| {
             infos
                 .iter()
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn only_what_refers_to_something_not_given_must_be_asked_for() {
-        let mut closed = Closed::default();
+        let mut closures = ClosureTracker::default();
         let batch = || {
             vec![
                 info('a', ""),
@@ -75,16 +75,16 @@ mod tests {
                 info('d', "bc"),
             ]
         };
-        assert_eq!(divided(&mut closed, batch()), ["ab", "cd"]);
+        assert_eq!(divided(&mut closures, batch()), ["ab", "cd"]);
         assert_eq!(
-            divided(&mut closed, vec![info('f', "c")]),
+            divided(&mut closures, vec![info('f', "c")]),
             ["", "f"],
             "its closure is not known to be given"
         );
-        closed.add(&[info('z', ""), info('c', "z")]);
+        closures.add(&[info('z', ""), info('c', "z")]);
         assert_eq!(
             divided(
-                &mut closed,
+                &mut closures,
                 vec![info('d', "bc"), info('f', "d"), info('g', "y")]
             ),
             ["df", "g"]

@@ -12,39 +12,39 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::talk::{Ask, Finished, Status, hear, say};
+use super::ipc::{Finished, Request, Status, receive, send};
 use crate::command::Failure;
-use crate::command::job::stream::Bound;
-use crate::command::job::{Prepared, STOPPED_LIMIT, Told, Watch, Work};
+use crate::command::job::stream::Deadline;
+use crate::command::job::{JobReport, Prepared, STOPPED_LIMIT, Watch, Work};
 use crate::nix::clients::Job;
 use crate::process::signals::Signals;
 use crate::progress::{Progress, Sink};
 use crate::runner::workflow::Workflow;
 
 /// A step says what it wants at once.
-const ASK_LIMIT: Duration = Duration::from_secs(5);
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the watch is doing, for whoever asks.
 #[derive(Clone)]
-pub(super) struct Board(Arc<(Mutex<Status>, Instant)>);
+pub(super) struct StatusCell(Arc<(Mutex<Status>, Instant)>);
 
-impl Board {
+impl StatusCell {
     pub fn new(status: Status) -> Self {
         Self(Arc::new((Mutex::new(status), Instant::now())))
     }
 
     /// A sink that keeps what matters and hands everything on.
     pub fn sink(&self, next: Sink) -> Sink {
-        let board = self.clone();
+        let status_cell = self.clone();
         Sink::new(move |event| {
             match &event {
                 Progress::Moved { done, total, bytes } => {
-                    let mut status = board.status();
+                    let mut status = status_cell.status();
                     (status.settled, status.known, status.bytes) = (*done, *total, *bytes);
                 }
                 Progress::Degraded { area, text } => {
                     let line = format!("{area}: {text}");
-                    let mut status = board.status();
+                    let mut status = status_cell.status();
                     if !status.degraded.contains(&line) {
                         status.degraded.push(line);
                     }
@@ -71,17 +71,17 @@ impl Board {
 }
 
 /// A step that waits for the end.
-struct Waiting {
+struct FinishRequest {
     stream: BufReader<UnixStream>,
     drain_timeout: Option<Duration>,
     require_publish: bool,
 }
 
 /// One watch.
-pub(super) struct Keeper<'a> {
+pub(super) struct Daemon<'a> {
     pub work: Work<'a>,
     pub workflow: Workflow,
-    pub board: Board,
+    pub status_cell: StatusCell,
     /// Where the job's results are linked from.
     pub folder: PathBuf,
     /// How the job's processes are known.
@@ -89,12 +89,12 @@ pub(super) struct Keeper<'a> {
 }
 
 /// Why the watch ends.
-enum End {
-    Asked(Waiting),
-    Stopped,
+enum Shutdown {
+    Requested(FinishRequest),
+    Signalled,
 }
 
-impl Keeper<'_> {
+impl Daemon<'_> {
     /// Watches until it is asked to finish or to stop. `ready` is told once Nix, the cache and the watch
     /// are. `before` are the variables that the end gives back to the job.
     ///
@@ -106,13 +106,16 @@ impl Keeper<'_> {
         signals: &mut Signals,
         before: Vec<(String, String)>,
         ready: impl AsyncFnOnce(&Prepared),
-    ) -> Result<Told, Failure> {
+    ) -> Result<JobReport, Failure> {
         let (asked, mut asking) = mpsc::channel(1);
-        let _answering =
-            AbortOnDropHandle::new(tokio::spawn(answer(listener, self.board.clone(), asked)));
+        let _answering = AbortOnDropHandle::new(tokio::spawn(serve(
+            listener,
+            self.status_cell.clone(),
+            asked,
+        )));
         let prepared = tokio::select! {
             biased;
-            _ = signals.next() => return Ok(Told::cancelled()),
+            _ = signals.next() => return Ok(JobReport::cancelled()),
             prepared = Box::pin(self.work.make_ready(&self.workflow)) => prepared?,
         };
         let watch = self.work.watch(&prepared, self.whose.clone()).await;
@@ -122,7 +125,7 @@ impl Keeper<'_> {
             .as_ref()
             .map(crate::cache::endpoint::Endpoint::substituter);
         {
-            let mut status = self.board.status();
+            let mut status = self.status_cell.status();
             status.state = "watching".into();
             status.cache = cache;
         }
@@ -130,72 +133,72 @@ impl Keeper<'_> {
         ready(&prepared).await;
         let end = tokio::select! {
             biased;
-            _ = signals.next() => End::Stopped,
-            waiting = asking.recv() => waiting.map_or(End::Stopped, End::Asked),
+            _ = signals.next() => Shutdown::Signalled,
+            waiting = asking.recv() => waiting.map_or(Shutdown::Signalled, Shutdown::Requested),
         };
-        self.board.status().state = "finishing".into();
+        self.status_cell.status().state = "finishing".into();
         let watched = began.elapsed();
-        let (told, waiting) = self.finish(&prepared, watch, end, watched, signals).await;
+        let (report, waiting) = self.finish(&prepared, watch, end, watched, signals).await;
         prepared.stop().await;
         if let Some(mut waiting) = waiting {
             // A step that has gone meanwhile is told nothing.
-            let _ = say(
+            let _ = send(
                 &mut waiting.stream,
                 &Finished {
-                    told: told.clone(),
+                    report: report.clone(),
                     variables: before,
                 },
             )
             .await;
         }
-        Ok(told)
+        Ok(report)
     }
 
     async fn finish(
         &self,
         prepared: &Prepared,
         watch: Option<Watch>,
-        end: End,
+        end: Shutdown,
         watched: Duration,
         signals: &mut Signals,
-    ) -> (Told, Option<Waiting>) {
-        if matches!(end, End::Asked(_)) {
+    ) -> (JobReport, Option<FinishRequest>) {
+        if matches!(end, Shutdown::Requested(_)) {
             self.work
                 .check(prepared, watch.as_ref(), &self.folder, signals)
                 .await;
         }
         let began = Instant::now();
         let (limit, mut waiting) = match end {
-            End::Stopped => (STOPPED_LIMIT, None),
-            End::Asked(waiting) => (
+            Shutdown::Signalled => (STOPPED_LIMIT, None),
+            Shutdown::Requested(waiting) => (
                 waiting
                     .drain_timeout
                     .unwrap_or(self.work.plan.drain_timeout),
                 Some(waiting),
             ),
         };
-        let bound = Bound {
-            deadline: (began + limit).into(),
+        let deadline = Deadline {
+            at: (began + limit).into(),
             cancel: CancellationToken::new(),
         };
-        let (harvest, publication) = match watch {
+        let (added_paths, publication) = match watch {
             None => Default::default(),
             Some(watch) => {
                 let mut delivering =
                     Box::pin(
                         self.work
-                            .deliver(watch, &prepared.cache, &self.folder, &bound),
+                            .deliver(watch, &prepared.cache, &self.folder, &deadline),
                     );
                 let mut hurried = false;
                 loop {
                     tokio::select! {
                         biased;
                         done = &mut delivering => break done,
-                        _ = signals.next() => bound.cancel.cancel(),
-                        hurry = hurry(waiting.as_mut()), if !hurried => {
+                        _ = signals.next() => deadline.cancel.cancel(),
+                        hurry = cancelled(waiting.as_mut()), if !hurried => {
                             hurried = true;
                             if hurry {
-                                bound.cancel.cancel();
+                                deadline.cancel.cancel();
                             }
                         }
                     }
@@ -206,35 +209,41 @@ impl Keeper<'_> {
             || waiting
                 .as_ref()
                 .is_some_and(|waiting| waiting.require_publish);
-        let mut job = self.work.told(prepared, &harvest, publication, require);
+        let mut job = self
+            .work
+            .result(prepared, &added_paths, publication, require);
         (job.command, job.publish) = (watched, began.elapsed());
-        (Told::of(&job), waiting)
+        (JobReport::new(&job), waiting)
     }
 }
 
 /// Whether the step that waits is being cancelled; false when it has gone.
-async fn hurry(waiting: Option<&mut Waiting>) -> bool {
+async fn cancelled(waiting: Option<&mut FinishRequest>) -> bool {
     match waiting {
         None => std::future::pending().await,
-        Some(waiting) => matches!(hear(&mut waiting.stream).await, Some(Ask::Hurry)),
+        Some(waiting) => matches!(receive(&mut waiting.stream).await, Some(Request::Cancel)),
     }
 }
 
 /// Answers those who ask, one after the other; who wants the end is handed on.
-async fn answer(listener: UnixListener, board: Board, asked: mpsc::Sender<Waiting>) {
+async fn serve(
+    listener: UnixListener,
+    status_cell: StatusCell,
+    asked: mpsc::Sender<FinishRequest>,
+) {
     while let Ok((stream, _)) = listener.accept().await {
         let mut stream = BufReader::new(stream);
-        match timeout(ASK_LIMIT, hear(&mut stream)).await {
-            Ok(Some(Ask::Status)) => {
-                let _ = say(&mut stream, &board.shown()).await;
+        match timeout(REQUEST_LIMIT, receive(&mut stream)).await {
+            Ok(Some(Request::Status)) => {
+                let _ = send(&mut stream, &status_cell.shown()).await;
             }
-            Ok(Some(Ask::Finish {
+            Ok(Some(Request::Finish {
                 drain_timeout,
                 require_publish,
             })) => {
                 let drain_timeout = drain_timeout.map(Duration::from_secs);
                 // A second one finds the channel full or closed, and its connection ends.
-                let _ = asked.try_send(Waiting {
+                let _ = asked.try_send(FinishRequest {
                     stream,
                     drain_timeout,
                     require_publish,
@@ -252,7 +261,7 @@ pub(super) fn variables(prepared: &Prepared) -> Vec<(String, String)> {
         .variables()
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value.to_owned()));
-    std::iter::once(("NIX_CONFIG".to_owned(), prepared.settled.config.clone()))
+    std::iter::once(("NIX_CONFIG".to_owned(), prepared.settings.config.clone()))
         .chain(repairs)
         .collect()
 }

@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::SystemTime;
 
-use crate::nix::clients::{Clients, Whose};
+use crate::nix::clients::{Clients, Owner};
 use crate::nix::path_info::{Origin, PathInfo, Unreadable};
 use crate::nix::store::{self, Mark, Store};
 use crate::nix::store_path::StorePath;
 
 /// What a job brought into the store.
 #[derive(Debug, Default)]
-pub struct Harvest {
+pub struct AddedPaths {
     /// Everything to be published: what the job added, and the closure of that and of its results.
     pub wanted: Vec<PathInfo>,
     /// Paths built here.
@@ -27,13 +27,13 @@ pub struct Harvest {
     pub unreadable: Vec<Unreadable>,
 }
 
-impl Harvest {
+impl AddedPaths {
     /// Looks the store through after the command has ended: what was added since `mark` by processes
     /// of this job, and the results: those given, and those that `folder` links to since `begun`.
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub async fn reap(
+    pub async fn collect(
         store: &Store,
         clients: &Clients,
         mark: &Mark,
@@ -41,7 +41,7 @@ impl Harvest {
         results: Vec<StorePath>,
     ) -> Result<Self, store::Error> {
         let found = store.added_since(mark).await?;
-        let mut harvest = Self {
+        let mut added_paths = Self {
             unreadable: found.unreadable,
             ..Self::default()
         };
@@ -50,23 +50,24 @@ impl Harvest {
             .await?
             .into_iter()
             .collect();
-        let (ours, unclear) = harvest.take(found.infos, clients);
+        let (ours, unclear) = added_paths.take(found.infos, clients);
         roots.extend(ours);
         roots.extend(results);
         let roots: Vec<StorePath> = roots.into_iter().collect();
         let closure = store.closure(&roots).await?;
-        harvest.unreadable.extend(closure.unreadable);
-        harvest.wanted = closure.infos;
+        added_paths.unreadable.extend(closure.unreadable);
+        added_paths.wanted = closure.infos;
         // What a result needs is published, whoever added it, and then it is the job's.
-        let wanted: BTreeSet<&StorePath> = harvest.wanted.iter().map(|info| &info.path).collect();
+        let wanted: BTreeSet<&StorePath> =
+            added_paths.wanted.iter().map(|info| &info.path).collect();
         let (needed, left_out): (Vec<_>, Vec<_>) = unclear
             .into_iter()
             .partition(|info| wanted.contains(&info.path));
         for info in &needed {
-            harvest.count(info);
+            added_paths.count(info);
         }
-        harvest.unclear = left_out.into_iter().map(|info| info.path).collect();
-        Ok(harvest)
+        added_paths.unclear = left_out.into_iter().map(|info| info.path).collect();
+        Ok(added_paths)
     }
 
     /// Counts the job's own paths; gives those to publish, and those of which it is unclear whose they are.
@@ -78,12 +79,12 @@ impl Harvest {
             .collect();
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
         let (mut ours, mut unclear) = (Vec::new(), Vec::new());
-        for (info, whose) in infos.into_iter().zip(clients.whose(&paths)) {
+        for (info, whose) in infos.into_iter().zip(clients.owners(&paths)) {
             match whose {
-                Whose::Others => (),
-                Whose::Unclear => unclear.push(info),
+                Owner::OtherJob => (),
+                Owner::Ambiguous => unclear.push(info),
                 // Nobody else has come to light in all the job's time.
-                Whose::Ours | Whose::Unclaimed => {
+                Owner::ThisJob | Owner::Unclaimed => {
                     self.count(&info);
                     ours.push(info.path);
                 }

@@ -12,16 +12,16 @@ use tokio::io::{
 };
 use tokio::time::timeout;
 
-use crate::command::job::Told;
+use crate::command::job::JobReport;
 
 /// More than this is no line of ours: a report with every path of a large job.
 const LINE_LIMIT: u64 = 64 * 1024 * 1024;
 /// The other side takes a line at once, or has ended.
-const SAY_LIMIT: Duration = Duration::from_secs(5);
+const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// From `start` to its child.
 #[derive(Serialize, Deserialize)]
-pub(super) struct Hello {
+pub(super) struct ChildConfig {
     pub attic: Option<String>,
     pub github: Option<String>,
     /// Where the job's results are linked from.
@@ -31,7 +31,7 @@ pub(super) struct Hello {
 /// From the child to `start`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Begun {
+pub(super) enum StartEvent {
     Note(String),
     Degraded(String, String),
     Ready {
@@ -52,7 +52,7 @@ pub(super) enum Begun {
 /// From a later step.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Ask {
+pub(super) enum Request {
     Status,
     Finish {
         /// How long it may take, in seconds; none for what `start` was told.
@@ -61,7 +61,7 @@ pub(super) enum Ask {
         require_publish: bool,
     },
     /// The step is being cancelled.
-    Hurry,
+    Cancel,
 }
 
 /// What the background process is doing.
@@ -86,13 +86,13 @@ pub(super) struct Status {
 /// The end, told to the step that asked for it.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Finished {
-    pub told: Told,
+    pub report: JobReport,
     /// Variables as they were before `start`.
     pub variables: Vec<(String, String)>,
 }
 
 /// Says one line.
-pub(super) async fn say(
+pub(super) async fn send(
     to: &mut (impl AsyncWrite + Unpin),
     word: &impl Serialize,
 ) -> io::Result<()> {
@@ -102,13 +102,15 @@ pub(super) async fn say(
         to.write_all(line.as_bytes()).await?;
         to.flush().await
     };
-    timeout(SAY_LIMIT, said)
+    timeout(SEND_LIMIT, said)
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// Hears one line; none at the end, or when it is not one of ours.
-pub(super) async fn hear<T: DeserializeOwned>(from: &mut (impl AsyncBufRead + Unpin)) -> Option<T> {
+pub(super) async fn receive<T: DeserializeOwned>(
+    from: &mut (impl AsyncBufRead + Unpin),
+) -> Option<T> {
     let mut line = Vec::new();
     from.take(LINE_LIMIT)
         .read_until(b'\n', &mut line)
