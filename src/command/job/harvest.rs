@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::SystemTime;
 
-use crate::nix::clients::{Clients, Whose};
 use crate::nix::path_info::{Origin, PathInfo, Unreadable};
 use crate::nix::store::{self, Mark, Store};
 use crate::nix::store_path::StorePath;
+use crate::nix::temp_roots::{Owner, TempRootWatcher};
 
 /// What a job brought into the store.
 #[derive(Debug, Default)]
@@ -35,7 +35,7 @@ impl Harvest {
     /// When the store cannot be read.
     pub async fn reap(
         store: &Store,
-        clients: &Clients,
+        clients: &TempRootWatcher,
         mark: &Mark,
         (folder, begun): (&Path, SystemTime),
         results: Vec<StorePath>,
@@ -70,7 +70,11 @@ impl Harvest {
     }
 
     /// Counts the job's own paths; gives those to publish, and those of which it is unclear whose they are.
-    fn take(&mut self, infos: Vec<PathInfo>, clients: &Clients) -> (Vec<StorePath>, Vec<PathInfo>) {
+    fn take(
+        &mut self,
+        infos: Vec<PathInfo>,
+        clients: &TempRootWatcher,
+    ) -> (Vec<StorePath>, Vec<PathInfo>) {
         // A derivation's closure is its build-time sources: nobody substitutes those.
         let infos: Vec<PathInfo> = infos
             .into_iter()
@@ -78,12 +82,12 @@ impl Harvest {
             .collect();
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
         let (mut ours, mut unclear) = (Vec::new(), Vec::new());
-        for (info, whose) in infos.into_iter().zip(clients.whose(&paths)) {
+        for (info, whose) in infos.into_iter().zip(clients.owners(&paths)) {
             match whose {
-                Whose::Others => (),
-                Whose::Unclear => unclear.push(info),
+                Owner::OtherJob => (),
+                Owner::Ambiguous => unclear.push(info),
                 // Nobody else has come to light in all the job's time.
-                Whose::Ours | Whose::Unclaimed => {
+                Owner::ThisJob | Owner::Unclaimed => {
                     self.count(&info);
                     ours.push(info.path);
                 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::nix::clients::{Clients, Whose};
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePath;
+use crate::nix::temp_roots::{Owner, TempRootWatcher};
 
 /// How long a path that nobody was seen to add waits for another job to come to light.
 const HOLD: Duration = Duration::from_secs(1);
@@ -16,14 +16,14 @@ const HOLD: Duration = Duration::from_secs(1);
 /// Tells the job's own paths from others', as they become valid.
 #[derive(Debug)]
 pub struct Ours {
-    clients: Arc<Clients>,
+    clients: Arc<TempRootWatcher>,
     /// Paths that nobody was seen to add, and until when they wait; the oldest first.
     held: VecDeque<(Instant, PathInfo)>,
 }
 
 impl Ours {
     /// Tells them by what is seen of the store's clients.
-    pub fn new(clients: Arc<Clients>) -> Self {
+    pub fn new(clients: Arc<TempRootWatcher>) -> Self {
         Self {
             clients,
             held: VecDeque::new(),
@@ -41,26 +41,26 @@ impl Ours {
         let waited: Vec<PathInfo> = self.held.drain(..due).map(|(_, info)| info).collect();
         let mut ours = Vec::new();
         for (info, whose) in self.told(waited) {
-            if matches!(whose, Whose::Ours | Whose::Unclaimed) {
+            if matches!(whose, Owner::ThisJob | Owner::Unclaimed) {
                 ours.push(info);
             }
         }
         for (info, whose) in self.told(new) {
             match whose {
-                Whose::Ours => ours.push(info),
-                Whose::Unclaimed => self.held.push_back((now + HOLD, info)),
-                Whose::Others | Whose::Unclear => (),
+                Owner::ThisJob => ours.push(info),
+                Owner::Unclaimed => self.held.push_back((now + HOLD, info)),
+                Owner::OtherJob | Owner::Ambiguous => (),
             }
         }
         ours
     }
 
-    fn told(&self, infos: Vec<PathInfo>) -> Vec<(PathInfo, Whose)> {
+    fn told(&self, infos: Vec<PathInfo>) -> Vec<(PathInfo, Owner)> {
         if infos.is_empty() {
             return Vec::new();
         }
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
-        infos.into_iter().zip(self.clients.whose(&paths)).collect()
+        infos.into_iter().zip(self.clients.owners(&paths)).collect()
     }
 
     /// Waits until the first of the waiting paths has waited enough; for ever when none waits.
@@ -78,8 +78,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::nix::clients::Job;
     use crate::nix::hash::Sha256;
+    use crate::nix::temp_roots::JobScope;
 
     fn path(name: &str) -> StorePath {
         format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}")
@@ -111,7 +111,7 @@ mod tests {
     fn watched() -> (tempfile::TempDir, Ours) {
         let state = tempfile::tempdir().expect("temporary folder");
         fs::create_dir(state.path().join("temproots")).expect("made");
-        let clients = Arc::new(Clients::watch(state.path(), Job::Descendants));
+        let clients = Arc::new(TempRootWatcher::start(state.path(), JobScope::Descendants));
         (state, Ours::new(clients))
     }
 
