@@ -15,7 +15,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use flywheel::nix::nar::{write, write_observed};
+use flywheel::nix::nar::{write, write_visited};
 use flywheel::nix::scan::Scanner;
 use flywheel::secret::Secret;
 use sha2::Digest as _;
@@ -154,14 +154,14 @@ fn without(path: &Path) -> (u64, Took) {
 fn with(path: &Path, scanner: &Scanner) -> Took {
     let mut hashed = Hashed(sha2::Sha256::new(), 0);
     let mut look = scanner.begin();
-    measure(|| write_observed(path, &mut hashed, &mut look).unwrap())
+    measure(|| write_visited(path, &mut hashed, &mut look).unwrap())
 }
 
 /// As the publisher has it: while one path is read and hashed for its upload, another is looked into.
 fn on_two_threads(path: &Path, scanner: &Scanner) -> Took {
     measure(|| {
         std::thread::scope(|scope| {
-            let looking = scope.spawn(|| scanner.look_into(path).unwrap());
+            let looking = scope.spawn(|| scanner.scan(path).unwrap());
             write(path, &mut Hashed(sha2::Sha256::new(), 0)).unwrap();
             drop(looking.join().unwrap());
         });
@@ -169,7 +169,7 @@ fn on_two_threads(path: &Path, scanner: &Scanner) -> Took {
 }
 
 fn scan_alone(path: &Path, scanner: &Scanner) -> Took {
-    measure(|| drop(scanner.look_into(path).unwrap()))
+    measure(|| drop(scanner.scan(path).unwrap()))
 }
 
 fn median(took: &[Took], of: impl Fn(&Took) -> f64) -> f64 {

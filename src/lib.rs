@@ -31,6 +31,7 @@ pub mod runner;
 // Floor 0: ground.
 pub mod exit;
 pub mod http;
+pub mod location;
 pub mod progress;
 pub mod retry;
 pub mod secret;

@@ -7,7 +7,9 @@ mod impurity;
 use std::fmt;
 
 pub use self::allow::Allowed;
-pub use self::impurity::{Impurity, of_arguments, of_command, of_settings};
+pub use self::impurity::{
+    Impurity, impurity_in_arguments, impurity_in_command, impurity_in_settings,
+};
 
 use crate::text::{nearest, one_line};
 
@@ -37,7 +39,7 @@ impl Rule {
     ];
 
     /// Its name in inputs, annotations and outputs.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Impure => "impure",
             Self::Unchecked => "unchecked",
@@ -74,13 +76,13 @@ impl Rule {
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
+        f.write_str(self.as_str())
     }
 }
 
 /// How strictly a rule holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+pub enum RuleMode {
     /// What breaks it is not published.
     #[default]
     Enforce,
@@ -90,13 +92,18 @@ pub enum Mode {
     Off,
 }
 
-impl Mode {
-    /// All of them, by their words.
-    pub const WORDS: [(&'static str, Self); 3] = [
-        ("enforce", Self::Enforce),
-        ("warn", Self::Warn),
-        ("off", Self::Off),
-    ];
+impl RuleMode {
+    /// All of them, the strictest first.
+    pub const ALL: [Self; 3] = [Self::Enforce, Self::Warn, Self::Off];
+
+    /// Its name in the input `policy`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Enforce => "enforce",
+            Self::Warn => "warn",
+            Self::Off => "off",
+        }
+    }
 }
 
 /// What follows for something that a job would publish.
@@ -115,7 +122,7 @@ pub enum Ruling {
 /// The rules as one job keeps them.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
-    modes: [Mode; Rule::ALL.len()],
+    modes: [RuleMode; Rule::ALL.len()],
     allowed: Vec<Allowed>,
 }
 
@@ -124,21 +131,21 @@ impl Policy {
     ///
     /// # Errors
     /// What is wrong with the first bad one, a fragment, with the nearest good word.
-    pub fn read(text: &str) -> Result<Self, String> {
+    pub fn parse(text: &str) -> Result<Self, String> {
         let mut policy = Self::default();
         for line in text
             .split(['\n', ','])
             .map(str::trim)
             .filter(|line| !line.is_empty() && !line.starts_with('#'))
         {
-            let (name, word) = line.split_once('=').ok_or_else(|| {
+            let (name, mode) = line.split_once('=').ok_or_else(|| {
                 format!(
                     "has a line without `=`: `{}`; write `RULE = MODE`, such as `secret = warn`",
                     one_line(line, 80)
                 )
             })?;
-            let rule = rule(name.trim())?;
-            policy.modes[rule.index()] = mode(word.trim())?;
+            let rule = parse_rule(name.trim())?;
+            policy.modes[rule.index()] = parse_mode(mode.trim())?;
         }
         Ok(policy)
     }
@@ -151,7 +158,7 @@ impl Policy {
     }
 
     /// How strictly a rule holds.
-    pub fn mode(&self, rule: Rule) -> Mode {
+    pub fn mode(&self, rule: Rule) -> RuleMode {
         self.modes[rule.index()]
     }
 
@@ -164,44 +171,43 @@ impl Policy {
     }
 
     /// What follows for a path of this name, `breaks` being whether it breaks the rule.
-    pub fn rule(&self, publishes: bool, rule: Rule, name: &str, breaks: bool) -> Ruling {
+    pub fn decide(&self, publishes: bool, rule: Rule, name: &str, breaks: bool) -> Ruling {
         match (publishes, self.mode(rule)) {
             (false, _) => Ruling::Nothing,
-            (true, Mode::Off) => Ruling::Publish,
+            (true, RuleMode::Off) => Ruling::Publish,
             (true, _) if !breaks || self.allows(rule, name).is_some() => Ruling::Publish,
-            (true, Mode::Warn) => Ruling::PublishAndWarn,
-            (true, Mode::Enforce) => Ruling::Withhold,
+            (true, RuleMode::Warn) => Ruling::PublishAndWarn,
+            (true, RuleMode::Enforce) => Ruling::Withhold,
         }
     }
 }
 
-fn rule(word: &str) -> Result<Rule, String> {
+fn parse_rule(text: &str) -> Result<Rule, String> {
     Rule::ALL
         .into_iter()
-        .find(|rule| rule.word() == word)
+        .find(|rule| rule.as_str() == text)
         .ok_or_else(|| {
-            let meant = nearest(word, Rule::ALL.map(Rule::word))
+            let meant = nearest(text, Rule::ALL.map(Rule::as_str))
                 .map(|meant| format!(". Did you mean `{meant}`?"));
             let all = Rule::ALL.map(|rule| format!("`{rule}`")).join(", ");
             format!(
                 "names `{}`, which is none of the rules {all}{}",
-                one_line(word, 40),
+                one_line(text, 40),
                 meant.unwrap_or_default()
             )
         })
 }
 
-fn mode(word: &str) -> Result<Mode, String> {
-    Mode::WORDS
+fn parse_mode(text: &str) -> Result<RuleMode, String> {
+    RuleMode::ALL
         .into_iter()
-        .find(|(known, _)| *known == word)
-        .map(|(_, mode)| mode)
+        .find(|mode| mode.as_str() == text)
         .ok_or_else(|| {
-            let meant = nearest(word, Mode::WORDS.map(|(word, _)| word))
+            let meant = nearest(text, RuleMode::ALL.map(RuleMode::as_str))
                 .map(|meant| format!(". Did you mean `{meant}`?"));
             format!(
                 "has `{}`, which is neither `enforce`, `warn` nor `off`{}",
-                one_line(word, 40),
+                one_line(text, 40),
                 meant.unwrap_or_default()
             )
         })
@@ -213,20 +219,20 @@ mod tests {
 
     #[test]
     fn lines_are_read_and_what_is_not_named_is_enforced() {
-        let policy = Policy::read("machine-path = warn\n# why\nsecret=off, dangling = enforce")
+        let policy = Policy::parse("machine-path = warn\n# why\nsecret=off, dangling = enforce")
             .expect("good");
-        let modes: Vec<Mode> = Rule::ALL
+        let modes: Vec<RuleMode> = Rule::ALL
             .into_iter()
             .map(|rule| policy.mode(rule))
             .collect();
         assert_eq!(
             modes,
             [
-                Mode::Enforce,
-                Mode::Enforce,
-                Mode::Enforce,
-                Mode::Warn,
-                Mode::Off
+                RuleMode::Enforce,
+                RuleMode::Enforce,
+                RuleMode::Enforce,
+                RuleMode::Warn,
+                RuleMode::Off
             ]
         );
     }
@@ -239,7 +245,7 @@ mod tests {
             ("secret", "write `RULE = MODE`"),
             ("secret = ", "neither `enforce`, `warn` nor `off`"),
         ] {
-            let error = Policy::read(text).expect_err(text);
+            let error = Policy::parse(text).expect_err(text);
             assert!(error.contains(says), "{text}: {error}");
         }
     }
@@ -247,27 +253,32 @@ mod tests {
     #[test]
     fn every_setting_has_its_ruling() {
         for rule in Rule::ALL {
-            for (word, mode) in Mode::WORDS {
-                let policy = Policy::read(&format!("{rule} = {word}")).expect("good");
-                assert_eq!(policy.rule(false, rule, "x", true), Ruling::Nothing);
-                assert_eq!(policy.rule(true, rule, "x", false), Ruling::Publish);
+            for mode in RuleMode::ALL {
+                let text = mode.as_str();
+                let policy = Policy::parse(&format!("{rule} = {text}")).expect("good");
+                assert_eq!(policy.decide(false, rule, "x", true), Ruling::Nothing);
+                assert_eq!(policy.decide(true, rule, "x", false), Ruling::Publish);
                 let broken = match mode {
-                    Mode::Enforce => Ruling::Withhold,
-                    Mode::Warn => Ruling::PublishAndWarn,
-                    Mode::Off => Ruling::Publish,
+                    RuleMode::Enforce => Ruling::Withhold,
+                    RuleMode::Warn => Ruling::PublishAndWarn,
+                    RuleMode::Off => Ruling::Publish,
                 };
-                assert_eq!(policy.rule(true, rule, "x", true), broken, "{rule} {word}");
-                let allowed = Allowed::read(&format!("{rule} x* it is ours")).expect("good");
+                assert_eq!(
+                    policy.decide(true, rule, "x", true),
+                    broken,
+                    "{rule} {text}"
+                );
+                let allowed = Allowed::parse(&format!("{rule} x* it is ours")).expect("good");
                 let policy = policy.with_allowed(vec![allowed]);
                 assert_eq!(
-                    policy.rule(true, rule, "xyz", true),
+                    policy.decide(true, rule, "xyz", true),
                     Ruling::Publish,
-                    "{rule} {word}"
+                    "{rule} {text}"
                 );
                 assert_eq!(
-                    policy.rule(true, rule, "wxyz", true),
+                    policy.decide(true, rule, "wxyz", true),
                     broken,
-                    "{rule} {word}"
+                    "{rule} {text}"
                 );
             }
         }

@@ -8,7 +8,7 @@ const RESERVE: u64 = 10;
 
 /// Memory as it is now, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Room {
+pub struct MemoryRoom {
     /// The least limit of the control group, if it has one.
     pub limit: Option<u64>,
     /// What this program and its other children hold of it.
@@ -19,7 +19,7 @@ pub struct Room {
     pub workers: u64,
 }
 
-impl Room {
+impl MemoryRoom {
     /// What all workers together may hold, in bytes; `None` where nothing is known.
     pub fn for_workers(&self) -> Option<u64> {
         let of_group = self
@@ -33,12 +33,12 @@ impl Room {
     }
 }
 
-/// How many workers evaluate: as many as were asked for, else as many as cores and memory allow.
-pub fn workers(asked: Option<usize>, cores: usize, room: Option<u64>) -> usize {
+/// How many workers evaluate: as many as were requested, else as many as cores and memory allow.
+pub fn workers(requested: Option<usize>, cores: usize, room: Option<u64>) -> usize {
     let fit = room.map_or(usize::MAX, |room| {
         usize::try_from(room / WORKER_BYTES).unwrap_or(usize::MAX)
     });
-    asked.unwrap_or_else(|| cores.min(fit)).max(1)
+    requested.unwrap_or_else(|| cores.min(fit)).max(1)
 }
 
 /// What a worker may hold before it is retired at its next attribute, in bytes.
@@ -58,15 +58,15 @@ pub fn too_large(held: &[u64], room: Option<u64>) -> Option<usize> {
 }
 
 /// How many attributes a new worker takes of those that wait: all that is its share.
-pub fn chunk(asked: Option<usize>, waiting: usize, workers: usize) -> usize {
-    asked
+pub fn chunk(requested: Option<usize>, waiting: usize, workers: usize) -> usize {
+    requested
         .unwrap_or_else(|| waiting.div_ceil(workers.max(1)))
         .clamp(1, waiting.max(1))
 }
 
 /// How many attributes a new worker takes over from the end of one that has `left` to go, each of `each`
 /// seconds, where starting costs `start` seconds: as many as let both end at once, if that saves more than it costs.
-pub fn take_over(left: usize, each: f64, start: f64) -> usize {
+pub fn steal(left: usize, each: f64, start: f64) -> usize {
     let saved = (left as f64 * each - start) / 2.0;
     if saved > start {
         (saved / each) as usize
@@ -83,25 +83,25 @@ mod tests {
 
     #[test]
     fn the_least_limit_holds_and_a_part_of_it_stays_free() {
-        let room = Room {
+        let room = MemoryRoom {
             limit: Some(2 * GIB),
             others: GIB / 4,
             available: Some(100 * GIB),
             workers: GIB,
         };
         assert_eq!(room.for_workers(), Some(2 * GIB - 2 * GIB / 10 - GIB / 4));
-        let room = Room {
+        let room = MemoryRoom {
             available: Some(GIB),
             workers: GIB,
-            ..Room::default()
+            ..MemoryRoom::default()
         };
         assert_eq!(room.for_workers(), Some(2 * GIB - 2 * GIB / 10));
-        assert_eq!(Room::default().for_workers(), None);
+        assert_eq!(MemoryRoom::default().for_workers(), None);
         assert_eq!(
-            Room {
+            MemoryRoom {
                 limit: Some(GIB),
                 others: 2 * GIB,
-                ..Room::default()
+                ..MemoryRoom::default()
             }
             .for_workers(),
             Some(0)
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn workers_fit_cores_and_memory() {
-        for (asked, cores, room, fit) in [
+        for (requested, cores, room, fit) in [
             (None, 4, None, 4),
             (None, 16, Some(2 * GIB), 2),
             (None, 2, Some(64 * GIB), 2),
@@ -118,9 +118,9 @@ mod tests {
             (Some(3), 1, Some(0), 3),
         ] {
             assert_eq!(
-                workers(asked, cores, room),
+                workers(requested, cores, room),
                 fit,
-                "{asked:?} {cores} {room:?}"
+                "{requested:?} {cores} {room:?}"
             );
         }
     }
@@ -146,18 +146,14 @@ mod tests {
         );
         assert_eq!(
             (
-                take_over(100, 0.1, 0.1),
-                take_over(100, 0.001, 0.1),
-                take_over(1, 9.0, 0.1)
+                steal(100, 0.1, 0.1),
+                steal(100, 0.001, 0.1),
+                steal(1, 9.0, 0.1)
             ),
             (49, 0, 0)
         );
         assert_eq!(
-            (
-                take_over(9, 0.0, 0.1),
-                take_over(0, 0.1, 0.0),
-                take_over(9, 1.0, 0.0)
-            ),
+            (steal(9, 0.0, 0.1), steal(0, 0.1, 0.0), steal(9, 1.0, 0.0)),
             (0, 0, 4)
         );
     }

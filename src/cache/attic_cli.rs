@@ -19,7 +19,7 @@ use crate::nix::narinfo::NarInfo;
 use crate::nix::netrc;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePath;
-use crate::nix::tool::{Nix, complaint, on_path};
+use crate::nix::tool::{Nix, error_summary, on_path};
 use crate::process::capture::Tool;
 use crate::runner::env::Env;
 use crate::secret::Secret;
@@ -154,7 +154,7 @@ async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result
         .await
         .map_err(|error| error.to_string())?;
     if !output.status.success() {
-        return Err(complaint(&output.stderr));
+        return Err(error_summary(&output.stderr));
     }
     let answer: Value =
         serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())?;

@@ -16,10 +16,10 @@ use crate::cache::destination::{Answer, Destination, Target};
 use crate::exit::{Exit, Explain};
 use crate::nix::nar::NarSource;
 use crate::nix::narinfo::NarInfo;
-use crate::nix::path_info::{Found, PathInfo};
+use crate::nix::path_info::{PathInfo, PathInfos};
 use crate::nix::path_json;
 use crate::nix::store_path::StorePath;
-use crate::nix::tool::{Nix, complaint};
+use crate::nix::tool::{Nix, error_summary};
 use crate::text::one_line;
 
 /// Paths in one call. Their names come to a few kilobytes, far below any limit of arguments.
@@ -316,11 +316,11 @@ impl Calls {
     }
 
     /// What the store says of these; what it does not have is left out.
-    async fn infos(&self, paths: &[StorePath]) -> Result<Found, Error> {
+    async fn infos(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         match self.infos_once(paths).await {
             // Some versions end with an error where one of several is not there.
             Err(error) if paths.len() > 1 && is_absence(&error) => {
-                let mut all = Found::default();
+                let mut all = PathInfos::default();
                 for path in paths {
                     let found = self.infos_once(std::slice::from_ref(path)).await;
                     match found {
@@ -330,12 +330,12 @@ impl Calls {
                 }
                 Ok(all)
             }
-            Err(error) if is_absence(&error) => Ok(Found::default()),
+            Err(error) if is_absence(&error) => Ok(PathInfos::default()),
             found => found,
         }
     }
 
-    async fn infos_once(&self, paths: &[StorePath]) -> Result<Found, Error> {
+    async fn infos_once(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         let paths: Vec<String> = paths.iter().map(StorePath::to_string).collect();
         let mut arguments = vec![
             "path-info",
@@ -389,7 +389,7 @@ impl Calls {
         if output.status.success() {
             Ok(output.stdout)
         } else {
-            Err(failed(complaint(&output.stderr)))
+            Err(failed(error_summary(&output.stderr)))
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::host::inline_blocking::Brief;
 use crate::nix::nar::{DumpError, NarSource};
 use crate::nix::path_info::PathInfo;
-use crate::nix::scan::{Finding, Looked, Scanner};
+use crate::nix::scan::{Finding, ScanResult, Scanner};
 use crate::nix::store::Store;
 use crate::nix::store_path::{PathHash, StorePath};
 use crate::policy::{Policy, Rule, Ruling};
@@ -75,8 +75,8 @@ impl Inspector {
         info: &PathInfo,
         source: &mut NarSource,
     ) -> Result<Vec<Finding>, DumpError> {
-        let of_job = self.of_job();
-        let (withheld, warned) = self.ruled(info, of_job);
+        let without_location = self.without_location();
+        let (withheld, warned) = self.ruled(info, without_location);
         if !withheld.is_empty() {
             return Ok(withheld);
         }
@@ -86,12 +86,9 @@ impl Inspector {
             let (hash, size) = (info.nar_hash, info.nar_size);
             let looking = move || {
                 if size <= SMALL {
-                    inspector.scanner.look_and_read(&file, hash, size)
+                    inspector.scanner.scan_and_read(&file, hash, size)
                 } else {
-                    inspector
-                        .scanner
-                        .look_into(&file)
-                        .map(|looked| (looked, None))
+                    inspector.scanner.scan(&file).map(|looked| (looked, None))
                 }
             };
             let looked = self
@@ -114,9 +111,10 @@ impl Inspector {
         Ok(withheld)
     }
 
-    fn of_job(&self) -> Vec<Finding> {
+    fn without_location(&self) -> Vec<Finding> {
         let state = self.state();
-        let finding = |(rule, what): (&Rule, &String)| Finding::of_job(*rule, what.clone());
+        let finding =
+            |(rule, what): (&Rule, &String)| Finding::without_location(*rule, what.clone());
         state.job.iter().map(finding).collect()
     }
 
@@ -129,7 +127,7 @@ impl Inspector {
     }
 
     fn ruling(&self, info: &PathInfo, rule: Rule) -> Ruling {
-        self.policy.rule(true, rule, info.path.name(), true)
+        self.policy.decide(true, rule, info.path.name(), true)
     }
 
     /// What withholds the path, and what is only said.
@@ -142,7 +140,7 @@ impl Inspector {
 
     /// References that are not valid, and valid store paths that it mentions and does not refer to: a reader would
     /// not get them. What a store derivation mentions, its outputs too, is no reference.
-    async fn dangling(&self, info: &PathInfo, looked: &Looked) -> Vec<Finding> {
+    async fn dangling(&self, info: &PathInfo, looked: &ScanResult) -> Vec<Finding> {
         let Some(store) = self
             .store
             .as_deref()
@@ -177,7 +175,7 @@ impl Inspector {
         let invalid = others.iter().filter(|path| !closure.contains(&path.hash()));
         let mut found: Vec<Finding> = invalid
             .map(|path| {
-                Finding::of_job(
+                Finding::without_location(
                     Rule::Dangling,
                     format!("it refers to `{path}`, which is not valid"),
                 )
@@ -192,7 +190,7 @@ impl Inspector {
             .filter(|(hash, _)| !closure.contains(*hash) && **hash != info.path.hash());
         let strangers: BTreeMap<&PathHash, _> = strangers.collect();
         let hashes: Vec<PathHash> = strangers.keys().map(|hash| (*hash).clone()).collect();
-        for path in store.valid_of(hashes).await.unwrap_or_default() {
+        for path in store.valid_by_hash(hashes).await.unwrap_or_default() {
             if let Some((file, offset)) = strangers.get(&path.hash()) {
                 let what = format!("`{path}`, which is not in its closure");
                 found.push(Finding {

@@ -10,13 +10,13 @@ use axum::response::{IntoResponse as _, Response};
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::cache_server::body::Incoming;
-use crate::cache_server::connection::Moved;
-use crate::cache_server::refusal::Refusal;
-use crate::cache_server::state::{Cache, Cost, State as Shared};
+use crate::cache_server::body::RequestBody;
+use crate::cache_server::connection::BytesMoved;
+use crate::cache_server::error::ErrorResponse;
+use crate::cache_server::state::{Cache, Cost, ServerState};
 use crate::cache_server::store::Store;
 use crate::cache_server::token::Scope;
-use crate::cache_server::upload::{announced, check_length};
+use crate::cache_server::upload::{check_length, receive_announced};
 use crate::cache_server::upload_info::UploadInfo;
 use crate::nix::store_path::{PathHash, STORE_DIR};
 
@@ -28,7 +28,7 @@ const HEADER_LIMIT: usize = 64 * 1024;
 const MISSING_LIMIT: usize = 2 * 1024 * 1024;
 
 /// Looking for so many paths is soon done.
-const FEW: usize = 64;
+const INLINE_HASHES: usize = 64;
 
 const NAR_INFO: &str = "x-attic-nar-info";
 const PREAMBLE_SIZE: &str = "x-attic-nar-info-preamble-size";
@@ -38,15 +38,15 @@ const PREAMBLE_SIZE: &str = "x-attic-nar-info-preamble-size";
 /// # Errors
 /// 401 or 404.
 pub async fn cache_config(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     Path(cache): Path<String>,
     headers: HeaderMap,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     let cache = shared.authorise(&headers, &cache, Scope::Read)?;
     Ok(Json(config(&shared, cache, &headers)).into_response())
 }
 
-fn config(shared: &Shared, cache: &Cache, headers: &HeaderMap) -> serde_json::Value {
+fn config(shared: &ServerState, cache: &Cache, headers: &HeaderMap) -> serde_json::Value {
     let options = &shared.options;
     let mut config = json!({
         "public_key": cache.key.public().to_string(),
@@ -75,7 +75,7 @@ fn base_url(headers: &HeaderMap) -> Option<String> {
 }
 
 #[derive(Deserialize)]
-struct Missing {
+struct MissingPathsRequest {
     cache: String,
     store_path_hashes: Vec<PathHash>,
 }
@@ -85,36 +85,36 @@ struct Missing {
 /// # Errors
 /// 401, 403 or 404; 413, 415, 422 for a body that does not fit.
 pub async fn get_missing_paths(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     request: Request,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     let (parts, body) = request.into_parts();
     let json = parts
         .headers
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok());
     if !json.is_some_and(|text| text.to_ascii_lowercase().starts_with("application/json")) {
-        return Err(Refusal::media_type(
+        return Err(ErrorResponse::unsupported_media_type(
             "the body must be `Content-Type: application/json`",
         ));
     }
-    let body = Incoming::new(body).all(MISSING_LIMIT).await?;
-    let asked: Missing = serde_json::from_slice(&body).map_err(|error| {
+    let body = RequestBody::new(body).read_all(MISSING_LIMIT).await?;
+    let request: MissingPathsRequest = serde_json::from_slice(&body).map_err(|error| {
         let text = crate::text::one_line(&error.to_string(), 200);
         if error.is_data() {
-            Refusal::shape(text)
+            ErrorResponse::unprocessable(text)
         } else {
-            Refusal::request(text)
+            ErrorResponse::bad_request(text)
         }
     })?;
     let cache = shared
-        .authorise(&parts.headers, &asked.cache, Scope::Write)?
+        .authorise(&parts.headers, &request.cache, Scope::Write)?
         .name
         .clone();
-    let mut hashes = asked.store_path_hashes;
+    let mut hashes = request.store_path_hashes;
     hashes.sort();
     hashes.dedup();
-    let few = hashes.len() <= FEW;
+    let few = hashes.len() <= INLINE_HASHES;
     let look = move |store: &Store| store.missing(&cache, hashes);
     let missing = if few {
         shared.brief(look).await?
@@ -129,34 +129,40 @@ pub async fn get_missing_paths(
 /// # Errors
 /// 401, 403 or 404 before any of the NAR is read; 400 for metadata or a NAR that is not right.
 pub async fn upload_path(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     request: Request,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     let (parts, body) = request.into_parts();
-    let mut body = Incoming::new(body);
+    let mut body = RequestBody::new(body);
     let (info, preamble) = read_info(&shared, &parts.headers, &mut body).await?;
     let cache = shared.authorise(&parts.headers, &info.cache, Scope::Write)?;
     check_length(&parts.headers, info.path.nar_size.checked_add(preamble))?;
-    if !shared.options.require_proof && claim(&shared, cache, &info).await? {
+    if !shared.options.require_proof && commit_known_nar(&shared, cache, &info).await? {
         let answer = json!({"kind": "Deduplicated", "file_size": null, "frac_deduplicated": 1.0});
         return Ok(Json(answer).into_response());
     }
-    let _place = shared.upload_place(Cost::of(info.path.nar_size)).await?;
-    let settled = announced(&shared, &mut body, &cache.name, info.path).await?;
-    let kind = if settled.known {
+    let _slot = shared.upload_slot(Cost::new(info.path.nar_size)).await?;
+    let stored = receive_announced(&shared, &mut body, &cache.name, info.path).await?;
+    let kind = if stored.known {
         "Deduplicated"
     } else {
         "Uploaded"
     };
     let answer =
-        json!({"kind": kind, "file_size": settled.nar.file_size, "frac_deduplicated": null});
+        json!({"kind": kind, "file_size": stored.nar.file_size, "frac_deduplicated": null});
     let mut response = Json(answer).into_response();
-    response.extensions_mut().insert(Moved(settled.came));
+    response
+        .extensions_mut()
+        .insert(BytesMoved(stored.received));
     Ok(response)
 }
 
 /// Makes a path of a NAR that is here, without reading the body; `false` if the NAR is not here.
-async fn claim(shared: &Shared, cache: &Cache, info: &UploadInfo) -> Result<bool, Refusal> {
+async fn commit_known_nar(
+    shared: &ServerState,
+    cache: &Cache,
+    info: &UploadInfo,
+) -> Result<bool, ErrorResponse> {
     let hash = info.path.nar_hash;
     let Some(known) = shared.blocking(move |store| store.known_nar(&hash)).await? else {
         return Ok(false);
@@ -171,15 +177,16 @@ async fn claim(shared: &Shared, cache: &Cache, info: &UploadInfo) -> Result<bool
 ///
 /// With the header nothing is read, so a refusal reaches a client that waits for `100 Continue`.
 async fn read_info(
-    shared: &Shared,
+    shared: &ServerState,
     headers: &HeaderMap,
-    body: &mut Incoming,
-) -> Result<(UploadInfo, u64), Refusal> {
-    let refuse =
-        |error: crate::cache_server::upload_info::InfoError| Refusal::request(error.to_string());
+    body: &mut RequestBody,
+) -> Result<(UploadInfo, u64), ErrorResponse> {
+    let refuse = |error: crate::cache_server::upload_info::InfoError| {
+        ErrorResponse::bad_request(error.to_string())
+    };
     if let Some(json) = headers.get(NAR_INFO) {
         if json.len() > HEADER_LIMIT {
-            return Err(Refusal::request(format!(
+            return Err(ErrorResponse::bad_request(format!(
                 "`{NAR_INFO}` is over {HEADER_LIMIT} bytes: send a preamble"
             )));
         }
@@ -193,7 +200,7 @@ async fn read_info(
     // Which cache is meant stands in the body, so this is all that can be judged before it is read.
     shared.authorise_some_write(headers)?;
     let size = headers.get(PREAMBLE_SIZE).ok_or_else(|| {
-        Refusal::request(format!(
+        ErrorResponse::bad_request(format!(
             "neither `{NAR_INFO}` nor `{PREAMBLE_SIZE}` is there"
         ))
     })?;
@@ -201,7 +208,7 @@ async fn read_info(
     let size = size
         .filter(|size| (1..=PREAMBLE_LIMIT).contains(size))
         .ok_or_else(|| {
-            Refusal::request(format!(
+            ErrorResponse::bad_request(format!(
                 "`{PREAMBLE_SIZE}` is not a number from 1 to {PREAMBLE_LIMIT}"
             ))
         })?;

@@ -14,19 +14,19 @@ use axum::response::Response;
 use futures_util::StreamExt as _;
 use hyper::body::{Frame, SizeHint};
 
-use crate::cache_server::refusal::Refusal;
+use crate::cache_server::error::ErrorResponse;
 
 /// A body that does not move for this long is given up.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A body that is being read.
-pub struct Incoming {
+pub struct RequestBody {
     stream: BodyDataStream,
     /// Read already, but not yet handed out.
     rest: Option<Bytes>,
 }
 
-impl Incoming {
+impl RequestBody {
     /// Nothing is read yet, so a client that waits for `100 Continue` still waits.
     pub fn new(body: Body) -> Self {
         Self {
@@ -39,15 +39,15 @@ impl Incoming {
     ///
     /// # Errors
     /// When nothing comes for a minute, or the connection breaks.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Refusal> {
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ErrorResponse> {
         if let Some(rest) = self.rest.take() {
             return Ok(Some(rest));
         }
         match tokio::time::timeout(IDLE_TIMEOUT, self.stream.next()).await {
-            Err(_) => Err(Refusal::idle()),
+            Err(_) => Err(ErrorResponse::timed_out()),
             Ok(None) => Ok(None),
             Ok(Some(Ok(piece))) => Ok(Some(piece)),
-            Ok(Some(Err(_))) => Err(Refusal::request(
+            Ok(Some(Err(_))) => Err(ErrorResponse::bad_request(
                 "the request's body ended before its announced length",
             )),
         }
@@ -56,12 +56,12 @@ impl Incoming {
     /// Exactly the first `size` bytes.
     ///
     /// # Errors
-    /// When the body is shorter, or as [`Incoming::next`].
-    pub async fn take(&mut self, size: usize) -> Result<Vec<u8>, Refusal> {
+    /// When the body is shorter, or as [`RequestBody::next`].
+    pub async fn take(&mut self, size: usize) -> Result<Vec<u8>, ErrorResponse> {
         let mut taken = Vec::new();
         while taken.len() < size {
             let Some(mut piece) = self.next().await? else {
-                return Err(Refusal::request(
+                return Err(ErrorResponse::bad_request(
                     "the request's body is shorter than its preamble",
                 ));
             };
@@ -75,11 +75,11 @@ impl Incoming {
     /// The whole body.
     ///
     /// # Errors
-    /// When it is over `limit` bytes, or as [`Incoming::next`].
-    pub async fn all(&mut self, limit: usize) -> Result<Vec<u8>, Refusal> {
+    /// When it is over `limit` bytes, or as [`RequestBody::next`].
+    pub async fn read_all(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
         let taken = self.up_to(limit).await?;
         if taken.len() > limit {
-            Err(Refusal::too_large(limit))
+            Err(ErrorResponse::too_large(limit))
         } else {
             Ok(taken)
         }
@@ -88,8 +88,8 @@ impl Incoming {
     /// The whole body, or as much of it as proves that it is over `limit` bytes.
     ///
     /// # Errors
-    /// As [`Incoming::next`].
-    pub async fn up_to(&mut self, limit: usize) -> Result<Vec<u8>, Refusal> {
+    /// As [`RequestBody::next`].
+    pub async fn up_to(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
         let mut taken = Vec::new();
         while taken.len() <= limit
             && let Some(piece) = self.next().await?
@@ -107,7 +107,7 @@ impl Incoming {
 pub async fn announce_close(request: Request, next: Next) -> Response {
     let (parts, inner) = request.into_parts();
     let whole = Arc::new(AtomicBool::new(inner.is_end_stream()));
-    let body = Body::new(Watched {
+    let body = Body::new(EndTrackingBody {
         inner,
         whole: Arc::clone(&whole),
     });
@@ -121,12 +121,12 @@ pub async fn announce_close(request: Request, next: Next) -> Response {
 }
 
 /// A body that notes when it was read to its end.
-struct Watched {
+struct EndTrackingBody {
     inner: Body,
     whole: Arc<AtomicBool>,
 }
 
-impl HttpBody for Watched {
+impl HttpBody for EndTrackingBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -157,14 +157,19 @@ mod tests {
     async fn a_preamble_is_cut_off_to_the_byte() {
         let pieces =
             ["pre", "ambleNA", "R"].map(|piece| Ok::<_, std::io::Error>(Bytes::from(piece)));
-        let mut body = Incoming::new(Body::from_stream(futures_util::stream::iter(pieces)));
+        let mut body = RequestBody::new(Body::from_stream(futures_util::stream::iter(pieces)));
         assert_eq!(body.take(8).await.expect("long enough"), b"preamble");
-        assert_eq!(body.all(3).await.expect("small enough"), b"NAR");
+        assert_eq!(body.read_all(3).await.expect("small enough"), b"NAR");
     }
 
     #[tokio::test]
     async fn a_body_over_its_limit_is_refused() {
-        assert!(Incoming::new(Body::from("12345")).all(4).await.is_err());
-        assert!(Incoming::new(Body::from("12345")).take(6).await.is_err());
+        assert!(
+            RequestBody::new(Body::from("12345"))
+                .read_all(4)
+                .await
+                .is_err()
+        );
+        assert!(RequestBody::new(Body::from("12345")).take(6).await.is_err());
     }
 }

@@ -35,7 +35,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Bytes that a request moved, for the log; travels as an extension of the response.
 #[derive(Clone, Copy, Debug)]
-pub struct Moved(pub u64);
+pub struct BytesMoved(pub u64);
 
 /// Serves until `stop` is cancelled; then lets what is under way end, for at most `grace`.
 pub async fn serve(
@@ -80,7 +80,7 @@ async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) 
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER)
         .serve_connection(
-            TokioIo::new(Line::new(stream)),
+            TokioIo::new(LingeringStream::new(stream)),
             TowerToHyperService::new(router),
         );
     let mut served = pin!(served);
@@ -97,7 +97,7 @@ async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) 
 
 /// A connection that does not wait for ever for a client to take its answer, and that ends so that
 /// the answer arrives.
-struct Line {
+struct LingeringStream {
     stream: TcpStream,
     stalled: Option<Pin<Box<Sleep>>>,
     linger: Option<Linger>,
@@ -108,7 +108,7 @@ struct Linger {
     idle: Pin<Box<Sleep>>,
 }
 
-impl Line {
+impl LingeringStream {
     fn new(stream: TcpStream) -> Self {
         Self {
             stream,
@@ -134,7 +134,7 @@ impl Line {
     }
 }
 
-impl AsyncRead for Line {
+impl AsyncRead for LingeringStream {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -144,7 +144,7 @@ impl AsyncRead for Line {
     }
 }
 
-impl AsyncWrite for Line {
+impl AsyncWrite for LingeringStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

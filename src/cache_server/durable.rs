@@ -27,10 +27,10 @@ const FIELD: &str = "Epoch";
 /// The writing of this much of each file is begun for all before the first is waited for, in bytes: 1,000 small ones
 /// take 0.14 s on an ext4 with a journal, one by one 1.0 s. A `syncfs` takes 0.04 s, but writes what the build has
 /// dirty, too, and made builds on an ext4 without a journal 3 to 5 % longer.
-const BEGUN: NonZeroU64 = NonZeroU64::new(1024 * 1024).unwrap();
+const WRITEBACK_BYTES: NonZeroU64 = NonZeroU64::new(1024 * 1024).unwrap();
 /// Epochs that a killed process may have used beyond the last one that it wrote down: the one that was being synced,
 /// and the one after it.
-const AHEAD: u64 = 2;
+const UNRECORDED_EPOCHS: u64 = 2;
 
 /// What `synced` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,14 +71,14 @@ impl std::fmt::Display for Synced {
 
 /// What is visible and perhaps not yet on the disk.
 #[derive(Debug)]
-pub struct Durable {
+pub struct Durability {
     boot: String,
     /// The cache's folder, open from the beginning so that no failure of its file system is missed.
     root: File,
     epoch: RwLock<u64>,
     pending: Mutex<Pending>,
     /// A killed process has left files that nobody knows by name.
-    strangers: AtomicBool,
+    unknown_files: AtomicBool,
     /// A sync has failed. The system reports that once and forgets, so nothing later can be called synced.
     failed: AtomicBool,
 }
@@ -106,7 +106,7 @@ impl Epoch<'_> {
     }
 
     /// This file is there, and will be synced.
-    pub fn came(&self, file: PathBuf) {
+    pub fn file_added(&self, file: PathBuf) {
         self.pending
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -115,7 +115,7 @@ impl Epoch<'_> {
     }
 
     /// This name is there, of a file that came under another one; it will be synced.
-    pub fn linked(&self, name: &Path) {
+    pub fn link_added(&self, name: &Path) {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(folder) = name.parent()
             && !pending.folders.contains(folder)
@@ -126,7 +126,7 @@ impl Epoch<'_> {
 }
 
 /// The line of a stored narinfo that says its epoch; none if it was there before there were epochs.
-pub fn line_of(text: &str) -> Option<String> {
+pub fn epoch_line(text: &str) -> Option<String> {
     epoch_of(text).map(|number| format!("{FIELD}: {number}\n"))
 }
 
@@ -135,7 +135,7 @@ fn epoch_of(text: &str) -> Option<u64> {
         .find_map(|line| line.strip_prefix(FIELD)?.strip_prefix(": ")?.parse().ok())
 }
 
-impl Durable {
+impl Durability {
     /// Looks how the folder was left. If the machine has ended since, what may not have reached the disk is taken
     /// back: the number of paths, and then their NARs are not to be trusted either and must be swept.
     ///
@@ -158,25 +158,29 @@ impl Durable {
         let same = left
             .as_ref()
             .is_some_and(|left| !boot.is_empty() && left.boot == boot);
-        let taken_back = match &left {
-            Some(left) if !left.clean && !same => Some(take_back(folder, left.epoch)?),
+        let rolled_back = match &left {
+            Some(left) if !left.clean && !same => Some(roll_back(folder, left.epoch)?),
             _ => None,
         };
-        let strangers = left.as_ref().is_some_and(|left| !left.clean && same);
-        let epoch = left.map_or(0, |left| left.epoch) + AHEAD;
-        // Without strangers all that is here now is on the disk.
-        let synced = if strangers { epoch - AHEAD } else { epoch };
+        let unknown_files = left.as_ref().is_some_and(|left| !left.clean && same);
+        let epoch = left.map_or(0, |left| left.epoch) + UNRECORDED_EPOCHS;
+        // Without unknown_files all that is here now is on the disk.
+        let synced = if unknown_files {
+            epoch - UNRECORDED_EPOCHS
+        } else {
+            epoch
+        };
         let root = File::open(folder.root())?;
-        let durable = Self {
+        let durability = Self {
             boot,
             root,
             epoch: RwLock::new(epoch + 1),
             pending: Mutex::default(),
-            strangers: AtomicBool::new(strangers),
+            unknown_files: AtomicBool::new(unknown_files),
             failed: AtomicBool::new(false),
         };
-        durable.write(folder, synced, false)?;
-        Ok((durable, taken_back))
+        durability.write(folder, synced, false)?;
+        Ok((durability, rolled_back))
     }
 
     /// Begins something that makes files visible.
@@ -192,25 +196,25 @@ impl Durable {
     ///
     /// # Errors
     /// When the disk fails. Then nothing is called synced any more.
-    pub fn settle(&self, folder: &Folder) -> io::Result<()> {
+    pub fn sync(&self, folder: &Folder) -> io::Result<()> {
         let (ended, pending) = {
             let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
             let pending = std::mem::take(&mut *pending);
             let nothing = pending.files.is_empty() && pending.folders.is_empty();
             if self.failed.load(Ordering::Relaxed)
-                || (nothing && !self.strangers.load(Ordering::Relaxed))
+                || (nothing && !self.unknown_files.load(Ordering::Relaxed))
             {
                 return Ok(());
             }
             *epoch += 1;
             (*epoch - 1, pending)
         };
-        let settled = self
-            .sync(&pending)
+        let synced = self
+            .sync_pending(&pending)
             .and_then(|()| self.write(folder, ended, false));
-        self.failed.store(settled.is_err(), Ordering::Relaxed);
-        settled
+        self.failed.store(synced.is_err(), Ordering::Relaxed);
+        synced
     }
 
     /// Settles what is left and notes that nothing comes after it. Nothing may come any more.
@@ -218,7 +222,7 @@ impl Durable {
     /// # Errors
     /// As `settle`.
     pub fn close(&self, folder: &Folder) -> io::Result<()> {
-        self.settle(folder)?;
+        self.sync(folder)?;
         if self.failed.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -226,21 +230,21 @@ impl Durable {
         self.write(folder, last, true)
     }
 
-    fn sync(&self, pending: &Pending) -> io::Result<()> {
-        if self.strangers.load(Ordering::Relaxed) {
+    fn sync_pending(&self, pending: &Pending) -> io::Result<()> {
+        if self.unknown_files.load(Ordering::Relaxed) {
             rustix::fs::syncfs(&self.root)?;
-            self.strangers.store(false, Ordering::Relaxed);
+            self.unknown_files.store(false, Ordering::Relaxed);
             return Ok(());
         }
-        pending.files.iter().for_each(|file| begin_writing(file));
-        pending.files.iter().try_for_each(|file| sync(file))?;
+        pending.files.iter().for_each(|file| start_writeback(file));
+        pending.files.iter().try_for_each(|file| sync_file(file))?;
         let mut folders: BTreeSet<&Path> = pending
             .files
             .iter()
             .filter_map(|file| file.parent())
             .collect();
         folders.extend(pending.folders.iter().map(PathBuf::as_path));
-        folders.into_iter().try_for_each(sync)
+        folders.into_iter().try_for_each(sync_file)
     }
 
     fn write(&self, folder: &Folder, epoch: u64, clean: bool) -> io::Result<()> {
@@ -256,14 +260,19 @@ impl Durable {
 
 /// Has the system write what is dirty of it, without waiting. That is a side effect of this advice (`posix_fadvise(2)`),
 /// not promised anywhere: if it fails to come, the sync only takes longer.
-fn begin_writing(file: &Path) {
+fn start_writeback(file: &Path) {
     if let Ok(file) = File::open(file) {
-        let _ = rustix::fs::fadvise(&file, 0, Some(BEGUN), rustix::fs::Advice::DontNeed);
+        let _ = rustix::fs::fadvise(
+            &file,
+            0,
+            Some(WRITEBACK_BYTES),
+            rustix::fs::Advice::DontNeed,
+        );
     }
 }
 
 /// What was removed meanwhile needs no disk.
-fn sync(file: &Path) -> io::Result<()> {
+fn sync_file(file: &Path) -> io::Result<()> {
     match File::open(file).and_then(|file| file.sync_all()) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         ended => ended,
@@ -271,7 +280,7 @@ fn sync(file: &Path) -> io::Result<()> {
 }
 
 /// Removes the narinfos that came after `synced`, and torn ones: how many.
-fn take_back(folder: &Folder, synced: u64) -> io::Result<u64> {
+fn roll_back(folder: &Folder, synced: u64) -> io::Result<u64> {
     let mut removed = 0;
     for cache in folder.caches()? {
         for entry in entries(&folder.objects(&cache))? {
@@ -290,7 +299,7 @@ fn take_back(folder: &Folder, synced: u64) -> io::Result<u64> {
             }
         }
         // Before a later epoch is called synced, their end has to be.
-        sync(&folder.objects(&cache))?;
+        sync_file(&folder.objects(&cache))?;
     }
     Ok(removed)
 }
@@ -304,12 +313,12 @@ mod tests {
     struct World(tempfile::TempDir);
 
     impl World {
-        fn open(&self, boot: &str) -> (Folder, Durable, Option<u64>) {
+        fn open(&self, boot: &str) -> (Folder, Durability, Option<u64>) {
             let open = || Folder::open(self.0.path(), &[CacheName::default()]);
             let folder = when_free(open, |error| matches!(error, FolderError::InUse(_)));
-            let (durable, taken_back) =
-                Durable::open_in(&folder, boot.to_owned()).expect("the disk works");
-            (folder, durable, taken_back)
+            let (durable, rolled_back) =
+                Durability::open_in(&folder, boot.to_owned()).expect("the disk works");
+            (folder, durable, rolled_back)
         }
     }
 
@@ -320,7 +329,7 @@ mod tests {
         )
     }
 
-    fn add(folder: &Folder, durable: &Durable, letter: char) {
+    fn add(folder: &Folder, durable: &Durability, letter: char) {
         let (epoch, file) = (durable.begin(), object(folder, letter));
         let hash = format!("sha256:{}", "1".repeat(52));
         let path = format!("/nix/store/{}-x", letter.to_string().repeat(32));
@@ -329,7 +338,7 @@ mod tests {
             epoch.line()
         );
         std::fs::write(&file, text).expect("written");
-        epoch.came(file);
+        epoch.file_added(file);
     }
 
     fn held(folder: &Folder) -> String {
@@ -344,16 +353,16 @@ mod tests {
         for (boot, then, expected) in [("1", None, "abc"), ("2", Some(2), "a"), ("", Some(2), "a")]
         {
             let world = World(tempfile::tempdir().expect("temporary folder"));
-            let (folder, durable, taken_back) = world.open("1");
-            assert_eq!(taken_back, None, "it is new");
+            let (folder, durable, rolled_back) = world.open("1");
+            assert_eq!(rolled_back, None, "it is new");
             add(&folder, &durable, 'a');
-            durable.settle(&folder).expect("the disk works");
+            durable.sync(&folder).expect("the disk works");
             add(&folder, &durable, 'b');
             add(&folder, &durable, 'c');
             drop((folder, durable));
-            let (folder, _, taken_back) = world.open(boot);
+            let (folder, _, rolled_back) = world.open(boot);
             assert_eq!(
-                (taken_back, held(&folder).as_str()),
+                (rolled_back, held(&folder).as_str()),
                 (then, expected),
                 "{boot}"
             );
@@ -373,11 +382,11 @@ mod tests {
         add(&folder, &durable, 'c');
         drop((folder, durable));
         let (folder, durable, _) = world.open("1");
-        durable.settle(&folder).expect("the disk works");
+        durable.sync(&folder).expect("the disk works");
         add(&folder, &durable, 'd');
         drop((folder, durable));
-        let (folder, _, taken_back) = world.open("2");
-        assert_eq!((taken_back, held(&folder).as_str()), (Some(1), "abc"));
+        let (folder, _, rolled_back) = world.open("2");
+        assert_eq!((rolled_back, held(&folder).as_str()), (Some(1), "abc"));
     }
 
     #[test]
@@ -387,14 +396,14 @@ mod tests {
         add(&folder, &durable, 'a');
         durable.close(&folder).expect("the disk works");
         drop((folder, durable));
-        let (folder, durable, taken_back) = world.open("2");
-        assert_eq!((taken_back, held(&folder).as_str()), (None, "a"));
+        let (folder, durable, rolled_back) = world.open("2");
+        assert_eq!((rolled_back, held(&folder).as_str()), (None, "a"));
         add(&folder, &durable, 'b');
         // Torn by the machine's end.
         std::fs::write(object(&folder, 'c'), "StorePath: /nix").expect("written");
         drop((folder, durable));
-        let (folder, _, taken_back) = world.open("3");
-        assert_eq!((taken_back, held(&folder).as_str()), (Some(2), "a"));
+        let (folder, _, rolled_back) = world.open("3");
+        assert_eq!((rolled_back, held(&folder).as_str()), (Some(2), "a"));
     }
 
     #[test]
@@ -409,11 +418,11 @@ mod tests {
         let before = epoch();
         durable
             .begin()
-            .linked(&folder.marker(&CacheName::default(), &crate::nix::hash::Sha256([7; 32])));
-        durable.settle(&folder).expect("the disk works");
-        let settled = epoch();
-        durable.settle(&folder).expect("nothing came");
-        assert!(before < settled && epoch() == settled);
+            .link_added(&folder.marker(&CacheName::default(), &crate::nix::hash::Sha256([7; 32])));
+        durable.sync(&folder).expect("the disk works");
+        let synced = epoch();
+        durable.sync(&folder).expect("nothing came");
+        assert!(before < synced && epoch() == synced);
     }
 
     #[test]
@@ -423,18 +432,18 @@ mod tests {
         // A circle of links can be neither opened nor missed.
         let circle = folder.nars().join("circle");
         std::os::unix::fs::symlink(&circle, &circle).expect("made");
-        durable.begin().came(circle);
+        durable.begin().file_added(circle);
         add(&folder, &durable, 'a');
-        assert!(durable.settle(&folder).is_err());
+        assert!(durable.sync(&folder).is_err());
         add(&folder, &durable, 'b');
-        durable.settle(&folder).expect("it has been said");
+        durable.sync(&folder).expect("it has been said");
         assert!(
             durable.pending.lock().expect("sound").files.is_empty(),
             "the list would grow for as long as the server runs"
         );
         durable.close(&folder).expect("it has been said");
         drop((folder, durable));
-        let (folder, _, taken_back) = world.open("2");
-        assert_eq!((taken_back, held(&folder).as_str()), (Some(2), ""));
+        let (folder, _, rolled_back) = world.open("2");
+        assert_eq!((rolled_back, held(&folder).as_str()), (Some(2), ""));
     }
 }

@@ -11,14 +11,14 @@ use sha2::Digest as _;
 use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 
-use crate::cache_server::body::Incoming;
-use crate::cache_server::pack::Frames;
-use crate::cache_server::refusal::Refusal;
+use crate::cache_server::body::RequestBody;
+use crate::cache_server::compress::FrameEncoder;
+use crate::cache_server::error::ErrorResponse;
 use crate::cache_server::store::StoredNar;
 use crate::nix::hash::Sha256;
 
 /// Pieces on their way to the thread that works; each has at most the connection's buffer.
-const PIECES: usize = 4;
+const QUEUE_LENGTH: usize = 4;
 /// `xz -9` needs 65 MiB to unpack; Nix's default level needs 9 MiB.
 const XZ_MEMORY: u64 = 72 * 1024 * 1024;
 /// Windows up to 2^25 bytes, 32 MiB: levels up to 19 need 8 MiB.
@@ -37,7 +37,7 @@ pub enum Format {
 
 /// What to do with an arriving NAR.
 #[derive(Debug)]
-pub struct Plan {
+pub struct IngestOptions {
     /// How it is compressed.
     pub format: Format,
     /// The NAR's announced size in bytes, if there is one: nothing beyond it is read.
@@ -50,33 +50,33 @@ pub struct Plan {
 
 /// What arrived.
 #[derive(Debug)]
-pub struct Taken {
+pub struct IngestedNar {
     /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
     /// Hash of the bytes as they came.
-    pub came_hash: Sha256,
+    pub received_hash: Sha256,
     /// Number of bytes as they came.
-    pub came_size: u64,
+    pub received_size: u64,
     /// The compressed file, complete; `None` if none was wanted.
     pub stored: Option<(NamedTempFile, StoredNar)>,
 }
 
 /// Why a NAR could not be taken.
 #[derive(Debug)]
-pub enum Stop {
+pub enum IngestError {
     /// It is longer than announced.
     TooLong,
     /// It cannot be unpacked.
-    Packing(String),
+    Corrupt(String),
     /// The disk failed.
     Disk(io::Error),
     /// The sender went away.
     Abandoned,
 }
 
-enum Piece {
+enum Message {
     Data(Bytes),
     End,
 }
@@ -86,83 +86,89 @@ enum Piece {
 ///
 /// # Errors
 /// The outer error when the body breaks or stops; the inner one when the NAR is at fault.
-pub async fn ingest(body: &mut Incoming, plan: Plan) -> Result<Result<Taken, Stop>, Refusal> {
-    let (pieces, received) = mpsc::channel(PIECES);
-    let worker = tokio::task::spawn_blocking(move || work(received, plan));
+pub async fn ingest(
+    body: &mut RequestBody,
+    options: IngestOptions,
+) -> Result<Result<IngestedNar, IngestError>, ErrorResponse> {
+    let (pieces, received) = mpsc::channel(QUEUE_LENGTH);
+    let worker = tokio::task::spawn_blocking(move || work(received, options));
     let sent = send(body, &pieces).await;
     drop(pieces);
     let ended = worker.await;
     sent?;
-    ended.map_err(|error| Refusal::internal(&io::Error::other(error)))
+    ended.map_err(|error| ErrorResponse::internal(&io::Error::other(error)))
 }
 
-async fn send(body: &mut Incoming, pieces: &mpsc::Sender<Piece>) -> Result<(), Refusal> {
+async fn send(body: &mut RequestBody, pieces: &mpsc::Sender<Message>) -> Result<(), ErrorResponse> {
     while let Some(piece) = body.next().await? {
-        if pieces.send(Piece::Data(piece)).await.is_err() {
+        if pieces.send(Message::Data(piece)).await.is_err() {
             // The worker has given up and says why.
             return Ok(());
         }
     }
-    let _ = pieces.send(Piece::End).await;
+    let _ = pieces.send(Message::End).await;
     Ok(())
 }
 
-fn work(mut pieces: mpsc::Receiver<Piece>, plan: Plan) -> Result<Taken, Stop> {
-    let mut intake = Intake::new(plan)?;
+fn work(
+    mut pieces: mpsc::Receiver<Message>,
+    options: IngestOptions,
+) -> Result<IngestedNar, IngestError> {
+    let mut ingest = Ingest::new(options)?;
     loop {
         match pieces.blocking_recv() {
-            None => return Err(Stop::Abandoned),
-            Some(Piece::End) => return intake.finish(),
-            Some(Piece::Data(piece)) => intake.take(&piece)?,
+            None => return Err(IngestError::Abandoned),
+            Some(Message::End) => return ingest.finish(),
+            Some(Message::Data(piece)) => ingest.take(&piece)?,
         }
     }
 }
 
 /// A NAR on its way.
-struct Intake {
+struct Ingest {
     format: Format,
     target: Option<NamedTempFile>,
-    unpacker: Unpacker,
-    came: sha2::Sha256,
-    came_size: u64,
+    decoder: Decoder,
+    received: sha2::Sha256,
+    received_size: u64,
 }
 
-impl Intake {
-    fn new(plan: Plan) -> Result<Self, Stop> {
-        let sink = NarSink::new(&plan, plan.target.as_ref()).map_err(Stop::Disk)?;
-        let unpacker =
-            Unpacker::new(plan.format, sink).map_err(|error| Stop::Packing(error.to_string()))?;
+impl Ingest {
+    fn new(options: IngestOptions) -> Result<Self, IngestError> {
+        let sink = NarSink::new(&options, options.target.as_ref()).map_err(IngestError::Disk)?;
+        let decoder = Decoder::new(options.format, sink)
+            .map_err(|error| IngestError::Corrupt(error.to_string()))?;
         Ok(Self {
-            format: plan.format,
-            target: plan.target,
-            unpacker,
-            came: sha2::Sha256::new(),
-            came_size: 0,
+            format: options.format,
+            target: options.target,
+            decoder,
+            received: sha2::Sha256::new(),
+            received_size: 0,
         })
     }
 
-    fn take(&mut self, bytes: &[u8]) -> Result<(), Stop> {
+    fn take(&mut self, bytes: &[u8]) -> Result<(), IngestError> {
         // Unpacked NARs are hashed once only, by the sink.
         if self.format != Format::None {
-            self.came.update(bytes);
+            self.received.update(bytes);
         }
-        self.came_size += bytes.len() as u64;
-        self.unpacker.take(bytes)
+        self.received_size += bytes.len() as u64;
+        self.decoder.take(bytes)
     }
 
-    fn finish(self) -> Result<Taken, Stop> {
-        let (nar_hash, nar_size, file) = self.unpacker.finish()?;
-        let came_hash = if self.format == Format::None {
+    fn finish(self) -> Result<IngestedNar, IngestError> {
+        let (nar_hash, nar_size, file) = self.decoder.finish()?;
+        let received_hash = if self.format == Format::None {
             nar_hash
         } else {
-            Sha256(self.came.finalize().into())
+            Sha256(self.received.finalize().into())
         };
         let stored = self.target.zip(file);
-        Ok(Taken {
+        Ok(IngestedNar {
             nar_hash,
             nar_size,
-            came_hash,
-            came_size: self.came_size,
+            received_hash,
+            received_size: self.received_size,
             stored,
         })
     }
@@ -173,30 +179,30 @@ struct NarSink {
     hash: sha2::Sha256,
     size: u64,
     limit: Option<u64>,
-    packer: Option<Frames<Hashing>>,
+    compressor: Option<FrameEncoder<HashingFile>>,
     /// Why a write failed, where the packing around this sink would hide it.
-    stop: Option<Stop>,
+    error: Option<IngestError>,
 }
 
 impl NarSink {
-    fn new(plan: &Plan, target: Option<&NamedTempFile>) -> io::Result<Self> {
-        let packer = target.map(|file| packer(file, plan)).transpose()?;
+    fn new(options: &IngestOptions, target: Option<&NamedTempFile>) -> io::Result<Self> {
+        let compressor = target.map(|file| compressor(file, options)).transpose()?;
         Ok(Self {
             hash: sha2::Sha256::new(),
             size: 0,
-            limit: plan.nar_size,
-            packer,
-            stop: None,
+            limit: options.nar_size,
+            compressor,
+            error: None,
         })
     }
 
     /// Hash and size of the NAR, and its file.
-    fn finish(self) -> Result<(Sha256, u64, Option<StoredNar>), Stop> {
+    fn finish(self) -> Result<(Sha256, u64, Option<StoredNar>), IngestError> {
         let whole = self.limit.is_none_or(|limit| self.size == limit);
-        let file = match self.packer {
+        let file = match self.compressor {
             // A short NAR ends here without a file: it is not what was announced.
-            Some(packer) if whole => {
-                let file = packer.finish().map_err(Stop::Disk)?;
+            Some(compressor) if whole => {
+                let file = compressor.finish().map_err(IngestError::Disk)?;
                 Some(StoredNar {
                     file_hash: Sha256(file.hash.finalize().into()),
                     file_size: file.size,
@@ -208,10 +214,13 @@ impl NarSink {
     }
 }
 
-fn packer(file: &NamedTempFile, plan: &Plan) -> io::Result<Frames<Hashing>> {
-    Frames::new(
-        plan.level,
-        Hashing {
+fn compressor(
+    file: &NamedTempFile,
+    options: &IngestOptions,
+) -> io::Result<FrameEncoder<HashingFile>> {
+    FrameEncoder::new(
+        options.level,
+        HashingFile {
             file: file.as_file().try_clone()?,
             hash: sha2::Sha256::new(),
             size: 0,
@@ -223,16 +232,16 @@ impl Write for NarSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.size += bytes.len() as u64;
         if self.limit.is_some_and(|limit| self.size > limit) {
-            self.stop = Some(Stop::TooLong);
+            self.error = Some(IngestError::TooLong);
             return Err(io::Error::other("longer than announced"));
         }
         self.hash.update(bytes);
-        if let Some(packer) = &mut self.packer
-            && let Err(error) = packer.write_all(bytes)
+        if let Some(compressor) = &mut self.compressor
+            && let Err(error) = compressor.write_all(bytes)
         {
-            let said = io::Error::new(error.kind(), error.to_string());
-            self.stop = Some(Stop::Disk(error));
-            return Err(said);
+            let copy = io::Error::new(error.kind(), error.to_string());
+            self.error = Some(IngestError::Disk(error));
+            return Err(copy);
         }
         Ok(bytes.len())
     }
@@ -242,13 +251,13 @@ impl Write for NarSink {
     }
 }
 
-struct Hashing {
+struct HashingFile {
     file: File,
     hash: sha2::Sha256,
     size: u64,
 }
 
-impl Write for Hashing {
+impl Write for HashingFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.file.write(bytes)?;
         self.hash.update(&bytes[..written]);
@@ -261,13 +270,13 @@ impl Write for Hashing {
     }
 }
 
-enum Unpacker {
+enum Decoder {
     None(Box<NarSink>),
     Xz(Box<XzDecoder<NarSink>>),
     Zstd(Box<zstd::stream::write::Decoder<'static, NarSink>>),
 }
 
-impl Unpacker {
+impl Decoder {
     fn new(format: Format, sink: NarSink) -> io::Result<Self> {
         Ok(match format {
             Format::None => Self::None(Box::new(sink)),
@@ -283,41 +292,41 @@ impl Unpacker {
         })
     }
 
-    fn take(&mut self, bytes: &[u8]) -> Result<(), Stop> {
+    fn take(&mut self, bytes: &[u8]) -> Result<(), IngestError> {
         let written = match self {
             Self::None(sink) => sink.write_all(bytes),
             Self::Xz(decoder) => decoder.write_all(bytes),
             Self::Zstd(decoder) => decoder.write_all(bytes),
         };
-        written.map_err(|error| self.blame(&error))
+        written.map_err(|error| self.error_from(&error))
     }
 
     /// Whose fault an error was: the sink remembers its own.
-    fn blame(&mut self, error: &io::Error) -> Stop {
+    fn error_from(&mut self, error: &io::Error) -> IngestError {
         let sink = match self {
             Self::None(sink) => sink,
             Self::Xz(decoder) => decoder.get_mut(),
             Self::Zstd(decoder) => decoder.get_mut(),
         };
-        sink.stop
+        sink.error
             .take()
-            .unwrap_or_else(|| Stop::Packing(error.to_string()))
+            .unwrap_or_else(|| IngestError::Corrupt(error.to_string()))
     }
 
-    fn finish(mut self) -> Result<(Sha256, u64, Option<StoredNar>), Stop> {
+    fn finish(mut self) -> Result<(Sha256, u64, Option<StoredNar>), IngestError> {
         let ended = match &mut self {
             Self::None(_) => Ok(()),
             Self::Xz(decoder) => decoder.try_finish(),
             Self::Zstd(decoder) => decoder.do_finish(),
         };
         if let Err(error) = ended {
-            return Err(self.blame(&error));
+            return Err(self.error_from(&error));
         }
         match self {
             Self::None(sink) => sink.finish(),
             Self::Xz(decoder) => decoder
                 .finish()
-                .map_err(|error| Stop::Packing(error.to_string()))?
+                .map_err(|error| IngestError::Corrupt(error.to_string()))?
                 .finish(),
             Self::Zstd(decoder) => decoder.into_inner().finish(),
         }
@@ -331,16 +340,20 @@ mod tests {
 
     const NAR: &[u8] = b"not really a NAR, but bytes are bytes to this module";
 
-    async fn check(bytes: Vec<u8>, format: Format, nar_size: Option<u64>) -> Result<Taken, Stop> {
+    async fn check(
+        bytes: Vec<u8>,
+        format: Format,
+        nar_size: Option<u64>,
+    ) -> Result<IngestedNar, IngestError> {
         let pieces: Vec<io::Result<Bytes>> = bytes
             .chunks(7)
             .map(|piece| Ok(Bytes::copy_from_slice(piece)))
             .collect();
-        let mut body = Incoming::new(Body::from_stream(futures_util::stream::iter(pieces)));
+        let mut body = RequestBody::new(Body::from_stream(futures_util::stream::iter(pieces)));
         let target = Some(NamedTempFile::new().expect("temporary file"));
         ingest(
             &mut body,
-            Plan {
+            IngestOptions {
                 format,
                 nar_size,
                 target,
@@ -369,7 +382,10 @@ mod tests {
             let came = bytes.clone();
             let taken = check(bytes, format, None).await.expect("good");
             assert_eq!((taken.nar_hash, taken.nar_size), (hash, NAR.len() as u64));
-            assert_eq!(taken.came_hash, Sha256(sha2::Sha256::digest(&came).into()));
+            assert_eq!(
+                taken.received_hash,
+                Sha256(sha2::Sha256::digest(&came).into())
+            );
             let (file, nar) = taken.stored.expect("wanted");
             let stored = std::fs::read(file.path()).expect("written");
             let file_hash = Sha256(sha2::Sha256::digest(&stored).into());
@@ -392,13 +408,16 @@ mod tests {
         ] {
             bytes.truncate(bytes.len() - 3);
             assert!(
-                matches!(check(bytes, format, None).await, Err(Stop::Packing(_))),
+                matches!(
+                    check(bytes, format, None).await,
+                    Err(IngestError::Corrupt(_))
+                ),
                 "{format:?} cut"
             );
             assert!(
                 matches!(
                     check(NAR.to_vec(), format, None).await,
-                    Err(Stop::Packing(_))
+                    Err(IngestError::Corrupt(_))
                 ),
                 "{format:?} garbage"
             );
@@ -409,7 +428,7 @@ mod tests {
     async fn more_than_announced_is_not_read_and_less_is_not_stored() {
         assert!(matches!(
             check(NAR.to_vec(), Format::None, Some(5)).await,
-            Err(Stop::TooLong)
+            Err(IngestError::TooLong)
         ));
         let short = check(NAR.to_vec(), Format::None, Some(500))
             .await

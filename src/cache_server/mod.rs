@@ -6,13 +6,13 @@
 
 mod attic;
 mod body;
+mod compress;
 mod connection;
 mod durable;
+mod error;
 mod folder;
-mod garbage;
+mod gc;
 mod ingest;
-mod pack;
-mod refusal;
 mod state;
 mod store;
 mod substituter;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{Request, State as Extract};
+use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::{get, post, put};
@@ -38,13 +38,13 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 pub use folder::FolderError;
-pub use garbage::{Collected, Limits};
+pub use gc::{GcReport, Limits};
 pub use token::TokenError;
 
-use crate::cache_server::connection::Moved;
+use crate::cache_server::connection::BytesMoved;
+use crate::cache_server::error::{ErrorResponse, LoggedCause};
 use crate::cache_server::folder::Folder;
-use crate::cache_server::refusal::{Cause, Refusal};
-use crate::cache_server::state::{Cache, State};
+use crate::cache_server::state::{Cache, ServerState};
 use crate::cache_server::store::Store;
 use crate::cache_server::token::Tokens;
 use crate::exit::{Exit, Explain};
@@ -64,7 +64,7 @@ pub const DEFAULT_GC_INTERVAL: Duration = Duration::from_secs(600);
 /// The key whose paths clients need not send: everybody can have them from there.
 pub const DEFAULT_UPSTREAM_KEY: &str = "cache.nixos.org-1";
 /// What has come is on the disk this long afterwards at most, and the time that the disk takes.
-const SETTLE_INTERVAL: Duration = Duration::from_secs(5);
+const SYNC_INTERVAL: Duration = Duration::from_secs(5);
 /// At the end the disk gets this long.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// A request's path in the log.
@@ -169,7 +169,7 @@ impl Explain for OpenError {
 /// A cache server that has its folder and does not listen yet.
 #[derive(Debug)]
 pub struct Server {
-    state: Arc<State>,
+    state: Arc<ServerState>,
     tokens_file: PathBuf,
 }
 
@@ -200,11 +200,11 @@ impl Server {
                 key: open_key(&folder.key(name), name)?,
             });
         }
-        let (store, taken_back) = Store::open(folder).map_err(|source| FolderError::Unusable {
+        let (store, rolled_back) = Store::open(folder).map_err(|source| FolderError::Unusable {
             folder: root,
             source,
         })?;
-        if let Some(paths) = taken_back {
+        if let Some(paths) = rolled_back {
             let paths = crate::text::count(paths, "path");
             let text = format!(
                 "the machine ended while the cache ran; taken back, since what came last may be torn: {paths}"
@@ -213,7 +213,7 @@ impl Server {
         }
         let store = Arc::new(store);
         Ok(Self {
-            state: Arc::new(State::new(store, tokens, caches, options)),
+            state: Arc::new(ServerState::new(store, tokens, caches, options)),
             tokens_file,
         })
     }
@@ -307,27 +307,27 @@ impl Serving {
     }
 }
 
-async fn run(state: Arc<State>, listener: TcpListener, stop: CancellationToken) {
+async fn run(state: Arc<ServerState>, listener: TcpListener, stop: CancellationToken) {
     let collecting = tokio::spawn(collect_regularly(Arc::clone(&state), stop.clone()));
-    let settling = tokio::spawn(settle_regularly(Arc::clone(&state), stop.clone()));
+    let syncing = tokio::spawn(sync_regularly(Arc::clone(&state), stop.clone()));
     connection::serve(listener, router(Arc::clone(&state)), stop, STOP_GRACE).await;
     let _ = collecting.await;
-    let _ = settling.await;
+    let _ = syncing.await;
     // Should the disk need longer: the system has it all, and the next server waits for the disk instead.
-    let _ = tokio::time::timeout(CLOSE_LIMIT, settle(&state, Store::close)).await;
+    let _ = tokio::time::timeout(CLOSE_LIMIT, sync(&state, Store::close)).await;
 }
 
-async fn settle_regularly(state: Arc<State>, stop: CancellationToken) {
+async fn sync_regularly(state: Arc<ServerState>, stop: CancellationToken) {
     while stop
-        .run_until_cancelled(tokio::time::sleep(SETTLE_INTERVAL))
+        .run_until_cancelled(tokio::time::sleep(SYNC_INTERVAL))
         .await
         .is_some()
     {
-        settle(&state, Store::settle).await;
+        sync(&state, Store::sync).await;
     }
 }
 
-async fn settle(state: &Arc<State>, how: fn(&Store) -> io::Result<()>) {
+async fn sync(state: &Arc<ServerState>, how: fn(&Store) -> io::Result<()>) {
     let store = Arc::clone(&state.store);
     let broken = match tokio::task::spawn_blocking(move || how(&store)).await {
         Ok(Ok(())) => return,
@@ -340,7 +340,7 @@ async fn settle(state: &Arc<State>, how: fn(&Store) -> io::Result<()>) {
     state.options.log.degraded("disk", text);
 }
 
-async fn collect_regularly(state: Arc<State>, stop: CancellationToken) {
+async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(state.options.gc_interval.max(Duration::from_secs(1)));
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -349,7 +349,7 @@ async fn collect_regularly(state: Arc<State>, stop: CancellationToken) {
             _ = ticks.tick() => (),
         }
         let (store, limits) = (Arc::clone(&state.store), state.options.limits);
-        match tokio::task::spawn_blocking(move || garbage::collect(&store, &limits, true)).await {
+        match tokio::task::spawn_blocking(move || gc::collect(&store, &limits, true)).await {
             Ok(Ok(done)) => state.options.log.note(done.to_string()),
             Ok(Err(error)) => state
                 .options
@@ -367,13 +367,13 @@ async fn collect_regularly(state: Arc<State>, stop: CancellationToken) {
 ///
 /// # Errors
 /// When a server has the folder, or the disk fails.
-pub fn collect(folder: &Path, limits: &Limits) -> Result<Collected, FolderError> {
+pub fn collect(folder: &Path, limits: &Limits) -> Result<GcReport, FolderError> {
     let unusable = |source| FolderError::Unusable {
         folder: folder.to_owned(),
         source,
     };
     let (store, _) = Store::open(Folder::open(folder, &[])?).map_err(unusable)?;
-    let collected = garbage::collect(&store, limits, false).map_err(unusable)?;
+    let collected = gc::collect(&store, limits, false).map_err(unusable)?;
     store.close().map_err(unusable)?;
     Ok(collected)
 }
@@ -402,7 +402,7 @@ fn open_key(file: &Path, cache: &CacheName) -> Result<SecretKey, OpenError> {
     }
 }
 
-fn router(state: Arc<State>) -> Router {
+fn router(state: Arc<ServerState>) -> Router {
     let narinfo = get(substituter::get_narinfo).put(substituter::put_narinfo);
     let nar = get(substituter::get_nar).put(substituter::put_nar);
     Router::new()
@@ -414,21 +414,21 @@ fn router(state: Arc<State>) -> Router {
         .route("/{cache}/nix-cache-info", get(substituter::cache_info))
         .route("/{cache}/{file}", narinfo)
         .route("/{cache}/nar/{file}", nar)
-        .fallback(async || Refusal::not_found())
-        .method_not_allowed_fallback(async || Refusal::method())
+        .fallback(async || ErrorResponse::not_found())
+        .method_not_allowed_fallback(async || ErrorResponse::method_not_allowed())
         .layer(from_fn(body::announce_close))
         .layer(from_fn_with_state(Arc::clone(&state), log))
         .with_state(state)
 }
 
 /// One line for each upload and each failure; never a header, never a query.
-async fn log(Extract(state): Extract<Arc<State>>, request: Request, next: Next) -> Response {
+async fn log(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let path = crate::text::one_line(request.uri().path(), LOGGED_PATH);
     let method = request.method().clone();
     let response = next.run(request).await;
     let status = response.status();
-    let moved = response.extensions().get::<Moved>().copied();
+    let moved = response.extensions().get::<BytesMoved>().copied();
     // A substituter asks for what is not there all the time.
     if moved.is_some() || (status.as_u16() >= 400 && status.as_u16() != 404) {
         let (size, took) = (
@@ -437,7 +437,7 @@ async fn log(Extract(state): Extract<Arc<State>>, request: Request, next: Next) 
         );
         let cause = response
             .extensions()
-            .get::<Cause>()
+            .get::<LoggedCause>()
             .map_or(String::new(), |cause| format!(" ({})", cause.0));
         state.options.log.note(format!(
             "{method} {path} {} {size} B {took} ms{cause}",

@@ -8,8 +8,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::cache_server::Options;
 use crate::cache_server::body::IDLE_TIMEOUT;
-use crate::cache_server::pack::Packers;
-use crate::cache_server::refusal::Refusal;
+use crate::cache_server::compress::CompressorPool;
+use crate::cache_server::error::ErrorResponse;
 use crate::cache_server::store::Store;
 use crate::cache_server::token::{Scope, Tokens, presented};
 use crate::host::inline_blocking::Brief;
@@ -18,9 +18,9 @@ use crate::nix::key::SecretKey;
 use crate::secret::Secret;
 
 /// Places for NARs that are being taken. What they cost in memory together stays below 48 MiB.
-const PLACES: usize = 32;
+const UPLOAD_SLOTS: usize = 32;
 /// A smaller NAR costs next to nothing, since its compressor is small too.
-const SMALL: u64 = 1024 * 1024;
+const SMALL_NAR: u64 = 1024 * 1024;
 
 /// What taking a NAR costs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,24 +30,24 @@ pub enum Cost {
     /// A compressor with its full window, some 4 MiB.
     Large,
     /// That and an unpacker, 9 MiB for the default level of `nix copy`.
-    Packed,
+    Compressed,
 }
 
 impl Cost {
     /// Of a NAR that comes as it is.
-    pub fn of(nar_size: u64) -> Self {
-        if nar_size < SMALL {
+    pub fn new(nar_size: u64) -> Self {
+        if nar_size < SMALL_NAR {
             Self::Small
         } else {
             Self::Large
         }
     }
 
-    fn places(self) -> u32 {
+    fn slots(self) -> u32 {
         match self {
             Self::Small => 1,
             Self::Large => 6,
-            Self::Packed => 10,
+            Self::Compressed => 10,
         }
     }
 }
@@ -63,7 +63,7 @@ pub struct Cache {
 
 /// The server behind all connections.
 #[derive(Debug)]
-pub struct State {
+pub struct ServerState {
     /// What the cache holds.
     pub store: Arc<Store>,
     /// Who may do what.
@@ -73,26 +73,26 @@ pub struct State {
     /// How the server was set up.
     pub options: Options,
     /// For NARs that are in memory.
-    pub packers: Arc<Packers>,
-    places: Semaphore,
+    pub compressors: Arc<CompressorPool>,
+    slots: Semaphore,
     brief: Brief,
 }
 
-impl State {
+impl ServerState {
     /// A server that has done nothing yet.
     pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
         let caches = caches
             .into_iter()
             .map(|cache| (cache.name.to_string(), cache))
             .collect();
-        let packers = Arc::new(Packers::new(options.level));
+        let compressors = Arc::new(CompressorPool::new(options.level));
         Self {
             store,
             tokens,
             caches,
             options,
-            packers,
-            places: Semaphore::new(PLACES),
+            compressors,
+            slots: Semaphore::new(UPLOAD_SLOTS),
             brief: Brief::default(),
         }
     }
@@ -107,20 +107,20 @@ impl State {
         headers: &HeaderMap,
         cache: &str,
         scope: Scope,
-    ) -> Result<&Cache, Refusal> {
+    ) -> Result<&Cache, ErrorResponse> {
         let token = token(headers);
         let granted = self.tokens.allow(token.as_ref(), cache, scope);
         match (self.caches.get(cache), granted) {
             (Some(cache), true) => Ok(cache),
-            (None, true) => Err(Refusal::no_cache()),
-            (None, false) => Err(Refusal::unauthorized()),
+            (None, true) => Err(ErrorResponse::no_cache()),
+            (None, false) => Err(ErrorResponse::unauthorized()),
             (Some(found), false) => {
                 let readable =
                     self.options.public || self.tokens.allow(token.as_ref(), cache, Scope::Read);
                 match scope {
                     Scope::Read if readable => Ok(found),
-                    Scope::Write if readable => Err(Refusal::forbidden()),
-                    _ => Err(Refusal::unauthorized()),
+                    Scope::Write if readable => Err(ErrorResponse::forbidden()),
+                    _ => Err(ErrorResponse::unauthorized()),
                 }
             }
         }
@@ -130,14 +130,14 @@ impl State {
     ///
     /// # Errors
     /// 403 when it may read, 401 when it may not even do that.
-    pub fn authorise_some_write(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+    pub fn authorise_some_write(&self, headers: &HeaderMap) -> Result<(), ErrorResponse> {
         let token = token(headers);
         if self.tokens.allow_somewhere(token.as_ref(), Scope::Write) {
             Ok(())
         } else if self.options.public || self.tokens.allow_somewhere(token.as_ref(), Scope::Read) {
-            Err(Refusal::forbidden())
+            Err(ErrorResponse::forbidden())
         } else {
-            Err(Refusal::unauthorized())
+            Err(ErrorResponse::unauthorized())
         }
     }
 
@@ -145,10 +145,12 @@ impl State {
     ///
     /// # Errors
     /// 503 when none is free for as long as a client waits.
-    pub async fn upload_place(&self, cost: Cost) -> Result<SemaphorePermit<'_>, Refusal> {
-        match tokio::time::timeout(IDLE_TIMEOUT, self.places.acquire_many(cost.places())).await {
+    pub async fn upload_slot(&self, cost: Cost) -> Result<SemaphorePermit<'_>, ErrorResponse> {
+        match tokio::time::timeout(IDLE_TIMEOUT, self.slots.acquire_many(cost.slots())).await {
             Ok(Ok(place)) => Ok(place),
-            _ => Err(Refusal::busy("too many uploads at once; try again")),
+            _ => Err(ErrorResponse::unavailable(
+                "too many uploads at once; try again",
+            )),
         }
     }
 
@@ -159,18 +161,18 @@ impl State {
     pub async fn brief<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, Refusal>
+    ) -> Result<T, ErrorResponse>
     where
         T: Send + 'static,
-        E: Into<Refusal> + Send + 'static,
+        E: Into<ErrorResponse> + Send + 'static,
     {
         let store = Arc::clone(&self.store);
         let ended = self
             .brief
-            .run(self.store.is_shut(), move || call(&store))
+            .run(self.store.is_removing(), move || call(&store))
             .await;
         ended
-            .map_err(|error| Refusal::internal(&std::io::Error::other(error)))?
+            .map_err(|error| ErrorResponse::internal(&std::io::Error::other(error)))?
             .map_err(Into::into)
     }
 
@@ -181,15 +183,15 @@ impl State {
     pub async fn blocking<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
-    ) -> Result<T, Refusal>
+    ) -> Result<T, ErrorResponse>
     where
         T: Send + 'static,
-        E: Into<Refusal> + Send + 'static,
+        E: Into<ErrorResponse> + Send + 'static,
     {
         let store = Arc::clone(&self.store);
         let ended = tokio::task::spawn_blocking(move || call(&store)).await;
         ended
-            .map_err(|error| Refusal::internal(&std::io::Error::other(error)))?
+            .map_err(|error| ErrorResponse::internal(&std::io::Error::other(error)))?
             .map_err(Into::into)
     }
 }

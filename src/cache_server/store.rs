@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 use sha2::Digest as _;
 use tempfile::NamedTempFile;
 
-use crate::cache_server::durable::{Durable, line_of};
+use crate::cache_server::durable::{Durability, epoch_line};
 use crate::cache_server::folder::{Folder, nar_name, sync_parent};
-use crate::cache_server::garbage::{self, Limits};
+use crate::cache_server::gc::{self, Limits};
 use crate::nix::cache_name::CacheName;
 use crate::nix::hash::Sha256;
 use crate::nix::narinfo::NarInfo;
@@ -23,7 +23,7 @@ use crate::nix::store_path::PathHash;
 pub const TOUCH_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What was written within this time needs no note that it was used.
-const JUST_NOW: Duration = Duration::from_secs(1);
+const RECENT_WRITE: Duration = Duration::from_secs(1);
 
 /// A NAR's compressed file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,22 +36,22 @@ pub struct StoredNar {
 
 /// What is known of a NAR that `nix copy` sent before its narinfo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Upload {
+pub struct PendingUpload {
     /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
     /// Hash of the file that came, which was perhaps compressed otherwise than ours.
-    pub came_hash: Sha256,
+    pub received_hash: Sha256,
     /// Size of the file that came, in bytes.
-    pub came_size: u64,
+    pub received_size: u64,
 }
 
 /// The holdings of one folder.
 #[derive(Debug)]
 pub struct Store {
     folder: Folder,
-    durable: Durable,
+    durability: Durability,
     /// Held for writing while garbage is removed, for reading while something is promised to be
     /// there: an object is committed, or a client is told that it need not send one.
     gate: RwLock<()>,
@@ -66,27 +66,27 @@ impl Store {
     /// # Errors
     /// When the disk fails.
     pub fn open(folder: Folder) -> io::Result<(Self, Option<u64>)> {
-        let (durable, taken_back) = Durable::open(&folder)?;
+        let (durability, rolled_back) = Durability::open(&folder)?;
         let store = Self {
             folder,
-            durable,
+            durability,
             gate: RwLock::default(),
             publishing: Mutex::default(),
         };
-        if taken_back.is_some() {
+        if rolled_back.is_some() {
             // The NARs that are not claimed any more may be torn: nobody may take them for known.
-            garbage::collect(&store, &Limits::default(), false)?;
+            gc::collect(&store, &Limits::default(), false)?;
             sync_parent(&store.folder.nars().join("."))?;
         }
-        Ok((store, taken_back))
+        Ok((store, rolled_back))
     }
 
     /// Has all that is visible reach the disk.
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn settle(&self) -> io::Result<()> {
-        self.durable.settle(&self.folder)
+    pub fn sync(&self) -> io::Result<()> {
+        self.durability.sync(&self.folder)
     }
 
     /// The same, once nothing comes any more.
@@ -94,7 +94,7 @@ impl Store {
     /// # Errors
     /// When the disk fails.
     pub fn close(&self) -> io::Result<()> {
-        self.durable.close(&self.folder)
+        self.durability.close(&self.folder)
     }
 
     /// Where things lie.
@@ -103,18 +103,18 @@ impl Store {
     }
 
     /// Nothing is removed while this guard lives.
-    fn keep(&self) -> RwLockReadGuard<'_, ()> {
+    fn prevent_removal(&self) -> RwLockReadGuard<'_, ()> {
         // The lock guards no data of its own that a panic could have left half-done.
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether calls would wait now for garbage to be removed.
-    pub fn is_shut(&self) -> bool {
+    pub fn is_removing(&self) -> bool {
         self.gate.try_read().is_err()
     }
 
     /// Nothing is promised while this guard lives.
-    pub(super) fn shut(&self) -> RwLockWriteGuard<'_, ()> {
+    pub(super) fn lock_for_removal(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -123,13 +123,13 @@ impl Store {
     /// # Errors
     /// When the disk fails.
     pub fn object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
-        let _kept = self.keep();
-        self.look(cache, hash)
+        let _kept = self.prevent_removal();
+        self.find_object(cache, hash)
     }
 
-    fn look(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
+    fn find_object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
         let file = self.folder.object(cache, hash);
-        let Some(text) = there(std::fs::read_to_string(&file))? else {
+        let Some(text) = if_exists(std::fs::read_to_string(&file))? else {
             return Ok(None);
         };
         // A file that is no narinfo was not written by us: it counts as absent, so that it is replaced.
@@ -149,10 +149,10 @@ impl Store {
     /// # Errors
     /// When the disk fails.
     pub fn missing(&self, cache: &CacheName, hashes: Vec<PathHash>) -> io::Result<Vec<PathHash>> {
-        let _kept = self.keep();
+        let _kept = self.prevent_removal();
         let mut missing = Vec::new();
         for hash in hashes {
-            if self.look(cache, &hash)?.is_none() {
+            if self.find_object(cache, &hash)?.is_none() {
                 missing.push(hash);
             }
         }
@@ -164,9 +164,9 @@ impl Store {
     /// # Errors
     /// When the disk fails.
     pub fn known_nar(&self, hash: &Sha256) -> io::Result<Option<StoredNar>> {
-        let _kept = self.keep();
+        let _kept = self.prevent_removal();
         let path = self.folder.nar(hash);
-        let Some(file) = there(File::open(&path))? else {
+        let Some(file) = if_exists(File::open(&path))? else {
             return Ok(None);
         };
         touch(&path, Duration::ZERO)?;
@@ -183,7 +183,7 @@ impl Store {
         hash: &Sha256,
         nar: StoredNar,
     ) -> io::Result<StoredNar> {
-        let epoch = self.durable.begin();
+        let epoch = self.durability.begin();
         {
             let _alone = self
                 .publishing
@@ -192,7 +192,7 @@ impl Store {
             let path = self.folder.nar(hash);
             if !path.exists() {
                 file.persist(&path)?;
-                epoch.came(path);
+                epoch.file_added(path);
                 return Ok(nar);
             }
         }
@@ -204,16 +204,16 @@ impl Store {
     ///
     /// # Errors
     /// As `publish_nar`.
-    pub fn publish_packed(&self, packed: &[u8], hash: &Sha256) -> io::Result<StoredNar> {
-        let file_hash = Sha256(sha2::Sha256::digest(packed).into());
+    pub fn publish_compressed(&self, compressed: &[u8], hash: &Sha256) -> io::Result<StoredNar> {
+        let file_hash = Sha256(sha2::Sha256::digest(compressed).into());
         let mut file = self.folder.temporary()?;
-        file.write_all(packed)?;
+        file.write_all(compressed)?;
         self.publish_nar(
             file,
             hash,
             StoredNar {
                 file_hash,
-                file_size: packed.len() as u64,
+                file_size: compressed.len() as u64,
             },
         )
     }
@@ -224,36 +224,36 @@ impl Store {
     /// # Errors
     /// When the disk fails; then the path is whole or not visible, and may be sent again.
     pub fn commit(&self, cache: &CacheName, path: &PathInfo, nar: StoredNar) -> io::Result<bool> {
-        let _kept = self.keep();
-        let epoch = self.durable.begin();
+        let _kept = self.prevent_removal();
+        let epoch = self.durability.begin();
         let nar_file = self.folder.nar(&path.nar_hash);
-        if there(touch(&nar_file, JUST_NOW))?.is_none() {
+        if if_exists(touch(&nar_file, RECENT_WRITE))?.is_none() {
             return Ok(false);
         }
         for reference in &path.references {
             // A reference that is not here, or not yet, is the client's affair.
-            there(touch(
+            if_exists(touch(
                 &self.folder.object(cache, &reference.hash()),
                 Duration::ZERO,
             ))?;
         }
         let marker = self.folder.marker(cache, &path.nar_hash);
-        let linked = mark(&marker, &nar_file)?;
+        let linked = write_marker(&marker, &nar_file)?;
         let object = self.folder.object(cache, &path.path.hash());
         let text = narinfo(path, nar).to_string();
-        match there(std::fs::read_to_string(&object))? {
+        match if_exists(std::fs::read_to_string(&object))? {
             None => {
                 self.folder.write_whole(&object, &(text + &epoch.line()))?;
                 if linked {
-                    epoch.linked(&marker);
+                    epoch.link_added(&marker);
                 } else {
-                    epoch.came(marker);
+                    epoch.file_added(marker);
                 }
-                epoch.came(object);
+                epoch.file_added(object);
             }
             // Others may refer to it since long: it keeps its epoch, and so nothing of it may be torn.
             Some(old) => {
-                let text = text + &line_of(&old).unwrap_or_default();
+                let text = text + &epoch_line(&old).unwrap_or_default();
                 File::open(&nar_file)?.sync_all()?;
                 self.folder.write_synced(&object, &text)?;
                 // Last, since one commit of the file system's journal covers all that came before it.
@@ -273,11 +273,11 @@ impl Store {
             return Ok(None);
         }
         let path = self.folder.nar(hash);
-        let Some(file) = there(File::open(&path))? else {
+        let Some(file) = if_exists(File::open(&path))? else {
             return Ok(None);
         };
         // It may be removed between the two; the open file stays readable.
-        there(touch(&path, TOUCH_INTERVAL))?;
+        if_exists(touch(&path, TOUCH_INTERVAL))?;
         let size = file.metadata()?.len();
         Ok(Some((file, size)))
     }
@@ -286,19 +286,27 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn note_upload(&self, cache: &CacheName, name: &str, upload: &Upload) -> io::Result<()> {
-        let Upload {
+    pub fn note_upload(
+        &self,
+        cache: &CacheName,
+        name: &str,
+        upload: &PendingUpload,
+    ) -> io::Result<()> {
+        let PendingUpload {
             nar_hash,
             nar_size,
-            came_hash,
-            came_size,
+            received_hash,
+            received_size,
         } = upload;
         let text = format!(
-            "NarHash: {nar_hash}\nNarSize: {nar_size}\nFileHash: {came_hash}\nFileSize: {came_size}\n"
+            "NarHash: {nar_hash}\nNarSize: {nar_size}\nFileHash: {received_hash}\nFileSize: {received_size}\n"
         );
-        let (epoch, file) = (self.durable.begin(), self.folder.uploads(cache).join(name));
+        let (epoch, file) = (
+            self.durability.begin(),
+            self.folder.uploads(cache).join(name),
+        );
         self.folder.write_whole(&file, &text)?;
-        epoch.came(file);
+        epoch.file_added(file);
         Ok(())
     }
 
@@ -306,16 +314,20 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn upload(&self, cache: &CacheName, name: &str) -> io::Result<Option<Upload>> {
-        let _kept = self.keep();
+    pub fn pending_upload(
+        &self,
+        cache: &CacheName,
+        name: &str,
+    ) -> io::Result<Option<PendingUpload>> {
+        let _kept = self.prevent_removal();
         let path = self.folder.uploads(cache).join(name);
-        let Some(text) = there(std::fs::read_to_string(&path))? else {
+        let Some(text) = if_exists(std::fs::read_to_string(&path))? else {
             return Ok(None);
         };
         let Some(upload) = parse_upload(&text) else {
             return Ok(None);
         };
-        let nar = there(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
+        let nar = if_exists(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
         touch(&path, Duration::ZERO)?;
         Ok(nar.map(|()| upload))
     }
@@ -323,7 +335,7 @@ impl Store {
 
 /// Marks a NAR as one that a cache may serve. A link to it takes no inode, and making those is what costs.
 /// `false` if the mark is a file of its own.
-fn mark(marker: &Path, nar: &Path) -> io::Result<bool> {
+fn write_marker(marker: &Path, nar: &Path) -> io::Result<bool> {
     match std::fs::hard_link(nar, marker) {
         Ok(()) => Ok(true),
         // Of an earlier path with this NAR, and it may be one or the other.
@@ -350,16 +362,16 @@ fn narinfo(path: &PathInfo, nar: StoredNar) -> NarInfo {
     }
 }
 
-fn parse_upload(text: &str) -> Option<Upload> {
+fn parse_upload(text: &str) -> Option<PendingUpload> {
     let field = |name: &str| {
         text.lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
     };
-    Some(Upload {
+    Some(PendingUpload {
         nar_hash: Sha256::parse(field("NarHash")?).ok()?,
         nar_size: field("NarSize")?.parse().ok()?,
-        came_hash: Sha256::parse(field("FileHash")?).ok()?,
-        came_size: field("FileSize")?.parse().ok()?,
+        received_hash: Sha256::parse(field("FileHash")?).ok()?,
+        received_size: field("FileSize")?.parse().ok()?,
     })
 }
 
@@ -398,7 +410,7 @@ fn touch(path: &Path, interval: Duration) -> io::Result<()> {
 }
 
 /// `None` where there is no such file.
-fn there<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+fn if_exists<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

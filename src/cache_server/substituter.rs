@@ -8,14 +8,14 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use tokio_util::io::ReaderStream;
 
-use crate::cache_server::body::Incoming;
-use crate::cache_server::connection::Moved;
+use crate::cache_server::body::RequestBody;
+use crate::cache_server::connection::BytesMoved;
+use crate::cache_server::error::ErrorResponse;
 use crate::cache_server::ingest::Format;
-use crate::cache_server::refusal::Refusal;
-use crate::cache_server::state::{Cache, Cost, State as Shared};
-use crate::cache_server::store::Upload;
+use crate::cache_server::state::{Cache, Cost, ServerState};
+use crate::cache_server::store::PendingUpload;
 use crate::cache_server::token::Scope;
-use crate::cache_server::upload::{check_length, commit, packed_nar};
+use crate::cache_server::upload::{check_length, commit, receive_compressed};
 use crate::cache_server::upload_info::check_narinfo;
 use crate::nix::hash::Sha256;
 use crate::nix::narinfo::NarInfo;
@@ -32,10 +32,10 @@ const READ_BUFFER: usize = 128 * 1024;
 /// # Errors
 /// 401 or 404.
 pub async fn cache_info(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     Path(cache): Path<String>,
     headers: HeaderMap,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     readable(&shared, &headers, &cache)?;
     let text = format!(
         "WantMassQuery: 1\nStoreDir: {STORE_DIR}\nPriority: {}\n",
@@ -49,17 +49,17 @@ pub async fn cache_info(
 /// # Errors
 /// 401 or 404.
 pub async fn get_narinfo(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     headers: HeaderMap,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     let cache = readable(&shared, &headers, &cache)?;
     let hash = path_hash(&file)?;
     let name = cache.name.clone();
     let info = shared
         .brief(move |store| store.object(&name, &hash))
         .await?;
-    let info = sign(info.ok_or_else(Refusal::no_object)?, cache);
+    let info = sign(info.ok_or_else(ErrorResponse::no_object)?, cache);
     Ok(answer(
         &shared,
         "text/x-nix-narinfo",
@@ -82,10 +82,10 @@ fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
 /// # Errors
 /// 401 or 404.
 pub async fn get_nar(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     request: Request,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     let cache = readable(&shared, request.headers(), &cache)?;
     let name = cache.name.clone();
     let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
@@ -102,16 +102,16 @@ pub async fn get_nar(
         return Ok(response);
     }
     let name = cache.name.clone();
-    let sent = request.method() == axum::http::Method::HEAD && arriving(&file).is_ok();
+    let sent = request.method() == axum::http::Method::HEAD && parse_upload_name(&file).is_ok();
     if sent
         && shared
-            .blocking(move |store| store.upload(&name, &file))
+            .blocking(move |store| store.pending_upload(&name, &file))
             .await?
             .is_some()
     {
         return Ok(answer(&shared, "application/x-nix-nar", Body::empty()));
     }
-    Err(Refusal::no_object())
+    Err(ErrorResponse::no_object())
 }
 
 /// Takes a NAR in whatever packing `nix copy` was asked for, and keeps it until its narinfo comes.
@@ -120,29 +120,29 @@ pub async fn get_nar(
 /// 401, 403 or 404 before the body is read; 400 when the file is not what its name says, 415 for
 /// packings that this server does not know.
 pub async fn put_nar(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     request: Request,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     let (parts, body) = request.into_parts();
     let cache = shared
         .authorise(&parts.headers, &cache, Scope::Write)?
         .name
         .clone();
-    let (hash, format) = arriving(&file)?;
+    let (hash, format) = parse_upload_name(&file)?;
     check_length(&parts.headers, None)?;
-    let _place = shared.upload_place(Cost::Packed).await?;
-    let taken = packed_nar(&shared, &mut Incoming::new(body), format, hash).await?;
-    let upload = Upload {
+    let _slot = shared.upload_slot(Cost::Compressed).await?;
+    let taken = receive_compressed(&shared, &mut RequestBody::new(body), format, hash).await?;
+    let upload = PendingUpload {
         nar_hash: taken.nar_hash,
         nar_size: taken.nar_size,
-        came_hash: taken.came_hash,
-        came_size: taken.came_size,
+        received_hash: taken.received_hash,
+        received_size: taken.received_size,
     };
     shared
         .blocking(move |store| store.note_upload(&cache, &file, &upload))
         .await?;
-    Ok(created(upload.came_size))
+    Ok(created(upload.received_size))
 }
 
 /// Takes a narinfo whose NAR came before, if it says of that NAR what we found ourselves.
@@ -150,21 +150,23 @@ pub async fn put_nar(
 /// # Errors
 /// 401, 403 or 404 before the body is read; 400 when it does not fit the NAR or is not right.
 pub async fn put_narinfo(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     request: Request,
-) -> Result<Response, Refusal> {
+) -> Result<Response, ErrorResponse> {
     let (parts, body) = request.into_parts();
     let cache = shared
         .authorise(&parts.headers, &cache, Scope::Write)?
         .name
         .clone();
-    let hash = path_hash(&file).map_err(|_| Refusal::method())?;
-    let text = Incoming::new(body).all(NARINFO_LIMIT).await?;
-    let text = String::from_utf8(text).map_err(|_| Refusal::request("the narinfo is not UTF-8"))?;
-    let info = NarInfo::parse(&text).map_err(|error| Refusal::request(error.to_string()))?;
+    let hash = path_hash(&file).map_err(|_| ErrorResponse::method_not_allowed())?;
+    let text = RequestBody::new(body).read_all(NARINFO_LIMIT).await?;
+    let text = String::from_utf8(text)
+        .map_err(|_| ErrorResponse::bad_request("the narinfo is not UTF-8"))?;
+    let info =
+        NarInfo::parse(&text).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
     if info.path.hash() != hash {
-        return Err(Refusal::request(format!(
+        return Err(ErrorResponse::bad_request(format!(
             "the narinfo is of `{}`",
             info.path
         )));
@@ -172,31 +174,34 @@ pub async fn put_narinfo(
     let name = info
         .url
         .strip_prefix("nar/")
-        .filter(|name| arriving(name).is_ok())
+        .filter(|name| parse_upload_name(name).is_ok())
         .map(str::to_owned);
-    let name =
-        name.ok_or_else(|| Refusal::request("the narinfo's `URL` is not `nar/<file hash>.nar…`"))?;
+    let name = name.ok_or_else(|| {
+        ErrorResponse::bad_request("the narinfo's `URL` is not `nar/<file hash>.nar…`")
+    })?;
     let of = cache.clone();
     let upload = shared
-        .blocking(move |store| store.upload(&of, &name))
+        .blocking(move |store| store.pending_upload(&of, &name))
         .await?;
-    let upload =
-        upload.ok_or_else(|| Refusal::request("the narinfo's NAR was not sent before it"))?;
+    let upload = upload
+        .ok_or_else(|| ErrorResponse::bad_request("the narinfo's NAR was not sent before it"))?;
     check_fit(&info, &upload)?;
-    let path = check_narinfo(info).map_err(|error| Refusal::request(error.to_string()))?;
+    let path =
+        check_narinfo(info).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
     let nar_hash = path.nar_hash;
     let nar = shared
         .blocking(move |store| store.known_nar(&nar_hash))
         .await?;
-    let nar = nar
-        .ok_or_else(|| Refusal::busy("the NAR was removed before it was claimed; send it again"))?;
+    let nar = nar.ok_or_else(|| {
+        ErrorResponse::unavailable("the NAR was removed before it was claimed; send it again")
+    })?;
     commit(&shared, &cache, path, nar).await?;
     Ok(created(text.len() as u64))
 }
 
-fn check_fit(info: &NarInfo, upload: &Upload) -> Result<(), Refusal> {
+fn check_fit(info: &NarInfo, upload: &PendingUpload) -> Result<(), ErrorResponse> {
     let wrong = |field: &str| {
-        Err(Refusal::request(format!(
+        Err(ErrorResponse::bad_request(format!(
             "the narinfo's `{field}` is not that of the NAR that came"
         )))
     };
@@ -204,9 +209,15 @@ fn check_fit(info: &NarInfo, upload: &Upload) -> Result<(), Refusal> {
         wrong("NarHash")
     } else if info.nar_size != upload.nar_size {
         wrong("NarSize")
-    } else if info.file_hash.is_some_and(|hash| hash != upload.came_hash) {
+    } else if info
+        .file_hash
+        .is_some_and(|hash| hash != upload.received_hash)
+    {
         wrong("FileHash")
-    } else if info.file_size.is_some_and(|size| size != upload.came_size) {
+    } else if info
+        .file_size
+        .is_some_and(|size| size != upload.received_size)
+    {
         wrong("FileSize")
     } else {
         Ok(())
@@ -215,21 +226,21 @@ fn check_fit(info: &NarInfo, upload: &Upload) -> Result<(), Refusal> {
 
 /// A substituter learns of a cache that is not there what it learns of a path that is not there.
 fn readable<'a>(
-    shared: &'a Shared,
+    shared: &'a ServerState,
     headers: &HeaderMap,
     cache: &str,
-) -> Result<&'a Cache, Refusal> {
+) -> Result<&'a Cache, ErrorResponse> {
     if !shared.caches.contains_key(cache) {
-        return Err(Refusal::no_cache());
+        return Err(ErrorResponse::no_cache());
     }
     shared.authorise(headers, cache, Scope::Read)
 }
 
-fn path_hash(file: &str) -> Result<PathHash, Refusal> {
+fn path_hash(file: &str) -> Result<PathHash, ErrorResponse> {
     let hash = file
         .strip_suffix(".narinfo")
-        .ok_or_else(Refusal::not_found)?;
-    PathHash::parse(hash).map_err(|_| Refusal::no_object())
+        .ok_or_else(ErrorResponse::not_found)?;
+    PathHash::parse(hash).map_err(|_| ErrorResponse::no_object())
 }
 
 fn nar_hash(text: &str) -> Option<Sha256> {
@@ -239,21 +250,22 @@ fn nar_hash(text: &str) -> Option<Sha256> {
 }
 
 /// `<file hash>.nar[.<packing>]`, as Nix names what it sends.
-fn arriving(file: &str) -> Result<(Sha256, Format), Refusal> {
+fn parse_upload_name(file: &str) -> Result<(Sha256, Format), ErrorResponse> {
     let (stem, packing) = file.split_once('.').unwrap_or((file, ""));
-    let hash = nar_hash(stem)
-        .ok_or_else(|| Refusal::request("a NAR's name is `<file hash in base32>.nar…`"))?;
+    let hash = nar_hash(stem).ok_or_else(|| {
+        ErrorResponse::bad_request("a NAR's name is `<file hash in base32>.nar…`")
+    })?;
     match packing {
         "nar" => Ok((hash, Format::None)),
         "nar.xz" => Ok((hash, Format::Xz)),
         "nar.zst" => Ok((hash, Format::Zstd)),
-        _ => Err(Refusal::media_type(
+        _ => Err(ErrorResponse::unsupported_media_type(
             "this cache takes NARs as they are, xz or zstd; add `?compression=zstd` to the store's URL",
         )),
     }
 }
 
-fn answer(shared: &Shared, kind: &'static str, body: Body) -> Response {
+fn answer(shared: &ServerState, kind: &'static str, body: Body) -> Response {
     let mut response = body.into_response();
     response
         .headers_mut()
@@ -267,8 +279,8 @@ fn answer(shared: &Shared, kind: &'static str, body: Body) -> Response {
     response
 }
 
-fn created(came: u64) -> Response {
+fn created(received: u64) -> Response {
     let mut response = StatusCode::CREATED.into_response();
-    response.extensions_mut().insert(Moved(came));
+    response.extensions_mut().insert(BytesMoved(received));
     response
 }

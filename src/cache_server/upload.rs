@@ -6,11 +6,11 @@ use std::sync::Arc;
 use axum::http::{HeaderMap, header};
 use sha2::Digest as _;
 
-use crate::cache_server::body::Incoming;
-use crate::cache_server::ingest::{Format, Plan, Stop, Taken, ingest};
-use crate::cache_server::pack::Packers;
-use crate::cache_server::refusal::Refusal;
-use crate::cache_server::state::State;
+use crate::cache_server::body::RequestBody;
+use crate::cache_server::compress::CompressorPool;
+use crate::cache_server::error::ErrorResponse;
+use crate::cache_server::ingest::{Format, IngestError, IngestOptions, IngestedNar, ingest};
+use crate::cache_server::state::ServerState;
 use crate::cache_server::store::{Store, StoredNar};
 use crate::nix::cache_name::CacheName;
 use crate::nix::hash::Sha256;
@@ -18,17 +18,17 @@ use crate::nix::path_info::PathInfo;
 
 /// A NAR up to this size, in bytes, is read whole before it is worked on: handing pieces to a thread costs more.
 /// So many uploads as may be under way at once need 8 MiB for it.
-const WHOLE: usize = 256 * 1024;
+const SMALL_NAR: usize = 256 * 1024;
 
 /// What became of a NAR.
 #[derive(Clone, Copy, Debug)]
-pub struct Settled {
+pub struct StoredUpload {
     /// Its compressed file.
     pub nar: StoredNar,
     /// Whether it was here already.
     pub known: bool,
     /// Bytes that came.
-    pub came: u64,
+    pub received: u64,
 }
 
 /// Takes a path whose NAR's hash and size are announced, and makes it visible. Even if the NAR is known already all of
@@ -36,65 +36,69 @@ pub struct Settled {
 ///
 /// # Errors
 /// 400 when it is not what was announced, 503 when its NAR was removed meanwhile.
-pub async fn announced(
-    state: &State,
-    body: &mut Incoming,
+pub async fn receive_announced(
+    state: &ServerState,
+    body: &mut RequestBody,
     cache: &CacheName,
     path: PathInfo,
-) -> Result<Settled, Refusal> {
+) -> Result<StoredUpload, ErrorResponse> {
     let (cache, level) = (cache.clone(), state.options.level);
     if let Some(size) = usize::try_from(path.nar_size)
         .ok()
-        .filter(|size| *size <= WHOLE)
+        .filter(|size| *size <= SMALL_NAR)
     {
-        let (nar, packers) = (body.up_to(size).await?, Arc::clone(&state.packers));
+        let (nar, compressors) = (body.up_to(size).await?, Arc::clone(&state.compressors));
         return state
-            .brief(move |store| whole(store, &packers, &cache, &path, &nar))
+            .brief(move |store| store_small(store, &compressors, &cache, &path, &nar))
             .await;
     }
-    let (path, known, plan) = state
+    let (path, known, options) = state
         .blocking(move |store| {
-            prepare(store, &path, level).map(|(known, plan)| (path, known, plan))
+            prepare(store, &path, level).map(|(known, options)| (path, known, options))
         })
         .await?;
-    let taken = ingest(body, plan)
+    let taken = ingest(body, options)
         .await?
-        .map_err(|stop| refuse(stop, path.nar_size))?;
+        .map_err(|error| refuse(error, path.nar_size))?;
     state
-        .blocking(move |store| settle(store, &cache, &path, known, taken))
+        .blocking(move |store| store_ingested(store, &cache, &path, known, taken))
         .await
 }
 
-fn whole(
+fn store_small(
     store: &Store,
-    packers: &Packers,
+    compressors: &CompressorPool,
     cache: &CacheName,
     path: &PathInfo,
     nar: &[u8],
-) -> Result<Settled, Refusal> {
-    let came = nar.len() as u64;
-    if came > path.nar_size {
-        return Err(refuse(Stop::TooLong, path.nar_size));
+) -> Result<StoredUpload, ErrorResponse> {
+    let received = nar.len() as u64;
+    if received > path.nar_size {
+        return Err(refuse(IngestError::TooLong, path.nar_size));
     }
-    check(path, came, Sha256(sha2::Sha256::digest(nar).into()))?;
+    check(path, received, Sha256(sha2::Sha256::digest(nar).into()))?;
     let known = store.known_nar(&path.nar_hash)?;
     let stored = match known {
         Some(known) => known,
-        None => store.publish_packed(&packers.pack(nar)?, &path.nar_hash)?,
+        None => store.publish_compressed(&compressors.compress(nar)?, &path.nar_hash)?,
     };
     finish(
         store,
         cache,
         path,
-        Settled {
+        StoredUpload {
             nar: stored,
             known: known.is_some(),
-            came,
+            received,
         },
     )
 }
 
-fn prepare(store: &Store, path: &PathInfo, level: i32) -> io::Result<(Option<StoredNar>, Plan)> {
+fn prepare(
+    store: &Store,
+    path: &PathInfo,
+    level: i32,
+) -> io::Result<(Option<StoredNar>, IngestOptions)> {
     let known = store.known_nar(&path.nar_hash)?;
     let target = known
         .is_none()
@@ -102,7 +106,7 @@ fn prepare(store: &Store, path: &PathInfo, level: i32) -> io::Result<(Option<Sto
         .transpose()?;
     Ok((
         known,
-        Plan {
+        IngestOptions {
             format: Format::None,
             nar_size: Some(path.nar_size),
             target,
@@ -111,19 +115,19 @@ fn prepare(store: &Store, path: &PathInfo, level: i32) -> io::Result<(Option<Sto
     ))
 }
 
-fn settle(
+fn store_ingested(
     store: &Store,
     cache: &CacheName,
     path: &PathInfo,
     known: Option<StoredNar>,
-    taken: Taken,
-) -> Result<Settled, Refusal> {
+    taken: IngestedNar,
+) -> Result<StoredUpload, ErrorResponse> {
     check(path, taken.nar_size, taken.nar_hash)?;
     let nar = match (known, taken.stored) {
         (Some(nar), _) => nar,
         (None, Some((file, nar))) => store.publish_nar(file, &path.nar_hash, nar)?,
         (None, None) => {
-            return Err(Refusal::internal(&io::Error::other(
+            return Err(ErrorResponse::internal(&io::Error::other(
                 "a NAR was read and not stored",
             )));
         }
@@ -132,20 +136,20 @@ fn settle(
         store,
         cache,
         path,
-        Settled {
+        StoredUpload {
             nar,
             known: known.is_some(),
-            came: taken.came_size,
+            received: taken.received_size,
         },
     )
 }
 
 /// Whether a NAR is what was announced.
-fn check(path: &PathInfo, came: u64, hash: Sha256) -> Result<(), Refusal> {
-    if came != path.nar_size {
+fn check(path: &PathInfo, received: u64, hash: Sha256) -> Result<(), ErrorResponse> {
+    if received != path.nar_size {
         let announced = path.nar_size;
         return Err(wrong_nar(&format!(
-            "{came} bytes came, {announced} were announced"
+            "{received} bytes received, {announced} were announced"
         )));
     }
     if hash != path.nar_hash {
@@ -161,10 +165,10 @@ fn finish(
     store: &Store,
     cache: &CacheName,
     path: &PathInfo,
-    settled: Settled,
-) -> Result<Settled, Refusal> {
-    if store.commit(cache, path, settled.nar)? {
-        Ok(settled)
+    stored: StoredUpload,
+) -> Result<StoredUpload, ErrorResponse> {
+    if store.commit(cache, path, stored.nar)? {
+        Ok(stored)
     } else {
         Err(removed())
     }
@@ -174,24 +178,26 @@ fn finish(
 ///
 /// # Errors
 /// 400 when it is not what its name says, or cannot be unpacked.
-pub async fn packed_nar(
-    state: &State,
-    body: &mut Incoming,
+pub async fn receive_compressed(
+    state: &ServerState,
+    body: &mut RequestBody,
     format: Format,
-    came_hash: Sha256,
-) -> Result<Taken, Refusal> {
+    received_hash: Sha256,
+) -> Result<IngestedNar, ErrorResponse> {
     let target = Some(state.blocking(|store| store.folder().temporary()).await?);
-    let plan = Plan {
+    let options = IngestOptions {
         format,
         nar_size: None,
         target,
         level: state.options.level,
     };
-    let mut taken = ingest(body, plan).await?.map_err(|stop| refuse(stop, 0))?;
-    if taken.came_hash != came_hash {
+    let mut taken = ingest(body, options)
+        .await?
+        .map_err(|error| refuse(error, 0))?;
+    if taken.received_hash != received_hash {
         return Err(wrong_nar(&format!(
-            "what came is {}, its name says {came_hash}",
-            taken.came_hash
+            "what came is {}, its name says {received_hash}",
+            taken.received_hash
         )));
     }
     if taken.nar_size == 0 {
@@ -211,11 +217,11 @@ pub async fn packed_nar(
 /// # Errors
 /// 503 when its NAR was removed meanwhile.
 pub async fn commit(
-    state: &State,
+    state: &ServerState,
     cache: &CacheName,
     path: PathInfo,
     nar: StoredNar,
-) -> Result<(), Refusal> {
+) -> Result<(), ErrorResponse> {
     let cache = cache.clone();
     if state
         .blocking(move |store| store.commit(&cache, &path, nar))
@@ -227,21 +233,21 @@ pub async fn commit(
     }
 }
 
-fn removed() -> Refusal {
-    Refusal::busy("the NAR was removed before it was claimed; send it again")
+fn removed() -> ErrorResponse {
+    ErrorResponse::unavailable("the NAR was removed before it was claimed; send it again")
 }
 
 /// Refuses a body that cannot be right, before it is read.
 ///
 /// # Errors
 /// 400 when it is empty or announced with another length than `expected`.
-pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), Refusal> {
+pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), ErrorResponse> {
     let Some(length) = headers.get(header::CONTENT_LENGTH) else {
         return Ok(());
     };
     let length: Option<u64> = length.to_str().ok().and_then(|text| text.parse().ok());
     match (length, expected) {
-        (Some(0), _) => Err(Refusal::request("the request has no body")),
+        (Some(0), _) => Err(ErrorResponse::bad_request("the request has no body")),
         (Some(length), Some(expected)) if length != expected => Err(wrong_nar(&format!(
             "`Content-Length` is {length}, {expected} bytes were announced"
         ))),
@@ -250,17 +256,21 @@ pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), Re
 }
 
 /// Attic's words, which clients look for.
-fn wrong_nar(problem: &str) -> Refusal {
-    Refusal::request(format!("Bad NAR Hash or Size: {problem}"))
+fn wrong_nar(problem: &str) -> ErrorResponse {
+    ErrorResponse::bad_request(format!("Bad NAR Hash or Size: {problem}"))
 }
 
-fn refuse(stop: Stop, announced: u64) -> Refusal {
-    match stop {
-        Stop::TooLong => wrong_nar(&format!("more than the announced {announced} bytes came")),
-        Stop::Packing(problem) => {
-            Refusal::request(format!("the NAR cannot be unpacked: {problem}"))
+fn refuse(error: IngestError, announced: u64) -> ErrorResponse {
+    match error {
+        IngestError::TooLong => {
+            wrong_nar(&format!("more than the announced {announced} bytes came"))
         }
-        Stop::Disk(error) => Refusal::internal(&error),
-        Stop::Abandoned => Refusal::request("the request's body ended before its announced length"),
+        IngestError::Corrupt(problem) => {
+            ErrorResponse::bad_request(format!("the NAR cannot be unpacked: {problem}"))
+        }
+        IngestError::Disk(error) => ErrorResponse::internal(&error),
+        IngestError::Abandoned => {
+            ErrorResponse::bad_request("the request's body ended before its announced length")
+        }
     }
 }

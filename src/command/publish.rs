@@ -28,7 +28,7 @@ use crate::exit::{Exit, Explain, UsageError};
 use crate::http::{Clients, Names, Roots};
 use crate::nix::bootstrap;
 use crate::nix::key::PublicKey;
-use crate::nix::path_info::Found;
+use crate::nix::path_info::PathInfos;
 use crate::nix::store::Store;
 use crate::nix::store_path::StorePath;
 use crate::progress::Sink;
@@ -248,8 +248,12 @@ fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Resu
 }
 
 /// The store, and the facts of everything that is to be published.
-async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store, Found), Failure> {
-    if let Some(store) = bootstrap::at_hand(env).await
+async fn closure(
+    env: &Env,
+    sink: &Sink,
+    wanted: &[StorePath],
+) -> Result<(Store, PathInfos), Failure> {
+    if let Some(store) = bootstrap::local_store(env).await
         && let Ok(found) = store.closure(wanted).await
         && unknown(&found, wanted).is_none()
     {
@@ -263,7 +267,7 @@ async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store,
 }
 
 /// The first of these paths that was not found.
-fn unknown<'a>(found: &Found, wanted: &'a [StorePath]) -> Option<&'a StorePath> {
+fn unknown<'a>(found: &PathInfos, wanted: &'a [StorePath]) -> Option<&'a StorePath> {
     let known: BTreeSet<&StorePath> = found.infos.iter().map(|info| &info.path).collect();
     let unreadable = |path: &StorePath| {
         found
@@ -281,11 +285,11 @@ async fn closure_of_mended(
     env: &Env,
     sink: &Sink,
     wanted: &[StorePath],
-) -> Result<(Store, Found), Failure> {
+) -> Result<(Store, PathInfos), Failure> {
     let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
     let found = async {
         let store = match &ready.opened {
-            Some(opened) => Store::opened(&ready.nix, opened).await?,
+            Some(opened) => Store::from_opened(&ready.nix, opened).await?,
             None => Store::open(&ready.nix).await?,
         };
         let found = store.closure(wanted).await?;
@@ -300,7 +304,7 @@ async fn deliver(
     publisher: Publisher,
     attic: &Attic,
     key: Option<PublicKey>,
-    found: &Found,
+    found: &PathInfos,
     limit: Duration,
 ) -> Result<(Outcome, Verification), Failure> {
     let (cancel, _listening) = until_signalled()?;

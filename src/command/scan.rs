@@ -13,7 +13,7 @@ use crate::command::inputs::{Text, choice};
 use crate::command::job::policy::{PolicyInputs, scanner};
 use crate::exit::{Exit, Explain};
 use crate::nix::nar::DumpError;
-use crate::nix::scan::{Finding, Looked};
+use crate::nix::scan::{Finding, ScanResult};
 use crate::nix::store_path::StorePath;
 use crate::policy::Ruling;
 use crate::progress::Progress;
@@ -108,7 +108,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let looking = tokio::task::spawn_blocking(move || {
         let mut all = Vec::new();
         for (done, path) in real.into_iter().enumerate() {
-            let looked: Looked = scanner.look_into(&path)?;
+            let looked: ScanResult = scanner.scan(&path)?;
             size += looked.bytes;
             sink.send(Progress::Moved {
                 done: done as u64 + 1,
@@ -130,7 +130,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     screen.finish();
     let (all, size) = looked.and_then(|looked| looked).map_err(Error::from)?;
     let found = all.into_iter().filter_map(|(path, finding)| {
-        let ruling = kept.policy.rule(true, finding.rule, &name(&path), true);
+        let ruling = kept.policy.decide(true, finding.rule, &name(&path), true);
         let withheld = ruling == Ruling::Withhold;
         (ruling != Ruling::Publish).then(|| Found {
             path: path.display().to_string(),
@@ -188,6 +188,6 @@ fn tell(found: &[Found], workflow: &Workflow) {
         } else {
             Level::Warning
         };
-        workflow.annotate(level, finding.rule.word(), &format!("{path}: {finding}"));
+        workflow.annotate(level, finding.rule.as_str(), &format!("{path}: {finding}"));
     }
 }

@@ -24,7 +24,7 @@ use crate::runner::env::Env;
 /// A daemon that is asked to end has nothing to finish.
 const DAEMON_GRACE: Duration = Duration::from_secs(2);
 /// Folders that newer versions refuse to build in if everybody may write to them.
-const GUARDED: [&str; 4] = ["/nix", "/nix/store", "/nix/var", "/nix/var/nix"];
+const GUARDED_FOLDERS: [&str; 4] = ["/nix", "/nix/store", "/nix/var", "/nix/var/nix"];
 
 /// Why there is no working Nix.
 #[derive(Debug, Error)]
@@ -126,7 +126,7 @@ pub struct Ready {
 struct Daemon {
     service: Service,
     /// Its socket, if there was none before.
-    made: Option<PathBuf>,
+    created_socket: Option<PathBuf>,
 }
 
 impl Ready {
@@ -149,11 +149,15 @@ impl Ready {
 
     /// Ends the daemon that was started for this job, if one was. Dropping does the same, less gently.
     pub async fn stop(self) {
-        let Some(Daemon { service, made }) = self.daemon else {
+        let Some(Daemon {
+            service,
+            created_socket,
+        }) = self.daemon
+        else {
             return;
         };
         service.stop(DAEMON_GRACE).await;
-        if let Some(socket) = made {
+        if let Some(socket) = created_socket {
             // A socket that nobody answers at is what the job found; where it found none, none stays.
             let _ = std::fs::remove_file(socket);
         }
@@ -165,15 +169,15 @@ impl Ready {
 /// # Errors
 /// When there is no working Nix at the end; each error says what the machine's owner can do.
 pub async fn ready(env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, Error> {
-    Host::this().ready(env, sink, limit).await
+    Host::current().ready(env, sink, limit).await
 }
 
 /// The store of this machine for one who only reads it: by its database, so that it wants no call of Nix and no daemon.
 /// `None` where that does not do: there is no Nix, or its database is not ours to read. Then `ready` says why, or mends
 /// it. A path that is not in it may yet be valid, in a store that the settings name.
-pub async fn at_hand(env: &Env) -> Option<Store> {
-    let found = tool::find(env, &Host::this().places)?;
-    Store::at_hand(&Nix::unasked(&found.program, env)).await
+pub async fn local_store(env: &Env) -> Option<Store> {
+    let found = tool::find(env, &Host::current().places)?;
+    Store::from_database(&Nix::unversioned(&found.program, env)).await
 }
 
 /// The machine, as far as bootstrapping depends on it. Tests make their own.
@@ -191,12 +195,12 @@ pub struct Host {
 
 impl Host {
     /// This machine.
-    pub fn this() -> Self {
+    pub fn current() -> Self {
         Self {
             places: WELL_KNOWN.map(PathBuf::from).into(),
             system: ["/usr/bin", "/bin"].map(PathBuf::from).into(),
             root: rustix::process::geteuid().is_root(),
-            guarded: GUARDED.map(PathBuf::from).into(),
+            guarded: GUARDED_FOLDERS.map(PathBuf::from).into(),
         }
     }
 
@@ -214,10 +218,10 @@ impl Host {
         let found = found.or_else(|| tool::find(env, &self.places));
         let found = found.ok_or(Error::Missing("the package came without the program"))?;
         // Calls of Nix cost more than all the rest, so what does not depend on the version is asked beside it.
-        let unasked = Nix::unasked(&found.program, env);
-        let first = async { Ok(repair::FirstLook::take(&unasked, deadline).await) };
+        let unversioned = Nix::unversioned(&found.program, env);
+        let early = async { Ok(repair::EarlyProbe::run(&unversioned, deadline).await) };
         // A program that is no Nix is not asked again and again.
-        let (nix, first) = tokio::try_join!(Nix::at(&found.program, env), first)?;
+        let (nix, early) = tokio::try_join!(Nix::detect(&found.program, env), early)?;
         let folder = (!found.on_path).then(|| nix.folder().to_owned());
         let mut ready = Ready {
             nix,
@@ -228,8 +232,8 @@ impl Host {
             settings_before: None,
             daemon: None,
         };
-        let users = repair::open(self, &mut ready, first, deadline).await?;
-        self.guard(&ready.nix, users, sink)?;
+        let users = repair::open_store(self, &mut ready, early, deadline).await?;
+        self.check_guarded(&ready.nix, users, sink)?;
         for repair in &ready.repairs {
             // A setting costs the job nothing; a dead daemon is for the machine's owner to know.
             if repair.setting.is_some() {
@@ -242,7 +246,7 @@ impl Host {
     }
 
     /// Since the fixes of CVE-2025-46415 Nix builds as other users only where strangers cannot write.
-    fn guard(&self, nix: &Nix, users: BuildUsers, sink: &Sink) -> Result<(), Error> {
+    fn check_guarded(&self, nix: &Nix, users: BuildUsers, sink: &Sink) -> Result<(), Error> {
         let Some(folder) = self.guarded.iter().find(|folder| is_world_writable(folder)) else {
             return Ok(());
         };

@@ -12,13 +12,13 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension as _, Row, Statement, pa
 use thiserror::Error;
 
 use crate::nix::hash::Sha256;
-use crate::nix::path_info::{Found, PathInfo, Unreadable};
+use crate::nix::path_info::{PathInfo, PathInfos, Unreadable};
 use crate::nix::store_path::{PathHash, STORE_DIR, StorePath};
 use crate::text::one_line;
 
 /// SQLite itself tries again this long while a writer holds the database.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
-/// The columns that `Registered` is read from.
+/// The columns that `ValidPathRow` is read from.
 const COLUMNS: &str = "id, path, hash, narSize, deriver, ultimate, sigs, ca";
 
 /// Why the database gave no answer.
@@ -56,7 +56,7 @@ pub struct Added {
 }
 
 /// A row of `ValidPaths` with its references, not yet judged.
-struct Registered {
+struct ValidPathRow {
     id: i64,
     path: String,
     hash: String,
@@ -68,8 +68,8 @@ struct Registered {
 }
 
 /// A valid path that can be described, or one that cannot.
-enum Judged {
-    Known(PathInfo),
+enum Classified {
+    Readable(PathInfo),
     Unreadable(Unreadable),
 }
 
@@ -116,17 +116,17 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn after(&self, id: i64) -> Result<Added, Error> {
-        self.rows_after(id).map_err(Error::Read)
+    pub fn added_after(&self, id: i64) -> Result<Added, Error> {
+        self.read_added_after(id).map_err(Error::Read)
     }
 
-    fn rows_after(&self, id: i64) -> rusqlite::Result<Added> {
+    fn read_added_after(&self, id: i64) -> rusqlite::Result<Added> {
         // One snapshot for both queries.
         let snapshot = self.connection.unchecked_transaction()?;
         let query = format!("select {COLUMNS} from ValidPaths where id > ?1 order by id");
         let mut statement = snapshot.prepare_cached(&query)?;
         let rows = statement
-            .query_map([id], Registered::read)?
+            .query_map([id], ValidPathRow::read)?
             .collect::<Result<Vec<_>, _>>()?;
         let mut references: BTreeMap<i64, Vec<String>> = BTreeMap::new();
         let query = "select r.referrer, p.path from Refs r join ValidPaths p on p.id = r.reference where r.referrer > ?1";
@@ -143,9 +143,9 @@ impl Db {
         for row in rows {
             let id = row.id;
             added.last_id = id;
-            match row.judge(references.remove(&id).unwrap_or_default()) {
-                Judged::Known(info) => added.rows.push((id, info)),
-                Judged::Unreadable(path) => added.unreadable.push(path),
+            match row.classify(references.remove(&id).unwrap_or_default()) {
+                Classified::Readable(info) => added.rows.push((id, info)),
+                Classified::Unreadable(path) => added.unreadable.push(path),
             }
         }
         Ok(added)
@@ -155,7 +155,7 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn valid_of(&self, hashes: &[PathHash]) -> Result<Vec<StorePath>, Error> {
+    pub fn valid_by_hash(&self, hashes: &[PathHash]) -> Result<Vec<StorePath>, Error> {
         let found = || -> rusqlite::Result<Vec<String>> {
             let query = "select path from ValidPaths where path >= ?1 and path < ?2 limit 1";
             let mut statement = self.connection.prepare_cached(query)?;
@@ -211,7 +211,7 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn infos(&self, paths: &[StorePath]) -> Result<Found, Error> {
+    pub fn infos(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         self.look_up(paths, Reach::Themselves).map_err(Error::Read)
     }
 
@@ -219,23 +219,23 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn closure(&self, paths: &[StorePath]) -> Result<Found, Error> {
+    pub fn closure(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         self.look_up(paths, Reach::Closure).map_err(Error::Read)
     }
 
-    fn look_up(&self, paths: &[StorePath], reach: Reach) -> rusqlite::Result<Found> {
+    fn look_up(&self, paths: &[StorePath], reach: Reach) -> rusqlite::Result<PathInfos> {
         let snapshot = self.connection.unchecked_transaction()?;
         let mut by_path = snapshot
             .prepare_cached(&format!("select {COLUMNS} from ValidPaths where path = ?1"))?;
         let mut referred = snapshot.prepare_cached(
             "select p.path from Refs r join ValidPaths p on p.id = r.reference where r.referrer = ?1",
         )?;
-        let mut found = Found::default();
+        let mut found = PathInfos::default();
         let mut seen: BTreeSet<String> = paths.iter().map(ToString::to_string).collect();
         let mut ahead: Vec<String> = seen.iter().cloned().collect();
         while let Some(path) = ahead.pop() {
             let Some(row) = by_path
-                .query_row(params![path], Registered::read)
+                .query_row(params![path], ValidPathRow::read)
                 .optional()?
             else {
                 continue;
@@ -249,9 +249,9 @@ impl Db {
                         .cloned(),
                 );
             }
-            match row.judge(references) {
-                Judged::Known(info) => found.infos.push(info),
-                Judged::Unreadable(path) => found.unreadable.push(path),
+            match row.classify(references) {
+                Classified::Readable(info) => found.infos.push(info),
+                Classified::Unreadable(path) => found.unreadable.push(path),
             }
         }
         found.infos.sort_unstable_by(|a, b| a.path.cmp(&b.path));
@@ -272,7 +272,7 @@ fn strings(statement: &mut Statement<'_>, id: i64) -> rusqlite::Result<Vec<Strin
     statement.query_map([id], |row| row.get(0))?.collect()
 }
 
-impl Registered {
+impl ValidPathRow {
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
         Ok(Self {
             id: row.get(0)?,
@@ -286,11 +286,11 @@ impl Registered {
         })
     }
 
-    fn judge(self, references: Vec<String>) -> Judged {
+    fn classify(self, references: Vec<String>) -> Classified {
         let path = self.path.clone();
         match self.into_info(references) {
-            Ok(info) => Judged::Known(info),
-            Err(problem) => Judged::Unreadable(Unreadable {
+            Ok(info) => Classified::Readable(info),
+            Err(problem) => Classified::Unreadable(Unreadable {
                 path: one_line(&path, 260),
                 problem,
             }),
@@ -406,7 +406,7 @@ mod tests {
             rows,
             unreadable,
             last_id,
-        } = db.after(mark).expect("read");
+        } = db.added_after(mark).expect("read");
         assert_eq!((unreadable, last_id), (vec![], 3));
         assert_eq!(
             rows.iter()
@@ -416,7 +416,7 @@ mod tests {
         );
         assert_eq!(rows[1].1.references, [path("b"), path("old")], "sorted");
         assert_eq!(
-            db.after(3).expect("read"),
+            db.added_after(3).expect("read"),
             Added {
                 last_id: 3,
                 ..Added::default()
@@ -434,9 +434,9 @@ mod tests {
             .writer
             .execute("delete from ValidPaths", [])
             .expect("deleted");
-        assert_eq!(db.after(mark).expect("read").rows, []);
+        assert_eq!(db.added_after(mark).expect("read").rows, []);
         world.add("a", &[]);
-        assert_eq!(db.after(mark).expect("read").rows.len(), 1);
+        assert_eq!(db.added_after(mark).expect("read").rows.len(), 1);
     }
 
     #[test]
@@ -477,7 +477,7 @@ mod tests {
             rows,
             unreadable,
             last_id,
-        } = world.open().after(0).expect("read");
+        } = world.open().added_after(0).expect("read");
         assert_eq!((rows.len(), last_id), (1, 3));
         let problems: Vec<&str> = unreadable
             .iter()

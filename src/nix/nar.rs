@@ -25,13 +25,13 @@ use crate::nix::hash::Sha256;
 
 /// One block of a stream. One is being filled, one waits, one is with the sender: three of these
 /// are less than the half MiB that an upload may hold.
-const BLOCK: usize = 128 * 1024;
+const BLOCK_SIZE: usize = 128 * 1024;
 /// What is read of a file at once.
-const READ: usize = 64 * 1024;
+const READ_SIZE: usize = 64 * 1024;
 
 /// Whether files are read without a note of the time in the file system, which would write as many inodes as are
 /// read. Only who owns them may (`open(2)`, `O_NOATIME`), which on a shared store is somebody else.
-static QUIET: AtomicBool = AtomicBool::new(true);
+static USE_NOATIME: AtomicBool = AtomicBool::new(true);
 
 /// Why no NAR came of a path, or not the one that Nix registered.
 #[derive(Debug, Error)]
@@ -65,7 +65,7 @@ pub enum DumpError {
 }
 
 /// Told what a NAR holds while it is read, in the NAR's order. An error of its ends the reading.
-pub trait Observe {
+pub trait NarVisitor {
     /// An entry of a folder begins.
     fn enter(&mut self, name: &[u8]) -> io::Result<()>;
     /// It ends.
@@ -79,9 +79,9 @@ pub trait Observe {
 }
 
 /// Nobody watches.
-struct Unobserved;
+struct NoVisitor;
 
-impl Observe for Unobserved {
+impl NarVisitor for NoVisitor {
     fn enter(&mut self, _: &[u8]) -> io::Result<()> {
         Ok(())
     }
@@ -100,26 +100,26 @@ impl Observe for Unobserved {
 /// Writes the NAR of `path` to `out`, with entries in bytewise order.
 ///
 /// # Errors
-/// As `write_observed`.
+/// As `write_visited`.
 pub fn write(path: &Path, out: &mut impl Write) -> Result<(), DumpError> {
-    write_observed(path, out, &mut Unobserved)
+    write_visited(path, out, &mut NoVisitor)
 }
 
-/// Writes the NAR of `path` to `out`, with entries in bytewise order, and tells `observer` what it holds.
+/// Writes the NAR of `path` to `out`, with entries in bytewise order, and tells `visitor` what it holds.
 ///
 /// One folder is open at a time and nothing recurses, so that depth costs neither stack nor
 /// descriptors, and names may add up to more than the system's `PATH_MAX`.
 ///
 /// # Errors
-/// When the path is gone, unreadable or holds what a NAR cannot, or when `out` or the observer refuses bytes.
-pub fn write_observed(
+/// When the path is gone, unreadable or holds what a NAR cannot, or when `out` or the visitor refuses bytes.
+pub fn write_visited(
     path: &Path,
     out: &mut impl Write,
-    observer: &mut impl Observe,
+    visitor: &mut impl NarVisitor,
 ) -> Result<(), DumpError> {
     let mut writer = Writer {
         out,
-        observer,
+        visitor,
         root: path,
         buffer: Vec::new(),
     };
@@ -134,7 +134,7 @@ pub fn write_observed(
         if let Some(name) = level.next() {
             writer.texts(&[b"entry", b"(", b"name", name.to_bytes(), b"node"])?;
             writer
-                .observer
+                .visitor
                 .enter(name.to_bytes())
                 .map_err(DumpError::Sink)?;
             match writer.node(folder.as_fd(), &name)? {
@@ -158,14 +158,14 @@ pub fn write_observed(
 
 struct Writer<'a, W, O> {
     out: &'a mut W,
-    observer: &'a mut O,
+    visitor: &'a mut O,
     root: &'a Path,
     buffer: Vec<u8>,
 }
 
-impl<W: Write, O: Observe> Writer<'_, W, O> {
+impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
     fn leave(&mut self) -> Result<(), DumpError> {
-        self.observer.leave();
+        self.visitor.leave();
         self.text(b")")
     }
 
@@ -183,7 +183,7 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
             FileType::Symlink => {
                 let target = readlinkat(parent, name, Vec::new())
                     .map_err(|error| self.unreadable(name, error.into()))?;
-                self.observer
+                self.visitor
                     .target(target.to_bytes())
                     .map_err(DumpError::Sink)?;
                 self.texts(&[b"symlink", b"target", target.to_bytes()])?;
@@ -208,18 +208,18 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
         let size = u64::try_from(stat.st_size).unwrap_or_default();
         self.raw(&size.to_le_bytes())?;
         let mut left = size;
-        let most = usize::try_from(size).unwrap_or(READ).min(READ);
+        let most = usize::try_from(size).unwrap_or(READ_SIZE).min(READ_SIZE);
         // Most files are small, and so is most of what is read at once.
         self.buffer.resize(self.buffer.len().max(most), 0);
         while left > 0 {
-            let want = usize::try_from(left).unwrap_or(READ).min(READ);
+            let want = usize::try_from(left).unwrap_or(READ_SIZE).min(READ_SIZE);
             let got = match file.read(&mut self.buffer[..want]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(self.unreadable(name, error)),
                 Ok(0) => return Err(self.unreadable(name, io::ErrorKind::UnexpectedEof.into())),
                 Ok(got) => got,
             };
-            self.observer
+            self.visitor
                 .content(&self.buffer[..got])
                 .map_err(DumpError::Sink)?;
             self.out
@@ -227,7 +227,7 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
                 .map_err(DumpError::Sink)?;
             left -= got as u64;
         }
-        self.observer.end().map_err(DumpError::Sink)?;
+        self.visitor.end().map_err(DumpError::Sink)?;
         self.pad(size)
     }
 
@@ -248,9 +248,9 @@ impl<W: Write, O: Observe> Writer<'_, W, O> {
 
     fn open(&self, parent: impl AsFd, name: &CStr, flags: OFlags) -> Result<OwnedFd, DumpError> {
         let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        if QUIET.load(Ordering::Relaxed) {
+        if USE_NOATIME.load(Ordering::Relaxed) {
             match openat(&parent, name, flags | OFlags::NOATIME, Mode::empty()) {
-                Err(Errno::PERM) => QUIET.store(false, Ordering::Relaxed),
+                Err(Errno::PERM) => USE_NOATIME.store(false, Ordering::Relaxed),
                 opened => return opened.map_err(|error| self.unreadable(name, error.into())),
             }
         }
@@ -343,25 +343,25 @@ impl NarSource {
     /// The NAR's blocks; `hash` and `size` are the registered ones.
     pub fn stream(&self, hash: Sha256, size: u64) -> NarStream {
         match &self.read {
-            Some(nar) => NarStream::of_read(nar.clone()),
+            Some(nar) => NarStream::from_bytes(nar.clone()),
             None => NarStream::open(self.file.clone(), hash, size),
         }
     }
 }
 
-/// Reads the NAR of a path into memory and tells `observer` what it holds. For small ones; `hash` and `size` are the
+/// Reads the NAR of a path into memory and tells `visitor` what it holds. For small ones; `hash` and `size` are the
 /// registered ones.
 ///
 /// # Errors
-/// As `write_observed`; also when it is not the NAR that was registered.
-pub fn read_observed(
+/// As `write_visited`; also when it is not the NAR that was registered.
+pub fn read_visited(
     path: &Path,
     hash: Sha256,
     size: u64,
-    observer: &mut impl Observe,
+    visitor: &mut impl NarVisitor,
 ) -> Result<Bytes, DumpError> {
-    let mut out = Blocks::new(None, size);
-    write_observed(path, &mut out, observer).map_err(|error| out.judge(path, error))?;
+    let mut out = BlockWriter::new(None, size);
+    write_visited(path, &mut out, visitor).map_err(|error| out.classify(path, error))?;
     out.finish(path, hash)
 }
 
@@ -381,8 +381,8 @@ impl NarStream {
     pub fn open(path: PathBuf, hash: Sha256, size: u64) -> Self {
         let (sender, blocks) = mpsc::channel(1);
         let task = tokio::task::spawn_blocking(move || {
-            let mut out = Blocks::new(Some(sender), size);
-            write(&path, &mut out).map_err(|error| out.judge(&path, error))?;
+            let mut out = BlockWriter::new(Some(sender), size);
+            write(&path, &mut out).map_err(|error| out.classify(&path, error))?;
             out.finish(&path, hash)
         });
         Self {
@@ -393,7 +393,7 @@ impl NarStream {
         }
     }
 
-    fn of_read(nar: Bytes) -> Self {
+    fn from_bytes(nar: Bytes) -> Self {
         Self {
             blocks: mpsc::channel(1).1,
             task: None,
@@ -438,7 +438,7 @@ impl Stream for NarStream {
 
 /// Cuts what is written into blocks and hashes them. A full block leaves only when more bytes
 /// come, so that the last one is still here when the hash is known.
-struct Blocks {
+struct BlockWriter {
     /// Without one there is a single block.
     sender: Option<mpsc::Sender<Bytes>>,
     block: BytesMut,
@@ -447,7 +447,7 @@ struct Blocks {
     size: u64,
 }
 
-impl Blocks {
+impl BlockWriter {
     fn new(sender: Option<mpsc::Sender<Bytes>>, size: u64) -> Self {
         Self {
             sender,
@@ -470,7 +470,7 @@ impl Blocks {
     }
 
     /// Bytes refused here because there are too many mean a corrupt path, not a broken sink.
-    fn judge(&self, path: &Path, error: DumpError) -> DumpError {
+    fn classify(&self, path: &Path, error: DumpError) -> DumpError {
         match error {
             DumpError::Sink(source) if source.kind() == io::ErrorKind::InvalidData => {
                 self.corrupt(path, format!("its NAR is longer than {} bytes", self.size))
@@ -504,13 +504,13 @@ impl Blocks {
     }
 }
 
-impl Write for Blocks {
+impl Write for BlockWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.written + bytes.len() as u64 > self.size {
             return Err(io::ErrorKind::InvalidData.into());
         }
         let room = if self.sender.is_some() {
-            BLOCK
+            BLOCK_SIZE
         } else {
             usize::MAX
         };
@@ -519,7 +519,7 @@ impl Write for Blocks {
         }
         if self.block.capacity() == 0 {
             // A small NAR is not worth a whole block.
-            let left = usize::try_from(self.size - self.written).unwrap_or(BLOCK);
+            let left = usize::try_from(self.size - self.written).unwrap_or(BLOCK_SIZE);
             self.block.reserve(left.min(room));
         }
         let taken = bytes.len().min(room - self.block.len());

@@ -26,7 +26,7 @@ pub struct PathInfo {
 
 /// What was asked for and found; what is valid but cannot be described is named, not dropped.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct PathInfos {
     /// The paths that are known in full.
     pub infos: Vec<PathInfo>,
     /// The valid paths whose registration cannot be used.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::nix::hash::{Sha256, base32_encode};
-use crate::nix::path_info::{Found, PathInfo, Unreadable};
+use crate::nix::path_info::{PathInfo, PathInfos, Unreadable};
 use crate::nix::store_path::{STORE_DIR, StorePath};
 use crate::text::one_line;
 
@@ -29,8 +29,8 @@ pub enum JsonError {
 ///
 /// # Errors
 /// When the whole is not in a known shape.
-pub fn parse(json: &[u8]) -> Result<Found, JsonError> {
-    let mut found = Found::default();
+pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
+    let mut found = PathInfos::default();
     for (name, facts) in entries(serde_json::from_slice(json)?)? {
         if facts.is_null() || facts.get("valid") == Some(&Value::Bool(false)) {
             continue;

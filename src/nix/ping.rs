@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::nix::tool::{Error, Nix, complaint};
+use crate::nix::tool::{Error, Nix, error_summary};
 
 /// What opening the store told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,7 +11,7 @@ pub enum Ping {
     /// It opens.
     Open(Opened),
     /// It does not; why, on one line.
-    Refused(Refusal),
+    Failed(PingFailure),
 }
 
 /// A store that opens.
@@ -24,25 +24,25 @@ pub struct Opened {
     /// The build users' group that the settings name and the system does not have.
     pub missing_group: Option<String>,
     /// Everything that was said on standard error: warnings of ignored settings, for one.
-    pub said: String,
+    pub stderr: String,
 }
 
 /// Why a store does not open, as far as Flywheel treats the reasons differently.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum PingFailure {
     /// Nobody answers at the daemon's socket, or there is none.
     NoDaemon(String),
     /// There is no daemon, and the store's files belong to somebody else.
-    NoRights(String),
+    PermissionDenied(String),
     /// Anything else.
     Other(String),
 }
 
-impl Refusal {
+impl PingFailure {
     /// What Nix said, on one line.
     pub fn text(&self) -> &str {
         match self {
-            Self::NoDaemon(text) | Self::NoRights(text) | Self::Other(text) => text,
+            Self::NoDaemon(text) | Self::PermissionDenied(text) | Self::Other(text) => text,
         }
     }
 }
@@ -57,7 +57,7 @@ pub async fn ping(nix: &Nix, limit: Duration) -> Result<Ping, Error> {
         // 2.8 says it all on standard error, newer versions use both.
         Ok(Ping::Open(read(&output.text(), &output.stderr)))
     } else {
-        Ok(Ping::Refused(refusal(&output.stderr)))
+        Ok(Ping::Failed(ping_failure(&output.stderr)))
     }
 }
 
@@ -74,7 +74,7 @@ fn read(stdout: &str, stderr: &str) -> Opened {
         url,
         trusted,
         missing_group: missing_group(stderr),
-        said: stderr.to_owned(),
+        stderr: stderr.to_owned(),
     }
 }
 
@@ -86,15 +86,15 @@ fn missing_group(stderr: &str) -> Option<String> {
     line.split('\'').nth(1).map(str::to_owned)
 }
 
-fn refusal(stderr: &str) -> Refusal {
-    let text = complaint(stderr);
+fn ping_failure(stderr: &str) -> PingFailure {
+    let text = error_summary(stderr);
     if stderr.contains("cannot connect to") {
-        Refusal::NoDaemon(text)
+        PingFailure::NoDaemon(text)
     } else if stderr.contains("Permission denied") || stderr.contains("Operation not permitted") {
         // "big-lock: Permission denied" on a store that is root's; 2.8 may stumble over a profile folder before.
-        Refusal::NoRights(text)
+        PingFailure::PermissionDenied(text)
     } else {
-        Refusal::Other(text)
+        PingFailure::Other(text)
     }
 }
 
@@ -123,12 +123,15 @@ mod tests {
     #[test]
     fn reasons_are_told_apart() {
         let dead = "error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused";
-        assert!(matches!(refusal(dead), Refusal::NoDaemon(_)));
+        assert!(matches!(ping_failure(dead), PingFailure::NoDaemon(_)));
         let locked = "error: opening lock file '/nix/var/nix/db/big-lock': Permission denied";
-        assert!(matches!(refusal(locked), Refusal::NoRights(_)));
+        assert!(matches!(
+            ping_failure(locked),
+            PingFailure::PermissionDenied(_)
+        ));
         assert_eq!(
-            refusal("error: database is corrupt\n"),
-            Refusal::Other("database is corrupt".to_owned())
+            ping_failure("error: database is corrupt\n"),
+            PingFailure::Other("database is corrupt".to_owned())
         );
     }
 }

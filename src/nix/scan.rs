@@ -4,7 +4,7 @@
 
 mod matcher;
 mod needles;
-mod shapes;
+mod secret_formats;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,29 +18,29 @@ use serde::Serialize;
 pub use self::needles::{is_secret_name, is_secret_value};
 
 use self::matcher::Matcher;
-use self::needles::{Needle, What, of_place, of_secret};
-use self::shapes::{LOOKAHEAD, Shape};
+use self::needles::{Needle, NeedleKind, needle_for_place, needles_for_secret};
+use self::secret_formats::{LOOKAHEAD, SecretFormat};
 use crate::nix::hash::Sha256;
-use crate::nix::nar::{DumpError, Observe, read_observed, write_observed};
+use crate::nix::nar::{DumpError, NarVisitor, read_visited, write_visited};
 use crate::nix::store_path::PathHash;
 use crate::policy::Rule;
 use crate::secret::Secret;
 use crate::text::one_line;
 
 /// Bytes that are looked through at once: they stay in the second-level cache for every group of needles.
-const BLOCK: usize = 128 * 1024;
+const BLOCK_SIZE: usize = 128 * 1024;
 /// Bytes kept in front of a block, to see what stands before a find.
 const LOOKBACK: usize = 8;
 /// So many finds of one path say enough.
-const FINDS: usize = 20;
+const MAX_FINDINGS: usize = 20;
 /// So many mentioned store paths are remembered of one path.
-const MENTIONS: usize = 10_000;
+const MAX_MENTIONS: usize = 10_000;
 /// Where store paths begin.
-const STORE: &[u8] = b"/nix/store/";
+const STORE_PREFIX: &[u8] = b"/nix/store/";
 /// Nix builds here without a sandbox, in a folder named after the derivation.
-const SCRATCH: &[u8] = b"/nix-build-";
+const BUILD_FOLDER: &[u8] = b"/nix-build-";
 /// Folders and files of these names hold what tests and documentation need; a key in them opens nothing.
-const FOR_SHOW: [&str; 18] = [
+const EXAMPLE_NAMES: [&str; 18] = [
     "test",
     "tests",
     "testing",
@@ -66,7 +66,7 @@ const FOR_SHOW: [&str; 18] = [
 #[serde(rename_all = "kebab-case")]
 pub struct Finding {
     /// The rule that it breaks, by its word.
-    #[serde(serialize_with = "by_word")]
+    #[serde(serialize_with = "rule_name")]
     pub rule: Rule,
     /// The file inside the path; empty if the path is a file itself.
     pub file: String,
@@ -76,13 +76,13 @@ pub struct Finding {
     pub what: String,
 }
 
-fn by_word<S: serde::Serializer>(rule: &Rule, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(rule.word())
+fn rule_name<S: serde::Serializer>(rule: &Rule, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(rule.as_str())
 }
 
 impl Finding {
     /// One that is at no place in a file: the job, or what the store knows of the path, breaks the rule.
-    pub fn of_job(rule: Rule, what: String) -> Self {
+    pub fn without_location(rule: Rule, what: String) -> Self {
         Self {
             rule,
             file: String::new(),
@@ -91,7 +91,7 @@ impl Finding {
         }
     }
 
-    fn has_place(&self) -> bool {
+    fn has_location(&self) -> bool {
         let everywhere = matches!(self.rule, Rule::Impure | Rule::Unchecked);
         !everywhere && !self.what.starts_with("it refers to")
     }
@@ -105,7 +105,7 @@ impl fmt::Display for Finding {
             offset,
             what,
         } = self;
-        if !self.has_place() {
+        if !self.has_location() {
             return write!(f, "{rule}: {what}");
         }
         let place = if file.is_empty() {
@@ -119,7 +119,7 @@ impl fmt::Display for Finding {
 
 /// What a look into a path came to.
 #[derive(Clone, Debug, Default)]
-pub struct Looked {
+pub struct ScanResult {
     /// What must not leave, in the NAR's order; no more than twenty.
     pub findings: Vec<Finding>,
     /// Hashes of the store paths that it mentions, and where it does so first: file and offset.
@@ -131,7 +131,7 @@ pub struct Looked {
 /// Looks into paths. Made once a job; shared by all that look.
 pub struct Scanner {
     matcher: Matcher,
-    looked_for: Vec<LookedFor>,
+    patterns: Vec<Pattern>,
     /// Every form of every secret, to be kept out of what is said.
     values: Vec<Vec<u8>>,
     /// The places, the longest first: one may begin with another.
@@ -140,16 +140,16 @@ pub struct Scanner {
 }
 
 #[derive(Clone)]
-enum LookedFor {
-    Needle(What),
-    Shape(Shape),
+enum Pattern {
+    Needle(NeedleKind),
+    SecretFormat(SecretFormat),
     StorePath,
-    Scratch,
+    BuildFolder,
 }
 
 impl fmt::Debug for Scanner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Scanner({} needles)", self.looked_for.len())
+        write!(f, "Scanner({} needles)", self.patterns.len())
     }
 }
 
@@ -159,39 +159,42 @@ impl Scanner {
     pub fn new(secrets: &[(String, Secret)], places: &[(&str, &Path)]) -> Self {
         let mut needles: Vec<Needle> = secrets
             .iter()
-            .flat_map(|(name, secret)| of_secret(name, secret))
+            .flat_map(|(name, secret)| needles_for_secret(name, secret))
             .collect();
         let values = needles.iter().map(|needle| needle.bytes.clone()).collect();
         let mut sole: Vec<Needle> = places
             .iter()
-            .filter_map(|(what, folder)| of_place(what, folder))
+            .filter_map(|(what, folder)| needle_for_place(what, folder))
             .collect();
         sole.sort_by_key(|needle| std::cmp::Reverse(needle.bytes.len()));
-        let places = sole.iter().filter_map(|needle| match &needle.what {
-            What::Place(what) => Some((needle.bytes.clone(), what.clone())),
-            What::Value { .. } => None,
+        let places = sole.iter().filter_map(|needle| match &needle.kind {
+            NeedleKind::Place(what) => Some((needle.bytes.clone(), what.clone())),
+            NeedleKind::Value { .. } => None,
         });
         let places = places.collect();
         needles.extend(sole);
         let mut bytes: Vec<Vec<u8>> = needles.iter().map(|needle| needle.bytes.clone()).collect();
-        let mut looked_for: Vec<LookedFor> = needles
+        let mut patterns: Vec<Pattern> = needles
             .into_iter()
-            .map(|needle| LookedFor::Needle(needle.what))
+            .map(|needle| Pattern::Needle(needle.kind))
             .collect();
-        for (beginning, shape) in Shape::BEGINNINGS {
+        for (beginning, format) in SecretFormat::PREFIXES {
             bytes.push(beginning.as_bytes().to_vec());
-            looked_for.push(LookedFor::Shape(shape));
+            patterns.push(Pattern::SecretFormat(format));
         }
-        for (beginning, what) in [(STORE, LookedFor::StorePath), (SCRATCH, LookedFor::Scratch)] {
+        for (beginning, what) in [
+            (STORE_PREFIX, Pattern::StorePath),
+            (BUILD_FOLDER, Pattern::BuildFolder),
+        ] {
             bytes.push(beginning.to_vec());
-            looked_for.push(what);
+            patterns.push(what);
         }
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
         Self {
             matcher: Matcher::new(&bytes),
-            looked_for,
+            patterns,
             values,
             places,
             now,
@@ -200,20 +203,20 @@ impl Scanner {
 
     /// How many different byte strings it looks for.
     pub fn needles(&self) -> usize {
-        self.looked_for.len()
+        self.patterns.len()
     }
 
     /// Looks into a path on disk. Blocks.
     ///
     /// # Errors
     /// When it cannot be read whole.
-    pub fn look_into(&self, path: &Path) -> Result<Looked, DumpError> {
-        let mut look = self.begin();
-        match write_observed(path, &mut io::sink(), &mut look) {
+    pub fn scan(&self, path: &Path) -> Result<ScanResult, DumpError> {
+        let mut scan = self.begin();
+        match write_visited(path, &mut io::sink(), &mut scan) {
             // Enough was found.
-            Err(DumpError::Sink(_)) => Ok(look.looked),
+            Err(DumpError::Sink(_)) => Ok(scan.result),
             Err(error) => Err(error),
-            Ok(()) => Ok(look.looked),
+            Ok(()) => Ok(scan.result),
         }
     }
 
@@ -222,17 +225,17 @@ impl Scanner {
     ///
     /// # Errors
     /// When it cannot be read whole, or is not what was registered.
-    pub fn look_and_read(
+    pub fn scan_and_read(
         &self,
         path: &Path,
         hash: Sha256,
         size: u64,
-    ) -> Result<(Looked, Option<Bytes>), DumpError> {
-        let mut look = self.begin();
-        match read_observed(path, hash, size, &mut look) {
-            Err(DumpError::Sink(_)) => Ok((look.looked, None)),
+    ) -> Result<(ScanResult, Option<Bytes>), DumpError> {
+        let mut scan = self.begin();
+        match read_visited(path, hash, size, &mut scan) {
+            Err(DumpError::Sink(_)) => Ok((scan.result, None)),
             Err(error) => Err(error),
-            Ok(nar) => Ok((look.looked, Some(nar))),
+            Ok(nar) => Ok((scan.result, Some(nar))),
         }
     }
 
@@ -250,10 +253,10 @@ impl Scanner {
     }
 
     /// A look that whoever reads a path feeds.
-    pub fn begin(&self) -> Look<'_> {
-        Look {
+    pub fn begin(&self) -> PathScan<'_> {
+        PathScan {
             scanner: self,
-            looked: Looked::default(),
+            result: ScanResult::default(),
             file: Vec::new(),
             block: Vec::new(),
             base: 0,
@@ -263,9 +266,9 @@ impl Scanner {
 }
 
 /// One look into one path, in flat memory whatever its size.
-pub struct Look<'a> {
+pub struct PathScan<'a> {
     scanner: &'a Scanner,
-    looked: Looked,
+    result: ScanResult,
     /// The names down to where we are.
     file: Vec<Vec<u8>>,
     /// The end of what was read, of which all before `next` has been looked through.
@@ -275,9 +278,9 @@ pub struct Look<'a> {
     next: usize,
 }
 
-impl Look<'_> {
+impl PathScan<'_> {
     /// Looks through what is in the block; `whole`: nothing follows.
-    fn through(&mut self, whole: bool) -> io::Result<()> {
+    fn search(&mut self, whole: bool) -> io::Result<()> {
         let until = if whole {
             self.block.len()
         } else {
@@ -289,7 +292,7 @@ impl Look<'_> {
             scanner
                 .matcher
                 .find(&block, self.next, until, |number, at| {
-                    self.judge(number, &block, at);
+                    self.on_match(number, &block, at);
                 });
             self.block = block;
             self.next = until;
@@ -302,58 +305,58 @@ impl Look<'_> {
         self.block.drain(..done);
         self.base += done as u64;
         self.next -= done;
-        if self.looked.findings.len() >= FINDS {
+        if self.result.findings.len() >= MAX_FINDINGS {
             Err(io::Error::other("enough was found"))
         } else {
             Ok(())
         }
     }
 
-    fn judge(&mut self, number: usize, block: &[u8], at: usize) {
-        let looked_for = &self.scanner.looked_for[number];
+    fn on_match(&mut self, number: usize, block: &[u8], at: usize) {
+        let patterns = &self.scanner.patterns[number];
         let (before, found) = (at.checked_sub(1).map(|at| block[at]), &block[at..]);
         let offset = self.base + at as u64;
-        match looked_for {
-            LookedFor::Needle(What::Value { name, form }) => {
-                self.find(
+        match patterns {
+            Pattern::Needle(NeedleKind::Value { name, form }) => {
+                self.report(
                     Rule::Secret,
                     offset,
                     format!("the value of `{name}` {form}"),
                 );
             }
-            LookedFor::Needle(What::Place(_)) => {
+            Pattern::Needle(NeedleKind::Place(_)) => {
                 if let Some(what) = self.scanner.place(before, found) {
-                    self.find(Rule::MachinePath, offset, format!("{what} of this machine"));
+                    self.report(Rule::MachinePath, offset, format!("{what} of this machine"));
                 }
             }
-            LookedFor::Shape(shape) => {
-                if let Some(what) = shape
-                    .judge(before, found, self.scanner.now)
-                    .filter(|_| !self.is_for_show())
+            Pattern::SecretFormat(format) => {
+                if let Some(what) = format
+                    .identify(before, found, self.scanner.now)
+                    .filter(|_| !self.is_example_file())
                 {
-                    self.find(
+                    self.report(
                         Rule::Secret,
                         offset,
                         format!("what has the shape of {what}"),
                     );
                 }
             }
-            LookedFor::StorePath => {
+            Pattern::StorePath => {
                 let hash = found
-                    .get(STORE.len()..STORE.len() + 32)
+                    .get(STORE_PREFIX.len()..STORE_PREFIX.len() + 32)
                     .and_then(|hash| std::str::from_utf8(hash).ok());
-                if found.get(STORE.len() + 32) == Some(&b'-')
+                if found.get(STORE_PREFIX.len() + 32) == Some(&b'-')
                     && let Some(hash) = hash.and_then(|hash| PathHash::parse(hash).ok())
-                    && self.looked.mentions.len() < MENTIONS
-                    && !self.looked.mentions.contains_key(&hash)
+                    && self.result.mentions.len() < MAX_MENTIONS
+                    && !self.result.mentions.contains_key(&hash)
                 {
-                    let file = self.shown();
-                    self.looked.mentions.insert(hash, (file, offset));
+                    let file = self.display_name();
+                    self.result.mentions.insert(hash, (file, offset));
                 }
             }
-            LookedFor::Scratch => {
-                if is_scratch(&found[SCRATCH.len()..]) {
-                    self.find(
+            Pattern::BuildFolder => {
+                if is_build_folder(&found[BUILD_FOLDER.len()..]) {
+                    self.report(
                         Rule::MachinePath,
                         offset,
                         "the folder that it was built in".to_owned(),
@@ -363,20 +366,20 @@ impl Look<'_> {
         }
     }
 
-    fn find(&mut self, rule: Rule, offset: u64, what: String) {
+    fn report(&mut self, rule: Rule, offset: u64, what: String) {
         let finding = Finding {
             rule,
-            file: self.shown(),
+            file: self.display_name(),
             offset,
             what,
         };
-        if self.looked.findings.len() < FINDS && !self.looked.findings.contains(&finding) {
-            self.looked.findings.push(finding);
+        if self.result.findings.len() < MAX_FINDINGS && !self.result.findings.contains(&finding) {
+            self.result.findings.push(finding);
         }
     }
 
     /// The file inside the path. A name may hold a secret, and nothing that is said may.
-    fn shown(&self) -> String {
+    fn display_name(&self) -> String {
         let is_secret = |name: &[u8]| {
             self.scanner
                 .values
@@ -395,18 +398,18 @@ impl Look<'_> {
     }
 
     /// Whether the file is among what tests and documentation hold.
-    fn is_for_show(&self) -> bool {
+    fn is_example_file(&self) -> bool {
         let names = self
             .file
             .iter()
             .map(|name| String::from_utf8_lossy(name).to_ascii_lowercase());
         names.into_iter().any(|name| {
             name.split(|c: char| !c.is_ascii_alphanumeric())
-                .any(|word| FOR_SHOW.contains(&word))
+                .any(|word| EXAMPLE_NAMES.contains(&word))
         })
     }
 
-    fn short(&mut self, text: &[u8]) -> io::Result<()> {
+    fn whole_text(&mut self, text: &[u8]) -> io::Result<()> {
         self.block.extend_from_slice(text);
         self.end()
     }
@@ -417,7 +420,7 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 }
 
 /// `name.drv-0` follows, which is how Nix names the folder of a build.
-fn is_scratch(text: &[u8]) -> bool {
+fn is_build_folder(text: &[u8]) -> bool {
     let name = text
         .iter()
         .take(220)
@@ -429,10 +432,10 @@ fn is_scratch(text: &[u8]) -> bool {
     })
 }
 
-impl Observe for Look<'_> {
+impl NarVisitor for PathScan<'_> {
     fn enter(&mut self, name: &[u8]) -> io::Result<()> {
         self.file.push(name.to_vec());
-        self.short(name)
+        self.whole_text(name)
     }
 
     fn leave(&mut self) {
@@ -440,23 +443,23 @@ impl Observe for Look<'_> {
     }
 
     fn content(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.looked.bytes += bytes.len() as u64;
+        self.result.bytes += bytes.len() as u64;
         self.block.extend_from_slice(bytes);
-        if self.block.len() >= BLOCK {
-            self.through(false)
+        if self.block.len() >= BLOCK_SIZE {
+            self.search(false)
         } else {
             Ok(())
         }
     }
 
     fn end(&mut self) -> io::Result<()> {
-        self.through(true)?;
+        self.search(true)?;
         self.base = 0;
         Ok(())
     }
 
     fn target(&mut self, target: &[u8]) -> io::Result<()> {
-        self.short(target)
+        self.whole_text(target)
     }
 }
 

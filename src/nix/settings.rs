@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 /// A substituter that dies in the middle of a job costs seconds, not minutes, and a slow link still
 /// works: Nix's own defaults are no bound at all, 300 s, five attempts, and a failed build.
-const BOUNDS: [(&str, &str); 4] = [
+const DOWNLOAD_BOUNDS: [(&str, &str); 4] = [
     ("connect-timeout", "5"),
     ("stalled-download-timeout", "30"),
     ("download-attempts", "2"),
@@ -24,9 +24,9 @@ const BOUNDS: [(&str, &str); 4] = [
 
 /// What the job's settings should say.
 #[derive(Clone, Debug, Default)]
-pub struct Wanted {
+pub struct WantedSettings {
     /// The cache, if it can be used. A dead one is left out, so that no build waits for it.
-    pub cache: Option<Cache>,
+    pub cache: Option<CacheSettings>,
     /// The include file with access tokens for fetchers.
     pub access_tokens: Option<PathBuf>,
     /// Lines that make the installation work (`build-users-group =`).
@@ -39,7 +39,7 @@ pub struct Wanted {
 
 /// The cache as Nix should know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cache {
+pub struct CacheSettings {
     /// `<server>/<cache>`.
     pub substituter: String,
     /// Its public key, without which Nix refuses every hit.
@@ -49,7 +49,7 @@ pub struct Cache {
 }
 
 /// `base`, the runner's `NIX_CONFIG`, byte for byte, then our lines, then the user's.
-pub fn compose(base: &str, wanted: &Wanted) -> String {
+pub fn compose(base: &str, wanted: &WantedSettings) -> String {
     let mut text = base.to_owned();
     let mut line = |line: &str| {
         if !text.is_empty() && !text.ends_with('\n') {
@@ -70,7 +70,7 @@ pub fn compose(base: &str, wanted: &Wanted) -> String {
         if let Some(netrc) = &cache.netrc {
             line(&format!("netrc-file = {}", netrc.display()));
         }
-        for (name, value) in BOUNDS {
+        for (name, value) in DOWNLOAD_BOUNDS {
             if !sets(base, name) && !wanted.before.is_set(name) {
                 line(&format!("{name} = {value}"));
             }
@@ -149,12 +149,12 @@ impl Settings {
         } else {
             &["show-config", "--json"]
         };
-        let output = nix.ask(arguments, LIMIT).await?;
+        let output = nix.run_checked(arguments, LIMIT).await?;
         let call = format!("nix {}", arguments[..arguments.len() - 1].join(" "));
         // What serde says could quote a value.
         serde_json::from_slice(&output.stdout)
             .map(Self)
-            .map_err(|_| Error::Answer {
+            .map_err(|_| Error::UnexpectedOutput {
                 call,
                 problem: "not a JSON object".to_owned(),
             })
@@ -214,9 +214,9 @@ mod tests {
 
     const KEY: &str = "main:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
-    fn wanted() -> Wanted {
-        Wanted {
-            cache: Some(Cache {
+    fn wanted() -> WantedSettings {
+        WantedSettings {
+            cache: Some(CacheSettings {
                 substituter: "https://cache.example/main".to_owned(),
                 public_key: Some(KEY.parse().expect("a key")),
                 netrc: Some("/private/netrc".into()),
@@ -247,7 +247,7 @@ mod tests {
     #[test]
     fn without_a_cache_nothing_but_the_command_line_changes() {
         assert_eq!(
-            compose("", &Wanted::default()),
+            compose("", &WantedSettings::default()),
             "extra-experimental-features = nix-command flakes\n"
         );
     }
@@ -259,7 +259,7 @@ mod tests {
         );
         let text = compose(
             "connect-timeout=9\nconnect-timeout = 60",
-            &Wanted { before, ..wanted() },
+            &WantedSettings { before, ..wanted() },
         );
         assert!(
             !text.contains("connect-timeout = 5") && !text.contains("download-attempts"),
@@ -271,7 +271,7 @@ mod tests {
         );
         let looser = compose(
             "",
-            &Wanted {
+            &WantedSettings {
                 extra: "connect-timeout = 60".to_owned(),
                 ..wanted()
             },

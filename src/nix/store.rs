@@ -11,13 +11,13 @@ use thiserror::Error;
 
 use crate::exit::{Exit, Explain};
 use crate::nix::db::{self, Db};
-use crate::nix::path_info::{Found, PathInfo};
+use crate::nix::path_info::{PathInfo, PathInfos};
 use crate::nix::path_json::{self, JsonError};
 use crate::nix::ping::{Opened, Ping, ping};
-use crate::nix::roots;
+use crate::nix::result_links;
 use crate::nix::store_path::{PathHash, STORE_DIR, StorePath};
+use crate::nix::store_watcher::StoreWatcher;
 use crate::nix::tool::{self, Flavour, Nix};
-use crate::nix::watch::Watcher;
 use crate::text::one_line;
 
 /// Where Nix keeps its state, unless `NIX_STATE_DIR` says otherwise.
@@ -29,7 +29,7 @@ const LIST_LIMIT: Duration = Duration::from_secs(180);
 /// A daemon's worker opens the database right after it was connected to.
 const WAKE_LIMIT: Duration = Duration::from_secs(2);
 /// How often it is looked whether it has.
-const WAKE_STEP: Duration = Duration::from_millis(20);
+const WAKE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Why the store gave no answer.
 #[derive(Debug, Error)]
@@ -71,25 +71,25 @@ impl Explain for Error {
 
 /// A moment of the store. What was added since can be asked for later.
 #[derive(Clone, Debug)]
-pub struct Mark(Moment);
+pub struct Mark(MarkKind);
 
 impl Mark {
     /// The id of the path registered last, where the database tells.
     pub fn id(&self) -> Option<i64> {
         match &self.0 {
-            Moment::Id(id) => Some(*id),
-            Moment::Paths(_) => None,
+            MarkKind::Id(id) => Some(*id),
+            MarkKind::Paths(_) => None,
         }
     }
 
     /// The moment after which an earlier job's id was the last.
     pub fn after_id(id: i64) -> Self {
-        Self(Moment::Id(id))
+        Self(MarkKind::Id(id))
     }
 }
 
 #[derive(Clone, Debug)]
-enum Moment {
+enum MarkKind {
     /// The id of the path registered last.
     Id(i64),
     /// All paths there were, for a store without a readable database.
@@ -112,16 +112,16 @@ impl Store {
     pub async fn open(nix: &Nix) -> Result<Self, Error> {
         let opened = match ping(nix, PING_LIMIT).await? {
             Ping::Open(opened) => opened,
-            Ping::Refused(refusal) => return Err(Error::Closed(refusal.text().to_owned())),
+            Ping::Failed(failure) => return Err(Error::Closed(failure.text().to_owned())),
         };
-        Self::opened(nix, &opened).await
+        Self::from_opened(nix, &opened).await
     }
 
     /// The same where it is known already what opening it with this very `nix` tells.
     ///
     /// # Errors
     /// When its database cannot be looked for.
-    pub async fn opened(nix: &Nix, opened: &Opened) -> Result<Self, Error> {
+    pub async fn from_opened(nix: &Nix, opened: &Opened) -> Result<Self, Error> {
         let state = state_folder(nix);
         let db = if is_own(&opened.url, &state) {
             let state = state.clone();
@@ -137,7 +137,7 @@ impl Store {
     }
 
     /// The store that a database of this machine describes, whichever Nix would open. `None` if it is not ours to read.
-    pub async fn at_hand(nix: &Nix) -> Option<Self> {
+    pub async fn from_database(nix: &Nix) -> Option<Self> {
         let state = state_folder(nix);
         let folder = state.clone();
         let db = blocking(move || Ok(open_db(&folder))).await.ok()?.ok()?;
@@ -149,7 +149,7 @@ impl Store {
     }
 
     /// Why the database is not read, so that Nix is asked instead, which is slower; `None` if it is read.
-    pub fn without_database(&self) -> Option<&str> {
+    pub fn database_error(&self) -> Option<&str> {
         self.db.as_ref().err().map(String::as_str)
     }
 
@@ -164,7 +164,7 @@ impl Store {
     /// When the store gives no answer.
     pub async fn mark(&self) -> Result<Mark, Error> {
         if self.db.is_ok() {
-            return Ok(Mark(Moment::Id(self.query(Db::last_id).await?)));
+            return Ok(Mark(MarkKind::Id(self.query(Db::last_id).await?)));
         }
         let found = self.list().await?;
         let readable = found.infos.into_iter().map(|info| info.path);
@@ -172,7 +172,7 @@ impl Store {
             .unreadable
             .iter()
             .filter_map(|path| path.path.parse().ok());
-        Ok(Mark(Moment::Paths(Arc::new(
+        Ok(Mark(MarkKind::Paths(Arc::new(
             readable.chain(unreadable).collect(),
         ))))
     }
@@ -181,18 +181,18 @@ impl Store {
     ///
     /// # Errors
     /// When the store gives no answer.
-    pub async fn added_since(&self, mark: &Mark) -> Result<Found, Error> {
+    pub async fn added_since(&self, mark: &Mark) -> Result<PathInfos, Error> {
         let before = match &mark.0 {
-            Moment::Id(id) => {
+            MarkKind::Id(id) => {
                 let id = *id;
-                let added = self.query(move |db| db.after(id)).await?;
+                let added = self.query(move |db| db.added_after(id)).await?;
                 let infos = added.rows.into_iter().map(|(_, info)| info).collect();
-                return Ok(Found {
+                return Ok(PathInfos {
                     infos,
                     unreadable: added.unreadable,
                 });
             }
-            Moment::Paths(before) => Arc::clone(before),
+            MarkKind::Paths(before) => Arc::clone(before),
         };
         let mut found = self.list().await?;
         found.infos.retain(|info| !before.contains(&info.path));
@@ -207,10 +207,10 @@ impl Store {
     pub fn watch(
         &self,
         mark: &Mark,
-        tell: impl FnMut(Vec<PathInfo>) + Send + 'static,
-    ) -> Option<Watcher> {
+        on_added: impl FnMut(Vec<PathInfo>) + Send + 'static,
+    ) -> Option<StoreWatcher> {
         match (&mark.0, self.database_file()) {
-            (Moment::Id(id), Some(file)) => Watcher::start(&file, *id, tell),
+            (MarkKind::Id(id), Some(file)) => StoreWatcher::start(&file, *id, on_added),
             _ => None,
         }
     }
@@ -219,11 +219,11 @@ impl Store {
     ///
     /// # Errors
     /// When the store gives no answer.
-    pub async fn valid_of(&self, hashes: Vec<PathHash>) -> Result<Vec<StorePath>, Error> {
+    pub async fn valid_by_hash(&self, hashes: Vec<PathHash>) -> Result<Vec<StorePath>, Error> {
         if self.db.is_err() || hashes.is_empty() {
             return Ok(Vec::new());
         }
-        self.query(move |db| db.valid_of(&hashes)).await
+        self.query(move |db| db.valid_by_hash(&hashes)).await
     }
 
     /// Up to `most` valid paths, of at most `nar_size` bytes each, that a cache with this key is likely to have;
@@ -249,7 +249,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store gives no answer.
-    pub async fn infos(&self, paths: &[StorePath]) -> Result<Found, Error> {
+    pub async fn infos(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         let paths = paths.to_vec();
         if self.db.is_ok() {
             return self.query(move |db| db.infos(&paths)).await;
@@ -267,7 +267,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store gives no answer.
-    pub async fn closure(&self, paths: &[StorePath]) -> Result<Found, Error> {
+    pub async fn closure(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         let paths = paths.to_vec();
         if self.db.is_ok() {
             return self.query(move |db| db.closure(&paths)).await;
@@ -287,7 +287,7 @@ impl Store {
     ) -> Result<Vec<StorePath>, Error> {
         let (gcroots, folder) = (self.state.join("gcroots"), folder.to_owned());
         blocking(move || {
-            roots::result_links(&gcroots, &folder, since)
+            result_links::find(&gcroots, &folder, since)
                 .map_err(|source| Error::Folder { folder, source })
         })
         .await
@@ -296,7 +296,7 @@ impl Store {
     /// Asks the database in a thread that may block; if it fails, once more with a database opened anew.
     async fn query<T: Send + 'static>(
         &self,
-        ask: impl Fn(&Db) -> Result<T, db::Error> + Send + 'static,
+        query: impl Fn(&Db) -> Result<T, db::Error> + Send + 'static,
     ) -> Result<T, Error> {
         let db = self
             .db
@@ -307,23 +307,23 @@ impl Store {
         blocking(move || {
             // A thread that died with the lock held left nothing half-done: we only read.
             let mut db = db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if let Ok(answer) = ask(&db) {
+            if let Ok(answer) = query(&db) {
                 return Ok(answer);
             }
             *db = Db::open(&file)?;
-            Ok(ask(&db)?)
+            Ok(query(&db)?)
         })
         .await
     }
 
     /// Every valid path, asked of Nix.
-    async fn list(&self) -> Result<Found, Error> {
+    async fn list(&self) -> Result<PathInfos, Error> {
         let mut arguments = vec!["path-info", "--all", "--json"];
         // From 2.34 on it warns without a format, and means to refuse.
         if self.nix.version.flavour != Flavour::Lix && self.nix.version.at_least(2, 33) {
             arguments.extend(["--json-format", "1"]);
         }
-        let output = self.nix.ask(&arguments, LIST_LIMIT).await?;
+        let output = self.nix.run_checked(&arguments, LIST_LIMIT).await?;
         blocking(move || Ok(path_json::parse(&output.stdout)?)).await
     }
 }
@@ -383,7 +383,7 @@ fn open_beside_daemon(file: &Path, state: &Path) -> Option<Db> {
         if Instant::now() > deadline {
             return None;
         }
-        std::thread::sleep(WAKE_STEP);
+        std::thread::sleep(WAKE_POLL_INTERVAL);
     }
 }
 
@@ -402,14 +402,14 @@ fn describe(error: &db::Error) -> String {
 }
 
 /// The part of `all` that `paths` reach.
-fn closure_in(all: Found, paths: Vec<StorePath>) -> Found {
+fn closure_in(all: PathInfos, paths: Vec<StorePath>) -> PathInfos {
     let mut known: BTreeMap<StorePath, PathInfo> = all
         .infos
         .into_iter()
         .map(|info| (info.path.clone(), info))
         .collect();
     let mut seen: BTreeSet<StorePath> = paths.iter().cloned().collect();
-    let mut found = Found::default();
+    let mut found = PathInfos::default();
     let mut ahead = paths;
     while let Some(path) = ahead.pop() {
         let Some(info) = known.remove(&path) else {

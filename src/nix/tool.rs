@@ -21,11 +21,11 @@ pub const WELL_KNOWN: [&str; 3] = [
     "/usr/bin",
 ];
 /// Where a single-user installation puts Nix, below the home folder.
-const OF_HOME: &str = ".nix-profile/bin";
+const PROFILE_BIN: &str = ".nix-profile/bin";
 /// Saying its version needs no store, so this is ample even on a machine under load.
 const VERSION_LIMIT: Duration = Duration::from_secs(20);
 /// How much of what Nix complained about goes into an error.
-const COMPLAINT_LIMIT: usize = 400;
+const MESSAGE_LIMIT: usize = 400;
 /// Our own calls need the new command line, whatever the installation allows.
 pub(crate) const FEATURES: &str = "extra-experimental-features = nix-command flakes";
 
@@ -42,16 +42,16 @@ pub enum Error {
         source: CaptureError,
     },
     /// It ended with an error.
-    #[error("`{call}` failed: {complaint}")]
+    #[error("`{call}` failed: {message}")]
     Failed {
         /// The call, without its options' values.
         call: String,
         /// What Nix said, on one line.
-        complaint: String,
+        message: String,
     },
     /// It printed something that it should not.
     #[error("`{call}` printed something unexpected: {problem}")]
-    Answer {
+    UnexpectedOutput {
         /// The call, without its options' values.
         call: String,
         /// What is wrong with it.
@@ -139,11 +139,11 @@ impl Nix {
     ///
     /// # Errors
     /// When the program does not run or is not a Nix.
-    pub async fn at(program: &Path, env: &Env) -> Result<Self, Error> {
-        let unasked = Self::unasked(program, env);
+    pub async fn detect(program: &Path, env: &Env) -> Result<Self, Error> {
+        let unversioned = Self::unversioned(program, env);
         let call = || "nix --version".to_owned();
         let tool = Tool::new(program)
-            .envs(&unasked.environment)
+            .envs(&unversioned.environment)
             .arg("--version");
         let output = tool.run(VERSION_LIMIT).await.map_err(|source| Error::Run {
             call: call(),
@@ -152,19 +152,22 @@ impl Nix {
         if !output.status.success() {
             return Err(Error::Failed {
                 call: call(),
-                complaint: complaint(&output.stderr),
+                message: error_summary(&output.stderr),
             });
         }
         let text = output.text();
-        let version = Version::parse(&text).ok_or_else(|| Error::Answer {
+        let version = Version::parse(&text).ok_or_else(|| Error::UnexpectedOutput {
             call: call(),
             problem: format!("`{}`", one_line(&text, 120)),
         })?;
-        Ok(Self { version, ..unasked })
+        Ok(Self {
+            version,
+            ..unversioned
+        })
     }
 
     /// A Nix that has not been asked yet, taken for an old one: for calls that all versions understand.
-    pub(super) fn unasked(program: &Path, env: &Env) -> Self {
+    pub(super) fn unversioned(program: &Path, env: &Env) -> Self {
         let version = Version {
             flavour: Flavour::Nix,
             major: 0,
@@ -239,7 +242,7 @@ impl Nix {
     pub async fn run(&self, arguments: &[&str], limit: Duration) -> Result<Output, Error> {
         let ran = self.tool().args(arguments).run(limit).await;
         ran.map_err(|source| Error::Run {
-            call: shown(arguments),
+            call: display_call(arguments),
             source,
         })
     }
@@ -248,14 +251,14 @@ impl Nix {
     ///
     /// # Errors
     /// When it does not run to a good end within `limit`.
-    pub async fn ask(&self, arguments: &[&str], limit: Duration) -> Result<Output, Error> {
+    pub async fn run_checked(&self, arguments: &[&str], limit: Duration) -> Result<Output, Error> {
         let output = self.run(arguments, limit).await?;
         if output.status.success() {
             return Ok(output);
         }
         Err(Error::Failed {
-            call: shown(arguments),
-            complaint: complaint(&output.stderr),
+            call: display_call(arguments),
+            message: error_summary(&output.stderr),
         })
     }
 }
@@ -269,7 +272,7 @@ impl fmt::Debug for Nix {
 
 /// The program, looked for on the job's `PATH` and then where installers put it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Found {
+pub struct FoundProgram {
     /// The program, absolute.
     pub program: PathBuf,
     /// Whether it is on `PATH`, so that the user's command finds it too.
@@ -277,23 +280,23 @@ pub struct Found {
 }
 
 /// Looks for `nix` on `PATH`, then in `~/.nix-profile/bin` and in `places`.
-pub fn find(env: &Env, places: &[PathBuf]) -> Option<Found> {
+pub fn find(env: &Env, places: &[PathBuf]) -> Option<FoundProgram> {
     if let Some(program) = on_path(env, "nix") {
-        return Some(Found {
+        return Some(FoundProgram {
             program,
             on_path: true,
         });
     }
-    let of_home = env.path("HOME").map(|home| home.join(OF_HOME));
+    let profile_bin = env.path("HOME").map(|home| home.join(PROFILE_BIN));
     let folders = places
         .iter()
         .take(1)
-        .chain(of_home.as_ref())
+        .chain(profile_bin.as_ref())
         .chain(places.iter().skip(1));
     folders
         .map(|folder| folder.join("nix"))
-        .find(|file| runs(file))
-        .map(|program| Found {
+        .find(|file| is_executable(file))
+        .map(|program| FoundProgram {
             program,
             on_path: false,
         })
@@ -306,10 +309,10 @@ pub fn on_path(env: &Env, name: &str) -> Option<PathBuf> {
         .into_iter()
         .filter(|folder| folder.is_absolute())
         .map(|folder| folder.join(name));
-    found.into_iter().find(|file| runs(file))
+    found.into_iter().find(|file| is_executable(file))
 }
 
-fn runs(file: &Path) -> bool {
+fn is_executable(file: &Path) -> bool {
     file.is_file() && rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok()
 }
 
@@ -330,7 +333,7 @@ fn is_withheld(name: &str) -> bool {
 }
 
 /// A call as an error shows it: the words of the command, not its options and paths.
-fn shown(arguments: &[&str]) -> String {
+fn display_call(arguments: &[&str]) -> String {
     let words = arguments
         .iter()
         .take_while(|word| !word.starts_with(['-', '/']));
@@ -338,12 +341,12 @@ fn shown(arguments: &[&str]) -> String {
 }
 
 /// What Nix complained about, on one line: from its first `error:` on, without colour.
-pub(crate) fn complaint(stderr: &str) -> String {
+pub(crate) fn error_summary(stderr: &str) -> String {
     // Nix repeats such a line in full, and it may hold an access token.
     if stderr.contains("configuration line") {
         return "NIX_CONFIG or nix.conf has a line that Nix cannot read".to_owned();
     }
-    let plain = without_colour(stderr);
+    let plain = strip_ansi(stderr);
     let from = plain
         .find("error:")
         .map_or(plain.as_str(), |start| &plain[start + "error:".len()..]);
@@ -351,12 +354,12 @@ pub(crate) fn complaint(stderr: &str) -> String {
     if words.is_empty() {
         "it said nothing".to_owned()
     } else {
-        one_line(&words.join(" "), COMPLAINT_LIMIT)
+        one_line(&words.join(" "), MESSAGE_LIMIT)
     }
 }
 
 /// Text without terminal colours (`ESC [ … letter`).
-pub(crate) fn without_colour(text: &str) -> String {
+pub(crate) fn strip_ansi(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {
@@ -436,7 +439,7 @@ pub(crate) mod tests {
         let found = find(&Env::from_pairs([("PATH", place)]), &[]).expect("on PATH");
         assert_eq!(
             found,
-            Found {
+            FoundProgram {
                 program: program.clone(),
                 on_path: true
             }
@@ -448,7 +451,7 @@ pub(crate) mod tests {
         .expect("aside");
         assert_eq!(
             aside,
-            Found {
+            FoundProgram {
                 program,
                 on_path: false
             }
@@ -480,12 +483,12 @@ pub(crate) mod tests {
             ("GITHUB_TOKEN", "third-secret"),
             ("NIX_CONFIG", "cores = 3"),
         ]);
-        let nix = Nix::at(&program, &env)
+        let nix = Nix::detect(&program, &env)
             .await
             .expect("runs")
             .with_variable("NIX_REMOTE", Some("local"));
         let printed = nix
-            .ask(&["store", "ping"], VERSION_LIMIT)
+            .run_checked(&["store", "ping"], VERSION_LIMIT)
             .await
             .expect("runs")
             .text();
@@ -507,9 +510,9 @@ pub(crate) mod tests {
         let text = "[ \"$1\" = --version ] && echo 'nix (Nix) 2.8.0' && exit
             printf 'warning: x\\n\\033[31;1merror:\\033[0m path\\n  is not valid\\n' >&2; exit 1";
         let program = script(folder.path(), "nix", text).await;
-        let nix = Nix::at(&program, &Env::default()).await.expect("runs");
+        let nix = Nix::detect(&program, &Env::default()).await.expect("runs");
         let error = nix
-            .ask(&["path-info", "--json", "/x"], VERSION_LIMIT)
+            .run_checked(&["path-info", "--json", "/x"], VERSION_LIMIT)
             .await
             .expect_err("fails");
         assert_eq!(
@@ -526,7 +529,7 @@ pub(crate) mod tests {
             "syntax error in configuration line",
         ] {
             assert!(
-                !complaint(&format!(
+                !error_summary(&format!(
                     "error: {said} 'github.com=s3cr3t' in 'NIX_CONFIG'"
                 ))
                 .contains("s3cr3t")

@@ -1,6 +1,6 @@
 //! Exceptions from the policy: which paths may break which rule, and why. Pure.
 
-use crate::policy::{Rule, rule};
+use crate::policy::{Rule, parse_rule};
 use crate::text::one_line;
 
 /// An exception.
@@ -17,7 +17,7 @@ impl Allowed {
     ///
     /// # Errors
     /// What is wrong, a fragment.
-    pub fn read(line: &str) -> Result<Self, String> {
+    pub fn parse(line: &str) -> Result<Self, String> {
         let mut words = line.split_whitespace();
         let (Some(name), Some(pattern)) = (words.next(), words.next()) else {
             return Err(format!(
@@ -40,7 +40,7 @@ impl Allowed {
             ));
         }
         Ok(Self {
-            rule: rule(name)?,
+            rule: parse_rule(name)?,
             pattern: pattern.to_owned(),
             reason,
         })
@@ -50,12 +50,12 @@ impl Allowed {
     ///
     /// # Errors
     /// What is wrong with the first bad line, a fragment.
-    pub fn read_all(text: &str) -> Result<Vec<Self>, String> {
+    pub fn parse_all(text: &str) -> Result<Vec<Self>, String> {
         let lines = text
             .lines()
             .map(str::trim)
             .filter(|line| !line.is_empty() && !line.starts_with('#'));
-        lines.map(Self::read).collect()
+        lines.map(Self::parse).collect()
     }
 
     /// Why.
@@ -112,7 +112,7 @@ mod tests {
     #[test]
     fn an_exception_has_a_rule_a_pattern_and_a_reason() {
         let list = "# ours\n\nsecret openssl-*-doc the keys of its examples\n";
-        let allowed = Allowed::read_all(list).expect("good");
+        let allowed = Allowed::parse_all(list).expect("good");
         assert_eq!(
             (allowed.len(), allowed[0].reason()),
             (1, "the keys of its examples")
@@ -125,7 +125,7 @@ mod tests {
             ("sekret x why", "Did you mean `secret`?"),
             ("secret /nix/store/x why", "the store path's name alone"),
         ] {
-            let error = Allowed::read(line).expect_err(line);
+            let error = Allowed::parse(line).expect_err(line);
             assert!(error.contains(says), "{line}: {error}");
         }
     }

@@ -1,13 +1,13 @@
 //! Whether a command, a program's arguments or Nix's settings ask for impure evaluation. Pure; reads text as it
 //! stands and runs nothing, so that what a command computes first is seen only when the process is there.
 
-/// What asks for it, in its own words.
+/// What asks for it, in its own tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Impurity(pub String);
 
 /// Reads the text of a shell script or a command line, `sh -c "…"` included. Quotes and backslashes are taken
 /// away first, and comments, so that neither hides or makes one.
-pub fn of_command(text: &str) -> Option<Impurity> {
+pub fn impurity_in_command(text: &str) -> Option<Impurity> {
     let plain: String = text
         .lines()
         .filter(|line| !line.trim_start().starts_with('#'))
@@ -22,33 +22,33 @@ pub fn of_command(text: &str) -> Option<Impurity> {
         .chars()
         .filter(|c| !matches!(c, '\'' | '"' | '\\'))
         .collect();
-    let words: Vec<&str> = plain
+    let tokens: Vec<&str> = plain
         .split(|c: char| c.is_whitespace() || "();|&`{}=,$".contains(c))
         .collect();
-    of_words(
-        &words
+    impurity_in_tokens(
+        &tokens
             .into_iter()
-            .filter(|word| !word.is_empty())
+            .filter(|token| !token.is_empty())
             .collect::<Vec<_>>(),
     )
 }
 
 /// Reads the arguments of a program that runs; each may be a whole script.
-pub fn of_arguments(arguments: &[String]) -> Option<Impurity> {
-    let words: Vec<&str> = arguments
+pub fn impurity_in_arguments(arguments: &[String]) -> Option<Impurity> {
+    let tokens: Vec<&str> = arguments
         .iter()
-        .map(|word| word.trim_end_matches('\0'))
+        .map(|token| token.trim_end_matches('\0'))
         .collect();
-    of_words(&words).or_else(|| {
+    impurity_in_tokens(&tokens).or_else(|| {
         arguments
             .iter()
             .skip(1)
-            .find_map(|argument| of_command(argument))
+            .find_map(|argument| impurity_in_command(argument))
     })
 }
 
-/// Reads lines of Nix's configuration. The last word on a setting counts.
-pub fn of_settings(text: &str) -> Option<Impurity> {
+/// Reads lines of Nix's configuration. The last token on a setting counts.
+pub fn impurity_in_settings(text: &str) -> Option<Impurity> {
     let mut values = text.lines().filter_map(|line| {
         let (name, value) = line.split('#').next()?.split_once('=')?;
         (name.trim() == "pure-eval").then(|| value.trim())
@@ -59,18 +59,18 @@ pub fn of_settings(text: &str) -> Option<Impurity> {
         .map(|value| Impurity(format!("pure-eval = {value}")))
 }
 
-/// Nix's words for no (`BaseSetting<bool>::parse`).
-fn is_no(word: &str) -> bool {
-    matches!(word, "false" | "no" | "0")
+/// Nix's tokens for no (`BaseSetting<bool>::parse`).
+fn is_no(token: &str) -> bool {
+    matches!(token, "false" | "no" | "0")
 }
 
-fn of_words(words: &[&str]) -> Option<Impurity> {
-    for (at, word) in words.iter().enumerate() {
-        let rest = &words[at + 1..];
-        match *word {
-            "--impure" | "--no-pure-eval" => return Some(Impurity((*word).to_owned())),
+fn impurity_in_tokens(tokens: &[&str]) -> Option<Impurity> {
+    for (at, token) in tokens.iter().enumerate() {
+        let rest = &tokens[at + 1..];
+        match *token {
+            "--impure" | "--no-pure-eval" => return Some(Impurity((*token).to_owned())),
             "--option" | "pure-eval" => {
-                let value = if *word == "--option" {
+                let value = if *token == "--option" {
                     rest.get(1).filter(|_| rest[0] == "pure-eval")
                 } else {
                     rest.first()
@@ -105,7 +105,7 @@ mod tests {
             "(nix build --impure)",
             "x=--impure; nix build $x",
         ] {
-            assert!(of_command(text).is_some(), "{text}");
+            assert!(impurity_in_command(text).is_some(), "{text}");
         }
         for text in [
             "nix build .#default",
@@ -115,24 +115,33 @@ mod tests {
             "echo --impurely",
             "nix build --option cores 1 pure-evaluation",
         ] {
-            assert_eq!(of_command(text), None, "{text}");
+            assert_eq!(impurity_in_command(text), None, "{text}");
         }
     }
 
     #[test]
     fn arguments_and_settings_are_read() {
-        let words = |words: &[&str]| {
-            words
+        let tokens = |tokens: &[&str]| {
+            tokens
                 .iter()
-                .map(|word| (*word).to_owned())
+                .map(|token| (*token).to_owned())
                 .collect::<Vec<_>>()
         };
-        assert!(of_arguments(&words(&["nix", "build", "--impure", ""])).is_some());
-        assert!(of_arguments(&words(&["sh", "-c", "exec nix build --impure"])).is_some());
-        assert_eq!(of_arguments(&words(&["nix", "build", ".#a"])), None);
-        assert!(of_settings("a = b\npure-eval = false # why\n").is_some());
-        assert!(of_settings("pure-eval = no").is_some() && of_settings("pure-eval = 0").is_some());
-        assert_eq!(of_settings("pure-eval = false\npure-eval = true"), None);
-        assert_eq!(of_settings("pure-eval-x = false"), None);
+        assert!(impurity_in_arguments(&tokens(&["nix", "build", "--impure", ""])).is_some());
+        assert!(impurity_in_arguments(&tokens(&["sh", "-c", "exec nix build --impure"])).is_some());
+        assert_eq!(
+            impurity_in_arguments(&tokens(&["nix", "build", ".#a"])),
+            None
+        );
+        assert!(impurity_in_settings("a = b\npure-eval = false # why\n").is_some());
+        assert!(
+            impurity_in_settings("pure-eval = no").is_some()
+                && impurity_in_settings("pure-eval = 0").is_some()
+        );
+        assert_eq!(
+            impurity_in_settings("pure-eval = false\npure-eval = true"),
+            None
+        );
+        assert_eq!(impurity_in_settings("pure-eval-x = false"), None);
     }
 }

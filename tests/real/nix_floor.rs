@@ -12,11 +12,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flywheel::nix::bootstrap::{self, ready};
 use flywheel::nix::db::Db;
+use flywheel::nix::effective_settings::{IgnoredReason, IgnoredSetting, read_effective};
 use flywheel::nix::netrc;
 use flywheel::nix::path_info::{Origin, PathInfo};
-use flywheel::nix::ping::{Ping, Refusal, ping};
-use flywheel::nix::read_back::{Ignored, Reason, read_back};
-use flywheel::nix::settings::{Cache, Settings, Wanted, compose, malformed};
+use flywheel::nix::ping::{Ping, PingFailure, ping};
+use flywheel::nix::settings::{CacheSettings, Settings, WantedSettings, compose, malformed};
 use flywheel::nix::store::{STATE_DIR, Store, open_db};
 use flywheel::nix::store_path::StorePath;
 use flywheel::nix::tool::Nix;
@@ -158,7 +158,7 @@ impl Inside {
     }
 
     async fn nix(&self, more: &[(&str, &str)]) -> Nix {
-        Nix::at(&need("nix", "apt-get install nix-bin"), &self.env(more))
+        Nix::detect(&need("nix", "apt-get install nix-bin"), &self.env(more))
             .await
             .unwrap()
     }
@@ -312,7 +312,7 @@ fn the_store_tells_exactly_what_the_job_added() {
                 inside.build(&nix, &["old"]);
                 let before = listed(&nix);
                 let store = Store::open(&nix).await.unwrap();
-                assert_eq!(store.without_database(), None);
+                assert_eq!(store.database_error(), None);
                 // The same store behind a socket of another place: no database, so Nix is asked.
                 let socket = inside.folder.join("elsewhere");
                 let _daemon = Daemon::start(&nix, &socket);
@@ -320,7 +320,7 @@ fn the_store_tells_exactly_what_the_job_added() {
                     .clone()
                     .with_variable("NIX_REMOTE", Some(&format!("unix://{}", socket.display())));
                 let by_command = Store::open(&remote).await.unwrap();
-                assert!(by_command.without_database().is_some());
+                assert!(by_command.database_error().is_some());
                 let (mark, other_mark) = (
                     store.mark().await.unwrap(),
                     by_command.mark().await.unwrap(),
@@ -448,23 +448,23 @@ fn result_links_are_results_even_if_nothing_is_built() {
     );
 }
 
-fn wanted(cache: Cache) -> Wanted {
-    Wanted {
+fn wanted(cache: CacheSettings) -> WantedSettings {
+    WantedSettings {
         cache: Some(cache),
-        ..Wanted::default()
+        ..WantedSettings::default()
     }
 }
 
-fn cache(netrc: Option<PathBuf>) -> Cache {
-    Cache {
+fn cache(netrc: Option<PathBuf>) -> CacheSettings {
+    CacheSettings {
         substituter: CACHE.to_owned(),
         public_key: Some(KEY.parse().unwrap()),
         netrc,
     }
 }
 
-async fn ignored(nix: &Nix, config: &str, wanted: &Wanted) -> Vec<Ignored> {
-    let found = read_back(
+async fn ignored(nix: &Nix, config: &str, wanted: &WantedSettings) -> Vec<IgnoredSetting> {
+    let found = read_effective(
         &nix.clone().with_config(config),
         wanted.cache.as_ref(),
         None,
@@ -496,7 +496,7 @@ fn a_single_user_store_follows_the_settings() {
                 let base = format!(
                     "# the runner's\n{CONFIG}extra-substituters = http://runner.example\r\ncores = 3"
                 );
-                let wanted = Wanted {
+                let wanted = WantedSettings {
                     access_tokens,
                     before,
                     ..wanted(cache(Some(file.clone())))
@@ -528,7 +528,7 @@ fn a_single_user_store_follows_the_settings() {
                 assert!(!environment.contains("tok-"), "{environment}");
 
                 let extra = "substituters = http://mine.example\nnetrc-file = /mine".to_owned();
-                let wanted = Wanted { extra, ..wanted };
+                let wanted = WantedSettings { extra, ..wanted };
                 let ignored = ignored(&nix, &compose(&base, &wanted), &wanted).await;
                 let expected = [
                     (
@@ -537,9 +537,9 @@ fn a_single_user_store_follows_the_settings() {
                     ),
                     ("netrc-file", format!("netrc-file = {}", file.display())),
                 ];
-                let expected = expected.map(|(setting, line_to_add)| Ignored {
+                let expected = expected.map(|(setting, line_to_add)| IgnoredSetting {
                     setting,
-                    reason: Reason::Overridden,
+                    reason: IgnoredReason::Overridden,
                     line_to_add,
                     file: None,
                 });
@@ -606,7 +606,7 @@ fn a_daemon_ignores_what_an_untrusted_user_wants() {
                 assert!(
                     ignored
                         .iter()
-                        .all(|one| one.reason == Reason::Untrusted
+                        .all(|one| one.reason == IgnoredReason::Untrusted
                             && one.file.as_ref() == Some(&conf))
                 );
                 ignored
@@ -664,7 +664,7 @@ fn a_user_of_a_daemon_reads_the_database() {
                 assert!(opened.last_id().unwrap() > 0);
                 drop(opened);
                 let store = Store::open(&nix).await.unwrap();
-                assert_eq!(store.without_database(), None);
+                assert_eq!(store.database_error(), None);
                 let mark = store.mark().await.unwrap();
                 inside.build(&nix, &["dependency"]);
                 let added = store.added_since(&mark).await.unwrap();
@@ -733,7 +733,7 @@ async fn revived(inside: &Inside, env: &Env, socket_was_there: bool) {
     ready.stop().await;
     let answer = ping(&nix, LIMIT).await.unwrap();
     assert!(
-        matches!(answer, Ping::Refused(Refusal::NoDaemon(_))),
+        matches!(answer, Ping::Failed(PingFailure::NoDaemon(_))),
         "{answer:?}"
     );
     assert_eq!(Path::new(SOCKET).exists(), socket_was_there);
@@ -752,9 +752,9 @@ fn build_users_that_do_not_exist_are_done_without() {
                         .unwrap();
                     assert_eq!(ready.settings(), ["build-users-group ="], "{group}");
                     assert!(!ready.installed && ready.folder.is_none());
-                    let wanted = Wanted {
+                    let wanted = WantedSettings {
                         repairs: ready.settings(),
-                        ..Wanted::default()
+                        ..WantedSettings::default()
                     };
                     let nix = ready.nix.clone().with_config(&compose(CONFIG, &wanted));
                     inside.build(&nix, &[attribute]);

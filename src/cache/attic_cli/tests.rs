@@ -39,7 +39,7 @@ impl Host {
         script(&folder.path().join("store/bin"), "attic", "exit 0").await;
         let path = folder.path().join("bin");
         let env = Env::from_pairs([("PATH", path.to_str().expect("text"))]);
-        let nix = Nix::at(&program, &env).await.expect("a nix");
+        let nix = Nix::detect(&program, &env).await.expect("a nix");
         Self { folder, env, nix }
     }
 

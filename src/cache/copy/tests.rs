@@ -17,7 +17,7 @@ async fn store(url: &str, answers: &str) -> (TempDir, Copy) {
         folder.path().display()
     );
     let program = script(folder.path(), "nix", &text).await;
-    let nix = Nix::at(&program, &Env::default()).await.expect("a nix");
+    let nix = Nix::detect(&program, &Env::default()).await.expect("a nix");
     (folder, Copy::new(nix, url.parse().expect("a store")))
 }
 

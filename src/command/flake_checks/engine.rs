@@ -17,11 +17,11 @@ use tokio_util::sync::CancellationToken;
 use crate::command::flake_checks::inputs::Plan;
 use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, of_evaluation};
 use crate::command::flake_checks::reporter::Reporter;
-use crate::nix::build::Ended;
-use crate::nix::build::log::{Event as BuildEvent, Failure as BuildFailure};
-use crate::nix::build::presence::{Present, valid};
-use crate::nix::flake::evaluate::{Event, Facts, Task};
-use crate::nix::flake::expression::Seen;
+use crate::nix::build::BuildResult;
+use crate::nix::build::log::{BuildEvent, BuildFailure};
+use crate::nix::build::presence::{Presence, valid};
+use crate::nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
+use crate::nix::flake::expression::SelfView;
 use crate::nix::store::Store;
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::Nix;
@@ -38,15 +38,15 @@ const FINAL_POLL_TIMEOUT: Duration = Duration::from_millis(500);
 /// How the evaluation is asked for.
 pub(super) struct Evaluation {
     /// Takes what is to be evaluated; closed when nothing more will come.
-    pub tasks: mpsc::Sender<Vec<Task>>,
+    pub tasks: mpsc::Sender<Vec<EvalTask>>,
     /// What is heard of it.
-    pub events: mpsc::Receiver<Event>,
+    pub events: mpsc::Receiver<EvalEvent>,
     /// Ends it.
     pub cancel: CancellationToken,
     /// How the flake sees itself at first.
-    pub first: Arc<Seen>,
+    pub first: Arc<SelfView>,
     /// With the values that the commit gives, where that is another way.
-    pub real: Arc<Seen>,
+    pub real: Arc<SelfView>,
     /// The workers.
     pub pool: tokio::task::JoinHandle<()>,
 }
@@ -63,9 +63,9 @@ pub(super) enum RunEnd {
 }
 
 enum EngineEvent {
-    Looked(Vec<usize>, Result<Present, String>),
+    Looked(Vec<usize>, Result<Presence, String>),
     Building(usize, BuildEvent),
-    Built(usize, Result<Ended, String>),
+    Built(usize, Result<BuildResult, String>),
 }
 
 struct Lane {
@@ -143,7 +143,7 @@ impl<'a> Engine<'a> {
     /// Brings every output to its verdict; `known` are those whose derivations are remembered.
     pub async fn run(
         &mut self,
-        known: Vec<(usize, Facts)>,
+        known: Vec<(usize, Derivation)>,
         mut evaluation: Evaluation,
         mut steps: EngineEvents,
         signals: &mut Signals,
@@ -216,16 +216,16 @@ impl<'a> Engine<'a> {
         self.outs.iter().any(failed)
     }
 
-    async fn evaluate(&mut self, evaluation: &Evaluation, ids: Vec<usize>, seen: &Arc<Seen>) {
+    async fn evaluate(&mut self, evaluation: &Evaluation, ids: Vec<usize>, seen: &Arc<SelfView>) {
         if ids.is_empty() {
             return;
         }
         self.evaluating += ids.len();
-        let tasks = ids.iter().map(|id| Task {
+        let tasks = ids.iter().map(|id| EvalTask {
             id: *id,
             path: self.outs[*id].name.attr.clone(),
-            seen: Arc::clone(seen),
-            written: false,
+            view: Arc::clone(seen),
+            must_write: false,
         });
         let tasks = tasks.collect();
         if evaluation.tasks.send(tasks).await.is_err() {
@@ -251,14 +251,14 @@ impl<'a> Engine<'a> {
         }
     }
 
-    async fn on_evaluation(&mut self, event: Event, evaluation: &Evaluation) {
+    async fn on_evaluation(&mut self, event: EvalEvent, evaluation: &Evaluation) {
         match event {
-            Event::Begun(id) => {
+            EvalEvent::Begun(id) => {
                 self.outs[id].begin();
                 self.reporter
                     .state(&self.outs[id].output, &State::Evaluating);
             }
-            Event::Known {
+            EvalEvent::Known {
                 id,
                 facts,
                 independent,
@@ -268,12 +268,12 @@ impl<'a> Engine<'a> {
                 self.outs[id].is_remembered = independent;
                 self.known(id, facts);
             }
-            Event::Dependent(id) => {
+            EvalEvent::Dependent(id) => {
                 self.evaluating -= 1;
                 let real = Arc::clone(&evaluation.real);
                 self.evaluate(evaluation, vec![id], &real).await;
             }
-            Event::Failed(id, failure) => {
+            EvalEvent::Failed(id, failure) => {
                 self.evaluating -= 1;
                 let cause = of_evaluation(&failure, &self.tree);
                 self.end(id, cause, Vec::new());
@@ -281,7 +281,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn known(&mut self, id: usize, facts: Facts) {
+    fn known(&mut self, id: usize, facts: Derivation) {
         let drv: Option<StorePath> = facts.drv.parse().ok();
         let out = &mut self.outs[id];
         out.facts = Some(facts);
@@ -325,7 +325,7 @@ impl<'a> Engine<'a> {
             self.steps.clone(),
         );
         self.jobs.spawn(async move {
-            let present = Present::find(&nix, &store, &paths)
+            let present = Presence::find(&nix, &store, &paths)
                 .await
                 .map_err(|error| error.to_string());
             // The engine is gone only when nobody wants to know any more.

@@ -12,13 +12,14 @@ use crate::command::flake_checks::inputs::{EvaluatorKind, Plan, Remember};
 use crate::command::flake_checks::output::OutputProgress;
 use crate::nix::flake::Source;
 use crate::nix::flake::evaluate::{
-    self, Facts, Name, Names, Pool, Views, may_be_remembered, names, settings_that_matter, views,
+    self, Derivation, NameList, OutputName, Pool, SelfViews, allows_memory, evaluation_settings,
+    names, views,
 };
-use crate::nix::flake::expression::{Expressions, Seen};
-use crate::nix::flake::jobs::Jobs;
-use crate::nix::flake::memory::{Key, Memory, Remembered};
+use crate::nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered};
+use crate::nix::flake::expression::{Expressions, SelfView};
+use crate::nix::flake::nix_eval_jobs::NixEvalJobs;
 use crate::nix::tool::{Nix, on_path};
-use crate::policy::of_settings;
+use crate::policy::impurity_in_settings;
 use crate::progress::Sink;
 use crate::runner::env::Env;
 use crate::secret::Secret;
@@ -31,11 +32,11 @@ pub(super) struct FlakeEvaluation {
     pub source: Source,
     expressions: Expressions,
     /// Where it is remembered, if it may be.
-    memory: Option<Memory>,
+    memory: Option<EvaluationMemory>,
     /// What is remembered.
     remembered: Option<Remembered>,
     /// How the flake sees itself; `None` where what is remembered is enough so far, or nothing is.
-    views: Option<Views>,
+    views: Option<SelfViews>,
     /// `nix-eval-jobs`, where it evaluates.
     jobs: Option<PathBuf>,
 }
@@ -52,7 +53,7 @@ impl FlakeEvaluation {
         } else {
             None
         };
-        let remembered = memory.as_ref().and_then(Memory::read);
+        let remembered = memory.as_ref().and_then(EvaluationMemory::read);
         let enough =
             plan.remember == Remember::On && remembered.as_ref().is_some_and(Remembered::is_whole);
         let views = match &memory {
@@ -75,19 +76,19 @@ impl FlakeEvaluation {
     }
 
     /// How the flake sees itself in the evaluation, at first and where it depends on the commit.
-    fn seen(&self, plan: &Plan) -> (Seen, Seen) {
+    fn seen(&self, plan: &Plan) -> (SelfView, SelfView) {
         match &self.views {
             // Compared with what Nix itself makes of it, and not with another reading of ours.
             Some(_) if plan.remember == Remember::Verify && self.remembered.is_some() => {
-                (Seen::Installable, Seen::Installable)
+                (SelfView::Installable, SelfView::Installable)
             }
-            Some(views) => (views.poisoned.clone(), views.real.clone()),
-            None => (Seen::Installable, Seen::Installable),
+            Some(views) => (views.abort_on_use.clone(), views.real.clone()),
+            None => (SelfView::Installable, SelfView::Installable),
         }
     }
 
     /// The outputs' names, of every system. A list that depends on the commit is not remembered, and nothing with it.
-    pub async fn names(&mut self, plan: &Plan, nix: &Nix) -> Result<Vec<Name>, Failure> {
+    pub async fn names(&mut self, plan: &Plan, nix: &Nix) -> Result<Vec<OutputName>, Failure> {
         if let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) {
             return Ok(remembered.names.clone());
         }
@@ -102,7 +103,7 @@ impl FlakeEvaluation {
                 &plan.arguments,
             )
             .await?;
-            if let Names::Found(found) = found {
+            if let NameList::Found(found) = found {
                 return Ok(found);
             }
             self.memory = None;
@@ -111,7 +112,7 @@ impl FlakeEvaluation {
     }
 
     /// Those whose derivations are remembered, by their place in `names`.
-    pub fn known(&self, plan: &Plan, names: &[Name]) -> Vec<(usize, Facts)> {
+    pub fn known(&self, plan: &Plan, names: &[OutputName]) -> Vec<(usize, Derivation)> {
         let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) else {
             return Vec::new();
         };
@@ -130,7 +131,7 @@ impl FlakeEvaluation {
         let pool = match &self.jobs {
             Some(program) => {
                 let (workers, share) = Pool::fitted(plan.workers);
-                let jobs = Jobs {
+                let jobs = NixEvalJobs {
                     program: program.clone(),
                     nix: nix.clone(),
                     source: self.source.clone(),
@@ -150,7 +151,7 @@ impl FlakeEvaluation {
                     workers: plan.workers,
                     per_worker: plan.per_worker,
                     read_only: !plan.build,
-                    instead: self.views.as_ref().map(|_| Arc::clone(&real)),
+                    fallback_view: self.views.as_ref().map(|_| Arc::clone(&real)),
                 };
                 tokio::spawn(pool.run(queue, events, cancel.clone()))
             }
@@ -166,7 +167,12 @@ impl FlakeEvaluation {
     }
 
     /// Remembers what does not depend on the commit. Gives the labels of which something else was remembered.
-    pub fn remember(&self, outs: &[OutputProgress], names: Vec<Name>, sink: &Sink) -> Vec<String> {
+    pub fn remember(
+        &self,
+        outs: &[OutputProgress],
+        names: Vec<OutputName>,
+        sink: &Sink,
+    ) -> Vec<String> {
         let Some(memory) = &self.memory else {
             return Vec::new();
         };
@@ -216,7 +222,7 @@ fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
 
 /// The words that are about the inputs' lock, for a call that evaluates nothing.
 fn of_lock(arguments: &[String]) -> Vec<String> {
-    if may_be_remembered(arguments) {
+    if allows_memory(arguments) {
         Vec::new()
     } else {
         arguments.to_vec()
@@ -224,13 +230,13 @@ fn of_lock(arguments: &[String]) -> Vec<String> {
 }
 
 /// Where the evaluation is remembered; `None`, and a word why, where it must not be.
-fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<Memory> {
+fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<EvaluationMemory> {
     if plan.remember == Remember::Off {
         return None;
     }
-    let why = if !may_be_remembered(&plan.arguments) {
+    let why = if !allows_memory(&plan.arguments) {
         Some("`nix-args` may change what the inputs are".to_owned())
-    } else if let Some(impurity) = of_settings(nix.config()) {
+    } else if let Some(impurity) = impurity_in_settings(nix.config()) {
         Some(format!("the settings say `{}`", impurity.0))
     } else {
         source.unremembered().map(str::to_owned)
@@ -239,13 +245,17 @@ fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<Mem
         sink.note(format!("flywheel: the evaluation is not remembered: {why}"));
         return None;
     }
-    let settings = settings_that_matter(nix.config());
-    let key = Key {
+    let settings = evaluation_settings(nix.config());
+    let key = MemoryKey {
         nix: &nix.version.line,
         attribute: &plan.attribute,
         function: plan.function.as_deref(),
         arguments: &plan.arguments,
         settings: &settings,
     };
-    Some(Memory::of(plan.memory_folder.as_deref()?, source, &key))
+    Some(EvaluationMemory::new(
+        plan.memory_folder.as_deref()?,
+        source,
+        &key,
+    ))
 }

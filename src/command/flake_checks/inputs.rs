@@ -8,7 +8,7 @@ use crate::command::inputs::{Text, choice, number, switch};
 use crate::command::job::inputs::{self as job, JobInputs};
 use crate::exit::UsageError;
 use crate::nix::flake::expression::{AttributePath, attribute_path, installable_name};
-use crate::policy::of_arguments;
+use crate::policy::impurity_in_arguments;
 use crate::runner::env::Env;
 use crate::text::one_line;
 
@@ -330,7 +330,7 @@ impl Plan {
     pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
         let mut job = job::Plan::read(&inputs.job, env)?;
         let arguments = arguments(&inputs.nix_args)?;
-        job.impurity = of_arguments(&arguments);
+        job.impurity = impurity_in_arguments(&arguments);
         job.publish_workers = at_least_one("publish-workers", &inputs.publish_workers)?;
         let fail_fast = switch("fail-fast", &inputs.fail_fast, false)?;
         Ok(Self {

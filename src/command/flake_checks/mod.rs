@@ -33,11 +33,11 @@ use crate::exit::{Exit, UsageError};
 use crate::host::peak::Span;
 use crate::host::private::PrivateFolder;
 use crate::nix::flake::Source;
-use crate::nix::flake::evaluate::Name;
+use crate::nix::flake::evaluate::OutputName;
 use crate::nix::settings::Settings;
 use crate::nix::store::Store;
 use crate::nix::store_path::StorePath;
-use crate::nix::{clients, collect};
+use crate::nix::{gc, temp_roots};
 use crate::process::signals::Signals;
 use crate::report::checks::text::annotation;
 use crate::report::checks::{Cause, Conclusion, Output, board, files, summary};
@@ -147,7 +147,10 @@ impl FlakeChecks<'_> {
         };
         prepared.in_force = in_force;
         let prepared = &*prepared;
-        let mut watch = self.work.watch(prepared, clients::Job::Descendants).await;
+        let mut watch = self
+            .work
+            .watch(prepared, temp_roots::JobScope::Descendants)
+            .await;
         let store = match &watch {
             Some(watch) => Arc::clone(watch.store()),
             None => match prepared.open_store().await {
@@ -284,7 +287,7 @@ impl FlakeChecks<'_> {
             .in_force
             .as_ref()
             .and_then(|found| native(&found.settings));
-        let names: Vec<Name> = all
+        let names: Vec<OutputName> = all
             .iter()
             .filter(|name| self.wants(name, native.as_ref()))
             .cloned()
@@ -325,7 +328,7 @@ impl FlakeChecks<'_> {
         })
     }
 
-    fn wants(&self, name: &Name, native: Option<&BTreeSet<String>>) -> bool {
+    fn wants(&self, name: &OutputName, native: Option<&BTreeSet<String>>) -> bool {
         let mut path = self.plan.attribute.iter().chain(&name.attr);
         let Some(system) = path.find(|name| is_system(name)) else {
             return true;
@@ -337,7 +340,7 @@ impl FlakeChecks<'_> {
         }
     }
 
-    fn out(&self, name: &Name) -> OutputProgress {
+    fn out(&self, name: &OutputName) -> OutputProgress {
         let attribute: Vec<String> = self
             .plan
             .attribute
@@ -399,11 +402,9 @@ impl FlakeChecks<'_> {
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        let kept = collect::keep(&nix, self.work.env.get("USER"), &name, &derivations);
+        let kept = gc::set_roots(&nix, self.work.env.get("USER"), &name, &derivations);
         let collected = match kept {
-            Ok(()) => collect::collect(&nix)
-                .await
-                .map_err(|error| error.to_string()),
+            Ok(()) => gc::collect(&nix).await.map_err(|error| error.to_string()),
             Err(error) => Err(format!("the derivations cannot be kept: {error}")),
         };
         match collected {

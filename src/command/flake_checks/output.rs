@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::nix::build::log::{Failure as BuildFailure, Kind};
-use crate::nix::flake::error::At;
-use crate::nix::flake::evaluate::{Facts, Failure, Name};
+use crate::location::SourceLocation;
+use crate::nix::build::log::{BuildFailure, FailureKind};
+use crate::nix::flake::evaluate::{Derivation, EvalFailure, OutputName};
 use crate::nix::hash::Sha256;
 use crate::nix::store_path::StorePath;
-use crate::report::checks::{Cause, Output, SourceLocation, Verdict};
+use crate::report::checks::{Cause, Output, Verdict};
 
 /// Lines of a build's log that are kept, the last.
 const TAIL: usize = 200;
@@ -20,11 +20,11 @@ const FILE_SIZE: u64 = 1 << 20;
 /// One output.
 #[derive(Debug)]
 pub(super) struct OutputProgress {
-    pub name: Name,
+    pub name: OutputName,
     pub output: Output,
     pub installable: String,
     /// What it is, once that is known.
-    pub facts: Option<Facts>,
+    pub facts: Option<Derivation>,
     pub drv: Option<StorePath>,
     /// Whether this run's evaluation wrote its derivation to the store.
     pub is_written: bool,
@@ -37,7 +37,7 @@ pub(super) struct OutputProgress {
 }
 
 impl OutputProgress {
-    pub fn new(name: Name, output: Output, installable: String) -> Self {
+    pub fn new(name: OutputName, output: Output, installable: String) -> Self {
         Self {
             name,
             output,
@@ -120,7 +120,7 @@ pub(super) struct Tree {
 
 impl Tree {
     /// A place of the tree, as a place of the repository.
-    pub fn location(&self, at: &At) -> SourceLocation {
+    pub fn location(&self, at: &SourceLocation) -> SourceLocation {
         let file = if self.prefix.is_empty() {
             at.file.clone()
         } else {
@@ -160,7 +160,7 @@ impl Tree {
         None
     }
 
-    fn in_file(&self, file: &Path, forms: &[String]) -> Option<At> {
+    fn in_file(&self, file: &Path, forms: &[String]) -> Option<SourceLocation> {
         if file.metadata().ok()?.len() > FILE_SIZE {
             return None;
         }
@@ -174,7 +174,7 @@ impl Tree {
             .ok()?
             .to_string_lossy()
             .into_owned();
-        Some(At {
+        Some(SourceLocation {
             file: name,
             line: u32::try_from(n + 1).ok()?,
             column: u32::try_from(column + 1).ok(),
@@ -183,13 +183,13 @@ impl Tree {
 }
 
 /// Why an output that has no derivation failed.
-pub(super) fn of_evaluation(failure: &Failure, tree: &Tree) -> Cause {
+pub(super) fn of_evaluation(failure: &EvalFailure, tree: &Tree) -> Cause {
     match failure {
-        Failure::Evaluation { text, place } => Cause::Evaluation {
+        EvalFailure::Evaluation { text, location } => Cause::Evaluation {
             text: text.clone(),
-            location: place.as_ref().map(|at| tree.location(at)),
+            location: location.as_ref().map(|at| tree.location(at)),
         },
-        Failure::OutOfMemory { needed, limit } => Cause::OutOfMemory {
+        EvalFailure::OutOfMemory { needed, limit } => Cause::OutOfMemory {
             needed_bytes: *needed,
             limit_bytes: *limit,
         },
@@ -199,7 +199,7 @@ pub(super) fn of_evaluation(failure: &Failure, tree: &Tree) -> Cause {
 /// Why an output failed whose own build, or one that it needs, did. `is_own`: whether it is its own.
 pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
     match (&failure.kind, &failure.derivation) {
-        (Kind::HashMismatch { specified, got }, _) => Cause::HashMismatch {
+        (FailureKind::HashMismatch { specified, got }, _) => Cause::HashMismatch {
             specified: specified.clone(),
             got: got.clone(),
             location: tree.find_hash(specified),

@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::SystemTime;
 
-use crate::nix::clients::{Clients, Owner};
 use crate::nix::path_info::{Origin, PathInfo, Unreadable};
 use crate::nix::store::{self, Mark, Store};
 use crate::nix::store_path::StorePath;
+use crate::nix::temp_roots::{Owner, TempRootWatcher};
 
 /// What a job brought into the store.
 #[derive(Debug, Default)]
@@ -35,7 +35,7 @@ impl AddedPaths {
     /// When the store cannot be read.
     pub async fn collect(
         store: &Store,
-        clients: &Clients,
+        clients: &TempRootWatcher,
         mark: &Mark,
         (folder, begun): (&Path, SystemTime),
         results: Vec<StorePath>,
@@ -71,7 +71,11 @@ impl AddedPaths {
     }
 
     /// Counts the job's own paths; gives those to publish, and those of which it is unclear whose they are.
-    fn take(&mut self, infos: Vec<PathInfo>, clients: &Clients) -> (Vec<StorePath>, Vec<PathInfo>) {
+    fn take(
+        &mut self,
+        infos: Vec<PathInfo>,
+        clients: &TempRootWatcher,
+    ) -> (Vec<StorePath>, Vec<PathInfo>) {
         // A derivation's closure is its build-time sources: nobody substitutes those.
         let infos: Vec<PathInfo> = infos
             .into_iter()

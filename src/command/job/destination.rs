@@ -271,7 +271,7 @@ mod tests {
             ("AWS_SESSION_TOKEN", "t"),
             ("ATTIC_TOKEN", "x"),
         ]);
-        let nix = Nix::at(&program, &env).await.expect("a nix");
+        let nix = Nix::detect(&program, &env).await.expect("a nix");
         let http = Clients::new(&crate::http::Roots::default()).expect("clients");
         let opener = DestinationOpener {
             env: &env,

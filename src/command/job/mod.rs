@@ -35,11 +35,11 @@ use crate::command::Failure;
 use crate::exit::{Exit, Explain};
 use crate::http::{Clients as HttpClients, Roots};
 use crate::nix::bootstrap::{self, Ready};
-use crate::nix::clients::{self, Clients};
-use crate::nix::read_back::InForce;
+use crate::nix::effective_settings::EffectiveSettings;
 use crate::nix::store::{self, Mark, Store, state_folder};
 use crate::nix::store_path::StorePath;
-use crate::nix::tool::{Nix, complaint};
+use crate::nix::temp_roots::{self, TempRootWatcher};
+use crate::nix::tool::{Nix, error_summary};
 use crate::policy::Rule;
 use crate::process::signals::Signals;
 use crate::progress::Sink;
@@ -157,7 +157,7 @@ pub struct Prepared {
     /// The job's settings.
     pub settings: NixSettings,
     /// What Nix is like under them, once it has been asked and if it has answered.
-    pub in_force: Option<InForce>,
+    pub in_force: Option<EffectiveSettings>,
     /// How long it took.
     pub took: Duration,
 }
@@ -178,7 +178,7 @@ impl Prepared {
             .as_ref()
             .and_then(|found| found.opened.as_ref())
         {
-            Some(opened) => Store::opened(&self.nix(), opened).await,
+            Some(opened) => Store::from_opened(&self.nix(), opened).await,
             None => Store::open(&self.nix()).await,
         }
     }
@@ -195,7 +195,7 @@ impl Prepared {
 pub struct Watch {
     store: Arc<Store>,
     mark: Mark,
-    clients: Arc<Clients>,
+    clients: Arc<TempRootWatcher>,
     inspector: Arc<Inspector>,
     begun: SystemTime,
     stream: Option<Stream>,
@@ -304,7 +304,7 @@ impl Work<'_> {
     }
 
     /// Asks Nix what it makes of the job's settings; what it does not follow is said.
-    pub async fn read_back(&self, prepared: &Prepared) -> Option<InForce> {
+    pub async fn read_back(&self, prepared: &Prepared) -> Option<EffectiveSettings> {
         settings::report_ignored(
             &prepared.ready,
             &prepared.settings,
@@ -339,13 +339,13 @@ impl Work<'_> {
     }
 
     /// Marks the store, and starts to publish if the gate allows it.
-    pub async fn watch(&self, prepared: &Prepared, whose: clients::Job) -> Option<Watch> {
+    pub async fn watch(&self, prepared: &Prepared, whose: temp_roots::JobScope) -> Option<Watch> {
         let sink = self.sink.clone();
         let nix = prepared.nix();
         let opened = async {
             let store = prepared.open_store().await?;
             // Before the mark: a process that was gone by now cannot have added what comes after it.
-            let clients = Clients::watch(&state_folder(&nix), whose);
+            let clients = TempRootWatcher::start(&state_folder(&nix), whose);
             let mark = store.mark().await?;
             Ok::<_, store::Error>((store, Arc::new(clients), mark))
         };
@@ -368,8 +368,9 @@ impl Work<'_> {
             .unwrap_or_default();
         let written = journal.journal.clone();
         let store = Arc::new(store);
-        clients
-            .tell(move |paths| written.expected(paths.iter().filter(|path| !path.is_derivation())));
+        clients.subscribe(move |paths| {
+            written.expected(paths.iter().filter(|path| !path.is_derivation()))
+        });
         let inspector = self.inspector(prepared, &store);
         let at_once = !self.demands_check();
         let workers = self.plan.publish_workers;
@@ -454,7 +455,7 @@ impl Work<'_> {
             _ = signals.next() => Err("it was cancelled".to_owned()),
             output = checking => match output {
                 Ok(output) if output.status.success() => Ok(()),
-                Ok(output) => Err(complaint(&output.stderr)),
+                Ok(output) => Err(error_summary(&output.stderr)),
                 Err(error) => Err(error.to_string()),
             },
         };

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::nix::clients::{Clients, Owner};
 use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::StorePath;
+use crate::nix::temp_roots::{Owner, TempRootWatcher};
 
 /// How long a path that nobody was seen to add waits for another job to come to light.
 const HOLD: Duration = Duration::from_secs(1);
@@ -16,14 +16,14 @@ const HOLD: Duration = Duration::from_secs(1);
 /// Tells the job's own paths from others', as they become valid.
 #[derive(Debug)]
 pub struct OwnershipFilter {
-    clients: Arc<Clients>,
+    clients: Arc<TempRootWatcher>,
     /// Paths that nobody was seen to add, and until when they wait; the oldest first.
     held: VecDeque<(Instant, PathInfo)>,
 }
 
 impl OwnershipFilter {
     /// Tells them by what is seen of the store's clients.
-    pub fn new(clients: Arc<Clients>) -> Self {
+    pub fn new(clients: Arc<TempRootWatcher>) -> Self {
         Self {
             clients,
             held: VecDeque::new(),
@@ -78,8 +78,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::nix::clients::Job;
     use crate::nix::hash::Sha256;
+    use crate::nix::temp_roots::JobScope;
 
     fn path(name: &str) -> StorePath {
         format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}")
@@ -111,7 +111,7 @@ mod tests {
     fn watched() -> (tempfile::TempDir, OwnershipFilter) {
         let state = tempfile::tempdir().expect("temporary folder");
         fs::create_dir(state.path().join("temproots")).expect("made");
-        let clients = Arc::new(Clients::watch(state.path(), Job::Descendants));
+        let clients = Arc::new(TempRootWatcher::start(state.path(), JobScope::Descendants));
         (state, OwnershipFilter::new(clients))
     }
 

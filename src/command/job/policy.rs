@@ -10,7 +10,7 @@ use crate::command::inputs::{Text, choice};
 use crate::exit::UsageError;
 use crate::nix::scan::{Scanner, is_secret_name, is_secret_value};
 use crate::nix::store::Store;
-use crate::policy::{Allowed, Impurity, Mode, Policy, Rule, of_settings};
+use crate::policy::{Allowed, Impurity, Policy, Rule, RuleMode, impurity_in_settings};
 use crate::runner::env::Env;
 use crate::secret::Secret;
 use crate::text::one_line;
@@ -86,8 +86,8 @@ impl PolicyInputs {
             move |problem: String| UsageError::new(&name, problem)
         };
         let policy =
-            Policy::read(self.policy.get().unwrap_or_default()).map_err(wrong("policy"))?;
-        let mut allowed = Allowed::read_all(self.policy_allow.get().unwrap_or_default())
+            Policy::parse(self.policy.get().unwrap_or_default()).map_err(wrong("policy"))?;
+        let mut allowed = Allowed::parse_all(self.policy_allow.get().unwrap_or_default())
             .map_err(wrong("policy-allow"))?;
         if let Some(file) = self.policy_allow_file.get() {
             let text = read_list(Path::new(file)).map_err(|problem| {
@@ -95,7 +95,7 @@ impl PolicyInputs {
                 UsageError::new("policy-allow-file", problem)
                     .with_hint("Check the repository out in an earlier step.")
             })?;
-            allowed.extend(Allowed::read_all(&text).map_err(wrong("policy-allow-file"))?);
+            allowed.extend(Allowed::parse_all(&text).map_err(wrong("policy-allow-file"))?);
         }
         let words = [("continue", false), ("fail", true)];
         let fails = choice("on-finding", &self.on_finding, &words)?.unwrap_or_default();
@@ -126,7 +126,7 @@ impl PolicyConfig {
     ) -> Arc<Inspector> {
         let inspector = Inspector::new(scanner(env, more), self.policy.clone(), store);
         for text in settings {
-            if let Some(found) = of_settings(text) {
+            if let Some(found) = impurity_in_settings(text) {
                 accuse(&inspector, &found, "Nix's settings");
             }
         }
@@ -135,7 +135,7 @@ impl PolicyConfig {
 
     /// Whether a rule is looked at.
     pub fn looks_at(&self, rule: Rule) -> bool {
-        self.policy.mode(rule) != Mode::Off
+        self.policy.mode(rule) != RuleMode::Off
     }
 }
 

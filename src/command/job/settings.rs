@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::nix::bootstrap::Ready;
+use crate::nix::effective_settings::{EffectiveSettings, read_effective};
 use crate::nix::netrc;
-use crate::nix::read_back::{InForce, read_back};
-use crate::nix::settings::{Cache as CacheSettings, Settings, Wanted, compose, malformed, sets};
+use crate::nix::settings::{CacheSettings, Settings, WantedSettings, compose, malformed, sets};
 use crate::progress::Sink;
 use crate::runner::env::Env;
 use crate::secret::Secret;
@@ -68,7 +68,7 @@ pub async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
         .then(|| cache_settings(inputs, &before, sink))
         .flatten();
     let access_tokens = access_tokens(inputs, sink);
-    let wanted = Wanted {
+    let wanted = WantedSettings {
         cache,
         access_tokens,
         repairs: inputs.ready.settings(),
@@ -87,7 +87,7 @@ pub async fn report_ignored(
     settings: &NixSettings,
     extra: &str,
     sink: &Sink,
-) -> Option<InForce> {
+) -> Option<EffectiveSettings> {
     let nix = ready.nix.clone().with_config(&settings.config);
     // None of our lines changes how a store opens that is not a daemon's.
     let may_change = sets(extra, "store") || extra.contains("include");
@@ -95,7 +95,7 @@ pub async fn report_ignored(
         .opened
         .clone()
         .filter(|opened| opened.url == "local" && !may_change);
-    match read_back(&nix, settings.cache.as_ref(), opened).await {
+    match read_effective(&nix, settings.cache.as_ref(), opened).await {
         Ok(found) => {
             found
                 .ignored

@@ -15,11 +15,11 @@ use crate::cache::inspect::Inspector;
 use crate::cache::journal::{Folder, Journal, Left};
 use crate::cache::publish::{Final, Options, Outcome, Publisher};
 use crate::cache::verify::{self, Key, Verdict, Verification};
-use crate::nix::clients::Clients;
 use crate::nix::path_info::PathInfo;
 use crate::nix::store::{Mark, Store};
 use crate::nix::store_path::StorePath;
-use crate::nix::watch::Watcher;
+use crate::nix::store_watcher::StoreWatcher;
+use crate::nix::temp_roots::TempRootWatcher;
 use crate::progress::Sink;
 use crate::report::publication::Publication;
 use crate::text::count;
@@ -43,11 +43,11 @@ const VERIFY_SHARE: f64 = 0.2;
 pub struct Stream {
     to: Target,
     publisher: Arc<Publisher>,
-    watcher: Option<Watcher>,
+    watcher: Option<StoreWatcher>,
     feeding: JoinHandle<()>,
     journal: Journal,
     inspector: Arc<Inspector>,
-    clients: Arc<Clients>,
+    clients: Arc<TempRootWatcher>,
 }
 
 /// How long it may take: until when, and what ends it before.
@@ -67,7 +67,7 @@ pub struct StreamInputs<'a> {
     /// The moment from which on paths are the job's.
     pub mark: &'a Mark,
     /// Whose they are.
-    pub clients: &'a Arc<Clients>,
+    pub clients: &'a Arc<TempRootWatcher>,
     /// Who looks at each before it goes.
     pub inspector: &'a Arc<Inspector>,
     /// Whether they go as they come, and not only at the end.
@@ -221,7 +221,7 @@ impl Stream {
 
 /// Has the inspector know what the job's processes are seen to do. To be asked before a path is offered: the
 /// process that adds it is there then.
-fn suspect(clients: &Clients, inspector: &Inspector) {
+fn suspect(clients: &TempRootWatcher, inspector: &Inspector) {
     if let Some(found) = clients.impurity() {
         accuse(inspector, &found, "a Nix process of the job");
     }
@@ -246,7 +246,7 @@ fn settle(journal: Journal, outcome: &Outcome, verification: &Verification) {
 struct Feeder {
     publisher: Arc<Publisher>,
     store: Arc<Store>,
-    clients: Arc<Clients>,
+    clients: Arc<TempRootWatcher>,
     inspector: Arc<Inspector>,
     at_once: bool,
     journal: Journal,

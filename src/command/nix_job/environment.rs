@@ -13,7 +13,7 @@ const OURS: &str = "FLYWHEEL_";
 
 /// The command's environment: `config` as its `NIX_CONFIG`, Nix's folder on its `PATH` if `nix_folder`
 /// says that it is not there yet, the variables that repair Nix, and none of our inputs or tokens.
-pub(super) fn of_command(
+pub(super) fn impurity_in_command(
     env: &Env,
     config: &str,
     nix_folder: Option<&Path>,
@@ -55,7 +55,7 @@ mod tests {
             ("EMPTY", ""),
             ("GITHUB_TOKEN", "put there on purpose"),
         ]);
-        let variables = of_command(
+        let variables = impurity_in_command(
             &env,
             "cores = 2",
             Some(Path::new("/opt/nix/bin")),

@@ -8,7 +8,7 @@ use clap::Args;
 use crate::command::inputs::{Text, switch};
 use crate::command::job::inputs::{self as job, JobInputs};
 use crate::exit::UsageError;
-use crate::policy::{Impurity, of_arguments, of_command};
+use crate::policy::{Impurity, impurity_in_arguments, impurity_in_command};
 use crate::runner::env::Env;
 use crate::text::one_line;
 
@@ -87,13 +87,13 @@ pub(super) enum Wanted {
 impl Wanted {
     fn impurity(&self) -> Option<Impurity> {
         match self {
-            Self::Script(text) => of_command(text),
+            Self::Script(text) => impurity_in_command(text),
             Self::Program(words) => {
                 let words: Vec<String> = words
                     .iter()
                     .map(|word| word.to_string_lossy().into_owned())
                     .collect();
-                of_arguments(&words)
+                impurity_in_arguments(&words)
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::command::job::{self, JobReport, Prepared, Secrets, Work};
 use crate::exit::{Exit, UsageError};
 use crate::host::peak::{Span, Spent};
 use crate::host::private::PrivateFolder;
-use crate::nix::clients;
+use crate::nix::temp_roots;
 use crate::process::signals::Signals;
 use crate::process::supervise::{Ended, Supervised};
 use crate::report::job::{JobResult, Outcome};
@@ -81,7 +81,10 @@ impl NixJob<'_> {
         let Some(prepared) = self.work.prepare(&self.workflow, signals).await? else {
             return Ok(self.cancelled_early());
         };
-        let watch = self.work.watch(&prepared, clients::Job::Descendants).await;
+        let watch = self
+            .work
+            .watch(&prepared, temp_roots::JobScope::Descendants)
+            .await;
         let span = Span::begin();
         let ended = self.command(&prepared, signals).await?;
         let spent = span.end().await;
@@ -119,7 +122,7 @@ impl NixJob<'_> {
 
     async fn command(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Ended, Failure> {
         let ready = &prepared.ready;
-        let environment = environment::of_command(
+        let environment = environment::impurity_in_command(
             self.work.env,
             &prepared.settings.config,
             ready.folder.as_deref(),

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::nix::ping::{Ping, Refusal, ping};
-use crate::nix::read_back::distrust;
+use crate::nix::effective_settings::untrusted_store;
+use crate::nix::ping::{Ping, PingFailure, ping};
 use crate::nix::settings::Settings;
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::{Error, Nix, WELL_KNOWN, find};
@@ -131,7 +131,7 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
         .run(limit)
         .await;
     asked.map_err(|error| CheckFailure::new(error.to_string(), hint))?;
-    let nix = Nix::at(program, env)
+    let nix = Nix::detect(program, env)
         .await
         .map_err(|error| CheckFailure::new(told(&error), hint))?;
     let number = format!("{}.{}", nix.version.major, nix.version.minor);
@@ -178,13 +178,13 @@ async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
 async fn opens(nix: &Nix, limit: Duration) -> Found<()> {
     match ping(nix, limit).await {
         Ok(Ping::Open(opened)) => Ok(((), format!("it is `{}`", one_line(&opened.url, 100)))),
-        Ok(Ping::Refused(refusal @ (Refusal::NoDaemon(_) | Refusal::NoRights(_)))) => Err(CheckFailure::new(
-            refusal.text(),
+        Ok(Ping::Failed(failure @ (PingFailure::NoDaemon(_) | PingFailure::PermissionDenied(_)))) => Err(CheckFailure::new(
+            failure.text(),
             "Start the daemon on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root).",
         )
         .at("daemon")),
-        Ok(Ping::Refused(refusal)) => {
-            Err(classed(refusal.text().to_owned(), "Look at `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner."))
+        Ok(Ping::Failed(failure)) => {
+            Err(classed(failure.text().to_owned(), "Look at `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner."))
         }
         // A socket that takes connections and a daemon that does not speak.
         Err(Error::Run { source, .. }) => Err(CheckFailure::new(
@@ -219,7 +219,7 @@ async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
 }
 
 async fn trusted(nix: &Nix) -> Found<()> {
-    match distrust(nix).await {
+    match untrusted_store(nix).await {
         Ok(None) => Ok(((), "the store obeys this user's settings".to_owned())),
         Ok(Some(_)) => Err(CheckFailure::new(
             "the daemon does not trust this user, so that a job's cache and keys are ignored",
@@ -367,7 +367,10 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
 /// What Nix complained about, and whose fault it is.
 fn of_text(call: &str, stderr: &str, hint: &str) -> CheckFailure {
     classed(
-        format!("`{call}` failed: {}", crate::nix::tool::complaint(stderr)),
+        format!(
+            "`{call}` failed: {}",
+            crate::nix::tool::error_summary(stderr)
+        ),
         hint,
     )
 }

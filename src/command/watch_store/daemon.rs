@@ -16,7 +16,7 @@ use super::ipc::{Finished, Request, Status, receive, send};
 use crate::command::Failure;
 use crate::command::job::stream::Deadline;
 use crate::command::job::{JobReport, Prepared, STOPPED_LIMIT, Watch, Work};
-use crate::nix::clients::Job;
+use crate::nix::temp_roots::JobScope;
 use crate::process::signals::Signals;
 use crate::progress::{Progress, Sink};
 use crate::runner::workflow::Workflow;
@@ -85,7 +85,7 @@ pub(super) struct Daemon<'a> {
     /// Where the job's results are linked from.
     pub folder: PathBuf,
     /// How the job's processes are known.
-    pub whose: Job,
+    pub whose: JobScope,
 }
 
 /// Why the watch ends.

@@ -14,19 +14,19 @@ use tokio::time::timeout;
 
 use crate::command::job::private_base;
 use crate::host::private::{PrivateError, PrivateFolder};
-use crate::nix::clients::Job;
+use crate::nix::temp_roots::JobScope;
 use crate::runner::env::Env;
 
 /// A process on this machine answers a connection at once, or never.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 /// How this job's processes are known: by what the CI puts into the environment of each.
-pub(super) fn job_processes(env: &Env) -> Job {
+pub(super) fn job_processes(env: &Env) -> JobScope {
     let marks = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID"];
     let found = marks
         .iter()
         .find_map(|name| env.get(name).map(|value| format!("{name}={value}")));
-    found.map_or(Job::User, Job::Marked)
+    found.map_or(JobScope::User, JobScope::Marked)
 }
 
 /// The folder of one job's watch.
@@ -187,9 +187,12 @@ mod tests {
         let of = |pairs: &[(&str, &str)]| job_processes(&Env::from_pairs(pairs.iter().copied()));
         assert_eq!(
             of(&[("RUNNER_TRACKING_ID", "github_1")]),
-            Job::Marked("RUNNER_TRACKING_ID=github_1".into())
+            JobScope::Marked("RUNNER_TRACKING_ID=github_1".into())
         );
-        assert_eq!(of(&[("CI_JOB_ID", "7")]), Job::Marked("CI_JOB_ID=7".into()));
-        assert_eq!(of(&[]), Job::User);
+        assert_eq!(
+            of(&[("CI_JOB_ID", "7")]),
+            JobScope::Marked("CI_JOB_ID=7".into())
+        );
+        assert_eq!(of(&[]), JobScope::User);
     }
 }

@@ -13,13 +13,13 @@ use crate::runner::env::Env;
 use crate::text::one_line;
 
 /// Long work says that it still goes on this often.
-const NEWS: Duration = Duration::from_secs(5);
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// Another installation on the machine is waited for this long; and mirrors are asked again.
-const PATIENCE: [&str; 4] = ["-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Retries=2"];
+const APT_OPTIONS: [&str; 4] = ["-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Retries=2"];
 /// What packages' scripts expect on `PATH`.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Variables of the job that a download may need.
-const KEPT: [&str; 8] = [
+const PASSED_VARIABLES: [&str; 8] = [
     "http_proxy",
     "https_proxy",
     "no_proxy",
@@ -82,34 +82,37 @@ fn tool(apt: &std::path::Path, env: &Env) -> Tool {
         || SYSTEM_PATH.to_owned(),
         |path| format!("{path}:{SYSTEM_PATH}"),
     );
-    let kept = KEPT.iter().filter_map(|name| Some((name, env.get(name)?)));
+    let kept = PASSED_VARIABLES
+        .iter()
+        .filter_map(|name| Some((name, env.get(name)?)));
     let tool = Tool::new(apt)
         .envs(kept)
         .env("PATH", path)
         .env("LC_ALL", "C");
-    tool.env("DEBIAN_FRONTEND", "noninteractive").args(PATIENCE)
+    tool.env("DEBIAN_FRONTEND", "noninteractive")
+        .args(APT_OPTIONS)
 }
 
-/// Runs one step to its end, with news.
+/// Runs one step to its end, with progress.
 async fn step(name: &'static str, tool: Tool, sink: &Sink, deadline: Instant) -> Result<(), Error> {
     let started = Instant::now();
-    let mut news = interval(NEWS);
-    news.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    news.tick().await;
+    let mut progress = interval(PROGRESS_INTERVAL);
+    progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    progress.tick().await;
     let mut run = std::pin::pin!(tool.run(deadline.saturating_duration_since(started)));
     let ended = loop {
         tokio::select! {
             ended = &mut run => break ended,
-            _ = news.tick() => sink.note(format!("`{name}` has run for {} s", started.elapsed().as_secs())),
+            _ = progress.tick() => sink.note(format!("`{name}` has run for {} s", started.elapsed().as_secs())),
         }
     };
-    judge(ended).map_err(|problem| Error::Install {
+    check_output(ended).map_err(|problem| Error::Install {
         step: name,
         problem,
     })
 }
 
-fn judge(ended: Result<Output, CaptureError>) -> Result<(), String> {
+fn check_output(ended: Result<Output, CaptureError>) -> Result<(), String> {
     let output = ended.map_err(|error| match error {
         CaptureError::Deadline { limit, .. } => format!("did not end within {} s", limit.as_secs()),
         error => one_line(&error.to_string(), 300),
@@ -124,10 +127,10 @@ fn judge(ended: Result<Output, CaptureError>) -> Result<(), String> {
         .filter(|line| line.starts_with("E:"))
         .take(3)
         .collect();
-    let said = if marked.is_empty() {
+    let reason = if marked.is_empty() {
         output.stderr.lines().last().unwrap_or_default().into()
     } else {
         marked.join(" ")
     };
-    Err(format!("failed: {}", one_line(&said, 300)))
+    Err(format!("failed: {}", one_line(&reason, 300)))
 }

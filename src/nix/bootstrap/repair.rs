@@ -6,7 +6,7 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::nix::bootstrap::{BuildUsers, Daemon, Error, Host, Ready, Repair};
-use crate::nix::ping::{Opened, Ping, Refusal, ping};
+use crate::nix::ping::{Opened, Ping, PingFailure, ping};
 use crate::nix::settings::Settings;
 use crate::nix::store::daemon_socket;
 use crate::nix::tool::{self, Nix};
@@ -18,27 +18,27 @@ use crate::text::one_line;
 const PING_LIMIT: Duration = Duration::from_secs(20);
 /// Another process may be making the store at this very moment: one that does not open for a reason of its own
 /// is asked again so many times …
-const RACES: usize = 10;
+const OPEN_ATTEMPTS: usize = 10;
 /// … after so long.
-const RACE_STEP: Duration = Duration::from_millis(100);
+const OPEN_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// A daemon makes its socket at once.
 const START_LIMIT: Duration = Duration::from_secs(10);
 /// How often it is looked whether it has.
-const START_STEP: Duration = Duration::from_millis(20);
+const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Builds then run as the user that Nix itself runs as.
 const NO_BUILD_USERS: &str = "build-users-group =";
 
 /// What can be asked of a Nix whose version is not known yet.
-pub(super) struct FirstLook {
+pub(super) struct EarlyProbe {
     /// Whether the store opens.
     store: Result<Ping, Error>,
     /// `None` where they are asked for in another way.
     settings: Option<Settings>,
 }
 
-impl FirstLook {
-    pub async fn take(nix: &Nix, deadline: Instant) -> Self {
-        let (store, settings) = tokio::join!(answer(nix, deadline), Settings::read(nix));
+impl EarlyProbe {
+    pub async fn run(nix: &Nix, deadline: Instant) -> Self {
+        let (store, settings) = tokio::join!(ping_patiently(nix, deadline), Settings::read(nix));
         Self {
             store,
             settings: settings.ok(),
@@ -47,23 +47,23 @@ impl FirstLook {
 }
 
 /// Opens the store, with repairs where needed, and says whether builds have users of their own.
-pub(super) async fn open(
+pub(super) async fn open_store(
     host: &Host,
     ready: &mut Ready,
-    first: FirstLook,
+    early: EarlyProbe,
     deadline: Instant,
 ) -> Result<BuildUsers, Error> {
-    let answered = first.store?;
-    let settings = match first.settings {
+    let opening = early.store?;
+    let settings = match early.settings {
         Some(settings) => Some(settings),
         // Only root's store cannot do without; for the others they are read when they are needed.
         None if host.root => Some(Settings::read(&ready.nix).await?),
         None => None,
     };
     ready.settings_before.clone_from(&settings);
-    match answered {
+    match opening {
         Ping::Open(opened) if opened.url == "local" => {
-            let users = local(ready, &opened, settings.filter(|_| host.root));
+            let users = check_build_users(ready, &opened, settings.filter(|_| host.root));
             ready.opened = Some(opened);
             Ok(users)
         }
@@ -71,9 +71,9 @@ pub(super) async fn open(
             ready.opened = Some(opened);
             Ok(BuildUsers::InForce)
         }
-        Ping::Refused(Refusal::NoDaemon(problem)) if has_own_daemon(&ready.nix) => {
+        Ping::Failed(PingFailure::NoDaemon(problem)) if has_own_daemon(&ready.nix) => {
             if host.root {
-                revive(ready, &problem, deadline).await
+                restart_daemon(ready, &problem, deadline).await
             } else {
                 Err(Error::DeadDaemon {
                     socket: daemon_socket(&ready.nix),
@@ -81,25 +81,27 @@ pub(super) async fn open(
                 })
             }
         }
-        Ping::Refused(Refusal::NoRights(problem)) => Err(Error::NoRights(problem)),
-        Ping::Refused(refusal) => Err(Error::Closed(refusal.text().to_owned())),
+        Ping::Failed(PingFailure::PermissionDenied(problem)) => Err(Error::NoRights(problem)),
+        Ping::Failed(failure) => Err(Error::Closed(failure.text().to_owned())),
     }
 }
 
 /// Two jobs may open a new store at the same moment, and Nix lets one of them stumble: over a link that is there
 /// already, a schema that is still empty, a database that is busy.
-async fn answer(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
-    for _ in 0..RACES {
-        match once(nix, deadline).await? {
-            Ping::Refused(Refusal::Other(_)) if Instant::now() < deadline => sleep(RACE_STEP).await,
+async fn ping_patiently(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
+    for _ in 0..OPEN_ATTEMPTS {
+        match ping_once(nix, deadline).await? {
+            Ping::Failed(PingFailure::Other(_)) if Instant::now() < deadline => {
+                sleep(OPEN_RETRY_DELAY).await
+            }
             answer => return Ok(answer),
         }
     }
-    once(nix, deadline).await
+    ping_once(nix, deadline).await
 }
 
 /// A store that takes too long to answer counts as a dead daemon.
-async fn once(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
+async fn ping_once(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
     let limit = PING_LIMIT.min(deadline.saturating_duration_since(Instant::now()));
     match ping(nix, limit).await {
         Err(tool::Error::Run {
@@ -107,7 +109,7 @@ async fn once(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
             ..
         }) => {
             let text = format!("no answer within {} s", limit.as_secs());
-            Ok(Ping::Refused(Refusal::NoDaemon(text)))
+            Ok(Ping::Failed(PingFailure::NoDaemon(text)))
         }
         answer => Ok(answer?),
     }
@@ -121,7 +123,7 @@ fn has_own_daemon(nix: &Nix) -> bool {
 
 /// A store that we open ourselves. As root, when there are settings, Nix builds as other users, and refuses if
 /// there are none.
-fn local(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> BuildUsers {
+fn check_build_users(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> BuildUsers {
     let group = settings
         .and_then(|settings| settings.text("build-users-group"))
         .unwrap_or_default();
@@ -134,7 +136,7 @@ fn local(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> Buil
         None => return BuildUsers::InForce,
     };
     let text = format!("{problem}, so builds run as root (`{NO_BUILD_USERS}`)");
-    repair(
+    apply(
         ready,
         Repair {
             text,
@@ -158,20 +160,24 @@ fn is_empty_group(name: &str) -> bool {
 }
 
 /// As root: starts the daemon that the job was promised, or does without one.
-async fn revive(ready: &mut Ready, dead: &str, deadline: Instant) -> Result<BuildUsers, Error> {
+async fn restart_daemon(
+    ready: &mut Ready,
+    dead: &str,
+    deadline: Instant,
+) -> Result<BuildUsers, Error> {
     let direct = ready.nix.clone().with_variable("NIX_REMOTE", Some("local"));
-    let users = match answer(&direct, deadline).await? {
+    let users = match ping_patiently(&direct, deadline).await? {
         Ping::Open(opened) => {
             let settings = Settings::read(&direct).await?;
-            local(ready, &opened, Some(settings))
+            check_build_users(ready, &opened, Some(settings))
         }
-        Ping::Refused(refusal) => return Err(Error::Closed(refusal.text().to_owned())),
+        Ping::Failed(failure) => return Err(Error::Closed(failure.text().to_owned())),
     };
     match start_daemon(&ready.nix, deadline).await {
         Ok(daemon) => {
             ready.daemon = Some(daemon);
             let text = format!("the Nix daemon was dead ({dead}); one was started for this job");
-            repair(
+            apply(
                 ready,
                 Repair {
                     text,
@@ -184,7 +190,7 @@ async fn revive(ready: &mut Ready, dead: &str, deadline: Instant) -> Result<Buil
             let text = format!(
                 "the Nix daemon is dead ({dead}) and did not start ({problem}); the job uses the store directly"
             );
-            repair(
+            apply(
                 ready,
                 Repair {
                     text,
@@ -202,33 +208,33 @@ async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
     // A daemon that was told to use a daemon would ask itself.
     let own = nix.clone().with_variable("NIX_REMOTE", None);
     let socket = daemon_socket(nix);
-    let made = (!socket.exists()).then(|| socket.clone());
+    let created_socket = (!socket.exists()).then(|| socket.clone());
     let program = nix.folder().join("nix-daemon");
     let started = Service::start(&program, &["--daemon"], &own.variables());
     let mut daemon = started.map_err(|error| one_line(&error.to_string(), 200))?;
     let limit = deadline.min(Instant::now() + START_LIMIT);
     let waited = timeout_at(limit, async {
         while daemon.is_alive() && UnixStream::connect(&socket).await.is_err() {
-            sleep(START_STEP).await;
+            sleep(START_POLL_INTERVAL).await;
         }
-        daemon.is_alive() && matches!(answer(nix, limit).await, Ok(Ping::Open(_)))
+        daemon.is_alive() && matches!(ping_patiently(nix, limit).await, Ok(Ping::Open(_)))
     });
     if waited.await == Ok(true) {
         return Ok(Daemon {
             service: daemon,
-            made,
+            created_socket,
         });
     }
-    let words = one_line(&daemon.stop(super::DAEMON_GRACE).await, 200);
-    Err(if words.is_empty() {
+    let output = one_line(&daemon.stop(super::DAEMON_GRACE).await, 200);
+    Err(if output.is_empty() {
         "it said nothing".to_owned()
     } else {
-        words
+        output
     })
 }
 
 /// Notes a repair, and has our own calls of Nix follow it.
-fn repair(ready: &mut Ready, repair: Repair) {
+fn apply(ready: &mut Ready, repair: Repair) {
     if let Some(line) = repair.setting {
         let config = format!("{}\n{line}\n", ready.nix.config().trim_end());
         ready.nix = ready.nix.clone().with_config(config.trim_start());

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::nix::store_path::{STORE_DIR, StorePath};
-use crate::nix::tool::without_colour;
+use crate::nix::tool::strip_ansi;
 use crate::text::shorten;
 
 /// Numbers of Nix's `logging.hh`.
@@ -16,13 +16,13 @@ const RESULT_LOG_LINE: u64 = 101;
 /// The level of errors.
 const ERROR: u64 = 0;
 /// Lines at the end of a log that tell why a build failed.
-const LAST: usize = 6;
+const LAST_LINES: usize = 6;
 /// Lines kept of what was said beside events.
-const SAID: usize = 50;
+const OUTPUT_LINES: usize = 50;
 
 /// What is heard of a build.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum BuildEvent {
     /// A derivation is being built.
     Started(StorePath),
     /// A line of its log.
@@ -30,23 +30,23 @@ pub enum Event {
     /// Its build has ended, well or not. Some versions say so only when all has ended.
     Stopped(StorePath),
     /// Something failed.
-    Failed(Failure),
+    Failed(BuildFailure),
 }
 
 /// Why something failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub struct BuildFailure {
     /// The derivation that the error names, if it names one.
     pub derivation: Option<StorePath>,
     /// What kind of failure it is.
-    pub kind: Kind,
+    pub kind: FailureKind,
     /// Nix's own words, without colours.
     pub text: String,
 }
 
 /// The kinds of failures.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum FailureKind {
     /// The builder failed.
     Build,
     /// What was fetched is not what the hash says.
@@ -59,16 +59,16 @@ pub enum Kind {
     /// One that it needs failed; the error of that one is said apart.
     Dependency,
     /// Not the build's own fault: a server or a builder did not answer, say. It may go well another time.
-    Passing,
+    Transient,
     /// Anything else.
     Other,
 }
 
 /// Reads lines into events.
 #[derive(Debug, Default)]
-pub struct Reader {
+pub struct LogReader {
     builds: HashMap<u64, StorePath>,
-    said: VecDeque<String>,
+    output: VecDeque<String>,
 }
 
 #[derive(Deserialize)]
@@ -86,48 +86,48 @@ struct Message {
     msg: String,
 }
 
-impl Reader {
+impl LogReader {
     /// What one line says.
-    pub fn read(&mut self, line: &str) -> Option<Event> {
+    pub fn read(&mut self, line: &str) -> Option<BuildEvent> {
         let message: Option<Message> = line
             .strip_prefix("@nix ")
             .and_then(|json| serde_json::from_str(json).ok());
         let Some(message) = message else {
-            self.keep(line);
+            self.keep_line(line);
             return None;
         };
         match (message.action.as_str(), message.kind) {
             ("start", ACTIVITY_BUILD) => {
                 let path: StorePath = message.fields.first()?.as_str()?.parse().ok()?;
                 self.builds.insert(message.id, path.clone());
-                Some(Event::Started(path))
+                Some(BuildEvent::Started(path))
             }
-            ("stop", _) => self.builds.remove(&message.id).map(Event::Stopped),
+            ("stop", _) => self.builds.remove(&message.id).map(BuildEvent::Stopped),
             ("result", RESULT_LOG_LINE) => {
                 let path = self.builds.get(&message.id)?;
-                Some(Event::Line(
+                Some(BuildEvent::Line(
                     path.clone(),
                     message.fields.first()?.as_str()?.to_owned(),
                 ))
             }
             ("msg", _) => {
-                self.keep(&message.msg);
-                (message.level == ERROR).then(|| Event::Failed(failure(&message.msg)))
+                self.keep_line(&message.msg);
+                (message.level == ERROR).then(|| BuildEvent::Failed(failure(&message.msg)))
             }
             _ => None,
         }
     }
 
-    fn keep(&mut self, line: &str) {
-        self.said.push_back(shorten(&without_colour(line), 2000));
-        if self.said.len() > SAID {
-            self.said.pop_front();
+    fn keep_line(&mut self, line: &str) {
+        self.output.push_back(shorten(&strip_ansi(line), 2000));
+        if self.output.len() > OUTPUT_LINES {
+            self.output.pop_front();
         }
     }
 
     /// What was said beside events, the last of it.
-    pub fn said(&self) -> String {
-        self.said
+    pub fn output(&self) -> String {
+        self.output
             .iter()
             .map(String::as_str)
             .collect::<Vec<_>>()
@@ -136,8 +136,8 @@ impl Reader {
 }
 
 /// Reads an error's words.
-pub fn failure(message: &str) -> Failure {
-    let text = without_colour(message);
+pub fn failure(message: &str) -> BuildFailure {
+    let text = strip_ansi(message);
     let text = text
         .trim()
         .strip_prefix("error:")
@@ -159,20 +159,20 @@ pub fn failure(message: &str) -> Failure {
         "dependency failed",
         "dependencies failed",
     ]) {
-        Kind::Dependency
-    } else if has(&PASSING) {
-        Kind::Passing
+        FailureKind::Dependency
+    } else if has(&TRANSIENT_MESSAGES) {
+        FailureKind::Transient
     } else if has(&[
         "builder for",
         "builder failed",
         "failed with exit code",
         "failed to produce output",
     ]) {
-        Kind::Build
+        FailureKind::Build
     } else {
-        Kind::Other
+        FailureKind::Other
     };
-    Failure {
+    BuildFailure {
         derivation,
         kind,
         text,
@@ -180,7 +180,7 @@ pub fn failure(message: &str) -> Failure {
 }
 
 /// Words of errors that are nobody's but the network's or a builder's.
-const PASSING: [&str; 14] = [
+const TRANSIENT_MESSAGES: [&str; 14] = [
     "unable to download",
     "couldn't connect",
     "could not connect",
@@ -200,9 +200,9 @@ const PASSING: [&str; 14] = [
 /// Whether the last lines of a build's log say that a download failed: what fetches sources says so itself, and Nix
 /// knows only that the builder failed.
 pub fn is_download(log: &[String]) -> bool {
-    let last = &log[log.len().saturating_sub(LAST)..];
-    let says = |line: &String| {
-        let line = without_colour(line).trim().to_lowercase();
+    let last = &log[log.len().saturating_sub(LAST_LINES)..];
+    let is_failed_download = |line: &String| {
+        let line = strip_ansi(line).trim().to_lowercase();
         let rest = line
             .strip_prefix("error: unable to download")
             .or_else(|| line.strip_prefix("curl: ("));
@@ -213,7 +213,7 @@ pub fn is_download(log: &[String]) -> bool {
                 .any(|own| rest.contains(own))
         })
     };
-    last.iter().any(says)
+    last.iter().any(is_failed_download)
 }
 
 fn derivation(text: &str) -> Option<StorePath> {
@@ -229,13 +229,13 @@ fn derivation(text: &str) -> Option<StorePath> {
     None
 }
 
-fn hash_mismatch(text: &str) -> Option<Kind> {
+fn hash_mismatch(text: &str) -> Option<FailureKind> {
     text.contains("hash mismatch").then_some(())?;
     let value = |name: &str| {
         let (_, rest) = text.split_once(name)?;
         rest.split_whitespace().next().map(str::to_owned)
     };
-    Some(Kind::HashMismatch {
+    Some(FailureKind::HashMismatch {
         specified: value("specified:").or_else(|| value("wanted:"))?,
         got: value("got:")?,
     })
@@ -249,16 +249,16 @@ mod tests {
 
     #[test]
     fn a_build_is_followed_and_everything_else_kept() {
-        let mut reader = Reader::default();
+        let mut reader = LogReader::default();
         let bad: StorePath = BAD.parse().expect("a path");
         let start = format!(
             r#"@nix {{"action":"start","fields":["{BAD}","",1,1],"id":7,"level":3,"text":"building","type":105}}"#
         );
-        assert_eq!(reader.read(&start), Some(Event::Started(bad.clone())));
+        assert_eq!(reader.read(&start), Some(BuildEvent::Started(bad.clone())));
         let line = r#"@nix {"action":"result","fields":["oops"],"id":7,"type":101}"#;
         assert_eq!(
             reader.read(line),
-            Some(Event::Line(bad.clone(), "oops".into()))
+            Some(BuildEvent::Line(bad.clone(), "oops".into()))
         );
         assert_eq!(
             reader.read(r#"@nix {"action":"result","fields":[0,1,0,0],"id":7,"type":105}"#),
@@ -266,12 +266,12 @@ mod tests {
         );
         assert_eq!(
             reader.read(r#"@nix {"action":"stop","id":7}"#),
-            Some(Event::Stopped(bad))
+            Some(BuildEvent::Stopped(bad))
         );
         assert_eq!(reader.read(line), None, "nobody's line");
         assert_eq!(reader.read("@nix {torn"), None);
         assert_eq!(reader.read("warning: x"), None);
-        assert_eq!(reader.said(), "@nix {torn\nwarning: x");
+        assert_eq!(reader.output(), "@nix {torn\nwarning: x");
     }
 
     #[test]
@@ -299,43 +299,43 @@ mod tests {
                 failed.derivation.map(|path| path.to_string()).as_deref(),
                 failed.kind
             ),
-            (Some(BAD), Kind::Build)
+            (Some(BAD), FailureKind::Build)
         );
         // 2.31 and later.
         assert_eq!(
             kind(&format!(
                 "error: Cannot build '{BAD}'.\nReason: builder failed with exit code 1."
             )),
-            Kind::Build
+            FailureKind::Build
         );
         assert_eq!(
             kind(&format!(
                 "error: Cannot build '{BAD}'.\nReason: 1 dependency failed."
             )),
-            Kind::Dependency
+            FailureKind::Dependency
         );
         assert_eq!(
             kind(&format!(
                 "error: 1 dependencies of derivation '{BAD}' failed to build"
             )),
-            Kind::Dependency
+            FailureKind::Dependency
         );
         let whole = failure(&format!("error: build of '{BAD}^*', '{BAD}^*' failed"));
-        assert_eq!((whole.derivation, whole.kind), (None, Kind::Other));
+        assert_eq!((whole.derivation, whole.kind), (None, FailureKind::Other));
         assert_eq!(
             kind("error: unable to download 'https://x/y.nar': HTTP error 503"),
-            Kind::Passing
+            FailureKind::Transient
         );
         assert_eq!(
             kind(&format!(
                 "error: a 'aarch64-darwin' is required to build '{BAD}', but I am a 'x86_64-linux'"
             )),
-            Kind::Other
+            FailureKind::Other
         );
         let mismatch = format!(
             "error: hash mismatch in fixed-output derivation '{BAD}':\n  specified: sha256-A=\n     got:    sha256-B="
         );
-        let expected = Kind::HashMismatch {
+        let expected = FailureKind::HashMismatch {
             specified: "sha256-A=".into(),
             got: "sha256-B=".into(),
         };

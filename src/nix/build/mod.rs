@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::nix::build::log::{Event, Reader};
+use crate::nix::build::log::{BuildEvent, LogReader};
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::Nix;
 use crate::process::capture::CaptureError;
@@ -19,7 +19,7 @@ const GRACE: Duration = Duration::from_secs(2);
 
 /// What to build, and how.
 #[derive(Clone, Debug)]
-pub struct Order {
+pub struct BuildRequest {
     /// The derivations.
     pub derivations: Vec<StorePath>,
     /// Builds at once; Nix's own setting if `None`.
@@ -32,14 +32,14 @@ pub struct Order {
 
 /// How a build ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
+pub struct BuildResult {
     /// Whether all of it was built.
-    pub whole: bool,
+    pub complete: bool,
     /// What Nix said beside its events, the last of it: for an end that no event explains.
-    pub said: String,
+    pub output: String,
 }
 
-impl Order {
+impl BuildRequest {
     /// Builds it, and tells what happens. Ends early when cancelled.
     ///
     /// # Errors
@@ -47,17 +47,17 @@ impl Order {
     pub async fn build(
         &self,
         nix: &Nix,
-        events: &mpsc::Sender<Event>,
+        events: &mpsc::Sender<BuildEvent>,
         cancel: &CancellationToken,
-    ) -> Result<Ended, CaptureError> {
-        let mut tool = nix.tool().args(self.words(nix)).talk()?;
-        let (mut held, mut reader) = (Line::default(), Reader::default());
+    ) -> Result<BuildResult, CaptureError> {
+        let mut tool = nix.tool().args(self.arguments_for(nix)).talk()?;
+        let (mut held, mut reader) = (Line::default(), LogReader::default());
         loop {
             let line = tokio::select! {
                 biased;
                 () = cancel.cancelled() => {
                     tool.stop(GRACE).await;
-                    return Ok(Ended { whole: false, said: reader.said() });
+                    return Ok(BuildResult { complete: false, output: reader.output() });
                 }
                 line = tool.line(&mut held) => line,
             };
@@ -67,31 +67,31 @@ impl Order {
                 let _ = events.send(event).await;
             }
         }
-        let whole = tool.ended().await.is_ok_and(|status| status.success());
-        Ok(Ended {
-            whole,
-            said: reader.said(),
+        let complete = tool.ended().await.is_ok_and(|status| status.success());
+        Ok(BuildResult {
+            complete,
+            output: reader.output(),
         })
     }
 
-    fn words(&self, nix: &Nix) -> Vec<String> {
-        let mut words: Vec<String> = ["build", "--no-link", "--log-format", "internal-json"]
+    fn arguments_for(&self, nix: &Nix) -> Vec<String> {
+        let mut args: Vec<String> = ["build", "--no-link", "--log-format", "internal-json"]
             .map(str::to_owned)
             .into();
         if self.keep_going {
-            words.push("--keep-going".to_owned());
+            args.push("--keep-going".to_owned());
         }
         if let Some(jobs) = self.max_jobs {
-            words.extend(["--max-jobs".to_owned(), jobs.to_string()]);
+            args.extend(["--max-jobs".to_owned(), jobs.to_string()]);
         }
-        words.extend(self.arguments.iter().cloned());
+        args.extend(self.arguments.iter().cloned());
         // From 2.13 on a bare `.drv` is the file itself.
         let all = if nix.version.at_least(2, 13) {
             "^*"
         } else {
             ""
         };
-        words.extend(self.derivations.iter().map(|path| format!("{path}{all}")));
-        words
+        args.extend(self.derivations.iter().map(|path| format!("{path}{all}")));
+        args
     }
 }

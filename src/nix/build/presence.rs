@@ -5,23 +5,23 @@ use std::time::Duration;
 
 use crate::nix::store::{self, Store};
 use crate::nix::store_path::StorePath;
-use crate::nix::tool::{Nix, without_colour};
+use crate::nix::tool::{Nix, strip_ansi};
 
 /// Asking caches about many paths may take a while.
-const ASK_LIMIT: Duration = Duration::from_secs(300);
+const QUERY_LIMIT: Duration = Duration::from_secs(300);
 /// Paths in one question: a command line is bounded.
 const BATCH: usize = 2000;
 
 /// What is where.
 #[derive(Debug, Default)]
-pub struct Present {
+pub struct Presence {
     /// In the store.
     pub valid: BTreeSet<StorePath>,
     /// In a cache, ready to be fetched.
     pub served: BTreeSet<StorePath>,
 }
 
-impl Present {
+impl Presence {
     /// Looks for `paths`. A cache that does not answer has none of them.
     ///
     /// # Errors
@@ -34,10 +34,10 @@ impl Present {
         let mut served = BTreeSet::new();
         for batch in missing.chunks(BATCH) {
             let names: Vec<String> = batch.iter().map(ToString::to_string).collect();
-            let mut words = vec!["build", "--dry-run", "--no-link"];
-            words.extend(names.iter().map(String::as_str));
+            let mut args = vec!["build", "--dry-run", "--no-link"];
+            args.extend(names.iter().map(String::as_str));
             // The caches fail silently here; what they do not tell is built.
-            if let Ok(output) = nix.run(&words, ASK_LIMIT).await {
+            if let Ok(output) = nix.run(&args, QUERY_LIMIT).await {
                 served.extend(fetched(&output.stderr));
             }
         }
@@ -62,9 +62,9 @@ pub async fn valid(
     if paths.is_empty() {
         return Ok(BTreeSet::new());
     }
-    let found = if store.without_database().is_none() {
+    let found = if store.database_error().is_none() {
         store
-            .valid_of(paths.iter().map(StorePath::hash).collect())
+            .valid_by_hash(paths.iter().map(StorePath::hash).collect())
             .await?
     } else {
         // What is in the store's folder and not being built has no lock beside it.
@@ -89,9 +89,9 @@ fn is_there(path: &StorePath) -> bool {
 }
 
 /// From what `--dry-run` says: the paths below the line that they "will be fetched".
-fn fetched(said: &str) -> Vec<StorePath> {
+fn fetched(stderr: &str) -> Vec<StorePath> {
     let (mut paths, mut below) = (Vec::new(), false);
-    for line in without_colour(said).lines() {
+    for line in strip_ansi(stderr).lines() {
         match line.strip_prefix("  ") {
             Some(path) if below => paths.extend(path.trim().parse().ok()),
             Some(_) => (),

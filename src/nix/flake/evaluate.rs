@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
-pub use crate::nix::flake::pool::{Pool, Task};
+pub use crate::nix::flake::pool::{EvalTask, Pool};
 
 use crate::exit::{Exit, Explain};
+use crate::location::SourceLocation;
 use crate::nix::flake::Source;
-use crate::nix::flake::error::{At, place, words};
+use crate::nix::flake::error::{error_text, location_in};
 use crate::nix::flake::expression::{
-    AttributePath, Expressions, OF_THE_TREE, Seen, attribute_path,
+    AttributePath, Expressions, SelfView, TREE_ATTRIBUTES, attribute_path,
 };
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::{self, Nix};
@@ -23,13 +24,13 @@ use crate::text::one_line;
 /// Listing names may import a big library first.
 const NAMES_LIMIT: Duration = Duration::from_secs(1800);
 /// A label has this many characters at most; it is a Check Run's name.
-const LABEL: usize = 200;
+const LABEL_LIMIT: usize = 200;
 /// What Nix tells of a source that is fetched already.
 const INFORMATION_LIMIT: Duration = Duration::from_secs(120);
 
 /// An output, by its place below the selected attribute and by what people call it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Name {
+pub struct OutputName {
     /// Its path from the selected attribute.
     pub attr: AttributePath,
     /// Unique among the outputs of a run.
@@ -38,7 +39,7 @@ pub struct Name {
 
 /// What an output is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Facts {
+pub struct Derivation {
     /// The derivation's store path, whole.
     pub drv: String,
     /// Its outputs' store paths by name; of a content-addressed derivation they are no store paths yet.
@@ -47,7 +48,7 @@ pub struct Facts {
     pub system: Option<String>,
 }
 
-impl Facts {
+impl Derivation {
     /// The outputs' store paths, where all of them are known before the build.
     pub fn paths(&self) -> Option<Vec<StorePath>> {
         self.outs.values().map(|path| path.parse().ok()).collect()
@@ -56,13 +57,13 @@ impl Facts {
 
 /// Why an output has no derivation.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub enum EvalFailure {
     /// Nix could not evaluate it.
     Evaluation {
         /// Nix's own words.
         text: String,
         /// Where, if it names a line of the flake.
-        place: Option<At>,
+        location: Option<SourceLocation>,
     },
     /// It was killed for its memory, alone too.
     OutOfMemory {
@@ -73,18 +74,18 @@ pub enum Failure {
     },
 }
 
-impl Failure {
+impl EvalFailure {
     /// From what Nix said on standard error.
-    pub(super) fn said(said: &str, source: &Source) -> Self {
-        let text = words(said);
-        let place = place(&text, &source.path);
-        Self::Evaluation { text, place }
+    pub(super) fn from_stderr(stderr: &str, source: &Source) -> Self {
+        let text = error_text(stderr);
+        let location = location_in(&text, &source.path);
+        Self::Evaluation { text, location }
     }
 }
 
 /// What is heard of an output while it is evaluated.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum EvalEvent {
     /// It has begun; perhaps not for the first time.
     Begun(usize),
     /// It is this.
@@ -92,14 +93,14 @@ pub enum Event {
         /// Which.
         id: usize,
         /// What.
-        facts: Facts,
+        facts: Derivation,
         /// Whether it was evaluated without anything that comes with the commit, so that it may be remembered.
         independent: bool,
     },
     /// It asked for something that comes with the commit.
     Dependent(usize),
     /// It has no derivation.
-    Failed(usize, Failure),
+    Failed(usize, EvalFailure),
 }
 
 /// Why there are no names.
@@ -114,7 +115,7 @@ pub enum Error {
         /// Nix's own words.
         text: String,
         /// Where, if it names a line of the flake.
-        place: Option<At>,
+        location: Option<SourceLocation>,
     },
     /// The function's answer is no list of outputs.
     #[error("the list of outputs is not what it should be: {0}")]
@@ -143,9 +144,9 @@ impl Explain for Error {
 
 /// The names that were found, or that they depend on the commit.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Names {
+pub enum NameList {
     /// These.
-    Found(Vec<Name>),
+    Found(Vec<OutputName>),
     /// The list itself asked for something that comes with the commit.
     Dependent,
 }
@@ -158,39 +159,39 @@ pub async fn names(
     nix: &Nix,
     source: &Source,
     expressions: &Expressions,
-    seen: &Seen,
+    view: &SelfView,
     function: Option<&str>,
     arguments: &[String],
-) -> Result<Names, Error> {
-    let mut call = expressions.names(seen, function);
-    call.extend(QUIET.map(str::to_owned));
+) -> Result<NameList, Error> {
+    let mut call = expressions.list_args(view, function);
+    call.extend(NO_EVAL_CACHE.map(str::to_owned));
     call.extend(arguments.iter().cloned());
     let call: Vec<&str> = call.iter().map(String::as_str).collect();
     let output = nix.run(&call, NAMES_LIMIT).await?;
     if output.status.success() {
         return read_names(&output.text())
-            .map(Names::Found)
+            .map(NameList::Found)
             .map_err(Error::List);
     }
-    if output.stderr.contains(&expressions.poison()) {
-        return Ok(Names::Dependent);
+    if output.stderr.contains(&expressions.abort_marker()) {
+        return Ok(NameList::Dependent);
     }
-    let text = words(&output.stderr);
+    let text = error_text(&output.stderr);
     let text = if text.is_empty() {
         format!("`nix eval` ended: {}", output.status)
     } else {
         text
     };
     Err(Error::Names {
-        place: place(&text, &source.path),
+        location: location_in(&text, &source.path),
         text,
     })
 }
 
 /// Our calls make no use of the evaluation cache: several at once would stand in each other's way.
-pub(super) const QUIET: [&str; 3] = ["--option", "eval-cache", "false"];
+pub(super) const NO_EVAL_CACHE: [&str; 3] = ["--option", "eval-cache", "false"];
 
-fn read_names(text: &str) -> Result<Vec<Name>, String> {
+fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
     let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let list = value.as_array().ok_or("it is no list")?;
     let mut labels = BTreeSet::new();
@@ -206,53 +207,53 @@ fn read_names(text: &str) -> Result<Vec<Name>, String> {
         };
         let attr = attr.ok_or_else(|| format!("entry {} has no `attr` that is a path", n + 1))?;
         let label = match &entry["label"] {
-            Value::String(label) if !label.trim().is_empty() => one_line(label, LABEL),
-            Value::Null => one_line(&attr.join("."), LABEL),
+            Value::String(label) if !label.trim().is_empty() => one_line(label, LABEL_LIMIT),
+            Value::Null => one_line(&attr.join("."), LABEL_LIMIT),
             _ => return Err(format!("entry {} has a `label` that is no text", n + 1)),
         };
         if !labels.insert(label.clone()) {
             return Err(format!("two entries have the label `{label}`"));
         }
-        names.push(Name { attr, label });
+        names.push(OutputName { attr, label });
     }
     Ok(names)
 }
 
 /// How the flake sees itself, where its evaluation may be remembered: with its real values, and poisoned.
 #[derive(Clone, Debug)]
-pub struct Views {
+pub struct SelfViews {
     /// With its real values.
-    pub real: Seen,
+    pub real: SelfView,
     /// With their names and no values.
-    pub poisoned: Seen,
+    pub abort_on_use: SelfView,
 }
 
 /// Asks Nix what it tells the flake of its source. `None` where that is not what `source` is any more, or cannot
 /// be asked: then the evaluation is not remembered.
-pub async fn views(nix: &Nix, source: &Source, expressions: &Expressions) -> Option<Views> {
-    let words = expressions.source_information();
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let printed = nix.ask(&words, INFORMATION_LIMIT).await.ok()?;
+pub async fn views(nix: &Nix, source: &Source, expressions: &Expressions) -> Option<SelfViews> {
+    let args = expressions.source_info_args();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let printed = nix.run_checked(&args, INFORMATION_LIMIT).await.ok()?;
     let mut values: BTreeMap<String, Value> = serde_json::from_slice(&printed.stdout).ok()?;
     if values.get("narHash").and_then(Value::as_str) != Some(&source.nar_hash) {
         return None;
     }
-    values.retain(|name, _| !OF_THE_TREE.contains(&name.as_str()));
-    let poisoned = Seen::Poisoned(values.keys().cloned().collect());
-    Some(Views {
-        real: Seen::Real(values),
-        poisoned,
+    values.retain(|name, _| !TREE_ATTRIBUTES.contains(&name.as_str()));
+    let abort_on_use = SelfView::AbortOnUse(values.keys().cloned().collect());
+    Some(SelfViews {
+        real: SelfView::Real(values),
+        abort_on_use,
     })
 }
 
 /// Words for Nix with which an evaluation may be remembered: none of them changes what the inputs are.
-pub fn may_be_remembered(arguments: &[String]) -> bool {
-    let mut words = arguments.iter();
-    while let Some(word) = words.next() {
-        match word.as_str() {
+pub fn allows_memory(arguments: &[String]) -> bool {
+    let mut args = arguments.iter();
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
             "--option" => {
-                let name = words.next().map_or("", String::as_str);
-                words.next();
+                let name = args.next().map_or("", String::as_str);
+                args.next();
                 if matches!(name, "pure-eval" | "restrict-eval" | "eval-store") {
                     return false;
                 }
@@ -271,7 +272,7 @@ pub fn may_be_remembered(arguments: &[String]) -> bool {
 }
 
 /// The key's part that the settings are.
-pub fn settings_that_matter(config: &str) -> String {
+pub fn evaluation_settings(config: &str) -> String {
     let matters = |line: &&str| {
         [
             "allow",
@@ -301,7 +302,7 @@ mod tests {
             .expect("a list");
         assert_eq!(
             names[0],
-            Name {
+            OutputName {
                 attr: vec!["x86_64-linux".into(), "a.b".into()],
                 label: "ab".into()
             }
@@ -322,9 +323,9 @@ mod tests {
     }
 
     #[test]
-    fn words_that_change_the_inputs_are_not_remembered() {
+    fn arguments_that_change_the_inputs_are_not_remembered() {
         let may = |text: &str| {
-            may_be_remembered(
+            allows_memory(
                 &text
                     .split_whitespace()
                     .map(str::to_owned)

@@ -1,7 +1,7 @@
 //! The Nix expressions by which a flake is evaluated: what there is to evaluate, and what its derivations are.
 //! Pure text; who runs it stands beside.
 //!
-//! **Evaluation memory rests on `Seen::Poisoned`.** The flake's `outputs` are called as Nix calls them
+//! **Evaluation memory rests on `SelfView::AbortOnUse`.** The flake's `outputs` are called as Nix calls them
 //! (`call-flake.nix`), with a `self` whose source information ends the evaluation when its value is used, by
 //! `builtins.abort`, which `builtins.tryEval` does not catch. Which names there are stays as it is, for
 //! `self ? rev` is a question too. What evaluates so does not depend on the commit, only on the source tree, the
@@ -18,19 +18,19 @@ pub type AttributePath = Vec<String>;
 
 /// How the flake sees itself.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Seen {
+pub enum SelfView {
     /// As Nix itself shows it, by `nix eval FLAKE#ATTRIBUTE`.
     Installable,
     /// With the values given here.
     Real(BTreeMap<String, Value>),
     /// With these names, and no value to be had.
-    Poisoned(Vec<String>),
+    AbortOnUse(Vec<String>),
 }
 
 /// What stands in the error of an evaluation that used a poisoned value, behind the nonce.
-const POISON: &str = "-commit-";
-/// Names of a source that are the same for the same tree.
-pub const OF_THE_TREE: [&str; 3] = ["outPath", "narHash", "submodules"];
+const ABORT_SUFFIX: &str = "-commit-";
+/// NameList of a source that are the same for the same tree.
+pub const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
 
 /// The function that lists every attribute of every system. An output of systems is told by its names, so
 /// that no value is looked at: `checks` has systems, `checks.x86_64-linux` has none.
@@ -65,21 +65,21 @@ impl Expressions {
     }
 
     /// What the error says when a poisoned value was used.
-    pub fn poison(&self) -> String {
-        format!("{}{POISON}", self.nonce)
+    pub fn abort_marker(&self) -> String {
+        format!("{}{ABORT_SUFFIX}", self.nonce)
     }
 
     /// The words behind `nix eval` that print the list of `{ attr, label }` as JSON. `function` is the user's own.
-    pub fn names(&self, seen: &Seen, function: Option<&str>) -> Vec<String> {
-        let mut words = self.words(seen, &format!("({})", function.unwrap_or(LIST)));
-        words.push("--json".to_owned());
-        words
+    pub fn list_args(&self, view: &SelfView, function: Option<&str>) -> Vec<String> {
+        let mut args = self.eval_args(view, &format!("({})", function.unwrap_or(LIST)));
+        args.push("--json".to_owned());
+        args
     }
 
     /// The words behind `nix eval` that say of each attribute when it begins and what it is.
-    pub fn facts(
+    pub fn derivation_args(
         &self,
-        seen: &Seen,
+        view: &SelfView,
         attributes: &[(usize, &AttributePath)],
         read_only: bool,
     ) -> Vec<String> {
@@ -99,19 +99,19 @@ impl Expressions {
   }};
   one = a: let found = facts (look a.p); in say {{ b = a.i; }} (builtins.deepSeq found (say {{ d = a.i; f = found; }} 0));
 in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"#,
-            mark = text(&self.nonce),
-            list = text(&Value::from(list).to_string()),
+            mark = nix_string(&self.nonce),
+            list = nix_string(&Value::from(list).to_string()),
         );
-        let mut words = self.words(seen, &function);
+        let mut args = self.eval_args(view, &function);
         if read_only {
-            words.push("--read-only".to_owned());
+            args.push("--read-only".to_owned());
         }
-        words
+        args
     }
 
-    fn words(&self, seen: &Seen, function: &str) -> Vec<String> {
-        match seen {
-            Seen::Installable => {
+    fn eval_args(&self, view: &SelfView, function: &str) -> Vec<String> {
+        match view {
+            SelfView::Installable => {
                 let attribute: Vec<String> = self
                     .attribute
                     .iter()
@@ -130,33 +130,33 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
             _ => [
                 "eval".to_owned(),
                 "--expr".to_owned(),
-                format!("{} ({})", function, self.selected(seen)),
+                format!("{} ({})", function, self.selected(view)),
             ]
             .into(),
         }
     }
 
     /// The selected attribute of a flake that sees itself as given.
-    fn selected(&self, seen: &Seen) -> String {
-        let info = match seen {
-            Seen::Installable => "{ }".to_owned(),
-            Seen::Real(values) => {
+    fn selected(&self, view: &SelfView) -> String {
+        let info = match view {
+            SelfView::Installable => "{ }".to_owned(),
+            SelfView::Real(values) => {
                 let values: serde_json::Map<String, Value> = values.clone().into_iter().collect();
                 format!(
                     "builtins.fromJSON {}",
-                    text(&Value::from(values).to_string())
+                    nix_string(&Value::from(values).to_string())
                 )
             }
-            Seen::Poisoned(names) => format!(
+            SelfView::AbortOnUse(names) => format!(
                 "builtins.listToAttrs (map (name: {{ inherit name; value = builtins.abort ({} + name); }}) (builtins.fromJSON {}))",
-                text(&self.poison()),
-                text(&Value::from(names.clone()).to_string()),
+                nix_string(&self.abort_marker()),
+                nix_string(&Value::from(names.clone()).to_string()),
             ),
         };
         let attribute: String = self
             .attribute
             .iter()
-            .map(|name| format!(".{}", text(name)))
+            .map(|name| format!(".{}", nix_string(name)))
             .collect();
         format!(
             r#"let
@@ -166,7 +166,7 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
   outputs = (import (real.outPath + "/flake.nix")).outputs (real.inputs // {{ inherit self; }});
   self = outputs // info // {{ inherit (real) outPath inputs; inherit outputs; sourceInfo = info; _type = "flake"; }};
 in self{attribute}"#,
-            reference = text(&self.by_path()),
+            reference = nix_string(&self.by_path()),
         )
     }
 
@@ -182,10 +182,10 @@ in self{attribute}"#,
 
     /// The words behind `nix eval` that print what Nix itself tells the flake of its source, as JSON. Impure,
     /// for the source may be a tree with changes; nothing of the flake is evaluated.
-    pub fn source_information(&self) -> Vec<String> {
+    pub fn source_info_args(&self) -> Vec<String> {
         let expression = format!(
             "builtins.removeAttrs (builtins.getFlake {}).sourceInfo [ \"outPath\" ]",
-            text(&self.source.url)
+            nix_string(&self.source.url)
         );
         ["eval", "--impure", "--json", "--expr", &expression]
             .map(str::to_owned)
@@ -194,7 +194,7 @@ in self{attribute}"#,
 }
 
 /// A text as a Nix string.
-fn text(text: &str) -> String {
+fn nix_string(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
         match c {
@@ -272,6 +272,6 @@ mod tests {
 
     #[test]
     fn no_text_leaves_its_string() {
-        assert_eq!(text("a\"b\\${c}\n"), r#""a\"b\\\${c}\n""#);
+        assert_eq!(nix_string("a\"b\\${c}\n"), r#""a\"b\\\${c}\n""#);
     }
 }

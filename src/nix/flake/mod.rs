@@ -3,9 +3,9 @@
 
 pub mod error;
 pub mod evaluate;
+pub mod evaluation_memory;
 pub mod expression;
-pub mod jobs;
-pub mod memory;
+pub mod nix_eval_jobs;
 mod pool;
 mod worker;
 
@@ -73,8 +73,8 @@ impl Source {
             reference,
         ];
         words.extend(arguments.iter().map(String::as_str));
-        let printed = nix.ask(&words, FETCH_LIMIT).await?;
-        let problem = |problem: String| Error::Answer {
+        let printed = nix.run_checked(&words, FETCH_LIMIT).await?;
+        let problem = |problem: String| Error::UnexpectedOutput {
             call: "nix flake metadata".to_owned(),
             problem,
         };

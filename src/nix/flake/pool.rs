@@ -15,37 +15,39 @@ use tokio_util::sync::CancellationToken;
 
 use crate::host::memory::{self, Cgroup};
 use crate::nix::flake::Source;
-use crate::nix::flake::evaluate::{Event, Failure, QUIET};
-use crate::nix::flake::expression::{AttributePath, Expressions, Seen};
-use crate::nix::flake::worker::{Ended, Heard, Said, Worker, follow, is_for_memory, keep};
+use crate::nix::flake::evaluate::{EvalEvent, EvalFailure, NO_EVAL_CACHE};
+use crate::nix::flake::expression::{AttributePath, Expressions, SelfView};
+use crate::nix::flake::worker::{
+    EndReason, Worker, WorkerEvent, WorkerLine, follow, is_for_memory, keep_tail,
+};
 use crate::nix::tool::Nix;
-use crate::sizing::{self, Room};
+use crate::sizing::{self, MemoryRoom};
 
 /// How often the workers' memory is looked at.
-const LOOK: Duration = Duration::from_millis(50);
+const MEMORY_POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// What others hold of the memory changes slowly.
-const OTHERS: u32 = 10;
+const OTHERS_EVERY: u32 = 10;
 /// The text of one argument; the kernel takes 128 KiB (`execve(2)`, `MAX_ARG_STRLEN`).
-const ARGUMENT: usize = 96 * 1024;
+const ARGUMENT_LIMIT: usize = 96 * 1024;
 /// Nix begins with a heap of up to 384 MB, whatever it is to evaluate; touching that much memory costs more time than
 /// collecting a smaller heap now and then, and in a pod it is not there. Marking by several threads at once is
 /// of no use to workers that have a core each. Both are variables of the collector (`GC_INITIAL_HEAP_SIZE`,
 /// `GC_NPROCS`; Boehm and Weiser's `README.environment`), and whoever has set them keeps them.
 const COLLECTOR: [(&str, &str); 2] = [("GC_INITIAL_HEAP_SIZE", "16000000"), ("GC_NPROCS", "1")];
 /// When so many attributes have turned out to depend on the commit, and no more have not, the rest is not tried.
-const DEPENDENT: usize = 8;
+const DEPENDENT_LIMIT: usize = 8;
 
 /// An attribute to evaluate.
 #[derive(Clone, Debug)]
-pub struct Task {
+pub struct EvalTask {
     /// The caller's number for it.
     pub id: usize,
     /// Its path below the selected attribute.
     pub path: AttributePath,
     /// How the flake sees itself meanwhile.
-    pub seen: Arc<Seen>,
+    pub view: Arc<SelfView>,
     /// Whether its derivations have to be written, although the others' are not.
-    pub written: bool,
+    pub must_write: bool,
 }
 
 /// What a pool needs.
@@ -65,21 +67,21 @@ pub struct Pool {
     /// Whether derivations are only computed, and not written to the store.
     pub read_only: bool,
     /// What takes the place of poisoned ones when most depend on the commit.
-    pub instead: Option<Arc<Seen>>,
+    pub fallback_view: Option<Arc<SelfView>>,
 }
 
 /// The state of a running pool.
-struct Running<'a> {
+struct PoolState<'a> {
     pool: &'a Pool,
     width: usize,
-    waiting: VecDeque<Task>,
+    waiting: VecDeque<EvalTask>,
     /// They were too large beside others.
-    alone: VecDeque<Task>,
+    alone: VecDeque<EvalTask>,
     workers: HashMap<usize, Worker>,
     next: usize,
-    heard: mpsc::Sender<(usize, Heard)>,
+    to_pool: mpsc::Sender<(usize, WorkerEvent)>,
     following: JoinSet<()>,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<EvalEvent>,
     cgroup: Option<Cgroup>,
     others: u64,
     looks: u32,
@@ -93,10 +95,10 @@ struct Running<'a> {
 
 impl Pool {
     /// How many workers fit this machine now, and what each may hold, in bytes; `asked`: how many were asked for.
-    pub fn fitted(asked: Option<usize>) -> (usize, u64) {
+    pub fn fitted(requested: Option<usize>) -> (usize, u64) {
         let limit = Cgroup::of_self().and_then(|cgroup| cgroup.read().limit);
         let others = memory::of_descendants();
-        let room = Room {
+        let room = MemoryRoom {
             limit,
             others,
             available: memory::available(),
@@ -104,7 +106,7 @@ impl Pool {
         }
         .for_workers();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let workers = sizing::workers(asked, cores, room);
+        let workers = sizing::workers(requested, cores, room);
         (workers, sizing::share(room, workers))
     }
 
@@ -112,20 +114,20 @@ impl Pool {
     /// spoken of any more.
     pub async fn run(
         self,
-        mut tasks: mpsc::Receiver<Vec<Task>>,
-        events: mpsc::Sender<Event>,
+        mut tasks: mpsc::Receiver<Vec<EvalTask>>,
+        events: mpsc::Sender<EvalEvent>,
         cancel: CancellationToken,
     ) {
-        let (heard, mut hearing) = mpsc::channel(1024);
+        let (to_pool, mut worker_events) = mpsc::channel(1024);
         let cgroup = Cgroup::of_self();
-        let mut running = Running {
+        let mut running = PoolState {
             pool: &self,
             width: 1,
             waiting: VecDeque::new(),
             alone: VecDeque::new(),
             workers: HashMap::new(),
             next: 0,
-            heard,
+            to_pool,
             following: JoinSet::new(),
             events,
             cgroup,
@@ -140,7 +142,7 @@ impl Pool {
         let room = running.room();
         running.width = sizing::workers(self.workers, cores, room);
         running.share = sizing::share(room, running.width);
-        let mut looking = tokio::time::interval(LOOK);
+        let mut looking = tokio::time::interval(MEMORY_POLL_INTERVAL);
         looking.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut open = true;
         loop {
@@ -151,8 +153,8 @@ impl Pool {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
-                _ = looking.tick(), if !running.workers.is_empty() => running.look(),
-                Some((id, heard)) = hearing.recv() => running.hear(id, heard).await,
+                _ = looking.tick(), if !running.workers.is_empty() => running.check_memory(),
+                Some((id, heard)) = worker_events.recv() => running.on_event(id, heard).await,
                 more = tasks.recv(), if open => match more {
                     Some(more) => running.waiting.extend(more),
                     None => open = false,
@@ -162,12 +164,12 @@ impl Pool {
         for worker in running.workers.values() {
             worker.stop.cancel();
         }
-        drop(hearing);
+        drop(worker_events);
         while running.following.join_next().await.is_some() {}
     }
 }
 
-impl Running<'_> {
+impl PoolState<'_> {
     fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.alone.is_empty() && self.workers.is_empty()
     }
@@ -175,7 +177,7 @@ impl Running<'_> {
     /// What the workers together may hold now.
     fn room(&mut self) -> Option<u64> {
         let workers = self.workers.values().map(|worker| worker.held).sum();
-        if self.looks.is_multiple_of(OTHERS) {
+        if self.looks.is_multiple_of(OTHERS_EVERY) {
             let ours = memory::of_descendants().max(
                 self.cgroup
                     .as_ref()
@@ -186,7 +188,7 @@ impl Running<'_> {
         }
         self.looks += 1;
         let limit = self.cgroup.as_ref().and_then(|cgroup| cgroup.read().limit);
-        Room {
+        MemoryRoom {
             limit,
             others: self.others,
             available: memory::available(),
@@ -211,7 +213,7 @@ impl Running<'_> {
             {
                 self.start([task].into(), true).await;
             } else if self.workers.len() < self.width && self.alone.is_empty() {
-                let tasks = self.take_over();
+                let tasks = self.steal();
                 if tasks.is_empty() {
                     return;
                 }
@@ -223,19 +225,19 @@ impl Running<'_> {
     }
 
     /// The next tasks of one kind, as many as one argument can name.
-    fn take(&mut self, count: usize) -> VecDeque<Task> {
-        let mut taken: VecDeque<Task> = VecDeque::new();
+    fn take(&mut self, count: usize) -> VecDeque<EvalTask> {
+        let mut taken: VecDeque<EvalTask> = VecDeque::new();
         let mut size = 0;
         while taken.len() < count
             && let Some(task) = self.waiting.front()
         {
             // As JSON in a Nix string: each quote has a backslash.
             size += task.path.iter().map(|name| name.len() + 6).sum::<usize>() + 24;
-            let is_like = |first: &Task| {
-                Arc::ptr_eq(&first.seen, &task.seen) && first.written == task.written
+            let is_like = |first: &EvalTask| {
+                Arc::ptr_eq(&first.view, &task.view) && first.must_write == task.must_write
             };
             let other = taken.front().is_some_and(|first| !is_like(first));
-            if other || (size > ARGUMENT && !taken.is_empty()) {
+            if other || (size > ARGUMENT_LIMIT && !taken.is_empty()) {
                 break;
             }
             taken.extend(self.waiting.pop_front());
@@ -244,7 +246,7 @@ impl Running<'_> {
     }
 
     /// The end of the longest list, if it is worth a worker of its own.
-    fn take_over(&mut self) -> VecDeque<Task> {
+    fn steal(&mut self) -> VecDeque<EvalTask> {
         if self.pool.per_worker.is_some() {
             return VecDeque::new();
         }
@@ -260,34 +262,35 @@ impl Running<'_> {
             .first
             .map_or(0.0, |first| first.elapsed().as_secs_f64())
             / worker.done as f64;
-        let count = sizing::take_over(worker.left.len(), each, start);
+        let count = sizing::steal(worker.left.len(), each, start);
         worker.left.split_off(worker.left.len() - count)
     }
 
-    async fn start(&mut self, tasks: VecDeque<Task>, alone: bool) {
+    async fn start(&mut self, tasks: VecDeque<EvalTask>, alone: bool) {
         let Some(first) = tasks.front() else { return };
         let list: Vec<(usize, &AttributePath)> =
             tasks.iter().map(|task| (task.id, &task.path)).collect();
-        let mut words =
-            self.pool
-                .expressions
-                .facts(&first.seen, &list, self.pool.read_only && !first.written);
-        words.extend(QUIET.map(str::to_owned));
-        words.extend(self.pool.arguments.iter().cloned());
+        let mut args = self.pool.expressions.derivation_args(
+            &first.view,
+            &list,
+            self.pool.read_only && !first.must_write,
+        );
+        args.extend(NO_EVAL_CACHE.map(str::to_owned));
+        args.extend(self.pool.arguments.iter().cloned());
         let id = self.next;
         self.next += 1;
         let unset = COLLECTOR
             .iter()
             .filter(|(name, _)| self.pool.nix.variable(name).is_none());
-        let tool = self.pool.nix.tool().args(&words).envs(unset.copied());
+        let tool = self.pool.nix.tool().args(&args).envs(unset.copied());
         let tool = match tool.talk() {
             Ok(tool) => tool,
             Err(error) => {
                 let text = format!("error: {error}");
                 for task in tasks {
-                    self.tell(Event::Failed(
+                    self.emit(EvalEvent::Failed(
                         task.id,
-                        Failure::said(&text, &self.pool.source),
+                        EvalFailure::from_stderr(&text, &self.pool.source),
                     ))
                     .await;
                 }
@@ -300,7 +303,7 @@ impl Running<'_> {
         self.following.spawn(follow(
             tool,
             id,
-            self.heard.clone(),
+            self.to_pool.clone(),
             stop.clone(),
             kill.clone(),
         ));
@@ -314,7 +317,7 @@ impl Running<'_> {
             first: None,
             held: 0,
             most: 0,
-            said: String::new(),
+            output: String::new(),
             ended: None,
             stop,
             kill,
@@ -322,14 +325,14 @@ impl Running<'_> {
         self.workers.insert(id, worker);
     }
 
-    async fn hear(&mut self, id: usize, heard: Heard) {
+    async fn on_event(&mut self, id: usize, heard: WorkerEvent) {
         match heard {
-            Heard::Line(line) => self.line(id, line).await,
-            Heard::Ended(status) => self.ended(id, status).await,
+            WorkerEvent::Line(line) => self.on_line(id, line).await,
+            WorkerEvent::Ended(status) => self.on_ended(id, status).await,
         }
     }
 
-    async fn line(&mut self, id: usize, line: String) {
+    async fn on_line(&mut self, id: usize, line: String) {
         let Some(worker) = self.workers.get_mut(&id) else {
             return;
         };
@@ -337,9 +340,9 @@ impl Running<'_> {
             .strip_prefix(&self.pool.expressions.mark())
             .and_then(|json| serde_json::from_str(json).ok());
         match ours {
-            None => keep(&mut worker.said, &line),
-            Some(Said::Begun { b }) => {
-                worker.said.clear();
+            None => keep_tail(&mut worker.output, &line),
+            Some(WorkerLine::Begun { b }) => {
+                worker.output.clear();
                 if worker.first.is_none() {
                     worker.first = Some(Instant::now());
                     self.start = worker.started.elapsed().as_secs_f64();
@@ -347,19 +350,19 @@ impl Running<'_> {
                 match worker.left.front() {
                     Some(task) if task.id == b => worker.current = worker.left.pop_front(),
                     // What it comes to now is another's already.
-                    _ => worker.end(Ended::Overtaken),
+                    _ => worker.end(EndReason::Overtaken),
                 }
                 if worker.current.is_some() {
-                    self.tell(Event::Begun(b)).await;
+                    self.emit(EvalEvent::Begun(b)).await;
                 }
             }
-            Some(Said::Done { d, f }) => {
+            Some(WorkerLine::Done { d, f }) => {
                 let task = worker.current.take_if(|task| task.id == d);
                 worker.done += 1;
                 let Some(task) = task else { return };
-                let independent = matches!(*task.seen, Seen::Poisoned(_));
+                let independent = matches!(*task.view, SelfView::AbortOnUse(_));
                 self.independent += usize::from(independent);
-                self.tell(Event::Known {
+                self.emit(EvalEvent::Known {
                     id: d,
                     facts: f,
                     independent,
@@ -377,12 +380,12 @@ impl Running<'_> {
             return;
         };
         if worker.held > share && !worker.left.is_empty() {
-            worker.end(Ended::Retired);
+            worker.end(EndReason::Retired);
         }
     }
 
     /// Looks at the memory; the largest has to go when there is not enough.
-    fn look(&mut self) {
+    fn check_memory(&mut self) {
         for worker in self.workers.values_mut() {
             if let Some((held, most)) = memory::of_process(worker.process) {
                 (worker.held, worker.most) = (held, most);
@@ -395,23 +398,23 @@ impl Running<'_> {
         if let Some(at) = sizing::too_large(&held, room)
             && let Some(worker) = self.workers.get_mut(&ids[at])
         {
-            worker.end(Ended::TooLarge);
+            worker.end(EndReason::TooLarge);
         }
     }
 
-    async fn ended(&mut self, id: usize, status: Option<ExitStatus>) {
+    async fn on_ended(&mut self, id: usize, status: Option<ExitStatus>) {
         let Some(mut worker) = self.workers.remove(&id) else {
             return;
         };
         let left = std::mem::take(&mut worker.left);
         let current = worker.current.take();
         match worker.ended {
-            Some(Ended::Retired | Ended::Overtaken) => {
+            Some(EndReason::Retired | EndReason::Overtaken) => {
                 self.put_back(left.into_iter().chain(current));
             }
-            Some(Ended::TooLarge) => self.too_large(&worker, left, current).await,
-            None if is_for_memory(status, &worker.said) => {
-                self.too_large(&worker, left, current).await;
+            Some(EndReason::TooLarge) => self.on_too_large(&worker, left, current).await,
+            None if is_for_memory(status, &worker.output) => {
+                self.on_too_large(&worker, left, current).await;
             }
             None if status.is_some_and(|status| status.success())
                 && current.is_none()
@@ -419,30 +422,35 @@ impl Running<'_> {
             {
                 // The worker had nothing left to do.
             }
-            None => self.failed(&worker, status, left, current).await,
+            None => self.on_failed(&worker, status, left, current).await,
         }
     }
 
     /// Back to the others, the one that had begun first of all.
-    fn put_back(&mut self, tasks: impl DoubleEndedIterator<Item = Task>) {
+    fn put_back(&mut self, tasks: impl DoubleEndedIterator<Item = EvalTask>) {
         for task in tasks.rev() {
             self.waiting.push_front(task);
         }
     }
 
     /// The worker is dead for its memory. The attribute that it was at is tried once more by itself.
-    async fn too_large(&mut self, worker: &Worker, left: VecDeque<Task>, current: Option<Task>) {
+    async fn on_too_large(
+        &mut self,
+        worker: &Worker,
+        left: VecDeque<EvalTask>,
+        current: Option<EvalTask>,
+    ) {
         self.put_back(left.into_iter());
         let Some(task) = current.or_else(|| self.waiting.pop_front()) else {
             return;
         };
         if worker.alone {
             let limit = self.room().unwrap_or(worker.most);
-            let failure = Failure::OutOfMemory {
+            let failure = EvalFailure::OutOfMemory {
                 needed: worker.most,
                 limit,
             };
-            self.tell(Event::Failed(task.id, failure)).await;
+            self.emit(EvalEvent::Failed(task.id, failure)).await;
         } else if worker.done == 0 {
             self.alone.push_back(task);
         } else {
@@ -451,66 +459,68 @@ impl Running<'_> {
         }
     }
 
-    async fn failed(
+    async fn on_failed(
         &mut self,
         worker: &Worker,
         status: Option<ExitStatus>,
-        left: VecDeque<Task>,
-        current: Option<Task>,
+        left: VecDeque<EvalTask>,
+        current: Option<EvalTask>,
     ) {
-        let dependent = worker.said.contains(&self.pool.expressions.poison());
-        let said = if worker.said.trim().is_empty() {
+        let dependent = worker
+            .output
+            .contains(&self.pool.expressions.abort_marker());
+        let said = if worker.output.trim().is_empty() {
             let how = status.map_or("with no word".to_owned(), |status| status.to_string());
             format!("error: `nix eval` ended: {how}")
         } else {
-            worker.said.clone()
+            worker.output.clone()
         };
-        let failure = Failure::said(&said, &self.pool.source);
+        let failure = EvalFailure::from_stderr(&said, &self.pool.source);
         // One that fails before it has begun any fails for all of its list.
-        let (fail, rest): (Vec<Task>, VecDeque<Task>) = match current {
+        let (fail, rest): (Vec<EvalTask>, VecDeque<EvalTask>) = match current {
             Some(task) => ([task].into(), left),
             None => (left.into(), VecDeque::new()),
         };
         for mut task in fail {
             if self.needs_writing(&task, &said) {
-                task.written = true;
+                task.must_write = true;
                 self.waiting.push_back(task);
                 continue;
             }
             let event = if dependent {
-                Event::Dependent(task.id)
+                EvalEvent::Dependent(task.id)
             } else {
-                Event::Failed(task.id, failure.clone())
+                EvalEvent::Failed(task.id, failure.clone())
             };
             self.dependent += usize::from(dependent);
-            self.tell(event).await;
+            self.emit(event).await;
         }
         self.put_back(rest.into_iter());
-        self.give_poison_up().await;
+        self.stop_dependency_check().await;
     }
 
     /// A derivation that has another's closure in it, not only its outputs, can be computed only when that one is
     /// in the store.
-    fn needs_writing(&self, task: &Task, said: &str) -> bool {
-        self.pool.read_only && !task.written && said.contains(".drv' is not valid")
+    fn needs_writing(&self, task: &EvalTask, said: &str) -> bool {
+        self.pool.read_only && !task.must_write && said.contains(".drv' is not valid")
     }
 
     /// Where nearly everything depends on the commit, each would cost a worker.
-    async fn give_poison_up(&mut self) {
-        let Some(instead) = self.pool.instead.clone() else {
+    async fn stop_dependency_check(&mut self) {
+        let Some(fallback) = self.pool.fallback_view.clone() else {
             return;
         };
-        if self.dependent < DEPENDENT || self.dependent <= self.independent {
+        if self.dependent < DEPENDENT_LIMIT || self.dependent <= self.independent {
             return;
         }
         for task in self.waiting.iter_mut().chain(&mut self.alone) {
-            if matches!(*task.seen, Seen::Poisoned(_)) {
-                task.seen = Arc::clone(&instead);
+            if matches!(*task.view, SelfView::AbortOnUse(_)) {
+                task.view = Arc::clone(&fallback);
             }
         }
     }
 
-    async fn tell(&self, event: Event) {
+    async fn emit(&self, event: EvalEvent) {
         // The receiver is gone only when nobody wants to know any more.
         let _ = self.events.send(event).await;
     }

@@ -104,12 +104,12 @@ async fn a_stream_gives_the_same_bytes_at_every_size() {
         1,
         7,
         8,
-        READ - 1,
-        BLOCK - 112,
-        BLOCK - 104,
-        BLOCK,
-        2 * BLOCK - 112,
-        5 * BLOCK + 3,
+        READ_SIZE - 1,
+        BLOCK_SIZE - 112,
+        BLOCK_SIZE - 104,
+        BLOCK_SIZE,
+        2 * BLOCK_SIZE - 112,
+        5 * BLOCK_SIZE + 3,
     ] {
         std::fs::write(&file, vec![b'x'; size]).expect("written");
         let nar = dump(&file);
@@ -123,7 +123,7 @@ async fn a_stream_gives_the_same_bytes_at_every_size() {
 async fn a_corrupt_path_is_never_sent_whole() {
     let folder = tempfile::tempdir().expect("temporary folder");
     let file = folder.path().join("file");
-    for content in [10, BLOCK - 112, 3 * BLOCK] {
+    for content in [10, BLOCK_SIZE - 112, 3 * BLOCK_SIZE] {
         std::fs::write(&file, vec![b'x'; content]).expect("written");
         let nar = dump(&file);
         let size = nar.len() as u64;

@@ -5,7 +5,7 @@ use aho_corasick::packed::{Config, MatchKind, Searcher};
 use aho_corasick::{AhoCorasick, Input, Span};
 
 /// Needles in one group: the vectorised searcher loses its speed beyond.
-const GROUP: usize = 64;
+const GROUP_SIZE: usize = 64;
 
 /// Finds where any of its needles begins.
 #[derive(Debug)]
@@ -16,11 +16,11 @@ pub(super) struct Matcher {
 #[derive(Debug)]
 struct Group {
     first: usize,
-    by: By,
+    engine: Engine,
 }
 
 #[derive(Debug)]
-enum By {
+enum Engine {
     Vectors(Searcher),
     /// On processors without the vector instructions.
     Automaton(Box<AhoCorasick>),
@@ -29,10 +29,13 @@ enum By {
 impl Matcher {
     /// Needles must not be empty.
     pub(super) fn new(needles: &[Vec<u8>]) -> Self {
-        let groups = needles.chunks(GROUP).enumerate().map(|(n, chunk)| Group {
-            first: n * GROUP,
-            by: By::of(chunk),
-        });
+        let groups = needles
+            .chunks(GROUP_SIZE)
+            .enumerate()
+            .map(|(n, chunk)| Group {
+                first: n * GROUP_SIZE,
+                engine: Engine::new(chunk),
+            });
         Self {
             groups: groups.collect(),
         }
@@ -45,14 +48,14 @@ impl Matcher {
         hay: &[u8],
         from: usize,
         until: usize,
-        mut tell: impl FnMut(usize, usize),
+        mut on_match: impl FnMut(usize, usize),
     ) {
         for group in &self.groups {
             let mut start = from;
             while start < until {
-                match group.by.next(hay, start) {
+                match group.engine.next(hay, start) {
                     Some((number, at)) if at < until => {
-                        tell(group.first + number, at);
+                        on_match(group.first + number, at);
                         start = at + 1;
                     }
                     _ => break,
@@ -62,8 +65,8 @@ impl Matcher {
     }
 }
 
-impl By {
-    fn of(needles: &[Vec<u8>]) -> Self {
+impl Engine {
+    fn new(needles: &[Vec<u8>]) -> Self {
         let mut builder = Config::new().match_kind(MatchKind::LeftmostFirst).builder();
         match builder.extend(needles).build() {
             Some(searcher) => Self::Vectors(searcher),

@@ -8,17 +8,17 @@ use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use crate::secret::Secret;
 
 /// A shorter value is found everywhere by chance.
-const SHORTEST: usize = 8;
+const MIN_LENGTH: usize = 8;
 /// Of a longer value its beginning is enough.
-const LONGEST: usize = 512;
+const MAX_LENGTH: usize = 512;
 /// A value of fewer different characters is no secret: `11111111`, `xxxxxxxx`.
-const VARIETY: usize = 5;
+const MIN_DISTINCT: usize = 5;
 /// A place of fewer characters (`/root`, `/work`) is not this machine's alone.
-const SHORTEST_PLACE: usize = 9;
+const MIN_PLACE_LENGTH: usize = 9;
 
 /// What a needle stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum What {
+pub(super) enum NeedleKind {
     /// The value of a variable, in this form.
     Value {
         /// The variable.
@@ -34,13 +34,13 @@ pub(super) enum What {
 #[derive(Clone)]
 pub(super) struct Needle {
     pub bytes: Vec<u8>,
-    pub what: What,
+    pub kind: NeedleKind,
 }
 
-/// Whether the variable's name says that its value is a secret. Public keys say that they are none.
+/// Whether the variable's name has_word that its value is a secret. Public keys say that they are none.
 pub fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    let says = |word: &str| {
+    let has_word = |word: &str| {
         name.split(|c: char| !c.is_ascii_alphanumeric())
             .any(|part| part == word)
     };
@@ -54,8 +54,10 @@ pub fn is_secret_name(name: &str) -> bool {
         "credentials",
     ];
     let within = ends.iter().any(|word| name.contains(word));
-    let is_key =
-        says("key") || says("apikey") || name.ends_with("_key") || name.contains("private_key");
+    let is_key = has_word("key")
+        || has_word("apikey")
+        || name.ends_with("_key")
+        || name.contains("private_key");
     (within || is_key) && !name.contains("public")
 }
 
@@ -69,23 +71,23 @@ pub fn is_secret_value(value: &str) -> bool {
         || value.starts_with("./")
         || value.contains("://") && !value.contains('@');
     let is_number = value.chars().all(|c| c.is_ascii_digit()) && value.len() < 16;
-    value.len() >= SHORTEST && seen.len() >= VARIETY && !is_word && !is_place && !is_number
+    value.len() >= MIN_LENGTH && seen.len() >= MIN_DISTINCT && !is_word && !is_place && !is_number
 }
 
 /// Every form of a secret that a file could hold.
-pub(super) fn of_secret(name: &str, secret: &Secret) -> Vec<Needle> {
+pub(super) fn needles_for_secret(name: &str, secret: &Secret) -> Vec<Needle> {
     let whole = secret.expose();
     let lines = whole
         .lines()
         .map(str::trim)
-        .filter(|line| line.len() >= 2 * SHORTEST && whole.contains('\n'));
+        .filter(|line| line.len() >= 2 * MIN_LENGTH && whole.contains('\n'));
     let mut needles = Vec::new();
     let mut add = |bytes: Vec<u8>, form| {
-        let long_enough = bytes.len() >= SHORTEST;
+        let long_enough = bytes.len() >= MIN_LENGTH;
         if long_enough && !needles.iter().any(|needle: &Needle| needle.bytes == bytes) {
             needles.push(Needle {
                 bytes,
-                what: What::Value {
+                kind: NeedleKind::Value {
                     name: name.to_owned(),
                     form,
                 },
@@ -96,7 +98,7 @@ pub(super) fn of_secret(name: &str, secret: &Secret) -> Vec<Needle> {
         .chain(lines)
         .filter(|text| !text.starts_with("-----"))
     {
-        let bytes = &text.as_bytes()[..text.len().min(LONGEST)];
+        let bytes = &text.as_bytes()[..text.len().min(MAX_LENGTH)];
         add(bytes.to_vec(), "as it is");
         for before in 0..3 {
             add(base64(bytes, before, &STANDARD_NO_PAD), "in base64");
@@ -127,7 +129,7 @@ fn url_encoded(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Homes that machines without number have: what was built on one of them names it, and is no worse for it.
-const COMMON: [&str; 6] = [
+const COMMON_HOMES: [&str; 6] = [
     "/home/runner",
     "/home/ubuntu",
     "/home/debian",
@@ -137,14 +139,14 @@ const COMMON: [&str; 6] = [
 ];
 
 /// A place of this machine, if it is long enough to be this machine's alone.
-pub(super) fn of_place(what: &str, folder: &Path) -> Option<Needle> {
+pub(super) fn needle_for_place(what: &str, folder: &Path) -> Option<Needle> {
     let text = folder.to_str()?.trim_end_matches('/');
     let deep =
         text.matches('/').count() >= 2 && text.starts_with('/') && !text.starts_with("/nix/store");
-    let is_sole = deep && text.len() >= SHORTEST_PLACE && !COMMON.contains(&text);
+    let is_sole = deep && text.len() >= MIN_PLACE_LENGTH && !COMMON_HOMES.contains(&text);
     is_sole.then(|| Needle {
         bytes: text.as_bytes().to_vec(),
-        what: What::Place(what.to_owned()),
+        kind: NeedleKind::Place(what.to_owned()),
     })
 }
 
@@ -202,7 +204,7 @@ mod tests {
     #[test]
     fn base64_is_found_wherever_in_a_text_it_begins() {
         let secret = Secret::new("s3cr3t-v4lue/with+signs").expect("not empty");
-        let needles = of_secret("X", &secret);
+        let needles = needles_for_secret("X", &secret);
         for before in 0..7 {
             for after in 0..4 {
                 let text = [
@@ -237,7 +239,7 @@ mod tests {
             ("/nix/store/x", false),
         ] {
             assert_eq!(
-                of_place("it", Path::new(folder)).is_some(),
+                needle_for_place("it", Path::new(folder)).is_some(),
                 is_one,
                 "{folder}"
             );

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::symlink;
 
-use super::shapes::tests::pem;
+use super::secret_formats::tests::pem;
 use super::*;
 
 const VALUE: &str = "x7Rk2Lm9Qs4Tv6Wz";
@@ -30,17 +30,26 @@ fn fed(scanner: &Scanner, parts: &[&[u8]]) -> Vec<Finding> {
         .expect("few finds");
     look.leave();
     look.leave();
-    look.looked.findings
+    look.result.findings
 }
 
 #[test]
 fn a_secret_is_found_across_every_boundary() {
     let scanner = scanner();
     // Before, across and after the places at which blocks end, whole and in pieces of every size.
-    for around in [BLOCK - LOOKAHEAD, BLOCK, 2 * BLOCK - LOOKAHEAD] {
+    for around in [
+        BLOCK_SIZE - LOOKAHEAD,
+        BLOCK_SIZE,
+        2 * BLOCK_SIZE - LOOKAHEAD,
+    ] {
         for before in around - VALUE.len() - 2..around + 2 {
-            let text = [filler(before), VALUE.as_bytes().to_vec(), filler(BLOCK)].concat();
-            let parts: Vec<&[u8]> = text.chunks(BLOCK / 2).collect();
+            let text = [
+                filler(before),
+                VALUE.as_bytes().to_vec(),
+                filler(BLOCK_SIZE),
+            ]
+            .concat();
+            let parts: Vec<&[u8]> = text.chunks(BLOCK_SIZE / 2).collect();
             let found = fed(&scanner, &parts);
             assert_eq!(found.len(), 1, "{before}");
             assert_eq!(
@@ -63,7 +72,11 @@ fn a_secret_is_found_across_every_boundary() {
 #[test]
 fn a_shape_that_is_longer_than_the_rest_of_a_block_is_judged_whole() {
     let scanner = scanner();
-    for before in [BLOCK - LOOKAHEAD - 1, BLOCK - 100, BLOCK - 10] {
+    for before in [
+        BLOCK_SIZE - LOOKAHEAD - 1,
+        BLOCK_SIZE - 100,
+        BLOCK_SIZE - 10,
+    ] {
         let text = [filler(before), pem().into_bytes(), filler(10)].concat();
         let parts: Vec<&[u8]> = text.chunks(4096).collect();
         let found = fed(&scanner, &parts);
@@ -84,7 +97,7 @@ fn two_files_are_not_one_text() {
             .expect("few finds");
         look.leave();
     }
-    assert_eq!(look.looked.findings, []);
+    assert_eq!(look.result.findings, []);
 }
 
 #[test]
@@ -165,7 +178,7 @@ fn a_real_path_is_looked_into_with_its_names_and_links() {
     // A key that a test suite brings opens nothing; this job's own secret is one everywhere.
     let key = pem();
     std::fs::write(path.join("etc/tests/key.pem"), format!("{key}{VALUE}")).expect("written");
-    let looked = scanner().look_into(&path).expect("readable");
+    let looked = scanner().scan(&path).expect("readable");
     let files: Vec<(&str, u64)> = looked
         .findings
         .iter()
@@ -196,8 +209,8 @@ fn a_path_full_of_finds_ends_the_look() {
     let folder = tempfile::tempdir().expect("temporary folder");
     let path = folder.path().join("out");
     std::fs::write(&path, format!("{VALUE}\n").repeat(100_000)).expect("written");
-    let looked = scanner().look_into(&path).expect("readable");
-    assert_eq!(looked.findings.len(), FINDS);
+    let looked = scanner().scan(&path).expect("readable");
+    assert_eq!(looked.findings.len(), MAX_FINDINGS);
     assert!(looked.bytes < 1_000_000, "{}", looked.bytes);
     assert_eq!(
         looked.findings[1].to_string(),

@@ -13,6 +13,8 @@ use serde::Serialize;
 
 pub use crate::github::check_run::Conclusion;
 
+use crate::location::SourceLocation;
+
 /// An output that gets a verdict of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Output {
@@ -35,17 +37,6 @@ pub enum State {
     Building,
     /// It has ended.
     Finished(Box<Verdict>),
-}
-
-/// A place in a source file of the flake.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct SourceLocation {
-    /// The file, from the root of the repository.
-    pub file: String,
-    /// The line, from 1.
-    pub line: u32,
-    /// The column, from 1, where it is known.
-    pub column: Option<u32>,
 }
 
 /// Why an output ended as it did.

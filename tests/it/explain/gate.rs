@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
-use flywheel::policy::{Mode, Policy, Rule, Ruling};
+use flywheel::policy::{Policy, Rule, RuleMode, Ruling};
 use flywheel::trust::{Facts, PushCache, Request, TrustedRefs, Verdict, decide};
 use serde_json::{Value, json};
 
@@ -62,11 +62,11 @@ fn the_policy_rules_what_the_gate_lets_through_and_nothing_else() {
         let publishes = decide(facts, request, *token).publishes();
         assert_eq!(publishes, *token && table_says(job, *wide), "{job:?}");
         for (policy, rule, (word, mode), breaks) in &rules {
-            let ruling = policy.rule(publishes, *rule, "hello-2.12", *breaks);
+            let ruling = policy.decide(publishes, *rule, "hello-2.12", *breaks);
             let expected = match (publishes, mode, breaks) {
                 (false, ..) => Ruling::Nothing,
-                (true, Mode::Enforce, true) => Ruling::Withhold,
-                (true, Mode::Warn, true) => Ruling::PublishAndWarn,
+                (true, RuleMode::Enforce, true) => Ruling::Withhold,
+                (true, RuleMode::Warn, true) => Ruling::PublishAndWarn,
                 (true, ..) => Ruling::Publish,
             };
             assert_eq!(ruling, expected, "{} {rule} {word} {breaks}", job.name);
@@ -81,10 +81,14 @@ fn the_policy_rules_what_the_gate_lets_through_and_nothing_else() {
 }
 
 /// Every rule, every mode, kept and broken; each with the policy that says so.
-fn rules() -> impl Iterator<Item = (Policy, Rule, (&'static str, Mode), bool)> {
-    let modes = |rule| Mode::WORDS.into_iter().map(move |mode| (rule, mode));
-    let policy = |rule, word| Policy::read(&format!("{rule} = {word}")).unwrap();
-    let both = move |(rule, mode): (Rule, (&'static str, Mode))| {
+fn rules() -> impl Iterator<Item = (Policy, Rule, (&'static str, RuleMode), bool)> {
+    let modes = |rule| {
+        RuleMode::ALL
+            .into_iter()
+            .map(move |mode| (rule, (mode.as_str(), mode)))
+    };
+    let policy = |rule, word| Policy::parse(&format!("{rule} = {word}")).unwrap();
+    let both = move |(rule, mode): (Rule, (&'static str, RuleMode))| {
         [false, true].map(|breaks| (policy(rule, mode.0), rule, mode, breaks))
     };
     Rule::ALL.into_iter().flat_map(modes).flat_map(both)

@@ -9,8 +9,8 @@ use tokio::sync::mpsc;
 use super::{Engine, EngineEvent, Lane, QUEUE};
 use crate::command::flake_checks::lanes::{self, LaneState};
 use crate::command::flake_checks::output::{Tail, of_build};
-use crate::nix::build::log::{Event, Failure, Kind, is_download};
-use crate::nix::build::{Ended, Order};
+use crate::nix::build::log::{BuildEvent, BuildFailure, FailureKind, is_download};
+use crate::nix::build::{BuildRequest, BuildResult};
 use crate::nix::store_path::StorePath;
 use crate::report::checks::{Cause, State};
 
@@ -68,7 +68,7 @@ impl Engine<'_> {
         for drv in &derivations {
             self.failures.remove(drv);
         }
-        let order = Order {
+        let order = BuildRequest {
             derivations: derivations.into_iter().collect(),
             max_jobs: jobs,
             keep_going: self.plan.keep_going,
@@ -102,9 +102,9 @@ impl Engine<'_> {
         });
     }
 
-    pub(super) fn on_build_event(&mut self, lane: usize, event: Event) {
+    pub(super) fn on_build_event(&mut self, lane: usize, event: BuildEvent) {
         match event {
-            Event::Started(drv) => {
+            BuildEvent::Started(drv) => {
                 for id in self.by_drv.get(&drv).cloned().unwrap_or_default() {
                     if self.outs[id].verdict.is_none() {
                         self.outs[id].begin_build();
@@ -113,10 +113,11 @@ impl Engine<'_> {
                 }
                 self.begin_log(drv);
             }
-            Event::Line(drv, line) => self.logs.entry(drv).or_default().push(line),
-            Event::Stopped(_) => (),
-            Event::Failed(failure) => {
-                if let (Some(drv), false) = (&failure.derivation, failure.kind == Kind::Dependency)
+            BuildEvent::Line(drv, line) => self.logs.entry(drv).or_default().push(line),
+            BuildEvent::Stopped(_) => (),
+            BuildEvent::Failed(failure) => {
+                if let (Some(drv), false) =
+                    (&failure.derivation, failure.kind == FailureKind::Dependency)
                 {
                     self.failures
                         .entry(drv.clone())
@@ -129,7 +130,7 @@ impl Engine<'_> {
         }
     }
 
-    pub(super) async fn on_built(&mut self, lane: usize, ended: Result<Ended, String>) {
+    pub(super) async fn on_built(&mut self, lane: usize, ended: Result<BuildResult, String>) {
         let Some(lane) = self.lanes[lane].take() else {
             return;
         };
@@ -140,8 +141,8 @@ impl Engine<'_> {
             .copied()
             .filter(|id| self.outs[*id].verdict.is_none())
             .collect();
-        let whole = ended.as_ref().is_ok_and(|ended| ended.whole);
-        let said = ended.map_or_else(|error| error, |ended| ended.said);
+        let whole = ended.as_ref().is_ok_and(|ended| ended.complete);
+        let said = ended.map_or_else(|error| error, |ended| ended.output);
         let mut unexplained = Vec::new();
         let mut passed = BTreeSet::new();
         let mut settled = 0;
@@ -176,7 +177,7 @@ impl Engine<'_> {
         let passing = lane
             .failed
             .iter()
-            .any(|failure| failure.kind == Kind::Passing);
+            .any(|failure| failure.kind == FailureKind::Transient);
         for id in unexplained {
             let may_again = self.outs[id].tries < self.plan.retries;
             if lane.ids.len() > 1 && settled > 0 {
@@ -194,12 +195,12 @@ impl Engine<'_> {
     }
 
     /// Whether it may go well another time.
-    fn is_passing(&self, failure: &Failure) -> bool {
-        failure.kind == Kind::Passing
-            || failure.kind == Kind::Build && is_download(&self.log_of(failure))
+    fn is_passing(&self, failure: &BuildFailure) -> bool {
+        failure.kind == FailureKind::Transient
+            || failure.kind == FailureKind::Build && is_download(&self.log_of(failure))
     }
 
-    fn log_of(&self, failure: &Failure) -> Vec<String> {
+    fn log_of(&self, failure: &BuildFailure) -> Vec<String> {
         failure
             .derivation
             .as_ref()
@@ -209,7 +210,7 @@ impl Engine<'_> {
     }
 
     /// The last word on it: of its log, else of Nix.
-    fn why(&self, failure: &Failure) -> String {
+    fn why(&self, failure: &BuildFailure) -> String {
         self.log_of(failure)
             .pop()
             .unwrap_or_else(|| failure.text.clone())
@@ -240,7 +241,7 @@ impl Engine<'_> {
     }
 
     /// The failure that an output failed by, and whether it is its own.
-    async fn failure_of(&self, id: usize) -> Option<(Failure, bool)> {
+    async fn failure_of(&self, id: usize) -> Option<(BuildFailure, bool)> {
         let drv = self.outs[id].drv.as_ref()?;
         if let Some(own) = self.failures.get(drv) {
             return Some((own.clone(), true));
@@ -258,7 +259,7 @@ impl Engine<'_> {
         found.map(|(_, failure)| (failure.clone(), false))
     }
 
-    async fn fail(&mut self, id: usize, failure: Failure, is_own: bool) {
+    async fn fail(&mut self, id: usize, failure: BuildFailure, is_own: bool) {
         let log = self.log_of(&failure);
         let log = if log.is_empty() {
             failure.text.lines().map(str::to_owned).collect()

@@ -8,21 +8,21 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::nix::ping::{Opened, Ping, ping};
-use crate::nix::settings::{Cache, Settings};
+use crate::nix::settings::{CacheSettings, Settings};
 use crate::nix::tool::{Error, Flavour, Nix};
 
 /// A daemon that needs longer to say a word is taken for dead.
 const LIMIT: Duration = Duration::from_secs(20);
 /// A substituter that no daemon lists as trusted; nothing ever asks it for a path.
-const SENTINEL: &str = "http://flywheel-trust-probe.invalid";
+const PROBE_URL: &str = "http://flywheel-trust-probe.invalid";
 
 /// A setting that Nix does not follow, and what would make it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ignored {
+pub struct IgnoredSetting {
     /// Which: `extra-substituters`, `extra-trusted-public-keys`, `netrc-file`.
     pub setting: &'static str,
     /// Why.
-    pub reason: Reason,
+    pub reason: IgnoredReason,
     /// The exact line to add, or to take away if the reason is `Overridden`.
     pub line_to_add: String,
     /// The file to add it to; `NIX_CONFIG` and the input are not files, then it is `None`.
@@ -31,7 +31,7 @@ pub struct Ignored {
 
 /// Why Nix does not follow a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
+pub enum IgnoredReason {
     /// A later line, most often one of `extra-nix-config`, sets it anew.
     Overridden,
     /// The daemon does not trust this user.
@@ -39,7 +39,7 @@ pub enum Reason {
 }
 
 /// For a log line, complete.
-impl std::fmt::Display for Ignored {
+impl std::fmt::Display for IgnoredSetting {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
             setting,
@@ -47,7 +47,7 @@ impl std::fmt::Display for Ignored {
             ..
         } = self;
         match (self.reason, &self.file) {
-            (Reason::Untrusted, file) => {
+            (IgnoredReason::Untrusted, file) => {
                 let file = file
                     .as_ref()
                     .map(|file| format!(" to `{}`", file.display()))
@@ -61,7 +61,7 @@ impl std::fmt::Display for Ignored {
                     "add `{line_to_add}`{file} on the runner and restart the daemon"
                 )
             }
-            (Reason::Overridden, _) => {
+            (IgnoredReason::Overridden, _) => {
                 write!(
                     f,
                     "`{setting}` is overridden by a later line; `extra-nix-config` should have `{line_to_add}`"
@@ -73,13 +73,13 @@ impl std::fmt::Display for Ignored {
 
 /// What Nix is like under a job's settings.
 #[derive(Debug)]
-pub struct InForce {
+pub struct EffectiveSettings {
     /// All its settings.
     pub settings: Settings,
     /// The store, if it opens.
     pub opened: Option<Opened>,
     /// Those of the wanted settings that it does not follow.
-    pub ignored: Vec<Ignored>,
+    pub ignored: Vec<IgnoredSetting>,
 }
 
 /// Asks Nix under its configuration, which `compose` made for a job with this cache, and which of the cache's settings
@@ -87,15 +87,15 @@ pub struct InForce {
 ///
 /// # Errors
 /// When Nix gives no answer; one that refuses its configuration altogether is among them.
-pub async fn read_back(
+pub async fn read_effective(
     nix: &Nix,
-    cache: Option<&Cache>,
+    cache: Option<&CacheSettings>,
     opened: Option<Opened>,
-) -> Result<InForce, Error> {
+) -> Result<EffectiveSettings, Error> {
     let opening = async {
         match opened {
             Some(opened) => Ok(Some(opened)),
-            None => open(nix).await,
+            None => open_store(nix).await,
         }
     };
     let (settings, opened) = tokio::join!(Settings::read(nix), opening);
@@ -104,34 +104,36 @@ pub async fn read_back(
     if let Some(cache) = cache {
         ignored = overridden(&settings, cache);
         if let Some(opened) = &opened
-            && is_distrust(nix, opened).await?
+            && is_untrusted(nix, opened).await?
         {
-            let own = Settings::read(&of_system(nix)).await.unwrap_or_default();
+            let own = Settings::read(&with_system_config(nix))
+                .await
+                .unwrap_or_default();
             let mut more = untrusted(nix, opened, &own, cache);
             more.retain(|new| ignored.iter().all(|old| old.setting != new.setting));
             ignored.extend(more);
         }
     }
-    Ok(InForce {
+    Ok(EffectiveSettings {
         settings,
         opened,
         ignored,
     })
 }
 
-async fn open(nix: &Nix) -> Result<Option<Opened>, Error> {
+async fn open_store(nix: &Nix) -> Result<Option<Opened>, Error> {
     Ok(match ping(nix, LIMIT).await? {
         Ping::Open(opened) => Some(opened),
         // Whoever needs the store asks again, and says why it stays shut.
-        Ping::Refused(_) => None,
+        Ping::Failed(_) => None,
     })
 }
 
 /// What the client itself does not have in force.
-fn overridden(settings: &Settings, cache: &Cache) -> Vec<Ignored> {
-    let ignored = |setting, line: String| Ignored {
+fn overridden(settings: &Settings, cache: &CacheSettings) -> Vec<IgnoredSetting> {
+    let ignored = |setting, line: String| IgnoredSetting {
         setting,
-        reason: Reason::Overridden,
+        reason: IgnoredReason::Overridden,
         line_to_add: line,
         file: None,
     };
@@ -166,15 +168,15 @@ fn overridden(settings: &Settings, cache: &Cache) -> Vec<Ignored> {
 ///
 /// # Errors
 /// When Nix gives no answer.
-pub async fn distrust(nix: &Nix) -> Result<Option<Opened>, Error> {
-    let Some(opened) = open(nix).await? else {
+pub async fn untrusted_store(nix: &Nix) -> Result<Option<Opened>, Error> {
+    let Some(opened) = open_store(nix).await? else {
         return Ok(None);
     };
-    Ok(is_distrust(nix, &opened).await?.then_some(opened))
+    Ok(is_untrusted(nix, &opened).await?.then_some(opened))
 }
 
 /// Whether the store that opened like this is a daemon's that does not trust this user.
-async fn is_distrust(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
+async fn is_untrusted(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
     if opened.url == "local" {
         return Ok(false);
     }
@@ -183,17 +185,18 @@ async fn is_distrust(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
     }
     // Versions before 2.15 do not say: a daemon that trusts us takes any substituter without a word.
     let config = format!(
-        "{}\nextra-substituters = {SENTINEL}\n",
+        "{}\nextra-substituters = {PROBE_URL}\n",
         nix.config().trim_end()
     );
     let probed = ping(&nix.clone().with_config(&config), LIMIT).await?;
-    Ok(matches!(&probed, Ping::Open(probed) if refuses(&probed.said, SENTINEL)))
+    Ok(matches!(&probed, Ping::Open(probed) if warns_of_ignoring(&probed.stderr, PROBE_URL)))
 }
 
 /// "ignoring untrusted substituter 'URL'", in all versions.
-fn refuses(said: &str, url: &str) -> bool {
+fn warns_of_ignoring(stderr: &str, url: &str) -> bool {
     let url = url.trim_end_matches('/');
-    said.lines()
+    stderr
+        .lines()
         .filter(|line| line.contains("ignoring untrusted substituter"))
         .any(|line| {
             line.split('\'')
@@ -203,7 +206,7 @@ fn refuses(said: &str, url: &str) -> bool {
 }
 
 /// The same Nix, with the system's settings alone: those that the daemon has too.
-fn of_system(nix: &Nix) -> Nix {
+fn with_system_config(nix: &Nix) -> Nix {
     // Without this variable, or with an empty one on some versions, the user's own file would count.
     nix.clone()
         .with_config("")
@@ -211,17 +214,22 @@ fn of_system(nix: &Nix) -> Nix {
 }
 
 /// What a daemon that does not trust this user ignores, unless its own settings say the same.
-fn untrusted(nix: &Nix, opened: &Opened, own: &Settings, cache: &Cache) -> Vec<Ignored> {
+fn untrusted(
+    nix: &Nix,
+    opened: &Opened,
+    own: &Settings,
+    cache: &CacheSettings,
+) -> Vec<IgnoredSetting> {
     let file = system_file(nix);
-    let ignored = |setting, line: String| Ignored {
+    let ignored = |setting, line: String| IgnoredSetting {
         setting,
-        reason: Reason::Untrusted,
+        reason: IgnoredReason::Untrusted,
         line_to_add: line,
         file: Some(file.clone()),
     };
     let mut all = Vec::new();
     // The daemon's own word counts: its settings may be another machine's.
-    if refuses(&opened.said, &cache.substituter) {
+    if warns_of_ignoring(&opened.stderr, &cache.substituter) {
         all.push(ignored(
             "extra-substituters",
             format!("extra-trusted-substituters = {}", cache.substituter),
@@ -281,19 +289,20 @@ mod tests {
     fn a_daemons_refusal_is_understood_in_all_versions() {
         let old = "warning: ignoring untrusted substituter 'http://c/main'\nStore URL: daemon";
         let new = "warning: ignoring untrusted substituter 'http://c/main', you are not a trusted user.\nRun `man nix.conf`";
-        for said in [old, new] {
+        for stderr in [old, new] {
             assert!(
-                refuses(said, "http://c/main/") && !refuses(said, "http://c/other"),
-                "{said}"
+                warns_of_ignoring(stderr, "http://c/main/")
+                    && !warns_of_ignoring(stderr, "http://c/other"),
+                "{stderr}"
             );
         }
     }
 
     #[test]
-    fn what_to_do_is_said_in_one_line() {
-        let ignored = Ignored {
+    fn what_to_do_is_one_line() {
+        let ignored = IgnoredSetting {
             setting: "extra-trusted-public-keys",
-            reason: Reason::Untrusted,
+            reason: IgnoredReason::Untrusted,
             line_to_add: "extra-trusted-public-keys = main:x".to_owned(),
             file: Some("/etc/nix/nix.conf".into()),
         };

@@ -19,7 +19,7 @@ use rustix::process::geteuid;
 
 use crate::host::notify::{Event, Notify, WatchFlags};
 use crate::nix::store_path::StorePath;
-use crate::policy::{Impurity, of_arguments, of_settings};
+use crate::policy::{Impurity, impurity_in_arguments, impurity_in_settings};
 
 /// How many steps a process may be below us; more is a loop.
 const DEPTH_LIMIT: usize = 4096;
@@ -39,7 +39,7 @@ pub enum Owner {
 
 /// Which processes are the job's.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Job {
+pub enum JobScope {
     /// This process and its descendants.
     Descendants,
     /// Processes whose environment, or that of a process above them, holds this `NAME=value`: a CI's
@@ -50,34 +50,34 @@ pub enum Job {
 }
 
 /// Told of the paths that a process of the job means to add.
-type Tell = Box<dyn FnMut(&[StorePath]) + Send>;
+type OnExpected = Box<dyn FnMut(&[StorePath]) + Send>;
 
 /// The Nix processes seen since the watch began.
 #[derive(Debug)]
-pub struct Clients {
-    state: Arc<Mutex<State>>,
+pub struct TempRootWatcher {
+    state: Arc<Mutex<WatcherState>>,
     _notify: Option<Notify>,
 }
 
-struct State {
+struct WatcherState {
     folder: PathBuf,
-    job: Job,
-    tell: Option<Tell>,
-    open: BTreeMap<u32, Roots>,
+    job: JobScope,
+    tell: Option<OnExpected>,
+    open: BTreeMap<u32, RootsFile>,
     ours: HashSet<StorePath>,
     others: HashSet<StorePath>,
     /// Another job's process was seen at all. With one, a process that was gone before anybody looked may have been
     /// another job's too.
-    strangers: bool,
+    other_jobs_seen: bool,
     /// Another job's process left nothing to read.
     unclear: bool,
     /// What a process of the job asks impure evaluation with.
     impurity: Option<Impurity>,
 }
 
-impl std::fmt::Debug for State {
+impl std::fmt::Debug for WatcherState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("State")
+        f.debug_struct("WatcherState")
             .field("folder", &self.folder)
             .field("job", &self.job)
             .finish_non_exhaustive()
@@ -86,22 +86,22 @@ impl std::fmt::Debug for State {
 
 /// The open file of one process.
 #[derive(Debug)]
-struct Roots {
+struct RootsFile {
     file: File,
     ours: bool,
-    rest: Vec<u8>,
+    unparsed: Vec<u8>,
 }
 
-impl Roots {
+impl RootsFile {
     /// The paths that were written since, as far as their names are whole; `None` if the file cannot be read.
     fn read(&mut self) -> Option<Vec<StorePath>> {
-        self.file.read_to_end(&mut self.rest).ok()?;
+        self.file.read_to_end(&mut self.unparsed).ok()?;
         let whole = self
-            .rest
+            .unparsed
             .iter()
             .rposition(|byte| *byte == 0)
             .map_or(0, |end| end + 1);
-        let done: Vec<u8> = self.rest.drain(..whole).collect();
+        let done: Vec<u8> = self.unparsed.drain(..whole).collect();
         let names = done
             .split(|byte| *byte == 0)
             .filter_map(|name| std::str::from_utf8(name).ok());
@@ -109,19 +109,19 @@ impl Roots {
     }
 }
 
-impl Clients {
+impl TempRootWatcher {
     /// Begins to watch. `state_dir` is Nix's, `/nix/var/nix` as a rule. To be called before the moment from which on
     /// paths are the job's: a process that was gone before cannot have added one since.
-    pub fn watch(state_dir: &Path, job: Job) -> Self {
+    pub fn start(state_dir: &Path, job: JobScope) -> Self {
         let folder = state_dir.join("temproots");
-        let state = Arc::new(Mutex::new(State {
+        let state = Arc::new(Mutex::new(WatcherState {
             folder: folder.clone(),
             job,
             tell: None,
             open: BTreeMap::new(),
             ours: HashSet::new(),
             others: HashSet::new(),
-            strangers: false,
+            other_jobs_seen: false,
             unclear: false,
             impurity: None,
         }));
@@ -131,12 +131,12 @@ impl Clients {
             WatchFlags::CREATE | WatchFlags::MODIFY,
             Duration::ZERO,
             move |event| {
-                lock(&told).hear(&event);
+                lock(&told).on_event(&event);
             },
         )
         .ok();
         let mut begun = lock(&state);
-        begun.take_in_all();
+        begun.open_all();
         drop(begun);
         Self {
             state,
@@ -146,7 +146,7 @@ impl Clients {
 
     /// `tell` gets the paths that a process of the job means to add, those of before included, as a rule long before
     /// they are valid. Each is told at once: what the journal has not heard of when the job is killed, nobody takes up.
-    pub fn tell(&self, mut tell: impl FnMut(&[StorePath]) + Send + 'static) {
+    pub fn subscribe(&self, mut tell: impl FnMut(&[StorePath]) + Send + 'static) {
         let mut state = lock(&self.state);
         let before: Vec<StorePath> = state.ours.iter().cloned().collect();
         if !before.is_empty() {
@@ -158,7 +158,7 @@ impl Clients {
     /// What a Nix process of the job asks impure evaluation with, if one was seen that does.
     pub fn impurity(&self) -> Option<Impurity> {
         let mut state = lock(&self.state);
-        state.take_in_all();
+        state.open_all();
         state.impurity.clone()
     }
 
@@ -167,79 +167,79 @@ impl Clients {
     pub fn owners(&self, paths: &[StorePath]) -> Vec<Owner> {
         let mut state = lock(&self.state);
         // What was made a moment ago may not have reached the watching task yet.
-        state.take_in_all();
-        state.read_on();
-        paths.iter().map(|path| state.owner(path)).collect()
+        state.open_all();
+        state.read_new();
+        paths.iter().map(|path| state.owner_of(path)).collect()
     }
 }
 
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+fn lock(state: &Mutex<WatcherState>) -> MutexGuard<'_, WatcherState> {
     state
         .lock()
         .expect("nothing panics while it holds this lock")
 }
 
-impl State {
-    fn hear(&mut self, event: &Event<'_>) {
+impl WatcherState {
+    fn on_event(&mut self, event: &Event<'_>) {
         match event {
             Event::Entry(name) => {
                 if let Ok(pid) = name.parse() {
-                    self.take_in(pid);
+                    self.open_file_of(pid);
                 }
             }
             // The folder itself still tells who is there.
-            Event::Lost => self.take_in_all(),
+            Event::Lost => self.open_all(),
         }
         // Processes that have ended are let go, so that a long job does not hold a file for each.
-        self.read_on();
+        self.read_new();
     }
 
-    fn take_in_all(&mut self) {
+    fn open_all(&mut self) {
         for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             if let Some(pid) = entry
                 .file_name()
                 .to_str()
                 .and_then(|name| name.parse().ok())
             {
-                self.take_in(pid);
+                self.open_file_of(pid);
             }
         }
     }
 
-    fn take_in(&mut self, pid: u32) {
+    fn open_file_of(&mut self, pid: u32) {
         let file = File::open(self.folder.join(pid.to_string()));
         // A file whose process is long dead tells nothing; a new process may have its number, though.
-        let known = |roots: &Roots, file: &File| same_file(&roots.file, file);
+        let known = |roots: &RootsFile, file: &File| same_file(&roots.file, file);
         if let (Some(roots), Ok(file)) = (self.open.get(&pid), &file)
             && known(roots, file)
         {
             return;
         }
-        let owner = ProcessOwner::of(pid, &self.job);
-        if owner == ProcessOwner::Job && self.impurity.is_none() {
+        let whose = ProcessOwner::of_process(pid, &self.job);
+        if whose == ProcessOwner::ThisJob && self.impurity.is_none() {
             self.impurity = impurity_of(pid);
         }
-        self.strangers |= owner == ProcessOwner::Other;
-        match (file, owner) {
-            (_, ProcessOwner::Dead) => (),
+        self.other_jobs_seen |= whose == ProcessOwner::OtherJob;
+        match (file, whose) {
+            (_, ProcessOwner::Exited) => (),
             (Ok(file), owner) => {
-                self.finish(pid);
+                self.close(pid);
                 self.open.insert(
                     pid,
-                    Roots {
+                    RootsFile {
                         file,
-                        ours: owner == ProcessOwner::Job,
-                        rest: Vec::new(),
+                        ours: owner == ProcessOwner::ThisJob,
+                        unparsed: Vec::new(),
                     },
                 );
             }
-            (Err(_), ProcessOwner::Other) => self.unclear = true,
-            (Err(_), ProcessOwner::Job) => (),
+            (Err(_), ProcessOwner::OtherJob) => self.unclear = true,
+            (Err(_), ProcessOwner::ThisJob) => (),
         }
     }
 
     /// Reads what the processes have written since, and lets go of those that have ended.
-    fn read_on(&mut self) {
+    fn read_new(&mut self) {
         let pids: Vec<u32> = self.open.keys().copied().collect();
         for pid in pids {
             self.read(pid);
@@ -248,12 +248,12 @@ impl State {
                 .get(&pid)
                 .is_none_or(|roots| roots.file.metadata().is_ok_and(|file| file.nlink() == 0));
             if ended {
-                self.finish(pid);
+                self.close(pid);
             }
         }
     }
 
-    fn finish(&mut self, pid: u32) {
+    fn close(&mut self, pid: u32) {
         self.read(pid);
         self.open.remove(&pid);
     }
@@ -278,12 +278,12 @@ impl State {
         }
     }
 
-    fn owner(&self, path: &StorePath) -> Owner {
+    fn owner_of(&self, path: &StorePath) -> Owner {
         if self.ours.contains(path) {
             Owner::ThisJob
         } else if self.others.contains(path) {
             Owner::OtherJob
-        } else if self.unclear || self.strangers {
+        } else if self.unclear || self.other_jobs_seen {
             Owner::Ambiguous
         } else {
             Owner::Unclaimed
@@ -301,26 +301,32 @@ fn same_file(one: &File, other: &File) -> bool {
 /// Whose a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProcessOwner {
-    Job,
-    Other,
-    Dead,
+    ThisJob,
+    OtherJob,
+    Exited,
 }
 
 impl ProcessOwner {
-    fn of(pid: u32, job: &Job) -> Self {
+    fn of_process(pid: u32, job: &JobScope) -> Self {
         let Some(arguments) = arguments(pid) else {
-            return Self::Dead;
+            return Self::Exited;
         };
         // A daemon's process serves a client: whose that is, it is.
-        let client = client_of(&arguments).unwrap_or(pid);
+        let client = daemon_client(&arguments).unwrap_or(pid);
         let us = std::process::id();
         let is_ours = match job {
-            Job::Descendants => above(client).any(|pid| pid == us),
-            Job::Marked(mark) => above(client).any(|pid| pid == us || holds(pid, mark)),
-            Job::User => fs::metadata(format!("/proc/{client}"))
+            JobScope::Descendants => with_ancestors(client).any(|pid| pid == us),
+            JobScope::Marked(mark) => {
+                with_ancestors(client).any(|pid| pid == us || has_variable(pid, mark))
+            }
+            JobScope::User => fs::metadata(format!("/proc/{client}"))
                 .is_ok_and(|found| found.uid() == geteuid().as_raw()),
         };
-        if is_ours { Self::Job } else { Self::Other }
+        if is_ours {
+            Self::ThisJob
+        } else {
+            Self::OtherJob
+        }
     }
 }
 
@@ -328,7 +334,7 @@ impl ProcessOwner {
 /// its environment.
 fn impurity_of(pid: u32) -> Option<Impurity> {
     let own = arguments(pid)?;
-    let client = client_of(&own);
+    let client = daemon_client(&own);
     let words = match client {
         Some(client) => arguments(client)?,
         None => own,
@@ -338,7 +344,8 @@ fn impurity_of(pid: u32) -> Option<Impurity> {
     let config = environment
         .split(|byte| *byte == 0)
         .find_map(|pair| pair.strip_prefix(b"NIX_CONFIG="));
-    of_arguments(&words).or_else(|| of_settings(&String::from_utf8_lossy(config?)))
+    impurity_in_arguments(&words)
+        .or_else(|| impurity_in_settings(&String::from_utf8_lossy(config?)))
 }
 
 fn arguments(pid: u32) -> Option<Vec<String>> {
@@ -354,7 +361,7 @@ fn arguments(pid: u32) -> Option<Vec<String>> {
 }
 
 /// `nix-daemon 1234`: the process that serves client 1234 (`nix/src/nix/daemon.cc`, `daemonLoop`).
-fn client_of(arguments: &[String]) -> Option<u32> {
+fn daemon_client(arguments: &[String]) -> Option<u32> {
     let name = arguments
         .first()
         .and_then(|name| Path::new(name).file_name()?.to_str());
@@ -366,7 +373,7 @@ fn client_of(arguments: &[String]) -> Option<u32> {
 }
 
 /// Whether a process was started with this `NAME=value`; that of another user is not ours to read.
-fn holds(pid: u32, variable: &str) -> bool {
+fn has_variable(pid: u32, variable: &str) -> bool {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     environment
         .split(|byte| *byte == 0)
@@ -374,7 +381,7 @@ fn holds(pid: u32, variable: &str) -> bool {
 }
 
 /// A process and those above it.
-fn above(pid: u32) -> impl Iterator<Item = u32> {
+fn with_ancestors(pid: u32) -> impl Iterator<Item = u32> {
     let parent = |pid: &u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         stat.rsplit_once(')')?
@@ -411,35 +418,35 @@ mod tests {
     #[test]
     fn a_path_of_our_own_process_is_ours_even_after_its_file_is_gone() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants);
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
+        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
         fs::remove_file(
             folder
                 .path()
                 .join(format!("temproots/{}", std::process::id())),
         )
         .expect("removed");
-        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
+        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
     }
 
     #[test]
     fn a_path_of_another_process_is_not() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants);
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         write(folder.path(), 1, &format!("{PATH}\0/nix/store/half-writ"));
-        assert_eq!(clients.owners(&[path()]), [Owner::OtherJob]);
+        assert_eq!(watcher.owners(&[path()]), [Owner::OtherJob]);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob], "both want it");
+        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob], "both want it");
     }
 
     #[test]
     fn what_nobody_was_seen_to_add_is_unclaimed() {
         let folder = state_dir();
         write(folder.path(), u32::MAX, &format!("{PATH}\0"));
-        let clients = Clients::watch(folder.path(), Job::Descendants);
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         assert_eq!(
-            clients.owners(&[path()]),
+            watcher.owners(&[path()]),
             [Owner::Unclaimed],
             "a dead process's file tells nothing"
         );
@@ -448,16 +455,16 @@ mod tests {
     #[test]
     fn what_a_process_added_that_was_gone_too_soon_is_unclear_where_others_work() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants);
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         let gone = u32::MAX - 1;
         write(folder.path(), gone, &format!("{PATH}\0"));
-        lock(&clients.state).hear(&Event::Entry(&gone.to_string()));
-        assert_eq!(clients.owners(&[path()]), [Owner::Unclaimed]);
+        lock(&watcher.state).on_event(&Event::Entry(&gone.to_string()));
+        assert_eq!(watcher.owners(&[path()]), [Owner::Unclaimed]);
         write(folder.path(), 1, "");
-        assert_eq!(clients.owners(&[path()]), [Owner::Ambiguous]);
+        assert_eq!(watcher.owners(&[path()]), [Owner::Ambiguous]);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
         assert_eq!(
-            clients.owners(&[path()]),
+            watcher.owners(&[path()]),
             [Owner::ThisJob],
             "ours want it too"
         );
@@ -466,20 +473,23 @@ mod tests {
     #[test]
     fn a_file_that_is_gone_is_let_go_and_a_new_one_of_that_number_is_read() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants);
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         let (us, second) = (std::process::id(), PATH.replace("hello", "world"));
         write(folder.path(), us, &format!("{PATH}\0"));
         write(folder.path(), 1, "");
-        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
-        assert_eq!(lock(&clients.state).open.len(), 2);
+        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
+        assert_eq!(lock(&watcher.state).open.len(), 2);
         for pid in [us, 1] {
             fs::remove_file(folder.path().join(format!("temproots/{pid}"))).expect("removed");
         }
         write(folder.path(), us, &format!("{second}\0"));
-        let mut state = lock(&clients.state);
-        state.hear(&Event::Entry(&us.to_string()));
+        let mut state = lock(&watcher.state);
+        state.on_event(&Event::Entry(&us.to_string()));
         assert!(state.open.keys().eq(&[us]));
-        assert_eq!(state.owner(&second.parse().expect("valid")), Owner::ThisJob);
+        assert_eq!(
+            state.owner_of(&second.parse().expect("valid")),
+            Owner::ThisJob
+        );
     }
 
     #[test]
@@ -490,12 +500,15 @@ mod tests {
                 .map(|word| (*word).to_owned())
                 .collect::<Vec<_>>()
         };
-        assert_eq!(client_of(&words(&["nix-daemon", "4242", ""])), Some(4242));
-        assert_eq!(client_of(&words(&["nix-daemon", "--daemon", ""])), None);
-        assert_eq!(client_of(&words(&["nix", "build", ""])), None);
+        assert_eq!(
+            daemon_client(&words(&["nix-daemon", "4242", ""])),
+            Some(4242)
+        );
+        assert_eq!(daemon_client(&words(&["nix-daemon", "--daemon", ""])), None);
+        assert_eq!(daemon_client(&words(&["nix", "build", ""])), None);
         let us = std::process::id();
-        assert!(above(us).any(|pid| pid == us));
-        assert!(!above(1).any(|pid| pid == us));
+        assert!(with_ancestors(us).any(|pid| pid == us));
+        assert!(!with_ancestors(1).any(|pid| pid == us));
     }
 
     #[test]
@@ -507,29 +520,29 @@ mod tests {
             .expect("one at least");
         let variable = String::from_utf8_lossy(variable).into_owned();
         // Pid 1 cannot have the mark that follows.
-        assert!(holds(std::process::id(), &variable), "{variable}");
-        assert!(!holds(1, "RUNNER_TRACKING_ID=github_of_nobody"));
+        assert!(has_variable(std::process::id(), &variable), "{variable}");
+        assert!(!has_variable(1, "RUNNER_TRACKING_ID=github_of_nobody"));
         assert_eq!(
-            ProcessOwner::of(
+            ProcessOwner::of_process(
                 1,
-                &Job::Marked("RUNNER_TRACKING_ID=github_of_nobody".into())
+                &JobScope::Marked("RUNNER_TRACKING_ID=github_of_nobody".into())
             ),
-            ProcessOwner::Other
+            ProcessOwner::OtherJob
         );
         assert_eq!(
-            ProcessOwner::of(std::process::id(), &Job::User),
-            ProcessOwner::Job
+            ProcessOwner::of_process(std::process::id(), &JobScope::User),
+            ProcessOwner::ThisJob
         );
     }
 
     #[test]
     fn what_is_meant_to_be_added_is_told_before_it_is_valid() {
         let folder = state_dir();
-        let clients = Clients::watch(folder.path(), Job::Descendants);
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(clients.owners(&[path()]), [Owner::ThisJob]);
+        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
         let (send, receive) = std::sync::mpsc::channel();
-        clients.tell(move |paths| send.send(paths.to_vec()).expect("the test listens"));
+        watcher.subscribe(move |paths| send.send(paths.to_vec()).expect("the test listens"));
         let deadline = Duration::from_secs(10);
         assert_eq!(
             receive

@@ -10,9 +10,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::nix::flake::Source;
-use crate::nix::flake::evaluate::{Event, Facts, Failure};
+use crate::nix::flake::evaluate::{Derivation, EvalEvent, EvalFailure};
 use crate::nix::flake::expression::{AttributePath, installable_name};
-use crate::nix::flake::pool::Task;
+use crate::nix::flake::pool::EvalTask;
 use crate::nix::tool::Nix;
 use crate::process::capture::Tool;
 use crate::process::lines::Line;
@@ -20,12 +20,12 @@ use crate::process::lines::Line;
 /// A process that is asked to end has this long before it is killed.
 const GRACE: Duration = Duration::from_millis(500);
 /// What is kept of what it says beside its objects, in bytes.
-const SAID: usize = 64 * 1024;
+const OUTPUT_LIMIT: usize = 64 * 1024;
 /// Both of its streams are read as one: an object is told from a warning by being one.
-const BOTH: &str = "exec \"$0\" \"$@\" 1>&2";
+const MERGE_STREAMS: &str = "exec \"$0\" \"$@\" 1>&2";
 
 /// What it needs.
-pub struct Jobs {
+pub struct NixEvalJobs {
     /// The program.
     pub program: PathBuf,
     /// Nix, for its environment.
@@ -44,7 +44,7 @@ pub struct Jobs {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Object {
+struct JobLine {
     attr_path: AttributePath,
     drv_path: Option<String>,
     #[serde(default)]
@@ -53,12 +53,12 @@ struct Object {
     error: Option<String>,
 }
 
-impl Jobs {
+impl NixEvalJobs {
     /// Evaluates everything that comes at first; `cancel` ends it. What it says nothing of has failed.
     pub async fn run(
         self,
-        mut tasks: mpsc::Receiver<Vec<Task>>,
-        events: mpsc::Sender<Event>,
+        mut tasks: mpsc::Receiver<Vec<EvalTask>>,
+        events: mpsc::Sender<EvalEvent>,
         cancel: CancellationToken,
     ) {
         while let Some(tasks) = tokio::select! {
@@ -72,16 +72,16 @@ impl Jobs {
 
     async fn evaluate(
         &self,
-        tasks: Vec<Task>,
-        events: &mpsc::Sender<Event>,
+        tasks: Vec<EvalTask>,
+        events: &mpsc::Sender<EvalEvent>,
         cancel: &CancellationToken,
     ) {
         let mut open: HashMap<AttributePath, usize> =
             tasks.into_iter().map(|task| (task.path, task.id)).collect();
-        let said = match self.tool().talk() {
+        let output = match self.tool().talk() {
             Err(error) => format!("error: {error}"),
             Ok(mut tool) => {
-                let (mut held, mut said) = (Line::default(), String::new());
+                let (mut held, mut output) = (Line::default(), String::new());
                 loop {
                     let line = tokio::select! {
                         biased;
@@ -89,48 +89,53 @@ impl Jobs {
                         line = tool.line(&mut held) => line,
                     };
                     let Ok(Some(line)) = line else { break };
-                    match serde_json::from_str::<Object>(&line) {
-                        Err(_) if said.len() < SAID => said.push_str(&format!("{line}\n")),
+                    match serde_json::from_str::<JobLine>(&line) {
+                        Err(_) if output.len() < OUTPUT_LIMIT => {
+                            output.push_str(&format!("{line}\n"))
+                        }
                         Err(_) => (),
-                        Ok(object) => {
-                            if let Some(id) = open.remove(&object.attr_path) {
+                        Ok(job) => {
+                            if let Some(id) = open.remove(&job.attr_path) {
                                 // Whoever has stopped to listen has no use for it.
-                                let _ = events.send(self.event(id, object)).await;
+                                let _ = events.send(self.event(id, job)).await;
                             }
                         }
                     }
                 }
-                // How it ended is seen by what it has not said.
+                // The attributes that are still open below show how it ended.
                 let _ = tool.ended().await;
-                said
+                output
             }
         };
-        let said = if said.trim().is_empty() {
-            "error: `nix-eval-jobs` said nothing of it".to_owned()
+        let output = if output.trim().is_empty() {
+            "error: `nix-eval-jobs` printed nothing about it".to_owned()
         } else {
-            said
+            output
         };
         for id in open.into_values() {
             let _ = events
-                .send(Event::Failed(id, Failure::said(&said, &self.source)))
+                .send(EvalEvent::Failed(
+                    id,
+                    EvalFailure::from_stderr(&output, &self.source),
+                ))
                 .await;
         }
     }
 
-    fn event(&self, id: usize, object: Object) -> Event {
-        match (object.drv_path, object.error) {
+    fn event(&self, id: usize, job: JobLine) -> EvalEvent {
+        match (job.drv_path, job.error) {
             (Some(drv), None) => {
-                let outs = object
+                let outs = job
                     .outputs
                     .into_iter()
                     .map(|(name, path)| (name, path.unwrap_or_default()))
                     .collect();
-                Event::Known {
+                EvalEvent::Known {
                     id,
-                    facts: Facts {
+                    facts: Derivation {
                         drv,
                         outs,
-                        system: object.system,
+                        system: job.system,
                     },
                     independent: false,
                 }
@@ -142,7 +147,7 @@ impl Jobs {
                 } else {
                     format!("error: {text}")
                 };
-                Event::Failed(id, Failure::said(&text, &self.source))
+                EvalEvent::Failed(id, EvalFailure::from_stderr(&text, &self.source))
             }
         }
     }
@@ -156,7 +161,7 @@ impl Jobs {
         let flake = format!("{}#{}", self.source.reference, attribute.join("."));
         let memory = (self.share >> 20).clamp(512, 1 << 20).to_string();
         let workers = self.workers.to_string();
-        let words = [
+        let args = [
             "--flake",
             &flake,
             "--workers",
@@ -166,9 +171,9 @@ impl Jobs {
             "--force-recurse",
         ];
         let tool = Tool::new(std::path::Path::new("/bin/sh"))
-            .args(["-c", BOTH])
+            .args(["-c", MERGE_STREAMS])
             .arg(&self.program);
-        tool.args(words)
+        tool.args(args)
             .args(&self.arguments)
             .envs(self.nix.variables())
     }

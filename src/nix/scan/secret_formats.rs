@@ -8,11 +8,11 @@ use serde::Deserialize;
 /// No shape needs more of what follows than this to be judged.
 pub(super) const LOOKAHEAD: usize = 8192;
 /// Bits of variety in each character, at least: random base64 of 20 characters has more than 3.5, words less.
-const VARIETY: f64 = 3.0;
+const MIN_ENTROPY: f64 = 3.0;
 
 /// A shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Shape {
+pub(super) enum SecretFormat {
     /// GitHub's tokens and npm's: 36 characters of base62, of which the last six are a checksum.
     Checksummed(&'static str),
     /// GitHub's fine-grained token.
@@ -21,15 +21,15 @@ pub(super) enum Shape {
     AwsKeyId,
     GoogleApiKey,
     SlackToken,
-    SlackHook,
+    SlackWebhook,
     Jwt,
     PrivateKey,
     Netrc,
 }
 
-impl Shape {
+impl SecretFormat {
     /// Each beginning, and what it may be.
-    pub(super) const BEGINNINGS: [(&'static str, Self); 20] = [
+    pub(super) const PREFIXES: [(&'static str, Self); 20] = [
         ("ghp_", Self::Checksummed("a GitHub token")),
         ("gho_", Self::Checksummed("a GitHub token")),
         ("ghu_", Self::Checksummed("a GitHub token")),
@@ -45,7 +45,7 @@ impl Shape {
         ("xoxp-", Self::SlackToken),
         ("xoxa-", Self::SlackToken),
         ("xoxr-", Self::SlackToken),
-        ("hooks.slack.com/services/T", Self::SlackHook),
+        ("hooks.slack.com/services/T", Self::SlackWebhook),
         ("eyJ", Self::Jwt),
         ("-----BEGIN ", Self::PrivateKey),
         ("machine ", Self::Netrc),
@@ -54,8 +54,13 @@ impl Shape {
 
     /// What it is called, where these bytes, which begin with its beginning, are one. `before` is the byte in
     /// front of it, `now` the time in seconds since 1970.
-    pub(super) fn judge(self, before: Option<u8>, text: &[u8], now: u64) -> Option<&'static str> {
-        // In the middle of a longer word it is chance.
+    pub(super) fn identify(
+        self,
+        before: Option<u8>,
+        text: &[u8],
+        now: u64,
+    ) -> Option<&'static str> {
+        // In the middle of a longer token it is chance.
         if before.is_some_and(|byte| byte.is_ascii_alphanumeric()) && self != Self::PrivateKey {
             return None;
         }
@@ -63,12 +68,12 @@ impl Shape {
             Self::Checksummed(what) => is_checksummed(text.get(4..)?).then_some(what),
             Self::GithubFineGrained => is_fine_grained(text).then_some("a GitHub token"),
             Self::Gitlab => is_token(text.get(6..)?, 20..=64, b"-_.").then_some("a GitLab token"),
-            Self::AwsKeyId => is_aws(text).then_some("an AWS access key"),
+            Self::AwsKeyId => is_aws_key_id(text).then_some("an AWS access key"),
             Self::GoogleApiKey => {
                 is_token(text.get(4..)?, 35..=35, b"-_").then_some("a Google API key")
             }
-            Self::SlackToken => is_slack(text.get(5..)?).then_some("a Slack token"),
-            Self::SlackHook => is_hook(text.get(25..)?).then_some("a Slack webhook"),
+            Self::SlackToken => is_slack_token(text.get(5..)?).then_some("a Slack token"),
+            Self::SlackWebhook => is_slack_webhook(text.get(25..)?).then_some("a Slack webhook"),
             Self::Jwt => is_live_jwt(text, now).then_some("a token (JWT)"),
             Self::PrivateKey => is_private_key(text).then_some("a private key"),
             Self::Netrc => is_netrc(text).then_some("a password of a netrc"),
@@ -77,13 +82,13 @@ impl Shape {
 }
 
 /// How many of the first bytes are of the alphabet.
-fn run(text: &[u8], fits: impl Fn(&u8) -> bool) -> usize {
+fn prefix_length(text: &[u8], fits: impl Fn(&u8) -> bool) -> usize {
     text.iter()
         .position(|byte| !fits(byte))
         .unwrap_or(text.len())
 }
 
-fn varied(text: &[u8]) -> bool {
+fn is_varied(text: &[u8]) -> bool {
     let mut counts = [0_u32; 256];
     text.iter().for_each(|byte| counts[usize::from(*byte)] += 1);
     let length = text.len().max(1) as f64;
@@ -93,21 +98,21 @@ fn varied(text: &[u8]) -> bool {
         .filter(|count| **count > 0)
         .map(bits)
         .sum::<f64>()
-        >= VARIETY
+        >= MIN_ENTROPY
 }
 
-/// A word of this length over letters, digits and `more`, varied, with a digit in it.
+/// A token of this length over letters, digits and `more`, is_varied, with a digit in it.
 fn is_token(text: &[u8], length: std::ops::RangeInclusive<usize>, more: &[u8]) -> bool {
-    let word = &text[..run(text, |byte| {
+    let token = &text[..prefix_length(text, |byte| {
         byte.is_ascii_alphanumeric() || more.contains(byte)
     })];
-    length.contains(&word.len()) && varied(word) && word.iter().any(u8::is_ascii_digit)
+    length.contains(&token.len()) && is_varied(token) && token.iter().any(u8::is_ascii_digit)
 }
 
 /// Thirty random characters and, in six, their CRC-32 in base62, padded with `0` (GitHub's blog of April 2021 on
 /// the format of its tokens; npm's is the same).
 fn is_checksummed(text: &[u8]) -> bool {
-    if run(text, u8::is_ascii_alphanumeric) != 36 {
+    if prefix_length(text, u8::is_ascii_alphanumeric) != 36 {
         return false;
     }
     let (random, sum) = text[..36].split_at(30);
@@ -137,51 +142,51 @@ fn is_fine_grained(text: &[u8]) -> bool {
     let Some(rest) = text.get(11..) else {
         return false;
     };
-    let first = run(rest, u8::is_ascii_alphanumeric);
+    let first = prefix_length(rest, u8::is_ascii_alphanumeric);
     let second = rest
         .get(first + 1..)
-        .map_or(0, |rest| run(rest, u8::is_ascii_alphanumeric));
-    (first, rest.get(first), second) == (22, Some(&b'_'), 59) && varied(rest)
+        .map_or(0, |rest| prefix_length(rest, u8::is_ascii_alphanumeric));
+    (first, rest.get(first), second) == (22, Some(&b'_'), 59) && is_varied(rest)
 }
 
 /// The identifier of a key pair. Documentation has ones that end in `EXAMPLE`.
-fn is_aws(text: &[u8]) -> bool {
-    let length = run(text, |byte| {
+fn is_aws_key_id(text: &[u8]) -> bool {
+    let length = prefix_length(text, |byte| {
         byte.is_ascii_uppercase() || (b'2'..=b'7').contains(byte)
     });
     let ends = text
         .get(length)
         .is_none_or(|byte| !byte.is_ascii_alphanumeric() && *byte != b'+' && *byte != b'/');
-    let word = &text[..length];
+    let token = &text[..length];
     length == 20
         && ends
-        && !word.ends_with(b"EXAMPLE")
-        && varied(&word[4..])
-        && word.iter().any(u8::is_ascii_digit)
+        && !token.ends_with(b"EXAMPLE")
+        && is_varied(&token[4..])
+        && token.iter().any(u8::is_ascii_digit)
 }
 
 /// Numbers of the workspace and the application, then random characters.
-fn is_slack(text: &[u8]) -> bool {
-    let word = &text[..run(text, |byte| byte.is_ascii_alphanumeric() || *byte == b'-')];
-    let parts: Vec<&[u8]> = word.split(|byte| *byte == b'-').collect();
+fn is_slack_token(text: &[u8]) -> bool {
+    let token = &text[..prefix_length(text, |byte| byte.is_ascii_alphanumeric() || *byte == b'-')];
+    let parts: Vec<&[u8]> = token.split(|byte| *byte == b'-').collect();
     let is_number = |part: &&[u8]| part.len() >= 9 && part.iter().all(u8::is_ascii_digit);
     parts.len() >= 3
         && parts.first().is_some_and(is_number)
         && parts
             .last()
-            .is_some_and(|last| last.len() >= 20 && varied(last))
+            .is_some_and(|last| last.len() >= 20 && is_varied(last))
 }
 
-fn is_hook(text: &[u8]) -> bool {
-    let word = &text[..run(text, |byte| byte.is_ascii_alphanumeric() || *byte == b'/')];
-    let parts: Vec<&[u8]> = word.split(|byte| *byte == b'/').collect();
+fn is_slack_webhook(text: &[u8]) -> bool {
+    let token = &text[..prefix_length(text, |byte| byte.is_ascii_alphanumeric() || *byte == b'/')];
+    let parts: Vec<&[u8]> = token.split(|byte| *byte == b'/').collect();
     let id = |part: &[u8]| {
         part.len() >= 8
             && part
                 .iter()
                 .all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit())
     };
-    matches!(parts[..], [team, bot, key, ..] if id(team) && id(bot) && key.len() == 24 && varied(key))
+    matches!(parts[..], [team, bot, key, ..] if id(team) && id(bot) && key.len() == 24 && is_varied(key))
 }
 
 /// What matters of a token's claims.
@@ -201,10 +206,10 @@ struct Header {
 /// A signed token that is still good: it ends in time to come, or is of a kind that never ends (Attic's without
 /// an end, and those of old Kubernetes service accounts). Test suites are full of tokens that ended long ago.
 fn is_live_jwt(text: &[u8], now: u64) -> bool {
-    let word = &text[..run(text, |byte| {
+    let token = &text[..prefix_length(text, |byte| {
         byte.is_ascii_alphanumeric() || b"-_.".contains(byte)
     })];
-    let parts: Vec<&[u8]> = word.split(|byte| *byte == b'.').collect();
+    let parts: Vec<&[u8]> = token.split(|byte| *byte == b'.').collect();
     let [header, claims, signature] = parts[..] else {
         return false;
     };
@@ -220,7 +225,10 @@ fn is_live_jwt(text: &[u8], now: u64) -> bool {
             claims.attic.is_some() || claims.iss.as_deref() == Some("kubernetes/serviceaccount")
         }
     };
-    lives && !header.alg.eq_ignore_ascii_case("none") && signature.len() >= 40 && varied(signature)
+    lives
+        && !header.alg.eq_ignore_ascii_case("none")
+        && signature.len() >= 40
+        && is_varied(signature)
 }
 
 /// Head, whole body and foot of a key that is not encrypted. Newlines may be written `\n`. The body of a PEM says
@@ -263,12 +271,12 @@ fn is_private_key(text: &[u8]) -> bool {
     }
     if pgp.is_some() {
         // A key ring may be longer than what is looked at.
-        return body.len() >= 64 && varied(&body);
+        return body.len() >= 64 && is_varied(&body);
     }
     let whole = STANDARD
         .decode(&body)
         .is_ok_and(|key| is_open_openssh(&key) || is_whole_der(&key));
-    rest.starts_with(b"-----END") && whole && varied(&body)
+    rest.starts_with(b"-----END") && whole && is_varied(&body)
 }
 
 /// Lines such as `Comment: x` stand between the head of an armour and an empty line (RFC 9580, 6.2).
@@ -316,7 +324,7 @@ fn is_whole_der(bytes: &[u8]) -> bool {
             .fold(0, |sum, octet| sum << 8 | usize::from(*octet))
 }
 
-/// `machine HOST login NAME password WORD`, on one line or several, the word being neither a placeholder nor a
+/// `machine HOST login NAME password WORD`, on one line or several, the token being neither a placeholder nor a
 /// variable.
 fn is_netrc(text: &[u8]) -> bool {
     let text = String::from_utf8_lossy(&text[..text.len().min(400)]);
@@ -329,18 +337,18 @@ fn is_netrc(text: &[u8]) -> bool {
         words.next();
         next = words.next();
     }
-    let (Some("password"), Some(word)) = (next, words.next()) else {
+    let (Some("password"), Some(token)) = (next, words.next()) else {
         return false;
     };
-    let plain = word
+    let plain = token
         .bytes()
         .all(|byte| byte.is_ascii_graphic() && !b"<>${}[]()\"'`%*".contains(&byte));
     let host_like = host.contains('.') || host == "localhost" || host.contains("127.");
     host_like
         && plain
-        && word.len() >= 12
-        && varied(word.as_bytes())
-        && word.bytes().any(|byte| byte.is_ascii_digit())
+        && token.len() >= 12
+        && is_varied(token.as_bytes())
+        && token.bytes().any(|byte| byte.is_ascii_digit())
 }
 
 #[cfg(test)]
@@ -350,11 +358,11 @@ pub(in crate::nix::scan) mod tests {
     const NOW: u64 = 1_767_225_600;
 
     fn judged(text: &str) -> Option<&'static str> {
-        Shape::BEGINNINGS
+        SecretFormat::PREFIXES
             .iter()
             .find(|(beginning, _)| text.starts_with(beginning))?
             .1
-            .judge(None, text.as_bytes(), NOW)
+            .identify(None, text.as_bytes(), NOW)
     }
 
     fn checksummed(beginning: &str, random: &str) -> String {
@@ -500,9 +508,9 @@ pub(in crate::nix::scan) mod tests {
             assert_eq!(judged(&text), None, "{text}");
         }
         assert_eq!(
-            Shape::Gitlab.judge(Some(b'x'), b"glpat-x7Rk2Lm9Qs4Tv6Wz1Yb3", NOW),
+            SecretFormat::Gitlab.identify(Some(b'x'), b"glpat-x7Rk2Lm9Qs4Tv6Wz1Yb3", NOW),
             None,
-            "within a word"
+            "within a token"
         );
     }
 }

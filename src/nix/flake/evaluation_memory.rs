@@ -13,18 +13,18 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::nix::flake::Source;
-use crate::nix::flake::evaluate::{Facts, Name};
+use crate::nix::flake::evaluate::{Derivation, OutputName};
 
 /// Changed whenever expressions or facts change their meaning.
 const VERSION: u32 = 1;
 /// Files that nobody used for so long are removed.
-const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+const MAX_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// So many files are kept at most.
-const MOST: usize = 200;
+const MAX_FILES: usize = 200;
 
 /// Everything that an evaluation depends on.
 #[derive(Debug, Serialize)]
-pub struct Key<'a> {
+pub struct MemoryKey<'a> {
     /// Which Nix.
     pub nix: &'a str,
     /// The attribute's path.
@@ -41,9 +41,9 @@ pub struct Key<'a> {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remembered {
     /// What there is to evaluate.
-    pub names: Vec<Name>,
+    pub names: Vec<OutputName>,
     /// The derivations, by label.
-    pub facts: BTreeMap<String, Facts>,
+    pub facts: BTreeMap<String, Derivation>,
 }
 
 impl Remembered {
@@ -57,13 +57,13 @@ impl Remembered {
 
 /// The file of one key.
 #[derive(Clone, Debug)]
-pub struct Memory {
+pub struct EvaluationMemory {
     file: PathBuf,
 }
 
-impl Memory {
+impl EvaluationMemory {
     /// Where what this flake evaluates to is kept.
-    pub fn of(folder: &Path, source: &Source, key: &Key<'_>) -> Self {
+    pub fn new(folder: &Path, source: &Source, key: &MemoryKey<'_>) -> Self {
         // Presence is a fact that a flake can ask for; values that come with the commit are not in the key.
         let names: Vec<&String> = source.locked.keys().chain(&source.known).collect();
         let kinds: Vec<_> = ["type", "submodules", "lfs"]
@@ -127,11 +127,11 @@ fn prune(folder: &Path) {
         }
     }
     files.sort_by_key(|(modified, _)| std::cmp::Reverse(*modified));
-    let old = SystemTime::now() - KEPT;
+    let old = SystemTime::now() - MAX_AGE;
     for (_, path) in files
         .iter()
         .enumerate()
-        .filter(|(n, (at, _))| *n >= MOST || *at < old)
+        .filter(|(n, (at, _))| *n >= MAX_FILES || *at < old)
         .map(|(_, file)| file)
     {
         let _ = std::fs::remove_file(path);
@@ -169,8 +169,8 @@ mod tests {
         }
     }
 
-    fn key(arguments: &[String]) -> Key<'_> {
-        Key {
+    fn key(arguments: &[String]) -> MemoryKey<'_> {
+        MemoryKey {
             nix: "nix (Nix) 2.8.0",
             attribute: &[],
             function: None,
@@ -183,7 +183,7 @@ mod tests {
     fn another_commit_of_the_same_tree_is_the_same_key_and_another_tree_is_not() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let file = |source: &Source, arguments: &[String]| {
-            Memory::of(folder.path(), source, &key(arguments)).file
+            EvaluationMemory::new(folder.path(), source, &key(arguments)).file
         };
         let one = file(&source("sha256-a", Some("aaaa")), &[]);
         assert_eq!(one, file(&source("sha256-a", Some("bbbbbb")), &[]));
@@ -202,10 +202,10 @@ mod tests {
     #[test]
     fn what_is_damaged_is_not_there() {
         let folder = tempfile::tempdir().expect("temporary folder");
-        let memory = Memory::of(folder.path(), &source("sha256-a", None), &key(&[]));
+        let memory = EvaluationMemory::new(folder.path(), &source("sha256-a", None), &key(&[]));
         assert_eq!(memory.read(), None);
         let remembered = Remembered {
-            names: vec![Name {
+            names: vec![OutputName {
                 attr: vec!["a".into()],
                 label: "a".into(),
             }],

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 
 /// An answer that is an error.
 #[derive(Debug)]
-pub struct Refusal {
+pub struct ErrorResponse {
     status: StatusCode,
     error: &'static str,
     message: String,
@@ -19,9 +19,9 @@ pub struct Refusal {
 
 /// What the log says beyond the answer; travels as an extension of the response.
 #[derive(Clone, Debug)]
-pub struct Cause(pub String);
+pub struct LoggedCause(pub String);
 
-impl Refusal {
+impl ErrorResponse {
     fn new(status: StatusCode, error: &'static str, message: impl Into<String>) -> Self {
         Self {
             status,
@@ -32,7 +32,7 @@ impl Refusal {
     }
 
     /// 400: the request makes no sense.
-    pub fn request(message: impl Into<String>) -> Self {
+    pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "RequestError", message)
     }
 
@@ -82,7 +82,7 @@ impl Refusal {
     }
 
     /// 405: the address is known, the method is not.
-    pub fn method() -> Self {
+    pub fn method_not_allowed() -> Self {
         Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
             "MethodNotAllowed",
@@ -91,7 +91,7 @@ impl Refusal {
     }
 
     /// 408: the body stopped moving.
-    pub fn idle() -> Self {
+    pub fn timed_out() -> Self {
         Self::new(
             StatusCode::REQUEST_TIMEOUT,
             "RequestTimeout",
@@ -106,7 +106,7 @@ impl Refusal {
     }
 
     /// 415: a format that this server does not take.
-    pub fn media_type(message: impl Into<String>) -> Self {
+    pub fn unsupported_media_type(message: impl Into<String>) -> Self {
         Self::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "UnsupportedMediaType",
@@ -115,12 +115,12 @@ impl Refusal {
     }
 
     /// 422: JSON, but not the JSON that is wanted.
-    pub fn shape(message: impl Into<String>) -> Self {
+    pub fn unprocessable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "RequestError", message)
     }
 
     /// 503: what the request rests on is not there any more, or the server is full; try again.
-    pub fn busy(message: impl Into<String>) -> Self {
+    pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "IncompleteNar", message)
     }
 
@@ -130,28 +130,28 @@ impl Refusal {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "the cache's disk is full",
             _ => "the cache could not use its folder",
         };
-        let mut refusal = Self::new(
+        let mut response = Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "InternalServerError",
             message,
         );
-        refusal.cause = Some(error.to_string());
-        refusal
+        response.cause = Some(error.to_string());
+        response
     }
 }
 
-impl From<io::Error> for Refusal {
+impl From<io::Error> for ErrorResponse {
     fn from(error: io::Error) -> Self {
         Self::internal(&error)
     }
 }
 
-impl IntoResponse for Refusal {
+impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
         let cause = self.cause.unwrap_or_else(|| self.message.clone());
         let body = serde_json::json!({"code": self.status.as_u16(), "error": self.error, "message": self.message});
         let mut response = (self.status, Json(body)).into_response();
-        response.extensions_mut().insert(Cause(cause));
+        response.extensions_mut().insert(LoggedCause(cause));
         if self.status == StatusCode::UNAUTHORIZED {
             let realm = HeaderValue::from_static("Basic realm=\"flywheel\"");
             response

@@ -29,11 +29,11 @@ fn folder(nix: &Nix, user: Option<&str>) -> PathBuf {
 ///
 /// # Errors
 /// When the links cannot be written.
-pub fn keep(nix: &Nix, user: Option<&str>, name: &str, paths: &[StorePath]) -> io::Result<()> {
-    keep_in(&folder(nix, user).join(name), paths)
+pub fn set_roots(nix: &Nix, user: Option<&str>, name: &str, paths: &[StorePath]) -> io::Result<()> {
+    set_roots_in(&folder(nix, user).join(name), paths)
 }
 
-fn keep_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {
+fn set_roots_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let wanted: BTreeSet<&str> = paths.iter().map(StorePath::base_name).collect();
     for path in paths {
@@ -55,7 +55,7 @@ fn keep_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {
 /// # Errors
 /// When Nix fails.
 pub async fn collect(nix: &Nix) -> Result<String, Error> {
-    let output = nix.ask(&["store", "gc"], LIMIT).await?;
+    let output = nix.run_checked(&["store", "gc"], LIMIT).await?;
     let said = format!("{}\n{}", output.text(), output.stderr);
     let last = said
         .lines()
@@ -87,9 +87,9 @@ mod tests {
             names.sort();
             names
         };
-        keep_in(&folder, &[path("a"), path("b")]).expect("kept");
+        set_roots_in(&folder, &[path("a"), path("b")]).expect("kept");
         assert_eq!(names(), ["a.drv", "b.drv"]);
-        keep_in(&folder, &[path("b"), path("c")]).expect("kept");
+        set_roots_in(&folder, &[path("b"), path("c")]).expect("kept");
         assert_eq!(names(), ["b.drv", "c.drv"]);
     }
 }

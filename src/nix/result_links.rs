@@ -20,11 +20,7 @@ const SLACK: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When `folder` cannot be read. Roots that cannot be read count as none: the folder's own links remain.
-pub fn result_links(
-    gcroots: &Path,
-    folder: &Path,
-    since: SystemTime,
-) -> io::Result<Vec<StorePath>> {
+pub fn find(gcroots: &Path, folder: &Path, since: SystemTime) -> io::Result<Vec<StorePath>> {
     let since = since.checked_sub(SLACK).unwrap_or(SystemTime::UNIX_EPOCH);
     // Nix writes the link's path as it was typed, so that both spellings of the folder may occur.
     let spellings = [folder.to_owned(), folder.canonicalize()?];
@@ -118,7 +114,7 @@ mod tests {
         symlink(path("stale"), job.join("result-2")).expect("linked");
         age(&job.join("result-2"));
         fs::write(job.join("result.txt"), "no link").expect("written");
-        let found = result_links(&world.path().join("roots"), &job, started).expect("readable");
+        let found = find(&world.path().join("roots"), &job, started).expect("readable");
         assert_eq!(
             found.iter().map(StorePath::name).collect::<Vec<_>>(),
             ["deep", "unregistered"]
@@ -131,11 +127,11 @@ mod tests {
         symlink(path("a"), world.path().join("result")).expect("linked");
         let none = Path::new("/nonexistent");
         assert_eq!(
-            result_links(none, world.path(), SystemTime::UNIX_EPOCH)
+            find(none, world.path(), SystemTime::UNIX_EPOCH)
                 .expect("readable")
                 .len(),
             1
         );
-        assert!(result_links(none, none, SystemTime::UNIX_EPOCH).is_err());
+        assert!(find(none, none, SystemTime::UNIX_EPOCH).is_err());
     }
 }

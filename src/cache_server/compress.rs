@@ -8,15 +8,15 @@ use zstd::bulk::Compressor;
 use zstd::zstd_safe::{CParameter, compress_bound};
 
 /// Compressors that are kept for the next NAR, at most: some MiB each at the highest level.
-const SPARE: usize = 2;
+const MAX_SPARE: usize = 2;
 
 /// Compressors in store, since making one takes longer than compressing a NAR of some KiB.
-pub struct Packers {
+pub struct CompressorPool {
     level: i32,
     spare: Mutex<Vec<Compressor<'static>>>,
 }
 
-impl Packers {
+impl CompressorPool {
     /// For this level of zstd.
     pub fn new(level: i32) -> Self {
         Self {
@@ -29,19 +29,19 @@ impl Packers {
     ///
     /// # Errors
     /// When memory fails.
-    pub fn pack(&self, nar: &[u8]) -> io::Result<Vec<u8>> {
+    pub fn compress(&self, nar: &[u8]) -> io::Result<Vec<u8>> {
         let spare = self
             .spare
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .pop();
-        let mut packer = spare.map_or_else(|| self.fresh(), Ok)?;
-        let packed = packer.compress(nar)?;
+        let mut compressor = spare.map_or_else(|| self.fresh(), Ok)?;
+        let compressed = compressor.compress(nar)?;
         let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        if spare.len() < SPARE {
-            spare.push(packer);
+        if spare.len() < MAX_SPARE {
+            spare.push(compressor);
         }
-        Ok(packed)
+        Ok(compressed)
     }
 
     fn fresh(&self) -> io::Result<Compressor<'static>> {
@@ -50,14 +50,14 @@ impl Packers {
 }
 
 fn compressor(level: i32) -> io::Result<Compressor<'static>> {
-    let mut packer = Compressor::new(level)?;
-    packer.set_parameter(CParameter::ChecksumFlag(true))?;
-    Ok(packer)
+    let mut compressor = Compressor::new(level)?;
+    compressor.set_parameter(CParameter::ChecksumFlag(true))?;
+    Ok(compressor)
 }
 
-impl fmt::Debug for Packers {
+impl fmt::Debug for CompressorPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Packers")
+        f.debug_struct("CompressorPool")
             .field("level", &self.level)
             .finish_non_exhaustive()
     }
@@ -65,17 +65,17 @@ impl fmt::Debug for Packers {
 
 /// Compresses what is written and hands it on, as frames that each come from memory in one piece: a stream of one
 /// frame, whose window wraps all the time, takes a quarter to a half longer.
-pub struct Frames<W> {
-    packer: Compressor<'static>,
+pub struct FrameEncoder<W> {
+    compressor: Compressor<'static>,
     /// Bytes of a frame's content.
     size: usize,
-    gathered: Vec<u8>,
-    packed: Vec<u8>,
-    begun: bool,
+    pending: Vec<u8>,
+    compressed: Vec<u8>,
+    wrote_frame: bool,
     out: W,
 }
 
-impl<W: Write> Frames<W> {
+impl<W: Write> FrameEncoder<W> {
     /// For this level of zstd.
     ///
     /// # Errors
@@ -84,23 +84,23 @@ impl<W: Write> Frames<W> {
         // As far as the level looks back, or some more.
         let size = if level <= 5 { 2 << 20 } else { 8 << 20 };
         Ok(Self {
-            packer: compressor(level)?,
+            compressor: compressor(level)?,
             size,
-            gathered: Vec::new(),
-            packed: Vec::new(),
-            begun: false,
+            pending: Vec::new(),
+            compressed: Vec::new(),
+            wrote_frame: false,
             out,
         })
     }
 
-    fn pack(&mut self) -> io::Result<()> {
-        self.packed.clear();
-        self.packed.reserve(compress_bound(self.gathered.len()));
-        self.packer
-            .compress_to_buffer(&self.gathered, &mut self.packed)?;
-        self.begun = true;
-        self.gathered.clear();
-        self.out.write_all(&self.packed)
+    fn write_frame(&mut self) -> io::Result<()> {
+        self.compressed.clear();
+        self.compressed.reserve(compress_bound(self.pending.len()));
+        self.compressor
+            .compress_to_buffer(&self.pending, &mut self.compressed)?;
+        self.wrote_frame = true;
+        self.pending.clear();
+        self.out.write_all(&self.compressed)
     }
 
     /// Hands on what is left. Of nothing one frame becomes, too.
@@ -108,19 +108,19 @@ impl<W: Write> Frames<W> {
     /// # Errors
     /// Those of what it is handed to, or when memory fails.
     pub fn finish(mut self) -> io::Result<W> {
-        if !self.gathered.is_empty() || !self.begun {
-            self.pack()?;
+        if !self.pending.is_empty() || !self.wrote_frame {
+            self.write_frame()?;
         }
         Ok(self.out)
     }
 }
 
-impl<W: Write> Write for Frames<W> {
+impl<W: Write> Write for FrameEncoder<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let taken = bytes.len().min(self.size - self.gathered.len());
-        self.gathered.extend_from_slice(&bytes[..taken]);
-        if self.gathered.len() == self.size {
-            self.pack()?;
+        let taken = bytes.len().min(self.size - self.pending.len());
+        self.pending.extend_from_slice(&bytes[..taken]);
+        if self.pending.len() == self.size {
+            self.write_frame()?;
         }
         Ok(taken)
     }
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_compressor_that_was_used_packs_as_a_new_one() {
-        let packers = Packers::new(3);
+        let packers = CompressorPool::new(3);
         let nars = [
             b"first".repeat(1000),
             b"other".repeat(50),
@@ -144,11 +144,14 @@ mod tests {
             vec![7; 256 * 1024],
         ];
         for nar in &nars {
-            let packed = packers.pack(nar).expect("memory");
-            assert_eq!(packed, Packers::new(3).pack(nar).expect("memory"));
-            assert_eq!(zstd::decode_all(&*packed).expect("zstd"), *nar);
+            let compressed = packers.compress(nar).expect("memory");
             assert_eq!(
-                zstd::zstd_safe::get_frame_content_size(&packed)
+                compressed,
+                CompressorPool::new(3).compress(nar).expect("memory")
+            );
+            assert_eq!(zstd::decode_all(&*compressed).expect("zstd"), *nar);
+            assert_eq!(
+                zstd::zstd_safe::get_frame_content_size(&compressed)
                     .ok()
                     .flatten(),
                 Some(nar.len() as u64)
@@ -169,13 +172,16 @@ mod tests {
             (2 * FRAME, 2),
         ] {
             let nar: Vec<u8> = (0..length).map(|at| (at / 3 * 7) as u8).collect();
-            let mut packer = Frames::new(3, Vec::new()).expect("memory");
+            let mut compressor = FrameEncoder::new(3, Vec::new()).expect("memory");
             for piece in nar.chunks(100_000) {
-                packer.write_all(piece).expect("memory");
+                compressor.write_all(piece).expect("memory");
             }
-            let packed = packer.finish().expect("memory");
-            assert!(zstd::decode_all(&*packed).expect("zstd") == nar, "{length}");
-            let (mut rest, mut found) = (&*packed, 0);
+            let compressed = compressor.finish().expect("memory");
+            assert!(
+                zstd::decode_all(&*compressed).expect("zstd") == nar,
+                "{length}"
+            );
+            let (mut rest, mut found) = (&*compressed, 0);
             while !rest.is_empty() {
                 let size = zstd::zstd_safe::find_frame_compressed_size(rest).expect("a frame");
                 (rest, found) = (&rest[size..], found + 1);

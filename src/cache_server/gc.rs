@@ -40,7 +40,7 @@ pub struct Object {
     /// What it refers to, in the same cache.
     pub references: Vec<PathHash>,
     /// The modification time of its narinfo.
-    pub noted: SystemTime,
+    pub modified: SystemTime,
     /// Last use of path or NAR.
     pub used: SystemTime,
     /// Its NAR.
@@ -51,7 +51,7 @@ pub struct Object {
 
 /// What a collection did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Collected {
+pub struct GcReport {
     /// Paths removed.
     pub paths: u64,
     /// NARs removed.
@@ -66,7 +66,7 @@ pub struct Collected {
     pub took: Duration,
 }
 
-impl std::fmt::Display for Collected {
+impl std::fmt::Display for GcReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (paths, nars) = (count(self.paths, "path"), count(self.nars, "NAR"));
         let (gone, kept) = (bytes(self.bytes), bytes(self.kept_bytes));
@@ -189,7 +189,7 @@ fn references<'a>(
 ///
 /// # Errors
 /// When the disk fails; what was removed until then is consistent.
-pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<Collected> {
+pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcReport> {
     let begun = Instant::now();
     let now = SystemTime::now();
     // A use is noted once a minute, so anything within two may be in use now.
@@ -201,8 +201,8 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<Colle
     let fresh = now.checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
     let objects = scan(store)?;
     let victims = plan(&objects, limits, now, fresh);
-    let _closed = store.shut();
-    let mut done = Collected::default();
+    let _closed = store.lock_for_removal();
+    let mut report = GcReport::default();
     let gone = remove_objects(store, &objects, &victims)?;
     let kept = || {
         objects
@@ -212,7 +212,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<Colle
             .map(|(_, object)| object)
     };
     let claimed: HashSet<Sha256> = kept().map(|object| object.nar).collect();
-    (done.paths, done.kept_paths) = (gone.len() as u64, kept().count() as u64);
+    (report.paths, report.kept_paths) = (gone.len() as u64, kept().count() as u64);
     for cache in store.folder().caches()? {
         let marked: HashSet<String> = kept()
             .filter(|object| object.cache == cache)
@@ -227,14 +227,15 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<Colle
         .iter()
         .map(crate::cache_server::folder::nar_name)
         .collect();
-    (done.nars, done.bytes) = sweep(&store.folder().nars(), fresh, |name| names.contains(name))?;
+    (report.nars, report.bytes) =
+        sweep(&store.folder().nars(), fresh, |name| names.contains(name))?;
     let mut counted = HashSet::new();
-    done.kept_bytes = kept()
+    report.kept_bytes = kept()
         .filter(|object| counted.insert(object.nar))
         .map(|object| object.size)
         .sum();
-    done.took = begun.elapsed();
-    Ok(done)
+    report.took = begun.elapsed();
+    Ok(report)
 }
 
 /// Every path of every cache. A path that has lost its NAR has no size; files that are no narinfo
@@ -270,7 +271,7 @@ fn object(
     let Ok(info) = NarInfo::parse(text) else {
         return Ok(None);
     };
-    let noted = about.modified()?;
+    let modified = about.modified()?;
     let nar = std::fs::metadata(store.folder().nar(&info.nar_hash)).ok();
     let nar_used = nar.as_ref().and_then(|nar| nar.modified().ok());
     Ok(Some(Object {
@@ -281,8 +282,8 @@ fn object(
             .iter()
             .map(crate::nix::store_path::StorePath::hash)
             .collect(),
-        noted,
-        used: nar_used.map_or(noted, |used| used.max(noted)),
+        modified,
+        used: nar_used.map_or(modified, |used| used.max(modified)),
         nar: info.nar_hash,
         size: nar.map_or(0, |nar| nar.len()),
     }))
@@ -301,7 +302,7 @@ fn remove_objects(
         let file = store.folder().object(&object.cache, &object.hash);
         let unused = std::fs::metadata(&file)
             .and_then(|about| about.modified())
-            .is_ok_and(|noted| noted == object.noted);
+            .is_ok_and(|modified| modified == object.modified);
         if rescued.contains(&n) || !unused {
             // Referrers come first, so the whole closure is rescued on the way down.
             rescued.extend(references(objects, &by_key, n));
@@ -348,7 +349,7 @@ mod tests {
             cache: CacheName::default(),
             hash: hash(letter),
             references: references.chars().map(hash).collect(),
-            noted: used,
+            modified: used,
             used,
             nar: Sha256([letter as u8; 32]),
             size,
@@ -462,7 +463,7 @@ mod tests {
         for object in &mut all {
             let file = store.folder().object(&main, &object.hash);
             std::fs::write(&file, "").expect("written");
-            object.noted = std::fs::metadata(&file)
+            object.modified = std::fs::metadata(&file)
                 .and_then(|about| about.modified())
                 .expect("there");
         }
