@@ -15,18 +15,18 @@ pub mod report;
 // Floor 3: everything that knows Nix.
 pub mod nix;
 
-// Floor 2: rules, pure decisions.
+// Floor 2: doors to the outside world.
+pub mod github;
+pub mod host;
+pub mod process;
+pub mod runner;
+
+// Floor 1: rules, pure decisions.
 pub mod budget;
 pub mod contract;
 pub mod policy;
 pub mod sizing;
 pub mod trust;
-
-// Floor 1: doors to the outside world.
-pub mod github;
-pub mod host;
-pub mod process;
-pub mod runner;
 
 // Floor 0: ground.
 pub mod exit;

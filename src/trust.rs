@@ -2,10 +2,11 @@
 //! of the permit that the publisher demands. No I/O, no clock, no secret: it learns whether there is
 //! a token, never which.
 
+pub mod facts;
 mod reason;
 mod refs;
 
-pub use crate::runner::facts::{Doubt, Event, Facts, Job};
+pub use facts::{Doubt, Event, Facts, Job};
 pub use reason::{Grounds, Refusal};
 pub use refs::TrustedRefs;
 

@@ -9,10 +9,10 @@ use url::Url;
 use crate::exit::UsageError;
 use crate::runner::env::Env;
 use crate::runner::event::{self, Payload, PayloadError};
-use crate::runner::facts::{Doubt, Event, Fact, Facts, Job, Name, shown};
 use crate::runner::gitlab;
 use crate::secret::Secret;
 use crate::text::one_line;
+use crate::trust::facts::{Doubt, Event, Fact, Facts, Job, Name, shown};
 
 /// An event from elsewhere: each value that is given stands in for the job's own.
 #[derive(Clone, Debug, Default)]

@@ -4,7 +4,7 @@
 //! <https://docs.gitlab.com/ci/variables/predefined_variables/>
 
 use crate::runner::env::Env;
-use crate::runner::facts::{Doubt, Event, Fact, Job, Name, shown};
+use crate::trust::facts::{Doubt, Event, Fact, Job, Name, shown};
 
 /// What makes a pipeline one of a merge request, from a fork or not.
 const OF_A_MERGE_REQUEST: [&str; 4] = [

@@ -4,7 +4,6 @@
 pub mod context;
 pub mod env;
 pub mod event;
-pub mod facts;
 pub mod files;
 pub mod gitlab;
 pub mod workflow;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::runner::facts::{Doubt, Event, shown};
+use crate::trust::facts::{Doubt, Event, shown};
 
 /// Why a job may publish.
 #[derive(Clone, Debug, PartialEq, Eq)]

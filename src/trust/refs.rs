@@ -1,7 +1,7 @@
 //! The refs that may publish besides the default branch: the input `trusted-refs`. Pure.
 
 use crate::exit::UsageError;
-use crate::runner::facts::shown;
+use crate::trust::facts::shown;
 
 /// What is trusted when `trusted-refs` says nothing.
 const DEFAULT: &str = "refs/tags/v*";

@@ -1,7 +1,7 @@
 //! The gate, row by row. The same over GitHub's published payloads is in `tests/it/gate.rs`.
 
 use super::*;
-use crate::runner::facts::Name;
+use crate::trust::facts::Name;
 
 /// A job and what is asked for it: a push to the default branch with everything in place, unless told otherwise.
 #[derive(Clone)]
