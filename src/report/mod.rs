@@ -2,7 +2,6 @@
 //! progress. Says what others found out; never finds out anything itself.
 
 pub mod canary;
-pub mod checks;
 pub mod job;
 pub mod outputs;
 pub mod publication;

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use flywheel::github::check_run::{CheckRuns, Commit, Conclusion as Ended};
+use flywheel::github::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
+use flywheel::github::checks::{Cause, Output, State, Verdict};
 use flywheel::http::{Clients, Roots};
 use flywheel::location::SourceLocation;
 use flywheel::progress::Sink;
-use flywheel::report::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
-use flywheel::report::checks::{Cause, Output, State, Verdict};
 use flywheel::secret::Secret;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;

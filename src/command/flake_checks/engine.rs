@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::command::flake_checks::inputs::Plan;
 use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, of_evaluation};
 use crate::command::flake_checks::reporter::Reporter;
+use crate::github::checks::{Cause, Conclusion, State};
 use crate::nix::build::BuildResult;
 use crate::nix::build::log::{BuildEvent, BuildFailure};
 use crate::nix::build::presence::{Presence, valid};
@@ -26,7 +27,6 @@ use crate::nix::store::Store;
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::Nix;
 use crate::process::signals::{Signals, Stop};
-use crate::report::checks::{Cause, Conclusion, State};
 
 /// How often it is looked which outputs have become valid.
 const POLL_INTERVAL: Duration = Duration::from_millis(300);

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::output::OutputProgress;
-use crate::report::checks::board::{Aggregate, CheckRunReporter, ReportStats};
-use crate::report::checks::summary::sign;
-use crate::report::checks::text::{title, without_ansi};
-use crate::report::checks::{Conclusion, Output, State, Verdict};
+use crate::github::checks::board::{Aggregate, CheckRunReporter, ReportStats};
+use crate::github::checks::summary::sign;
+use crate::github::checks::text::{title, without_ansi};
+use crate::github::checks::{Conclusion, Output, State, Verdict};
 use crate::runner::workflow::Workflow;
 use crate::text::{one_line, shorten};
 

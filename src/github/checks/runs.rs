@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use crate::github::check_run::{Annotation, CheckRun, Stage};
-use crate::report::checks::board::{Aggregate, Options};
-use crate::report::checks::text::{annotation, summary, title};
-use crate::report::checks::{Conclusion, Output, State, Verdict};
+use crate::github::checks::board::{Aggregate, Options};
+use crate::github::checks::text::{annotation, summary, title};
+use crate::github::checks::{Conclusion, Output, State, Verdict};
 use crate::text::{count, one_line};
 
 /// Lines of a shared run's list are cut to this many characters; a hundred of them fit GitHub's limit.

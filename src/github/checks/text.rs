@@ -213,8 +213,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::github::checks::Conclusion;
     use crate::location::SourceLocation;
-    use crate::report::checks::Conclusion;
 
     fn verdict(cause: Cause) -> Verdict {
         Verdict {

@@ -15,9 +15,9 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::github::check_run::{self, CheckRun, CheckRuns, Error, Stage};
+use crate::github::checks::runs::{self, Subject};
+use crate::github::checks::{Output, State};
 use crate::progress::Sink;
-use crate::report::checks::runs::{self, Subject};
-use crate::report::checks::{Output, State};
 
 /// What is kept to. The defaults are GitHub's ("Rate limits for the REST API", 2026: 1,000 requests an hour for a
 /// repository's `GITHUB_TOKEN`, 80 content-generating requests a minute and 500 an hour), less what others need.
