@@ -6,6 +6,7 @@
 // Floor 5: the front door.
 pub mod cli;
 pub mod command;
+pub mod job;
 
 // Floor 4: services.
 pub mod cache;

@@ -6,12 +6,11 @@ pub mod contract;
 pub mod explain;
 pub mod flake_checks;
 pub mod inputs;
-pub mod job;
 pub mod nix_job;
 pub mod publish;
 pub mod scan;
 pub mod setup;
-mod units;
+pub mod units;
 pub mod watch_store;
 
 use crate::exit::Explain;

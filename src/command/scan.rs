@@ -10,8 +10,8 @@ use thiserror::Error;
 
 use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
-use crate::command::job::policy::{PolicyInputs, scanner};
 use crate::exit::{Exit, Explain};
+use crate::job::policy::{PolicyInputs, scanner};
 use crate::nix::nar::DumpError;
 use crate::nix::scan::{Finding, ScanResult};
 use crate::nix::store_path::StorePath;

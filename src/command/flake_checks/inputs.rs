@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::command::inputs::{Text, choice, number, switch};
-use crate::command::job::inputs::{self as job, JobInputs};
 use crate::exit::UsageError;
+use crate::job::inputs::{self as job, JobInputs};
 use crate::nix::flake::expression::{AttributePath, attribute_path, installable_name};
 use crate::policy::impurity_in_arguments;
 use crate::runner::env::Env;

@@ -1,6 +1,6 @@
 //! `flywheel flake-checks`: evaluates a flake's outputs side by side, builds them as they appear, and gives each a
 //! verdict of its own. This file is the story; its parts stand beside it, and those that other verbs share in
-//! `command/job/`.
+//! `src/job/`.
 
 mod check_runs;
 mod engine;
@@ -27,13 +27,13 @@ use self::inputs::{Plan, Systems};
 use self::output::{OutputProgress, Tree};
 use self::reporter::Reporter;
 use crate::command::Failure;
-use crate::command::job::added_paths::AddedPaths;
-use crate::command::job::{self, JobReport, Prepared, STOPPED_LIMIT, Secrets, Watch, Work};
 use crate::exit::{Exit, UsageError};
 use crate::github::checks::text::annotation;
 use crate::github::checks::{Cause, Conclusion, Output, board, files, summary};
 use crate::host::peak::Span;
 use crate::host::private::PrivateFolder;
+use crate::job::added_paths::AddedPaths;
+use crate::job::{self, JobReport, Prepared, STOPPED_LIMIT, Secrets, Watch, Work};
 use crate::nix::flake::Source;
 use crate::nix::flake::evaluate::OutputName;
 use crate::nix::settings::Settings;

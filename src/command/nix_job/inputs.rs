@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::command::inputs::{Text, switch};
-use crate::command::job::inputs::{self as job, JobInputs};
 use crate::exit::UsageError;
+use crate::job::inputs::{self as job, JobInputs};
 use crate::policy::{Impurity, impurity_in_arguments, impurity_in_command};
 use crate::runner::env::Env;
 use crate::text::one_line;

@@ -1,6 +1,6 @@
 //! `flywheel nix-job`: makes Nix ready, attaches the cache, runs the command, publishes, verifies,
 //! reports, and leaves nothing behind. This file is the story; its parts stand beside it, and those
-//! that other verbs share in `command/job/`.
+//! that other verbs share in `src/job/`.
 
 mod environment;
 mod inputs;
@@ -14,11 +14,11 @@ pub use self::inputs::Inputs;
 use self::inputs::{Plan, Wanted};
 use crate::budget::{self, Observed};
 use crate::command::Failure;
-use crate::command::job::added_paths::AddedPaths;
-use crate::command::job::{self, JobReport, Prepared, Secrets, Work};
 use crate::exit::{Exit, UsageError};
 use crate::host::peak::{Span, Spent};
 use crate::host::private::PrivateFolder;
+use crate::job::added_paths::AddedPaths;
+use crate::job::{self, JobReport, Prepared, Secrets, Work};
 use crate::nix::temp_roots;
 use crate::process::signals::Signals;
 use crate::process::supervise::{Ended, Supervised};

@@ -14,8 +14,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::ipc::{Finished, Request, Status, receive, send};
 use crate::command::Failure;
-use crate::command::job::stream::Deadline;
-use crate::command::job::{JobReport, Prepared, STOPPED_LIMIT, Watch, Work};
+use crate::job::stream::Deadline;
+use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Watch, Work};
 use crate::nix::temp_roots::JobScope;
 use crate::process::signals::Signals;
 use crate::progress::{Progress, Sink};

@@ -12,7 +12,7 @@ use tokio::io::{
 };
 use tokio::time::timeout;
 
-use crate::command::job::JobReport;
+use crate::job::JobReport;
 
 /// More than this is no line of ours: a report with every path of a large job.
 const LINE_LIMIT: u64 = 64 * 1024 * 1024;

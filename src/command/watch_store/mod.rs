@@ -22,11 +22,11 @@ use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, sen
 use self::runtime_dir::{RuntimeDir, job_processes};
 use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
-use crate::command::job::inputs::{JobInputs, Plan};
-use crate::command::job::{self, JobReport, Prepared, Secrets, Work};
 use crate::command::setup::quoted;
 use crate::exit::{Exit, Explain, UsageError};
 use crate::host::private::PrivateFolder;
+use crate::job::inputs::{JobInputs, Plan};
+use crate::job::{self, JobReport, Prepared, Secrets, Work};
 use crate::process::detached;
 use crate::process::signals::Signals;
 use crate::progress::{Progress, Sink};

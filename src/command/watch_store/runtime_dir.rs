@@ -12,8 +12,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
-use crate::command::job::private_base;
 use crate::host::private::{PrivateError, PrivateFolder};
+use crate::job::private_base;
 use crate::nix::temp_roots::JobScope;
 use crate::runner::env::Env;
 

@@ -6,11 +6,11 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::command::inputs::{CacheInputs, GateInputs, Text, switch};
-use crate::command::job::destination::{DestinationConfig, DestinationInputs};
-use crate::command::job::policy::{PolicyConfig, PolicyInputs};
-use crate::command::job::source::Source;
 use crate::command::units;
 use crate::exit::UsageError;
+use crate::job::destination::{DestinationConfig, DestinationInputs};
+use crate::job::policy::{PolicyConfig, PolicyInputs};
+use crate::job::source::Source;
 use crate::nix::key::PublicKey;
 use crate::nix::settings::check_extra;
 use crate::policy::Impurity;
