@@ -5,7 +5,7 @@ _menu:
 
 # The fast suite: no network, no Nix, seconds
 test-fast *filter:
-    cargo test --locked --lib --test it {{ filter }}
+    cargo test --locked --workspace --lib --bins --test it {{ filter }}
 
 # The real suite: real Nix, real act, real servers; as root, one test at a time
 test-real *filter:
@@ -22,8 +22,8 @@ test:
 
 # Formatting, clippy, workflows, actions, shell scripts
 lint:
-    cargo fmt --check
-    cargo clippy --locked --all-targets -- -D warnings
+    cargo fmt --all --check
+    cargo clippy --locked --workspace --all-targets -- -D warnings
     scripts/lint.sh
 
 # Build the static binary into dist/

@@ -400,7 +400,7 @@ impl Bench {
             let out = tempfile::tempfile_in(self.folder.path()).unwrap();
             let mut both = Both(sha2::Sha256::new(), zstd::Encoder::new(out, LEVEL).unwrap());
             let file = self.nix().join(path.trim_start_matches("/nix/"));
-            flywheel::nix::nar::write(&file, &mut both).unwrap();
+            flywheel_nix::nar::write(&file, &mut both).unwrap();
             both.1.finish().unwrap();
         }
         BTreeMap::from([

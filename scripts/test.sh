@@ -75,9 +75,9 @@ real_suite() {
 }
 
 phase 'tools' scripts/bootstrap.sh tools || exit 1
-phase 'format' cargo fmt --check
-phase 'clippy' cargo clippy --locked --quiet --all-targets -- -D warnings
-phase 'fast suite' suite --lib --test it --
+phase 'format' cargo fmt --all --check
+phase 'clippy' cargo clippy --locked --quiet --workspace --all-targets -- -D warnings
+phase 'fast suite' suite --workspace --lib --bins --test it --
 phase 'linters' scripts/lint.sh
 phase 'dist is what the sources build' scripts/dist-check.sh
 phase 'real suite' real_suite

@@ -1,16 +1,24 @@
 //! The binary: hands the command line to the library and ends with its exit code.
 
+// Layers, the lowest first: what a run says of itself, then the front door, whose modules may use each other.
+mod report;
+
+// The front door. Its modules may use each other.
+mod cli;
+mod command;
+mod job;
+
 use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::cli::Cli;
 use clap::Parser as _;
-use flywheel::cli::Cli;
-use flywheel::command::Failure;
-use flywheel::exit::Exit;
-use flywheel::host::{priority, private};
-use flywheel::runner::env::Env;
-use flywheel::runner::workflow::{Level, Workflow};
+use flywheel_core::exit::Exit;
+use flywheel_core::exit::Failure;
+use flywheel_sys::host::{priority, private};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// What blocking work gets to end once everything is done.
 const LAST_GRACE: Duration = Duration::from_millis(300);

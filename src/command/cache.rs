@@ -11,13 +11,14 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cache_server::{self, Limits, Options, Server};
 use crate::command::inputs::{Text, number};
-use crate::command::{Failure, units};
-use crate::exit::{Exit, Explain, UsageError};
-use crate::nix::cache_name::CacheName;
-use crate::progress::{Progress, Sink};
-use crate::runner::env::Env;
+use crate::command::units;
+use flywheel_cache::server::{self, Limits, Options, Server};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Explain, UsageError};
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_sys::runner::env::Env;
 
 /// Highest zstd level whose memory a small runner can afford for several uploads at once.
 const HIGHEST_LEVEL: i32 = 19;
@@ -339,15 +340,14 @@ fn options(inputs: &Serve) -> Result<Options, UsageError> {
         public: inputs.public || !inputs.private,
         tokens: inputs.tokens.get().map(PathBuf::from),
         require_proof: !inputs.waive_proof,
-        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?
-            .unwrap_or(cache_server::DEFAULT_LEVEL),
+        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?.unwrap_or(server::DEFAULT_LEVEL),
         priority: number("priority", &inputs.priority, 0..=LOWEST_PRIORITY)?
-            .unwrap_or(cache_server::DEFAULT_PRIORITY),
+            .unwrap_or(server::DEFAULT_PRIORITY),
         limits: inputs
             .limits
-            .read(time("grace", &inputs.grace)?.unwrap_or(cache_server::DEFAULT_GRACE))?,
+            .read(time("grace", &inputs.grace)?.unwrap_or(server::DEFAULT_GRACE))?,
         gc_interval: time("gc-interval", &inputs.gc_interval)?
-            .unwrap_or(cache_server::DEFAULT_GC_INTERVAL),
+            .unwrap_or(server::DEFAULT_GC_INTERVAL),
         log: log(inputs.quiet),
         ..Options::default()
     })
@@ -363,7 +363,7 @@ fn listen_address(inputs: &Serve) -> Result<SocketAddr, UsageError> {
             "listen",
             format!(
                 "must be an address and a port, not `{}`",
-                crate::text::one_line(text, 80)
+                flywheel_core::text::one_line(text, 80)
             ),
         )
         .with_hint("Write it as `127.0.0.1:8484`.")
@@ -385,7 +385,7 @@ fn gc(inputs: &Gc) -> Result<Exit, Failure> {
             .with_hint("Name the folder that `flywheel cache serve` uses.")
             .into());
     }
-    let done = cache_server::collect(&inputs.dir, &limits)?;
+    let done = server::collect(&inputs.dir, &limits)?;
     // Nobody listening is no reason to fail.
     let _ = writeln!(std::io::stdout(), "{done}");
     Ok(Exit::Ok)

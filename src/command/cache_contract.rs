@@ -7,26 +7,26 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde_json::{Value, json};
 
-use crate::cache::bazel::Asker;
-use crate::cache::endpoint::Endpoint as Cache;
-use crate::cache::probe::probe;
-use crate::command::Failure;
 use crate::command::contract::ContractInput;
 use crate::command::inputs::{Text, choice, number, push_cache, switch};
-use crate::contract::shared_cache::{
+use flywheel_cache::client::bazel::Asker;
+use flywheel_cache::client::endpoint::Endpoint as Cache;
+use flywheel_cache::client::probe::probe;
+use flywheel_core::contract::shared_cache::{
     Endpoint, Finding, Given, Judgement, Mode, bazelrc, judge, redact,
 };
-use crate::contract::{Contract, SharedCache};
-use crate::exit::{Exit, UsageError};
-use crate::http::{Names, Roots, client};
-use crate::nix::cache_name::CacheName;
-use crate::runner::context;
-use crate::runner::env::Env;
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::secret::Secret;
-use crate::text::{count, duration, nearest, one_line};
-use crate::trust::{Request, TrustedRefs, decide};
+use flywheel_core::contract::{Contract, SharedCache};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, UsageError};
+use flywheel_core::secret::Secret;
+use flywheel_core::text::{count, duration, nearest, one_line};
+use flywheel_core::trust::{Request, TrustedRefs, decide};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_sys::http::{Names, Roots, client};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// A cache that is no farther than a job's runner answers long before this.
 const TIMEOUT: Duration = Duration::from_secs(5);

@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
-use crate::contract::print::Section;
-use crate::contract::workflow::{Finding, Weight};
-use crate::contract::{Contract, FILE, print, read, workflow};
-use crate::exit::{Exit, UsageError};
-use crate::runner::env::Env;
-use crate::runner::workflow::data;
-use crate::text::{count, nearest, one_line};
+use flywheel_core::contract::print::Section;
+use flywheel_core::contract::workflow::{Finding, Weight};
+use flywheel_core::contract::{Contract, FILE, print, read, workflow};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, UsageError};
+use flywheel_core::text::{count, nearest, one_line};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::data;
 
 /// Prints the builder contract: classes of builders, caches, what goes where, who may reach what, what
 /// is published when.

@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use crate::command::Failure;
 use crate::command::inputs::{GateInputs, Text, choice, switch};
-use crate::exit::{Exit, UsageError};
-use crate::runner::context::{self, Recorded};
-use crate::runner::env::Env;
-use crate::runner::workflow::data;
-use crate::trust::{Decision, ToAttic, ToFlakeHub, decide};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, UsageError};
+use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, decide};
+use flywheel_sys::runner::context::{self, Recorded};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::data;
 
 /// Say whether this job may publish, what it would publish where, and why.
 ///

@@ -11,16 +11,5 @@ pub mod publish;
 pub mod scan;
 pub mod setup;
 pub mod units;
-pub mod watch_store;
-
-use crate::exit::Explain;
-
-/// How a verb fails: any error that can explain itself.
-pub type Failure = Box<dyn Explain>;
-
-impl<E: Explain> From<E> for Failure {
-    fn from(error: E) -> Self {
-        Box::new(error)
-    }
-}
 pub mod validate_builders;
+pub mod watch_store;

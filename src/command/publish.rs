@@ -15,28 +15,29 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::output::Format;
-use crate::cache::attic::Attic;
-use crate::cache::endpoint::Endpoint;
-use crate::cache::probe::{self, probe};
-use crate::cache::publish::{self, Outcome, Publisher};
-use crate::cache::verify::{self, Verification, verify};
 use crate::command::inputs::{CacheInputs, GateInputs, Text, choice};
-use crate::command::{Failure, units};
-use crate::exit::{Exit, Explain, UsageError};
-use crate::http::{Clients, Names, Roots};
+use crate::command::units;
 use crate::job::policy::PolicyInputs;
 use crate::job::publication;
-use crate::nix::bootstrap;
-use crate::nix::key::PublicKey;
-use crate::nix::path_info::PathInfos;
-use crate::nix::store::Store;
-use crate::nix::store_path::StorePath;
-use crate::progress::Sink;
-use crate::runner::context;
-use crate::runner::env::Env;
-use crate::runner::workflow::{Level, Workflow};
-use crate::secret::Secret;
-use crate::trust::{Decision, decide};
+use flywheel_cache::client::attic::Attic;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_cache::client::probe::{self, probe};
+use flywheel_cache::client::publish::{self, Outcome, Publisher};
+use flywheel_cache::client::verify::{self, Verification, verify};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Explain, UsageError};
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_core::trust::{Decision, decide};
+use flywheel_nix::bootstrap;
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::path_info::PathInfos;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
+use flywheel_sys::http::{Clients, Names, Roots};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// Nix is there when store paths are; repairing its daemon takes a moment at most.
 const NIX_LIMIT: Duration = Duration::from_secs(60);
@@ -293,7 +294,7 @@ async fn closure_of_mended(
             None => Store::open(&ready.nix).await?,
         };
         let found = store.closure(wanted).await?;
-        Ok::<_, crate::nix::store::Error>((store, found))
+        Ok::<_, flywheel_nix::store::Error>((store, found))
     };
     let found = found.await;
     ready.stop().await;

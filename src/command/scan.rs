@@ -8,19 +8,19 @@ use serde::Serialize;
 use serde_json::json;
 use thiserror::Error;
 
-use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
-use crate::exit::{Exit, Explain};
 use crate::job::policy::{PolicyInputs, scanner};
-use crate::nix::nar::DumpError;
-use crate::nix::scan::{Finding, ScanResult};
-use crate::nix::store_path::StorePath;
-use crate::policy::Ruling;
-use crate::progress::Progress;
 use crate::report::screen::Screen;
-use crate::runner::env::Env;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::text::{bytes, count, duration};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Explain};
+use flywheel_core::policy::Ruling;
+use flywheel_core::progress::Progress;
+use flywheel_core::text::{bytes, count, duration};
+use flywheel_nix::nar::DumpError;
+use flywheel_nix::scan::{Finding, ScanResult};
+use flywheel_nix::store_path::StorePath;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// Look into store paths, or any files and folders, for what the publication policy would keep back.
 ///

@@ -9,17 +9,17 @@ use clap::Args;
 use thiserror::Error;
 use url::Url;
 
-use crate::command::Failure;
 use crate::command::inputs::{Hints, Text, address, cache_name, given, public_key, push_cache};
-use crate::exit::{Exit, Explain, UsageError};
-use crate::http::{Names, reach, redact};
-use crate::nix::cache_name::CacheName;
-use crate::nix::key::PublicKey;
-use crate::runner::context;
-use crate::runner::env::{Env, program_folder};
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::trust::{Decision, Request, TrustedRefs, decide};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Explain, UsageError};
+use flywheel_core::trust::{Decision, Request, TrustedRefs, decide};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::key::PublicKey;
+use flywheel_sys::http::{Names, reach, redact};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::{Env, program_folder};
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// A cache that is no farther than a job's runner answers long before this.
 const REACH_TIMEOUT: Duration = Duration::from_secs(2);

@@ -5,10 +5,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::SystemTime;
 
-use crate::nix::path_info::{Origin, PathInfo, Unreadable};
-use crate::nix::store::{self, Mark, Store};
-use crate::nix::store_path::StorePath;
-use crate::nix::temp_roots::{Owner, TempRootWatcher};
+use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
+use flywheel_nix::store::{self, Mark, Store};
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::temp_roots::{Owner, TempRootWatcher};
 
 /// What a job brought into the store.
 #[derive(Debug, Default)]

@@ -5,16 +5,16 @@ use std::path::Path;
 use tokio::net::TcpListener;
 use url::Url;
 
-use crate::cache::copy::StoreUrl;
-use crate::cache::endpoint::Endpoint;
-use crate::cache::probe::{self, Probe};
-use crate::cache_server::{Options, Server, Serving};
-use crate::http::{Clients, Names};
-use crate::nix::cache_name::CacheName;
-use crate::nix::key::PublicKey;
-use crate::progress::Sink;
 use crate::report::job::CacheState;
-use crate::secret::Secret;
+use flywheel_cache::client::copy::StoreUrl;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_cache::client::probe::{self, Probe};
+use flywheel_cache::server::{Options, Server, Serving};
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::key::PublicKey;
+use flywheel_sys::http::{Clients, Names};
 
 use super::source::Source;
 

@@ -3,8 +3,8 @@
 
 use std::collections::HashSet;
 
-use crate::nix::path_info::PathInfo;
-use crate::nix::store_path::{PathHash, StorePath};
+use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store_path::{PathHash, StorePath};
 
 /// The paths that were given with all they refer to.
 #[derive(Debug, Default)]
@@ -33,7 +33,7 @@ impl ClosureTracker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nix::hash::Sha256;
+    use flywheel_nix::hash::Sha256;
 
     fn path(letter: char) -> StorePath {
         format!("/nix/store/{}-x", letter.to_string().repeat(32))

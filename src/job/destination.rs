@@ -5,18 +5,18 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::cache::attic::Attic;
-use crate::cache::attic_cli::{self, Search, Stock};
-use crate::cache::copy::{Copy, StoreUrl};
-use crate::cache::destination::Target;
 use crate::command::inputs::{Text, choice};
-use crate::exit::{Explain as _, UsageError};
-use crate::http::Clients;
 use crate::job::attach::Cache;
-use crate::nix::tool::Nix;
-use crate::progress::Sink;
 use crate::report::job::CacheState;
-use crate::runner::env::Env;
+use flywheel_cache::client::attic::Attic;
+use flywheel_cache::client::attic_cli::{self, Search, Stock};
+use flywheel_cache::client::copy::{Copy, StoreUrl};
+use flywheel_cache::client::destination::Target;
+use flywheel_core::exit::{Explain as _, UsageError};
+use flywheel_core::progress::Sink;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::http::Clients;
+use flywheel_sys::runner::env::Env;
 
 /// How long a store is looked at before the job begins.
 pub const PING_LIMIT: Duration = Duration::from_secs(10);
@@ -265,14 +265,14 @@ mod tests {
     async fn a_bucket_gets_its_credentials_from_the_environment_and_nothing_else_does() {
         let folder = tempfile::tempdir().expect("folder");
         let program =
-            crate::nix::tool::tests::script(folder.path(), "nix", "echo 'nix (Nix) 2.24.1'").await;
+            flywheel_testing::script(folder.path(), "nix", "echo 'nix (Nix) 2.24.1'").await;
         let env = Env::from_pairs([
             ("AWS_SECRET_ACCESS_KEY", "k"),
             ("AWS_SESSION_TOKEN", "t"),
             ("ATTIC_TOKEN", "x"),
         ]);
         let nix = Nix::detect(&program, &env).await.expect("a nix");
-        let http = Clients::new(&crate::http::Roots::default()).expect("clients");
+        let http = Clients::new(&flywheel_sys::http::Roots::default()).expect("clients");
         let opener = DestinationOpener {
             env: &env,
             nix: &nix,

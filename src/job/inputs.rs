@@ -7,16 +7,16 @@ use clap::Args;
 
 use crate::command::inputs::{CacheInputs, GateInputs, Text, switch};
 use crate::command::units;
-use crate::exit::UsageError;
 use crate::job::destination::{DestinationConfig, DestinationInputs};
 use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
-use crate::nix::key::PublicKey;
-use crate::nix::settings::check_extra;
-use crate::policy::Impurity;
-use crate::runner::env::Env;
-use crate::text::one_line;
-use crate::trust::Request;
+use flywheel_core::exit::UsageError;
+use flywheel_core::policy::Impurity;
+use flywheel_core::text::one_line;
+use flywheel_core::trust::Request;
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::settings::check_extra;
+use flywheel_sys::runner::env::Env;
 
 /// How long publishing and verifying may take at the end, if nobody says otherwise.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::nix::path_info::PathInfo;
-use crate::nix::store_path::StorePath;
-use crate::nix::temp_roots::{Owner, TempRootWatcher};
+use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::temp_roots::{Owner, TempRootWatcher};
 
 /// How long a path that nobody was seen to add waits for another job to come to light.
 const HOLD: Duration = Duration::from_secs(1);
@@ -78,8 +78,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::nix::hash::Sha256;
-    use crate::nix::temp_roots::JobScope;
+    use flywheel_nix::hash::Sha256;
+    use flywheel_nix::temp_roots::JobScope;
 
     fn path(name: &str) -> StorePath {
         format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}")

@@ -5,15 +5,15 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use crate::cache::inspect::Inspector;
 use crate::command::inputs::{Text, choice};
-use crate::exit::UsageError;
-use crate::nix::scan::{Scanner, is_secret_name, is_secret_value};
-use crate::nix::store::Store;
-use crate::policy::{Allowed, Impurity, Policy, Rule, RuleMode, impurity_in_settings};
-use crate::runner::env::Env;
-use crate::secret::Secret;
-use crate::text::one_line;
+use flywheel_cache::client::inspect::Inspector;
+use flywheel_core::exit::UsageError;
+use flywheel_core::policy::{Allowed, Impurity, Policy, Rule, RuleMode, impurity_in_settings};
+use flywheel_core::secret::Secret;
+use flywheel_core::text::one_line;
+use flywheel_nix::scan::{Scanner, is_secret_name, is_secret_value};
+use flywheel_nix::store::Store;
+use flywheel_sys::runner::env::Env;
 
 /// No list of exceptions is longer.
 const LIST_LIMIT: u64 = 1 << 20;

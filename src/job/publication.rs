@@ -1,11 +1,11 @@
 //! From what the publisher and the verification found to what is told of it. Pure.
 
-use crate::cache::publish::{Options, Outcome};
-use crate::cache::verify::{self, Verdict, Verification};
-use crate::nix::path_info::{PathInfo, Unreadable};
-use crate::nix::scan::Finding;
-use crate::nix::store_path::StorePath;
 use crate::report::publication::{Key, Missed, Publication};
+use flywheel_cache::client::publish::{Options, Outcome};
+use flywheel_cache::client::verify::{self, Verdict, Verification};
+use flywheel_nix::path_info::{PathInfo, Unreadable};
+use flywheel_nix::scan::Finding;
+use flywheel_nix::store_path::StorePath;
 
 /// What was published, and what of it the cache serves. `unreadable` are valid paths that could not
 /// even be offered: those are lost too. `warned` is what went although the policy says something of it.

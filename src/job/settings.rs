@@ -3,13 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::nix::bootstrap::Ready;
-use crate::nix::effective_settings::{EffectiveSettings, read_effective};
-use crate::nix::netrc;
-use crate::nix::settings::{CacheSettings, Settings, WantedSettings, compose, malformed, sets};
-use crate::progress::Sink;
-use crate::runner::env::Env;
-use crate::secret::Secret;
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_nix::bootstrap::Ready;
+use flywheel_nix::effective_settings::{EffectiveSettings, read_effective};
+use flywheel_nix::netrc;
+use flywheel_nix::settings::{CacheSettings, Settings, WantedSettings, compose, malformed, sets};
+use flywheel_sys::runner::env::Env;
 
 use super::attach::Cache;
 

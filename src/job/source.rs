@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
-use crate::cache::copy::StoreUrl;
-use crate::cache::endpoint::Endpoint;
 use crate::command::inputs::{NamedCache, Text};
-use crate::nix::cache_name::CacheName;
-use crate::runner::context::in_ci;
-use crate::runner::env::Env;
+use flywheel_cache::client::copy::StoreUrl;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_nix::cache_name::CacheName;
+use flywheel_sys::runner::context::in_ci;
+use flywheel_sys::runner::env::Env;
 
 /// The cache to use.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::text::{one_line, shorten};
+use flywheel_core::text::{one_line, shorten};
 
 /// GitHub refuses longer texts of a Check Run (65,535 characters).
 const TEXT_LIMIT: usize = 60_000;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::budget::OutOfMemory;
 use crate::report::publication::Publication;
-use crate::text::{bytes, duration};
+use flywheel_core::budget::OutOfMemory;
+use flywheel_core::text::{bytes, duration};
 
 /// Who failed, if anybody did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

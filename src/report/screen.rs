@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::progress::{Progress, Sink};
-use crate::runner::workflow::{Level, Workflow};
-use crate::text::bytes;
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::text::bytes;
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// How often a log gets a line about a publication that moves.
 const LINE_EVERY: Duration = Duration::from_secs(5);

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::report::job::{CacheState, JobResult, Outcome};
 use crate::report::publication::Missed;
-use crate::text::{bytes, duration, one_line};
+use flywheel_core::text::{bytes, duration, one_line};
 
 /// At most this many lost paths are listed; the log and the journal have all.
 const LISTED: usize = 100;

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use flywheel::github::check_run::{CheckRuns, Commit, Conclusion as Ended};
-use flywheel::github::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
-use flywheel::github::checks::{Cause, Output, State, Verdict};
-use flywheel::http::{Clients, Roots};
-use flywheel::location::SourceLocation;
-use flywheel::progress::Sink;
-use flywheel::secret::Secret;
+use flywheel_core::location::SourceLocation;
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_github::check_run::{CheckRuns, Commit, Conclusion as Ended};
+use flywheel_github::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
+use flywheel_github::checks::{Cause, Output, State, Verdict};
+use flywheel_sys::http::{Clients, Roots};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 

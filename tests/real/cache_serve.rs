@@ -4,8 +4,8 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use flywheel::nix::hash::Sha256;
-use flywheel::nix::narinfo::NarInfo;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::narinfo::NarInfo;
 use futures_util::{StreamExt as _, stream};
 use serde_json::json;
 use sha2::Digest as _;
@@ -281,7 +281,7 @@ async fn two_gigabytes_pass_within_64_mib_of_memory() {
         "cache": "main", "store_path_hash": letters, "store_path": format!("/nix/store/{letters}-big"),
         "references": [], "sigs": [], "nar_hash": hash.to_string(), "nar_size": BLOCKS * MIB,
     });
-    let client = flywheel::http::client(&flywheel::http::Roots::default()).unwrap();
+    let client = flywheel_sys::http::client(&flywheel_sys::http::Roots::default()).unwrap();
     let body =
         reqwest::Body::wrap_stream(stream::iter(blocks(BLOCKS)).map(Ok::<_, std::io::Error>));
     let request = client

@@ -10,19 +10,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use flywheel::nix::bootstrap::{self, ready};
-use flywheel::nix::db::Db;
-use flywheel::nix::effective_settings::{IgnoredReason, IgnoredSetting, read_effective};
-use flywheel::nix::netrc;
-use flywheel::nix::path_info::{Origin, PathInfo};
-use flywheel::nix::ping::{Ping, PingFailure, ping};
-use flywheel::nix::settings::{CacheSettings, Settings, WantedSettings, compose, malformed};
-use flywheel::nix::store::{STATE_DIR, Store, open_db};
-use flywheel::nix::store_path::StorePath;
-use flywheel::nix::tool::Nix;
-use flywheel::progress::Sink;
-use flywheel::runner::env::Env;
-use flywheel::secret::Secret;
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_nix::bootstrap::{self, ready};
+use flywheel_nix::db::Db;
+use flywheel_nix::effective_settings::{IgnoredReason, IgnoredSetting, read_effective};
+use flywheel_nix::netrc;
+use flywheel_nix::path_info::{Origin, PathInfo};
+use flywheel_nix::ping::{Ping, PingFailure, ping};
+use flywheel_nix::settings::{CacheSettings, Settings, WantedSettings, compose, malformed};
+use flywheel_nix::store::{STATE_DIR, Store, open_db};
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::runner::env::Env;
 
 use crate::world::{need, with_private_nix};
 

@@ -50,7 +50,7 @@ fn nars_are_those_of_nix() {
         let tree = folder.path().join(format!("tree-{seed}"));
         random_tree(&tree, seed);
         let mut ours = Vec::new();
-        flywheel::nix::nar::write(&tree, &mut ours).unwrap();
+        flywheel_nix::nar::write(&tree, &mut ours).unwrap();
         let theirs = with_private_nix(&folder.path().join("nix"), &nix_store)
             .arg("--dump")
             .arg(&tree)

@@ -5,16 +5,16 @@ use std::time::{Duration, Instant};
 use crate::command::flake_checks::engine::RunEnd;
 use crate::command::flake_checks::inputs::{Checks, Plan};
 use crate::command::flake_checks::{RunResult, verdict};
-use crate::exit::Explain;
-use crate::github::check_run::{CheckRuns, Commit, Conclusion};
-use crate::github::checks::board::{Aggregate, CheckRunReporter, Options};
-use crate::github::checks::summary::{closing_line, render};
-use crate::github::checks::text::plain;
-use crate::http::{Clients, Roots};
 use crate::job::{STOPPED_LIMIT, Work};
-use crate::runner::context::{commit, github_api};
-use crate::runner::workflow::{Level, Workflow};
-use crate::text::one_line;
+use flywheel_core::exit::Explain;
+use flywheel_core::text::one_line;
+use flywheel_github::check_run::{CheckRuns, Commit, Conclusion};
+use flywheel_github::checks::board::{Aggregate, CheckRunReporter, Options};
+use flywheel_github::checks::summary::{closing_line, render};
+use flywheel_github::checks::text::plain;
+use flywheel_sys::http::{Clients, Roots};
+use flywheel_sys::runner::context::{commit, github_api};
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// How long the last Check Runs may take, GitHub's own waits included.
 const CLOSE_LIMIT: Duration = Duration::from_secs(300);

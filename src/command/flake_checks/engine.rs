@@ -17,16 +17,16 @@ use tokio_util::sync::CancellationToken;
 use crate::command::flake_checks::inputs::Plan;
 use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, of_evaluation};
 use crate::command::flake_checks::reporter::Reporter;
-use crate::github::checks::{Cause, Conclusion, State};
-use crate::nix::build::BuildResult;
-use crate::nix::build::log::{BuildEvent, BuildFailure};
-use crate::nix::build::presence::{Presence, valid};
-use crate::nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
-use crate::nix::flake::expression::SelfView;
-use crate::nix::store::Store;
-use crate::nix::store_path::StorePath;
-use crate::nix::tool::Nix;
-use crate::process::signals::{Signals, Stop};
+use flywheel_github::checks::{Cause, Conclusion, State};
+use flywheel_nix::build::BuildResult;
+use flywheel_nix::build::log::{BuildEvent, BuildFailure};
+use flywheel_nix::build::presence::{Presence, valid};
+use flywheel_nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
+use flywheel_nix::flake::expression::SelfView;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::process::signals::{Signals, Stop};
 
 /// How often it is looked which outputs have become valid.
 const POLL_INTERVAL: Duration = Duration::from_millis(300);

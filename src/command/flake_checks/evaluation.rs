@@ -6,23 +6,23 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::command::Failure;
 use crate::command::flake_checks::engine::Evaluation;
 use crate::command::flake_checks::inputs::{EvaluatorKind, Plan, Remember};
 use crate::command::flake_checks::output::OutputProgress;
-use crate::nix::flake::Source;
-use crate::nix::flake::evaluate::{
+use flywheel_core::exit::Failure;
+use flywheel_core::policy::impurity_in_settings;
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_nix::flake::Source;
+use flywheel_nix::flake::evaluate::{
     self, Derivation, NameList, OutputName, Pool, SelfViews, allows_memory, evaluation_settings,
     names, views,
 };
-use crate::nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered};
-use crate::nix::flake::expression::{Expressions, SelfView};
-use crate::nix::flake::nix_eval_jobs::NixEvalJobs;
-use crate::nix::tool::{Nix, on_path};
-use crate::policy::impurity_in_settings;
-use crate::progress::Sink;
-use crate::runner::env::Env;
-use crate::secret::Secret;
+use flywheel_nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered};
+use flywheel_nix::flake::expression::{Expressions, SelfView};
+use flywheel_nix::flake::nix_eval_jobs::NixEvalJobs;
+use flywheel_nix::tool::{Nix, on_path};
+use flywheel_sys::runner::env::Env;
 
 /// Events of the pool that may wait.
 const QUEUE: usize = 1024;

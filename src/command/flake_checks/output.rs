@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::github::checks::{Cause, Output, Verdict};
-use crate::location::SourceLocation;
-use crate::nix::build::log::{BuildFailure, FailureKind};
-use crate::nix::flake::evaluate::{Derivation, EvalFailure, OutputName};
-use crate::nix::hash::Sha256;
-use crate::nix::store_path::StorePath;
+use flywheel_core::location::SourceLocation;
+use flywheel_github::checks::{Cause, Output, Verdict};
+use flywheel_nix::build::log::{BuildFailure, FailureKind};
+use flywheel_nix::flake::evaluate::{Derivation, EvalFailure, OutputName};
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::store_path::StorePath;
 
 /// Lines of a build's log that are kept, the last.
 const TAIL: usize = 200;

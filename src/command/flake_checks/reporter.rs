@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::output::OutputProgress;
-use crate::github::checks::board::{Aggregate, CheckRunReporter, ReportStats};
-use crate::github::checks::summary::sign;
-use crate::github::checks::text::{title, without_ansi};
-use crate::github::checks::{Conclusion, Output, State, Verdict};
-use crate::runner::workflow::Workflow;
-use crate::text::{one_line, shorten};
+use flywheel_core::text::{one_line, shorten};
+use flywheel_github::checks::board::{Aggregate, CheckRunReporter, ReportStats};
+use flywheel_github::checks::summary::sign;
+use flywheel_github::checks::text::{title, without_ansi};
+use flywheel_github::checks::{Conclusion, Output, State, Verdict};
+use flywheel_sys::runner::workflow::Workflow;
 
 /// How often a log gets a line about a run that goes on.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);

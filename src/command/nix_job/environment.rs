@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
-use crate::runner::env::{Env, join_path, split_path};
+use flywheel_sys::runner::env::{Env, join_path, split_path};
 
 /// The cache token: it is for the publisher, and reaches Nix by the netrc.
 const TOKENS: [&str; 1] = ["ATTIC_TOKEN"];

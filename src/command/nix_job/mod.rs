@@ -12,23 +12,23 @@ use tokio_util::sync::CancellationToken;
 pub use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
-use crate::budget::{self, Observed};
-use crate::command::Failure;
-use crate::exit::{Exit, UsageError};
-use crate::host::peak::{Span, Spent};
-use crate::host::private::PrivateFolder;
 use crate::job::added_paths::AddedPaths;
 use crate::job::{self, JobReport, Prepared, Secrets, Work};
-use crate::nix::temp_roots;
-use crate::process::signals::Signals;
-use crate::process::supervise::{Ended, Supervised};
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use crate::report::screen::Screen;
-use crate::runner::env::Env;
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow};
-use crate::secret::Secret;
+use flywheel_core::budget::{self, Observed};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, UsageError};
+use flywheel_core::secret::Secret;
+use flywheel_nix::temp_roots;
+use flywheel_sys::host::peak::{Span, Spent};
+use flywheel_sys::host::private::PrivateFolder;
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::process::supervise::{Ended, Supervised};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// Runs the verb.
 ///

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::progress::{Progress, Sink};
 use crate::report::publication::{Key, Missed, Publication};
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::text;
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::text;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// So many paths are named in text; JSON has them all.
 const NAMED: usize = 20;

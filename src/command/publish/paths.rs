@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::exit::UsageError;
-use crate::nix::store_path::StorePath;
-use crate::text::one_line;
+use flywheel_core::exit::UsageError;
+use flywheel_core::text::one_line;
+use flywheel_nix::store_path::StorePath;
 
 /// Longer chains of links are loops, as the kernel sees it too.
 const LINKS: usize = 40;

@@ -6,22 +6,22 @@ use std::time::{Duration, Instant};
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::cache::attic::{Attic, Body, Meter};
-use crate::cache::bazel::Asker;
-use crate::cache::endpoint::Endpoint;
-use crate::cache::probe::{Layer, probe};
-use crate::contract::shared_cache::{Given, judge};
-use crate::http::{Clients, Names};
-use crate::nix::key::PublicKey;
-use crate::nix::narinfo::NarInfo;
-use crate::nix::path_info::PathInfo;
-use crate::nix::store::Store;
-use crate::nix::store_path::StorePath;
-use crate::nix::tool::Nix;
-use crate::runner::env::Env;
-use crate::secret::Secret;
-use crate::text::count;
-use crate::trust::{Decision, PublishPermit};
+use flywheel_cache::client::attic::{Attic, Body, Meter};
+use flywheel_cache::client::bazel::Asker;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_cache::client::probe::{Layer, probe};
+use flywheel_core::contract::shared_cache::{Given, judge};
+use flywheel_core::secret::Secret;
+use flywheel_core::text::count;
+use flywheel_core::trust::{Decision, PublishPermit};
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::narinfo::NarInfo;
+use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::http::{Clients, Names};
+use flywheel_sys::runner::env::Env;
 
 const NAME: CheckSpec = CheckSpec::advisory("cache-name", "cache-name", 5);
 const CONNECT: CheckSpec = CheckSpec::advisory("cache-connect", "cache-connect", 5);
@@ -370,11 +370,11 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
 
 async fn asked(
     asker: &Asker,
-    endpoint: &crate::contract::shared_cache::Endpoint,
+    endpoint: &flywheel_core::contract::shared_cache::Endpoint,
     limit: Duration,
 ) -> Found<()> {
     let hint = "Check that the server is up and that the runner may reach it.";
-    let shown = crate::contract::shared_cache::redact(endpoint.url.as_str());
+    let shown = flywheel_core::contract::shared_cache::redact(endpoint.url.as_str());
     let failed = |text: String| CheckFailure::new(format!("{shown}: {text}"), hint);
     let can = asker
         .ask(&endpoint.url, limit)

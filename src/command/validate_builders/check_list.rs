@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use crate::report::canary::{Check, Severity, Verdict};
-use crate::text::{duration, nearest, one_line};
+use flywheel_core::text::{duration, nearest, one_line};
 
 /// What a check that stops itself at its limit has left to say so.
 const GRACE: Duration = Duration::from_millis(300);

@@ -8,12 +8,12 @@ use rustix::fs::statvfs;
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::contract::Size;
-use crate::host::memory::{Cgroup, of_machine};
-use crate::nix::key::PublicKey;
-use crate::nix::settings;
-use crate::runner::env::Env;
-use crate::text::bytes;
+use flywheel_core::contract::Size;
+use flywheel_core::text::bytes;
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::settings;
+use flywheel_sys::host::memory::{Cgroup, of_machine};
+use flywheel_sys::runner::env::Env;
 
 const DISK: CheckSpec = CheckSpec::required("disk-space", "disk", 5);
 const INODES: CheckSpec = CheckSpec::required("disk-inodes", "inodes", 5);
@@ -263,7 +263,7 @@ fn hints(env: &Env) -> Found<()> {
         _ => Some("is no http or https address".to_owned()),
     });
     look("ATTIC_CACHE", &|text| {
-        text.parse::<crate::nix::cache_name::CacheName>()
+        text.parse::<flywheel_nix::cache_name::CacheName>()
             .err()
             .map(|_| "is no name of a cache".to_owned())
     });

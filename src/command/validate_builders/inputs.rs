@@ -9,19 +9,19 @@ use clap::builder::FalseyValueParser;
 use url::Url;
 
 use super::check_list::Weights;
-use crate::cache::endpoint::Endpoint;
-use crate::command::Failure;
 use crate::command::cache_contract::unknown_class;
 use crate::command::contract::ContractInput;
 use crate::command::inputs::{CacheInputs, Text, choice, number, push_cache};
-use crate::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
-use crate::exit::UsageError;
 use crate::job::private_base;
-use crate::nix::key::PublicKey;
-use crate::nix::store_path::StorePath;
-use crate::runner::env::Env;
-use crate::text::one_line;
-use crate::trust::{Request, TrustedRefs};
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_core::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::UsageError;
+use flywheel_core::text::one_line;
+use flywheel_core::trust::{Request, TrustedRefs};
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::store_path::StorePath;
+use flywheel_sys::runner::env::Env;
 
 /// The class that a deployment waits for.
 const DEFAULT_CLASS: &str = "nix-builder";

@@ -16,16 +16,16 @@ pub use self::inputs::Inputs;
 use self::check_list::CheckList;
 use self::inputs::Plan;
 use self::nix::Built;
-use crate::cache::bazel::Asker;
-use crate::command::Failure;
-use crate::exit::Exit;
-use crate::http::{Clients, Roots};
 use crate::report::canary::Canary;
-use crate::runner::context;
-use crate::runner::env::Env;
-use crate::runner::workflow::Workflow;
-use crate::secret::Secret;
-use crate::trust::{Decision, decide};
+use flywheel_cache::client::bazel::Asker;
+use flywheel_core::exit::Exit;
+use flywheel_core::exit::Failure;
+use flywheel_core::secret::Secret;
+use flywheel_core::trust::{Decision, decide};
+use flywheel_sys::http::{Clients, Roots};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::Workflow;
 
 /// Runs the verb.
 ///

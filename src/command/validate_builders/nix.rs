@@ -6,15 +6,15 @@ use std::time::Duration;
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::nix::effective_settings::untrusted_store;
-use crate::nix::ping::{Ping, PingFailure, ping};
-use crate::nix::settings::Settings;
-use crate::nix::store_path::StorePath;
-use crate::nix::tool::{Error, Nix, WELL_KNOWN, find};
-use crate::process::capture::Tool;
 use crate::report::canary::Verdict;
-use crate::runner::env::Env;
-use crate::text::{count, one_line};
+use flywheel_core::text::{count, one_line};
+use flywheel_nix::effective_settings::untrusted_store;
+use flywheel_nix::ping::{Ping, PingFailure, ping};
+use flywheel_nix::settings::Settings;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::{Error, Nix, WELL_KNOWN, find};
+use flywheel_sys::process::capture::Tool;
+use flywheel_sys::runner::env::Env;
 
 const PRESENT: CheckSpec = CheckSpec::required("nix-on-path", "toolchain", 10);
 const VERSION: CheckSpec = CheckSpec::required("nix-version", "toolchain", 10);
@@ -369,7 +369,7 @@ fn of_text(call: &str, stderr: &str, hint: &str) -> CheckFailure {
     classed(
         format!(
             "`{call}` failed: {}",
-            crate::nix::tool::error_summary(stderr)
+            flywheel_nix::tool::error_summary(stderr)
         ),
         hint,
     )

@@ -8,13 +8,13 @@ use url::Url;
 
 use super::CheckContext;
 use super::inputs::CheckRun;
-use crate::github::check_run::{self, Commit, Conclusion, Finished};
-use crate::http::{chain, redact};
 use crate::report::canary::{Canary, Verdict};
-use crate::runner::context::{commit, github_api};
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::secret::Secret;
+use flywheel_core::secret::Secret;
+use flywheel_github::check_run::{self, Commit, Conclusion, Finished};
+use flywheel_sys::http::{chain, redact};
+use flywheel_sys::runner::context::{commit, github_api};
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// A gateway that takes longer is not waited for.
 const PUSH_LIMIT: Duration = Duration::from_secs(5);
@@ -187,7 +187,7 @@ async fn write_check_run(
     match tokio::time::timeout(CHECK_RUN_LIMIT, leaving).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {
-            let hint = crate::exit::Explain::hint(&error).unwrap_or_default();
+            let hint = flywheel_core::exit::Explain::hint(&error).unwrap_or_default();
             Err(format!("no Check Run is left: {error}. {hint}"))
         }
         Err(_) => Err(format!(

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::contract::Requirement;
-use crate::nix::tool::on_path;
-use crate::process::capture::{Output, Tool};
-use crate::runner::env::Env;
-use crate::text::one_line;
+use flywheel_core::contract::Requirement;
+use flywheel_core::text::one_line;
+use flywheel_nix::tool::on_path;
+use flywheel_sys::process::capture::{Output, Tool};
+use flywheel_sys::runner::env::Env;
 
 const TOOL: CheckSpec = CheckSpec::required("tool", "tools", 10);
 const ENDPOINT: CheckSpec = CheckSpec::required("container-endpoint", "docker", 15);

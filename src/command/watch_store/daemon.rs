@@ -13,13 +13,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::ipc::{Finished, Request, Status, receive, send};
-use crate::command::Failure;
 use crate::job::stream::Deadline;
 use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Watch, Work};
-use crate::nix::temp_roots::JobScope;
-use crate::process::signals::Signals;
-use crate::progress::{Progress, Sink};
-use crate::runner::workflow::Workflow;
+use flywheel_core::exit::Failure;
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_nix::temp_roots::JobScope;
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::workflow::Workflow;
 
 /// A step says what it wants at once.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
@@ -123,7 +123,7 @@ impl Daemon<'_> {
             .cache
             .endpoint
             .as_ref()
-            .map(crate::cache::endpoint::Endpoint::substituter);
+            .map(flywheel_cache::client::endpoint::Endpoint::substituter);
         {
             let mut status = self.status_cell.status();
             status.state = "watching".into();

@@ -20,22 +20,22 @@ use tokio::time::{Instant, interval, timeout, timeout_at};
 use self::daemon::{Daemon, StatusCell, nix_folder, variables};
 use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, send};
 use self::runtime_dir::{RuntimeDir, job_processes};
-use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
 use crate::command::setup::quoted;
-use crate::exit::{Exit, Explain, UsageError};
-use crate::host::private::PrivateFolder;
 use crate::job::inputs::{JobInputs, Plan};
 use crate::job::{self, JobReport, Prepared, Secrets, Work};
-use crate::process::detached;
-use crate::process::signals::Signals;
-use crate::progress::{Progress, Sink};
 use crate::report::screen::Screen;
-use crate::runner::env::{Env, current_folder, program_and_arguments};
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::secret::Secret;
-use crate::text;
+use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Explain, UsageError};
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::secret::Secret;
+use flywheel_core::text;
+use flywheel_sys::host::private::PrivateFolder;
+use flywheel_sys::process::detached;
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::env::{Env, current_folder, program_and_arguments};
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// Nix may have to be installed, which has its own limit of ten minutes.
 const START_LIMIT: Duration = Duration::from_secs(630);
@@ -232,7 +232,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         match begun {
             Some(StartEvent::Note(text)) => workflow.say(&text),
             Some(StartEvent::Degraded(area, text)) => {
-                workflow.annotate(Level::Warning, &area, &text)
+                workflow.annotate(Level::Warning, &area, &text);
             }
             Some(StartEvent::Ready {
                 secret,
@@ -317,7 +317,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let begun = Sink::new(|event| match event {
         Progress::Note(text) => data(&json(&StartEvent::Note(text))),
         Progress::Degraded { area, text } => {
-            data(&json(&StartEvent::Degraded(area.to_owned(), text)))
+            data(&json(&StartEvent::Degraded(area.to_owned(), text)));
         }
         Progress::Moved { .. } => (),
     });

@@ -12,10 +12,10 @@ use sha2::{Digest as _, Sha256};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
-use crate::host::private::{PrivateError, PrivateFolder};
 use crate::job::private_base;
-use crate::nix::temp_roots::JobScope;
-use crate::runner::env::Env;
+use flywheel_nix::temp_roots::JobScope;
+use flywheel_sys::host::private::{PrivateError, PrivateFolder};
+use flywheel_sys::runner::env::Env;
 
 /// A process on this machine answers a connection at once, or never.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);

@@ -132,7 +132,7 @@ async fn references_are_sorted_and_the_signature_is_over_the_sorted_list() {
     let names: Vec<&str> = narinfo
         .references
         .iter()
-        .map(flywheel::nix::store_path::StorePath::base_name)
+        .map(flywheel_nix::store_path::StorePath::base_name)
         .collect();
     assert_eq!(names, [&path.base, &b.base, &c.base]);
 }
@@ -141,10 +141,10 @@ async fn references_are_sorted_and_the_signature_is_over_the_sorted_list() {
 async fn a_real_deriver_and_foreign_signatures_are_served() {
     let served = Served::start(&[]);
     let path = TestPath::new('a', b"a");
-    let foreign = flywheel::nix::key::SecretKey::generate("other-1")
+    let foreign = flywheel_nix::key::SecretKey::generate("other-1")
         .unwrap()
         .sign("whatever");
-    let stale = flywheel::nix::key::SecretKey::generate("main")
+    let stale = flywheel_nix::key::SecretKey::generate("main")
         .unwrap()
         .sign("whatever");
     let mut info = path.info("main");

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use flywheel::runner::context::facts;
-use flywheel::runner::env::Env;
-use flywheel::trust::Facts;
+use flywheel_core::trust::Facts;
+use flywheel_sys::runner::context::facts;
+use flywheel_sys::runner::env::Env;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
-use flywheel::policy::{Policy, Rule, RuleMode, Ruling};
-use flywheel::trust::{Facts, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_core::policy::{Policy, Rule, RuleMode, Ruling};
+use flywheel_core::trust::{Facts, PushCache, Request, TrustedRefs, Verdict, decide};
 use serde_json::{Value, json};
 
 use super::events::{Event, Files, event, published, push};

@@ -3,9 +3,9 @@
 
 use std::fmt::Write as _;
 
-use flywheel::runner::context::facts;
-use flywheel::runner::env::Env;
-use flywheel::trust::{Decision, Facts, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_core::trust::{Decision, Facts, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_sys::runner::context::facts;
+use flywheel_sys::runner::env::Env;
 
 use super::events::{Files, event, push};
 use super::gate::WIDEST;

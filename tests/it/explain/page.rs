@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use flywheel::trust::{Decision, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_core::trust::{Decision, PushCache, Request, TrustedRefs, Verdict, decide};
 use serde_json::{Value, json};
 
 use super::events::{Event, Files, event, published, push};

@@ -21,15 +21,10 @@ impl Source {
         }
     }
 
-    /// The module on the top level that it belongs to: `cache` for `src/cache/attic.rs`.
-    pub fn module(&self) -> &str {
-        let below = self.name.trim_start_matches("src/");
-        below.split(['/', '.']).next().unwrap()
-    }
-
-    /// Whether it lies in a folder (`src/runner/`) or is a module's file (`src/runner.rs`).
+    /// Whether it lies in a module's folder (`src/command/`) or is its file (`src/command.rs`).
     pub fn is_of(&self, module: &str) -> bool {
-        self.name.starts_with("src/") && self.module() == module
+        let rest = self.name.strip_prefix(module);
+        rest.is_some_and(|rest| rest.starts_with('/') || rest == ".rs")
     }
 
     /// Its code without comments, and with empty texts in the place of literal ones.

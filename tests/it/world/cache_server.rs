@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use flywheel::nix::hash::Sha256;
-use flywheel::nix::narinfo::NarInfo;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::narinfo::NarInfo;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use sha2::Digest as _;
@@ -88,7 +88,7 @@ impl Served {
             "team",
         ]);
         arguments.extend(more);
-        let client = flywheel::http::client(&flywheel::http::Roots::default()).unwrap();
+        let client = flywheel_sys::http::client(&flywheel_sys::http::Roots::default()).unwrap();
         let mut run = Flywheel::new(&arguments);
         run.folder = folder;
         let mut child = wrap(run.command()).spawn().unwrap();

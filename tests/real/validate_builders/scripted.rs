@@ -5,10 +5,10 @@ use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 
-use flywheel::nix::hash::Sha256;
-use flywheel::nix::key::SecretKey;
-use flywheel::nix::path_info::fingerprint;
-use flywheel::nix::store_path::StorePath;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::key::SecretKey;
+use flywheel_nix::path_info::fingerprint;
+use flywheel_nix::store_path::StorePath;
 use sha2::Digest as _;
 
 use crate::world::{must, need};

@@ -9,10 +9,10 @@ use tokio::sync::mpsc;
 use super::{Engine, EngineEvent, Lane, QUEUE};
 use crate::command::flake_checks::lanes::{self, LaneState};
 use crate::command::flake_checks::output::{Tail, of_build};
-use crate::github::checks::{Cause, State};
-use crate::nix::build::log::{BuildEvent, BuildFailure, FailureKind, is_download};
-use crate::nix::build::{BuildRequest, BuildResult};
-use crate::nix::store_path::StorePath;
+use flywheel_github::checks::{Cause, State};
+use flywheel_nix::build::log::{BuildEvent, BuildFailure, FailureKind, is_download};
+use flywheel_nix::build::{BuildRequest, BuildResult};
+use flywheel_nix::store_path::StorePath;
 
 /// Logs that are kept: those of what was begun last, and of all that failed.
 const LOGS: usize = 500;

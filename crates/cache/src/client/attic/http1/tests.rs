@@ -1,0 +1,406 @@
+//! Uploads to servers that are scripted to the byte.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::client::attic::{
+    AskFirst, Attic, Error, Lines, Meter, Patience, SendNar, Uploaded, WholeBody,
+};
+use crate::client::endpoint::Endpoint;
+use crate::client::fake::Fake;
+use flywheel_core::secret::Secret;
+use flywheel_nix::path_info::PathInfo;
+use flywheel_sys::http::{Clients, Roots};
+
+const KNOWN: &str = "HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{\"kind\":\"Deduplicated\"}";
+const STORED: &str = "HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{\"kind\":\"Uploaded\"}";
+
+fn ask_first(clients: &Clients) -> Box<dyn SendNar> {
+    let lines = Arc::new(Lines::new(clients.direct.clone()));
+    Box::new(AskFirst::new(
+        lines,
+        clients.sending.clone(),
+        Patience::default(),
+    ))
+}
+
+/// A server on loopback, a client that knows it, and a path of this many bytes to send to it.
+struct Scene {
+    _fake: Fake,
+    listener: TcpListener,
+    attic: Attic,
+    path: PathInfo,
+    file: PathBuf,
+}
+
+/// What a server has heard of one request.
+struct Heard {
+    stream: TcpStream,
+    head: String,
+    /// Of the body.
+    more: Vec<u8>,
+}
+
+impl Heard {
+    /// Reads the head.
+    async fn of(mut stream: TcpStream) -> Self {
+        let mut bytes = Vec::new();
+        loop {
+            if let Some(end) = bytes.windows(4).position(|four: &[u8]| four == b"\r\n\r\n") {
+                let more = bytes.split_off(end + 4);
+                let head = String::from_utf8(bytes).expect("text").to_ascii_lowercase();
+                return Self { stream, head, more };
+            }
+            assert!(
+                stream.read_buf(&mut bytes).await.expect("readable") > 0,
+                "no head came"
+            );
+        }
+    }
+
+    async fn say(&mut self, text: &str) {
+        self.stream
+            .write_all(text.as_bytes())
+            .await
+            .expect("the client listens");
+    }
+
+    fn length(&self) -> usize {
+        let line = self
+            .head
+            .lines()
+            .find_map(|line| line.strip_prefix("content-length: "))
+            .expect("a length");
+        line.parse().expect("a number")
+    }
+
+    /// Reads the body to its announced end.
+    async fn whole(&mut self) {
+        while self.more.len() < self.length() {
+            assert!(
+                self.stream
+                    .read_buf(&mut self.more)
+                    .await
+                    .expect("readable")
+                    > 0,
+                "the body was cut"
+            );
+        }
+        assert_eq!(self.more.len(), self.length());
+    }
+
+    /// Everything that still comes until the client ends.
+    async fn rest(&mut self) -> usize {
+        // A reset is an end too.
+        let _ = self.stream.read_to_end(&mut self.more).await;
+        self.more.len()
+    }
+}
+
+impl Scene {
+    async fn new(size: usize) -> Self {
+        Self::with(size, 0, ask_first).await
+    }
+
+    async fn with(
+        size: usize,
+        references: usize,
+        sender: impl Fn(&Clients) -> Box<dyn SendNar>,
+    ) -> Self {
+        let fake = Fake::start().await;
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+        let url = format!("http://{}", listener.local_addr().expect("bound"));
+        let endpoint = Endpoint::new(url.parse().expect("URL"), "main".parse().expect("name"));
+        let clients = Clients::new(&Roots::default()).expect("settings hold");
+        let sender = sender(&clients);
+        let patience = std::time::Duration::from_secs(2);
+        let lines = Arc::new(Lines::new(clients.direct));
+        let attic = Attic::with_sender(
+            endpoint,
+            Secret::new("token"),
+            clients.asking,
+            lines,
+            sender,
+            patience,
+        );
+        let others: Vec<PathInfo> = (0..references)
+            .map(|n| fake.path(&format!("library-{n}"), b"", &[]))
+            .collect();
+        let path = fake.path(
+            "path",
+            &vec![b'x'; size],
+            &others.iter().collect::<Vec<_>>(),
+        );
+        let file = fake.file(&path);
+        Self {
+            _fake: fake,
+            listener,
+            attic,
+            path,
+            file,
+        }
+    }
+
+    async fn heard(&self) -> Heard {
+        Heard::of(self.listener.accept().await.expect("accepted").0).await
+    }
+
+    async fn upload(&self) -> (Result<Uploaded, Error>, Meter) {
+        let meter = Meter::default();
+        (
+            self.attic.upload(&self.path, &self.file, &meter).await,
+            meter,
+        )
+    }
+}
+
+#[tokio::test]
+async fn a_known_nar_is_not_sent_at_all() {
+    let scene = Scene::new(30_000_000).await;
+    let server = async {
+        let mut heard = scene.heard().await;
+        assert!(
+            heard.head.contains("expect: 100-continue\r\n"),
+            "{}",
+            heard.head
+        );
+        heard.say(KNOWN).await;
+        heard.rest().await
+    };
+    let ((uploaded, meter), came) = tokio::join!(scene.upload(), server);
+    assert_eq!(
+        (uploaded.expect("taken"), meter.own(), came),
+        (Uploaded::Deduplicated, 0, 0)
+    );
+}
+
+#[tokio::test]
+async fn a_refused_nar_is_not_sent_at_all() {
+    let scene = Scene::new(1_000_000).await;
+    for status in [401, 403, 404, 413] {
+        let server = async {
+            let mut heard = scene.heard().await;
+            heard
+                .say(&format!(
+                    "HTTP/1.1 {status} No\r\nContent-Length: 0\r\n\r\n"
+                ))
+                .await;
+            heard.rest().await
+        };
+        let ((uploaded, _), came) = tokio::join!(scene.upload(), server);
+        let text = uploaded.expect_err("refused").to_string();
+        assert!(
+            came == 0 && (text.contains(&status.to_string()) || text.contains("refuses")),
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn leave_is_waited_for_and_silence_is_leave() {
+    let scene = Scene::new(1_000_000).await;
+    let server = async {
+        let mut heard = scene.heard().await;
+        heard
+            .say("HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+            .await;
+        heard.whole().await;
+        heard.say(STORED).await;
+        // The same connection, because the exchange was whole. Now nothing is said to the question.
+        let mut heard = Heard::of(heard.stream).await;
+        heard.whole().await;
+        heard.say(STORED).await;
+    };
+    let uploads = async {
+        for _ in 0..2 {
+            let (uploaded, meter) = scene.upload().await;
+            assert_eq!(
+                (uploaded.expect("taken"), meter.own()),
+                (Uploaded::Stored, scene.path.nar_size)
+            );
+        }
+    };
+    tokio::join!(uploads, server);
+}
+
+#[tokio::test]
+async fn a_server_that_takes_no_questions_is_sent_the_body() {
+    let scene = Scene::new(1_000_000).await;
+    let server = async {
+        let mut heard = scene.heard().await;
+        heard
+            .say("HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n")
+            .await;
+        let mut heard = scene.heard().await;
+        assert!(!heard.head.contains("expect:"), "{}", heard.head);
+        heard.whole().await;
+        heard.say(STORED).await;
+    };
+    let ((uploaded, _), ()) = tokio::join!(scene.upload(), server);
+    assert_eq!(uploaded.expect("taken"), Uploaded::Stored);
+}
+
+#[tokio::test]
+async fn a_small_nar_goes_at_once_and_its_length_is_exact() {
+    let scene = Scene::new(1_000).await;
+    let server = async {
+        let mut heard = scene.heard().await;
+        assert!(
+            !heard.head.contains("expect:") && !heard.head.contains("chunked"),
+            "{}",
+            heard.head
+        );
+        heard.whole().await;
+        assert_eq!(heard.length() as u64, scene.path.nar_size);
+        heard
+            .say("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            .await;
+        heard
+            .say("a\r\n{\"kind\":\"U\r\n9;x=y\r\nploaded\"}\r\n0\r\nA: b\r\n\r\n")
+            .await;
+        // Kept after a chunked answer too; and a server that says more than its answer is not kept.
+        let mut heard = Heard::of(heard.stream).await;
+        heard.whole().await;
+        heard.say(&format!("{STORED}HTTP/1.1 200 OK\r\n")).await;
+        let mut heard = scene.heard().await;
+        heard.whole().await;
+        heard
+            .say(&STORED.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"))
+            .await;
+        let mut heard = scene.heard().await;
+        heard.whole().await;
+        heard
+            .say(
+                &STORED
+                    .replace("1.1", "1.0")
+                    .replace("Content-Length: 19\r\n", ""),
+            )
+            .await;
+        drop(heard);
+        let mut heard = scene.heard().await;
+        heard.whole().await;
+        heard.say(STORED).await;
+    };
+    let uploads = async {
+        for _ in 0..5 {
+            assert_eq!(scene.upload().await.0.expect("taken"), Uploaded::Stored);
+        }
+    };
+    tokio::join!(uploads, server);
+}
+
+#[tokio::test]
+async fn a_long_description_counts_into_the_length() {
+    let scene = Scene::with(200_000, 100, ask_first).await;
+    let server = async {
+        let mut heard = scene.heard().await;
+        let size = heard
+            .head
+            .lines()
+            .find_map(|line| line.strip_prefix("x-attic-nar-info-preamble-size: "));
+        let size: usize = size.expect("a preamble").parse().expect("a number");
+        heard.whole().await;
+        assert_eq!(heard.length() as u64, size as u64 + scene.path.nar_size);
+        let info: serde_json::Value = serde_json::from_slice(&heard.more[..size]).expect("JSON");
+        assert_eq!(info["references"].as_array().map(Vec::len), Some(100));
+        heard.say(STORED).await;
+    };
+    let ((uploaded, _), ()) = tokio::join!(scene.upload(), server);
+    assert_eq!(uploaded.expect("taken"), Uploaded::Stored);
+}
+
+/// A server that answers early and closes at once, with the body still coming: what it says is heard,
+/// or asked for once more, never taken for a broken line.
+#[tokio::test]
+async fn an_early_answer_is_never_lost() {
+    type Sender = fn(&Clients) -> Box<dyn SendNar>;
+    let senders: [(Sender, usize); 3] = [
+        (ask_first, 0),
+        (ask_first, 100),
+        (
+            |clients| Box::new(WholeBody::new(clients.sending.clone(), Patience::default())),
+            0,
+        ),
+    ];
+    for (sender, references) in senders {
+        let scene = Scene::with(8_000_000, references, sender).await;
+        for answer in [
+            KNOWN,
+            "HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n",
+            "HTTP/1.1 413 No\r\n\r\n",
+        ] {
+            let server = async {
+                loop {
+                    let mut heard = scene.heard().await;
+                    heard.say("HTTP/1.1 100 Continue\r\n\r\n").await;
+                    // Closed with bytes unread: the system resets the connection.
+                    heard.say(answer).await;
+                }
+            };
+            let (uploaded, _) = tokio::select! {
+                ended = scene.upload() => ended,
+                () = server => unreachable!("it serves for ever"),
+            };
+            match uploaded {
+                Ok(uploaded) => assert_eq!((uploaded, answer), (Uploaded::Deduplicated, KNOWN)),
+                Err(error) => assert!(
+                    matches!(
+                        error,
+                        Error::Refused { status: 401, .. } | Error::TooLarge { .. }
+                    ),
+                    "{references}: {answer}: {error}"
+                ),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_that_ended_while_it_rested_costs_nothing() {
+    let scene = Scene::new(1_000).await;
+    let server = async {
+        let mut heard = scene.heard().await;
+        heard.whole().await;
+        heard.say(STORED).await;
+        // It says that it stays, and goes when the next request comes.
+        let heard = Heard::of(heard.stream).await;
+        drop(heard);
+        let mut heard = scene.heard().await;
+        heard.whole().await;
+        heard.say(STORED).await;
+    };
+    let uploads = async {
+        for _ in 0..2 {
+            assert_eq!(scene.upload().await.0.expect("taken"), Uploaded::Stored);
+        }
+    };
+    tokio::join!(uploads, server);
+}
+
+#[tokio::test]
+async fn what_is_no_answer_is_told() {
+    let scene = Scene::new(1_000).await;
+    for text in [
+        "SSH-2.0-OpenSSH\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    ] {
+        let server = async {
+            loop {
+                let mut heard = scene.heard().await;
+                heard.whole().await;
+                heard.say(text).await;
+            }
+        };
+        let (uploaded, _) = tokio::select! {
+            ended = scene.upload() => ended,
+            () = server => unreachable!("it serves for ever"),
+        };
+        assert!(
+            matches!(uploaded, Err(Error::Unreachable { .. })),
+            "{text}: {uploaded:?}"
+        );
+    }
+}

@@ -1,0 +1,473 @@
+//! Proof that the cache serves what it took: each path looked up at the read endpoint and compared
+//! with the store's own facts, its signature checked, and of a few the body unpacked and hashed.
+//! Never repairs, and never takes longer than its deadline.
+
+use std::time::Duration;
+
+use futures_util::{StreamExt as _, stream};
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::client::attic::{Action, Body, Error};
+use crate::client::destination::{Destination, Target};
+use flywheel_core::retry::Policy;
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::narinfo::NarInfo;
+use flywheel_nix::path_info::PathInfo;
+
+/// A look-up is a small file for the server, and on a far one mostly waiting: 500 of them at 50 ms each take
+/// less than a second at this width.
+const LOOKUPS: usize = 32;
+
+/// How thorough verification is.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The key that the job's Nix trusts for this cache. Without it the one that the cache
+    /// announces is taken, which proves less.
+    pub key: Option<PublicKey>,
+    /// Bodies to fetch: the smallest ones, and one at random.
+    pub sample: usize,
+    /// Largest NAR, in bytes, whose body is fetched.
+    pub body_limit: u64,
+    /// Look-ups at once.
+    pub lookups: usize,
+    /// Tries of each look-up, and the waits between.
+    pub policy: Policy,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            key: None,
+            sample: 4,
+            body_limit: 8 * 1024 * 1024,
+            lookups: LOOKUPS,
+            policy: Policy {
+                attempts: 4,
+                base: Duration::from_millis(250),
+                cap: Duration::from_secs(5),
+            },
+        }
+    }
+}
+
+/// Whose key the signatures were checked with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Key {
+    /// The one that the caller gave.
+    Given(PublicKey),
+    /// The one that the cache says is its own.
+    Announced(PublicKey),
+    /// None is known, so that no signature was checked.
+    Unknown,
+}
+
+/// What became of one look-up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is served as the store knows it.
+    Good {
+        /// Whether its body was unpacked and hashed, too.
+        body: bool,
+    },
+    /// It is not, and why.
+    Bad(String),
+    /// It could not be found out, and why.
+    Unverified(String),
+}
+
+/// The verdicts, in the order of the paths.
+#[derive(Clone, Debug)]
+pub struct Verification {
+    /// Each path and its verdict.
+    pub paths: Vec<(PathInfo, Verdict)>,
+    /// Whose key the signatures were checked with.
+    pub key: Key,
+}
+
+impl Verification {
+    /// Paths that are served as they should be.
+    pub fn good(&self) -> u64 {
+        self.paths
+            .iter()
+            .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }))
+            .count() as u64
+    }
+
+    /// Bodies that were unpacked and hashed.
+    pub fn bodies(&self) -> u64 {
+        self.paths
+            .iter()
+            .filter(|(_, verdict)| matches!(verdict, Verdict::Good { body: true }))
+            .count() as u64
+    }
+
+    /// Paths that are not known to be served as they should be, and why.
+    pub fn doubtful(&self) -> impl Iterator<Item = (&PathInfo, &str)> {
+        self.paths
+            .iter()
+            .filter_map(|(info, verdict)| match verdict {
+                Verdict::Good { .. } => None,
+                Verdict::Bad(reason) | Verdict::Unverified(reason) => Some((info, reason.as_str())),
+            })
+    }
+}
+
+/// Looks every path up at the read endpoint, until `deadline` or `cancel`; what was not looked up
+/// by then is unverified, and named.
+///
+/// On a thread of the runtime's own, where answers arrive, whatever thread asks for it.
+pub async fn verify(
+    from: impl Into<Target>,
+    paths: Vec<PathInfo>,
+    options: &Options,
+    deadline: Instant,
+    cancel: &CancellationToken,
+) -> Verification {
+    let (from, options, cancel) = (from.into(), options.clone(), cancel.clone());
+    let work =
+        tokio::spawn(async move { look_up_all(&*from, paths, &options, deadline, &cancel).await });
+    match AbortOnDropHandle::new(work).await {
+        Ok(verification) => verification,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+async fn look_up_all(
+    from: &dyn Destination,
+    paths: Vec<PathInfo>,
+    options: &Options,
+    deadline: Instant,
+    cancel: &CancellationToken,
+) -> Verification {
+    let key = key(from, options, deadline, cancel).await;
+    let sample = sample(&paths, options);
+    let check = Check {
+        from,
+        options,
+        key: &key,
+    };
+    let checks: Vec<_> = paths
+        .iter()
+        .enumerate()
+        .map(|(n, info)| {
+            let (check, fetches) = (&check, sample.contains(&n));
+            async move {
+                tokio::select! {
+                    biased;
+                    () = cancel.cancelled() => Verdict::Unverified("verification was cancelled".to_owned()),
+                    verdict = timeout_at(deadline, check.path(info, fetches)) => verdict
+                        .unwrap_or_else(|_| Verdict::Unverified("the time for verification was over".to_owned())),
+                }
+            }
+        })
+        .collect();
+    let width = from.width().unwrap_or(options.lookups).max(1);
+    let verdicts: Vec<Verdict> = stream::iter(checks).buffered(width).collect().await;
+    Verification {
+        paths: paths.into_iter().zip(verdicts).collect(),
+        key,
+    }
+}
+
+async fn key(
+    from: &dyn Destination,
+    options: &Options,
+    deadline: Instant,
+    cancel: &CancellationToken,
+) -> Key {
+    if let Some(key) = &options.key {
+        return Key::Given(key.clone());
+    }
+    let config = tokio::select! {
+        () = cancel.cancelled() => None,
+        config = timeout_at(deadline, from.describe()) => config.ok().and_then(Result::ok),
+    };
+    config
+        .and_then(|config| config.public_key)
+        .map_or(Key::Unknown, Key::Announced)
+}
+
+/// The smallest few that are small enough, and one more by chance.
+fn sample(paths: &[PathInfo], options: &Options) -> Vec<usize> {
+    let mut small: Vec<usize> = (0..paths.len())
+        .filter(|n| paths[*n].nar_size <= options.body_limit)
+        .collect();
+    small.sort_unstable_by_key(|n| paths[*n].nar_size);
+    if options.sample == 0 || small.is_empty() {
+        return Vec::new();
+    }
+    let mut chosen: Vec<usize> = small.drain(..small.len().min(options.sample - 1)).collect();
+    chosen.extend(fastrand::choice(small));
+    chosen
+}
+
+struct Check<'a> {
+    from: &'a dyn Destination,
+    options: &'a Options,
+    key: &'a Key,
+}
+
+impl Check<'_> {
+    async fn path(&self, info: &PathInfo, fetches: bool) -> Verdict {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let (verdict, after) = match self.once(info, fetches).await {
+                // A cache of several machines may need a moment until all of them know.
+                Ok(None) => (Verdict::Bad("the cache does not serve it".to_owned()), None),
+                Ok(Some(verdict)) => return verdict,
+                Err(error) => match error.action() {
+                    Action::Again { after, .. } => (Verdict::Unverified(error.to_string()), after),
+                    Action::Stop => {
+                        return Verdict::Unverified(format!("it may not be read: {error}"));
+                    }
+                    Action::Never | Action::RereadOnce => return Verdict::Bad(error.to_string()),
+                },
+            };
+            match self.options.policy.wait(tries, after) {
+                Some(wait) => sleep(wait).await,
+                None => return verdict,
+            }
+        }
+    }
+
+    /// `None` if the cache does not have it.
+    async fn once(&self, info: &PathInfo, fetches: bool) -> Result<Option<Verdict>, Error> {
+        let Some(served) = self.from.look_up(&info.path).await? else {
+            return Ok(None);
+        };
+        if let Some(difference) = difference(info, &served, self.key) {
+            return Ok(Some(Verdict::Bad(difference)));
+        }
+        if !fetches {
+            return Ok(Some(Verdict::Good { body: false }));
+        }
+        Ok(Some(match self.from.check_body(&served).await? {
+            Body::Good => Verdict::Good { body: true },
+            Body::Bad(reason) => Verdict::Bad(reason),
+            Body::Unread(_) => Verdict::Good { body: false },
+        }))
+    }
+}
+
+/// What is served otherwise than the store has it, if anything.
+fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
+    if served.path != info.path {
+        return Some(format!("the cache serves `{}` in its place", served.path));
+    }
+    if served.nar_hash != info.nar_hash {
+        return Some(format!(
+            "the cache serves NAR hash {} instead of {}",
+            served.nar_hash, info.nar_hash
+        ));
+    }
+    if served.nar_size != info.nar_size {
+        return Some(format!(
+            "the cache serves NAR size {} instead of {}",
+            served.nar_size, info.nar_size
+        ));
+    }
+    let sorted = |paths: &[flywheel_nix::store_path::StorePath]| {
+        let mut paths = paths.to_vec();
+        paths.sort_unstable();
+        paths.dedup();
+        paths
+    };
+    if sorted(&served.references) != sorted(&info.references) {
+        return Some("the cache serves other references than the store has".to_owned());
+    }
+    match key {
+        Key::Given(key) | Key::Announced(key) if !served.signed_by(key) => {
+            let names = served
+                .signatures
+                .iter()
+                .filter_map(|signature| signature.split(':').next());
+            let names: Vec<&str> = names.collect();
+            Some(match names.as_slice() {
+                [] => "the cache serves it without a signature".to_owned(),
+                names if names.contains(&key.name()) => {
+                    format!(
+                        "its signature by `{}` is not one of the given key, so that Nix refuses it",
+                        key.name()
+                    )
+                }
+                names => format!(
+                    "it is signed by `{}` and not by `{}`",
+                    names.join("`, `"),
+                    key.name()
+                ),
+            })
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::attic::Meter;
+    use crate::client::fake::{Fake, GOOD, PUSH_ONLY};
+    use flywheel_nix::hash::Sha256;
+    use flywheel_nix::key::SecretKey;
+
+    async fn with_three() -> (Fake, Vec<PathInfo>) {
+        let fake = Fake::start().await;
+        let library = fake.path("library", b"1", &[]);
+        let tool = fake.path("tool", &vec![b'2'; 200_000], &[&library]);
+        let large = fake.path("large", &vec![b'3'; 9 * 1024 * 1024], &[]);
+        for info in [&library, &tool, &large] {
+            fake.attic(GOOD)
+                .upload(info, &fake.file(info), &Meter::default())
+                .await
+                .expect("stored");
+        }
+        (fake, vec![library, tool, large])
+    }
+
+    fn quick() -> Options {
+        let policy = Policy {
+            attempts: 3,
+            base: Duration::from_millis(5),
+            cap: Duration::from_millis(20),
+        };
+        Options {
+            policy,
+            ..Options::default()
+        }
+    }
+
+    async fn verified(fake: &Fake, paths: Vec<PathInfo>, options: &Options) -> Verification {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        verify(
+            fake.attic(GOOD),
+            paths,
+            options,
+            deadline,
+            &CancellationToken::new(),
+        )
+        .await
+    }
+
+    #[tokio::test]
+    async fn what_is_served_well_is_good() {
+        let (fake, paths) = with_three().await;
+        let found = verified(&fake, paths.clone(), &quick()).await;
+        assert_eq!((found.good(), found.bodies()), (3, 2), "{found:?}");
+        assert_eq!(found.key, Key::Announced(fake.server.key.public()));
+        let given = Options {
+            key: Some(fake.server.key.public()),
+            ..quick()
+        };
+        assert!(matches!(
+            verified(&fake, paths, &given).await.key,
+            Key::Given(_)
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_fails_now_and_then_is_asked_again() {
+        let (fake, paths) = with_three().await;
+        fake.server.faults().every_third_fails = true;
+        let options = Options {
+            policy: Policy {
+                attempts: 20,
+                ..quick().policy
+            },
+            ..quick()
+        };
+        assert_eq!(verified(&fake, paths, &options).await.good(), 3);
+    }
+
+    #[tokio::test]
+    async fn every_lie_is_found_and_named() {
+        let (fake, paths) = with_three().await;
+        let other = SecretKey::generate("main").expect("random").public();
+        let stranger = SecretKey::generate("other").expect("random").public();
+        let check = async |options: Options, words: &str| {
+            let found = verified(&fake, vec![paths[0].clone()], &options).await;
+            let reason = found.doubtful().next().expect("doubtful").1;
+            assert!(reason.contains(words), "{reason}");
+        };
+        check(
+            Options {
+                key: Some(other),
+                ..quick()
+            },
+            "is not one of the given key",
+        )
+        .await;
+        check(
+            Options {
+                key: Some(stranger),
+                ..quick()
+            },
+            "signed by `main` and not by `other`",
+        )
+        .await;
+        fake.server.faults().nar_empty = true;
+        check(quick(), "its NAR is served empty").await;
+        fake.server.faults().nar_missing = true;
+        check(quick(), "its NAR is not").await;
+        fake.server.faults().unsigned = true;
+        check(quick(), "without a signature").await;
+        fake.server.faults().lying_hash = Some(Sha256([7; 32]));
+        check(quick(), "serves NAR hash").await;
+        fake.server.faults().narinfo_missing = true;
+        check(quick(), "the cache does not serve it").await;
+        *fake.server.faults() = crate::client::fake::Faults {
+            html: Some(200),
+            ..Default::default()
+        };
+        check(quick(), "not Attic's").await;
+    }
+
+    #[tokio::test]
+    async fn silence_is_bounded_and_named() {
+        let (fake, paths) = with_three().await;
+        fake.server.faults().hang = true;
+        let began = Instant::now();
+        let deadline = began + Duration::from_millis(200);
+        let found = verify(
+            fake.attic(GOOD),
+            paths.clone(),
+            &quick(),
+            deadline,
+            &CancellationToken::new(),
+        )
+        .await;
+        assert!(began.elapsed() < Duration::from_secs(2));
+        assert_eq!(found.doubtful().count(), 3);
+        assert_eq!(found.key, Key::Unknown);
+        let cancelled = CancellationToken::new();
+        cancelled.cancel();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let found = verify(fake.attic(GOOD), paths, &quick(), deadline, &cancelled).await;
+        assert_eq!(
+            found.doubtful().next().expect("doubtful").1,
+            "verification was cancelled"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_token_that_may_not_read_leaves_paths_unverified() {
+        let (fake, paths) = with_three().await;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let found = verify(
+            fake.attic(PUSH_ONLY),
+            paths,
+            &quick(),
+            deadline,
+            &CancellationToken::new(),
+        )
+        .await;
+        assert!(
+            found
+                .doubtful()
+                .all(|(_, reason)| reason.contains("may not be read")),
+            "{found:?}"
+        );
+        assert_eq!(found.doubtful().count(), 3);
+    }
+}

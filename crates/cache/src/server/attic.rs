@@ -1,0 +1,217 @@
+//! Attic's protocol: cache-config, get-missing-paths, upload-path. Answers as Attic does; refuses
+//! metadata that Attic would let in.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, header};
+use axum::response::{IntoResponse as _, Response};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::server::body::RequestBody;
+use crate::server::connection::BytesMoved;
+use crate::server::error::ErrorResponse;
+use crate::server::state::{Cache, Cost, ServerState};
+use crate::server::store::Store;
+use crate::server::token::Scope;
+use crate::server::upload::{check_length, receive_announced};
+use crate::server::upload_info::UploadInfo;
+use flywheel_nix::store_path::{PathHash, STORE_DIR};
+
+/// Attic's limit of a preamble.
+const PREAMBLE_LIMIT: usize = 1024 * 1024;
+/// Larger metadata belongs in a preamble: proxies stop much earlier.
+const HEADER_LIMIT: usize = 64 * 1024;
+/// Attic's limit of this body, some 59,900 hashes.
+const MISSING_LIMIT: usize = 2 * 1024 * 1024;
+
+/// Looking for so many paths is soon done.
+const INLINE_HASHES: usize = 64;
+
+const NAR_INFO: &str = "x-attic-nar-info";
+const PREAMBLE_SIZE: &str = "x-attic-nar-info-preamble-size";
+
+/// What a client needs to know of a cache.
+///
+/// # Errors
+/// 401 or 404.
+pub async fn cache_config(
+    State(shared): State<Arc<ServerState>>,
+    Path(cache): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ErrorResponse> {
+    let cache = shared.authorise(&headers, &cache, Scope::Read)?;
+    Ok(Json(config(&shared, cache, &headers)).into_response())
+}
+
+fn config(shared: &ServerState, cache: &Cache, headers: &HeaderMap) -> serde_json::Value {
+    let options = &shared.options;
+    let mut config = json!({
+        "public_key": cache.key.public().to_string(),
+        "is_public": options.public,
+        "store_dir": STORE_DIR,
+        "priority": options.priority,
+        "upstream_cache_key_names": options.upstream_keys,
+        "retention_period": options.limits.max_age.map_or(json!("Global"), |age| json!({"Period": age.as_secs()})),
+    });
+    // As the client reached us, a proxy in between included. A strange `Host` gets no address.
+    if let Some(base) = base_url(headers) {
+        config["substituter_endpoint"] = json!(format!("{base}{}", cache.name));
+        config["api_endpoint"] = json!(base);
+    }
+    config
+}
+
+fn base_url(headers: &HeaderMap) -> Option<String> {
+    let host = headers.get(header::HOST)?.to_str().ok()?;
+    let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c);
+    let secure = headers
+        .get("x-forwarded-proto")
+        .is_some_and(|proto| proto == "https");
+    let scheme = if secure { "https" } else { "http" };
+    (!host.is_empty() && host.bytes().all(plain)).then(|| format!("{scheme}://{host}/"))
+}
+
+#[derive(Deserialize)]
+struct MissingPathsRequest {
+    cache: String,
+    store_path_hashes: Vec<PathHash>,
+}
+
+/// Which of these paths the cache cannot serve.
+///
+/// # Errors
+/// 401, 403 or 404; 413, 415, 422 for a body that does not fit.
+pub async fn get_missing_paths(
+    State(shared): State<Arc<ServerState>>,
+    request: Request,
+) -> Result<Response, ErrorResponse> {
+    let (parts, body) = request.into_parts();
+    let json = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
+    if !json.is_some_and(|text| text.to_ascii_lowercase().starts_with("application/json")) {
+        return Err(ErrorResponse::unsupported_media_type(
+            "the body must be `Content-Type: application/json`",
+        ));
+    }
+    let body = RequestBody::new(body).read_all(MISSING_LIMIT).await?;
+    let request: MissingPathsRequest = serde_json::from_slice(&body).map_err(|error| {
+        let text = flywheel_core::text::one_line(&error.to_string(), 200);
+        if error.is_data() {
+            ErrorResponse::unprocessable(text)
+        } else {
+            ErrorResponse::bad_request(text)
+        }
+    })?;
+    let cache = shared
+        .authorise(&parts.headers, &request.cache, Scope::Write)?
+        .name
+        .clone();
+    let mut hashes = request.store_path_hashes;
+    hashes.sort();
+    hashes.dedup();
+    let few = hashes.len() <= INLINE_HASHES;
+    let look = move |store: &Store| store.missing(&cache, hashes);
+    let missing = if few {
+        shared.brief(look).await?
+    } else {
+        shared.blocking(look).await?
+    };
+    Ok(Json(json!({ "missing_paths": missing })).into_response())
+}
+
+/// Takes a path: metadata in a header or in front of the body, then the NAR.
+///
+/// # Errors
+/// 401, 403 or 404 before any of the NAR is read; 400 for metadata or a NAR that is not right.
+pub async fn upload_path(
+    State(shared): State<Arc<ServerState>>,
+    request: Request,
+) -> Result<Response, ErrorResponse> {
+    let (parts, body) = request.into_parts();
+    let mut body = RequestBody::new(body);
+    let (info, preamble) = read_info(&shared, &parts.headers, &mut body).await?;
+    let cache = shared.authorise(&parts.headers, &info.cache, Scope::Write)?;
+    check_length(&parts.headers, info.path.nar_size.checked_add(preamble))?;
+    if !shared.options.require_proof && commit_known_nar(&shared, cache, &info).await? {
+        let answer = json!({"kind": "Deduplicated", "file_size": null, "frac_deduplicated": 1.0});
+        return Ok(Json(answer).into_response());
+    }
+    let _slot = shared.upload_slot(Cost::new(info.path.nar_size)).await?;
+    let stored = receive_announced(&shared, &mut body, &cache.name, info.path).await?;
+    let kind = if stored.known {
+        "Deduplicated"
+    } else {
+        "Uploaded"
+    };
+    let answer =
+        json!({"kind": kind, "file_size": stored.nar.file_size, "frac_deduplicated": null});
+    let mut response = Json(answer).into_response();
+    response
+        .extensions_mut()
+        .insert(BytesMoved(stored.received));
+    Ok(response)
+}
+
+/// Makes a path of a NAR that is here, without reading the body; `false` if the NAR is not here.
+async fn commit_known_nar(
+    shared: &ServerState,
+    cache: &Cache,
+    info: &UploadInfo,
+) -> Result<bool, ErrorResponse> {
+    let hash = info.path.nar_hash;
+    let Some(known) = shared.blocking(move |store| store.known_nar(&hash)).await? else {
+        return Ok(false);
+    };
+    let (name, path) = (cache.name.clone(), info.path.clone());
+    shared
+        .blocking(move |store| store.commit(&name, &path, known))
+        .await
+}
+
+/// The metadata, and how many bytes of the body it took.
+///
+/// With the header nothing is read, so a refusal reaches a client that waits for `100 Continue`.
+async fn read_info(
+    shared: &ServerState,
+    headers: &HeaderMap,
+    body: &mut RequestBody,
+) -> Result<(UploadInfo, u64), ErrorResponse> {
+    let refuse = |error: crate::server::upload_info::InfoError| {
+        ErrorResponse::bad_request(error.to_string())
+    };
+    if let Some(json) = headers.get(NAR_INFO) {
+        if json.len() > HEADER_LIMIT {
+            return Err(ErrorResponse::bad_request(format!(
+                "`{NAR_INFO}` is over {HEADER_LIMIT} bytes: send a preamble"
+            )));
+        }
+        let info = UploadInfo::parse(json.as_bytes());
+        if info.is_err() {
+            // A stranger learns of its token first.
+            shared.authorise_some_write(headers)?;
+        }
+        return Ok((info.map_err(refuse)?, 0));
+    }
+    // Which cache is meant stands in the body, so this is all that can be judged before it is read.
+    shared.authorise_some_write(headers)?;
+    let size = headers.get(PREAMBLE_SIZE).ok_or_else(|| {
+        ErrorResponse::bad_request(format!(
+            "neither `{NAR_INFO}` nor `{PREAMBLE_SIZE}` is there"
+        ))
+    })?;
+    let size: Option<usize> = size.to_str().ok().and_then(|text| text.parse().ok());
+    let size = size
+        .filter(|size| (1..=PREAMBLE_LIMIT).contains(size))
+        .ok_or_else(|| {
+            ErrorResponse::bad_request(format!(
+                "`{PREAMBLE_SIZE}` is not a number from 1 to {PREAMBLE_LIMIT}"
+            ))
+        })?;
+    let json = body.take(size).await?;
+    Ok((UploadInfo::parse(&json).map_err(refuse)?, size as u64))
+}

@@ -1,0 +1,274 @@
+//! The cache's folder: who may use it, where things lie, and how files become visible whole.
+//!
+//! ```text
+//! lock                              held by the one process that uses the folder
+//! tokens                            who may read and write (0600)
+//! keys/<cache>.secret               signing keys in Nix's format (0600)
+//! nars/<nar hash>.nar.zst           each NAR once, for all caches
+//! caches/<cache>/<hash>.narinfo     what is known of a path; its modification time is its last use
+//! caches/<cache>/nars/<nar hash>    a link to the NAR, or empty: this cache may serve it
+//! caches/<cache>/uploads/<name>     a NAR that `nix copy` has sent and no narinfo has claimed yet
+//! synced                            how much of all this is surely on the disk, see `durable`
+//! tmp/                              unfinished files; swept at every start
+//! ```
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Write as _};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+use thiserror::Error;
+
+use flywheel_core::exit::{Exit, Explain};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::store_path::PathHash;
+
+/// Why a folder cannot be used.
+#[derive(Debug, Error)]
+pub enum FolderError {
+    /// Another process uses it.
+    #[error("the folder `{}` is in use by another `flywheel cache`", .0.display())]
+    InUse(PathBuf),
+    /// It cannot be made, read or written.
+    #[error("the folder `{}` cannot be used", folder.display())]
+    Unusable {
+        /// The folder.
+        folder: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Explain for FolderError {
+    fn exit(&self) -> Exit {
+        Exit::Host
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::InUse(_) => {
+                "A folder has one server, which also collects its garbage: stop that server, or \
+                               give another folder with `--dir`."
+                    .to_owned()
+            }
+            Self::Unusable { .. } => {
+                "Give a folder that this user can write with `--dir`.".to_owned()
+            }
+        })
+    }
+}
+
+/// A folder that this process alone uses, for as long as this value lives.
+#[derive(Debug)]
+pub struct Folder {
+    root: PathBuf,
+    _lock: File,
+}
+
+impl Folder {
+    /// Makes the folder if there is none (0700), takes its lock, sweeps what a killed process left.
+    ///
+    /// # Errors
+    /// When another process has it, or it cannot be written.
+    pub fn open(root: &Path, caches: &[CacheName]) -> Result<Self, FolderError> {
+        let unusable = |source| FolderError::Unusable {
+            folder: root.to_owned(),
+            source,
+        };
+        make_folder(root).map_err(unusable)?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(root.join("lock"))
+            .map_err(unusable)?;
+        match lock.try_lock() {
+            Ok(()) => (),
+            Err(TryLockError::WouldBlock) => return Err(FolderError::InUse(root.to_owned())),
+            Err(TryLockError::Error(source)) => return Err(unusable(source)),
+        }
+        let folder = Self {
+            root: root.to_owned(),
+            _lock: lock,
+        };
+        folder.prepare(caches).map_err(unusable)?;
+        Ok(folder)
+    }
+
+    fn prepare(&self, caches: &[CacheName]) -> io::Result<()> {
+        let tmp = self.root.join("tmp");
+        match std::fs::remove_dir_all(&tmp) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => (),
+        }
+        make_folder(&tmp)?;
+        make_folder(&self.root.join("keys"))?;
+        make_folder(&self.nars())?;
+        for cache in caches {
+            make_folder(&self.markers(cache))?;
+            make_folder(&self.uploads(cache))?;
+        }
+        Ok(())
+    }
+
+    /// The caches that have a folder here, sorted.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn caches(&self) -> io::Result<Vec<CacheName>> {
+        let mut names = Vec::new();
+        for entry in entries(&self.root.join("caches"))? {
+            names.extend(
+                entry?
+                    .file_name()
+                    .to_str()
+                    .and_then(|name| name.parse().ok()),
+            );
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// How much is surely on the disk.
+    pub fn synced(&self) -> PathBuf {
+        self.root.join("synced")
+    }
+
+    /// The tokens' file.
+    pub fn tokens(&self) -> PathBuf {
+        self.root.join("tokens")
+    }
+
+    /// A cache's signing key.
+    pub fn key(&self, cache: &CacheName) -> PathBuf {
+        self.root.join("keys").join(format!("{cache}.secret"))
+    }
+
+    /// All NARs.
+    pub fn nars(&self) -> PathBuf {
+        self.root.join("nars")
+    }
+
+    /// A NAR, compressed.
+    pub fn nar(&self, hash: &Sha256) -> PathBuf {
+        self.nars().join(nar_name(hash))
+    }
+
+    /// The narinfos of a cache, and its two folders below.
+    pub fn objects(&self, cache: &CacheName) -> PathBuf {
+        self.root.join("caches").join(cache.as_str())
+    }
+
+    /// What is known of a path.
+    pub fn object(&self, cache: &CacheName, hash: &PathHash) -> PathBuf {
+        self.objects(cache).join(format!("{hash}.narinfo"))
+    }
+
+    /// The marks of NARs that a cache may serve.
+    pub fn markers(&self, cache: &CacheName) -> PathBuf {
+        self.objects(cache).join("nars")
+    }
+
+    /// The mark of one NAR.
+    pub fn marker(&self, cache: &CacheName, hash: &Sha256) -> PathBuf {
+        self.markers(cache).join(hash.base32())
+    }
+
+    /// NARs that were sent and not yet claimed.
+    pub fn uploads(&self, cache: &CacheName) -> PathBuf {
+        self.objects(cache).join("uploads")
+    }
+
+    /// A new file that nobody sees yet; it goes when it is dropped.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn temporary(&self) -> io::Result<NamedTempFile> {
+        NamedTempFile::new_in(self.root.join("tmp"))
+    }
+
+    /// Writes a small file so that a reader sees all of it or nothing.
+    ///
+    /// # Errors
+    /// When the disk fails; then nothing has changed.
+    pub fn write_whole(&self, file: &Path, text: &str) -> io::Result<()> {
+        self.write(file, text, false)
+    }
+
+    /// The same, and so does a start after a power cut.
+    ///
+    /// # Errors
+    /// When the disk fails; then nothing has changed.
+    pub fn write_synced(&self, file: &Path, text: &str) -> io::Result<()> {
+        self.write(file, text, true)?;
+        sync_parent(file)
+    }
+
+    fn write(&self, file: &Path, text: &str, sync: bool) -> io::Result<()> {
+        let mut temporary = self.temporary()?;
+        temporary.write_all(text.as_bytes())?;
+        if sync {
+            temporary.as_file().sync_all()?;
+        }
+        temporary.persist(file)?;
+        Ok(())
+    }
+}
+
+/// A NAR's file name, here and in URLs.
+pub fn nar_name(hash: &Sha256) -> String {
+    format!("{}.nar.zst", hash.base32())
+}
+
+/// The names in a folder; none if the folder is not there.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn entries(
+    folder: &Path,
+) -> io::Result<Box<dyn Iterator<Item = io::Result<std::fs::DirEntry>>>> {
+    match std::fs::read_dir(folder) {
+        Ok(entries) => Ok(Box::new(entries)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Box::new(std::iter::empty())),
+        Err(error) => Err(error),
+    }
+}
+
+/// Has a rename survive a power cut.
+///
+/// # Errors
+/// When the folder cannot be synced.
+pub fn sync_parent(file: &Path) -> io::Result<()> {
+    file.parent()
+        .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+}
+
+fn make_folder(folder: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)
+}
+
+/// Opens a folder that nobody keeps. A process that another test is just starting holds our lock, too, until it is
+/// another program.
+#[cfg(test)]
+pub(super) fn when_free<T, E: std::fmt::Debug>(
+    open: impl Fn() -> Result<T, E>,
+    in_use: impl Fn(&E) -> bool,
+) -> T {
+    let begun = std::time::Instant::now();
+    loop {
+        match open() {
+            Err(error) if in_use(&error) && begun.elapsed().as_secs() < 20 => {
+                std::thread::park_timeout(std::time::Duration::from_millis(2));
+            }
+            opened => return opened.expect("nobody has it"),
+        }
+    }
+}

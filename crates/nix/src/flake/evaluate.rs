@@ -1,0 +1,346 @@
+//! What an evaluation gives: the names of a flake's outputs, and of each its derivation. Asks Nix for the names in
+//! one call; the derivations come from a pool of workers (`pool.rs`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use thiserror::Error;
+
+pub use crate::flake::pool::{EvalTask, Pool};
+
+use crate::flake::Source;
+use crate::flake::error::{error_text, location_in};
+use crate::flake::expression::{
+    AttributePath, Expressions, SelfView, TREE_ATTRIBUTES, attribute_path,
+};
+use crate::store_path::StorePath;
+use crate::tool::{self, Nix};
+use flywheel_core::exit::{Exit, Explain};
+use flywheel_core::location::SourceLocation;
+use flywheel_core::text::one_line;
+
+/// Listing names may import a big library first.
+const NAMES_LIMIT: Duration = Duration::from_secs(1800);
+/// A label has this many characters at most; it is a Check Run's name.
+const LABEL_LIMIT: usize = 200;
+/// What Nix tells of a source that is fetched already.
+const INFORMATION_LIMIT: Duration = Duration::from_secs(120);
+
+/// An output, by its place below the selected attribute and by what people call it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputName {
+    /// Its path from the selected attribute.
+    pub attr: AttributePath,
+    /// Unique among the outputs of a run.
+    pub label: String,
+}
+
+/// What an output is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Derivation {
+    /// The derivation's store path, whole.
+    pub drv: String,
+    /// Its outputs' store paths by name; of a content-addressed derivation they are no store paths yet.
+    pub outs: BTreeMap<String, String>,
+    /// The system that it is built on.
+    pub system: Option<String>,
+}
+
+impl Derivation {
+    /// The outputs' store paths, where all of them are known before the build.
+    pub fn paths(&self) -> Option<Vec<StorePath>> {
+        self.outs.values().map(|path| path.parse().ok()).collect()
+    }
+}
+
+/// Why an output has no derivation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EvalFailure {
+    /// Nix could not evaluate it.
+    Evaluation {
+        /// Nix's own words.
+        text: String,
+        /// Where, if it names a line of the flake.
+        location: Option<SourceLocation>,
+    },
+    /// It was killed for its memory, alone too.
+    OutOfMemory {
+        /// What it held when it was killed, in bytes.
+        needed: u64,
+        /// What it could have, in bytes.
+        limit: u64,
+    },
+}
+
+impl EvalFailure {
+    /// From what Nix said on standard error.
+    pub(super) fn from_stderr(stderr: &str, source: &Source) -> Self {
+        let text = error_text(stderr);
+        let location = location_in(&text, &source.path);
+        Self::Evaluation { text, location }
+    }
+}
+
+/// What is heard of an output while it is evaluated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EvalEvent {
+    /// It has begun; perhaps not for the first time.
+    Begun(usize),
+    /// It is this.
+    Known {
+        /// Which.
+        id: usize,
+        /// What.
+        facts: Derivation,
+        /// Whether it was evaluated without anything that comes with the commit, so that it may be remembered.
+        independent: bool,
+    },
+    /// It asked for something that comes with the commit.
+    Dependent(usize),
+    /// It has no derivation.
+    Failed(usize, EvalFailure),
+}
+
+/// Why there are no names.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Nix did not run.
+    #[error(transparent)]
+    Nix(#[from] tool::Error),
+    /// The flake or the attribute does not evaluate.
+    #[error("the outputs cannot be listed: {}", one_line(.text, 600))]
+    Names {
+        /// Nix's own words.
+        text: String,
+        /// Where, if it names a line of the flake.
+        location: Option<SourceLocation>,
+    },
+    /// The function's answer is no list of outputs.
+    #[error("the list of outputs is not what it should be: {0}")]
+    List(String),
+}
+
+impl Explain for Error {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Nix(error) => error.exit(),
+            Self::Names { .. } | Self::List(_) => Exit::Command(1),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Nix(error) => error.hint(),
+            Self::Names { .. } => Some("Look at `nix flake show`, and at the inputs `flake` and `flake-attr`.".into()),
+            Self::List(_) => Some(
+                "`flake-apply` takes the selected attribute and gives a list of `{ attr, label }`: `attr` a path below it, as text or as a list of names, `label` a text that no other has."
+                    .into(),
+            ),
+        }
+    }
+}
+
+/// The names that were found, or that they depend on the commit.
+#[derive(Debug, PartialEq, Eq)]
+pub enum NameList {
+    /// These.
+    Found(Vec<OutputName>),
+    /// The list itself asked for something that comes with the commit.
+    Dependent,
+}
+
+/// Asks for the names.
+///
+/// # Errors
+/// When the flake does not evaluate so far, or the list is none.
+pub async fn names(
+    nix: &Nix,
+    source: &Source,
+    expressions: &Expressions,
+    view: &SelfView,
+    function: Option<&str>,
+    arguments: &[String],
+) -> Result<NameList, Error> {
+    let mut call = expressions.list_args(view, function);
+    call.extend(NO_EVAL_CACHE.map(str::to_owned));
+    call.extend(arguments.iter().cloned());
+    let call: Vec<&str> = call.iter().map(String::as_str).collect();
+    let output = nix.run(&call, NAMES_LIMIT).await?;
+    if output.status.success() {
+        return read_names(&output.text())
+            .map(NameList::Found)
+            .map_err(Error::List);
+    }
+    if output.stderr.contains(&expressions.abort_marker()) {
+        return Ok(NameList::Dependent);
+    }
+    let text = error_text(&output.stderr);
+    let text = if text.is_empty() {
+        format!("`nix eval` ended: {}", output.status)
+    } else {
+        text
+    };
+    Err(Error::Names {
+        location: location_in(&text, &source.path),
+        text,
+    })
+}
+
+/// Our calls make no use of the evaluation cache: several at once would stand in each other's way.
+pub(super) const NO_EVAL_CACHE: [&str; 3] = ["--option", "eval-cache", "false"];
+
+fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
+    let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let list = value.as_array().ok_or("it is no list")?;
+    let mut labels = BTreeSet::new();
+    let mut names = Vec::new();
+    for (n, entry) in list.iter().enumerate() {
+        let attr = match &entry["attr"] {
+            Value::String(text) => attribute_path(text),
+            Value::Array(parts) => parts
+                .iter()
+                .map(|part| part.as_str().map(str::to_owned))
+                .collect(),
+            _ => None,
+        };
+        let attr = attr.ok_or_else(|| format!("entry {} has no `attr` that is a path", n + 1))?;
+        let label = match &entry["label"] {
+            Value::String(label) if !label.trim().is_empty() => one_line(label, LABEL_LIMIT),
+            Value::Null => one_line(&attr.join("."), LABEL_LIMIT),
+            _ => return Err(format!("entry {} has a `label` that is no text", n + 1)),
+        };
+        if !labels.insert(label.clone()) {
+            return Err(format!("two entries have the label `{label}`"));
+        }
+        names.push(OutputName { attr, label });
+    }
+    Ok(names)
+}
+
+/// How the flake sees itself, where its evaluation may be remembered: with its real values, and poisoned.
+#[derive(Clone, Debug)]
+pub struct SelfViews {
+    /// With its real values.
+    pub real: SelfView,
+    /// With their names and no values.
+    pub abort_on_use: SelfView,
+}
+
+/// Asks Nix what it tells the flake of its source. `None` where that is not what `source` is any more, or cannot
+/// be asked: then the evaluation is not remembered.
+pub async fn views(nix: &Nix, source: &Source, expressions: &Expressions) -> Option<SelfViews> {
+    let args = expressions.source_info_args();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let printed = nix.run_checked(&args, INFORMATION_LIMIT).await.ok()?;
+    let mut values: BTreeMap<String, Value> = serde_json::from_slice(&printed.stdout).ok()?;
+    if values.get("narHash").and_then(Value::as_str) != Some(&source.nar_hash) {
+        return None;
+    }
+    values.retain(|name, _| !TREE_ATTRIBUTES.contains(&name.as_str()));
+    let abort_on_use = SelfView::AbortOnUse(values.keys().cloned().collect());
+    Some(SelfViews {
+        real: SelfView::Real(values),
+        abort_on_use,
+    })
+}
+
+/// Words for Nix with which an evaluation may be remembered: none of them changes what the inputs are.
+pub fn allows_memory(arguments: &[String]) -> bool {
+    let mut args = arguments.iter();
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--option" => {
+                let name = args.next().map_or("", String::as_str);
+                args.next();
+                if matches!(name, "pure-eval" | "restrict-eval" | "eval-store") {
+                    return false;
+                }
+            }
+            "--show-trace"
+            | "-L"
+            | "--print-build-logs"
+            | "-v"
+            | "--verbose"
+            | "--offline"
+            | "--accept-flake-config" => (),
+            _ => return false,
+        }
+    }
+    true
+}
+
+/// The key's part that the settings are.
+pub fn evaluation_settings(config: &str) -> String {
+    let matters = |line: &&str| {
+        [
+            "allow",
+            "restrict-eval",
+            "system",
+            "eval-system",
+            "nix-path",
+            "store",
+        ]
+        .iter()
+        .any(|name| line.trim_start().starts_with(name))
+    };
+    config
+        .lines()
+        .filter(matters)
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_read_and_wrong_ones_named() {
+        let names = read_names(r#"[{"attr":"x86_64-linux.\"a.b\"","label":"ab"},{"attr":["c"]}]"#)
+            .expect("a list");
+        assert_eq!(
+            names[0],
+            OutputName {
+                attr: vec!["x86_64-linux".into(), "a.b".into()],
+                label: "ab".into()
+            }
+        );
+        assert_eq!(names[1].label, "c");
+        for (text, problem) in [
+            ("{}", "no list"),
+            (
+                r#"[{"attr":"a","label":"x"},{"attr":"b","label":"x"}]"#,
+                "two entries have the label `x`",
+            ),
+            (r#"[{"attr":"a..b"}]"#, "entry 1 has no `attr`"),
+            (r#"[{"attr":"a","label":3}]"#, "entry 1 has a `label`"),
+        ] {
+            let found = read_names(text).expect_err(text);
+            assert!(found.contains(problem), "{found}");
+        }
+    }
+
+    #[test]
+    fn arguments_that_change_the_inputs_are_not_remembered() {
+        let may = |text: &str| {
+            allows_memory(
+                &text
+                    .split_whitespace()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>(),
+            )
+        };
+        assert!(may("") && may("--option cores 3 --show-trace"));
+        for no in [
+            "--impure",
+            "--override-input a b",
+            "--option pure-eval false",
+            "--update-input x",
+            "--what",
+        ] {
+            assert!(!may(no), "{no}");
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! The Nix expressions by which a flake is evaluated: what there is to evaluate, and what its derivations are.
+//! Pure text; who runs it stands beside.
+//!
+//! **Evaluation memory rests on `SelfView::AbortOnUse`.** The flake's `outputs` are called as Nix calls them
+//! (`call-flake.nix`), with a `self` whose source information ends the evaluation when its value is used, by
+//! `builtins.abort`, which `builtins.tryEval` does not catch. Which names there are stays as it is, for
+//! `self ? rev` is a question too. What evaluates so does not depend on the commit, only on the source tree, the
+//! names and Nix itself.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::flake::Source;
+
+/// A derivation's whole path from the selected attribute.
+pub type AttributePath = Vec<String>;
+
+/// How the flake sees itself.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SelfView {
+    /// As Nix itself shows it, by `nix eval FLAKE#ATTRIBUTE`.
+    Installable,
+    /// With the values given here.
+    Real(BTreeMap<String, Value>),
+    /// With these names, and no value to be had.
+    AbortOnUse(Vec<String>),
+}
+
+/// What stands in the error of an evaluation that used a poisoned value, behind the nonce.
+const ABORT_SUFFIX: &str = "-commit-";
+/// NameList of a source that are the same for the same tree.
+pub const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
+
+/// The function that lists every attribute of every system. An output of systems is told by its names, so
+/// that no value is looked at: `checks` has systems, `checks.x86_64-linux` has none.
+const LIST: &str = r#"selected: let
+  isSystem = name: builtins.match "[a-z0-9_]+-(linux|darwin|freebsd|netbsd|openbsd|windows|cygwin|none|wasi)[a-z0-9]*" name != null;
+  names = builtins.attrNames selected;
+in if names != [ ] && builtins.all isSystem names
+  then builtins.concatMap (system: map (name: { attr = [ system name ]; label = "${system}.${name}"; }) (builtins.attrNames selected.${system})) names
+  else map (name: { attr = [ name ]; label = name; }) names"#;
+
+/// One flake's expressions.
+#[derive(Clone, Debug)]
+pub struct Expressions {
+    source: Source,
+    attribute: AttributePath,
+    nonce: String,
+}
+
+impl Expressions {
+    /// `nonce` marks our lines among those of the flake; it is to be new for each run.
+    pub fn new(source: &Source, attribute: &[String], nonce: &str) -> Self {
+        Self {
+            source: source.clone(),
+            attribute: attribute.to_owned(),
+            nonce: nonce.to_owned(),
+        }
+    }
+
+    /// What stands before each of our lines.
+    pub fn mark(&self) -> String {
+        format!("trace: {}", self.nonce)
+    }
+
+    /// What the error says when a poisoned value was used.
+    pub fn abort_marker(&self) -> String {
+        format!("{}{ABORT_SUFFIX}", self.nonce)
+    }
+
+    /// The words behind `nix eval` that print the list of `{ attr, label }` as JSON. `function` is the user's own.
+    pub fn list_args(&self, view: &SelfView, function: Option<&str>) -> Vec<String> {
+        let mut args = self.eval_args(view, &format!("({})", function.unwrap_or(LIST)));
+        args.push("--json".to_owned());
+        args
+    }
+
+    /// The words behind `nix eval` that say of each attribute when it begins and what it is.
+    pub fn derivation_args(
+        &self,
+        view: &SelfView,
+        attributes: &[(usize, &AttributePath)],
+        read_only: bool,
+    ) -> Vec<String> {
+        let list: Vec<Value> = attributes
+            .iter()
+            .map(|(id, path)| serde_json::json!({ "i": id, "p": path }))
+            .collect();
+        let function = format!(
+            r#"(selected: let
+  say = value: builtins.trace ({mark} + builtins.toJSON value);
+  plain = text: builtins.unsafeDiscardStringContext "${{text}}";
+  look = path: builtins.foldl' (set: name: set.${{name}}) selected path;
+  facts = d: if !(builtins.isAttrs d && (d.type or null) == "derivation") then throw "it is no derivation" else {{
+    drv = plain d.drvPath;
+    outs = builtins.listToAttrs (map (name: {{ inherit name; value = plain (d.${{name}}.outPath or d.outPath); }}) (d.outputs or [ "out" ]));
+    system = d.system or null;
+  }};
+  one = a: let found = facts (look a.p); in say {{ b = a.i; }} (builtins.deepSeq found (say {{ d = a.i; f = found; }} 0));
+in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"#,
+            mark = nix_string(&self.nonce),
+            list = nix_string(&Value::from(list).to_string()),
+        );
+        let mut args = self.eval_args(view, &function);
+        if read_only {
+            args.push("--read-only".to_owned());
+        }
+        args
+    }
+
+    fn eval_args(&self, view: &SelfView, function: &str) -> Vec<String> {
+        match view {
+            SelfView::Installable => {
+                let attribute: Vec<String> = self
+                    .attribute
+                    .iter()
+                    .map(|name| installable_name(name))
+                    .collect();
+                let installable = format!("{}#{}", self.source.reference, attribute.join("."));
+                [
+                    "eval".to_owned(),
+                    "--no-write-lock-file".to_owned(),
+                    installable,
+                    "--apply".to_owned(),
+                    function.to_owned(),
+                ]
+                .into()
+            }
+            _ => [
+                "eval".to_owned(),
+                "--expr".to_owned(),
+                format!("{} ({})", function, self.selected(view)),
+            ]
+            .into(),
+        }
+    }
+
+    /// The selected attribute of a flake that sees itself as given.
+    fn selected(&self, view: &SelfView) -> String {
+        let info = match view {
+            SelfView::Installable => "{ }".to_owned(),
+            SelfView::Real(values) => {
+                let values: serde_json::Map<String, Value> = values.clone().into_iter().collect();
+                format!(
+                    "builtins.fromJSON {}",
+                    nix_string(&Value::from(values).to_string())
+                )
+            }
+            SelfView::AbortOnUse(names) => format!(
+                "builtins.listToAttrs (map (name: {{ inherit name; value = builtins.abort ({} + name); }}) (builtins.fromJSON {}))",
+                nix_string(&self.abort_marker()),
+                nix_string(&Value::from(names.clone()).to_string()),
+            ),
+        };
+        let attribute: String = self
+            .attribute
+            .iter()
+            .map(|name| format!(".{}", nix_string(name)))
+            .collect();
+        format!(
+            r#"let
+  real = builtins.getFlake {reference};
+  kept = builtins.intersectAttrs {{ outPath = 0; narHash = 0; submodules = 0; }} real.sourceInfo;
+  info = kept // {info};
+  outputs = (import (real.outPath + "/flake.nix")).outputs (real.inputs // {{ inherit self; }});
+  self = outputs // info // {{ inherit (real) outPath inputs; inherit outputs; sourceInfo = info; _type = "flake"; }};
+in self{attribute}"#,
+            reference = nix_string(&self.by_path()),
+        )
+    }
+
+    /// The source as a locked reference to its tree in the store.
+    fn by_path(&self) -> String {
+        let mut query = url::form_urlencoded::Serializer::new(String::new());
+        query.append_pair("narHash", &self.source.nar_hash);
+        if !self.source.folder.is_empty() {
+            query.append_pair("dir", &self.source.folder);
+        }
+        format!("path:{}?{}", self.source.path.display(), query.finish())
+    }
+
+    /// The words behind `nix eval` that print what Nix itself tells the flake of its source, as JSON. Impure,
+    /// for the source may be a tree with changes; nothing of the flake is evaluated.
+    pub fn source_info_args(&self) -> Vec<String> {
+        let expression = format!(
+            "builtins.removeAttrs (builtins.getFlake {}).sourceInfo [ \"outPath\" ]",
+            nix_string(&self.source.url)
+        );
+        ["eval", "--impure", "--json", "--expr", &expression]
+            .map(str::to_owned)
+            .into()
+    }
+}
+
+/// A text as a Nix string.
+fn nix_string(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' | '$' => quoted.extend(['\\', c]),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+/// A name as a part of an attribute path; quoted where it has to be.
+pub fn installable_name(name: &str) -> String {
+    let plain = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "_-'".contains(c));
+    if plain {
+        name.to_owned()
+    } else {
+        format!("\"{name}\"")
+    }
+}
+
+/// Reads `checks.x86_64-linux."a.b"` as the names it is made of; `None` for anything else.
+pub fn attribute_path(text: &str) -> Option<AttributePath> {
+    let mut names = Vec::new();
+    let mut rest = text;
+    loop {
+        let (name, after) = match rest.strip_prefix('"') {
+            Some(quoted) => quoted.split_once('"')?,
+            None => rest.split_at(rest.find(['.', '"']).unwrap_or(rest.len())),
+        };
+        let odd = |c: char| c.is_control() || c.is_whitespace() || "#$\"\\{}()".contains(c);
+        if name.is_empty() || name.contains(odd) {
+            return None;
+        }
+        names.push(name.to_owned());
+        match after.strip_prefix('.') {
+            Some(more) => rest = more,
+            None => return after.is_empty().then_some(names),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attribute_paths_are_read_as_nix_writes_them() {
+        let read = |text: &str| attribute_path(text).map(|names| names.join("|"));
+        assert_eq!(read("checks").as_deref(), Some("checks"));
+        assert_eq!(
+            read("checks.x86_64-linux").as_deref(),
+            Some("checks|x86_64-linux")
+        );
+        assert_eq!(read("a.\"b.c\".d").as_deref(), Some("a|b.c|d"));
+        for wrong in [
+            "", ".", "a.", ".a", "a..b", "a b", "a.\"b", "a\"b\"", "a.\"b\"c", "${x}", "a#b",
+            "a.\"\"",
+        ] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+        for name in ["hello", "a.b", "1st", "x'"] {
+            assert_eq!(
+                attribute_path(&installable_name(name)),
+                Some(vec![name.to_owned()])
+            );
+        }
+    }
+
+    #[test]
+    fn no_text_leaves_its_string() {
+        assert_eq!(nix_string("a\"b\\${c}\n"), r#""a\"b\\\${c}\n""#);
+    }
+}

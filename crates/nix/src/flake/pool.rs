@@ -1,0 +1,527 @@
+//! The evaluation's workers. A worker is one `nix eval` over many attributes that says of each when it begins and
+//! what it is, so nothing is lost when it ends early: what it has not said goes to the next.
+//!
+//! Three things end a worker early: an attribute that fails, memory, and another worker that has nothing left to do
+//! and took over the end of its list.
+
+use std::collections::{HashMap, VecDeque};
+use std::process::ExitStatus;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::flake::Source;
+use crate::flake::evaluate::{EvalEvent, EvalFailure, NO_EVAL_CACHE};
+use crate::flake::expression::{AttributePath, Expressions, SelfView};
+use crate::flake::worker::{
+    EndReason, Worker, WorkerEvent, WorkerLine, follow, is_for_memory, keep_tail,
+};
+use crate::tool::Nix;
+use flywheel_core::sizing::{self, MemoryRoom};
+use flywheel_sys::host::memory::{self, Cgroup};
+
+/// How often the workers' memory is looked at.
+const MEMORY_POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// What others hold of the memory changes slowly.
+const OTHERS_EVERY: u32 = 10;
+/// The text of one argument; the kernel takes 128 KiB (`execve(2)`, `MAX_ARG_STRLEN`).
+const ARGUMENT_LIMIT: usize = 96 * 1024;
+/// Nix begins with a heap of up to 384 MB, whatever it is to evaluate; touching that much memory costs more time than
+/// collecting a smaller heap now and then, and in a pod it is not there. Marking by several threads at once is
+/// of no use to workers that have a core each. Both are variables of the collector (`GC_INITIAL_HEAP_SIZE`,
+/// `GC_NPROCS`; Boehm and Weiser's `README.environment`), and whoever has set them keeps them.
+const COLLECTOR: [(&str, &str); 2] = [("GC_INITIAL_HEAP_SIZE", "16000000"), ("GC_NPROCS", "1")];
+/// When so many attributes have turned out to depend on the commit, and no more have not, the rest is not tried.
+const DEPENDENT_LIMIT: usize = 8;
+
+/// An attribute to evaluate.
+#[derive(Clone, Debug)]
+pub struct EvalTask {
+    /// The caller's number for it.
+    pub id: usize,
+    /// Its path below the selected attribute.
+    pub path: AttributePath,
+    /// How the flake sees itself meanwhile.
+    pub view: Arc<SelfView>,
+    /// Whether its derivations have to be written, although the others' are not.
+    pub must_write: bool,
+}
+
+/// What a pool needs.
+pub struct Pool {
+    /// Nix.
+    pub nix: Nix,
+    /// The flake.
+    pub source: Source,
+    /// Its expressions.
+    pub expressions: Expressions,
+    /// More words for Nix.
+    pub arguments: Vec<String>,
+    /// How many workers at once, if that is asked for.
+    pub workers: Option<usize>,
+    /// How many attributes a worker takes, if that is asked for.
+    pub per_worker: Option<usize>,
+    /// Whether derivations are only computed, and not written to the store.
+    pub read_only: bool,
+    /// What takes the place of poisoned ones when most depend on the commit.
+    pub fallback_view: Option<Arc<SelfView>>,
+}
+
+/// The state of a running pool.
+struct PoolState<'a> {
+    pool: &'a Pool,
+    width: usize,
+    waiting: VecDeque<EvalTask>,
+    /// They were too large beside others.
+    alone: VecDeque<EvalTask>,
+    workers: HashMap<usize, Worker>,
+    next: usize,
+    to_pool: mpsc::Sender<(usize, WorkerEvent)>,
+    following: JoinSet<()>,
+    events: mpsc::Sender<EvalEvent>,
+    cgroup: Option<Cgroup>,
+    others: u64,
+    looks: u32,
+    /// What one worker may hold between two attributes.
+    share: u64,
+    /// What starting a worker costs, in seconds, as seen last.
+    start: f64,
+    dependent: usize,
+    independent: usize,
+}
+
+impl Pool {
+    /// How many workers fit this machine now, and what each may hold, in bytes; `asked`: how many were asked for.
+    pub fn fitted(requested: Option<usize>) -> (usize, u64) {
+        let limit = Cgroup::of_self().and_then(|cgroup| cgroup.read().limit);
+        let others = memory::of_descendants();
+        let room = MemoryRoom {
+            limit,
+            others,
+            available: memory::available(),
+            workers: 0,
+        }
+        .for_workers();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = sizing::workers(requested, cores, room);
+        (workers, sizing::share(room, workers))
+    }
+
+    /// Evaluates what comes, until nothing more will come and all is done, or `cancel`; then what is left is not
+    /// spoken of any more.
+    pub async fn run(
+        self,
+        mut tasks: mpsc::Receiver<Vec<EvalTask>>,
+        events: mpsc::Sender<EvalEvent>,
+        cancel: CancellationToken,
+    ) {
+        let (to_pool, mut worker_events) = mpsc::channel(1024);
+        let cgroup = Cgroup::of_self();
+        let mut running = PoolState {
+            pool: &self,
+            width: 1,
+            waiting: VecDeque::new(),
+            alone: VecDeque::new(),
+            workers: HashMap::new(),
+            next: 0,
+            to_pool,
+            following: JoinSet::new(),
+            events,
+            cgroup,
+            others: 0,
+            looks: 0,
+            share: u64::MAX,
+            start: 0.1,
+            dependent: 0,
+            independent: 0,
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let room = running.room();
+        running.width = sizing::workers(self.workers, cores, room);
+        running.share = sizing::share(room, running.width);
+        let mut looking = tokio::time::interval(MEMORY_POLL_INTERVAL);
+        looking.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut open = true;
+        loop {
+            running.fill().await;
+            if !open && running.is_idle() {
+                break;
+            }
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => break,
+                _ = looking.tick(), if !running.workers.is_empty() => running.check_memory(),
+                Some((id, heard)) = worker_events.recv() => running.on_event(id, heard).await,
+                more = tasks.recv(), if open => match more {
+                    Some(more) => running.waiting.extend(more),
+                    None => open = false,
+                },
+            }
+        }
+        for worker in running.workers.values() {
+            worker.stop.cancel();
+        }
+        drop(worker_events);
+        while running.following.join_next().await.is_some() {}
+    }
+}
+
+impl PoolState<'_> {
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.alone.is_empty() && self.workers.is_empty()
+    }
+
+    /// What the workers together may hold now.
+    fn room(&mut self) -> Option<u64> {
+        let workers = self.workers.values().map(|worker| worker.held).sum();
+        if self.looks.is_multiple_of(OTHERS_EVERY) {
+            let ours = memory::of_descendants().max(
+                self.cgroup
+                    .as_ref()
+                    .and_then(Cgroup::of_processes)
+                    .unwrap_or(0),
+            );
+            self.others = ours.saturating_sub(workers);
+        }
+        self.looks += 1;
+        let limit = self.cgroup.as_ref().and_then(|cgroup| cgroup.read().limit);
+        MemoryRoom {
+            limit,
+            others: self.others,
+            available: memory::available(),
+            workers,
+        }
+        .for_workers()
+    }
+
+    /// Starts workers while there is something to do and a place for one.
+    async fn fill(&mut self) {
+        while self.workers.values().all(|worker| !worker.alone) {
+            if self.workers.len() < self.width && !self.waiting.is_empty() {
+                let count = sizing::chunk(
+                    self.pool.per_worker,
+                    self.waiting.len(),
+                    self.width - self.workers.len(),
+                );
+                let tasks = self.take(count);
+                self.start(tasks, false).await;
+            } else if self.workers.is_empty()
+                && let Some(task) = self.alone.pop_front()
+            {
+                self.start([task].into(), true).await;
+            } else if self.workers.len() < self.width && self.alone.is_empty() {
+                let tasks = self.steal();
+                if tasks.is_empty() {
+                    return;
+                }
+                self.start(tasks, false).await;
+            } else {
+                return;
+            }
+        }
+    }
+
+    /// The next tasks of one kind, as many as one argument can name.
+    fn take(&mut self, count: usize) -> VecDeque<EvalTask> {
+        let mut taken: VecDeque<EvalTask> = VecDeque::new();
+        let mut size = 0;
+        while taken.len() < count
+            && let Some(task) = self.waiting.front()
+        {
+            // As JSON in a Nix string: each quote has a backslash.
+            size += task.path.iter().map(|name| name.len() + 6).sum::<usize>() + 24;
+            let is_like = |first: &EvalTask| {
+                Arc::ptr_eq(&first.view, &task.view) && first.must_write == task.must_write
+            };
+            let other = taken.front().is_some_and(|first| !is_like(first));
+            if other || (size > ARGUMENT_LIMIT && !taken.is_empty()) {
+                break;
+            }
+            taken.extend(self.waiting.pop_front());
+        }
+        taken
+    }
+
+    /// The end of the longest list, if it is worth a worker of its own.
+    fn steal(&mut self) -> VecDeque<EvalTask> {
+        if self.pool.per_worker.is_some() {
+            return VecDeque::new();
+        }
+        let start = self.start;
+        let longest = self
+            .workers
+            .values_mut()
+            .filter(|worker| worker.ended.is_none() && worker.done > 0);
+        let Some(worker) = longest.max_by_key(|worker| worker.left.len()) else {
+            return VecDeque::new();
+        };
+        let each = worker
+            .first
+            .map_or(0.0, |first| first.elapsed().as_secs_f64())
+            / worker.done as f64;
+        let count = sizing::steal(worker.left.len(), each, start);
+        worker.left.split_off(worker.left.len() - count)
+    }
+
+    async fn start(&mut self, tasks: VecDeque<EvalTask>, alone: bool) {
+        let Some(first) = tasks.front() else { return };
+        let list: Vec<(usize, &AttributePath)> =
+            tasks.iter().map(|task| (task.id, &task.path)).collect();
+        let mut args = self.pool.expressions.derivation_args(
+            &first.view,
+            &list,
+            self.pool.read_only && !first.must_write,
+        );
+        args.extend(NO_EVAL_CACHE.map(str::to_owned));
+        args.extend(self.pool.arguments.iter().cloned());
+        let id = self.next;
+        self.next += 1;
+        let unset = COLLECTOR
+            .iter()
+            .filter(|(name, _)| self.pool.nix.variable(name).is_none());
+        let tool = self.pool.nix.tool().args(&args).envs(unset.copied());
+        let tool = match tool.talk() {
+            Ok(tool) => tool,
+            Err(error) => {
+                let text = format!("error: {error}");
+                for task in tasks {
+                    self.emit(EvalEvent::Failed(
+                        task.id,
+                        EvalFailure::from_stderr(&text, &self.pool.source),
+                    ))
+                    .await;
+                }
+                return;
+            }
+        };
+        let process = tool.id().unwrap_or_default();
+        memory::expendable(process);
+        let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
+        self.following.spawn(follow(
+            tool,
+            id,
+            self.to_pool.clone(),
+            stop.clone(),
+            kill.clone(),
+        ));
+        let worker = Worker {
+            process,
+            left: tasks,
+            current: None,
+            done: 0,
+            alone,
+            started: Instant::now(),
+            first: None,
+            held: 0,
+            most: 0,
+            output: String::new(),
+            ended: None,
+            stop,
+            kill,
+        };
+        self.workers.insert(id, worker);
+    }
+
+    async fn on_event(&mut self, id: usize, heard: WorkerEvent) {
+        match heard {
+            WorkerEvent::Line(line) => self.on_line(id, line).await,
+            WorkerEvent::Ended(status) => self.on_ended(id, status).await,
+        }
+    }
+
+    async fn on_line(&mut self, id: usize, line: String) {
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        let ours = line
+            .strip_prefix(&self.pool.expressions.mark())
+            .and_then(|json| serde_json::from_str(json).ok());
+        match ours {
+            None => keep_tail(&mut worker.output, &line),
+            Some(WorkerLine::Begun { b }) => {
+                worker.output.clear();
+                if worker.first.is_none() {
+                    worker.first = Some(Instant::now());
+                    self.start = worker.started.elapsed().as_secs_f64();
+                }
+                match worker.left.front() {
+                    Some(task) if task.id == b => worker.current = worker.left.pop_front(),
+                    // What it comes to now is another's already.
+                    _ => worker.end(EndReason::Overtaken),
+                }
+                if worker.current.is_some() {
+                    self.emit(EvalEvent::Begun(b)).await;
+                }
+            }
+            Some(WorkerLine::Done { d, f }) => {
+                let task = worker.current.take_if(|task| task.id == d);
+                worker.done += 1;
+                let Some(task) = task else { return };
+                let independent = matches!(*task.view, SelfView::AbortOnUse(_));
+                self.independent += usize::from(independent);
+                self.emit(EvalEvent::Known {
+                    id: d,
+                    facts: f,
+                    independent,
+                })
+                .await;
+                self.retire(id);
+            }
+        }
+    }
+
+    /// Between two attributes a worker that has outgrown its share, when it was last looked at, goes.
+    fn retire(&mut self, id: usize) {
+        let share = self.share;
+        let Some(worker) = self.workers.get_mut(&id) else {
+            return;
+        };
+        if worker.held > share && !worker.left.is_empty() {
+            worker.end(EndReason::Retired);
+        }
+    }
+
+    /// Looks at the memory; the largest has to go when there is not enough.
+    fn check_memory(&mut self) {
+        for worker in self.workers.values_mut() {
+            if let Some((held, most)) = memory::of_process(worker.process) {
+                (worker.held, worker.most) = (held, most);
+            }
+        }
+        let room = self.room();
+        self.share = sizing::share(room, self.width);
+        let ids: Vec<usize> = self.workers.keys().copied().collect();
+        let held: Vec<u64> = ids.iter().map(|id| self.workers[id].held).collect();
+        if let Some(at) = sizing::too_large(&held, room)
+            && let Some(worker) = self.workers.get_mut(&ids[at])
+        {
+            worker.end(EndReason::TooLarge);
+        }
+    }
+
+    async fn on_ended(&mut self, id: usize, status: Option<ExitStatus>) {
+        let Some(mut worker) = self.workers.remove(&id) else {
+            return;
+        };
+        let left = std::mem::take(&mut worker.left);
+        let current = worker.current.take();
+        match worker.ended {
+            Some(EndReason::Retired | EndReason::Overtaken) => {
+                self.put_back(left.into_iter().chain(current));
+            }
+            Some(EndReason::TooLarge) => self.on_too_large(&worker, left, current).await,
+            None if is_for_memory(status, &worker.output) => {
+                self.on_too_large(&worker, left, current).await;
+            }
+            None if status.is_some_and(|status| status.success())
+                && current.is_none()
+                && left.is_empty() =>
+            {
+                // The worker had nothing left to do.
+            }
+            None => self.on_failed(&worker, status, left, current).await,
+        }
+    }
+
+    /// Back to the others, the one that had begun first of all.
+    fn put_back(&mut self, tasks: impl DoubleEndedIterator<Item = EvalTask>) {
+        for task in tasks.rev() {
+            self.waiting.push_front(task);
+        }
+    }
+
+    /// The worker is dead for its memory. The attribute that it was at is tried once more by itself.
+    async fn on_too_large(
+        &mut self,
+        worker: &Worker,
+        left: VecDeque<EvalTask>,
+        current: Option<EvalTask>,
+    ) {
+        self.put_back(left.into_iter());
+        let Some(task) = current.or_else(|| self.waiting.pop_front()) else {
+            return;
+        };
+        if worker.alone {
+            let limit = self.room().unwrap_or(worker.most);
+            let failure = EvalFailure::OutOfMemory {
+                needed: worker.most,
+                limit,
+            };
+            self.emit(EvalEvent::Failed(task.id, failure)).await;
+        } else if worker.done == 0 {
+            self.alone.push_back(task);
+        } else {
+            // Others before it may have left too much behind: first with a worker that has done nothing yet.
+            self.waiting.push_front(task);
+        }
+    }
+
+    async fn on_failed(
+        &mut self,
+        worker: &Worker,
+        status: Option<ExitStatus>,
+        left: VecDeque<EvalTask>,
+        current: Option<EvalTask>,
+    ) {
+        let dependent = worker
+            .output
+            .contains(&self.pool.expressions.abort_marker());
+        let said = if worker.output.trim().is_empty() {
+            let how = status.map_or("with no word".to_owned(), |status| status.to_string());
+            format!("error: `nix eval` ended: {how}")
+        } else {
+            worker.output.clone()
+        };
+        let failure = EvalFailure::from_stderr(&said, &self.pool.source);
+        // One that fails before it has begun any fails for all of its list.
+        let (fail, rest): (Vec<EvalTask>, VecDeque<EvalTask>) = match current {
+            Some(task) => ([task].into(), left),
+            None => (left.into(), VecDeque::new()),
+        };
+        for mut task in fail {
+            if self.needs_writing(&task, &said) {
+                task.must_write = true;
+                self.waiting.push_back(task);
+                continue;
+            }
+            let event = if dependent {
+                EvalEvent::Dependent(task.id)
+            } else {
+                EvalEvent::Failed(task.id, failure.clone())
+            };
+            self.dependent += usize::from(dependent);
+            self.emit(event).await;
+        }
+        self.put_back(rest.into_iter());
+        self.stop_dependency_check().await;
+    }
+
+    /// A derivation that has another's closure in it, not only its outputs, can be computed only when that one is
+    /// in the store.
+    fn needs_writing(&self, task: &EvalTask, said: &str) -> bool {
+        self.pool.read_only && !task.must_write && said.contains(".drv' is not valid")
+    }
+
+    /// Where nearly everything depends on the commit, each would cost a worker.
+    async fn stop_dependency_check(&mut self) {
+        let Some(fallback) = self.pool.fallback_view.clone() else {
+            return;
+        };
+        if self.dependent < DEPENDENT_LIMIT || self.dependent <= self.independent {
+            return;
+        }
+        for task in self.waiting.iter_mut().chain(&mut self.alone) {
+            if matches!(*task.view, SelfView::AbortOnUse(_)) {
+                task.view = Arc::clone(&fallback);
+            }
+        }
+    }
+
+    async fn emit(&self, event: EvalEvent) {
+        // The receiver is gone only when nobody wants to know any more.
+        let _ = self.events.send(event).await;
+    }
+}

@@ -1,0 +1,537 @@
+//! NARs written straight from disk: one reading, hashed on the way, in flat memory whatever the size.
+//! Never asks Nix for anything, and never sends a last byte that would complete a wrong NAR.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::io::{self, Read as _, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::Stream;
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, fstat, openat, readlinkat, statat};
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256 as Hasher};
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::hash::Sha256;
+
+/// One block of a stream. One is being filled, one waits, one is with the sender: three of these
+/// are less than the half MiB that an upload may hold.
+const BLOCK_SIZE: usize = 128 * 1024;
+/// What is read of a file at once.
+const READ_SIZE: usize = 64 * 1024;
+
+/// Whether files are read without a note of the time in the file system, which would write as many inodes as are
+/// read. Only who owns them may (`open(2)`, `O_NOATIME`), which on a shared store is somebody else.
+static USE_NOATIME: AtomicBool = AtomicBool::new(true);
+
+/// Why no NAR came of a path, or not the one that Nix registered.
+#[derive(Debug, Error)]
+pub enum DumpError {
+    /// It is not there (any more): a garbage collection took it.
+    #[error("`{0}` is no longer in the store")]
+    Gone(PathBuf),
+    /// It holds something that a NAR cannot: a socket, a device, a pipe.
+    #[error("`{0}` is neither file, folder nor symbolic link")]
+    Special(PathBuf),
+    /// It cannot be read.
+    #[error("`{path}` cannot be read")]
+    Read {
+        /// Where reading stopped.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// What is on disk is not what Nix registered: a corrupt or changed store path.
+    #[error("`{path}` is corrupt: on disk it is not what the store has registered ({difference})")]
+    Corrupt {
+        /// The store path.
+        path: PathBuf,
+        /// What differs.
+        difference: String,
+    },
+    /// Whoever took the bytes stopped taking them.
+    #[error("the NAR could not be handed on")]
+    Sink(#[source] io::Error),
+}
+
+/// Told what a NAR holds while it is read, in the NAR's order. An error of its ends the reading.
+pub trait NarVisitor {
+    /// An entry of a folder begins.
+    fn enter(&mut self, name: &[u8]) -> io::Result<()>;
+    /// It ends.
+    fn leave(&mut self);
+    /// The next bytes of a file.
+    fn content(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// The file has no more.
+    fn end(&mut self) -> io::Result<()>;
+    /// What a symbolic link points to.
+    fn target(&mut self, target: &[u8]) -> io::Result<()>;
+}
+
+/// Nobody watches.
+struct NoVisitor;
+
+impl NarVisitor for NoVisitor {
+    fn enter(&mut self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+    fn leave(&mut self) {}
+    fn content(&mut self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+    fn end(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+    fn target(&mut self, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Writes the NAR of `path` to `out`, with entries in bytewise order.
+///
+/// # Errors
+/// As `write_visited`.
+pub fn write(path: &Path, out: &mut impl Write) -> Result<(), DumpError> {
+    write_visited(path, out, &mut NoVisitor)
+}
+
+/// Writes the NAR of `path` to `out`, with entries in bytewise order, and tells `visitor` what it holds.
+///
+/// One folder is open at a time and nothing recurses, so that depth costs neither stack nor
+/// descriptors, and names may add up to more than the system's `PATH_MAX`.
+///
+/// # Errors
+/// When the path is gone, unreadable or holds what a NAR cannot, or when `out` or the visitor refuses bytes.
+pub fn write_visited(
+    path: &Path,
+    out: &mut impl Write,
+    visitor: &mut impl NarVisitor,
+) -> Result<(), DumpError> {
+    let mut writer = Writer {
+        out,
+        visitor,
+        root: path,
+        buffer: Vec::new(),
+    };
+    writer.text(b"nix-archive-1")?;
+    let name = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| DumpError::Special(path.to_owned()))?;
+    let Some(mut folder) = writer.node(CWD, &name)? else {
+        return Ok(());
+    };
+    let mut levels = vec![writer.names(&folder)?.into_iter()];
+    while let Some(level) = levels.last_mut() {
+        if let Some(name) = level.next() {
+            writer.texts(&[b"entry", b"(", b"name", name.to_bytes(), b"node"])?;
+            writer
+                .visitor
+                .enter(name.to_bytes())
+                .map_err(DumpError::Sink)?;
+            match writer.node(folder.as_fd(), &name)? {
+                None => writer.leave()?,
+                Some(below) => {
+                    levels.push(writer.names(&below)?.into_iter());
+                    folder = below;
+                }
+            }
+        } else {
+            writer.text(b")")?;
+            levels.pop();
+            if !levels.is_empty() {
+                writer.leave()?;
+                folder = writer.open(folder.as_fd(), c"..", OFlags::DIRECTORY)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Writer<'a, W, O> {
+    out: &'a mut W,
+    visitor: &'a mut O,
+    root: &'a Path,
+    buffer: Vec<u8>,
+}
+
+impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
+    fn leave(&mut self) -> Result<(), DumpError> {
+        self.visitor.leave();
+        self.text(b")")
+    }
+
+    /// Writes a file or link whole; of a folder only the opening, and gives it back, open.
+    fn node(&mut self, parent: impl AsFd, name: &CStr) -> Result<Option<OwnedFd>, DumpError> {
+        let parent = parent.as_fd();
+        let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|error| self.unreadable(name, error.into()))?;
+        self.texts(&[b"(", b"type"])?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => {
+                self.text(b"directory")?;
+                return self.open(parent, name, OFlags::DIRECTORY).map(Some);
+            }
+            FileType::Symlink => {
+                let target = readlinkat(parent, name, Vec::new())
+                    .map_err(|error| self.unreadable(name, error.into()))?;
+                self.visitor
+                    .target(target.to_bytes())
+                    .map_err(DumpError::Sink)?;
+                self.texts(&[b"symlink", b"target", target.to_bytes()])?;
+            }
+            FileType::RegularFile => {
+                let file = self.open(parent, name, OFlags::empty())?;
+                self.file(name, file.into())?;
+            }
+            _ => return Err(DumpError::Special(self.at(name))),
+        }
+        self.text(b")")?;
+        Ok(None)
+    }
+
+    fn file(&mut self, name: &CStr, mut file: File) -> Result<(), DumpError> {
+        let stat = fstat(&file).map_err(|error| self.unreadable(name, error.into()))?;
+        self.text(b"regular")?;
+        if Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR) {
+            self.texts(&[b"executable", b""])?;
+        }
+        self.text(b"contents")?;
+        let size = u64::try_from(stat.st_size).unwrap_or_default();
+        self.raw(&size.to_le_bytes())?;
+        let mut left = size;
+        let most = usize::try_from(size).unwrap_or(READ_SIZE).min(READ_SIZE);
+        // Most files are small, and so is most of what is read at once.
+        self.buffer.resize(self.buffer.len().max(most), 0);
+        while left > 0 {
+            let want = usize::try_from(left).unwrap_or(READ_SIZE).min(READ_SIZE);
+            let got = match file.read(&mut self.buffer[..want]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(self.unreadable(name, error)),
+                Ok(0) => return Err(self.unreadable(name, io::ErrorKind::UnexpectedEof.into())),
+                Ok(got) => got,
+            };
+            self.visitor
+                .content(&self.buffer[..got])
+                .map_err(DumpError::Sink)?;
+            self.out
+                .write_all(&self.buffer[..got])
+                .map_err(DumpError::Sink)?;
+            left -= got as u64;
+        }
+        self.visitor.end().map_err(DumpError::Sink)?;
+        self.pad(size)
+    }
+
+    /// The names in a folder, sorted bytewise.
+    fn names(&self, folder: &OwnedFd) -> Result<Vec<CString>, DumpError> {
+        let unreadable = |error: Errno| self.unreadable(c"", error.into());
+        let mut names = Vec::new();
+        for entry in Dir::read_from(folder).map_err(unreadable)? {
+            let entry = entry.map_err(unreadable)?;
+            let name = entry.file_name();
+            if name != c"." && name != c".." {
+                names.push(name.to_owned());
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn open(&self, parent: impl AsFd, name: &CStr, flags: OFlags) -> Result<OwnedFd, DumpError> {
+        let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        if USE_NOATIME.load(Ordering::Relaxed) {
+            match openat(&parent, name, flags | OFlags::NOATIME, Mode::empty()) {
+                Err(Errno::PERM) => USE_NOATIME.store(false, Ordering::Relaxed),
+                opened => return opened.map_err(|error| self.unreadable(name, error.into())),
+            }
+        }
+        openat(parent, name, flags, Mode::empty())
+            .map_err(|error| self.unreadable(name, error.into()))
+    }
+
+    /// A NAR's strings: length in eight bytes, the bytes, zeros up to the next multiple of eight.
+    fn text(&mut self, text: &[u8]) -> Result<(), DumpError> {
+        self.raw(&(text.len() as u64).to_le_bytes())?;
+        self.raw(text)?;
+        self.pad(text.len() as u64)
+    }
+
+    fn texts(&mut self, texts: &[&[u8]]) -> Result<(), DumpError> {
+        texts.iter().try_for_each(|text| self.text(text))
+    }
+
+    fn pad(&mut self, size: u64) -> Result<(), DumpError> {
+        let rest = (8 - size % 8) % 8;
+        self.raw(&[0; 8][..usize::try_from(rest).expect("less than eight")])
+    }
+
+    fn raw(&mut self, bytes: &[u8]) -> Result<(), DumpError> {
+        self.out.write_all(bytes).map_err(DumpError::Sink)
+    }
+
+    fn at(&self, name: &CStr) -> PathBuf {
+        let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        if name.is_absolute() || name.as_os_str().is_empty() {
+            self.root.to_owned()
+        } else {
+            self.root.join(name)
+        }
+    }
+
+    /// A file that vanishes while its store path is read is being collected.
+    fn unreadable(&self, name: &CStr, source: io::Error) -> DumpError {
+        if source.kind() == io::ErrorKind::NotFound {
+            DumpError::Gone(self.root.to_owned())
+        } else {
+            DumpError::Read {
+                path: self.at(name),
+                source,
+            }
+        }
+    }
+}
+
+/// What a stream of a NAR ended with, for the one who only sees that the sending failed.
+#[derive(Clone, Debug, Default)]
+pub struct Fault(Arc<Mutex<Option<DumpError>>>);
+
+impl Fault {
+    /// The error that broke the stream, if its source did; once.
+    pub fn take(&self) -> Option<DumpError> {
+        self.0
+            .lock()
+            .expect("nothing panics while it holds this lock")
+            .take()
+    }
+
+    fn set(&self, error: DumpError) {
+        *self
+            .0
+            .lock()
+            .expect("nothing panics while it holds this lock") = Some(error);
+    }
+}
+
+/// Where the NAR of a store path comes from: the path on disk, and what was read of it already.
+#[derive(Clone, Debug)]
+pub struct NarSource {
+    /// The path.
+    pub file: PathBuf,
+    /// Its whole NAR, whose hash and size are the registered ones.
+    pub read: Option<Bytes>,
+}
+
+impl<T: AsRef<Path>> From<T> for NarSource {
+    fn from(file: T) -> Self {
+        Self {
+            file: file.as_ref().to_owned(),
+            read: None,
+        }
+    }
+}
+
+impl NarSource {
+    /// The NAR's blocks; `hash` and `size` are the registered ones.
+    pub fn stream(&self, hash: Sha256, size: u64) -> NarStream {
+        match &self.read {
+            Some(nar) => NarStream::from_bytes(nar.clone()),
+            None => NarStream::open(self.file.clone(), hash, size),
+        }
+    }
+}
+
+/// Reads the NAR of a path into memory and tells `visitor` what it holds. For small ones; `hash` and `size` are the
+/// registered ones.
+///
+/// # Errors
+/// As `write_visited`; also when it is not the NAR that was registered.
+pub fn read_visited(
+    path: &Path,
+    hash: Sha256,
+    size: u64,
+    visitor: &mut impl NarVisitor,
+) -> Result<Bytes, DumpError> {
+    let mut out = BlockWriter::new(None, size);
+    write_visited(path, &mut out, visitor).map_err(|error| out.classify(path, error))?;
+    out.finish(path, hash)
+}
+
+/// The NAR of a store path as a stream of blocks. It ends well only if hash and size are the
+/// registered ones; else its last block never comes, and an error does in its place.
+#[derive(Debug)]
+pub struct NarStream {
+    blocks: mpsc::Receiver<Bytes>,
+    /// Ends with the last block, so that of a small NAR nothing goes another way.
+    task: Option<JoinHandle<Result<Bytes, DumpError>>>,
+    last: Option<Bytes>,
+    fault: Fault,
+}
+
+impl NarStream {
+    /// Starts reading `path` on a thread that may block. Dropping the stream ends the thread at its next block.
+    pub fn open(path: PathBuf, hash: Sha256, size: u64) -> Self {
+        let (sender, blocks) = mpsc::channel(1);
+        let task = tokio::task::spawn_blocking(move || {
+            let mut out = BlockWriter::new(Some(sender), size);
+            write(&path, &mut out).map_err(|error| out.classify(&path, error))?;
+            out.finish(&path, hash)
+        });
+        Self {
+            blocks,
+            task: Some(task),
+            last: None,
+            fault: Fault::default(),
+        }
+    }
+
+    fn from_bytes(nar: Bytes) -> Self {
+        Self {
+            blocks: mpsc::channel(1).1,
+            task: None,
+            last: Some(nar),
+            fault: Fault::default(),
+        }
+    }
+
+    /// Where to look for the reason when sending this stream has failed.
+    pub fn fault(&self) -> Fault {
+        self.fault.clone()
+    }
+}
+
+impl Stream for NarStream {
+    type Item = io::Result<Bytes>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if let Some(task) = &mut self.task
+            && let Poll::Ready(ended) = Pin::new(task).poll(context)
+        {
+            self.task = None;
+            let ended = ended.unwrap_or_else(|panic| Err(DumpError::Sink(io::Error::other(panic))));
+            match ended {
+                Ok(last) => self.last = Some(last),
+                Err(error) => {
+                    let shown = io::Error::other(error.to_string());
+                    self.fault.set(error);
+                    self.blocks.close();
+                    return Poll::Ready(Some(Err(shown)));
+                }
+            }
+        }
+        match self.blocks.poll_recv(context) {
+            Poll::Ready(Some(block)) => Poll::Ready(Some(Ok(block))),
+            // The task drops its end just before it has ended itself, and wakes us then.
+            _ if self.task.is_some() => Poll::Pending,
+            _ => Poll::Ready(self.last.take().map(Ok)),
+        }
+    }
+}
+
+/// Cuts what is written into blocks and hashes them. A full block leaves only when more bytes
+/// come, so that the last one is still here when the hash is known.
+struct BlockWriter {
+    /// Without one there is a single block.
+    sender: Option<mpsc::Sender<Bytes>>,
+    block: BytesMut,
+    hasher: Hasher,
+    written: u64,
+    size: u64,
+}
+
+impl BlockWriter {
+    fn new(sender: Option<mpsc::Sender<Bytes>>, size: u64) -> Self {
+        Self {
+            sender,
+            block: BytesMut::new(),
+            hasher: Hasher::new(),
+            written: 0,
+            size,
+        }
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        let Some(sender) = &self.sender else {
+            return Ok(());
+        };
+        self.hasher.update(&self.block);
+        let block = self.block.split().freeze();
+        sender
+            .blocking_send(block)
+            .map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    /// Bytes refused here because there are too many mean a corrupt path, not a broken sink.
+    fn classify(&self, path: &Path, error: DumpError) -> DumpError {
+        match error {
+            DumpError::Sink(source) if source.kind() == io::ErrorKind::InvalidData => {
+                self.corrupt(path, format!("its NAR is longer than {} bytes", self.size))
+            }
+            other => other,
+        }
+    }
+
+    /// The last block, if all of it is what it should be.
+    fn finish(mut self, path: &Path, hash: Sha256) -> Result<Bytes, DumpError> {
+        if self.written != self.size {
+            let difference = format!(
+                "its NAR has {} bytes instead of {}",
+                self.written, self.size
+            );
+            return Err(self.corrupt(path, difference));
+        }
+        self.hasher.update(&self.block);
+        let found = Sha256(std::mem::take(&mut self.hasher).finalize().into());
+        if found != hash {
+            return Err(self.corrupt(path, format!("its NAR's hash is {found} instead of {hash}")));
+        }
+        Ok(self.block.freeze())
+    }
+
+    fn corrupt(&self, path: &Path, difference: String) -> DumpError {
+        DumpError::Corrupt {
+            path: path.to_owned(),
+            difference,
+        }
+    }
+}
+
+impl Write for BlockWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.written + bytes.len() as u64 > self.size {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let room = if self.sender.is_some() {
+            BLOCK_SIZE
+        } else {
+            usize::MAX
+        };
+        if self.block.len() == room {
+            self.send()?;
+        }
+        if self.block.capacity() == 0 {
+            // A small NAR is not worth a whole block.
+            let left = usize::try_from(self.size - self.written).unwrap_or(BLOCK_SIZE);
+            self.block.reserve(left.min(room));
+        }
+        let taken = bytes.len().min(room - self.block.len());
+        self.block.extend_from_slice(&bytes[..taken]);
+        self.written += taken as u64;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

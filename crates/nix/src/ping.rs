@@ -1,0 +1,137 @@
+//! Whether the store really opens, which one it is, and what Nix says while it opens it.
+//! One cheap call, `nix store ping` (an alias of `nix store info` on newer versions).
+
+use std::time::Duration;
+
+use crate::tool::{Error, Nix, error_summary};
+
+/// What opening the store told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ping {
+    /// It opens.
+    Open(Opened),
+    /// It does not; why, on one line.
+    Failed(PingFailure),
+}
+
+/// A store that opens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opened {
+    /// `local`, `daemon`, or a URL.
+    pub url: String,
+    /// Whether the daemon trusts us, where the version says so (2.15 and later).
+    pub trusted: Option<bool>,
+    /// The build users' group that the settings name and the system does not have.
+    pub missing_group: Option<String>,
+    /// Everything that was said on standard error: warnings of ignored settings, for one.
+    pub stderr: String,
+}
+
+/// Why a store does not open, as far as Flywheel treats the reasons differently.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PingFailure {
+    /// Nobody answers at the daemon's socket, or there is none.
+    NoDaemon(String),
+    /// There is no daemon, and the store's files belong to somebody else.
+    PermissionDenied(String),
+    /// Anything else.
+    Other(String),
+}
+
+impl PingFailure {
+    /// What Nix said, on one line.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::NoDaemon(text) | Self::PermissionDenied(text) | Self::Other(text) => text,
+        }
+    }
+}
+
+/// Opens the store once.
+///
+/// # Errors
+/// When Nix cannot be started or does not answer within `limit`.
+pub async fn ping(nix: &Nix, limit: Duration) -> Result<Ping, Error> {
+    let output = nix.run(&["store", "ping"], limit).await?;
+    if output.status.success() {
+        // 2.8 says it all on standard error, newer versions use both.
+        Ok(Ping::Open(read(&output.text(), &output.stderr)))
+    } else {
+        Ok(Ping::Failed(ping_failure(&output.stderr)))
+    }
+}
+
+fn read(stdout: &str, stderr: &str) -> Opened {
+    let field = |name: &str| {
+        let mut lines = stdout.lines().chain(stderr.lines());
+        lines
+            .find_map(|line| line.strip_prefix(name))
+            .map(|value| value.trim().to_owned())
+    };
+    let trusted = field("Trusted:").map(|value| value == "1" || value == "true");
+    let url = field("Store URL:").unwrap_or_default();
+    Opened {
+        url,
+        trusted,
+        missing_group: missing_group(stderr),
+        stderr: stderr.to_owned(),
+    }
+}
+
+/// From "the group 'nixbld' specified in 'build-users-group' does not exist".
+fn missing_group(stderr: &str) -> Option<String> {
+    let line = stderr
+        .lines()
+        .find(|line| line.contains("'build-users-group' does not exist"))?;
+    line.split('\'').nth(1).map(str::to_owned)
+}
+
+fn ping_failure(stderr: &str) -> PingFailure {
+    let text = error_summary(stderr);
+    if stderr.contains("cannot connect to") {
+        PingFailure::NoDaemon(text)
+    } else if stderr.contains("Permission denied") || stderr.contains("Operation not permitted") {
+        // "big-lock: Permission denied" on a store that is root's; 2.8 may stumble over a profile folder before.
+        PingFailure::PermissionDenied(text)
+    } else {
+        PingFailure::Other(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_and_new_versions_are_understood() {
+        let old = read(
+            "",
+            "warning: the group 'nixbld' specified in 'build-users-group' does not exist\nStore URL: local\nVersion: 2.8.0\n",
+        );
+        assert_eq!((old.url.as_str(), old.trusted), ("local", None));
+        assert_eq!(old.missing_group.as_deref(), Some("nixbld"));
+        let new = read(
+            "Store URL: daemon\nVersion: 2.26.3\nTrusted: 0\n",
+            "warning: 'ping' is a deprecated alias\n",
+        );
+        assert_eq!(
+            (new.url.as_str(), new.trusted, new.missing_group),
+            ("daemon", Some(false), None)
+        );
+    }
+
+    #[test]
+    fn reasons_are_told_apart() {
+        let dead = "error: cannot connect to socket at '/nix/var/nix/daemon-socket/socket': Connection refused";
+        assert!(matches!(ping_failure(dead), PingFailure::NoDaemon(_)));
+        let locked = "error: opening lock file '/nix/var/nix/db/big-lock': Permission denied";
+        assert!(matches!(
+            ping_failure(locked),
+            PingFailure::PermissionDenied(_)
+        ));
+        assert_eq!(
+            ping_failure("error: database is corrupt\n"),
+            PingFailure::Other("database is corrupt".to_owned())
+        );
+    }
+}

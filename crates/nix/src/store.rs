@@ -1,0 +1,442 @@
+//! The store as the job sees it: what it holds, what was added, what belongs to what.
+//! Reads Nix's database where it can and asks Nix where it cannot; never writes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use thiserror::Error;
+
+use crate::db::{self, Db};
+use crate::path_info::{PathInfo, PathInfos};
+use crate::path_json::{self, JsonError};
+use crate::ping::{Opened, Ping, ping};
+use crate::result_links;
+use crate::store_path::{PathHash, STORE_DIR, StorePath};
+use crate::store_watcher::StoreWatcher;
+use crate::tool::{self, Flavour, Nix};
+use flywheel_core::exit::{Exit, Explain};
+use flywheel_core::text::one_line;
+
+/// Where Nix keeps its state, unless `NIX_STATE_DIR` says otherwise.
+pub const STATE_DIR: &str = "/nix/var/nix";
+/// Opening a store is quick; a daemon that needs longer than this is taken for dead.
+const PING_LIMIT: Duration = Duration::from_secs(20);
+/// Listing a big store through a daemon may take a while.
+const LIST_LIMIT: Duration = Duration::from_secs(180);
+/// A daemon's worker opens the database right after it was connected to.
+const WAKE_LIMIT: Duration = Duration::from_secs(2);
+/// How often it is looked whether it has.
+const WAKE_POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Why the store gave no answer.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Nix failed.
+    #[error(transparent)]
+    Nix(#[from] tool::Error),
+    /// The store does not open.
+    #[error("the Nix store does not open: {0}")]
+    Closed(String),
+    /// The database failed, and opening it again did not help.
+    #[error(transparent)]
+    Db(#[from] db::Error),
+    /// Nix's answer was not understood.
+    #[error("what `nix path-info` printed is not understood")]
+    Json(#[from] JsonError),
+    /// The folder with the job's result links could not be read.
+    #[error("folder `{folder}` could not be read")]
+    Folder {
+        /// The folder.
+        folder: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A thread of ours died.
+    #[error("a thread that read the store died")]
+    Thread(#[source] tokio::task::JoinError),
+}
+
+impl Explain for Error {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Thread(_) => Exit::Bug,
+            _ => Exit::Host,
+        }
+    }
+}
+
+/// A moment of the store. What was added since can be asked for later.
+#[derive(Clone, Debug)]
+pub struct Mark(MarkKind);
+
+impl Mark {
+    /// The id of the path registered last, where the database tells.
+    pub fn id(&self) -> Option<i64> {
+        match &self.0 {
+            MarkKind::Id(id) => Some(*id),
+            MarkKind::Paths(_) => None,
+        }
+    }
+
+    /// The moment after which an earlier job's id was the last.
+    pub fn after_id(id: i64) -> Self {
+        Self(MarkKind::Id(id))
+    }
+}
+
+#[derive(Clone, Debug)]
+enum MarkKind {
+    /// The id of the path registered last.
+    Id(i64),
+    /// All paths there were, for a store without a readable database.
+    Paths(Arc<BTreeSet<StorePath>>),
+}
+
+/// The store.
+#[derive(Clone, Debug)]
+pub struct Store {
+    nix: Nix,
+    state: PathBuf,
+    db: Result<Arc<Mutex<Db>>, String>,
+}
+
+impl Store {
+    /// Opens the store that `nix` uses. Its database is read where it is this machine's own and readable.
+    ///
+    /// # Errors
+    /// When Nix itself cannot open the store.
+    pub async fn open(nix: &Nix) -> Result<Self, Error> {
+        let opened = match ping(nix, PING_LIMIT).await? {
+            Ping::Open(opened) => opened,
+            Ping::Failed(failure) => return Err(Error::Closed(failure.text().to_owned())),
+        };
+        Self::from_opened(nix, &opened).await
+    }
+
+    /// The same where it is known already what opening it with this very `nix` tells.
+    ///
+    /// # Errors
+    /// When its database cannot be looked for.
+    pub async fn from_opened(nix: &Nix, opened: &Opened) -> Result<Self, Error> {
+        let state = state_folder(nix);
+        let db = if is_own(&opened.url, &state) {
+            let state = state.clone();
+            blocking(move || Ok(open_db(&state))).await?
+        } else {
+            Err(format!("the store is `{}`", one_line(&opened.url, 120)))
+        };
+        Ok(Self {
+            nix: nix.clone(),
+            state,
+            db: db.map(|db| Arc::new(Mutex::new(db))),
+        })
+    }
+
+    /// The store that a database of this machine describes, whichever Nix would open. `None` if it is not ours to read.
+    pub async fn from_database(nix: &Nix) -> Option<Self> {
+        let state = state_folder(nix);
+        let folder = state.clone();
+        let db = blocking(move || Ok(open_db(&folder))).await.ok()?.ok()?;
+        Some(Self {
+            nix: nix.clone(),
+            state,
+            db: Ok(Arc::new(Mutex::new(db))),
+        })
+    }
+
+    /// Why the database is not read, so that Nix is asked instead, which is slower; `None` if it is read.
+    pub fn database_error(&self) -> Option<&str> {
+        self.db.as_ref().err().map(String::as_str)
+    }
+
+    /// The database's file, for a watcher; `None` where it cannot be read.
+    pub fn database_file(&self) -> Option<PathBuf> {
+        self.db.is_ok().then(|| Db::file(&self.state))
+    }
+
+    /// This moment.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn mark(&self) -> Result<Mark, Error> {
+        if self.db.is_ok() {
+            return Ok(Mark(MarkKind::Id(self.query(Db::last_id).await?)));
+        }
+        let found = self.list().await?;
+        let readable = found.infos.into_iter().map(|info| info.path);
+        let unreadable = found
+            .unreadable
+            .iter()
+            .filter_map(|path| path.path.parse().ok());
+        Ok(Mark(MarkKind::Paths(Arc::new(
+            readable.chain(unreadable).collect(),
+        ))))
+    }
+
+    /// Everything that was added since `mark` and is still valid: built, substituted, copied, evaluated.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn added_since(&self, mark: &Mark) -> Result<PathInfos, Error> {
+        let before = match &mark.0 {
+            MarkKind::Id(id) => {
+                let id = *id;
+                let added = self.query(move |db| db.added_after(id)).await?;
+                let infos = added.rows.into_iter().map(|(_, info)| info).collect();
+                return Ok(PathInfos {
+                    infos,
+                    unreadable: added.unreadable,
+                });
+            }
+            MarkKind::Paths(before) => Arc::clone(before),
+        };
+        let mut found = self.list().await?;
+        found.infos.retain(|info| !before.contains(&info.path));
+        found
+            .unreadable
+            .retain(|path| path.path.parse().is_ok_and(|path| !before.contains(&path)));
+        Ok(found)
+    }
+
+    /// Watches for paths that are added after `mark`, and tells of each as it becomes valid. `None`
+    /// where the database cannot be read: then `added_since` at the end has to do, and misses nothing.
+    pub fn watch(
+        &self,
+        mark: &Mark,
+        on_added: impl FnMut(Vec<PathInfo>) + Send + 'static,
+    ) -> Option<StoreWatcher> {
+        match (&mark.0, self.database_file()) {
+            (MarkKind::Id(id), Some(file)) => StoreWatcher::start(&file, *id, on_added),
+            _ => None,
+        }
+    }
+
+    /// The valid paths of these hashes; none where the database cannot be read.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn valid_by_hash(&self, hashes: Vec<PathHash>) -> Result<Vec<StorePath>, Error> {
+        if self.db.is_err() || hashes.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.query(move |db| db.valid_by_hash(&hashes)).await
+    }
+
+    /// Up to `most` valid paths, of at most `nar_size` bytes each, that a cache with this key is likely to have;
+    /// none where the database cannot be read.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn likely_served(
+        &self,
+        key: Option<&str>,
+        nar_size: u64,
+        most: u32,
+    ) -> Result<Vec<StorePath>, Error> {
+        if self.db.is_err() {
+            return Ok(Vec::new());
+        }
+        let key = key.map(str::to_owned);
+        self.query(move |db| db.likely_served(key.as_deref(), nar_size, most))
+            .await
+    }
+
+    /// What is known of these paths; those that are not valid (any more) are left out.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn infos(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
+        let paths = paths.to_vec();
+        if self.db.is_ok() {
+            return self.query(move |db| db.infos(&paths)).await;
+        }
+        let mut found = self.list().await?;
+        let wanted: BTreeSet<String> = paths.iter().map(ToString::to_string).collect();
+        found
+            .infos
+            .retain(|info| wanted.contains(&info.path.to_string()));
+        found.unreadable.retain(|path| wanted.contains(&path.path));
+        Ok(found)
+    }
+
+    /// These paths and everything they refer to, however far; those that are not valid are left out.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn closure(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
+        let paths = paths.to_vec();
+        if self.db.is_ok() {
+            return self.query(move |db| db.closure(&paths)).await;
+        }
+        Ok(closure_in(self.list().await?, paths))
+    }
+
+    /// The store paths that links below `folder`, made or changed since `since`, point to: the job's
+    /// results, even where nothing had to be built. Validity is not looked at.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub async fn result_links(
+        &self,
+        folder: &Path,
+        since: SystemTime,
+    ) -> Result<Vec<StorePath>, Error> {
+        let (gcroots, folder) = (self.state.join("gcroots"), folder.to_owned());
+        blocking(move || {
+            result_links::find(&gcroots, &folder, since)
+                .map_err(|source| Error::Folder { folder, source })
+        })
+        .await
+    }
+
+    /// Asks the database in a thread that may block; if it fails, once more with a database opened anew.
+    async fn query<T: Send + 'static>(
+        &self,
+        query: impl Fn(&Db) -> Result<T, db::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let db = self
+            .db
+            .as_ref()
+            .map(Arc::clone)
+            .map_err(|why| Error::Closed(why.clone()))?;
+        let file = Db::file(&self.state);
+        blocking(move || {
+            // A thread that died with the lock held left nothing half-done: we only read.
+            let mut db = db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Ok(answer) = query(&db) {
+                return Ok(answer);
+            }
+            *db = Db::open(&file)?;
+            Ok(query(&db)?)
+        })
+        .await
+    }
+
+    /// Every valid path, asked of Nix.
+    async fn list(&self) -> Result<PathInfos, Error> {
+        let mut arguments = vec!["path-info", "--all", "--json"];
+        // From 2.34 on it warns without a format, and means to refuse.
+        if self.nix.version.flavour != Flavour::Lix && self.nix.version.at_least(2, 33) {
+            arguments.extend(["--json-format", "1"]);
+        }
+        let output = self.nix.run_checked(&arguments, LIST_LIMIT).await?;
+        blocking(move || Ok(path_json::parse(&output.stdout)?)).await
+    }
+}
+
+/// Where this Nix keeps its state.
+pub fn state_folder(nix: &Nix) -> PathBuf {
+    nix.variable("NIX_STATE_DIR")
+        .map_or_else(|| STATE_DIR.into(), PathBuf::from)
+}
+
+/// The socket at which a daemon of this state folder answers.
+pub fn daemon_socket(nix: &Nix) -> PathBuf {
+    let named = nix.variable("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
+    named.unwrap_or_else(|| state_folder(nix).join("daemon-socket/socket"))
+}
+
+/// Whether a store of this URL is the one that the state folder describes.
+fn is_own(url: &str, state: &Path) -> bool {
+    let socket = state.join("daemon-socket/socket");
+    matches!(url, "local" | "daemon")
+        || url
+            .strip_prefix("unix://")
+            .is_some_and(|path| Path::new(path) == socket)
+}
+
+/// Opens the database of a state folder, or says on one line why it is of no use. Blocking.
+///
+/// # Errors
+/// When there is none, it cannot be read, or it knows nothing of a store that holds something.
+pub fn open_db(state: &Path) -> Result<Db, String> {
+    let file = Db::file(state);
+    let opened = Db::open(&file).or_else(|error| {
+        if file.exists() {
+            open_beside_daemon(&file, state).ok_or(error)
+        } else {
+            Err(error)
+        }
+    });
+    let db = opened.map_err(|error| describe(&error))?;
+    // A container may have the host's store and socket but a state folder of its own.
+    if db.last_id().map_err(|error| describe(&error))? == 0 && store_has_entries() {
+        return Err(format!("`{}` knows no path", file.display()));
+    }
+    Ok(db)
+}
+
+/// An unprivileged reader needs the database's shared memory, which exists while somebody has the
+/// database open. A daemon's worker opens it for every connection, so one is kept until we have it
+/// open too; from then on it stays.
+fn open_beside_daemon(file: &Path, state: &Path) -> Option<Db> {
+    let _connection = UnixStream::connect(state.join("daemon-socket/socket")).ok()?;
+    let deadline = Instant::now() + WAKE_LIMIT;
+    loop {
+        if let Ok(db) = Db::open(file) {
+            return Some(db);
+        }
+        if Instant::now() > deadline {
+            return None;
+        }
+        std::thread::sleep(WAKE_POLL_INTERVAL);
+    }
+}
+
+fn store_has_entries() -> bool {
+    let entries = std::fs::read_dir(STORE_DIR).into_iter().flatten().flatten();
+    entries
+        .into_iter()
+        .any(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
+}
+
+fn describe(error: &db::Error) -> String {
+    let source = std::error::Error::source(error)
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    one_line(&format!("{error}: {source}"), 300)
+}
+
+/// The part of `all` that `paths` reach.
+fn closure_in(all: PathInfos, paths: Vec<StorePath>) -> PathInfos {
+    let mut known: BTreeMap<StorePath, PathInfo> = all
+        .infos
+        .into_iter()
+        .map(|info| (info.path.clone(), info))
+        .collect();
+    let mut seen: BTreeSet<StorePath> = paths.iter().cloned().collect();
+    let mut found = PathInfos::default();
+    let mut ahead = paths;
+    while let Some(path) = ahead.pop() {
+        let Some(info) = known.remove(&path) else {
+            continue;
+        };
+        ahead.extend(
+            info.references
+                .iter()
+                .filter(|path| seen.insert((*path).clone()))
+                .cloned(),
+        );
+        found.infos.push(info);
+    }
+    found.infos.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    // What such a path refers to is not known, so that it may only be named.
+    found.unreadable = all
+        .unreadable
+        .into_iter()
+        .filter(|path| path.path.parse().is_ok_and(|p| seen.contains(&p)))
+        .collect();
+    found
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(Error::Thread)?
+}

@@ -1,0 +1,387 @@
+//! The one HTTP client: rustls on ring, our own name look-up, trusted roots, bounded waits.
+//! Owns how bytes reach a host; what is said there is the business of whoever asks.
+
+mod direct;
+mod trust;
+
+use std::error::Error as StdError;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use hickory_resolver::TokioResolver;
+use thiserror::Error;
+
+pub use self::direct::{ConnectError, Connection, Direct};
+
+use flywheel_core::exit::{Exit, Explain};
+
+/// A name answers or a host is reached within this time, or it is taken for dead.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A body that does not move for this long is given up.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Who we say we are.
+pub const USER_AGENT: &str = concat!("flywheel/", env!("CARGO_PKG_VERSION"));
+
+/// Why a client could not be made.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The TLS library refused our settings.
+    #[error("the TLS library refused its settings")]
+    Tls(#[source] rustls::Error),
+    /// The HTTP library refused our settings.
+    #[error("the HTTP library refused its settings")]
+    Client(#[source] reqwest::Error),
+}
+
+impl Explain for Error {
+    fn exit(&self) -> Exit {
+        Exit::Bug
+    }
+}
+
+/// Where certificates to trust may stand, besides the system's own bundle.
+#[derive(Clone, Debug, Default)]
+pub struct Roots {
+    /// PEM bundles named by the environment (`NIX_SSL_CERT_FILE`), read before the system's.
+    pub files: Vec<PathBuf>,
+}
+
+/// A client that stays on the address it was given: no redirects are followed here, so that a
+/// credential never travels to a host that the user did not name.
+///
+/// Cloning is cheap. Proxies named by the environment (`https_proxy` …) are honoured, as Nix does.
+///
+/// # Errors
+/// Only if the TLS or HTTP library refuses its settings, which would be our bug.
+pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
+    builder(tls(roots)?)
+        .read_timeout(IDLE_TIMEOUT)
+        .build()
+        .map_err(Error::Client)
+}
+
+/// A client for gRPC: HTTP/2 from the first byte on, straight to its host. Proxies do not come into it,
+/// as they do not for those who speak gRPC here.
+///
+/// # Errors
+/// As [`client`].
+pub fn grpc_client(roots: &Roots) -> Result<reqwest::Client, Error> {
+    let mut tls = tls(roots)?;
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    let builder = builder(tls).http2_prior_knowledge().no_proxy();
+    builder.build().map_err(Error::Client)
+}
+
+/// The two clients of one who also sends large bodies.
+#[derive(Clone, Debug)]
+pub struct Clients {
+    /// For questions: what [`client`] makes.
+    pub asking: reqwest::Client,
+    /// For bodies that take as long as they take. It gives nothing up by itself (reqwest's read
+    /// timeout would run from the first byte sent, and end every upload that lasts longer), so
+    /// that whoever sends has to watch that bytes move.
+    pub sending: reqwest::Client,
+    /// For those who talk to a server themselves.
+    pub direct: Direct,
+}
+
+impl Clients {
+    /// Makes both.
+    ///
+    /// # Errors
+    /// As [`client`].
+    pub fn new(roots: &Roots) -> Result<Self, Error> {
+        let tls = tls(roots)?;
+        let asking = builder(tls.clone())
+            .read_timeout(IDLE_TIMEOUT)
+            .build()
+            .map_err(Error::Client)?;
+        let sending = builder(tls.clone()).build().map_err(Error::Client)?;
+        Ok(Self {
+            asking,
+            sending,
+            direct: Direct::new(tls),
+        })
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the one place that makes clients"
+)]
+fn builder(tls: rustls::ClientConfig) -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
+        .user_agent(USER_AGENT)
+        .redirect(reqwest::redirect::Policy::none())
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_idle_timeout(Duration::from_secs(20))
+        .http1_only()
+        .tls_backend_preconfigured(tls)
+        .dns_resolver(Names::default())
+}
+
+/// Clones of it share the trusted roots.
+fn tls(roots: &Roots) -> Result<rustls::ClientConfig, Error> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = trust::Verifier::new(roots.clone(), Arc::clone(&provider));
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(Error::Tls)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    Ok(config)
+}
+
+/// Why a name has no address.
+#[derive(Debug, Error)]
+pub enum LookupError {
+    /// The machine names no resolver, and public ones are never asked behind its back.
+    #[error("this machine has no usable `/etc/resolv.conf`, and `{0}` is not in `/etc/hosts`")]
+    NoResolver(String),
+    /// The resolver said no, or nothing.
+    #[error("the name `{name}` does not resolve")]
+    Unknown {
+        /// The name that was asked for.
+        name: String,
+        /// What the resolver said.
+        #[source]
+        source: Box<dyn StdError + Send + Sync>,
+    },
+}
+
+/// Looks names up without libc's `getaddrinfo`, which a static binary must not call
+/// (it crashes where nsswitch names modules of another glibc).
+#[derive(Clone, Default)]
+pub struct Names(Arc<OnceLock<Option<TokioResolver>>>);
+
+impl Names {
+    /// The addresses of `host`, which may be a literal address, `localhost`, or a name.
+    ///
+    /// # Errors
+    /// When nothing answers for the name. Bounded by the resolver's own time-outs; callers with a
+    /// tighter deadline wrap it.
+    pub async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, LookupError> {
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        if let Ok(address) = bare.parse() {
+            return Ok(vec![address]);
+        }
+        if bare.eq_ignore_ascii_case("localhost") {
+            return Ok(vec![
+                IpAddr::from([127, 0, 0, 1]),
+                IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]),
+            ]);
+        }
+        let Some(resolver) = self.0.get_or_init(system_resolver) else {
+            return hosts_file(bare).ok_or_else(|| LookupError::NoResolver(bare.to_owned()));
+        };
+        match resolver.lookup_ip(bare).await {
+            Ok(found) => Ok(found.iter().collect()),
+            Err(source) => Err(LookupError::Unknown {
+                name: bare.to_owned(),
+                source: source.into(),
+            }),
+        }
+    }
+}
+
+/// Why a host cannot be reached.
+#[derive(Debug, Error)]
+pub enum ReachError {
+    /// Its name has no address.
+    #[error(transparent)]
+    Name(#[from] LookupError),
+    /// It does not take the connection.
+    #[error("it takes no connection")]
+    Connect(#[source] std::io::Error),
+    /// Nothing came of it in time.
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+}
+
+/// Whether something at `host` takes TCP connections on `port`, and nothing more, `within` that time in all.
+///
+/// # Errors
+/// When it does not.
+pub async fn reach(
+    names: &Names,
+    host: &str,
+    port: u16,
+    within: Duration,
+) -> Result<(), ReachError> {
+    let connect = async {
+        let mut refused = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+        for address in names.lookup(host).await? {
+            match tokio::net::TcpStream::connect((address, port)).await {
+                Ok(_) => return Ok(()),
+                Err(error) => refused = error,
+            }
+        }
+        Err(ReachError::Connect(refused))
+    };
+    tokio::time::timeout(within, connect)
+        .await
+        .unwrap_or(Err(ReachError::TimedOut(within)))
+}
+
+/// The resolver of `/etc/resolv.conf`. hickory puts public servers in where that file is missing
+/// or names nobody, so both are refused first.
+fn system_resolver() -> Option<TokioResolver> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
+    let named = text
+        .lines()
+        .any(|line| line.trim_start().starts_with("nameserver"));
+    if !named {
+        return None;
+    }
+    TokioResolver::builder_tokio().ok()?.build().ok()
+}
+
+fn hosts_file(name: &str) -> Option<Vec<IpAddr>> {
+    let text = std::fs::read_to_string("/etc/hosts").ok()?;
+    let found: Vec<IpAddr> = text
+        .lines()
+        .map(|line| line.split('#').next().unwrap_or_default())
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let address = words.next()?.parse().ok()?;
+            words
+                .any(|word| word.eq_ignore_ascii_case(name))
+                .then_some(address)
+        })
+        .collect();
+    (!found.is_empty()).then_some(found)
+}
+
+impl reqwest::dns::Resolve for Names {
+    fn resolve(&self, name: reqwest::dns::Name) -> reqwest::dns::Resolving {
+        let names = self.clone();
+        Box::pin(async move {
+            let found = names.lookup(name.as_str()).await?;
+            let addresses: reqwest::dns::Addrs =
+                Box::new(found.into_iter().map(|address| SocketAddr::new(address, 0)));
+            Ok(addresses)
+        })
+    }
+}
+
+/// At which layer a request failed before an answer came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layer {
+    /// The host's name has no address.
+    Name,
+    /// No connection: refused, unreachable, timed out.
+    Connect,
+    /// The TLS handshake or the certificate.
+    Tls,
+    /// A connection was there, but no whole answer.
+    Http,
+}
+
+/// The layer at which `error` arose, told from its chain of causes.
+pub fn layer(error: &reqwest::Error) -> Layer {
+    let causes = causes(error);
+    if causes.iter().any(|cause| cause.is::<LookupError>()) {
+        Layer::Name
+    } else if causes.iter().any(|cause| is_tls(*cause)) {
+        Layer::Tls
+    } else if error.is_connect() {
+        Layer::Connect
+    } else {
+        Layer::Http
+    }
+}
+
+/// `io::Error` hides what it wraps from `source()`, and TLS errors come wrapped twice: so it is opened by hand.
+fn is_tls(cause: &(dyn StdError + 'static)) -> bool {
+    if cause.is::<rustls::Error>() {
+        return true;
+    }
+    let wrapped = cause
+        .downcast_ref::<std::io::Error>()
+        .and_then(std::io::Error::get_ref);
+    wrapped.is_some_and(|wrapped| is_tls(wrapped))
+}
+
+/// The whole chain of causes in one line, without the URL that reqwest puts in front
+/// (it may carry credentials).
+pub fn chain(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut parts: Vec<String> = Vec::new();
+    for cause in causes(&error) {
+        let text = cause.to_string();
+        // Words of the libraries' own, which say nothing where something deeper is known.
+        let empty = text.starts_with("error sending request") || text.starts_with("client error (");
+        if empty && cause.source().is_some() {
+            continue;
+        }
+        if !parts.iter().any(|part| part.contains(&text)) {
+            parts.push(text);
+        }
+    }
+    parts.join(": ")
+}
+
+fn causes<'a>(error: &'a (dyn StdError + 'static)) -> Vec<&'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |cause| (*cause).source()).collect()
+}
+
+/// A URL for a message: user, password, query and fragment taken out.
+pub fn redact(url: &url::Url) -> String {
+    let mut url = url.clone();
+    // Setting fails only for URLs that cannot have a user, which have none to hide.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    url.set_query(None);
+    url.set_fragment(None);
+    url.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn redact_takes_credentials_out() {
+        let url = url::Url::parse("https://user:pw@cache.example/a?token=x#y").expect("valid");
+        assert_eq!(redact(&url), "https://cache.example/a");
+    }
+
+    #[tokio::test]
+    async fn literal_addresses_and_localhost_need_no_resolver() {
+        let names = Names::default();
+        assert_eq!(
+            names.lookup("127.0.0.9").await.expect("literal"),
+            [IpAddr::from([127, 0, 0, 9])]
+        );
+        assert_eq!(names.lookup("[::1]").await.expect("literal").len(), 1);
+        assert!(
+            names
+                .lookup("localhost")
+                .await
+                .expect("known")
+                .contains(&IpAddr::from([127, 0, 0, 1]))
+        );
+    }
+
+    #[tokio::test]
+    async fn a_refused_connection_is_told_from_the_other_layers() {
+        // A port that is taken and not listened to stays closed, whatever other tests do.
+        let closed = tokio::net::TcpSocket::new_v4().expect("a socket");
+        closed
+            .bind("127.0.0.1:0".parse().expect("an address"))
+            .expect("loopback");
+        let port = closed.local_addr().expect("bound").port();
+        let client = client(&Roots::default()).expect("settings hold");
+        let error = client
+            .get(format!("http://127.0.0.1:{port}/"))
+            .send()
+            .await
+            .expect_err("nobody listens");
+        assert_eq!(layer(&error), Layer::Connect);
+        assert!(!chain(error).contains("http://"), "no URL in messages");
+    }
+}

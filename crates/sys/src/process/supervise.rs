@@ -1,0 +1,282 @@
+//! The user's command: in a process group of its own, its output untouched, signals handed on,
+//! stopped by a schedule, and nothing of it left behind.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::io::{self, IsTerminal as _};
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use thiserror::Error;
+use tokio::process::{Child, Command};
+
+use crate::process::orphans;
+use crate::process::own::{self, Registered};
+use crate::process::signals::{Signals, Stop};
+use flywheel_core::exit::{Exit, Explain};
+
+/// After the first request to stop the command has this long to end by itself, then it gets `SIGTERM` …
+const TERMINATE_AFTER: Duration = Duration::from_secs(2);
+/// … and this long after the request it is killed. GitHub kills us 10 s after its `SIGINT`; what is
+/// left of the 6 s that we allow ourselves belongs to the publication.
+const KILL_AFTER: Duration = Duration::from_millis(3500);
+
+/// Why the command could not be run.
+#[derive(Debug, Error)]
+pub enum SuperviseError {
+    /// It could not be started.
+    #[error("the command could not be started with `{program}`")]
+    Start {
+        /// The program that was to be started.
+        program: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The system would not say how it ended.
+    #[error("the system does not say how the command ended")]
+    Wait(#[source] io::Error),
+}
+
+impl Explain for SuperviseError {
+    fn exit(&self) -> Exit {
+        match self {
+            // What a shell gives for a program that it cannot find.
+            Self::Start { .. } => Exit::Command(127),
+            Self::Wait(_) => Exit::Bug,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Start { .. } => {
+                Some("Check `command` and `working-directory`, and that the program exists on this runner.".into())
+            }
+            Self::Wait(_) => None,
+        }
+    }
+}
+
+/// A command to supervise, with its whole environment.
+#[derive(Clone, Debug)]
+pub struct Supervised {
+    /// The program, absolute or to be found on the given `PATH`.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+    /// Its whole environment.
+    pub environment: BTreeMap<OsString, OsString>,
+    /// The folder it runs in.
+    pub folder: PathBuf,
+}
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit code; 128 + N for death by signal N, as shells say it.
+    pub code: u8,
+    /// The signal it died of, if it did.
+    pub signal: Option<i32>,
+    /// The first request to stop that came while it ran, and when.
+    pub stopped: Option<(Stop, Instant)>,
+    /// How long it ran.
+    pub lasted: Duration,
+    /// Processes that it left behind and that were ended.
+    pub orphans: usize,
+}
+
+impl Supervised {
+    /// A shell script, given as a file, run as GitHub runs one: by bash with `-e` and `pipefail`,
+    /// or by `sh -e` where there is no bash.
+    pub fn script(file: &Path, path: Option<&OsStr>, folder: &Path) -> Self {
+        let bash = path.and_then(|path| which::which_in("bash", Some(path), folder).ok());
+        let (program, flags): (PathBuf, &[&str]) = match bash {
+            Some(bash) => (bash, &["--noprofile", "--norc", "-e", "-o", "pipefail"]),
+            None => ("/bin/sh".into(), &["-e"]),
+        };
+        let mut arguments: Vec<OsString> = flags.iter().map(OsString::from).collect();
+        arguments.push(file.into());
+        Self {
+            program,
+            arguments,
+            environment: BTreeMap::new(),
+            folder: folder.to_owned(),
+        }
+    }
+
+    /// A program and its arguments, found on `path` as a shell would find it.
+    pub fn program(words: &[OsString], path: Option<&OsStr>, folder: &Path) -> Self {
+        let name = words.first().cloned().unwrap_or_default();
+        let program = which::which_in(&name, path, folder).unwrap_or_else(|_| name.into());
+        let arguments = words.iter().skip(1).cloned().collect();
+        Self {
+            program,
+            arguments,
+            environment: BTreeMap::new(),
+            folder: folder.to_owned(),
+        }
+    }
+
+    /// Runs it to its end. Signals that come meanwhile are handed on to its whole group; the
+    /// second one kills. Processes that it leaves behind are ended.
+    ///
+    /// # Errors
+    /// When it cannot be started. Its own failure is data, not an error.
+    pub async fn run(self, signals: &mut Signals) -> Result<Ended, SuperviseError> {
+        orphans::adopt();
+        let begun = Instant::now();
+        let (mut child, _registered) = self.start()?;
+        let group = child
+            .id()
+            .and_then(|id| i32::try_from(id).ok())
+            .and_then(Pid::from_raw);
+        let (status, stopped) = attend(&mut child, group, signals)
+            .await
+            .map_err(SuperviseError::Wait)?;
+        let lasted = begun.elapsed();
+        let left = orphans::end(group).await;
+        let signal = status.signal();
+        Ok(Ended {
+            code: code_of(status),
+            signal,
+            stopped,
+            lasted,
+            orphans: left,
+        })
+    }
+
+    fn start(&self) -> Result<(Child, Registered), SuperviseError> {
+        let mut command = Command::new(&self.program);
+        command
+            .args(&self.arguments)
+            .env_clear()
+            .envs(&self.environment)
+            .current_dir(&self.folder);
+        // In a group of its own it must not read from a terminal: it would be stopped for it.
+        if io::stdin().is_terminal() {
+            command.stdin(Stdio::null());
+        }
+        command.process_group(0);
+        own::spawn(&mut command).map_err(|source| SuperviseError::Start {
+            program: self.program.clone(),
+            source,
+        })
+    }
+}
+
+fn code_of(status: ExitStatus) -> u8 {
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX)
+}
+
+/// What the supervisor is waiting for next.
+enum Event {
+    Ended(io::Result<ExitStatus>),
+    Asked(Stop),
+    Due,
+}
+
+async fn attend(
+    child: &mut Child,
+    group: Option<Pid>,
+    signals: &mut Signals,
+) -> io::Result<(ExitStatus, Option<(Stop, Instant)>)> {
+    let mut stopped: Option<(Stop, Instant)> = None;
+    let mut steps = [(TERMINATE_AFTER, Signal::TERM), (KILL_AFTER, Signal::KILL)]
+        .into_iter()
+        .peekable();
+    loop {
+        let due = stopped.and_then(|(_, at)| steps.peek().map(|(after, _)| at + *after));
+        let event = tokio::select! {
+            status = child.wait() => Event::Ended(status),
+            stop = signals.next() => Event::Asked(stop),
+            () = sleep_until(due) => Event::Due,
+        };
+        match event {
+            Event::Ended(status) => return Ok((status?, stopped)),
+            Event::Asked(stop) if stopped.is_none() => {
+                stopped = Some((stop, Instant::now()));
+                send(group, stop.signal());
+            }
+            // Whoever asks twice means it.
+            Event::Asked(_) => send(group, Signal::KILL),
+            Event::Due => {
+                if let Some((_, signal)) = steps.next() {
+                    send(group, signal);
+                }
+            }
+        }
+    }
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn send(group: Option<Pid>, signal: Signal) {
+    if let Some(group) = group {
+        // A group that is gone needs no signal.
+        let _ = kill_process_group(group, signal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Mutex;
+
+    use super::*;
+
+    /// What one command leaves behind, the end of another in the same process would end too.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+    async fn run(script: &str) -> Ended {
+        let _alone = ONE_AT_A_TIME.lock().await;
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let file = folder.path().join("command");
+        std::fs::write(&file, script).expect("written");
+        let path = OsString::from("/usr/bin:/bin");
+        let mut command = Supervised::script(&file, Some(&path), folder.path());
+        command.environment.insert("PATH".into(), path);
+        let mut signals = Signals::listen().expect("handlers");
+        command.run(&mut signals).await.expect("started")
+    }
+
+    #[tokio::test]
+    async fn the_code_is_the_commands_own() {
+        assert_eq!(run("exit 37").await.code, 37);
+        assert_eq!(run("false | true\nexit 0").await.code, 1, "pipefail");
+        let killed = run("kill -KILL $$").await;
+        assert_eq!((killed.code, killed.signal), (137, Some(9)));
+    }
+
+    #[tokio::test]
+    async fn what_a_command_leaves_behind_is_ended() {
+        let ended =
+            run("sleep 4321 >/dev/null 2>&1 &\nsetsid sleep 4321 >/dev/null 2>&1 &\nexit 0").await;
+        assert_eq!(ended.code, 0);
+        assert!(ended.orphans >= 1, "{ended:?}");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_named() {
+        let command = Supervised {
+            program: "/nonexistent/program".into(),
+            arguments: Vec::new(),
+            environment: BTreeMap::new(),
+            folder: "/".into(),
+        };
+        let mut signals = Signals::listen().expect("handlers");
+        let error = command.run(&mut signals).await.expect_err("not there");
+        assert!(error.to_string().contains("/nonexistent/program"));
+        assert_eq!(error.exit(), Exit::Command(127));
+    }
+}
