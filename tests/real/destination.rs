@@ -8,7 +8,7 @@ use crate::nix_job::{Job, left_nothing, output};
 use crate::world::cache::Cache;
 use crate::world::flake::FLAKE;
 use crate::world::runner::Report;
-use crate::world::{flywheel, must, need, with_private_nix};
+use crate::world::{PATH, flywheel, folders, must, need, with_private_nix};
 
 const BUILD: &str = "nix build --no-link path:.#default";
 
@@ -75,14 +75,15 @@ fn a_folder_takes_paths_by_nix_copy_and_gives_them_back() {
     ];
     let nix = need("nix", "apt-get install nix-bin");
     let private = folder.path().join("nix");
-    fs::write(&key, must(with_private_nix(&private, &nix).args(generate))).unwrap();
+    let inside = |program: &Path| {
+        let mut command = with_private_nix(&private, program);
+        folders::isolate(&mut command, folder.path()).env("PATH", PATH);
+        command
+    };
+    fs::write(&key, must(inside(&nix).args(generate))).unwrap();
     let convert =
         "nix key convert-secret-to-public --extra-experimental-features nix-command < \"$0\"";
-    let public = must(
-        with_private_nix(&private, Path::new("/bin/sh"))
-            .args(["-c", convert])
-            .arg(&key),
-    );
+    let public = must(inside(Path::new("/bin/sh")).args(["-c", convert]).arg(&key));
     let url = format!(
         "file://{}?secret-key={}",
         folder.path().join("store").display(),

@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 
 use crate::world::act::{BINARY, put_binary};
-use crate::world::{need, root};
+use crate::world::{folders, need, root};
 
 /// What the README promises.
 const SIZE_LIMIT: u64 = 12_000_000;
@@ -62,9 +62,8 @@ impl Dist {
     /// The launcher, called as `program`, in another folder and with a cleared environment.
     fn launcher(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command
+        folders::isolate(&mut command, self.folder.path())
             .args(["one", "two words", "", "*"])
-            .env_clear()
             .current_dir("/");
         command.env(
             "PATH",
@@ -154,9 +153,8 @@ fn the_launcher_finds_itself_through_links() {
         );
     }
     let mut by_path = Command::new("/bin/sh");
-    by_path
+    folders::isolate(&mut by_path, dist.folder.path())
         .args(["-c", "exec flywheel one 'two words' '' '*'"])
-        .env_clear()
         .current_dir(dist.path("x y"));
     by_path
         .env("PATH", "../dist:/usr/bin:/bin")
@@ -367,10 +365,9 @@ fn the_committed_binary_is_small_static_and_alone_in_a_chroot() {
     let empty = tempfile::tempdir().unwrap();
     fs::copy(&binary, empty.path().join("flywheel")).unwrap();
     let mut chroot = Command::new(need("chroot", "apt-get install coreutils"));
-    chroot
+    folders::isolate(&mut chroot, empty.path())
         .arg(empty.path())
-        .args(["/flywheel", "--version"])
-        .env_clear();
+        .args(["/flywheel", "--version"]);
     let version = format!("flywheel {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(
         ended(&mut chroot),

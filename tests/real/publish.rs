@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::world::{flywheel, need, with_private_nix};
+use crate::world::{PATH, flywheel, folders, need, with_private_nix};
 
 /// A tree of everything that a NAR can hold, different for each seed.
 fn random_tree(folder: &Path, seed: u64) {
@@ -51,7 +51,9 @@ fn nars_are_those_of_nix() {
         random_tree(&tree, seed);
         let mut ours = Vec::new();
         flywheel::nix::nar::write(&tree, &mut ours).unwrap();
-        let theirs = with_private_nix(&folder.path().join("nix"), &nix_store)
+        let mut dump = with_private_nix(&folder.path().join("nix"), &nix_store);
+        let theirs = folders::isolate(&mut dump, folder.path())
+            .env("PATH", PATH)
             .arg("--dump")
             .arg(&tree)
             .output()
@@ -83,8 +85,9 @@ impl Bench {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
-        std::fs::create_dir(at("home")).unwrap();
-        let server = std::process::Command::new(flywheel())
+        let mut serve = std::process::Command::new(flywheel());
+        folders::isolate(&mut serve, folder.path()).env("PATH", PATH);
+        let server = serve
             .args([
                 "cache",
                 "serve",
@@ -137,12 +140,9 @@ impl Bench {
     fn command(&self, program: &Path) -> std::process::Command {
         let mut command = with_private_nix(&self.folder.path().join("nix"), program);
         let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
-        command
-            .env_clear()
+        folders::isolate(&mut command, self.folder.path())
             .env("PATH", "/usr/bin:/bin")
-            .env("NIX_CONFIG", config);
-        command
-            .env("HOME", self.folder.path().join("home"))
+            .env("NIX_CONFIG", config)
             .current_dir(self.folder.path());
         command
     }

@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::faults::{Fault, Plan, When};
 use crate::world::cache::Cache;
 use crate::world::runner::{Report, Step};
-use crate::world::{PATH, flywheel, need, processes, with_private_nix};
+use crate::world::{PATH, flywheel, folders, need, processes, with_private_nix};
 
 /// Derivations that take no time, and such as are hard to publish.
 const FLAKE: &str = r#"{
@@ -106,12 +106,10 @@ impl Host {
         let mut command: Command = with_private_nix(&self.nix(), &shell);
         let home = self.folder.path().join("stranger");
         fs::create_dir_all(&home).unwrap();
-        command
+        folders::isolate(&mut command, &home)
             .args(["-euc", script])
             .current_dir(&home)
-            .env_clear()
-            .env("PATH", PATH)
-            .env("HOME", &home);
+            .env("PATH", PATH);
         command.env(
             "NIX_CONFIG",
             "build-users-group =\nsubstituters =\nsandbox = false",

@@ -31,51 +31,55 @@ async fn both_carriers_and_both_framings_store_the_same_path() {
             (200, Some("Uploaded")),
             "{json}"
         );
-
-        let narinfo = served.narinfo("main", &path).await.unwrap();
-        assert_eq!(
-            (narinfo.nar_hash, narinfo.nar_size),
-            (path.nar_hash(), path.nar.len() as u64)
-        );
-        assert_eq!(
-            narinfo.url,
-            format!("nar/{}.nar.zst", path.nar_hash().base32())
-        );
-        let nar = served
-            .client()
-            .get(format!("{}/main/{}", served.url, narinfo.url))
-            .send()
-            .await
-            .unwrap();
-        assert_eq!(
-            nar.headers()["content-length"].to_str().ok(),
-            narinfo.file_size.map(|n| n.to_string()).as_deref()
-        );
-        let nar = nar.bytes().await.unwrap();
-        assert_eq!(Some(sha256(&nar)), narinfo.file_hash);
-        assert_eq!(zstd::decode_all(&*nar).unwrap(), path.nar);
-        let head = served
-            .client()
-            .head(format!("{}/main/{}.narinfo", served.url, path.hash()))
-            .send()
-            .await
-            .unwrap();
-        assert_eq!(
-            (head.status().as_u16(), head.bytes().await.unwrap().len()),
-            (200, 0)
-        );
-        let head = served
-            .client()
-            .head(format!("{}/main/{}", served.url, narinfo.url))
-            .send()
-            .await
-            .unwrap();
-        assert_eq!(
-            head.headers()["content-length"].to_str().ok(),
-            Some(nar.len().to_string().as_str())
-        );
+        check_served(&served, &path).await;
     }
     assert!(served.names("tmp").is_empty());
+}
+
+/// The server has the path: its narinfo, its NAR, and what a HEAD of either gives.
+async fn check_served(served: &Served, path: &TestPath) {
+    let narinfo = served.narinfo("main", path).await.unwrap();
+    assert_eq!(
+        (narinfo.nar_hash, narinfo.nar_size),
+        (path.nar_hash(), path.nar.len() as u64)
+    );
+    assert_eq!(
+        narinfo.url,
+        format!("nar/{}.nar.zst", path.nar_hash().base32())
+    );
+    let nar = served
+        .client()
+        .get(format!("{}/main/{}", served.url, narinfo.url))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        nar.headers()["content-length"].to_str().ok(),
+        narinfo.file_size.map(|n| n.to_string()).as_deref()
+    );
+    let nar = nar.bytes().await.unwrap();
+    assert_eq!(Some(sha256(&nar)), narinfo.file_hash);
+    assert_eq!(zstd::decode_all(&*nar).unwrap(), path.nar);
+    let head = served
+        .client()
+        .head(format!("{}/main/{}.narinfo", served.url, path.hash()))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        (head.status().as_u16(), head.bytes().await.unwrap().len()),
+        (200, 0)
+    );
+    let head = served
+        .client()
+        .head(format!("{}/main/{}", served.url, narinfo.url))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        head.headers()["content-length"].to_str().ok(),
+        Some(nar.len().to_string().as_str())
+    );
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use sha2::Digest as _;
 use tempfile::TempDir;
 
-use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
 
 /// Anything that the tests wait for comes within this time, or never.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -45,9 +45,8 @@ impl Served {
             // A signal that is ignored stays ignored, and the write fails instead. The unit is 512 bytes.
             shell.args(["-c", "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\""]);
             shell.arg(command.get_program()).args(command.get_args());
-            shell
-                .env_clear()
-                .current_dir(command.get_current_dir().unwrap());
+            let folder = command.get_current_dir().unwrap();
+            folders::isolate(&mut shell, folder).current_dir(folder);
             shell.envs(
                 command
                     .get_envs()

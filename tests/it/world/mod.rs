@@ -3,7 +3,9 @@
 pub mod bazel;
 pub mod cache_server;
 pub mod faults;
+pub mod folders;
 pub mod github;
+pub mod port;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,26 +38,16 @@ impl Flywheel {
     /// A run with these arguments, outside of CI.
     pub fn new(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut environment = BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]);
-        for (name, below) in [
-            ("HOME", "home"),
-            ("TMPDIR", "tmp"),
-            ("RUNNER_TEMP", "runner-temp"),
-        ] {
-            std::fs::create_dir(folder.path().join(below)).unwrap();
-            environment.insert(
-                name.to_owned(),
-                folder.path().join(below).display().to_string(),
-            );
-        }
-        environment.remove("RUNNER_TEMP");
+        // Some tests fill the folders, or name one in an argument, before anything is started.
+        folders::variables(folder.path());
+        std::fs::create_dir(folder.path().join("runner-temp")).unwrap();
         Self {
             folder,
             arguments: arguments
                 .iter()
                 .map(|argument| (*argument).to_owned())
                 .collect(),
-            environment,
+            environment: BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]),
         }
     }
 
@@ -97,9 +89,9 @@ impl Flywheel {
     /// The command, not yet started, for tests that talk to it while it runs.
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flywheel"));
+        folders::isolate(&mut command, self.folder.path());
         command
             .args(&self.arguments)
-            .env_clear()
             .envs(&self.environment)
             .current_dir(self.folder.path());
         command

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::{Builder, broken};
 use crate::world::processes::{signal, wait_until};
-use crate::world::{PATH, must, need, root};
+use crate::world::{PATH, folders, must, need, root};
 
 /// A Docker daemon of the test's own, with no network; it ends with this value.
 struct Docker {
@@ -62,10 +62,7 @@ impl Docker {
             "--host",
             &format!("unix://{}", at("docker.sock")),
         ]);
-        command
-            .env_clear()
-            .env("PATH", &path)
-            .env("HOME", folder.path());
+        folders::isolate(&mut command, folder.path()).env("PATH", &path);
         let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())

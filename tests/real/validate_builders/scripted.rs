@@ -11,6 +11,7 @@ use flywheel::nix::path_info::fingerprint;
 use flywheel::nix::store_path::StorePath;
 use sha2::Digest as _;
 
+use crate::world::port::Port;
 use crate::world::{must, need};
 
 /// A whole HTTP answer.
@@ -151,6 +152,7 @@ pub struct Tls {
     /// `https://127.0.0.1:<port>`.
     pub url: String,
     child: Child,
+    _port: Port,
     _folder: tempfile::TempDir,
 }
 
@@ -180,18 +182,13 @@ impl Tls {
             "cert.pem",
         ]);
         must(request.current_dir(folder.path()));
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = Port::reserve();
+        let address = port.address();
         let mut serve = Command::new(openssl);
         serve.args([
             "s_server", "-quiet", "-www", "-key", "key.pem", "-cert", "cert.pem", "-accept",
         ]);
-        serve
-            .arg(format!("127.0.0.1:{port}"))
-            .current_dir(folder.path());
+        serve.arg(&address).current_dir(folder.path());
         let child = serve
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -200,12 +197,13 @@ impl Tls {
             .unwrap();
         let limit = std::time::Duration::from_secs(10);
         let up = crate::world::processes::wait_until(limit, || {
-            std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+            std::net::TcpStream::connect(&address).is_ok()
         });
         assert!(up, "openssl does not listen");
         Self {
-            url: format!("https://127.0.0.1:{port}"),
+            url: format!("https://{address}"),
             child,
+            _port: port,
             _folder: folder,
         }
     }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
-use super::{PATH, flywheel, must, need, processes, root, with_private_nix};
+use super::{PATH, flywheel, folders, must, need, processes, root, with_private_nix};
 
 /// The name that a workflow calls the actions of this checkout by.
 pub const ACTIONS: &str = "octo-org/flywheel";
@@ -130,7 +130,7 @@ impl Caller {
     /// `octo-org/flywheel/actions/…@main`.
     pub fn new(workflow: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["home", "cache", "actions-cache", "private", "tmp"] {
+        for name in ["home", "state", "cache", "actions-cache", "private"] {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
         export(&folder.path().join("export"));
@@ -226,7 +226,7 @@ impl Caller {
     /// Gives the next run an empty `/nix` and an empty home, as a new runner has.
     pub fn forget_store(&mut self) {
         self.store += 1;
-        for name in ["home", "cache"] {
+        for name in ["home", "state", "cache"] {
             fs::remove_dir_all(self.folder.path().join(name)).unwrap();
             fs::create_dir(self.folder.path().join(name)).unwrap();
         }
@@ -369,15 +369,19 @@ impl Caller {
             command.arg("--env").arg(format!("{name}={value}"));
         }
         command.arg("--env").arg(marker);
+        // Act gives its steps an environment of its own making, in which these would be missing.
+        for (name, folder) in folders::variables(self.folder.path()) {
+            command
+                .arg("--env")
+                .arg(format!("{name}={}", folder.display()));
+        }
         for (name, value) in &self.environment {
             command.arg("--env").arg(format!("{name}={value}"));
         }
-        command.current_dir(self.repository()).env_clear();
-        command.env("PATH", format!("{}:{PATH}", below("shell").display()));
-        command
-            .env("HOME", below("home"))
-            .env("XDG_CACHE_HOME", below("cache"))
-            .env("TMPDIR", below("tmp"));
+        folders::isolate(&mut command, self.folder.path())
+            .current_dir(self.repository())
+            .env("PATH", format!("{}:{PATH}", below("shell").display()))
+            .env("XDG_CACHE_HOME", below("cache"));
         command
     }
 }

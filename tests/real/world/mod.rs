@@ -4,9 +4,13 @@ pub mod act;
 pub mod broken;
 pub mod cache;
 pub mod flake;
+#[path = "../../it/world/folders.rs"]
+pub mod folders;
 #[path = "../../it/world/github.rs"]
 #[expect(dead_code, reason = "the fast suite uses more of it")]
 pub mod github;
+#[path = "../../it/world/port.rs"]
+pub mod port;
 pub mod processes;
 pub mod runner;
 

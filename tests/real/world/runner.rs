@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::{PATH, need, processes, with_private_nix};
+use super::{PATH, folders, need, processes, with_private_nix};
 
 /// From SIGINT to SIGTERM.
 const TO_TERM: Duration = Duration::from_millis(7500);
@@ -208,10 +208,9 @@ impl Step {
         command
             .args(["--noprofile", "--norc", "-e", "-o", "pipefail"])
             .arg(script);
-        command.current_dir(self.workspace()).env_clear();
-        command.env("PATH", PATH);
-        command
-            .env("HOME", self.folder.path().join("home"))
+        folders::isolate(&mut command, self.folder.path())
+            .current_dir(self.workspace())
+            .env("PATH", PATH)
             .env("RUNNER_TEMP", self.temp());
         command
             .env("GITHUB_WORKSPACE", self.workspace())
