@@ -470,7 +470,7 @@ async fn missing_paths_are_asked_for_in_one_batch() {
             .0,
         413
     );
-    // A NAR that is gone from the disk is missing, whatever the narinfo says.
+    // A NAR that is gone from the disk is missing, although its narinfo is still there.
     std::fs::remove_file(
         served
             .path("nars")
@@ -571,7 +571,7 @@ fn upload_head(path: &TestPath, token: &str, more: &str) -> String {
     )
 }
 
-/// All that a connection says until it ends.
+/// Everything that a connection sends until it ends.
 fn read_all(mut stream: &TcpStream) -> String {
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))

@@ -166,7 +166,7 @@ async fn what_happens_while_github_is_away_costs_one_request() {
     assert_eq!(github.history("x86_64-linux.0"), ["completed"]);
 }
 
-/// GitHub's own bounds hold, whoever enforces them, and every verdict stands in a Check Run.
+/// The output keeps to GitHub's own limits, and every verdict stands in a Check Run.
 #[tokio::test]
 async fn two_thousand_outputs_keep_to_the_limits_and_none_is_lost() {
     // 80 writes in a minute, and a secondary limit out of nothing now and then.

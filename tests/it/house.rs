@@ -18,11 +18,11 @@ fn hold(rule: impl Fn(&[Source]) -> Vec<String>, mut real: Vec<Source>, planted:
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
     for broken in planted {
         real.push(broken.clone());
-        let heard = rule(&real);
+        let complaints = rule(&real);
         real.pop();
         assert!(
-            !heard.is_empty(),
-            "nobody complains about {}:\n{}",
+            !complaints.is_empty(),
+            "no complaint about {}:\n{}",
             broken.name,
             broken.text
         );
@@ -56,7 +56,7 @@ fn holds_word(code: &str, pattern: &str) -> bool {
     })
 }
 
-/// The floor of each module, from the one place that says it: the comments of `src/lib.rs`.
+/// The floor of each module, from the one place where floors are written: the comments of `src/lib.rs`.
 fn floors() -> BTreeMap<String, u32> {
     let mut floors = BTreeMap::new();
     let mut floor = None;
@@ -534,7 +534,7 @@ fn a_verb_has_one_name_everywhere() {
         assert_ne!(
             names_of_verbs(&without),
             Vec::<String>::new(),
-            "nobody misses {missing}"
+            "no complaint about the missing {missing}"
         );
     }
 }

@@ -176,7 +176,7 @@ fn a_pull_request_reads_and_never_publishes() {
         let step = ran.step("build", "nix");
         assert!(
             step.log.contains("::notice::"),
-            "it says why not:\n{}",
+            "the reason is printed:\n{}",
             step.log
         );
         nothing_holds(&cache.token, &ran, caller.folder());

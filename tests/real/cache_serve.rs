@@ -146,12 +146,12 @@ impl Machine {
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        println!("$ {} {}\n{said}", program.display(), arguments.join(" "));
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        println!("$ {} {}\n{printed}", program.display(), arguments.join(" "));
         if output.status.success() {
             Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
         } else {
-            Err(said)
+            Err(printed)
         }
     }
 

@@ -99,7 +99,7 @@ fn passed_through() -> Ended {
     }
 }
 
-/// Ends with `code`, runs nothing, and says something with all of `words` in it.
+/// Ends with `code`, runs nothing, and prints a message with all of `words` in it.
 fn check_refusal(ended: &Ended, code: i32, words: &[&str]) {
     assert_eq!((ended.code, ended.stdout.as_str()), (code, ""), "{ended:?}");
     for word in words {

@@ -1,5 +1,5 @@
-//! The two harnesses themselves, tried with steps that need neither Nix nor a cache: what they say
-//! about a step must be what it did.
+//! The two harnesses themselves, mostly tried with steps that need neither Nix nor a cache: they must report
+//! what a step really did.
 
 use std::ffi::OsStr;
 use std::path::Path;

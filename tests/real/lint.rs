@@ -27,10 +27,10 @@ fn a_missing_linter_is_a_failure_that_says_how_to_get_it() {
         .env("PATH", &bin)
         .output()
         .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(69), "{said}");
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(69), "{printed}");
     assert_eq!(
-        said,
+        printed,
         "lint: `shellcheck` is missing; scripts/bootstrap.sh tools installs it\n"
     );
 }

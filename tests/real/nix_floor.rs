@@ -170,7 +170,7 @@ impl Inside {
         let work = self.folder.join("work").display().to_string();
         let mut arguments = vec!["--no-out-link", &work];
         arguments.extend(attributes.iter().flat_map(|attribute| ["-A", *attribute]));
-        said(nix, "nix-build", &arguments)
+        printed(nix, "nix-build", &arguments)
             .lines()
             .map(|line| line.parse().unwrap())
             .collect()
@@ -239,7 +239,7 @@ fn wait_for<T>(work: impl Future<Output = T>) -> T {
 }
 
 /// What a tool beside `nix` prints; it must succeed.
-fn said(nix: &Nix, tool: &str, arguments: &[&str]) -> String {
+fn printed(nix: &Nix, tool: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(nix.folder().join(tool));
     let output = isolate(&mut command)
         .args(arguments)

@@ -32,7 +32,7 @@ struct Builder {
     arguments: Vec<String>,
 }
 
-/// What the canary said.
+/// The exit code, the report and the log of a canary.
 struct Canary {
     code: i32,
     report: Value,
@@ -191,7 +191,7 @@ fn broken(name: &str, builder: &Builder, layer: &str) -> Canary {
     canary
 }
 
-/// A fault of the caches: the builder is healthy in spite of it, unless the caller says otherwise.
+/// A fault of the caches: the builder is healthy in spite of it, unless the caller requires the cache.
 #[track_caller]
 fn degraded(name: &str, builder: Builder, layer: &str) {
     let canary = builder.run();
@@ -346,12 +346,12 @@ fn metrics_are_what_prometheus_reads() {
             .stdin(metrics)
             .output()
             .unwrap();
-        let said = format!(
+        let printed = format!(
             "{}{}",
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );
-        assert!(output.status.success() && said.is_empty(), "{said}");
+        assert!(output.status.success() && printed.is_empty(), "{printed}");
     }
     let alerts = crate::world::root().join("alerts");
     for arguments in [
@@ -363,11 +363,11 @@ fn metrics_are_what_prometheus_reads() {
             .current_dir(&alerts)
             .output()
             .unwrap();
-        let said = format!(
+        let printed = format!(
             "{}{}",
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );
-        assert!(output.status.success(), "{said}");
+        assert!(output.status.success(), "{printed}");
     }
 }

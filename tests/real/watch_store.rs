@@ -1,5 +1,5 @@
-//! `watch-store` over several steps with real Nix: what it leaves behind, what it publishes, what the
-//! next job takes up, and whose paths it publishes.
+//! `watch-store` over several steps with real Nix: what it leaves behind, which paths it publishes, and what the
+//! next job takes up.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ impl Host {
 }
 
 impl Job<'_> {
-    /// A step, with what `GITHUB_ENV` says so far.
+    /// A step, with the variables that stand in `GITHUB_ENV` so far.
     fn step(&self, program: &Path, arguments: &[&str]) -> Command {
         let mut command = with_private_nix(&self.host.folder.path().join("nix"), program);
         folders::isolate(&mut command, self.host.folder.path())
@@ -100,7 +100,7 @@ impl Job<'_> {
         command
     }
 
-    /// What the file behind `GITHUB_ENV` says.
+    /// The variables in the file behind `GITHUB_ENV`.
     fn variables(&self) -> Vec<(String, String)> {
         let text = fs::read_to_string(self.folder.join("env")).unwrap();
         let mut lines = text.lines();
@@ -183,14 +183,14 @@ fn a_job_of_several_steps_is_published_and_nothing_is_left() {
     let (host, cache) = (Host::new(), Cache::start(&["--private"]));
     let job = host.job(&cache);
     let began = Instant::now();
-    let said = job.start();
+    let printed = job.start();
     // A debug build on a busy machine; what is promised is a second.
     assert!(
         began.elapsed() < Duration::from_secs(4),
-        "{:?}\n{said}",
+        "{:?}\n{printed}",
         began.elapsed()
     );
-    assert!(said.contains("trust: may-publish"), "{said}");
+    assert!(printed.contains("trust: may-publish"), "{printed}");
     let status = job.status();
     assert_eq!(
         (&status["state"], &status["publishes"]),
@@ -225,10 +225,10 @@ fn a_job_of_several_steps_is_published_and_nothing_is_left() {
             .success()
     );
 
-    let said = good(&job.watch(&["finish"]));
-    job.check_finished(&said);
+    let printed = good(&job.watch(&["finish"]));
+    job.check_finished(&printed);
     job.check_nothing_is_left();
-    assert!(!said.contains(&cache.token), "the token is shown");
+    assert!(!printed.contains(&cache.token), "the token is shown");
 }
 
 impl Job<'_> {
@@ -254,18 +254,22 @@ impl Job<'_> {
     }
 
     /// All that was built is published and verified, what a failing build needed included.
-    fn check_finished(&self, said: &str) {
-        assert!(said.contains("0 lost"), "{said}");
+    fn check_finished(&self, printed: &str) {
+        assert!(printed.contains("0 lost"), "{printed}");
         assert_eq!(
             (
                 self.output("outcome").as_str(),
                 self.output("lost").as_str()
             ),
             ("success", "0"),
-            "{said}"
+            "{printed}"
         );
-        assert_eq!(self.output("built"), "4", "{said}");
-        assert_eq!(self.output("published"), self.output("verified"), "{said}");
+        assert_eq!(self.output("built"), "4", "{printed}");
+        assert_eq!(
+            self.output("published"),
+            self.output("verified"),
+            "{printed}"
+        );
         let names = self.cache.names();
         for name in ["base", "lib", "app", "good"] {
             assert!(names.contains(&name.to_owned()), "{name}: {names:?}");
@@ -274,7 +278,7 @@ impl Job<'_> {
 
     /// No process, no file, no journal and no variable of the watch is there any more, and no file has the token.
     fn check_nothing_is_left(&self) {
-        // It has said everything, and ends.
+        // The daemon ends by itself once `finish` has its answer.
         let gone = processes::wait_until(Duration::from_secs(5), || {
             processes::with_variable(&self.mark()).is_empty()
         });
@@ -507,11 +511,11 @@ fn a_drain_that_takes_too_long_names_what_is_lost_and_the_next_job_takes_it_up()
         "{:?}",
         began.elapsed()
     );
-    let said = String::from_utf8_lossy(&finished.stdout).into_owned();
-    assert_eq!(finished.status.code(), Some(1), "{said}");
+    let printed = String::from_utf8_lossy(&finished.stdout).into_owned();
+    assert_eq!(finished.status.code(), Some(1), "{printed}");
     assert!(
-        said.contains("title=lost::") && said.contains("-app"),
-        "{said}"
+        printed.contains("title=lost::") && printed.contains("-app"),
+        "{printed}"
     );
     assert_eq!(job.output("outcome"), "not-published");
     assert_eq!(
@@ -522,10 +526,10 @@ fn a_drain_that_takes_too_long_names_what_is_lost_and_the_next_job_takes_it_up()
     // The identity of a cache is its address; the same one, alive again.
     through.mend();
     let next = host.job(&cache);
-    let said = good(&publish_to(&next, &through.url));
+    let printed = good(&publish_to(&next, &through.url));
     assert!(
-        said.contains("of earlier jobs taken up") && cache.names().contains(&"app".to_owned()),
-        "{said}"
+        printed.contains("of earlier jobs taken up") && cache.names().contains(&"app".to_owned()),
+        "{printed}"
     );
     assert_eq!((host.journals(), next.output("lost")), (0, "0".to_owned()));
 }
@@ -603,15 +607,15 @@ fn killed_at_any_moment_the_next_job_loses_nothing() {
             &flywheel(),
             &["nix-job", "--push-cache", "true", "--command", "true"],
         );
-        let said = good(&step.env("ATTIC_TOKEN", &cache.token).output().unwrap());
+        let printed = good(&step.env("ATTIC_TOKEN", &cache.token).output().unwrap());
         let served = cache.names();
         for name in &valid {
             assert!(
                 served.contains(name),
-                "kill {seed} after {moment:?}: {name} is lost\n{said}"
+                "kill {seed} after {moment:?}: {name} is lost\n{printed}"
             );
         }
-        assert_eq!(next.output("lost"), "0", "{said}");
+        assert_eq!(next.output("lost"), "0", "{printed}");
         published_early += valid.iter().filter(|name| before.contains(name)).count();
         taken_up += valid.iter().filter(|name| !before.contains(name)).count();
         assert_eq!(host.journals(), 0, "kill {seed}");

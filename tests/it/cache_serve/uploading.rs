@@ -173,7 +173,7 @@ async fn a_real_deriver_and_foreign_signatures_are_served() {
     assert!(narinfo.ca.unwrap().starts_with("fixed:r:sha256:"));
 }
 
-/// Upload infos that are each wrong in one thing, with what the refusal says of it.
+/// Upload infos that are each wrong in one thing, with words of the refusal.
 fn bad_metadata(path: &TestPath) -> Vec<(Value, &'static str)> {
     let with = |name: &str, value: Value| {
         let mut info = path.info("main");
@@ -312,7 +312,7 @@ async fn a_nar_is_stored_once_and_shown_only_where_it_was_sent() {
         404,
         "the other cache's NAR"
     );
-    // Whoever claims a NAR must have it, known or not.
+    // A client has to send the NAR that it names, even if the server has it: a hash alone is no proof of having it.
     let (status, _) = served
         .upload_as("team-token", &path.info("team"), "x".repeat(path.nar.len()))
         .await;
@@ -476,7 +476,7 @@ fn a_known_nar_is_asked_for_unless_its_proof_is_waived() {
                 b"HTTP/1.1 100"
             }
         );
-        // Who may not write hears no more than before.
+        // A client that may not write learns no more than before.
         let refused = TcpStream::connect(served.address()).unwrap();
         (&refused)
             .write_all(upload_head(&path, "garbage-token", &length).as_bytes())
@@ -542,7 +542,7 @@ fn a_client_that_sends_before_it_listens_still_hears_the_refusal() {
 
 #[tokio::test]
 async fn a_full_disk_fails_the_upload_and_not_the_server() {
-    // No file may grow over 64 KiB: what the disk says then is an error like any other.
+    // No file may grow over 64 KiB, and the error of the disk is an error like any other.
     let served = Served::start_limited();
     // One is compressed as it comes, the other in memory.
     let large = [

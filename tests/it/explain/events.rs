@@ -104,7 +104,7 @@ impl Files {
 }
 
 impl Event {
-    /// On this ref, and its payload says so where it says anything.
+    /// The same on this ref, which its payload names if an event of this kind names one.
     pub fn on(mut self, git_ref: &str) -> Self {
         if matches!(self.name.as_str(), "push" | "workflow_dispatch") {
             self.payload["ref"] = json!(git_ref);
@@ -125,7 +125,7 @@ impl Event {
         self
     }
 
-    /// The variables of its job, whose payload stands in `file`.
+    /// The variables of its job; the payload is in `file`.
     pub fn variables(&self, file: &Path) -> Vec<(&'static str, String)> {
         vec![
             ("GITHUB_ACTIONS", "true".into()),

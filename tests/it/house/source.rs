@@ -13,7 +13,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// A file that is not there, for showing that a rule is heard.
+    /// A file that is not there, to show that a rule complains about it.
     pub fn planted(name: &str, text: &str) -> Self {
         Self {
             name: name.to_owned(),

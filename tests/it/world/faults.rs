@@ -1,7 +1,7 @@
 //! A front that makes a server misbehave: it stands before a real one, or alone, and does to chosen
 //! requests what networks and proxies do. Plain threads and sockets, so that every suite can use it.
 //!
-//! One request per connection: what it forwards is told to close, which a client must bear anyway.
+//! One request per connection: a forwarded request asks the server to close, which a client must bear anyway.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// A head larger than this is nobody's.
+/// No client under test sends a head larger than this.
 const HEAD_LIMIT: usize = 1024 * 1024;
 /// After an early answer the client's body is read for this long, so that the answer arrives.
 const LINGER: Duration = Duration::from_secs(2);
@@ -25,7 +25,7 @@ pub enum Fault {
     Hang,
     /// This status with an error in JSON, as Attic answers.
     Status(u16),
-    /// This status with a page of HTML, as a proxy answers (413, say).
+    /// This status with a page of HTML, as a proxy answers; for example 413.
     Html(u16),
     /// 429 with `Retry-After` in seconds.
     RetryAfter(u64),
@@ -154,12 +154,6 @@ impl Drop for Front {
             }
         }
     }
-}
-
-/// A URL where nobody listens: the port was free a moment ago.
-pub fn closed_port() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
-    format!("http://{}", listener.local_addr().expect("bound"))
 }
 
 fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
@@ -297,7 +291,7 @@ fn early(
     drain(stream, Some(LINGER))
 }
 
-/// Reads on until the client ends, or says nothing for so long.
+/// Reads on until the client closes, or sends nothing for `silence`.
 fn drain(mut stream: &TcpStream, silence: Option<Duration>) -> std::io::Result<()> {
     stream.set_read_timeout(silence)?;
     let mut space = vec![0; 64 * 1024];
@@ -364,7 +358,7 @@ fn forward(
     server.write_all(rest)?;
     let (mut from_client, mut to_server) = (client.try_clone()?, server.try_clone()?);
     let sending = std::thread::spawn(move || {
-        // The server's answer tells how this went; a client that is done leaves its side open.
+        // An error here shows in the server's answer; a client that is done leaves its side open.
         let _ = std::io::copy(&mut from_client, &mut to_server);
     });
     let copied = if back {
@@ -381,6 +375,7 @@ fn forward(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::world::port::Port;
 
     /// The status line that a request gets, empty when the connection ends without one.
     fn get(front: &str, path: &str) -> String {
@@ -447,6 +442,7 @@ mod tests {
         );
         assert_eq!(front.requests().len(), 12);
         assert_eq!(get(&Plan::new().alone().url(), "/"), "HTTP/1.1 404 Fault");
-        assert_eq!(get(&closed_port(), "/"), "refused");
+        let closed = Port::reserve();
+        assert_eq!(get(&format!("http://{}", closed.address()), "/"), "refused");
     }
 }

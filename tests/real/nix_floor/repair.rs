@@ -79,7 +79,7 @@ fn a_dead_daemon_is_revived_by_root_and_named_to_others() {
             let alone = inside.nix(&[]).await;
             inside.build(&alone, &["old"]);
             inside.as_nobody("without daemon");
-            // What a daemon that died leaves: a socket at which nobody answers.
+            // A daemon that died leaves a socket behind at which nothing answers.
             drop(Daemon::start(&alone, Path::new(SOCKET)));
             assert!(Path::new(SOCKET).exists());
             inside.as_nobody("dead daemon");

@@ -9,14 +9,15 @@ use flywheel::nix::store::Store;
 use flywheel::nix::store_path::StorePath;
 use flywheel::nix::tool::Nix;
 
-use super::{CONFIG, Daemon, Inside, in_private_nix, isolate, names, said, wait_for};
+use super::{CONFIG, Daemon, Inside, in_private_nix, isolate, names, printed, wait_for};
 
 /// Paths of a store, and the size and the references of each.
 type Listed = BTreeMap<String, (u64, BTreeSet<String>)>;
 
 /// All valid paths as `nix` itself lists them, read without our parser.
 fn listed(nix: &Nix) -> Listed {
-    let whole = serde_json::from_str(&said(nix, "nix", &["path-info", "--all", "--json"])).unwrap();
+    let whole =
+        serde_json::from_str(&printed(nix, "nix", &["path-info", "--all", "--json"])).unwrap();
     let entries: Vec<(String, serde_json::Value)> = match whole {
         serde_json::Value::Array(list) => list
             .into_iter()
@@ -97,7 +98,7 @@ impl BothWays {
             };
             assert_eq!(info.origin(), origin, "{:?}", info.path);
             let path = info.path.to_string();
-            let hash = said(
+            let hash = printed(
                 &self.nix,
                 "nix-hash",
                 &["--type", "sha256", "--base32", &path],
@@ -109,7 +110,7 @@ impl BothWays {
     /// Compares the closure of a path with the one that Nix lists.
     async fn check_closure(&self, paths: &[StorePath]) {
         let closure = self.by_database.closure(paths).await.unwrap();
-        let listed = said(&self.nix, "nix-store", &["-q", "-R", &paths[0].to_string()]);
+        let listed = printed(&self.nix, "nix-store", &["-q", "-R", &paths[0].to_string()]);
         let mut listed: Vec<StorePath> = listed.lines().map(|line| line.parse().unwrap()).collect();
         listed.sort_unstable();
         let found: Vec<StorePath> = closure.infos.iter().map(|info| info.path.clone()).collect();
@@ -159,11 +160,11 @@ async fn what_the_job_added(inside: &Inside) {
     assert_eq!(
         sorted(again.infos),
         sorted(added.infos),
-        "both ways say the same"
+        "both ways give the same"
     );
     both.check_closure(&app).await;
 
-    said(nix, "nix-store", &["--delete", &pair[0].to_string()]);
+    printed(nix, "nix-store", &["--delete", &pair[0].to_string()]);
     let asked = [app[0].clone(), pair[0].clone()];
     assert_eq!(names(&store.infos(&asked).await.unwrap().infos), ["app"]);
     assert_eq!(

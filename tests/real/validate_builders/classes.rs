@@ -74,17 +74,17 @@ impl Docker {
             folder,
         };
         let up = wait_until(Duration::from_secs(60), || {
-            docker.said().contains("API listen on")
+            docker.printed().contains("API listen on")
         });
         assert!(
             up,
             "dockerd does not listen (`scripts/bootstrap.sh tools` unpacks it):\n{}",
-            docker.said()
+            docker.printed()
         );
         docker
     }
 
-    fn said(&self) -> String {
+    fn printed(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
 
@@ -136,7 +136,7 @@ fn a_docker_that_builds_an_image_is_healthy_until_it_dies() {
         (0, ""),
         "{}\n{}",
         canary.log,
-        docker.said()
+        docker.printed()
     );
     for check in ["container-endpoint", "image-build"] {
         assert_eq!(

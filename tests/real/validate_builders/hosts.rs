@@ -136,7 +136,7 @@ fn a_user_whom_the_daemon_does_not_trust_is_named() {
 
 #[test]
 fn a_sandbox_that_cannot_be_is_named() {
-    // Nobody in a changed root may make user namespaces.
+    // The kernel makes no user namespaces for a process in a changed root.
     let setup = "mkdir \"$D/root\"; mount --rbind / \"$D/root\"";
     let builder = || Builder::new().broken_by(setup);
     let wrap = |builder: Builder| {

@@ -1,5 +1,5 @@
-//! Servers that say what a test wants: a cache whose every answer is scripted, one good NAR, and a TLS server
-//! whose certificate nobody has signed.
+//! Servers for a test: a cache of which every answer is scripted, one good NAR, and a TLS server with a
+//! self-signed certificate.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
@@ -147,7 +147,7 @@ impl Nar {
     }
 }
 
-/// A TLS server whose certificate nobody has signed; it ends with this value.
+/// A TLS server with a self-signed certificate; it ends with this value.
 pub struct Tls {
     /// `https://127.0.0.1:<port>`.
     pub url: String,

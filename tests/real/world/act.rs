@@ -202,7 +202,7 @@ impl Caller {
         self
     }
 
-    /// How long a run may take before it is killed and the test fails; three minutes unless told.
+    /// How long a run may take before it is killed and the test fails; three minutes by default.
     pub fn with_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self

@@ -13,7 +13,7 @@ pub fn server() -> String {
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             let mut request = [0_u8; 4096];
-            // Whoever hangs up early gets no answer.
+            // A client that hangs up early gets no answer.
             let _ = stream.read(&mut request);
             let _ = stream
                 .write_all(b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
@@ -73,7 +73,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, stop: &AtomicBool) {
     let mut bytes = [0_u8; 16 * 1024];
     while let Ok(read @ 1..) = from.read(&mut bytes) {
         if stop.load(Ordering::SeqCst) {
-            // Swallowed; the connection stays open and says nothing more.
+            // The bytes are dropped, and the connection stays open, as behind a network that is cut.
             continue;
         }
         if to.write_all(&bytes[..read]).is_err() {

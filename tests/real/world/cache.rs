@@ -129,7 +129,7 @@ fn serve(folder: &Path, port: &Port, more: &[String]) -> (Child, String, String)
     let mut lines = BufReader::new(child.stdout.take().unwrap())
         .lines()
         .map_while(Result::ok);
-    let url = lines.next().expect("the server says where it listens");
+    let url = lines.next().expect("the server prints where it listens");
     let key = lines
         .find_map(|line| line.strip_prefix("public-key ").map(str::to_owned))
         .expect("and its key");

@@ -25,7 +25,7 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The absolute path of a tool, or a failure that says how to get it. `scripts/bootstrap.sh tools`
+/// The absolute path of a tool; a missing one panics with `how` to get it. `scripts/bootstrap.sh tools`
 /// puts its tools below `target/tools`.
 pub fn need(tool: &str, how: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();

@@ -18,7 +18,7 @@ pub struct Process {
     pub command_line: String,
 }
 
-/// The living processes whose environment holds `variable` (`NAME=value`).
+/// The living processes that have `variable` (`NAME=value`) in their environment.
 pub fn with_variable(variable: &str) -> Vec<Process> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -29,8 +29,7 @@ pub fn with_variable(variable: &str) -> Vec<Process> {
         else {
             continue;
         };
-        // A process that ends meanwhile has no environment any more; a dead one that nobody has
-        // waited for has an empty one.
+        // A process that has just ended has no environment any more, and a zombie has an empty one.
         let Ok(environment) = fs::read(entry.path().join("environ")) else {
             continue;
         };
@@ -56,7 +55,7 @@ pub fn signal(id: i32, signal: Signal) {
     }
 }
 
-/// Kills every process whose environment holds `variable`, and says which there were.
+/// Kills every process that has `variable` in its environment, and returns them.
 pub fn kill_with_variable(variable: &str) -> Vec<Process> {
     let found = with_variable(variable);
     for process in &found {

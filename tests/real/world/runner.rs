@@ -95,7 +95,7 @@ impl Step {
         self
     }
 
-    /// How long it may take before the test fails; three minutes unless told.
+    /// How long it may take before the test fails; three minutes by default.
     pub fn with_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
@@ -232,7 +232,7 @@ impl Step {
     }
 }
 
-/// Signals the entry process, and nobody else, until it has ended.
+/// Signals the entry process, and no other one, until it has ended.
 fn stop(child: &mut Child, signals: &mut Vec<(Signal, Duration)>) -> std::process::ExitStatus {
     let began = Instant::now();
     let id = i32::try_from(child.id()).unwrap();
