@@ -61,7 +61,6 @@ fn the_first_start_makes_private_files_and_the_second_keeps_them() {
 
     let mut second = start();
     std::mem::swap(&mut second.folder, &mut first.folder);
-    // The environment still names the first folder's neighbours, which are empty.
     let again = second.run();
     assert_eq!(again.stdout.lines().nth(1), Some(lines[1]), "the key stays");
     assert!(second.read("c/tokens").contains(&token), "the token stays");

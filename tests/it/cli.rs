@@ -77,9 +77,9 @@ fn flags(help: &str) -> Vec<Flag> {
     flags
 }
 
-/// What a flag's help lacks: the name of its variable, what holds without it, an example.
+/// What a flag's help lacks: the name of its variable, its default, an example.
 fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
-    // Lines are wrapped anywhere.
+    // The help is wrapped to the width of a terminal.
     let text = flag.text.split_whitespace().collect::<Vec<_>>().join(" ");
     let upper = |word: &str| {
         word.trim_start_matches('-')

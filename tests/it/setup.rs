@@ -12,7 +12,7 @@ use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
 
 const KEY: &str = "main:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
-/// Something that takes connections, and its address without a scheme.
+/// A socket that accepts connections into its backlog, and its address without a scheme.
 fn listener() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -124,7 +124,7 @@ fn the_mode_is_what_answers_and_not_what_is_said() {
 fn what_does_not_answer_is_left_out_soon_and_told() {
     let closed = Port::reserve();
     let server = format!("http://{}/", closed.address());
-    // A network that swallows everything (RFC 5737), or that refuses at once: both are no answer.
+    // An address that no host has (RFC 5737): packets are dropped, or the network refuses at once. Neither is an answer.
     let run = setup()
         .env("ATTIC_SERVER", &server)
         .env("BAZEL_REMOTE_CACHE", "grpc://192.0.2.1:9092");
@@ -286,7 +286,7 @@ fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
         .map(|name| name.as_str().unwrap())
         .collect();
     let help = Flywheel::new(&["setup", "--help"]).run().stdout;
-    // Lines are wrapped anywhere.
+    // The help is wrapped to the width of a terminal.
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     assert_eq!(mapped.len(), inputs.len());
     for input in inputs {

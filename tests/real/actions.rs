@@ -8,7 +8,7 @@ use crate::world::cache::Cache;
 use crate::world::flake::FLAKE;
 use crate::world::port::Port;
 
-/// The usage of the README, word for word but for the command.
+/// The usage in the README, except for the command.
 fn workflow(command: &str, push_cache: &str, more: &str) -> String {
     format!(
         r#"

@@ -1,5 +1,5 @@
-//! Where paths go besides an Attic server by our own hand: `nix copy` into a folder and over HTTP, and
-//! Attic's own client, scripted, with the one way in which it must never be got.
+//! The other ways to publish, besides our own client of Attic: `nix copy` into a folder and over HTTP, and Attic's
+//! own client, which is scripted here.
 
 use std::fs;
 use std::path::Path;
@@ -133,7 +133,7 @@ fn a_store_that_does_not_open_is_left_out_and_named() {
     );
 }
 
-/// A `PATH` whose `attic` sends what it is given by our own client, and notes how it was called.
+/// A `PATH` on which `attic` is a script that sends paths by our own client, and records how it was called.
 fn scripted_client(folder: &Path) -> String {
     let at = folder.display();
     let text = format!(

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::world::act::{BINARY, put_binary};
 use crate::world::{folders, need, root};
 
-/// What the README promises.
+/// In bytes; `scripts/dist-check.sh` has the same limit.
 const SIZE_LIMIT: u64 = 12_000_000;
 
 /// A `dist/` in a folder of its own, whose binary is a script that shows what it was given.
@@ -293,7 +293,7 @@ fn any_tool_that_computes_sums_will_do_and_none_is_an_error() {
         assert_eq!(run(), passed_through(), "{tool}");
         fs::remove_file(dist.path("bin").join(tool)).unwrap();
     }
-    // Asking to skip does not skip where the sum can be computed.
+    // `FLYWHEEL_SKIP_CHECKSUM` has no effect where the sum can be computed.
     dist.fake("sha256sum", "echo 0123 -");
     let lied = ended(
         dist.launcher(&dist.path("dist/flywheel"))
@@ -330,7 +330,7 @@ fn flywheel_bin_names_another_binary() {
         64,
         &["`FLYWHEEL_BIN` names no executable file: `/nonexistent/flywheel`"],
     );
-    // Naming the launcher itself goes once around, and then checks the sum as ever.
+    // A `FLYWHEEL_BIN` that names the launcher itself starts it once more, and the sum is checked as usual.
     check_refusal(
         &run(dist.path("dist/flywheel").to_str().unwrap()),
         69,

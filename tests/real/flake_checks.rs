@@ -154,7 +154,7 @@ fn the_store_is_collected_and_this_runs_derivations_stay() {
             .map(|entry| entry.file_name().to_string_lossy().into_owned())
             .any(|entry| entry.get(33..) == Some(name))
     };
-    // What somebody has left before.
+    // A path of an earlier job, which no root keeps.
     let nix = need("nix", "apt-get install nix-bin");
     let mut left = with_private_nix(&job.nix, &nix);
     folders::isolate(&mut left, job.step.folder())

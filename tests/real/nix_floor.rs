@@ -18,9 +18,9 @@ use flywheel::runner::env::Env;
 
 use crate::world::{folders, need, with_private_nix};
 
-/// Ample for a machine under load; nothing here waits for it.
+/// Far longer than anything here takes, on a busy machine too.
 const LIMIT: Duration = Duration::from_secs(60);
-/// What the test inside learns from the one outside.
+/// The variables by which the test outside of the namespace starts itself again inside.
 const FOLDER: &str = "FLOOR_TEST_FOLDER";
 const ROLE: &str = "FLOOR_TEST_ROLE";
 /// Offline, and without a sandbox, so that `/bin/sh` builds.
@@ -79,7 +79,8 @@ fn in_private_nix(test: &'static str, body: impl FnOnce(&Inside)) {
     std::fs::write(folder.path().join("work/default.nix"), EXPRESSION).unwrap();
     std::fs::write(folder.path().join("work/source/file"), "content").unwrap();
     let exe = folder.path().join("test");
-    // Another process copies it: a file that a fork of ours still holds open for writing cannot be run.
+    // Another process makes the copy. If this one did, a child that another thread forks at the moment could hold
+    // the copy open for writing, and a file that is open for writing cannot be run (ETXTBSY).
     let mut copy = Command::new(need("cp", "apt-get install coreutils"));
     assert!(
         copy.arg(std::env::current_exe().unwrap())

@@ -274,7 +274,7 @@ async fn a_nar_that_is_longer_or_shorter_than_announced_is_refused() {
             nar.chunks(7_000).map(|piece| Ok(piece.to_vec())).collect();
         reqwest::Body::wrap_stream(futures_util::stream::iter(pieces))
     };
-    // Once for a NAR that is new, once for one that is known: Attic forgives the first.
+    // A new NAR and a known one take different ways in the server; Attic accepts the fault in a new one.
     for _ in 0..2 {
         for nar in [
             &path.nar[..path.nar.len() - 1],
@@ -458,7 +458,7 @@ fn a_known_nar_is_asked_for_unless_its_proof_is_waived() {
             .unwrap();
         (&first).write_all(&path.nar).unwrap();
         assert!(read_answer(&first).contains("Uploaded"));
-        // The NAR is known; the client waits for leave and sends nothing of it.
+        // The server has the NAR; the client waits for `100 Continue` and sends none of it.
         let second = TcpStream::connect(served.address()).unwrap();
         let head = upload_head(
             &path,
@@ -494,7 +494,7 @@ fn an_early_answer_announces_the_end_of_its_connection() {
     early
         .write_all(upload_head(&path, "garbage-token", &more).as_bytes())
         .unwrap();
-    // A client that has sent everything must not take the connection for one that serves again.
+    // Even a client that has sent its whole body has to see that this connection takes no further request.
     early.write_all(&path.nar).unwrap();
     let answer = read_all(&early).to_ascii_lowercase();
     assert!(

@@ -75,7 +75,7 @@ pub fn event(name: &str, fields: &Value) -> Event {
     }
 }
 
-/// Payloads in files, each written once: a disk is slower than the gate.
+/// Payloads in files, each written once, because writing takes longer than the gate does.
 pub struct Files {
     folder: TempDir,
     written: HashMap<String, PathBuf>,
@@ -113,7 +113,6 @@ impl Event {
         self
     }
 
-    /// With another payload.
     pub fn change(mut self, change: impl FnOnce(&mut Value)) -> Self {
         change(&mut self.payload);
         self

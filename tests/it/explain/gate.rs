@@ -1,5 +1,5 @@
 //! The gate over every event of GitHub's published examples × fork × ref × protection × token ×
-//! `push-cache` × `trusted-refs`, against a second telling of the table.
+//! `push-cache` × `trusted-refs`, against a second implementation of the table.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
@@ -115,7 +115,8 @@ fn requests() -> Vec<(bool, Request, bool)> {
     requests
 }
 
-/// Every example as jobs, and the facts of each: reading them is what takes time.
+/// Every example as jobs, and the facts of each. Reading the facts takes most of the time of a test, so it is done
+/// once for a process.
 fn all_jobs() -> &'static [(Event, Facts)] {
     static JOBS: OnceLock<Vec<(Event, Facts)>> = OnceLock::new();
     JOBS.get_or_init(|| {

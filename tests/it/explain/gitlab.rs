@@ -1,5 +1,5 @@
 //! GitLab's jobs through the same gate: every source × ref × protection × merge request × token ×
-//! `push-cache` × `trusted-refs`, against a second telling of the table; and the page's table of them.
+//! `push-cache` × `trusted-refs`, against a second implementation of the table; and the page's table of them.
 
 use std::fmt::Write as _;
 

@@ -107,7 +107,7 @@ fn an_action_is_one_step_that_becomes_the_binary() {
                     complain("a step without `shell: bash`");
                 }
             }
-            // The runner signals the entry process alone, so the shell must become the binary.
+            // The runner signals only the entry process, so the shell must `exec` the binary.
             let last = steps
                 .last()
                 .map_or("", |step| text(step, "run"))
@@ -133,7 +133,7 @@ fn an_action_is_one_step_that_becomes_the_binary() {
     );
 }
 
-/// The verb that an action is the face of.
+/// The verb that an action runs.
 fn verb(file: &Source) -> &str {
     file.name
         .strip_prefix("actions/")
@@ -146,7 +146,7 @@ fn inputs_of(file: &Source) -> Vec<String> {
     let mut complaints = Vec::new();
     let action = yaml(file);
     let help = Flywheel::new(&[verb(file), "--help"]).run().stdout;
-    // Lines are wrapped anywhere.
+    // The help is wrapped to the width of a terminal.
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     let inputs = action.get("inputs").cloned().unwrap_or_default();
     let mut mapped = Vec::new();
@@ -246,7 +246,7 @@ fn workflows_ask_for_little() {
             {
                 complain("`permissions: {}` must stand on top");
             }
-            // One that is only called runs in its caller's group; another of its own would wait for nothing.
+            // A workflow that is only called runs in the concurrency group of its caller.
             let is_called = keys(&workflow["on"]) == ["workflow_call"];
             if workflow.get("concurrency").is_none() && !is_called {
                 complain("no concurrency group");

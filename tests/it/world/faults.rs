@@ -16,7 +16,6 @@ const HEAD_LIMIT: usize = 1024 * 1024;
 /// After an early answer the client's body is read for this long, so that the answer arrives.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// What is done to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The connection is closed as soon as the request's head is read.
@@ -37,14 +36,13 @@ pub enum Fault {
     Slow(Duration),
 }
 
-/// Which of the requests that a rule is for.
+/// How many of the requests that match a rule get its fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
-    /// All of them.
     Always,
-    /// The first so many.
+    /// The first n.
     First(u32),
-    /// Every so-manieth, beginning with the first: 1st, 4th, 7th … for 3.
+    /// Every n-th, beginning with the first: the 1st, 4th, 7th … for 3.
     Every(u32),
 }
 
@@ -57,14 +55,13 @@ struct Rule {
     seen: u32,
 }
 
-/// The rules of a front to come.
+/// The rules of a front that is still to start.
 #[derive(Debug, Default)]
 pub struct Plan {
     rules: Vec<Rule>,
 }
 
 impl Plan {
-    /// No faults yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -85,7 +82,7 @@ impl Plan {
         Front::start(Some(upstream), self)
     }
 
-    /// Starts a front with nothing behind it: what no rule is for gets 404.
+    /// Starts a front with no server behind it: a request without a rule gets 404.
     pub fn alone(self) -> Front {
         Front::start(None, self)
     }
@@ -102,7 +99,7 @@ struct Shared {
     upstream: Option<SocketAddr>,
     plan: Mutex<Plan>,
     requests: Mutex<Vec<String>>,
-    /// Every open socket, so that the end can shut them.
+    /// Every open socket, so that dropping the front can shut them down.
     open: Mutex<BTreeMap<u64, TcpStream>>,
     ending: AtomicBool,
 }
@@ -145,7 +142,7 @@ impl Front {
 impl Drop for Front {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::SeqCst);
-        // Wakes the accepting thread, which then joins all others.
+        // One more connection wakes the thread that accepts, which then sees `ending` and joins all others.
         drop(TcpStream::connect(self.address));
         if let Some(accepting) = self.accepting.take() {
             let ended = accepting.join();
@@ -172,7 +169,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         }
         let shared = Arc::clone(shared);
         threads.push(std::thread::spawn(move || {
-            // A broken connection is what this is for.
+            // An error of a connection is what a fault looks like from here.
             let _ = answer(&stream, &shared);
             let _ = stream.shutdown(Shutdown::Both);
             shared
@@ -258,7 +255,7 @@ impl Plan {
     }
 }
 
-/// The head with its empty line, and what came behind it.
+/// The head with its empty line, and the bytes that were read after it.
 fn read_head(mut stream: &TcpStream) -> std::io::Result<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     let mut space = vec![0; 64 * 1024];

@@ -16,21 +16,18 @@ use tempfile::TempDir;
 /// The secret planted in every run that has a token: it must appear in nothing that the run writes.
 pub const PLANTED_TOKEN: &str = "planted-token-4f1d9c2b7a";
 
-/// One run of the binary to come: a cleared environment, private folders, a planted token if asked for.
+/// A run of the binary that is still to start, in a cleared environment with folders of its own.
 pub struct Flywheel {
-    /// Everything the run may write to lies below this folder.
+    /// The folder below which everything is that the run may write to.
     pub folder: TempDir,
     arguments: Vec<String>,
     environment: BTreeMap<String, String>,
 }
 
-/// What a run did.
 pub struct Ran {
     /// Exit status, -1 for death by a signal.
     pub code: i32,
-    /// Standard output.
     pub stdout: String,
-    /// Standard error.
     pub stderr: String,
 }
 
@@ -70,7 +67,6 @@ impl Flywheel {
         run.env("RUNNER_TEMP", temp.to_str().unwrap())
     }
 
-    /// Sets a variable.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.insert(name.to_owned(), value.to_owned());
         self
@@ -114,7 +110,7 @@ impl Flywheel {
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         };
         for (what, text) in [("stdout", &ran.stdout), ("stderr", &ran.stderr)] {
-            // The runner itself takes `::add-mask::` lines out of the log.
+            // These lines never reach a log: the runner removes them.
             let shown = text
                 .lines()
                 .filter(|line| !line.starts_with("::add-mask::"));

@@ -51,7 +51,7 @@ fn an_attribute_that_needs_more_than_there_is_fails_alone() {
     left_nothing(&report);
 }
 
-/// Of a hundred and twenty outputs six throw, six depend on the commit, and some are dearer than others.
+/// Of a hundred and twenty outputs six throw, six depend on the commit, and some take longer than others.
 const MANY: &str = r#"{
   outputs = { self }: let
     work = n: builtins.foldl' (a: b: a + b) 0 (builtins.genList (x: x) (if n < 20 then 20000 else 10));
@@ -87,7 +87,7 @@ fn every_attribute_is_evaluated_once_however_they_are_shared_out() {
                 .contains("Does not evaluate: the ")
         });
         assert_eq!((lines.len(), thrown.count()), (120, 6), "{workers} {each}");
-        // All but those of the date, which is another in each folder.
+        // All except those that depend on the date, which differs between the folders.
         let derivations = lines.iter().filter(|line| {
             line["derivation"]
                 .as_str()

@@ -162,7 +162,7 @@ impl Repository {
     }
 }
 
-/// Where nearly all depends on the commit it is not tried for each, and none of them is remembered.
+/// Where nearly all outputs depend on the commit, none of those is remembered.
 #[test]
 fn what_depends_on_the_commit_is_not_remembered_however_much_of_it_there_is() {
     let repository = Repository::new();
@@ -185,7 +185,7 @@ fn what_depends_on_the_commit_is_not_remembered_however_much_of_it_there_is() {
     }
 }
 
-/// Whatever is edited, what is remembered is what Nix itself would evaluate to.
+/// Whatever is edited, a remembered derivation is the one that Nix would evaluate.
 #[test]
 fn the_evaluation_memory_is_never_stale() {
     let repository = Repository::new();
@@ -217,7 +217,7 @@ fn the_evaluation_memory_is_never_stale() {
         warm += usize::from(remembered > 0);
         most = most.max(remembered);
     }
-    // Of a tree with changes only the date comes with the commit.
+    // In a tree with uncommitted changes, only the date comes from the commit.
     assert!(warm > 0 && most <= 10, "seed {seed}: {warm} {most}");
     // Another commit of the same tree. What depends on the commit is never remembered: `of-rev`, `of-short`,
     // `of-date`, `of-guarded`, `of-output`.

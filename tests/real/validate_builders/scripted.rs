@@ -69,7 +69,6 @@ impl Scripted {
 /// A store path that a cache serves, with its signature.
 #[derive(Clone)]
 pub struct Nar {
-    /// The store path.
     pub path: String,
     /// The cache's public key.
     pub key: String,
@@ -157,7 +156,6 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// Starts it.
     pub fn start() -> Self {
         let openssl = need("openssl", "apt-get install openssl");
         let folder = tempfile::tempdir().unwrap();
@@ -211,7 +209,7 @@ impl Tls {
 
 impl Drop for Tls {
     fn drop(&mut self) {
-        // Dead already is as good.
+        // It fails only if the server has ended by itself.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }

@@ -1,4 +1,4 @@
-//! Servers that are no good: one that answers 500 to everything, one that falls silent.
+//! Broken servers: one that answers 500 to everything, and one that stops answering.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-/// Starts it; it lives as long as the tests do. Its address.
+/// Starts a server that answers 500 to everything, until the process of the tests ends; its address.
 pub fn server() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -30,7 +30,6 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Cuts it.
     pub fn cut(&self) {
         self.cut.store(true, Ordering::SeqCst);
     }

@@ -69,7 +69,7 @@ impl Cache {
 
     /// Kills it; the port is closed from then on.
     pub fn kill(&mut self) {
-        // Dead already is as good.
+        // It fails only if the server has ended by itself.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }

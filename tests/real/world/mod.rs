@@ -1,4 +1,4 @@
-//! Real tools for the tests: found or missed loudly, and each test in a `/nix` of its own.
+//! Real tools for the tests, each in a `/nix` of its own. A missing tool fails the test.
 
 pub mod act;
 pub mod broken;
@@ -20,7 +20,6 @@ use std::process::Command;
 /// The `PATH` of a job: what a Debian host has, and nothing of the developer's.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// This checkout.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -73,7 +72,7 @@ pub fn with_private_nix(nix: &Path, program: &Path) -> Command {
     command
 }
 
-/// A tool run to its end, which must succeed; what it printed.
+/// Runs a command that must succeed; its standard output.
 pub fn must(command: &mut Command) -> String {
     let output = command
         .output()

@@ -1,4 +1,4 @@
-//! Looking for processes by what their environment holds, and waiting for one with a limit.
+//! Finds processes by a variable in their environment, and waits with a limit.
 
 use std::fs;
 use std::process::{Child, ExitStatus};
@@ -6,13 +6,11 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// How often a wait looks again.
+/// The pause between two checks of a condition.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// A living process.
 #[derive(Clone, Debug)]
 pub struct Process {
-    /// Its id.
     pub id: i32,
     /// Its arguments, joined by spaces.
     pub command_line: String,
@@ -64,7 +62,7 @@ pub fn kill_with_variable(variable: &str) -> Vec<Process> {
     found
 }
 
-/// Waits for `condition` until the limit; whether it came true.
+/// Polls `condition` until the limit; whether it came true.
 pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     loop {
