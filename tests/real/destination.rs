@@ -1,5 +1,5 @@
 //! The other ways to publish, besides our own client of Attic: `nix copy` into a folder and over HTTP, and Attic's
-//! own client, which is scripted here.
+//! own client, which is scripted here and must never be compiled.
 
 use std::fs;
 use std::path::Path;
