@@ -30,7 +30,8 @@ phase() {
 # shellcheck disable=SC2329 # `phase` calls it.
 suite() {
   local log=$root/target/test-log-$1.txt verdict=0
-  scripts/suite.sh "$@" 2>&1 | tee "$log" || verdict=1
+  # With colours the summary would not be found below.
+  CARGO_TERM_COLOR=never scripts/suite.sh "$@" 2>&1 | tee "$log" || verdict=1
   {
     printf '\n=== %s suite\n' "$1"
     sed -n '/^ *Summary \[/,$p' "$log"
