@@ -5,12 +5,11 @@ _menu:
 
 # The fast suite: no network, no Nix, seconds
 test-fast *filter:
-    cargo test --locked --workspace --lib --bins --test it {{ filter }}
+    scripts/suite.sh fast {{ filter }}
 
 # The real suite: real Nix, real act, real servers; as root, one test at a time
 test-real *filter:
-    scripts/bootstrap.sh tools
-    cargo test --locked --test real {{ filter }} -- --test-threads=1
+    scripts/suite.sh real {{ filter }}
 
 # Measure beside Nix's own tools, in release, as root: `just bench publish`
 bench name:

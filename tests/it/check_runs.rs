@@ -16,7 +16,7 @@ use crate::world::PLANTED_TOKEN;
 use crate::world::github::{GitHub, Manners};
 
 const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
-/// A minute of these tests.
+/// What these tests use in the place of a minute.
 const MINUTE: Duration = Duration::from_millis(400);
 
 fn manners() -> Manners {
@@ -168,10 +168,10 @@ async fn what_happens_while_github_is_away_costs_one_request() {
     assert_eq!(github.history("x86_64-linux.0"), ["completed"]);
 }
 
-/// GitHub's own bounds hold, whoever enforces them, and every verdict stands in a Check Run.
+/// The output keeps to GitHub's own limits, and every verdict stands in a Check Run.
 #[tokio::test]
 async fn two_thousand_outputs_keep_to_the_limits_and_none_is_lost() {
-    // 80 writes in a minute, and a secondary limit out of nothing now and then.
+    // 80 writes a minute, as GitHub allows, and a secondary limit for no reason now and then.
     let limits = Some((40, 429, "Retry-After: 0\r\n"));
     let github = GitHub::with(Manners {
         most: Some((80, MINUTE)),
@@ -303,7 +303,7 @@ async fn a_second_attempt_finds_the_runs_of_the_first() {
     let github = GitHub::with(manners());
     for _ in 0..2 {
         let board = board(&github, options());
-        // More than one page of them.
+        // More than fit on one page of GitHub's answer.
         board.announce((0..130).map(output).collect());
         for n in 0..130 {
             board.update(&format!("x86_64-linux.{n}"), ended(Cause::Built));

@@ -2,6 +2,7 @@
 //! that the repository gives none, and that a file which breaks the rule gives one.
 
 mod actions;
+mod folders;
 mod layers;
 mod source;
 
@@ -21,11 +22,11 @@ fn hold(rule: impl Fn(&[Source]) -> Vec<String>, mut real: Vec<Source>, planted:
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
     for broken in planted {
         real.push(broken.clone());
-        let heard = rule(&real);
+        let complaints = rule(&real);
         real.pop();
         assert!(
-            !heard.is_empty(),
-            "nobody complains about {}:\n{}",
+            !complaints.is_empty(),
+            "no complaint about {}:\n{}",
             broken.name,
             broken.text
         );
@@ -243,7 +244,7 @@ fn no_caller_is_named_in_the_program() {
 
 #[test]
 fn no_test_is_ignored_and_nothing_is_left_for_later() {
-    // Put together, so that this file does not complain about itself.
+    // Written in two parts, so that the rule does not find its own words here.
     let words = [
         concat!("#[ig", "nore"),
         concat!("TO", "DO"),
@@ -287,7 +288,6 @@ fn no_file_names_a_folder_of_somebodys_machine() {
     let mut real = files("", ".md");
     for (folder, ending) in [
         ("src", ".rs"),
-        ("crates", ".rs"),
         ("tests", ".rs"),
         ("scripts", ""),
         (".github", ""),
@@ -326,51 +326,52 @@ fn verbs() -> Vec<String> {
     verbs
 }
 
+/// Complaints about verbs that lack a module, a file of tests or a line in the changelog, and about modules and actions
+/// that belong to no verb.
+fn names_of_verbs(files: &[Source]) -> Vec<String> {
+    let has = |name: &str| files.iter().any(|file| file.name == name);
+    let begins = |start: &str| files.iter().any(|file| file.name.starts_with(start));
+    let changelog = files
+        .iter()
+        .find(|file| file.name == "CHANGELOG.md")
+        .map_or("", |file| file.text.as_str());
+    let mut complaints = Vec::new();
+    for verb in verbs() {
+        let word = verb.replace('_', "-");
+        if !has(&format!("src/command/{verb}.rs")) && !has(&format!("src/command/{verb}/mod.rs")) {
+            complaints.push(format!("{word}: no src/command/{verb}.rs"));
+        }
+        // A verb with verbs of its own may have one file for each: `cache_serve.rs`.
+        if !has(&format!("tests/it/{verb}.rs")) && !begins(&format!("tests/it/{verb}_")) {
+            complaints.push(format!("{word}: no tests/it/{verb}.rs"));
+        }
+        if !changelog.contains(&format!("`{word}"))
+            && !changelog.contains(&format!("`flywheel {word}"))
+        {
+            complaints.push(format!("{word}: not in CHANGELOG.md"));
+        }
+    }
+    for file in files {
+        let command = file
+            .name
+            .strip_prefix("src/command/")
+            .and_then(|name| name.split(['/', '.']).next());
+        let action = file
+            .name
+            .strip_prefix("actions/")
+            .and_then(|name| name.split('/').next());
+        let known = |name: &str| verbs().contains(&name.replace('-', "_"));
+        for name in command.into_iter().chain(action) {
+            if !["mod", "inputs", "job", "units"].contains(&name) && !known(name) {
+                complaints.push(format!("{}: there is no verb `{name}`", file.name));
+            }
+        }
+    }
+    complaints
+}
+
 #[test]
 fn a_verb_has_one_name_everywhere() {
-    let rule = |files: &[Source]| {
-        let has = |name: &str| files.iter().any(|file| file.name == name);
-        let begins = |start: &str| files.iter().any(|file| file.name.starts_with(start));
-        let changelog = files
-            .iter()
-            .find(|file| file.name == "CHANGELOG.md")
-            .map_or("", |file| file.text.as_str());
-        let mut complaints = Vec::new();
-        for verb in verbs() {
-            let word = verb.replace('_', "-");
-            if !has(&format!("src/command/{verb}.rs"))
-                && !has(&format!("src/command/{verb}/mod.rs"))
-            {
-                complaints.push(format!("{word}: no src/command/{verb}.rs"));
-            }
-            // A verb with verbs of its own may have one file for each: `cache_serve.rs`.
-            if !has(&format!("tests/it/{verb}.rs")) && !begins(&format!("tests/it/{verb}_")) {
-                complaints.push(format!("{word}: no tests/it/{verb}.rs"));
-            }
-            if !changelog.contains(&format!("`{word}"))
-                && !changelog.contains(&format!("`flywheel {word}"))
-            {
-                complaints.push(format!("{word}: not in CHANGELOG.md"));
-            }
-        }
-        for file in files {
-            let command = file
-                .name
-                .strip_prefix("src/command/")
-                .and_then(|name| name.split(['/', '.']).next());
-            let action = file
-                .name
-                .strip_prefix("actions/")
-                .and_then(|name| name.split('/').next());
-            let known = |name: &str| verbs().contains(&name.replace('-', "_"));
-            for name in command.into_iter().chain(action) {
-                if !["mod", "inputs", "job", "units"].contains(&name) && !known(name) {
-                    complaints.push(format!("{}: there is no verb `{name}`", file.name));
-                }
-            }
-        }
-        complaints
-    };
     let mut real = [
         files("src/command", ".rs"),
         files("tests/it", ".rs"),
@@ -382,7 +383,7 @@ fn a_verb_has_one_name_everywhere() {
         Source::planted("src/command/deploy.rs", ""),
         Source::planted("actions/deploy/action.yml", ""),
     ];
-    hold(rule, real.clone(), &planted);
+    hold(names_of_verbs, real.clone(), &planted);
     for missing in [
         "src/command/explain.rs",
         "tests/it/explain.rs",
@@ -394,9 +395,9 @@ fn a_verb_has_one_name_everywhere() {
             .cloned()
             .collect();
         assert_ne!(
-            rule(&without),
+            names_of_verbs(&without),
             Vec::<String>::new(),
-            "nobody misses {missing}"
+            "no complaint about the missing {missing}"
         );
     }
 }
