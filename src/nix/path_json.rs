@@ -1,8 +1,9 @@
-//! What `nix path-info --json` prints, in each of the shapes it has had. Pure.
+//! Parses the output of `nix path-info --json` in each of its formats. Pure.
 //!
-//! To about Nix 2.18 an array of objects with `path`; from 2.19 on an object keyed by path; under
-//! `--json-format 2` (2.33) an object with `info`, keyed by base name, where hashes and content
-//! addresses are objects too (<https://nix.dev/manual/nix/2.33/protocols/json/store-object-info>).
+//! Up to about Nix 2.18 it is an array of objects with `path`; from 2.19 on an object keyed by
+//! path; under `--json-format 2` (2.33) an object with `info`, keyed by base name, where hashes and
+//! content addresses are objects too
+//! (<https://nix.dev/manual/nix/2.33/protocols/json/store-object-info>).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -14,7 +15,7 @@ use crate::nix::path_info::{PathInfo, PathInfos, Unreadable};
 use crate::nix::store_path::{STORE_DIR, StorePath};
 use crate::text::one_line;
 
-/// Why a text is not what `nix path-info --json` prints.
+/// Why the output could not be parsed.
 #[derive(Debug, Error)]
 pub enum JsonError {
     /// It is not JSON.
@@ -25,10 +26,11 @@ pub enum JsonError {
     Shape,
 }
 
-/// Reads the answer. Paths that are not valid (any more) are left out; one that cannot be read is named.
+/// Parses the output. Invalid paths are left out; valid ones with unusable metadata are listed as
+/// such.
 ///
 /// # Errors
-/// When the whole is not in a known shape.
+/// When the output as a whole has an unknown format.
 pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
     let mut found = PathInfos::default();
     for (name, facts) in entries(serde_json::from_slice(json)?)? {
@@ -47,7 +49,7 @@ pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
     Ok(found)
 }
 
-/// The paths' names with what is said of each.
+/// Returns each path's name with its metadata.
 fn entries(whole: Value) -> Result<Vec<(String, Value)>, JsonError> {
     match whole {
         Value::Array(list) => list.into_iter().map(named).collect(),
@@ -115,7 +117,7 @@ fn list<'a>(facts: &'a Map<String, Value>, name: &str) -> &'a [Value] {
         .map_or(&[], Vec::as_slice)
 }
 
-/// A full path, or a base name in newer formats.
+/// Parses a full path, or a base name as in newer formats.
 fn store_path(name: &str) -> Result<StorePath, String> {
     let read = if name.starts_with(STORE_DIR) {
         name.parse()
@@ -125,7 +127,7 @@ fn store_path(name: &str) -> Result<StorePath, String> {
     read.map_err(|error| error.to_string())
 }
 
-/// `sha256-…`, `sha256:…`, or an object with algorithm, format and digits.
+/// Parses `sha256-…`, `sha256:…`, or an object with algorithm, format and digits.
 fn nar_hash(value: Option<&Value>) -> Result<Sha256, String> {
     let text = match value {
         None | Some(Value::Null) => return Err("its hash is unknown".to_owned()),
@@ -135,7 +137,7 @@ fn nar_hash(value: Option<&Value>) -> Result<Sha256, String> {
     Sha256::parse(&text).map_err(|error| error.to_string())
 }
 
-/// `<algorithm>:<digits>` of a hash object; base64 stays what it is.
+/// Returns `<algorithm>:<digits>` of a hash object; base64 digits stay as they are.
 fn hash_text(hash: &Value) -> Result<String, String> {
     let part = |name| hash.get(name).and_then(Value::as_str);
     let (algorithm, digits) = (part("algorithm"), part("hash"));
@@ -145,7 +147,7 @@ fn hash_text(hash: &Value) -> Result<String, String> {
     }
 }
 
-/// `<key name>:<base64>`, or an object with the two parts.
+/// Parses `<key name>:<base64>`, or an object with the two parts.
 fn signature(value: &Value) -> Option<String> {
     let part = |name| value.get(name).and_then(Value::as_str);
     value
@@ -154,7 +156,7 @@ fn signature(value: &Value) -> Option<String> {
         .or_else(|| Some(format!("{}:{}", part("keyName")?, part("sig")?)))
 }
 
-/// `fixed:r:sha256:<base32>` as narinfo has it, or an object with method and hash.
+/// Parses `fixed:r:sha256:<base32>` as in a narinfo, or an object with method and hash.
 fn content_address(value: &Value) -> Result<String, String> {
     let unknown = || "its content address is in an unknown format".to_owned();
     if let Some(text) = value.as_str() {

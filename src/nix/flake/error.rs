@@ -1,11 +1,11 @@
-//! What Nix says when an evaluation fails: its words, and the line of the flake that they name.
+//! Parses evaluation errors: Nix's message, and the line of the flake that it points to.
 
 use std::path::Path;
 
-/// A place in a file of the flake.
+/// A location in a file of the flake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceLocation {
-    /// The file, from the root of the source tree.
+    /// The file, relative to the root of the source tree.
     pub file: String,
     /// The line, from 1.
     pub line: u32,
@@ -13,7 +13,8 @@ pub struct SourceLocation {
     pub column: Option<u32>,
 }
 
-/// From what was said on standard error, the error itself: from its first `error:` on, without colours.
+/// Returns the error from Nix's standard error: everything from the first `error:` on, without
+/// colours.
 pub fn error_text(stderr: &str) -> String {
     let plain = super::super::tool::strip_ansi(stderr);
     let from = plain.find("error:").unwrap_or(0);
@@ -24,8 +25,9 @@ pub fn error_text(stderr: &str) -> String {
     text.trim_end().to_owned()
 }
 
-/// The last place in the flake's own tree that the error names: Nix goes from the outside to the inside.
-/// Both ways of writing it are read: `at /nix/store/…-source/flake.nix:12:5:` and, of newer ones, `«…»/flake.nix:12:5`.
+/// Returns the last location in the flake's own tree that the error mentions, which is the
+/// innermost. Both notations are read: `at /nix/store/…-source/flake.nix:12:5:` and, in newer
+/// versions, `«…»/flake.nix:12:5`.
 pub fn location_in(text: &str, tree: &Path) -> Option<SourceLocation> {
     let tree = format!("{}/", tree.display());
     let mut found = None;
@@ -34,12 +36,13 @@ pub fn location_in(text: &str, tree: &Path) -> Option<SourceLocation> {
         let end = rest
             .find(|c: char| c.is_whitespace() || "'\"»,".contains(c))
             .unwrap_or(rest.len());
+        // A mention without a line number does not replace an earlier one that has one.
         found = position(&rest[..end]).or(found);
     }
     found
 }
 
-/// `flake.nix:12:5:`, or `flake.nix:12`.
+/// Parses `flake.nix:12:5:` or `flake.nix:12`.
 fn position(text: &str) -> Option<SourceLocation> {
     let mut parts = text.trim_end_matches(':').split(':');
     let file = parts.next().filter(|file| !file.is_empty())?;

@@ -1,5 +1,5 @@
-//! Flakes: which source a reference means, what is in it, and the derivations of its outputs, evaluated side by
-//! side within the memory there is. Never builds.
+//! Flakes: the source a reference resolves to, its outputs, and their derivations, evaluated in
+//! parallel within the available memory. Never builds.
 
 pub mod error;
 pub mod evaluate;
@@ -18,17 +18,17 @@ use serde_json::Value;
 
 use crate::nix::tool::{Error, Nix};
 
-/// Fetching a flake and all its inputs may take a while.
+/// Fetching a flake with all its inputs may take a while.
 const FETCH_LIMIT: Duration = Duration::from_secs(1800);
 
 /// A flake's source, as Nix resolved it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Source {
-    /// What was asked for, without a fragment.
+    /// The reference as given, without a fragment.
     pub reference: String,
-    /// The whole reference that it stands for, locked where the source is.
+    /// The full reference, locked if the source can be locked.
     pub url: String,
-    /// The unlocked reference that it stands for.
+    /// The full reference, unlocked.
     pub resolved: String,
     /// The source tree in the store.
     pub path: PathBuf,
@@ -36,11 +36,11 @@ pub struct Source {
     pub folder: String,
     /// The tree's hash, as Nix writes it.
     pub nar_hash: String,
-    /// What is known of the source, by name, values that change with the commit included.
+    /// The locked attributes of the source, including those that change with the commit.
     pub locked: BTreeMap<String, Value>,
-    /// The names that Nix knows things of the source by.
+    /// The names of the other attributes in the metadata.
     pub known: Vec<String>,
-    /// The inputs, as they are locked now.
+    /// The locked inputs.
     pub locks: Value,
 }
 
@@ -60,10 +60,10 @@ struct Metadata {
 }
 
 impl Source {
-    /// Asks Nix; fetches what is not there, and writes no lock file.
+    /// Resolves a reference with Nix, which fetches what is missing. Writes no lock file.
     ///
     /// # Errors
-    /// When there is no such flake, or it cannot be fetched.
+    /// When the flake does not exist or cannot be fetched.
     pub async fn find(nix: &Nix, reference: &str, arguments: &[String]) -> Result<Self, Error> {
         let mut words = vec![
             "flake",
@@ -117,12 +117,12 @@ impl Source {
         }
     }
 
-    /// What of the flake's inputs stands in the way of remembering its evaluation, if anything does.
+    /// Returns the reason, if any, why the flake's inputs prevent remembering its evaluation.
     pub fn unremembered(&self) -> Option<&'static str> {
         let written = std::fs::read(self.flake_folder().join("flake.lock")).ok();
         let written: Option<Value> = written.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let Some(nodes) = self.locks["nodes"].as_object() else {
-            return Some("Nix does not tell what its inputs are");
+            return Some("Nix does not report its inputs");
         };
         let alone = nodes.len() <= 1;
         let is_written = written.is_some_and(|written| written["nodes"] == self.locks["nodes"]);
@@ -136,7 +136,8 @@ impl Source {
     }
 }
 
-/// An input that sees the flake itself, and with it the commit.
+/// Returns the reason, if any, why this input prevents it: an input that sees the flake itself also
+/// sees the commit.
 fn unremembered_node(node: &Value, is_root: bool) -> Option<&'static str> {
     let inputs = node["inputs"].as_object();
     let follows_root = inputs.is_some_and(|inputs| {
