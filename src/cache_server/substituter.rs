@@ -1,4 +1,4 @@
-//! Nix's HTTP binary cache protocol: what a substituter reads, and what `nix copy --to` writes.
+//! Nix's HTTP binary cache protocol: reading for substituters, and writing for `nix copy --to`.
 
 use std::sync::Arc;
 
@@ -22,12 +22,12 @@ use crate::nix::narinfo::NarInfo;
 use crate::nix::path_info::fingerprint;
 use crate::nix::store_path::{PathHash, STORE_DIR};
 
-/// No narinfo is nearly as large.
+/// Maximum size of a narinfo in bytes; real ones are far smaller.
 const NARINFO_LIMIT: usize = 1024 * 1024;
-/// Of a NAR that is being served, this much is in memory.
+/// Bytes of a served NAR to hold in memory.
 const READ_BUFFER: usize = 128 * 1024;
 
-/// `nix-cache-info`.
+/// Serves `nix-cache-info`.
 ///
 /// # Errors
 /// 401 or 404.
@@ -44,7 +44,7 @@ pub async fn cache_info(
     Ok(answer(&shared, "text/x-nix-cache-info", text.into()))
 }
 
-/// `<hash>.narinfo`, signed now by the cache's key.
+/// Serves `<hash>.narinfo`, signed with the cache's key on the way out.
 ///
 /// # Errors
 /// 401 or 404.
@@ -67,7 +67,7 @@ pub async fn get_narinfo(
     ))
 }
 
-/// Foreign signatures stay, ours comes last and once.
+/// Keeps foreign signatures and appends ours, once.
 fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
     let text = fingerprint(&info.path, &info.nar_hash, info.nar_size, &info.references);
     let ours = format!("{}:", cache.key.public().name());
@@ -77,7 +77,8 @@ fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
     info
 }
 
-/// `nar/<hash>.nar.zst`; for `nix copy`, which asks before it sends, also what it has sent.
+/// Serves `nar/<hash>.nar.zst`. For `nix copy`, which checks before it uploads, pending uploads
+/// count as well.
 ///
 /// # Errors
 /// 401 or 404.
@@ -114,11 +115,11 @@ pub async fn get_nar(
     Err(ErrorResponse::no_object())
 }
 
-/// Takes a NAR in whatever packing `nix copy` was asked for, and keeps it until its narinfo comes.
+/// Receives a NAR in the compression chosen for `nix copy`, and keeps it until its narinfo arrives.
 ///
 /// # Errors
-/// 401, 403 or 404 before the body is read; 400 when the file is not what its name says, 415 for
-/// packings that this server does not know.
+/// 401, 403 or 404 before the body is read; 400 if the file does not match its name, 415 for
+/// unsupported compressions.
 pub async fn put_nar(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
@@ -145,10 +146,10 @@ pub async fn put_nar(
     Ok(created(upload.received_size))
 }
 
-/// Takes a narinfo whose NAR came before, if it says of that NAR what we found ourselves.
+/// Receives a narinfo after its NAR, and accepts it if it matches what we measured ourselves.
 ///
 /// # Errors
-/// 401, 403 or 404 before the body is read; 400 when it does not fit the NAR or is not right.
+/// 401, 403 or 404 before the body is read; 400 if it is invalid or does not match the NAR.
 pub async fn put_narinfo(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
@@ -224,7 +225,8 @@ fn check_fit(info: &NarInfo, upload: &PendingUpload) -> Result<(), ErrorResponse
     }
 }
 
-/// A substituter learns of a cache that is not there what it learns of a path that is not there.
+/// Returns the cache if the client may read it. For substituters, a missing cache is a 404 like a
+/// missing path.
 fn readable<'a>(
     shared: &'a ServerState,
     headers: &HeaderMap,
@@ -249,7 +251,7 @@ fn nar_hash(text: &str) -> Option<Sha256> {
         .flatten()
 }
 
-/// `<file hash>.nar[.<packing>]`, as Nix names what it sends.
+/// Parses `<file hash>.nar[.<compression>]`, the name under which Nix uploads a NAR.
 fn parse_upload_name(file: &str) -> Result<(Sha256, Format), ErrorResponse> {
     let (stem, packing) = file.split_once('.').unwrap_or((file, ""));
     let hash = nar_hash(stem).ok_or_else(|| {

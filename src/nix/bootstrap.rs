@@ -105,7 +105,7 @@ pub struct Repair {
     pub variable: Option<(&'static str, &'static str)>,
 }
 
-/// A Nix whose store opens.
+/// A working Nix: its store opens.
 pub struct Ready {
     pub nix: Nix,
     /// Whether it was installed for this job.
@@ -156,6 +156,7 @@ impl Ready {
         else {
             return;
         };
+        // Remove the socket only once nothing listens on it.
         service.stop(DAEMON_GRACE).await;
         if let Some(socket) = created_socket {
             // A dead socket that existed before stays; one that we created goes.
@@ -212,6 +213,7 @@ impl Host {
         let deadline = Instant::now() + limit;
         let found = tool::find(env, &self.places);
         let installed = found.is_none();
+        // Never install where a Nix exists, even a broken one.
         if installed {
             install::install(self, env, sink, deadline).await?;
         }
@@ -223,6 +225,7 @@ impl Host {
         let early = async { Ok(repair::EarlyProbe::run(&unversioned, deadline).await) };
         // `try_join` cancels the other calls when the program turns out not to be Nix.
         let (nix, early) = tokio::try_join!(Nix::detect(&found.program, env), early)?;
+        // The user's command must find the same Nix as Flywheel.
         let folder = (!found.on_path).then(|| nix.folder().to_owned());
         let mut ready = Ready {
             nix,

@@ -95,6 +95,7 @@ impl Db {
         // `?` or `:` stays a plain name.
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(file, flags).map_err(open)?;
+        // Without a timeout, a query fails whenever a writer holds the database.
         connection.busy_timeout(BUSY_LIMIT).map_err(open)?;
         let db = Self { connection };
         // SQLite opens a file lazily; only a query shows whether it can be read.
@@ -285,6 +286,7 @@ impl ValidPathRow {
         Ok(Self {
             id: row.get(0)?,
             path: row.get(1)?,
+            // Old or damaged rows may lack a hash, and must not fail the whole query.
             hash: row.get::<_, Option<String>>(2)?.unwrap_or_default(),
             nar_size: row.get(3)?,
             deriver: row.get(4)?,
@@ -311,11 +313,13 @@ impl ValidPathRow {
         let nar_size = self
             .nar_size
             .and_then(|size| u64::try_from(size).ok())
+            // Nix stores 0 where the size is unknown; no NAR is empty.
             .filter(|size| *size > 0);
         let mut references = references
             .into_iter()
             .map(store_path)
             .collect::<Result<Vec<_>, _>>()?;
+        // Signatures cover sorted references without duplicates.
         references.sort_unstable();
         references.dedup();
         if self.hash.is_empty() {

@@ -144,14 +144,14 @@ fn overridden(settings: &Settings, cache: &CacheSettings) -> Vec<IgnoredSetting>
         file: None,
     };
     let mut all = Vec::new();
-    if !lists_url(&settings.words("substituters"), &cache.substituter) {
+    if !lists_url(&settings.list("substituters"), &cache.substituter) {
         all.push(ignored(
             "extra-substituters",
             format!("extra-substituters = {}", cache.substituter),
         ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
-    if let Some(key) = key.filter(|key| !settings.words("trusted-public-keys").contains(key)) {
+    if let Some(key) = key.filter(|key| !settings.list("trusted-public-keys").contains(key)) {
         all.push(ignored(
             "extra-trusted-public-keys",
             format!("extra-trusted-public-keys = {key}"),
@@ -183,6 +183,7 @@ pub async fn untrusted_store(nix: &Nix) -> Result<Option<Opened>, Error> {
 
 /// Whether this store belongs to a daemon that does not trust this user.
 async fn is_untrusted(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
+    // Without a daemon there is no trust to check.
     if opened.url == "local" {
         return Ok(false);
     }
@@ -244,7 +245,7 @@ fn untrusted(
         ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
-    if let Some(key) = key.filter(|key| !own.words("trusted-public-keys").contains(key)) {
+    if let Some(key) = key.filter(|key| !own.list("trusted-public-keys").contains(key)) {
         all.push(ignored(
             "extra-trusted-public-keys",
             format!("extra-trusted-public-keys = {key}"),

@@ -39,6 +39,7 @@ fn set_roots_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {
     let wanted: BTreeSet<&str> = paths.iter().map(StorePath::base_name).collect();
     for path in paths {
         match symlink(path.to_path(), folder.join(path.base_name())) {
+            // A link that exists already is a root that stays.
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => (),
         }

@@ -129,6 +129,7 @@ impl SecretKey {
         if bytes.len() != 64 || !is_key_name(name) {
             return Err(KeyError::Secret);
         }
+        // Checks that the public half belongs to the seed.
         let pair = Ed25519KeyPair::from_seed_and_public_key(&bytes[..32], &bytes[32..])
             .map_err(|_| KeyError::Secret)?;
         let mut seed = Zeroizing::new([0_u8; 32]);

@@ -177,6 +177,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
     /// descriptor.
     fn node(&mut self, parent: impl AsFd, name: &CStr) -> Result<Option<OwnedFd>, DumpError> {
         let parent = parent.as_fd();
+        // A symbolic link is an entry of its own and is never followed.
         let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|error| self.unreadable(name, error.into()))?;
         self.texts(&[b"(", b"type"])?;
@@ -206,6 +207,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
     fn file(&mut self, name: &CStr, mut file: File) -> Result<(), DumpError> {
         let stat = fstat(&file).map_err(|error| self.unreadable(name, error.into()))?;
         self.text(b"regular")?;
+        // A NAR has one bit of permissions: whether the owner may execute the file.
         if Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR) {
             self.texts(&[b"executable", b""])?;
         }
@@ -248,6 +250,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
                 names.push(name.to_owned());
             }
         }
+        // The order of `readdir` is arbitrary, and the NAR's hash depends on the order.
         names.sort_unstable();
         Ok(names)
     }
@@ -390,6 +393,7 @@ impl NarStream {
     /// Starts reading `path` on a thread that may block. Dropping the stream stops the thread at
     /// its next block.
     pub fn open(path: PathBuf, hash: Sha256, size: u64) -> Self {
+        // A queue of one block bounds memory and lets reading overlap with sending.
         let (sender, blocks) = mpsc::channel(1);
         let task = tokio::task::spawn_blocking(move || {
             let mut out = BlockWriter::new(Some(sender), size);
@@ -431,6 +435,7 @@ impl Stream for NarStream {
             match ended {
                 Ok(last) => self.last = Some(last),
                 Err(error) => {
+                    // The stream's items carry an `io::Error`; the full error stays in `fault`.
                     let shown = io::Error::other(error.to_string());
                     self.fault.set(error);
                     // An error is final: no queued block may follow it.
@@ -524,6 +529,7 @@ impl Write for BlockWriter {
         if self.written + bytes.len() as u64 > self.size {
             return Err(io::ErrorKind::InvalidData.into());
         }
+        // Without a channel, the whole NAR becomes one block.
         let room = if self.sender.is_some() {
             BLOCK_SIZE
         } else {
@@ -537,6 +543,7 @@ impl Write for BlockWriter {
             let left = usize::try_from(self.size - self.written).unwrap_or(BLOCK_SIZE);
             self.block.reserve(left.min(room));
         }
+        // Writing less than given is allowed; `write_all` calls again for the rest.
         let taken = bytes.len().min(room - self.block.len());
         self.block.extend_from_slice(&bytes[..taken]);
         self.written += taken as u64;

@@ -109,6 +109,7 @@ pub fn write(
     token: &Secret,
     existing: Option<&Path>,
 ) -> Result<PathBuf, WriteError> {
+    // A netrc has IPv6 addresses without brackets.
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:".contains(&c);
     if host.is_empty() || host.len() > 255 || !host.bytes().all(plain) {
@@ -251,6 +252,7 @@ fn write_private(
     let draft = folder.join(format!(".{name}.{:016x}", fastrand::u64(..)));
     let written = OpenOptions::new()
         .write(true)
+        // Fail if the name exists, which protects against a planted file or link.
         .create_new(true)
         .mode(0o600)
         .open(&draft)

@@ -60,6 +60,7 @@ impl PathInfo {
     pub fn origin(&self) -> Origin {
         if self.ultimate {
             Origin::Built
+        // Derivations come from evaluation.
         } else if self.path.is_derivation()
             || (self.ca.is_some() && self.signatures.is_empty() && self.deriver.is_none())
         {

@@ -34,6 +34,7 @@ pub enum JsonError {
 pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
     let mut found = PathInfos::default();
     for (name, facts) in entries(serde_json::from_slice(json)?)? {
+        // Newer versions print null for an invalid path, older ones `"valid": false`.
         if facts.is_null() || facts.get("valid") == Some(&Value::Bool(false)) {
             continue;
         }
@@ -53,6 +54,7 @@ pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
 fn entries(whole: Value) -> Result<Vec<(String, Value)>, JsonError> {
     match whole {
         Value::Array(list) => list.into_iter().map(named).collect(),
+        // Older formats have store paths as keys, which are never called `info`.
         Value::Object(mut object) => match object.remove("info") {
             Some(Value::Object(infos)) => Ok(infos.into_iter().collect()),
             Some(_) => Err(JsonError::Shape),
@@ -174,6 +176,7 @@ fn content_address(value: &Value) -> Result<String, String> {
         _ => return Err(unknown()),
     };
     let text = match value.get("hash").ok_or_else(unknown)? {
+        // An SRI hash separates the algorithm by a dash.
         Value::String(sri) => sri.replacen('-', ":", 1),
         hash => hash_text(hash)?,
     };

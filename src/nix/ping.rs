@@ -70,6 +70,7 @@ fn read(stdout: &str, stderr: &str) -> Opened {
             .find_map(|line| line.strip_prefix(name))
             .map(|value| value.trim().to_owned())
     };
+    // Versions differ in printing `1` or `true`.
     let trusted = field("Trusted:").map(|value| value == "1" || value == "true");
     let url = field("Store URL:").unwrap_or_default();
     Opened {
@@ -85,6 +86,7 @@ fn missing_group(stderr: &str) -> Option<String> {
     let line = stderr
         .lines()
         .find(|line| line.contains("'build-users-group' does not exist"))?;
+    // The group's name is the first text in quotes.
     line.split('\'').nth(1).map(str::to_owned)
 }
 

@@ -29,6 +29,7 @@ pub fn find(gcroots: &Path, folder: &Path, since: SystemTime) -> io::Result<Vec<
         .into_iter()
         .filter(|link| spellings.iter().any(|folder| link.starts_with(folder)));
     let links = below.chain(own_results(folder)?);
+    // Several links may point into the same store path.
     let found: BTreeSet<StorePath> = links
         .filter_map(|link| fresh_target(&link, since))
         .collect();
@@ -59,6 +60,7 @@ fn fresh_target(link: &Path, since: SystemTime) -> Option<StorePath> {
     if !facts.is_symlink() || made < since {
         return None;
     }
+    // A link may point below a store path, such as `result/bin`.
     StorePath::containing(&fs::read_link(link).ok()?).ok()
 }
 

@@ -163,11 +163,13 @@ impl Scanner {
             .iter()
             .flat_map(|(name, secret)| needles_for_secret(name, secret))
             .collect();
+        // Collected before the paths are added: only secrets are redacted.
         let values = needles.iter().map(|needle| needle.bytes.clone()).collect();
         let mut sole: Vec<Needle> = places
             .iter()
             .filter_map(|(what, folder)| needle_for_place(what, folder))
             .collect();
+        // The longest path first: of two that match, the more specific one is reported.
         sole.sort_by_key(|needle| std::cmp::Reverse(needle.bytes.len()));
         let places = sole.iter().filter_map(|needle| match &needle.kind {
             NeedleKind::Place(what) => Some((needle.bytes.clone(), what.clone())),
@@ -352,6 +354,7 @@ impl PathScan<'_> {
                 let hash = found
                     .get(STORE_PREFIX.len()..STORE_PREFIX.len() + 32)
                     .and_then(|hash| std::str::from_utf8(hash).ok());
+                // Only the hash identifies a path; the dash shows that the hash is complete.
                 if found.get(STORE_PREFIX.len() + 32) == Some(&b'-')
                     && let Some(hash) = hash.and_then(|hash| PathHash::parse(hash).ok())
                     && self.result.mentions.len() < MAX_MENTIONS
@@ -380,6 +383,7 @@ impl PathScan<'_> {
             offset,
             what,
         };
+        // Overlapping needles report the same finding more than once.
         if self.result.findings.len() < MAX_FINDINGS && !self.result.findings.contains(&finding) {
             self.result.findings.push(finding);
         }
@@ -410,6 +414,7 @@ impl PathScan<'_> {
             .file
             .iter()
             .map(|name| String::from_utf8_lossy(name).to_ascii_lowercase());
+        // `test-keys` and `keys_test.go` count, `contest` does not.
         names.into_iter().any(|name| {
             name.split(|c: char| !c.is_ascii_alphanumeric())
                 .any(|word| EXAMPLE_NAMES.contains(&word))
@@ -441,6 +446,7 @@ fn is_build_folder(text: &[u8]) -> bool {
 
 impl NarVisitor for PathScan<'_> {
     fn enter(&mut self, name: &[u8]) -> io::Result<()> {
+        // A file's name may contain a secret as well.
         self.file.push(name.to_vec());
         self.whole_text(name)
     }

@@ -58,7 +58,9 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
         text.push_str(line);
         text.push('\n');
     };
+    // The user's command may use flakes even where the installation does not enable them.
     line(FEATURES);
+    // Repairs come before the user's lines, which may override them.
     for repair in &wanted.repairs {
         line(repair);
     }
@@ -71,6 +73,7 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
             line(&format!("netrc-file = {}", netrc.display()));
         }
         for (name, value) in DOWNLOAD_BOUNDS {
+            // A bound that the runner or the user has chosen stays.
             if !sets(base, name) && !wanted.before.is_set(name) {
                 line(&format!("{name} = {value}"));
             }
@@ -111,6 +114,7 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, Vec<&str>)> {
 /// Returns the numbers of the lines that are neither `name = value` nor `include file`. One such
 /// line makes every command fail. The lines themselves are not returned, as they may hold a secret.
 pub fn malformed(text: &str) -> Vec<usize> {
+    // `name =` without a value is valid: it sets an empty value.
     let is_good = |words: &[&str]| matches!(words, ["include" | "!include", _] | [_, "=", ..]);
     lines(text)
         .filter(|(_, words)| !is_good(words))
@@ -165,14 +169,14 @@ impl Settings {
     pub fn text(&self, name: &str) -> Option<String> {
         match self.value(name)? {
             Value::String(text) => Some(text.clone()),
-            Value::Array(_) => Some(self.words(name).join(" ")),
+            Value::Array(_) => Some(self.list(name).join(" ")),
             Value::Null => None,
             other => Some(other.to_string()),
         }
     }
 
     /// The words of a setting that is a list.
-    pub fn words(&self, name: &str) -> Vec<String> {
+    pub fn list(&self, name: &str) -> Vec<String> {
         match self.value(name) {
             Some(Value::Array(list)) => list
                 .iter()
@@ -301,7 +305,7 @@ mod tests {
             r#"{"substituters":{"value":["https://a","https://b"],"defaultValue":["https://a"]},
                 "netrc-file":{"value":"/etc/nix/netrc"},"access-tokens":{"value":{"github.com":"s3cr3t"}}}"#,
         );
-        assert_eq!(settings.words("substituters"), ["https://a", "https://b"]);
+        assert_eq!(settings.list("substituters"), ["https://a", "https://b"]);
         assert!(settings.is_set("substituters") && !settings.is_set("connect-timeout"));
         assert_eq!(settings.netrc_file(), Some("/etc/nix/netrc".into()));
         assert_eq!(settings.text("no-such-setting"), None);

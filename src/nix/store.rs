@@ -123,6 +123,7 @@ impl Store {
     /// When the thread that opens the database panics.
     pub async fn from_opened(nix: &Nix, opened: &Opened) -> Result<Self, Error> {
         let state = state_folder(nix);
+        // The database describes this machine's store only; for any other, Nix is queried.
         let db = if is_own(&opened.url, &state) {
             let state = state.clone();
             blocking(move || Ok(open_db(&state))).await?
@@ -312,6 +313,7 @@ impl Store {
         blocking(move || {
             // A panic under this lock leaves nothing half-done, because the database is only read.
             let mut db = db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            // The first error is dropped: a persistent one comes back from the new handle.
             if let Ok(answer) = query(&db) {
                 return Ok(answer);
             }
@@ -350,6 +352,7 @@ pub fn daemon_socket(nix: &Nix) -> PathBuf {
 fn is_own(url: &str, state: &Path) -> bool {
     let socket = state.join("daemon-socket/socket");
     matches!(url, "local" | "daemon")
+        // Some versions print the socket's URL instead of `daemon`.
         || url
             .strip_prefix("unix://")
             .is_some_and(|path| Path::new(path) == socket)
@@ -369,7 +372,8 @@ pub fn open_db(state: &Path) -> Result<Db, String> {
         }
     });
     let db = opened.map_err(|error| describe(&error))?;
-    // A container may mount the host's store and socket but have a state folder of its own.
+    // A container may mount the host's store and socket but have a state folder of its own, with an
+    // empty database.
     if db.last_id().map_err(|error| describe(&error))? == 0 && store_has_entries() {
         return Err(format!("`{}` knows no path", file.display()));
     }

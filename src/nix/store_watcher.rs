@@ -51,6 +51,8 @@ impl StoreWatcher {
         let wake = send.clone();
         let folder = file.parent()?.to_owned();
         let notify = Notify::watch(&folder, WatchFlags::MODIFY, COALESCE_WINDOW, move |event| {
+            // SQLite also writes `db.sqlite-wal` and `db.sqlite-shm`; other files in the folder do
+            // not matter.
             let is_database = matches!(event, Event::Lost)
                 || matches!(event, Event::Entry(name) if name.starts_with("db.sqlite"));
             if is_database && let Err(TrySendError::Disconnected(_)) = wake.try_send(Wake::Changed)
@@ -98,6 +100,7 @@ fn follow(db: &Db, mut last: i64, wakes: &Receiver<Wake>, mut on_added: impl FnM
             last = added.last_id;
             on_added(added.rows.into_iter().map(|(_, info)| info).collect());
         }
+        // The query above runs before the first wait, for paths added before the watch began.
         match wakes.recv_timeout(wait) {
             Ok(Wake::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             Ok(Wake::Changed) => {

@@ -108,6 +108,7 @@ impl RootsFile {
             .map_or(0, |end| end + 1);
         // A name without its terminating NUL is still being written; keep it for the next call.
         let done: Vec<u8> = self.unparsed.drain(..whole).collect();
+        // A store path is UTF-8; anything else in the file is not one.
         let names = done
             .split(|byte| *byte == 0)
             .filter_map(|name| std::str::from_utf8(name).ok());
@@ -132,14 +133,14 @@ impl TempRootWatcher {
             unclear: false,
             impurity: None,
         }));
-        let told = Arc::clone(&state);
+        let shared_state = Arc::clone(&state);
         // Without inotify the watcher still works: `owners` reads the folder itself.
         let notify = Notify::watch(
             &folder,
             WatchFlags::CREATE | WatchFlags::MODIFY,
             Duration::ZERO,
             move |event| {
-                lock(&told).on_event(&event);
+                lock(&shared_state).on_event(&event);
             },
         )
         .ok();
@@ -159,6 +160,7 @@ impl TempRootWatcher {
     /// job is killed is lost to the next job.
     pub fn subscribe(&self, mut tell: impl FnMut(&[StorePath]) + Send + 'static) {
         let mut state = lock(&self.state);
+        // Paths found before this call would otherwise never be reported.
         let before: Vec<StorePath> = state.ours.iter().cloned().collect();
         if !before.is_empty() {
             tell(&before);
@@ -227,13 +229,14 @@ impl WatcherState {
         {
             return;
         }
-        let whose = ProcessOwner::of_process(pid, &self.job);
-        if whose == ProcessOwner::ThisJob && self.impurity.is_none() {
+        let owner = ProcessOwner::of_process(pid, &self.job);
+        // The arguments are readable only while the process lives, so look now.
+        if owner == ProcessOwner::ThisJob && self.impurity.is_none() {
             self.impurity = impurity_of(pid);
         }
         // Remember this even when the file cannot be opened: it makes unclaimed paths ambiguous.
-        self.other_jobs_seen |= whose == ProcessOwner::OtherJob;
-        match (file, whose) {
+        self.other_jobs_seen |= owner == ProcessOwner::OtherJob;
+        match (file, owner) {
             (_, ProcessOwner::Exited) => (),
             (Ok(file), owner) => {
                 self.close(pid);
@@ -265,6 +268,8 @@ impl WatcherState {
                 // Nix removes the file when its process exits; the open descriptor then has no link
                 // left.
                 .is_none_or(|roots| roots.file.metadata().is_ok_and(|file| file.nlink() == 0));
+            // Read once more before closing: the process may have written between the read and its
+            // exit.
             if ended {
                 self.close(pid);
             }
@@ -298,6 +303,7 @@ impl WatcherState {
     }
 
     fn owner_of(&self, path: &StorePath) -> Owner {
+        // This job's claim wins when two jobs want the same path.
         if self.ours.contains(path) {
             Owner::ThisJob
         } else if self.others.contains(path) {
@@ -571,7 +577,7 @@ mod tests {
         assert_eq!(
             receive
                 .recv_timeout(deadline)
-                .expect("told of what was before"),
+                .expect("shared_state of what was before"),
             [path()]
         );
         let second: StorePath = PATH.replace("hello", "world").parse().expect("valid");
@@ -580,6 +586,9 @@ mod tests {
             std::process::id(),
             &format!("{PATH}\0{second}\0"),
         );
-        assert_eq!(receive.recv_timeout(deadline).expect("told"), [second]);
+        assert_eq!(
+            receive.recv_timeout(deadline).expect("shared_state"),
+            [second]
+        );
     }
 }

@@ -96,8 +96,10 @@ impl Version {
     pub fn parse(text: &str) -> Option<Self> {
         let line = text.lines().find(|line| line.starts_with("nix"))?.trim();
         let (name, number) = line.strip_prefix("nix")?.trim().rsplit_once(' ')?;
+        // Pre-releases have suffixes, such as `2.19.0pre20231002`.
         let mut numbers = number.split(|c: char| !c.is_ascii_digit());
         let flavour = match name {
+            // The names of the forks contain "Nix" as well, so they are checked first.
             name if name.contains("Determinate") => Flavour::Determinate,
             name if name.contains("Lix") => Flavour::Lix,
             _ => Flavour::Nix,
@@ -293,6 +295,7 @@ pub fn find(env: &Env, places: &[PathBuf]) -> Option<FoundProgram> {
         });
     }
     let profile_bin = env.path("HOME").map(|home| home.join(PROFILE_BIN));
+    // The order of installers: system-wide, then the user's profile, then the rest.
     let folders = places
         .iter()
         .take(1)
@@ -369,6 +372,7 @@ pub(crate) fn strip_ansi(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {
+        // An escape sequence ends with its first letter.
         if character == '\u{1b}' && characters.next_if_eq(&'[').is_some() {
             while characters.next_if(|c| !c.is_ascii_alphabetic()).is_some() {}
             characters.next();

@@ -507,7 +507,7 @@ fn a_single_user_store_follows_the_settings() {
                 let inside_job = nix.clone().with_config(&config);
                 let settings = Settings::read(&inside_job).await.unwrap();
                 assert_eq!(
-                    settings.words("substituters"),
+                    settings.list("substituters"),
                     ["http://runner.example", CACHE]
                 );
                 assert_eq!(settings.text("cores").as_deref(), Some("3"));

@@ -50,6 +50,7 @@ pub(super) async fn install(
     let install = ["install", "-q", "-y", "--no-install-recommends", "nix-bin"].as_slice();
     // One broken source fails the update although the others may suffice, so only the second step
     // decides.
+    // The package lists of a fresh container are often empty.
     let updated = step(
         "apt-get update",
         tool(&apt, env).args(update),
@@ -80,6 +81,7 @@ fn apt_get(host: &Host, env: &Env) -> Option<PathBuf> {
 }
 
 fn tool(apt: &std::path::Path, env: &Env) -> Tool {
+    // Package scripts need the system's folders even where the job's `PATH` lacks them.
     let path = env.get("PATH").map_or_else(
         || SYSTEM_PATH.to_owned(),
         |path| format!("{path}:{SYSTEM_PATH}"),
@@ -90,6 +92,7 @@ fn tool(apt: &std::path::Path, env: &Env) -> Tool {
     let tool = Tool::new(apt)
         .envs(kept)
         .env("PATH", path)
+        // Messages end up in our errors, so they should be in English.
         .env("LC_ALL", "C");
     tool.env("DEBIAN_FRONTEND", "noninteractive")
         .args(APT_OPTIONS)
@@ -100,6 +103,7 @@ async fn step(name: &'static str, tool: Tool, sink: &Sink, deadline: Instant) ->
     let started = Instant::now();
     let mut progress = interval(PROGRESS_INTERVAL);
     progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The first tick fires at once; skip it.
     progress.tick().await;
     let mut run = std::pin::pin!(tool.run(deadline.saturating_duration_since(started)));
     let ended = loop {

@@ -133,6 +133,7 @@ fn check_build_users(ready: &mut Ready, opened: &Opened, settings: Option<Settin
     let group = settings
         .and_then(|settings| settings.text("build-users-group"))
         .unwrap_or_default();
+    // An empty setting means that builds run as the current user on purpose.
     if group.is_empty() {
         return BuildUsers::None;
     }
@@ -184,6 +185,7 @@ async fn restart_daemon(
     };
     match start_daemon(&ready.nix, deadline).await {
         Ok(daemon) => {
+            // `Ready` owns the daemon, so it ends with the job.
             ready.daemon = Some(daemon);
             let text = format!("the Nix daemon was dead ({dead}); one was started for this job");
             apply(
@@ -224,6 +226,7 @@ async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
     // The socket appears before the daemon can serve, so the store is pinged through it as well.
     let limit = deadline.min(Instant::now() + START_LIMIT);
     let waited = timeout_at(limit, async {
+        // A daemon that exits at once must not cost the whole limit.
         while daemon.is_alive() && UnixStream::connect(&socket).await.is_err() {
             sleep(START_POLL_INTERVAL).await;
         }

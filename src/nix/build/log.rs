@@ -114,6 +114,7 @@ impl LogReader {
                 ))
             }
             ("msg", _) => {
+                // Kept for the case that no event explains a failure.
                 self.keep_line(&message.msg);
                 (message.level == ERROR).then(|| BuildEvent::Failed(failure(&message.msg)))
             }
@@ -155,6 +156,8 @@ pub fn failure(message: &str) -> BuildFailure {
     };
     let lower = text.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| lower.contains(word));
+    // From the most specific to the most general, since messages may contain several of these
+    // texts.
     let kind = if let Some(kind) = hash_mismatch(&text) {
         kind
     } else if has(&[

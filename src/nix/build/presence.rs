@@ -42,6 +42,7 @@ impl Presence {
                 served.extend(fetched(&output.stderr));
             }
         }
+        // Nix also lists the dependencies that it would fetch.
         served.retain(|path| missing.contains(&path));
         Ok(Self { valid, served })
     }

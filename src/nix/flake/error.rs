@@ -31,6 +31,7 @@ pub fn error_text(stderr: &str) -> String {
 pub fn location_in(text: &str, tree: &Path) -> Option<SourceLocation> {
     let tree = format!("{}/", tree.display());
     let mut found = None;
+    // Locations outside the flake's own tree, in nixpkgs for example, do not help its author.
     for (at, _) in text.match_indices(&tree) {
         let rest = &text[at + tree.len()..];
         let end = rest

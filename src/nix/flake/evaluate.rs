@@ -172,6 +172,7 @@ pub async fn names(
             .map(NameList::Found)
             .map_err(Error::List);
     }
+    // The list used a value of the commit, which is not an error of the flake.
     if output.stderr.contains(&expressions.abort_marker()) {
         return Ok(NameList::Dependent);
     }
@@ -210,6 +211,7 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
             Value::Null => one_line(&attr.join("."), LABEL_LIMIT),
             _ => return Err(format!("entry {} has a `label` that is no text", n + 1)),
         };
+        // Labels name Check Runs and results, so they must be unique.
         if !labels.insert(label.clone()) {
             return Err(format!("two entries have the label `{label}`"));
         }
@@ -234,9 +236,11 @@ pub async fn views(nix: &Nix, source: &Source, expressions: &Expressions) -> Opt
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let printed = nix.run_checked(&args, INFORMATION_LIMIT).await.ok()?;
     let mut values: BTreeMap<String, Value> = serde_json::from_slice(&printed.stdout).ok()?;
+    // The working tree has changed since `source` was resolved.
     if values.get("narHash").and_then(Value::as_str) != Some(&source.nar_hash) {
         return None;
     }
+    // These stay usable: they are the same for every commit with this tree.
     values.retain(|name, _| !TREE_ATTRIBUTES.contains(&name.as_str()));
     let abort_on_use = SelfView::AbortOnUse(values.keys().cloned().collect());
     Some(SelfViews {
@@ -253,6 +257,7 @@ pub fn allows_memory(arguments: &[String]) -> bool {
             "--option" => {
                 let name = args.next().map_or("", String::as_str);
                 args.next();
+                // These change what an evaluation can see or where its results go.
                 if matches!(name, "pure-eval" | "restrict-eval" | "eval-store") {
                     return false;
                 }

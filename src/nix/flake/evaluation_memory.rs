@@ -112,7 +112,9 @@ impl EvaluationMemory {
         let body = serde_json::to_string(remembered)?;
         let mut file = tempfile::NamedTempFile::new_in(folder)?;
         write!(file, "{}\n{body}", hexadecimal(&Sha256::digest(&body)))?;
+        // Renaming makes the change atomic for concurrent readers.
         file.persist(&self.file)?;
+        // Prune after writing, so that the new file counts.
         prune(folder);
         Ok(())
     }

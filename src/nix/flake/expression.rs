@@ -108,6 +108,7 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
             list = nix_string(&Value::from(list).to_string()),
         );
         let mut args = self.eval_args(view, &function);
+        // Derivations are then computed but not written to the store.
         if read_only {
             args.push("--read-only".to_owned());
         }
@@ -204,6 +205,7 @@ fn nix_string(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
         match c {
+            // An unescaped `$` could begin an interpolation.
             '"' | '\\' | '$' => quoted.extend(['\\', c]),
             '\n' => quoted.push_str("\\n"),
             '\r' => quoted.push_str("\\r"),

@@ -65,15 +65,15 @@ impl Source {
     /// # Errors
     /// When the flake does not exist or cannot be fetched.
     pub async fn find(nix: &Nix, reference: &str, arguments: &[String]) -> Result<Self, Error> {
-        let mut words = vec![
+        let mut args = vec![
             "flake",
             "metadata",
             "--json",
             "--no-write-lock-file",
             reference,
         ];
-        words.extend(arguments.iter().map(String::as_str));
-        let printed = nix.run_checked(&words, FETCH_LIMIT).await?;
+        args.extend(arguments.iter().map(String::as_str));
+        let printed = nix.run_checked(&args, FETCH_LIMIT).await?;
         let problem = |problem: String| Error::UnexpectedOutput {
             call: "nix flake metadata".to_owned(),
             problem,
@@ -89,6 +89,7 @@ impl Source {
                 .to_owned()
         };
         let nar_hash = text("narHash");
+        // Without the hash, the source cannot be identified.
         if nar_hash.is_empty() {
             return Err(problem("it names no `narHash`".to_owned()));
         }
@@ -124,6 +125,7 @@ impl Source {
         let Some(nodes) = self.locks["nodes"].as_object() else {
             return Some("Nix does not report its inputs");
         };
+        // A flake without inputs needs no lock file.
         let alone = nodes.len() <= 1;
         let is_written = written.is_some_and(|written| written["nodes"] == self.locks["nodes"]);
         if !alone && !is_written {

@@ -161,6 +161,7 @@ impl NixEvalJobs {
             .map(|name| installable_name(name))
             .collect();
         let flake = format!("{}#{}", self.source.reference, attribute.join("."));
+        // The option is in MiB.
         let memory = (self.share >> 20).clamp(512, 1 << 20).to_string();
         let workers = self.workers.to_string();
         let args = [

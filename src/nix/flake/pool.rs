@@ -150,6 +150,8 @@ impl Pool {
         looking.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut open = true;
         loop {
+            // Every event can free a worker or bring tasks, so fill before waiting for the next
+            // one.
             running.fill().await;
             if !open && running.is_idle() {
                 break;
@@ -160,7 +162,7 @@ impl Pool {
                 biased;
                 () = cancel.cancelled() => break,
                 _ = looking.tick(), if !running.workers.is_empty() => running.check_memory(),
-                Some((id, heard)) = worker_events.recv() => running.on_event(id, heard).await,
+                Some((id, event)) = worker_events.recv() => running.on_event(id, event).await,
                 more = tasks.recv(), if open => match more {
                     Some(more) => running.waiting.extend(more),
                     None => open = false,
@@ -269,6 +271,7 @@ impl PoolState<'_> {
         let Some(worker) = longest.max_by_key(|worker| worker.left.len()) else {
             return VecDeque::new();
         };
+        // The average time per attribute so far.
         let each = worker
             .first
             .map_or(0.0, |first| first.elapsed().as_secs_f64())
@@ -337,8 +340,8 @@ impl PoolState<'_> {
         self.workers.insert(id, worker);
     }
 
-    async fn on_event(&mut self, id: usize, heard: WorkerEvent) {
-        match heard {
+    async fn on_event(&mut self, id: usize, event: WorkerEvent) {
+        match event {
             WorkerEvent::Line(line) => self.on_line(id, line).await,
             WorkerEvent::Ended(status) => self.on_ended(id, status).await,
         }
@@ -356,6 +359,7 @@ impl PoolState<'_> {
             Some(WorkerLine::Begun { b }) => {
                 // Earlier output belongs to an attribute that has succeeded.
                 worker.output.clear();
+                // The time to the first attribute is the cost of starting a worker.
                 if worker.first.is_none() {
                     worker.first = Some(Instant::now());
                     self.start = worker.started.elapsed().as_secs_f64();
@@ -370,10 +374,12 @@ impl PoolState<'_> {
                 }
             }
             Some(WorkerLine::Done { d, f }) => {
+                // A stolen attribute may still be reported; its new worker counts.
                 let task = worker.current.take_if(|task| task.id == d);
                 worker.done += 1;
                 let Some(task) = task else { return };
                 let independent = matches!(*task.view, SelfView::AbortOnUse(_));
+                // Counted against `dependent`, to decide whether testing is worth it.
                 self.independent += usize::from(independent);
                 self.emit(EvalEvent::Known {
                     id: d,
@@ -427,6 +433,7 @@ impl PoolState<'_> {
                 self.put_back(left.into_iter().chain(current));
             }
             Some(EndReason::TooLarge) => self.on_too_large(&worker, left, current).await,
+            // It ran out of memory before our own check noticed.
             None if is_for_memory(status, &worker.output) => {
                 self.on_too_large(&worker, left, current).await;
             }
@@ -484,20 +491,21 @@ impl PoolState<'_> {
         let dependent = worker
             .output
             .contains(&self.pool.expressions.abort_marker());
-        let said = if worker.output.trim().is_empty() {
-            let how = status.map_or("with no word".to_owned(), |status| status.to_string());
+        let stderr = if worker.output.trim().is_empty() {
+            let how = status.map_or("without a status".to_owned(), |status| status.to_string());
             format!("error: `nix eval` ended: {how}")
         } else {
             worker.output.clone()
         };
-        let failure = EvalFailure::from_stderr(&said, &self.pool.source);
+        let failure = EvalFailure::from_stderr(&stderr, &self.pool.source);
         // A worker that fails before its first attribute fails for its whole list.
-        let (fail, rest): (Vec<EvalTask>, VecDeque<EvalTask>) = match current {
+        let (failed, rest): (Vec<EvalTask>, VecDeque<EvalTask>) = match current {
             Some(task) => ([task].into(), left),
             None => (left.into(), VecDeque::new()),
         };
-        for mut task in fail {
-            if self.needs_writing(&task, &said) {
+        for mut task in failed {
+            if self.needs_writing(&task, &stderr) {
+                // Try again with writing enabled; this is not a failure.
                 task.must_write = true;
                 self.waiting.push_back(task);
                 continue;
@@ -516,8 +524,8 @@ impl PoolState<'_> {
 
     /// Whether the failure comes from not writing derivations: one that includes another's whole
     /// closure can be computed only when that derivation is in the store.
-    fn needs_writing(&self, task: &EvalTask, said: &str) -> bool {
-        self.pool.read_only && !task.must_write && said.contains(".drv' is not valid")
+    fn needs_writing(&self, task: &EvalTask, stderr: &str) -> bool {
+        self.pool.read_only && !task.must_write && stderr.contains(".drv' is not valid")
     }
 
     /// Stops testing for dependence on the commit if most attributes depend on it, since each test

@@ -66,6 +66,7 @@ pub(super) struct Worker {
 
 impl Worker {
     pub fn end(&mut self, reason: EndReason) {
+        // The first reason decides what happens to the remaining tasks.
         self.ended.get_or_insert(reason);
         if reason == EndReason::TooLarge {
             // Skip the grace period, in which it would allocate more.
@@ -124,6 +125,7 @@ pub(super) async fn follow(
                 if to_pool.send((id, WorkerEvent::Line(line))).await.is_err() {
                     stop.cancel();
                 }
+                // Lines that have been read already are forwarded without a pause.
                 if !tool.has_line() {
                     tokio::select! {
                         () = stop.cancelled() => (),

@@ -70,6 +70,7 @@ impl Matcher {
 
 impl Engine {
     fn new(needles: &[Vec<u8>]) -> Self {
+        // Of needles with a common start, the first in the list wins.
         let mut builder = Config::new().match_kind(MatchKind::LeftmostFirst).builder();
         match builder.extend(needles).build() {
             Some(searcher) => Self::Vectors(searcher),

@@ -67,6 +67,7 @@ pub fn is_secret_value(value: &str) -> bool {
     let mut seen: Vec<char> = value.chars().collect();
     seen.sort_unstable();
     seen.dedup();
+    // `production` or `true` are settings, even under a name like `SECRET_MODE`.
     let is_word = value.chars().all(|c| c.is_ascii_alphabetic()) && value.len() < 16;
     let is_place = value.starts_with('/')
         || value.starts_with("./")
@@ -97,10 +98,13 @@ pub(super) fn needles_for_secret(name: &str, secret: &Secret) -> Vec<Needle> {
     };
     for text in std::iter::once(whole)
         .chain(lines)
+        // PEM headers and footers are the same in every key.
         .filter(|text| !text.starts_with("-----"))
     {
+        // The beginning of a long value identifies it and keeps the matcher small.
         let bytes = &text.as_bytes()[..text.len().min(MAX_LENGTH)];
         add(bytes.to_vec(), "as it is");
+        // The encoded text depends on the value's position modulo 3 in what was encoded.
         for before in 0..3 {
             add(base64(bytes, before, &STANDARD_NO_PAD), "in base64");
             add(base64(bytes, before, &URL_SAFE_NO_PAD), "in base64");

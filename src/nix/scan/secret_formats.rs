@@ -266,6 +266,7 @@ fn is_private_key(text: &[u8]) -> bool {
     while let [byte, more @ ..] = rest {
         rest = match (byte, more) {
             (b'-', _) => break,
+            // A key in JSON or in a shell string has escaped line breaks.
             (b'\\', [b'n' | b'r', more @ ..]) => more,
             (b'\n' | b'\r' | b' ' | b'\t' | b'"' | b',', _) => more,
             (byte, _) if byte.is_ascii_alphanumeric() || b"+/=".contains(byte) => {
@@ -315,9 +316,11 @@ fn is_whole_der(bytes: &[u8]) -> bool {
     let [0x30, length, rest @ ..] = bytes else {
         return false;
     };
+    // The short form: lengths below 128 are one byte.
     if *length < 0x80 {
         return rest.len() == usize::from(*length);
     }
+    // The long form: the first byte counts the bytes of the length.
     let octets = usize::from(*length & 0x7F);
     let Some((number, content)) = rest
         .split_at_checked(octets)
@@ -334,12 +337,14 @@ fn is_whole_der(bytes: &[u8]) -> bool {
 /// `machine HOST login NAME password WORD`, on one or several lines, where the password is neither
 /// a placeholder nor a variable.
 fn is_netrc(text: &[u8]) -> bool {
+    // An entry is short, so this much is enough.
     let text = String::from_utf8_lossy(&text[..text.len().min(400)]);
     let mut words = text.split_ascii_whitespace().skip(1);
     let Some(host) = words.next() else {
         return false;
     };
     let mut next = words.next();
+    // The login is optional, and its value is not the secret.
     if matches!(next, Some("login")) {
         words.next();
         next = words.next();
@@ -350,6 +355,7 @@ fn is_netrc(text: &[u8]) -> bool {
     let plain = token
         .bytes()
         .all(|byte| byte.is_ascii_graphic() && !b"<>${}[]()\"'`%*".contains(&byte));
+    // Prose such as "machine that has password" has no host name here.
     let host_like = host.contains('.') || host == "localhost" || host.contains("127.");
     host_like
         && plain
