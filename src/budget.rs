@@ -34,6 +34,7 @@ pub struct OutOfMemory {
 /// spite of a kill (by trying again, say) did not run out of memory.
 pub fn out_of_memory(observed: &Observed) -> Option<OutOfMemory> {
     let certain = observed.killed_in_group > 0;
+    // The machine's counter is weaker evidence: the kill may have hit another job.
     let killed = certain || observed.killed_on_machine > 0;
     (observed.failed && killed).then_some(OutOfMemory {
         certain,

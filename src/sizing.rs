@@ -33,6 +33,7 @@ impl MemoryRoom {
             let all = available + self.workers;
             all - all / RESERVE
         });
+        // The tighter of the two limits decides.
         [of_group, of_machine].into_iter().flatten().min()
     }
 }

@@ -68,7 +68,9 @@ fn config(shared: &ServerState, cache: &Cache, headers: &HeaderMap) -> serde_jso
 
 fn base_url(headers: &HeaderMap) -> Option<String> {
     let host = headers.get(header::HOST)?.to_str().ok()?;
+    // Brackets and colons occur in IPv6 addresses and ports.
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c);
+    // A proxy that terminates TLS reports the scheme in this header.
     let secure = headers
         .get("x-forwarded-proto")
         .is_some_and(|proto| proto == "https");
@@ -103,6 +105,7 @@ pub async fn get_missing_paths(
     let body = RequestBody::new(body).read_all(MISSING_LIMIT).await?;
     let request: MissingPathsRequest = serde_json::from_slice(&body).map_err(|error| {
         let text = crate::text::one_line(&error.to_string(), 200);
+        // As in axum, which Attic uses: 422 for the wrong structure, 400 for a syntax error.
         if error.is_data() {
             ErrorResponse::unprocessable(text)
         } else {
@@ -115,6 +118,7 @@ pub async fn get_missing_paths(
         .clone();
     let mut hashes = request.store_path_hashes;
     hashes.sort();
+    // Each hash costs a look at the disk.
     hashes.dedup();
     let few = hashes.len() <= INLINE_HASHES;
     let look = move |store: &Store| store.missing(&cache, hashes);
@@ -140,10 +144,12 @@ pub async fn upload_path(
     // The cache is named in the metadata, so only now can the token be checked against it.
     let cache = shared.authorise(&parts.headers, &info.cache, Scope::Write)?;
     check_length(&parts.headers, info.path.nar_size.checked_add(preamble))?;
+    // Without proof, the metadata is enough and the body stays unread.
     if !shared.options.require_proof && commit_known_nar(&shared, cache, &info).await? {
         let answer = json!({"kind": "Deduplicated", "file_size": null, "frac_deduplicated": 1.0});
         return Ok(Json(answer).into_response());
     }
+    // Held until the response is ready, which bounds the memory of all uploads together.
     let _slot = shared.upload_slot(Cost::new(info.path.nar_size)).await?;
     let stored = receive_announced(&shared, &mut body, &cache.name, info.path).await?;
     let kind = if stored.known {

@@ -42,6 +42,7 @@ impl RequestBody {
     /// # Errors
     /// When nothing arrives for `IDLE_TIMEOUT`, or the connection breaks.
     pub async fn next(&mut self) -> Result<Option<Bytes>, ErrorResponse> {
+        // `take` may have split a piece.
         if let Some(rest) = self.rest.take() {
             return Ok(Some(rest));
         }
@@ -67,6 +68,7 @@ impl RequestBody {
                     "the request's body is shorter than its preamble",
                 ));
             };
+            // The preamble ends inside a piece; the rest belongs to the NAR.
             let rest = piece.split_off(piece.len().min(size - taken.len()));
             taken.extend_from_slice(&piece);
             self.rest = (!rest.is_empty()).then_some(rest);
@@ -93,6 +95,7 @@ impl RequestBody {
     /// As [`RequestBody::next`].
     pub async fn up_to(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
         let mut taken = Vec::new();
+        // One piece beyond the limit is enough to prove that the body is too large.
         while taken.len() <= limit
             && let Some(piece) = self.next().await?
         {
@@ -139,6 +142,7 @@ impl HttpBody for EndTrackingBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        // hyper may report the end together with the last frame.
         let ended = frame.is_none() || self.inner.is_end_stream();
         self.whole.fetch_or(ended, Ordering::Relaxed);
         Poll::Ready(frame)

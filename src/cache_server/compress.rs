@@ -52,6 +52,7 @@ impl CompressorPool {
 
 fn compressor(level: i32) -> io::Result<Compressor<'static>> {
     let mut compressor = Compressor::new(level)?;
+    // The checksum lets a reader notice damage while decompressing.
     compressor.set_parameter(CParameter::ChecksumFlag(true))?;
     Ok(compressor)
 }
@@ -109,6 +110,7 @@ impl<W: Write> FrameEncoder<W> {
     /// # Errors
     /// When the output fails, or memory runs out.
     pub fn finish(mut self) -> io::Result<W> {
+        // An empty file would not be valid zstd.
         if !self.pending.is_empty() || !self.wrote_frame {
             self.write_frame()?;
         }

@@ -56,6 +56,7 @@ pub async fn serve(
         let place = Arc::clone(&places).acquire_owned();
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
+            // Finished connections are joined here, or the set would grow for ever.
             Some(_) = connections.join_next() => continue,
             accepted = async { (place.await, listener.accept().await) } => accepted,
         };
@@ -70,6 +71,7 @@ pub async fn serve(
             _ => sleep(ACCEPT_PAUSE).await,
         }
     }
+    // Refuse new connections during the grace period.
     drop(listener);
     let _ = tokio::time::timeout(grace, async {
         while connections.join_next().await.is_some() {}
@@ -94,6 +96,7 @@ async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) 
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
         () = stop.cancelled() => {
+            // Finish the current request, then close instead of waiting for the next one.
             served.as_mut().graceful_shutdown();
             served.await
         }
@@ -131,6 +134,7 @@ impl LingeringStream {
         result: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         if result.is_ready() {
+            // The client has read something, so its time starts again.
             self.stalled = None;
             return result;
         }
@@ -190,6 +194,7 @@ impl AsyncWrite for LingeringStream {
             until: now + LINGER,
             idle: Box::pin(sleep(LINGER_IDLE)),
         });
+        // The data is discarded; only its arrival matters.
         let mut space = [0; 16 * 1024];
         while Instant::now() < linger.until {
             let mut buffer = ReadBuf::new(&mut space);
@@ -198,6 +203,7 @@ impl AsyncWrite for LingeringStream {
                     linger
                         .idle
                         .as_mut()
+                        // A client that keeps sending cannot extend the total time.
                         .reset((Instant::now() + LINGER_IDLE).min(linger.until));
                 }
                 // The client has closed or reset the connection as well.

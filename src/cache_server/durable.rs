@@ -122,6 +122,7 @@ impl Epoch<'_> {
     pub fn link_added(&self, name: &Path) {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(folder) = name.parent()
+            // Avoid cloning the path for each of many links in one folder.
             && !pending.folders.contains(folder)
         {
             pending.folders.insert(folder.to_owned());
@@ -147,6 +148,7 @@ impl Durability {
     /// # Errors
     /// When the disk fails.
     pub fn open(folder: &Folder) -> io::Result<(Self, Option<u64>)> {
+        // Without a boot id, a restart of the machine cannot be ruled out and is assumed.
         let boot = std::fs::read_to_string(BOOT_ID)
             .unwrap_or_default()
             .trim()
@@ -164,9 +166,11 @@ impl Durability {
             .as_ref()
             .is_some_and(|left| !boot.is_empty() && left.boot == boot);
         let rolled_back = match &left {
+            // Unsynced data survives a killed process, but not the end of the machine.
             Some(left) if !left.clean && !same => Some(roll_back(folder, left.epoch)?),
             _ => None,
         };
+        // On the same boot, everything written is visible but not necessarily on disk.
         let unknown_files = left.as_ref().is_some_and(|left| !left.clean && same);
         let epoch = left.map_or(0, |left| left.epoch) + UNRECORDED_EPOCHS;
         // Unless a killed process left unknown files, everything here is on disk.
@@ -179,6 +183,7 @@ impl Durability {
         let durability = Self {
             boot,
             root,
+            // A new epoch, so that nothing of this run is confused with what a killed process left.
             epoch: RwLock::new(epoch + 1),
             pending: Mutex::default(),
             unknown_files: AtomicBool::new(unknown_files),
@@ -206,6 +211,7 @@ impl Durability {
             let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
             let pending = std::mem::take(&mut *pending);
+            // An idle cache writes nothing.
             let nothing = pending.files.is_empty() && pending.folders.is_empty();
             if self.failed.load(Ordering::Relaxed)
                 || (nothing && !self.unknown_files.load(Ordering::Relaxed))
@@ -220,6 +226,7 @@ impl Durability {
         let synced = self
             .sync_pending(&pending)
             .and_then(|()| self.write(folder, ended, false));
+        // A failed epoch is never retried; see `failed`.
         self.failed.store(synced.is_err(), Ordering::Relaxed);
         synced
     }
@@ -245,6 +252,7 @@ impl Durability {
             self.unknown_files.store(false, Ordering::Relaxed);
             return Ok(());
         }
+        // All writes are started before the first wait, so the disk can combine them.
         pending.files.iter().for_each(|file| start_writeback(file));
         pending.files.iter().try_for_each(|file| sync_file(file))?;
         let mut folders: BTreeSet<&Path> = pending
@@ -302,6 +310,7 @@ fn roll_back(folder: &Folder, synced: u64) -> io::Result<u64> {
                 continue;
             }
             let text = String::from_utf8(std::fs::read(&file)?).unwrap_or_default();
+            // A torn file may lack its epoch, so one that does not parse goes as well.
             if NarInfo::parse(&text).is_err() || epoch_of(&text).is_some_and(|epoch| epoch > synced)
             {
                 std::fs::remove_file(&file)?;

@@ -83,10 +83,12 @@ impl Folder {
         make_folder(root).map_err(unusable)?;
         let lock = OpenOptions::new()
             .create(true)
+            // The file's content does not matter, and another process may hold its lock.
             .truncate(false)
             .write(true)
             .open(root.join("lock"))
             .map_err(unusable)?;
+        // The kernel releases the lock when the process ends, however it ends.
         match lock.try_lock() {
             Ok(()) => (),
             Err(TryLockError::WouldBlock) => return Err(FolderError::InUse(root.to_owned())),
@@ -102,6 +104,7 @@ impl Folder {
 
     fn prepare(&self, caches: &[CacheName]) -> io::Result<()> {
         let tmp = self.root.join("tmp");
+        // Holding the lock, so these files belong to a dead process.
         match std::fs::remove_dir_all(&tmp) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => (),
@@ -193,6 +196,7 @@ impl Folder {
     /// # Errors
     /// When it cannot be created.
     pub fn temporary(&self) -> io::Result<NamedTempFile> {
+        // On the same file system as its target, so that renaming works.
         NamedTempFile::new_in(self.root.join("tmp"))
     }
 
@@ -217,6 +221,7 @@ impl Folder {
         let mut temporary = self.temporary()?;
         temporary.write_all(text.as_bytes())?;
         if sync {
+            // The content must be on disk before its name is.
             temporary.as_file().sync_all()?;
         }
         temporary.persist(file)?;

@@ -87,6 +87,7 @@ pub fn plan(objects: &[Object], limits: &Limits, now: SystemTime, fresh: SystemT
     let mut users: HashMap<Sha256, usize> = HashMap::new();
     let mut total = 0;
     for object in objects {
+        // Several paths may share one NAR, whose bytes count once.
         let users = users.entry(object.nar).or_default();
         total += if *users == 0 { object.size } else { 0 };
         *users += 1;
@@ -136,6 +137,7 @@ fn eviction_order(objects: &[Object], by_key: &Index<'_>) -> (Vec<usize>, Vec<Sy
         if std::mem::replace(&mut seen[root], true) {
             continue;
         }
+        // An explicit stack: a chain of references may be deeper than the thread's stack.
         let mut walk = vec![(root, 0)];
         while let Some((n, next)) = walk.pop() {
             used[n] = objects[root].used;
@@ -151,6 +153,7 @@ fn eviction_order(objects: &[Object], by_key: &Index<'_>) -> (Vec<usize>, Vec<Sy
             }
         }
     }
+    // The post-order has references first, and the oldest walk last.
     order.reverse();
     (order, used)
 }
@@ -215,6 +218,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcRep
             .filter(|(n, _)| !gone.contains(n))
             .map(|(_, object)| object)
     };
+    // NARs go after the paths that name them, so no visible path ever lacks its NAR.
     let claimed: HashSet<Sha256> = kept().map(|object| object.nar).collect();
     (report.paths, report.kept_paths) = (gone.len() as u64, kept().count() as u64);
     for cache in store.folder().caches()? {
@@ -225,6 +229,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcRep
         sweep(&store.folder().markers(&cache), fresh, |name| {
             marked.contains(name)
         })?;
+        // An upload's record is needed only until its narinfo arrives.
         sweep(&store.folder().uploads(&cache), fresh, |_| false)?;
     }
     let names: HashSet<String> = claimed
@@ -287,6 +292,7 @@ fn object(
             .map(crate::nix::store_path::StorePath::hash)
             .collect(),
         modified,
+        // Reading the narinfo and downloading the NAR are recorded separately.
         used: nar_used.map_or(modified, |used| used.max(modified)),
         nar: info.nar_hash,
         size: nar.map_or(0, |nar| nar.len()),
@@ -307,6 +313,7 @@ fn remove_objects(
         let unused = std::fs::metadata(&file)
             .and_then(|about| about.modified())
             .is_ok_and(|modified| modified == object.modified);
+        // A client may rely on a path it has just used.
         if rescued.contains(&n) || !unused {
             // Referrers come first, so the whole closure is rescued step by step.
             rescued.extend(references(objects, &by_key, n));

@@ -90,10 +90,12 @@ pub async fn ingest(
     options: IngestOptions,
 ) -> Result<Result<IngestedNar, IngestError>, ErrorResponse> {
     let (pieces, received) = mpsc::channel(QUEUE_LENGTH);
+    // Compressing would block the runtime's own threads.
     let worker = tokio::task::spawn_blocking(move || work(received, options));
     let sent = send(body, &pieces).await;
     drop(pieces);
     let ended = worker.await;
+    // A broken body is reported first; the worker then only knows that it ended early.
     sent?;
     ended.map_err(|error| ErrorResponse::internal(&io::Error::other(error)))
 }
@@ -163,6 +165,7 @@ impl Ingest {
         } else {
             Sha256(self.received.finalize().into())
         };
+        // A NAR that was too short has a target but no file.
         let stored = self.target.zip(file);
         Ok(IngestedNar {
             nar_hash,
@@ -231,6 +234,7 @@ fn compressor(
 impl Write for NarSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.size += bytes.len() as u64;
+        // Checked on each write, so that an endless NAR is not read to its end.
         if self.limit.is_some_and(|limit| self.size > limit) {
             self.error = Some(IngestError::TooLong);
             return Err(io::Error::other("longer than announced"));
@@ -259,6 +263,7 @@ struct HashingFile {
 
 impl Write for HashingFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // A write may take only part of the bytes; hash exactly those.
         let written = self.file.write(bytes)?;
         self.hash.update(&bytes[..written]);
         self.size += written as u64;
@@ -281,11 +286,13 @@ impl Decoder {
         Ok(match format {
             Format::None => Self::None(Box::new(sink)),
             Format::Xz => {
+                // `xz` files may consist of several streams.
                 let stream = Stream::new_stream_decoder(XZ_MEMORY, CONCATENATED)?;
                 Self::Xz(Box::new(XzDecoder::new_stream(sink, stream)))
             }
             Format::Zstd => {
                 let mut decoder = zstd::stream::write::Decoder::new(sink)?;
+                // The header of a frame decides how much memory decoding takes.
                 decoder.window_log_max(ZSTD_WINDOW_LOG)?;
                 Self::Zstd(Box::new(decoder))
             }
@@ -316,6 +323,7 @@ impl Decoder {
     fn finish(mut self) -> Result<(Sha256, u64, Option<StoredNar>), IngestError> {
         let ended = match &mut self {
             Self::None(_) => Ok(()),
+            // Detects a truncated stream.
             Self::Xz(decoder) => decoder.try_finish(),
             Self::Zstd(decoder) => decoder.do_finish(),
         };

@@ -312,6 +312,7 @@ impl Serving {
 async fn run(state: Arc<ServerState>, listener: TcpListener, stop: CancellationToken) {
     let collecting = tokio::spawn(collect_regularly(Arc::clone(&state), stop.clone()));
     let syncing = tokio::spawn(sync_regularly(Arc::clone(&state), stop.clone()));
+    // The other tasks stop with the same token and are joined afterwards.
     connection::serve(listener, router(Arc::clone(&state)), stop, STOP_GRACE).await;
     let _ = collecting.await;
     let _ = syncing.await;
@@ -345,6 +346,7 @@ async fn sync(state: &Arc<ServerState>, how: fn(&Store) -> io::Result<()>) {
 
 async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(state.options.gc_interval.max(Duration::from_secs(1)));
+    // After a long collection, wait a full interval before the next one.
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -398,6 +400,7 @@ fn open_key(file: &Path, cache: &CacheName) -> Result<SecretKey, OpenError> {
     match std::fs::read_to_string(file) {
         Ok(text) => SecretKey::parse(&text).map_err(key_error),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // The key's name is the cache's, which clients see in signatures.
             let key = SecretKey::generate(cache.as_str()).map_err(key_error)?;
             token::write_private(file, key.encode().as_bytes()).map_err(file_error)?;
             Ok(key)
@@ -407,6 +410,7 @@ fn open_key(file: &Path, cache: &CacheName) -> Result<SecretKey, OpenError> {
 }
 
 fn router(state: Arc<ServerState>) -> Router {
+    // GET serves substituters, PUT serves `nix copy`.
     let narinfo = get(substituter::get_narinfo).put(substituter::put_narinfo);
     let nar = get(substituter::get_nar).put(substituter::put_nar);
     Router::new()
@@ -429,6 +433,7 @@ fn router(state: Arc<ServerState>) -> Router {
 /// Logs one line for each upload and each failure, without headers or queries.
 async fn log(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
+    // The client chooses the path; it must not break the log's lines.
     let path = crate::text::one_line(request.uri().path(), LOGGED_PATH);
     let method = request.method().clone();
     let response = next.run(request).await;

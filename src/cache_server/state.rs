@@ -116,12 +116,14 @@ impl ServerState {
         match (self.caches.get(cache), granted) {
             (Some(cache), true) => Ok(cache),
             (None, true) => Err(ErrorResponse::no_cache()),
+            // Without permission, a missing cache looks like a private one.
             (None, false) => Err(ErrorResponse::unauthorized()),
             (Some(found), false) => {
                 let readable =
                     self.options.public || self.tokens.allow(token.as_ref(), cache, Scope::Read);
                 match scope {
                     Scope::Read if readable => Ok(found),
+                    // The client can see the cache, so it may learn that writing is forbidden.
                     Scope::Write if readable => Err(ErrorResponse::forbidden()),
                     _ => Err(ErrorResponse::unauthorized()),
                 }

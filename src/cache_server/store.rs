@@ -139,6 +139,7 @@ impl Store {
         let Ok(info) = NarInfo::parse(&text) else {
             return Ok(None);
         };
+        // A path without its NAR would fail every download, so it counts as missing.
         if !self.folder.nar(&info.nar_hash).exists() {
             return Ok(None);
         }
@@ -194,12 +195,14 @@ impl Store {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             let path = self.folder.nar(hash);
+            // Under the lock, no other upload can create the file in between.
             if !path.exists() {
                 file.persist(&path)?;
                 epoch.file_added(path);
                 return Ok(nar);
             }
         }
+        // The stored file counts, whose compressed hash may differ from that of this upload.
         let known = self.known_nar(hash)?;
         known.ok_or_else(|| io::Error::other("a NAR was removed while it was sent again"))
     }
@@ -241,6 +244,7 @@ impl Store {
                 Duration::ZERO,
             ))?;
         }
+        // The marker lets this cache serve the NAR, which other caches may have uploaded.
         let marker = self.folder.marker(cache, &path.nar_hash);
         let linked = write_marker(&marker, &nar_file)?;
         let object = self.folder.object(cache, &path.path.hash());
@@ -277,6 +281,8 @@ impl Store {
     /// # Errors
     /// When the disk fails.
     pub fn open_nar(&self, cache: &CacheName, hash: &Sha256) -> io::Result<Option<(File, u64)>> {
+        // Caches of different trust share NARs on disk, but may only serve what was uploaded to
+        // them.
         if !self.folder.marker(cache, hash).exists() {
             return Ok(None);
         }
@@ -335,6 +341,7 @@ impl Store {
         let Some(upload) = parse_upload(&text) else {
             return Ok(None);
         };
+        // Counts as a use, so that the NAR survives until its narinfo arrives.
         let nar = if_exists(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
         touch(&path, Duration::ZERO)?;
         Ok(nar.map(|()| upload))

@@ -72,6 +72,7 @@ fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
     let text = fingerprint(&info.path, &info.nar_hash, info.nar_size, &info.references);
     let ours = format!("{}:", cache.key.public().name());
     info.signatures
+        // The uploader may have sent an older signature of ours.
         .retain(|signature| !signature.starts_with(&ours));
     info.signatures.push(cache.key.sign(&text));
     info
@@ -89,6 +90,7 @@ pub async fn get_nar(
 ) -> Result<Response, ErrorResponse> {
     let cache = readable(&shared, request.headers(), &cache)?;
     let name = cache.name.clone();
+    // The URLs in our narinfos end this way, whatever the NAR's upload was called.
     let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
     if let Some(hash) = ours
         && let Some((nar, size)) = shared
@@ -99,6 +101,7 @@ pub async fn get_nar(
         let mut response = answer(&shared, "application/x-nix-nar", Body::from_stream(pieces));
         response
             .headers_mut()
+            // With the length, a client can tell a complete download from a broken one.
             .insert(header::CONTENT_LENGTH, HeaderValue::from(size));
         return Ok(response);
     }
@@ -131,6 +134,7 @@ pub async fn put_nar(
         .name
         .clone();
     let (hash, format) = parse_upload_name(&file)?;
+    // The size is not announced in this protocol, but an empty body is never right.
     check_length(&parts.headers, None)?;
     let _slot = shared.upload_slot(Cost::Compressed).await?;
     let taken = receive_compressed(&shared, &mut RequestBody::new(body), format, hash).await?;
@@ -166,6 +170,7 @@ pub async fn put_narinfo(
         .map_err(|_| ErrorResponse::bad_request("the narinfo is not UTF-8"))?;
     let info =
         NarInfo::parse(&text).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
+    // The path in the narinfo decides where it is stored, so the address must agree.
     if info.path.hash() != hash {
         return Err(ErrorResponse::bad_request(format!(
             "the narinfo is of `{}`",

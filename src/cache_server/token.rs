@@ -155,6 +155,7 @@ impl Tokens {
             self.write = Secret::new(token);
         }
         self.entries.push(Entry {
+            // Hashes have equal length, so comparing them reveals no length either.
             digest: digest(token),
             scope,
             cache,
@@ -188,9 +189,11 @@ impl Tokens {
     fn any(&self, token: Option<&Secret>, scope: Scope, applies: impl Fn(&Entry) -> bool) -> bool {
         let Some(token) = token else { return false };
         let presented = digest(token.expose());
+        // A fold without early exit: `any` would stop at the first match.
         self.entries.iter().fold(false, |found, entry| {
             let same = equal(&presented, &entry.digest);
             let enough = scope == Scope::Read || entry.scope == Scope::Write;
+            // `&` and `|` evaluate both sides, unlike `&&` and `||`.
             found | (same & enough & applies(entry))
         })
     }

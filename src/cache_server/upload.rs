@@ -47,6 +47,7 @@ pub async fn receive_announced(
         .ok()
         .filter(|size| *size <= SMALL_NAR)
     {
+        // No other thread is involved until the NAR is complete.
         let (nar, compressors) = (body.up_to(size).await?, Arc::clone(&state.compressors));
         return state
             .brief(move |store| store_small(store, &compressors, &cache, &path, &nar))
@@ -73,9 +74,11 @@ fn store_small(
     nar: &[u8],
 ) -> Result<StoredUpload, ErrorResponse> {
     let received = nar.len() as u64;
+    // `up_to` stops after the announced size, so the hash of the rest is unknown.
     if received > path.nar_size {
         return Err(refuse(IngestError::TooLong, path.nar_size));
     }
+    // Checked before anything is written.
     check(path, received, Sha256(sha2::Sha256::digest(nar).into()))?;
     let known = store.known_nar(&path.nar_hash)?;
     let stored = match known {
@@ -125,8 +128,10 @@ fn store_ingested(
 ) -> Result<StoredUpload, ErrorResponse> {
     check(path, taken.nar_size, taken.nar_hash)?;
     let nar = match (known, taken.stored) {
+        // The stored file stays; what was received only proved that the client has the NAR.
         (Some(nar), _) => nar,
         (None, Some((file, nar))) => store.publish_nar(file, &path.nar_hash, nar)?,
+        // `prepare` gives a target whenever the NAR is unknown.
         (None, None) => {
             return Err(ErrorResponse::internal(&io::Error::other(
                 "a NAR was read and not stored",
@@ -201,6 +206,7 @@ pub async fn receive_compressed(
             taken.received_hash
         )));
     }
+    // Even an empty file has a NAR of more than 100 bytes.
     if taken.nar_size == 0 {
         return Err(wrong_nar("it is empty"));
     }

@@ -257,6 +257,8 @@ impl Host {
             return Ok(());
         };
         let strict = nix.version.flavour != Flavour::Lix && nix.version.at_least(2, 24);
+        // Only some versions refuse, and only when they build as other users; for the rest a
+        // warning is enough.
         if strict && users == BuildUsers::InForce {
             return Err(Error::WorldWritable(
                 folder.clone(),

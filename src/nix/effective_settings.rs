@@ -286,6 +286,7 @@ fn user() -> String {
 }
 
 fn lists_url(list: &[String], url: &str) -> bool {
+    // A trailing slash makes no difference.
     list.iter()
         .any(|listed| listed.trim_end_matches('/') == url.trim_end_matches('/'))
 }

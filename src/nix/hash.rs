@@ -30,6 +30,7 @@ impl Sha256 {
             .strip_prefix("sha256:")
             .or_else(|| text.strip_prefix("sha256-"))
             .ok_or_else(error)?;
+        // The lengths differ, so the encoding need not be named.
         let bytes = match digits.len() {
             64 => base16_decode(digits),
             52 => base32_decode(digits),

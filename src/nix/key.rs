@@ -143,6 +143,7 @@ impl SecretKey {
 
     /// The text for a key file, which must have mode 0600.
     pub fn encode(&self) -> Zeroizing<String> {
+        // Copies of the key are wiped from memory when dropped.
         let whole = Zeroizing::new([&self.seed[..], self.pair.public_key().as_ref()].concat());
         Zeroizing::new(format!("{}:{}", self.name, STANDARD.encode(&*whole)))
     }

@@ -129,6 +129,7 @@ pub fn write_visited(
     writer.text(b"nix-archive-1")?;
     let name = CString::new(path.as_os_str().as_bytes())
         .map_err(|_| DumpError::Special(path.to_owned()))?;
+    // A store path may be a single file or link.
     let Some(mut folder) = writer.node(CWD, &name)? else {
         return Ok(());
     };
@@ -205,6 +206,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
     }
 
     fn file(&mut self, name: &CStr, mut file: File) -> Result<(), DumpError> {
+        // The size of the opened file: the name may have been replaced since `statat`.
         let stat = fstat(&file).map_err(|error| self.unreadable(name, error.into()))?;
         self.text(b"regular")?;
         // A NAR has one bit of permissions: whether the owner may execute the file.
@@ -213,6 +215,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
         }
         self.text(b"contents")?;
         let size = u64::try_from(stat.st_size).unwrap_or_default();
+        // The size precedes the content, so it must be known before reading.
         self.raw(&size.to_le_bytes())?;
         let mut left = size;
         let most = usize::try_from(size).unwrap_or(READ_SIZE).min(READ_SIZE);
@@ -291,6 +294,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
 
     fn at(&self, name: &CStr) -> PathBuf {
         let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        // The root is opened by its full path, and a folder being listed has no name here.
         if name.is_absolute() || name.as_os_str().is_empty() {
             self.root.to_owned()
         } else {

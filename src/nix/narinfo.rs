@@ -76,6 +76,7 @@ impl NarInfo {
                 .collect::<Result<_, _>>()?,
         };
         let deriver =
+            // Nix writes `unknown-deriver` where it does not know one.
             field("Deriver").filter(|name| !name.is_empty() && *name != "unknown-deriver");
         Ok(Self {
             path: need("StorePath")

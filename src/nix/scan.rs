@@ -458,6 +458,7 @@ impl NarVisitor for PathScan<'_> {
     fn content(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.result.bytes += bytes.len() as u64;
         self.block.extend_from_slice(bytes);
+        // Small files are searched at their end, in one go.
         if self.block.len() >= BLOCK_SIZE {
             self.search(false)
         } else {

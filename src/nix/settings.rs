@@ -183,6 +183,7 @@ impl Settings {
                 .filter_map(Value::as_str)
                 .map(str::to_owned)
                 .collect(),
+            // Some versions print lists as text.
             Some(Value::String(text)) => text.split_whitespace().map(str::to_owned).collect(),
             _ => Vec::new(),
         }

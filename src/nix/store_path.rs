@@ -77,6 +77,7 @@ impl StorePath {
     /// When it is not one.
     pub fn from_base_name(name: &str) -> Result<Self, StorePathError> {
         let error = || StorePathError(crate::text::one_line(name, 260));
+        // Checked, since the text may have a multi-byte character at this position.
         let (hash, rest) = name.split_at_checked(HASH_LENGTH).ok_or_else(error)?;
         let rest = rest.strip_prefix('-').ok_or_else(error)?;
         let allowed = |c: u8| c.is_ascii_alphanumeric() || b"+-._?=".contains(&c);

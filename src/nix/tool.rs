@@ -288,6 +288,7 @@ pub struct FoundProgram {
 
 /// Searches `PATH`, then `~/.nix-profile/bin` and `places`.
 pub fn find(env: &Env, places: &[PathBuf]) -> Option<FoundProgram> {
+    // The user's command would find this one, so it takes precedence.
     if let Some(program) = on_path(env, "nix") {
         return Some(FoundProgram {
             program,
@@ -333,6 +334,8 @@ fn environment(env: &Env) -> BTreeMap<String, OsString> {
 }
 
 fn is_withheld(name: &str) -> bool {
+    // Names that may hold credentials: inputs of actions, the runner's own tokens, and common
+    // endings.
     const PREFIXES: [&str; 3] = ["FLYWHEEL_", "ACTIONS_", "INPUT_"];
     const ENDINGS: [&str; 4] = ["_TOKEN", "_PASSWORD", "_SECRET", "_KEY"];
     // Each call sets this one itself, from `config`.

@@ -105,6 +105,7 @@ impl LogReader {
                 self.builds.insert(message.id, path.clone());
                 Some(BuildEvent::Started(path))
             }
+            // Other activities (downloads, say) stop too; only builds are in the map.
             ("stop", _) => self.builds.remove(&message.id).map(BuildEvent::Stopped),
             ("result", RESULT_LOG_LINE) => {
                 let path = self.builds.get(&message.id)?;

@@ -79,6 +79,7 @@ impl BuildRequest {
         let mut args: Vec<String> = ["build", "--no-link", "--log-format", "internal-json"]
             .map(str::to_owned)
             .into();
+        // Nix's default is to stop all builds at the first failure.
         if self.keep_going {
             args.push("--keep-going".to_owned());
         }

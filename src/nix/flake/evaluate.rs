@@ -197,6 +197,7 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
     let mut labels = BTreeSet::new();
     let mut names = Vec::new();
     for (n, entry) in list.iter().enumerate() {
+        // A user's function may return a path as text or as a list of names.
         let attr = match &entry["attr"] {
             Value::String(text) => attribute_path(text),
             Value::Array(parts) => parts
@@ -206,6 +207,7 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
             _ => None,
         };
         let attr = attr.ok_or_else(|| format!("entry {} has no `attr` that is a path", n + 1))?;
+        // A label ends up in Check Runs and logs, so it has to be one line.
         let label = match &entry["label"] {
             Value::String(label) if !label.trim().is_empty() => one_line(label, LABEL_LIMIT),
             Value::Null => one_line(&attr.join("."), LABEL_LIMIT),

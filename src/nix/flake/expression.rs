@@ -133,6 +133,7 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
                 ]
                 .into()
             }
+            // `--expr` needs no installable; the source is named inside the expression.
             _ => [
                 "eval".to_owned(),
                 "--expr".to_owned(),
@@ -144,6 +145,7 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
 
     /// The expression for the selected attribute of a flake that sees itself as given.
     fn selected(&self, view: &SelfView) -> String {
+        // Merged over the attributes of the tree, which are always real.
         let info = match view {
             SelfView::Installable => "{ }".to_owned(),
             SelfView::Real(values) => {
@@ -219,6 +221,7 @@ fn nix_string(text: &str) -> String {
 
 /// Returns a name as part of an attribute path, quoted where needed.
 pub fn installable_name(name: &str) -> String {
+    // Nix's identifiers may contain `-` and `'`, but not begin with them.
     let plain = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
         && name
             .chars()

@@ -95,6 +95,7 @@ impl Source {
         }
         let mut known: Vec<String> = found.others.into_keys().collect();
         known.sort();
+        // Not every version prints a resolved reference.
         let resolved = found.resolved_url.unwrap_or_else(|| reference.to_owned());
         Ok(Self {
             reference: reference.to_owned(),
@@ -127,6 +128,8 @@ impl Source {
         };
         // A flake without inputs needs no lock file.
         let alone = nodes.len() <= 1;
+        // An outdated lock file means that Nix resolved inputs anew, which another run may do
+        // differently.
         let is_written = written.is_some_and(|written| written["nodes"] == self.locks["nodes"]);
         if !alone && !is_written {
             return Some("its inputs are not locked in a `flake.lock` that is up to date");

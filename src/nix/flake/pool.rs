@@ -169,6 +169,7 @@ impl Pool {
                 },
             }
         }
+        // Whatever still runs is stopped, since its results are no longer wanted.
         for worker in running.workers.values() {
             worker.stop.cancel();
         }
@@ -194,6 +195,7 @@ impl PoolState<'_> {
                     .and_then(Cgroup::of_processes)
                     .unwrap_or(0),
             );
+            // The workers are descendants too, but are counted apart.
             self.others = ours.saturating_sub(workers);
         }
         self.looks += 1;
@@ -211,7 +213,10 @@ impl PoolState<'_> {
     async fn fill(&mut self) {
         // A worker that runs alone gets all the memory, so none may start beside it.
         while self.workers.values().all(|worker| !worker.alone) {
+            // Waiting tasks first, then those that must run alone, and stealing only when nothing
+            // else is left.
             if self.workers.len() < self.width && !self.waiting.is_empty() {
+                // Divide the waiting tasks among the free slots.
                 let count = sizing::chunk(
                     self.pool.per_worker,
                     self.waiting.len(),
@@ -276,6 +281,7 @@ impl PoolState<'_> {
             .first
             .map_or(0.0, |first| first.elapsed().as_secs_f64())
             / worker.done as f64;
+        // The end of the list: the worker itself continues from the front.
         let count = sizing::steal(worker.left.len(), each, start);
         worker.left.split_off(worker.left.len() - count)
     }
@@ -365,6 +371,7 @@ impl PoolState<'_> {
                     self.start = worker.started.elapsed().as_secs_f64();
                 }
                 match worker.left.front() {
+                    // The worker goes through its list in order, so the front is what it has begun.
                     Some(task) if task.id == b => worker.current = worker.left.pop_front(),
                     // Another worker has stolen this attribute.
                     _ => worker.end(EndReason::Overtaken),
@@ -488,6 +495,7 @@ impl PoolState<'_> {
         left: VecDeque<EvalTask>,
         current: Option<EvalTask>,
     ) {
+        // The evaluation was aborted by our own marker, not by an error of the flake.
         let dependent = worker
             .output
             .contains(&self.pool.expressions.abort_marker());
