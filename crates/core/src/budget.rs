@@ -1,14 +1,14 @@
-//! The memory envelope of a job: whether a command died for want of memory, and what to say of it.
-//! Pure: `host/memory` reads what is judged here.
+//! The memory budget of a job: decides whether a command ran out of memory, and words the advice.
+//! Pure: `host/memory` reads the counters.
 
 use crate::text::bytes;
 
-/// Counters of the kernel around a command's run, and how it ended.
+/// The kernel's counters around a command's run, and how the command ended.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Observed {
-    /// Processes of our control group killed for memory while the command ran.
+    /// Processes of our control group that the kernel killed for memory while the command ran.
     pub killed_in_group: u64,
-    /// The same over the whole machine; may be somebody else's.
+    /// The same for the whole machine; they may belong to others.
     pub killed_on_machine: u64,
     /// Whether the command failed.
     pub failed: bool,
@@ -18,11 +18,11 @@ pub struct Observed {
     pub peak: Option<u64>,
 }
 
-/// That a command was killed for memory.
+/// The finding that a command ran out of memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutOfMemory {
-    /// Whether the kill was counted in our own control group; else it was seen on the machine, at
-    /// the time the command failed.
+    /// Whether the kill was counted in our own control group. Otherwise it was counted for the
+    /// machine, while the command failed.
     pub certain: bool,
     /// The limit in bytes.
     pub limit: Option<u64>,
@@ -30,10 +30,11 @@ pub struct OutOfMemory {
     pub peak: Option<u64>,
 }
 
-/// Judges by the kernel's counters, never by the command's text. A command that ended well in
-/// spite of a kill (it tried again, say) was not out of memory.
-pub fn judge(observed: &Observed) -> Option<OutOfMemory> {
+/// Decides from the kernel's counters, never from the command's output. A command that succeeded in
+/// spite of a kill (by trying again, say) did not run out of memory.
+pub fn out_of_memory(observed: &Observed) -> Option<OutOfMemory> {
     let certain = observed.killed_in_group > 0;
+    // The machine's counter is weaker evidence: the kill may have hit another job.
     let killed = certain || observed.killed_on_machine > 0;
     (observed.failed && killed).then_some(OutOfMemory {
         certain,
@@ -43,7 +44,7 @@ pub fn judge(observed: &Observed) -> Option<OutOfMemory> {
 }
 
 impl OutOfMemory {
-    /// What happened and what to do, with the lane to move to if one is named.
+    /// Describes what happened and what to do. `heavy_lane` names the runners to move to.
     pub fn text(&self, heavy_lane: Option<&str>) -> String {
         let who = if self.certain {
             "the kernel killed a process of this job for want of memory"
@@ -78,23 +79,23 @@ mod tests {
             failed: true,
             ..Observed::default()
         };
-        assert_eq!(judge(&base), None);
+        assert_eq!(out_of_memory(&base), None);
         assert!(
-            judge(&Observed {
+            out_of_memory(&Observed {
                 killed_in_group: 1,
                 ..base
             })
             .is_some_and(|found| found.certain)
         );
         assert!(
-            judge(&Observed {
+            out_of_memory(&Observed {
                 killed_on_machine: 1,
                 ..base
             })
             .is_some_and(|found| !found.certain)
         );
         assert_eq!(
-            judge(&Observed {
+            out_of_memory(&Observed {
                 killed_in_group: 1,
                 failed: false,
                 ..base

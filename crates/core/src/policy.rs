@@ -1,5 +1,6 @@
-//! The publication policy: what a path must be to enter a shared cache, which rules hold how strictly, and what
-//! follows when one is broken. Pure: no I/O, no secret; what a path holds is found elsewhere.
+//! The publication policy: the rules a path must meet to enter a shared cache, how strictly each
+//! applies, and what follows when one is broken. Pure: no I/O and no secrets; other modules find
+//! out what a path contains.
 
 mod allow;
 mod impurity;
@@ -13,23 +14,23 @@ pub use self::impurity::{
 
 use crate::text::{nearest, one_line};
 
-/// A rule that a publication keeps.
+/// A rule for published paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Rule {
-    /// Nothing of a job that evaluated impurely is published.
+    /// A job that evaluated impurely publishes nothing.
     Impure,
-    /// Nothing is published before `nix flake check` has passed in this job, where that is asked for.
+    /// Where requested, nothing is published before `nix flake check` has passed in this job.
     Unchecked,
-    /// No path refers to a store path that is not valid or not in its closure.
+    /// No path refers to a store path that is invalid or outside its closure.
     Dangling,
-    /// No path names a place of this machine.
+    /// No path mentions a path of this machine.
     MachinePath,
-    /// No path holds a secret.
+    /// No path contains a secret.
     Secret,
 }
 
 impl Rule {
-    /// All of them, in the order in which they are looked at.
+    /// All rules, in the order in which they are checked.
     pub const ALL: [Self; 5] = [
         Self::Impure,
         Self::Unchecked,
@@ -38,7 +39,7 @@ impl Rule {
         Self::Secret,
     ];
 
-    /// Its name in inputs, annotations and outputs.
+    /// The rule's name in inputs, annotations and outputs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Impure => "impure",
@@ -49,20 +50,20 @@ impl Rule {
         }
     }
 
-    /// Why there is this rule, a sentence.
+    /// Why the rule exists, as a sentence.
     pub fn reason(self) -> &'static str {
         match self {
             Self::Impure => {
-                "What an impure evaluation builds depends on this machine, and nobody else can build it."
+                "The result of an impure evaluation depends on this machine, so others cannot rebuild it."
             }
-            Self::Unchecked => "What the flake's own checks have not passed is not for others.",
+            Self::Unchecked => "Others should not get what the flake's own checks have not passed.",
             Self::Dangling => {
-                "A reader would get a path that needs another one which the cache does not hold."
+                "A reader would get a path that needs another one, which the cache does not hold."
             }
             Self::MachinePath => {
                 "A reader's machine does not have that place, or something else is there."
             }
-            Self::Secret => "Whoever reads the cache would have it.",
+            Self::Secret => "Everyone who reads the cache would get it.",
         }
     }
 
@@ -80,23 +81,23 @@ impl fmt::Display for Rule {
     }
 }
 
-/// How strictly a rule holds.
+/// How strictly a rule applies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RuleMode {
-    /// What breaks it is not published.
+    /// Paths that break it are not published.
     #[default]
     Enforce,
-    /// What breaks it is published and named.
+    /// Paths that break it are published and reported.
     Warn,
-    /// It is not looked at.
+    /// It is not checked.
     Off,
 }
 
 impl RuleMode {
-    /// All of them, the strictest first.
+    /// All modes, the strictest first.
     pub const ALL: [Self; 3] = [Self::Enforce, Self::Warn, Self::Off];
 
-    /// Its name in the input `policy`.
+    /// The mode's name in the input `policy`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Enforce => "enforce",
@@ -106,20 +107,20 @@ impl RuleMode {
     }
 }
 
-/// What follows for something that a job would publish.
+/// The decision about a path that a job could publish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ruling {
-    /// The job publishes nothing anyway.
+    /// The job publishes nothing at all.
     Nothing,
-    /// It goes.
+    /// Publish it.
     Publish,
-    /// It goes, and is named.
+    /// Publish and report it.
     PublishAndWarn,
-    /// It stays, and is named.
+    /// Withhold and report it.
     Withhold,
 }
 
-/// The rules as one job keeps them.
+/// The policy of one job.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     modes: [RuleMode; Rule::ALL.len()],
@@ -127,10 +128,11 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Reads lines such as `machine-path = warn`; a comma ends one as well. Rules that are not named are enforced.
+    /// Parses lines such as `machine-path = warn`; a comma also ends a line. Rules that are not
+    /// mentioned are enforced.
     ///
     /// # Errors
-    /// What is wrong with the first bad one, a fragment, with the nearest good word.
+    /// The problem with the first invalid line, as a fragment, with the closest valid name.
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut policy = Self::default();
         for line in text
@@ -150,19 +152,20 @@ impl Policy {
         Ok(policy)
     }
 
-    /// The same policy, with exceptions.
+    /// Adds exceptions.
     #[must_use]
     pub fn with_allowed(mut self, allowed: Vec<Allowed>) -> Self {
         self.allowed.extend(allowed);
         self
     }
 
-    /// How strictly a rule holds.
+    /// How strictly a rule applies in this policy.
     pub fn mode(&self, rule: Rule) -> RuleMode {
         self.modes[rule.index()]
     }
 
-    /// Why a path of this name, hash and store folder left out, may break a rule; `None` if it may not.
+    /// The reason why a path with this name (without store folder and hash) may break a rule;
+    /// `None` if it may not.
     pub fn allows(&self, rule: Rule, name: &str) -> Option<&str> {
         self.allowed
             .iter()
@@ -170,11 +173,12 @@ impl Policy {
             .map(Allowed::reason)
     }
 
-    /// What follows for a path of this name, `breaks` being whether it breaks the rule.
+    /// Decides about a path with this name. `breaks` is true if it breaks the rule.
     pub fn decide(&self, publishes: bool, rule: Rule, name: &str, breaks: bool) -> Ruling {
         match (publishes, self.mode(rule)) {
             (false, _) => Ruling::Nothing,
             (true, RuleMode::Off) => Ruling::Publish,
+            // An exception counts in every mode, and silences the warning as well.
             (true, _) if !breaks || self.allows(rule, name).is_some() => Ruling::Publish,
             (true, RuleMode::Warn) => Ruling::PublishAndWarn,
             (true, RuleMode::Enforce) => Ruling::Withhold,

@@ -1,39 +1,44 @@
-//! How an evaluation is fitted to the machine: how many workers, what each may take, who has to go when memory
-//! runs short, and who takes over whose attributes. Pure: others measure and act.
+//! Fits an evaluation to the machine: how many workers run, how much memory each may use, which one
+//! is killed when memory runs short, and how idle workers steal work. Pure: other modules measure
+//! and act.
 
-/// An evaluation of a middling flake takes this much, in bytes; with less than this for each, fewer workers run.
+/// Memory of a worker for a medium-sized flake, in bytes. If there is less per worker, fewer
+/// workers run.
 const WORKER_BYTES: u64 = 768 * 1024 * 1024;
-/// Of each limit this part is left free, as a divisor: the kernel kills before its count is exact.
+/// The part of each limit that is left free, as a divisor, since the kernel kills before its count
+/// is exact.
 const RESERVE: u64 = 10;
 
-/// Memory as it is now, in bytes.
+/// The current memory situation, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryRoom {
-    /// The least limit of the control group, if it has one.
+    /// The lowest limit of the control groups, if any.
     pub limit: Option<u64>,
-    /// What this program and its other children hold of it.
+    /// Memory used by this program and its other children.
     pub others: u64,
-    /// What the machine has left for new processes.
+    /// Memory the machine has available for new processes.
     pub available: Option<u64>,
-    /// What the workers hold already.
+    /// Memory used by the workers.
     pub workers: u64,
 }
 
 impl MemoryRoom {
-    /// What all workers together may hold, in bytes; `None` where nothing is known.
+    /// Memory that all workers together may use; `None` if nothing is known.
     pub fn for_workers(&self) -> Option<u64> {
         let of_group = self
             .limit
             .map(|limit| (limit - limit / RESERVE).saturating_sub(self.others));
         let of_machine = self.available.map(|available| {
+            // The workers' own memory is not available any more, but it is theirs to use.
             let all = available + self.workers;
             all - all / RESERVE
         });
+        // The tighter of the two limits decides.
         [of_group, of_machine].into_iter().flatten().min()
     }
 }
 
-/// How many workers evaluate: as many as were requested, else as many as cores and memory allow.
+/// The number of workers: as requested, otherwise as many as cores and memory allow.
 pub fn workers(requested: Option<usize>, cores: usize, room: Option<u64>) -> usize {
     let fit = room.map_or(usize::MAX, |room| {
         usize::try_from(room / WORKER_BYTES).unwrap_or(usize::MAX)
@@ -41,12 +46,12 @@ pub fn workers(requested: Option<usize>, cores: usize, room: Option<u64>) -> usi
     requested.unwrap_or_else(|| cores.min(fit)).max(1)
 }
 
-/// What a worker may hold before it is retired at its next attribute, in bytes.
+/// Memory in bytes above which a worker is replaced before its next attribute.
 pub fn share(room: Option<u64>, workers: usize) -> u64 {
     room.map_or(u64::MAX, |room| room / workers.max(1) as u64)
 }
 
-/// Which worker has to go at once, as all together hold more than there is room for: the largest.
+/// The worker to kill if all together use more than the available memory: the largest.
 pub fn too_large(held: &[u64], room: Option<u64>) -> Option<usize> {
     let all: u64 = held.iter().sum();
     let over = room.is_some_and(|room| all > room);
@@ -57,15 +62,16 @@ pub fn too_large(held: &[u64], room: Option<u64>) -> Option<usize> {
         .filter(|_| over)
 }
 
-/// How many attributes a new worker takes of those that wait: all that is its share.
+/// The number of waiting attributes that a new worker takes: its equal share.
 pub fn chunk(requested: Option<usize>, waiting: usize, workers: usize) -> usize {
     requested
         .unwrap_or_else(|| waiting.div_ceil(workers.max(1)))
         .clamp(1, waiting.max(1))
 }
 
-/// How many attributes a new worker takes over from the end of one that has `left` to go, each of `each`
-/// seconds, where starting costs `start` seconds: as many as let both end at once, if that saves more than it costs.
+/// The number of attributes to steal from a worker that has `left` to go, each taking `each`
+/// seconds, when starting a worker takes `start` seconds. Both then end at the same time. Returns 0
+/// if this saves less than it costs.
 pub fn steal(left: usize, each: f64, start: f64) -> usize {
     let saved = (left as f64 * each - start) / 2.0;
     if saved > start {

@@ -1,6 +1,6 @@
-//! Makes Nix ready for a job: uses the one that is there, repairs what keeps it from working, or
-//! installs one. Never runs an installer where Nix is; leaves nothing behind but an installation:
-//! a repair is a setting, a variable, or a daemon that ends with us.
+//! Makes Nix ready for a job: uses the installed one, repairs what keeps it from working, or
+//! installs one. Never runs an installer where Nix exists. Nothing but an installation outlives the
+//! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
 mod install;
 mod repair;
@@ -21,15 +21,15 @@ use flywheel_core::progress::Sink;
 use flywheel_sys::process::service::Service;
 use flywheel_sys::runner::env::Env;
 
-/// A daemon that is asked to end has nothing to finish.
+/// Time for our daemon to exit after SIGTERM; it has nothing to finish.
 const DAEMON_GRACE: Duration = Duration::from_secs(2);
-/// Folders that newer versions refuse to build in if everybody may write to them.
+/// Folders in which newer versions refuse to build if they are world-writable.
 const GUARDED_FOLDERS: [&str; 4] = ["/nix", "/nix/store", "/nix/var", "/nix/var/nix"];
 
 /// Why there is no working Nix.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// There is none, and none can be installed here.
+    /// There is no Nix, and it cannot be installed here.
     #[error("there is no `nix` on this machine, and none can be installed: {0}")]
     Missing(&'static str),
     /// The installation failed.
@@ -37,18 +37,18 @@ pub enum Error {
     Install {
         /// The command that failed.
         step: &'static str,
-        /// What it said, on one line.
+        /// Its message, on one line.
         problem: String,
     },
-    /// The program that is there does not run.
+    /// The installed program does not run.
     #[error(transparent)]
     Nix(#[from] tool::Error),
-    /// Nobody answers at the daemon's socket.
+    /// Nothing listens on the daemon's socket.
     #[error("the Nix daemon does not answer at `{socket}`: {problem}")]
     DeadDaemon {
-        /// Where it should.
+        /// The socket's path.
         socket: PathBuf,
-        /// What Nix said, on one line.
+        /// Nix's message, on one line.
         problem: String,
     },
     /// There is no daemon, and the store belongs to another user.
@@ -57,7 +57,7 @@ pub enum Error {
     /// The store does not open for another reason.
     #[error("the Nix store does not open: {0}")]
     Closed(String),
-    /// Everybody may write to a folder that Nix then refuses to use.
+    /// A folder is world-writable, which makes Nix refuse to use it.
     #[error("`{0}` is world-writable, and {1} refuses to build there")]
     WorldWritable(PathBuf, String),
 }
@@ -94,7 +94,7 @@ impl Explain for Error {
     }
 }
 
-/// Something that kept Nix from working and what was done about it, for this job alone.
+/// Something that kept Nix from working, and the remedy for this job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Repair {
     /// A sentence for the log.
@@ -105,32 +105,31 @@ pub struct Repair {
     pub variable: Option<(&'static str, &'static str)>,
 }
 
-/// A Nix whose store opens.
+/// A working Nix: its store opens.
 pub struct Ready {
-    /// It, with the runner's `NIX_CONFIG` and the repairs in force.
     pub nix: Nix,
-    /// Whether it was installed just now.
+    /// Whether it was installed for this job.
     pub installed: bool,
-    /// The folder to put in front of the command's `PATH`; `None` if Nix is on it.
+    /// The folder to prepend to the command's `PATH`; `None` if `nix` is on it already.
     pub folder: Option<PathBuf>,
-    /// What was done to make it work; whoever watches has been told.
+    /// The repairs that were made; they have been logged already.
     pub repairs: Vec<Repair>,
-    /// What opening the store told; none where it was opened after a repair.
+    /// The result of opening the store; `None` where it was opened after a repair.
     pub opened: Option<Opened>,
-    /// Nix's settings as they were found, if they were read on the way.
+    /// Nix's settings before any change, if they have been read.
     pub settings_before: Option<Settings>,
     daemon: Option<Daemon>,
 }
 
-/// The daemon that was started for this job.
+/// A daemon started for this job.
 struct Daemon {
     service: Service,
-    /// Its socket, if there was none before.
+    /// Its socket, if the file did not exist before.
     created_socket: Option<PathBuf>,
 }
 
 impl Ready {
-    /// The lines that the job's `NIX_CONFIG` needs, for `settings::Wanted::repairs`.
+    /// The lines that the repairs add to `NIX_CONFIG`, for `WantedSettings::repairs`.
     pub fn settings(&self) -> Vec<String> {
         self.repairs
             .iter()
@@ -139,7 +138,7 @@ impl Ready {
             .collect()
     }
 
-    /// The variables that the command's environment needs.
+    /// The variables that the repairs add to the command's environment.
     pub fn variables(&self) -> Vec<(&'static str, &'static str)> {
         self.repairs
             .iter()
@@ -147,7 +146,8 @@ impl Ready {
             .collect()
     }
 
-    /// Ends the daemon that was started for this job, if one was. Dropping does the same, less gently.
+    /// Stops the daemon that was started for this job, if any. Dropping `Ready` does the same, less
+    /// gently.
     pub async fn stop(self) {
         let Some(Daemon {
             service,
@@ -156,45 +156,46 @@ impl Ready {
         else {
             return;
         };
+        // Remove the socket only once nothing listens on it.
         service.stop(DAEMON_GRACE).await;
         if let Some(socket) = created_socket {
-            // A socket that nobody answers at is what the job found; where it found none, none stays.
+            // A dead socket that existed before stays; one that we created goes.
             let _ = std::fs::remove_file(socket);
         }
     }
 }
 
-/// Makes Nix ready. `limit` bounds it all, an installation included.
+/// Makes Nix ready within `limit`, which includes an installation.
 ///
 /// # Errors
-/// When there is no working Nix at the end; each error says what the machine's owner can do.
+/// When no working Nix results; each error carries a hint for the machine's owner.
 pub async fn ready(env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, Error> {
     Host::current().ready(env, sink, limit).await
 }
 
-/// The store of this machine for one who only reads it: by its database, so that it wants no call of Nix and no daemon.
-/// `None` where that does not do: there is no Nix, or its database is not ours to read. Then `ready` says why, or mends
-/// it. A path that is not in it may yet be valid, in a store that the settings name.
+/// Opens this machine's store for reading only, through its database, so that no call of Nix and no
+/// daemon is needed. Returns `None` if there is no Nix or its database cannot be read; `ready` then
+/// reports or repairs that. A path that the database lacks may still be valid in another store that
+/// the settings name.
 pub async fn local_store(env: &Env) -> Option<Store> {
     let found = tool::find(env, &Host::current().places)?;
     Store::from_database(&Nix::unversioned(&found.program, env)).await
 }
 
-/// The machine, as far as bootstrapping depends on it. Tests make their own.
+/// The parts of the machine that bootstrapping depends on. Tests build their own.
 #[derive(Clone, Debug)]
 pub struct Host {
-    /// Where installers put Nix.
+    /// Folders where installers put Nix.
     pub places: Vec<PathBuf>,
-    /// Where programs of the system are, besides `PATH`.
+    /// Folders with system programs, besides `PATH`.
     pub system: Vec<PathBuf>,
-    /// Whether this process is root's.
+    /// Whether this process runs as root.
     pub root: bool,
     /// The folders that must not be world-writable.
     pub guarded: Vec<PathBuf>,
 }
 
 impl Host {
-    /// This machine.
     pub fn current() -> Self {
         Self {
             places: WELL_KNOWN.map(PathBuf::from).into(),
@@ -204,24 +205,27 @@ impl Host {
         }
     }
 
-    /// Makes Nix ready on it.
+    /// Makes Nix ready on this machine.
     ///
     /// # Errors
-    /// As `ready` says.
+    /// As for the function `ready`.
     pub async fn ready(&self, env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, Error> {
         let deadline = Instant::now() + limit;
         let found = tool::find(env, &self.places);
         let installed = found.is_none();
+        // Never install where a Nix exists, even a broken one.
         if installed {
             install::install(self, env, sink, deadline).await?;
         }
         let found = found.or_else(|| tool::find(env, &self.places));
         let found = found.ok_or(Error::Missing("the package came without the program"))?;
-        // Calls of Nix cost more than all the rest, so what does not depend on the version is asked beside it.
+        // Calls of Nix cost more than everything else here, so those that do not depend on the
+        // version run beside the version query.
         let unversioned = Nix::unversioned(&found.program, env);
         let early = async { Ok(repair::EarlyProbe::run(&unversioned, deadline).await) };
-        // A program that is no Nix is not asked again and again.
+        // `try_join` cancels the other calls when the program turns out not to be Nix.
         let (nix, early) = tokio::try_join!(Nix::detect(&found.program, env), early)?;
+        // The user's command must find the same Nix as Flywheel.
         let folder = (!found.on_path).then(|| nix.folder().to_owned());
         let mut ready = Ready {
             nix,
@@ -235,7 +239,8 @@ impl Host {
         let users = repair::open_store(self, &mut ready, early, deadline).await?;
         self.check_guarded(&ready.nix, users, sink)?;
         for repair in &ready.repairs {
-            // A setting costs the job nothing; a dead daemon is for the machine's owner to know.
+            // A changed setting costs the job nothing and is only noted; a dead daemon is a fault
+            // that the machine's owner should see.
             if repair.setting.is_some() {
                 sink.note(repair.text.as_str());
             } else {
@@ -245,12 +250,15 @@ impl Host {
         Ok(ready)
     }
 
-    /// Since the fixes of CVE-2025-46415 Nix builds as other users only where strangers cannot write.
+    /// Checks for world-writable folders. Since the fixes for CVE-2025-46415, Nix refuses to build
+    /// as other users below such folders.
     fn check_guarded(&self, nix: &Nix, users: BuildUsers, sink: &Sink) -> Result<(), Error> {
         let Some(folder) = self.guarded.iter().find(|folder| is_world_writable(folder)) else {
             return Ok(());
         };
         let strict = nix.version.flavour != Flavour::Lix && nix.version.at_least(2, 24);
+        // Only some versions refuse, and only when they build as other users; for the rest a
+        // warning is enough.
         if strict && users == BuildUsers::InForce {
             return Err(Error::WorldWritable(
                 folder.clone(),
@@ -266,7 +274,7 @@ impl Host {
     }
 }
 
-/// Whether builds run as users of their own.
+/// Whether builds run as separate build users.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum BuildUsers {
     InForce,

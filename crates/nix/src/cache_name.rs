@@ -1,4 +1,4 @@
-//! Names of caches, as Attic has them. Pure.
+//! Names of caches, in Attic's format. Pure.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,10 +8,10 @@ use thiserror::Error;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::text::one_line;
 
-/// Attic's limit, which a file system shares gladly.
+/// Attic's limit, which also fits any file system.
 const NAME_LIMIT: usize = 50;
 
-/// A text that no cache can be named.
+/// A text that is not a valid cache name.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
     "`{0}` is no cache name (a letter or digit, then letters, digits, `-`, `_`, `+`, 50 in all)"
@@ -34,13 +34,12 @@ impl Explain for CacheNameError {
 pub struct CacheName(String);
 
 impl CacheName {
-    /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// The name that a cache has if nobody says another (`contract.md`, "Hints to a job").
+/// The default name of a cache (`contract.md`, "Hints to a job").
 impl Default for CacheName {
     fn default() -> Self {
         Self("main".to_owned())

@@ -1,8 +1,8 @@
-//! Nix's own database, read and never written: which paths are valid, since when, and what refers to what.
-//! Blocking; the store calls it from threads that may block.
+//! Reads Nix's own database, and never writes it: which paths are valid, since when, and what they
+//! refer to. Blocking; the store calls it from threads that may block.
 //!
-//! `ValidPaths.id` only grows, and a path that was deleted and comes again gets a new one, so that
-//! "after this id" means "added since".
+//! `ValidPaths.id` only grows, and a deleted path that is added again gets a new id, so that "after
+//! this id" means "added since".
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,46 +16,47 @@ use crate::path_info::{PathInfo, PathInfos, Unreadable};
 use crate::store_path::{PathHash, STORE_DIR, StorePath};
 use flywheel_core::text::one_line;
 
-/// SQLite itself tries again this long while a writer holds the database.
+/// SQLite retries for this long while a writer holds the database.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
-/// The columns that `ValidPathRow` is read from.
+/// The columns that `ValidPathRow::read` expects, in this order.
 const COLUMNS: &str = "id, path, hash, narSize, deriver, ultimate, sigs, ca";
 
-/// Why the database gave no answer.
+/// Why the database could not be read.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// There is none, it belongs to somebody else, or it is not one.
+    /// The file is missing, belongs to another user, or is no database.
     #[error("Nix's database `{file}` could not be opened")]
     Open {
-        /// Where it should be.
+        /// The expected location.
         file: PathBuf,
-        /// What SQLite said.
+        /// The error from SQLite.
         #[source]
         source: rusqlite::Error,
     },
-    /// A question to it failed.
+    /// A query failed.
     #[error("Nix's database could not be read")]
     Read(#[source] rusqlite::Error),
 }
 
-/// An open database. It stays open, and so does its shared memory, which an unprivileged reader needs.
+/// An open database. It stays open, which keeps its shared memory alive; an unprivileged reader
+/// depends on that.
 #[derive(Debug)]
 pub struct Db {
     connection: Connection,
 }
 
-/// What was registered after an id.
+/// The paths registered after an id.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Added {
     /// The paths with their ids, oldest first.
     pub rows: Vec<(i64, PathInfo)>,
-    /// The valid paths whose registration cannot be used.
+    /// The valid paths with unusable metadata.
     pub unreadable: Vec<Unreadable>,
-    /// The last id that was seen: the one to ask after next.
+    /// The last id seen; pass it to the next query.
     pub last_id: i64,
 }
 
-/// A row of `ValidPaths` with its references, not yet judged.
+/// A row of `ValidPaths`, not yet checked.
 struct ValidPathRow {
     id: i64,
     path: String,
@@ -67,32 +68,37 @@ struct ValidPathRow {
     ca: Option<String>,
 }
 
-/// A valid path that can be described, or one that cannot.
+/// A valid path with usable metadata, or one without.
 enum Classified {
     Readable(PathInfo),
     Unreadable(Unreadable),
 }
 
 impl Db {
-    /// Where the database of this state folder (`/nix/var/nix`) is.
+    /// The database file of this state folder (`/nix/var/nix`).
     pub fn file(state: &Path) -> PathBuf {
         state.join("db/db.sqlite")
     }
 
-    /// Opens it read-only, and makes sure that it can be read. Never `immutable`: others write to it.
+    /// Opens the database read-only and checks that it can be read. Never opens it as `immutable`,
+    /// since Nix writes to it.
     ///
     /// # Errors
-    /// When there is none, or an unprivileged reader finds no shared memory because nobody has it open.
+    /// When the file is missing, or an unprivileged reader finds no shared memory because no
+    /// process has the database open.
     pub fn open(file: &Path) -> Result<Self, Error> {
         let open = |source| Error::Open {
             file: file.to_owned(),
             source,
         };
-        // Not creating, no URI: a file name is a file name.
+        // Without the flags for creating and for URIs, a missing file is an error and a name with
+        // `?` or `:` stays a plain name.
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(file, flags).map_err(open)?;
+        // Without a timeout, a query fails whenever a writer holds the database.
         connection.busy_timeout(BUSY_LIMIT).map_err(open)?;
         let db = Self { connection };
+        // SQLite opens a file lazily; only a query shows whether it can be read.
         db.last_id().map_err(|error| match error {
             Error::Read(source) => open(source),
             error @ Error::Open { .. } => error,
@@ -100,7 +106,7 @@ impl Db {
         Ok(db)
     }
 
-    /// The id of the path registered last; 0 in an empty store.
+    /// The id of the path registered last, or 0 in an empty store.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -111,8 +117,8 @@ impl Db {
             .map_err(Error::Read)
     }
 
-    /// What was registered after `id` and is still valid, with the ids, oldest first. Two quick
-    /// queries over an index, so that a watcher may ask often.
+    /// Returns what was registered after `id` and is still valid, with ids, oldest first. These are
+    /// two quick queries over an index, so a watcher may poll often.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -121,7 +127,7 @@ impl Db {
     }
 
     fn read_added_after(&self, id: i64) -> rusqlite::Result<Added> {
-        // One snapshot for both queries.
+        // Both queries must see the same snapshot.
         let snapshot = self.connection.unchecked_transaction()?;
         let query = format!("select {COLUMNS} from ValidPaths where id > ?1 order by id");
         let mut statement = snapshot.prepare_cached(&query)?;
@@ -142,6 +148,7 @@ impl Db {
         };
         for row in rows {
             let id = row.id;
+            // Advance past unreadable rows too, or the watcher would read them again each time.
             added.last_id = id;
             match row.classify(references.remove(&id).unwrap_or_default()) {
                 Classified::Readable(info) => added.rows.push((id, info)),
@@ -151,7 +158,7 @@ impl Db {
         Ok(added)
     }
 
-    /// The valid paths of these hashes.
+    /// Returns the valid paths with these hashes.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -161,7 +168,7 @@ impl Db {
             let mut statement = self.connection.prepare_cached(query)?;
             let mut paths = Vec::new();
             for hash in hashes {
-                // All that begins with the hash and a dash, and `.` is the next character.
+                // A range query uses the index on `path`. `.` is the character after `-`.
                 let bounds = [
                     format!("{STORE_DIR}/{hash}-"),
                     format!("{STORE_DIR}/{hash}."),
@@ -177,8 +184,8 @@ impl Db {
             .collect())
     }
 
-    /// Up to `most` valid paths whose NAR has at most `nar_size` bytes, no derivations: first those that `key`
-    /// has signed, which came from its cache, then the youngest.
+    /// Returns up to `most` valid paths, no derivations, whose NAR has at most `nar_size` bytes:
+    /// first those signed with `key`, which came from that cache, then the newest.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -207,7 +214,7 @@ impl Db {
             .collect())
     }
 
-    /// What is known of these paths; those that are not valid are left out.
+    /// Returns the metadata of these paths. Paths that are not valid are left out.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -215,7 +222,8 @@ impl Db {
         self.look_up(paths, Reach::Themselves).map_err(Error::Read)
     }
 
-    /// These paths and everything they refer to, however far; those that are not valid are left out.
+    /// Returns the metadata of these paths and of everything they refer to, transitively. Paths
+    /// that are not valid are left out.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -231,6 +239,7 @@ impl Db {
             "select p.path from Refs r join ValidPaths p on p.id = r.reference where r.referrer = ?1",
         )?;
         let mut found = PathInfos::default();
+        // References can be circular (a path may refer to itself), so each path is visited once.
         let mut seen: BTreeSet<String> = paths.iter().map(ToString::to_string).collect();
         let mut ahead: Vec<String> = seen.iter().cloned().collect();
         while let Some(path) = ahead.pop() {
@@ -277,6 +286,7 @@ impl ValidPathRow {
         Ok(Self {
             id: row.get(0)?,
             path: row.get(1)?,
+            // Old or damaged rows may lack a hash, and must not fail the whole query.
             hash: row.get::<_, Option<String>>(2)?.unwrap_or_default(),
             nar_size: row.get(3)?,
             deriver: row.get(4)?,
@@ -303,11 +313,13 @@ impl ValidPathRow {
         let nar_size = self
             .nar_size
             .and_then(|size| u64::try_from(size).ok())
+            // Nix stores 0 where the size is unknown; no NAR is empty.
             .filter(|size| *size > 0);
         let mut references = references
             .into_iter()
             .map(store_path)
             .collect::<Result<Vec<_>, _>>()?;
+        // Signatures cover sorted references without duplicates.
         references.sort_unstable();
         references.dedup();
         if self.hash.is_empty() {

@@ -1,8 +1,9 @@
-//! What Nix makes of the settings it was given: read back, with the store as it opens under them, and compared with
-//! what was wanted.
+//! Reads back which settings are in force, together with the store as it opens under them, and
+//! compares both with what was wanted.
 //!
-//! A daemon obeys restricted settings only from users it trusts, and otherwise ignores them, older
-//! versions without a word. So both sides are asked: the client for its view, the daemon for its trust.
+//! A daemon applies restricted settings only for users it trusts and ignores them otherwise; older
+//! versions do so silently. So both sides are queried: the client for its settings, the daemon for
+//! its trust.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,34 +12,35 @@ use crate::ping::{Opened, Ping, ping};
 use crate::settings::{CacheSettings, Settings};
 use crate::tool::{Error, Flavour, Nix};
 
-/// A daemon that needs longer to say a word is taken for dead.
+/// A daemon that takes longer than this to answer counts as dead.
 const LIMIT: Duration = Duration::from_secs(20);
-/// A substituter that no daemon lists as trusted; nothing ever asks it for a path.
+/// A substituter that no daemon lists as trusted. It appears in one `nix store ping` only, which
+/// fetches no path.
 const PROBE_URL: &str = "http://flywheel-trust-probe.invalid";
 
-/// A setting that Nix does not follow, and what would make it.
+/// A wanted setting that is not in force, and how to change that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IgnoredSetting {
-    /// Which: `extra-substituters`, `extra-trusted-public-keys`, `netrc-file`.
+    /// The setting: `extra-substituters`, `extra-trusted-public-keys` or `netrc-file`.
     pub setting: &'static str,
-    /// Why.
     pub reason: IgnoredReason,
-    /// The exact line to add, or to take away if the reason is `Overridden`.
+    /// The exact line to add.
     pub line_to_add: String,
-    /// The file to add it to; `NIX_CONFIG` and the input are not files, then it is `None`.
+    /// The file to add it to; `None` where the line belongs into `NIX_CONFIG` or the input, which
+    /// are no files.
     pub file: Option<PathBuf>,
 }
 
-/// Why Nix does not follow a setting.
+/// Why a setting is not in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IgnoredReason {
-    /// A later line, most often one of `extra-nix-config`, sets it anew.
+    /// A later line, usually one of `extra-nix-config`, replaces it.
     Overridden,
     /// The daemon does not trust this user.
     Untrusted,
 }
 
-/// For a log line, complete.
+/// A complete log line.
 impl std::fmt::Display for IgnoredSetting {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
@@ -71,22 +73,23 @@ impl std::fmt::Display for IgnoredSetting {
     }
 }
 
-/// What Nix is like under a job's settings.
+/// Nix's state under a job's settings.
 #[derive(Debug)]
 pub struct EffectiveSettings {
-    /// All its settings.
+    /// All settings in force.
     pub settings: Settings,
     /// The store, if it opens.
     pub opened: Option<Opened>,
-    /// Those of the wanted settings that it does not follow.
+    /// The wanted settings that are not in force.
     pub ignored: Vec<IgnoredSetting>,
 }
 
-/// Asks Nix under its configuration, which `compose` made for a job with this cache, and which of the cache's settings
-/// it follows. `opened`: the store as it opens under this configuration, if that is known already.
+/// Queries Nix under the configuration that `compose` made for a job with this cache, and lists
+/// which of the cache's settings are not in force. Pass the store as `opened` if it has been opened
+/// under this configuration before.
 ///
 /// # Errors
-/// When Nix gives no answer; one that refuses its configuration altogether is among them.
+/// When Nix does not answer, for example because it rejects the configuration.
 pub async fn read_effective(
     nix: &Nix,
     cache: Option<&CacheSettings>,
@@ -98,6 +101,7 @@ pub async fn read_effective(
             None => open_store(nix).await,
         }
     };
+    // Calls of Nix cost more than everything else here, so both run at once.
     let (settings, opened) = tokio::join!(Settings::read(nix), opening);
     let (settings, opened) = (settings?, opened?);
     let mut ignored = Vec::new();
@@ -110,6 +114,8 @@ pub async fn read_effective(
                 .await
                 .unwrap_or_default();
             let mut more = untrusted(nix, opened, &own, cache);
+            // One remedy per setting: while a later line overrides it, the daemon's trust would not
+            // help.
             more.retain(|new| ignored.iter().all(|old| old.setting != new.setting));
             ignored.extend(more);
         }
@@ -124,12 +130,12 @@ pub async fn read_effective(
 async fn open_store(nix: &Nix) -> Result<Option<Opened>, Error> {
     Ok(match ping(nix, LIMIT).await? {
         Ping::Open(opened) => Some(opened),
-        // Whoever needs the store asks again, and says why it stays shut.
+        // Commands that need the store open it again and report the reason then.
         Ping::Failed(_) => None,
     })
 }
 
-/// What the client itself does not have in force.
+/// Lists what is not in force on the client's side.
 fn overridden(settings: &Settings, cache: &CacheSettings) -> Vec<IgnoredSetting> {
     let ignored = |setting, line: String| IgnoredSetting {
         setting,
@@ -138,14 +144,14 @@ fn overridden(settings: &Settings, cache: &CacheSettings) -> Vec<IgnoredSetting>
         file: None,
     };
     let mut all = Vec::new();
-    if !lists_url(&settings.words("substituters"), &cache.substituter) {
+    if !lists_url(&settings.list("substituters"), &cache.substituter) {
         all.push(ignored(
             "extra-substituters",
             format!("extra-substituters = {}", cache.substituter),
         ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
-    if let Some(key) = key.filter(|key| !settings.words("trusted-public-keys").contains(key)) {
+    if let Some(key) = key.filter(|key| !settings.list("trusted-public-keys").contains(key)) {
         all.push(ignored(
             "extra-trusted-public-keys",
             format!("extra-trusted-public-keys = {key}"),
@@ -164,7 +170,7 @@ fn overridden(settings: &Settings, cache: &CacheSettings) -> Vec<IgnoredSetting>
     all
 }
 
-/// The store as it opened, if it is a daemon's that does not trust this user.
+/// Returns the opened store if it belongs to a daemon that does not trust this user.
 ///
 /// # Errors
 /// When Nix gives no answer.
@@ -175,15 +181,17 @@ pub async fn untrusted_store(nix: &Nix) -> Result<Option<Opened>, Error> {
     Ok(is_untrusted(nix, &opened).await?.then_some(opened))
 }
 
-/// Whether the store that opened like this is a daemon's that does not trust this user.
+/// Whether this store belongs to a daemon that does not trust this user.
 async fn is_untrusted(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
+    // Without a daemon there is no trust to check.
     if opened.url == "local" {
         return Ok(false);
     }
     if let Some(trusted) = opened.trusted {
         return Ok(!trusted);
     }
-    // Versions before 2.15 do not say: a daemon that trusts us takes any substituter without a word.
+    // Versions before 2.15 do not report trust. A daemon that trusts this user accepts any
+    // substituter silently, and one that does not prints a warning.
     let config = format!(
         "{}\nextra-substituters = {PROBE_URL}\n",
         nix.config().trim_end()
@@ -192,7 +200,7 @@ async fn is_untrusted(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
     Ok(matches!(&probed, Ping::Open(probed) if warns_of_ignoring(&probed.stderr, PROBE_URL)))
 }
 
-/// "ignoring untrusted substituter 'URL'", in all versions.
+/// Looks for "ignoring untrusted substituter 'URL'", which all versions print.
 fn warns_of_ignoring(stderr: &str, url: &str) -> bool {
     let url = url.trim_end_matches('/');
     stderr
@@ -205,15 +213,16 @@ fn warns_of_ignoring(stderr: &str, url: &str) -> bool {
         })
 }
 
-/// The same Nix, with the system's settings alone: those that the daemon has too.
+/// The same Nix with only the system's settings, which the daemon reads too.
 fn with_system_config(nix: &Nix) -> Nix {
-    // Without this variable, or with an empty one on some versions, the user's own file would count.
+    // When this variable is unset (or empty, in some versions), Nix also reads the user's own file.
     nix.clone()
         .with_config("")
         .with_variable("NIX_USER_CONF_FILES", Some("/dev/null"))
 }
 
-/// What a daemon that does not trust this user ignores, unless its own settings say the same.
+/// Lists the settings that a daemon ignores for an untrusted user, unless its own configuration has
+/// them.
 fn untrusted(
     nix: &Nix,
     opened: &Opened,
@@ -228,7 +237,7 @@ fn untrusted(
         file: Some(file.clone()),
     };
     let mut all = Vec::new();
-    // The daemon's own word counts: its settings may be another machine's.
+    // Use the daemon's own warning, since its settings may live on another machine.
     if warns_of_ignoring(&opened.stderr, &cache.substituter) {
         all.push(ignored(
             "extra-substituters",
@@ -236,13 +245,13 @@ fn untrusted(
         ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
-    if let Some(key) = key.filter(|key| !own.words("trusted-public-keys").contains(key)) {
+    if let Some(key) = key.filter(|key| !own.list("trusted-public-keys").contains(key)) {
         all.push(ignored(
             "extra-trusted-public-keys",
             format!("extra-trusted-public-keys = {key}"),
         ));
     }
-    // The netrc is another one in every job, so that nothing but trust helps.
+    // The netrc has a new path in every job, so no fixed line could name it; only trust helps.
     if cache.netrc.is_some() {
         all.push(ignored(
             "netrc-file",
@@ -252,7 +261,7 @@ fn untrusted(
     all
 }
 
-/// The file in which the machine's owner sets what the daemon does.
+/// The file in which the machine's owner configures the daemon.
 fn system_file(nix: &Nix) -> PathBuf {
     let folder = nix.variable("NIX_CONF_DIR").unwrap_or("/etc/nix");
     // Determinate's daemon writes `nix.conf` itself and includes this one.
@@ -264,7 +273,7 @@ fn system_file(nix: &Nix) -> PathBuf {
     PathBuf::from(folder).join(name)
 }
 
-/// This user as the daemon knows him: by name, or by number if he has none.
+/// This user's name, or the number where there is no name.
 fn user() -> String {
     let id = rustix::process::geteuid().as_raw().to_string();
     let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
@@ -277,6 +286,7 @@ fn user() -> String {
 }
 
 fn lists_url(list: &[String], url: &str) -> bool {
+    // A trailing slash makes no difference.
     list.iter()
         .any(|listed| listed.trim_end_matches('/') == url.trim_end_matches('/'))
 }

@@ -1,4 +1,4 @@
-//! Collecting the store's garbage between runs, with the derivations of the last run kept.
+//! Collects the store's garbage between runs while keeping the derivations of the last run.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,10 +11,11 @@ use crate::store::state_folder;
 use crate::store_path::StorePath;
 use crate::tool::{Error, Nix};
 
-/// Removing a big store's garbage may take long.
+/// Collecting garbage in a large store takes long.
 const LIMIT: Duration = Duration::from_secs(3600);
 
-/// The folder whose links are roots and that this user may write: root's own, or the user's (`nix-store(1)`).
+/// The folder for our garbage collector roots, one that this user may write to: the system's for
+/// root, else the user's own (`nix-store(1)`).
 fn folder(nix: &Nix, user: Option<&str>) -> PathBuf {
     let roots = state_folder(nix).join("gcroots");
     match user {
@@ -25,7 +26,7 @@ fn folder(nix: &Nix, user: Option<&str>) -> PathBuf {
     }
 }
 
-/// Makes `paths` roots under a name (a flake and what is looked at of it), in place of those that the name had.
+/// Makes `paths` the roots under a name (one per flake and attribute), replacing the previous ones.
 ///
 /// # Errors
 /// When the links cannot be written.
@@ -38,10 +39,12 @@ fn set_roots_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {
     let wanted: BTreeSet<&str> = paths.iter().map(StorePath::base_name).collect();
     for path in paths {
         match symlink(path.to_path(), folder.join(path.base_name())) {
+            // A link that exists already is a root that stays.
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             _ => (),
         }
     }
+    // Old links go last: an interrupted call keeps too many roots, never too few.
     for entry in fs::read_dir(folder)?.flatten() {
         if !wanted.contains(entry.file_name().to_string_lossy().as_ref()) {
             fs::remove_file(entry.path())?;
@@ -50,19 +53,19 @@ fn set_roots_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes what nothing needs, and says what Nix said of it.
+/// Runs the garbage collector and returns the line in which Nix sums up what it freed.
 ///
 /// # Errors
 /// When Nix fails.
 pub async fn collect(nix: &Nix) -> Result<String, Error> {
     let output = nix.run_checked(&["store", "gc"], LIMIT).await?;
-    let said = format!("{}\n{}", output.text(), output.stderr);
-    let last = said
+    let printed = format!("{}\n{}", output.text(), output.stderr);
+    let summary = printed
         .lines()
         .rev()
         .map(str::trim)
         .find(|line| line.contains("freed"));
-    Ok(last.unwrap_or("done").to_owned())
+    Ok(summary.unwrap_or("done").to_owned())
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use thiserror::Error;
 /// Nix's base32 alphabet: no `e`, `o`, `t`, `u`.
 const ALPHABET: &[u8; 32] = b"0123456789abcdfghijklmnpqrsvwxyz";
 
-/// A text that is not the hash it should be.
+/// A text that is not a SHA-256 hash.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error("`{0}` is not a SHA-256 hash")]
 pub struct HashError(String);
@@ -19,16 +19,18 @@ pub struct HashError(String);
 pub struct Sha256(pub [u8; 32]);
 
 impl Sha256 {
-    /// Reads `sha256:<64 hex>`, `sha256:<52 base32>`, `sha256:<44 base64>` or SRI `sha256-<base64>`.
+    /// Parses `sha256:<64 hex>`, `sha256:<52 base32>`, `sha256:<44 base64>` or SRI
+    /// `sha256-<base64>`.
     ///
     /// # Errors
-    /// For anything else, another algorithm included.
+    /// For anything else, including other algorithms.
     pub fn parse(text: &str) -> Result<Self, HashError> {
         let error = || HashError(flywheel_core::text::one_line(text, 80));
         let digits = text
             .strip_prefix("sha256:")
             .or_else(|| text.strip_prefix("sha256-"))
             .ok_or_else(error)?;
+        // The lengths differ, so the encoding need not be named.
         let bytes = match digits.len() {
             64 => base16_decode(digits),
             52 => base32_decode(digits),
@@ -41,18 +43,18 @@ impl Sha256 {
             .ok_or_else(error)
     }
 
-    /// `<52 characters>`, as signatures and file names have it.
+    /// The 52 characters used in signatures and file names.
     pub fn base32(&self) -> String {
         base32_encode(&self.0)
     }
 
-    /// `<64 characters>`.
+    /// The 64 hexadecimal digits.
     pub fn base16(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
-/// `sha256:<base32>`, the spelling that Nix prints most.
+/// `sha256:<base32>`, the form that Nix prints most often.
 impl fmt::Display for Sha256 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "sha256:{}", self.base32())
@@ -70,7 +72,7 @@ pub fn is_base32(text: &str) -> bool {
     text.bytes().all(|byte| ALPHABET.contains(&byte))
 }
 
-/// Nix's base32: digits are taken from the end, least significant bits first.
+/// Encodes in Nix's base32, which writes the digits from the end, least significant bits first.
 pub fn base32_encode(bytes: &[u8]) -> String {
     let digits = (bytes.len() * 8).div_ceil(5);
     (0..digits)
@@ -78,6 +80,7 @@ pub fn base32_encode(bytes: &[u8]) -> String {
         .map(|n| {
             let (byte, shift) = (n * 5 / 8, n * 5 % 8);
             let low = u16::from(bytes[byte]) >> shift;
+            // A digit has five bits and may span two bytes.
             let high = bytes
                 .get(byte + 1)
                 .map_or(0, |next| u16::from(*next) << (8 - shift));
@@ -97,6 +100,7 @@ fn base32_decode(text: &str) -> Option<Vec<u8>> {
         let carry = (shifted >> 8) as u8;
         match bytes.get_mut(byte + 1) {
             Some(next) => *next |= carry,
+            // Bits beyond the last byte must be zero, or two texts would stand for one hash.
             None if carry != 0 => return None,
             None => (),
         }
@@ -121,7 +125,7 @@ fn base16_decode(text: &str) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    // What `nix-hash --to-base32` and `--to-base16` say of `sha256("")`.
+    // The output of `nix-hash --to-base32` and `--to-base16` for `sha256("")`.
     const BASE16: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
     const BASE32: &str = "0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
 

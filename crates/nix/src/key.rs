@@ -1,4 +1,4 @@
-//! Signing keys of binary caches: reading, signing, verifying (ed25519). Pure.
+//! Signing keys of binary caches: parsing, signing and verifying (ed25519). Pure.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,19 +10,19 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-/// A text that is not a key, or a random source that failed.
+/// Why there is no key.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum KeyError {
     /// Not `<name>:<base64 of 32 bytes>`.
     #[error("`{0}` is not a public key (`<name>:<base64 of 32 bytes>`)")]
     Public(String),
-    /// Not `<name>:<base64 of 64 bytes>`; the text is not shown.
+    /// Not `<name>:<base64 of 64 bytes>`. The text is not shown, as it may be a key.
     #[error("this is not a secret key (`<name>:<base64 of 64 bytes>`)")]
     Secret,
-    /// A key's name holds something that a key's name cannot.
+    /// The name contains characters that a key name cannot have.
     #[error("`{0}` is not a key name (letters, digits, `.`, `_`, `-`, `+`)")]
     Name(String),
-    /// The system gave no random bytes.
+    /// The system's random source failed.
     #[error("the system gave no random bytes")]
     Random,
 }
@@ -42,7 +42,7 @@ pub struct PublicKey {
 }
 
 impl PublicKey {
-    /// The name in front of the colon.
+    /// The name before the colon.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -90,7 +90,7 @@ impl fmt::Display for PublicKey {
     }
 }
 
-/// A cache's secret key. It cannot be printed; its spelling leaves only through `encode`.
+/// A cache's secret key. It cannot be printed; only `encode` returns its text.
 pub struct SecretKey {
     name: String,
     seed: Zeroizing<[u8; 32]>,
@@ -98,10 +98,10 @@ pub struct SecretKey {
 }
 
 impl SecretKey {
-    /// Makes a new key.
+    /// Generates a new key.
     ///
     /// # Errors
-    /// When the name cannot be one, or the system gives no random bytes.
+    /// When the name is invalid, or the system's random source fails.
     pub fn generate(name: &str) -> Result<Self, KeyError> {
         if !is_key_name(name) {
             return Err(KeyError::Name(flywheel_core::text::one_line(name, 80)));
@@ -118,16 +118,18 @@ impl SecretKey {
         })
     }
 
-    /// Reads `<name>:<base64 of seed and public key>`, the format of `nix-store --generate-binary-cache-key`.
+    /// Parses `<name>:<base64 of seed and public key>`, the format of `nix-store
+    /// --generate-binary-cache-key`.
     ///
     /// # Errors
-    /// When it is not one, or its halves do not belong together. The text is never shown.
+    /// When it has another format, or its two halves do not match. The text is never shown.
     pub fn parse(text: &str) -> Result<Self, KeyError> {
         let (name, digits) = text.trim().split_once(':').ok_or(KeyError::Secret)?;
         let bytes = Zeroizing::new(STANDARD.decode(digits).map_err(|_| KeyError::Secret)?);
         if bytes.len() != 64 || !is_key_name(name) {
             return Err(KeyError::Secret);
         }
+        // Checks that the public half belongs to the seed.
         let pair = Ed25519KeyPair::from_seed_and_public_key(&bytes[..32], &bytes[32..])
             .map_err(|_| KeyError::Secret)?;
         let mut seed = Zeroizing::new([0_u8; 32]);
@@ -139,8 +141,9 @@ impl SecretKey {
         })
     }
 
-    /// The spelling for a file of 0600.
+    /// The text for a key file, which must have mode 0600.
     pub fn encode(&self) -> Zeroizing<String> {
+        // Copies of the key are wiped from memory when dropped.
         let whole = Zeroizing::new([&self.seed[..], self.pair.public_key().as_ref()].concat());
         Zeroizing::new(format!("{}:{}", self.name, STANDARD.encode(&*whole)))
     }

@@ -1,5 +1,5 @@
-//! Everything that knows Nix: formats, the store, settings, bootstrap.
-//! Never decides who may publish, and never talks to a cache.
+//! Everything that knows Nix: its formats, its store, its settings, how it is found or installed.
+//! Nothing here decides who may publish or talks to a cache.
 
 pub mod bootstrap;
 pub mod build;

@@ -1,5 +1,6 @@
-//! NARs written straight from disk: one reading, hashed on the way, in flat memory whatever the size.
-//! Never asks Nix for anything, and never sends a last byte that would complete a wrong NAR.
+//! Writes NARs straight from disk: each file is read once and hashed on the way, in constant
+//! memory. Never runs Nix, and never sends the last byte of a NAR that differs from the registered
+//! one.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -23,62 +24,62 @@ use tokio::task::JoinHandle;
 
 use crate::hash::Sha256;
 
-/// One block of a stream. One is being filled, one waits, one is with the sender: three of these
-/// are less than the half MiB that an upload may hold.
+/// Size of a stream's blocks. One is being filled, one is queued and one is with the sender; three
+/// stay below the half MiB that an upload may hold.
 const BLOCK_SIZE: usize = 128 * 1024;
-/// What is read of a file at once.
+/// Bytes to read from a file at once.
 const READ_SIZE: usize = 64 * 1024;
 
-/// Whether files are read without a note of the time in the file system, which would write as many inodes as are
-/// read. Only who owns them may (`open(2)`, `O_NOATIME`), which on a shared store is somebody else.
+/// Whether to open files with `O_NOATIME`. Otherwise the file system records each access time,
+/// which writes as many inodes as are read. Only the owner of a file may use the flag (`open(2)`),
+/// and on a shared store that is another user.
 static USE_NOATIME: AtomicBool = AtomicBool::new(true);
 
-/// Why no NAR came of a path, or not the one that Nix registered.
+/// Why a path gave no NAR, or not the registered one.
 #[derive(Debug, Error)]
 pub enum DumpError {
-    /// It is not there (any more): a garbage collection took it.
+    /// The path is gone: a garbage collection removed it.
     #[error("`{0}` is no longer in the store")]
     Gone(PathBuf),
-    /// It holds something that a NAR cannot: a socket, a device, a pipe.
+    /// The path contains something that a NAR cannot express: a socket, a device, a pipe.
     #[error("`{0}` is neither file, folder nor symbolic link")]
     Special(PathBuf),
-    /// It cannot be read.
+    /// The path cannot be read.
     #[error("`{path}` cannot be read")]
     Read {
-        /// Where reading stopped.
+        /// The file that could not be read.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// What is on disk is not what Nix registered: a corrupt or changed store path.
+    /// The content on disk is not what Nix registered: a corrupt or modified store path.
     #[error("`{path}` is corrupt: on disk it is not what the store has registered ({difference})")]
     Corrupt {
         /// The store path.
         path: PathBuf,
-        /// What differs.
         difference: String,
     },
-    /// Whoever took the bytes stopped taking them.
+    /// The writer or the visitor returned an error.
     #[error("the NAR could not be handed on")]
     Sink(#[source] io::Error),
 }
 
-/// Told what a NAR holds while it is read, in the NAR's order. An error of its ends the reading.
+/// Receives the contents of a NAR while it is read, in the NAR's order. An error stops the reading.
 pub trait NarVisitor {
-    /// An entry of a folder begins.
+    /// Begins an entry of a folder.
     fn enter(&mut self, name: &[u8]) -> io::Result<()>;
-    /// It ends.
+    /// Ends that entry.
     fn leave(&mut self);
     /// The next bytes of a file.
     fn content(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// The file has no more.
+    /// Ends a file.
     fn end(&mut self) -> io::Result<()>;
-    /// What a symbolic link points to.
+    /// The target of a symbolic link.
     fn target(&mut self, target: &[u8]) -> io::Result<()>;
 }
 
-/// Nobody watches.
+/// Ignores everything.
 struct NoVisitor;
 
 impl NarVisitor for NoVisitor {
@@ -100,18 +101,20 @@ impl NarVisitor for NoVisitor {
 /// Writes the NAR of `path` to `out`, with entries in bytewise order.
 ///
 /// # Errors
-/// As `write_visited`.
+/// As for `write_visited`.
 pub fn write(path: &Path, out: &mut impl Write) -> Result<(), DumpError> {
     write_visited(path, out, &mut NoVisitor)
 }
 
-/// Writes the NAR of `path` to `out`, with entries in bytewise order, and tells `visitor` what it holds.
+/// Writes the NAR of `path` to `out`, with entries in bytewise order, and passes its contents to
+/// `visitor`.
 ///
-/// One folder is open at a time and nothing recurses, so that depth costs neither stack nor
-/// descriptors, and names may add up to more than the system's `PATH_MAX`.
+/// One folder is open at a time and nothing recurses, so depth costs neither stack nor descriptors,
+/// and the full name may be longer than `PATH_MAX`.
 ///
 /// # Errors
-/// When the path is gone, unreadable or holds what a NAR cannot, or when `out` or the visitor refuses bytes.
+/// When the path is gone, unreadable or contains what a NAR cannot express, or when `out` or the
+/// visitor returns an error.
 pub fn write_visited(
     path: &Path,
     out: &mut impl Write,
@@ -126,6 +129,7 @@ pub fn write_visited(
     writer.text(b"nix-archive-1")?;
     let name = CString::new(path.as_os_str().as_bytes())
         .map_err(|_| DumpError::Special(path.to_owned()))?;
+    // A store path may be a single file or link.
     let Some(mut folder) = writer.node(CWD, &name)? else {
         return Ok(());
     };
@@ -149,6 +153,7 @@ pub fn write_visited(
             levels.pop();
             if !levels.is_empty() {
                 writer.leave()?;
+                // Store paths are immutable, so `..` still leads to the folder that was left.
                 folder = writer.open(folder.as_fd(), c"..", OFlags::DIRECTORY)?;
             }
         }
@@ -169,9 +174,11 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
         self.text(b")")
     }
 
-    /// Writes a file or link whole; of a folder only the opening, and gives it back, open.
+    /// Writes a file or a link completely. Of a folder it writes the opening only, and returns its
+    /// descriptor.
     fn node(&mut self, parent: impl AsFd, name: &CStr) -> Result<Option<OwnedFd>, DumpError> {
         let parent = parent.as_fd();
+        // A symbolic link is an entry of its own and is never followed.
         let stat = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|error| self.unreadable(name, error.into()))?;
         self.texts(&[b"(", b"type"])?;
@@ -199,23 +206,27 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
     }
 
     fn file(&mut self, name: &CStr, mut file: File) -> Result<(), DumpError> {
+        // The size of the opened file: the name may have been replaced since `statat`.
         let stat = fstat(&file).map_err(|error| self.unreadable(name, error.into()))?;
         self.text(b"regular")?;
+        // A NAR has one bit of permissions: whether the owner may execute the file.
         if Mode::from_raw_mode(stat.st_mode).contains(Mode::XUSR) {
             self.texts(&[b"executable", b""])?;
         }
         self.text(b"contents")?;
         let size = u64::try_from(stat.st_size).unwrap_or_default();
+        // The size precedes the content, so it must be known before reading.
         self.raw(&size.to_le_bytes())?;
         let mut left = size;
         let most = usize::try_from(size).unwrap_or(READ_SIZE).min(READ_SIZE);
-        // Most files are small, and so is most of what is read at once.
+        // Grow the buffer only as far as needed: most files are small.
         self.buffer.resize(self.buffer.len().max(most), 0);
         while left > 0 {
             let want = usize::try_from(left).unwrap_or(READ_SIZE).min(READ_SIZE);
             let got = match file.read(&mut self.buffer[..want]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(self.unreadable(name, error)),
+                // The size is already written, so a shorter file cannot be completed.
                 Ok(0) => return Err(self.unreadable(name, io::ErrorKind::UnexpectedEof.into())),
                 Ok(got) => got,
             };
@@ -231,7 +242,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
         self.pad(size)
     }
 
-    /// The names in a folder, sorted bytewise.
+    /// Returns the names in a folder, sorted bytewise.
     fn names(&self, folder: &OwnedFd) -> Result<Vec<CString>, DumpError> {
         let unreadable = |error: Errno| self.unreadable(c"", error.into());
         let mut names = Vec::new();
@@ -242,6 +253,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
                 names.push(name.to_owned());
             }
         }
+        // The order of `readdir` is arbitrary, and the NAR's hash depends on the order.
         names.sort_unstable();
         Ok(names)
     }
@@ -250,6 +262,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
         let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         if USE_NOATIME.load(Ordering::Relaxed) {
             match openat(&parent, name, flags | OFlags::NOATIME, Mode::empty()) {
+                // This store belongs to another user, and so do its other files: do not try again.
                 Err(Errno::PERM) => USE_NOATIME.store(false, Ordering::Relaxed),
                 opened => return opened.map_err(|error| self.unreadable(name, error.into())),
             }
@@ -258,7 +271,8 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
             .map_err(|error| self.unreadable(name, error.into()))
     }
 
-    /// A NAR's strings: length in eight bytes, the bytes, zeros up to the next multiple of eight.
+    /// Writes a string as NARs have it: the length in eight bytes, the bytes, and zeros up to the
+    /// next multiple of eight.
     fn text(&mut self, text: &[u8]) -> Result<(), DumpError> {
         self.raw(&(text.len() as u64).to_le_bytes())?;
         self.raw(text)?;
@@ -280,6 +294,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
 
     fn at(&self, name: &CStr) -> PathBuf {
         let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+        // The root is opened by its full path, and a folder being listed has no name here.
         if name.is_absolute() || name.as_os_str().is_empty() {
             self.root.to_owned()
         } else {
@@ -287,7 +302,8 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
         }
     }
 
-    /// A file that vanishes while its store path is read is being collected.
+    /// Turns a read error into a `DumpError`. A file that vanishes while its store path is read is
+    /// being garbage collected.
     fn unreadable(&self, name: &CStr, source: io::Error) -> DumpError {
         if source.kind() == io::ErrorKind::NotFound {
             DumpError::Gone(self.root.to_owned())
@@ -300,12 +316,12 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
     }
 }
 
-/// What a stream of a NAR ended with, for the one who only sees that the sending failed.
+/// The error that ended a NAR stream, for a caller that only sees that sending failed.
 #[derive(Clone, Debug, Default)]
 pub struct Fault(Arc<Mutex<Option<DumpError>>>);
 
 impl Fault {
-    /// The error that broke the stream, if its source did; once.
+    /// Takes the error that ended the stream, if the stream itself failed.
     pub fn take(&self) -> Option<DumpError> {
         self.0
             .lock()
@@ -321,12 +337,12 @@ impl Fault {
     }
 }
 
-/// Where the NAR of a store path comes from: the path on disk, and what was read of it already.
+/// The source of a store path's NAR: the path on disk, and the NAR itself if it has been read.
 #[derive(Clone, Debug)]
 pub struct NarSource {
     /// The path.
     pub file: PathBuf,
-    /// Its whole NAR, whose hash and size are the registered ones.
+    /// The complete NAR, already checked against the registered hash and size.
     pub read: Option<Bytes>,
 }
 
@@ -340,7 +356,7 @@ impl<T: AsRef<Path>> From<T> for NarSource {
 }
 
 impl NarSource {
-    /// The NAR's blocks; `hash` and `size` are the registered ones.
+    /// Streams the NAR in blocks. `hash` and `size` are the registered ones.
     pub fn stream(&self, hash: Sha256, size: u64) -> NarStream {
         match &self.read {
             Some(nar) => NarStream::from_bytes(nar.clone()),
@@ -349,11 +365,11 @@ impl NarSource {
     }
 }
 
-/// Reads the NAR of a path into memory and tells `visitor` what it holds. For small ones; `hash` and `size` are the
-/// registered ones.
+/// Reads the NAR of a small path into memory and passes its contents to `visitor`. `hash` and
+/// `size` are the registered ones.
 ///
 /// # Errors
-/// As `write_visited`; also when it is not the NAR that was registered.
+/// As for `write_visited`, and when the NAR is not the registered one.
 pub fn read_visited(
     path: &Path,
     hash: Sha256,
@@ -366,19 +382,22 @@ pub fn read_visited(
 }
 
 /// The NAR of a store path as a stream of blocks. It ends well only if hash and size are the
-/// registered ones; else its last block never comes, and an error does in its place.
+/// registered ones; otherwise an error takes the place of the last block.
 #[derive(Debug)]
 pub struct NarStream {
     blocks: mpsc::Receiver<Bytes>,
-    /// Ends with the last block, so that of a small NAR nothing goes another way.
+    /// The reading thread. It returns the last block, so a small NAR never passes through the
+    /// channel.
     task: Option<JoinHandle<Result<Bytes, DumpError>>>,
     last: Option<Bytes>,
     fault: Fault,
 }
 
 impl NarStream {
-    /// Starts reading `path` on a thread that may block. Dropping the stream ends the thread at its next block.
+    /// Starts reading `path` on a thread that may block. Dropping the stream stops the thread at
+    /// its next block.
     pub fn open(path: PathBuf, hash: Sha256, size: u64) -> Self {
+        // A queue of one block bounds memory and lets reading overlap with sending.
         let (sender, blocks) = mpsc::channel(1);
         let task = tokio::task::spawn_blocking(move || {
             let mut out = BlockWriter::new(Some(sender), size);
@@ -402,7 +421,7 @@ impl NarStream {
         }
     }
 
-    /// Where to look for the reason when sending this stream has failed.
+    /// A handle on the error that ends this stream, to be read when sending has failed.
     pub fn fault(&self) -> Fault {
         self.fault.clone()
     }
@@ -420,8 +439,10 @@ impl Stream for NarStream {
             match ended {
                 Ok(last) => self.last = Some(last),
                 Err(error) => {
+                    // The stream's items carry an `io::Error`; the full error stays in `fault`.
                     let shown = io::Error::other(error.to_string());
                     self.fault.set(error);
+                    // An error is final: no queued block may follow it.
                     self.blocks.close();
                     return Poll::Ready(Some(Err(shown)));
                 }
@@ -429,17 +450,18 @@ impl Stream for NarStream {
         }
         match self.blocks.poll_recv(context) {
             Poll::Ready(Some(block)) => Poll::Ready(Some(Ok(block))),
-            // The task drops its end just before it has ended itself, and wakes us then.
+            // The task drops its sender just before it ends, and wakes this stream when it has
+            // ended.
             _ if self.task.is_some() => Poll::Pending,
             _ => Poll::Ready(self.last.take().map(Ok)),
         }
     }
 }
 
-/// Cuts what is written into blocks and hashes them. A full block leaves only when more bytes
-/// come, so that the last one is still here when the hash is known.
+/// Splits the written bytes into blocks and hashes them. A full block is sent only when more bytes
+/// follow, so the last block is still here when the hash is known.
 struct BlockWriter {
-    /// Without one there is a single block.
+    /// `None` collects everything in a single block.
     sender: Option<mpsc::Sender<Bytes>>,
     block: BytesMut,
     hasher: Hasher,
@@ -469,7 +491,8 @@ impl BlockWriter {
             .map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 
-    /// Bytes refused here because there are too many mean a corrupt path, not a broken sink.
+    /// Turns the error for too many bytes (see `write`) into a corrupt path, since the sink is not
+    /// at fault.
     fn classify(&self, path: &Path, error: DumpError) -> DumpError {
         match error {
             DumpError::Sink(source) if source.kind() == io::ErrorKind::InvalidData => {
@@ -479,7 +502,7 @@ impl BlockWriter {
         }
     }
 
-    /// The last block, if all of it is what it should be.
+    /// Returns the last block, if the NAR has the registered size and hash.
     fn finish(mut self, path: &Path, hash: Sha256) -> Result<Bytes, DumpError> {
         if self.written != self.size {
             let difference = format!(
@@ -506,9 +529,11 @@ impl BlockWriter {
 
 impl Write for BlockWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Stop here instead of sending a NAR that is known to be wrong.
         if self.written + bytes.len() as u64 > self.size {
             return Err(io::ErrorKind::InvalidData.into());
         }
+        // Without a channel, the whole NAR becomes one block.
         let room = if self.sender.is_some() {
             BLOCK_SIZE
         } else {
@@ -518,10 +543,11 @@ impl Write for BlockWriter {
             self.send()?;
         }
         if self.block.capacity() == 0 {
-            // A small NAR is not worth a whole block.
+            // Reserve no more than the NAR needs.
             let left = usize::try_from(self.size - self.written).unwrap_or(BLOCK_SIZE);
             self.block.reserve(left.min(room));
         }
+        // Writing less than given is allowed; `write_all` calls again for the rest.
         let taken = bytes.len().min(room - self.block.len());
         self.block.extend_from_slice(&bytes[..taken]);
         self.written += taken as u64;

@@ -1,4 +1,4 @@
-//! The narinfo format: what a binary cache says of a store path. Pure.
+//! The narinfo format, in which a binary cache describes a store path. Pure.
 
 use std::fmt;
 
@@ -12,15 +12,15 @@ use crate::store_path::StorePath;
 /// Why a text is not a narinfo.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum NarInfoError {
-    /// A field that must be there is not.
+    /// A required field is missing.
     #[error("narinfo has no `{0}`")]
     Missing(&'static str),
-    /// A field stands there with something else in it.
+    /// A field has an invalid value.
     #[error("narinfo has a bad `{field}`: `{value}`")]
     Bad {
         /// The field's name.
         field: &'static str,
-        /// What it holds, shortened.
+        /// Its value, shortened.
         value: String,
     },
 }
@@ -30,30 +30,30 @@ pub enum NarInfoError {
 pub struct NarInfo {
     /// The path described.
     pub path: StorePath,
-    /// Where its NAR is, relative to the cache (`nar/…`), or a full URL.
+    /// The NAR's URL, relative to the cache (`nar/…`) or absolute.
     pub url: String,
     /// How the NAR file is compressed: `none`, `xz`, `zstd`, `bzip2`, `br`, …
     pub compression: String,
-    /// Hash of the compressed file; Attic gives none.
+    /// Hash of the compressed file; Attic sends none.
     pub file_hash: Option<Sha256>,
-    /// Size of the compressed file in bytes; Attic gives none.
+    /// Size of the compressed file in bytes; Attic sends none.
     pub file_size: Option<u64>,
     /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
-    /// References, in the order they were given.
+    /// References, in the given order.
     pub references: Vec<StorePath>,
-    /// The derivation it came from.
+    /// The derivation that produced the path.
     pub deriver: Option<StorePath>,
-    /// `<key name>:<base64>` each.
+    /// Signatures, each `<key name>:<base64>`.
     pub signatures: Vec<String>,
     /// The content address, if it has one.
     pub ca: Option<String>,
 }
 
 impl NarInfo {
-    /// Reads a narinfo. Unknown fields are passed over, as Nix does.
+    /// Parses a narinfo. Unknown fields are ignored, as in Nix.
     ///
     /// # Errors
     /// When a field that Nix needs is missing or malformed.
@@ -76,6 +76,7 @@ impl NarInfo {
                 .collect::<Result<_, _>>()?,
         };
         let deriver =
+            // Nix writes `unknown-deriver` where it does not know one.
             field("Deriver").filter(|name| !name.is_empty() && *name != "unknown-deriver");
         Ok(Self {
             path: need("StorePath")
@@ -83,6 +84,7 @@ impl NarInfo {
             url: need("URL")?.to_owned(),
             compression: field("Compression")
                 .filter(|v| !v.is_empty())
+                // Nix assumes bzip2 where the field is missing.
                 .unwrap_or("bzip2")
                 .to_owned(),
             file_hash: field("FileHash")
@@ -103,7 +105,7 @@ impl NarInfo {
         })
     }
 
-    /// Whether one of its signatures is a good one by `key`.
+    /// Whether it has a valid signature by `key`.
     pub fn signed_by(&self, key: &PublicKey) -> bool {
         let text = fingerprint(&self.path, &self.nar_hash, self.nar_size, &self.references);
         self.signatures
@@ -137,7 +139,7 @@ fn size(field: &'static str, value: &str) -> Result<u64, NarInfoError> {
     value.parse().map_err(|_| bad(field, value))
 }
 
-/// The file as a cache serves it, in the order of fields that Nix writes.
+/// The file as a cache serves it, with the fields in Nix's order.
 impl fmt::Display for NarInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let references: Vec<&str> = self.references.iter().map(StorePath::base_name).collect();
@@ -153,7 +155,8 @@ impl fmt::Display for NarInfo {
             writeln!(f, "FileSize: {size}")?;
         }
         writeln!(f, "NarHash: {}\nNarSize: {}", self.nar_hash, self.nar_size)?;
-        // Nix skips two characters after a field's name: without the space it would read into the next line.
+        // Nix skips two characters after a field's name, so without the space it would read into
+        // the next line.
         writeln!(f, "References: {}", references.join(" "))?;
         if let Some(path) = &self.deriver {
             writeln!(f, "Deriver: {}", path.base_name())?;

@@ -1,6 +1,6 @@
-//! The only place that puts a credential on disk: the job's own netrc for its cache, and the include
-//! file with access tokens for fetchers. Both 0600 in a folder of 0700, written whole or not at all;
-//! the folder's owner removes them.
+//! The only code that writes a credential to disk: the job's netrc for its cache, and the include
+//! file with access tokens for fetchers. Both have mode 0600 in a folder with mode 0700 and are
+//! written completely or not at all; the folder's owner removes them.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -15,39 +15,39 @@ use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;
 
-/// The user that Attic's tokens go with; the server looks at the password alone.
+/// The user name that goes with Attic's tokens; the server checks the password only.
 const LOGIN: &str = "attic";
-/// curl before 8.0 reads lines of up to 4,095 bytes, and later ones words of up to 4,096.
+/// curl before 8.0 reads lines of up to 4,095 bytes, and later versions words of up to 4,096.
 const LINE_LIMIT: usize = 4000;
-/// A netrc bigger than this is not one.
+/// Maximum size of an existing netrc in bytes.
 const EXISTING_LIMIT: u64 = 1024 * 1024;
 
-/// Why a credential could not be put where Nix reads it. Never shows the credential.
+/// Why a credential could not be written where Nix reads it. Never shows the credential.
 #[derive(Debug, Error)]
 pub enum WriteError {
-    /// Nix's download library could not read it back.
+    /// Nix's download library (curl) could not parse it.
     #[error("the {what} {problem}, which its file cannot spell")]
     Unspellable {
-        /// Which credential.
+        /// The kind of credential.
         what: &'static str,
-        /// What is wrong with it: "holds white space".
+        /// The problem: "holds white space".
         problem: &'static str,
     },
-    /// This is no host name.
+    /// The host name is invalid.
     #[error("`{0}` is not a host name that a netrc can hold")]
     Host(String),
-    /// The folder is open to others.
+    /// Other users can read the folder.
     #[error("folder `{0}` is open to other users")]
     Open(PathBuf),
-    /// Nix's settings could not name a file in this folder.
+    /// Nix's settings cannot express the path of a file in this folder.
     #[error("folder `{0}` has a name that Nix's settings cannot spell")]
     Name(PathBuf),
-    /// The netrc that Nix has used so far cannot be read, so that its other machines would be lost.
+    /// The netrc in use cannot be read, so its other machines would be lost.
     #[error("the netrc in use, `{file}`, could not be read")]
     Existing {
         /// The file.
         file: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -56,7 +56,7 @@ pub enum WriteError {
     Write {
         /// The file.
         file: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -91,24 +91,25 @@ impl Explain for WriteError {
     }
 }
 
-/// The words by which errors call the two credentials.
+/// The names of the two credentials in errors.
 const TOKEN: &str = "cache token";
 const ACCESS_TOKEN: &str = "access token";
 
-/// Writes the job's netrc into `folder` (0700): a line for `host` first, since curl takes the first
-/// that fits, then all of `existing`, the netrc in use so far, so that nothing stops working.
+/// Writes the job's netrc into `folder` (0700): first a line for `host`, since curl takes the first
+/// match, then all of `existing`, the netrc in use so far, so that nothing stops working.
 ///
-/// `host` is without port, which is no part of a machine's name; an IPv6 address may have its brackets.
+/// `host` has no port, as a netrc knows none; an IPv6 address may have brackets.
 ///
 /// # Errors
-/// When the token or host cannot be spelt in a netrc, `existing` is there but unreadable, or the
-/// file cannot be written.
+/// When the token or host cannot be expressed in a netrc, `existing` exists but cannot be read, or
+/// the file cannot be written.
 pub fn write(
     folder: &Path,
     host: &str,
     token: &Secret,
     existing: Option<&Path>,
 ) -> Result<PathBuf, WriteError> {
+    // A netrc has IPv6 addresses without brackets.
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:".contains(&c);
     if host.is_empty() || host.len() > 255 || !host.bytes().all(plain) {
@@ -116,6 +117,7 @@ pub fn write(
     }
     spellable(TOKEN, token)?;
     let rest = existing.map(read_existing).transpose()?.unwrap_or_default();
+    // This line comes first: curl uses the first machine that matches.
     let line = format!("machine {host} login {LOGIN} password {}\n", token.expose());
     write_private(
         folder,
@@ -124,11 +126,11 @@ pub fn write(
     )
 }
 
-/// Writes `extra-access-tokens = HOST=TOKEN` into a file of its own, to be included by `NIX_CONFIG`:
-/// so the token is in no environment.
+/// Writes `extra-access-tokens = HOST=TOKEN` into a file that `NIX_CONFIG` includes, so that the
+/// token is in no environment.
 ///
 /// # Errors
-/// When the token cannot be spelt in a setting, or the file cannot be written.
+/// When the token cannot be expressed in a setting, or the file cannot be written.
 pub fn write_access_token(
     folder: &Path,
     host: &str,
@@ -144,11 +146,11 @@ pub fn write_access_token(
     write_private(folder, "access-tokens.conf", line)
 }
 
-/// Makes a home for Attic's own client in `folder` (0700): a configuration with one server and the
-/// token for it. Gives the folder that `XDG_CONFIG_HOME` names.
+/// Creates a configuration home for Attic's own client in `folder` (0700), with one server and its
+/// token. Returns the folder for `XDG_CONFIG_HOME`.
 ///
 /// # Errors
-/// When the token cannot be spelt there, or the file cannot be written.
+/// When the token cannot be expressed there, or the file cannot be written.
 pub fn write_attic_home(
     folder: &Path,
     name: &str,
@@ -163,7 +165,7 @@ pub fn write_attic_home(
         file: own.clone(),
         source,
     })?;
-    // A URL is percent-encoded: it has no quote and no backslash.
+    // A URL is percent-encoded, so it contains no quote and no backslash.
     let text = format!(
         "default-server = \"{name}\"\n\n[servers.{name}]\nendpoint = \"{server}\"\ntoken = \"{}\"\n",
         token.expose()
@@ -172,8 +174,9 @@ pub fn write_attic_home(
     Ok(home)
 }
 
-/// curl takes a word up to the next white space; quotes and a leading `#` have a meaning of their own,
-/// which differs between its versions, and `#` begins a comment in Nix's settings.
+/// Checks that curl and Nix parse the token as one word. curl ends a word at white space; quotes
+/// and a leading `#` have meanings that differ between its versions, and `#` begins a comment in
+/// Nix's settings.
 fn spellable(what: &'static str, token: &Secret) -> Result<(), WriteError> {
     let text = token.expose();
     let problem = if text.contains(char::is_whitespace) {
@@ -190,7 +193,7 @@ fn spellable(what: &'static str, token: &Secret) -> Result<(), WriteError> {
     Err(WriteError::Unspellable { what, problem })
 }
 
-/// The whole netrc in use, ending with a line break; empty if there is none.
+/// Reads the netrc in use, with a final line break; empty if there is none.
 fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
     let error = |source| WriteError::Existing {
         file: file.to_owned(),
@@ -219,7 +222,7 @@ fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
     Ok(bytes)
 }
 
-/// Creates the file under another name, 0600 from its first moment, and moves it to its place.
+/// Creates the file with mode 0600 under another name and renames it.
 #[expect(
     clippy::needless_pass_by_value,
     reason = "the credential ends here, and its memory is wiped"
@@ -235,10 +238,11 @@ fn write_private(
         source,
     };
     let facts = fs::metadata(folder).map_err(error)?;
+    // Others could list or replace files in such a folder, whatever the mode of the file.
     if facts.mode() & 0o077 != 0 {
         return Err(WriteError::Open(folder.to_owned()));
     }
-    // An `include` line has two words, and `#` begins a comment.
+    // An `include` line has exactly two words, and `#` begins a comment.
     if folder
         .to_str()
         .is_none_or(|name| name.contains(|c: char| c.is_whitespace() || c == '#'))
@@ -248,13 +252,14 @@ fn write_private(
     let draft = folder.join(format!(".{name}.{:016x}", fastrand::u64(..)));
     let written = OpenOptions::new()
         .write(true)
+        // Fail if the name exists, which protects against a planted file or link.
         .create_new(true)
         .mode(0o600)
         .open(&draft)
         .and_then(|mut open| open.write_all(&bytes).and_then(|()| open.sync_all()))
         .and_then(|()| fs::rename(&draft, &file));
     if written.is_err() {
-        // It may not be there; what matters is that no half of a credential stays.
+        // The draft may not exist; what matters is that no part of a credential stays.
         let _ = fs::remove_file(&draft);
     }
     written.map_err(error)?;

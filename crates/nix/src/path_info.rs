@@ -1,9 +1,9 @@
-//! What Nix knows of a valid store path. Pure; reading it is the store's part.
+//! The metadata that Nix keeps about a valid store path. Pure; the store reads it.
 
 use crate::hash::Sha256;
 use crate::store_path::StorePath;
 
-/// The registered facts of one valid store path.
+/// The registered metadata of one valid store path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathInfo {
     /// The path.
@@ -12,37 +12,37 @@ pub struct PathInfo {
     pub nar_hash: Sha256,
     /// The size of its NAR in bytes.
     pub nar_size: u64,
-    /// The paths it refers to, itself included where it does; sorted, without duplicates.
+    /// The paths it refers to, possibly including itself; sorted, without duplicates.
     pub references: Vec<StorePath>,
-    /// The derivation it came from.
+    /// The derivation that produced it.
     pub deriver: Option<StorePath>,
-    /// `<key name>:<base64>` each.
+    /// Signatures, each `<key name>:<base64>`.
     pub signatures: Vec<String>,
     /// The content address, for paths that have one (`fixed:r:sha256:…`, `text:sha256:…`).
     pub ca: Option<String>,
-    /// Whether this store built it itself.
+    /// Whether this store built it.
     pub ultimate: bool,
 }
 
-/// What was asked for and found; what is valid but cannot be described is named, not dropped.
+/// The result of a query. Valid paths with unusable metadata are listed, not dropped.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PathInfos {
-    /// The paths that are known in full.
+    /// The paths with usable metadata.
     pub infos: Vec<PathInfo>,
-    /// The valid paths whose registration cannot be used.
+    /// The valid paths with unusable metadata.
     pub unreadable: Vec<Unreadable>,
 }
 
-/// A valid path whose registration lacks something that publishing needs.
+/// A valid path whose metadata lacks something that publishing needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unreadable {
     /// The path as it was registered.
     pub path: String,
-    /// What is wrong with it, a fragment: "its size is unknown".
+    /// The problem as a fragment: "its size is unknown".
     pub problem: String,
 }
 
-/// How a path came into the store.
+/// How a path entered the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Origin {
     /// This store built it.
@@ -54,11 +54,13 @@ pub enum Origin {
 }
 
 impl PathInfo {
-    /// How it came into the store, as far as its registration tells: a build marks its outputs as the
-    /// store's own, a cache's paths have signatures or a deriver, what evaluation adds has neither.
+    /// Derives from the metadata how the path entered the store: builds mark their outputs as
+    /// `ultimate`, paths from a cache have signatures or a deriver, and paths from evaluation have
+    /// neither.
     pub fn origin(&self) -> Origin {
         if self.ultimate {
             Origin::Built
+        // Derivations come from evaluation.
         } else if self.path.is_derivation()
             || (self.ca.is_some() && self.signatures.is_empty() && self.deriver.is_none())
         {
@@ -68,13 +70,13 @@ impl PathInfo {
         }
     }
 
-    /// The text that a cache signs: `1;<path>;<hash>;<size>;<references>` with full, sorted paths.
+    /// The text that a cache signs: `1;<path>;<hash>;<size>;<references>`, with full, sorted paths.
     pub fn fingerprint(&self) -> String {
         fingerprint(&self.path, &self.nar_hash, self.nar_size, &self.references)
     }
 }
 
-/// The text that a cache signs. References are sorted here, since Nix verifies a sorted list.
+/// The text that a cache signs. References are sorted here, because Nix verifies a sorted list.
 pub fn fingerprint(
     path: &StorePath,
     nar_hash: &Sha256,

@@ -1,8 +1,9 @@
-//! What `nix path-info --json` prints, in each of the shapes it has had. Pure.
+//! Parses the output of `nix path-info --json` in each of its formats. Pure.
 //!
-//! To about Nix 2.18 an array of objects with `path`; from 2.19 on an object keyed by path; under
-//! `--json-format 2` (2.33) an object with `info`, keyed by base name, where hashes and content
-//! addresses are objects too (<https://nix.dev/manual/nix/2.33/protocols/json/store-object-info>).
+//! Up to about Nix 2.18 it is an array of objects with `path`; from 2.19 on an object keyed by
+//! path; under `--json-format 2` (2.33) an object with `info`, keyed by base name, where hashes and
+//! content addresses are objects too
+//! (<https://nix.dev/manual/nix/2.33/protocols/json/store-object-info>).
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -14,7 +15,7 @@ use crate::path_info::{PathInfo, PathInfos, Unreadable};
 use crate::store_path::{STORE_DIR, StorePath};
 use flywheel_core::text::one_line;
 
-/// Why a text is not what `nix path-info --json` prints.
+/// Why the output could not be parsed.
 #[derive(Debug, Error)]
 pub enum JsonError {
     /// It is not JSON.
@@ -25,13 +26,15 @@ pub enum JsonError {
     Shape,
 }
 
-/// Reads the answer. Paths that are not valid (any more) are left out; one that cannot be read is named.
+/// Parses the output. Invalid paths are left out; valid ones with unusable metadata are listed as
+/// such.
 ///
 /// # Errors
-/// When the whole is not in a known shape.
+/// When the output as a whole has an unknown format.
 pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
     let mut found = PathInfos::default();
     for (name, facts) in entries(serde_json::from_slice(json)?)? {
+        // Newer versions print null for an invalid path, older ones `"valid": false`.
         if facts.is_null() || facts.get("valid") == Some(&Value::Bool(false)) {
             continue;
         }
@@ -47,10 +50,11 @@ pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
     Ok(found)
 }
 
-/// The paths' names with what is said of each.
+/// Returns each path's name with its metadata.
 fn entries(whole: Value) -> Result<Vec<(String, Value)>, JsonError> {
     match whole {
         Value::Array(list) => list.into_iter().map(named).collect(),
+        // Older formats have store paths as keys, which are never called `info`.
         Value::Object(mut object) => match object.remove("info") {
             Some(Value::Object(infos)) => Ok(infos.into_iter().collect()),
             Some(_) => Err(JsonError::Shape),
@@ -115,7 +119,7 @@ fn list<'a>(facts: &'a Map<String, Value>, name: &str) -> &'a [Value] {
         .map_or(&[], Vec::as_slice)
 }
 
-/// A full path, or a base name in newer formats.
+/// Parses a full path, or a base name as in newer formats.
 fn store_path(name: &str) -> Result<StorePath, String> {
     let read = if name.starts_with(STORE_DIR) {
         name.parse()
@@ -125,7 +129,7 @@ fn store_path(name: &str) -> Result<StorePath, String> {
     read.map_err(|error| error.to_string())
 }
 
-/// `sha256-…`, `sha256:…`, or an object with algorithm, format and digits.
+/// Parses `sha256-…`, `sha256:…`, or an object with algorithm, format and digits.
 fn nar_hash(value: Option<&Value>) -> Result<Sha256, String> {
     let text = match value {
         None | Some(Value::Null) => return Err("its hash is unknown".to_owned()),
@@ -135,7 +139,7 @@ fn nar_hash(value: Option<&Value>) -> Result<Sha256, String> {
     Sha256::parse(&text).map_err(|error| error.to_string())
 }
 
-/// `<algorithm>:<digits>` of a hash object; base64 stays what it is.
+/// Returns `<algorithm>:<digits>` of a hash object; base64 digits stay as they are.
 fn hash_text(hash: &Value) -> Result<String, String> {
     let part = |name| hash.get(name).and_then(Value::as_str);
     let (algorithm, digits) = (part("algorithm"), part("hash"));
@@ -145,7 +149,7 @@ fn hash_text(hash: &Value) -> Result<String, String> {
     }
 }
 
-/// `<key name>:<base64>`, or an object with the two parts.
+/// Parses `<key name>:<base64>`, or an object with the two parts.
 fn signature(value: &Value) -> Option<String> {
     let part = |name| value.get(name).and_then(Value::as_str);
     value
@@ -154,7 +158,7 @@ fn signature(value: &Value) -> Option<String> {
         .or_else(|| Some(format!("{}:{}", part("keyName")?, part("sig")?)))
 }
 
-/// `fixed:r:sha256:<base32>` as narinfo has it, or an object with method and hash.
+/// Parses `fixed:r:sha256:<base32>` as in a narinfo, or an object with method and hash.
 fn content_address(value: &Value) -> Result<String, String> {
     let unknown = || "its content address is in an unknown format".to_owned();
     if let Some(text) = value.as_str() {
@@ -172,6 +176,7 @@ fn content_address(value: &Value) -> Result<String, String> {
         _ => return Err(unknown()),
     };
     let text = match value.get("hash").ok_or_else(unknown)? {
+        // An SRI hash separates the algorithm by a dash.
         Value::String(sri) => sri.replacen('-', ":", 1),
         hash => hash_text(hash)?,
     };

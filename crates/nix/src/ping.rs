@@ -1,45 +1,47 @@
-//! Whether the store really opens, which one it is, and what Nix says while it opens it.
-//! One cheap call, `nix store ping` (an alias of `nix store info` on newer versions).
+//! Finds out whether the store opens, which one it is, and what Nix warns about while opening it.
+//! One cheap call, `nix store ping` (an alias of `nix store info` in newer versions).
 
 use std::time::Duration;
 
 use crate::tool::{Error, Nix, error_summary};
 
-/// What opening the store told.
+/// The result of opening the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ping {
-    /// It opens.
+    /// The store opens.
     Open(Opened),
-    /// It does not; why, on one line.
+    /// The store does not open.
     Failed(PingFailure),
 }
 
-/// A store that opens.
+/// Facts about a store that opens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opened {
     /// `local`, `daemon`, or a URL.
     pub url: String,
-    /// Whether the daemon trusts us, where the version says so (2.15 and later).
+    /// Whether the daemon trusts this user; `None` for versions that do not report it (before
+    /// 2.15).
     pub trusted: Option<bool>,
-    /// The build users' group that the settings name and the system does not have.
+    /// The build users' group that the settings name but the system lacks.
     pub missing_group: Option<String>,
-    /// Everything that was said on standard error: warnings of ignored settings, for one.
+    /// Everything Nix printed on standard error, such as warnings about ignored settings.
     pub stderr: String,
 }
 
-/// Why a store does not open, as far as Flywheel treats the reasons differently.
+/// Why a store does not open, as far as Flywheel treats the reasons differently. Each holds Nix's
+/// message on one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PingFailure {
-    /// Nobody answers at the daemon's socket, or there is none.
+    /// The daemon's socket is missing or nothing listens on it.
     NoDaemon(String),
-    /// There is no daemon, and the store's files belong to somebody else.
+    /// There is no daemon, and the store's files belong to another user.
     PermissionDenied(String),
     /// Anything else.
     Other(String),
 }
 
 impl PingFailure {
-    /// What Nix said, on one line.
+    /// Nix's message, on one line.
     pub fn text(&self) -> &str {
         match self {
             Self::NoDaemon(text) | Self::PermissionDenied(text) | Self::Other(text) => text,
@@ -54,7 +56,7 @@ impl PingFailure {
 pub async fn ping(nix: &Nix, limit: Duration) -> Result<Ping, Error> {
     let output = nix.run(&["store", "ping"], limit).await?;
     if output.status.success() {
-        // 2.8 says it all on standard error, newer versions use both.
+        // Nix 2.8 prints everything on standard error; newer versions use both streams.
         Ok(Ping::Open(read(&output.text(), &output.stderr)))
     } else {
         Ok(Ping::Failed(ping_failure(&output.stderr)))
@@ -68,6 +70,7 @@ fn read(stdout: &str, stderr: &str) -> Opened {
             .find_map(|line| line.strip_prefix(name))
             .map(|value| value.trim().to_owned())
     };
+    // Versions differ in printing `1` or `true`.
     let trusted = field("Trusted:").map(|value| value == "1" || value == "true");
     let url = field("Store URL:").unwrap_or_default();
     Opened {
@@ -78,11 +81,12 @@ fn read(stdout: &str, stderr: &str) -> Opened {
     }
 }
 
-/// From "the group 'nixbld' specified in 'build-users-group' does not exist".
+/// Parses "the group 'nixbld' specified in 'build-users-group' does not exist".
 fn missing_group(stderr: &str) -> Option<String> {
     let line = stderr
         .lines()
         .find(|line| line.contains("'build-users-group' does not exist"))?;
+    // The group's name is the first text in quotes.
     line.split('\'').nth(1).map(str::to_owned)
 }
 
@@ -91,7 +95,8 @@ fn ping_failure(stderr: &str) -> PingFailure {
     if stderr.contains("cannot connect to") {
         PingFailure::NoDaemon(text)
     } else if stderr.contains("Permission denied") || stderr.contains("Operation not permitted") {
-        // "big-lock: Permission denied" on a store that is root's; 2.8 may stumble over a profile folder before.
+        // Nix prints "big-lock: Permission denied" for a store that root owns; 2.8 may fail on a
+        // profile folder before that.
         PingFailure::PermissionDenied(text)
     } else {
         PingFailure::Other(text)

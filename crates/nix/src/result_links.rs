@@ -1,7 +1,7 @@
-//! The job's results: store paths that links below its folder point to. Blocking.
+//! Finds the job's results: the store paths that links below its folder point to. Blocking.
 //!
 //! `nix build` registers each `result` link as an indirect root: a link in `gcroots/auto` that
-//! points to the link that the user sees. They are the job's results even where nothing was built.
+//! points to the link the user sees. The results count even when nothing had to be built.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,24 +11,25 @@ use std::time::{Duration, SystemTime};
 
 use crate::store_path::StorePath;
 
-/// File systems round the times of their files down, some to whole seconds.
+/// File systems round timestamps down, some to whole seconds.
 const SLACK: Duration = Duration::from_secs(1);
 
-/// The store paths that links below `folder`, made or changed since `since`, point to. The links are
-/// those that `gcroots` (`/nix/var/nix/gcroots`) knows and `result*` in the folder itself. Whether
-/// the paths are still valid is not looked at.
+/// Returns the store paths that links below `folder`, made or changed since `since`, point to. The
+/// links are those registered in `gcroots` (`/nix/var/nix/gcroots`) and `result*` in the folder
+/// itself. Validity is not checked.
 ///
 /// # Errors
-/// When `folder` cannot be read. Roots that cannot be read count as none: the folder's own links remain.
+/// When `folder` cannot be read. Unreadable roots are skipped; the folder's own links remain.
 pub fn find(gcroots: &Path, folder: &Path, since: SystemTime) -> io::Result<Vec<StorePath>> {
     let since = since.checked_sub(SLACK).unwrap_or(SystemTime::UNIX_EPOCH);
-    // Nix writes the link's path as it was typed, so that both spellings of the folder may occur.
+    // Nix records the link's path as the user typed it, so both spellings of the folder may occur.
     let spellings = [folder.to_owned(), folder.canonicalize()?];
     let registered = registered(&gcroots.join("auto"));
     let below = registered
         .into_iter()
         .filter(|link| spellings.iter().any(|folder| link.starts_with(folder)));
     let links = below.chain(own_results(folder)?);
+    // Several links may point into the same store path.
     let found: BTreeSet<StorePath> = links
         .filter_map(|link| fresh_target(&link, since))
         .collect();
@@ -51,14 +52,15 @@ fn own_results(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(results.map(|entry| entry.path()).collect())
 }
 
-/// The store path that a link points to, if the link is new enough: a link is never changed in
-/// place, so that its modification time is the time it was made.
+/// Returns the store path a link points to, if the link is new enough. A link is never changed in
+/// place, so its modification time is its creation time.
 fn fresh_target(link: &Path, since: SystemTime) -> Option<StorePath> {
     let facts = fs::symlink_metadata(link).ok()?;
     let made = facts.modified().ok()?;
     if !facts.is_symlink() || made < since {
         return None;
     }
+    // A link may point below a store path, such as `result/bin`.
     StorePath::containing(&fs::read_link(link).ok()?).ok()
 }
 

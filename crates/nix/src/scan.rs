@@ -1,6 +1,6 @@
-//! Looks into a store path, file by file as its NAR is read, for what must not leave: secrets of this job, what has
-//! the shape of one, places of this machine, and store paths that are mentioned. Reports where, never what. Looks
-//! into no compressed file.
+//! Searches a store path, file by file as its NAR is read, for what must not be published: the
+//! job's secrets, anything shaped like a secret, paths of this machine, and mentioned store paths.
+//! Reports where something was found, never its value. Does not look into compressed files.
 
 mod matcher;
 mod needles;
@@ -27,19 +27,20 @@ use flywheel_core::policy::Rule;
 use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;
 
-/// Bytes that are looked through at once: they stay in the second-level cache for every group of needles.
+/// Bytes to search at once. A block stays in the second-level cache for every group of needles.
 const BLOCK_SIZE: usize = 128 * 1024;
-/// Bytes kept in front of a block, to see what stands before a find.
+/// Bytes kept in front of a block, for judging what precedes a match.
 const LOOKBACK: usize = 8;
-/// So many finds of one path say enough.
+/// Findings reported per path; more add nothing.
 const MAX_FINDINGS: usize = 20;
-/// So many mentioned store paths are remembered of one path.
+/// Mentioned store paths remembered per path.
 const MAX_MENTIONS: usize = 10_000;
-/// Where store paths begin.
+/// The prefix of every store path.
 const STORE_PREFIX: &[u8] = b"/nix/store/";
-/// Nix builds here without a sandbox, in a folder named after the derivation.
+/// The prefix of build folders without a sandbox; the derivation's name follows.
 const BUILD_FOLDER: &[u8] = b"/nix-build-";
-/// Folders and files of these names hold what tests and documentation need; a key in them opens nothing.
+/// Names of files and folders for tests and documentation. Keys in them are examples that open
+/// nothing.
 const EXAMPLE_NAMES: [&str; 18] = [
     "test",
     "tests",
@@ -61,18 +62,18 @@ const EXAMPLE_NAMES: [&str; 18] = [
     "mocks",
 ];
 
-/// Something that must not leave.
+/// Something in a path that must not be published.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Finding {
-    /// The rule that it breaks, by its word.
+    /// The rule that it breaks, serialized by name.
     #[serde(serialize_with = "rule_name")]
     pub rule: Rule,
     /// The file inside the path; empty if the path is a file itself.
     pub file: String,
-    /// Bytes from the file's beginning; of a name or a link's target, from its beginning.
+    /// Offset in bytes from the beginning of the file, or of the name or link target.
     pub offset: u64,
-    /// What it is, never the thing itself.
+    /// A description, never the value itself.
     pub what: String,
 }
 
@@ -81,7 +82,8 @@ fn rule_name<S: serde::Serializer>(rule: &Rule, serializer: S) -> Result<S::Ok, 
 }
 
 impl Finding {
-    /// One that is at no place in a file: the job, or what the store knows of the path, breaks the rule.
+    /// A finding without a location in a file: the job itself, or the store's metadata of the path,
+    /// breaks the rule.
     pub fn without_location(rule: Rule, what: String) -> Self {
         Self {
             rule,
@@ -117,24 +119,24 @@ impl fmt::Display for Finding {
     }
 }
 
-/// What a look into a path came to.
+/// The result of scanning a path.
 #[derive(Clone, Debug, Default)]
 pub struct ScanResult {
-    /// What must not leave, in the NAR's order; no more than twenty.
+    /// The findings, in the NAR's order, at most `MAX_FINDINGS`.
     pub findings: Vec<Finding>,
-    /// Hashes of the store paths that it mentions, and where it does so first: file and offset.
+    /// Hashes of the mentioned store paths, each with the file and offset of its first mention.
     pub mentions: BTreeMap<PathHash, (String, u64)>,
-    /// Bytes of files that were looked through.
+    /// Bytes of file content that were searched.
     pub bytes: u64,
 }
 
-/// Looks into paths. Made once a job; shared by all that look.
+/// Scans paths. Built once per job and shared by all who scan.
 pub struct Scanner {
     matcher: Matcher,
     patterns: Vec<Pattern>,
-    /// Every form of every secret, to be kept out of what is said.
+    /// Every form of every secret, to be redacted from file names in reports.
     values: Vec<Vec<u8>>,
-    /// The places, the longest first: one may begin with another.
+    /// The machine's paths, the longest first, since one may be a prefix of another.
     places: Vec<(Vec<u8>, String)>,
     now: u64,
 }
@@ -154,18 +156,20 @@ impl fmt::Debug for Scanner {
 }
 
 impl Scanner {
-    /// One that looks for these secrets, by the names of their variables, and these places, by what they are;
-    /// and for all that has the shape of a secret.
+    /// Creates a scanner for these secrets (with the names of their variables), these paths of the
+    /// machine (with their descriptions), and everything shaped like a secret.
     pub fn new(secrets: &[(String, Secret)], places: &[(&str, &Path)]) -> Self {
         let mut needles: Vec<Needle> = secrets
             .iter()
             .flat_map(|(name, secret)| needles_for_secret(name, secret))
             .collect();
+        // Collected before the paths are added: only secrets are redacted.
         let values = needles.iter().map(|needle| needle.bytes.clone()).collect();
         let mut sole: Vec<Needle> = places
             .iter()
             .filter_map(|(what, folder)| needle_for_place(what, folder))
             .collect();
+        // The longest path first: of two that match, the more specific one is reported.
         sole.sort_by_key(|needle| std::cmp::Reverse(needle.bytes.len()));
         let places = sole.iter().filter_map(|needle| match &needle.kind {
             NeedleKind::Place(what) => Some((needle.bytes.clone(), what.clone())),
@@ -201,30 +205,30 @@ impl Scanner {
         }
     }
 
-    /// How many different byte strings it looks for.
+    /// The number of byte strings it searches for.
     pub fn needles(&self) -> usize {
         self.patterns.len()
     }
 
-    /// Looks into a path on disk. Blocks.
+    /// Scans a path on disk. Blocking.
     ///
     /// # Errors
-    /// When it cannot be read whole.
+    /// When it cannot be read completely.
     pub fn scan(&self, path: &Path) -> Result<ScanResult, DumpError> {
         let mut scan = self.begin();
         match write_visited(path, &mut io::sink(), &mut scan) {
-            // Enough was found.
+            // The scan stopped itself after enough findings.
             Err(DumpError::Sink(_)) => Ok(scan.result),
             Err(error) => Err(error),
             Ok(()) => Ok(scan.result),
         }
     }
 
-    /// The same of a small path, whose NAR comes back with it unless enough was found before its end. What is sent
-    /// then is what was looked at. `hash` and `size` are the registered ones.
+    /// Scans a small path and returns its NAR as well, unless the scan stopped early. What is
+    /// uploaded is then exactly what was scanned. `hash` and `size` are the registered ones.
     ///
     /// # Errors
-    /// When it cannot be read whole, or is not what was registered.
+    /// When it cannot be read completely, or is not what was registered.
     pub fn scan_and_read(
         &self,
         path: &Path,
@@ -239,7 +243,7 @@ impl Scanner {
         }
     }
 
-    /// The longest place that stands here whole: `/home/me2` is not `/home/me`.
+    /// Returns the longest path that matches here as a whole: `/home/me2` is not `/home/me`.
     fn place(&self, before: Option<u8>, found: &[u8]) -> Option<&str> {
         let is_of_name = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.".contains(byte);
         let ends = |place: &[u8]| {
@@ -252,7 +256,7 @@ impl Scanner {
             .map(|(_, what)| what.as_str())
     }
 
-    /// A look that whoever reads a path feeds.
+    /// Starts a scan that the reader of a path feeds.
     pub fn begin(&self) -> PathScan<'_> {
         PathScan {
             scanner: self,
@@ -265,28 +269,31 @@ impl Scanner {
     }
 }
 
-/// One look into one path, in flat memory whatever its size.
+/// One scan of one path, in constant memory.
 pub struct PathScan<'a> {
     scanner: &'a Scanner,
     result: ScanResult,
-    /// The names down to where we are.
+    /// The path of the current file inside the store path.
     file: Vec<Vec<u8>>,
-    /// The end of what was read, of which all before `next` has been looked through.
+    /// The most recent bytes; everything before `next` has been searched.
     block: Vec<u8>,
-    /// Where in the file the block begins.
+    /// The block's offset in the file.
     base: u64,
     next: usize,
 }
 
 impl PathScan<'_> {
-    /// Looks through what is in the block; `whole`: nothing follows.
+    /// Searches the block. `whole` is true when the file ends with it.
     fn search(&mut self, whole: bool) -> io::Result<()> {
+        // A match that begins near the end of the block needs the bytes that follow it, so it waits
+        // for the next block.
         let until = if whole {
             self.block.len()
         } else {
             self.block.len().saturating_sub(LOOKAHEAD)
         };
         if until > self.next {
+            // The callback below borrows `self` mutably, so the block moves out for the search.
             let block = std::mem::take(&mut self.block);
             let scanner = self.scanner;
             scanner
@@ -305,6 +312,7 @@ impl PathScan<'_> {
         self.block.drain(..done);
         self.base += done as u64;
         self.next -= done;
+        // An error makes the NAR reader stop.
         if self.result.findings.len() >= MAX_FINDINGS {
             Err(io::Error::other("enough was found"))
         } else {
@@ -325,6 +333,7 @@ impl PathScan<'_> {
                 );
             }
             Pattern::Needle(NeedleKind::Place(_)) => {
+                // The longest path wins over the one that matched.
                 if let Some(what) = self.scanner.place(before, found) {
                     self.report(Rule::MachinePath, offset, format!("{what} of this machine"));
                 }
@@ -345,6 +354,7 @@ impl PathScan<'_> {
                 let hash = found
                     .get(STORE_PREFIX.len()..STORE_PREFIX.len() + 32)
                     .and_then(|hash| std::str::from_utf8(hash).ok());
+                // Only the hash identifies a path; the dash shows that the hash is complete.
                 if found.get(STORE_PREFIX.len() + 32) == Some(&b'-')
                     && let Some(hash) = hash.and_then(|hash| PathHash::parse(hash).ok())
                     && self.result.mentions.len() < MAX_MENTIONS
@@ -373,12 +383,13 @@ impl PathScan<'_> {
             offset,
             what,
         };
+        // Overlapping needles report the same finding more than once.
         if self.result.findings.len() < MAX_FINDINGS && !self.result.findings.contains(&finding) {
             self.result.findings.push(finding);
         }
     }
 
-    /// The file inside the path. A name may hold a secret, and nothing that is said may.
+    /// The current file's name for reports. A part of it that contains a secret is replaced.
     fn display_name(&self) -> String {
         let is_secret = |name: &[u8]| {
             self.scanner
@@ -397,12 +408,13 @@ impl PathScan<'_> {
         names.join("/")
     }
 
-    /// Whether the file is among what tests and documentation hold.
+    /// Whether the file belongs to tests or documentation.
     fn is_example_file(&self) -> bool {
         let names = self
             .file
             .iter()
             .map(|name| String::from_utf8_lossy(name).to_ascii_lowercase());
+        // `test-keys` and `keys_test.go` count, `contest` does not.
         names.into_iter().any(|name| {
             name.split(|c: char| !c.is_ascii_alphanumeric())
                 .any(|word| EXAMPLE_NAMES.contains(&word))
@@ -419,7 +431,7 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     text.len() >= part.len() && text.windows(part.len()).any(|window| window == part)
 }
 
-/// `name.drv-0` follows, which is how Nix names the folder of a build.
+/// Whether `name.drv-0` follows, as in the names of Nix's build folders.
 fn is_build_folder(text: &[u8]) -> bool {
     let name = text
         .iter()
@@ -434,6 +446,7 @@ fn is_build_folder(text: &[u8]) -> bool {
 
 impl NarVisitor for PathScan<'_> {
     fn enter(&mut self, name: &[u8]) -> io::Result<()> {
+        // A file's name may contain a secret as well.
         self.file.push(name.to_vec());
         self.whole_text(name)
     }
@@ -445,6 +458,7 @@ impl NarVisitor for PathScan<'_> {
     fn content(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.result.bytes += bytes.len() as u64;
         self.block.extend_from_slice(bytes);
+        // Small files are searched at their end, in one go.
         if self.block.len() >= BLOCK_SIZE {
             self.search(false)
         } else {
@@ -454,6 +468,7 @@ impl NarVisitor for PathScan<'_> {
 
     fn end(&mut self) -> io::Result<()> {
         self.search(true)?;
+        // Offsets count from the beginning of each file.
         self.base = 0;
         Ok(())
     }

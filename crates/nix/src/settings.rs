@@ -1,5 +1,5 @@
-//! `NIX_CONFIG` for the user's command: what the runner gave, what Flywheel adds, what the user adds.
-//! Writes no configuration file, and never loses or reorders a line that it was given.
+//! Composes `NIX_CONFIG` for the user's command from the runner's lines, ours and the user's.
+//! Writes no configuration file, and never drops or reorders a given line.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,11 +10,11 @@ use crate::key::PublicKey;
 use crate::tool::{Error, FEATURES, Flavour, Nix};
 use flywheel_core::exit::UsageError;
 
-/// Printing the settings needs no store.
+/// Printing the settings opens no store, so this is ample.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A substituter that dies in the middle of a job costs seconds, not minutes, and a slow link still
-/// works: Nix's own defaults are no bound at all, 300 s, five attempts, and a failed build.
+/// Bounds on downloads, so that a substituter that dies during a job costs seconds while a slow
+/// link still works. Nix's defaults (300 s, five attempts, then a failed build) would cost minutes.
 const DOWNLOAD_BOUNDS: [(&str, &str); 4] = [
     ("connect-timeout", "5"),
     ("stalled-download-timeout", "30"),
@@ -22,22 +22,22 @@ const DOWNLOAD_BOUNDS: [(&str, &str); 4] = [
     ("fallback", "true"),
 ];
 
-/// What the job's settings should say.
+/// The settings that a job wants.
 #[derive(Clone, Debug, Default)]
 pub struct WantedSettings {
-    /// The cache, if it can be used. A dead one is left out, so that no build waits for it.
+    /// The cache, if it is usable. An unreachable one is left out, so that no build waits for it.
     pub cache: Option<CacheSettings>,
     /// The include file with access tokens for fetchers.
     pub access_tokens: Option<PathBuf>,
     /// Lines that make the installation work (`build-users-group =`).
     pub repairs: Vec<String>,
-    /// What the user adds himself (`extra-nix-config`); it comes last and has the last word.
+    /// The user's lines (`extra-nix-config`). They come last and so override ours.
     pub extra: String,
-    /// The settings in force before; a bound that somebody has set is left alone.
+    /// The settings in force before. A bound that is set there is left alone.
     pub before: Settings,
 }
 
-/// The cache as Nix should know it.
+/// How Nix reaches the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheSettings {
     /// `<server>/<cache>`.
@@ -48,7 +48,7 @@ pub struct CacheSettings {
     pub netrc: Option<PathBuf>,
 }
 
-/// `base`, the runner's `NIX_CONFIG`, byte for byte, then our lines, then the user's.
+/// Returns `base` (the runner's `NIX_CONFIG`) unchanged, followed by our lines and then the user's.
 pub fn compose(base: &str, wanted: &WantedSettings) -> String {
     let mut text = base.to_owned();
     let mut line = |line: &str| {
@@ -58,7 +58,9 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
         text.push_str(line);
         text.push('\n');
     };
+    // The user's command may use flakes even where the installation does not enable them.
     line(FEATURES);
+    // Repairs come before the user's lines, which may override them.
     for repair in &wanted.repairs {
         line(repair);
     }
@@ -71,13 +73,15 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
             line(&format!("netrc-file = {}", netrc.display()));
         }
         for (name, value) in DOWNLOAD_BOUNDS {
+            // A bound that the runner or the user has chosen stays.
             if !sets(base, name) && !wanted.before.is_set(name) {
                 line(&format!("{name} = {value}"));
             }
         }
     }
     if let Some(file) = &wanted.access_tokens {
-        // `!include` passes over a file that is gone, for a process that outlives the job.
+        // Unlike `include`, `!include` ignores a missing file, which a process that outlives the
+        // job would meet.
         line(&format!("!include {}", file.display()));
     }
     let extra = wanted.extra.trim();
@@ -87,13 +91,13 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
     text
 }
 
-/// Whether a text of settings sets this one.
+/// Whether this text assigns the setting `name`.
 pub fn sets(text: &str, name: &str) -> bool {
     lines(text).any(|(_, words)| words.first() == Some(&name) && words.get(1) == Some(&"="))
 }
 
-/// The lines that are not empty, with their numbers, split into words as Nix does: comments away,
-/// blanks, tabs and carriage returns between words.
+/// Splits the non-empty lines into words as Nix does (comments removed; blanks, tabs and carriage
+/// returns separate words), and numbers them from 1.
 fn lines(text: &str) -> impl Iterator<Item = (usize, Vec<&str>)> {
     let words = text.lines().map(|line| {
         line.split('#')
@@ -107,9 +111,10 @@ fn lines(text: &str) -> impl Iterator<Item = (usize, Vec<&str>)> {
         .filter(|(_, words): &(usize, Vec<&str>)| !words.is_empty())
 }
 
-/// The numbers of the lines that Nix refuses, and with them every command: neither
-/// `name = value` nor `include file`. The lines themselves may hold a secret.
+/// Returns the numbers of the lines that are neither `name = value` nor `include file`. One such
+/// line makes every command fail. The lines themselves are not returned, as they may hold a secret.
 pub fn malformed(text: &str) -> Vec<usize> {
+    // `name =` without a value is valid: it sets an empty value.
     let is_good = |words: &[&str]| matches!(words, ["include" | "!include", _] | [_, "=", ..]);
     lines(text)
         .filter(|(_, words)| !is_good(words))
@@ -117,10 +122,10 @@ pub fn malformed(text: &str) -> Vec<usize> {
         .collect()
 }
 
-/// Checks the user's own lines before anything is touched.
+/// Checks the user's lines before anything is changed.
 ///
 /// # Errors
-/// When Nix would refuse one of them.
+/// When Nix would reject one of them.
 pub fn check_extra(text: &str) -> Result<(), UsageError> {
     let Some(number) = malformed(text).first().copied() else {
         return Ok(());
@@ -132,12 +137,12 @@ pub fn check_extra(text: &str) -> Result<(), UsageError> {
     .with_hint("Write one setting a line, such as `max-jobs = 4`."))
 }
 
-/// The settings that Nix has in force. Holds access tokens: never to be printed as a whole.
+/// The settings in force. They include access tokens, so never print them as a whole.
 #[derive(Clone, Default)]
 pub struct Settings(Map<String, Value>);
 
 impl Settings {
-    /// Asks Nix, under the `NIX_CONFIG` that `nix` has.
+    /// Reads the settings under the `NIX_CONFIG` of `nix`.
     ///
     /// # Errors
     /// When Nix gives no answer.
@@ -151,7 +156,7 @@ impl Settings {
         };
         let output = nix.run_checked(arguments, LIMIT).await?;
         let call = format!("nix {}", arguments[..arguments.len() - 1].join(" "));
-        // What serde says could quote a value.
+        // serde's message could quote a value, which may be a secret.
         serde_json::from_slice(&output.stdout)
             .map(Self)
             .map_err(|_| Error::UnexpectedOutput {
@@ -164,32 +169,33 @@ impl Settings {
     pub fn text(&self, name: &str) -> Option<String> {
         match self.value(name)? {
             Value::String(text) => Some(text.clone()),
-            Value::Array(_) => Some(self.words(name).join(" ")),
+            Value::Array(_) => Some(self.list(name).join(" ")),
             Value::Null => None,
             other => Some(other.to_string()),
         }
     }
 
     /// The words of a setting that is a list.
-    pub fn words(&self, name: &str) -> Vec<String> {
+    pub fn list(&self, name: &str) -> Vec<String> {
         match self.value(name) {
             Some(Value::Array(list)) => list
                 .iter()
                 .filter_map(Value::as_str)
                 .map(str::to_owned)
                 .collect(),
+            // Some versions print lists as text.
             Some(Value::String(text)) => text.split_whitespace().map(str::to_owned).collect(),
             _ => Vec::new(),
         }
     }
 
-    /// Whether somebody has given it a value other than its default.
+    /// Whether the setting has a value other than its default.
     pub fn is_set(&self, name: &str) -> bool {
         self.value(name).is_some()
             && self.value(name) != self.0.get(name).and_then(|entry| entry.get("defaultValue"))
     }
 
-    /// The netrc in use, whether it exists or not.
+    /// The netrc that Nix uses; the file need not exist.
     pub fn netrc_file(&self) -> Option<PathBuf> {
         self.text("netrc-file")
             .filter(|file| !file.is_empty())
@@ -201,7 +207,7 @@ impl Settings {
     }
 }
 
-/// Names only: values may be secrets.
+/// Prints the number of settings only, since values may be secrets.
 impl std::fmt::Debug for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Settings({})", self.0.len())
@@ -300,7 +306,7 @@ mod tests {
             r#"{"substituters":{"value":["https://a","https://b"],"defaultValue":["https://a"]},
                 "netrc-file":{"value":"/etc/nix/netrc"},"access-tokens":{"value":{"github.com":"s3cr3t"}}}"#,
         );
-        assert_eq!(settings.words("substituters"), ["https://a", "https://b"]);
+        assert_eq!(settings.list("substituters"), ["https://a", "https://b"]);
         assert!(settings.is_set("substituters") && !settings.is_set("connect-timeout"));
         assert_eq!(settings.netrc_file(), Some("/etc/nix/netrc".into()));
         assert_eq!(settings.text("no-such-setting"), None);

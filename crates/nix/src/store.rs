@@ -20,18 +20,18 @@ use crate::tool::{self, Flavour, Nix};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::text::one_line;
 
-/// Where Nix keeps its state, unless `NIX_STATE_DIR` says otherwise.
+/// Nix's state folder, unless `NIX_STATE_DIR` names another.
 pub const STATE_DIR: &str = "/nix/var/nix";
-/// Opening a store is quick; a daemon that needs longer than this is taken for dead.
+/// Opening a store is quick; a daemon that takes longer than this counts as dead.
 const PING_LIMIT: Duration = Duration::from_secs(20);
 /// Listing a big store through a daemon may take a while.
 const LIST_LIMIT: Duration = Duration::from_secs(180);
 /// A daemon's worker opens the database right after it was connected to.
 const WAKE_LIMIT: Duration = Duration::from_secs(2);
-/// How often it is looked whether it has.
+/// How often to check for that.
 const WAKE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Why the store gave no answer.
+/// Why the store could not be read.
 #[derive(Debug, Error)]
 pub enum Error {
     /// Nix failed.
@@ -43,7 +43,7 @@ pub enum Error {
     /// The database failed, and opening it again did not help.
     #[error(transparent)]
     Db(#[from] db::Error),
-    /// Nix's answer was not understood.
+    /// The output of Nix was not understood.
     #[error("what `nix path-info` printed is not understood")]
     Json(#[from] JsonError),
     /// The folder with the job's result links could not be read.
@@ -51,11 +51,11 @@ pub enum Error {
     Folder {
         /// The folder.
         folder: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: std::io::Error,
     },
-    /// A thread of ours died.
+    /// One of our threads panicked.
     #[error("a thread that read the store died")]
     Thread(#[source] tokio::task::JoinError),
 }
@@ -69,12 +69,12 @@ impl Explain for Error {
     }
 }
 
-/// A moment of the store. What was added since can be asked for later.
+/// A point in the store's history. `added_since` returns what was added later.
 #[derive(Clone, Debug)]
 pub struct Mark(MarkKind);
 
 impl Mark {
-    /// The id of the path registered last, where the database tells.
+    /// The id of the path registered last; `None` for a store without a readable database.
     pub fn id(&self) -> Option<i64> {
         match &self.0 {
             MarkKind::Id(id) => Some(*id),
@@ -82,7 +82,7 @@ impl Mark {
         }
     }
 
-    /// The moment after which an earlier job's id was the last.
+    /// The mark of an earlier job, from the id it recorded.
     pub fn after_id(id: i64) -> Self {
         Self(MarkKind::Id(id))
     }
@@ -105,7 +105,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store that `nix` uses. Its database is read where it is this machine's own and readable.
+    /// Opens the store that `nix` uses. Its database is read directly if it is local and readable.
     ///
     /// # Errors
     /// When Nix itself cannot open the store.
@@ -117,12 +117,13 @@ impl Store {
         Self::from_opened(nix, &opened).await
     }
 
-    /// The same where it is known already what opening it with this very `nix` tells.
+    /// Like `open`, for a store that has been pinged with this same `nix`.
     ///
     /// # Errors
-    /// When its database cannot be looked for.
+    /// When the thread that opens the database panics.
     pub async fn from_opened(nix: &Nix, opened: &Opened) -> Result<Self, Error> {
         let state = state_folder(nix);
+        // The database describes this machine's store only; for any other, Nix is queried.
         let db = if is_own(&opened.url, &state) {
             let state = state.clone();
             blocking(move || Ok(open_db(&state))).await?
@@ -136,7 +137,8 @@ impl Store {
         })
     }
 
-    /// The store that a database of this machine describes, whichever Nix would open. `None` if it is not ours to read.
+    /// Opens the local database alone, without running Nix and whichever store Nix would open.
+    /// Returns `None` if the database cannot be read.
     pub async fn from_database(nix: &Nix) -> Option<Self> {
         let state = state_folder(nix);
         let folder = state.clone();
@@ -148,17 +150,18 @@ impl Store {
         })
     }
 
-    /// Why the database is not read, so that Nix is asked instead, which is slower; `None` if it is read.
+    /// Why Nix is queried instead of the database, which is slower; `None` if the database is in
+    /// use.
     pub fn database_error(&self) -> Option<&str> {
         self.db.as_ref().err().map(String::as_str)
     }
 
-    /// The database's file, for a watcher; `None` where it cannot be read.
+    /// The database file for a watcher; `None` if it cannot be read.
     pub fn database_file(&self) -> Option<PathBuf> {
         self.db.is_ok().then(|| Db::file(&self.state))
     }
 
-    /// This moment.
+    /// Marks the current state of the store.
     ///
     /// # Errors
     /// When the store gives no answer.
@@ -177,7 +180,8 @@ impl Store {
         ))))
     }
 
-    /// Everything that was added since `mark` and is still valid: built, substituted, copied, evaluated.
+    /// Returns everything added since `mark` that is still valid: built, substituted, copied or
+    /// evaluated.
     ///
     /// # Errors
     /// When the store gives no answer.
@@ -202,8 +206,8 @@ impl Store {
         Ok(found)
     }
 
-    /// Watches for paths that are added after `mark`, and tells of each as it becomes valid. `None`
-    /// where the database cannot be read: then `added_since` at the end has to do, and misses nothing.
+    /// Watches for paths added after `mark` and reports each as it becomes valid. Returns `None`
+    /// without a readable database; `added_since` at the end then finds the same paths.
     pub fn watch(
         &self,
         mark: &Mark,
@@ -215,7 +219,7 @@ impl Store {
         }
     }
 
-    /// The valid paths of these hashes; none where the database cannot be read.
+    /// Returns the valid paths with these hashes, or none if the database cannot be read.
     ///
     /// # Errors
     /// When the store gives no answer.
@@ -226,8 +230,8 @@ impl Store {
         self.query(move |db| db.valid_by_hash(&hashes)).await
     }
 
-    /// Up to `most` valid paths, of at most `nar_size` bytes each, that a cache with this key is likely to have;
-    /// none where the database cannot be read.
+    /// Returns up to `most` valid paths, of at most `nar_size` bytes each, that a cache with this
+    /// key probably has, or none if the database cannot be read.
     ///
     /// # Errors
     /// When the store gives no answer.
@@ -245,7 +249,7 @@ impl Store {
             .await
     }
 
-    /// What is known of these paths; those that are not valid (any more) are left out.
+    /// Returns the metadata of these paths. Paths that are not valid (any more) are left out.
     ///
     /// # Errors
     /// When the store gives no answer.
@@ -263,7 +267,8 @@ impl Store {
         Ok(found)
     }
 
-    /// These paths and everything they refer to, however far; those that are not valid are left out.
+    /// Returns the metadata of these paths and of everything they refer to, transitively. Paths
+    /// that are not valid are left out.
     ///
     /// # Errors
     /// When the store gives no answer.
@@ -275,8 +280,8 @@ impl Store {
         Ok(closure_in(self.list().await?, paths))
     }
 
-    /// The store paths that links below `folder`, made or changed since `since`, point to: the job's
-    /// results, even where nothing had to be built. Validity is not looked at.
+    /// Returns the store paths that links below `folder`, made or changed since `since`, point to.
+    /// These are the job's results, even where nothing had to be built. Validity is not checked.
     ///
     /// # Errors
     /// When the folder cannot be read.
@@ -293,7 +298,8 @@ impl Store {
         .await
     }
 
-    /// Asks the database in a thread that may block; if it fails, once more with a database opened anew.
+    /// Runs a query on a thread that may block. If it fails, the database is opened anew and the
+    /// query runs once more.
     async fn query<T: Send + 'static>(
         &self,
         query: impl Fn(&Db) -> Result<T, db::Error> + Send + 'static,
@@ -305,21 +311,23 @@ impl Store {
             .map_err(|why| Error::Closed(why.clone()))?;
         let file = Db::file(&self.state);
         blocking(move || {
-            // A thread that died with the lock held left nothing half-done: we only read.
+            // A panic under this lock leaves nothing half-done, because the database is only read.
             let mut db = db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            // The first error is dropped: a persistent one comes back from the new handle.
             if let Ok(answer) = query(&db) {
                 return Ok(answer);
             }
+            // A new handle helps if the file has been replaced since.
             *db = Db::open(&file)?;
             Ok(query(&db)?)
         })
         .await
     }
 
-    /// Every valid path, asked of Nix.
+    /// Lists every valid path by running Nix.
     async fn list(&self) -> Result<PathInfos, Error> {
         let mut arguments = vec!["path-info", "--all", "--json"];
-        // From 2.34 on it warns without a format, and means to refuse.
+        // Nix 2.34 and later warn when the format is missing and announce that they will reject it.
         if self.nix.version.flavour != Flavour::Lix && self.nix.version.at_least(2, 33) {
             arguments.extend(["--json-format", "1"]);
         }
@@ -328,31 +336,32 @@ impl Store {
     }
 }
 
-/// Where this Nix keeps its state.
+/// The folder in which this Nix keeps its state.
 pub fn state_folder(nix: &Nix) -> PathBuf {
     nix.variable("NIX_STATE_DIR")
         .map_or_else(|| STATE_DIR.into(), PathBuf::from)
 }
 
-/// The socket at which a daemon of this state folder answers.
+/// The socket of the daemon for this state folder.
 pub fn daemon_socket(nix: &Nix) -> PathBuf {
     let named = nix.variable("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
     named.unwrap_or_else(|| state_folder(nix).join("daemon-socket/socket"))
 }
 
-/// Whether a store of this URL is the one that the state folder describes.
+/// Whether a store with this URL is the one that the state folder describes.
 fn is_own(url: &str, state: &Path) -> bool {
     let socket = state.join("daemon-socket/socket");
     matches!(url, "local" | "daemon")
+        // Some versions print the socket's URL instead of `daemon`.
         || url
             .strip_prefix("unix://")
             .is_some_and(|path| Path::new(path) == socket)
 }
 
-/// Opens the database of a state folder, or says on one line why it is of no use. Blocking.
+/// Opens the database of a state folder, or returns the reason on one line. Blocking.
 ///
 /// # Errors
-/// When there is none, it cannot be read, or it knows nothing of a store that holds something.
+/// When it is missing, unreadable, or empty although the store is not.
 pub fn open_db(state: &Path) -> Result<Db, String> {
     let file = Db::file(state);
     let opened = Db::open(&file).or_else(|error| {
@@ -363,16 +372,18 @@ pub fn open_db(state: &Path) -> Result<Db, String> {
         }
     });
     let db = opened.map_err(|error| describe(&error))?;
-    // A container may have the host's store and socket but a state folder of its own.
+    // A container may mount the host's store and socket but have a state folder of its own, with an
+    // empty database.
     if db.last_id().map_err(|error| describe(&error))? == 0 && store_has_entries() {
         return Err(format!("`{}` knows no path", file.display()));
     }
     Ok(db)
 }
 
-/// An unprivileged reader needs the database's shared memory, which exists while somebody has the
-/// database open. A daemon's worker opens it for every connection, so one is kept until we have it
-/// open too; from then on it stays.
+/// Opens the database while holding a connection to the daemon. An unprivileged reader needs the
+/// database's shared memory, which exists only while some process has the database open. The
+/// daemon's worker opens it for every connection, so the connection is held until our own handle
+/// keeps it alive.
 fn open_beside_daemon(file: &Path, state: &Path) -> Option<Db> {
     let _connection = UnixStream::connect(state.join("daemon-socket/socket")).ok()?;
     let deadline = Instant::now() + WAKE_LIMIT;
@@ -401,7 +412,7 @@ fn describe(error: &db::Error) -> String {
     one_line(&format!("{error}: {source}"), 300)
 }
 
-/// The part of `all` that `paths` reach.
+/// Returns the part of `all` that is reachable from `paths`.
 fn closure_in(all: PathInfos, paths: Vec<StorePath>) -> PathInfos {
     let mut known: BTreeMap<StorePath, PathInfo> = all
         .infos
@@ -424,7 +435,7 @@ fn closure_in(all: PathInfos, paths: Vec<StorePath>) -> PathInfos {
         found.infos.push(info);
     }
     found.infos.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    // What such a path refers to is not known, so that it may only be named.
+    // The references of an unreadable path are unknown, so it can be named but not followed.
     found.unreadable = all
         .unreadable
         .into_iter()

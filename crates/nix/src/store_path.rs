@@ -1,4 +1,4 @@
-//! Store paths as a type: what is one, its hash, its name. Pure.
+//! The type of store paths, with their hash and name. Pure.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,11 +9,11 @@ use thiserror::Error;
 
 use crate::hash::is_base32;
 
-/// The store folder that all paths of this program are in. Chroot stores keep this logical name.
+/// The folder of all store paths. Chroot stores keep this logical name.
 pub const STORE_DIR: &str = "/nix/store";
-/// Nix's own limit of a name, `StorePath::MaxPathLen`.
+/// Nix's limit for a name, `StorePath::MaxPathLen`.
 const NAME_LIMIT: usize = 211;
-/// Characters of the hash part.
+/// Length of the hash part.
 const HASH_LENGTH: usize = 32;
 
 /// A text that is not a store path.
@@ -21,13 +21,13 @@ const HASH_LENGTH: usize = 32;
 #[error("`{0}` is not a store path (`/nix/store/<32 characters>-<name>`)")]
 pub struct StorePathError(String);
 
-/// The 32 characters by which caches know a store path.
+/// The 32 characters by which caches identify a store path.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct PathHash(String);
 
 impl PathHash {
-    /// Reads the 32 characters.
+    /// Parses the 32 characters.
     ///
     /// # Errors
     /// When length or alphabet are wrong.
@@ -39,7 +39,6 @@ impl PathHash {
         }
     }
 
-    /// The 32 characters.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -64,24 +63,26 @@ impl From<PathHash> for String {
     }
 }
 
-/// A store path: `/nix/store/<hash>-<name>`, nothing below it.
+/// A store path, `/nix/store/<hash>-<name>`, with nothing below it.
 ///
-/// Ordered by base name, bytewise, as Nix sorts references.
+/// Ordered by base name, bytewise, which is how Nix sorts references.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct StorePath(String);
 
 impl StorePath {
-    /// Reads a base name, `<hash>-<name>`.
+    /// Parses a base name, `<hash>-<name>`.
     ///
     /// # Errors
     /// When it is not one.
     pub fn from_base_name(name: &str) -> Result<Self, StorePathError> {
         let error = || StorePathError(flywheel_core::text::one_line(name, 260));
+        // Checked, since the text may have a multi-byte character at this position.
         let (hash, rest) = name.split_at_checked(HASH_LENGTH).ok_or_else(error)?;
         let rest = rest.strip_prefix('-').ok_or_else(error)?;
         let allowed = |c: u8| c.is_ascii_alphanumeric() || b"+-._?=".contains(&c);
         let named = !rest.is_empty() && rest.len() <= NAME_LIMIT && rest.bytes().all(allowed);
+        // Nix rejects such names too.
         let dots = matches!(rest.split('-').next(), Some("." | ".."));
         if is_base32(hash) && named && !dots {
             Ok(Self(name.to_owned()))
@@ -90,7 +91,7 @@ impl StorePath {
         }
     }
 
-    /// Reads a full path or anything below it, and gives the store path it is in.
+    /// Returns the store path that contains this path, which may be the store path itself.
     ///
     /// # Errors
     /// When it is not below the store.
@@ -110,17 +111,17 @@ impl StorePath {
         &self.0
     }
 
-    /// The 32 characters by which caches know it.
+    /// The hash part.
     pub fn hash(&self) -> PathHash {
         PathHash(self.0[..HASH_LENGTH].to_owned())
     }
 
-    /// What stands behind the hash.
+    /// The part after the hash.
     pub fn name(&self) -> &str {
         &self.0[HASH_LENGTH + 1..]
     }
 
-    /// Whether this is a store derivation.
+    /// Whether this is a derivation.
     pub fn is_derivation(&self) -> bool {
         self.0.ends_with(".drv")
     }
@@ -144,7 +145,7 @@ impl fmt::Debug for StorePath {
     }
 }
 
-/// Reads a full path, with nothing below it.
+/// Parses a full path with nothing below it.
 impl FromStr for StorePath {
     type Err = StorePathError;
 

@@ -1,11 +1,12 @@
-//! Which Nix processes of this machine are the job's, and so which added paths: jobs that share a
-//! store do not publish each other's work. Reads only; decides nothing about publishing.
+//! Decides which Nix processes on this machine belong to the job, and from that which added paths
+//! do, so that jobs sharing a store do not publish each other's work. It only reads, and makes no
+//! decision about publishing.
 //!
-//! Every Nix process that adds, builds or fetches a path first writes the path's name into a file of
-//! its own below `temproots/`, named by its process id, so that the garbage collector spares it
-//! (`LocalStore::addTempRoot`). A process of the daemon does so for its client, whose process id it
-//! puts into its own arguments. The files are seen when they are made, kept open, and can be read
-//! even after their process has removed them.
+//! Before a Nix process adds, builds or fetches a path, it writes the path's name to its own file
+//! in `temproots/`, named after its process id, so that the garbage collector spares the path
+//! (`LocalStore::addTempRoot`). A daemon worker does this on behalf of its client, and shows the
+//! client's process id in its own arguments. This module opens each file when it appears and keeps
+//! it open, because the contents stay readable after the process has removed the file.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
@@ -21,7 +22,8 @@ use crate::store_path::StorePath;
 use flywheel_core::policy::{Impurity, impurity_in_arguments, impurity_in_settings};
 use flywheel_sys::host::notify::{Event, Notify, WatchFlags};
 
-/// How many steps a process may be below us; more is a loop.
+/// Ancestors to follow from a process. `/proc` is not read atomically, so a reused process id could
+/// otherwise form a loop.
 const DEPTH_LIMIT: usize = 4096;
 
 /// The job that added a path.
@@ -29,30 +31,32 @@ const DEPTH_LIMIT: usize = 4096;
 pub enum Owner {
     /// A process of this job added it.
     ThisJob,
-    /// Another job's process added it.
+    /// A process of another job added it.
     OtherJob,
-    /// Nobody was seen to add it, and another job's processes were at work.
+    /// No process was seen adding it, and processes of another job were running.
     Ambiguous,
-    /// Nobody was seen to add it, and no other job was seen at work so far: it is the job's, unless one comes to light.
+    /// No process was seen adding it, and no other job has been seen so far. The path counts as
+    /// this job's unless another job shows up.
     Unclaimed,
 }
 
-/// Which processes are the job's.
+/// The processes that belong to the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JobScope {
     /// This process and its descendants.
     Descendants,
-    /// Processes whose environment, or that of a process above them, holds this `NAME=value`: a CI's
-    /// mark of the job. A process that has put it away (`sudo`, `env -i`) is found by those above it.
+    /// Processes that carry this `NAME=value` in their environment, or descend from one that does.
+    /// CI systems mark a job this way. Looking at the ancestors finds processes that dropped the
+    /// variable (`sudo`, `env -i`).
     Marked(String),
-    /// All processes of this user: on a laptop nothing marks a session.
+    /// All processes of this user, for laptops, where nothing marks a session.
     User,
 }
 
-/// Told of the paths that a process of the job means to add.
+/// Called with the paths that a process of the job is about to add.
 type OnExpected = Box<dyn FnMut(&[StorePath]) + Send>;
 
-/// The Nix processes seen since the watch began.
+/// Watches `temproots/` and remembers which job each path belongs to.
 #[derive(Debug)]
 pub struct TempRootWatcher {
     state: Arc<Mutex<WatcherState>>,
@@ -66,12 +70,12 @@ struct WatcherState {
     open: BTreeMap<u32, RootsFile>,
     ours: HashSet<StorePath>,
     others: HashSet<StorePath>,
-    /// Another job's process was seen at all. With one, a process that was gone before anybody looked may have been
-    /// another job's too.
+    /// Whether any process of another job has been seen. From then on, a process that exited before
+    /// it could be inspected may have belonged to that job.
     other_jobs_seen: bool,
-    /// Another job's process left nothing to read.
+    /// Whether a process of another job removed its file before the file could be opened.
     unclear: bool,
-    /// What a process of the job asks impure evaluation with.
+    /// How a process of the job requested impure evaluation, if one did.
     impurity: Option<Impurity>,
 }
 
@@ -84,7 +88,7 @@ impl std::fmt::Debug for WatcherState {
     }
 }
 
-/// The open file of one process.
+/// The open temporary-roots file of one process.
 #[derive(Debug)]
 struct RootsFile {
     file: File,
@@ -93,7 +97,8 @@ struct RootsFile {
 }
 
 impl RootsFile {
-    /// The paths that were written since, as far as their names are whole; `None` if the file cannot be read.
+    /// Returns the paths written since the last call whose names are complete, or `None` if the
+    /// file cannot be read.
     fn read(&mut self) -> Option<Vec<StorePath>> {
         self.file.read_to_end(&mut self.unparsed).ok()?;
         let whole = self
@@ -101,7 +106,9 @@ impl RootsFile {
             .iter()
             .rposition(|byte| *byte == 0)
             .map_or(0, |end| end + 1);
+        // A name without its terminating NUL is still being written; keep it for the next call.
         let done: Vec<u8> = self.unparsed.drain(..whole).collect();
+        // A store path is UTF-8; anything else in the file is not one.
         let names = done
             .split(|byte| *byte == 0)
             .filter_map(|name| std::str::from_utf8(name).ok());
@@ -110,8 +117,9 @@ impl RootsFile {
 }
 
 impl TempRootWatcher {
-    /// Begins to watch. `state_dir` is Nix's, `/nix/var/nix` as a rule. To be called before the moment from which on
-    /// paths are the job's: a process that was gone before cannot have added one since.
+    /// Starts watching. `state_dir` is Nix's state folder, usually `/nix/var/nix`. Call this before
+    /// the moment from which added paths count as the job's: a process that exited earlier cannot
+    /// have added a path since.
     pub fn start(state_dir: &Path, job: JobScope) -> Self {
         let folder = state_dir.join("temproots");
         let state = Arc::new(Mutex::new(WatcherState {
@@ -125,17 +133,19 @@ impl TempRootWatcher {
             unclear: false,
             impurity: None,
         }));
-        let told = Arc::clone(&state);
+        let shared_state = Arc::clone(&state);
+        // Without inotify the watcher still works: `owners` reads the folder itself.
         let notify = Notify::watch(
             &folder,
             WatchFlags::CREATE | WatchFlags::MODIFY,
             Duration::ZERO,
             move |event| {
-                lock(&told).on_event(&event);
+                lock(&shared_state).on_event(&event);
             },
         )
         .ok();
         let mut begun = lock(&state);
+        // Processes that were already running when the watch began raise no event.
         begun.open_all();
         drop(begun);
         Self {
@@ -144,10 +154,13 @@ impl TempRootWatcher {
         }
     }
 
-    /// `tell` gets the paths that a process of the job means to add, those of before included, as a rule long before
-    /// they are valid. Each is told at once: what the journal has not heard of when the job is killed, nobody takes up.
+    /// Registers `on_expected`, which receives the paths that processes of the job are about to
+    /// add, including those seen before this call. This is usually long before the paths become
+    /// valid. Each path is reported immediately, because a path missing from the journal when the
+    /// job is killed is lost to the next job.
     pub fn subscribe(&self, mut tell: impl FnMut(&[StorePath]) + Send + 'static) {
         let mut state = lock(&self.state);
+        // Paths found before this call would otherwise never be reported.
         let before: Vec<StorePath> = state.ours.iter().cloned().collect();
         if !before.is_empty() {
             tell(&before);
@@ -155,18 +168,18 @@ impl TempRootWatcher {
         state.tell = Some(Box::new(tell));
     }
 
-    /// What a Nix process of the job asks impure evaluation with, if one was seen that does.
+    /// How a Nix process of the job requested impure evaluation, if one has been seen doing so.
     pub fn impurity(&self) -> Option<Impurity> {
         let mut state = lock(&self.state);
         state.open_all();
         state.impurity.clone()
     }
 
-    /// Whose each of these added paths is. To be asked once they are valid: by then their names
-    /// have long been written.
+    /// Returns the owner of each path. Call this once the paths are valid: by then the process that
+    /// added them has written their names.
     pub fn owners(&self, paths: &[StorePath]) -> Vec<Owner> {
         let mut state = lock(&self.state);
-        // What was made a moment ago may not have reached the watching task yet.
+        // The inotify task may not have handled the most recent files yet.
         state.open_all();
         state.read_new();
         paths.iter().map(|path| state.owner_of(path)).collect()
@@ -187,10 +200,10 @@ impl WatcherState {
                     self.open_file_of(pid);
                 }
             }
-            // The folder itself still tells who is there.
+            // inotify dropped events, but the folder still lists every running process.
             Event::Lost => self.open_all(),
         }
-        // Processes that have ended are let go, so that a long job does not hold a file for each.
+        // Close the files of exited processes, or a long job would hold one descriptor per process.
         self.read_new();
     }
 
@@ -208,19 +221,22 @@ impl WatcherState {
 
     fn open_file_of(&mut self, pid: u32) {
         let file = File::open(self.folder.join(pid.to_string()));
-        // A file whose process is long dead tells nothing; a new process may have its number, though.
+        // The same file is already open. A different file under the same number means that the
+        // process id has been reused.
         let known = |roots: &RootsFile, file: &File| same_file(&roots.file, file);
         if let (Some(roots), Ok(file)) = (self.open.get(&pid), &file)
             && known(roots, file)
         {
             return;
         }
-        let whose = ProcessOwner::of_process(pid, &self.job);
-        if whose == ProcessOwner::ThisJob && self.impurity.is_none() {
+        let owner = ProcessOwner::of_process(pid, &self.job);
+        // The arguments are readable only while the process lives, so look now.
+        if owner == ProcessOwner::ThisJob && self.impurity.is_none() {
             self.impurity = impurity_of(pid);
         }
-        self.other_jobs_seen |= whose == ProcessOwner::OtherJob;
-        match (file, whose) {
+        // Remember this even when the file cannot be opened: it makes unclaimed paths ambiguous.
+        self.other_jobs_seen |= owner == ProcessOwner::OtherJob;
+        match (file, owner) {
             (_, ProcessOwner::Exited) => (),
             (Ok(file), owner) => {
                 self.close(pid);
@@ -233,12 +249,15 @@ impl WatcherState {
                     },
                 );
             }
+            // The names in that file are lost, so any path may be the other job's.
             (Err(_), ProcessOwner::OtherJob) => self.unclear = true,
+            // Its paths stay unclaimed, which counts as this job's while no other job is seen.
             (Err(_), ProcessOwner::ThisJob) => (),
         }
     }
 
-    /// Reads what the processes have written since, and lets go of those that have ended.
+    /// Reads what the processes have written since the last call, and closes the files of those
+    /// that have exited.
     fn read_new(&mut self) {
         let pids: Vec<u32> = self.open.keys().copied().collect();
         for pid in pids {
@@ -246,7 +265,11 @@ impl WatcherState {
             let ended = self
                 .open
                 .get(&pid)
+                // Nix removes the file when its process exits; the open descriptor then has no link
+                // left.
                 .is_none_or(|roots| roots.file.metadata().is_ok_and(|file| file.nlink() == 0));
+            // Read once more before closing: the process may have written between the read and its
+            // exit.
             if ended {
                 self.close(pid);
             }
@@ -264,6 +287,7 @@ impl WatcherState {
         };
         match roots.read() {
             None => self.unclear |= !roots.ours,
+            // Another job may want the same path; it is enough that this one does.
             Some(paths) if roots.ours => {
                 let new: Vec<StorePath> = paths
                     .into_iter()
@@ -279,6 +303,7 @@ impl WatcherState {
     }
 
     fn owner_of(&self, path: &StorePath) -> Owner {
+        // This job's claim wins when two jobs want the same path.
         if self.ours.contains(path) {
             Owner::ThisJob
         } else if self.others.contains(path) {
@@ -298,7 +323,7 @@ fn same_file(one: &File, other: &File) -> bool {
     }
 }
 
-/// Whose a process is.
+/// The job that a process belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProcessOwner {
     ThisJob,
@@ -308,12 +333,14 @@ enum ProcessOwner {
 
 impl ProcessOwner {
     fn of_process(pid: u32, job: &JobScope) -> Self {
+        // An exited process, or a zombie, has no command line.
         let Some(arguments) = arguments(pid) else {
             return Self::Exited;
         };
-        // A daemon's process serves a client: whose that is, it is.
+        // A daemon worker belongs to the same job as its client.
         let client = daemon_client(&arguments).unwrap_or(pid);
         let us = std::process::id();
+        // Flywheel's own descendants count, with or without the mark.
         let is_ours = match job {
             JobScope::Descendants => with_ancestors(client).any(|pid| pid == us),
             JobScope::Marked(mark) => {
@@ -330,8 +357,8 @@ impl ProcessOwner {
     }
 }
 
-/// What a process, or the client that it serves, asks impure evaluation with: its arguments, or the settings in
-/// its environment.
+/// How a process, or the client it serves, requests impure evaluation: by its arguments, or by the
+/// settings in its environment.
 fn impurity_of(pid: u32) -> Option<Impurity> {
     let own = arguments(pid)?;
     let client = daemon_client(&own);
@@ -366,13 +393,15 @@ fn daemon_client(arguments: &[String]) -> Option<u32> {
         .first()
         .and_then(|name| Path::new(name).file_name()?.to_str());
     let daemon = matches!(name, Some("nix-daemon" | "nix"));
-    // The number is copied over the first argument and ends where that ended.
+    // The daemon overwrites its first argument with the number, which ends where that argument
+    // ended.
     daemon
         .then(|| arguments.get(1)?.trim_end_matches('\0').parse().ok())
         .flatten()
 }
 
-/// Whether a process was started with this `NAME=value`; that of another user is not ours to read.
+/// Whether a process was started with this `NAME=value`. The environment of another user's process
+/// cannot be read and counts as empty.
 fn has_variable(pid: u32, variable: &str) -> bool {
     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     environment
@@ -380,10 +409,11 @@ fn has_variable(pid: u32, variable: &str) -> bool {
         .any(|pair| pair == variable.as_bytes())
 }
 
-/// A process and those above it.
+/// Iterates over a process and its ancestors.
 fn with_ancestors(pid: u32) -> impl Iterator<Item = u32> {
     let parent = |pid: &u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The command name in parentheses may itself contain spaces and parentheses (`proc(5)`).
         stat.rsplit_once(')')?
             .1
             .split_whitespace()
@@ -547,7 +577,7 @@ mod tests {
         assert_eq!(
             receive
                 .recv_timeout(deadline)
-                .expect("told of what was before"),
+                .expect("shared_state of what was before"),
             [path()]
         );
         let second: StorePath = PATH.replace("hello", "world").parse().expect("valid");
@@ -556,6 +586,9 @@ mod tests {
             std::process::id(),
             &format!("{PATH}\0{second}\0"),
         );
-        assert_eq!(receive.recv_timeout(deadline).expect("told"), [second]);
+        assert_eq!(
+            receive.recv_timeout(deadline).expect("shared_state"),
+            [second]
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! The Nix that this job uses: where it is, which one it is, and how our own short calls of it run.
-//! Owns the environment of those calls; never that of the user's command.
+//! The Nix that this job uses: its location, its version, and how our own short calls of it run.
+//! Owns the environment of those calls, never that of the user's command.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,25 +14,26 @@ use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::{CaptureError, Output, Tool};
 use flywheel_sys::runner::env::{Env, split_path};
 
-/// Where installers put Nix, looked at after `PATH`. The one below the home folder comes second.
+/// Folders where installers put Nix, searched after `PATH`. The one below the home folder comes
+/// second.
 pub const WELL_KNOWN: [&str; 3] = [
     "/nix/var/nix/profiles/default/bin",
     "/run/current-system/sw/bin",
     "/usr/bin",
 ];
-/// Where a single-user installation puts Nix, below the home folder.
+/// The folder of a single-user installation, below the home folder.
 const PROFILE_BIN: &str = ".nix-profile/bin";
-/// Saying its version needs no store, so this is ample even on a machine under load.
+/// Printing the version opens no store, so this is ample even on a loaded machine.
 const VERSION_LIMIT: Duration = Duration::from_secs(20);
-/// How much of what Nix complained about goes into an error.
+/// Characters of Nix's error message that an error of ours may quote.
 const MESSAGE_LIMIT: usize = 400;
-/// Our own calls need the new command line, whatever the installation allows.
+/// Our own calls need the new command line, which an installation may not have enabled.
 pub(crate) const FEATURES: &str = "extra-experimental-features = nix-command flakes";
 
-/// Why Nix gave no answer.
+/// Why a call of Nix failed.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// It did not run to its end.
+    /// It did not start or did not end in time.
     #[error("`{call}` did not run")]
     Run {
         /// The call, without its options' values.
@@ -46,10 +47,10 @@ pub enum Error {
     Failed {
         /// The call, without its options' values.
         call: String,
-        /// What Nix said, on one line.
+        /// Nix's message, on one line.
         message: String,
     },
-    /// It printed something that it should not.
+    /// Its output was not understood.
     #[error("`{call}` printed something unexpected: {problem}")]
     UnexpectedOutput {
         /// The call, without its options' values.
@@ -65,7 +66,7 @@ impl Explain for Error {
     }
 }
 
-/// Whose Nix it is.
+/// The distribution of Nix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
     /// The original.
@@ -76,10 +77,10 @@ pub enum Flavour {
     Lix,
 }
 
-/// A version of Nix, told from the line that `nix --version` prints.
+/// A version of Nix, as parsed from `nix --version`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    /// Whose it is.
+    /// The distribution.
     pub flavour: Flavour,
     /// First number of the Nix version: 2.
     pub major: u32,
@@ -90,12 +91,15 @@ pub struct Version {
 }
 
 impl Version {
-    /// Reads `nix (Nix) 2.8.0`, `nix (Determinate Nix 3.6.2) 2.29.0`, `nix (Lix, like Nix) 2.91.1`.
+    /// Parses `nix (Nix) 2.8.0`, `nix (Determinate Nix 3.6.2) 2.29.0` or `nix (Lix, like Nix)
+    /// 2.91.1`.
     pub fn parse(text: &str) -> Option<Self> {
         let line = text.lines().find(|line| line.starts_with("nix"))?.trim();
         let (name, number) = line.strip_prefix("nix")?.trim().rsplit_once(' ')?;
+        // Pre-releases have suffixes, such as `2.19.0pre20231002`.
         let mut numbers = number.split(|c: char| !c.is_ascii_digit());
         let flavour = match name {
+            // The names of the forks contain "Nix" as well, so they are checked first.
             name if name.contains("Determinate") => Flavour::Determinate,
             name if name.contains("Lix") => Flavour::Lix,
             _ => Flavour::Nix,
@@ -110,7 +114,7 @@ impl Version {
         })
     }
 
-    /// Whether it is at least this version of Nix. Lix left Nix at 2.18 and counts from 2.90.
+    /// Whether this is at least that version of Nix. Lix forked from Nix 2.18 and counts from 2.90.
     pub fn at_least(&self, major: u32, minor: u32) -> bool {
         (self.major, self.minor) >= (major, minor)
     }
@@ -123,7 +127,7 @@ impl fmt::Display for Version {
     }
 }
 
-/// A Nix that was found, with the environment that our calls of it have.
+/// An installed Nix, with the environment for our calls of it.
 #[derive(Clone)]
 pub struct Nix {
     /// The program, absolute.
@@ -135,7 +139,8 @@ pub struct Nix {
 }
 
 impl Nix {
-    /// Asks the program for its version. `env` is the job's environment; its `NIX_CONFIG` holds for our calls too.
+    /// Runs the program to get its version. `env` is the job's environment; its `NIX_CONFIG`
+    /// applies to our calls too.
     ///
     /// # Errors
     /// When the program does not run or is not a Nix.
@@ -166,7 +171,8 @@ impl Nix {
         })
     }
 
-    /// A Nix that has not been asked yet, taken for an old one: for calls that all versions understand.
+    /// A Nix of unknown version, treated as the oldest: only for calls that all versions
+    /// understand.
     pub(super) fn unversioned(program: &Path, env: &Env) -> Self {
         let version = Version {
             flavour: Flavour::Nix,
@@ -183,7 +189,7 @@ impl Nix {
         }
     }
 
-    /// The folder that the program was found in, to be put on a command's `PATH`.
+    /// The folder of the program, for a command's `PATH`.
     pub fn folder(&self) -> &Path {
         self.program
             .parent()
@@ -197,7 +203,7 @@ impl Nix {
         self
     }
 
-    /// The same Nix with one variable set, or unset.
+    /// The same Nix with one variable set, or removed.
     #[must_use]
     pub fn with_variable(mut self, name: &str, value: Option<&str>) -> Self {
         match value {
@@ -212,7 +218,7 @@ impl Nix {
         &self.config
     }
 
-    /// A variable that its calls have; `None` if unset or empty.
+    /// A variable in the environment of its calls; `None` if unset or empty.
     pub fn variable(&self, name: &str) -> Option<&str> {
         self.environment
             .get(name)?
@@ -220,7 +226,7 @@ impl Nix {
             .filter(|value| !value.is_empty())
     }
 
-    /// Everything that a child of Nix's kind needs, `NIX_CONFIG` with the new command line switched on included.
+    /// The environment for a call, including `NIX_CONFIG` with the new command line enabled.
     pub fn variables(&self) -> BTreeMap<String, OsString> {
         let mut all = self.environment.clone();
         all.insert(
@@ -230,12 +236,13 @@ impl Nix {
         all
     }
 
-    /// A call of `nix`, ready to run.
+    /// A call of `nix` to which arguments can be added.
     pub fn tool(&self) -> Tool {
         Tool::new(&self.program).envs(self.variables())
     }
 
-    /// Runs `nix` with these arguments (never a secret) and gives what it printed, whether it failed or not.
+    /// Runs `nix` with these arguments (never a secret) and returns its output, whether it
+    /// succeeded or not.
     ///
     /// # Errors
     /// When it cannot be started or does not end within `limit`.
@@ -247,10 +254,10 @@ impl Nix {
         })
     }
 
-    /// The same, but an exit code other than 0 is an error that says what Nix complained about.
+    /// Like `run`, but a non-zero exit code is an error that carries Nix's message.
     ///
     /// # Errors
-    /// When it does not run to a good end within `limit`.
+    /// When it does not succeed within `limit`.
     pub async fn run_checked(&self, arguments: &[&str], limit: Duration) -> Result<Output, Error> {
         let output = self.run(arguments, limit).await?;
         if output.status.success() {
@@ -263,14 +270,14 @@ impl Nix {
     }
 }
 
-/// Names only: values may be secrets.
+/// Prints no environment and no configuration, since values may be secrets.
 impl fmt::Debug for Nix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Nix({}, {})", self.program.display(), self.version)
     }
 }
 
-/// The program, looked for on the job's `PATH` and then where installers put it.
+/// The program `nix` and where it was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundProgram {
     /// The program, absolute.
@@ -279,8 +286,9 @@ pub struct FoundProgram {
     pub on_path: bool,
 }
 
-/// Looks for `nix` on `PATH`, then in `~/.nix-profile/bin` and in `places`.
+/// Searches `PATH`, then `~/.nix-profile/bin` and `places`.
 pub fn find(env: &Env, places: &[PathBuf]) -> Option<FoundProgram> {
+    // The user's command would find this one, so it takes precedence.
     if let Some(program) = on_path(env, "nix") {
         return Some(FoundProgram {
             program,
@@ -288,6 +296,7 @@ pub fn find(env: &Env, places: &[PathBuf]) -> Option<FoundProgram> {
         });
     }
     let profile_bin = env.path("HOME").map(|home| home.join(PROFILE_BIN));
+    // The order of installers: system-wide, then the user's profile, then the rest.
     let folders = places
         .iter()
         .take(1)
@@ -302,7 +311,8 @@ pub fn find(env: &Env, places: &[PathBuf]) -> Option<FoundProgram> {
         })
 }
 
-/// A program on the job's `PATH`, absolute. Relative entries are passed over: they change with the folder.
+/// Finds a program on the job's `PATH` and returns its absolute path. Relative entries are skipped,
+/// because they depend on the current folder.
 pub fn on_path(env: &Env, name: &str) -> Option<PathBuf> {
     let path = env.path("PATH")?;
     let found = split_path(path.as_os_str())
@@ -316,7 +326,7 @@ fn is_executable(file: &Path) -> bool {
     file.is_file() && rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok()
 }
 
-/// The job's environment without what our calls of Nix have no use for and could leak.
+/// The job's environment without the variables that Nix has no use for and could leak.
 fn environment(env: &Env) -> BTreeMap<String, OsString> {
     let kept = env.all().filter(|(name, _)| !is_withheld(name));
     kept.map(|(name, value)| (name.to_owned(), value.clone()))
@@ -324,15 +334,17 @@ fn environment(env: &Env) -> BTreeMap<String, OsString> {
 }
 
 fn is_withheld(name: &str) -> bool {
+    // Names that may hold credentials: inputs of actions, the runner's own tokens, and common
+    // endings.
     const PREFIXES: [&str; 3] = ["FLYWHEEL_", "ACTIONS_", "INPUT_"];
     const ENDINGS: [&str; 4] = ["_TOKEN", "_PASSWORD", "_SECRET", "_KEY"];
-    // What it holds is set by each call, from `config`.
+    // Each call sets this one itself, from `config`.
     name == "NIX_CONFIG"
         || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
         || ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
-/// A call as an error shows it: the words of the command, not its options and paths.
+/// The call as shown in errors: the subcommand without options and paths.
 fn display_call(arguments: &[&str]) -> String {
     let words = arguments
         .iter()
@@ -340,9 +352,9 @@ fn display_call(arguments: &[&str]) -> String {
     words.fold("nix".to_owned(), |call, word| format!("{call} {word}"))
 }
 
-/// What Nix complained about, on one line: from its first `error:` on, without colour.
+/// Nix's error message on one line: the text after its first `error:`, without colours.
 pub fn error_summary(stderr: &str) -> String {
-    // Nix repeats such a line in full, and it may hold an access token.
+    // This message of Nix quotes the whole line, which may hold an access token.
     if stderr.contains("configuration line") {
         return "NIX_CONFIG or nix.conf has a line that Nix cannot read".to_owned();
     }
@@ -352,17 +364,18 @@ pub fn error_summary(stderr: &str) -> String {
         .map_or(plain.as_str(), |start| &plain[start + "error:".len()..]);
     let words: Vec<&str> = from.split_whitespace().collect();
     if words.is_empty() {
-        "it said nothing".to_owned()
+        "it printed nothing".to_owned()
     } else {
         one_line(&words.join(" "), MESSAGE_LIMIT)
     }
 }
 
-/// Text without terminal colours (`ESC [ … letter`).
+/// Removes terminal colours (`ESC [ … letter`).
 pub(crate) fn strip_ansi(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {
+        // An escape sequence ends with its first letter.
         if character == '\u{1b}' && characters.next_if_eq(&'[').is_some() {
             while characters.next_if(|c| !c.is_ascii_alphabetic()).is_some() {}
             characters.next();

@@ -609,7 +609,7 @@ fn is_system(name: &str) -> bool {
 
 /// The systems that this machine and its builders build; `None` where Nix does not say.
 fn native(settings: &Settings) -> Option<BTreeSet<String>> {
-    let mut systems: BTreeSet<String> = settings.words("extra-platforms").into_iter().collect();
+    let mut systems: BTreeSet<String> = settings.list("extra-platforms").into_iter().collect();
     systems.insert(settings.text("system")?);
     // `ssh://host x86_64-linux,aarch64-linux key 4 …; …`, or a file of such lines behind `@` (nix.conf(5)).
     let builders = settings.text("builders").unwrap_or_default();

@@ -171,7 +171,7 @@ impl NixJob<'_> {
             limit: spent.limit,
             peak: spent.peak,
         };
-        let out_of_memory = budget::judge(&observed);
+        let out_of_memory = budget::out_of_memory(&observed);
         let told = self.work.result(
             prepared,
             added_paths,

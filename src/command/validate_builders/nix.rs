@@ -328,7 +328,7 @@ fn has_shell(settings: &Settings) -> bool {
     let without_sandbox = settings.text("sandbox").as_deref() == Some("false");
     without_sandbox
         || settings
-            .words("sandbox-paths")
+            .list("sandbox-paths")
             .iter()
             .any(|path| path.starts_with("/bin/sh"))
 }

@@ -102,7 +102,7 @@ fn a_single_user_store_follows_the_settings() {
 async fn check_settings(nix: &Nix, netrc: &Path) {
     let settings = Settings::read(nix).await.unwrap();
     assert_eq!(
-        settings.words("substituters"),
+        settings.list("substituters"),
         ["http://runner.example", CACHE]
     );
     assert_eq!(settings.text("cores").as_deref(), Some("3"));

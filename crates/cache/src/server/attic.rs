@@ -1,5 +1,5 @@
-//! Attic's protocol: cache-config, get-missing-paths, upload-path. Answers as Attic does; refuses
-//! metadata that Attic would let in.
+//! The server side of Attic's protocol: cache-config, get-missing-paths, upload-path. Responds as
+//! Attic does, but rejects invalid metadata that Attic would accept.
 
 use std::sync::Arc;
 
@@ -20,20 +20,21 @@ use crate::server::upload::{check_length, receive_announced};
 use crate::server::upload_info::UploadInfo;
 use flywheel_nix::store_path::{PathHash, STORE_DIR};
 
-/// Attic's limit of a preamble.
+/// Attic's limit for a preamble, in bytes.
 const PREAMBLE_LIMIT: usize = 1024 * 1024;
-/// Larger metadata belongs in a preamble: proxies stop much earlier.
+/// Maximum size of metadata in a header; larger metadata belongs in a preamble, since proxies limit
+/// headers much earlier.
 const HEADER_LIMIT: usize = 64 * 1024;
-/// Attic's limit of this body, some 59,900 hashes.
+/// Attic's limit for the body of get-missing-paths, some 59,900 hashes.
 const MISSING_LIMIT: usize = 2 * 1024 * 1024;
 
-/// Looking for so many paths is soon done.
+/// Up to this many hashes are looked up on the runtime's own threads, since that is quick.
 const INLINE_HASHES: usize = 64;
 
 const NAR_INFO: &str = "x-attic-nar-info";
 const PREAMBLE_SIZE: &str = "x-attic-nar-info-preamble-size";
 
-/// What a client needs to know of a cache.
+/// Returns what a client needs to know about a cache.
 ///
 /// # Errors
 /// 401 or 404.
@@ -56,7 +57,8 @@ fn config(shared: &ServerState, cache: &Cache, headers: &HeaderMap) -> serde_jso
         "upstream_cache_key_names": options.upstream_keys,
         "retention_period": options.limits.max_age.map_or(json!("Global"), |age| json!({"Period": age.as_secs()})),
     });
-    // As the client reached us, a proxy in between included. A strange `Host` gets no address.
+    // The URLs as the client reached this server, possibly through a proxy. A malformed `Host`
+    // header gets none, as it would be echoed.
     if let Some(base) = base_url(headers) {
         config["substituter_endpoint"] = json!(format!("{base}{}", cache.name));
         config["api_endpoint"] = json!(base);
@@ -66,7 +68,9 @@ fn config(shared: &ServerState, cache: &Cache, headers: &HeaderMap) -> serde_jso
 
 fn base_url(headers: &HeaderMap) -> Option<String> {
     let host = headers.get(header::HOST)?.to_str().ok()?;
+    // Brackets and colons occur in IPv6 addresses and ports.
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c);
+    // A proxy that terminates TLS reports the scheme in this header.
     let secure = headers
         .get("x-forwarded-proto")
         .is_some_and(|proto| proto == "https");
@@ -80,10 +84,10 @@ struct MissingPathsRequest {
     store_path_hashes: Vec<PathHash>,
 }
 
-/// Which of these paths the cache cannot serve.
+/// Returns those of the given paths that the cache cannot serve.
 ///
 /// # Errors
-/// 401, 403 or 404; 413, 415, 422 for a body that does not fit.
+/// 401, 403 or 404; 413, 415 or 422 for an invalid body.
 pub async fn get_missing_paths(
     State(shared): State<Arc<ServerState>>,
     request: Request,
@@ -101,6 +105,7 @@ pub async fn get_missing_paths(
     let body = RequestBody::new(body).read_all(MISSING_LIMIT).await?;
     let request: MissingPathsRequest = serde_json::from_slice(&body).map_err(|error| {
         let text = flywheel_core::text::one_line(&error.to_string(), 200);
+        // As in axum, which Attic uses: 422 for the wrong structure, 400 for a syntax error.
         if error.is_data() {
             ErrorResponse::unprocessable(text)
         } else {
@@ -113,6 +118,7 @@ pub async fn get_missing_paths(
         .clone();
     let mut hashes = request.store_path_hashes;
     hashes.sort();
+    // Each hash costs a look at the disk.
     hashes.dedup();
     let few = hashes.len() <= INLINE_HASHES;
     let look = move |store: &Store| store.missing(&cache, hashes);
@@ -124,10 +130,10 @@ pub async fn get_missing_paths(
     Ok(Json(json!({ "missing_paths": missing })).into_response())
 }
 
-/// Takes a path: metadata in a header or in front of the body, then the NAR.
+/// Accepts a path: metadata in a header or at the start of the body, then the NAR.
 ///
 /// # Errors
-/// 401, 403 or 404 before any of the NAR is read; 400 for metadata or a NAR that is not right.
+/// 401, 403 or 404 before any of the NAR is read; 400 for invalid metadata or a wrong NAR.
 pub async fn upload_path(
     State(shared): State<Arc<ServerState>>,
     request: Request,
@@ -135,12 +141,15 @@ pub async fn upload_path(
     let (parts, body) = request.into_parts();
     let mut body = RequestBody::new(body);
     let (info, preamble) = read_info(&shared, &parts.headers, &mut body).await?;
+    // The cache is named in the metadata, so only now can the token be checked against it.
     let cache = shared.authorise(&parts.headers, &info.cache, Scope::Write)?;
     check_length(&parts.headers, info.path.nar_size.checked_add(preamble))?;
+    // Without proof, the metadata is enough and the body stays unread.
     if !shared.options.require_proof && commit_known_nar(&shared, cache, &info).await? {
         let answer = json!({"kind": "Deduplicated", "file_size": null, "frac_deduplicated": 1.0});
         return Ok(Json(answer).into_response());
     }
+    // Held until the response is ready, which bounds the memory of all uploads together.
     let _slot = shared.upload_slot(Cost::new(info.path.nar_size)).await?;
     let stored = receive_announced(&shared, &mut body, &cache.name, info.path).await?;
     let kind = if stored.known {
@@ -157,7 +166,8 @@ pub async fn upload_path(
     Ok(response)
 }
 
-/// Makes a path of a NAR that is here, without reading the body; `false` if the NAR is not here.
+/// Adds a path whose NAR is stored already, without reading the body. Returns `false` if the NAR is
+/// not stored.
 async fn commit_known_nar(
     shared: &ServerState,
     cache: &Cache,
@@ -173,9 +183,10 @@ async fn commit_known_nar(
         .await
 }
 
-/// The metadata, and how many bytes of the body it took.
+/// Reads the metadata and returns it with its size in the body in bytes.
 ///
-/// With the header nothing is read, so a refusal reaches a client that waits for `100 Continue`.
+/// If the metadata is in the header, the body stays unread, so an error reaches a client that waits
+/// for `100 Continue`.
 async fn read_info(
     shared: &ServerState,
     headers: &HeaderMap,
@@ -192,12 +203,12 @@ async fn read_info(
         }
         let info = UploadInfo::parse(json.as_bytes());
         if info.is_err() {
-            // A stranger learns of its token first.
+            // Check the token first, so that strangers get no details about the metadata.
             shared.authorise_some_write(headers)?;
         }
         return Ok((info.map_err(refuse)?, 0));
     }
-    // Which cache is meant stands in the body, so this is all that can be judged before it is read.
+    // The cache is named in the body, so this is all that can be checked before reading it.
     shared.authorise_some_write(headers)?;
     let size = headers.get(PREAMBLE_SIZE).ok_or_else(|| {
         ErrorResponse::bad_request(format!(

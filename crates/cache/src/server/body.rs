@@ -1,4 +1,5 @@
-//! Request bodies: read piece by piece, within a time for each piece. Owns limits and waiting, not meaning.
+//! Reads request bodies piece by piece, with a timeout for each piece. Owns limits and timeouts,
+//! and does not interpret the content.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,18 +17,19 @@ use hyper::body::{Frame, SizeHint};
 
 use crate::server::error::ErrorResponse;
 
-/// A body that does not move for this long is given up.
+/// A body from which nothing arrives for this long is abandoned.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A body that is being read.
+/// A request body that is being read.
 pub struct RequestBody {
     stream: BodyDataStream,
-    /// Read already, but not yet handed out.
+    /// Bytes that have been read but not returned.
     rest: Option<Bytes>,
 }
 
 impl RequestBody {
-    /// Nothing is read yet, so a client that waits for `100 Continue` still waits.
+    /// Wraps a body without reading from it, so a client that waits for `100 Continue` keeps
+    /// waiting.
     pub fn new(body: Body) -> Self {
         Self {
             stream: body.into_data_stream(),
@@ -35,11 +37,12 @@ impl RequestBody {
         }
     }
 
-    /// The next piece; `None` at the end.
+    /// Returns the next piece; `None` at the end.
     ///
     /// # Errors
-    /// When nothing comes for a minute, or the connection breaks.
+    /// When nothing arrives for `IDLE_TIMEOUT`, or the connection breaks.
     pub async fn next(&mut self) -> Result<Option<Bytes>, ErrorResponse> {
+        // `take` may have split a piece.
         if let Some(rest) = self.rest.take() {
             return Ok(Some(rest));
         }
@@ -53,7 +56,7 @@ impl RequestBody {
         }
     }
 
-    /// Exactly the first `size` bytes.
+    /// Returns exactly the first `size` bytes.
     ///
     /// # Errors
     /// When the body is shorter, or as [`RequestBody::next`].
@@ -65,6 +68,7 @@ impl RequestBody {
                     "the request's body is shorter than its preamble",
                 ));
             };
+            // The preamble ends inside a piece; the rest belongs to the NAR.
             let rest = piece.split_off(piece.len().min(size - taken.len()));
             taken.extend_from_slice(&piece);
             self.rest = (!rest.is_empty()).then_some(rest);
@@ -72,7 +76,7 @@ impl RequestBody {
         Ok(taken)
     }
 
-    /// The whole body.
+    /// Returns the whole body.
     ///
     /// # Errors
     /// When it is over `limit` bytes, or as [`RequestBody::next`].
@@ -85,12 +89,13 @@ impl RequestBody {
         }
     }
 
-    /// The whole body, or as much of it as proves that it is over `limit` bytes.
+    /// Returns the whole body, or as much as shows that it exceeds `limit` bytes.
     ///
     /// # Errors
     /// As [`RequestBody::next`].
     pub async fn up_to(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
         let mut taken = Vec::new();
+        // One piece beyond the limit is enough to prove that the body is too large.
         while taken.len() <= limit
             && let Some(piece) = self.next().await?
         {
@@ -100,10 +105,12 @@ impl RequestBody {
     }
 }
 
-/// Announces the end of a connection whose request is answered before all of its body was read.
+/// Adds `Connection: close` to a response that is sent before the request's body was read
+/// completely.
 ///
-/// Such a connection is closed, for nobody knows how much is still to come. A client that is not
-/// told may have sent everything by then, keeps the connection, and loses its next request on it.
+/// Such a connection has to be closed, because the amount of data still to come is unknown. Without
+/// the header, a client that has sent everything by then would keep the connection and lose its
+/// next request on it.
 pub async fn announce_close(request: Request, next: Next) -> Response {
     let (parts, inner) = request.into_parts();
     let whole = Arc::new(AtomicBool::new(inner.is_end_stream()));
@@ -120,7 +127,7 @@ pub async fn announce_close(request: Request, next: Next) -> Response {
     response
 }
 
-/// A body that notes when it was read to its end.
+/// A body that records when it has been read to its end.
 struct EndTrackingBody {
     inner: Body,
     whole: Arc<AtomicBool>,
@@ -135,6 +142,7 @@ impl HttpBody for EndTrackingBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let frame = ready!(Pin::new(&mut self.inner).poll_frame(cx));
+        // hyper may report the end together with the last frame.
         let ended = frame.is_none() || self.inner.is_end_stream();
         self.whole.fetch_or(ended, Ordering::Relaxed);
         Poll::Ready(frame)

@@ -1,4 +1,4 @@
-//! Compresses NARs, whole or piece by piece. Knows no file, and never what a NAR holds.
+//! Compresses NARs, whole or piece by piece. Knows nothing about files or the content of a NAR.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -7,10 +7,10 @@ use std::sync::{Mutex, PoisonError};
 use zstd::bulk::Compressor;
 use zstd::zstd_safe::{CParameter, compress_bound};
 
-/// Compressors that are kept for the next NAR, at most: some MiB each at the highest level.
+/// Maximum number of idle compressors; each takes some MiB at the highest level.
 const MAX_SPARE: usize = 2;
 
-/// Compressors in store, since making one takes longer than compressing a NAR of some KiB.
+/// A pool of compressors, because creating one takes longer than compressing a NAR of a few KiB.
 pub struct CompressorPool {
     level: i32,
     spare: Mutex<Vec<Compressor<'static>>>,
@@ -25,7 +25,8 @@ impl CompressorPool {
         }
     }
 
-    /// One frame, with its checksum and its content's size, as each of a NAR that comes in pieces has.
+    /// Compresses a NAR into one frame with a checksum and the content size, in the same format as
+    /// each frame of `FrameEncoder`.
     ///
     /// # Errors
     /// When memory fails.
@@ -51,6 +52,7 @@ impl CompressorPool {
 
 fn compressor(level: i32) -> io::Result<Compressor<'static>> {
     let mut compressor = Compressor::new(level)?;
+    // The checksum lets a reader notice damage while decompressing.
     compressor.set_parameter(CParameter::ChecksumFlag(true))?;
     Ok(compressor)
 }
@@ -63,11 +65,11 @@ impl fmt::Debug for CompressorPool {
     }
 }
 
-/// Compresses what is written and hands it on, as frames that each come from memory in one piece: a stream of one
-/// frame, whose window wraps all the time, takes a quarter to a half longer.
+/// Compresses what is written into frames, each from one contiguous buffer. A single streamed
+/// frame, whose window wraps all the time, would take a quarter to a half longer.
 pub struct FrameEncoder<W> {
     compressor: Compressor<'static>,
-    /// Bytes of a frame's content.
+    /// Bytes of content per frame.
     size: usize,
     pending: Vec<u8>,
     compressed: Vec<u8>,
@@ -81,7 +83,7 @@ impl<W: Write> FrameEncoder<W> {
     /// # Errors
     /// When memory fails.
     pub fn new(level: i32, out: W) -> io::Result<Self> {
-        // As far as the level looks back, or some more.
+        // At least the window of the level, so that splitting costs little compression.
         let size = if level <= 5 { 2 << 20 } else { 8 << 20 };
         Ok(Self {
             compressor: compressor(level)?,
@@ -103,11 +105,12 @@ impl<W: Write> FrameEncoder<W> {
         self.out.write_all(&self.compressed)
     }
 
-    /// Hands on what is left. Of nothing one frame becomes, too.
+    /// Writes what is left. Without any input, it writes one empty frame.
     ///
     /// # Errors
-    /// Those of what it is handed to, or when memory fails.
+    /// When the output fails, or memory runs out.
     pub fn finish(mut self) -> io::Result<W> {
+        // An empty file would not be valid zstd.
         if !self.pending.is_empty() || !self.wrote_frame {
             self.write_frame()?;
         }

@@ -1,4 +1,5 @@
-//! Connections: how many there are, how long each may be silent, how each ends. Knows no cache.
+//! Accepts connections, bounds their number and idle times, and closes them. Knows nothing about
+//! caches.
 
 use std::io;
 use std::pin::{Pin, pin};
@@ -17,27 +18,31 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 
-/// Connections at once; the next ones wait to be accepted. Well below the usual limit of open files.
+/// Maximum number of connections; further ones wait to be accepted. Well below the usual limit of
+/// open files.
 const CONNECTIONS: usize = 256;
-/// A request's head, and the next one of a kept connection, comes within this time.
+/// Time within which a request's head must arrive, also on a kept connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// A client that takes nothing of an answer for this long is given up.
+/// A client that reads nothing of a response for this long is disconnected.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Of a connection: bounds a request's head as well as what is read of a body at once.
+/// Buffer size per connection, which limits a request's head and how much of a body is read at
+/// once.
 const BUFFER: usize = 128 * 1024;
-/// After an early answer the client may still be sending. Closing at once would reset the
-/// connection, and the client would see that instead of the answer. So we read on for this long …
+/// After an early response the client may still be sending. Closing at once would reset the
+/// connection, and the client would see the reset instead of the response. So the server keeps
+/// reading for this long …
 const LINGER: Duration = Duration::from_secs(2);
-/// … as long as something comes this often. A client on a busy machine may pause for a while.
+/// … as long as data arrives at this interval. A client on a busy machine may pause for a while.
 const LINGER_IDLE: Duration = Duration::from_secs(1);
-/// The system is out of files or memory; it gets this long to recover.
+/// Pause after a failed `accept`, when the system is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Bytes that a request moved, for the log; travels as an extension of the response.
+/// The number of bytes a request transferred, for the log; attached to the response as an
+/// extension.
 #[derive(Clone, Copy, Debug)]
 pub struct BytesMoved(pub u64);
 
-/// Serves until `stop` is cancelled; then lets what is under way end, for at most `grace`.
+/// Serves until `stop` is cancelled, then lets open requests finish for at most `grace`.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -47,9 +52,11 @@ pub async fn serve(
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
+        // Acquire a place before accepting: beyond the limit, clients wait in the kernel's queue.
         let place = Arc::clone(&places).acquire_owned();
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
+            // Finished connections are joined here, or the set would grow for ever.
             Some(_) = connections.join_next() => continue,
             accepted = async { (place.await, listener.accept().await) } => accepted,
         };
@@ -64,16 +71,18 @@ pub async fn serve(
             _ => sleep(ACCEPT_PAUSE).await,
         }
     }
+    // Refuse new connections during the grace period.
     drop(listener);
     let _ = tokio::time::timeout(grace, async {
         while connections.join_next().await.is_some() {}
     })
     .await;
+    // Whatever is still open after the grace period is aborted.
     connections.shutdown().await;
 }
 
 async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) {
-    // Small answers must not wait for more to come.
+    // Send small responses at once instead of waiting for more data (Nagle's algorithm).
     let _ = stream.set_nodelay(true);
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -87,16 +96,18 @@ async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) 
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
         () = stop.cancelled() => {
+            // Finish the current request, then close instead of waiting for the next one.
             served.as_mut().graceful_shutdown();
             served.await
         }
     };
-    // A client that broke its connection hears no error, and the request's own line is in the log.
+    // A client that broke its connection cannot receive an error, and the request has its own log
+    // line.
     drop(ended);
 }
 
-/// A connection that does not wait for ever for a client to take its answer, and that ends so that
-/// the answer arrives.
+/// A stream that times out when the client stops reading, and that closes so that the last response
+/// arrives.
 struct LingeringStream {
     stream: TcpStream,
     stalled: Option<Pin<Box<Sleep>>>,
@@ -123,6 +134,7 @@ impl LingeringStream {
         result: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         if result.is_ready() {
+            // The client has read something, so its time starts again.
             self.stalled = None;
             return result;
         }
@@ -174,6 +186,7 @@ impl AsyncWrite for LingeringStream {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if this.linger.is_none() {
+            // Close the sending side first, so that the client sees the end of the response.
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
         }
         let now = Instant::now();
@@ -181,6 +194,7 @@ impl AsyncWrite for LingeringStream {
             until: now + LINGER,
             idle: Box::pin(sleep(LINGER_IDLE)),
         });
+        // The data is discarded; only its arrival matters.
         let mut space = [0; 16 * 1024];
         while Instant::now() < linger.until {
             let mut buffer = ReadBuf::new(&mut space);
@@ -189,9 +203,10 @@ impl AsyncWrite for LingeringStream {
                     linger
                         .idle
                         .as_mut()
+                        // A client that keeps sending cannot extend the total time.
                         .reset((Instant::now() + LINGER_IDLE).min(linger.until));
                 }
-                // The client has ended too, one way or another.
+                // The client has closed or reset the connection as well.
                 Poll::Ready(_) => return Poll::Ready(Ok(())),
                 Poll::Pending => return linger.idle.as_mut().poll(cx).map(Ok),
             }

@@ -1,12 +1,14 @@
-//! When what the cache holds is on the disk. A file is visible at once and is synced some seconds later, together
-//! with all that came beside it: syncing each for itself would take the disk from the build on the same machine.
+//! Makes the cache's content durable. A file becomes visible at once and is synced some seconds
+//! later, together with everything else that arrived: syncing each file by itself would take the
+//! disk away from builds on the same machine.
 //!
-//! A process that is killed loses nothing by that, for the system keeps what was written. When the machine itself
-//! ends, what came since the last time may be lost or torn. So time is cut into epochs: each narinfo names the one
-//! that it came in, and `synced` the last one that is on the disk whole. After a restart of the machine all paths of
-//! later epochs are taken back. Since references come before what refers to them, no closure is broken.
+//! A killed process loses nothing, because the system keeps written data. When the machine itself
+//! stops, data since the last sync may be lost or torn. So time is divided into epochs: each
+//! narinfo names the epoch in which it arrived, and the file `synced` names the last epoch that is
+//! completely on disk. After a restart of the machine, the paths of later epochs are removed.
+//! References arrive before the paths that refer to them, so this breaks no closure.
 //!
-//! Never keeps what comes waiting while it syncs, and never calls synced what may not be: after a failure, nothing.
+//! Syncing never blocks arriving data. After a failed sync, nothing is recorded as synced any more.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -20,26 +22,27 @@ use crate::server::folder::{Folder, entries};
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
 
-/// The machine's present run (`random(4)`).
+/// Identifies the current boot of the machine (`random(4)`).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// The field of a stored narinfo; readers never see it.
+/// The field for the epoch in a stored narinfo; it is not served.
 const FIELD: &str = "Epoch";
-/// The writing of this much of each file is begun for all before the first is waited for, in bytes: 1,000 small ones
-/// take 0.14 s on an ext4 with a journal, one by one 1.0 s. A `syncfs` takes 0.04 s, but writes what the build has
-/// dirty, too, and made builds on an ext4 without a journal 3 to 5 % longer.
+/// Bytes of each file whose writeback is started for all files before waiting for the first.
+/// Syncing 1,000 small files this way takes 0.14 s on ext4 with a journal, and 1.0 s one by one. A
+/// `syncfs` takes 0.04 s, but also writes what the build has dirtied, and made builds on ext4
+/// without a journal 3 to 5 % slower.
 const WRITEBACK_BYTES: NonZeroU64 = NonZeroU64::new(1024 * 1024).unwrap();
-/// Epochs that a killed process may have used beyond the last one that it wrote down: the one that was being synced,
-/// and the one after it.
+/// Epochs that a killed process may have used beyond the last one it recorded: the one being
+/// synced, and the next.
 const UNRECORDED_EPOCHS: u64 = 2;
 
-/// What `synced` says.
+/// The content of the file `synced`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Synced {
-    /// All of this epoch, and of those before it, is on the disk.
+    /// This epoch and all earlier ones are completely on disk.
     epoch: u64,
-    /// The run of the machine that wrote it; empty where the kernel does not tell.
+    /// The boot during which it was written; empty if the kernel does not report one.
     boot: String,
-    /// Nothing came after it: the server was stopped in order.
+    /// Whether the server was stopped cleanly, so that nothing arrived afterwards.
     clean: bool,
 }
 
@@ -69,30 +72,31 @@ impl std::fmt::Display for Synced {
     }
 }
 
-/// What is visible and perhaps not yet on the disk.
+/// Tracks what is visible but perhaps not yet on disk.
 #[derive(Debug)]
 pub struct Durability {
     boot: String,
-    /// The cache's folder, open from the beginning so that no failure of its file system is missed.
+    /// The cache's folder, opened at the start so that no error of its file system is missed.
     root: File,
     epoch: RwLock<u64>,
     pending: Mutex<Pending>,
-    /// A killed process has left files that nobody knows by name.
+    /// Whether a killed process has left unsynced files whose names are unknown.
     unknown_files: AtomicBool,
-    /// A sync has failed. The system reports that once and forgets, so nothing later can be called synced.
+    /// Whether a sync has failed. The system reports a write error only once, so later syncs prove
+    /// nothing.
     failed: AtomicBool,
 }
 
-/// What of this epoch is to be synced.
+/// What to sync at the end of the epoch.
 #[derive(Debug, Default)]
 struct Pending {
-    /// In any order.
+    /// Files, in any order.
     files: Vec<PathBuf>,
-    /// Beside the files' own.
+    /// Folders besides those of the files.
     folders: BTreeSet<PathBuf>,
 }
 
-/// While it lives the epoch does not end.
+/// A guard: the epoch does not end while it lives.
 #[derive(Debug)]
 pub struct Epoch<'a> {
     number: RwLockReadGuard<'a, u64>,
@@ -100,12 +104,12 @@ pub struct Epoch<'a> {
 }
 
 impl Epoch<'_> {
-    /// The line that a narinfo of this epoch carries.
+    /// The line that marks a narinfo as belonging to this epoch.
     pub fn line(&self) -> String {
         format!("{FIELD}: {}\n", *self.number)
     }
 
-    /// This file is there, and will be synced.
+    /// Records a new file to be synced.
     pub fn file_added(&self, file: PathBuf) {
         self.pending
             .lock()
@@ -114,10 +118,11 @@ impl Epoch<'_> {
             .push(file);
     }
 
-    /// This name is there, of a file that came under another one; it will be synced.
+    /// Records a new hard link, whose folder is to be synced.
     pub fn link_added(&self, name: &Path) {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(folder) = name.parent()
+            // Avoid cloning the path for each of many links in one folder.
             && !pending.folders.contains(folder)
         {
             pending.folders.insert(folder.to_owned());
@@ -125,7 +130,7 @@ impl Epoch<'_> {
     }
 }
 
-/// The line of a stored narinfo that says its epoch; none if it was there before there were epochs.
+/// Returns the epoch line of a stored narinfo; `None` for one from before there were epochs.
 pub fn epoch_line(text: &str) -> Option<String> {
     epoch_of(text).map(|number| format!("{FIELD}: {number}\n"))
 }
@@ -136,12 +141,14 @@ fn epoch_of(text: &str) -> Option<u64> {
 }
 
 impl Durability {
-    /// Looks how the folder was left. If the machine has ended since, what may not have reached the disk is taken
-    /// back: the number of paths, and then their NARs are not to be trusted either and must be swept.
+    /// Checks how the folder was left. If the machine has stopped since, paths that may not have
+    /// reached the disk are removed and their number is returned; their NARs cannot be trusted
+    /// either and must be swept.
     ///
     /// # Errors
     /// When the disk fails.
     pub fn open(folder: &Folder) -> io::Result<(Self, Option<u64>)> {
+        // Without a boot id, a restart of the machine cannot be ruled out and is assumed.
         let boot = std::fs::read_to_string(BOOT_ID)
             .unwrap_or_default()
             .trim()
@@ -159,12 +166,14 @@ impl Durability {
             .as_ref()
             .is_some_and(|left| !boot.is_empty() && left.boot == boot);
         let rolled_back = match &left {
+            // Unsynced data survives a killed process, but not the end of the machine.
             Some(left) if !left.clean && !same => Some(roll_back(folder, left.epoch)?),
             _ => None,
         };
+        // On the same boot, everything written is visible but not necessarily on disk.
         let unknown_files = left.as_ref().is_some_and(|left| !left.clean && same);
         let epoch = left.map_or(0, |left| left.epoch) + UNRECORDED_EPOCHS;
-        // Without unknown_files all that is here now is on the disk.
+        // Unless a killed process left unknown files, everything here is on disk.
         let synced = if unknown_files {
             epoch - UNRECORDED_EPOCHS
         } else {
@@ -174,6 +183,7 @@ impl Durability {
         let durability = Self {
             boot,
             root,
+            // A new epoch, so that nothing of this run is confused with what a killed process left.
             epoch: RwLock::new(epoch + 1),
             pending: Mutex::default(),
             unknown_files: AtomicBool::new(unknown_files),
@@ -183,44 +193,48 @@ impl Durability {
         Ok((durability, rolled_back))
     }
 
-    /// Begins something that makes files visible.
+    /// Starts an operation that makes files visible.
     pub fn begin(&self) -> Epoch<'_> {
-        // Neither lock guards anything that a panic could have left half-done.
+        // A panic cannot leave anything half-done under these locks, so poisoning is ignored.
         Epoch {
             number: self.epoch.read().unwrap_or_else(PoisonError::into_inner),
             pending: &self.pending,
         }
     }
 
-    /// Ends the epoch and has all of it reach the disk. Blocks, and is not to be called twice at once.
+    /// Ends the epoch and writes all of it to disk. Blocking; must not run twice at once.
     ///
     /// # Errors
-    /// When the disk fails. Then nothing is called synced any more.
+    /// When the disk fails. Nothing is recorded as synced from then on.
     pub fn sync(&self, folder: &Folder) -> io::Result<()> {
         let (ended, pending) = {
             let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
             let pending = std::mem::take(&mut *pending);
+            // An idle cache writes nothing.
             let nothing = pending.files.is_empty() && pending.folders.is_empty();
             if self.failed.load(Ordering::Relaxed)
                 || (nothing && !self.unknown_files.load(Ordering::Relaxed))
             {
                 return Ok(());
             }
+            // The write lock waits for all operations of the old epoch; new ones already belong to
+            // the next.
             *epoch += 1;
             (*epoch - 1, pending)
         };
         let synced = self
             .sync_pending(&pending)
             .and_then(|()| self.write(folder, ended, false));
+        // A failed epoch is never retried; see `failed`.
         self.failed.store(synced.is_err(), Ordering::Relaxed);
         synced
     }
 
-    /// Settles what is left and notes that nothing comes after it. Nothing may come any more.
+    /// Syncs the rest and records a clean stop. Nothing may arrive afterwards.
     ///
     /// # Errors
-    /// As `settle`.
+    /// As for `sync`.
     pub fn close(&self, folder: &Folder) -> io::Result<()> {
         self.sync(folder)?;
         if self.failed.load(Ordering::Relaxed) {
@@ -232,10 +246,13 @@ impl Durability {
 
     fn sync_pending(&self, pending: &Pending) -> io::Result<()> {
         if self.unknown_files.load(Ordering::Relaxed) {
+            // Files with unknown names can only be synced with the whole file system. This is
+            // needed once.
             rustix::fs::syncfs(&self.root)?;
             self.unknown_files.store(false, Ordering::Relaxed);
             return Ok(());
         }
+        // All writes are started before the first wait, so the disk can combine them.
         pending.files.iter().for_each(|file| start_writeback(file));
         pending.files.iter().try_for_each(|file| sync_file(file))?;
         let mut folders: BTreeSet<&Path> = pending
@@ -244,6 +261,7 @@ impl Durability {
             .filter_map(|file| file.parent())
             .collect();
         folders.extend(pending.folders.iter().map(PathBuf::as_path));
+        // A file's name is durable only when its folder has been synced, too.
         folders.into_iter().try_for_each(sync_file)
     }
 
@@ -258,8 +276,8 @@ impl Durability {
     }
 }
 
-/// Has the system write what is dirty of it, without waiting. That is a side effect of this advice (`posix_fadvise(2)`),
-/// not promised anywhere: if it fails to come, the sync only takes longer.
+/// Starts writing the file's dirty pages without waiting. This is a side effect of the advice
+/// (`posix_fadvise(2)`) that nothing guarantees; without it, the sync only takes longer.
 fn start_writeback(file: &Path) {
     if let Ok(file) = File::open(file) {
         let _ = rustix::fs::fadvise(
@@ -271,7 +289,7 @@ fn start_writeback(file: &Path) {
     }
 }
 
-/// What was removed meanwhile needs no disk.
+/// Syncs a file or folder. One that has been removed needs no sync.
 fn sync_file(file: &Path) -> io::Result<()> {
     match File::open(file).and_then(|file| file.sync_all()) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -279,7 +297,7 @@ fn sync_file(file: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the narinfos that came after `synced`, and torn ones: how many.
+/// Removes narinfos of epochs after `synced`, and torn ones; returns their number.
 fn roll_back(folder: &Folder, synced: u64) -> io::Result<u64> {
     let mut removed = 0;
     for cache in folder.caches()? {
@@ -292,13 +310,15 @@ fn roll_back(folder: &Folder, synced: u64) -> io::Result<u64> {
                 continue;
             }
             let text = String::from_utf8(std::fs::read(&file)?).unwrap_or_default();
+            // A torn file may lack its epoch, so one that does not parse goes as well.
             if NarInfo::parse(&text).is_err() || epoch_of(&text).is_some_and(|epoch| epoch > synced)
             {
                 std::fs::remove_file(&file)?;
                 removed += 1;
             }
         }
-        // Before a later epoch is called synced, their end has to be.
+        // The removal must be on disk before a later epoch is recorded as synced, or the paths
+        // would come back as valid.
         sync_file(&folder.objects(&cache))?;
     }
     Ok(removed)

@@ -1,5 +1,5 @@
-//! What the server says when it says no: `{code, error, message}`, as Attic does. Owns status,
-//! name and text; never a token, never a path of the host.
+//! Error responses: `{code, error, message}`, as Attic sends them. Never contains a token or a path
+//! of the host.
 
 use std::io;
 
@@ -7,17 +7,17 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-/// An answer that is an error.
+/// A response that reports an error.
 #[derive(Debug)]
 pub struct ErrorResponse {
     status: StatusCode,
     error: &'static str,
     message: String,
-    /// For the server's own log, not for the client.
+    /// For the server's log only.
     cause: Option<String>,
 }
 
-/// What the log says beyond the answer; travels as an extension of the response.
+/// The cause for the log; attached to the response as an extension.
 #[derive(Clone, Debug)]
 pub struct LoggedCause(pub String);
 
@@ -31,12 +31,12 @@ impl ErrorResponse {
         }
     }
 
-    /// 400: the request makes no sense.
+    /// 400: the request is invalid.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "RequestError", message)
     }
 
-    /// 401: nobody we know, and nothing here is for everybody.
+    /// 401: no valid token, and the cache is not public.
     pub fn unauthorized() -> Self {
         Self::new(
             StatusCode::UNAUTHORIZED,
@@ -45,7 +45,7 @@ impl ErrorResponse {
         )
     }
 
-    /// 403: readable, but not for this.
+    /// 403: the token may read but not write.
     pub fn forbidden() -> Self {
         Self::new(
             StatusCode::FORBIDDEN,
@@ -72,7 +72,7 @@ impl ErrorResponse {
         )
     }
 
-    /// 404: no such address.
+    /// 404: unknown address.
     pub fn not_found() -> Self {
         Self::new(
             StatusCode::NOT_FOUND,
@@ -81,7 +81,7 @@ impl ErrorResponse {
         )
     }
 
-    /// 405: the address is known, the method is not.
+    /// 405: the address does not support this method.
     pub fn method_not_allowed() -> Self {
         Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
@@ -90,7 +90,7 @@ impl ErrorResponse {
         )
     }
 
-    /// 408: the body stopped moving.
+    /// 408: the body stopped arriving.
     pub fn timed_out() -> Self {
         Self::new(
             StatusCode::REQUEST_TIMEOUT,
@@ -99,13 +99,13 @@ impl ErrorResponse {
         )
     }
 
-    /// 413: more than this address takes.
+    /// 413: the body is too large.
     pub fn too_large(limit: usize) -> Self {
         let message = format!("the request's body is over {limit} bytes");
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLarge", message)
     }
 
-    /// 415: a format that this server does not take.
+    /// 415: an unsupported format.
     pub fn unsupported_media_type(message: impl Into<String>) -> Self {
         Self::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -114,17 +114,18 @@ impl ErrorResponse {
         )
     }
 
-    /// 422: JSON, but not the JSON that is wanted.
+    /// 422: valid JSON with the wrong structure.
     pub fn unprocessable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "RequestError", message)
     }
 
-    /// 503: what the request rests on is not there any more, or the server is full; try again.
+    /// 503: something the request depends on is gone, or the server is full; the client should
+    /// retry.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "IncompleteNar", message)
     }
 
-    /// 500: the fault is ours or the disk's. The cause goes to the log, not to the client.
+    /// 500: our fault or the disk's. The cause goes to the log, not to the client.
     pub fn internal(error: &io::Error) -> Self {
         let message = match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "the cache's disk is full",

@@ -1,14 +1,14 @@
-//! The cache's folder: who may use it, where things lie, and how files become visible whole.
+//! The cache's folder: its lock, its layout, and how files become visible atomically.
 //!
 //! ```text
 //! lock                              held by the one process that uses the folder
 //! tokens                            who may read and write (0600)
 //! keys/<cache>.secret               signing keys in Nix's format (0600)
 //! nars/<nar hash>.nar.zst           each NAR once, for all caches
-//! caches/<cache>/<hash>.narinfo     what is known of a path; its modification time is its last use
+//! caches/<cache>/<hash>.narinfo     a path's metadata; its modification time is its last use
 //! caches/<cache>/nars/<nar hash>    a link to the NAR, or empty: this cache may serve it
 //! caches/<cache>/uploads/<name>     a NAR that `nix copy` has sent and no narinfo has claimed yet
-//! synced                            how much of all this is surely on the disk, see `durable`
+//! synced                            the last epoch that is completely on disk, see `durable`
 //! tmp/                              unfinished files; swept at every start
 //! ```
 
@@ -25,18 +25,18 @@ use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::store_path::PathHash;
 
-/// Why a folder cannot be used.
+/// Why the folder cannot be used.
 #[derive(Debug, Error)]
 pub enum FolderError {
-    /// Another process uses it.
+    /// Another process is using it.
     #[error("the folder `{}` is in use by another `flywheel cache`", .0.display())]
     InUse(PathBuf),
-    /// It cannot be made, read or written.
+    /// It cannot be created, read or written.
     #[error("the folder `{}` cannot be used", folder.display())]
     Unusable {
         /// The folder.
         folder: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -61,7 +61,7 @@ impl Explain for FolderError {
     }
 }
 
-/// A folder that this process alone uses, for as long as this value lives.
+/// A folder that only this process uses while this value lives.
 #[derive(Debug)]
 pub struct Folder {
     root: PathBuf,
@@ -69,22 +69,26 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Makes the folder if there is none (0700), takes its lock, sweeps what a killed process left.
+    /// Creates the folder if it is missing (0700), locks it, and removes what a killed process
+    /// left.
     ///
     /// # Errors
-    /// When another process has it, or it cannot be written.
+    /// When another process holds the lock, or the folder cannot be written.
     pub fn open(root: &Path, caches: &[CacheName]) -> Result<Self, FolderError> {
         let unusable = |source| FolderError::Unusable {
             folder: root.to_owned(),
             source,
         };
+        // The lock file lies inside the folder, so the folder must exist first.
         make_folder(root).map_err(unusable)?;
         let lock = OpenOptions::new()
             .create(true)
+            // The file's content does not matter, and another process may hold its lock.
             .truncate(false)
             .write(true)
             .open(root.join("lock"))
             .map_err(unusable)?;
+        // The kernel releases the lock when the process ends, however it ends.
         match lock.try_lock() {
             Ok(()) => (),
             Err(TryLockError::WouldBlock) => return Err(FolderError::InUse(root.to_owned())),
@@ -100,6 +104,7 @@ impl Folder {
 
     fn prepare(&self, caches: &[CacheName]) -> io::Result<()> {
         let tmp = self.root.join("tmp");
+        // Holding the lock, so these files belong to a dead process.
         match std::fs::remove_dir_all(&tmp) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => (),
@@ -114,7 +119,7 @@ impl Folder {
         Ok(())
     }
 
-    /// The caches that have a folder here, sorted.
+    /// Returns the caches that have a folder here, sorted.
     ///
     /// # Errors
     /// When the folder cannot be read.
@@ -132,70 +137,70 @@ impl Folder {
         Ok(names)
     }
 
-    /// The folder itself.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// How much is surely on the disk.
+    /// The file that names the last synced epoch.
     pub fn synced(&self) -> PathBuf {
         self.root.join("synced")
     }
 
-    /// The tokens' file.
+    /// The file with the tokens.
     pub fn tokens(&self) -> PathBuf {
         self.root.join("tokens")
     }
 
-    /// A cache's signing key.
+    /// The file with a cache's signing key.
     pub fn key(&self, cache: &CacheName) -> PathBuf {
         self.root.join("keys").join(format!("{cache}.secret"))
     }
 
-    /// All NARs.
+    /// The folder of all NARs.
     pub fn nars(&self) -> PathBuf {
         self.root.join("nars")
     }
 
-    /// A NAR, compressed.
+    /// The file of a compressed NAR.
     pub fn nar(&self, hash: &Sha256) -> PathBuf {
         self.nars().join(nar_name(hash))
     }
 
-    /// The narinfos of a cache, and its two folders below.
+    /// The folder of a cache, with its narinfos and two subfolders.
     pub fn objects(&self, cache: &CacheName) -> PathBuf {
         self.root.join("caches").join(cache.as_str())
     }
 
-    /// What is known of a path.
+    /// The narinfo of a path.
     pub fn object(&self, cache: &CacheName, hash: &PathHash) -> PathBuf {
         self.objects(cache).join(format!("{hash}.narinfo"))
     }
 
-    /// The marks of NARs that a cache may serve.
+    /// The folder of markers for the NARs that a cache may serve.
     pub fn markers(&self, cache: &CacheName) -> PathBuf {
         self.objects(cache).join("nars")
     }
 
-    /// The mark of one NAR.
+    /// The marker of one NAR.
     pub fn marker(&self, cache: &CacheName, hash: &Sha256) -> PathBuf {
         self.markers(cache).join(hash.base32())
     }
 
-    /// NARs that were sent and not yet claimed.
+    /// The folder of NARs that were uploaded but not yet claimed by a narinfo.
     pub fn uploads(&self, cache: &CacheName) -> PathBuf {
         self.objects(cache).join("uploads")
     }
 
-    /// A new file that nobody sees yet; it goes when it is dropped.
+    /// Creates a temporary file, which is deleted when dropped.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When it cannot be created.
     pub fn temporary(&self) -> io::Result<NamedTempFile> {
+        // On the same file system as its target, so that renaming works.
         NamedTempFile::new_in(self.root.join("tmp"))
     }
 
-    /// Writes a small file so that a reader sees all of it or nothing.
+    /// Writes a small file atomically: a reader sees all of it or nothing.
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
@@ -203,7 +208,7 @@ impl Folder {
         self.write(file, text, false)
     }
 
-    /// The same, and so does a start after a power cut.
+    /// Like `write_whole`, and atomic across a power cut, too.
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
@@ -216,6 +221,7 @@ impl Folder {
         let mut temporary = self.temporary()?;
         temporary.write_all(text.as_bytes())?;
         if sync {
+            // The content must be on disk before its name is.
             temporary.as_file().sync_all()?;
         }
         temporary.persist(file)?;
@@ -223,12 +229,12 @@ impl Folder {
     }
 }
 
-/// A NAR's file name, here and in URLs.
+/// A NAR's file name, on disk and in URLs.
 pub fn nar_name(hash: &Sha256) -> String {
     format!("{}.nar.zst", hash.base32())
 }
 
-/// The names in a folder; none if the folder is not there.
+/// Lists a folder; empty if it does not exist.
 ///
 /// # Errors
 /// When it cannot be read.
@@ -242,7 +248,7 @@ pub fn entries(
     }
 }
 
-/// Has a rename survive a power cut.
+/// Makes a rename survive a power cut.
 ///
 /// # Errors
 /// When the folder cannot be synced.

@@ -1,8 +1,8 @@
-//! Which paths go when the cache is too old or too large. The plan is pure; carrying it out never
-//! leaves a path whose reference it has removed.
+//! Garbage collection: decides which paths to remove when a cache is too old or too large. The plan
+//! is pure; carrying it out never leaves a path without its references.
 //!
-//! A path counts as used when anything that refers to it is used. So a path is never older than
-//! what it needs less, and removing the least recently used ones, referrers first, breaks no closure.
+//! A path counts as used when anything that refers to it is used. So no path is older than its
+//! referrers, and removing the least recently used paths, referrers first, breaks no closure.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::Metadata;
@@ -18,38 +18,38 @@ use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
 
-/// What a cache may grow to.
+/// The limits of a cache.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
-    /// A path that was not used for this long goes.
+    /// Paths not used for this long are removed.
     pub max_age: Option<Duration>,
-    /// Bytes of compressed NARs; beyond it the least recently used paths go.
+    /// Maximum bytes of compressed NARs; beyond it, the least recently used paths are removed.
     pub max_size: Option<u64>,
-    /// What was used within this time stays whatever the size says, and a NAR that no path
-    /// claims is kept this long.
+    /// Paths used within this time are kept regardless of size, and unclaimed NARs are kept this
+    /// long.
     pub grace: Duration,
 }
 
-/// One path of one cache, as the plan sees it.
+/// One path of one cache, as input of the plan.
 #[derive(Clone, Debug)]
 pub struct Object {
-    /// The cache it is in.
+    /// Its cache.
     pub cache: CacheName,
-    /// The path's hash.
+    /// The hash of the path.
     pub hash: PathHash,
-    /// What it refers to, in the same cache.
+    /// The hashes it refers to, in the same cache.
     pub references: Vec<PathHash>,
     /// The modification time of its narinfo.
     pub modified: SystemTime,
-    /// Last use of path or NAR.
+    /// Time of the last use of the path or its NAR.
     pub used: SystemTime,
-    /// Its NAR.
+    /// The hash of its NAR.
     pub nar: Sha256,
     /// Size of the compressed NAR in bytes.
     pub size: u64,
 }
 
-/// What a collection did.
+/// The result of a garbage collection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GcReport {
     /// Paths removed.
@@ -62,7 +62,7 @@ pub struct GcReport {
     pub kept_paths: u64,
     /// Bytes of NARs kept.
     pub kept_bytes: u64,
-    /// How long it took.
+    /// Its duration.
     pub took: Duration,
 }
 
@@ -78,15 +78,16 @@ impl std::fmt::Display for GcReport {
     }
 }
 
-/// The indices of what must go, referrers before what they refer to.
+/// Returns the indices of the objects to remove, referrers before what they refer to.
 ///
-/// `fresh`: what was used after this moment is not touched for size's sake.
+/// Objects used after `fresh` are not removed because of the size limit.
 pub fn plan(objects: &[Object], limits: &Limits, now: SystemTime, fresh: SystemTime) -> Vec<usize> {
     let by_key = index(objects);
     let (order, used) = eviction_order(objects, &by_key);
     let mut users: HashMap<Sha256, usize> = HashMap::new();
     let mut total = 0;
     for object in objects {
+        // Several paths may share one NAR, whose bytes count once.
         let users = users.entry(object.nar).or_default();
         total += if *users == 0 { object.size } else { 0 };
         *users += 1;
@@ -96,12 +97,14 @@ pub fn plan(objects: &[Object], limits: &Limits, now: SystemTime, fresh: SystemT
     for n in order {
         let too_old = oldest.is_some_and(|oldest| used[n] < oldest);
         let too_much = limits.max_size.is_some_and(|size| total > size) && used[n] <= fresh;
+        // The order is by age, so nothing after this one has to go either.
         if !too_old && !too_much {
             break;
         }
         victims.push(n);
         let users = users.entry(objects[n].nar).or_default();
         *users -= 1;
+        // A NAR is shared: its bytes are free only when its last path is gone.
         total -= if *users == 0 { objects[n].size } else { 0 };
     }
     close_cycles(objects, &by_key, &mut victims);
@@ -118,11 +121,12 @@ fn index(objects: &[Object]) -> Index<'_> {
         .collect()
 }
 
-/// All objects, the least recently used first, referrers before what they refer to; and when each
-/// was last used, by itself or by a referrer.
+/// Returns all objects, the least recently used first and referrers before what they refer to, and
+/// the time at which each was last used, by itself or by a referrer.
 ///
-/// One depth-first walk from each object, the most recently used first: all that it reaches and
-/// nobody newer has reached counts as used when it was. The walks' post-order, backwards, is the order.
+/// A depth-first walk starts at each object, the most recently used first: everything it reaches
+/// that no earlier walk has reached counts as used at the same time. The reversed post-order of all
+/// walks is the result.
 fn eviction_order(objects: &[Object], by_key: &Index<'_>) -> (Vec<usize>, Vec<SystemTime>) {
     let mut newest: Vec<usize> = (0..objects.len()).collect();
     newest.sort_by_key(|n| std::cmp::Reverse(objects[*n].used));
@@ -133,6 +137,7 @@ fn eviction_order(objects: &[Object], by_key: &Index<'_>) -> (Vec<usize>, Vec<Sy
         if std::mem::replace(&mut seen[root], true) {
             continue;
         }
+        // An explicit stack: a chain of references may be deeper than the thread's stack.
         let mut walk = vec![(root, 0)];
         while let Some((n, next)) = walk.pop() {
             used[n] = objects[root].used;
@@ -148,12 +153,13 @@ fn eviction_order(objects: &[Object], by_key: &Index<'_>) -> (Vec<usize>, Vec<Sy
             }
         }
     }
+    // The post-order has references first, and the oldest walk last.
     order.reverse();
     (order, used)
 }
 
-/// Nix has no circular references, but a client can claim some: then no order is right, and what
-/// would be left without its reference goes too.
+/// Adds the objects that would lose a reference. Nix has no cycles of references, but a client can
+/// upload one, and then no order is right.
 fn close_cycles(objects: &[Object], by_key: &Index<'_>, victims: &mut Vec<usize>) {
     let mut gone: HashSet<usize> = victims.iter().copied().collect();
     loop {
@@ -165,7 +171,7 @@ fn close_cycles(objects: &[Object], by_key: &Index<'_>, victims: &mut Vec<usize>
             return;
         }
         gone.extend(&broken);
-        // In front: they refer to what follows.
+        // They go first, since they refer to the others.
         victims.splice(0..0, broken);
     }
 }
@@ -182,17 +188,17 @@ fn references<'a>(
         .filter_map(|hash| by_key.get(&(&object.cache, hash)).copied())
 }
 
-/// Removes what the limits do not allow, and NARs that no path claims.
+/// Removes what exceeds the limits, and NARs that no path claims.
 ///
-/// `shared`: whether clients use the cache meanwhile; what they used in the last minutes then stays.
-/// Looking is done while they work; only the removal makes them wait.
+/// `shared` is true while clients use the cache; recently used paths are then kept. Reading happens
+/// while they work; only the removal makes them wait.
 ///
 /// # Errors
-/// When the disk fails; what was removed until then is consistent.
+/// When the disk fails; what has been removed by then leaves a consistent cache.
 pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcReport> {
     let begun = Instant::now();
     let now = SystemTime::now();
-    // A use is noted once a minute, so anything within two may be in use now.
+    // Uses are recorded at most once a minute, so anything within two minutes may be in use now.
     let grace = if shared {
         limits.grace.max(2 * TOUCH_INTERVAL)
     } else {
@@ -201,6 +207,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcRep
     let fresh = now.checked_sub(grace).unwrap_or(SystemTime::UNIX_EPOCH);
     let objects = scan(store)?;
     let victims = plan(&objects, limits, now, fresh);
+    // The plan was made without this lock; `remove_objects` skips what has been used since.
     let _closed = store.lock_for_removal();
     let mut report = GcReport::default();
     let gone = remove_objects(store, &objects, &victims)?;
@@ -211,6 +218,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcRep
             .filter(|(n, _)| !gone.contains(n))
             .map(|(_, object)| object)
     };
+    // NARs go after the paths that name them, so no visible path ever lacks its NAR.
     let claimed: HashSet<Sha256> = kept().map(|object| object.nar).collect();
     (report.paths, report.kept_paths) = (gone.len() as u64, kept().count() as u64);
     for cache in store.folder().caches()? {
@@ -221,6 +229,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcRep
         sweep(&store.folder().markers(&cache), fresh, |name| {
             marked.contains(name)
         })?;
+        // An upload's record is needed only until its narinfo arrives.
         sweep(&store.folder().uploads(&cache), fresh, |_| false)?;
     }
     let names: HashSet<String> = claimed
@@ -238,7 +247,7 @@ pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcRep
     Ok(report)
 }
 
-/// Every path of every cache. A path that has lost its NAR has no size; files that are no narinfo
+/// Reads every path of every cache. A path without its NAR has size 0. Files that are no narinfo
 /// are not ours and stay.
 fn scan(store: &Store) -> io::Result<Vec<Object>> {
     let mut objects = Vec::new();
@@ -250,7 +259,7 @@ fn scan(store: &Store) -> io::Result<Vec<Object>> {
             let Some(hash) = hash.and_then(|hash| PathHash::parse(hash).ok()) else {
                 continue;
             };
-            // A path that is replaced while we look is there before and after.
+            // A path that is being replaced exists before and after, so skipping it is safe.
             let (Ok(text), Ok(about)) = (std::fs::read_to_string(entry.path()), entry.metadata())
             else {
                 continue;
@@ -283,13 +292,14 @@ fn object(
             .map(flywheel_nix::store_path::StorePath::hash)
             .collect(),
         modified,
+        // Reading the narinfo and downloading the NAR are recorded separately.
         used: nar_used.map_or(modified, |used| used.max(modified)),
         nar: info.nar_hash,
         size: nar.map_or(0, |nar| nar.len()),
     }))
 }
 
-/// Removes the victims, except those that were used since the plan was made, and what these refer to.
+/// Removes the victims, except those used since the plan was made and everything these refer to.
 fn remove_objects(
     store: &Store,
     objects: &[Object],
@@ -303,8 +313,9 @@ fn remove_objects(
         let unused = std::fs::metadata(&file)
             .and_then(|about| about.modified())
             .is_ok_and(|modified| modified == object.modified);
+        // A client may rely on a path it has just used.
         if rescued.contains(&n) || !unused {
-            // Referrers come first, so the whole closure is rescued on the way down.
+            // Referrers come first, so the whole closure is rescued step by step.
             rescued.extend(references(objects, &by_key, n));
             continue;
         }
@@ -314,7 +325,7 @@ fn remove_objects(
     Ok(gone)
 }
 
-/// Removes the files that are not kept and were not used since `fresh`: their number and bytes.
+/// Removes the files that are neither kept nor used since `fresh`; returns their number and bytes.
 fn sweep(folder: &Path, fresh: SystemTime, keep: impl Fn(&str) -> bool) -> io::Result<(u64, u64)> {
     let (mut files, mut size) = (0, 0);
     for entry in entries(folder)? {

@@ -1,5 +1,5 @@
-//! Takes a NAR from the network to a temporary file: unpacks, hashes, counts, compresses, in one
-//! pass with flat memory. Never decides whether what arrived is what was announced.
+//! Reads a NAR from the network into a temporary file: decompresses, hashes, counts and compresses
+//! it in one pass, in constant memory. Does not decide whether it is the announced NAR.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,17 +17,17 @@ use crate::server::error::ErrorResponse;
 use crate::server::store::StoredNar;
 use flywheel_nix::hash::Sha256;
 
-/// Pieces on their way to the thread that works; each has at most the connection's buffer.
+/// Pieces queued for the worker thread; each is at most as large as the connection's buffer.
 const QUEUE_LENGTH: usize = 4;
-/// `xz -9` needs 65 MiB to unpack; Nix's default level needs 9 MiB.
+/// Memory limit for decompressing xz: `xz -9` needs 65 MiB, Nix's default level 9 MiB.
 const XZ_MEMORY: u64 = 72 * 1024 * 1024;
-/// Windows up to 2^25 bytes, 32 MiB: levels up to 19 need 8 MiB.
+/// Maximum window for decompressing zstd: 2^25 bytes, 32 MiB. Levels up to 19 need 8 MiB.
 const ZSTD_WINDOW_LOG: u32 = 25;
 
-/// How an arriving NAR is compressed.
+/// The compression of an uploaded NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Not at all.
+    /// Uncompressed.
     None,
     /// xz, the default of `nix copy`.
     Xz,
@@ -35,44 +35,43 @@ pub enum Format {
     Zstd,
 }
 
-/// What to do with an arriving NAR.
+/// How to process an uploaded NAR.
 #[derive(Debug)]
 pub struct IngestOptions {
-    /// How it is compressed.
+    /// Its compression.
     pub format: Format,
-    /// The NAR's announced size in bytes, if there is one: nothing beyond it is read.
+    /// The NAR's announced size in bytes, if known; reading stops there.
     pub nar_size: Option<u64>,
-    /// Where it goes; `None` when it is known here already and only its hash is wanted.
+    /// Where to write it; `None` if it is stored already and only its hash is needed.
     pub target: Option<NamedTempFile>,
-    /// Level of zstd for what is stored.
+    /// The zstd level for storing it.
     pub level: i32,
 }
 
-/// What arrived.
 #[derive(Debug)]
 pub struct IngestedNar {
     /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
-    /// Hash of the bytes as they came.
+    /// Hash of the bytes as received.
     pub received_hash: Sha256,
-    /// Number of bytes as they came.
+    /// Number of bytes as received.
     pub received_size: u64,
-    /// The compressed file, complete; `None` if none was wanted.
+    /// The complete compressed file; `None` if there was no target.
     pub stored: Option<(NamedTempFile, StoredNar)>,
 }
 
-/// Why a NAR could not be taken.
+/// Why a NAR could not be read.
 #[derive(Debug)]
 pub enum IngestError {
     /// It is longer than announced.
     TooLong,
-    /// It cannot be unpacked.
+    /// It cannot be decompressed.
     Corrupt(String),
     /// The disk failed.
     Disk(io::Error),
-    /// The sender went away.
+    /// The client disconnected.
     Abandoned,
 }
 
@@ -81,20 +80,22 @@ enum Message {
     End,
 }
 
-/// Reads `body` to its end. The work is done on a thread of its own; if this future is dropped, or
-/// the body breaks, the thread ends and the temporary file goes.
+/// Reads `body` to its end. The work runs on a thread of its own. If this future is dropped or the
+/// body breaks, the thread ends and the temporary file is deleted.
 ///
 /// # Errors
-/// The outer error when the body breaks or stops; the inner one when the NAR is at fault.
+/// The outer error if the body breaks or stalls, the inner one if the NAR is at fault.
 pub async fn ingest(
     body: &mut RequestBody,
     options: IngestOptions,
 ) -> Result<Result<IngestedNar, IngestError>, ErrorResponse> {
     let (pieces, received) = mpsc::channel(QUEUE_LENGTH);
+    // Compressing would block the runtime's own threads.
     let worker = tokio::task::spawn_blocking(move || work(received, options));
     let sent = send(body, &pieces).await;
     drop(pieces);
     let ended = worker.await;
+    // A broken body is reported first; the worker then only knows that it ended early.
     sent?;
     ended.map_err(|error| ErrorResponse::internal(&io::Error::other(error)))
 }
@@ -102,7 +103,7 @@ pub async fn ingest(
 async fn send(body: &mut RequestBody, pieces: &mpsc::Sender<Message>) -> Result<(), ErrorResponse> {
     while let Some(piece) = body.next().await? {
         if pieces.send(Message::Data(piece)).await.is_err() {
-            // The worker has given up and says why.
+            // The worker has failed and returns the reason.
             return Ok(());
         }
     }
@@ -117,6 +118,7 @@ fn work(
     let mut ingest = Ingest::new(options)?;
     loop {
         match pieces.blocking_recv() {
+            // The channel closed without the end marker, so the body is incomplete.
             None => return Err(IngestError::Abandoned),
             Some(Message::End) => return ingest.finish(),
             Some(Message::Data(piece)) => ingest.take(&piece)?,
@@ -124,7 +126,7 @@ fn work(
     }
 }
 
-/// A NAR on its way.
+/// The state of one upload.
 struct Ingest {
     format: Format,
     target: Option<NamedTempFile>,
@@ -148,7 +150,7 @@ impl Ingest {
     }
 
     fn take(&mut self, bytes: &[u8]) -> Result<(), IngestError> {
-        // Unpacked NARs are hashed once only, by the sink.
+        // The hash of an uncompressed NAR is that of its bytes, which the sink computes.
         if self.format != Format::None {
             self.received.update(bytes);
         }
@@ -163,6 +165,7 @@ impl Ingest {
         } else {
             Sha256(self.received.finalize().into())
         };
+        // A NAR that was too short has a target but no file.
         let stored = self.target.zip(file);
         Ok(IngestedNar {
             nar_hash,
@@ -174,13 +177,13 @@ impl Ingest {
     }
 }
 
-/// Where unpacked bytes go: counted, hashed, compressed into the file.
+/// The sink for decompressed bytes: counts and hashes them, and compresses them into the file.
 struct NarSink {
     hash: sha2::Sha256,
     size: u64,
     limit: Option<u64>,
     compressor: Option<FrameEncoder<HashingFile>>,
-    /// Why a write failed, where the packing around this sink would hide it.
+    /// Why a write failed, because the decoder around this sink would hide the reason.
     error: Option<IngestError>,
 }
 
@@ -196,11 +199,11 @@ impl NarSink {
         })
     }
 
-    /// Hash and size of the NAR, and its file.
+    /// Returns the NAR's hash and size, and its file.
     fn finish(self) -> Result<(Sha256, u64, Option<StoredNar>), IngestError> {
         let whole = self.limit.is_none_or(|limit| self.size == limit);
         let file = match self.compressor {
-            // A short NAR ends here without a file: it is not what was announced.
+            // A NAR shorter than announced is not stored.
             Some(compressor) if whole => {
                 let file = compressor.finish().map_err(IngestError::Disk)?;
                 Some(StoredNar {
@@ -231,6 +234,7 @@ fn compressor(
 impl Write for NarSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.size += bytes.len() as u64;
+        // Checked on each write, so that an endless NAR is not read to its end.
         if self.limit.is_some_and(|limit| self.size > limit) {
             self.error = Some(IngestError::TooLong);
             return Err(io::Error::other("longer than announced"));
@@ -259,6 +263,7 @@ struct HashingFile {
 
 impl Write for HashingFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // A write may take only part of the bytes; hash exactly those.
         let written = self.file.write(bytes)?;
         self.hash.update(&bytes[..written]);
         self.size += written as u64;
@@ -281,11 +286,13 @@ impl Decoder {
         Ok(match format {
             Format::None => Self::None(Box::new(sink)),
             Format::Xz => {
+                // `xz` files may consist of several streams.
                 let stream = Stream::new_stream_decoder(XZ_MEMORY, CONCATENATED)?;
                 Self::Xz(Box::new(XzDecoder::new_stream(sink, stream)))
             }
             Format::Zstd => {
                 let mut decoder = zstd::stream::write::Decoder::new(sink)?;
+                // The header of a frame decides how much memory decoding takes.
                 decoder.window_log_max(ZSTD_WINDOW_LOG)?;
                 Self::Zstd(Box::new(decoder))
             }
@@ -301,7 +308,7 @@ impl Decoder {
         written.map_err(|error| self.error_from(&error))
     }
 
-    /// Whose fault an error was: the sink remembers its own.
+    /// Finds the cause of an error: the sink has recorded its own.
     fn error_from(&mut self, error: &io::Error) -> IngestError {
         let sink = match self {
             Self::None(sink) => sink,
@@ -316,6 +323,7 @@ impl Decoder {
     fn finish(mut self) -> Result<(Sha256, u64, Option<StoredNar>), IngestError> {
         let ended = match &mut self {
             Self::None(_) => Ok(()),
+            // Detects a truncated stream.
             Self::Xz(decoder) => decoder.try_finish(),
             Self::Zstd(decoder) => decoder.do_finish(),
         };

@@ -1,8 +1,8 @@
 //! The embedded binary cache: Attic's protocol for writing, Nix's HTTP protocol for reading and `nix copy`.
 //!
-//! One process, one folder. `Server::open` takes the folder, `serve` answers on a listener until
-//! `Serving::stop`. Owns what lies in the folder, its keys and tokens included; never talks to
-//! another cache, never decides who publishes what.
+//! One process serves one folder. `Server::open` locks the folder, `serve` answers on a listener
+//! until `Serving::stop`. Owns the folder's content, including keys and tokens; never talks to
+//! another cache, and never decides who publishes what.
 
 mod attic;
 mod body;
@@ -53,46 +53,48 @@ use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::{KeyError, PublicKey, SecretKey};
 
-/// Attic's priority, which is after `cache.nixos.org` (40).
+/// Attic's priority, lower than that of `cache.nixos.org` (40).
 pub const DEFAULT_PRIORITY: u32 = 41;
 /// zstd's own default level.
 pub const DEFAULT_LEVEL: i32 = 3;
-/// What was used within an hour is not removed for its size.
+/// Paths used within an hour are not removed because of the size limit.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(3600);
 /// Time between two collections.
 pub const DEFAULT_GC_INTERVAL: Duration = Duration::from_secs(600);
-/// The key whose paths clients need not send: everybody can have them from there.
+/// Paths signed with this key need not be uploaded, because everyone can get them from its cache.
 pub const DEFAULT_UPSTREAM_KEY: &str = "cache.nixos.org-1";
-/// What has come is on the disk this long afterwards at most, and the time that the disk takes.
+/// Interval between two syncs: uploads are on disk this long after their arrival, plus the time of
+/// the sync itself.
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
-/// At the end the disk gets this long.
+/// Time limit for the last sync when the server stops.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
-/// A request's path in the log.
+/// Maximum length of a request's path in the log.
 const LOGGED_PATH: usize = 120;
 
-/// How a server is set up.
+/// The configuration of a server.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The caches it serves; each is made when it is new.
+    /// The caches it serves; missing ones are created.
     pub caches: Vec<CacheName>,
     /// Whether reading needs no token.
     pub public: bool,
-    /// The tokens' file; by default `tokens` in the folder, made at the first start.
+    /// The file with the tokens; by default `tokens` in the folder, created at the first start.
     pub tokens: Option<PathBuf>,
-    /// Whether who claims a known NAR must send it. If not, whoever may write can have any NAR
-    /// whose hash he knows, of other caches too; in return known NARs do not travel again.
+    /// Whether a client that claims a known NAR must send it. Otherwise anyone with a write token
+    /// can read any NAR, of other caches too, by its hash; in return, known NARs are not
+    /// transferred again.
     pub require_proof: bool,
     /// Level of zstd for stored NARs, 1 to 19.
     pub level: i32,
-    /// `Priority` in `nix-cache-info`: the lower, the earlier Nix asks.
+    /// `Priority` in `nix-cache-info`: Nix queries lower values first.
     pub priority: u32,
-    /// Names of keys whose paths clients need not send.
+    /// Names of keys; paths signed with them need not be uploaded.
     pub upstream_keys: Vec<String>,
-    /// What the folder may grow to.
+    /// The limits for garbage collection.
     pub limits: Limits,
     /// Time between two collections.
     pub gc_interval: Duration,
-    /// Where log lines go.
+    /// The sink for log lines.
     pub log: Sink,
 }
 
@@ -117,26 +119,26 @@ impl Default for Options {
     }
 }
 
-/// Why a server could not be opened.
+/// Why the server could not start.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// The folder is not to be had.
+    /// The folder cannot be used.
     #[error(transparent)]
     Folder(#[from] FolderError),
-    /// The tokens are not to be had.
+    /// The tokens cannot be loaded.
     #[error(transparent)]
     Tokens(#[from] TokenError),
-    /// A signing key could not be read or made.
+    /// A signing key could not be read or created.
     #[error("the signing key `{}` could not be read or written", file.display())]
     KeyFile {
         /// The key's file.
         file: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// A signing key is none.
-    #[error("the signing key `{}` is no key", file.display())]
+    /// The content of a key file is not a key.
+    #[error("the signing key `{}` is not a key", file.display())]
     Key {
         /// The key's file.
         file: PathBuf,
@@ -166,7 +168,7 @@ impl Explain for OpenError {
     }
 }
 
-/// A cache server that has its folder and does not listen yet.
+/// A cache server that has locked its folder but does not listen yet.
 #[derive(Debug)]
 pub struct Server {
     state: Arc<ServerState>,
@@ -174,11 +176,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// Takes the folder, making what is missing in it: tokens, keys, subfolders. Blocks on the disk
-    /// for a moment.
+    /// Locks the folder and creates what is missing in it: tokens, keys, subfolders. Blocks on the
+    /// disk for a moment.
     ///
     /// # Errors
-    /// When another process has the folder, or something in it cannot be read or made.
+    /// When another process holds the folder, or something in it cannot be read or created.
     pub fn open(folder: &Path, options: Options) -> Result<Self, OpenError> {
         let root = folder.to_owned();
         let folder = Folder::open(folder, &options.caches)?;
@@ -230,7 +232,7 @@ impl Server {
             .collect()
     }
 
-    /// Answers on a listener from now on, and collects garbage now and at every interval.
+    /// Starts answering on a listener, and collects garbage now and at every interval.
     ///
     /// # Errors
     /// When the listener has no address.
@@ -250,11 +252,11 @@ impl Server {
     }
 }
 
-/// A server that answers. Dropping it lets it go on; `stop` ends it.
+/// A running server. Dropping this value leaves the server running; `stop` ends it.
 #[derive(Debug)]
 pub struct Serving {
     address: SocketAddr,
-    /// By name of the cache, as `public_key` looks them up.
+    /// Each cache's name and public key.
     public_keys: Vec<(String, PublicKey)>,
     write_token: Option<Secret>,
     tokens_file: PathBuf,
@@ -262,11 +264,11 @@ pub struct Serving {
     tasks: JoinHandle<()>,
 }
 
-/// From the order to stop to the end: what is under way gets this long.
+/// Time that open requests get to finish after `stop`.
 const STOP_GRACE: Duration = Duration::from_secs(3);
 
 impl Serving {
-    /// Where it listens.
+    /// The address it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -289,7 +291,7 @@ impl Serving {
             .map(|(_, key)| key)
     }
 
-    /// A token that may write to every cache, if the tokens' file has one.
+    /// A token that may write to every cache, if there is one.
     pub fn write_token(&self) -> Option<&Secret> {
         self.write_token.as_ref()
     }
@@ -299,10 +301,10 @@ impl Serving {
         &self.tokens_file
     }
 
-    /// Takes no more requests, lets what is under way end for at most 3 s, frees the folder.
+    /// Stops accepting requests, lets open ones finish for at most 3 s, and releases the folder.
     pub async fn stop(self) {
         self.stop.cancel();
-        // Its only failure is a panic, which has been reported where it happened.
+        // The task fails only by a panic, which has been reported where it happened.
         let _ = self.tasks.await;
     }
 }
@@ -310,10 +312,12 @@ impl Serving {
 async fn run(state: Arc<ServerState>, listener: TcpListener, stop: CancellationToken) {
     let collecting = tokio::spawn(collect_regularly(Arc::clone(&state), stop.clone()));
     let syncing = tokio::spawn(sync_regularly(Arc::clone(&state), stop.clone()));
+    // The other tasks stop with the same token and are joined afterwards.
     connection::serve(listener, router(Arc::clone(&state)), stop, STOP_GRACE).await;
     let _ = collecting.await;
     let _ = syncing.await;
-    // Should the disk need longer: the system has it all, and the next server waits for the disk instead.
+    // If the disk needs longer, nothing is lost: the system has all data, and the next server waits
+    // for the disk instead.
     let _ = tokio::time::timeout(CLOSE_LIMIT, sync(&state, Store::close)).await;
 }
 
@@ -332,7 +336,7 @@ async fn sync(state: &Arc<ServerState>, how: fn(&Store) -> io::Result<()>) {
     let broken = match tokio::task::spawn_blocking(move || how(&store)).await {
         Ok(Ok(())) => return,
         Ok(Err(error)) => error.to_string(),
-        Err(error) if error.is_cancelled() => "the server was to end at once".to_owned(),
+        Err(error) if error.is_cancelled() => "the server had to stop at once".to_owned(),
         Err(error) => error.to_string(),
     };
     let text =
@@ -342,6 +346,7 @@ async fn sync(state: &Arc<ServerState>, how: fn(&Store) -> io::Result<()>) {
 
 async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
     let mut ticks = tokio::time::interval(state.options.gc_interval.max(Duration::from_secs(1)));
+    // After a long collection, wait a full interval before the next one.
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
@@ -363,10 +368,11 @@ async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
     }
 }
 
-/// Collects garbage in a folder that no server uses. Nobody reads meanwhile, so no grace is given.
+/// Collects garbage in a folder that no server uses. Since no client is reading, there is no grace
+/// period.
 ///
 /// # Errors
-/// When a server has the folder, or the disk fails.
+/// When a server holds the folder, or the disk fails.
 pub fn collect(folder: &Path, limits: &Limits) -> Result<GcReport, FolderError> {
     let unusable = |source| FolderError::Unusable {
         folder: folder.to_owned(),
@@ -394,6 +400,7 @@ fn open_key(file: &Path, cache: &CacheName) -> Result<SecretKey, OpenError> {
     match std::fs::read_to_string(file) {
         Ok(text) => SecretKey::parse(&text).map_err(key_error),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // The key's name is the cache's, which clients see in signatures.
             let key = SecretKey::generate(cache.as_str()).map_err(key_error)?;
             token::write_private(file, key.encode().as_bytes()).map_err(file_error)?;
             Ok(key)
@@ -403,6 +410,7 @@ fn open_key(file: &Path, cache: &CacheName) -> Result<SecretKey, OpenError> {
 }
 
 fn router(state: Arc<ServerState>) -> Router {
+    // GET serves substituters, PUT serves `nix copy`.
     let narinfo = get(substituter::get_narinfo).put(substituter::put_narinfo);
     let nar = get(substituter::get_nar).put(substituter::put_nar);
     Router::new()
@@ -416,20 +424,22 @@ fn router(state: Arc<ServerState>) -> Router {
         .route("/{cache}/nar/{file}", nar)
         .fallback(async || ErrorResponse::not_found())
         .method_not_allowed_fallback(async || ErrorResponse::method_not_allowed())
+        // Layers run from the last to the first, so the log sees the final response.
         .layer(from_fn(body::announce_close))
         .layer(from_fn_with_state(Arc::clone(&state), log))
         .with_state(state)
 }
 
-/// One line for each upload and each failure; never a header, never a query.
+/// Logs one line for each upload and each failure, without headers or queries.
 async fn log(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
+    // The client chooses the path; it must not break the log's lines.
     let path = flywheel_core::text::one_line(request.uri().path(), LOGGED_PATH);
     let method = request.method().clone();
     let response = next.run(request).await;
     let status = response.status();
     let moved = response.extensions().get::<BytesMoved>().copied();
-    // A substituter asks for what is not there all the time.
+    // A 404 is not logged: substituters query missing paths all the time.
     if moved.is_some() || (status.as_u16() >= 400 && status.as_u16() != 404) {
         let (size, took) = (
             moved.map_or(0, |moved| moved.0),

@@ -1,4 +1,5 @@
-//! What every request handler shares: the store, the tokens, the caches and their keys; who may do what.
+//! The state shared by all request handlers: the store, the tokens, the caches and their keys. Also
+//! decides who may do what.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,24 +18,24 @@ use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::SecretKey;
 use flywheel_sys::host::inline_blocking::Brief;
 
-/// Places for NARs that are being taken. What they cost in memory together stays below 48 MiB.
+/// Slots for concurrent uploads; together they cost less than 48 MiB of memory.
 const UPLOAD_SLOTS: usize = 32;
-/// A smaller NAR costs next to nothing, since its compressor is small too.
+/// NARs below this size cost little memory, since their compressors are small too.
 const SMALL_NAR: u64 = 1024 * 1024;
 
-/// What taking a NAR costs.
+/// The memory cost of receiving a NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cost {
-    /// Some KiB.
+    /// A few KiB.
     Small,
-    /// A compressor with its full window, some 4 MiB.
+    /// A compressor with its full window, about 4 MiB.
     Large,
-    /// That and an unpacker, 9 MiB for the default level of `nix copy`.
+    /// A compressor and a decompressor, 9 MiB for the default level of `nix copy`.
     Compressed,
 }
 
 impl Cost {
-    /// Of a NAR that comes as it is.
+    /// The cost of an uncompressed NAR.
     pub fn new(nar_size: u64) -> Self {
         if nar_size < SMALL_NAR {
             Self::Small
@@ -52,7 +53,7 @@ impl Cost {
     }
 }
 
-/// One cache.
+/// A cache of this server.
 #[derive(Debug)]
 pub struct Cache {
     /// Its name.
@@ -61,25 +62,25 @@ pub struct Cache {
     pub key: SecretKey,
 }
 
-/// The server behind all connections.
+/// The server's state.
 #[derive(Debug)]
 pub struct ServerState {
-    /// What the cache holds.
+    /// The content of the caches.
     pub store: Arc<Store>,
-    /// Who may do what.
+    /// The tokens and their permissions.
     pub tokens: Tokens,
-    /// By name.
+    /// The caches by name.
     pub caches: BTreeMap<String, Cache>,
-    /// How the server was set up.
+    /// The configuration.
     pub options: Options,
-    /// For NARs that are in memory.
+    /// Compressors for NARs that fit into memory.
     pub compressors: Arc<CompressorPool>,
     slots: Semaphore,
     brief: Brief,
 }
 
 impl ServerState {
-    /// A server that has done nothing yet.
+    /// Creates the state.
     pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
         let caches = caches
             .into_iter()
@@ -97,11 +98,13 @@ impl ServerState {
         }
     }
 
-    /// The cache, if the request may read it (`Scope::Read`) or write to it.
+    /// Returns the cache if the request may read it (`Scope::Read`) or write to it
+    /// (`Scope::Write`).
     ///
     /// # Errors
-    /// 401 when the cache is not there for this client, 403 when it may read it only, 404 when it
-    /// may do anything and there is no such cache. As Attic answers, so that clients learn the same.
+    /// 401 if the client may not even read the cache, 403 if it may only read, and 404 if its token
+    /// covers the name but no such cache exists. Attic responds the same way, so clients learn no
+    /// more here.
     pub fn authorise(
         &self,
         headers: &HeaderMap,
@@ -113,12 +116,14 @@ impl ServerState {
         match (self.caches.get(cache), granted) {
             (Some(cache), true) => Ok(cache),
             (None, true) => Err(ErrorResponse::no_cache()),
+            // Without permission, a missing cache looks like a private one.
             (None, false) => Err(ErrorResponse::unauthorized()),
             (Some(found), false) => {
                 let readable =
                     self.options.public || self.tokens.allow(token.as_ref(), cache, Scope::Read);
                 match scope {
                     Scope::Read if readable => Ok(found),
+                    // The client can see the cache, so it may learn that writing is forbidden.
                     Scope::Write if readable => Err(ErrorResponse::forbidden()),
                     _ => Err(ErrorResponse::unauthorized()),
                 }
@@ -126,10 +131,10 @@ impl ServerState {
         }
     }
 
-    /// Refuses a client that may write nowhere, before anything of its body is read.
+    /// Rejects a client that may not write to any cache, before its body is read.
     ///
     /// # Errors
-    /// 403 when it may read, 401 when it may not even do that.
+    /// 403 if it may read some cache, otherwise 401.
     pub fn authorise_some_write(&self, headers: &HeaderMap) -> Result<(), ErrorResponse> {
         let token = token(headers);
         if self.tokens.allow_somewhere(token.as_ref(), Scope::Write) {
@@ -141,10 +146,10 @@ impl ServerState {
         }
     }
 
-    /// Waits for a place among the uploads.
+    /// Waits for upload slots.
     ///
     /// # Errors
-    /// 503 when none is free for as long as a client waits.
+    /// 503 if none becomes free within `IDLE_TIMEOUT`.
     pub async fn upload_slot(&self, cost: Cost) -> Result<SemaphorePermit<'_>, ErrorResponse> {
         match tokio::time::timeout(IDLE_TIMEOUT, self.slots.acquire_many(cost.slots())).await {
             Ok(Ok(place)) => Ok(place),
@@ -154,7 +159,8 @@ impl ServerState {
         }
     }
 
-    /// Runs a call of the store that takes a fraction of a millisecond, here if it does; not while garbage is removed.
+    /// Runs a store call that takes a fraction of a millisecond on the current thread if possible,
+    /// but not while garbage is being removed.
     ///
     /// # Errors
     /// Whatever the call fails with.

@@ -1,5 +1,6 @@
-//! What the cache holds: objects (narinfos), NARs, and NARs that wait for their narinfo.
-//! All calls block on the disk and belong on threads that may, or into `State::brief`. Knows no HTTP.
+//! The content of the caches: objects (narinfos), NARs, and NARs that wait for their narinfo. All
+//! calls block on the disk and belong on threads that may block, or into `ServerState::brief`.
+//! Knows no HTTP.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -19,13 +20,14 @@ use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::PathHash;
 
-/// A read is noted at most this often: garbage collection thinks in hours, disks dislike writes.
+/// Minimum interval between two recorded uses of a file: garbage collection needs no more
+/// precision, and this saves disk writes.
 pub const TOUCH_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What was written within this time needs no note that it was used.
+/// A file written within this time needs no record of its use.
 const RECENT_WRITE: Duration = Duration::from_secs(1);
 
-/// A NAR's compressed file.
+/// The compressed file of a NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredNar {
     /// Hash of the file.
@@ -34,34 +36,34 @@ pub struct StoredNar {
     pub file_size: u64,
 }
 
-/// What is known of a NAR that `nix copy` sent before its narinfo.
+/// Facts about a NAR that `nix copy` uploaded before its narinfo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingUpload {
     /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
-    /// Hash of the file that came, which was perhaps compressed otherwise than ours.
+    /// Hash of the uploaded file, which may be compressed differently from ours.
     pub received_hash: Sha256,
-    /// Size of the file that came, in bytes.
+    /// Size of the uploaded file in bytes.
     pub received_size: u64,
 }
 
-/// The holdings of one folder.
+/// The content of one folder.
 #[derive(Debug)]
 pub struct Store {
     folder: Folder,
     durability: Durability,
-    /// Held for writing while garbage is removed, for reading while something is promised to be
-    /// there: an object is committed, or a client is told that it need not send one.
+    /// Write-locked while garbage is removed; read-locked while the server makes a promise that
+    /// something exists: when committing an object, or telling a client that it need not send one.
     gate: RwLock<()>,
     /// Held while a NAR becomes visible, so that of two equal ones the first stays.
     publishing: Mutex<()>,
 }
 
 impl Store {
-    /// The holdings of a folder. After an unforeseen end of the machine: how many paths were taken back, because
-    /// they may not have reached the disk.
+    /// Opens a folder. After a crash of the machine, also returns how many paths were removed
+    /// because they may not have reached the disk.
     ///
     /// # Errors
     /// When the disk fails.
@@ -74,14 +76,14 @@ impl Store {
             publishing: Mutex::default(),
         };
         if rolled_back.is_some() {
-            // The NARs that are not claimed any more may be torn: nobody may take them for known.
+            // The NARs of the removed paths may be torn, so they must not count as known.
             gc::collect(&store, &Limits::default(), false)?;
             sync_parent(&store.folder.nars().join("."))?;
         }
         Ok((store, rolled_back))
     }
 
-    /// Has all that is visible reach the disk.
+    /// Writes everything visible to disk.
     ///
     /// # Errors
     /// When the disk fails.
@@ -89,7 +91,7 @@ impl Store {
         self.durability.sync(&self.folder)
     }
 
-    /// The same, once nothing comes any more.
+    /// Does the same and records a clean stop; nothing may arrive afterwards.
     ///
     /// # Errors
     /// When the disk fails.
@@ -97,28 +99,28 @@ impl Store {
         self.durability.close(&self.folder)
     }
 
-    /// Where things lie.
+    /// The folder.
     pub fn folder(&self) -> &Folder {
         &self.folder
     }
 
-    /// Nothing is removed while this guard lives.
+    /// Returns a guard that prevents the removal of garbage.
     fn prevent_removal(&self) -> RwLockReadGuard<'_, ()> {
-        // The lock guards no data of its own that a panic could have left half-done.
+        // The lock guards no data that a panic could leave half-done, so poisoning is ignored.
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether calls would wait now for garbage to be removed.
+    /// Whether calls would have to wait for the removal of garbage now.
     pub fn is_removing(&self) -> bool {
         self.gate.try_read().is_err()
     }
 
-    /// Nothing is promised while this guard lives.
+    /// Returns a guard for removing garbage; nothing is promised to clients while it lives.
     pub(super) fn lock_for_removal(&self) -> RwLockWriteGuard<'_, ()> {
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is known of a path, if its NAR is there too. Counts as a use.
+    /// Returns the narinfo of a path if its NAR exists too. Counts as a use.
     ///
     /// # Errors
     /// When the disk fails.
@@ -132,10 +134,12 @@ impl Store {
         let Some(text) = if_exists(std::fs::read_to_string(&file))? else {
             return Ok(None);
         };
-        // A file that is no narinfo was not written by us: it counts as absent, so that it is replaced.
+        // A file that is not a narinfo was not written by us. It counts as missing, so that it gets
+        // replaced.
         let Ok(info) = NarInfo::parse(&text) else {
             return Ok(None);
         };
+        // A path without its NAR would fail every download, so it counts as missing.
         if !self.folder.nar(&info.nar_hash).exists() {
             return Ok(None);
         }
@@ -143,8 +147,8 @@ impl Store {
         Ok(Some(info))
     }
 
-    /// Those of `hashes` that this cache cannot serve. What it can counts as used: the client will
-    /// rely on it.
+    /// Returns those of `hashes` that this cache cannot serve. The others count as used, because
+    /// the client will rely on them.
     ///
     /// # Errors
     /// When the disk fails.
@@ -159,7 +163,7 @@ impl Store {
         Ok(missing)
     }
 
-    /// The compressed file of a NAR that is here already. Counts as a use.
+    /// Returns the compressed file of a NAR that is stored already. Counts as a use.
     ///
     /// # Errors
     /// When the disk fails.
@@ -173,7 +177,7 @@ impl Store {
         measure(file).map(Some)
     }
 
-    /// Makes a NAR visible. If an equal one came first, that one stays and is the answer.
+    /// Makes a NAR visible. If an equal one arrived first, that one is kept and returned.
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
@@ -185,25 +189,28 @@ impl Store {
     ) -> io::Result<StoredNar> {
         let epoch = self.durability.begin();
         {
+            // Two uploads of the same NAR may finish at the same time.
             let _alone = self
                 .publishing
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             let path = self.folder.nar(hash);
+            // Under the lock, no other upload can create the file in between.
             if !path.exists() {
                 file.persist(&path)?;
                 epoch.file_added(path);
                 return Ok(nar);
             }
         }
+        // The stored file counts, whose compressed hash may differ from that of this upload.
         let known = self.known_nar(hash)?;
         known.ok_or_else(|| io::Error::other("a NAR was removed while it was sent again"))
     }
 
-    /// The same for one that is in memory, compressed.
+    /// Like `publish_nar`, for a compressed NAR in memory.
     ///
     /// # Errors
-    /// As `publish_nar`.
+    /// As for `publish_nar`.
     pub fn publish_compressed(&self, compressed: &[u8], hash: &Sha256) -> io::Result<StoredNar> {
         let file_hash = Sha256(sha2::Sha256::digest(compressed).into());
         let mut file = self.folder.temporary()?;
@@ -218,11 +225,11 @@ impl Store {
         )
     }
 
-    /// Makes a path visible, after its NAR. What it refers to counts as used from now on.
-    /// `false` if the NAR is not there any more; then nothing has changed.
+    /// Makes a path visible after its NAR. Its references count as used from now on. Returns
+    /// `false` if the NAR has been removed; nothing has changed then.
     ///
     /// # Errors
-    /// When the disk fails; then the path is whole or not visible, and may be sent again.
+    /// When the disk fails; the path is then complete or invisible, and may be sent again.
     pub fn commit(&self, cache: &CacheName, path: &PathInfo, nar: StoredNar) -> io::Result<bool> {
         let _kept = self.prevent_removal();
         let epoch = self.durability.begin();
@@ -231,18 +238,20 @@ impl Store {
             return Ok(false);
         }
         for reference in &path.references {
-            // A reference that is not here, or not yet, is the client's affair.
+            // A missing reference is allowed: the client may upload it later.
             if_exists(touch(
                 &self.folder.object(cache, &reference.hash()),
                 Duration::ZERO,
             ))?;
         }
+        // The marker lets this cache serve the NAR, which other caches may have uploaded.
         let marker = self.folder.marker(cache, &path.nar_hash);
         let linked = write_marker(&marker, &nar_file)?;
         let object = self.folder.object(cache, &path.path.hash());
         let text = narinfo(path, nar).to_string();
         match if_exists(std::fs::read_to_string(&object))? {
             None => {
+                // The narinfo comes last: once it is visible, the path can be served.
                 self.folder.write_whole(&object, &(text + &epoch.line()))?;
                 if linked {
                     epoch.link_added(&marker);
@@ -251,12 +260,14 @@ impl Store {
                 }
                 epoch.file_added(object);
             }
-            // Others may refer to it since long: it keeps its epoch, and so nothing of it may be torn.
+            // Other paths may already rely on this one, so it keeps its old epoch, and everything
+            // that belongs to it must be on disk now.
             Some(old) => {
                 let text = text + &epoch_line(&old).unwrap_or_default();
                 File::open(&nar_file)?.sync_all()?;
                 self.folder.write_synced(&object, &text)?;
-                // Last, since one commit of the file system's journal covers all that came before it.
+                // Folders last: one commit of the file system's journal covers everything before
+                // it.
                 sync_parent(&nar_file)?;
                 sync_parent(&marker)?;
             }
@@ -264,11 +275,14 @@ impl Store {
         Ok(true)
     }
 
-    /// Opens a NAR that this cache may serve; a NAR of another cache alone is not shown. Counts as a use.
+    /// Opens a NAR that this cache may serve. A NAR that only other caches have stays hidden.
+    /// Counts as a use.
     ///
     /// # Errors
     /// When the disk fails.
     pub fn open_nar(&self, cache: &CacheName, hash: &Sha256) -> io::Result<Option<(File, u64)>> {
+        // Caches of different trust share NARs on disk, but may only serve what was uploaded to
+        // them.
         if !self.folder.marker(cache, hash).exists() {
             return Ok(None);
         }
@@ -276,13 +290,13 @@ impl Store {
         let Some(file) = if_exists(File::open(&path))? else {
             return Ok(None);
         };
-        // It may be removed between the two; the open file stays readable.
+        // The file may be removed at this point; the open descriptor stays readable.
         if_exists(touch(&path, TOUCH_INTERVAL))?;
         let size = file.metadata()?.len();
         Ok(Some((file, size)))
     }
 
-    /// Notes a NAR that waits for its narinfo. `name` must be a plain file name.
+    /// Records a NAR that waits for its narinfo. `name` must be a plain file name.
     ///
     /// # Errors
     /// When the disk fails.
@@ -310,7 +324,7 @@ impl Store {
         Ok(())
     }
 
-    /// The NAR that was sent under this name, if it is still here.
+    /// Returns the NAR that was uploaded under this name, if it still exists.
     ///
     /// # Errors
     /// When the disk fails.
@@ -327,25 +341,26 @@ impl Store {
         let Some(upload) = parse_upload(&text) else {
             return Ok(None);
         };
+        // Counts as a use, so that the NAR survives until its narinfo arrives.
         let nar = if_exists(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
         touch(&path, Duration::ZERO)?;
         Ok(nar.map(|()| upload))
     }
 }
 
-/// Marks a NAR as one that a cache may serve. A link to it takes no inode, and making those is what costs.
-/// `false` if the mark is a file of its own.
+/// Marks a NAR as one that a cache may serve. A hard link needs no inode, and creating inodes is
+/// what costs time. Returns `false` if the marker is a file of its own.
 fn write_marker(marker: &Path, nar: &Path) -> io::Result<bool> {
     match std::fs::hard_link(nar, marker) {
         Ok(()) => Ok(true),
-        // Of an earlier path with this NAR, and it may be one or the other.
+        // The marker belongs to an earlier path with this NAR and may be a link or a file.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-        // Not every file system has links, and of those that have each has its limit.
+        // Some file systems have no hard links, and the others limit their number.
         Err(_) => File::create(marker).map(|_| false),
     }
 }
 
-/// The narinfo as it is kept, without our own signature: keys may change, and signing is cheap.
+/// The narinfo as stored, without our own signature: keys may change, and signing is cheap.
 fn narinfo(path: &PathInfo, nar: StoredNar) -> NarInfo {
     NarInfo {
         path: path.path.clone(),
@@ -394,11 +409,11 @@ fn measure(mut file: File) -> io::Result<StoredNar> {
     }
 }
 
-/// Notes a use of a file now, unless one was noted within `interval`.
+/// Records that a file is used now, unless a use was recorded within `interval`.
 fn touch(path: &Path, interval: Duration) -> io::Result<()> {
     let now = SystemTime::now();
     let noted = std::fs::metadata(path)?.modified()?;
-    // A time in the future (the clock was set back) is put right as well.
+    // A time in the future, after the clock was set back, is corrected as well.
     if now
         .duration_since(noted)
         .is_ok_and(|since| since <= interval)
@@ -409,7 +424,7 @@ fn touch(path: &Path, interval: Duration) -> io::Result<()> {
     File::open(path)?.set_modified(now)
 }
 
-/// `None` where there is no such file.
+/// Turns "not found" into `None`.
 fn if_exists<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),

@@ -1,4 +1,4 @@
-//! Nix's HTTP binary cache protocol: what a substituter reads, and what `nix copy --to` writes.
+//! Nix's HTTP binary cache protocol: reading for substituters, and writing for `nix copy --to`.
 
 use std::sync::Arc;
 
@@ -22,12 +22,12 @@ use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::fingerprint;
 use flywheel_nix::store_path::{PathHash, STORE_DIR};
 
-/// No narinfo is nearly as large.
+/// Maximum size of a narinfo in bytes; real ones are far smaller.
 const NARINFO_LIMIT: usize = 1024 * 1024;
-/// Of a NAR that is being served, this much is in memory.
+/// Bytes of a served NAR to hold in memory.
 const READ_BUFFER: usize = 128 * 1024;
 
-/// `nix-cache-info`.
+/// Serves `nix-cache-info`.
 ///
 /// # Errors
 /// 401 or 404.
@@ -44,7 +44,7 @@ pub async fn cache_info(
     Ok(answer(&shared, "text/x-nix-cache-info", text.into()))
 }
 
-/// `<hash>.narinfo`, signed now by the cache's key.
+/// Serves `<hash>.narinfo`, signed with the cache's key on the way out.
 ///
 /// # Errors
 /// 401 or 404.
@@ -67,17 +67,19 @@ pub async fn get_narinfo(
     ))
 }
 
-/// Foreign signatures stay, ours comes last and once.
+/// Keeps foreign signatures and appends ours, once.
 fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
     let text = fingerprint(&info.path, &info.nar_hash, info.nar_size, &info.references);
     let ours = format!("{}:", cache.key.public().name());
     info.signatures
+        // The uploader may have sent an older signature of ours.
         .retain(|signature| !signature.starts_with(&ours));
     info.signatures.push(cache.key.sign(&text));
     info
 }
 
-/// `nar/<hash>.nar.zst`; for `nix copy`, which asks before it sends, also what it has sent.
+/// Serves `nar/<hash>.nar.zst`. For `nix copy`, which checks before it uploads, pending uploads
+/// count as well.
 ///
 /// # Errors
 /// 401 or 404.
@@ -88,6 +90,7 @@ pub async fn get_nar(
 ) -> Result<Response, ErrorResponse> {
     let cache = readable(&shared, request.headers(), &cache)?;
     let name = cache.name.clone();
+    // The URLs in our narinfos end this way, whatever the NAR's upload was called.
     let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
     if let Some(hash) = ours
         && let Some((nar, size)) = shared
@@ -98,6 +101,7 @@ pub async fn get_nar(
         let mut response = answer(&shared, "application/x-nix-nar", Body::from_stream(pieces));
         response
             .headers_mut()
+            // With the length, a client can tell a complete download from a broken one.
             .insert(header::CONTENT_LENGTH, HeaderValue::from(size));
         return Ok(response);
     }
@@ -114,11 +118,11 @@ pub async fn get_nar(
     Err(ErrorResponse::no_object())
 }
 
-/// Takes a NAR in whatever packing `nix copy` was asked for, and keeps it until its narinfo comes.
+/// Receives a NAR in the compression chosen for `nix copy`, and keeps it until its narinfo arrives.
 ///
 /// # Errors
-/// 401, 403 or 404 before the body is read; 400 when the file is not what its name says, 415 for
-/// packings that this server does not know.
+/// 401, 403 or 404 before the body is read; 400 if the file does not match its name, 415 for
+/// unsupported compressions.
 pub async fn put_nar(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
@@ -130,6 +134,7 @@ pub async fn put_nar(
         .name
         .clone();
     let (hash, format) = parse_upload_name(&file)?;
+    // The size is not announced in this protocol, but an empty body is never right.
     check_length(&parts.headers, None)?;
     let _slot = shared.upload_slot(Cost::Compressed).await?;
     let taken = receive_compressed(&shared, &mut RequestBody::new(body), format, hash).await?;
@@ -145,10 +150,10 @@ pub async fn put_nar(
     Ok(created(upload.received_size))
 }
 
-/// Takes a narinfo whose NAR came before, if it says of that NAR what we found ourselves.
+/// Receives a narinfo after its NAR, and accepts it if it matches what we measured ourselves.
 ///
 /// # Errors
-/// 401, 403 or 404 before the body is read; 400 when it does not fit the NAR or is not right.
+/// 401, 403 or 404 before the body is read; 400 if it is invalid or does not match the NAR.
 pub async fn put_narinfo(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
@@ -165,6 +170,7 @@ pub async fn put_narinfo(
         .map_err(|_| ErrorResponse::bad_request("the narinfo is not UTF-8"))?;
     let info =
         NarInfo::parse(&text).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
+    // The path in the narinfo decides where it is stored, so the address must agree.
     if info.path.hash() != hash {
         return Err(ErrorResponse::bad_request(format!(
             "the narinfo is of `{}`",
@@ -224,7 +230,8 @@ fn check_fit(info: &NarInfo, upload: &PendingUpload) -> Result<(), ErrorResponse
     }
 }
 
-/// A substituter learns of a cache that is not there what it learns of a path that is not there.
+/// Returns the cache if the client may read it. For substituters, a missing cache is a 404 like a
+/// missing path.
 fn readable<'a>(
     shared: &'a ServerState,
     headers: &HeaderMap,
@@ -249,7 +256,7 @@ fn nar_hash(text: &str) -> Option<Sha256> {
         .flatten()
 }
 
-/// `<file hash>.nar[.<packing>]`, as Nix names what it sends.
+/// Parses `<file hash>.nar[.<compression>]`, the name under which Nix uploads a NAR.
 fn parse_upload_name(file: &str) -> Result<(Sha256, Format), ErrorResponse> {
     let (stem, packing) = file.split_once('.').unwrap_or((file, ""));
     let hash = nar_hash(stem).ok_or_else(|| {

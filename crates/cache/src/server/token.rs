@@ -1,6 +1,5 @@
-//! Tokens: the file they stand in, what each may do, and the comparison that tells no time.
-//! Keeps hashes of tokens in memory, never their text, except the one write token that an
-//! embedding program asks for.
+//! Tokens: their file, their permissions, and a comparison in constant time. Keeps only hashes of
+//! tokens in memory, except for the one write token that an embedding program needs.
 
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -15,20 +14,21 @@ use thiserror::Error;
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
 
-/// Random bytes of a token that this server makes: as many as no one can guess.
+/// Random bytes in a generated token; this many cannot be guessed.
 const TOKEN_BYTES: usize = 32;
-/// Shorter tokens can be guessed over the network; a person who types `test` should hear of it.
+/// Minimum length of a token. Shorter ones can be guessed over the network, and typing `test`
+/// should be an error.
 const SHORTEST: usize = 8;
 
-/// Why the tokens could not be had.
+/// Why the tokens could not be loaded.
 #[derive(Debug, Error)]
 pub enum TokenError {
-    /// The file could not be read or made.
+    /// The file could not be read or created.
     #[error("the tokens file `{}` could not be read or written", file.display())]
     File {
         /// The file.
         file: PathBuf,
-        /// What the system said.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -37,17 +37,17 @@ pub enum TokenError {
     Line {
         /// The file.
         file: PathBuf,
-        /// Counted from 1.
+        /// The line number, from 1.
         line: usize,
-        /// What is wrong with it.
         problem: &'static str,
     },
-    /// The system gave no random bytes.
+    /// The system's random source failed.
     #[error("the system gave no random bytes")]
     Random,
 }
 
-/// What a token may do. Writing includes reading, so that a publisher can verify what it sent.
+/// The permissions of a token. Writing includes reading, so that a publisher can verify its
+/// uploads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Read a private cache.
@@ -64,7 +64,7 @@ struct Entry {
     cache: Option<CacheName>,
 }
 
-/// The tokens that a server knows.
+/// The tokens of a server.
 #[derive(Debug)]
 pub struct Tokens {
     entries: Vec<Entry>,
@@ -72,10 +72,10 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// Reads the file; if there is none, makes it (0600) with one random write token.
+    /// Reads the file, or creates it (0600) with one random write token.
     ///
     /// # Errors
-    /// When it can be neither read nor made, or a line is not `<scope> <token> [<cache>]`.
+    /// When it can be neither read nor created, or a line is not `<scope> <token> [<cache>]`.
     pub fn open_or_create(file: &Path) -> Result<Self, TokenError> {
         match std::fs::read_to_string(file) {
             Ok(text) => Self::parse(&text, file),
@@ -96,10 +96,10 @@ impl Tokens {
         }
     }
 
-    /// Reads a file that must be there.
+    /// Reads an existing file.
     ///
     /// # Errors
-    /// As [`Tokens::open_or_create`].
+    /// As for [`Tokens::open_or_create`].
     pub fn open(file: &Path) -> Result<Self, TokenError> {
         let text = std::fs::read_to_string(file).map_err(|source| TokenError::File {
             file: file.to_owned(),
@@ -150,10 +150,12 @@ impl Tokens {
             .map(|name| name.parse())
             .transpose()
             .map_err(|_| "names a cache that cannot be one")?;
+        // Only a token for all caches serves the program that embeds the server.
         if scope == Scope::Write && cache.is_none() && self.write.is_none() {
             self.write = Secret::new(token);
         }
         self.entries.push(Entry {
+            // Hashes have equal length, so comparing them reveals no length either.
             digest: digest(token),
             scope,
             cache,
@@ -168,8 +170,8 @@ impl Tokens {
 
     /// Whether `token` has `scope` on the cache of this name.
     ///
-    /// Looks at every entry whatever the first ones say, and compares hashes, so that the time
-    /// taken tells nothing about a token.
+    /// Every entry is compared, by hash, whether or not an earlier one matches, so that the time
+    /// taken reveals nothing about a token.
     pub fn allow(&self, token: Option<&Secret>, cache: &str, scope: Scope) -> bool {
         self.any(token, scope, |entry| {
             entry
@@ -187,16 +189,18 @@ impl Tokens {
     fn any(&self, token: Option<&Secret>, scope: Scope, applies: impl Fn(&Entry) -> bool) -> bool {
         let Some(token) = token else { return false };
         let presented = digest(token.expose());
+        // A fold without early exit: `any` would stop at the first match.
         self.entries.iter().fold(false, |found, entry| {
             let same = equal(&presented, &entry.digest);
             let enough = scope == Scope::Read || entry.scope == Scope::Write;
+            // `&` and `|` evaluate both sides, unlike `&&` and `||`.
             found | (same & enough & applies(entry))
         })
     }
 }
 
-/// The token that a request presents: `Bearer`, or the password of `Basic` with any user, which is
-/// what Nix makes of a netrc line. `None` if there is none or it cannot be read.
+/// Extracts the token from an `Authorization` header: `Bearer`, or the password of `Basic` with any
+/// user, which is what Nix makes of a netrc line. `None` if there is none or it cannot be parsed.
 pub fn presented(authorization: &str) -> Option<Secret> {
     let (scheme, rest) = authorization.split_once(' ')?;
     if scheme.eq_ignore_ascii_case("bearer") {
@@ -234,10 +238,10 @@ fn new_file_text() -> Result<Secret, TokenError> {
     Secret::new(&text).ok_or(TokenError::Random)
 }
 
-/// Writes a new file that only its owner can read, complete or not at all.
+/// Writes a new file that only its owner can read, completely or not at all.
 pub(super) fn write_private(file: &Path, bytes: &[u8]) -> io::Result<()> {
     let unfinished = file.with_extension("new");
-    // What a killed start left is ours to replace.
+    // A start that was killed may have left this file.
     match std::fs::remove_file(&unfinished) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => (),

@@ -1,4 +1,4 @@
-//! From an arriving body to a path that can be served: the part that both protocols share.
+//! Turns a request body into a served path; shared by both protocols.
 
 use std::io;
 use std::sync::Arc;
@@ -16,26 +16,26 @@ use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::path_info::PathInfo;
 
-/// A NAR up to this size, in bytes, is read whole before it is worked on: handing pieces to a thread costs more.
-/// So many uploads as may be under way at once need 8 MiB for it.
+/// NARs up to this size, in bytes, are read completely before they are processed, because handing
+/// pieces to a thread costs more. All upload slots together need 8 MiB for this.
 const SMALL_NAR: usize = 256 * 1024;
 
-/// What became of a NAR.
+/// The result of an upload.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredUpload {
     /// Its compressed file.
     pub nar: StoredNar,
-    /// Whether it was here already.
+    /// Whether the NAR was stored already.
     pub known: bool,
-    /// Bytes that came.
+    /// Bytes received.
     pub received: u64,
 }
 
-/// Takes a path whose NAR's hash and size are announced, and makes it visible. Even if the NAR is known already all of
-/// it is read: who claims a NAR must have it.
+/// Receives a path with the announced hash and size of its NAR, and makes it visible. A NAR that is
+/// stored already is read completely all the same: a client that claims a NAR must have it.
 ///
 /// # Errors
-/// 400 when it is not what was announced, 503 when its NAR was removed meanwhile.
+/// 400 if it is not what was announced, 503 if its NAR was removed during the upload.
 pub async fn receive_announced(
     state: &ServerState,
     body: &mut RequestBody,
@@ -47,6 +47,7 @@ pub async fn receive_announced(
         .ok()
         .filter(|size| *size <= SMALL_NAR)
     {
+        // No other thread is involved until the NAR is complete.
         let (nar, compressors) = (body.up_to(size).await?, Arc::clone(&state.compressors));
         return state
             .brief(move |store| store_small(store, &compressors, &cache, &path, &nar))
@@ -73,9 +74,11 @@ fn store_small(
     nar: &[u8],
 ) -> Result<StoredUpload, ErrorResponse> {
     let received = nar.len() as u64;
+    // `up_to` stops after the announced size, so the hash of the rest is unknown.
     if received > path.nar_size {
         return Err(refuse(IngestError::TooLong, path.nar_size));
     }
+    // Checked before anything is written.
     check(path, received, Sha256(sha2::Sha256::digest(nar).into()))?;
     let known = store.known_nar(&path.nar_hash)?;
     let stored = match known {
@@ -100,6 +103,7 @@ fn prepare(
     level: i32,
 ) -> io::Result<(Option<StoredNar>, IngestOptions)> {
     let known = store.known_nar(&path.nar_hash)?;
+    // A known NAR is only hashed, to check that the client has it.
     let target = known
         .is_none()
         .then(|| store.folder().temporary())
@@ -124,8 +128,10 @@ fn store_ingested(
 ) -> Result<StoredUpload, ErrorResponse> {
     check(path, taken.nar_size, taken.nar_hash)?;
     let nar = match (known, taken.stored) {
+        // The stored file stays; what was received only proved that the client has the NAR.
         (Some(nar), _) => nar,
         (None, Some((file, nar))) => store.publish_nar(file, &path.nar_hash, nar)?,
+        // `prepare` gives a target whenever the NAR is unknown.
         (None, None) => {
             return Err(ErrorResponse::internal(&io::Error::other(
                 "a NAR was read and not stored",
@@ -144,7 +150,7 @@ fn store_ingested(
     )
 }
 
-/// Whether a NAR is what was announced.
+/// Checks that a NAR is what was announced.
 fn check(path: &PathInfo, received: u64, hash: Sha256) -> Result<(), ErrorResponse> {
     if received != path.nar_size {
         let announced = path.nar_size;
@@ -174,10 +180,10 @@ fn finish(
     }
 }
 
-/// Takes a NAR of which only the compressed file's hash is known, and keeps it.
+/// Receives a NAR of which only the compressed file's hash is known, and stores it.
 ///
 /// # Errors
-/// 400 when it is not what its name says, or cannot be unpacked.
+/// 400 if it does not match its name, or cannot be decompressed.
 pub async fn receive_compressed(
     state: &ServerState,
     body: &mut RequestBody,
@@ -200,6 +206,7 @@ pub async fn receive_compressed(
             taken.received_hash
         )));
     }
+    // Even an empty file has a NAR of more than 100 bytes.
     if taken.nar_size == 0 {
         return Err(wrong_nar("it is empty"));
     }
@@ -215,7 +222,7 @@ pub async fn receive_compressed(
 /// Makes a path visible.
 ///
 /// # Errors
-/// 503 when its NAR was removed meanwhile.
+/// 503 if its NAR has been removed.
 pub async fn commit(
     state: &ServerState,
     cache: &CacheName,
@@ -237,10 +244,10 @@ fn removed() -> ErrorResponse {
     ErrorResponse::unavailable("the NAR was removed before it was claimed; send it again")
 }
 
-/// Refuses a body that cannot be right, before it is read.
+/// Rejects a body that cannot be correct before reading it.
 ///
 /// # Errors
-/// 400 when it is empty or announced with another length than `expected`.
+/// 400 if it is empty or its announced length differs from `expected`.
 pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), ErrorResponse> {
     let Some(length) = headers.get(header::CONTENT_LENGTH) else {
         return Ok(());
@@ -255,7 +262,7 @@ pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), Er
     }
 }
 
-/// Attic's words, which clients look for.
+/// Uses Attic's message, which clients match.
 fn wrong_nar(problem: &str) -> ErrorResponse {
     ErrorResponse::bad_request(format!("Bad NAR Hash or Size: {problem}"))
 }

@@ -1,4 +1,4 @@
-//! What a client says of a path before it sends it, checked harder than Attic does. Pure.
+//! The metadata that a client sends before a path, checked more strictly than Attic does. Pure.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -13,21 +13,20 @@ use flywheel_nix::store_path::{STORE_DIR, StorePath};
 
 /// Bytes of an ed25519 signature.
 const SIGNATURE_SIZE: usize = 64;
-/// More of either than any path has.
+/// Maximum length of a content address; no real one is as long.
 const LONGEST_CA: usize = 256;
 
-/// Why metadata is refused; the text goes to the client.
+/// Why metadata is rejected; the text goes to the client.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum InfoError {
-    /// It is not the JSON that is wanted.
+    /// It is not the expected JSON.
     #[error("the upload info cannot be read: {0}")]
     Json(String),
-    /// A field holds what it cannot hold.
+    /// A field has an invalid value.
     #[error("`{field}` {problem}")]
     Field {
-        /// The field, as the client wrote it.
+        /// The field's name in the JSON.
         field: &'static str,
-        /// What is wrong with it.
         problem: String,
     },
 }
@@ -55,14 +54,14 @@ struct Raw {
 /// The metadata of one upload in Attic's protocol.
 #[derive(Debug)]
 pub struct UploadInfo {
-    /// The cache's name as it came; it may be none of ours.
+    /// The cache's name as received; it may not exist here.
     pub cache: String,
-    /// The path's facts, references sorted.
+    /// The path's metadata, with sorted references.
     pub path: PathInfo,
 }
 
 impl UploadInfo {
-    /// Reads and checks the JSON. Unknown fields are passed over.
+    /// Parses and checks the JSON. Unknown fields are ignored.
     ///
     /// # Errors
     /// For whatever would make a narinfo that no Nix can use.
@@ -111,7 +110,7 @@ impl UploadInfo {
     }
 }
 
-/// Checks a narinfo that `nix copy` has sent.
+/// Checks a narinfo uploaded by `nix copy`.
 ///
 /// # Errors
 /// For whatever would make a narinfo that no Nix can use.
@@ -128,7 +127,8 @@ pub fn check_narinfo(info: NarInfo) -> Result<PathInfo, InfoError> {
     })
 }
 
-/// The rules that both protocols share: sorts what must be sorted, refuses what no Nix could use.
+/// The checks that both protocols share: sorts what must be sorted, and rejects what no Nix could
+/// use.
 fn checked(mut info: PathInfo) -> Result<PathInfo, InfoError> {
     if info.nar_size == 0 {
         return Err(field("nar_size", "is 0, and no NAR is empty"));
@@ -155,7 +155,7 @@ fn checked(mut info: PathInfo) -> Result<PathInfo, InfoError> {
             format!("is not a content address: `{}`", one_line(bad, 120)),
         ));
     }
-    // The signature is over a sorted list, and readers check it against the list as served.
+    // The signature covers a sorted list, and readers verify it against the list as served.
     info.references.sort();
     info.references.dedup();
     info.signatures.sort();
@@ -175,8 +175,8 @@ fn base_name(name: &'static str, text: &str) -> Result<StorePath, InfoError> {
     })
 }
 
-/// Attic takes `sha256:` in base16 or base32 and refuses SRI; so do we, or a client tried here
-/// would fail there.
+/// Attic accepts `sha256:` in base16 or base32 and rejects SRI. So does this server, or a client
+/// tested here would fail there.
 fn nar_hash(text: &str) -> Result<Sha256, InfoError> {
     let known = text
         .strip_prefix("sha256:")

@@ -1,9 +1,8 @@
-//! Exceptions from the policy: which paths may break which rule, and why. Pure.
+//! Exceptions to the policy: which paths may break which rule, and why. Pure.
 
 use crate::policy::{Rule, parse_rule};
 use crate::text::one_line;
 
-/// An exception.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allowed {
     rule: Rule,
@@ -12,11 +11,11 @@ pub struct Allowed {
 }
 
 impl Allowed {
-    /// Reads `RULE PATTERN REASON…`, such as `secret openssl-*-doc the keys of its examples`. The pattern is a
-    /// store path's name, without folder and hash; `*` stands for any text.
+    /// Parses `RULE PATTERN REASON…`, such as `secret openssl-*-doc the keys of its examples`. The
+    /// pattern matches a store path's name, without folder and hash; `*` stands for any text.
     ///
     /// # Errors
-    /// What is wrong, a fragment.
+    /// The problem, as a fragment.
     pub fn parse(line: &str) -> Result<Self, String> {
         let mut words = line.split_whitespace();
         let (Some(name), Some(pattern)) = (words.next(), words.next()) else {
@@ -46,10 +45,10 @@ impl Allowed {
         })
     }
 
-    /// Reads a list, one a line; empty lines and those that begin with `#` count for nothing.
+    /// Parses one exception per line. Empty lines and lines that begin with `#` are skipped.
     ///
     /// # Errors
-    /// What is wrong with the first bad line, a fragment.
+    /// The problem with the first invalid line, as a fragment.
     pub fn parse_all(text: &str) -> Result<Vec<Self>, String> {
         let lines = text
             .lines()
@@ -58,18 +57,18 @@ impl Allowed {
         lines.map(Self::parse).collect()
     }
 
-    /// Why.
+    /// Why the exception exists.
     pub fn reason(&self) -> &str {
         &self.reason
     }
 
-    /// Whether it is about this rule and a path of this name.
+    /// Whether it applies to this rule and a path with this name.
     pub(super) fn covers(&self, rule: Rule, name: &str) -> bool {
         self.rule == rule && matches(&self.pattern, name)
     }
 }
 
-/// `*` stands for any text, all else for itself.
+/// Matches a pattern in which `*` stands for any text.
 fn matches(pattern: &str, text: &str) -> bool {
     let Some((head, tail)) = pattern.split_once('*') else {
         return pattern == text;
@@ -83,6 +82,7 @@ fn matches(pattern: &str, text: &str) -> bool {
         let Some(at) = rest.find(part) else {
             return false;
         };
+        // Taking the first occurrence is enough: it leaves the most text for the other parts.
         rest = &rest[at + part.len()..];
     }
     rest.ends_with(last)

@@ -1,12 +1,13 @@
-//! Whether a command, a program's arguments or Nix's settings ask for impure evaluation. Pure; reads text as it
-//! stands and runs nothing, so that what a command computes first is seen only when the process is there.
+//! Detects whether a command, a program's arguments or Nix's settings request impure evaluation.
+//! Pure: it reads text as it stands and runs nothing, so arguments that a command computes are seen
+//! only when the process exists.
 
-/// What asks for it, in its own tokens.
+/// The option or setting that requests impure evaluation, as written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Impurity(pub String);
 
-/// Reads the text of a shell script or a command line, `sh -c "…"` included. Quotes and backslashes are taken
-/// away first, and comments, so that neither hides or makes one.
+/// Searches a shell script or command line, including `sh -c "…"`. Comments, quotes and backslashes
+/// are removed first, so that they neither hide nor fake an option.
 pub fn impurity_in_command(text: &str) -> Option<Impurity> {
     let plain: String = text
         .lines()
@@ -17,6 +18,7 @@ pub fn impurity_in_command(text: &str) -> Option<Impurity> {
                 .map_or_else(|| format!("{line}\n"), |line| format!("{line} "))
         })
         .collect();
+    // A script passed as one argument may contain its line breaks as `\n`.
     let plain = plain.replace("\\n", " ");
     let plain: String = plain
         .chars()
@@ -33,7 +35,7 @@ pub fn impurity_in_command(text: &str) -> Option<Impurity> {
     )
 }
 
-/// Reads the arguments of a program that runs; each may be a whole script.
+/// Searches the arguments of a running program; each may itself be a script.
 pub fn impurity_in_arguments(arguments: &[String]) -> Option<Impurity> {
     let tokens: Vec<&str> = arguments
         .iter()
@@ -47,7 +49,7 @@ pub fn impurity_in_arguments(arguments: &[String]) -> Option<Impurity> {
     })
 }
 
-/// Reads lines of Nix's configuration. The last token on a setting counts.
+/// Searches lines of Nix's configuration. The last assignment counts.
 pub fn impurity_in_settings(text: &str) -> Option<Impurity> {
     let mut values = text.lines().filter_map(|line| {
         let (name, value) = line.split('#').next()?.split_once('=')?;
@@ -59,7 +61,7 @@ pub fn impurity_in_settings(text: &str) -> Option<Impurity> {
         .map(|value| Impurity(format!("pure-eval = {value}")))
 }
 
-/// Nix's tokens for no (`BaseSetting<bool>::parse`).
+/// The values that Nix reads as false (`BaseSetting<bool>::parse`).
 fn is_no(token: &str) -> bool {
     matches!(token, "false" | "no" | "0")
 }

@@ -1,4 +1,4 @@
-//! Installs Nix where there is none: Debian's package, by the system's own package manager.
+//! Installs Nix where there is none, as Debian's package, with the system's package manager.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::{CaptureError, Output, Tool};
 use flywheel_sys::runner::env::Env;
 
-/// Long work says that it still goes on this often.
+/// Interval for log lines while a long step runs.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
-/// Another installation on the machine is waited for this long; and mirrors are asked again.
+/// Wait this long for another installation on the machine, and retry downloads.
 const APT_OPTIONS: [&str; 4] = ["-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Retries=2"];
-/// What packages' scripts expect on `PATH`.
+/// The folders that package scripts expect on `PATH`.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Variables of the job that a download may need.
+/// Variables of the job that downloads may need; `apt` gets no others.
 const PASSED_VARIABLES: [&str; 8] = [
     "http_proxy",
     "https_proxy",
@@ -30,10 +30,11 @@ const PASSED_VARIABLES: [&str; 8] = [
     "TMPDIR",
 ];
 
-/// Installs it.
+/// Installs Nix.
 ///
 /// # Errors
-/// When this is not root, not Debian's kind of system, or the package manager fails or takes too long.
+/// When this process is not root, the system is not Debian-like, or the package manager fails or
+/// takes too long.
 pub(super) async fn install(
     host: &Host,
     env: &Env,
@@ -47,7 +48,9 @@ pub(super) async fn install(
     sink.note("there is no Nix here: installing Debian's package `nix-bin`");
     let update = ["update", "-q"].as_slice();
     let install = ["install", "-q", "-y", "--no-install-recommends", "nix-bin"].as_slice();
-    // One broken source fails the update while the others may do, so that only the second step decides.
+    // One broken source fails the update although the others may suffice, so only the second step
+    // decides.
+    // The package lists of a fresh container are often empty.
     let updated = step(
         "apt-get update",
         tool(&apt, env).args(update),
@@ -78,6 +81,7 @@ fn apt_get(host: &Host, env: &Env) -> Option<PathBuf> {
 }
 
 fn tool(apt: &std::path::Path, env: &Env) -> Tool {
+    // Package scripts need the system's folders even where the job's `PATH` lacks them.
     let path = env.get("PATH").map_or_else(
         || SYSTEM_PATH.to_owned(),
         |path| format!("{path}:{SYSTEM_PATH}"),
@@ -88,16 +92,18 @@ fn tool(apt: &std::path::Path, env: &Env) -> Tool {
     let tool = Tool::new(apt)
         .envs(kept)
         .env("PATH", path)
+        // Messages end up in our errors, so they should be in English.
         .env("LC_ALL", "C");
     tool.env("DEBIAN_FRONTEND", "noninteractive")
         .args(APT_OPTIONS)
 }
 
-/// Runs one step to its end, with progress.
+/// Runs one step and logs its progress.
 async fn step(name: &'static str, tool: Tool, sink: &Sink, deadline: Instant) -> Result<(), Error> {
     let started = Instant::now();
     let mut progress = interval(PROGRESS_INTERVAL);
     progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The first tick fires at once; skip it.
     progress.tick().await;
     let mut run = std::pin::pin!(tool.run(deadline.saturating_duration_since(started)));
     let ended = loop {
@@ -120,7 +126,7 @@ fn check_output(ended: Result<Output, CaptureError>) -> Result<(), String> {
     if output.status.success() {
         return Ok(());
     }
-    // apt marks what is wrong; without a mark its last line is the best guess.
+    // apt starts error lines with `E:`. Without any, its last line is the best guess.
     let marked: Vec<&str> = output
         .stderr
         .lines()

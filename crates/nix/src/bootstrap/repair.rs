@@ -1,4 +1,5 @@
-//! Opens the store and repairs what keeps it shut: a daemon that is dead, build users that do not exist.
+//! Opens the store, and repairs what keeps it from opening: a dead daemon, or build users that do
+//! not exist.
 
 use std::time::Duration;
 
@@ -14,25 +15,25 @@ use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::CaptureError;
 use flywheel_sys::process::service::Service;
 
-/// Opening the store is quick; a daemon that needs longer than this is taken for dead.
+/// Opening the store is quick; a daemon that takes longer than this counts as dead.
 const PING_LIMIT: Duration = Duration::from_secs(20);
-/// Another process may be making the store at this very moment: one that does not open for a reason of its own
-/// is asked again so many times …
+/// Attempts at opening a store that fails for an unknown reason, since another process may be
+/// creating it right now.
 const OPEN_ATTEMPTS: usize = 10;
-/// … after so long.
+/// Pause between these attempts.
 const OPEN_RETRY_DELAY: Duration = Duration::from_millis(100);
-/// A daemon makes its socket at once.
+/// A daemon creates its socket right after it starts, so this is ample.
 const START_LIMIT: Duration = Duration::from_secs(10);
-/// How often it is looked whether it has.
+/// How often to check for the socket.
 const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// Builds then run as the user that Nix itself runs as.
+/// With this line, builds run as the user that runs Nix.
 const NO_BUILD_USERS: &str = "build-users-group =";
 
-/// What can be asked of a Nix whose version is not known yet.
+/// The queries that do not depend on Nix's version.
 pub(super) struct EarlyProbe {
-    /// Whether the store opens.
+    /// The result of opening the store.
     store: Result<Ping, Error>,
-    /// `None` where they are asked for in another way.
+    /// `None` where this version names the command differently.
     settings: Option<Settings>,
 }
 
@@ -46,7 +47,7 @@ impl EarlyProbe {
     }
 }
 
-/// Opens the store, with repairs where needed, and says whether builds have users of their own.
+/// Opens the store, repairs it where needed, and reports whether builds have users of their own.
 pub(super) async fn open_store(
     host: &Host,
     ready: &mut Ready,
@@ -56,21 +57,25 @@ pub(super) async fn open_store(
     let opening = early.store?;
     let settings = match early.settings {
         Some(settings) => Some(settings),
-        // Only root's store cannot do without; for the others they are read when they are needed.
+        // Only root needs the settings here, to check the build users; otherwise they are read when
+        // they are needed.
         None if host.root => Some(Settings::read(&ready.nix).await?),
         None => None,
     };
     ready.settings_before.clone_from(&settings);
     match opening {
+        // Without a daemon, this process builds by itself and needs working build users.
         Ping::Open(opened) if opened.url == "local" => {
             let users = check_build_users(ready, &opened, settings.filter(|_| host.root));
             ready.opened = Some(opened);
             Ok(users)
         }
+        // A daemon has settings of its own, which this process cannot repair.
         Ping::Open(opened) => {
             ready.opened = Some(opened);
             Ok(BuildUsers::InForce)
         }
+        // Only root can start a daemon that serves this store.
         Ping::Failed(PingFailure::NoDaemon(problem)) if has_own_daemon(&ready.nix) => {
             if host.root {
                 restart_daemon(ready, &problem, deadline).await
@@ -86,8 +91,8 @@ pub(super) async fn open_store(
     }
 }
 
-/// Two jobs may open a new store at the same moment, and Nix lets one of them stumble: over a link that is there
-/// already, a schema that is still empty, a database that is busy.
+/// Opens the store, retrying failures of unknown kind. When two jobs open a new store at once, one
+/// of them may fail on a link that exists already, an empty schema or a busy database.
 async fn ping_patiently(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
     for _ in 0..OPEN_ATTEMPTS {
         match ping_once(nix, deadline).await? {
@@ -100,7 +105,7 @@ async fn ping_patiently(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
     ping_once(nix, deadline).await
 }
 
-/// A store that takes too long to answer counts as a dead daemon.
+/// Opens the store once. A store that takes too long counts as having a dead daemon.
 async fn ping_once(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
     let limit = PING_LIMIT.min(deadline.saturating_duration_since(Instant::now()));
     match ping(nix, limit).await {
@@ -115,18 +120,20 @@ async fn ping_once(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
     }
 }
 
-/// Whether the store is this machine's, so that its daemon is ours to start.
+/// Whether the store is local, so that Flywheel may start its daemon.
 fn has_own_daemon(nix: &Nix) -> bool {
     let remote = nix.variable("NIX_REMOTE").unwrap_or("auto");
     matches!(remote, "auto" | "daemon") || remote.starts_with("unix://")
 }
 
-/// A store that we open ourselves. As root, when there are settings, Nix builds as other users, and refuses if
-/// there are none.
+/// Checks the build users of a store that is opened without a daemon. As root, Nix builds as these
+/// users and refuses to build if there are none. `settings` is `None` for other users, who build as
+/// themselves.
 fn check_build_users(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> BuildUsers {
     let group = settings
         .and_then(|settings| settings.text("build-users-group"))
         .unwrap_or_default();
+    // An empty setting means that builds run as the current user on purpose.
     if group.is_empty() {
         return BuildUsers::None;
     }
@@ -147,7 +154,8 @@ fn check_build_users(ready: &mut Ready, opened: &Opened, settings: Option<Settin
     BuildUsers::None
 }
 
-/// Only a group that the system's file lists without members is surely empty.
+/// Whether the group is certainly empty: listed in `/etc/group` without members. A group from
+/// another source (LDAP, say) is not judged.
 fn is_empty_group(name: &str) -> bool {
     let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
     groups.lines().any(|line| {
@@ -159,12 +167,14 @@ fn is_empty_group(name: &str) -> bool {
     })
 }
 
-/// As root: starts the daemon that the job was promised, or does without one.
+/// As root: starts the missing daemon, or falls back to using the store without one.
 async fn restart_daemon(
     ready: &mut Ready,
     dead: &str,
     deadline: Instant,
 ) -> Result<BuildUsers, Error> {
+    // First make sure that the store works without a daemon: starting one for a broken store is
+    // pointless.
     let direct = ready.nix.clone().with_variable("NIX_REMOTE", Some("local"));
     let users = match ping_patiently(&direct, deadline).await? {
         Ping::Open(opened) => {
@@ -175,6 +185,7 @@ async fn restart_daemon(
     };
     match start_daemon(&ready.nix, deadline).await {
         Ok(daemon) => {
+            // `Ready` owns the daemon, so it ends with the job.
             ready.daemon = Some(daemon);
             let text = format!("the Nix daemon was dead ({dead}); one was started for this job");
             apply(
@@ -203,17 +214,19 @@ async fn restart_daemon(
     Ok(users)
 }
 
-/// Starts the `nix-daemon` that is beside `nix`, and waits until the store opens through it.
+/// Starts the `nix-daemon` next to `nix`, and waits until the store opens through it.
 async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
-    // A daemon that was told to use a daemon would ask itself.
+    // With `NIX_REMOTE=daemon` in its environment, the daemon would connect to itself.
     let own = nix.clone().with_variable("NIX_REMOTE", None);
     let socket = daemon_socket(nix);
     let created_socket = (!socket.exists()).then(|| socket.clone());
     let program = nix.folder().join("nix-daemon");
     let started = Service::start(&program, &["--daemon"], &own.variables());
     let mut daemon = started.map_err(|error| one_line(&error.to_string(), 200))?;
+    // The socket appears before the daemon can serve, so the store is pinged through it as well.
     let limit = deadline.min(Instant::now() + START_LIMIT);
     let waited = timeout_at(limit, async {
+        // A daemon that exits at once must not cost the whole limit.
         while daemon.is_alive() && UnixStream::connect(&socket).await.is_err() {
             sleep(START_POLL_INTERVAL).await;
         }
@@ -227,13 +240,13 @@ async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
     }
     let output = one_line(&daemon.stop(super::DAEMON_GRACE).await, 200);
     Err(if output.is_empty() {
-        "it said nothing".to_owned()
+        "it printed nothing".to_owned()
     } else {
         output
     })
 }
 
-/// Notes a repair, and has our own calls of Nix follow it.
+/// Records a repair and applies it to our own calls of Nix.
 fn apply(ready: &mut Ready, repair: Repair) {
     if let Some(line) = repair.setting {
         let config = format!("{}\n{line}\n", ready.nix.config().trim_end());

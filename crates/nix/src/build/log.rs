@@ -1,5 +1,6 @@
-//! What `nix build --log-format internal-json` says, as events. Unknown lines are kept as text, never an error:
-//! the format is Nix's own and differs by version.
+//! Parses the output of `nix build --log-format internal-json` into events. Unknown lines are kept
+//! as text and are never an error, because the format is internal to Nix and differs between
+//! versions.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -15,32 +16,33 @@ const ACTIVITY_BUILD: u64 = 105;
 const RESULT_LOG_LINE: u64 = 101;
 /// The level of errors.
 const ERROR: u64 = 0;
-/// Lines at the end of a log that tell why a build failed.
+/// Lines at the end of a build log that may show why the build failed.
 const LAST_LINES: usize = 6;
-/// Lines kept of what was said beside events.
+/// Lines to keep of the output besides events.
 const OUTPUT_LINES: usize = 50;
 
-/// What is heard of a build.
+/// An event of a build.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BuildEvent {
     /// A derivation is being built.
     Started(StorePath),
     /// A line of its log.
     Line(StorePath, String),
-    /// Its build has ended, well or not. Some versions say so only when all has ended.
+    /// Its build has ended, successfully or not. Some versions report this only when all builds
+    /// have ended.
     Stopped(StorePath),
-    /// Something failed.
+    /// An error message.
     Failed(BuildFailure),
 }
 
 /// Why something failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BuildFailure {
-    /// The derivation that the error names, if it names one.
+    /// The derivation mentioned in the error, if any.
     pub derivation: Option<StorePath>,
-    /// What kind of failure it is.
+    /// The kind of failure.
     pub kind: FailureKind,
-    /// Nix's own words, without colours.
+    /// Nix's message, without colours.
     pub text: String,
 }
 
@@ -49,22 +51,23 @@ pub struct BuildFailure {
 pub enum FailureKind {
     /// The builder failed.
     Build,
-    /// What was fetched is not what the hash says.
+    /// A fixed-output derivation produced content with another hash.
     HashMismatch {
-        /// The hash that the source gives.
+        /// The hash that the derivation specifies.
         specified: String,
-        /// The right one.
+        /// The hash of the content.
         got: String,
     },
-    /// One that it needs failed; the error of that one is said apart.
+    /// A dependency failed. Its error is reported separately.
     Dependency,
-    /// Not the build's own fault: a server or a builder did not answer, say. It may go well another time.
+    /// Not the build's fault, for example an unreachable server or builder; another attempt may
+    /// succeed.
     Transient,
     /// Anything else.
     Other,
 }
 
-/// Reads lines into events.
+/// Turns lines into events.
 #[derive(Debug, Default)]
 pub struct LogReader {
     builds: HashMap<u64, StorePath>,
@@ -87,7 +90,7 @@ struct Message {
 }
 
 impl LogReader {
-    /// What one line says.
+    /// Parses one line.
     pub fn read(&mut self, line: &str) -> Option<BuildEvent> {
         let message: Option<Message> = line
             .strip_prefix("@nix ")
@@ -102,6 +105,7 @@ impl LogReader {
                 self.builds.insert(message.id, path.clone());
                 Some(BuildEvent::Started(path))
             }
+            // Other activities (downloads, say) stop too; only builds are in the map.
             ("stop", _) => self.builds.remove(&message.id).map(BuildEvent::Stopped),
             ("result", RESULT_LOG_LINE) => {
                 let path = self.builds.get(&message.id)?;
@@ -111,6 +115,7 @@ impl LogReader {
                 ))
             }
             ("msg", _) => {
+                // Kept for the case that no event explains a failure.
                 self.keep_line(&message.msg);
                 (message.level == ERROR).then(|| BuildEvent::Failed(failure(&message.msg)))
             }
@@ -125,7 +130,7 @@ impl LogReader {
         }
     }
 
-    /// What was said beside events, the last of it.
+    /// The end of the output besides events.
     pub fn output(&self) -> String {
         self.output
             .iter()
@@ -135,7 +140,7 @@ impl LogReader {
     }
 }
 
-/// Reads an error's words.
+/// Parses an error message.
 pub fn failure(message: &str) -> BuildFailure {
     let text = strip_ansi(message);
     let text = text
@@ -144,7 +149,7 @@ pub fn failure(message: &str) -> BuildFailure {
         .unwrap_or(&text)
         .trim()
         .to_owned();
-    // At its end a build that failed names all that it was asked for.
+    // The final error of a failed build lists everything that was requested, not the culprit.
     let derivation = if text.starts_with("build of '") {
         None
     } else {
@@ -152,6 +157,8 @@ pub fn failure(message: &str) -> BuildFailure {
     };
     let lower = text.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| lower.contains(word));
+    // From the most specific to the most general, since messages may contain several of these
+    // texts.
     let kind = if let Some(kind) = hash_mismatch(&text) {
         kind
     } else if has(&[
@@ -179,7 +186,7 @@ pub fn failure(message: &str) -> BuildFailure {
     }
 }
 
-/// Words of errors that are nobody's but the network's or a builder's.
+/// Messages of errors that the network or a builder caused.
 const TRANSIENT_MESSAGES: [&str; 14] = [
     "unable to download",
     "couldn't connect",
@@ -197,8 +204,8 @@ const TRANSIENT_MESSAGES: [&str; 14] = [
     "some substitutes for the outputs of derivation",
 ];
 
-/// Whether the last lines of a build's log say that a download failed: what fetches sources says so itself, and Nix
-/// knows only that the builder failed.
+/// Whether the last lines of a build log report a failed download. Programs that fetch sources
+/// print that themselves; Nix only reports that the builder failed.
 pub fn is_download(log: &[String]) -> bool {
     let last = &log[log.len().saturating_sub(LAST_LINES)..];
     let is_failed_download = |line: &String| {
@@ -206,7 +213,8 @@ pub fn is_download(log: &[String]) -> bool {
         let rest = line
             .strip_prefix("error: unable to download")
             .or_else(|| line.strip_prefix("curl: ("));
-        // A page that is not there will not be there another time; curl's 22 is that, and its 37 a missing file.
+        // A missing page will not appear on another attempt. curl's exit code 22 means an HTTP
+        // error, and 37 a missing file.
         rest.is_some_and(|rest| {
             !["http error 4", "22)", "37)"]
                 .iter()

@@ -1,4 +1,5 @@
-//! Building derivations with `nix build`, and what it says meanwhile. Knows nothing of flakes and of who wants it.
+//! Builds derivations with `nix build` and reports its events. Knows nothing about flakes or the
+//! purpose of a build.
 
 pub mod log;
 pub mod presence;
@@ -14,33 +15,33 @@ use crate::tool::Nix;
 use flywheel_sys::process::capture::CaptureError;
 use flywheel_sys::process::lines::Line;
 
-/// A build that is cancelled has this long to end well.
+/// Time between SIGTERM and SIGKILL for a cancelled build.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// What to build, and how.
+/// A set of derivations to build.
 #[derive(Clone, Debug)]
 pub struct BuildRequest {
     /// The derivations.
     pub derivations: Vec<StorePath>,
-    /// Builds at once; Nix's own setting if `None`.
+    /// Parallel builds; Nix's own setting if `None`.
     pub max_jobs: Option<usize>,
-    /// Whether the others go on when one fails.
+    /// Whether the other builds continue when one fails.
     pub keep_going: bool,
-    /// More words for Nix.
+    /// Further arguments of Nix.
     pub arguments: Vec<String>,
 }
 
 /// How a build ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BuildResult {
-    /// Whether all of it was built.
+    /// Whether everything was built.
     pub complete: bool,
-    /// What Nix said beside its events, the last of it: for an end that no event explains.
+    /// The end of Nix's output besides events, for a failure that no event explains.
     pub output: String,
 }
 
 impl BuildRequest {
-    /// Builds it, and tells what happens. Ends early when cancelled.
+    /// Builds the derivations and sends what happens to `events`. Ends early when cancelled.
     ///
     /// # Errors
     /// When Nix cannot be started.
@@ -63,7 +64,7 @@ impl BuildRequest {
             };
             let Ok(Some(line)) = line else { break };
             if let Some(event) = reader.read(&line) {
-                // Whoever has stopped to listen has no use for it.
+                // A closed receiver has no use for the event.
                 let _ = events.send(event).await;
             }
         }
@@ -78,6 +79,7 @@ impl BuildRequest {
         let mut args: Vec<String> = ["build", "--no-link", "--log-format", "internal-json"]
             .map(str::to_owned)
             .into();
+        // Nix's default is to stop all builds at the first failure.
         if self.keep_going {
             args.push("--keep-going".to_owned());
         }
@@ -85,7 +87,7 @@ impl BuildRequest {
             args.extend(["--max-jobs".to_owned(), jobs.to_string()]);
         }
         args.extend(self.arguments.iter().cloned());
-        // From 2.13 on a bare `.drv` is the file itself.
+        // From Nix 2.13 on, a bare `.drv` means the file itself instead of its outputs.
         let all = if nix.version.at_least(2, 13) {
             "^*"
         } else {

@@ -1,4 +1,5 @@
-//! Which store paths need no build: those that are there, and those that a substituter serves. Nothing is fetched.
+//! Finds the store paths that need no build: those in the store, and those that a substituter
+//! serves. Fetches nothing.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -7,28 +8,28 @@ use crate::store::{self, Store};
 use crate::store_path::StorePath;
 use crate::tool::{Nix, strip_ansi};
 
-/// Asking caches about many paths may take a while.
+/// Querying caches about many paths may take a while.
 const QUERY_LIMIT: Duration = Duration::from_secs(300);
-/// Paths in one question: a command line is bounded.
+/// Paths per call; the length of a command line is limited.
 const BATCH: usize = 2000;
 
-/// What is where.
+/// Where paths are available.
 #[derive(Debug, Default)]
 pub struct Presence {
-    /// In the store.
+    /// Paths in the store.
     pub valid: BTreeSet<StorePath>,
-    /// In a cache, ready to be fetched.
+    /// Paths that a cache serves.
     pub served: BTreeSet<StorePath>,
 }
 
 impl Presence {
-    /// Looks for `paths`. A cache that does not answer has none of them.
+    /// Looks for `paths`. A cache that does not respond counts as having none of them.
     ///
     /// # Errors
-    /// When the store itself gives no answer.
+    /// When the store itself cannot be read.
     pub async fn find(nix: &Nix, store: &Store, paths: &[StorePath]) -> Result<Self, store::Error> {
         let valid = valid(store, paths).await?;
-        // Caches have no derivations.
+        // Caches hold no derivations.
         let is_missing = |path: &&StorePath| !valid.contains(path) && !path.is_derivation();
         let missing: Vec<&StorePath> = paths.iter().filter(is_missing).collect();
         let mut served = BTreeSet::new();
@@ -36,22 +37,23 @@ impl Presence {
             let names: Vec<String> = batch.iter().map(ToString::to_string).collect();
             let mut args = vec!["build", "--dry-run", "--no-link"];
             args.extend(names.iter().map(String::as_str));
-            // The caches fail silently here; what they do not tell is built.
+            // Errors of caches are ignored here: a path that none reports is built.
             if let Ok(output) = nix.run(&args, QUERY_LIMIT).await {
                 served.extend(fetched(&output.stderr));
             }
         }
+        // Nix also lists the dependencies that it would fetch.
         served.retain(|path| missing.contains(&path));
         Ok(Self { valid, served })
     }
 
-    /// Whether it needs no build.
+    /// Whether this path needs no build.
     pub fn has(&self, path: &StorePath) -> bool {
         self.valid.contains(path) || self.served.contains(path)
     }
 }
 
-/// Those of `paths` that are in the store.
+/// Returns those of `paths` that are in the store.
 ///
 /// # Errors
 /// When the store gives no answer.
@@ -67,7 +69,7 @@ pub async fn valid(
             .valid_by_hash(paths.iter().map(StorePath::hash).collect())
             .await?
     } else {
-        // What is in the store's folder and not being built has no lock beside it.
+        // Nix keeps a lock file beside a path while it is being built.
         paths
             .iter()
             .filter(|path| is_there(path))
@@ -88,7 +90,7 @@ fn is_there(path: &StorePath) -> bool {
     file.symlink_metadata().is_ok() && std::fs::symlink_metadata(lock).is_err()
 }
 
-/// From what `--dry-run` says: the paths below the line that they "will be fetched".
+/// Parses the output of `--dry-run`: the paths listed as those that "will be fetched".
 fn fetched(stderr: &str) -> Vec<StorePath> {
     let (mut paths, mut below) = (Vec::new(), false);
     for line in strip_ansi(stderr).lines() {

@@ -1,10 +1,11 @@
-//! What Nix says when an evaluation fails: its words, and the line of the flake that they name.
+//! Parses evaluation errors: Nix's message, and the line of the flake that it points to.
 
 use std::path::Path;
 
 use flywheel_core::location::SourceLocation;
 
-/// From what was said on standard error, the error itself: from its first `error:` on, without colours.
+/// Returns the error from Nix's standard error: everything from the first `error:` on, without
+/// colours.
 pub fn error_text(stderr: &str) -> String {
     let plain = super::super::tool::strip_ansi(stderr);
     let from = plain.find("error:").unwrap_or(0);
@@ -15,22 +16,25 @@ pub fn error_text(stderr: &str) -> String {
     text.trim_end().to_owned()
 }
 
-/// The last place in the flake's own tree that the error names: Nix goes from the outside to the inside.
-/// Both ways of writing it are read: `at /nix/store/…-source/flake.nix:12:5:` and, of newer ones, `«…»/flake.nix:12:5`.
+/// Returns the last location in the flake's own tree that the error mentions, which is the
+/// innermost. Both notations are read: `at /nix/store/…-source/flake.nix:12:5:` and, in newer
+/// versions, `«…»/flake.nix:12:5`.
 pub fn location_in(text: &str, tree: &Path) -> Option<SourceLocation> {
     let tree = format!("{}/", tree.display());
     let mut found = None;
+    // Locations outside the flake's own tree, in nixpkgs for example, do not help its author.
     for (at, _) in text.match_indices(&tree) {
         let rest = &text[at + tree.len()..];
         let end = rest
             .find(|c: char| c.is_whitespace() || "'\"»,".contains(c))
             .unwrap_or(rest.len());
+        // A mention without a line number does not replace an earlier one that has one.
         found = position(&rest[..end]).or(found);
     }
     found
 }
 
-/// `flake.nix:12:5:`, or `flake.nix:12`.
+/// Parses `flake.nix:12:5:` or `flake.nix:12`.
 fn position(text: &str) -> Option<SourceLocation> {
     let mut parts = text.trim_end_matches(':').split(':');
     let file = parts.next().filter(|file| !file.is_empty())?;

@@ -1,5 +1,5 @@
-//! What an evaluation gives: the names of a flake's outputs, and of each its derivation. Asks Nix for the names in
-//! one call; the derivations come from a pool of workers (`pool.rs`).
+//! The results of an evaluation: the names of a flake's outputs, and the derivation of each. One
+//! call of Nix lists the names; the derivations come from a pool of workers (`pool.rs`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -21,14 +21,14 @@ use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::location::SourceLocation;
 use flywheel_core::text::one_line;
 
-/// Listing names may import a big library first.
+/// Listing names may first import a large library.
 const NAMES_LIMIT: Duration = Duration::from_secs(1800);
-/// A label has this many characters at most; it is a Check Run's name.
+/// Maximum length of a label in characters; it becomes the name of a Check Run.
 const LABEL_LIMIT: usize = 200;
-/// What Nix tells of a source that is fetched already.
+/// Reading the metadata of a source that has been fetched is quick.
 const INFORMATION_LIMIT: Duration = Duration::from_secs(120);
 
-/// An output, by its place below the selected attribute and by what people call it.
+/// An output, by its path below the selected attribute and by its label for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutputName {
     /// Its path from the selected attribute.
@@ -37,19 +37,20 @@ pub struct OutputName {
     pub label: String,
 }
 
-/// What an output is.
+/// The derivation of an output.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Derivation {
-    /// The derivation's store path, whole.
+    /// The full store path of the derivation.
     pub drv: String,
-    /// Its outputs' store paths by name; of a content-addressed derivation they are no store paths yet.
+    /// The store paths of its outputs, by name. For a content-addressed derivation these are
+    /// placeholders.
     pub outs: BTreeMap<String, String>,
-    /// The system that it is built on.
+    /// The system it is built on.
     pub system: Option<String>,
 }
 
 impl Derivation {
-    /// The outputs' store paths, where all of them are known before the build.
+    /// The store paths of its outputs, if all are known before the build.
     pub fn paths(&self) -> Option<Vec<StorePath>> {
         self.outs.values().map(|path| path.parse().ok()).collect()
     }
@@ -60,22 +61,22 @@ impl Derivation {
 pub enum EvalFailure {
     /// Nix could not evaluate it.
     Evaluation {
-        /// Nix's own words.
+        /// Nix's message.
         text: String,
-        /// Where, if it names a line of the flake.
+        /// The location, if it mentions a line of the flake.
         location: Option<SourceLocation>,
     },
-    /// It was killed for its memory, alone too.
+    /// It was killed for using too much memory, even as the only worker.
     OutOfMemory {
-        /// What it held when it was killed, in bytes.
+        /// The memory it used when it was killed, in bytes.
         needed: u64,
-        /// What it could have, in bytes.
+        /// The memory it could use, in bytes.
         limit: u64,
     },
 }
 
 impl EvalFailure {
-    /// From what Nix said on standard error.
+    /// Parses Nix's standard error.
     pub(super) fn from_stderr(stderr: &str, source: &Source) -> Self {
         let text = error_text(stderr);
         let location = location_in(&text, &source.path);
@@ -83,27 +84,26 @@ impl EvalFailure {
     }
 }
 
-/// What is heard of an output while it is evaluated.
+/// An event in the evaluation of an output, which its id identifies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EvalEvent {
-    /// It has begun; perhaps not for the first time.
+    /// Its evaluation has begun, perhaps not for the first time.
     Begun(usize),
-    /// It is this.
+    /// Its derivation is known.
     Known {
-        /// Which.
         id: usize,
-        /// What.
         facts: Derivation,
-        /// Whether it was evaluated without anything that comes with the commit, so that it may be remembered.
+        /// Whether its evaluation used nothing specific to the commit, so that it may be
+        /// remembered.
         independent: bool,
     },
-    /// It asked for something that comes with the commit.
+    /// Its evaluation used something specific to the commit.
     Dependent(usize),
-    /// It has no derivation.
+    /// Its evaluation failed.
     Failed(usize, EvalFailure),
 }
 
-/// Why there are no names.
+/// Why the outputs could not be listed.
 #[derive(Debug, Error)]
 pub enum Error {
     /// Nix did not run.
@@ -112,12 +112,12 @@ pub enum Error {
     /// The flake or the attribute does not evaluate.
     #[error("the outputs cannot be listed: {}", one_line(.text, 600))]
     Names {
-        /// Nix's own words.
+        /// Nix's message.
         text: String,
-        /// Where, if it names a line of the flake.
+        /// The location, if it mentions a line of the flake.
         location: Option<SourceLocation>,
     },
-    /// The function's answer is no list of outputs.
+    /// The result of the function is not a list of outputs.
     #[error("the list of outputs is not what it should be: {0}")]
     List(String),
 }
@@ -142,19 +142,19 @@ impl Explain for Error {
     }
 }
 
-/// The names that were found, or that they depend on the commit.
+/// The list of names, or that it depends on the commit.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NameList {
-    /// These.
+    /// The outputs.
     Found(Vec<OutputName>),
-    /// The list itself asked for something that comes with the commit.
+    /// Evaluating the list used something specific to the commit.
     Dependent,
 }
 
-/// Asks for the names.
+/// Lists the outputs of a flake.
 ///
 /// # Errors
-/// When the flake does not evaluate so far, or the list is none.
+/// When the flake does not evaluate so far, or the result is not a list of outputs.
 pub async fn names(
     nix: &Nix,
     source: &Source,
@@ -173,6 +173,7 @@ pub async fn names(
             .map(NameList::Found)
             .map_err(Error::List);
     }
+    // The list used a value of the commit, which is not an error of the flake.
     if output.stderr.contains(&expressions.abort_marker()) {
         return Ok(NameList::Dependent);
     }
@@ -188,7 +189,7 @@ pub async fn names(
     })
 }
 
-/// Our calls make no use of the evaluation cache: several at once would stand in each other's way.
+/// Arguments that turn off Nix's evaluation cache, for which concurrent calls would contend.
 pub(super) const NO_EVAL_CACHE: [&str; 3] = ["--option", "eval-cache", "false"];
 
 fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
@@ -197,6 +198,7 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
     let mut labels = BTreeSet::new();
     let mut names = Vec::new();
     for (n, entry) in list.iter().enumerate() {
+        // A user's function may return a path as text or as a list of names.
         let attr = match &entry["attr"] {
             Value::String(text) => attribute_path(text),
             Value::Array(parts) => parts
@@ -206,11 +208,13 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
             _ => None,
         };
         let attr = attr.ok_or_else(|| format!("entry {} has no `attr` that is a path", n + 1))?;
+        // A label ends up in Check Runs and logs, so it has to be one line.
         let label = match &entry["label"] {
             Value::String(label) if !label.trim().is_empty() => one_line(label, LABEL_LIMIT),
             Value::Null => one_line(&attr.join("."), LABEL_LIMIT),
             _ => return Err(format!("entry {} has a `label` that is no text", n + 1)),
         };
+        // Labels name Check Runs and results, so they must be unique.
         if !labels.insert(label.clone()) {
             return Err(format!("two entries have the label `{label}`"));
         }
@@ -219,25 +223,27 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
     Ok(names)
 }
 
-/// How the flake sees itself, where its evaluation may be remembered: with its real values, and poisoned.
+/// The two ways in which a flake may see itself when its evaluation may be remembered.
 #[derive(Clone, Debug)]
 pub struct SelfViews {
-    /// With its real values.
+    /// The attributes with their real values.
     pub real: SelfView,
-    /// With their names and no values.
+    /// The same attributes, each of which aborts the evaluation when used.
     pub abort_on_use: SelfView,
 }
 
-/// Asks Nix what it tells the flake of its source. `None` where that is not what `source` is any more, or cannot
-/// be asked: then the evaluation is not remembered.
+/// Reads the source information that Nix gives to the flake. Returns `None` if it no longer matches
+/// `source` or cannot be read; the evaluation is then not remembered.
 pub async fn views(nix: &Nix, source: &Source, expressions: &Expressions) -> Option<SelfViews> {
     let args = expressions.source_info_args();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let printed = nix.run_checked(&args, INFORMATION_LIMIT).await.ok()?;
     let mut values: BTreeMap<String, Value> = serde_json::from_slice(&printed.stdout).ok()?;
+    // The working tree has changed since `source` was resolved.
     if values.get("narHash").and_then(Value::as_str) != Some(&source.nar_hash) {
         return None;
     }
+    // These stay usable: they are the same for every commit with this tree.
     values.retain(|name, _| !TREE_ATTRIBUTES.contains(&name.as_str()));
     let abort_on_use = SelfView::AbortOnUse(values.keys().cloned().collect());
     Some(SelfViews {
@@ -246,7 +252,7 @@ pub async fn views(nix: &Nix, source: &Source, expressions: &Expressions) -> Opt
     })
 }
 
-/// Words for Nix with which an evaluation may be remembered: none of them changes what the inputs are.
+/// Whether an evaluation with these arguments may be remembered: none of them changes the inputs.
 pub fn allows_memory(arguments: &[String]) -> bool {
     let mut args = arguments.iter();
     while let Some(arg) = args.next() {
@@ -254,6 +260,7 @@ pub fn allows_memory(arguments: &[String]) -> bool {
             "--option" => {
                 let name = args.next().map_or("", String::as_str);
                 args.next();
+                // These change what an evaluation can see or where its results go.
                 if matches!(name, "pure-eval" | "restrict-eval" | "eval-store") {
                     return false;
                 }
@@ -271,7 +278,8 @@ pub fn allows_memory(arguments: &[String]) -> bool {
     true
 }
 
-/// The key's part that the settings are.
+/// Returns the lines of the settings that can change the result of an evaluation, for the key of
+/// the evaluation memory.
 pub fn evaluation_settings(config: &str) -> String {
     let matters = |line: &&str| {
         [

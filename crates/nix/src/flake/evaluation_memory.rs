@@ -1,8 +1,9 @@
-//! Evaluation memory: what the outputs of a flake evaluated to, kept by everything that this depends on. Never by
-//! the commit: what depends on the commit is not in here (`expression.rs` says how that is known).
+//! Evaluation memory: the results of earlier evaluations, keyed by everything they depend on. The
+//! commit is not part of the key; results that depend on the commit are not stored (see
+//! `expression.rs`).
 //!
-//! A file for each key, in a folder that a cache of the workflow or a disk may hold. Whatever cannot be read, or
-//! does not fit its sum, is as good as not there.
+//! There is one file per key, in a folder that a workflow cache or a disk may preserve. A file that
+//! cannot be read, or does not match its checksum, counts as missing.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
@@ -15,32 +16,32 @@ use sha2::{Digest as _, Sha256};
 use crate::flake::Source;
 use crate::flake::evaluate::{Derivation, OutputName};
 
-/// Changed whenever expressions or facts change their meaning.
+/// Increment this when the expressions or the stored format change their meaning.
 const VERSION: u32 = 1;
-/// Files that nobody used for so long are removed.
+/// Files that have not been used for this long are removed.
 const MAX_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-/// So many files are kept at most.
+/// Maximum number of files.
 const MAX_FILES: usize = 200;
 
 /// Everything that an evaluation depends on.
 #[derive(Debug, Serialize)]
 pub struct MemoryKey<'a> {
-    /// Which Nix.
+    /// Nix's version.
     pub nix: &'a str,
     /// The attribute's path.
     pub attribute: &'a [String],
-    /// The function that lists the outputs, if it is not ours.
+    /// The user's function that lists the outputs, if there is one.
     pub function: Option<&'a str>,
-    /// Words for Nix.
+    /// Further arguments of Nix.
     pub arguments: &'a [String],
-    /// Lines of its settings that may change what is evaluated.
+    /// The settings that may change the result.
     pub settings: &'a str,
 }
 
-/// What is remembered under a key.
+/// The results stored under a key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remembered {
-    /// What there is to evaluate.
+    /// The outputs of the flake.
     pub names: Vec<OutputName>,
     /// The derivations, by label.
     pub facts: BTreeMap<String, Derivation>,
@@ -62,9 +63,10 @@ pub struct EvaluationMemory {
 }
 
 impl EvaluationMemory {
-    /// Where what this flake evaluates to is kept.
+    /// The file for this flake and key.
     pub fn new(folder: &Path, source: &Source, key: &MemoryKey<'_>) -> Self {
-        // Presence is a fact that a flake can ask for; values that come with the commit are not in the key.
+        // A flake can test whether an attribute exists, so the names are part of the key. Values
+        // that change with the commit are not.
         let names: Vec<&String> = source.locked.keys().chain(&source.known).collect();
         let kinds: Vec<_> = ["type", "submodules", "lfs"]
             .iter()
@@ -84,7 +86,7 @@ impl EvaluationMemory {
         }
     }
 
-    /// What is remembered; `None` if nothing is, or it is damaged.
+    /// Returns the stored results; `None` if there are none or the file is damaged.
     pub fn read(&self) -> Option<Remembered> {
         let text = std::fs::read_to_string(&self.file).ok()?;
         let (sum, body) = text.split_once('\n')?;
@@ -92,7 +94,7 @@ impl EvaluationMemory {
             return None;
         }
         let remembered = serde_json::from_str(body).ok()?;
-        // Used: it is not the oldest any more. That it cannot be touched is no reason not to use it.
+        // Mark the file as used, for `prune`. Failing to do so is no reason to ignore the results.
         let _ = std::fs::File::options()
             .append(true)
             .open(&self.file)
@@ -100,7 +102,7 @@ impl EvaluationMemory {
         Some(remembered)
     }
 
-    /// Remembers; at once or not at all.
+    /// Stores results, completely or not at all.
     ///
     /// # Errors
     /// When the folder cannot be written.
@@ -110,13 +112,15 @@ impl EvaluationMemory {
         let body = serde_json::to_string(remembered)?;
         let mut file = tempfile::NamedTempFile::new_in(folder)?;
         write!(file, "{}\n{body}", hexadecimal(&Sha256::digest(&body)))?;
+        // Renaming makes the change atomic for concurrent readers.
         file.persist(&self.file)?;
+        // Prune after writing, so that the new file counts.
         prune(folder);
         Ok(())
     }
 }
 
-/// Removes what is old, and the oldest of what is too many. What cannot be removed stays.
+/// Removes files that are too old, and the oldest of too many. Failures are ignored.
 fn prune(folder: &Path) {
     let mut files: Vec<(SystemTime, PathBuf)> = Vec::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {

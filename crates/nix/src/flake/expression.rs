@@ -1,10 +1,11 @@
-//! The Nix expressions by which a flake is evaluated: what there is to evaluate, and what its derivations are.
-//! Pure text; who runs it stands beside.
+//! The Nix expressions that evaluate a flake: one lists its outputs, another computes their
+//! derivations. Pure text; other modules run it.
 //!
-//! **Evaluation memory rests on `SelfView::AbortOnUse`.** The flake's `outputs` are called as Nix calls them
-//! (`call-flake.nix`), with a `self` whose source information ends the evaluation when its value is used, by
-//! `builtins.abort`, which `builtins.tryEval` does not catch. Which names there are stays as it is, for
-//! `self ? rev` is a question too. What evaluates so does not depend on the commit, only on the source tree, the
+//! **Evaluation memory rests on `SelfView::AbortOnUse`.** The flake's `outputs` are called as Nix
+//! calls them (`call-flake.nix`), but every attribute of `self`'s source information aborts the
+//! evaluation when its value is used, by `builtins.abort`, which `builtins.tryEval` does not catch.
+//! The attribute names stay the same, since a flake may test for them (`self ? rev`). An evaluation
+//! that succeeds this way does not depend on the commit, only on the source tree, the attribute
 //! names and Nix itself.
 
 use std::collections::BTreeMap;
@@ -13,27 +14,28 @@ use serde_json::Value;
 
 use crate::flake::Source;
 
-/// A derivation's whole path from the selected attribute.
+/// The path of a derivation below the selected attribute.
 pub type AttributePath = Vec<String>;
 
-/// How the flake sees itself.
+/// How the flake sees its own source information.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SelfView {
-    /// As Nix itself shows it, by `nix eval FLAKE#ATTRIBUTE`.
+    /// As Nix provides it for `nix eval FLAKE#ATTRIBUTE`.
     Installable,
-    /// With the values given here.
+    /// With these values.
     Real(BTreeMap<String, Value>),
-    /// With these names, and no value to be had.
+    /// With these attribute names; using any value aborts the evaluation.
     AbortOnUse(Vec<String>),
 }
 
-/// What stands in the error of an evaluation that used a poisoned value, behind the nonce.
+/// Follows the nonce in the error of an evaluation that used such a value.
 const ABORT_SUFFIX: &str = "-commit-";
-/// NameList of a source that are the same for the same tree.
+/// Attributes of a source that depend on the tree alone, not on the commit.
 pub const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
 
-/// The function that lists every attribute of every system. An output of systems is told by its names, so
-/// that no value is looked at: `checks` has systems, `checks.x86_64-linux` has none.
+/// The function that lists every attribute of every system. Whether an attribute set is divided by
+/// systems is decided from its names, so that no value is evaluated: `checks` has systems,
+/// `checks.x86_64-linux` has none.
 const LIST: &str = r#"selected: let
   isSystem = name: builtins.match "[a-z0-9_]+-(linux|darwin|freebsd|netbsd|openbsd|windows|cygwin|none|wasi)[a-z0-9]*" name != null;
   names = builtins.attrNames selected;
@@ -41,7 +43,7 @@ in if names != [ ] && builtins.all isSystem names
   then builtins.concatMap (system: map (name: { attr = [ system name ]; label = "${system}.${name}"; }) (builtins.attrNames selected.${system})) names
   else map (name: { attr = [ name ]; label = name; }) names"#;
 
-/// One flake's expressions.
+/// The expressions for one flake.
 #[derive(Clone, Debug)]
 pub struct Expressions {
     source: Source,
@@ -50,7 +52,8 @@ pub struct Expressions {
 }
 
 impl Expressions {
-    /// `nonce` marks our lines among those of the flake; it is to be new for each run.
+    /// Creates the expressions. `nonce` marks our lines among the flake's own output and must be
+    /// new for each run.
     pub fn new(source: &Source, attribute: &[String], nonce: &str) -> Self {
         Self {
             source: source.clone(),
@@ -59,24 +62,26 @@ impl Expressions {
         }
     }
 
-    /// What stands before each of our lines.
+    /// The prefix of each line that we trace.
     pub fn mark(&self) -> String {
         format!("trace: {}", self.nonce)
     }
 
-    /// What the error says when a poisoned value was used.
+    /// The text that the error contains when a value of `SelfView::AbortOnUse` was used.
     pub fn abort_marker(&self) -> String {
         format!("{}{ABORT_SUFFIX}", self.nonce)
     }
 
-    /// The words behind `nix eval` that print the list of `{ attr, label }` as JSON. `function` is the user's own.
+    /// Arguments of `nix` that print the list of `{ attr, label }` as JSON. `function` is the
+    /// user's own.
     pub fn list_args(&self, view: &SelfView, function: Option<&str>) -> Vec<String> {
         let mut args = self.eval_args(view, &format!("({})", function.unwrap_or(LIST)));
         args.push("--json".to_owned());
         args
     }
 
-    /// The words behind `nix eval` that say of each attribute when it begins and what it is.
+    /// Arguments of `nix` that trace a line when each attribute begins, and another with its
+    /// derivation.
     pub fn derivation_args(
         &self,
         view: &SelfView,
@@ -103,6 +108,7 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
             list = nix_string(&Value::from(list).to_string()),
         );
         let mut args = self.eval_args(view, &function);
+        // Derivations are then computed but not written to the store.
         if read_only {
             args.push("--read-only".to_owned());
         }
@@ -127,6 +133,7 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
                 ]
                 .into()
             }
+            // `--expr` needs no installable; the source is named inside the expression.
             _ => [
                 "eval".to_owned(),
                 "--expr".to_owned(),
@@ -136,8 +143,9 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
         }
     }
 
-    /// The selected attribute of a flake that sees itself as given.
+    /// The expression for the selected attribute of a flake that sees itself as given.
     fn selected(&self, view: &SelfView) -> String {
+        // Merged over the attributes of the tree, which are always real.
         let info = match view {
             SelfView::Installable => "{ }".to_owned(),
             SelfView::Real(values) => {
@@ -180,8 +188,9 @@ in self{attribute}"#,
         format!("path:{}?{}", self.source.path.display(), query.finish())
     }
 
-    /// The words behind `nix eval` that print what Nix itself tells the flake of its source, as JSON. Impure,
-    /// for the source may be a tree with changes; nothing of the flake is evaluated.
+    /// Arguments of `nix` that print, as JSON, the source information that Nix gives to the flake.
+    /// Impure, because the source may be a tree with uncommitted changes; nothing of the flake is
+    /// evaluated.
     pub fn source_info_args(&self) -> Vec<String> {
         let expression = format!(
             "builtins.removeAttrs (builtins.getFlake {}).sourceInfo [ \"outPath\" ]",
@@ -193,11 +202,12 @@ in self{attribute}"#,
     }
 }
 
-/// A text as a Nix string.
+/// Quotes a text as a Nix string.
 fn nix_string(text: &str) -> String {
     let mut quoted = String::from("\"");
     for c in text.chars() {
         match c {
+            // An unescaped `$` could begin an interpolation.
             '"' | '\\' | '$' => quoted.extend(['\\', c]),
             '\n' => quoted.push_str("\\n"),
             '\r' => quoted.push_str("\\r"),
@@ -209,8 +219,9 @@ fn nix_string(text: &str) -> String {
     quoted
 }
 
-/// A name as a part of an attribute path; quoted where it has to be.
+/// Returns a name as part of an attribute path, quoted where needed.
 pub fn installable_name(name: &str) -> String {
+    // Nix's identifiers may contain `-` and `'`, but not begin with them.
     let plain = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
         && name
             .chars()
@@ -222,7 +233,7 @@ pub fn installable_name(name: &str) -> String {
     }
 }
 
-/// Reads `checks.x86_64-linux."a.b"` as the names it is made of; `None` for anything else.
+/// Splits `checks.x86_64-linux."a.b"` into its names; `None` for anything else.
 pub fn attribute_path(text: &str) -> Option<AttributePath> {
     let mut names = Vec::new();
     let mut rest = text;

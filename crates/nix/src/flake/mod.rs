@@ -1,5 +1,5 @@
-//! Flakes: which source a reference means, what is in it, and the derivations of its outputs, evaluated side by
-//! side within the memory there is. Never builds.
+//! Flakes: the source a reference resolves to, its outputs, and their derivations, evaluated in
+//! parallel within the available memory. Never builds.
 
 pub mod error;
 pub mod evaluate;
@@ -18,17 +18,17 @@ use serde_json::Value;
 
 use crate::tool::{Error, Nix};
 
-/// Fetching a flake and all its inputs may take a while.
+/// Fetching a flake with all its inputs may take a while.
 const FETCH_LIMIT: Duration = Duration::from_secs(1800);
 
 /// A flake's source, as Nix resolved it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Source {
-    /// What was asked for, without a fragment.
+    /// The reference as given, without a fragment.
     pub reference: String,
-    /// The whole reference that it stands for, locked where the source is.
+    /// The full reference, locked if the source can be locked.
     pub url: String,
-    /// The unlocked reference that it stands for.
+    /// The full reference, unlocked.
     pub resolved: String,
     /// The source tree in the store.
     pub path: PathBuf,
@@ -36,11 +36,11 @@ pub struct Source {
     pub folder: String,
     /// The tree's hash, as Nix writes it.
     pub nar_hash: String,
-    /// What is known of the source, by name, values that change with the commit included.
+    /// The locked attributes of the source, including those that change with the commit.
     pub locked: BTreeMap<String, Value>,
-    /// The names that Nix knows things of the source by.
+    /// The names of the other attributes in the metadata.
     pub known: Vec<String>,
-    /// The inputs, as they are locked now.
+    /// The locked inputs.
     pub locks: Value,
 }
 
@@ -60,20 +60,20 @@ struct Metadata {
 }
 
 impl Source {
-    /// Asks Nix; fetches what is not there, and writes no lock file.
+    /// Resolves a reference with Nix, which fetches what is missing. Writes no lock file.
     ///
     /// # Errors
-    /// When there is no such flake, or it cannot be fetched.
+    /// When the flake does not exist or cannot be fetched.
     pub async fn find(nix: &Nix, reference: &str, arguments: &[String]) -> Result<Self, Error> {
-        let mut words = vec![
+        let mut args = vec![
             "flake",
             "metadata",
             "--json",
             "--no-write-lock-file",
             reference,
         ];
-        words.extend(arguments.iter().map(String::as_str));
-        let printed = nix.run_checked(&words, FETCH_LIMIT).await?;
+        args.extend(arguments.iter().map(String::as_str));
+        let printed = nix.run_checked(&args, FETCH_LIMIT).await?;
         let problem = |problem: String| Error::UnexpectedOutput {
             call: "nix flake metadata".to_owned(),
             problem,
@@ -89,11 +89,13 @@ impl Source {
                 .to_owned()
         };
         let nar_hash = text("narHash");
+        // Without the hash, the source cannot be identified.
         if nar_hash.is_empty() {
             return Err(problem("it names no `narHash`".to_owned()));
         }
         let mut known: Vec<String> = found.others.into_keys().collect();
         known.sort();
+        // Not every version prints a resolved reference.
         let resolved = found.resolved_url.unwrap_or_else(|| reference.to_owned());
         Ok(Self {
             reference: reference.to_owned(),
@@ -117,14 +119,17 @@ impl Source {
         }
     }
 
-    /// What of the flake's inputs stands in the way of remembering its evaluation, if anything does.
+    /// Returns the reason, if any, why the flake's inputs prevent remembering its evaluation.
     pub fn unremembered(&self) -> Option<&'static str> {
         let written = std::fs::read(self.flake_folder().join("flake.lock")).ok();
         let written: Option<Value> = written.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let Some(nodes) = self.locks["nodes"].as_object() else {
-            return Some("Nix does not tell what its inputs are");
+            return Some("Nix does not report its inputs");
         };
+        // A flake without inputs needs no lock file.
         let alone = nodes.len() <= 1;
+        // An outdated lock file means that Nix resolved inputs anew, which another run may do
+        // differently.
         let is_written = written.is_some_and(|written| written["nodes"] == self.locks["nodes"]);
         if !alone && !is_written {
             return Some("its inputs are not locked in a `flake.lock` that is up to date");
@@ -136,7 +141,8 @@ impl Source {
     }
 }
 
-/// An input that sees the flake itself, and with it the commit.
+/// Returns the reason, if any, why this input prevents it: an input that sees the flake itself also
+/// sees the commit.
 fn unremembered_node(node: &Value, is_root: bool) -> Option<&'static str> {
     let inputs = node["inputs"].as_object();
     let follows_root = inputs.is_some_and(|inputs| {

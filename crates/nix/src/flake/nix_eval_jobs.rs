@@ -1,5 +1,5 @@
-//! `nix-eval-jobs` in the place of our own workers: one process that has workers of its own, and says a JSON object
-//! for each derivation as it comes (<https://github.com/nix-community/nix-eval-jobs>).
+//! Runs `nix-eval-jobs` in place of our own workers: one process with workers of its own, which
+//! prints a JSON object for each derivation (<https://github.com/nix-community/nix-eval-jobs>).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -17,14 +17,15 @@ use crate::tool::Nix;
 use flywheel_sys::process::capture::Tool;
 use flywheel_sys::process::lines::Line;
 
-/// A process that is asked to end has this long before it is killed.
+/// Time between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_millis(500);
-/// What is kept of what it says beside its objects, in bytes.
+/// Bytes to keep of its output besides the objects.
 const OUTPUT_LIMIT: usize = 64 * 1024;
-/// Both of its streams are read as one: an object is told from a warning by being one.
+/// Merges its two streams into one; a line that parses as an object is a result, any other a
+/// warning.
 const MERGE_STREAMS: &str = "exec \"$0\" \"$@\" 1>&2";
 
-/// What it needs.
+/// The parameters of a run.
 pub struct NixEvalJobs {
     /// The program.
     pub program: PathBuf,
@@ -34,11 +35,11 @@ pub struct NixEvalJobs {
     pub source: Source,
     /// The attribute.
     pub attribute: AttributePath,
-    /// More words for it.
+    /// Further arguments.
     pub arguments: Vec<String>,
-    /// How many workers it has.
+    /// The number of workers.
     pub workers: usize,
-    /// What a worker may hold before it is replaced, in bytes.
+    /// The memory a worker may use before it is replaced, in bytes.
     pub share: u64,
 }
 
@@ -54,7 +55,8 @@ struct JobLine {
 }
 
 impl NixEvalJobs {
-    /// Evaluates everything that comes at first; `cancel` ends it. What it says nothing of has failed.
+    /// Evaluates all tasks until the channel closes or `cancel` fires. A task without a result
+    /// counts as failed.
     pub async fn run(
         self,
         mut tasks: mpsc::Receiver<Vec<EvalTask>>,
@@ -96,13 +98,13 @@ impl NixEvalJobs {
                         Err(_) => (),
                         Ok(job) => {
                             if let Some(id) = open.remove(&job.attr_path) {
-                                // Whoever has stopped to listen has no use for it.
+                                // A closed receiver has no use for the event.
                                 let _ = events.send(self.event(id, job)).await;
                             }
                         }
                     }
                 }
-                // The attributes that are still open below show how it ended.
+                // The exit status adds nothing: tasks without a result are reported below.
                 let _ = tool.ended().await;
                 output
             }
@@ -159,6 +161,7 @@ impl NixEvalJobs {
             .map(|name| installable_name(name))
             .collect();
         let flake = format!("{}#{}", self.source.reference, attribute.join("."));
+        // The option is in MiB.
         let memory = (self.share >> 20).clamp(512, 1 << 20).to_string();
         let workers = self.workers.to_string();
         let args = [

@@ -1,8 +1,9 @@
-//! The evaluation's workers. A worker is one `nix eval` over many attributes that says of each when it begins and
-//! what it is, so nothing is lost when it ends early: what it has not said goes to the next.
+//! The pool of evaluation workers. A worker is one `nix eval` over many attributes that reports
+//! when each begins and what it evaluates to. If a worker ends early, nothing is lost: the
+//! attributes it has not reported go to the next one.
 //!
-//! Three things end a worker early: an attribute that fails, memory, and another worker that has nothing left to do
-//! and took over the end of its list.
+//! A worker ends early for three reasons: an attribute that fails, memory, or an idle worker that
+//! has stolen the end of its list.
 
 use std::collections::{HashMap, VecDeque};
 use std::process::ExitStatus;
@@ -23,34 +24,36 @@ use crate::tool::Nix;
 use flywheel_core::sizing::{self, MemoryRoom};
 use flywheel_sys::host::memory::{self, Cgroup};
 
-/// How often the workers' memory is looked at.
+/// How often to check the workers' memory.
 const MEMORY_POLL_INTERVAL: Duration = Duration::from_millis(50);
-/// What others hold of the memory changes slowly.
+/// The memory of other processes changes slowly; read it every so many checks.
 const OTHERS_EVERY: u32 = 10;
-/// The text of one argument; the kernel takes 128 KiB (`execve(2)`, `MAX_ARG_STRLEN`).
+/// Maximum size of one argument; the kernel allows 128 KiB (`execve(2)`, `MAX_ARG_STRLEN`).
 const ARGUMENT_LIMIT: usize = 96 * 1024;
-/// Nix begins with a heap of up to 384 MB, whatever it is to evaluate; touching that much memory costs more time than
-/// collecting a smaller heap now and then, and in a pod it is not there. Marking by several threads at once is
-/// of no use to workers that have a core each. Both are variables of the collector (`GC_INITIAL_HEAP_SIZE`,
-/// `GC_NPROCS`; Boehm and Weiser's `README.environment`), and whoever has set them keeps them.
+/// Settings for Nix's garbage collector. Nix starts with a heap of up to 384 MB; touching that much
+/// memory takes longer than collecting a smaller heap now and then, and a pod may not have it.
+/// Marking with several threads does not help workers that have one core each. Variables that the
+/// user has set stay as they are (`GC_INITIAL_HEAP_SIZE`, `GC_NPROCS`; Boehm and Weiser's
+/// `README.environment`).
 const COLLECTOR: [(&str, &str); 2] = [("GC_INITIAL_HEAP_SIZE", "16000000"), ("GC_NPROCS", "1")];
-/// When so many attributes have turned out to depend on the commit, and no more have not, the rest is not tried.
+/// After this many attributes have turned out to depend on the commit, and no more to be
+/// independent, stop testing the rest.
 const DEPENDENT_LIMIT: usize = 8;
 
 /// An attribute to evaluate.
 #[derive(Clone, Debug)]
 pub struct EvalTask {
-    /// The caller's number for it.
+    /// The caller's id for it.
     pub id: usize,
     /// Its path below the selected attribute.
     pub path: AttributePath,
-    /// How the flake sees itself meanwhile.
+    /// How the flake sees itself during this evaluation.
     pub view: Arc<SelfView>,
-    /// Whether its derivations have to be written, although the others' are not.
+    /// Whether its derivations must be written to the store even if the pool is read-only.
     pub must_write: bool,
 }
 
-/// What a pool needs.
+/// The parameters of a pool.
 pub struct Pool {
     /// Nix.
     pub nix: Nix,
@@ -58,15 +61,15 @@ pub struct Pool {
     pub source: Source,
     /// Its expressions.
     pub expressions: Expressions,
-    /// More words for Nix.
+    /// Further arguments of Nix.
     pub arguments: Vec<String>,
-    /// How many workers at once, if that is asked for.
+    /// The requested number of workers, if any.
     pub workers: Option<usize>,
-    /// How many attributes a worker takes, if that is asked for.
+    /// The requested number of attributes per worker, if any.
     pub per_worker: Option<usize>,
     /// Whether derivations are only computed, and not written to the store.
     pub read_only: bool,
-    /// What takes the place of poisoned ones when most depend on the commit.
+    /// The view that replaces `SelfView::AbortOnUse` when most attributes depend on the commit.
     pub fallback_view: Option<Arc<SelfView>>,
 }
 
@@ -75,7 +78,7 @@ struct PoolState<'a> {
     pool: &'a Pool,
     width: usize,
     waiting: VecDeque<EvalTask>,
-    /// They were too large beside others.
+    /// Tasks that ran out of memory beside others and run alone next.
     alone: VecDeque<EvalTask>,
     workers: HashMap<usize, Worker>,
     next: usize,
@@ -85,16 +88,17 @@ struct PoolState<'a> {
     cgroup: Option<Cgroup>,
     others: u64,
     looks: u32,
-    /// What one worker may hold between two attributes.
+    /// Memory in bytes above which a worker is replaced between two attributes.
     share: u64,
-    /// What starting a worker costs, in seconds, as seen last.
+    /// The time to start a worker in seconds, as last measured.
     start: f64,
     dependent: usize,
     independent: usize,
 }
 
 impl Pool {
-    /// How many workers fit this machine now, and what each may hold, in bytes; `asked`: how many were asked for.
+    /// Returns how many workers fit on this machine now and how much memory in bytes each may use.
+    /// `requested` is the number the user asked for.
     pub fn fitted(requested: Option<usize>) -> (usize, u64) {
         let limit = Cgroup::of_self().and_then(|cgroup| cgroup.read().limit);
         let others = memory::of_descendants();
@@ -110,8 +114,8 @@ impl Pool {
         (workers, sizing::share(room, workers))
     }
 
-    /// Evaluates what comes, until nothing more will come and all is done, or `cancel`; then what is left is not
-    /// spoken of any more.
+    /// Evaluates tasks until the channel is closed and all are done, or `cancel` fires; unfinished
+    /// tasks then get no event.
     pub async fn run(
         self,
         mut tasks: mpsc::Receiver<Vec<EvalTask>>,
@@ -146,24 +150,31 @@ impl Pool {
         looking.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut open = true;
         loop {
+            // Every event can free a worker or bring tasks, so fill before waiting for the next
+            // one.
             running.fill().await;
             if !open && running.is_idle() {
                 break;
             }
             tokio::select! {
+                // Cancellation comes first, and memory before output: a busy worker must not delay
+                // the check.
                 biased;
                 () = cancel.cancelled() => break,
                 _ = looking.tick(), if !running.workers.is_empty() => running.check_memory(),
-                Some((id, heard)) = worker_events.recv() => running.on_event(id, heard).await,
+                Some((id, event)) = worker_events.recv() => running.on_event(id, event).await,
                 more = tasks.recv(), if open => match more {
                     Some(more) => running.waiting.extend(more),
                     None => open = false,
                 },
             }
         }
+        // Whatever still runs is stopped, since its results are no longer wanted.
         for worker in running.workers.values() {
             worker.stop.cancel();
         }
+        // Without a receiver, the tasks that follow the workers stop instead of blocking on a full
+        // channel.
         drop(worker_events);
         while running.following.join_next().await.is_some() {}
     }
@@ -174,7 +185,7 @@ impl PoolState<'_> {
         self.waiting.is_empty() && self.alone.is_empty() && self.workers.is_empty()
     }
 
-    /// What the workers together may hold now.
+    /// Memory in bytes that all workers together may use now.
     fn room(&mut self) -> Option<u64> {
         let workers = self.workers.values().map(|worker| worker.held).sum();
         if self.looks.is_multiple_of(OTHERS_EVERY) {
@@ -184,6 +195,7 @@ impl PoolState<'_> {
                     .and_then(Cgroup::of_processes)
                     .unwrap_or(0),
             );
+            // The workers are descendants too, but are counted apart.
             self.others = ours.saturating_sub(workers);
         }
         self.looks += 1;
@@ -197,10 +209,14 @@ impl PoolState<'_> {
         .for_workers()
     }
 
-    /// Starts workers while there is something to do and a place for one.
+    /// Starts workers while there are tasks and free slots.
     async fn fill(&mut self) {
+        // A worker that runs alone gets all the memory, so none may start beside it.
         while self.workers.values().all(|worker| !worker.alone) {
+            // Waiting tasks first, then those that must run alone, and stealing only when nothing
+            // else is left.
             if self.workers.len() < self.width && !self.waiting.is_empty() {
+                // Divide the waiting tasks among the free slots.
                 let count = sizing::chunk(
                     self.pool.per_worker,
                     self.waiting.len(),
@@ -224,14 +240,15 @@ impl PoolState<'_> {
         }
     }
 
-    /// The next tasks of one kind, as many as one argument can name.
+    /// Takes the next tasks of one kind, as many as fit into one argument.
     fn take(&mut self, count: usize) -> VecDeque<EvalTask> {
+        // All attributes of one `nix eval` share its view of the flake and `--read-only`.
         let mut taken: VecDeque<EvalTask> = VecDeque::new();
         let mut size = 0;
         while taken.len() < count
             && let Some(task) = self.waiting.front()
         {
-            // As JSON in a Nix string: each quote has a backslash.
+            // The size as JSON inside a Nix string, where each quote gets a backslash.
             size += task.path.iter().map(|name| name.len() + 6).sum::<usize>() + 24;
             let is_like = |first: &EvalTask| {
                 Arc::ptr_eq(&first.view, &task.view) && first.must_write == task.must_write
@@ -245,7 +262,7 @@ impl PoolState<'_> {
         taken
     }
 
-    /// The end of the longest list, if it is worth a worker of its own.
+    /// Steals the end of the longest list, if that is worth starting a worker.
     fn steal(&mut self) -> VecDeque<EvalTask> {
         if self.pool.per_worker.is_some() {
             return VecDeque::new();
@@ -254,14 +271,17 @@ impl PoolState<'_> {
         let longest = self
             .workers
             .values_mut()
+            // Without a finished attribute, the time per attribute is unknown.
             .filter(|worker| worker.ended.is_none() && worker.done > 0);
         let Some(worker) = longest.max_by_key(|worker| worker.left.len()) else {
             return VecDeque::new();
         };
+        // The average time per attribute so far.
         let each = worker
             .first
             .map_or(0.0, |first| first.elapsed().as_secs_f64())
             / worker.done as f64;
+        // The end of the list: the worker itself continues from the front.
         let count = sizing::steal(worker.left.len(), each, start);
         worker.left.split_off(worker.left.len() - count)
     }
@@ -298,6 +318,7 @@ impl PoolState<'_> {
             }
         };
         let process = tool.id().unwrap_or_default();
+        // If the kernel has to kill a process, it should be a worker, which can be replaced.
         memory::expendable(process);
         let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
         self.following.spawn(follow(
@@ -325,8 +346,8 @@ impl PoolState<'_> {
         self.workers.insert(id, worker);
     }
 
-    async fn on_event(&mut self, id: usize, heard: WorkerEvent) {
-        match heard {
+    async fn on_event(&mut self, id: usize, event: WorkerEvent) {
+        match event {
             WorkerEvent::Line(line) => self.on_line(id, line).await,
             WorkerEvent::Ended(status) => self.on_ended(id, status).await,
         }
@@ -342,14 +363,17 @@ impl PoolState<'_> {
         match ours {
             None => keep_tail(&mut worker.output, &line),
             Some(WorkerLine::Begun { b }) => {
+                // Earlier output belongs to an attribute that has succeeded.
                 worker.output.clear();
+                // The time to the first attribute is the cost of starting a worker.
                 if worker.first.is_none() {
                     worker.first = Some(Instant::now());
                     self.start = worker.started.elapsed().as_secs_f64();
                 }
                 match worker.left.front() {
+                    // The worker goes through its list in order, so the front is what it has begun.
                     Some(task) if task.id == b => worker.current = worker.left.pop_front(),
-                    // What it comes to now is another's already.
+                    // Another worker has stolen this attribute.
                     _ => worker.end(EndReason::Overtaken),
                 }
                 if worker.current.is_some() {
@@ -357,10 +381,12 @@ impl PoolState<'_> {
                 }
             }
             Some(WorkerLine::Done { d, f }) => {
+                // A stolen attribute may still be reported; its new worker counts.
                 let task = worker.current.take_if(|task| task.id == d);
                 worker.done += 1;
                 let Some(task) = task else { return };
                 let independent = matches!(*task.view, SelfView::AbortOnUse(_));
+                // Counted against `dependent`, to decide whether testing is worth it.
                 self.independent += usize::from(independent);
                 self.emit(EvalEvent::Known {
                     id: d,
@@ -373,7 +399,8 @@ impl PoolState<'_> {
         }
     }
 
-    /// Between two attributes a worker that has outgrown its share, when it was last looked at, goes.
+    /// Ends a worker that exceeded its share of memory at the last check. This happens between two
+    /// attributes, so no work is lost.
     fn retire(&mut self, id: usize) {
         let share = self.share;
         let Some(worker) = self.workers.get_mut(&id) else {
@@ -384,7 +411,7 @@ impl PoolState<'_> {
         }
     }
 
-    /// Looks at the memory; the largest has to go when there is not enough.
+    /// Checks the workers' memory, and kills the largest worker if it is short.
     fn check_memory(&mut self) {
         for worker in self.workers.values_mut() {
             if let Some((held, most)) = memory::of_process(worker.process) {
@@ -413,6 +440,7 @@ impl PoolState<'_> {
                 self.put_back(left.into_iter().chain(current));
             }
             Some(EndReason::TooLarge) => self.on_too_large(&worker, left, current).await,
+            // It ran out of memory before our own check noticed.
             None if is_for_memory(status, &worker.output) => {
                 self.on_too_large(&worker, left, current).await;
             }
@@ -420,20 +448,20 @@ impl PoolState<'_> {
                 && current.is_none()
                 && left.is_empty() =>
             {
-                // The worker had nothing left to do.
+                // The worker has finished its list.
             }
             None => self.on_failed(&worker, status, left, current).await,
         }
     }
 
-    /// Back to the others, the one that had begun first of all.
+    /// Puts tasks back at the front of the queue, in their order.
     fn put_back(&mut self, tasks: impl DoubleEndedIterator<Item = EvalTask>) {
         for task in tasks.rev() {
             self.waiting.push_front(task);
         }
     }
 
-    /// The worker is dead for its memory. The attribute that it was at is tried once more by itself.
+    /// Handles a worker that ran out of memory. Its current attribute is tried once more by itself.
     async fn on_too_large(
         &mut self,
         worker: &Worker,
@@ -454,7 +482,8 @@ impl PoolState<'_> {
         } else if worker.done == 0 {
             self.alone.push_back(task);
         } else {
-            // Others before it may have left too much behind: first with a worker that has done nothing yet.
+            // Memory left by earlier attributes may be to blame, so try again with a fresh worker
+            // first.
             self.waiting.push_front(task);
         }
     }
@@ -466,23 +495,25 @@ impl PoolState<'_> {
         left: VecDeque<EvalTask>,
         current: Option<EvalTask>,
     ) {
+        // The evaluation was aborted by our own marker, not by an error of the flake.
         let dependent = worker
             .output
             .contains(&self.pool.expressions.abort_marker());
-        let said = if worker.output.trim().is_empty() {
-            let how = status.map_or("with no word".to_owned(), |status| status.to_string());
+        let stderr = if worker.output.trim().is_empty() {
+            let how = status.map_or("without a status".to_owned(), |status| status.to_string());
             format!("error: `nix eval` ended: {how}")
         } else {
             worker.output.clone()
         };
-        let failure = EvalFailure::from_stderr(&said, &self.pool.source);
-        // One that fails before it has begun any fails for all of its list.
-        let (fail, rest): (Vec<EvalTask>, VecDeque<EvalTask>) = match current {
+        let failure = EvalFailure::from_stderr(&stderr, &self.pool.source);
+        // A worker that fails before its first attribute fails for its whole list.
+        let (failed, rest): (Vec<EvalTask>, VecDeque<EvalTask>) = match current {
             Some(task) => ([task].into(), left),
             None => (left.into(), VecDeque::new()),
         };
-        for mut task in fail {
-            if self.needs_writing(&task, &said) {
+        for mut task in failed {
+            if self.needs_writing(&task, &stderr) {
+                // Try again with writing enabled; this is not a failure.
                 task.must_write = true;
                 self.waiting.push_back(task);
                 continue;
@@ -499,13 +530,14 @@ impl PoolState<'_> {
         self.stop_dependency_check().await;
     }
 
-    /// A derivation that has another's closure in it, not only its outputs, can be computed only when that one is
-    /// in the store.
-    fn needs_writing(&self, task: &EvalTask, said: &str) -> bool {
-        self.pool.read_only && !task.must_write && said.contains(".drv' is not valid")
+    /// Whether the failure comes from not writing derivations: one that includes another's whole
+    /// closure can be computed only when that derivation is in the store.
+    fn needs_writing(&self, task: &EvalTask, stderr: &str) -> bool {
+        self.pool.read_only && !task.must_write && stderr.contains(".drv' is not valid")
     }
 
-    /// Where nearly everything depends on the commit, each would cost a worker.
+    /// Stops testing for dependence on the commit if most attributes depend on it, since each test
+    /// costs a worker.
     async fn stop_dependency_check(&mut self) {
         let Some(fallback) = self.pool.fallback_view.clone() else {
             return;
@@ -521,7 +553,7 @@ impl PoolState<'_> {
     }
 
     async fn emit(&self, event: EvalEvent) {
-        // The receiver is gone only when nobody wants to know any more.
+        // The receiver is gone only when the results are no longer wanted.
         let _ = self.events.send(event).await;
     }
 }

@@ -1,4 +1,4 @@
-//! One worker of the pool: what is known of it, what it says, and why it ends.
+//! One worker of the pool: its state, its output, and why it ends.
 
 use std::collections::VecDeque;
 use std::os::unix::process::ExitStatusExt as _;
@@ -13,15 +13,15 @@ use crate::flake::evaluate::Derivation;
 use crate::flake::pool::EvalTask;
 use flywheel_sys::process::lines::{Line, Talking};
 
-/// A worker that is asked to end has this long before it is killed.
+/// Time between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_millis(500);
-/// Between two readings: hundreds of quick attributes a second would cost the evaluation itself a tenth if each line
-/// woke somebody.
+/// Pause between two reads. With hundreds of quick attributes per second, waking for every line
+/// would slow the evaluation by a tenth.
 const READ_INTERVAL: Duration = Duration::from_millis(5);
-/// What is kept of what a worker says beside the facts, in bytes: the last.
+/// Bytes to keep of a worker's other output; the oldest are dropped.
 const OUTPUT_LIMIT: usize = 256 * 1024;
 
-/// One of our lines.
+/// A line traced by our expression, as `derivation_args` writes it.
 #[derive(Deserialize)]
 #[serde(untagged)]
 pub(super) enum WorkerLine {
@@ -29,30 +29,30 @@ pub(super) enum WorkerLine {
     Done { d: usize, f: Derivation },
 }
 
-/// What is heard of a worker.
+/// An event of a worker.
 pub(super) enum WorkerEvent {
     Line(String),
     Ended(Option<ExitStatus>),
 }
 
-/// Why a worker was ended by us.
+/// Why we ended a worker.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum EndReason {
-    /// It has more than its share; what it has not done goes to others.
+    /// It exceeded its share of memory; its remaining attributes go to others.
     Retired,
-    /// All together have more than there is.
+    /// All workers together exceeded the available memory.
     TooLarge,
-    /// Others do what it has left.
+    /// Another worker has stolen the rest of its list.
     Overtaken,
 }
 
 pub(super) struct Worker {
     pub process: u32,
-    /// What it has still to do, without the one that it is at.
+    /// Its remaining attributes, without the current one.
     pub left: VecDeque<EvalTask>,
     pub current: Option<EvalTask>,
     pub done: usize,
-    /// It has all memory for itself.
+    /// Whether it runs without other workers.
     pub alone: bool,
     pub started: Instant,
     pub first: Option<Instant>,
@@ -66,16 +66,17 @@ pub(super) struct Worker {
 
 impl Worker {
     pub fn end(&mut self, reason: EndReason) {
+        // The first reason decides what happens to the remaining tasks.
         self.ended.get_or_insert(reason);
         if reason == EndReason::TooLarge {
-            // It would take more while it is asked.
+            // Skip the grace period, in which it would allocate more.
             self.kill.cancel();
         }
         self.stop.cancel();
     }
 }
 
-/// Keeps the last of what was output.
+/// Appends a line and keeps only the end of a long output.
 pub(super) fn keep_tail(output: &mut String, line: &str) {
     output.push_str(line);
     output.push('\n');
@@ -85,7 +86,7 @@ pub(super) fn keep_tail(output: &mut String, line: &str) {
     }
 }
 
-/// Whether it died for memory: killed by others than us, or by its own word.
+/// Whether it ran out of memory: killed by the kernel, or by its own message.
 pub(super) fn is_for_memory(status: Option<ExitStatus>, output: &str) -> bool {
     let killed = status.is_some_and(|status| status.signal() == Some(9));
     let messages = [
@@ -99,7 +100,7 @@ pub(super) fn is_for_memory(status: Option<ExitStatus>, output: &str) -> bool {
             && messages.iter().any(|message| output.contains(message)))
 }
 
-/// Hands on what a worker says, until it has ended or is to end.
+/// Forwards a worker's lines until it ends or `stop` fires.
 pub(super) async fn follow(
     mut tool: Talking,
     id: usize,
@@ -113,7 +114,7 @@ pub(super) async fn follow(
             biased;
             () = stop.cancelled() => {
                 tool.stop(if kill.is_cancelled() { Duration::ZERO } else { GRACE }).await;
-                // Nobody listens any more when the pool has ended.
+                // Sending fails only after the pool has ended.
                 let _ = to_pool.send((id, WorkerEvent::Ended(None))).await;
                 return;
             }
@@ -124,6 +125,7 @@ pub(super) async fn follow(
                 if to_pool.send((id, WorkerEvent::Line(line))).await.is_err() {
                     stop.cancel();
                 }
+                // Lines that have been read already are forwarded without a pause.
                 if !tool.has_line() {
                     tokio::select! {
                         () = stop.cancelled() => (),

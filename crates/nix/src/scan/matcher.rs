@@ -1,13 +1,14 @@
-//! Many needles in one haystack, fast: the needles in groups that fit the vector unit's searcher, each group over
-//! a block that stays in the processor's cache. Knows bytes, not what they mean.
+//! Searches one haystack for many needles: the needles are divided into groups that fit the
+//! vectorised searcher, and each group scans a block that stays in the processor's cache. Knows
+//! bytes, not their meaning.
 
 use aho_corasick::packed::{Config, MatchKind, Searcher};
 use aho_corasick::{AhoCorasick, Input, Span};
 
-/// Needles in one group: the vectorised searcher loses its speed beyond.
+/// Needles per group; the vectorised searcher is slow with more.
 const GROUP_SIZE: usize = 64;
 
-/// Finds where any of its needles begins.
+/// Finds where needles begin.
 #[derive(Debug)]
 pub(super) struct Matcher {
     groups: Vec<Group>,
@@ -27,7 +28,7 @@ enum Engine {
 }
 
 impl Matcher {
-    /// Needles must not be empty.
+    /// Creates a matcher for these needles, none of which may be empty.
     pub(super) fn new(needles: &[Vec<u8>]) -> Self {
         let groups = needles
             .chunks(GROUP_SIZE)
@@ -41,8 +42,9 @@ impl Matcher {
         }
     }
 
-    /// Tells of each needle that begins within `from..until`, with its number; its end may be beyond. Where
-    /// several of a group begin at one place, one of them is told.
+    /// Calls `on_match` with the number and position of each needle that begins within
+    /// `from..until`; its end may lie beyond. Of several needles in a group that begin at the same
+    /// position, one is reported.
     pub(super) fn find(
         &self,
         hay: &[u8],
@@ -56,6 +58,7 @@ impl Matcher {
                 match group.engine.next(hay, start) {
                     Some((number, at)) if at < until => {
                         on_match(group.first + number, at);
+                        // Overlapping needles count, so the search goes on one byte further.
                         start = at + 1;
                     }
                     _ => break,
@@ -67,6 +70,7 @@ impl Matcher {
 
 impl Engine {
     fn new(needles: &[Vec<u8>]) -> Self {
+        // Of needles with a common start, the first in the list wins.
         let mut builder = Config::new().match_kind(MatchKind::LeftmostFirst).builder();
         match builder.extend(needles).build() {
             Some(searcher) => Self::Vectors(searcher),

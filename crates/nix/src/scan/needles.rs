@@ -1,5 +1,5 @@
-//! What is looked for: the values of this job's secrets in every form that they take, and the places of this
-//! machine. Values are held, never shown.
+//! Builds the needles: the values of the job's secrets in every form they may take, and the paths
+//! of this machine. Values are held, never shown.
 
 use std::path::Path;
 
@@ -7,37 +7,37 @@ use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 
 use flywheel_core::secret::Secret;
 
-/// A shorter value is found everywhere by chance.
+/// Minimum length of a secret in bytes; a shorter value occurs everywhere by chance.
 const MIN_LENGTH: usize = 8;
-/// Of a longer value its beginning is enough.
+/// Bytes of a longer value to search for; its beginning is enough.
 const MAX_LENGTH: usize = 512;
-/// A value of fewer different characters is no secret: `11111111`, `xxxxxxxx`.
+/// Minimum number of different characters: `11111111` and `xxxxxxxx` are no secrets.
 const MIN_DISTINCT: usize = 5;
-/// A place of fewer characters (`/root`, `/work`) is not this machine's alone.
+/// Minimum length of a path; a shorter one (`/root`, `/work`) exists on other machines too.
 const MIN_PLACE_LENGTH: usize = 9;
 
-/// What a needle stands for.
+/// The meaning of a needle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum NeedleKind {
-    /// The value of a variable, in this form.
+    /// The value of a variable, encoded in some form.
     Value {
         /// The variable.
         name: String,
-        /// `as it is`, `in base64` …
+        /// The form for reports: `as it is`, `in base64`, …
         form: &'static str,
     },
-    /// A place of this machine, by what it is (`the workspace`).
+    /// A path of this machine, by its description (`the workspace`).
     Place(String),
 }
 
-/// Bytes to look for.
+/// Bytes to search for.
 #[derive(Clone)]
 pub(super) struct Needle {
     pub bytes: Vec<u8>,
     pub kind: NeedleKind,
 }
 
-/// Whether the variable's name has_word that its value is a secret. Public keys say that they are none.
+/// Whether the variable's name suggests a secret. Names of public keys do not.
 pub fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     let has_word = |word: &str| {
@@ -61,11 +61,13 @@ pub fn is_secret_name(name: &str) -> bool {
     (within || is_key) && !name.contains("public")
 }
 
-/// Whether a value is long and varied enough to be a secret, and is not plainly something else.
+/// Whether a value is long and varied enough to be a secret, and is not obviously a word, a path,
+/// an URL or a number.
 pub fn is_secret_value(value: &str) -> bool {
     let mut seen: Vec<char> = value.chars().collect();
     seen.sort_unstable();
     seen.dedup();
+    // `production` or `true` are settings, even under a name like `SECRET_MODE`.
     let is_word = value.chars().all(|c| c.is_ascii_alphabetic()) && value.len() < 16;
     let is_place = value.starts_with('/')
         || value.starts_with("./")
@@ -74,7 +76,7 @@ pub fn is_secret_value(value: &str) -> bool {
     value.len() >= MIN_LENGTH && seen.len() >= MIN_DISTINCT && !is_word && !is_place && !is_number
 }
 
-/// Every form of a secret that a file could hold.
+/// Returns a needle for every form of a secret that a file could contain.
 pub(super) fn needles_for_secret(name: &str, secret: &Secret) -> Vec<Needle> {
     let whole = secret.expose();
     let lines = whole
@@ -96,10 +98,13 @@ pub(super) fn needles_for_secret(name: &str, secret: &Secret) -> Vec<Needle> {
     };
     for text in std::iter::once(whole)
         .chain(lines)
+        // PEM headers and footers are the same in every key.
         .filter(|text| !text.starts_with("-----"))
     {
+        // The beginning of a long value identifies it and keeps the matcher small.
         let bytes = &text.as_bytes()[..text.len().min(MAX_LENGTH)];
         add(bytes.to_vec(), "as it is");
+        // The encoded text depends on the value's position modulo 3 in what was encoded.
         for before in 0..3 {
             add(base64(bytes, before, &STANDARD_NO_PAD), "in base64");
             add(base64(bytes, before, &URL_SAFE_NO_PAD), "in base64");
@@ -109,7 +114,8 @@ pub(super) fn needles_for_secret(name: &str, secret: &Secret) -> Vec<Needle> {
     needles
 }
 
-/// The characters that these bytes alone decide when so many stand before them.
+/// Base64 encodes three bytes at a time, so the text depends on the `before` bytes in front.
+/// Returns the characters that `bytes` alone determine.
 fn base64(bytes: &[u8], before: usize, alphabet: &impl base64::Engine) -> Vec<u8> {
     let text = alphabet.encode([&vec![0; before][..], bytes].concat());
     let (from, until) = ((before * 8).div_ceil(6), (before + bytes.len()) * 8 / 6);
@@ -128,7 +134,7 @@ fn url_encoded(bytes: &[u8]) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// Homes that machines without number have: what was built on one of them names it, and is no worse for it.
+/// Home folders common to countless machines. Things built there name them and are no worse for it.
 const COMMON_HOMES: [&str; 6] = [
     "/home/runner",
     "/home/ubuntu",
@@ -138,7 +144,7 @@ const COMMON_HOMES: [&str; 6] = [
     "/homeless-shelter",
 ];
 
-/// A place of this machine, if it is long enough to be this machine's alone.
+/// Returns a needle for a path of this machine, if it is specific enough.
 pub(super) fn needle_for_place(what: &str, folder: &Path) -> Option<Needle> {
     let text = folder.to_str()?.trim_end_matches('/');
     let deep =

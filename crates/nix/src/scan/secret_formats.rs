@@ -1,16 +1,18 @@
-//! Secrets that are known by their shape. A shape begins with a few fixed bytes, which are looked for; what follows
-//! is then judged: by its checksum where the format has one, else by its length, its alphabet and its variety.
+//! Recognises secrets by their format. A format has a fixed prefix, which the scanner searches for;
+//! what follows is then verified by its checksum where the format has one, otherwise by length,
+//! alphabet and entropy.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use serde::Deserialize;
 
-/// No shape needs more of what follows than this to be judged.
+/// Bytes after the prefix that the verification of any format needs at most.
 pub(super) const LOOKAHEAD: usize = 8192;
-/// Bits of variety in each character, at least: random base64 of 20 characters has more than 3.5, words less.
+/// Minimum entropy in bits per character: random base64 of 20 characters has more than 3.5, words
+/// have less.
 const MIN_ENTROPY: f64 = 3.0;
 
-/// A shape.
+/// The format of a secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SecretFormat {
     /// GitHub's tokens and npm's: 36 characters of base62, of which the last six are a checksum.
@@ -28,7 +30,7 @@ pub(super) enum SecretFormat {
 }
 
 impl SecretFormat {
-    /// Each beginning, and what it may be.
+    /// Each prefix with the format it may begin.
     pub(super) const PREFIXES: [(&'static str, Self); 20] = [
         ("ghp_", Self::Checksummed("a GitHub token")),
         ("gho_", Self::Checksummed("a GitHub token")),
@@ -52,15 +54,15 @@ impl SecretFormat {
         ("machine\t", Self::Netrc),
     ];
 
-    /// What it is called, where these bytes, which begin with its beginning, are one. `before` is the byte in
-    /// front of it, `now` the time in seconds since 1970.
+    /// Returns the name of the secret if `text`, which begins with the prefix, is one. `before` is
+    /// the byte in front of it, `now` the time in seconds since 1970.
     pub(super) fn identify(
         self,
         before: Option<u8>,
         text: &[u8],
         now: u64,
     ) -> Option<&'static str> {
-        // In the middle of a longer token it is chance.
+        // In the middle of a longer word, the prefix is a coincidence.
         if before.is_some_and(|byte| byte.is_ascii_alphanumeric()) && self != Self::PrivateKey {
             return None;
         }
@@ -81,7 +83,7 @@ impl SecretFormat {
     }
 }
 
-/// How many of the first bytes are of the alphabet.
+/// The number of leading bytes that fit the alphabet.
 fn prefix_length(text: &[u8], fits: impl Fn(&u8) -> bool) -> usize {
     text.iter()
         .position(|byte| !fits(byte))
@@ -101,7 +103,8 @@ fn is_varied(text: &[u8]) -> bool {
         >= MIN_ENTROPY
 }
 
-/// A token of this length over letters, digits and `more`, is_varied, with a digit in it.
+/// Whether a token of this length, over letters, digits and `more`, follows: of high entropy and
+/// with a digit in it.
 fn is_token(text: &[u8], length: std::ops::RangeInclusive<usize>, more: &[u8]) -> bool {
     let token = &text[..prefix_length(text, |byte| {
         byte.is_ascii_alphanumeric() || more.contains(byte)
@@ -109,8 +112,8 @@ fn is_token(text: &[u8], length: std::ops::RangeInclusive<usize>, more: &[u8]) -
     length.contains(&token.len()) && is_varied(token) && token.iter().any(u8::is_ascii_digit)
 }
 
-/// Thirty random characters and, in six, their CRC-32 in base62, padded with `0` (GitHub's blog of April 2021 on
-/// the format of its tokens; npm's is the same).
+/// Thirty random characters followed by their CRC-32 in six base62 digits, padded with `0`
+/// (GitHub's blog of April 2021 on its token formats; npm uses the same).
 fn is_checksummed(text: &[u8]) -> bool {
     if prefix_length(text, u8::is_ascii_alphanumeric) != 36 {
         return false;
@@ -129,7 +132,8 @@ fn base62(mut number: u32) -> [u8; 6] {
     text
 }
 
-/// The CRC of zip and Ethernet, bit by bit: it is asked for thirty bytes, and seldom.
+/// CRC-32 as in zip and Ethernet, bit by bit: it runs seldom and over thirty bytes, so a table
+/// would not pay.
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |sum, byte| {
         (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
@@ -149,7 +153,7 @@ fn is_fine_grained(text: &[u8]) -> bool {
     (first, rest.get(first), second) == (22, Some(&b'_'), 59) && is_varied(rest)
 }
 
-/// The identifier of a key pair. Documentation has ones that end in `EXAMPLE`.
+/// The identifier of a key pair. Examples in documentation end in `EXAMPLE`.
 fn is_aws_key_id(text: &[u8]) -> bool {
     let length = prefix_length(text, |byte| {
         byte.is_ascii_uppercase() || (b'2'..=b'7').contains(byte)
@@ -165,7 +169,7 @@ fn is_aws_key_id(text: &[u8]) -> bool {
         && token.iter().any(u8::is_ascii_digit)
 }
 
-/// Numbers of the workspace and the application, then random characters.
+/// The numbers of the workspace and the application, then random characters.
 fn is_slack_token(text: &[u8]) -> bool {
     let token = &text[..prefix_length(text, |byte| byte.is_ascii_alphanumeric() || *byte == b'-')];
     let parts: Vec<&[u8]> = token.split(|byte| *byte == b'-').collect();
@@ -189,7 +193,7 @@ fn is_slack_webhook(text: &[u8]) -> bool {
     matches!(parts[..], [team, bot, key, ..] if id(team) && id(bot) && key.len() == 24 && is_varied(key))
 }
 
-/// What matters of a token's claims.
+/// The claims that decide whether a token is live.
 #[derive(Deserialize)]
 struct Claims {
     exp: Option<f64>,
@@ -203,8 +207,9 @@ struct Header {
     alg: String,
 }
 
-/// A signed token that is still good: it ends in time to come, or is of a kind that never ends (Attic's without
-/// an end, and those of old Kubernetes service accounts). Test suites are full of tokens that ended long ago.
+/// A signed token that is still valid: it expires in the future, or is of a kind that never expires
+/// (Attic's without an expiry, and those of old Kubernetes service accounts). Test suites are full
+/// of tokens that expired long ago.
 fn is_live_jwt(text: &[u8], now: u64) -> bool {
     let token = &text[..prefix_length(text, |byte| {
         byte.is_ascii_alphanumeric() || b"-_.".contains(byte)
@@ -231,8 +236,9 @@ fn is_live_jwt(text: &[u8], now: u64) -> bool {
         && is_varied(signature)
 }
 
-/// Head, whole body and foot of a key that is not encrypted. Newlines may be written `\n`. The body of a PEM says
-/// how long it is, so that one that was shortened for show is none; OpenSSH's begins with its name.
+/// The header, complete body and footer of an unencrypted key. Line breaks may be written as `\n`.
+/// A PEM body contains its own length, so a key shortened for documentation does not count;
+/// OpenSSH's body begins with its format's name.
 fn is_private_key(text: &[u8]) -> bool {
     let head = &text[..text.len().min(60)];
     let find = |part: &[u8]| {
@@ -260,6 +266,7 @@ fn is_private_key(text: &[u8]) -> bool {
     while let [byte, more @ ..] = rest {
         rest = match (byte, more) {
             (b'-', _) => break,
+            // A key in JSON or in a shell string has escaped line breaks.
             (b'\\', [b'n' | b'r', more @ ..]) => more,
             (b'\n' | b'\r' | b' ' | b'\t' | b'"' | b',', _) => more,
             (byte, _) if byte.is_ascii_alphanumeric() || b"+/=".contains(byte) => {
@@ -270,7 +277,7 @@ fn is_private_key(text: &[u8]) -> bool {
         };
     }
     if pgp.is_some() {
-        // A key ring may be longer than what is looked at.
+        // A key ring may be longer than the lookahead, so its end is not required.
         return body.len() >= 64 && is_varied(&body);
     }
     let whole = STANDARD
@@ -279,7 +286,8 @@ fn is_private_key(text: &[u8]) -> bool {
     rest.starts_with(b"-----END") && whole && is_varied(&body)
 }
 
-/// Lines such as `Comment: x` stand between the head of an armour and an empty line (RFC 9580, 6.2).
+/// Skips headers such as `Comment: x` between the armour's first line and an empty line (RFC 9580,
+/// 6.2).
 fn after_armour_headers(text: &[u8]) -> &[u8] {
     let first = text
         .iter()
@@ -298,19 +306,21 @@ fn after_armour_headers(text: &[u8]) -> &[u8] {
         .map_or(&[], |at| &text[at..])
 }
 
-/// OpenSSH's own format, without a passphrase: the cipher is `none` (OpenSSH's `PROTOCOL.key`).
+/// OpenSSH's own format without a passphrase: the cipher is `none` (OpenSSH's `PROTOCOL.key`).
 fn is_open_openssh(key: &[u8]) -> bool {
     key.starts_with(b"openssh-key-v1\0\0\0\0\x04none")
 }
 
-/// One sequence of ASN.1 that is as long as it says (X.690, 8.1.3).
+/// An ASN.1 sequence that is exactly as long as its header states (X.690, 8.1.3).
 fn is_whole_der(bytes: &[u8]) -> bool {
     let [0x30, length, rest @ ..] = bytes else {
         return false;
     };
+    // The short form: lengths below 128 are one byte.
     if *length < 0x80 {
         return rest.len() == usize::from(*length);
     }
+    // The long form: the first byte counts the bytes of the length.
     let octets = usize::from(*length & 0x7F);
     let Some((number, content)) = rest
         .split_at_checked(octets)
@@ -324,15 +334,17 @@ fn is_whole_der(bytes: &[u8]) -> bool {
             .fold(0, |sum, octet| sum << 8 | usize::from(*octet))
 }
 
-/// `machine HOST login NAME password WORD`, on one line or several, the token being neither a placeholder nor a
-/// variable.
+/// `machine HOST login NAME password WORD`, on one or several lines, where the password is neither
+/// a placeholder nor a variable.
 fn is_netrc(text: &[u8]) -> bool {
+    // An entry is short, so this much is enough.
     let text = String::from_utf8_lossy(&text[..text.len().min(400)]);
     let mut words = text.split_ascii_whitespace().skip(1);
     let Some(host) = words.next() else {
         return false;
     };
     let mut next = words.next();
+    // The login is optional, and its value is not the secret.
     if matches!(next, Some("login")) {
         words.next();
         next = words.next();
@@ -343,6 +355,7 @@ fn is_netrc(text: &[u8]) -> bool {
     let plain = token
         .bytes()
         .all(|byte| byte.is_ascii_graphic() && !b"<>${}[]()\"'`%*".contains(&byte));
+    // Prose such as "machine that has password" has no host name here.
     let host_like = host.contains('.') || host == "localhost" || host.contains("127.");
     host_like
         && plain
