@@ -13,7 +13,7 @@ use std::time::Duration;
 use hickory_resolver::TokioResolver;
 use thiserror::Error;
 
-pub use self::direct::{ConnectError, Connection, Direct};
+pub use self::direct::{ByteStream, ConnectError, Direct};
 
 use crate::exit::{Exit, Explain};
 
@@ -79,11 +79,11 @@ pub fn grpc_client(roots: &Roots) -> Result<reqwest::Client, Error> {
 #[derive(Clone, Debug)]
 pub struct Clients {
     /// For questions: what [`client`] makes.
-    pub asking: reqwest::Client,
+    pub api: reqwest::Client,
     /// For bodies that take as long as they take. It gives nothing up by itself (reqwest's read
     /// timeout would run from the first byte sent, and end every upload that lasts longer), so
     /// that whoever sends has to watch that bytes move.
-    pub sending: reqwest::Client,
+    pub streaming: reqwest::Client,
     /// For those who talk to a server themselves.
     pub direct: Direct,
 }
@@ -95,14 +95,14 @@ impl Clients {
     /// As [`client`].
     pub fn new(roots: &Roots) -> Result<Self, Error> {
         let tls = tls(roots)?;
-        let asking = builder(tls.clone())
+        let api = builder(tls.clone())
             .read_timeout(IDLE_TIMEOUT)
             .build()
             .map_err(Error::Client)?;
-        let sending = builder(tls.clone()).build().map_err(Error::Client)?;
+        let streaming = builder(tls.clone()).build().map_err(Error::Client)?;
         Ok(Self {
-            asking,
-            sending,
+            api,
+            streaming,
             direct: Direct::new(tls),
         })
     }

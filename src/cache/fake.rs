@@ -26,7 +26,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::AbortOnDropHandle;
 use url::Url;
 
-use crate::cache::attic::{AskFirst, Attic, Lines, Patience};
+use crate::cache::attic::{Attic, ExpectContinue, Pool, StallTimeout};
 use crate::cache::endpoint::Endpoint;
 use crate::http::{Clients, Roots};
 use crate::nix::hash::Sha256;
@@ -230,21 +230,25 @@ impl Fake {
     }
 
     pub fn attic(&self, token: &str) -> Attic {
-        self.impatient_attic(token, Patience::default())
+        self.attic_with_timeout(token, StallTimeout::default())
     }
 
-    pub fn impatient_attic(&self, token: &str, patience: Patience) -> Attic {
+    pub fn attic_with_timeout(&self, token: &str, stall_timeout: StallTimeout) -> Attic {
         let clients = Clients::new(&Roots::default()).expect("settings hold");
-        let lines = Arc::new(Lines::new(clients.direct));
-        let sender = Box::new(AskFirst::new(Arc::clone(&lines), clients.sending, patience));
-        let waits = Duration::from_secs(2);
+        let pool = Arc::new(Pool::new(clients.direct));
+        let sender = Box::new(ExpectContinue::new(
+            Arc::clone(&pool),
+            clients.streaming,
+            stall_timeout,
+        ));
+        let api_timeout = Duration::from_secs(2);
         Attic::with_sender(
             self.endpoint(),
             Secret::new(token),
-            clients.asking,
-            lines,
+            clients.api,
+            pool,
             sender,
-            waits,
+            api_timeout,
         )
     }
 

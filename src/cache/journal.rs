@@ -20,7 +20,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::process::geteuid;
 use thiserror::Error;
 
-use self::line::{Entry, Read, Step};
+use self::line::{Entry, JournalContent, Step};
 use crate::nix::store_path::StorePath;
 
 /// How long after a write the disk has it.
@@ -31,7 +31,7 @@ const SIZE_LIMIT: u64 = 64 * 1024 * 1024;
 const AGE_LIMIT_SECONDS: u64 = 14 * 24 * 60 * 60;
 /// Held while a journal is made or dead ones are taken up, so that no half-made one is taken for dead.
 const LOCK: &str = "lock";
-const ENDING: &str = "journal";
+const EXTENSION: &str = "journal";
 
 /// Why there is no journal.
 #[derive(Debug, Error)]
@@ -56,10 +56,10 @@ pub struct Folder(PathBuf);
 
 /// A job's journal. Cheap to clone; the default one is kept nowhere.
 #[derive(Clone, Debug, Default)]
-pub struct Journal(Option<Arc<Open>>);
+pub struct Journal(Option<Arc<OpenJournal>>);
 
 #[derive(Debug)]
-struct Open {
+struct OpenJournal {
     file: Mutex<File>,
     path: PathBuf,
     size: AtomicU64,
@@ -111,11 +111,11 @@ impl Folder {
             .map_err(|source| self.system(source))
     }
 
-    fn begin_file(&self, cache: &str, mark: Option<i64>) -> io::Result<Open> {
+    fn begin_file(&self, cache: &str, mark: Option<i64>) -> io::Result<OpenJournal> {
         let _made = self.lock()?;
         let path = self
             .0
-            .join(format!("{}-{:016x}.{ENDING}", now(), fastrand::u64(..)));
+            .join(format!("{}-{:016x}.{EXTENSION}", now(), fastrand::u64(..)));
         let file = OpenOptions::new()
             .append(true)
             .create_new(true)
@@ -135,7 +135,7 @@ impl Folder {
                     }
                 }
             })?;
-        let open = Open {
+        let open = OpenJournal {
             file: Mutex::new(file),
             path,
             size: AtomicU64::new(0),
@@ -163,7 +163,10 @@ impl Folder {
         let mut left = Left::default();
         for entry in fs::read_dir(&self.0)?.flatten() {
             let path = entry.path();
-            if path.extension().is_none_or(|ending| ending != ENDING) {
+            if path
+                .extension()
+                .is_none_or(|extension| extension != EXTENSION)
+            {
                 continue;
             }
             let Ok(file) = File::open(&path) else {
@@ -175,7 +178,7 @@ impl Folder {
             }
             // What cannot be read now may be at the next start; too long is no journal of ours.
             let Ok(text) = fs::read(&path) else { continue };
-            let read = Read::of(&text);
+            let read = JournalContent::parse(&text);
             // Of another version's journal only the file's own time is known.
             let begun = read
                 .begun
@@ -277,7 +280,7 @@ impl Journal {
         let Some(open) = &self.0 else { return };
         self.write(&Entry::end());
         let whole = fs::read(&open.path).is_ok_and(|text| {
-            let read = Read::of(&text);
+            let read = JournalContent::parse(&text);
             read.seen().next().is_none()
         });
         if whole {
@@ -302,7 +305,7 @@ impl Journal {
     }
 }
 
-impl Open {
+impl OpenJournal {
     fn file(&self) -> MutexGuard<'_, File> {
         self.file
             .lock()
@@ -321,7 +324,7 @@ impl Open {
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenJournal {
     fn drop(&mut self) {
         self.stop.take();
         if let Some(syncing) = self.syncing.take() {

@@ -16,7 +16,7 @@ use crate::nix::store_path::STORE_DIR;
 use crate::secret::Secret;
 
 /// From a bad answer to the second try.
-const AGAIN: Duration = Duration::from_millis(250);
+const RETRY_DELAY: Duration = Duration::from_millis(250);
 
 /// What all layers together may take: a job waits for this before its command runs.
 pub const DEADLINE: Duration = Duration::from_secs(3);
@@ -42,7 +42,7 @@ pub enum Layer {
 
 impl Layer {
     /// The layer as outputs and messages have it.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Name => "name",
             Self::Connect => "connect",
@@ -93,7 +93,7 @@ pub async fn probe(
 ) -> Probe {
     let began = Instant::now();
     let deadline = began + limit;
-    let asker = Asker {
+    let prober = Prober {
         endpoint,
         client,
         deadline,
@@ -103,14 +103,14 @@ pub async fn probe(
     // What counts is the request: behind a proxy there may be no name and no route of our own.
     let (ground, anonymous) = tokio::join!(
         ground(&endpoint.server, names, began, deadline),
-        asker.info(None)
+        prober.info(None)
     );
     let mut probe = Probe {
         layers: ground,
         ..Probe::default()
     };
     let info = match (anonymous, token) {
-        (Err(Failure::Answer(401 | 403 | 404, _)), Some(token)) => asker.info(Some(token)).await,
+        (Err(Failure::Answer(401 | 403 | 404, _)), Some(token)) => prober.info(Some(token)).await,
         (answer, _) => {
             probe.public = answer.is_ok();
             answer
@@ -120,7 +120,7 @@ pub async fn probe(
         reach(&mut probe.layers, &endpoint.server, began.elapsed());
         probe.answers = true;
     }
-    match info.map_err(|failure| asker.explain(failure, token.is_some(), &probe.layers)) {
+    match info.map_err(|failure| prober.explain(failure, token.is_some(), &probe.layers)) {
         Err((layer, text)) => {
             probe.answers &= layer >= Layer::Authorised;
             probe.failed = Some((layer, text));
@@ -131,7 +131,7 @@ pub async fn probe(
                 .layers
                 .extend([(Layer::Authorised, known), (Layer::Cache, known)]);
             probe.usable = true;
-            probe.config = asker.config(token.filter(|_| !probe.public)).await;
+            probe.config = prober.config(token.filter(|_| !probe.public)).await;
         }
     }
     probe
@@ -183,18 +183,18 @@ enum Failure {
     Foreign(Layer, String),
 }
 
-struct Asker<'a> {
+struct Prober<'a> {
     endpoint: &'a Endpoint,
     client: &'a reqwest::Client,
     deadline: Instant,
     limit: Duration,
 }
 
-impl Asker<'_> {
+impl Prober<'_> {
     /// What every Nix cache has to answer.
     async fn info(&self, token: Option<&Secret>) -> Result<(), Failure> {
         let text = self
-            .get_surely(self.endpoint.read("nix-cache-info"), token)
+            .get_with_retry(self.endpoint.read("nix-cache-info"), token)
             .await?;
         let text = String::from_utf8_lossy(&text);
         let store = text
@@ -230,17 +230,17 @@ impl Asker<'_> {
     }
 
     /// Once more after a hiccup: one bad answer must not cost a job its cache.
-    async fn get_surely(&self, url: Url, token: Option<&Secret>) -> Result<Vec<u8>, Failure> {
+    async fn get_with_retry(&self, url: Url, token: Option<&Secret>) -> Result<Vec<u8>, Failure> {
         let first = self.get(url.clone(), token).await;
         let hiccup = match &first {
             Err(Failure::Answer(status, _)) => matches!(status, 429 | 500..),
             Err(Failure::Request(layer, _)) => *layer == Some(Layer::Http),
             _ => false,
         };
-        if !hiccup || Instant::now() + AGAIN >= self.deadline {
+        if !hiccup || Instant::now() + RETRY_DELAY >= self.deadline {
             return first;
         }
-        tokio::time::sleep(AGAIN).await;
+        tokio::time::sleep(RETRY_DELAY).await;
         self.get(url, token).await
     }
 
@@ -294,7 +294,7 @@ impl Asker<'_> {
         }
         Err(Failure::Answer(
             status.as_u16(),
-            Error::of_answer(status.as_u16(), &headers, &body, 0).to_string(),
+            Error::from_response(status.as_u16(), &headers, &body, 0).to_string(),
         ))
     }
 

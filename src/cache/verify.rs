@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::cache::attic::{Action, Body, Error};
+use crate::cache::attic::{Action, BodyCheck, Error};
 use crate::cache::destination::{Destination, Target};
 use crate::nix::key::PublicKey;
 use crate::nix::narinfo::NarInfo;
@@ -163,7 +163,7 @@ async fn look_up_all(
             }
         })
         .collect();
-    let width = from.width().unwrap_or(options.lookups).max(1);
+    let width = from.concurrency().unwrap_or(options.lookups).max(1);
     let verdicts: Vec<Verdict> = stream::iter(checks).buffered(width).collect().await;
     Verification {
         paths: paths.into_iter().zip(verdicts).collect(),
@@ -219,7 +219,7 @@ impl Check<'_> {
                 Ok(None) => (Verdict::Bad("the cache does not serve it".to_owned()), None),
                 Ok(Some(verdict)) => return verdict,
                 Err(error) => match error.action() {
-                    Action::Again { after, .. } => (Verdict::Unverified(error.to_string()), after),
+                    Action::Retry { after, .. } => (Verdict::Unverified(error.to_string()), after),
                     Action::Stop => {
                         return Verdict::Unverified(format!("it may not be read: {error}"));
                     }
@@ -245,9 +245,9 @@ impl Check<'_> {
             return Ok(Some(Verdict::Good { body: false }));
         }
         Ok(Some(match self.from.check_body(&served).await? {
-            Body::Good => Verdict::Good { body: true },
-            Body::Bad(reason) => Verdict::Bad(reason),
-            Body::Unread(_) => Verdict::Good { body: false },
+            BodyCheck::Good => Verdict::Good { body: true },
+            BodyCheck::Bad(reason) => Verdict::Bad(reason),
+            BodyCheck::Unsupported(_) => Verdict::Good { body: false },
         }))
     }
 }
@@ -307,7 +307,7 @@ fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache::attic::Meter;
+    use crate::cache::attic::ByteCounter;
     use crate::cache::fake::{Fake, GOOD, PUSH_ONLY};
     use crate::nix::hash::Sha256;
     use crate::nix::key::SecretKey;
@@ -319,7 +319,7 @@ mod tests {
         let large = fake.path("large", &vec![b'3'; 9 * 1024 * 1024], &[]);
         for info in [&library, &tool, &large] {
             fake.attic(GOOD)
-                .upload(info, &fake.file(info), &Meter::default())
+                .upload(info, &fake.file(info), &ByteCounter::default())
                 .await
                 .expect("stored");
         }

@@ -12,7 +12,7 @@ use crate::cache_server::pack::Packers;
 use crate::cache_server::refusal::Refusal;
 use crate::cache_server::store::Store;
 use crate::cache_server::token::{Scope, Tokens, presented};
-use crate::host::inline_blocking::Brief;
+use crate::host::inline_blocking::AdaptiveBlocking;
 use crate::nix::cache_name::CacheName;
 use crate::nix::key::SecretKey;
 use crate::secret::Secret;
@@ -75,7 +75,7 @@ pub struct State {
     /// For NARs that are in memory.
     pub packers: Arc<Packers>,
     places: Semaphore,
-    brief: Brief,
+    brief: AdaptiveBlocking,
 }
 
 impl State {
@@ -93,7 +93,7 @@ impl State {
             options,
             packers,
             places: Semaphore::new(PLACES),
-            brief: Brief::default(),
+            brief: AdaptiveBlocking::default(),
         }
     }
 

@@ -26,13 +26,13 @@ static TURN: Semaphore = Semaphore::const_new(1);
 
 /// One kind of brief work, and how long it has been taking. Clones share that.
 #[derive(Clone, Debug)]
-pub struct Brief {
+pub struct AdaptiveBlocking {
     /// In microseconds.
     mean: Arc<AtomicU64>,
     turn: &'static Semaphore,
 }
 
-impl Default for Brief {
+impl Default for AdaptiveBlocking {
     fn default() -> Self {
         Self {
             mean: Arc::default(),
@@ -41,7 +41,7 @@ impl Default for Brief {
     }
 }
 
-impl Brief {
+impl AdaptiveBlocking {
     /// Does it here, or on a thread that may block. `busy`: this time it is not brief, or would have to wait.
     ///
     /// # Errors
@@ -60,8 +60,8 @@ impl Brief {
         {
             return Ok(self.timed(work));
         }
-        let brief = self.clone();
-        tokio::task::spawn_blocking(move || brief.timed(work)).await
+        let blocking = self.clone();
+        tokio::task::spawn_blocking(move || blocking.timed(work)).await
     }
 
     fn is_slow(&self) -> bool {
@@ -93,16 +93,16 @@ mod tests {
     use super::*;
 
     /// One that waits for no other test.
-    fn brief() -> Brief {
-        Brief {
+    fn blocking() -> AdaptiveBlocking {
+        AdaptiveBlocking {
             mean: Arc::default(),
             turn: Box::leak(Box::new(Semaphore::new(1))),
         }
     }
 
-    async fn is_here(brief: &Brief, busy: bool) -> bool {
+    async fn is_here(blocking: &AdaptiveBlocking, busy: bool) -> bool {
         let here = std::thread::current().id();
-        brief
+        blocking
             .run(busy, move || std::thread::current().id() == here)
             .await
             .expect("no panic")
@@ -110,35 +110,36 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn it_is_done_here_until_it_is_slow_and_again_when_it_is_not() {
-        let brief = brief();
-        assert!(is_here(&brief, false).await && !is_here(&brief, true).await);
-        brief.took(SLOW);
-        assert!(is_here(&brief, false).await, "once is nothing");
+        let blocking = blocking();
+        assert!(is_here(&blocking, false).await && !is_here(&blocking, true).await);
+        blocking.took(SLOW);
+        assert!(is_here(&blocking, false).await, "once is nothing");
         for _ in 0..4 * CALLS {
-            brief.took(4 * SLOW);
+            blocking.took(4 * SLOW);
         }
-        assert!(!is_here(&brief, false).await);
+        assert!(!is_here(&blocking, false).await);
         for _ in 0..4 * CALLS {
-            brief.took(Duration::ZERO);
+            blocking.took(Duration::ZERO);
         }
-        assert!(is_here(&brief, false).await);
+        assert!(is_here(&blocking, false).await);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_disk_that_hangs_holds_up_nobody_else() {
-        let brief = brief();
+        let blocking = blocking();
         let (begun, mut begins) = tokio::sync::mpsc::unbounded_channel();
         let (free, waits) = mpsc::channel::<()>();
         let waits = Arc::new(Mutex::new(waits));
         let hung: Vec<_> = (0..4)
             .map(|_| {
-                let (brief, begun, waits) = (brief.clone(), begun.clone(), Arc::clone(&waits));
+                let (blocking, begun, waits) =
+                    (blocking.clone(), begun.clone(), Arc::clone(&waits));
                 tokio::spawn(async move {
                     let work = move || {
                         begun.send(()).expect("heard");
                         let _ = waits.lock().expect("sound").recv();
                     };
-                    brief.run(false, work).await
+                    blocking.run(false, work).await
                 })
             })
             .collect();
@@ -156,6 +157,6 @@ mod tests {
 
     #[tokio::test]
     async fn the_only_worker_is_never_taken() {
-        assert!(!is_here(&brief(), false).await);
+        assert!(!is_here(&blocking(), false).await);
     }
 }

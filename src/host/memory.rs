@@ -36,7 +36,7 @@ pub struct Memory {
 
 impl Cgroup {
     /// The group of this process, if its memory files can be read.
-    pub fn of_self() -> Option<Self> {
+    pub fn current() -> Option<Self> {
         Self::find(Path::new("/"))
     }
 

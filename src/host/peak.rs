@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use crate::host::memory::{Cgroup, Memory, of_descendants, without_cgroup};
 
 /// How often to look: reading two small files costs some ten microseconds.
-const EVERY: Duration = Duration::from_millis(200);
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A span of time whose memory is watched.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub struct Spent {
 impl Span {
     /// Begins to watch.
     pub fn begin() -> Self {
-        let cgroup = Cgroup::of_self();
+        let cgroup = Cgroup::current();
         let before = read(cgroup.as_ref());
         let seen = Arc::new(AtomicU64::new(0));
         let looking = tokio::spawn(look(
@@ -82,7 +82,7 @@ fn read(cgroup: Option<&Cgroup>) -> Memory {
 
 /// A group without a limit is the machine's or a session's: what it uses says nothing about the job.
 async fn look(cgroup: Option<Cgroup>, limited: bool, seen: Arc<AtomicU64>) {
-    let mut ticks = tokio::time::interval(EVERY);
+    let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
     loop {
         ticks.tick().await;
         let now = match &cgroup {

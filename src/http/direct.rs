@@ -41,9 +41,9 @@ impl ConnectError {
 }
 
 /// A connection, encrypted or not.
-pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
 
 /// Makes connections. Cheap to clone.
 #[derive(Clone)]
@@ -82,7 +82,7 @@ impl Direct {
     ///
     /// # Errors
     /// When no address takes the connection, or TLS fails.
-    pub async fn connect(&self, url: &Url) -> Result<Box<dyn Connection>, ConnectError> {
+    pub async fn connect(&self, url: &Url) -> Result<Box<dyn ByteStream>, ConnectError> {
         let host = url.host_str().unwrap_or_default();
         let port = url.port_or_known_default().unwrap_or(80);
         let late = || io::Error::from(io::ErrorKind::TimedOut);
@@ -105,7 +105,7 @@ impl Direct {
         url: &Url,
         host: &str,
         stream: TcpStream,
-    ) -> Result<Box<dyn Connection>, ConnectError> {
+    ) -> Result<Box<dyn ByteStream>, ConnectError> {
         // A request is written as a whole; waiting for more would only delay it.
         stream.set_nodelay(true).map_err(ConnectError::Connect)?;
         if url.scheme() != "https" {

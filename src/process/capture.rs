@@ -12,7 +12,7 @@ use thiserror::Error;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 
-use crate::process::lines::Talking;
+use crate::process::lines::StreamedTool;
 use crate::process::own;
 
 /// What one tool may print before the rest is dropped; the list of a big store fits well.
@@ -139,7 +139,7 @@ impl Tool {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn talk(self) -> Result<Talking, CaptureError> {
+    pub fn stream_stderr(self) -> Result<StreamedTool, CaptureError> {
         let mut command = self.command();
         command.stdout(Stdio::null());
         let start = |source| CaptureError::Start {
@@ -147,7 +147,7 @@ impl Tool {
             source,
         };
         let (child, registered) = own::spawn(&mut command).map_err(start)?;
-        Ok(Talking::of(child, registered))
+        Ok(StreamedTool::new(child, registered))
     }
 
     fn command(&self) -> Command {

@@ -18,15 +18,15 @@ const READ_GRACE: Duration = Duration::from_millis(500);
 
 /// A running tool. Dropping it kills its group.
 #[derive(Debug)]
-pub struct Talking {
+pub struct StreamedTool {
     child: Child,
     _registered: Registered,
     group: Option<Pid>,
     stderr: BufReader<ChildStderr>,
 }
 
-impl Talking {
-    pub(super) fn of(mut child: Child, registered: Registered) -> Self {
+impl StreamedTool {
+    pub(super) fn new(mut child: Child, registered: Registered) -> Self {
         let group = child
             .id()
             .and_then(|id| i32::try_from(id).ok())
@@ -50,7 +50,7 @@ impl Talking {
     ///
     /// # Errors
     /// When the pipe cannot be read.
-    pub async fn line(&mut self, held: &mut Line) -> io::Result<Option<String>> {
+    pub async fn line(&mut self, held: &mut PartialLine) -> io::Result<Option<String>> {
         read_line(&mut self.stderr, held).await
     }
 
@@ -68,7 +68,7 @@ impl Talking {
     }
 
     /// Asks it and its children to end.
-    pub fn ask_to_end(&self) {
+    pub fn terminate(&self) {
         self.signal(Signal::TERM);
     }
 
@@ -99,7 +99,7 @@ impl Talking {
     }
 }
 
-impl Drop for Talking {
+impl Drop for StreamedTool {
     fn drop(&mut self) {
         self.kill();
     }
@@ -107,11 +107,11 @@ impl Drop for Talking {
 
 /// The beginning of a line whose end has not come yet.
 #[derive(Debug, Default)]
-pub struct Line(Vec<u8>);
+pub struct PartialLine(Vec<u8>);
 
 async fn read_line(
     pipe: &mut (impl AsyncBufRead + Unpin),
-    held: &mut Line,
+    held: &mut PartialLine,
 ) -> io::Result<Option<String>> {
     loop {
         let bytes = pipe.fill_buf().await?;
@@ -129,7 +129,7 @@ async fn read_line(
     }
 }
 
-fn take(held: &mut Line) -> String {
+fn take(held: &mut PartialLine) -> String {
     let bytes = std::mem::take(&mut held.0);
     String::from_utf8_lossy(&bytes)
         .trim_end_matches('\r')
@@ -143,17 +143,17 @@ mod tests {
     use super::*;
     use crate::process::capture::Tool;
 
-    fn shell(script: &str) -> Talking {
+    fn shell(script: &str) -> StreamedTool {
         Tool::new(Path::new("/bin/sh"))
             .args(["-c", script])
-            .talk()
+            .stream_stderr()
             .expect("starts")
     }
 
     #[tokio::test]
     async fn lines_come_as_they_are_said() {
         let mut tool = shell("echo one >&2; printf 'two\\r\\nlast' >&2; echo dropped; exit 3");
-        let mut held = Line::default();
+        let mut held = PartialLine::default();
         let mut lines = Vec::new();
         while let Some(line) = tool.line(&mut held).await.expect("read") {
             lines.push(line);
@@ -165,7 +165,7 @@ mod tests {
     #[tokio::test]
     async fn a_line_without_end_is_cut() {
         let mut tool = shell("head -c 400000 /dev/zero | tr '\\0' x >&2; echo >&2; echo next >&2");
-        let mut held = Line::default();
+        let mut held = PartialLine::default();
         assert_eq!(
             tool.line(&mut held)
                 .await
@@ -183,7 +183,7 @@ mod tests {
     #[tokio::test]
     async fn a_tool_that_does_not_want_to_end_is_killed() {
         let mut tool = shell("trap '' TERM; echo up >&2; while :; do sleep 1; done");
-        let mut held = Line::default();
+        let mut held = PartialLine::default();
         assert_eq!(
             tool.line(&mut held).await.expect("read").as_deref(),
             Some("up")

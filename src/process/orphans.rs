@@ -13,7 +13,7 @@ use crate::process::own;
 /// Left-over processes get this long between `SIGTERM` and `SIGKILL`.
 const GRACE: Duration = Duration::from_millis(500);
 /// How often to look whether they are gone.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Makes this process the parent of what its descendants orphan, so that even what has left the
 /// command's process group can be found.
@@ -32,7 +32,7 @@ pub async fn end(group: Option<Pid>) -> usize {
     signal(group, &left, Signal::TERM);
     let deadline = Instant::now() + GRACE;
     while !left.is_empty() && Instant::now() < deadline {
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
         reap(&left);
         left = leftovers(group);
     }
@@ -40,7 +40,7 @@ pub async fn end(group: Option<Pid>) -> usize {
     let deadline = Instant::now() + GRACE;
     while !left.is_empty() && Instant::now() < deadline {
         signal(group, &left, Signal::KILL);
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
         reap(&left);
         left = leftovers(group);
     }
@@ -74,7 +74,7 @@ fn leftovers(group: Option<Pid>) -> Vec<Pid> {
     let left = pids
         .filter(|pid| *pid != us && !u32::try_from(*pid).is_ok_and(|pid| started.contains(&pid)));
     left.filter_map(|pid| {
-        let stat = Stat::of(pid)?;
+        let stat = Stat::read(pid)?;
         let ours = Some(stat.group) == group || stat.parent == us;
         (ours && !stat.dead).then(|| Pid::from_raw(pid)).flatten()
     })
@@ -90,7 +90,7 @@ struct Stat {
 }
 
 impl Stat {
-    fn of(pid: i32) -> Option<Self> {
+    fn read(pid: i32) -> Option<Self> {
         Self::parse(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
     }
 

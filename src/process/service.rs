@@ -97,10 +97,10 @@ impl Service {
         }
         // The pipe ends with the server, unless a grandchild still holds it.
         let _ = tokio::time::timeout(READ_GRACE, &mut self.reader).await;
-        self.last_words()
+        self.stderr_tail()
     }
 
-    fn last_words(&self) -> String {
+    fn stderr_tail(&self) -> String {
         let tail = self
             .tail
             .lock()
@@ -164,8 +164,8 @@ mod tests {
     #[tokio::test]
     async fn a_deaf_server_is_killed_with_its_children() {
         let service = shell("trap '' TERM; sleep 600 & echo $! >&2; wait; wait");
-        until(|| service.last_words().ends_with('\n')).await;
-        let child: u32 = service.last_words().trim().parse().expect("a process id");
+        until(|| service.stderr_tail().ends_with('\n')).await;
+        let child: u32 = service.stderr_tail().trim().parse().expect("a process id");
         service.stop(Duration::from_millis(50)).await;
         until(|| !runs(child)).await;
     }
@@ -173,8 +173,8 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_server_is_gone() {
         let service = shell("sleep 600 & echo $! >&2; wait");
-        until(|| service.last_words().ends_with('\n')).await;
-        let child: u32 = service.last_words().trim().parse().expect("a process id");
+        until(|| service.stderr_tail().ends_with('\n')).await;
+        let child: u32 = service.stderr_tail().trim().parse().expect("a process id");
         drop(service);
         until(|| !runs(child)).await;
     }

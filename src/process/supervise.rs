@@ -75,7 +75,7 @@ pub struct Supervised {
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ended {
+pub struct CommandExit {
     /// Its exit code; 128 + N for death by signal N, as shells say it.
     pub code: u8,
     /// The signal it died of, if it did.
@@ -125,7 +125,7 @@ impl Supervised {
     ///
     /// # Errors
     /// When it cannot be started. Its own failure is data, not an error.
-    pub async fn run(self, signals: &mut Signals) -> Result<Ended, SuperviseError> {
+    pub async fn run(self, signals: &mut Signals) -> Result<CommandExit, SuperviseError> {
         orphans::adopt();
         let begun = Instant::now();
         let (mut child, _registered) = self.start()?;
@@ -139,7 +139,7 @@ impl Supervised {
         let lasted = begun.elapsed();
         let left = orphans::end(group).await;
         let signal = status.signal();
-        Ok(Ended {
+        Ok(CommandExit {
             code: code_of(status),
             signal,
             stopped,
@@ -176,10 +176,10 @@ fn code_of(status: ExitStatus) -> u8 {
 }
 
 /// What the supervisor is waiting for next.
-enum Event {
-    Ended(io::Result<ExitStatus>),
-    Asked(Stop),
-    Due,
+enum SuperviseEvent {
+    Exited(io::Result<ExitStatus>),
+    StopRequested(Stop),
+    StepDue,
 }
 
 async fn attend(
@@ -194,19 +194,19 @@ async fn attend(
     loop {
         let due = stopped.and_then(|(_, at)| steps.peek().map(|(after, _)| at + *after));
         let event = tokio::select! {
-            status = child.wait() => Event::Ended(status),
-            stop = signals.next() => Event::Asked(stop),
-            () = sleep_until(due) => Event::Due,
+            status = child.wait() => SuperviseEvent::Exited(status),
+            stop = signals.next() => SuperviseEvent::StopRequested(stop),
+            () = sleep_until(due) => SuperviseEvent::StepDue,
         };
         match event {
-            Event::Ended(status) => return Ok((status?, stopped)),
-            Event::Asked(stop) if stopped.is_none() => {
+            SuperviseEvent::Exited(status) => return Ok((status?, stopped)),
+            SuperviseEvent::StopRequested(stop) if stopped.is_none() => {
                 stopped = Some((stop, Instant::now()));
                 send(group, stop.signal());
             }
             // Whoever asks twice means it.
-            Event::Asked(_) => send(group, Signal::KILL),
-            Event::Due => {
+            SuperviseEvent::StopRequested(_) => send(group, Signal::KILL),
+            SuperviseEvent::StepDue => {
                 if let Some((_, signal)) = steps.next() {
                     send(group, signal);
                 }
@@ -238,7 +238,7 @@ mod tests {
     /// What one command leaves behind, the end of another in the same process would end too.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-    async fn run(script: &str) -> Ended {
+    async fn run(script: &str) -> CommandExit {
         let _alone = ONE_AT_A_TIME.lock().await;
         let folder = tempfile::tempdir().expect("temporary folder");
         let file = folder.path().join("command");

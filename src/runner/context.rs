@@ -9,7 +9,7 @@ use url::Url;
 use crate::exit::UsageError;
 use crate::runner::env::Env;
 use crate::runner::event::{self, Payload, PayloadError};
-use crate::runner::facts::{Doubt, Event, Fact, Facts, Job, Name, shown};
+use crate::runner::facts::{Doubt, Event, Fact, FactName, Facts, Job, shown};
 use crate::runner::gitlab;
 use crate::secret::Secret;
 use crate::text::one_line;
@@ -44,14 +44,14 @@ impl Recorded {
 
 /// The facts of the job that this process is part of.
 pub fn facts(env: &Env) -> Facts {
-    match place(env) {
-        Place::Local => Facts::Local,
-        Place::OtherCi(name) => Facts::OtherCi(name.to_owned()),
-        Place::GitLab => Facts::Job(Box::new(gitlab::job(env))),
-        Place::GitHub => {
-            let told = Told::by(env);
-            let read = told.event_path.as_deref().map(event::read);
-            Facts::Job(Box::new(told.job(&payload(read))))
+    match ci_provider(env) {
+        CiProvider::Local => Facts::Local,
+        CiProvider::OtherCi(name) => Facts::OtherCi(name.to_owned()),
+        CiProvider::GitLab => Facts::Job(Box::new(gitlab::job(env))),
+        CiProvider::GitHub => {
+            let claims = EnvClaims::from_env(env);
+            let read = claims.event_path.as_deref().map(event::read);
+            Facts::Job(Box::new(claims.job(&payload(read))))
         }
     }
 }
@@ -89,14 +89,14 @@ pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, UsageError> {
     if !recorded.is_given() {
         return Ok(facts(env));
     }
-    let told = Told::by(env).or_recorded(recorded);
-    let read = told.event_path.as_deref().map(event::read);
+    let claims = EnvClaims::from_env(env).or_recorded(recorded);
+    let read = claims.event_path.as_deref().map(event::read);
     if let (Some(file), Some(Err(error))) = (&recorded.event_path, &read)
         && error.is_about_the_file()
     {
         return Err(unreadable_file(file, error));
     }
-    Ok(Facts::Job(Box::new(told.job(&payload(read)))))
+    Ok(Facts::Job(Box::new(claims.job(&payload(read)))))
 }
 
 fn unreadable_file(file: &Path, error: &PayloadError) -> UsageError {
@@ -111,7 +111,7 @@ pub fn token_present(env: &Env) -> bool {
         .is_some_and(|text| Secret::new(text).is_some())
 }
 
-enum Place {
+enum CiProvider {
     Local,
     OtherCi(&'static str),
     GitHub,
@@ -131,7 +131,7 @@ const OTHER_CI: [(&str, &str); 7] = [
 ];
 
 /// Whoever shows a sign of a CI is in one, and has to show facts.
-fn place(env: &Env) -> Place {
+fn ci_provider(env: &Env) -> CiProvider {
     const GITHUB: [&str; 4] = [
         "GITHUB_ACTIONS",
         "GITHUB_EVENT_NAME",
@@ -145,36 +145,36 @@ fn place(env: &Env) -> Place {
     if env.get("GITLAB_CI").is_some() {
         // Which of the two would be guessing.
         if github {
-            Place::OtherCi("GitLab and GitHub at once")
+            CiProvider::OtherCi("GitLab and GitHub at once")
         } else {
-            Place::GitLab
+            CiProvider::GitLab
         }
     } else if let Some((_, name)) = other {
-        Place::OtherCi(name)
+        CiProvider::OtherCi(name)
     } else if github {
-        Place::GitHub
+        CiProvider::GitHub
     } else {
-        Place::Local
+        CiProvider::Local
     }
 }
 
 /// Whether this process is part of a CI's job.
 pub fn in_ci(env: &Env) -> bool {
-    !matches!(place(env), Place::Local)
+    !matches!(ci_provider(env), CiProvider::Local)
 }
 
 /// A payload, or why there is none.
 fn payload(read: Option<Result<Payload, PayloadError>>) -> Fact<Payload> {
-    read.ok_or(Doubt::Missing(Name::Payload))?
+    read.ok_or(Doubt::Missing(FactName::Payload))?
         .map_err(|error| Doubt::Unreadable {
-            name: Name::Payload,
+            name: FactName::Payload,
             why: error.to_string(),
         })
 }
 
 /// What the environment says, before anything is compared.
 #[derive(Default)]
-struct Told {
+struct EnvClaims {
     event_name: Option<String>,
     event_path: Option<PathBuf>,
     git_ref: Option<String>,
@@ -186,8 +186,8 @@ struct Told {
     payload_names_repository: bool,
 }
 
-impl Told {
-    fn by(env: &Env) -> Self {
+impl EnvClaims {
+    fn from_env(env: &Env) -> Self {
         let text = |name| env.get(name).map(str::to_owned);
         Self {
             event_name: text("GITHUB_EVENT_NAME"),
@@ -229,10 +229,10 @@ impl Told {
 
     /// The environment names the event; the payload must not look like another's.
     fn event(&self, payload: &Fact<Payload>) -> Fact<Event> {
-        let event = Event::named(
+        let event = Event::from_name(
             self.event_name
                 .as_deref()
-                .ok_or(Doubt::Missing(Name::Event))?,
+                .ok_or(Doubt::Missing(FactName::Event))?,
         );
         let own: &[&str] = match event {
             Event::Push | Event::Schedule | Event::WorkflowDispatch => &[],
@@ -247,7 +247,7 @@ impl Told {
         match marks.iter().find(|mark| !own.contains(mark)) {
             None => Ok(event),
             Some(mark) => Err(Doubt::Disagree {
-                name: Name::Event,
+                name: FactName::Event,
                 one: format!("the environment says `{event}`"),
                 other: format!("the payload has `{mark}`, which belongs to other events"),
             }),
@@ -256,57 +256,66 @@ impl Told {
 
     fn repository(&self, payload: &Fact<Payload>) -> Fact<String> {
         let payload = payload.as_ref().map_err(Clone::clone)?;
-        let told = if self.payload_names_repository {
+        let claimed = if self.payload_names_repository {
             payload.repository.as_ref()
         } else {
             self.repository.as_ref()
         };
-        let told = told.ok_or(Doubt::Missing(Name::Repository))?;
-        let whole = told.split('/').count() == 2
-            && told.split('/').all(|part| !part.is_empty())
-            && is_plain(told);
+        let claimed = claimed.ok_or(Doubt::Missing(FactName::Repository))?;
+        let whole = claimed.split('/').count() == 2
+            && claimed.split('/').all(|part| !part.is_empty())
+            && is_plain(claimed);
         if !whole {
-            return Err(unreadable(Name::Repository, told, "`owner/name`"));
+            return Err(unreadable(FactName::Repository, claimed, "`owner/name`"));
         }
         // GitHub ignores case in names. We do not: it writes both in one way.
-        agree(Name::Repository, told, payload.repository.as_deref())
+        agree(FactName::Repository, claimed, payload.repository.as_deref())
     }
 
     fn default_branch(&self, payload: &Fact<Payload>) -> Fact<String> {
         let payload = payload.as_ref().map_err(Clone::clone)?;
-        let told = payload
+        let claimed = payload
             .default_branch
             .as_deref()
             .or(self.default_branch.as_deref());
-        let told = told
+        let claimed = claimed
             .filter(|name| !name.is_empty())
-            .ok_or(Doubt::Missing(Name::DefaultBranch))?;
+            .ok_or(Doubt::Missing(FactName::DefaultBranch))?;
         match self.default_branch.as_deref() {
-            _ if !is_plain(told) => Err(unreadable(Name::DefaultBranch, told, "a branch name")),
-            Some(other) if other != told => Err(disagree(Name::DefaultBranch, other, told)),
-            _ => Ok(told.to_owned()),
+            _ if !is_plain(claimed) => Err(unreadable(
+                FactName::DefaultBranch,
+                claimed,
+                "a branch name",
+            )),
+            Some(other) if other != claimed => {
+                Err(disagree(FactName::DefaultBranch, other, claimed))
+            }
+            _ => Ok(claimed.to_owned()),
         }
     }
 
     fn git_ref(&self, event: Option<&Event>, payload: &Fact<Payload>) -> Fact<String> {
-        let told = self.git_ref.as_deref().ok_or(Doubt::Missing(Name::Ref))?;
-        if !told.starts_with("refs/") || !is_plain(told) {
+        let claimed = self
+            .git_ref
+            .as_deref()
+            .ok_or(Doubt::Missing(FactName::Ref))?;
+        if !claimed.starts_with("refs/") || !is_plain(claimed) {
             return Err(unreadable(
-                Name::Ref,
-                told,
+                FactName::Ref,
+                claimed,
                 "a full ref such as `refs/heads/main`",
             ));
         }
         let of_its_kind = match self.ref_type.as_deref() {
-            Some("branch") => !told.starts_with("refs/tags/"),
-            Some("tag") => told.starts_with("refs/tags/"),
+            Some("branch") => !claimed.starts_with("refs/tags/"),
+            Some("tag") => claimed.starts_with("refs/tags/"),
             Some(_) => false,
             None => true,
         };
         if !of_its_kind {
             return Err(Doubt::Disagree {
-                name: Name::Ref,
-                one: format!("`GITHUB_REF` says `{}`", shown(told)),
+                name: FactName::Ref,
+                one: format!("`GITHUB_REF` says `{}`", shown(claimed)),
                 other: format!(
                     "`GITHUB_REF_TYPE` says `{}`",
                     shown(self.ref_type.as_deref().unwrap_or_default())
@@ -316,14 +325,16 @@ impl Told {
         let payload = payload.as_ref().map_err(Clone::clone)?;
         match event {
             Some(Event::Push | Event::WorkflowDispatch) => {
-                agree(Name::Ref, told, payload.git_ref.as_deref())
+                agree(FactName::Ref, claimed, payload.git_ref.as_deref())
             }
-            Some(Event::MergeGroup) => agree(Name::Ref, told, payload.queue_ref.as_deref()),
-            Some(Event::Schedule) => {
-                agree(Name::Ref, told, payload.git_ref.as_deref().or(Some(told)))
-            }
+            Some(Event::MergeGroup) => agree(FactName::Ref, claimed, payload.queue_ref.as_deref()),
+            Some(Event::Schedule) => agree(
+                FactName::Ref,
+                claimed,
+                payload.git_ref.as_deref().or(Some(claimed)),
+            ),
             // Other events' payloads name other refs, or mean something else by it.
-            _ => Ok(told.to_owned()),
+            _ => Ok(claimed.to_owned()),
         }
     }
 }
@@ -333,7 +344,7 @@ fn removes_ref(event: Option<&Event>, payload: &Fact<Payload>) -> Fact<bool> {
     let payload = payload.as_ref().map_err(Clone::clone)?;
     let gone = payload.after.as_deref().map(is_no_object).transpose()?;
     match (payload.deleted, gone) {
-        (None, None) if event == Some(&Event::Push) => Err(Doubt::Missing(Name::After)),
+        (None, None) if event == Some(&Event::Push) => Err(Doubt::Missing(FactName::After)),
         (deleted, gone) => Ok(deleted == Some(true) || gone == Some(true)),
     }
 }
@@ -344,30 +355,30 @@ fn is_no_object(id: &str) -> Fact<bool> {
     if is_id {
         Ok(id.bytes().all(|digit| digit == b'0'))
     } else {
-        Err(unreadable(Name::After, id, "an object id"))
+        Err(unreadable(FactName::After, id, "an object id"))
     }
 }
 
-fn agree(name: Name, told: &str, payload: Option<&str>) -> Fact<String> {
+fn agree(name: FactName, claimed: &str, payload: Option<&str>) -> Fact<String> {
     match payload {
-        Some(same) if same == told => Ok(told.to_owned()),
-        Some(other) => Err(disagree(name, told, other)),
+        Some(same) if same == claimed => Ok(claimed.to_owned()),
+        Some(other) => Err(disagree(name, claimed, other)),
         None => Err(Doubt::Missing(name)),
     }
 }
 
-fn disagree(name: Name, told: &str, payload: &str) -> Doubt {
+fn disagree(name: FactName, claimed: &str, payload: &str) -> Doubt {
     Doubt::Disagree {
         name,
-        one: format!("the environment says `{}`", shown(told)),
+        one: format!("the environment says `{}`", shown(claimed)),
         other: format!("the payload says `{}`", shown(payload)),
     }
 }
 
-fn unreadable(name: Name, told: &str, expected: &str) -> Doubt {
+fn unreadable(name: FactName, claimed: &str, expected: &str) -> Doubt {
     Doubt::Unreadable {
         name,
-        why: format!("`{}` is not {expected}", shown(told)),
+        why: format!("`{}` is not {expected}", shown(claimed)),
     }
 }
 

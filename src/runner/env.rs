@@ -10,7 +10,7 @@ pub struct Env(BTreeMap<String, OsString>);
 
 impl Env {
     /// Reads the process's environment. Names that are not UTF-8 are left out: none of ours is.
-    pub fn of_process() -> Self {
+    pub fn from_process() -> Self {
         Self(
             std::env::vars_os()
                 .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))

@@ -61,7 +61,7 @@ pub enum Event {
 
 impl Event {
     /// The event of that name.
-    pub fn named(name: &str) -> Self {
+    pub fn from_name(name: &str) -> Self {
         match name {
             "push" => Self::Push,
             "schedule" => Self::Schedule,
@@ -92,7 +92,7 @@ impl fmt::Display for Event {
 
 /// The facts by name, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Name {
+pub enum FactName {
     /// What started the job.
     Event,
     /// The event payload as a whole.
@@ -107,7 +107,7 @@ pub enum Name {
     After,
 }
 
-impl Name {
+impl FactName {
     /// Where the fact comes from: in a job, and for a recorded event.
     pub fn source(self) -> &'static str {
         match self {
@@ -129,7 +129,7 @@ impl Name {
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for FactName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Event => "the event",
@@ -147,12 +147,12 @@ impl fmt::Display for Name {
 pub enum Doubt {
     /// Nobody tells it.
     #[error("{0} is not known: {source} must tell it", source = .0.source())]
-    Missing(Name),
+    Missing(FactName),
     /// What is told is none.
     #[error("{name} is unreadable: {why}")]
     Unreadable {
         /// Of which fact.
-        name: Name,
+        name: FactName,
         /// What is wrong with it, in a fragment.
         why: String,
     },
@@ -160,7 +160,7 @@ pub enum Doubt {
     #[error("{name} is in doubt: {one}, but {other}")]
     Disagree {
         /// Of which fact.
-        name: Name,
+        name: FactName,
         /// Who says what.
         one: String,
         /// Who says what else.

@@ -4,7 +4,7 @@
 //! <https://docs.gitlab.com/ci/variables/predefined_variables/>
 
 use crate::runner::env::Env;
-use crate::runner::facts::{Doubt, Event, Fact, Job, Name, shown};
+use crate::runner::facts::{Doubt, Event, Fact, FactName, Job, shown};
 
 /// What makes a pipeline one of a merge request, from a fork or not.
 const OF_A_MERGE_REQUEST: [&str; 4] = [
@@ -19,7 +19,7 @@ pub fn job(env: &Env) -> Job {
     Job {
         event: event(env),
         repository: repository(env),
-        default_branch: plain(env, "CI_DEFAULT_BRANCH", Name::DefaultBranch),
+        default_branch: plain(env, "CI_DEFAULT_BRANCH", FactName::DefaultBranch),
         git_ref: git_ref(env),
         ref_protected: env.get("CI_COMMIT_REF_PROTECTED") == Some("true"),
         removes_ref: removes_ref(env),
@@ -31,7 +31,7 @@ pub fn job(env: &Env) -> Job {
 fn event(env: &Env) -> Fact<Event> {
     let source = env
         .get("CI_PIPELINE_SOURCE")
-        .ok_or(Doubt::Missing(Name::Event))?;
+        .ok_or(Doubt::Missing(FactName::Event))?;
     let event = match source {
         "push" => Event::Push,
         "schedule" => Event::Schedule,
@@ -51,7 +51,7 @@ fn event(env: &Env) -> Fact<Event> {
     {
         None => Ok(event),
         Some(name) => Err(Doubt::Disagree {
-            name: Name::Event,
+            name: FactName::Event,
             one: format!("`CI_PIPELINE_SOURCE` says `{}`", shown(source)),
             other: format!("`{name}` is set, which belongs to merge requests"),
         }),
@@ -60,16 +60,16 @@ fn event(env: &Env) -> Fact<Event> {
 
 /// The path, which may have groups in groups; its two halves must say the same where they are told.
 fn repository(env: &Env) -> Fact<String> {
-    let path = plain(env, "CI_PROJECT_PATH", Name::Repository)?;
+    let path = plain(env, "CI_PROJECT_PATH", FactName::Repository)?;
     if path.split('/').count() < 2 || path.split('/').any(str::is_empty) {
-        return Err(unreadable(Name::Repository, &path, "`group/project`"));
+        return Err(unreadable(FactName::Repository, &path, "`group/project`"));
     }
     let halves = env
         .get("CI_PROJECT_NAMESPACE")
         .zip(env.get("CI_PROJECT_NAME"));
     match halves.map(|(group, name)| format!("{group}/{name}")) {
         Some(other) if other != path => Err(disagree(
-            Name::Repository,
+            FactName::Repository,
             "CI_PROJECT_PATH",
             &path,
             "CI_PROJECT_NAMESPACE",
@@ -82,32 +82,33 @@ fn repository(env: &Env) -> Fact<String> {
 /// A branch or a tag, told twice: by its own variable, and by `CI_COMMIT_REF_NAME`. A pipeline whose
 /// ref nobody calls protected or not is not one of GitLab's.
 fn git_ref(env: &Env) -> Fact<String> {
-    let name = plain(env, "CI_COMMIT_REF_NAME", Name::Ref)?;
+    let name = plain(env, "CI_COMMIT_REF_NAME", FactName::Ref)?;
     let protected = env
         .get("CI_COMMIT_REF_PROTECTED")
-        .ok_or(Doubt::Missing(Name::Ref))?;
+        .ok_or(Doubt::Missing(FactName::Ref))?;
     if !matches!(protected, "true" | "false") {
-        return Err(unreadable(Name::Ref, protected, "`true` or `false`"));
+        return Err(unreadable(FactName::Ref, protected, "`true` or `false`"));
     }
-    let (variable, told, folder) = match (env.get("CI_COMMIT_BRANCH"), env.get("CI_COMMIT_TAG")) {
+    let (variable, claimed, folder) = match (env.get("CI_COMMIT_BRANCH"), env.get("CI_COMMIT_TAG"))
+    {
         (Some(branch), None) => ("CI_COMMIT_BRANCH", branch, "heads"),
         (None, Some(tag)) => ("CI_COMMIT_TAG", tag, "tags"),
         (Some(branch), Some(tag)) => {
             return Err(disagree(
-                Name::Ref,
+                FactName::Ref,
                 "CI_COMMIT_BRANCH",
                 branch,
                 "CI_COMMIT_TAG",
                 tag,
             ));
         }
-        (None, None) => return Err(Doubt::Missing(Name::Ref)),
+        (None, None) => return Err(Doubt::Missing(FactName::Ref)),
     };
-    if told != name {
+    if claimed != name {
         return Err(disagree(
-            Name::Ref,
+            FactName::Ref,
             variable,
-            told,
+            claimed,
             "CI_COMMIT_REF_NAME",
             &name,
         ));
@@ -119,39 +120,39 @@ fn git_ref(env: &Env) -> Fact<String> {
 fn removes_ref(env: &Env) -> Fact<bool> {
     let commit = env
         .get("CI_COMMIT_SHA")
-        .ok_or(Doubt::Missing(Name::After))?;
+        .ok_or(Doubt::Missing(FactName::After))?;
     let is_id =
         matches!(commit.len(), 40 | 64) && commit.bytes().all(|digit| digit.is_ascii_hexdigit());
     if is_id {
         Ok(commit.bytes().all(|digit| digit == b'0'))
     } else {
-        Err(unreadable(Name::After, commit, "an object id"))
+        Err(unreadable(FactName::After, commit, "an object id"))
     }
 }
 
 /// A variable that holds only what git lets a ref hold, so that it can be shown and compared as it is.
-fn plain(env: &Env, variable: &str, name: Name) -> Fact<String> {
-    let told = env.get(variable).ok_or(Doubt::Missing(name))?;
-    if told
+fn plain(env: &Env, variable: &str, name: FactName) -> Fact<String> {
+    let claimed = env.get(variable).ok_or(Doubt::Missing(name))?;
+    if claimed
         .chars()
         .any(|c| c.is_control() || c.is_whitespace() || "~^:?*[\\`".contains(c))
     {
-        return Err(unreadable(name, told, "a name"));
+        return Err(unreadable(name, claimed, "a name"));
     }
-    Ok(told.to_owned())
+    Ok(claimed.to_owned())
 }
 
-fn unreadable(name: Name, told: &str, expected: &str) -> Doubt {
+fn unreadable(name: FactName, claimed: &str, expected: &str) -> Doubt {
     Doubt::Unreadable {
         name,
-        why: format!("`{}` is not {expected}", shown(told)),
+        why: format!("`{}` is not {expected}", shown(claimed)),
     }
 }
 
-fn disagree(name: Name, one: &str, told: &str, other: &str, instead: &str) -> Doubt {
+fn disagree(name: FactName, one: &str, claimed: &str, other: &str, instead: &str) -> Doubt {
     Doubt::Disagree {
         name,
-        one: format!("`{one}` says `{}`", shown(told)),
+        one: format!("`{one}` says `{}`", shown(claimed)),
         other: format!("`{other}` says `{}`", shown(instead)),
     }
 }

@@ -27,7 +27,7 @@ pub enum Level {
 
 impl Level {
     /// The command's name, which is also the word on a laptop.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Notice => "notice",
             Self::Warning => "warning",
@@ -40,7 +40,7 @@ impl Level {
 #[derive(Clone)]
 pub struct Workflow {
     in_job: bool,
-    said: Arc<Mutex<[usize; 3]>>,
+    annotated: Arc<Mutex<[usize; 3]>>,
 }
 
 impl Workflow {
@@ -48,7 +48,7 @@ impl Workflow {
     pub fn new(in_job: bool) -> Self {
         Self {
             in_job,
-            said: Arc::default(),
+            annotated: Arc::default(),
         }
     }
 
@@ -79,7 +79,7 @@ impl Workflow {
     /// An annotation. After ten of a level GitHub shows no more, so the rest stay log lines.
     pub fn annotate(&self, level: Level, title: &str, message: &str) {
         let message = shorten(message, MESSAGE_LIMIT - 100);
-        let word = level.word();
+        let word = level.as_str();
         if !self.in_job {
             return complain(&format!("{word}: {title}: {message}"));
         }
@@ -108,7 +108,7 @@ impl Workflow {
         column: Option<u32>,
     ) {
         let message = shorten(message, MESSAGE_LIMIT - 100);
-        let word = level.word();
+        let word = level.as_str();
         if !self.in_job || self.count(level) > SHOWN_PER_LEVEL {
             let line = format!(
                 "{word}: {title}: {file}:{line}: {}",
@@ -131,12 +131,12 @@ impl Workflow {
     }
 
     fn count(&self, level: Level) -> usize {
-        let mut said = self
-            .said
+        let mut annotated = self
+            .annotated
             .lock()
             .expect("nothing panics while it holds this lock");
-        said[level as usize] += 1;
-        said[level as usize]
+        annotated[level as usize] += 1;
+        annotated[level as usize]
     }
 
     /// Opens a group of log lines; they are folded away in a job.

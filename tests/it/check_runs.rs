@@ -40,7 +40,7 @@ fn board(github: &GitHub, options: Options) -> Board {
         repository: "octo-org/app".into(),
         sha: SHA.into(),
     };
-    let client = Clients::new(&Roots::default()).unwrap().asking;
+    let client = Clients::new(&Roots::default()).unwrap().api;
     let runs = CheckRuns::of(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
     Board::start(runs, options, Sink::silent())
 }

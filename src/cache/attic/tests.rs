@@ -17,15 +17,18 @@ async fn what_is_sent_is_what_the_store_knows() {
     tool.deriver =
         Some(StorePath::from_base_name("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-tool.drv").expect("name"));
     tool.signatures = vec!["a-1:xyz".to_owned()];
-    let meter = Meter::default();
+    let counter = ByteCounter::default();
     assert_eq!(
         attic
-            .upload(&tool, &fake.file(&tool), &meter)
+            .upload(&tool, &fake.file(&tool), &counter)
             .await
             .expect("taken"),
         Uploaded::Stored
     );
-    assert_eq!((meter.own(), meter.all()), (tool.nar_size, tool.nar_size));
+    assert_eq!(
+        (counter.sent(), counter.total()),
+        (tool.nar_size, tool.nar_size)
+    );
     let stored = fake.server.stored.lock().expect("lock");
     let stored = &stored[tool.path.hash().as_str()];
     let mut names = vec![tool.path.base_name(), library.path.base_name()];
@@ -52,7 +55,7 @@ async fn a_long_description_travels_before_the_nar() {
         &others.iter().collect::<Vec<_>>(),
     );
     fake.attic(GOOD)
-        .upload(&tool, &fake.file(&tool), &Meter::default())
+        .upload(&tool, &fake.file(&tool), &ByteCounter::default())
         .await
         .expect("taken");
     let stored = fake.server.stored.lock().expect("lock");
@@ -65,7 +68,7 @@ async fn a_connection_serves_again_and_a_question_is_answered() {
     let attic = fake.attic(GOOD);
     let (there, not) = (fake.path("there", b"", &[]), fake.path("not", b"", &[]));
     attic
-        .upload(&there, &fake.file(&there), &Meter::default())
+        .upload(&there, &fake.file(&there), &ByteCounter::default())
         .await
         .expect("taken");
     let missing = attic
@@ -77,7 +80,7 @@ async fn a_connection_serves_again_and_a_question_is_answered() {
     let config = attic.cache_config().await.expect("answered");
     assert_eq!(config.public_key, Some(fake.server.key.public()));
     assert_eq!(
-        config.strangers(attic.endpoint()),
+        config.foreign_hosts(attic.endpoint()),
         ["attic.elsewhere.example"]
     );
 }
@@ -90,7 +93,7 @@ async fn a_refusal_before_the_body_is_read_is_heard() {
     let large = fake.path("large", &vec![b'x'; 30_000_000], &[]);
     for _ in 0..10 {
         let error = attic
-            .upload(&large, &fake.file(&large), &Meter::default())
+            .upload(&large, &fake.file(&large), &ByteCounter::default())
             .await
             .expect_err("refused");
         assert!(
@@ -127,7 +130,7 @@ async fn a_changed_path_is_caught_here_and_never_stored() {
     std::fs::write(fake.file(&path), vec![b'y'; 500_000]).expect("written");
     let error = fake
         .attic(GOOD)
-        .upload(&path, &fake.file(&path), &Meter::default())
+        .upload(&path, &fake.file(&path), &ByteCounter::default())
         .await
         .expect_err("corrupt");
     assert!(
@@ -142,7 +145,7 @@ async fn a_changed_path_is_caught_here_and_never_stored() {
     unknown.nar_size = 0;
     let error = fake
         .attic(GOOD)
-        .upload(&unknown, &fake.file(&unknown), &Meter::default())
+        .upload(&unknown, &fake.file(&unknown), &ByteCounter::default())
         .await
         .expect_err("empty");
     assert!(matches!(error, Error::Facts(_)), "{error}");
@@ -155,7 +158,7 @@ async fn a_cut_answer_is_ambiguous() {
     let path = fake.path("cut", b"x", &[]);
     let error = fake
         .attic(GOOD)
-        .upload(&path, &fake.file(&path), &Meter::default())
+        .upload(&path, &fake.file(&path), &ByteCounter::default())
         .await
         .expect_err("cut");
     assert!(
@@ -176,13 +179,13 @@ async fn a_server_that_stands_still_is_given_up() {
     let fake = Fake::start().await;
     fake.server.faults().uploads_hang = true;
     let path = fake.path("hang", &vec![b'x'; 50_000_000], &[]);
-    let patience = Patience {
+    let stall_timeout = StallTimeout {
         idle: Duration::from_millis(200),
         rate: u64::MAX,
     };
-    let attic = fake.impatient_attic(GOOD, patience);
+    let attic = fake.attic_with_timeout(GOOD, stall_timeout);
     let error = attic
-        .upload(&path, &fake.file(&path), &Meter::default())
+        .upload(&path, &fake.file(&path), &ByteCounter::default())
         .await
         .expect_err("silence");
     assert!(

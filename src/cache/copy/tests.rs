@@ -10,7 +10,7 @@ use crate::nix::hash::Sha256;
 use crate::nix::tool::tests::script;
 use crate::runner::env::Env;
 
-async fn store(url: &str, answers: &str) -> (TempDir, Copy) {
+async fn store(url: &str, answers: &str) -> (TempDir, StoreCopy) {
     let folder = tempfile::tempdir().expect("folder");
     let text = format!(
         "[ \"$1\" = --version ] && {{ echo 'nix (Nix) 2.24.1'; exit; }}\necho \"$*\" >> {}/calls\n{answers}",
@@ -18,7 +18,7 @@ async fn store(url: &str, answers: &str) -> (TempDir, Copy) {
     );
     let program = script(folder.path(), "nix", &text).await;
     let nix = Nix::at(&program, &Env::default()).await.expect("a nix");
-    (folder, Copy::new(nix, url.parse().expect("a store")))
+    (folder, StoreCopy::new(nix, url.parse().expect("a store")))
 }
 
 fn calls(folder: &TempDir) -> Vec<String> {
@@ -48,12 +48,12 @@ fn info(n: u8) -> PathInfo {
     }
 }
 
-async fn send_all(copy: &Copy, infos: &[PathInfo]) -> Vec<Option<String>> {
-    let (file, meter) = (Path::new("/nonexistent"), Meter::default());
+async fn send_all(copy: &StoreCopy, infos: &[PathInfo]) -> Vec<Option<String>> {
+    let (file, counter) = (Path::new("/nonexistent"), ByteCounter::default());
     let sent = futures_util::future::join_all(
         infos
             .iter()
-            .map(|info| copy.send(info, file.into(), &meter)),
+            .map(|info| copy.send(info, file.into(), &counter)),
     )
     .await;
     sent.into_iter()
@@ -194,7 +194,7 @@ async fn a_body_is_fetched_and_judged_by_nix() {
     ] {
         let (folder, copy) = store("file:///srv/nix", answers).await;
         let body = copy.check_body(&nar_info(info(1))).await.expect("judged");
-        assert_eq!(body == Body::Good, good, "{body:?}");
+        assert_eq!(body == BodyCheck::Good, good, "{body:?}");
         assert_eq!(
             calls(&folder),
             [format!(

@@ -117,7 +117,7 @@ fn sum(text: &str) -> String {
 
 /// What a journal holds.
 #[derive(Debug, Default)]
-pub(super) struct Read {
+pub(super) struct JournalContent {
     pub cache: Option<String>,
     pub mark: Option<i64>,
     pub begun: Option<u64>,
@@ -125,8 +125,8 @@ pub(super) struct Read {
     paths: BTreeMap<StorePath, (Step, u64)>,
 }
 
-impl Read {
-    pub(super) fn of(text: &[u8]) -> Self {
+impl JournalContent {
+    pub(super) fn parse(text: &[u8]) -> Self {
         let mut read = Self::default();
         for entry in text.split(|byte| *byte == b'\n').filter_map(Entry::parse) {
             read.take(entry);

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use fastrand::Rng;
 
-use super::line::{Entry, Read, Step};
+use super::line::{Entry, JournalContent, Step};
 use super::*;
 
 const CACHE: &str = "http://cache.example/main";
@@ -26,7 +26,10 @@ fn files(folder: &Folder) -> Vec<PathBuf> {
         .flatten()
         .map(|entry| entry.path());
     entries
-        .filter(|path| path.extension().is_some_and(|ending| ending == ENDING))
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == EXTENSION)
+        })
         .collect()
 }
 
@@ -98,7 +101,7 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
             paths.sort();
             paths
         };
-        let read = Read::of(&bytes);
+        let read = JournalContent::parse(&bytes);
         let seen: Vec<StorePath> = read.seen().map(|(path, _)| path).collect();
         assert_eq!(
             seen,
@@ -123,7 +126,7 @@ fn a_line_with_one_byte_changed_does_not_count() {
     for at in 1..line.len() {
         let mut bytes = line.clone().into_bytes();
         bytes[at] ^= 1;
-        assert_eq!(Read::of(&bytes).seen().count(), 0, "byte {at}");
+        assert_eq!(JournalContent::parse(&bytes).seen().count(), 0, "byte {at}");
     }
 }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::cache::attic::Attic;
-use crate::cache::attic_cli::{self, Search, Stock};
-use crate::cache::copy::{Copy, StoreUrl};
+use crate::cache::attic_cli::{self, AtticCli, Search};
+use crate::cache::copy::{StoreCopy, StoreUrl};
 use crate::cache::destination::Target;
 use crate::command::inputs::{Text, choice};
 use crate::command::job::attach::Cache;
@@ -152,7 +152,7 @@ impl Opening<'_> {
         if let Some(url) = &cache.store {
             return Ok(cache
                 .is_attached()
-                .then(|| Copy::new(self.nix_for(url), url.clone()).into()));
+                .then(|| StoreCopy::new(self.nix_for(url), url.clone()).into()));
         }
         let Some(endpoint) = cache
             .endpoint
@@ -195,8 +195,8 @@ impl Opening<'_> {
         let token = cache
             .token
             .as_ref()
-            .ok_or("the stock client needs a token")?;
-        Stock::new(&client, nix, attic, token, self.private)
+            .ok_or("Attic's own client needs a token")?;
+        AtticCli::new(&client, nix, attic, token, self.private)
             .map(Into::into)
             .map_err(|error| error.to_string())
     }
@@ -215,7 +215,7 @@ impl Opening<'_> {
         let Some(url) = cache.store.clone() else {
             return;
         };
-        if let Err(error) = Copy::ping(&self.nix_for(&url), &url, PING_LIMIT).await {
+        if let Err(error) = StoreCopy::ping(&self.nix_for(&url), &url, PING_LIMIT).await {
             let text = format!("`{url}` does not open: {error}");
             sink.degraded("cache", format!("left out: {text}"));
             cache.state = CacheState::LeftOut {

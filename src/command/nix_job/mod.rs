@@ -21,7 +21,7 @@ use crate::host::peak::{Span, Spent};
 use crate::host::private::PrivateFolder;
 use crate::nix::clients;
 use crate::process::signals::Signals;
-use crate::process::supervise::{Ended, Supervised};
+use crate::process::supervise::{CommandExit, Supervised};
 use crate::report::job::{Job, Outcome};
 use crate::report::publication::Publication;
 use crate::report::screen::Screen;
@@ -117,7 +117,11 @@ impl NixJob<'_> {
         Ok(Exit::Command(job.exit_code))
     }
 
-    async fn command(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Ended, Failure> {
+    async fn command(
+        &self,
+        prepared: &Prepared,
+        signals: &mut Signals,
+    ) -> Result<CommandExit, Failure> {
         let ready = &prepared.ready;
         let environment = environment::of_command(
             self.work.env,
@@ -155,7 +159,7 @@ impl NixJob<'_> {
     fn told(
         &self,
         prepared: &Prepared,
-        ended: &Ended,
+        ended: &CommandExit,
         spent: &Spent,
         harvest: &Harvest,
         publication: Option<Publication>,

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::board::{Board, Broken, Found, Spec};
 use super::inputs::Plan;
-use crate::cache::attic::{Attic, Body, Meter};
-use crate::cache::bazel::Asker;
+use crate::cache::attic::{Attic, BodyCheck, ByteCounter};
+use crate::cache::bazel::BazelProber;
 use crate::cache::endpoint::Endpoint;
 use crate::cache::probe::{Layer, probe};
 use crate::contract::shared_cache::{Given, judge};
@@ -139,7 +139,7 @@ async fn ground(
     let probed = probe(
         endpoint,
         token,
-        &clients.asking,
+        &clients.api,
         &Names::default(),
         PROBE_LIMIT,
     )
@@ -230,8 +230,8 @@ async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
 async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
     let hint = "The cache has lost or spoiled it: look at its storage, and publish the path again.";
     match usable.attic.check_body(info).await {
-        Ok(Body::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
-        Ok(Body::Bad(text) | Body::Unread(text)) => Err(Broken::new(text, hint)),
+        Ok(BodyCheck::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
+        Ok(BodyCheck::Bad(text) | BodyCheck::Unsupported(text)) => Err(Broken::new(text, hint)),
         Err(error) => Err(Broken::new(error.to_string(), hint)),
     }
 }
@@ -307,7 +307,7 @@ async fn upload(
     let file = PathBuf::from(path.to_string());
     usable
         .attic
-        .upload(info, &file, &Meter::default())
+        .upload(info, &file, &ByteCounter::default())
         .await
         .map_err(|error| broken(error.to_string()))?;
     Ok(((), path.to_string()))
@@ -329,7 +329,7 @@ async fn read_back(usable: &Usable, path: &StorePath, begun: Instant) -> Found<(
 }
 
 /// The Bazel remote cache and executor that the runner's hints name.
-pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Asker) {
+pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &BazelProber) {
     let hint = |name: &str| env.get(name).map(str::to_owned);
     let given = Given {
         cache: plan
@@ -372,7 +372,7 @@ pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Ask
 }
 
 async fn asked(
-    asker: &Asker,
+    asker: &BazelProber,
     endpoint: &crate::contract::shared_cache::Endpoint,
     limit: Duration,
 ) -> Found<()> {
@@ -380,7 +380,7 @@ async fn asked(
     let shown = crate::contract::shared_cache::redact(endpoint.url.as_str());
     let failed = |text: String| Broken::new(format!("{shown}: {text}"), hint);
     let can = asker
-        .ask(&endpoint.url, limit)
+        .probe(&endpoint.url, limit)
         .await
         .map_err(|failure| failed(format!("{} ({})", failure.text, failure.layer)))?;
     match endpoint.about {

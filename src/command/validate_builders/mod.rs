@@ -16,7 +16,7 @@ pub use self::inputs::Inputs;
 use self::board::Board;
 use self::inputs::Plan;
 use self::nix::Built;
-use crate::cache::bazel::Asker;
+use crate::cache::bazel::BazelProber;
 use crate::command::Failure;
 use crate::exit::Exit;
 use crate::http::{Clients, Roots};
@@ -49,7 +49,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         plan,
         env,
         clients: Clients::new(&roots)?,
-        asker: Asker::new(&roots)?,
+        asker: BazelProber::new(&roots)?,
         attic,
         decision,
     };
@@ -67,7 +67,7 @@ struct Work<'a> {
     plan: Plan,
     env: &'a Env,
     clients: Clients,
-    asker: Asker,
+    asker: BazelProber,
     attic: Option<Secret>,
     decision: Decision,
 }
@@ -97,7 +97,7 @@ impl Work<'_> {
                     _ => None,
                 }
             },
-            host::checks(&mut host, &self.plan, self.env, &self.clients.asking),
+            host::checks(&mut host, &self.plan, self.env, &self.clients.api),
             async {
                 if self.plan.class == "nix-builder" || self.plan.bazel_cache.is_some() {
                     cache::bazel(&mut bazel, &self.plan, self.env, &self.asker).await;

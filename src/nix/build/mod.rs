@@ -12,7 +12,7 @@ use crate::nix::build::log::{Event, Reader};
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::Nix;
 use crate::process::capture::CaptureError;
-use crate::process::lines::Line;
+use crate::process::lines::PartialLine;
 
 /// A build that is cancelled has this long to end well.
 const GRACE: Duration = Duration::from_secs(2);
@@ -50,8 +50,8 @@ impl Order {
         events: &mpsc::Sender<Event>,
         cancel: &CancellationToken,
     ) -> Result<Ended, CaptureError> {
-        let mut tool = nix.tool().args(self.words(nix)).talk()?;
-        let (mut held, mut reader) = (Line::default(), Reader::default());
+        let mut tool = nix.tool().args(self.words(nix)).stream_stderr()?;
+        let (mut held, mut reader) = (PartialLine::default(), Reader::default());
         loop {
             let line = tokio::select! {
                 biased;

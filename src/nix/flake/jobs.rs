@@ -15,7 +15,7 @@ use crate::nix::flake::expression::{AttributePath, installable_name};
 use crate::nix::flake::pool::Task;
 use crate::nix::tool::Nix;
 use crate::process::capture::Tool;
-use crate::process::lines::Line;
+use crate::process::lines::PartialLine;
 
 /// A process that is asked to end has this long before it is killed.
 const GRACE: Duration = Duration::from_millis(500);
@@ -78,10 +78,10 @@ impl Jobs {
     ) {
         let mut open: HashMap<AttributePath, usize> =
             tasks.into_iter().map(|task| (task.path, task.id)).collect();
-        let said = match self.tool().talk() {
+        let said = match self.tool().stream_stderr() {
             Err(error) => format!("error: {error}"),
             Ok(mut tool) => {
-                let (mut held, mut said) = (Line::default(), String::new());
+                let (mut held, mut said) = (PartialLine::default(), String::new());
                 loop {
                     let line = tokio::select! {
                         biased;

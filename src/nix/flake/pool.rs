@@ -94,7 +94,7 @@ struct Running<'a> {
 impl Pool {
     /// How many workers fit this machine now, and what each may hold, in bytes; `asked`: how many were asked for.
     pub fn fitted(asked: Option<usize>) -> (usize, u64) {
-        let limit = Cgroup::of_self().and_then(|cgroup| cgroup.read().limit);
+        let limit = Cgroup::current().and_then(|cgroup| cgroup.read().limit);
         let others = memory::of_descendants();
         let room = Room {
             limit,
@@ -117,7 +117,7 @@ impl Pool {
         cancel: CancellationToken,
     ) {
         let (heard, mut hearing) = mpsc::channel(1024);
-        let cgroup = Cgroup::of_self();
+        let cgroup = Cgroup::current();
         let mut running = Running {
             pool: &self,
             width: 1,
@@ -280,7 +280,7 @@ impl Running<'_> {
             .iter()
             .filter(|(name, _)| self.pool.nix.variable(name).is_none());
         let tool = self.pool.nix.tool().args(&words).envs(unset.copied());
-        let tool = match tool.talk() {
+        let tool = match tool.stream_stderr() {
             Ok(tool) => tool,
             Err(error) => {
                 let text = format!("error: {error}");

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::nix::flake::evaluate::Facts;
 use crate::nix::flake::pool::Task;
-use crate::process::lines::{Line, Talking};
+use crate::process::lines::{PartialLine, StreamedTool};
 
 /// A worker that is asked to end has this long before it is killed.
 const GRACE: Duration = Duration::from_millis(500);
@@ -101,13 +101,13 @@ pub(super) fn is_for_memory(status: Option<ExitStatus>, said: &str) -> bool {
 
 /// Hands on what a worker says, until it has ended or is to end.
 pub(super) async fn follow(
-    mut tool: Talking,
+    mut tool: StreamedTool,
     id: usize,
     heard: mpsc::Sender<(usize, Heard)>,
     stop: CancellationToken,
     kill: CancellationToken,
 ) {
-    let mut held = Line::default();
+    let mut held = PartialLine::default();
     loop {
         let line = tokio::select! {
             biased;

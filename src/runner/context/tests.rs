@@ -132,36 +132,42 @@ fn only_who_is_surely_no_ci_is_local() {
 fn what_nobody_tells_is_missing() {
     assert_eq!(
         job().set("GITHUB_EVENT_NAME", "").job().event,
-        Err(Doubt::Missing(Name::Event))
+        Err(Doubt::Missing(FactName::Event))
     );
     assert_eq!(
         job().set("GITHUB_REF", "").job().git_ref,
-        Err(Doubt::Missing(Name::Ref))
+        Err(Doubt::Missing(FactName::Ref))
     );
     assert_eq!(
         job().set("GITHUB_REPOSITORY", "").job().repository,
-        Err(Doubt::Missing(Name::Repository))
+        Err(Doubt::Missing(FactName::Repository))
     );
     let no_payload = job().set("GITHUB_EVENT_PATH", "").job();
     assert_eq!(no_payload.event, Ok(Event::Push));
-    assert_eq!(no_payload.repository, Err(Doubt::Missing(Name::Payload)));
+    assert_eq!(
+        no_payload.repository,
+        Err(Doubt::Missing(FactName::Payload))
+    );
     assert_eq!(
         no_payload.default_branch,
-        Err(Doubt::Missing(Name::Payload))
+        Err(Doubt::Missing(FactName::Payload))
     );
-    assert_eq!(no_payload.removes_ref, Err(Doubt::Missing(Name::Payload)));
+    assert_eq!(
+        no_payload.removes_ref,
+        Err(Doubt::Missing(FactName::Payload))
+    );
     assert_eq!(
         changed(|payload| payload["repository"] = json!({})).repository,
-        Err(Doubt::Missing(Name::Repository))
+        Err(Doubt::Missing(FactName::Repository))
     );
     let nameless = changed(|payload| payload["repository"]["default_branch"] = json!(""));
     assert_eq!(
         nameless.default_branch,
-        Err(Doubt::Missing(Name::DefaultBranch))
+        Err(Doubt::Missing(FactName::DefaultBranch))
     );
     assert_eq!(
         changed(|payload| payload["ref"] = Value::Null).git_ref,
-        Err(Doubt::Missing(Name::Ref))
+        Err(Doubt::Missing(FactName::Ref))
     );
 }
 
@@ -261,7 +267,7 @@ fn a_push_must_show_what_it_left_behind() {
     assert_eq!(removes(json!(false), Value::Null), Ok(false));
     assert_eq!(
         removes(Value::Null, Value::Null),
-        Err(Doubt::Missing(Name::After))
+        Err(Doubt::Missing(FactName::After))
     );
     in_doubt(&removes(json!(false), json!("0000")));
     in_doubt(&removes(json!(false), json!("")));
