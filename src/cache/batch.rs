@@ -1,5 +1,5 @@
 //! Gathers single requests into batches, for tools where one call for many paths is far cheaper than many calls.
-//! A batch whose callers have all gone is cancelled.
+//! A batch is cancelled when all its callers have gone.
 
 use std::future::Future;
 use std::time::Duration;

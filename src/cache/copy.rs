@@ -187,7 +187,7 @@ impl Destination for StoreCopy {
         self.calls.url.to_string()
     }
 
-    /// `nix copy` refuses a path whose references are not all in the same store.
+    /// `nix copy` refuses a path unless the same store has all its references.
     fn omits_upstream_paths(&self) -> bool {
         false
     }
@@ -368,7 +368,7 @@ impl Calls {
         ];
         match self.run("nix store verify", &arguments, LOOK_LIMIT).await {
             Ok(_) => Ok(BodyCheck::Good),
-            // Nix's message for a NAR whose hash is not the registered one.
+            // Nix's message for a NAR with another hash than the registered one.
             Err(Error::Tool { text, .. }) if text.contains("was modified") => {
                 Ok(BodyCheck::Bad(text))
             }

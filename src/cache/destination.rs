@@ -45,7 +45,7 @@ pub trait Destination: Send + Sync + fmt::Debug {
     /// Which of these paths the store lacks. An empty query checks whether the store can be written to.
     fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>>;
 
-    /// Publishes one path, whose references the store already has. The caller may repeat it safely.
+    /// Publishes one path; the store must already have its references. The caller may repeat it safely.
     fn send<'a>(
         &'a self,
         info: &'a PathInfo,

@@ -56,7 +56,7 @@ impl Inspector {
         self.state().job.remove(&rule);
     }
 
-    /// Findings in published paths, whose rules only warn.
+    /// Findings in published paths: their rules only warn.
     pub fn warned(&self) -> Vec<(StorePath, Finding)> {
         self.state().warned.clone()
     }
@@ -140,8 +140,8 @@ impl Inspector {
         found.partition(|finding| self.ruling(info, finding.rule) == Ruling::Withhold)
     }
 
-    /// References that are not valid, and valid store paths that the content mentions without a reference: whoever
-    /// fetches the path would not get them. A store derivation is exempt from the second: it mentions its outputs, which
+    /// References that are not valid, and valid store paths that the content mentions without a reference: a host
+    /// that fetches the path would not get them. A store derivation is exempt from the second: it mentions its outputs, which
     /// are no references.
     async fn dangling(&self, info: &PathInfo, looked: &Looked) -> Vec<Finding> {
         let Some(store) = self

@@ -171,7 +171,7 @@ impl Reader {
         self.read_body(head).await
     }
 
-    /// The first head whose status is not `1xx`. Cancel-safe: bytes stay in the buffer until a whole head is parsed.
+    /// The first head with a final status, 200 or higher. Cancel-safe: bytes stay in the buffer until a whole head is parsed.
     async fn final_head(&mut self) -> io::Result<Head> {
         loop {
             let head = self.head().await?;

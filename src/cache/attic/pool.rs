@@ -1,6 +1,6 @@
 //! The pool of idle connections to the cache server, shared by uploads and look-ups. Look-ups use it because the
-//! general client takes twice the time for them. It never bypasses a proxy, and never keeps a connection whose
-//! last exchange was incomplete.
+//! general client takes twice the time for them. It never bypasses a proxy, and never keeps a connection after
+//! an incomplete exchange.
 
 use std::io::Write as _;
 use std::sync::{Mutex, PoisonError};

@@ -14,7 +14,7 @@ use crate::nix::store_path::PathHash;
 
 /// How many bytes a compressed NAR may exceed the NAR by, besides an eighth: incompressible data grows a little.
 const SLACK: u64 = 64 * 1024;
-/// Enough for the small NARs whose bodies are sampled.
+/// Enough for the small NARs that are sampled.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The result of checking a NAR body.

@@ -167,7 +167,7 @@ impl WholeBody {
         self.once(request, BODY_DELAY).await.0
     }
 
-    /// One request, whose body begins after `delay`. Gives its result, and whether the connection ended early.
+    /// One request; its body begins after `delay`. Gives its result, and whether the connection ended early.
     async fn once(
         &self,
         request: UploadRequest,
@@ -252,7 +252,7 @@ impl SendNar for WholeBody {
     }
 }
 
-/// Lenient: a success whose text cannot be parsed is still a success, and an unknown kind counts as stored.
+/// Lenient: a success with a text that cannot be parsed is still a success, and an unknown kind counts as stored.
 pub(super) fn read_kind(text: &[u8]) -> Uploaded {
     #[derive(Deserialize)]
     struct Answer {

@@ -1,4 +1,4 @@
-//! The client against the fake server: carriers, refusals, cuts.
+//! The client against the fake server: headers and preambles, refusals, broken connections.
 
 use std::sync::atomic::Ordering;
 
@@ -12,7 +12,7 @@ async fn what_is_sent_is_what_the_store_knows() {
     let attic = fake.attic(GOOD);
     let library = fake.path("library", b"library", &[]);
     let mut tool = fake.path("tool", b"tool", &[]);
-    // Unsorted, twice, and itself.
+    // Unsorted, with a duplicate, and with a reference to itself.
     tool.references = vec![tool.path.clone(), library.path.clone(), tool.path.clone()];
     tool.deriver =
         Some(StorePath::from_base_name("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-tool.drv").expect("name"));

@@ -1,4 +1,4 @@
-//! The chain's four outcomes with a scripted `nix` and `attic`, and what becomes of a batch.
+//! The search's four outcomes with a scripted `nix` and `attic`, and the results of a batch.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -63,7 +63,7 @@ impl Host {
         self
     }
 
-    /// What was asked of Nix; whatever it is, it must not be able to build.
+    /// The recorded calls of Nix, each of which must forbid building.
     fn calls(&self) -> Vec<String> {
         let text = fs::read_to_string(self.folder.path().join("calls")).unwrap_or_default();
         for call in text.lines() {
@@ -214,7 +214,7 @@ async fn a_call_that_fails_leaves_each_path_its_own_fate() {
     let infos: Vec<PathInfo> = (0..3)
         .map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[]))
         .collect();
-    // Two arrive, the third does not.
+    // Two of the paths arrive, the third does not.
     for info in &infos[..2] {
         fake.attic(GOOD)
             .upload(info, &fake.file(info), &ByteCounter::default())
@@ -229,7 +229,7 @@ async fn a_call_that_fails_leaves_each_path_its_own_fate() {
     )
     .await;
     for plain in [false, true] {
-        // A server without Attic's API is looked into path by path.
+        // A server without Attic's API is queried path by path.
         fake.server.faults().plain = plain;
         let (file, counter) = (Path::new("/nonexistent"), ByteCounter::default());
         let sent = futures_util::future::join_all(

@@ -1,4 +1,4 @@
-//! What is asked of Nix, and what its answers come to. Real stores are tried in `tests/real`.
+//! The calls of Nix, and the results of its output. Real stores are tested in `tests/real`.
 
 use std::fs;
 use std::path::Path;

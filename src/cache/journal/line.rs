@@ -1,7 +1,7 @@
-//! The journal's lines: how they are written, and what a file of them comes to, however it was cut. Pure.
+//! The journal's lines: how they are written, and how a file is read, even one that was cut off. Pure.
 //!
-//! A line is a line break, eight bytes of its text's SHA-256 in hexadecimal, a space, and JSON. A line whose sum does
-//! not fit was torn and does not count.
+//! A line is a line break, eight bytes of the text's SHA-256 in hexadecimal, a space, and the text, which is JSON. A
+//! line with a wrong sum was torn and does not count.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,22 +11,22 @@ use sha2::{Digest as _, Sha256};
 
 use crate::nix::store_path::StorePath;
 
-/// The format; others are let be until they are too old.
+/// The version of the format. Journals of other versions are ignored until they are too old.
 const VERSION: u32 = 1;
 
-/// How far a path has come. A state only ever rises, so that the order of lines does not matter.
+/// The state of a path. It only rises, so the order of lines does not matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Step {
-    /// A process of the job means to add it.
+    /// A process of the job is about to add the path.
     Expected,
-    /// It is valid, and wanted in the cache.
+    /// The path is valid, and wanted in the cache.
     Seen,
-    /// The cache does not have it.
+    /// The cache lacks the path, and it will be sent.
     Planned,
-    /// The cache has it.
+    /// The cache has the path.
     Uploaded,
-    /// The cache was seen to serve it, or it is left out on purpose.
+    /// The cache was seen to serve the path, or it is left out on purpose.
     Settled,
 }
 
@@ -39,7 +39,7 @@ pub(super) struct Entry {
     step: Option<Step>,
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     paths: Vec<String>,
-    /// Since when a path of an earlier job is unsettled.
+    /// Since when a path of an earlier job is unsettled (seconds since 1970).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     since: Option<u64>,
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
@@ -115,7 +115,7 @@ fn sum(text: &str) -> String {
     sum
 }
 
-/// What a journal holds.
+/// The content of a journal.
 #[derive(Debug, Default)]
 pub(super) struct JournalContent {
     pub cache: Option<String>,
@@ -151,7 +151,7 @@ impl JournalContent {
         }
     }
 
-    /// The paths that are wanted in the cache and not settled, and since when.
+    /// The paths that are wanted in the cache but not settled, and since when.
     pub(super) fn seen(&self) -> impl Iterator<Item = (StorePath, u64)> {
         let unsettled = self
             .paths
@@ -160,7 +160,7 @@ impl JournalContent {
         unsettled.map(|(path, (_, since))| (path.clone(), *since))
     }
 
-    /// The paths that may have become valid without being seen: none after an end in order.
+    /// The paths that may have become valid without being seen: none in a journal that was closed.
     pub(super) fn expected(&self) -> impl Iterator<Item = StorePath> {
         let expected = self
             .paths

@@ -2,7 +2,7 @@
 //! each. Pure: no clock, no I/O.
 //!
 //! A path is sent only when everything that it refers to is in the cache, signed upstream, or sent. So the cache never
-//! holds a path whose closure it cannot serve.
+//! holds a path with an incomplete closure.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 

@@ -119,7 +119,7 @@ async fn all_is_published_in_order_and_found_there_again() {
         infos.iter().map(|info| info.nar_size).sum::<u64>()
     );
     assert_eq!(
-        fake.server.questions.load(Ordering::Relaxed),
+        fake.server.queries.load(Ordering::Relaxed),
         2,
         "the preflight and one batch"
     );
@@ -283,7 +283,7 @@ async fn too_large_for_a_proxy_is_said_and_blocks_only_what_needs_it() {
 #[tokio::test]
 async fn queries_shrink_to_what_the_server_accepts() {
     let fake = Fake::start().await;
-    fake.server.faults().question_limit = Some(20);
+    fake.server.faults().query_limit = Some(20);
     let outcome = publish(&fake, tools(&fake, 99)).await;
     check(&fake, &outcome, published(100));
 }
@@ -551,7 +551,7 @@ async fn few_uploads_run_at_once_and_large_ones_leave_room() {
     };
     let outcome = publish_within(fake.attic(GOOD), options, infos, Duration::from_secs(60)).await;
     check(&fake, &outcome, published(35));
-    assert!(fake.server.most_uploading.load(Ordering::SeqCst) <= 4);
+    assert!(fake.server.max_uploading.load(Ordering::SeqCst) <= 4);
     let order = fake.server.order.lock().expect("lock");
     let last_small = order
         .iter()

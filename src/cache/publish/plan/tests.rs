@@ -203,7 +203,7 @@ fn small_ones_come_smallest_first_and_large_ones_apart() {
 }
 
 /// Random graphs, random order of offers, random answers and failures: every path is decided,
-/// none is sent before what it refers to, and none is sent whose references failed.
+/// none is sent before its references, and none is sent after a reference failed.
 #[test]
 fn random_graphs_end_decided_and_in_order() {
     for seed in 0..300 {
