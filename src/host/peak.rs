@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use crate::host::memory::{Cgroup, Memory, of_descendants, without_cgroup};
 
-/// Short enough not to miss much; reading two small files costs some ten microseconds.
+/// The time between two samples. A sample reads two small files, which costs some ten microseconds.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A span of time during which memory use is sampled.

@@ -145,6 +145,7 @@ fn own_folder(ours: &Path) -> Result<(), PrivateError> {
         folder: ours.to_owned(),
         source,
     })?;
+    // The lowest six bits of the mode are the rights of the group and of others.
     let private =
         found.is_dir() && found.uid() == geteuid().as_raw() && found.mode().trailing_zeros() >= 6;
     if private {
