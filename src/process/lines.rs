@@ -1,5 +1,5 @@
-//! Tools that say on standard error, line by line, what they are at (`nix eval`, `nix build`): each line is
-//! handed on as it comes, and the tool can be ended at any moment, with all its children.
+//! Tools that report their progress on standard error, line by line (`nix eval`, `nix build`). Each line can be read as
+//! it comes, and the tool can be ended at any moment, with all its children.
 
 use std::io;
 use std::process::ExitStatus;
@@ -11,10 +11,10 @@ use tokio::process::{Child, ChildStderr};
 
 use crate::process::own::Registered;
 
-/// What a longer line holds beyond this is dropped, in bytes.
+/// The rest of a longer line is dropped. In bytes.
 const LINE_LIMIT: usize = 256 * 1024;
-/// What is left in a pipe whose writer is dead is read at once, unless a grandchild holds it open.
-const READ_GRACE: Duration = Duration::from_millis(500);
+/// How long to wait for a killed child to be reaped.
+const REAP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A running tool. Dropping it kills its group.
 #[derive(Debug)]
@@ -40,13 +40,13 @@ impl StreamedTool {
         }
     }
 
-    /// Its process id, until it is reaped.
+    /// The process id, until the process is reaped.
     pub fn id(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Its next line, without the line's end and, where it is no UTF-8, with marks in place of that; `None`
-    /// when it has closed its standard error. May be dropped while it waits: nothing is lost then.
+    /// The next line without its line break; invalid UTF-8 is replaced. `None` when the tool has closed its standard
+    /// error. Cancel-safe: `held` keeps the beginning of a line.
     ///
     /// # Errors
     /// When the pipe cannot be read.
@@ -54,25 +54,25 @@ impl StreamedTool {
         read_line(&mut self.stderr, held).await
     }
 
-    /// Whether its next line has been read from the pipe already.
+    /// Whether the next line has already been read from the pipe.
     pub fn has_line(&self) -> bool {
         self.stderr.buffer().contains(&b'\n')
     }
 
-    /// Waits for its end.
+    /// Waits for the tool to exit.
     ///
     /// # Errors
-    /// When it cannot be waited for.
+    /// When the system cannot wait for it.
     pub async fn ended(&mut self) -> io::Result<ExitStatus> {
         self.child.wait().await
     }
 
-    /// Asks it and its children to end.
+    /// Sends `SIGTERM` to the tool and its children.
     pub fn terminate(&self) {
         self.signal(Signal::TERM);
     }
 
-    /// Ends it and its children: asks, and kills after `grace`.
+    /// Ends the tool and its children: by `SIGTERM`, and after `grace` by `SIGKILL`.
     pub async fn stop(mut self, grace: Duration) {
         self.signal(Signal::TERM);
         if tokio::time::timeout(grace, self.child.wait())
@@ -80,20 +80,20 @@ impl StreamedTool {
             .is_err()
         {
             self.kill();
-            // It is dead or dying now; reaping it cannot last.
-            let _ = tokio::time::timeout(READ_GRACE, self.child.wait()).await;
+            // After `SIGKILL` the process is dead or dying, so reaping it takes no time.
+            let _ = tokio::time::timeout(REAP_TIMEOUT, self.child.wait()).await;
         }
     }
 
-    /// Kills it and its children.
+    /// Sends `SIGKILL` to the tool and its children.
     pub fn kill(&self) {
         self.signal(Signal::KILL);
     }
 
-    /// Only while the child is not reaped: afterwards the number may be somebody else's.
+    /// Does nothing once the child is reaped: the number may then belong to another process.
     fn signal(&self, signal: Signal) {
         if let (Some(group), Some(_)) = (self.group, self.child.id()) {
-            // Already gone is as good as ended.
+            // It fails for a group that is already gone.
             let _ = kill_process_group(group, signal);
         }
     }
@@ -105,7 +105,7 @@ impl Drop for StreamedTool {
     }
 }
 
-/// The beginning of a line whose end has not come yet.
+/// The beginning of a line that has not ended yet.
 #[derive(Debug, Default)]
 pub struct PartialLine(Vec<u8>);
 
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_come_as_they_are_said() {
+    async fn lines_come_as_they_are_printed() {
         let mut tool = shell("echo one >&2; printf 'two\\r\\nlast' >&2; echo dropped; exit 3");
         let mut held = PartialLine::default();
         let mut lines = Vec::new();
