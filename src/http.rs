@@ -1,5 +1,5 @@
-//! The one HTTP client: rustls on ring, our own name look-up, trusted roots, bounded waits.
-//! Owns how bytes reach a host; what is said there is the business of whoever asks.
+//! HTTP clients: rustls on ring, a resolver of their own, trusted roots, bounded waits. This module owns how bytes reach
+//! a host; its callers own the requests.
 
 mod direct;
 mod trust;
@@ -17,21 +17,18 @@ pub use self::direct::{ByteStream, ConnectError, Direct};
 
 use crate::exit::{Exit, Explain};
 
-/// A name answers or a host is reached within this time, or it is taken for dead.
+/// The timeout of a name look-up, and of each connection attempt.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A body that does not move for this long is given up.
+/// A response with no new byte for this long is aborted.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Who we say we are.
 pub const USER_AGENT: &str = concat!("flywheel/", env!("CARGO_PKG_VERSION"));
 
-/// Why a client could not be made.
+/// Why a client could not be created.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The TLS library refused our settings.
     #[error("the TLS library refused its settings")]
     Tls(#[source] rustls::Error),
-    /// The HTTP library refused our settings.
     #[error("the HTTP library refused its settings")]
     Client(#[source] reqwest::Error),
 }
@@ -42,20 +39,19 @@ impl Explain for Error {
     }
 }
 
-/// Where certificates to trust may stand, besides the system's own bundle.
+/// Trusted certificates besides the system's own bundle.
 #[derive(Clone, Debug, Default)]
 pub struct Roots {
-    /// PEM bundles named by the environment (`NIX_SSL_CERT_FILE`), read before the system's.
+    /// PEM bundles that the environment names (`NIX_SSL_CERT_FILE`). They are read before the system's.
     pub files: Vec<PathBuf>,
 }
 
-/// A client that stays on the address it was given: no redirects are followed here, so that a
-/// credential never travels to a host that the user did not name.
+/// A client that follows no redirects, so that a credential is never sent to a host that the user did not name.
 ///
-/// Cloning is cheap. Proxies named by the environment (`https_proxy` …) are honoured, as Nix does.
+/// Cloning is cheap. The client uses the proxies of the environment (`https_proxy` …), as Nix does.
 ///
 /// # Errors
-/// Only if the TLS or HTTP library refuses its settings, which would be our bug.
+/// Only if the TLS or HTTP library refuses its settings, which would be a bug of Flywheel.
 pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
     builder(tls(roots)?)
         .read_timeout(IDLE_TIMEOUT)
@@ -63,8 +59,7 @@ pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
         .map_err(Error::Client)
 }
 
-/// A client for gRPC: HTTP/2 from the first byte on, straight to its host. Proxies do not come into it,
-/// as they do not for those who speak gRPC here.
+/// A client for gRPC: HTTP/2 from the first byte on, without a proxy.
 ///
 /// # Errors
 /// As [`client`].
@@ -75,22 +70,19 @@ pub fn grpc_client(roots: &Roots) -> Result<reqwest::Client, Error> {
     builder.build().map_err(Error::Client)
 }
 
-/// The two clients of one who also sends large bodies.
+/// The clients for a server that also gets large bodies.
 #[derive(Clone, Debug)]
 pub struct Clients {
-    /// For questions: what [`client`] makes.
+    /// For small requests, as [`client`] makes it.
     pub api: reqwest::Client,
-    /// For bodies that take as long as they take. It gives nothing up by itself (reqwest's read
-    /// timeout would run from the first byte sent, and end every upload that lasts longer), so
-    /// that whoever sends has to watch that bytes move.
+    /// For large bodies. It has no read timeout, because reqwest's runs from the first byte that is sent, and would
+    /// abort every longer upload. So the caller has to check that bytes move.
     pub streaming: reqwest::Client,
-    /// For those who talk to a server themselves.
+    /// For callers with an HTTP implementation of their own.
     pub direct: Direct,
 }
 
 impl Clients {
-    /// Makes both.
-    ///
     /// # Errors
     /// As [`client`].
     pub fn new(roots: &Roots) -> Result<Self, Error> {
@@ -123,7 +115,7 @@ fn builder(tls: rustls::ClientConfig) -> reqwest::ClientBuilder {
         .dns_resolver(Names::default())
 }
 
-/// Clones of it share the trusted roots.
+/// The TLS settings; their clones share the trusted roots.
 fn tls(roots: &Roots) -> Result<rustls::ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = trust::Verifier::new(roots.clone(), Arc::clone(&provider));
@@ -139,22 +131,20 @@ fn tls(roots: &Roots) -> Result<rustls::ClientConfig, Error> {
 /// Why a name has no address.
 #[derive(Debug, Error)]
 pub enum LookupError {
-    /// The machine names no resolver, and public ones are never asked behind its back.
+    /// The machine has no resolver, and public ones are never used without the user's knowledge.
     #[error("this machine has no usable `/etc/resolv.conf`, and `{0}` is not in `/etc/hosts`")]
     NoResolver(String),
-    /// The resolver said no, or nothing.
+    /// The resolver does not know the name, or did not respond.
     #[error("the name `{name}` does not resolve")]
     Unknown {
-        /// The name that was asked for.
         name: String,
-        /// What the resolver said.
         #[source]
         source: Box<dyn StdError + Send + Sync>,
     },
 }
 
-/// Looks names up without libc's `getaddrinfo`, which a static binary must not call
-/// (it crashes where nsswitch names modules of another glibc).
+/// Looks up names without libc's `getaddrinfo`, which a static binary must not call: it crashes where nsswitch loads
+/// modules of another glibc.
 #[derive(Clone, Default)]
 pub struct Names(Arc<OnceLock<Option<TokioResolver>>>);
 
@@ -162,8 +152,8 @@ impl Names {
     /// The addresses of `host`, which may be a literal address, `localhost`, or a name.
     ///
     /// # Errors
-    /// When nothing answers for the name. Bounded by the resolver's own time-outs; callers with a
-    /// tighter deadline wrap it.
+    /// When the name cannot be resolved. Only the resolver's own timeouts apply; callers with a tighter deadline add
+    /// their own.
     pub async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, LookupError> {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         if let Ok(address) = bare.parse() {
@@ -191,18 +181,15 @@ impl Names {
 /// Why a host cannot be reached.
 #[derive(Debug, Error)]
 pub enum ReachError {
-    /// Its name has no address.
     #[error(transparent)]
     Name(#[from] LookupError),
-    /// It does not take the connection.
     #[error("it takes no connection")]
     Connect(#[source] std::io::Error),
-    /// Nothing came of it in time.
     #[error("no answer within {0:?}")]
     TimedOut(Duration),
 }
 
-/// Whether something at `host` takes TCP connections on `port`, and nothing more, `within` that time in all.
+/// Checks that `host` accepts TCP connections on `port`, `within` this time in all.
 ///
 /// # Errors
 /// When it does not.
@@ -227,8 +214,8 @@ pub async fn reach(
         .unwrap_or(Err(ReachError::TimedOut(within)))
 }
 
-/// The resolver of `/etc/resolv.conf`. hickory puts public servers in where that file is missing
-/// or names nobody, so both are refused first.
+/// The resolver of `/etc/resolv.conf`. hickory falls back to public servers when that file is missing or has no server,
+/// so both cases are refused first.
 fn system_resolver() -> Option<TokioResolver> {
     let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
     let named = text
@@ -268,20 +255,20 @@ impl reqwest::dns::Resolve for Names {
     }
 }
 
-/// At which layer a request failed before an answer came.
+/// The layer at which a request failed before a response came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
     /// The host's name has no address.
     Name,
-    /// No connection: refused, unreachable, timed out.
+    /// No connection: refused, unreachable, or timed out.
     Connect,
     /// The TLS handshake or the certificate.
     Tls,
-    /// A connection was there, but no whole answer.
+    /// There was a connection, but no complete response.
     Http,
 }
 
-/// The layer at which `error` arose, told from its chain of causes.
+/// The layer at which `error` arose, found in its chain of causes.
 pub fn layer(error: &reqwest::Error) -> Layer {
     let causes = causes(error);
     if causes.iter().any(|cause| cause.is::<LookupError>()) {
@@ -295,7 +282,8 @@ pub fn layer(error: &reqwest::Error) -> Layer {
     }
 }
 
-/// `io::Error` hides what it wraps from `source()`, and TLS errors come wrapped twice: so it is opened by hand.
+/// Whether a cause is a TLS error. `io::Error` hides the error that it wraps from `source()`, and TLS errors are wrapped
+/// twice, so they are unwrapped here.
 fn is_tls(cause: &(dyn StdError + 'static)) -> bool {
     if cause.is::<rustls::Error>() {
         return true;
@@ -306,14 +294,13 @@ fn is_tls(cause: &(dyn StdError + 'static)) -> bool {
     wrapped.is_some_and(|wrapped| is_tls(wrapped))
 }
 
-/// The whole chain of causes in one line, without the URL that reqwest puts in front
-/// (it may carry credentials).
+/// The whole chain of causes in one line, without the URL that reqwest puts in front, since it may hold credentials.
 pub fn chain(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut parts: Vec<String> = Vec::new();
     for cause in causes(&error) {
         let text = cause.to_string();
-        // Words of the libraries' own, which say nothing where something deeper is known.
+        // The libraries' general messages are left out where a deeper cause is known.
         let empty = text.starts_with("error sending request") || text.starts_with("client error (");
         if empty && cause.source().is_some() {
             continue;
@@ -368,7 +355,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_connection_is_told_from_the_other_layers() {
+    async fn a_refused_connection_is_recognised_among_the_layers() {
         // A port that is taken and not listened to stays closed, whatever other tests do.
         let closed = tokio::net::TcpSocket::new_v4().expect("a socket");
         closed

@@ -1,6 +1,6 @@
-//! The job's facts: what started it, where, on which ref, as environment and event payload say.
-//! Owns reading and comparing them; a fact that is missing, unreadable or told in two ways stays
-//! in doubt, and none is ever guessed. What follows from them is decided by `trust`.
+//! The facts of a GitHub job, from the environment and the event payload: the event, the repository, the ref. This module
+//! reads and compares them. A fact that is missing, unreadable or contradictory stays in doubt; none is ever guessed.
+//! `trust` decides what follows.
 
 use std::path::{Path, PathBuf};
 
@@ -14,20 +14,19 @@ use crate::runner::gitlab;
 use crate::secret::Secret;
 use crate::text::one_line;
 
-/// An event from elsewhere: each value that is given stands in for the job's own.
+/// A recorded event. Each value that is given replaces the job's own.
 #[derive(Clone, Debug, Default)]
 pub struct Recorded {
-    /// The event's name.
     pub event_name: Option<String>,
-    /// The file with its payload.
+    /// The file with the event's payload.
     pub event_path: Option<PathBuf>,
-    /// The full ref. What the environment knows of its own ref no longer counts then.
+    /// The full ref. If it is given, all variables about the job's own ref are ignored.
     pub git_ref: Option<String>,
     /// Whether a rule protects that ref.
     pub ref_protected: Option<bool>,
-    /// `owner/name`. Without it and outside of a job the payload's own word is taken.
+    /// `owner/name`. Without it and outside of a job, the payload's repository is used.
     pub repository: Option<String>,
-    /// The default branch, where the payload does not know it.
+    /// The default branch, if the payload lacks it.
     pub default_branch: Option<String>,
 }
 
@@ -42,7 +41,7 @@ impl Recorded {
     }
 }
 
-/// The facts of the job that this process is part of.
+/// The facts of the job that this process belongs to.
 pub fn facts(env: &Env) -> Facts {
     match ci_provider(env) {
         CiProvider::Local => Facts::Local,
@@ -50,13 +49,13 @@ pub fn facts(env: &Env) -> Facts {
         CiProvider::GitLab => Facts::Job(Box::new(gitlab::job(env))),
         CiProvider::GitHub => {
             let claims = EnvClaims::from_env(env);
-            let read = claims.event_path.as_deref().map(event::read);
-            Facts::Job(Box::new(claims.job(&payload(read))))
+            let payload_file = claims.event_path.as_deref().map(event::read);
+            Facts::Job(Box::new(claims.job(&payload(payload_file))))
         }
     }
 }
 
-/// Where GitHub's API is: `GITHUB_API_URL`, else GitHub's own.
+/// The URL of GitHub's API: `GITHUB_API_URL`, else the public one.
 pub fn github_api(env: &Env) -> Url {
     let named = env
         .get("GITHUB_API_URL")
@@ -64,8 +63,8 @@ pub fn github_api(env: &Env) -> Url {
     named.unwrap_or_else(|| Url::parse("https://api.github.com").expect("a constant that is a URL"))
 }
 
-/// The repository and the commit that this job's Check Runs belong to: of a pull request the head of its
-/// branch, which is not the commit that the job has checked out. `None` outside of a job.
+/// The repository and the commit that this job's Check Runs belong to. For a pull request that is the head of its branch,
+/// because the job has checked out a merge commit. `None` outside of a job.
 pub fn commit(env: &Env) -> Option<(String, String)> {
     let repository = env.get("GITHUB_REPOSITORY")?.to_owned();
     let of_branch = || {
@@ -81,22 +80,22 @@ pub fn commit(env: &Env) -> Option<(String, String)> {
     is_hash.then_some((repository, sha))
 }
 
-/// The facts of a recorded event; where nothing of one is given, those of this process's job.
+/// The facts of a recorded event; without any recorded value, those of this process's job.
 ///
 /// # Errors
-/// When the file named by `event_path` cannot be read at all. What it holds is a fact, good or in doubt.
+/// When the file `event_path` cannot be read at all. Bad content only puts facts in doubt.
 pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, UsageError> {
     if !recorded.is_given() {
         return Ok(facts(env));
     }
     let claims = EnvClaims::from_env(env).or_recorded(recorded);
-    let read = claims.event_path.as_deref().map(event::read);
-    if let (Some(file), Some(Err(error))) = (&recorded.event_path, &read)
+    let payload_file = claims.event_path.as_deref().map(event::read);
+    if let (Some(file), Some(Err(error))) = (&recorded.event_path, &payload_file)
         && error.is_about_the_file()
     {
         return Err(unreadable_file(file, error));
     }
-    Ok(Facts::Job(Box::new(claims.job(&payload(read)))))
+    Ok(Facts::Job(Box::new(claims.job(&payload(payload_file)))))
 }
 
 fn unreadable_file(file: &Path, error: &PayloadError) -> UsageError {
@@ -105,7 +104,7 @@ fn unreadable_file(file: &Path, error: &PayloadError) -> UsageError {
         .with_hint("Give the file with the event's payload, such as a copy of the file that `GITHUB_EVENT_PATH` names.")
 }
 
-/// Whether the job has a cache token. Its value stays where it is.
+/// Whether the job has a cache token. The token's value is not returned.
 pub fn token_present(env: &Env) -> bool {
     env.get("ATTIC_TOKEN")
         .is_some_and(|text| Secret::new(text).is_some())
@@ -118,8 +117,8 @@ enum CiProvider {
     GitLab,
 }
 
-/// Markers by which other CI systems name themselves. `CI` alone names none: people, containers and
-/// test runs set it, too, and there `--publish` is asked by hand as on any laptop.
+/// Variables that other CI systems set. `CI` alone proves nothing: people, containers and test runs set it, too, and
+/// their `--publish` is as deliberate as on any laptop.
 const OTHER_CI: [(&str, &str); 7] = [
     ("JENKINS_URL", "Jenkins"),
     ("BUILDKITE", "Buildkite"),
@@ -130,7 +129,8 @@ const OTHER_CI: [(&str, &str); 7] = [
     ("DRONE", "Drone"),
 ];
 
-/// Whoever shows a sign of a CI is in one, and has to show facts.
+/// A single variable of a CI is enough to count as that CI. The facts are then required, so that a job cannot pass for a
+/// person's machine.
 fn ci_provider(env: &Env) -> CiProvider {
     const GITHUB: [&str; 4] = [
         "GITHUB_ACTIONS",
@@ -143,7 +143,7 @@ fn ci_provider(env: &Env) -> CiProvider {
         .iter()
         .find(|(marker, _)| env.get(marker).is_some());
     if env.get("GITLAB_CI").is_some() {
-        // Which of the two would be guessing.
+        // Choosing one of the two would be a guess.
         if github {
             CiProvider::OtherCi("GitLab and GitHub at once")
         } else {
@@ -158,12 +158,12 @@ fn ci_provider(env: &Env) -> CiProvider {
     }
 }
 
-/// Whether this process is part of a CI's job.
+/// Whether this process belongs to a job of any CI.
 pub fn in_ci(env: &Env) -> bool {
     !matches!(ci_provider(env), CiProvider::Local)
 }
 
-/// A payload, or why there is none.
+/// The payload, or the reason why there is none.
 fn payload(read: Option<Result<Payload, PayloadError>>) -> Fact<Payload> {
     read.ok_or(Doubt::Missing(FactName::Payload))?
         .map_err(|error| Doubt::Unreadable {
@@ -172,7 +172,7 @@ fn payload(read: Option<Result<Payload, PayloadError>>) -> Fact<Payload> {
         })
 }
 
-/// What the environment says, before anything is compared.
+/// What the environment claims about the job, before it is compared with the payload.
 #[derive(Default)]
 struct EnvClaims {
     event_name: Option<String>,
@@ -182,7 +182,7 @@ struct EnvClaims {
     ref_protected: bool,
     repository: Option<String>,
     default_branch: Option<String>,
-    /// The payload's word on the repository is enough: there is no environment to compare it with.
+    /// The payload alone names the repository: a recorded event has no environment to compare it with.
     payload_names_repository: bool,
 }
 
@@ -227,7 +227,7 @@ impl EnvClaims {
         }
     }
 
-    /// The environment names the event; the payload must not look like another's.
+    /// The environment names the event; the payload must not have fields of other events.
     fn event(&self, payload: &Fact<Payload>) -> Fact<Event> {
         let event = Event::from_name(
             self.event_name
@@ -237,7 +237,7 @@ impl EnvClaims {
         let own: &[&str] = match event {
             Event::Push | Event::Schedule | Event::WorkflowDispatch => &[],
             Event::MergeGroup => &["action", "merge_group"],
-            // No other event gains anything by its payload.
+            // No other event may publish, so a false payload gains nothing.
             _ => return Ok(event),
         };
         let marks = payload
@@ -268,7 +268,7 @@ impl EnvClaims {
         if !whole {
             return Err(unreadable(FactName::Repository, claimed, "`owner/name`"));
         }
-        // GitHub ignores case in names. We do not: it writes both in one way.
+        // GitHub ignores case in names, but writes both in the same case, so they are compared exactly.
         agree(FactName::Repository, claimed, payload.repository.as_deref())
     }
 
@@ -333,13 +333,14 @@ impl EnvClaims {
                 claimed,
                 payload.git_ref.as_deref().or(Some(claimed)),
             ),
-            // Other events' payloads name other refs, or mean something else by it.
+            // The payloads of other events have no such field, or one with another meaning.
             _ => Ok(claimed.to_owned()),
         }
     }
 }
 
-/// Of `deleted` and `after` a push must have one at least, and none may say that the ref is gone.
+/// Whether the event removed its ref. The payload of a push must have at least one of `deleted` and `after`; either can
+/// show the removal.
 fn removes_ref(event: Option<&Event>, payload: &Fact<Payload>) -> Fact<bool> {
     let payload = payload.as_ref().map_err(Clone::clone)?;
     let gone = payload.after.as_deref().map(is_no_object).transpose()?;
@@ -349,7 +350,7 @@ fn removes_ref(event: Option<&Event>, payload: &Fact<Payload>) -> Fact<bool> {
     }
 }
 
-/// Whether an object id is the one of no object: all zeros.
+/// Whether an object id is all zeros, which is the id of no object.
 fn is_no_object(id: &str) -> Fact<bool> {
     let is_id = matches!(id.len(), 40 | 64) && id.bytes().all(|digit| digit.is_ascii_hexdigit());
     if is_id {
@@ -382,7 +383,8 @@ fn unreadable(name: FactName, claimed: &str, expected: &str) -> Doubt {
     }
 }
 
-/// Whether a name holds only what git lets a ref hold (git-check-ref-format), so that it can be shown as it is.
+/// Whether a name has only the characters that git allows in a ref (git-check-ref-format), so that it can be shown as it
+/// is.
 fn is_plain(name: &str) -> bool {
     !name
         .chars()

@@ -1,12 +1,12 @@
-//! The facts of a GitLab job, from its predefined variables. Owns reading and comparing them; what
-//! follows is decided by `trust`, as for every other CI.
+//! The facts of a GitLab job, from its predefined variables. This module reads and compares them; `trust` decides what
+//! follows, as for every other CI.
 //!
 //! <https://docs.gitlab.com/ci/variables/predefined_variables/>
 
 use crate::runner::env::Env;
 use crate::runner::facts::{Doubt, Event, Fact, FactName, Job, shown};
 
-/// What makes a pipeline one of a merge request, from a fork or not.
+/// Variables that only a pipeline of a merge request has, from a fork or not.
 const OF_A_MERGE_REQUEST: [&str; 4] = [
     "CI_MERGE_REQUEST_IID",
     "CI_MERGE_REQUEST_ID",
@@ -26,8 +26,8 @@ pub fn job(env: &Env) -> Job {
     }
 }
 
-/// What started the pipeline, in the words of the one table that all CIs share. Pipelines that carry
-/// variables or code of whoever asked for them are what a dispatch with data is elsewhere.
+/// The event that started the pipeline, as one of the events that all CIs share. A pipeline that carries variables or
+/// code from its caller counts as a `repository_dispatch`.
 fn event(env: &Env) -> Fact<Event> {
     let source = env
         .get("CI_PIPELINE_SOURCE")
@@ -38,7 +38,7 @@ fn event(env: &Env) -> Fact<Event> {
         "web" => Event::WorkflowDispatch,
         "api" | "trigger" => Event::RepositoryDispatch,
         "merge_request_event" | "external_pull_request_event" => Event::PullRequest,
-        // Ours are words of the table; GitLab's own others must not become one of them by chance.
+        // The prefix keeps GitLab's other sources from having the name of another CI's event by chance.
         other => Event::Other(format!("gitlab:{other}")),
     };
     let trusted = matches!(
@@ -58,7 +58,7 @@ fn event(env: &Env) -> Fact<Event> {
     }
 }
 
-/// The path, which may have groups in groups; its two halves must say the same where they are told.
+/// The project's path, which may have nested groups. Where its two halves are given as well, they must agree with it.
 fn repository(env: &Env) -> Fact<String> {
     let path = plain(env, "CI_PROJECT_PATH", FactName::Repository)?;
     if path.split('/').count() < 2 || path.split('/').any(str::is_empty) {
@@ -79,8 +79,8 @@ fn repository(env: &Env) -> Fact<String> {
     }
 }
 
-/// A branch or a tag, told twice: by its own variable, and by `CI_COMMIT_REF_NAME`. A pipeline whose
-/// ref nobody calls protected or not is not one of GitLab's.
+/// A branch or a tag. Its name comes from two variables, which must agree: its own, and `CI_COMMIT_REF_NAME`. GitLab
+/// always sets `CI_COMMIT_REF_PROTECTED`, so an environment without it is not GitLab's.
 fn git_ref(env: &Env) -> Fact<String> {
     let name = plain(env, "CI_COMMIT_REF_NAME", FactName::Ref)?;
     let protected = env
@@ -116,7 +116,7 @@ fn git_ref(env: &Env) -> Fact<String> {
     Ok(format!("refs/{folder}/{name}"))
 }
 
-/// GitLab runs nothing for a ref that is gone; a commit of zeros would be one.
+/// Whether the commit is all zeros, which stands for a removed ref. GitLab runs no pipeline for one.
 fn removes_ref(env: &Env) -> Fact<bool> {
     let commit = env
         .get("CI_COMMIT_SHA")
@@ -130,7 +130,8 @@ fn removes_ref(env: &Env) -> Fact<bool> {
     }
 }
 
-/// A variable that holds only what git lets a ref hold, so that it can be shown and compared as it is.
+/// A variable's value that has only the characters that git allows in a ref, so that it can be shown and compared as it
+/// is.
 fn plain(env: &Env, variable: &str, name: FactName) -> Fact<String> {
     let claimed = env.get(variable).ok_or(Doubt::Missing(name))?;
     if claimed
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_in_two_ways_is_in_doubt() {
+    fn a_fact_with_two_values_is_in_doubt() {
         assert!(with(&[("CI_COMMIT_TAG", "main")]).git_ref.is_err());
         assert!(with(&[("CI_COMMIT_REF_NAME", "other")]).git_ref.is_err());
         assert!(with(&[("CI_COMMIT_REF_PROTECTED", "yes")]).git_ref.is_err());
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn no_word_of_gitlabs_becomes_another_cis_event_by_chance() {
+    fn no_source_of_gitlabs_becomes_another_cis_event_by_chance() {
         for source in [
             "workflow_dispatch",
             "merge_group",

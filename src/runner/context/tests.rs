@@ -5,7 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// A job of GitHub's: a push to `main`, with every fact in place.
+/// A job of GitHub's: a push to `main`, with all its facts.
 struct World {
     folder: TempDir,
     variables: Vec<(&'static str, String)>,
@@ -300,7 +300,7 @@ fn a_recorded_event_stands_in_for_the_job() {
         Facts::Job(job) => *job,
         other => panic!("no job: {other:?}"),
     };
-    // Outside of a job the payload's word on the repository is enough …
+    // Outside of a job the payload's repository is used as it is …
     let outside = Env::default();
     assert_eq!(
         read(&outside, &record).repository.as_deref(),
@@ -314,7 +314,7 @@ fn a_recorded_event_stands_in_for_the_job() {
         ..record.clone()
     };
     assert_eq!(read(&other, &flag).repository.as_deref(), Ok("octo/repo"));
-    // The environment's word on its own ref says nothing of another ref.
+    // The environment's facts about its own ref do not apply to another ref.
     let protected = Env::from_pairs([("GITHUB_REF_PROTECTED", "true"), ("GITHUB_REF_TYPE", "tag")]);
     let job = read(&protected, &record);
     assert_eq!(
