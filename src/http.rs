@@ -1,5 +1,5 @@
-//! HTTP clients: rustls on ring, a resolver of their own, trusted roots, bounded waits. This module owns how bytes reach
-//! a host; its callers own the requests.
+//! HTTP clients: rustls on ring, a resolver of their own, trusted roots, bounded waits. This module owns how bytes
+//! reach a host; its callers own the requests.
 
 mod direct;
 mod trust;
@@ -119,6 +119,7 @@ fn builder(tls: rustls::ClientConfig) -> reqwest::ClientBuilder {
 fn tls(roots: &Roots) -> Result<rustls::ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = trust::Verifier::new(roots.clone(), Arc::clone(&provider));
+    // The verifier delegates to rustls' own, so nothing is weakened in spite of `dangerous`.
     let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(Error::Tls)?
@@ -155,16 +156,19 @@ impl Names {
     /// When the name cannot be resolved. Only the resolver's own timeouts apply; callers with a tighter deadline add
     /// their own.
     pub async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, LookupError> {
+        // In URLs, IPv6 addresses are in brackets.
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         if let Ok(address) = bare.parse() {
             return Ok(vec![address]);
         }
+        // Always loopback, without a resolver (RFC 6761, 6.3).
         if bare.eq_ignore_ascii_case("localhost") {
             return Ok(vec![
                 IpAddr::from([127, 0, 0, 1]),
                 IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]),
             ]);
         }
+        // Without a resolver only `/etc/hosts` can know the name.
         let Some(resolver) = self.0.get_or_init(system_resolver) else {
             return hosts_file(bare).ok_or_else(|| LookupError::NoResolver(bare.to_owned()));
         };
@@ -200,6 +204,7 @@ pub async fn reach(
     within: Duration,
 ) -> Result<(), ReachError> {
     let connect = async {
+        // All addresses are tried, such as IPv6 and IPv4. The last error is reported.
         let mut refused = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
         for address in names.lookup(host).await? {
             match tokio::net::TcpStream::connect((address, port)).await {
@@ -248,6 +253,7 @@ impl reqwest::dns::Resolve for Names {
         let names = self.clone();
         Box::pin(async move {
             let found = names.lookup(name.as_str()).await?;
+            // reqwest replaces port 0 by the port of the URL.
             let addresses: reqwest::dns::Addrs =
                 Box::new(found.into_iter().map(|address| SocketAddr::new(address, 0)));
             Ok(addresses)
@@ -271,6 +277,7 @@ pub enum Layer {
 /// The layer at which `error` arose, found in its chain of causes.
 pub fn layer(error: &reqwest::Error) -> Layer {
     let causes = causes(error);
+    // For reqwest, failed look-ups and handshakes are connection errors as well, so they are recognised first.
     if causes.iter().any(|cause| cause.is::<LookupError>()) {
         Layer::Name
     } else if causes.iter().any(|cause| is_tls(*cause)) {
@@ -282,8 +289,8 @@ pub fn layer(error: &reqwest::Error) -> Layer {
     }
 }
 
-/// Whether a cause is a TLS error. `io::Error` hides the error that it wraps from `source()`, and TLS errors are wrapped
-/// twice, so they are unwrapped here.
+/// Whether a cause is a TLS error. `io::Error` hides the error that it wraps from `source()`, and TLS errors are
+/// wrapped twice, so they are unwrapped here.
 fn is_tls(cause: &(dyn StdError + 'static)) -> bool {
     if cause.is::<rustls::Error>() {
         return true;
@@ -305,6 +312,7 @@ pub fn chain(error: reqwest::Error) -> String {
         if empty && cause.source().is_some() {
             continue;
         }
+        // Many errors repeat the message of the error that they wrap.
         if !parts.iter().any(|part| part.contains(&text)) {
             parts.push(text);
         }

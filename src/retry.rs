@@ -27,10 +27,12 @@ impl Policy {
         if attempt >= self.attempts {
             return None;
         }
+        // The exponent is limited only to keep the shift in range; `cap` limits the wait long before.
         let ceiling = self
             .base
             .saturating_mul(1 << (attempt.saturating_sub(1)).min(16))
             .min(self.cap);
+        // Full jitter: clients that failed at the same moment do not return at the same moment.
         let jittered = ceiling.mul_f64(fastrand::f64());
         Some(retry_after.unwrap_or_default().max(jittered).min(self.cap))
     }

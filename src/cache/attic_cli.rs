@@ -91,6 +91,7 @@ impl fmt::Display for Client {
 /// # Errors
 /// When no place has a client: the reason for each, as a sentence for people.
 pub async fn find(search: &Search<'_>) -> Result<Client, String> {
+    // A client on `PATH` needs no download, so it comes first.
     if let Some(program) = on_path(search.env, "attic") {
         return Ok(Client {
             program,
@@ -142,8 +143,10 @@ async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result
         "--builders",
         "",
         "--json",
+        // The caller's checkout must not change.
         "--no-write-lock-file",
     ]);
+    // Without the link, a garbage collection during the job could delete the client.
     let output = tool
         .arg("--out-link")
         .arg(&link)
@@ -156,6 +159,7 @@ async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result
     let answer: Value =
         serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())?;
     let outputs = answer.pointer("/0/outputs").and_then(Value::as_object);
+    // Not every output has the program; one may have only the manual.
     let folders = outputs
         .into_iter()
         .flat_map(|outputs| outputs.values())
@@ -233,6 +237,7 @@ impl Destination for AtticCli {
     ) -> Pending<'a, Uploaded> {
         Box::pin(async move {
             let uploaded = self.batches.submit(info.clone()).await?;
+            // The client reports no progress, so a path's bytes count once it has arrived.
             counter.add(info.nar_size);
             Ok(uploaded)
         })
@@ -281,7 +286,9 @@ impl Push {
             Ok(()) => return infos.iter().map(|_| Ok(Uploaded::Stored)).collect(),
             Err(text) => text,
         };
+        // The client's exit code covers the batch as a whole; the server knows about each path.
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
+        // If the cache cannot be queried, no path counts as published, and all are tried again.
         let missing = self
             .missing(&paths)
             .await
@@ -304,6 +311,7 @@ impl Push {
         let cache = format!("{SERVER}:{}", self.attic.endpoint().cache);
         let tool = Tool::new(&self.program)
             .envs(self.nix.variables())
+            // The client finds its configuration here, so the token is in no argument and in no variable.
             .env("HOME", &self.home)
             .env("XDG_CONFIG_HOME", &self.home)
             .args([
@@ -349,7 +357,7 @@ fn is_unknown(error: &Error) -> bool {
 
 /// Whether the server has the built-in client's protocol, judged by one query. A server that is unavailable or refuses
 /// the token is assumed to have it.
-pub async fn speaks_attic(attic: &Attic) -> bool {
+pub async fn has_attic_api(attic: &Attic) -> bool {
     match attic.missing_paths(&[]).await {
         Ok(_) => true,
         Err(error) => !is_unknown(&error),

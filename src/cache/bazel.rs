@@ -16,7 +16,7 @@ use crate::http::{self, Roots};
 use crate::text::one_line;
 
 /// The largest response that is read, in bytes.
-const ANSWER_LIMIT: usize = 256 * 1024;
+const RESPONSE_LIMIT: usize = 256 * 1024;
 /// SHA-256 of nothing. Any content-addressed store responds to it: with the empty blob or with 404.
 const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 const CALL: &str = "build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
@@ -87,12 +87,12 @@ impl BazelProber {
             404 => {}
             200 | 204 if body.is_empty() => {}
             200 | 204 => {
-                return Err(answer(
+                return Err(bad_response(
                     "it serves something else for the empty blob, so it is no Bazel cache",
                 ));
             }
             401 | 403 => return Err(unauthorised(&format!("the server answered {status}"))),
-            _ => return Err(answer(&format!("the server answered {status}"))),
+            _ => return Err(bad_response(&format!("the server answered {status}"))),
         }
         Ok(Capabilities {
             cache: true,
@@ -119,15 +119,16 @@ impl BazelProber {
             200 => {}
             401 | 403 => return Err(unauthorised(&format!("the server answered {status}"))),
             _ => {
-                return Err(answer(&format!(
+                return Err(bad_response(&format!(
                     "the server answered {status}, which is no gRPC"
                 )));
             }
         }
         let (trailers, body) = read(response.into()).await?;
         grpc_status(&headers).and_then(|()| trailers.as_ref().map_or(Ok(()), grpc_status))?;
-        parse(&body)
-            .ok_or_else(|| answer("its answer is no message of the remote execution protocol"))
+        parse(&body).ok_or_else(|| {
+            bad_response("its answer is no message of the remote execution protocol")
+        })
     }
 }
 
@@ -138,8 +139,8 @@ fn below(endpoint: &Url, scheme: &str, path: &str) -> Result<Url, Failure> {
         .as_str()
         .split_once(':')
         .map_or("", |(_, rest)| rest);
-    let mut url =
-        Url::parse(&format!("{scheme}:{rest}")).map_err(|error| answer(&error.to_string()))?;
+    let mut url = Url::parse(&format!("{scheme}:{rest}"))
+        .map_err(|error| bad_response(&error.to_string()))?;
     url.set_path(&format!("{}/{path}", endpoint.path().trim_end_matches('/')));
     url.set_query(None);
     url.set_fragment(None);
@@ -149,11 +150,11 @@ fn below(endpoint: &Url, scheme: &str, path: &str) -> Result<Url, Failure> {
 async fn read(
     response: axum::http::Response<reqwest::Body>,
 ) -> Result<(Option<HeaderMap>, Bytes), Failure> {
-    let body = Limited::new(response.into_body(), ANSWER_LIMIT);
+    let body = Limited::new(response.into_body(), RESPONSE_LIMIT);
     let collected = body
         .collect()
         .await
-        .map_err(|error| answer(&format!("its answer broke off: {error}")))?;
+        .map_err(|error| bad_response(&format!("its answer broke off: {error}")))?;
     let trailers = collected.trailers().cloned();
     Ok((trailers, collected.to_bytes()))
 }
@@ -169,12 +170,13 @@ fn grpc_status(headers: &HeaderMap) -> Result<(), Failure> {
     };
     let message = one_line(text("grpc-message"), 200);
     match text("grpc-status") {
+        // Status codes of gRPC: 7 permission denied, 16 unauthenticated, 12 unimplemented.
         "" | "0" => Ok(()),
         "7" | "16" => Err(unauthorised(&format!(
             "the server refuses the call: {message}"
         ))),
-        "12" => Err(answer("it speaks gRPC, but is no Bazel remote cache")),
-        number => Err(answer(&format!(
+        "12" => Err(bad_response("it speaks gRPC, but is no Bazel remote cache")),
+        number => Err(bad_response(&format!(
             "the call failed with gRPC status {}: {message}",
             one_line(number, 10)
         ))),
@@ -185,6 +187,7 @@ fn grpc_status(headers: &HeaderMap) -> Result<(), Failure> {
 fn parse(body: &[u8]) -> Option<Capabilities> {
     let (head, message) = body.split_first_chunk::<5>()?;
     let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
+    // A compressed message (1) was not requested.
     let mut message = message.get(..length).filter(|_| head[0] == 0)?;
     let mut found = Capabilities {
         cache: false,
@@ -193,6 +196,7 @@ fn parse(body: &[u8]) -> Option<Capabilities> {
     while !message.is_empty() {
         let tag = varint(&mut message)?;
         // Only the presence of a field counts; its content is skipped by its wire type.
+        // Wire types: 0 is a varint, 1 has 64 bits, 2 has a length in front, 5 has 32 bits.
         match tag & 7 {
             0 => drop(varint(&mut message)?),
             1 => message = message.get(8..)?,
@@ -211,6 +215,7 @@ fn parse(body: &[u8]) -> Option<Capabilities> {
 
 fn varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut number = 0_u64;
+    // Seven bits in each byte, the lowest first. The high bit marks that more follow.
     for shift in (0..64).step_by(7) {
         let (byte, rest) = bytes.split_first()?;
         *bytes = rest;
@@ -235,7 +240,7 @@ fn broken(error: reqwest::Error) -> Failure {
     }
 }
 
-fn answer(text: &str) -> Failure {
+fn bad_response(text: &str) -> Failure {
     Failure {
         layer: "answer",
         text: text.to_owned(),

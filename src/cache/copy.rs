@@ -153,6 +153,7 @@ impl StoreCopy {
     /// # Errors
     /// When it does not.
     pub async fn ping(nix: &Nix, url: &StoreUrl, limit: Duration) -> Result<(), Error> {
+        // Nix's own retries would use up the limit.
         let quick = [
             "--option",
             "download-attempts",
@@ -202,6 +203,7 @@ impl Destination for StoreCopy {
 
     fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>> {
         Box::pin(async move {
+            // An empty query checks the store itself.
             if paths.is_empty() {
                 Self::ping(&self.calls.nix, &self.calls.url, LOOK_LIMIT).await?;
             }
@@ -228,6 +230,7 @@ impl Destination for StoreCopy {
                 &self.small
             };
             let uploaded = batches.submit(info.clone()).await?;
+            // Nix reports no progress here, so a path's bytes count once it has been copied.
             counter.add(info.nar_size);
             Ok(uploaded)
         })

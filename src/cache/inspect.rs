@@ -140,9 +140,8 @@ impl Inspector {
         found.partition(|finding| self.ruling(info, finding.rule) == Ruling::Withhold)
     }
 
-    /// References that are not valid, and valid store paths that the content mentions without a reference: a host
-    /// that fetches the path would not get them. A store derivation is exempt from the second: it mentions its outputs, which
-    /// are no references.
+    /// References that are not valid, and valid store paths that the content mentions without a reference: a host that
+    /// fetches the path would not get them.
     async fn dangling(&self, info: &PathInfo, looked: &Looked) -> Vec<Finding> {
         let Some(store) = self
             .store
@@ -158,6 +157,7 @@ impl Inspector {
             .cloned()
             .collect();
         let own = info.path.hash();
+        // A path that refers to nothing and mentions only itself needs no query of the store.
         if others.is_empty() && looked.mentions.keys().all(|hash| *hash == own) {
             return Vec::new();
         }
@@ -165,6 +165,7 @@ impl Inspector {
         let Ok(known) = store.closure(std::slice::from_ref(&info.path)).await else {
             return Vec::new();
         };
+        // Paths whose facts cannot be parsed are in the closure all the same.
         let unreadable = known
             .unreadable
             .iter()
@@ -184,27 +185,37 @@ impl Inspector {
                 )
             })
             .collect();
-        if info.path.is_derivation() {
-            return found;
-        }
-        let outside = looked
-            .mentions
-            .iter()
-            .filter(|(hash, _)| !closure.contains(*hash) && **hash != info.path.hash());
-        let outside: BTreeMap<&PathHash, _> = outside.collect();
-        let hashes: Vec<PathHash> = outside.keys().map(|hash| (*hash).clone()).collect();
-        // A mention counts only if the store has such a path: other text can look like a hash.
-        for path in store.valid_of(hashes).await.unwrap_or_default() {
-            if let Some((file, offset)) = outside.get(&path.hash()) {
-                let what = format!("`{path}`, which is not in its closure");
-                found.push(Finding {
-                    rule: Rule::Dangling,
-                    file: file.clone(),
-                    offset: *offset,
-                    what,
-                });
-            }
+        // A store derivation mentions its outputs, which are no references.
+        if !info.path.is_derivation() {
+            found.extend(unreferenced(store, info, looked, &closure).await);
         }
         found
     }
+}
+
+/// Valid store paths outside the closure that the content mentions.
+async fn unreferenced(
+    store: &Store,
+    info: &PathInfo,
+    looked: &Looked,
+    closure: &BTreeSet<PathHash>,
+) -> Vec<Finding> {
+    let outside = looked
+        .mentions
+        .iter()
+        .filter(|(hash, _)| !closure.contains(*hash) && **hash != info.path.hash());
+    let outside: BTreeMap<&PathHash, _> = outside.collect();
+    let hashes: Vec<PathHash> = outside.keys().map(|hash| (*hash).clone()).collect();
+    // A mention counts only if the store has such a path: other text can look like a hash.
+    let valid = store.valid_of(hashes).await.unwrap_or_default();
+    let found = valid.iter().filter_map(|path| {
+        let (file, offset) = outside.get(&path.hash())?;
+        Some(Finding {
+            rule: Rule::Dangling,
+            file: file.clone(),
+            offset: *offset,
+            what: format!("`{path}`, which is not in its closure"),
+        })
+    });
+    found.collect()
 }

@@ -184,6 +184,7 @@ impl Folder {
                 .or_else(|| file.metadata().ok()?.modified().ok().map(seconds))
                 .unwrap_or_default();
             let is_old = begun.saturating_add(AGE_LIMIT_SECONDS) < now;
+
             if is_old && read.youngest().saturating_add(AGE_LIMIT_SECONDS) < now {
                 let _ = fs::remove_file(&path);
             } else if read.cache.as_deref() == Some(cache) {
@@ -312,8 +313,8 @@ impl OpenJournal {
             .expect("nothing panics while it holds this lock")
     }
 
-    /// Each line is written by one call and starts with a line break, so that a line that a full disk has cut short does
-    /// not spoil the next one.
+    /// Each line is written by one call and starts with a line break, so that a line that a full disk has cut short
+    /// does not spoil the next one.
     fn write(&self, entry: &Entry) -> io::Result<()> {
         let line = entry.to_line();
         if self.size.fetch_add(line.len() as u64, Ordering::Relaxed) > SIZE_LIMIT {

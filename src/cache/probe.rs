@@ -21,7 +21,7 @@ const RETRY_DELAY: Duration = Duration::from_millis(250);
 /// The timeout for all layers together. The job's command waits for the probe.
 pub const DEADLINE: Duration = Duration::from_secs(3);
 /// The largest response that is read, in bytes.
-const ANSWER_LIMIT: usize = 256 * 1024;
+const RESPONSE_LIMIT: usize = 256 * 1024;
 
 /// The layers that have to work, from the lowest to the highest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -100,7 +100,8 @@ pub async fn probe(
         limit,
     };
     // The name and the connection are tried separately for their times, and to find the failing layer when the server
-    // does not respond. Only the request decides: behind a proxy this host may have no name and no route for the server.
+    // does not respond. Only the request decides: behind a proxy this host may have no name and no route for the
+    // server.
     let (connected, anonymous) = tokio::join!(
         connect(&endpoint.server, names, began, deadline),
         prober.info(None)
@@ -110,6 +111,7 @@ pub async fn probe(
         ..Probe::default()
     };
     let info = match (anonymous, token) {
+        // 404, too: a server may hide a private cache from requests without a token.
         (Err(Failure::Answer(401 | 403 | 404, _)), Some(token)) => prober.info(Some(token)).await,
         (answer, _) => {
             probe.public = answer.is_ok();
@@ -122,6 +124,7 @@ pub async fn probe(
     }
     match info.map_err(|failure| prober.explain(failure, token.is_some(), &probe.layers)) {
         Err((layer, text)) => {
+            // A failure below this layer means that the response was none of a cache: a web page, or a redirect.
             probe.answers &= layer >= Layer::Authorised;
             probe.failed = Some((layer, text));
         }
@@ -131,6 +134,7 @@ pub async fn probe(
                 .layers
                 .extend([(Layer::Authorised, known), (Layer::Cache, known)]);
             probe.usable = true;
+            // A public cache needs no token, so it gets none.
             probe.config = prober.config(token.filter(|_| !probe.public)).await;
         }
     }
@@ -210,6 +214,7 @@ impl Prober<'_> {
                 );
                 Err(Failure::Foreign(Layer::Cache, text))
             }
+            // Such as the login page of something in front of the cache.
             None if text.trim_start().starts_with('<') => Err(Failure::Foreign(
                 Layer::Http,
                 "it answers with a web page".to_owned(),
@@ -232,6 +237,7 @@ impl Prober<'_> {
     /// Repeats a request that failed by chance: one bad response must not cost the job its cache.
     async fn get_with_retry(&self, url: Url, token: Option<&Secret>) -> Result<Vec<u8>, Failure> {
         let first = self.get(url.clone(), token).await;
+        // Overload, server errors and broken connections pass; refusals and wrong addresses do not.
         let by_chance = match &first {
             Err(Failure::Answer(status, _)) => matches!(status, 429 | 500..),
             Err(Failure::Request(layer, _)) => *layer == Some(Layer::Http),
@@ -249,12 +255,14 @@ impl Prober<'_> {
         let mut request = self.client.get(url);
         if let Some(token) = token {
             let text = zeroize::Zeroizing::new(format!("Bearer {}", token.expose()));
+            // Counts as a refusal by the server, so that the hint is about the token.
             let mut value = HeaderValue::from_str(&text).map_err(|_| {
                 Failure::Answer(
                     401,
                     "the token holds characters that cannot be sent".to_owned(),
                 )
             })?;
+            // Keeps the token out of debug output.
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }
@@ -267,7 +275,7 @@ impl Prober<'_> {
             .map_err(broken)?;
         let (status, headers) = (response.status(), response.headers().clone());
         let mut body = Vec::new();
-        while body.len() < ANSWER_LIMIT {
+        while body.len() < RESPONSE_LIMIT {
             match timeout_at(self.deadline, response.chunk())
                 .await
                 .map_err(|_| timed_out())?
@@ -319,6 +327,7 @@ impl Prober<'_> {
                 (Layer::Tls, text)
             }
             Failure::Request(Some(layer), text) => (layer, text),
+            // A timeout has no layer of its own: the first layer that was not reached is the one that hangs.
             Failure::Request(None, _) => {
                 let layer = [Layer::Name, Layer::Connect]
                     .into_iter()

@@ -129,6 +129,7 @@ pub async fn verify(
         tokio::spawn(async move { look_up_all(&*from, paths, &options, deadline, &cancel).await });
     match AbortOnDropHandle::new(work).await {
         Ok(verification) => verification,
+        // The task is never aborted while this waits for it, so the error is a panic.
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
@@ -162,6 +163,7 @@ async fn look_up_all(
             }
         })
         .collect();
+    // `buffered` keeps the order, so that each verdict belongs to its path.
     let width = from.concurrency().unwrap_or(options.lookups).max(1);
     let verdicts: Vec<Verdict> = stream::iter(checks).buffered(width).collect().await;
     Verification {
@@ -220,6 +222,7 @@ impl Check<'_> {
                 Ok(Some(verdict)) => return verdict,
                 Err(error) => match error.action() {
                     Action::Retry { after, .. } => (Verdict::Unverified(error.to_string()), after),
+                    // A token may push without the right to read, so this is not held against the cache.
                     Action::Stop => {
                         return Verdict::Unverified(format!("it may not be read: {error}"));
                     }
@@ -270,6 +273,7 @@ fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
             served.nar_size, info.nar_size
         ));
     }
+    // As sets: a server may store the references in another order.
     let sorted = |paths: &[crate::nix::store_path::StorePath]| {
         let mut paths = paths.to_vec();
         paths.sort_unstable();

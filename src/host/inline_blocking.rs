@@ -56,6 +56,7 @@ impl AdaptiveBlocking {
         if long {
             return tokio::task::spawn_blocking(work).await;
         }
+        // Never on the only worker: a disk that hangs would stop all tasks.
         if !self.is_slow()
             && Handle::current().metrics().num_workers() > 1
             && let Ok(Ok(_turn)) = timeout(TURN_TIMEOUT, self.turn.acquire()).await

@@ -47,6 +47,7 @@ impl Cgroup {
         for line in text.lines() {
             let mut parts = line.splitn(3, ':');
             let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+            // On a hybrid host the memory controller belongs to version 1, so its line decides.
             if controllers.split(',').any(|name| name == "memory") {
                 let folder = nearest(
                     &root.join("sys/fs/cgroup/memory"),
@@ -246,6 +247,7 @@ fn number(folder: &Path, file: &str) -> Option<u64> {
 
 /// The lowest limit of the folder and its ancestors. `max` and absurdly high values count as none.
 fn limit(folder: &Path, file: &str) -> Option<u64> {
+    // A limit of any ancestor applies as well. Above the mount point there is no such file.
     let values = folder
         .ancestors()
         .map_while(|folder| folder.join(file).is_file().then(|| number(folder, file)));

@@ -31,9 +31,9 @@ pub struct Notify {
 }
 
 impl Notify {
-    /// Begins to watch `folder`; `on_event` is called for each event, on a thread of its own. After each burst of events
-    /// the watch is removed for `pause`, and what happens in that time is not reported: a process that writes all the
-    /// time would pay for each event.
+    /// Begins to watch `folder`; `on_event` is called for each event, on a thread of its own. After each burst of
+    /// events the watch is removed for `pause`, and what happens in that time is not reported: a process that writes
+    /// all the time would pay for each event.
     ///
     /// # Errors
     /// When the folder does not exist or the kernel has no watches left.

@@ -141,6 +141,7 @@ fn own_folder(ours: &Path) -> Result<(), PrivateError> {
             });
         }
     }
+    // A symbolic link is not followed: it could lead to a folder of another user's choice.
     let found = fs::symlink_metadata(ours).map_err(|source| PrivateError::Make {
         folder: ours.to_owned(),
         source,

@@ -1,5 +1,5 @@
-//! Connections for callers with an HTTP implementation of their own: directly to the server, never through a proxy. This
-//! module owns names, sockets and TLS, but none of the bytes that are exchanged.
+//! Connections for callers with an HTTP implementation of their own: directly to the server, never through a proxy.
+//! This module owns names, sockets and TLS, but none of the bytes that are exchanged.
 
 use std::fmt;
 use std::io;
@@ -58,6 +58,7 @@ impl fmt::Debug for Direct {
 
 impl Direct {
     pub(super) fn new(mut tls: rustls::ClientConfig) -> Self {
+        // The callers implement HTTP/1.1 only.
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
         // The rules and variables that reqwest uses for the other clients.
         let proxies = Arc::new(Matcher::from_env());
@@ -108,6 +109,7 @@ impl Direct {
         if url.scheme() != "https" {
             return Ok(Box::new(stream));
         }
+        // A certificate has an IPv6 address without the brackets of the URL.
         let bare = host
             .trim_start_matches('[')
             .trim_end_matches(']')

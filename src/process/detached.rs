@@ -13,8 +13,8 @@ use tokio::process::{Child, Command};
 /// are closed on exec.
 const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; exec "$0" "$@""#;
 
-/// Starts `program` with `arguments`, without the variables in `without`; its standard error goes to `log`. Its standard
-/// input and output are pipes to the caller. The program must call [`leave_session`] first.
+/// Starts `program` with `arguments`, without the variables in `without`; its standard error goes to `log`. Its
+/// standard input and output are pipes to the caller. The program must call [`leave_session`] first.
 ///
 /// # Errors
 /// When it cannot be started.

@@ -122,6 +122,7 @@ async fn read_line(
         let (part, used) = end.map_or((bytes, bytes.len()), |end| (&bytes[..end], end + 1));
         let room = LINE_LIMIT.saturating_sub(held.0.len()).min(part.len());
         held.0.extend_from_slice(&part[..room]);
+        // Bytes are consumed and kept without a wait in between, so that dropping this future loses none.
         pipe.consume(used);
         if end.is_some() {
             return Ok(Some(take(held)));

@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn last_words_explain_an_end() {
+    async fn the_end_of_stderr_explains_an_exit() {
         let mut service = shell("echo no socket >&2; exit 1");
         let ended = tokio::time::timeout(Duration::from_secs(10), service.child.wait())
             .await

@@ -120,6 +120,7 @@ impl Supervised {
     /// # Errors
     /// When the command cannot be started. The failure of the command itself is not an error.
     pub async fn run(self, signals: &mut Signals) -> Result<CommandExit, SuperviseError> {
+        // Before the command starts, so that none of its orphans is missed.
         orphans::adopt();
         let begun = Instant::now();
         let (mut child, _registered) = self.start()?;
@@ -130,6 +131,7 @@ impl Supervised {
         let (status, stopped) = attend(&mut child, group, signals)
             .await
             .map_err(SuperviseError::Wait)?;
+        // Measured here, because the time to end orphans does not belong to the command.
         let lasted = begun.elapsed();
         let left = orphans::end(group).await;
         let signal = status.signal();
@@ -153,6 +155,7 @@ impl Supervised {
         if io::stdin().is_terminal() {
             command.stdin(Stdio::null());
         }
+        // In a group of its own, a signal reaches the command and all its children, but not this program.
         command.process_group(0);
         own::spawn(&mut command).map_err(|source| SuperviseError::Start {
             program: self.program.clone(),
@@ -187,6 +190,7 @@ async fn attend(
         .into_iter()
         .peekable();
     loop {
+        // The schedule starts with the first request to stop.
         let due = stopped.and_then(|(_, at)| steps.peek().map(|(after, _)| at + *after));
         let event = tokio::select! {
             status = child.wait() => SuperviseEvent::Exited(status),

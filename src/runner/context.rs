@@ -1,6 +1,6 @@
-//! The facts of a GitHub job, from the environment and the event payload: the event, the repository, the ref. This module
-//! reads and compares them. A fact that is missing, unreadable or contradictory stays in doubt; none is ever guessed.
-//! `trust` decides what follows.
+//! The facts of a GitHub job, from the environment and the event payload: the event, the repository, the ref. This
+//! module reads and compares them. A fact that is missing, unreadable or contradictory stays in doubt; none is ever
+//! guessed. `trust` decides what follows.
 
 use std::path::{Path, PathBuf};
 
@@ -63,8 +63,8 @@ pub fn github_api(env: &Env) -> Url {
     named.unwrap_or_else(|| Url::parse("https://api.github.com").expect("a constant that is a URL"))
 }
 
-/// The repository and the commit that this job's Check Runs belong to. For a pull request that is the head of its branch,
-/// because the job has checked out a merge commit. `None` outside of a job.
+/// The repository and the commit that this job's Check Runs belong to. For a pull request that is the head of its
+/// branch, because the job has checked out a merge commit. `None` outside of a job.
 pub fn commit(env: &Env) -> Option<(String, String)> {
     let repository = env.get("GITHUB_REPOSITORY")?.to_owned();
     let of_branch = || {
@@ -90,6 +90,7 @@ pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, UsageError> {
     }
     let claims = EnvClaims::from_env(env).or_recorded(recorded);
     let payload_file = claims.event_path.as_deref().map(event::read);
+    // A file that the user named is an input, and its absence a usage error. The job's own file is only a fact.
     if let (Some(file), Some(Err(error))) = (&recorded.event_path, &payload_file)
         && error.is_about_the_file()
     {
@@ -129,8 +130,8 @@ const OTHER_CI: [(&str, &str); 7] = [
     ("DRONE", "Drone"),
 ];
 
-/// A single variable of a CI is enough to count as that CI. The facts are then required, so that a job cannot pass for a
-/// person's machine.
+/// A single variable of a CI is enough to count as that CI. The facts are then required, so that a job cannot pass for
+/// a person's machine.
 fn ci_provider(env: &Env) -> CiProvider {
     const GITHUB: [&str; 4] = [
         "GITHUB_ACTIONS",
@@ -204,6 +205,7 @@ impl EnvClaims {
     fn or_recorded(mut self, recorded: &Recorded) -> Self {
         if recorded.git_ref.is_some() {
             self.git_ref.clone_from(&recorded.git_ref);
+            // Both describe the job's own ref.
             (self.ref_type, self.ref_protected) = (None, false);
         }
         self.ref_protected = recorded.ref_protected.unwrap_or(self.ref_protected);
@@ -281,6 +283,7 @@ impl EnvClaims {
         let claimed = claimed
             .filter(|name| !name.is_empty())
             .ok_or(Doubt::Missing(FactName::DefaultBranch))?;
+        // A recorded default branch fills a gap in the payload, but must not contradict it.
         match self.default_branch.as_deref() {
             _ if !is_plain(claimed) => Err(unreadable(
                 FactName::DefaultBranch,
@@ -306,6 +309,7 @@ impl EnvClaims {
                 "a full ref such as `refs/heads/main`",
             ));
         }
+        // A second source for the kind of ref, which has to agree with the prefix.
         let of_its_kind = match self.ref_type.as_deref() {
             Some("branch") => !claimed.starts_with("refs/tags/"),
             Some("tag") => claimed.starts_with("refs/tags/"),
@@ -328,6 +332,7 @@ impl EnvClaims {
                 agree(FactName::Ref, claimed, payload.git_ref.as_deref())
             }
             Some(Event::MergeGroup) => agree(FactName::Ref, claimed, payload.queue_ref.as_deref()),
+            // The payload of a schedule may lack the ref; one that is there has to agree.
             Some(Event::Schedule) => agree(
                 FactName::Ref,
                 claimed,
@@ -383,8 +388,8 @@ fn unreadable(name: FactName, claimed: &str, expected: &str) -> Doubt {
     }
 }
 
-/// Whether a name has only the characters that git allows in a ref (git-check-ref-format), so that it can be shown as it
-/// is.
+/// Whether a name has only the characters that git allows in a ref (git-check-ref-format), so that it can be shown as
+/// it is.
 fn is_plain(name: &str) -> bool {
     !name
         .chars()

@@ -187,6 +187,7 @@ impl Payload {
         field: &'static str,
         map: &mut A,
     ) -> Result<(), A::Error> {
+        // A mark counts even when its value is `null`: other events do not have the field at all.
         if MARKS.contains(&field) {
             self.marks.push(field);
         }

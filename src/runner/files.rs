@@ -50,6 +50,7 @@ impl Files {
     /// # Errors
     /// When the file cannot be appended to, or the folder's name has a line break in it.
     pub fn add_path(&self, folder: &Path) -> io::Result<()> {
+        // A line break would add a second folder.
         let name = folder.to_str().filter(|name| !name.contains(['\n', '\r']));
         let name = name.ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "not a folder name for PATH")
@@ -75,8 +76,8 @@ impl Files {
     }
 }
 
-/// Writes `name<<delimiter`, the value, and the delimiter. The delimiter is random, so that a value cannot contain it and
-/// set further outputs.
+/// Writes `name<<delimiter`, the value, and the delimiter. The delimiter is random, so that a value cannot contain it
+/// and set further outputs.
 fn append_pair(file: Option<&Path>, name: &str, value: &str) -> io::Result<()> {
     let mut delimiter = format!("flywheel_{:032x}", fastrand::u128(..));
     while value.contains(&delimiter) {

@@ -35,12 +35,14 @@ fn event(env: &Env) -> Fact<Event> {
     let event = match source {
         "push" => Event::Push,
         "schedule" => Event::Schedule,
+        // A person started the pipeline on GitLab's pages, as with GitHub's event for workflows.
         "web" => Event::WorkflowDispatch,
         "api" | "trigger" => Event::RepositoryDispatch,
         "merge_request_event" | "external_pull_request_event" => Event::PullRequest,
         // The prefix keeps GitLab's other sources from having the name of another CI's event by chance.
         other => Event::Other(format!("gitlab:{other}")),
     };
+    // Only these can publish. A merge request that claims to be one of them gives itself away by its own variables.
     let trusted = matches!(
         event,
         Event::Push | Event::Schedule | Event::WorkflowDispatch
@@ -83,6 +85,7 @@ fn repository(env: &Env) -> Fact<String> {
 /// always sets `CI_COMMIT_REF_PROTECTED`, so an environment without it is not GitLab's.
 fn git_ref(env: &Env) -> Fact<String> {
     let name = plain(env, "CI_COMMIT_REF_NAME", FactName::Ref)?;
+    // `job` reads the value; here it only has to be one that GitLab sets.
     let protected = env
         .get("CI_COMMIT_REF_PROTECTED")
         .ok_or(Doubt::Missing(FactName::Ref))?;

@@ -56,8 +56,8 @@ impl Workflow {
         self.in_job
     }
 
-    /// Makes the runner mask a secret in every form that a log could show. Must be called before anything else can print
-    /// it. Outside of GitHub Actions nothing would mask the secret, so nothing is printed.
+    /// Makes the runner mask a secret in every form that a log could show. Must be called before anything else can
+    /// print it. Outside of GitHub Actions nothing would mask the secret, so nothing is printed.
     pub fn mask(&self, secret: &Secret) {
         if self.in_job {
             for form in secret.forms() {
@@ -82,6 +82,7 @@ impl Workflow {
         if !self.in_job {
             return print_stderr(&format!("{word}: {title}: {message}"));
         }
+        // As a plain line the message loses its line breaks: the next line could begin with a workflow command.
         if self.count(level) <= SHOWN_PER_LEVEL {
             print_line(&format!(
                 "::{word} title={}::{}",
@@ -153,8 +154,8 @@ impl Workflow {
         }
     }
 
-    /// Makes the runner ignore commands, so that a build log cannot inject any, until [`Self::resume_commands`] is called
-    /// with the same token. The token must not be guessable.
+    /// Makes the runner ignore commands, so that a build log cannot inject any, until [`Self::resume_commands`] is
+    /// called with the same token. The token must not be guessable.
     pub fn stop_commands(&self, token: &Secret) {
         if self.in_job {
             print_line(&format!("::stop-commands::{}", token.expose()));

@@ -52,6 +52,7 @@ impl CacheConfig {
             .filter(|url| url.host() != endpoint.server.host())
             .filter_map(|url| url.host_str().map(str::to_owned))
             .collect();
+        // Both addresses usually have the same host.
         hosts.dedup();
         hosts
     }

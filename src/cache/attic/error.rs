@@ -110,12 +110,13 @@ pub enum Action {
 impl Error {
     pub fn action(&self) -> Action {
         match self {
+            // Above the connection the request may have arrived, and only the response be lost.
             Self::Unreachable { layer, .. } => Action::Retry {
                 after: None,
                 recheck: *layer == Layer::Http,
             },
-            // A gateway's error leaves open what the server behind it has done. A 500 comes from the server itself,
-            // which has then stored nothing.
+            // A gateway's error leaves open what the server behind it has done; 520 and above are Cloudflare's. A 500
+            // comes from the server itself, which has then stored nothing.
             Self::Busy {
                 status,
                 retry_after,
@@ -124,6 +125,7 @@ impl Error {
                 after: *retry_after,
                 recheck: matches!(status, 502 | 504 | 520..),
             },
+            // The program may have sent the path before it failed.
             Self::Tool { .. } => Action::Retry {
                 after: None,
                 recheck: true,
@@ -152,6 +154,7 @@ impl Error {
         let body = ErrorBody::parse(body);
         let text = body.text;
         match status {
+            // Redirects are not followed, so the configured address is wrong.
             300..=399 => Self::Refused {
                 status,
                 text: redirected(headers),
@@ -162,6 +165,7 @@ impl Error {
                 retry_after: retry_after(headers),
             },
             401 | 403 | 404 => Self::Refused { status, text },
+            // Attic has no status of its own for this; only the message shows it.
             400 if is_bad_nar(&text) => Self::BadNar(text),
             413 => Self::TooLarge {
                 // Attic's server responds in JSON, so HTML comes from something in front of it.
@@ -271,6 +275,7 @@ impl ErrorBody {
         let html = text.trim_start().starts_with('<');
         let text = match text.trim() {
             "" => "no text".to_owned(),
+            // In a proxy's error page the title has the message.
             _ if html => format!("HTML, {}", one_line(&title(&text), SHOWN_CHARACTERS)),
             text => one_line(text, SHOWN_CHARACTERS),
         };
@@ -301,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn each_answer_deserves_what_the_protocol_says() {
+    fn each_response_has_the_action_of_the_protocol() {
         let again = |recheck| Action::Retry {
             after: None,
             recheck,
@@ -333,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_speaks_for_itself() {
+    fn the_servers_message_is_shown() {
         assert_eq!(
             of(
                 403,

@@ -16,7 +16,7 @@ use crate::cache::attic::Error;
 use crate::cache::attic::http1::{Connection, Continue, Response};
 use crate::cache::attic::pool::{self, Pool};
 use crate::cache::attic::send::{
-    ANSWER_LIMIT, ByteCounter, HEADER_LIMIT, SendNar, StallTimeout, UploadRequest, Uploaded,
+    ByteCounter, HEADER_LIMIT, RESPONSE_LIMIT, SendNar, StallTimeout, UploadRequest, Uploaded,
     WholeBody, read_kind,
 };
 use crate::nix::nar::NarStream;
@@ -61,8 +61,8 @@ enum Attempt {
 }
 
 impl ExpectContinue {
-    /// `streaming` is the client for servers behind a proxy. `stall_timeout` does not cover the wait for `100 Continue`,
-    /// which has a timeout of its own.
+    /// `streaming` is the client for servers behind a proxy. `stall_timeout` does not cover the wait for `100
+    /// Continue`, which has a timeout of its own.
     pub fn new(pool: Arc<Pool>, streaming: reqwest::Client, stall_timeout: StallTimeout) -> Self {
         Self {
             pool,
@@ -75,6 +75,7 @@ impl ExpectContinue {
         if self.pool.is_proxied(&request.url) {
             return self.proxied.send(request).await;
         }
+        // A preamble is part of the body but is written together with the head, so it rules out waiting in between.
         let mode = if fits_header(&request.info) && request.size > EXPECT_THRESHOLD {
             BodyMode::AfterContinue
         } else {
@@ -131,16 +132,17 @@ impl ExpectContinue {
     /// One request; `reuse`: on an idle connection if there is one.
     async fn attempt(&self, request: &UploadRequest, mode: BodyMode, reuse: bool) -> Attempt {
         let idle = reuse
-            .then(|| self.pool.checkout(&request.url, ANSWER_LIMIT))
+            .then(|| self.pool.checkout(&request.url, RESPONSE_LIMIT))
             .flatten();
         let on_reused_connection = idle.is_some();
         let mut connection = match idle {
             Some(connection) => connection,
-            None => match self.pool.connect(&request.url, ANSWER_LIMIT).await {
+            None => match self.pool.connect(&request.url, RESPONSE_LIMIT).await {
                 Ok(connection) => connection,
                 Err(error) => return Attempt::Failed(Error::from_connect(&error)),
             },
         };
+        // A connection that stalls is dropped, and never returned to the pool.
         let exchange = exchange(&mut connection, request, mode);
         let attempt = tokio::select! {
             attempt = exchange => attempt,

@@ -92,7 +92,8 @@ impl Connection {
         self.reader.buffer.is_empty() && self.reader.half.read(&mut byte).now_or_never().is_none()
     }
 
-    /// Writes all bytes. Returns a response that arrives while they are written, or that explains why they could not be.
+    /// Writes all bytes. Returns a response that arrives while they are written, or that explains why they could not
+    /// be.
     pub async fn write(&mut self, bytes: &[u8]) -> io::Result<Option<Response>> {
         self.write_both(bytes, &[]).await
     }
@@ -114,6 +115,7 @@ impl Connection {
             head = reader.final_head() => reader.read_body(head?).await.map(Some),
             written = write => match written {
                 Ok(()) => Ok(None),
+                // A server that does not want the body responds, closes, and thereby breaks the write.
                 Err(error) => reader.response_after_failed_write(error).await.map(Some),
             },
         }
@@ -171,7 +173,8 @@ impl Reader {
         self.read_body(head).await
     }
 
-    /// The first head with a final status, 200 or higher. Cancel-safe: bytes stay in the buffer until a whole head is parsed.
+    /// The first head with a final status, 200 or higher. Cancel-safe: bytes stay in the buffer until a whole head is
+    /// parsed.
     async fn final_head(&mut self) -> io::Result<Head> {
         loop {
             let head = self.head().await?;
@@ -184,6 +187,7 @@ impl Reader {
     async fn head(&mut self) -> io::Result<Head> {
         loop {
             if let Some((head, length)) = parse(&self.buffer)? {
+                // The rest of the buffer belongs to the body, or to the response after an interim one.
                 self.buffer.drain(..length);
                 return Ok(head);
             }
@@ -238,9 +242,11 @@ impl Reader {
 
     /// Reads `length` bytes; `false` if the body limit cuts them short.
     async fn take(&mut self, length: usize, body: &mut Vec<u8>) -> io::Result<bool> {
+        // Bytes beyond the limit stay unread. The response is then incomplete, and the connection is not reused.
         let wanted = length.min(self.body_limit - body.len().min(self.body_limit));
         while self.buffer.len() < wanted {
             if let Err(error) = self.fill().await {
+                // The part of the body that did arrive may still explain a failure.
                 body.append(&mut self.buffer);
                 return Err(error);
             }
@@ -284,6 +290,7 @@ impl Reader {
             {
                 return Ok(false);
             }
+            // Each chunk ends with a line break of its own (RFC 9112, 7.1).
             let mut line_end = Vec::new();
             while self.buffer.len() < 2 {
                 self.fill().await?;
@@ -333,6 +340,7 @@ fn parse(bytes: &[u8]) -> io::Result<Option<(Head, usize)>> {
     let mut headers = HeaderMap::new();
     for header in response.headers.iter() {
         let name = HeaderName::from_bytes(header.name.as_bytes());
+        // One invalid header is no reason to lose the response.
         if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(header.value)) {
             headers.append(name, value);
         }

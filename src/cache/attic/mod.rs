@@ -37,7 +37,7 @@ pub const BATCH: usize = 1000;
 /// For every request that carries no NAR.
 const API_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest response that is read, in bytes, apart from NARs.
-const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
+const RESPONSE_LIMIT: usize = 4 * 1024 * 1024;
 
 /// A client for one Attic cache. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -93,11 +93,11 @@ impl Attic {
     /// # Errors
     /// As [`Error`] lists them.
     pub async fn cache_config(&self) -> Result<CacheConfig, Error> {
-        let answer = self
+        let response = self
             .request(self.0.api.get(self.endpoint().config()))
             .await?;
         let raw =
-            serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
+            serde_json::from_slice(&response).map_err(|error| Error::Foreign(error.to_string()))?;
         Ok(CacheConfig::from_json(raw))
     }
 
@@ -113,7 +113,7 @@ impl Attic {
             store_path_hashes: &'a [PathHash],
         }
         #[derive(Deserialize)]
-        struct Answer {
+        struct MissingPaths {
             missing_paths: HashSet<PathHash>,
         }
         let query = Query {
@@ -125,10 +125,10 @@ impl Attic {
             .api
             .post(self.endpoint().api("get-missing-paths"))
             .json(&query);
-        let answer = self.request(request).await?;
-        let answer: Answer =
-            serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
-        Ok(answer.missing_paths)
+        let response = self.request(request).await?;
+        let response: MissingPaths =
+            serde_json::from_slice(&response).map_err(|error| Error::Foreign(error.to_string()))?;
+        Ok(response.missing_paths)
     }
 
     /// Uploads one path. The caller may repeat it safely.
@@ -158,6 +158,7 @@ impl Attic {
         if let Some(token) = &self.0.token {
             let text = zeroize::Zeroizing::new(format!("Bearer {}", token.expose()));
             let mut value = HeaderValue::from_str(&text).map_err(|_| Error::Token)?;
+            // Keeps the token out of debug output.
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
@@ -169,14 +170,15 @@ impl Attic {
         match self
             .0
             .pool
-            .get(&url, &self.headers()?, ANSWER_LIMIT, self.0.api_timeout)
+            .get(&url, &self.headers()?, RESPONSE_LIMIT, self.0.api_timeout)
             .await?
         {
-            Some(answer) if (200..300).contains(&answer.status) => Ok(answer.body),
-            Some(answer) => Err(Error::from_response(
-                answer.status,
-                &answer.headers,
-                &answer.body,
+            // The fast path; the pool leaves proxies and unusual responses to the general client.
+            Some(response) if (200..300).contains(&response.status) => Ok(response.body),
+            Some(response) => Err(Error::from_response(
+                response.status,
+                &response.headers,
+                &response.body,
                 0,
             )),
             None => self.request(self.0.api.get(url)).await,
@@ -187,12 +189,12 @@ impl Attic {
     async fn request(&self, request: RequestBuilder) -> Result<Vec<u8>, Error> {
         let request = request.headers(self.headers()?).timeout(self.0.api_timeout);
         let response = request.send().await.map_err(Error::from_reqwest)?;
-        answer(response, ANSWER_LIMIT, 0).await
+        read_response(response, RESPONSE_LIMIT, 0).await
     }
 }
 
 /// Reads a response of at most `limit` bytes and drops the rest. `sent` is the size of the request's body in bytes.
-async fn answer(
+async fn read_response(
     mut response: reqwest::Response,
     limit: usize,
     sent: u64,

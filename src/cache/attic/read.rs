@@ -7,7 +7,7 @@ use reqwest::header::LOCATION;
 use sha2::{Digest as _, Sha256 as Hasher};
 use url::Url;
 
-use crate::cache::attic::{ANSWER_LIMIT, Attic, Error, answer};
+use crate::cache::attic::{Attic, Error, RESPONSE_LIMIT, read_response};
 use crate::nix::hash::Sha256;
 use crate::nix::narinfo::NarInfo;
 use crate::nix::store_path::PathHash;
@@ -67,6 +67,7 @@ impl Attic {
             answer => answer?,
         };
         let (compression, hash, size) = (info.compression.clone(), info.nar_hash, info.nar_size);
+        // Unpacking takes processor time, which would stop the runtime's other tasks.
         let judged =
             tokio::task::spawn_blocking(move || judge(&packed, &compression, hash, size)).await;
         judged.map_err(|panic| Error::Foreign(panic.to_string()))
@@ -88,11 +89,11 @@ impl Attic {
             .filter(|_| response.status().is_redirection())
             .and_then(|text| url.join(text).ok());
         let Some(target) = target else {
-            return answer(response, limit.max(ANSWER_LIMIT), 0).await;
+            return read_response(response, limit.max(RESPONSE_LIMIT), 0).await;
         };
         let request = self.0.api.get(target).timeout(BODY_TIMEOUT);
         let response = request.send().await.map_err(Error::from_reqwest)?;
-        answer(response, limit.max(ANSWER_LIMIT), 0).await
+        read_response(response, limit.max(RESPONSE_LIMIT), 0).await
     }
 }
 

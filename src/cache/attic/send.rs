@@ -13,7 +13,7 @@ use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 use url::Url;
 
-use crate::cache::attic::{Error, answer};
+use crate::cache::attic::{Error, read_response};
 use crate::http::Layer;
 use crate::nix::hash::Sha256;
 use crate::nix::nar::NarSource;
@@ -21,7 +21,7 @@ use crate::nix::nar::NarSource;
 /// Longer descriptions travel in front of the NAR: proxies refuse headers of more than 4 to 8 KiB.
 pub(super) const HEADER_LIMIT: usize = 3500;
 /// The response to an upload is a short JSON text.
-pub(super) const ANSWER_LIMIT: usize = 64 * 1024;
+pub(super) const RESPONSE_LIMIT: usize = 64 * 1024;
 
 /// How long the second try waits before its body. A server may respond before it has read the body (refused, too
 /// large, known already) and close; then the failed write hides the response. While nothing is being written, the
@@ -56,12 +56,14 @@ impl StallTimeout {
             let limit = if counter.sent() < size {
                 self.idle
             } else {
+                // After the last byte the server compresses the NAR before it responds.
                 self.idle + Duration::from_secs(size / self.rate.max(1))
             };
             let left = limit.saturating_sub(since.elapsed());
             if left.is_zero() {
                 return limit;
             }
+            // The counter cannot wake this task, so it is read once a second.
             sleep(left.min(Duration::from_secs(1))).await;
             if counter.sent() != seen {
                 (seen, since) = (counter.sent(), Instant::now());
@@ -182,22 +184,7 @@ impl WholeBody {
             size,
             counter,
         } = request;
-        let header = HeaderValue::from_str(&info)
-            .ok()
-            .filter(|_| info.len() <= HEADER_LIMIT);
-        let preamble = match header {
-            Some(value) => {
-                headers.insert("x-attic-nar-info", value);
-                Bytes::new()
-            }
-            None => {
-                headers.insert(
-                    "x-attic-nar-info-preamble-size",
-                    HeaderValue::from(info.len()),
-                );
-                Bytes::from(info)
-            }
-        };
+        let preamble = add_info(&mut headers, info);
         headers.insert(
             CONTENT_LENGTH,
             HeaderValue::from(preamble.len() as u64 + size),
@@ -207,9 +194,11 @@ impl WholeBody {
             HeaderValue::from_static("application/x-nix-nar"),
         );
         let nar = source.stream(hash, size);
+        // reqwest reports an error of the body only as a failed request; the cause is kept here.
         let fault = nar.fault();
         let counted = counter.clone();
         let nar = nar.inspect_ok(move |block| counted.add(block.len() as u64));
+        // A stream without items: the body's first block waits until it ends.
         let pause = stream::once(sleep(delay)).filter_map(|()| ready(None));
         let body = pause
             .chain(stream::iter((!preamble.is_empty()).then_some(Ok(preamble))))
@@ -222,7 +211,7 @@ impl WholeBody {
             .send();
         let exchange = async {
             let response = request.await.map_err(Error::from_reqwest)?;
-            answer(response, ANSWER_LIMIT, size).await
+            read_response(response, RESPONSE_LIMIT, size).await
         };
         let result = tokio::select! {
             result = exchange => result,
@@ -252,14 +241,34 @@ impl SendNar for WholeBody {
     }
 }
 
+/// Puts the path's description into a header. Where it is too long for one, returns it as the preamble of the body.
+fn add_info(headers: &mut HeaderMap, info: String) -> Bytes {
+    let header = HeaderValue::from_str(&info)
+        .ok()
+        .filter(|_| info.len() <= HEADER_LIMIT);
+    match header {
+        Some(value) => {
+            headers.insert("x-attic-nar-info", value);
+            Bytes::new()
+        }
+        None => {
+            headers.insert(
+                "x-attic-nar-info-preamble-size",
+                HeaderValue::from(info.len()),
+            );
+            Bytes::from(info)
+        }
+    }
+}
+
 /// Lenient: a success with a text that cannot be parsed is still a success, and an unknown kind counts as stored.
 pub(super) fn read_kind(text: &[u8]) -> Uploaded {
     #[derive(Deserialize)]
-    struct Answer {
+    struct UploadResult {
         kind: String,
     }
-    match serde_json::from_slice::<Answer>(text) {
-        Ok(answer) if answer.kind == "Deduplicated" => Uploaded::Deduplicated,
+    match serde_json::from_slice::<UploadResult>(text) {
+        Ok(result) if result.kind == "Deduplicated" => Uploaded::Deduplicated,
         _ => Uploaded::Stored,
     }
 }

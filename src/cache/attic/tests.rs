@@ -63,7 +63,7 @@ async fn a_long_description_travels_before_the_nar() {
 }
 
 #[tokio::test]
-async fn a_connection_serves_again_and_a_question_is_answered() {
+async fn a_connection_is_reused_and_a_query_gets_its_result() {
     let fake = Fake::start().await;
     let attic = fake.attic(GOOD);
     let (there, not) = (fake.path("there", b"", &[]), fake.path("not", b"", &[]));
@@ -86,7 +86,7 @@ async fn a_connection_serves_again_and_a_question_is_answered() {
 }
 
 #[tokio::test]
-async fn a_refusal_before_the_body_is_read_is_heard() {
+async fn a_refusal_before_the_body_is_read_is_noticed() {
     let fake = Fake::start().await;
     fake.server.faults().uploads_refused = true;
     let attic = fake.attic(GOOD);
@@ -152,7 +152,7 @@ async fn a_changed_path_is_caught_here_and_never_stored() {
 }
 
 #[tokio::test]
-async fn a_cut_answer_is_ambiguous() {
+async fn a_cut_response_is_ambiguous() {
     let fake = Fake::start().await;
     fake.server.faults().cut_after_storing = 1;
     let path = fake.path("cut", b"x", &[]);

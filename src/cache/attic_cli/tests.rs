@@ -128,7 +128,7 @@ async fn then_the_flakes_own_is_substituted() {
 }
 
 #[tokio::test]
-async fn else_there_is_none_and_each_reason_is_told() {
+async fn else_there_is_none_and_each_reason_is_named() {
     let host = Host::new(NOTHING).await;
     let reason = host.find().await.expect_err("none");
     assert!(
@@ -241,12 +241,12 @@ async fn a_call_that_fails_leaves_each_path_its_own_fate() {
         assert!(sent[0].is_ok() && sent[1].is_ok(), "{sent:?}");
         let error = sent[2].as_ref().expect_err("missing").to_string();
         assert!(error.contains("413 too large"), "{error}");
-        assert_eq!(speaks_attic(&fake.attic(GOOD)).await, !plain);
+        assert_eq!(has_attic_api(&fake.attic(GOOD)).await, !plain);
     }
 }
 
 #[tokio::test]
-async fn a_client_that_hangs_ends_with_its_askers() {
+async fn a_client_that_hangs_ends_with_its_callers() {
     let (host, fake) = (Host::new(NOTHING).await, Fake::start().await);
     let at = host.folder.path().display().to_string();
     let cli = cli(

@@ -141,7 +141,7 @@ async fn one_bad_path_does_not_take_the_others_along() {
 }
 
 #[tokio::test]
-async fn a_store_that_is_away_is_not_asked_path_by_path() {
+async fn an_unavailable_store_is_not_queried_path_by_path() {
     let (folder, copy) = store("s3://bucket", "echo 'error: no route to host' >&2; exit 1").await;
     let sent = send_all(&copy, &[info(1), info(2), info(3)]).await;
     assert!(

@@ -128,6 +128,7 @@ pub(super) struct JournalContent {
 impl JournalContent {
     pub(super) fn parse(text: &[u8]) -> Self {
         let mut read = Self::default();
+        // Torn lines have no valid sum and are dropped here.
         for entry in text.split(|byte| *byte == b'\n').filter_map(Entry::parse) {
             read.take(entry);
         }
@@ -135,11 +136,14 @@ impl JournalContent {
     }
 
     fn take(&mut self, entry: Entry) {
+        // A journal in another version's format keeps no cache name here, so no job takes it up.
         if let Some(begin) = entry.begin.filter(|begin| begin.version == VERSION) {
             (self.cache, self.mark, self.begun) = (Some(begin.cache), begin.mark, Some(begin.at));
         }
         self.ended |= entry.end;
         let Some(step) = entry.step else { return };
+        // A path of an earlier job keeps its date, and all others count from the beginning of this job. A date that
+        // moved with each job would keep paths that cannot be published for ever.
         let since = entry.since.or(self.begun).unwrap_or_default();
         for path in entry
             .paths
@@ -147,6 +151,7 @@ impl JournalContent {
             .filter_map(|name| StorePath::from_base_name(name).ok())
         {
             let known = self.paths.entry(path).or_insert((step, since));
+            // The highest state and the earliest date win, so the order of the lines does not matter.
             *known = (known.0.max(step), known.1.min(since));
         }
     }

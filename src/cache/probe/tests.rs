@@ -70,7 +70,7 @@ async fn a_plain_nix_cache_is_usable() {
 }
 
 #[tokio::test]
-async fn refusals_say_whether_a_token_is_missing_or_wrong() {
+async fn a_refusal_shows_whether_a_token_is_missing_or_wrong() {
     let fake = Fake::start().await;
     let none = of(&fake, None).await;
     assert_eq!(failed(&none).0, Layer::Authorised);

@@ -45,10 +45,12 @@ impl ConcurrencyLimit {
             self.best = self.best.min(mean);
         }
         self.good += 1;
+        // The limit changes once in a round, that is, when every slot has been used about once.
         if self.good < self.limit {
             return;
         }
         self.good = 0;
+        // Much slower than at its best, the server is saturated, although nothing fails.
         if self.mean.is_some_and(|mean| mean > self.best * SLOWER) {
             self.limit = (self.limit - 1).max(1);
         } else {

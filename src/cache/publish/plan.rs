@@ -108,6 +108,7 @@ impl UploadPlan {
         let references: BTreeSet<StorePath> = info
             .references
             .iter()
+            // A path may refer to itself, which is no dependency.
             .filter(|path| **path != own)
             .cloned()
             .collect();
@@ -115,6 +116,7 @@ impl UploadPlan {
             let reference = self.node(&path);
             self.nodes[reference].dependents.push(id);
             match &self.nodes[reference].state {
+                // Nothing has to wait for a path that is there.
                 PathState::Settled(end) if end.is_good() => continue,
                 // A store derivation is skipped until a path refers to it; now it is needed.
                 PathState::Settled(Final::Skipped(Skip::Derivation)) => {
@@ -123,6 +125,7 @@ impl UploadPlan {
                     self.unqueried.push_back(reference);
                     self.add_references(reference);
                 }
+                // The path can never be sent, but the cache may already have it, so it is queried all the same.
                 PathState::Settled(end) => {
                     let end = blocked_by(&path, end);
                     self.nodes[id].blocked.get_or_insert(end);
@@ -154,6 +157,7 @@ impl UploadPlan {
             reread: false,
         });
         self.index.insert(path.clone(), id);
+        // Paths that are only referred to are queried, too: what refers to them waits until it is known to be there.
         self.unqueried.push_back(id);
         id
     }
@@ -194,6 +198,7 @@ impl UploadPlan {
     }
 
     pub(super) fn on_query_result(&mut self, id: Id, is_missing: bool) {
+        // The path was settled while the query was under way, for example as signed upstream.
         if self.nodes[id].state != PathState::Querying {
             return;
         }
@@ -262,7 +267,9 @@ impl UploadPlan {
     /// whether the cache may have stored the path.
     pub(super) fn back_off(&mut self, id: Id, counts: bool, response_lost: bool) {
         let node = &mut self.nodes[id];
+        // A query sends nothing, so only an upload can have lost a response.
         node.response_lost |= response_lost && node.state == PathState::Sending;
+        // `take` has already counted the try.
         node.attempts -= u32::from(!counts && node.state == PathState::Sending);
         node.state = PathState::BackingOff;
     }
@@ -288,8 +295,10 @@ impl UploadPlan {
             if matches!(self.nodes[id].state, PathState::Settled(_)) {
                 continue;
             }
+            // A path that is settled while it is queued must not be sent.
             self.small.remove(&(self.size(id), id));
             self.large.remove(&(self.size(id), id));
+            // Progress counts offered paths only, not mere references.
             self.settled += u64::from(self.nodes[id].info.is_some());
             self.nodes[id].state = PathState::Settled(end.clone());
             for dependent in self.nodes[id].dependents.clone() {

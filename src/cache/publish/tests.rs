@@ -206,7 +206,7 @@ async fn a_server_that_fails_every_third_time_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_busy_server_is_left_alone_for_as_long_as_it_asks() {
+async fn a_busy_server_gets_the_pause_that_it_requests() {
     let fake = Fake::start().await;
     fake.server.faults().busy = 1;
     let began = Instant::now();
@@ -252,7 +252,7 @@ async fn a_cut_nar_is_read_afresh_once() {
 }
 
 #[tokio::test]
-async fn too_large_for_a_proxy_is_said_and_blocks_only_what_needs_it() {
+async fn a_path_too_large_for_a_proxy_fails_with_what_refers_to_it_alone() {
     let fake = Fake::start().await;
     fake.server.faults().proxy_limit = Some(100_000);
     let large = fake.path("large", &vec![b'x'; 1_000_000], &[]);

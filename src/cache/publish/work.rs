@@ -38,13 +38,13 @@ enum JobResult {
     ServerChecked(Result<(), Error>),
     Queried {
         ids: Vec<(Id, StorePath)>,
-        answer: Result<Missing, Error>,
+        result: Result<Missing, Error>,
     },
     Sent {
         id: Id,
         size: u64,
         took: Duration,
-        answer: Result<Uploaded, Error>,
+        result: Result<Uploaded, Error>,
     },
     /// The policy withholds the path.
     Withheld {
@@ -164,6 +164,8 @@ impl PublisherTask {
             if self.draining.is_some() && self.is_idle() {
                 break None;
             }
+            // `select!` evaluates each future even where its condition is false. So before the drain there has to be a
+            // token that is never cancelled, and `began` stands in for a time that is never waited for.
             let (deadline, cancel) = match &self.draining {
                 Some((deadline, cancel)) => (Some(*deadline), cancel.clone()),
                 None => (None, CancellationToken::new()),
@@ -175,12 +177,14 @@ impl PublisherTask {
                 () = sleep_until(deadline.unwrap_or(self.began)), if deadline.is_some() => {
                     break Some("the time for publishing was over");
                 }
+                // `drain` consumes the publisher, so no command can follow it.
                 command = commands.recv(), if self.draining.is_none() => match command {
                     Some(Command::Offer(infos)) => self.on_offer(infos),
                     Some(Command::Drain { deadline, cancel }) => {
                         self.draining = Some((deadline, cancel));
                         self.drain_began = Some(Instant::now());
                     }
+                    // The publisher was dropped.
                     None => break Some("publishing was cancelled"),
                 },
                 Some(result) = self.jobs.join_next(), if !self.jobs.is_empty() => {
@@ -196,6 +200,7 @@ impl PublisherTask {
                 }
             }
         };
+        // Aborts and joins all jobs first: no upload outlives the publisher.
         self.jobs.shutdown().await;
         self.finish(reason)
     }
@@ -210,6 +215,7 @@ impl PublisherTask {
         if self.probed {
             self.add_paths(infos);
         } else {
+            // Until the preflight is over, the upstream keys are unknown: the paths would be queried for nothing.
             self.early.extend(infos);
             self.report_progress(false);
         }
@@ -235,6 +241,7 @@ impl PublisherTask {
         let now = Instant::now();
         match self.health {
             Health::Stopped(_) => None,
+            // A check that is under way wakes the task by its result.
             Health::Unavailable { next, .. } if now < next => Some(next).filter(|_| !self.querying),
             _ if !self.probed => {
                 self.preflight();
@@ -266,6 +273,7 @@ impl PublisherTask {
                     None => to.describe().await.map(Some),
                 }
             };
+            // At the same time, because the first upload waits for both.
             let (config, may_push) = tokio::join!(config, to.missing(&[]));
             JobResult::Preflight {
                 config,
@@ -292,6 +300,7 @@ impl PublisherTask {
         {
             self.backing_off.remove(&(until, id, recheck));
             if recheck {
+                // The cache may have stored the path although the response was lost.
                 self.plan.requery(id);
                 self.urgent = true;
             } else if self.plan.is_backing_off(id) {
@@ -313,6 +322,7 @@ impl PublisherTask {
             return Some(due);
         }
         let ids = self.plan.next_query(self.batch);
+        // Paths beyond this batch keep their times, so that the next query follows at once.
         self.arrived = (self.plan.unqueried() > 0).then_some((first, last));
         self.urgent = false;
         if ids.is_empty() {
@@ -322,8 +332,8 @@ impl PublisherTask {
         let to = self.to.clone();
         self.jobs.spawn(async move {
             let paths: Vec<StorePath> = ids.iter().map(|(_, path)| path.clone()).collect();
-            let answer = to.missing(&paths).await;
-            JobResult::Queried { ids, answer }
+            let result = to.missing(&paths).await;
+            JobResult::Queried { ids, result }
         });
         None
     }
@@ -346,12 +356,14 @@ impl PublisherTask {
             let inspector = self.options.inspector.clone();
             self.jobs.spawn(async move {
                 let size = info.nar_size;
+                // Only here, just before a path is sent: what the cache already has need not be scanned.
                 let inspected = match inspector {
                     Some(inspector) => inspector.inspect(&info, &mut source).await,
                     None => Ok(Vec::new()),
                 };
+                // The scan does not count: the duration is a measure of the server.
                 let began = Instant::now();
-                let answer = match inspected {
+                let result = match inspected {
                     Ok(findings) if !findings.is_empty() => {
                         return JobResult::Withheld { id, size, findings };
                     }
@@ -362,7 +374,7 @@ impl PublisherTask {
                     id,
                     size,
                     took: began.elapsed(),
-                    answer,
+                    result,
                 }
             });
         }
@@ -387,6 +399,7 @@ impl PublisherTask {
 
     fn report_progress(&mut self, last: bool) {
         let now = Instant::now();
+        // The last event ignores the interval, so that the final numbers are right.
         self.progress_pending = !last
             && self
                 .progress_sent
@@ -412,6 +425,7 @@ impl PublisherTask {
     }
 
     fn finish(mut self, reason: Option<&str>) -> Outcome {
+        // Paths that came before the preflight was over must be in the outcome, too.
         for info in std::mem::take(&mut self.early) {
             self.plan.offer(info);
         }

@@ -166,7 +166,7 @@ impl Opening<'_> {
             Hand::BuiltIn => false,
             Hand::AtticClient => true,
             // A cache that describes itself as Attic's needs no further question.
-            Hand::Auto => cache.probe.config.is_none() && !attic_cli::speaks_attic(&attic).await,
+            Hand::Auto => cache.probe.config.is_none() && !attic_cli::has_attic_api(&attic).await,
         };
         if own {
             self.stock(attic, cache, way, sink).await.map(Some)

@@ -129,7 +129,7 @@ fn only_who_is_surely_no_ci_is_local() {
 }
 
 #[test]
-fn what_nobody_tells_is_missing() {
+fn a_fact_without_a_source_is_missing() {
     assert_eq!(
         job().set("GITHUB_EVENT_NAME", "").job().event,
         Err(Doubt::Missing(FactName::Event))

@@ -315,7 +315,7 @@ async fn a_long_description_counts_into_the_length() {
 /// A server that responds early and closes at once, while the body is still being sent: its response is read, or
 /// requested once more, and never reported as a broken connection.
 #[tokio::test]
-async fn an_early_answer_is_never_lost() {
+async fn an_early_response_is_never_lost() {
     type Sender = fn(&Clients) -> Box<dyn SendNar>;
     let senders: [(Sender, usize); 3] = [
         (expect_continue, 0),

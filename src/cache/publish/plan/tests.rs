@@ -151,7 +151,7 @@ fn a_derivation_is_published_only_where_a_path_refers_to_it() {
 }
 
 #[test]
-fn a_reference_that_nobody_offers_is_named() {
+fn a_reference_that_was_never_offered_is_named() {
     let mut plan = UploadPlan::default();
     plan.offer(info("app", &["lost"]));
     answer(&mut plan, &[]);

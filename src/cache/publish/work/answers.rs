@@ -28,6 +28,7 @@ impl PublisherTask {
         match result {
             JobResult::Preflight { config, may_push } => {
                 self.querying = false;
+                // Only a definite result counts. An unavailable server gets another preflight.
                 self.probed = !matches!(&may_push, Err(error) if matches!(error.action(), Action::Retry { .. }));
                 self.on_server_check(may_push, true);
                 if self.probed {
@@ -36,13 +37,13 @@ impl PublisherTask {
                     self.add_paths(early);
                 }
             }
-            JobResult::ServerChecked(answer) => {
+            JobResult::ServerChecked(result) => {
                 self.querying = false;
-                self.on_server_check(answer, false);
+                self.on_server_check(result, false);
             }
-            JobResult::Queried { ids, answer } => {
+            JobResult::Queried { ids, result } => {
                 self.querying = false;
-                self.on_query_result(ids, answer);
+                self.on_query_result(ids, result);
             }
             JobResult::Withheld { id, size, findings } => {
                 self.sending -= 1;
@@ -54,11 +55,12 @@ impl PublisherTask {
                 id,
                 size,
                 took,
-                answer,
+                result,
             } => {
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
-                match answer {
+                match result {
+                    // With a known NAR the server still stores the path, so both count as published.
                     Ok(Uploaded::Stored | Uploaded::Deduplicated) => {
                         (self.failure_streak, self.refusals, self.any_sent) = (0, 0, true);
                         self.concurrency.on_success(took, size <= SMALL);
@@ -89,7 +91,7 @@ impl PublisherTask {
     }
 
     /// Handles the preflight (`first`), or the check of a server that was unavailable.
-    fn on_server_check(&mut self, answer: Result<(), Error>, first: bool) {
+    fn on_server_check(&mut self, result: Result<(), Error>, first: bool) {
         let (checks, refused) = match self.health {
             Health::Unavailable {
                 checks, refused, ..
@@ -97,7 +99,7 @@ impl PublisherTask {
             Health::Stopped(_) => return,
             _ => (0, 0),
         };
-        match answer {
+        match result {
             Ok(()) => {
                 if checks > 0 {
                     self.sink.note("the cache is available again");
@@ -118,8 +120,10 @@ impl PublisherTask {
                             "the cache is unavailable, and paths wait for it: {error}"
                         ));
                     }
+                    // Refusals count only in a row, and this was none.
                     self.set_unavailable(checks + 1, 0);
                 }
+                // The server rejects even an empty query, so no path can be published.
                 Action::Never | Action::RereadOnce => self.stop(&error),
             },
         }
@@ -130,7 +134,9 @@ impl PublisherTask {
             .saturating_mul(1 << checks.min(8))
             .min(self.options.max_check_interval);
         let now = Instant::now();
+        // Further failures do not restart the time until publishing is given up.
         self.unavailable_since.get_or_insert(now);
+        // A `Retry-After` that ends later has precedence.
         let next = self
             .hold_until
             .map_or(now + wait, |hold_until| hold_until.max(now + wait));
@@ -173,10 +179,11 @@ impl PublisherTask {
         self.health = Health::Stopped(text);
     }
 
-    fn on_query_result(&mut self, ids: Vec<(Id, StorePath)>, answer: Result<Missing, Error>) {
-        match answer {
+    fn on_query_result(&mut self, ids: Vec<(Id, StorePath)>, result: Result<Missing, Error>) {
+        match result {
             Ok(missing) => {
                 (self.failure_streak, self.failed_queries) = (0, 0);
+                // The journal comes first: whatever happens next, the following job knows these states.
                 let (planned, there): (Vec<_>, Vec<_>) =
                     ids.iter().partition(|(_, path)| missing.contains(path));
                 self.options
@@ -224,6 +231,8 @@ impl PublisherTask {
                 }
             });
         };
+        // A failed query would fail all its paths, so queries have more tries than uploads. Failures of an unavailable
+        // server do not count at all: its checks decide.
         self.failed_queries += u32::from(!error.is_server_unavailable());
         if self.failed_queries > self.options.policy.attempts * 2 {
             return ids.into_iter().for_each(|(id, _)| self.fail(id, error));
@@ -232,6 +241,7 @@ impl PublisherTask {
             .options
             .policy
             .wait(self.failed_queries.max(1), after)
+            // Beyond the policy's tries the longest wait applies.
             .unwrap_or(self.options.policy.cap);
         for (id, _) in ids {
             self.requery_later(id, Instant::now() + wait);
@@ -308,6 +318,7 @@ impl PublisherTask {
                 retry_after: Some(wait),
                 ..
             } => {
+                // No server may stop the uploads for longer than the policy allows.
                 let until = Instant::now() + (*wait).min(self.options.policy.cap);
                 self.hold_until = Some(
                     self.hold_until
