@@ -25,7 +25,7 @@ const LAST_GRACE: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
     remove_private_folders_on_panic();
-    let env = Env::of_process();
+    let env = Env::from_process();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

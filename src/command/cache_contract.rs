@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::command::contract::ContractInput;
 use crate::command::inputs::{Text, choice, number, push_cache, switch};
-use flywheel_cache::client::bazel::Asker;
+use flywheel_cache::client::bazel::BazelProber;
 use flywheel_cache::client::endpoint::Endpoint as Cache;
 use flywheel_cache::client::probe::probe;
 use flywheel_core::contract::shared_cache::{
@@ -324,7 +324,7 @@ async fn ask(
     let roots = Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
-    let (asker, plain) = (Asker::new(&roots)?, client(&roots)?);
+    let (asker, plain) = (BazelProber::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));
     let asked = endpoints.iter().map(|endpoint| async {
@@ -343,9 +343,13 @@ async fn ask(
     Ok(futures_util::future::join_all(asked).await)
 }
 
-async fn ask_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Result<(), String> {
+async fn ask_bazel(
+    endpoint: &Endpoint,
+    timeout: Duration,
+    asker: &BazelProber,
+) -> Result<(), String> {
     let can = asker
-        .ask(&endpoint.url, timeout)
+        .probe(&endpoint.url, timeout)
         .await
         .map_err(|failure| format!("{} ({})", failure.text, failure.layer))?;
     match endpoint.about {
@@ -369,7 +373,7 @@ async fn ask_attic(
     let cache = Cache::new(endpoint.url.clone(), name);
     let probed = probe(&cache, token, client, &Names::default(), timeout).await;
     probed.failed.map_or(Ok(()), |(layer, text)| {
-        Err(format!("{text} ({})", layer.word()))
+        Err(format!("{text} ({})", layer.as_str()))
     })
 }
 

@@ -159,7 +159,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let probing = probe(
         &endpoint,
         token.as_ref(),
-        &clients.asking,
+        &clients.api,
         &names,
         probe::DEADLINE,
     );
@@ -167,7 +167,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let (store, found) = found?;
     if let Some((layer, text)) = probe.failed.filter(|_| !probe.answers) {
         return Err(Error::Cache {
-            layer: layer.word(),
+            layer: layer.as_str(),
             text,
         }
         .into());

@@ -141,7 +141,7 @@ async fn try_out(
     let probe = probe::probe(
         &endpoint,
         token.as_ref(),
-        &clients.asking,
+        &clients.api,
         &names,
         probe::DEADLINE,
     )
@@ -149,7 +149,7 @@ async fn try_out(
     let state = match &probe.failed {
         None => CacheState::Attached,
         Some((layer, text)) => CacheState::LeftOut {
-            layer: layer.word(),
+            layer: layer.as_str(),
             text: text.clone(),
         },
     };
@@ -196,13 +196,13 @@ fn tell(cache: &Cache, sink: &Sink) {
         }
         _ => (),
     }
-    let strangers = match (&cache.probe.config, &cache.endpoint) {
-        (Some(config), Some(endpoint)) => config.strangers(endpoint),
+    let foreign_hosts = match (&cache.probe.config, &cache.endpoint) {
+        (Some(config), Some(endpoint)) => config.foreign_hosts(endpoint),
         _ => Vec::new(),
     };
-    for stranger in strangers {
+    for host in foreign_hosts {
         sink.note(format!(
-            "the cache names {stranger}; Flywheel stays on the address that you gave"
+            "the cache names {host}; Flywheel stays on the address that you gave"
         ));
     }
 }

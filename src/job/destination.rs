@@ -9,8 +9,8 @@ use crate::command::inputs::{Text, choice};
 use crate::job::attach::Cache;
 use crate::report::job::CacheState;
 use flywheel_cache::client::attic::Attic;
-use flywheel_cache::client::attic_cli::{self, Search, Stock};
-use flywheel_cache::client::copy::{Copy, StoreUrl};
+use flywheel_cache::client::attic_cli::{self, AtticCli, Search};
+use flywheel_cache::client::copy::{StoreCopy, StoreUrl};
 use flywheel_cache::client::destination::Target;
 use flywheel_core::exit::{Explain as _, UsageError};
 use flywheel_core::progress::Sink;
@@ -152,7 +152,7 @@ impl DestinationOpener<'_> {
         if let Some(url) = &cache.store {
             return Ok(cache
                 .is_attached()
-                .then(|| Copy::new(self.nix_for(url), url.clone()).into()));
+                .then(|| StoreCopy::new(self.nix_for(url), url.clone()).into()));
         }
         let Some(endpoint) = cache
             .endpoint
@@ -167,7 +167,7 @@ impl DestinationOpener<'_> {
             PublisherKind::AtticClient => true,
             // A cache that describes itself as Attic's needs no further question.
             PublisherKind::Auto => {
-                cache.probe.config.is_none() && !attic_cli::speaks_attic(&attic).await
+                cache.probe.config.is_none() && !attic_cli::has_attic_api(&attic).await
             }
         };
         if own {
@@ -197,8 +197,8 @@ impl DestinationOpener<'_> {
         let token = cache
             .token
             .as_ref()
-            .ok_or("the stock client needs a token")?;
-        Stock::new(&client, nix, attic, token, self.private)
+            .ok_or("Attic's own client needs a token")?;
+        AtticCli::new(&client, nix, attic, token, self.private)
             .map(Into::into)
             .map_err(|error| error.to_string())
     }
@@ -217,7 +217,7 @@ impl DestinationOpener<'_> {
         let Some(url) = cache.store.clone() else {
             return;
         };
-        if let Err(error) = Copy::ping(&self.nix_for(&url), &url, PING_LIMIT).await {
+        if let Err(error) = StoreCopy::ping(&self.nix_for(&url), &url, PING_LIMIT).await {
             let text = format!("`{url}` does not open: {error}");
             sink.degraded("cache", format!("left out: {text}"));
             cache.state = CacheState::LeftOut {

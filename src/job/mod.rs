@@ -424,7 +424,7 @@ impl Work<'_> {
             policy::accuse(&inspector, found, "the command");
         }
         if self.demands_check() {
-            inspector.accuse(
+            inspector.record_violation(
                 Rule::Unchecked,
                 "`nix flake check` has not passed in this job".to_owned(),
             );
@@ -460,7 +460,7 @@ impl Work<'_> {
             },
         };
         match ended {
-            Ok(()) => watch.inspector.acquit(Rule::Unchecked),
+            Ok(()) => watch.inspector.clear_violation(Rule::Unchecked),
             Err(problem) => self.sink.degraded(
                 "policy",
                 format!("`nix flake check` did not pass: {problem}"),

@@ -141,7 +141,7 @@ impl PolicyConfig {
 
 /// Withholds, or names, everything of a job that evaluates impurely.
 pub fn accuse(inspector: &Inspector, found: &Impurity, whose: &str) {
-    inspector.accuse(
+    inspector.record_violation(
         Rule::Impure,
         format!("`{}` in {whose}", one_line(&found.0, 60)),
     );

@@ -121,10 +121,10 @@ impl Stream {
     ) -> Self {
         let JobJournal { journal, left } = journal;
         let usual = Options::default();
-        let most_uploads = inputs.workers.unwrap_or(usual.most_uploads);
+        let max_uploads = inputs.workers.unwrap_or(usual.max_uploads);
         let options = Options {
-            uploads: usual.uploads.min(most_uploads),
-            most_uploads,
+            initial_uploads: usual.initial_uploads.min(max_uploads),
+            max_uploads,
             config: cache.probe.config.clone(),
             journal: journal.clone(),
             inspector: Some(Arc::clone(inputs.inspector)),

@@ -41,7 +41,7 @@ fn board(github: &GitHub, options: Options) -> CheckRunReporter {
         repository: "octo-org/app".into(),
         sha: SHA.into(),
     };
-    let client = Clients::new(&Roots::default()).unwrap().asking;
+    let client = Clients::new(&Roots::default()).unwrap().api;
     let runs =
         CheckRuns::for_commit(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
     CheckRunReporter::start(runs, options, Sink::silent())

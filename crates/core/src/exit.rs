@@ -1,22 +1,21 @@
-//! Exit codes, and how an error explains itself to a person. Owns no error of its own.
+//! Exit codes, and the trait by which an error gives its exit code and a hint.
 
 use std::error::Error;
 use std::fmt;
 
-/// The exit codes that Flywheel itself gives. `nix-job` otherwise ends with the command's own code.
+/// The exit codes of Flywheel itself. `nix-job` otherwise ends with the command's own code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// Everything that was asked for was done.
     Ok,
-    /// What was asked for could not be done (or `require-publish` was not met).
+    /// The task could not be done, or `require-publish` was not met.
     Failed,
-    /// Bad input: nothing was touched. `EX_USAGE` of `sysexits.h`.
+    /// Bad input; nothing was touched. `EX_USAGE` of `sysexits.h`.
     Usage,
-    /// The host lacks something that Flywheel cannot make up for. `EX_UNAVAILABLE`.
+    /// The host lacks something that Flywheel cannot replace. `EX_UNAVAILABLE`.
     Host,
-    /// A fault of Flywheel's own. `EX_SOFTWARE`.
+    /// A bug in Flywheel. `EX_SOFTWARE`.
     Bug,
-    /// The user's command ended with this code.
+    /// The exit code of the user's command.
     Command(u8),
 }
 
@@ -34,16 +33,16 @@ impl Exit {
     }
 }
 
-/// An error that knows its exit code and what its reader can do about it.
+/// An error with an exit code and a hint.
 ///
-/// `Display` says what is wrong in one lowercase fragment; the hint names the input or setting to change.
+/// `Display` gives the problem as one lowercase fragment; the hint names the input or setting to change.
 pub trait Explain: Error + Send + Sync + 'static {
-    /// The exit code that this error ends the program with.
+    /// The exit code with which this error ends the program.
     fn exit(&self) -> Exit {
         Exit::Failed
     }
 
-    /// What to do about it, as a full sentence without `help:`.
+    /// What to do about the error, as a full sentence without `help:`.
     fn hint(&self) -> Option<String> {
         None
     }
@@ -58,7 +57,7 @@ impl<E: Explain> From<E> for Failure {
     }
 }
 
-/// Bad input, found before anything was touched: names the input, what was expected, what to do.
+/// Bad input, found before anything was touched.
 #[derive(Debug)]
 pub struct UsageError {
     input: String,
@@ -77,7 +76,7 @@ impl UsageError {
         }
     }
 
-    /// Adds the sentence that says what to do.
+    /// Adds a hint: a sentence about what to do.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());

@@ -1,15 +1,15 @@
-//! When to try again, as data. Owns the waiting times; what deserves a retry is decided where the failure is known.
+//! Retry policies as data. This module owns the waiting times; whether to retry is decided where the failure is known.
 
 use std::time::Duration;
 
-/// How often and how patiently something is tried.
+/// How often something is tried, and how long the waits between are.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
-    /// Tries in all, the first one included.
+    /// All tries, including the first one.
     pub attempts: u32,
-    /// Upper bound of the wait before the second try; it doubles from there.
+    /// The upper bound of the wait before the second try; it doubles from there.
     pub base: Duration,
-    /// No wait is longer than this, whatever the server asks for.
+    /// The longest wait, whatever `Retry-After` requests.
     pub cap: Duration,
 }
 
@@ -21,16 +21,18 @@ impl Policy {
         cap: Duration::from_secs(30),
     };
 
-    /// The wait before try number `attempt + 1`, where `attempt` tries (1 or more) have failed:
-    /// full jitter, or what the server asked for when that is longer. `None` when no try is left.
+    /// The wait before try number `attempt + 1`, after `attempt` failed tries (1 or more): with full jitter, or
+    /// `retry_after` if that is longer. `None` when no try is left.
     pub fn wait(&self, attempt: u32, retry_after: Option<Duration>) -> Option<Duration> {
         if attempt >= self.attempts {
             return None;
         }
+        // The exponent is limited only to keep the shift in range; `cap` limits the wait long before.
         let ceiling = self
             .base
             .saturating_mul(1 << (attempt.saturating_sub(1)).min(16))
             .min(self.cap);
+        // Full jitter: clients that failed at the same moment do not return at the same moment.
         let jittered = ceiling.mul_f64(fastrand::f64());
         Some(retry_after.unwrap_or_default().max(jittered).min(self.cap))
     }
@@ -55,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_obeyed_up_to_the_cap() {
+    fn retry_after_is_honoured_up_to_the_cap() {
         let policy = Policy {
             attempts: 4,
             base: Duration::ZERO,

@@ -1,4 +1,4 @@
-//! Values that must never be printed. Owns the type; masking them with the runner is `runner/`'s part.
+//! Values that must never be printed. This module owns the type; `runner/` has the runner mask them.
 
 use std::fmt;
 
@@ -7,21 +7,20 @@ use base64::engine::general_purpose::STANDARD;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use zeroize::Zeroizing;
 
-/// A secret text: it has no `Display`, its `Debug` shows nothing, and its memory is wiped when it goes.
+/// A secret text. It has no `Display`, its `Debug` shows nothing, and its memory is wiped when it is dropped.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// Takes a secret; surrounding white space (the newline of a file, say) is not part of it.
-    /// `None` if nothing is left.
+    /// Removes surrounding white space, such as the line break at the end of a file. `None` if nothing is left.
     pub fn new(text: &str) -> Option<Self> {
         let text = text.trim();
         (!text.is_empty()).then(|| Self(Zeroizing::new(text.to_owned())))
     }
 
-    /// A word that nobody can guess: 128 random bits in hexadecimal.
+    /// An unguessable token: 128 random bits in hexadecimal.
     pub fn random() -> Self {
-        // `fastrand` can be guessed from what it gave before, so the system's random bytes are taken.
+        // Not `fastrand`: its earlier numbers allow guessing the next ones.
         let mut bytes = [0_u8; 16];
         SystemRandom::new()
             .fill(&mut bytes)
@@ -31,12 +30,12 @@ impl Secret {
         ))
     }
 
-    /// The secret itself, for the one place that puts it where it belongs.
+    /// The secret itself. Only for the place that hands it to its recipient.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// The value of an `Authorization: Basic` header for `user`, which is a secret too.
+    /// The value of an `Authorization: Basic` header for `user`, which is a secret, too.
     #[must_use]
     pub fn basic(&self, user: &str) -> Self {
         Self(Zeroizing::new(
@@ -44,10 +43,11 @@ impl Secret {
         ))
     }
 
-    /// Every form of this secret that a log could show: itself, each of its lines, and the
-    /// base64 of itself and of `user:secret` for the users that Flywheel or Nix send.
+    /// Every form of this secret that a log could show: the secret, each of its lines, and the base64 of the secret and
+    /// of `user:secret` for the users that Flywheel and Nix send.
     pub fn forms(&self) -> Vec<Self> {
         let mut forms = vec![self.clone()];
+        // A log shows a secret with several lines line by line. Very short lines occur everywhere and are left out.
         if self.expose().contains(['\n', '\r']) {
             forms.extend(
                 self.expose()

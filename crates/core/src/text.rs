@@ -1,8 +1,8 @@
-//! Words for people: the nearest known word, counts, sizes, durations. Pure.
+//! Text for people: spelling suggestions, counts, sizes, durations. Pure.
 
 use std::time::Duration;
 
-/// The known word nearest to `word`, if it is near enough to be a slip of the finger.
+/// The known word that is most similar to `word`, if it is similar enough for a typing error.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
     known
@@ -13,6 +13,7 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
                 candidate,
             )
         })
+        // One typing error, and one more for every four letters.
         .filter(|(distance, candidate)| *distance <= 1 + candidate.len() / 4)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
@@ -27,7 +28,7 @@ pub fn count(number: u64, noun: &str) -> String {
     }
 }
 
-/// A size in bytes as a person reads it: `512 B`, `1.5 MiB`.
+/// A size in bytes for people: `512 B`, `1.5 MiB`.
 pub fn bytes(size: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if size < 1024 {
@@ -42,7 +43,7 @@ pub fn bytes(size: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
-/// A duration as a person reads it: `0.4 s`, `12.0 s`, `3 min 20 s`.
+/// A duration for people: `0.4 s`, `12.0 s`, `3 min 20 s`.
 pub fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64();
     if seconds < 60.0 {
@@ -52,7 +53,7 @@ pub fn duration(time: Duration) -> String {
     }
 }
 
-/// The first `limit` characters, with an ellipsis where something was cut.
+/// The first `limit` characters, with an ellipsis if the text is longer.
 pub fn shorten(text: &str, limit: usize) -> String {
     match text.char_indices().nth(limit) {
         None => text.to_owned(),
@@ -60,7 +61,7 @@ pub fn shorten(text: &str, limit: usize) -> String {
     }
 }
 
-/// A text from outside made safe for one line: control characters become spaces, and it is shortened.
+/// Makes text from outside safe for one line: control characters become spaces, and the text is shortened.
 pub fn one_line(text: &str, limit: usize) -> String {
     let line: String = text
         .chars()
@@ -74,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nearest_finds_slips_and_refuses_strangers() {
+    fn nearest_finds_typing_errors_and_refuses_other_words() {
         let known = ["auto", "true", "false"];
         assert_eq!(nearest("ture", known), Some("true"));
         assert_eq!(nearest("Flase", known), Some("false"));

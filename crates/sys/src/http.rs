@@ -1,5 +1,5 @@
-//! The one HTTP client: rustls on ring, our own name look-up, trusted roots, bounded waits.
-//! Owns how bytes reach a host; what is said there is the business of whoever asks.
+//! HTTP clients: rustls on ring, a resolver of their own, trusted roots, bounded waits. This module owns how bytes
+//! reach a host; its callers own the requests.
 
 mod direct;
 mod trust;
@@ -13,25 +13,22 @@ use std::time::Duration;
 use hickory_resolver::TokioResolver;
 use thiserror::Error;
 
-pub use self::direct::{ConnectError, Connection, Direct};
+pub use self::direct::{ByteStream, ConnectError, Direct};
 
 use flywheel_core::exit::{Exit, Explain};
 
-/// A name answers or a host is reached within this time, or it is taken for dead.
+/// The timeout of a name look-up, and of each connection attempt.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A body that does not move for this long is given up.
+/// A response with no new byte for this long is aborted.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Who we say we are.
 pub const USER_AGENT: &str = concat!("flywheel/", env!("CARGO_PKG_VERSION"));
 
-/// Why a client could not be made.
+/// Why a client could not be created.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The TLS library refused our settings.
     #[error("the TLS library refused its settings")]
     Tls(#[source] rustls::Error),
-    /// The HTTP library refused our settings.
     #[error("the HTTP library refused its settings")]
     Client(#[source] reqwest::Error),
 }
@@ -42,20 +39,19 @@ impl Explain for Error {
     }
 }
 
-/// Where certificates to trust may stand, besides the system's own bundle.
+/// Trusted certificates besides the system's own bundle.
 #[derive(Clone, Debug, Default)]
 pub struct Roots {
-    /// PEM bundles named by the environment (`NIX_SSL_CERT_FILE`), read before the system's.
+    /// PEM bundles that the environment names (`NIX_SSL_CERT_FILE`). They are read before the system's.
     pub files: Vec<PathBuf>,
 }
 
-/// A client that stays on the address it was given: no redirects are followed here, so that a
-/// credential never travels to a host that the user did not name.
+/// A client that follows no redirects, so that a credential is never sent to a host that the user did not name.
 ///
-/// Cloning is cheap. Proxies named by the environment (`https_proxy` …) are honoured, as Nix does.
+/// Cloning is cheap. The client uses the proxies of the environment (`https_proxy` …), as Nix does.
 ///
 /// # Errors
-/// Only if the TLS or HTTP library refuses its settings, which would be our bug.
+/// Only if the TLS or HTTP library refuses its settings, which would be a bug of Flywheel.
 pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
     builder(tls(roots)?)
         .read_timeout(IDLE_TIMEOUT)
@@ -63,8 +59,7 @@ pub fn client(roots: &Roots) -> Result<reqwest::Client, Error> {
         .map_err(Error::Client)
 }
 
-/// A client for gRPC: HTTP/2 from the first byte on, straight to its host. Proxies do not come into it,
-/// as they do not for those who speak gRPC here.
+/// A client for gRPC: HTTP/2 from the first byte on, without a proxy.
 ///
 /// # Errors
 /// As [`client`].
@@ -75,34 +70,31 @@ pub fn grpc_client(roots: &Roots) -> Result<reqwest::Client, Error> {
     builder.build().map_err(Error::Client)
 }
 
-/// The two clients of one who also sends large bodies.
+/// The clients for a server that also gets large bodies.
 #[derive(Clone, Debug)]
 pub struct Clients {
-    /// For questions: what [`client`] makes.
-    pub asking: reqwest::Client,
-    /// For bodies that take as long as they take. It gives nothing up by itself (reqwest's read
-    /// timeout would run from the first byte sent, and end every upload that lasts longer), so
-    /// that whoever sends has to watch that bytes move.
-    pub sending: reqwest::Client,
-    /// For those who talk to a server themselves.
+    /// For small requests, as [`client`] makes it.
+    pub api: reqwest::Client,
+    /// For large bodies. It has no read timeout, because reqwest's runs from the first byte that is sent, and would
+    /// abort every longer upload. So the caller has to check that bytes move.
+    pub streaming: reqwest::Client,
+    /// For callers with an HTTP implementation of their own.
     pub direct: Direct,
 }
 
 impl Clients {
-    /// Makes both.
-    ///
     /// # Errors
     /// As [`client`].
     pub fn new(roots: &Roots) -> Result<Self, Error> {
         let tls = tls(roots)?;
-        let asking = builder(tls.clone())
+        let api = builder(tls.clone())
             .read_timeout(IDLE_TIMEOUT)
             .build()
             .map_err(Error::Client)?;
-        let sending = builder(tls.clone()).build().map_err(Error::Client)?;
+        let streaming = builder(tls.clone()).build().map_err(Error::Client)?;
         Ok(Self {
-            asking,
-            sending,
+            api,
+            streaming,
             direct: Direct::new(tls),
         })
     }
@@ -123,10 +115,11 @@ fn builder(tls: rustls::ClientConfig) -> reqwest::ClientBuilder {
         .dns_resolver(Names::default())
 }
 
-/// Clones of it share the trusted roots.
+/// The TLS settings; their clones share the trusted roots.
 fn tls(roots: &Roots) -> Result<rustls::ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let verifier = trust::Verifier::new(roots.clone(), Arc::clone(&provider));
+    // The verifier delegates to rustls' own, so nothing is weakened in spite of `dangerous`.
     let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(Error::Tls)?
@@ -139,22 +132,20 @@ fn tls(roots: &Roots) -> Result<rustls::ClientConfig, Error> {
 /// Why a name has no address.
 #[derive(Debug, Error)]
 pub enum LookupError {
-    /// The machine names no resolver, and public ones are never asked behind its back.
+    /// The machine has no resolver, and public ones are never used without the user's knowledge.
     #[error("this machine has no usable `/etc/resolv.conf`, and `{0}` is not in `/etc/hosts`")]
     NoResolver(String),
-    /// The resolver said no, or nothing.
+    /// The resolver does not know the name, or did not respond.
     #[error("the name `{name}` does not resolve")]
     Unknown {
-        /// The name that was asked for.
         name: String,
-        /// What the resolver said.
         #[source]
         source: Box<dyn StdError + Send + Sync>,
     },
 }
 
-/// Looks names up without libc's `getaddrinfo`, which a static binary must not call
-/// (it crashes where nsswitch names modules of another glibc).
+/// Looks up names without libc's `getaddrinfo`, which a static binary must not call: it crashes where nsswitch loads
+/// modules of another glibc.
 #[derive(Clone, Default)]
 pub struct Names(Arc<OnceLock<Option<TokioResolver>>>);
 
@@ -162,19 +153,22 @@ impl Names {
     /// The addresses of `host`, which may be a literal address, `localhost`, or a name.
     ///
     /// # Errors
-    /// When nothing answers for the name. Bounded by the resolver's own time-outs; callers with a
-    /// tighter deadline wrap it.
+    /// When the name cannot be resolved. Only the resolver's own timeouts apply; callers with a tighter deadline add
+    /// their own.
     pub async fn lookup(&self, host: &str) -> Result<Vec<IpAddr>, LookupError> {
+        // In URLs, IPv6 addresses are in brackets.
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         if let Ok(address) = bare.parse() {
             return Ok(vec![address]);
         }
+        // Always loopback, without a resolver (RFC 6761, 6.3).
         if bare.eq_ignore_ascii_case("localhost") {
             return Ok(vec![
                 IpAddr::from([127, 0, 0, 1]),
                 IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]),
             ]);
         }
+        // Without a resolver only `/etc/hosts` can know the name.
         let Some(resolver) = self.0.get_or_init(system_resolver) else {
             return hosts_file(bare).ok_or_else(|| LookupError::NoResolver(bare.to_owned()));
         };
@@ -191,18 +185,15 @@ impl Names {
 /// Why a host cannot be reached.
 #[derive(Debug, Error)]
 pub enum ReachError {
-    /// Its name has no address.
     #[error(transparent)]
     Name(#[from] LookupError),
-    /// It does not take the connection.
     #[error("it takes no connection")]
     Connect(#[source] std::io::Error),
-    /// Nothing came of it in time.
     #[error("no answer within {0:?}")]
     TimedOut(Duration),
 }
 
-/// Whether something at `host` takes TCP connections on `port`, and nothing more, `within` that time in all.
+/// Checks that `host` accepts TCP connections on `port`, `within` this time in all.
 ///
 /// # Errors
 /// When it does not.
@@ -213,6 +204,7 @@ pub async fn reach(
     within: Duration,
 ) -> Result<(), ReachError> {
     let connect = async {
+        // All addresses are tried, such as IPv6 and IPv4. The last error is reported.
         let mut refused = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
         for address in names.lookup(host).await? {
             match tokio::net::TcpStream::connect((address, port)).await {
@@ -227,8 +219,8 @@ pub async fn reach(
         .unwrap_or(Err(ReachError::TimedOut(within)))
 }
 
-/// The resolver of `/etc/resolv.conf`. hickory puts public servers in where that file is missing
-/// or names nobody, so both are refused first.
+/// The resolver of `/etc/resolv.conf`. hickory falls back to public servers when that file is missing or has no server,
+/// so both cases are refused first.
 fn system_resolver() -> Option<TokioResolver> {
     let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
     let named = text
@@ -261,6 +253,7 @@ impl reqwest::dns::Resolve for Names {
         let names = self.clone();
         Box::pin(async move {
             let found = names.lookup(name.as_str()).await?;
+            // reqwest replaces port 0 by the port of the URL.
             let addresses: reqwest::dns::Addrs =
                 Box::new(found.into_iter().map(|address| SocketAddr::new(address, 0)));
             Ok(addresses)
@@ -268,22 +261,23 @@ impl reqwest::dns::Resolve for Names {
     }
 }
 
-/// At which layer a request failed before an answer came.
+/// The layer at which a request failed before a response came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layer {
     /// The host's name has no address.
     Name,
-    /// No connection: refused, unreachable, timed out.
+    /// No connection: refused, unreachable, or timed out.
     Connect,
     /// The TLS handshake or the certificate.
     Tls,
-    /// A connection was there, but no whole answer.
+    /// There was a connection, but no complete response.
     Http,
 }
 
-/// The layer at which `error` arose, told from its chain of causes.
+/// The layer at which `error` arose, found in its chain of causes.
 pub fn layer(error: &reqwest::Error) -> Layer {
     let causes = causes(error);
+    // For reqwest, failed look-ups and handshakes are connection errors as well, so they are recognised first.
     if causes.iter().any(|cause| cause.is::<LookupError>()) {
         Layer::Name
     } else if causes.iter().any(|cause| is_tls(*cause)) {
@@ -295,7 +289,8 @@ pub fn layer(error: &reqwest::Error) -> Layer {
     }
 }
 
-/// `io::Error` hides what it wraps from `source()`, and TLS errors come wrapped twice: so it is opened by hand.
+/// Whether a cause is a TLS error. `io::Error` hides the error that it wraps from `source()`, and TLS errors are
+/// wrapped twice, so they are unwrapped here.
 fn is_tls(cause: &(dyn StdError + 'static)) -> bool {
     if cause.is::<rustls::Error>() {
         return true;
@@ -306,18 +301,18 @@ fn is_tls(cause: &(dyn StdError + 'static)) -> bool {
     wrapped.is_some_and(|wrapped| is_tls(wrapped))
 }
 
-/// The whole chain of causes in one line, without the URL that reqwest puts in front
-/// (it may carry credentials).
+/// The whole chain of causes in one line, without the URL that reqwest puts in front, since it may hold credentials.
 pub fn chain(error: reqwest::Error) -> String {
     let error = error.without_url();
     let mut parts: Vec<String> = Vec::new();
     for cause in causes(&error) {
         let text = cause.to_string();
-        // Words of the libraries' own, which say nothing where something deeper is known.
+        // The libraries' general messages are left out where a deeper cause is known.
         let empty = text.starts_with("error sending request") || text.starts_with("client error (");
         if empty && cause.source().is_some() {
             continue;
         }
+        // Many errors repeat the message of the error that they wrap.
         if !parts.iter().any(|part| part.contains(&text)) {
             parts.push(text);
         }
@@ -368,7 +363,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refused_connection_is_told_from_the_other_layers() {
+    async fn a_refused_connection_is_recognised_among_the_layers() {
         // A port that is taken and not listened to stays closed, whatever other tests do.
         let closed = tokio::net::TcpSocket::new_v4().expect("a socket");
         closed

@@ -46,7 +46,7 @@ pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option
         files: work.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
     let client = match Clients::new(&roots) {
-        Ok(clients) => clients.asking,
+        Ok(clients) => clients.api,
         Err(error) => return unavailable(&error.to_string()),
     };
     let commit = Commit {

@@ -25,7 +25,7 @@ use flywheel_nix::temp_roots;
 use flywheel_sys::host::peak::{Span, Spent};
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::signals::Signals;
-use flywheel_sys::process::supervise::{Ended, Supervised};
+use flywheel_sys::process::supervise::{CommandExit, Supervised};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow};
@@ -120,7 +120,11 @@ impl NixJob<'_> {
         Ok(Exit::Command(job.exit_code))
     }
 
-    async fn command(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Ended, Failure> {
+    async fn command(
+        &self,
+        prepared: &Prepared,
+        signals: &mut Signals,
+    ) -> Result<CommandExit, Failure> {
         let ready = &prepared.ready;
         let environment = environment::impurity_in_command(
             self.work.env,
@@ -158,7 +162,7 @@ impl NixJob<'_> {
     fn told(
         &self,
         prepared: &Prepared,
-        ended: &Ended,
+        ended: &CommandExit,
         spent: &Spent,
         added_paths: &AddedPaths,
         publication: Option<Publication>,

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use flywheel_cache::client::attic::{Attic, Body, Meter};
-use flywheel_cache::client::bazel::Asker;
+use flywheel_cache::client::attic::{Attic, BodyCheck, ByteCounter};
+use flywheel_cache::client::bazel::BazelProber;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{Layer, probe};
 use flywheel_core::contract::shared_cache::{Given, judge};
@@ -139,7 +139,7 @@ async fn ground(
     let probed = probe(
         endpoint,
         token,
-        &clients.asking,
+        &clients.api,
         &Names::default(),
         PROBE_LIMIT,
     )
@@ -229,8 +229,10 @@ async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
 async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
     let hint = "The cache has lost or spoiled it: look at its storage, and publish the path again.";
     match usable.attic.check_body(info).await {
-        Ok(Body::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
-        Ok(Body::Bad(text) | Body::Unread(text)) => Err(CheckFailure::new(text, hint)),
+        Ok(BodyCheck::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
+        Ok(BodyCheck::Bad(text) | BodyCheck::Unsupported(text)) => {
+            Err(CheckFailure::new(text, hint))
+        }
         Err(error) => Err(CheckFailure::new(error.to_string(), hint)),
     }
 }
@@ -305,7 +307,7 @@ async fn upload(
     let file = PathBuf::from(path.to_string());
     usable
         .attic
-        .upload(info, &file, &Meter::default())
+        .upload(info, &file, &ByteCounter::default())
         .await
         .map_err(|error| broken(error.to_string()))?;
     Ok(((), path.to_string()))
@@ -327,7 +329,7 @@ async fn read_back(usable: &Usable, path: &StorePath, begun: Instant) -> Found<(
 }
 
 /// The Bazel remote cache and executor that the runner's hints name.
-pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &Asker) {
+pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &BazelProber) {
     let hint = |name: &str| env.get(name).map(str::to_owned);
     let given = Given {
         cache: plan
@@ -369,7 +371,7 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
 }
 
 async fn asked(
-    asker: &Asker,
+    asker: &BazelProber,
     endpoint: &flywheel_core::contract::shared_cache::Endpoint,
     limit: Duration,
 ) -> Found<()> {
@@ -377,7 +379,7 @@ async fn asked(
     let shown = flywheel_core::contract::shared_cache::redact(endpoint.url.as_str());
     let failed = |text: String| CheckFailure::new(format!("{shown}: {text}"), hint);
     let can = asker
-        .ask(&endpoint.url, limit)
+        .probe(&endpoint.url, limit)
         .await
         .map_err(|failure| failed(format!("{} ({})", failure.text, failure.layer)))?;
     match endpoint.about {

@@ -167,7 +167,7 @@ fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
 
 fn memory(wanted: Size) -> Found<()> {
     let (group, machine) = (
-        Cgroup::of_self().and_then(|group| group.read().limit),
+        Cgroup::current().and_then(|group| group.read().limit),
         of_machine(),
     );
     let enough_machine =

@@ -17,7 +17,7 @@ use self::check_list::CheckList;
 use self::inputs::Plan;
 use self::nix::Built;
 use crate::report::canary::Canary;
-use flywheel_cache::client::bazel::Asker;
+use flywheel_cache::client::bazel::BazelProber;
 use flywheel_core::exit::Exit;
 use flywheel_core::exit::Failure;
 use flywheel_core::secret::Secret;
@@ -49,7 +49,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         plan,
         env,
         clients: Clients::new(&roots)?,
-        asker: Asker::new(&roots)?,
+        asker: BazelProber::new(&roots)?,
         attic,
         decision,
     };
@@ -67,7 +67,7 @@ struct CheckContext<'a> {
     plan: Plan,
     env: &'a Env,
     clients: Clients,
-    asker: Asker,
+    asker: BazelProber,
     attic: Option<Secret>,
     decision: Decision,
 }
@@ -97,7 +97,7 @@ impl CheckContext<'_> {
                     _ => None,
                 }
             },
-            host::checks(&mut host, &self.plan, self.env, &self.clients.asking),
+            host::checks(&mut host, &self.plan, self.env, &self.clients.api),
             async {
                 if self.plan.class == "nix-builder" || self.plan.bazel_cache.is_some() {
                     cache::bazel(&mut bazel, &self.plan, self.env, &self.asker).await;

@@ -67,7 +67,7 @@ pub(super) async fn report(
         async {
             match &plan.pushgateway {
                 Some(gateway) => {
-                    push(gateway, canary, metrics.clone(), &work.clients.sending).await
+                    push(gateway, canary, metrics.clone(), &work.clients.streaming).await
                 }
                 None => Ok(()),
             }
@@ -182,8 +182,7 @@ async fn write_check_run(
         repository,
         sha,
     };
-    let leaving =
-        check_run::create_or_update(&commit, &finished, token, work.clients.asking.clone());
+    let leaving = check_run::create_or_update(&commit, &finished, token, work.clients.api.clone());
     match tokio::time::timeout(CHECK_RUN_LIMIT, leaving).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => {

@@ -1,5 +1,5 @@
-//! Attic's own client in place of the built-in one: found or fetched, never compiled, fed in batches,
-//! and not believed: what arrived is looked up. Owns the chain by which it is got and the calls of it.
+//! Publishing by Attic's own client, the command `attic`, in place of the built-in one. It is found on the host or
+//! fetched, never compiled. It gets paths in batches, and after a failed call the cache is queried for what arrived.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,9 +10,9 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde_json::Value;
 
-use crate::client::attic::{Attic, Body, CacheConfig, Error, Meter, Uploaded};
+use crate::client::attic::{Attic, BodyCheck, ByteCounter, CacheConfig, Error, Uploaded};
 use crate::client::batch::Batches;
-use crate::client::destination::{Answer, Destination, Target};
+use crate::client::destination::{Destination, Pending, Target};
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;
@@ -25,56 +25,52 @@ use flywheel_nix::tool::{Nix, error_summary, on_path};
 use flywheel_sys::process::capture::Tool;
 use flywheel_sys::runner::env::Env;
 
-/// Where the client comes from unless the caller says otherwise.
+/// The default flake reference of the client.
 pub const REFERENCE: &str = "github:NixOS/nixpkgs/nixos-24.11#attic-client";
-/// The attribute of the caller's own flake.
+/// The client's attribute in the caller's own flake.
 const OWN: &str = "attic-client";
-/// Fetching nixpkgs and a client of 30 MB takes this long at most; the job waits meanwhile.
+/// Enough to fetch nixpkgs and a client of 30 MB. The job waits for it.
 const FETCH_LIMIT: Duration = Duration::from_secs(90);
-/// Paths in one call. Their names come to a few kilobytes, far below any limit of arguments.
+/// Paths in one call. Their names take a few kilobytes, far below the system's limit for arguments.
 const BATCH: usize = 64;
-/// A call takes this long at most, and longer by its size at the rate below. The client itself has
-/// no timeout of any kind.
+/// The timeout of a call, besides the time for its bytes at [`RATE`]. The client itself has no timeouts.
 const PUSH_LIMIT: Duration = Duration::from_secs(120);
-/// Bytes per second at which even a slow line moves.
+/// Bytes per second of a slow connection.
 const RATE: u64 = 250_000;
-/// Look-ups at once where the server cannot be asked about many paths.
+/// Concurrent look-ups where the server cannot be queried for many paths at once.
 const LOOKUPS: usize = 16;
-/// The name that the server has in the client's configuration.
+/// The server's name in the client's configuration.
 const SERVER: &str = "flywheel";
 
-/// Where the chain looks.
+/// Where to search for the client.
 #[derive(Debug)]
 pub struct Search<'a> {
     /// The job's environment: its `PATH` comes first.
     pub env: &'a Env,
     /// The Nix that fetches, with the fetchers' credentials in its settings.
     pub nix: &'a Nix,
-    /// What to fetch, a flake reference with its attribute.
+    /// A flake reference with its attribute.
     pub reference: &'a str,
     /// The folder of the caller's flake.
     pub folder: &'a Path,
-    /// A folder for the links that keep the client from being collected.
+    /// A folder for the garbage collector roots that keep the client.
     pub links: &'a Path,
 }
 
-/// Which part of the chain gave the client.
+/// Where the client was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// `PATH`.
     Path,
-    /// The reference, substituted.
+    /// Substituted, by the given reference.
     Reference,
-    /// The caller's own flake, substituted.
+    /// Substituted, from the caller's own flake.
     OwnFlake,
 }
 
-/// The client, found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
-    /// The program, absolute.
+    /// The program's absolute path.
     pub program: PathBuf,
-    /// Where it is from.
     pub origin: Origin,
 }
 
@@ -89,11 +85,13 @@ impl fmt::Display for Client {
     }
 }
 
-/// Goes along the chain. Nothing is ever compiled: neither here nor on a remote builder.
+/// Searches `PATH`, then the reference, then the caller's flake. It never compiles the client, neither here nor on a
+/// remote builder.
 ///
 /// # Errors
-/// When no part of it gives a client: why each did not, as a sentence for people.
+/// When no place has a client: the reason for each, as a sentence for people.
 pub async fn find(search: &Search<'_>) -> Result<Client, String> {
+    // A client on `PATH` needs no download, so it comes first.
     if let Some(program) = on_path(search.env, "attic") {
         return Ok(Client {
             program,
@@ -127,16 +125,16 @@ pub async fn find(search: &Search<'_>) -> Result<Client, String> {
         reasons.push("there is no flake to take one from".to_owned());
     }
     Err(format!(
-        "there is no stock client, and none is ever compiled: {}",
+        "Attic's own client was not found, and it is never compiled: {}",
         reasons.join("; ")
     ))
 }
 
-/// Has Nix fetch the client, and build nothing for it.
+/// Has Nix fetch the client without building anything.
 async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result<PathBuf, String> {
     let link = search.links.join(format!("attic-client-{link}"));
     let tool = search.nix.tool().in_folder(search.folder);
-    // No job here and no builder elsewhere: what no cache has is not to be had.
+    // Without local jobs and remote builders Nix can only substitute.
     let tool = tool.args([
         "build",
         reference,
@@ -145,8 +143,10 @@ async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result
         "--builders",
         "",
         "--json",
+        // The caller's checkout must not change.
         "--no-write-lock-file",
     ]);
+    // Without the link, a garbage collection during the job could delete the client.
     let output = tool
         .arg("--out-link")
         .arg(&link)
@@ -159,6 +159,7 @@ async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result
     let answer: Value =
         serde_json::from_slice(&output.stdout).map_err(|error| error.to_string())?;
     let outputs = answer.pointer("/0/outputs").and_then(Value::as_object);
+    // Not every output has the program; one may have only the manual.
     let folders = outputs
         .into_iter()
         .flat_map(|outputs| outputs.values())
@@ -169,18 +170,18 @@ async fn substituted(search: &Search<'_>, reference: &str, link: &str) -> Result
         .ok_or_else(|| "it has no `bin/attic`".to_owned())
 }
 
-/// A cache that is written to by the stock client, and read by our own.
+/// A cache that Attic's own client writes to, and the built-in client reads from.
 #[derive(Debug)]
-pub struct Stock {
+pub struct AtticCli {
     push: Arc<Push>,
-    line: Batches<PathInfo, Uploaded>,
+    batches: Batches<PathInfo, Uploaded>,
 }
 
-impl Stock {
+impl AtticCli {
     /// Writes the client's configuration, token included, into `private` (0700).
     ///
     /// # Errors
-    /// When it cannot be written, or the token cannot be spelt in it.
+    /// When the configuration cannot be written, or cannot hold the token.
     pub fn new(
         client: &Client,
         nix: &Nix,
@@ -196,18 +197,18 @@ impl Stock {
             attic,
         });
         let pushing = Arc::clone(&push);
-        let line = Batches::start(BATCH, move |infos| Arc::clone(&pushing).batch(infos));
-        Ok(Self { push, line })
+        let batches = Batches::start(BATCH, move |infos| Arc::clone(&pushing).batch(infos));
+        Ok(Self { push, batches })
     }
 }
 
-impl From<Stock> for Target {
-    fn from(stock: Stock) -> Self {
-        Arc::new(stock)
+impl From<AtticCli> for Target {
+    fn from(cli: AtticCli) -> Self {
+        Arc::new(cli)
     }
 }
 
-impl Destination for Stock {
+impl Destination for AtticCli {
     fn address(&self) -> String {
         self.push.attic.endpoint().to_string()
     }
@@ -216,15 +217,15 @@ impl Destination for Stock {
         Some(self.push.attic.endpoint())
     }
 
-    fn width(&self) -> Option<usize> {
+    fn concurrency(&self) -> Option<usize> {
         Some(BATCH)
     }
 
-    fn describe(&self) -> Answer<'_, CacheConfig> {
+    fn describe(&self) -> Pending<'_, CacheConfig> {
         Box::pin(self.push.attic.cache_config())
     }
 
-    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Answer<'a, HashSet<StorePath>> {
+    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>> {
         Box::pin(self.push.missing(paths))
     }
 
@@ -232,25 +233,26 @@ impl Destination for Stock {
         &'a self,
         info: &'a PathInfo,
         _: NarSource,
-        meter: &'a Meter,
-    ) -> Answer<'a, Uploaded> {
+        counter: &'a ByteCounter,
+    ) -> Pending<'a, Uploaded> {
         Box::pin(async move {
-            let uploaded = self.line.ask(info.clone()).await?;
-            meter.add(info.nar_size);
+            let uploaded = self.batches.submit(info.clone()).await?;
+            // The client reports no progress, so a path's bytes count once it has arrived.
+            counter.add(info.nar_size);
             Ok(uploaded)
         })
     }
 
-    fn look_up<'a>(&'a self, path: &'a StorePath) -> Answer<'a, Option<NarInfo>> {
+    fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>> {
         self.push.attic.look_up(path)
     }
 
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Answer<'a, Body> {
+    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
         Destination::check_body(&self.push.attic, info)
     }
 }
 
-/// The calls of the client.
+/// The calls of `attic push`.
 #[derive(Debug)]
 struct Push {
     program: PathBuf,
@@ -260,7 +262,7 @@ struct Push {
 }
 
 impl Push {
-    /// The server's own answer to many; where it knows no such question, each is looked up.
+    /// Queries the server for all paths at once; a server without that query is asked for each narinfo.
     async fn missing(&self, paths: &[StorePath]) -> Result<HashSet<StorePath>, Error> {
         match Destination::missing(&self.attic, paths).await {
             Err(error) if is_unknown(&error) => (),
@@ -277,22 +279,23 @@ impl Push {
             .await
     }
 
-    /// One call for all of them. Whatever it says, what has become of each is looked up, so that one
-    /// path that fails does not take the others' success with it.
+    /// One call for all paths. When it fails the cache is queried for each, so that the paths that did arrive count as
+    /// published.
     async fn batch(self: Arc<Self>, infos: Vec<PathInfo>) -> Vec<Result<Uploaded, Error>> {
         let problem = match self.call(&infos).await {
             Ok(()) => return infos.iter().map(|_| Ok(Uploaded::Stored)).collect(),
             Err(text) => text,
         };
+        // The client's exit code covers the batch as a whole; the server knows about each path.
         let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
+        // If the cache cannot be queried, no path counts as published, and all are tried again.
         let missing = self
             .missing(&paths)
             .await
             .unwrap_or_else(|_| paths.iter().cloned().collect());
         let mut results = Vec::new();
         for info in &infos {
-            let lost = missing.contains(&info.path);
-            results.push(if lost {
+            results.push(if missing.contains(&info.path) {
                 Err(failed(&problem, &info.path))
             } else {
                 Ok(Uploaded::Stored)
@@ -301,12 +304,14 @@ impl Push {
         results
     }
 
-    /// The paths' order, and what upstream has, is the publisher's affair: the client gets neither to decide.
+    /// The publisher decides the order of the paths and what an upstream cache has, so the client's own logic for both
+    /// is switched off.
     async fn call(&self, infos: &[PathInfo]) -> Result<(), String> {
         let size: u64 = infos.iter().map(|info| info.nar_size).sum();
         let cache = format!("{SERVER}:{}", self.attic.endpoint().cache);
         let tool = Tool::new(&self.program)
             .envs(self.nix.variables())
+            // The client finds its configuration here, so the token is in no argument and in no variable.
             .env("HOME", &self.home)
             .env("XDG_CONFIG_HOME", &self.home)
             .args([
@@ -328,12 +333,12 @@ impl Push {
     }
 }
 
-/// What the client said of this path, or else its last words.
+/// The client's error message about this path, or else the last line of its output.
 fn failed(stderr: &str, path: &StorePath) -> Error {
     let own = stderr.lines().find(|line| line.contains(path.base_name()));
     let last = stderr.lines().rfind(|line| !line.trim().is_empty());
     let text = own.or(last).map_or_else(
-        || "it said nothing".to_owned(),
+        || "it printed no error".to_owned(),
         |line| one_line(line.trim(), 300),
     );
     Error::Tool {
@@ -342,7 +347,7 @@ fn failed(stderr: &str, path: &StorePath) -> Error {
     }
 }
 
-/// Whether the server does not know what it was asked, which says nothing of the paths.
+/// Whether the server does not know the query. That allows no conclusion about the paths.
 fn is_unknown(error: &Error) -> bool {
     matches!(
         error,
@@ -350,9 +355,9 @@ fn is_unknown(error: &Error) -> bool {
     )
 }
 
-/// Whether the server speaks the built-in client's protocol, as far as one question can tell. One
-/// that is away or refuses us speaks it until the contrary is seen.
-pub async fn speaks_attic(attic: &Attic) -> bool {
+/// Whether the server has the built-in client's protocol, judged by one query. A server that is unavailable or refuses
+/// the token is assumed to have it.
+pub async fn has_attic_api(attic: &Attic) -> bool {
     match attic.missing_paths(&[]).await {
         Ok(_) => true,
         Err(error) => !is_unknown(&error),

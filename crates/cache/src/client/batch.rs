@@ -1,5 +1,5 @@
-//! Makes batches of what is asked for one by one, for tools of which one call for many paths is far
-//! cheaper than many calls. Owns nothing but the waiting; a batch whose askers are gone is stopped.
+//! Gathers single requests into batches, for tools where one call for many paths is far cheaper than many calls.
+//! A batch is cancelled when all its callers have gone.
 
 use std::future::Future;
 use std::time::Duration;
@@ -11,63 +11,63 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::client::attic::Error;
 
-/// What comes within this time of the first goes along.
+/// Requests that arrive within this time of the first one join its batch.
 const GATHER: Duration = Duration::from_millis(20);
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
-/// A line of askers, and the one task that answers them batch by batch.
+/// A queue of requests, and the one task that handles them batch by batch.
 #[derive(Debug)]
 pub(super) struct Batches<Q, T> {
-    askers: mpsc::Sender<(Q, Reply<T>)>,
+    queue: mpsc::Sender<(Q, Reply<T>)>,
     _task: AbortOnDropHandle<()>,
 }
 
 impl<Q: Send + 'static, T: Send + 'static> Batches<Q, T> {
-    /// Starts the task. `work` gets at most `most` questions, and gives as many answers in their order.
-    pub fn start<F, W>(most: usize, work: F) -> Self
+    /// Starts the task. `work` gets at most `limit` requests, and gives as many results in the same order.
+    pub fn start<F, W>(limit: usize, work: F) -> Self
     where
         F: Fn(Vec<Q>) -> W + Send + Sync + 'static,
         W: Future<Output = Vec<Result<T, Error>>> + Send,
     {
-        let (askers, mut line) = mpsc::channel::<(Q, Reply<T>)>(most);
+        let (queue, mut incoming) = mpsc::channel::<(Q, Reply<T>)>(limit);
         let task = tokio::spawn(async move {
-            while let Some(first) = line.recv().await {
+            while let Some(first) = incoming.recv().await {
                 sleep(GATHER).await;
                 let mut batch = vec![first];
-                while batch.len() < most
-                    && let Ok(next) = line.try_recv()
+                while batch.len() < limit
+                    && let Ok(next) = incoming.try_recv()
                 {
                     batch.push(next);
                 }
                 batch.retain(|(_, reply)| !reply.is_closed());
-                let (questions, mut replies): (Vec<Q>, Vec<Reply<T>>) = batch.into_iter().unzip();
+                let (requests, mut replies): (Vec<Q>, Vec<Reply<T>>) = batch.into_iter().unzip();
                 let all_gone = join_all(replies.iter_mut().map(oneshot::Sender::closed));
-                let answers = tokio::select! {
-                    answers = work(questions) => answers,
+                let results = tokio::select! {
+                    results = work(requests) => results,
                     _ = all_gone => continue,
                 };
-                for (reply, answer) in replies.into_iter().zip(answers) {
-                    // Who no longer listens needs no answer.
-                    let _ = reply.send(answer);
+                for (reply, result) in replies.into_iter().zip(results) {
+                    // It fails only for a caller that has gone.
+                    let _ = reply.send(result);
                 }
             }
         });
         Self {
-            askers,
+            queue,
             _task: AbortOnDropHandle::new(task),
         }
     }
 
-    /// Asks, and waits for the batch.
-    pub async fn ask(&self, question: Q) -> Result<T, Error> {
-        let (reply, answer) = oneshot::channel();
-        let ended = || Error::Facts("the line of batches has ended".to_owned());
-        self.askers
-            .send((question, reply))
+    /// Adds a request to the next batch, and waits for its result.
+    pub async fn submit(&self, request: Q) -> Result<T, Error> {
+        let (reply, result) = oneshot::channel();
+        let ended = || Error::Facts("the queue of batches has ended".to_owned());
+        self.queue
+            .send((request, reply))
             .await
             .map_err(|_| ended())?;
-        answer.await.map_err(|_| ended())?
+        result.await.map_err(|_| ended())?
     }
 }
 
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_comes_together_goes_together_and_each_gets_its_own_answer() {
+    async fn simultaneous_requests_share_a_batch_and_each_gets_its_own_result() {
         let sizes = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&sizes);
         let batches = Batches::start(4, move |questions: Vec<u32>| {
@@ -95,7 +95,7 @@ mod tests {
                 questions.into_iter().map(answer).collect()
             }
         });
-        let answers = join_all((0..6).map(|n| batches.ask(n))).await;
+        let answers = join_all((0..6).map(|n| batches.submit(n))).await;
         let answers: Vec<Option<u32>> = answers.into_iter().map(Result::ok).collect();
         assert_eq!(
             answers,
@@ -105,29 +105,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_batch_that_nobody_waits_for_is_stopped() {
+    async fn a_batch_without_callers_is_cancelled() {
         let stopped = Arc::new(AtomicUsize::new(0));
-        struct Told(Arc<AtomicUsize>);
-        impl Drop for Told {
+        struct CountsDrops(Arc<AtomicUsize>);
+        impl Drop for CountsDrops {
             fn drop(&mut self) {
                 self.0.fetch_add(1, Ordering::Relaxed);
             }
         }
         let count = Arc::clone(&stopped);
         let batches = Batches::start(4, move |questions: Vec<u32>| {
-            let told = Told(Arc::clone(&count));
+            let drops = CountsDrops(Arc::clone(&count));
             async move {
-                let _told = told;
+                let _drops = drops;
                 if questions == [1] {
                     std::future::pending::<()>().await;
                 }
                 questions.into_iter().map(Ok).collect()
             }
         });
-        let waited = tokio::time::timeout(Duration::from_millis(100), batches.ask(1)).await;
-        assert!(waited.is_err(), "it never answers");
+        let waited = tokio::time::timeout(Duration::from_millis(100), batches.submit(1)).await;
+        assert!(waited.is_err(), "it never ends");
         assert_eq!(
-            batches.ask(2).await.ok(),
+            batches.submit(2).await.ok(),
             Some(2),
             "and does not hold back the next"
         );

@@ -1,5 +1,5 @@
-//! Whether a Bazel remote cache or executor answers as one: by a gRPC capabilities call, or by asking an HTTP
-//! cache for the empty blob. Reads only, asks once, and ends within its limit.
+//! Probes a Bazel remote cache or executor: by a gRPC capabilities call, or by fetching the empty blob from an HTTP
+//! cache. It only reads, never retries, and ends within its limit.
 //!
 //! The call: `build.bazel.remote.execution.v2.Capabilities/GetCapabilities` of bazelbuild/remote-apis; the
 //! HTTP cache: Bazel's documentation, "Remote caching".
@@ -15,44 +15,39 @@ use url::Url;
 use flywheel_core::text::one_line;
 use flywheel_sys::http::{self, Roots};
 
-/// More than this is read of no answer.
-const ANSWER_LIMIT: usize = 256 * 1024;
-/// SHA-256 of nothing: every content-addressed store has it or says that it has not.
+/// The largest response that is read, in bytes.
+const RESPONSE_LIMIT: usize = 256 * 1024;
+/// SHA-256 of nothing. Any content-addressed store responds to it: with the empty blob or with 404.
 const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 const CALL: &str = "build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
 /// Fields of `ServerCapabilities` in `remote_execution.proto`.
 const CACHE_FIELD: u64 = 1;
 const EXECUTION_FIELD: u64 = 2;
 
-/// Why an endpoint is of no use.
+/// Why an endpoint cannot be used.
 #[derive(Debug, Error)]
 #[error("{text}")]
 pub struct Failure {
-    /// How far we came: `name`, `connect`, `TLS`, `answer`, `authorisation`.
+    /// The layer that failed: `name`, `connect`, `TLS`, `answer`, `authorisation`.
     pub layer: &'static str,
-    /// What broke, without the address.
+    /// The cause, without the address.
     pub text: String,
 }
 
-/// What answered.
+/// The services that an endpoint offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// It caches.
     pub cache: bool,
-    /// It executes.
     pub execution: bool,
 }
 
-/// The clients to ask with.
 #[derive(Clone, Debug)]
-pub struct Asker {
+pub struct BazelProber {
     plain: reqwest::Client,
     grpc: reqwest::Client,
 }
 
-impl Asker {
-    /// Makes the clients.
-    ///
+impl BazelProber {
     /// # Errors
     /// As [`http::client`].
     pub fn new(roots: &Roots) -> Result<Self, http::Error> {
@@ -62,24 +57,24 @@ impl Asker {
         })
     }
 
-    /// Asks an endpoint of scheme `grpc`, `grpcs`, `http` or `https` what it can do.
+    /// Probes an endpoint of scheme `grpc`, `grpcs`, `http` or `https`.
     ///
     /// # Errors
-    /// When it does not answer within `limit`, or not as it should.
-    pub async fn ask(&self, endpoint: &Url, limit: Duration) -> Result<Capabilities, Failure> {
-        let asked = async {
+    /// When the endpoint does not respond within `limit`, or does not behave like a cache or executor.
+    pub async fn probe(&self, endpoint: &Url, limit: Duration) -> Result<Capabilities, Failure> {
+        let probe = async {
             match endpoint.scheme() {
                 "grpc" | "grpcs" => self.capabilities(endpoint).await,
                 _ => self.empty_blob(endpoint).await,
             }
         };
-        let silent = Failure {
+        let timed_out = Failure {
             layer: "connect",
             text: format!("no answer within {} s", limit.as_secs_f64()),
         };
-        tokio::time::timeout(limit, asked)
+        tokio::time::timeout(limit, probe)
             .await
-            .unwrap_or(Err(silent))
+            .unwrap_or(Err(timed_out))
     }
 
     async fn empty_blob(&self, endpoint: &Url) -> Result<Capabilities, Failure> {
@@ -88,16 +83,16 @@ impl Asker {
         let status = response.status().as_u16();
         let body = read(response.into()).await?.1;
         match status {
-            // A cache that has never seen the empty blob is one that answers.
+            // The cache works; it has just never stored the empty blob.
             404 => {}
             200 | 204 if body.is_empty() => {}
             200 | 204 => {
-                return Err(answer(
+                return Err(bad_response(
                     "it serves something else for the empty blob, so it is no Bazel cache",
                 ));
             }
             401 | 403 => return Err(unauthorised(&format!("the server answered {status}"))),
-            _ => return Err(answer(&format!("the server answered {status}"))),
+            _ => return Err(bad_response(&format!("the server answered {status}"))),
         }
         Ok(Capabilities {
             cache: true,
@@ -112,7 +107,7 @@ impl Asker {
             "http"
         };
         let url = below(endpoint, scheme, CALL)?;
-        // An uncompressed message of no bytes: the request for the default instance.
+        // A gRPC frame with an uncompressed message of no bytes: the request for the default instance.
         let request = self
             .grpc
             .post(url)
@@ -124,27 +119,28 @@ impl Asker {
             200 => {}
             401 | 403 => return Err(unauthorised(&format!("the server answered {status}"))),
             _ => {
-                return Err(answer(&format!(
+                return Err(bad_response(&format!(
                     "the server answered {status}, which is no gRPC"
                 )));
             }
         }
         let (trailers, body) = read(response.into()).await?;
         grpc_status(&headers).and_then(|()| trailers.as_ref().map_or(Ok(()), grpc_status))?;
-        parse(&body)
-            .ok_or_else(|| answer("its answer is no message of the remote execution protocol"))
+        parse(&body).ok_or_else(|| {
+            bad_response("its answer is no message of the remote execution protocol")
+        })
     }
 }
 
-/// The address of a call below an endpoint. Schemes that are the web's and those that are not cannot be exchanged
-/// in place.
+/// The URL of a call below an endpoint. The text is parsed again because `Url::set_scheme` refuses to change between
+/// the web's schemes and others.
 fn below(endpoint: &Url, scheme: &str, path: &str) -> Result<Url, Failure> {
     let rest = endpoint
         .as_str()
         .split_once(':')
         .map_or("", |(_, rest)| rest);
-    let mut url =
-        Url::parse(&format!("{scheme}:{rest}")).map_err(|error| answer(&error.to_string()))?;
+    let mut url = Url::parse(&format!("{scheme}:{rest}"))
+        .map_err(|error| bad_response(&error.to_string()))?;
     url.set_path(&format!("{}/{path}", endpoint.path().trim_end_matches('/')));
     url.set_query(None);
     url.set_fragment(None);
@@ -154,16 +150,17 @@ fn below(endpoint: &Url, scheme: &str, path: &str) -> Result<Url, Failure> {
 async fn read(
     response: axum::http::Response<reqwest::Body>,
 ) -> Result<(Option<HeaderMap>, Bytes), Failure> {
-    let body = Limited::new(response.into_body(), ANSWER_LIMIT);
+    let body = Limited::new(response.into_body(), RESPONSE_LIMIT);
     let collected = body
         .collect()
         .await
-        .map_err(|error| answer(&format!("its answer broke off: {error}")))?;
+        .map_err(|error| bad_response(&format!("its answer broke off: {error}")))?;
     let trailers = collected.trailers().cloned();
     Ok((trailers, collected.to_bytes()))
 }
 
-/// gRPC's own status, in the headers of an answer without a message or in the trailers behind one.
+/// Checks gRPC's own status. It is in the headers of a response without a message, and in the trailers of one with a
+/// message.
 fn grpc_status(headers: &HeaderMap) -> Result<(), Failure> {
     let text = |name: &str| {
         headers
@@ -171,23 +168,26 @@ fn grpc_status(headers: &HeaderMap) -> Result<(), Failure> {
             .and_then(|value| value.to_str().ok())
             .unwrap_or_default()
     };
-    let said = one_line(text("grpc-message"), 200);
+    let message = one_line(text("grpc-message"), 200);
     match text("grpc-status") {
+        // Status codes of gRPC: 7 permission denied, 16 unauthenticated, 12 unimplemented.
         "" | "0" => Ok(()),
         "7" | "16" => Err(unauthorised(&format!(
-            "the server refuses the call: {said}"
+            "the server refuses the call: {message}"
         ))),
-        "12" => Err(answer("it speaks gRPC, but is no Bazel remote cache")),
-        number => Err(answer(&format!(
-            "the call failed with gRPC status {}: {said}",
+        "12" => Err(bad_response("it speaks gRPC, but is no Bazel remote cache")),
+        number => Err(bad_response(&format!(
+            "the call failed with gRPC status {}: {message}",
             one_line(number, 10)
         ))),
     }
 }
 
+/// Reads the fields of `ServerCapabilities` from a gRPC frame: a compression byte, a length, and a protobuf message.
 fn parse(body: &[u8]) -> Option<Capabilities> {
     let (head, message) = body.split_first_chunk::<5>()?;
     let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
+    // A compressed message (1) was not requested.
     let mut message = message.get(..length).filter(|_| head[0] == 0)?;
     let mut found = Capabilities {
         cache: false,
@@ -195,6 +195,8 @@ fn parse(body: &[u8]) -> Option<Capabilities> {
     };
     while !message.is_empty() {
         let tag = varint(&mut message)?;
+        // Only the presence of a field counts; its content is skipped by its wire type.
+        // Wire types: 0 is a varint, 1 has 64 bits, 2 has a length in front, 5 has 32 bits.
         match tag & 7 {
             0 => drop(varint(&mut message)?),
             1 => message = message.get(8..)?,
@@ -213,6 +215,7 @@ fn parse(body: &[u8]) -> Option<Capabilities> {
 
 fn varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut number = 0_u64;
+    // Seven bits in each byte, the lowest first. The high bit marks that more follow.
     for shift in (0..64).step_by(7) {
         let (byte, rest) = bytes.split_first()?;
         *bytes = rest;
@@ -237,7 +240,7 @@ fn broken(error: reqwest::Error) -> Failure {
     }
 }
 
-fn answer(text: &str) -> Failure {
+fn bad_response(text: &str) -> Failure {
     Failure {
         layer: "answer",
         text: text.to_owned(),

@@ -1,5 +1,5 @@
-//! Stores of every kind that Nix can write to (`s3://`, `file://`, `ssh-ng://`, `http(s)://`), by
-//! way of `nix copy`. Owns the calls of Nix; order, retries and verification are the publisher's.
+//! Publishing by `nix copy`, to every kind of store that Nix can write to (`s3://`, `file://`, `ssh-ng://`,
+//! `http(s)://`). It owns the calls of Nix; the publisher decides order, retries and verification.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -10,9 +10,9 @@ use std::time::Duration;
 use thiserror::Error;
 use url::Url;
 
-use crate::client::attic::{Body, CacheConfig, Error, Meter, Uploaded};
+use crate::client::attic::{BodyCheck, ByteCounter, CacheConfig, Error, Uploaded};
 use crate::client::batch::Batches;
-use crate::client::destination::{Answer, Destination, Target};
+use crate::client::destination::{Destination, Pending, Target};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::text::one_line;
 use flywheel_nix::nar::NarSource;
@@ -22,29 +22,27 @@ use flywheel_nix::path_json;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::tool::{Nix, error_summary};
 
-/// Paths in one call. Their names come to a few kilobytes, far below any limit of arguments.
+/// Paths in one call. Their names take a few kilobytes, far below the system's limit for arguments.
 const BATCH: usize = 64;
-/// From this NAR size on, in bytes, a path goes apart from the small ones, which it would hold back.
+/// From this NAR size on, in bytes, a path is copied alone: in a batch it would hold back the small ones.
 const LARGE: u64 = 16 * 1024 * 1024;
-/// A look at a store takes this long at most.
+/// The timeout of calls that only read.
 const LOOK_LIMIT: Duration = Duration::from_secs(60);
-/// A copy takes this long at most, and longer by its size at the rate below.
+/// The timeout of a copy, besides the time for its bytes at [`RATE`].
 const COPY_LIMIT: Duration = Duration::from_secs(120);
-/// Bytes per second at which even a slow line with a slow compression moves.
+/// Bytes per second of a slow connection with a slow compression.
 const RATE: u64 = 250_000;
 /// The schemes that `nix copy` writes to.
 const SCHEMES: [&str; 6] = ["s3", "file", "ssh-ng", "ssh", "http", "https"];
 
-/// A text that names no store.
+/// Why a text is not a store's URL.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum StoreUrlError {
-    /// It is no URL.
     #[error("`{0}` is not the URL of a store")]
     Malformed(String),
-    /// Nix writes to no such store.
+    /// Nix cannot write to this kind of store.
     #[error("`{0}` is a kind of store that nothing is published to")]
     Scheme(String),
-    /// It holds a password.
     #[error("a store's URL must not carry a password")]
     Password,
 }
@@ -64,17 +62,17 @@ impl Explain for StoreUrlError {
     }
 }
 
-/// A store's URL as Nix takes it.
+/// A store's URL that Nix accepts.
 #[derive(Clone, PartialEq, Eq)]
 pub struct StoreUrl(Url);
 
 impl StoreUrl {
-    /// The whole, for Nix.
+    /// The complete URL, with user and parameters.
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
 
-    /// The host that a netrc would name, for HTTP.
+    /// The host for a netrc entry; `None` unless the scheme is HTTP or HTTPS.
     pub fn http_host(&self) -> Option<&str> {
         self.0
             .host_str()
@@ -94,15 +92,15 @@ impl FromStr for StoreUrl {
         if url.password().is_some() {
             return Err(StoreUrlError::Password);
         }
-        // A setting's value ends at white space, and one that begins with a dash would be an option.
-        let whole =
+        // Nix separates a setting's values by white space, so a URL with white space would be two.
+        let is_one_word =
             !url.as_str().contains(char::is_whitespace) && !text.contains(char::is_whitespace);
-        let somewhere = if url.scheme() == "file" {
+        let has_location = if url.scheme() == "file" {
             url.path().len() > 1
         } else {
             url.host_str().is_some_and(|host| !host.is_empty())
         };
-        if whole && somewhere {
+        if is_one_word && has_location {
             Ok(Self(url))
         } else {
             Err(malformed())
@@ -110,7 +108,7 @@ impl FromStr for StoreUrl {
     }
 }
 
-/// Without user and parameters, which may name keys.
+/// Without user and parameters, which may hold keys.
 impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&flywheel_sys::http::redact(&self.0))
@@ -123,38 +121,39 @@ impl fmt::Debug for StoreUrl {
     }
 }
 
-/// A store, written to and read by Nix.
+/// A store that Nix writes to and reads from.
 #[derive(Debug)]
-pub struct Copy {
+pub struct StoreCopy {
     calls: Arc<Calls>,
     small: Batches<PathInfo, Uploaded>,
     large: Batches<PathInfo, Uploaded>,
     looks: Batches<StorePath, Option<NarInfo>>,
 }
 
-impl Copy {
-    /// A store for which `nix` has the credentials in its settings and environment.
+impl StoreCopy {
+    /// `nix` must have the store's credentials in its settings and environment.
     pub fn new(nix: Nix, url: StoreUrl) -> Self {
         let calls = Arc::new(Calls { nix, url });
-        let line = |most| {
+        let copies = |limit| {
             let calls = Arc::clone(&calls);
-            Batches::start(most, move |infos| Arc::clone(&calls).copy(infos))
+            Batches::start(limit, move |infos| Arc::clone(&calls).copy(infos))
         };
         let looking = Arc::clone(&calls);
         let looks = Batches::start(BATCH, move |paths| Arc::clone(&looking).look_up(paths));
         Self {
-            small: line(BATCH),
-            large: line(1),
+            small: copies(BATCH),
+            large: copies(1),
             looks,
             calls,
         }
     }
 
-    /// Looks whether the store opens, within `limit` and without trying twice.
+    /// Checks that the store opens, within `limit` and without retries.
     ///
     /// # Errors
     /// When it does not.
     pub async fn ping(nix: &Nix, url: &StoreUrl, limit: Duration) -> Result<(), Error> {
+        // Nix's own retries would use up the limit.
         let quick = [
             "--option",
             "download-attempts",
@@ -168,7 +167,7 @@ impl Copy {
             url: url.clone(),
         };
         calls
-            .ask(
+            .run(
                 "nix store ping",
                 &[&["store", "ping", "--store", url.as_str()][..], &quick].concat(),
                 limit,
@@ -178,32 +177,33 @@ impl Copy {
     }
 }
 
-impl From<Copy> for Target {
-    fn from(copy: Copy) -> Self {
+impl From<StoreCopy> for Target {
+    fn from(copy: StoreCopy) -> Self {
         Arc::new(copy)
     }
 }
 
-impl Destination for Copy {
+impl Destination for StoreCopy {
     fn address(&self) -> String {
         self.calls.url.to_string()
     }
 
-    /// `nix copy` refuses a path whose references are not in the very store.
-    fn leaves_upstream_out(&self) -> bool {
+    /// `nix copy` refuses a path unless the same store has all its references.
+    fn omits_upstream_paths(&self) -> bool {
         false
     }
 
-    fn width(&self) -> Option<usize> {
+    fn concurrency(&self) -> Option<usize> {
         Some(BATCH)
     }
 
-    fn describe(&self) -> Answer<'_, CacheConfig> {
+    fn describe(&self) -> Pending<'_, CacheConfig> {
         Box::pin(async { Ok(CacheConfig::default()) })
     }
 
-    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Answer<'a, HashSet<StorePath>> {
+    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>> {
         Box::pin(async move {
+            // An empty query checks the store itself.
             if paths.is_empty() {
                 Self::ping(&self.calls.nix, &self.calls.url, LOOK_LIMIT).await?;
             }
@@ -221,25 +221,26 @@ impl Destination for Copy {
         &'a self,
         info: &'a PathInfo,
         _: NarSource,
-        meter: &'a Meter,
-    ) -> Answer<'a, Uploaded> {
+        counter: &'a ByteCounter,
+    ) -> Pending<'a, Uploaded> {
         Box::pin(async move {
-            let line = if info.nar_size >= LARGE {
+            let batches = if info.nar_size >= LARGE {
                 &self.large
             } else {
                 &self.small
             };
-            let uploaded = line.ask(info.clone()).await?;
-            meter.add(info.nar_size);
+            let uploaded = batches.submit(info.clone()).await?;
+            // Nix reports no progress here, so a path's bytes count once it has been copied.
+            counter.add(info.nar_size);
             Ok(uploaded)
         })
     }
 
-    fn look_up<'a>(&'a self, path: &'a StorePath) -> Answer<'a, Option<NarInfo>> {
-        Box::pin(self.looks.ask(path.clone()))
+    fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>> {
+        Box::pin(self.looks.submit(path.clone()))
     }
 
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Answer<'a, Body> {
+    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
         Box::pin(self.calls.verify(&info.path))
     }
 }
@@ -252,8 +253,8 @@ struct Calls {
 }
 
 impl Calls {
-    /// One call for all. Where it fails, each is tried alone if the store as a whole still opens:
-    /// then one path's fault is not the others'.
+    /// One call for all paths. When it fails and the store itself still opens, each path is copied alone, so that one
+    /// bad path does not fail the others.
     async fn copy(self: Arc<Self>, infos: Vec<PathInfo>) -> Vec<Result<Uploaded, Error>> {
         let together = match self.copy_once(&infos).await {
             Ok(()) => return infos.iter().map(|_| Ok(Uploaded::Stored)).collect(),
@@ -263,11 +264,11 @@ impl Calls {
         let mut results = Vec::new();
         let mut failed = 0;
         for info in &infos {
-            // Two that fail alone, too: it is the store after all, and the publisher waits for it.
+            // When two paths fail even alone, the store is at fault. The publisher retries the rest later.
             let result = if opens && failed < 2 {
                 self.copy_once(std::slice::from_ref(info)).await
             } else {
-                Err(again(&together))
+                Err(copied(&together))
             };
             failed += u32::from(result.is_err());
             results.push(result.map(|()| Uploaded::Stored));
@@ -276,13 +277,15 @@ impl Calls {
     }
 
     async fn opens(&self) -> bool {
-        Copy::ping(&self.nix, &self.url, LOOK_LIMIT).await.is_ok()
+        StoreCopy::ping(&self.nix, &self.url, LOOK_LIMIT)
+            .await
+            .is_ok()
     }
 
     async fn copy_once(&self, infos: &[PathInfo]) -> Result<(), Error> {
         let size: u64 = infos.iter().map(|info| info.nar_size).sum();
         let paths: Vec<String> = infos.iter().map(|info| info.path.to_string()).collect();
-        // The paths are this store's own, unsigned as a rule; what a foreign daemon demands it demands.
+        // Paths that this host built usually have no signature. A remote daemon still checks what it requires.
         let mut arguments = vec![
             "copy",
             "--to",
@@ -291,7 +294,7 @@ impl Calls {
             "--no-check-sigs",
         ];
         arguments.extend(paths.iter().map(String::as_str));
-        self.ask(
+        self.run(
             "nix copy",
             &arguments,
             COPY_LIMIT + Duration::from_secs(size / RATE),
@@ -310,15 +313,15 @@ impl Calls {
                 .into_iter()
                 .map(|info| (info.path.clone(), nar_info(info)))
                 .collect(),
-            Err(error) => return paths.iter().map(|_| Err(again(&error))).collect(),
+            Err(error) => return paths.iter().map(|_| Err(copied(&error))).collect(),
         };
         paths.iter().map(|path| Ok(found.remove(path))).collect()
     }
 
-    /// What the store says of these; what it does not have is left out.
+    /// The registered facts of those paths that the store has.
     async fn infos(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         match self.infos_once(paths).await {
-            // Some versions end with an error where one of several is not there.
+            // Some versions of Nix fail as a whole when one of several paths is absent.
             Err(error) if paths.len() > 1 && is_absence(&error) => {
                 let mut all = PathInfos::default();
                 for path in paths {
@@ -346,17 +349,17 @@ impl Calls {
             "substitute",
             "false",
         ];
-        // What was absent a minute ago is what this is about.
+        // Nix remembers that a path was absent; here the path may have been published since.
         for ttl in ["narinfo-cache-negative-ttl", "narinfo-cache-positive-ttl"] {
             arguments.extend(["--option", ttl, "0"]);
         }
         arguments.extend(paths.iter().map(String::as_str));
-        let answer = self.ask("nix path-info", &arguments, LOOK_LIMIT).await?;
-        path_json::parse(&answer).map_err(|error| Error::Foreign(error.to_string()))
+        let json = self.run("nix path-info", &arguments, LOOK_LIMIT).await?;
+        path_json::parse(&json).map_err(|error| Error::Foreign(error.to_string()))
     }
 
-    /// Nix fetches the body and compares its hash.
-    async fn verify(&self, path: &StorePath) -> Result<Body, Error> {
+    /// Has Nix fetch the NAR and compare its hash.
+    async fn verify(&self, path: &StorePath) -> Result<BodyCheck, Error> {
         let path = path.to_string();
         let arguments = [
             "store",
@@ -366,15 +369,17 @@ impl Calls {
             self.url.as_str(),
             &path,
         ];
-        match self.ask("nix store verify", &arguments, LOOK_LIMIT).await {
-            Ok(_) => Ok(Body::Good),
-            // Nix's own word for a NAR whose hash is not the registered one.
-            Err(Error::Tool { text, .. }) if text.contains("was modified") => Ok(Body::Bad(text)),
+        match self.run("nix store verify", &arguments, LOOK_LIMIT).await {
+            Ok(_) => Ok(BodyCheck::Good),
+            // Nix's message for a NAR with another hash than the registered one.
+            Err(Error::Tool { text, .. }) if text.contains("was modified") => {
+                Ok(BodyCheck::Bad(text))
+            }
             Err(error) => Err(error),
         }
     }
 
-    async fn ask(
+    async fn run(
         &self,
         call: &'static str,
         arguments: &[&str],
@@ -399,8 +404,8 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
-/// The same failure, for another path.
-fn again(error: &Error) -> Error {
+/// The same failure for another path; `Error` cannot be cloned.
+fn copied(error: &Error) -> Error {
     match error {
         Error::Tool { call, text } => Error::Tool {
             call,
@@ -414,7 +419,7 @@ fn is_absence(error: &Error) -> bool {
     matches!(error, Error::Tool { text, .. } if text.contains("is not valid"))
 }
 
-/// What Nix tells of a path there, in the words of a cache. Where the body lies is Nix's business.
+/// A path's facts as a narinfo. The URL and the compression stay empty, because Nix itself fetches the NAR.
 fn nar_info(info: PathInfo) -> NarInfo {
     NarInfo {
         path: info.path,

@@ -1,5 +1,5 @@
-//! What a store that takes paths has to offer, so that one queue, one order, one way of retrying
-//! and one verification serve all of them. Owns the trait; each store lives in a module of its own.
+//! The trait of all stores that paths can be published to, so that one queue, one order, one way to retry and one
+//! verification serve all of them. Each store has a module of its own.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -7,61 +7,60 @@ use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 
-use crate::client::attic::{Attic, Body, CacheConfig, Error, Meter, Uploaded};
+use crate::client::attic::{Attic, BodyCheck, ByteCounter, CacheConfig, Error, Uploaded};
 use crate::client::endpoint::Endpoint;
 use flywheel_nix::nar::NarSource;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::StorePath;
 
-/// An answer that takes a while.
-pub type Answer<'a, T> = BoxFuture<'a, Result<T, Error>>;
+/// What the trait's asynchronous methods return.
+pub type Pending<'a, T> = BoxFuture<'a, Result<T, Error>>;
 
-/// Where paths go, and where they are looked up again. Nothing here tries twice by itself.
+/// A store that paths are published to and verified in. No implementation retries by itself.
 pub trait Destination: Send + Sync + fmt::Debug {
-    /// Its address as messages show it, without credentials.
+    /// The address for messages, without credentials.
     fn address(&self) -> String;
 
-    /// Where it is on a server of Attic's kind, for advice; `None` for other stores.
+    /// The address on a server that has Attic's protocol, for hints in messages; `None` for other stores.
     fn endpoint(&self) -> Option<&Endpoint> {
         None
     }
 
-    /// Whether what an upstream cache has signed may be left out, because its readers have that
-    /// cache too. A store that must hold whole closures says no.
-    fn leaves_upstream_out(&self) -> bool {
+    /// Whether paths that an upstream cache has signed may be left out, because the readers use that cache, too.
+    /// `false` for a store that must hold complete closures.
+    fn omits_upstream_paths(&self) -> bool {
         true
     }
 
-    /// How many paths at once suit it, where it has a mind of its own: one that works in batches
-    /// wants a whole batch under way.
-    fn width(&self) -> Option<usize> {
+    /// How many uploads should run at once, where the store prescribes it: one that works in batches needs a whole
+    /// batch under way.
+    fn concurrency(&self) -> Option<usize> {
         None
     }
 
-    /// What it says of itself.
-    fn describe(&self) -> Answer<'_, CacheConfig>;
+    /// The store's own description.
+    fn describe(&self) -> Pending<'_, CacheConfig>;
 
-    /// Which of these it does not have. None at all is a good question too: it tells whether it
-    /// can be written to.
-    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Answer<'a, HashSet<StorePath>>;
+    /// Which of these paths the store lacks. An empty query checks whether the store can be written to.
+    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>>;
 
-    /// Sends one path, whose references are all there already. It is safe to be repeated.
+    /// Publishes one path; the store must already have its references. The caller may repeat it safely.
     fn send<'a>(
         &'a self,
         info: &'a PathInfo,
         source: NarSource,
-        meter: &'a Meter,
-    ) -> Answer<'a, Uploaded>;
+        counter: &'a ByteCounter,
+    ) -> Pending<'a, Uploaded>;
 
-    /// What it says of a path; `None` if it does not have it.
-    fn look_up<'a>(&'a self, path: &'a StorePath) -> Answer<'a, Option<NarInfo>>;
+    /// The narinfo of a path; `None` if the store lacks it.
+    fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>>;
 
-    /// Fetches a path's body and compares its hash.
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Answer<'a, Body>;
+    /// Fetches a path's NAR and compares its hash.
+    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck>;
 }
 
-/// Any of them, shared by those who write and those who look up.
+/// A destination, shared by publishing and verification.
 pub type Target = Arc<dyn Destination>;
 
 impl From<Attic> for Target {
@@ -79,11 +78,11 @@ impl Destination for Attic {
         Some(Self::endpoint(self))
     }
 
-    fn describe(&self) -> Answer<'_, CacheConfig> {
+    fn describe(&self) -> Pending<'_, CacheConfig> {
         Box::pin(self.cache_config())
     }
 
-    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Answer<'a, HashSet<StorePath>> {
+    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>> {
         Box::pin(async move {
             let hashes: Vec<_> = paths.iter().map(StorePath::hash).collect();
             let missing = self.missing_paths(&hashes).await?;
@@ -100,16 +99,16 @@ impl Destination for Attic {
         &'a self,
         info: &'a PathInfo,
         source: NarSource,
-        meter: &'a Meter,
-    ) -> Answer<'a, Uploaded> {
-        Box::pin(self.upload(info, source, meter))
+        counter: &'a ByteCounter,
+    ) -> Pending<'a, Uploaded> {
+        Box::pin(self.upload(info, source, counter))
     }
 
-    fn look_up<'a>(&'a self, path: &'a StorePath) -> Answer<'a, Option<NarInfo>> {
+    fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>> {
         Box::pin(async move { self.nar_info(&path.hash()).await })
     }
 
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Answer<'a, Body> {
+    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
         Box::pin(Self::check_body(self, info))
     }
 }

@@ -1,5 +1,5 @@
-//! Where a cache is: the server the user named and the cache's name on it. Pure.
-//! Knows no other host: what a server says of its own addresses is compared, never followed.
+//! The address of a cache: the server that the user named, and the cache's name on it. Pure.
+//! It knows no other host: addresses that a server announces for itself are compared, never contacted.
 
 use std::fmt;
 
@@ -11,14 +11,13 @@ use flywheel_sys::http::redact;
 /// A cache on a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// The server as the user named it, with a slash at its end, without query or credentials.
+    /// The server's URL with a slash at its end, without query or credentials.
     pub server: Url,
-    /// The cache's name there.
     pub cache: CacheName,
 }
 
 impl Endpoint {
-    /// Takes a server's address; a missing slash at its end is added, so that joining keeps its path.
+    /// Adds a missing slash at the end of the server's URL, so that joining keeps its path.
     pub fn new(mut server: Url, cache: CacheName) -> Self {
         server.set_query(None);
         server.set_fragment(None);
@@ -31,39 +30,38 @@ impl Endpoint {
         Self { server, cache }
     }
 
-    /// The address as `substituters` has it: `<server>/<cache>`.
+    /// The URL for Nix's setting `substituters`: `<server>/<cache>`.
     pub fn substituter(&self) -> String {
         format!("{}{}", self.server, self.cache)
     }
 
-    /// The address of an API call, such as `get-missing-paths`.
+    /// The URL of an API call, such as `get-missing-paths`.
     pub fn api(&self, call: &str) -> Url {
         self.join(&format!("_api/v1/{call}"))
     }
 
-    /// The address of this cache's configuration.
+    /// The URL of this cache's configuration.
     pub fn config(&self) -> Url {
         self.api(&format!("cache-config/{}", self.cache))
     }
 
-    /// The address of something that the cache serves, such as `nix-cache-info`.
+    /// The URL of a file that the cache serves, such as `nix-cache-info`.
     pub fn read(&self, file: &str) -> Url {
         self.join(&format!("{}/{file}", self.cache))
     }
 
-    /// The address of a NAR as a narinfo names it: relative to the cache, or a whole URL.
+    /// The URL of a NAR. A narinfo holds it relative to the cache, or absolute.
     pub fn nar(&self, url: &str) -> Option<Url> {
         self.read("").join(url).ok()
     }
 
-    /// Whether this URL is on the very host, port and scheme that the user named, so that the
-    /// token may travel there.
+    /// Whether this URL has the scheme, host and port that the user named, so that the token may be sent there.
     pub fn owns(&self, url: &Url) -> bool {
         self.server.origin() == url.origin()
     }
 
     fn join(&self, below: &str) -> Url {
-        // Cache names and our own words hold nothing that a URL's path would have to escape.
+        // Cache names and the API's own segments hold nothing that a URL's path would have to escape.
         let mut url = self.server.clone();
         url.set_path(&format!("{}{below}", self.server.path()));
         url
@@ -109,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_named_host_is_ours() {
+    fn only_the_named_host_is_owned() {
         let endpoint = endpoint("https://h/attic");
         let owns = |url: &str| endpoint.owns(&url.parse().expect("URL"));
         assert!(owns("https://h/elsewhere"));

@@ -1,5 +1,5 @@
-//! A small Attic for tests, on loopback, with a switch for each way in which a server can fail,
-//! and a store folder to publish from.
+//! A small Attic server for tests, on loopback, with a switch for each kind of failure, and a store folder to publish
+//! from.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -26,7 +26,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::task::AbortOnDropHandle;
 use url::Url;
 
-use crate::client::attic::{AskFirst, Attic, Lines, Patience};
+use crate::client::attic::{Attic, ExpectContinue, Pool, StallTimeout};
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
 use flywheel_nix::hash::Sha256;
@@ -36,44 +36,44 @@ use flywheel_nix::path_info::{PathInfo, fingerprint};
 use flywheel_nix::store_path::StorePath;
 use flywheel_sys::http::{Clients, Roots};
 
-/// May do everything.
+/// A token with all rights.
 pub const GOOD: &str = "token-good";
-/// May push and not read.
+/// A token that may push but not read.
 pub const PUSH_ONLY: &str = "token-push-only";
-/// May read and not push.
+/// A token that may read but not push.
 pub const PULL_ONLY: &str = "token-pull-only";
 
 /// NARs up to this size are kept; of larger ones only the hash is checked.
 const KEPT: usize = 16 * 1024 * 1024;
 
-/// Switches. All off is a good server.
+/// The kinds of failure. With all of them off, the server works.
 #[derive(Default)]
 pub struct Faults {
     pub public: bool,
     pub unknown_cache: bool,
-    /// Answers 500 to every third request.
+    /// Responds with 500 to every third request.
     pub every_third_fails: bool,
-    /// Answers 429 with `Retry-After: 1` to so many uploads.
+    /// Responds with 429 and `Retry-After: 1` to this many uploads.
     pub busy: u32,
-    /// Stores so many uploads and cuts the connection in place of an answer.
+    /// Stores this many uploads and closes the connection without a response.
     pub cut_after_storing: u32,
-    /// Never answers uploads.
+    /// Never responds to uploads.
     pub uploads_hang: bool,
-    /// Never answers anything.
+    /// Never responds to anything.
     pub hang: bool,
-    /// Answers everything with this status and HTML.
+    /// Responds to everything with this status and HTML.
     pub html: Option<u16>,
-    /// Answers everything with a redirect.
+    /// Responds to everything with a redirect.
     pub redirect: bool,
-    /// Larger uploads are refused by a proxy, before their body is read.
+    /// A proxy refuses larger uploads before their body is read.
     pub proxy_limit: Option<u64>,
-    /// More hashes in a question give a 500.
-    pub question_limit: Option<usize>,
-    /// Refuses uploads with 401 before their body is read, though questions are answered.
+    /// A query with more hashes gets a 500.
+    pub query_limit: Option<usize>,
+    /// Refuses uploads with 401 before their body is read, but responds to queries.
     pub uploads_refused: bool,
-    /// Says of so many uploads that another NAR arrived.
+    /// Rejects this many uploads as another NAR than announced.
     pub bad_nar: u32,
-    /// Reads so slowly: waits before each upload's answer.
+    /// The wait before each upload's response.
     pub delay: Duration,
     /// Serves this instead of the NAR's true hash.
     pub lying_hash: Option<Sha256>,
@@ -100,10 +100,10 @@ pub struct Server {
     pub order: Mutex<Vec<String>>,
     pub upstream: Mutex<HashSet<String>>,
     pub key: SecretKey,
-    pub questions: AtomicUsize,
+    pub queries: AtomicUsize,
     pub uploads: AtomicUsize,
     pub uploading: AtomicUsize,
-    pub most_uploading: AtomicUsize,
+    pub max_uploading: AtomicUsize,
     requests: AtomicUsize,
     cuts: Arc<AtomicU32>,
 }
@@ -120,7 +120,7 @@ impl Server {
             .contains_key(info.path.hash().as_str())
     }
 
-    /// The stored paths whose references are not all stored or upstream.
+    /// The stored paths with references that are neither stored nor upstream.
     pub fn dangling(&self) -> Vec<String> {
         let (stored, upstream) = (
             self.stored.lock().expect("lock"),
@@ -144,7 +144,7 @@ impl Server {
             .collect()
     }
 
-    /// Nothing was stored before what it refers to.
+    /// Whether no path was stored before a path that it refers to.
     pub fn was_in_order(&self) -> bool {
         let order = self.order.lock().expect("lock");
         let stored = self.stored.lock().expect("lock");
@@ -176,10 +176,10 @@ impl Fake {
             order: Mutex::default(),
             upstream: Mutex::default(),
             key: SecretKey::generate("main").expect("random"),
-            questions: AtomicUsize::new(0),
+            queries: AtomicUsize::new(0),
             uploads: AtomicUsize::new(0),
             uploading: AtomicUsize::new(0),
-            most_uploading: AtomicUsize::new(0),
+            max_uploading: AtomicUsize::new(0),
             requests: AtomicUsize::new(0),
             cuts: Arc::default(),
         });
@@ -230,21 +230,25 @@ impl Fake {
     }
 
     pub fn attic(&self, token: &str) -> Attic {
-        self.impatient_attic(token, Patience::default())
+        self.attic_with_timeout(token, StallTimeout::default())
     }
 
-    pub fn impatient_attic(&self, token: &str, patience: Patience) -> Attic {
+    pub fn attic_with_timeout(&self, token: &str, stall_timeout: StallTimeout) -> Attic {
         let clients = Clients::new(&Roots::default()).expect("settings hold");
-        let lines = Arc::new(Lines::new(clients.direct));
-        let sender = Box::new(AskFirst::new(Arc::clone(&lines), clients.sending, patience));
-        let waits = Duration::from_secs(2);
+        let pool = Arc::new(Pool::new(clients.direct));
+        let sender = Box::new(ExpectContinue::new(
+            Arc::clone(&pool),
+            clients.streaming,
+            stall_timeout,
+        ));
+        let api_timeout = Duration::from_secs(2);
         Attic::with_sender(
             self.endpoint(),
             Secret::new(token),
-            clients.asking,
-            lines,
+            clients.api,
+            pool,
             sender,
-            waits,
+            api_timeout,
         )
     }
 
@@ -294,7 +298,7 @@ fn error(status: u16, name: &str, message: &str) -> Response {
         .into_response()
 }
 
-/// The faults that any request may meet, and then the rights, as atticd has them.
+/// Applies the faults that concern any request, and then the token's rights, as atticd does.
 async fn admit(server: &Server, headers: &HeaderMap, want: Want) -> Result<(), Response> {
     let count = server.requests.fetch_add(1, Ordering::Relaxed);
     let (hang, html, redirect, third, public, unknown) = {
@@ -373,14 +377,14 @@ async fn missing(
     if server.faults().plain {
         return StatusCode::NOT_FOUND.into_response();
     }
-    server.questions.fetch_add(1, Ordering::Relaxed);
+    server.queries.fetch_add(1, Ordering::Relaxed);
     if let Err(answer) = admit(&server, &headers, Want::Push).await {
         return answer;
     }
     let hashes = question["store_path_hashes"].as_array().expect("array");
     if server
         .faults()
-        .question_limit
+        .query_limit
         .is_some_and(|limit| hashes.len() > limit)
     {
         return error(500, "InternalServerError", "too many SQL variables");
@@ -437,7 +441,7 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
         std::future::pending::<()>().await;
     }
     let now = server.uploading.fetch_add(1, Ordering::SeqCst) + 1;
-    server.most_uploading.fetch_max(now, Ordering::SeqCst);
+    server.max_uploading.fetch_max(now, Ordering::SeqCst);
     let received = receive(&headers, body).await;
     tokio::time::sleep(delay).await;
     server.uploading.fetch_sub(1, Ordering::SeqCst);
@@ -467,7 +471,7 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
         .into_response()
 }
 
-/// Reads description and NAR; `None` if the NAR is not the one described.
+/// Reads the description and the NAR; `None` if the NAR is not the one described.
 async fn receive(headers: &HeaderMap, body: Body) -> Option<(Value, Vec<u8>, bool)> {
     let (mut preamble, mut info) = (0, Vec::new());
     match headers.get("x-attic-nar-info") {
@@ -577,7 +581,7 @@ async fn body(
     }
 }
 
-/// A listener whose connections break in place of writing, so many times as asked.
+/// A listener with connections that break instead of writing, as often as `cuts` demands.
 struct Cutting {
     listener: TcpListener,
     cuts: Arc<AtomicU32>,

@@ -1,9 +1,9 @@
-//! The journal: what a job saw, planned, uploaded and verified, on disk as it happens, so that the next
-//! job on that disk takes up what a killed one left. Owns its folder and its files; holds no secret, and
-//! never decides what is published.
+//! The journal records on disk what a job saw, planned, uploaded and verified, so that the next job on that disk can
+//! publish what a killed one left. It owns its folder and its files, holds no secret, and never decides what is
+//! published.
 //!
-//! A write reaches the kernel before the caller goes on, so that `kill -9` loses nothing of it. The disk
-//! has it within a second: only a machine that dies loses more, and Nix's own database then does, too.
+//! A write reaches the kernel before the caller continues, so `kill -9` loses nothing. The disk has it within a second:
+//! only a machine that crashes loses more, and Nix's own database then does, too.
 
 mod line;
 
@@ -20,31 +20,29 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::process::geteuid;
 use thiserror::Error;
 
-use self::line::{Entry, Read, Step};
+use self::line::{Entry, JournalContent, Step};
 use flywheel_nix::store_path::StorePath;
 
-/// How long after a write the disk has it.
+/// The time between two syncs to the disk.
 const SYNC: Duration = Duration::from_secs(1);
-/// A journal takes no more than this, in bytes: about half a million paths.
+/// The largest journal, in bytes: about half a million paths.
 const SIZE_LIMIT: u64 = 64 * 1024 * 1024;
-/// What nobody could publish in this time is let go: two weeks.
+/// After two weeks, paths that no job could publish are forgotten.
 const AGE_LIMIT_SECONDS: u64 = 14 * 24 * 60 * 60;
-/// Held while a journal is made or dead ones are taken up, so that no half-made one is taken for dead.
+/// The file that is locked while a journal is created or dead ones are read: a journal that its job has not locked yet
+/// would be taken for dead.
 const LOCK: &str = "lock";
-const ENDING: &str = "journal";
+const EXTENSION: &str = "journal";
 
 /// Why there is no journal.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Others could write in it, and so have paths published.
+    /// Other users could write in the folder, and so have their paths published.
     #[error("`{0}` is not a folder that belongs to this user alone")]
     Untrusted(PathBuf),
-    /// The system refused.
     #[error("the journal in `{folder}` cannot be kept")]
     System {
-        /// The folder.
         folder: PathBuf,
-        /// What the system said.
         #[source]
         source: io::Error,
     },
@@ -54,36 +52,36 @@ pub enum Error {
 #[derive(Clone, Debug)]
 pub struct Folder(PathBuf);
 
-/// A job's journal. Cheap to clone; the default one is kept nowhere.
+/// A job's journal. Cheap to clone; the default one writes nothing.
 #[derive(Clone, Debug, Default)]
-pub struct Journal(Option<Arc<Open>>);
+pub struct Journal(Option<Arc<OpenJournal>>);
 
 #[derive(Debug)]
-struct Open {
+struct OpenJournal {
     file: Mutex<File>,
     path: PathBuf,
     size: AtomicU64,
     dirty: Arc<AtomicBool>,
-    /// Gone with the journal, which ends the thread that syncs.
+    /// Dropped with the journal, which ends the syncing thread.
     stop: Option<Sender<()>>,
     syncing: Option<JoinHandle<()>>,
 }
 
-/// What dead journals hold of one cache. The files are kept from others until this is dropped.
+/// The unsettled paths in dead jobs' journals for one cache. The files stay locked until this is dropped.
 #[derive(Debug, Default)]
 pub struct Left {
-    /// Paths that were seen to be valid, and since when (seconds since 1970) that is unsettled.
+    /// Paths that were seen to be valid, and since when they are unsettled (seconds since 1970).
     pub seen: Vec<(StorePath, u64)>,
-    /// Paths that were only expected: they count if they were registered after the id.
+    /// Paths that were only expected, and an id in Nix's database: a path counts if it was registered after it.
     pub expected: Vec<(i64, Vec<StorePath>)>,
     files: Vec<(PathBuf, File)>,
 }
 
 impl Folder {
-    /// Opens it, and makes it (0700) if it is not there.
+    /// Opens the folder, and creates it (0700) if it does not exist.
     ///
     /// # Errors
-    /// When it cannot be made, or others can write in it.
+    /// When it cannot be created, or others can write in it.
     pub fn open(folder: &Path) -> Result<Self, Error> {
         let system = |source| Error::System {
             folder: folder.to_owned(),
@@ -111,11 +109,11 @@ impl Folder {
             .map_err(|source| self.system(source))
     }
 
-    fn begin_file(&self, cache: &str, mark: Option<i64>) -> io::Result<Open> {
-        let _made = self.lock()?;
+    fn begin_file(&self, cache: &str, mark: Option<i64>) -> io::Result<OpenJournal> {
+        let _creating = self.lock()?;
         let path = self
             .0
-            .join(format!("{}-{:016x}.{ENDING}", now(), fastrand::u64(..)));
+            .join(format!("{}-{:016x}.{EXTENSION}", now(), fastrand::u64(..)));
         let file = OpenOptions::new()
             .append(true)
             .create_new(true)
@@ -130,12 +128,12 @@ impl Folder {
             .spawn(move || {
                 while stopped.recv_timeout(SYNC) == Err(RecvTimeoutError::Timeout) {
                     if is_dirty.swap(false, Ordering::Relaxed) {
-                        // A disk that fails now fails the next write, too.
+                        // A failure cannot be handled here, and the next write fails as well.
                         let _ = syncs.sync_data();
                     }
                 }
             })?;
-        let open = Open {
+        let open = OpenJournal {
             file: Mutex::new(file),
             path,
             size: AtomicU64::new(0),
@@ -144,12 +142,13 @@ impl Folder {
             syncing: Some(syncing),
         };
         open.write(&Entry::begin(cache, mark, now()))?;
+        // A new file survives a crash only after its folder has been synced.
         File::open(&self.0)?.sync_all()?;
         Ok(open)
     }
 
-    /// What jobs that are dead left for `cache`. Journals past their age are removed; those of other
-    /// caches and of living jobs are let be.
+    /// What dead jobs left for `cache`. Removes journals past their age; ignores those of other caches and of living
+    /// jobs.
     ///
     /// # Errors
     /// When the folder cannot be read.
@@ -163,25 +162,29 @@ impl Folder {
         let mut left = Left::default();
         for entry in fs::read_dir(&self.0)?.flatten() {
             let path = entry.path();
-            if path.extension().is_none_or(|ending| ending != ENDING) {
+            if path
+                .extension()
+                .is_none_or(|extension| extension != EXTENSION)
+            {
                 continue;
             }
             let Ok(file) = File::open(&path) else {
                 continue;
             };
-            // Its job is alive, or another one is taking it up.
+            // Its job is alive, or another job is reading it.
             if file.try_lock().is_err() {
                 continue;
             }
-            // What cannot be read now may be at the next start; too long is no journal of ours.
+            // A file that cannot be read now may be readable at the next start.
             let Ok(text) = fs::read(&path) else { continue };
-            let read = Read::of(&text);
-            // Of another version's journal only the file's own time is known.
+            let read = JournalContent::parse(&text);
+            // Of a journal in another version's format, only the file's own time is known.
             let begun = read
                 .begun
                 .or_else(|| file.metadata().ok()?.modified().ok().map(seconds))
                 .unwrap_or_default();
             let is_old = begun.saturating_add(AGE_LIMIT_SECONDS) < now;
+
             if is_old && read.youngest().saturating_add(AGE_LIMIT_SECONDS) < now {
                 let _ = fs::remove_file(&path);
             } else if read.cache.as_deref() == Some(cache) {
@@ -226,27 +229,27 @@ impl Left {
         self.files.is_empty()
     }
 
-    /// Removes the journals: everything in them that is still wanted stands in a living one.
+    /// Removes the journals. Everything in them that is still wanted must be in a living journal by now.
     pub fn taken_up(self) {
         for (path, _locked) in &self.files {
-            // One that cannot be removed is taken up again, which sends nothing twice.
+            // A file that cannot be removed is read again by the next job, which sends nothing twice.
             let _ = fs::remove_file(path);
         }
     }
 }
 
 impl Journal {
-    /// Paths that a process of the job means to add: they may become valid at any moment.
+    /// Records paths that a process of the job is about to add: they may become valid at any moment.
     pub fn expected<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
         self.note(Step::Expected, paths);
     }
 
-    /// Paths that became valid and are wanted in the cache.
+    /// Records paths that became valid and are wanted in the cache.
     pub fn seen<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
         self.note(Step::Seen, paths);
     }
 
-    /// Paths of earlier jobs, and since when they are unsettled. The disk has them when this returns.
+    /// Records paths of earlier jobs, and since when they are unsettled. The disk has them when this returns.
     pub fn carried(&self, paths: &[(&StorePath, Option<u64>)]) {
         for (path, since) in paths {
             self.write(&Entry::carried(path, since.unwrap_or_else(now)));
@@ -256,31 +259,32 @@ impl Journal {
         }
     }
 
-    /// Paths that the cache does not have, and that are to be sent.
+    /// Records paths that the cache lacks and that will be sent.
     pub fn planned<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
         self.note(Step::Planned, paths);
     }
 
-    /// Paths that the cache has, sent by this job or before it.
+    /// Records paths that the cache has, sent by this job or before it.
     pub fn uploaded<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
         self.note(Step::Uploaded, paths);
     }
 
-    /// Paths that need no more care: the cache was seen to serve them, or they are left out on purpose.
+    /// Records paths that are finished: the cache was seen to serve them, or they are left out on purpose.
     pub fn settled<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
         self.note(Step::Settled, paths);
     }
 
-    /// Ends the journal in order: nothing expected becomes valid any more. If nothing is left its file
-    /// goes; else the next job takes it up.
+    /// Ends the journal: expected paths can no longer become valid. Removes the file if nothing is unsettled; else
+    /// the next job reads it.
     pub fn close(self) {
         let Some(open) = &self.0 else { return };
         self.write(&Entry::end());
-        let whole = fs::read(&open.path).is_ok_and(|text| {
-            let read = Read::of(&text);
+        // The states are only in the file; memory keeps none of them.
+        let is_settled = fs::read(&open.path).is_ok_and(|text| {
+            let read = JournalContent::parse(&text);
             read.seen().next().is_none()
         });
-        if whole {
+        if is_settled {
             let _ = fs::remove_file(&open.path);
         }
     }
@@ -294,7 +298,7 @@ impl Journal {
         }
     }
 
-    /// A journal that cannot be written, on a full disk say, is no reason to stop: then it has less.
+    /// A journal that cannot be written, for example on a full disk, must not fail the job. It then lacks lines.
     fn write(&self, entry: &Entry) {
         if let Some(open) = &self.0 {
             let _ = open.write(entry);
@@ -302,14 +306,15 @@ impl Journal {
     }
 }
 
-impl Open {
+impl OpenJournal {
     fn file(&self) -> MutexGuard<'_, File> {
         self.file
             .lock()
             .expect("nothing panics while it holds this lock")
     }
 
-    /// One write for one line, begun on a line of its own: what a full disk cut short spoils nothing else.
+    /// Each line is written by one call and starts with a line break, so that a line that a full disk has cut short
+    /// does not spoil the next one.
     fn write(&self, entry: &Entry) -> io::Result<()> {
         let line = entry.to_line();
         if self.size.fetch_add(line.len() as u64, Ordering::Relaxed) > SIZE_LIMIT {
@@ -321,15 +326,15 @@ impl Open {
     }
 }
 
-impl Drop for Open {
+impl Drop for OpenJournal {
     fn drop(&mut self) {
         self.stop.take();
         if let Some(syncing) = self.syncing.take() {
-            // It holds no lock and cannot panic.
+            // The thread holds no lock and cannot panic.
             let _ = syncing.join();
         }
-        // A child that was forked this moment holds the file, too, until it becomes its program: closing it here
-        // would not be enough for the next job.
+        // Closing the file would not release the lock if a child was forked just now: the child holds the file, too,
+        // until it executes its program.
         let _ = self.file().unlock();
     }
 }

@@ -1,4 +1,4 @@
-//! Binary caches as a client sees them: probing, publishing, verifying. Never decides whether to publish.
+//! The client's side of binary caches: probing, publishing, verifying. It never decides whether to publish.
 
 pub mod attic;
 pub mod attic_cli;

@@ -1,5 +1,5 @@
-//! Whether a cache is of use, found out within a deadline, layer by layer; and if not, which layer
-//! failed and what to do. Never hangs, never retries, and never sends the token where none is needed.
+//! Probes a cache within a deadline, layer by layer: whether it can be used, and if not, which layer failed and what to
+//! do. It never hangs, repeats only a request that failed by chance, and never sends the token to a public cache.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,15 +15,15 @@ use flywheel_core::secret::Secret;
 use flywheel_nix::store_path::STORE_DIR;
 use flywheel_sys::http::{self, Names};
 
-/// From a bad answer to the second try.
-const AGAIN: Duration = Duration::from_millis(250);
+/// The wait before the second try.
+const RETRY_DELAY: Duration = Duration::from_millis(250);
 
-/// What all layers together may take: a job waits for this before its command runs.
+/// The timeout for all layers together. The job's command waits for the probe.
 pub const DEADLINE: Duration = Duration::from_secs(3);
-/// More than this is read of no answer.
-const ANSWER_LIMIT: usize = 256 * 1024;
+/// The largest response that is read, in bytes.
+const RESPONSE_LIMIT: usize = 256 * 1024;
 
-/// What has to work, from the ground up.
+/// The layers that have to work, from the lowest to the highest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Layer {
     /// The host's name has an address.
@@ -32,17 +32,17 @@ pub enum Layer {
     Connect,
     /// The TLS handshake, certificate included.
     Tls,
-    /// It answers, and as a cache would.
+    /// The server responds, and like a cache.
     Http,
-    /// It lets us read.
+    /// The cache may be read, with the token or without.
     Authorised,
-    /// The cache is there, for our store folder.
+    /// The cache exists, and is for this store folder.
     Cache,
 }
 
 impl Layer {
-    /// The layer as outputs and messages have it.
-    pub fn word(self) -> &'static str {
+    /// The layer's name in outputs and messages.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Name => "name",
             Self::Connect => "connect",
@@ -65,25 +65,25 @@ impl From<http::Layer> for Layer {
     }
 }
 
-/// What a cache turned out to be.
+/// The result of a probe.
 #[derive(Clone, Debug, Default)]
 pub struct Probe {
-    /// The layers that work, with the time since the probe began at which each was known to.
+    /// The layers that work, each with the time since the start of the probe after which this was known.
     pub layers: Vec<(Layer, Duration)>,
-    /// Whether Nix can read from it; if not, it belongs in no settings.
+    /// Whether Nix can read from the cache. If not, the cache is left out of Nix's settings.
     pub usable: bool,
-    /// The layer that failed, and a sentence that says how and what to do.
+    /// The layer that failed, and a sentence with the cause and a hint.
     pub failed: Option<(Layer, String)>,
-    /// Whether it can be read without a token, so that Nix needs no netrc.
+    /// Whether the cache can be read without a token, so that Nix needs no netrc.
     pub public: bool,
-    /// What it says of itself, if it speaks Attic's protocol and lets us ask.
+    /// The cache's description, if the server has Attic's protocol and the token may read it.
     pub config: Option<CacheConfig>,
-    /// Whether it is a server that answers, so that publishing may at least be tried: a token
-    /// may push without being allowed to read.
+    /// Whether a cache server responds, so that publishing can be tried: a token may have the right to push without
+    /// the right to read.
     pub answers: bool,
 }
 
-/// Probes a cache: anonymously first, then with the token where that is refused.
+/// Probes a cache: first without the token, then with it if that is refused.
 pub async fn probe(
     endpoint: &Endpoint,
     token: Option<&Secret>,
@@ -93,35 +93,38 @@ pub async fn probe(
 ) -> Probe {
     let began = Instant::now();
     let deadline = began + limit;
-    let asker = Asker {
+    let prober = Prober {
         endpoint,
         client,
         deadline,
         limit,
     };
-    // The ground is tried by hand for the times, and to know how far a silent server lets us come.
-    // What counts is the request: behind a proxy there may be no name and no route of our own.
-    let (ground, anonymous) = tokio::join!(
-        ground(&endpoint.server, names, began, deadline),
-        asker.info(None)
+    // The name and the connection are tried separately for their times, and to find the failing layer when the server
+    // does not respond. Only the request decides: behind a proxy this host may have no name and no route for the
+    // server.
+    let (connected, anonymous) = tokio::join!(
+        connect(&endpoint.server, names, began, deadline),
+        prober.info(None)
     );
     let mut probe = Probe {
-        layers: ground,
+        layers: connected,
         ..Probe::default()
     };
     let info = match (anonymous, token) {
-        (Err(Failure::Answer(401 | 403 | 404, _)), Some(token)) => asker.info(Some(token)).await,
+        // 404, too: a server may hide a private cache from requests without a token.
+        (Err(Failure::Answer(401 | 403 | 404, _)), Some(token)) => prober.info(Some(token)).await,
         (answer, _) => {
             probe.public = answer.is_ok();
             answer
         }
     };
     if !matches!(info, Err(Failure::Request(..))) {
-        reach(&mut probe.layers, &endpoint.server, began.elapsed());
+        add_lower_layers(&mut probe.layers, &endpoint.server, began.elapsed());
         probe.answers = true;
     }
-    match info.map_err(|failure| asker.explain(failure, token.is_some(), &probe.layers)) {
+    match info.map_err(|failure| prober.explain(failure, token.is_some(), &probe.layers)) {
         Err((layer, text)) => {
+            // A failure below this layer means that the response was none of a cache: a web page, or a redirect.
             probe.answers &= layer >= Layer::Authorised;
             probe.failed = Some((layer, text));
         }
@@ -131,14 +134,15 @@ pub async fn probe(
                 .layers
                 .extend([(Layer::Authorised, known), (Layer::Cache, known)]);
             probe.usable = true;
-            probe.config = asker.config(token.filter(|_| !probe.public)).await;
+            // A public cache needs no token, so it gets none.
+            probe.config = prober.config(token.filter(|_| !probe.public)).await;
         }
     }
     probe
 }
 
-/// The layers up to the connection, tried by hand.
-async fn ground(
+/// Tries the layers up to the connection.
+async fn connect(
     server: &Url,
     names: &Names,
     began: Instant,
@@ -163,8 +167,8 @@ async fn ground(
     layers
 }
 
-/// An answer proves all layers below it, whatever the hand-made trial said.
-fn reach(layers: &mut Vec<(Layer, Duration)>, server: &Url, now: Duration) {
+/// A response proves that all layers below it work, whatever [`connect`] found.
+fn add_lower_layers(layers: &mut Vec<(Layer, Duration)>, server: &Url, now: Duration) {
     let tls = server.scheme() == "https";
     for layer in [Layer::Name, Layer::Connect, Layer::Tls, Layer::Http] {
         if (layer != Layer::Tls || tls) && !layers.iter().any(|(known, _)| *known == layer) {
@@ -173,28 +177,28 @@ fn reach(layers: &mut Vec<(Layer, Duration)>, server: &Url, now: Duration) {
     }
 }
 
-/// Why a question gave nothing.
+/// Why a request failed.
 enum Failure {
-    /// No answer: the layer if it is known, and what broke.
+    /// No response: the layer, if it is known, and the cause.
     Request(Option<Layer>, String),
-    /// An answer with this status, and the server's own words.
+    /// A response with this status, and its message.
     Answer(u16, String),
-    /// A success that is not a cache's, and what it is instead.
+    /// A success that does not come from a cache, and what it is instead.
     Foreign(Layer, String),
 }
 
-struct Asker<'a> {
+struct Prober<'a> {
     endpoint: &'a Endpoint,
     client: &'a reqwest::Client,
     deadline: Instant,
     limit: Duration,
 }
 
-impl Asker<'_> {
-    /// What every Nix cache has to answer.
+impl Prober<'_> {
+    /// Checks `nix-cache-info`, which every Nix cache serves.
     async fn info(&self, token: Option<&Secret>) -> Result<(), Failure> {
         let text = self
-            .get_surely(self.endpoint.read("nix-cache-info"), token)
+            .get_with_retry(self.endpoint.read("nix-cache-info"), token)
             .await?;
         let text = String::from_utf8_lossy(&text);
         let store = text
@@ -210,6 +214,7 @@ impl Asker<'_> {
                 );
                 Err(Failure::Foreign(Layer::Cache, text))
             }
+            // Such as the login page of something in front of the cache.
             None if text.trim_start().starts_with('<') => Err(Failure::Foreign(
                 Layer::Http,
                 "it answers with a web page".to_owned(),
@@ -221,7 +226,7 @@ impl Asker<'_> {
         }
     }
 
-    /// Attic's own description. A cache without one is a plain Nix cache, or the token may only push.
+    /// Attic's description of the cache. `None` for a plain Nix cache, and for a token that may only push.
     async fn config(&self, token: Option<&Secret>) -> Option<CacheConfig> {
         let text = self.get(self.endpoint.config(), token).await.ok()?;
         serde_json::from_slice(&text)
@@ -229,32 +234,35 @@ impl Asker<'_> {
             .map(CacheConfig::from_json)
     }
 
-    /// Once more after a hiccup: one bad answer must not cost a job its cache.
-    async fn get_surely(&self, url: Url, token: Option<&Secret>) -> Result<Vec<u8>, Failure> {
+    /// Repeats a request that failed by chance: one bad response must not cost the job its cache.
+    async fn get_with_retry(&self, url: Url, token: Option<&Secret>) -> Result<Vec<u8>, Failure> {
         let first = self.get(url.clone(), token).await;
-        let hiccup = match &first {
+        // Overload, server errors and broken connections pass; refusals and wrong addresses do not.
+        let by_chance = match &first {
             Err(Failure::Answer(status, _)) => matches!(status, 429 | 500..),
             Err(Failure::Request(layer, _)) => *layer == Some(Layer::Http),
             _ => false,
         };
-        if !hiccup || Instant::now() + AGAIN >= self.deadline {
+        if !by_chance || Instant::now() + RETRY_DELAY >= self.deadline {
             return first;
         }
-        tokio::time::sleep(AGAIN).await;
+        tokio::time::sleep(RETRY_DELAY).await;
         self.get(url, token).await
     }
 
     async fn get(&self, url: Url, token: Option<&Secret>) -> Result<Vec<u8>, Failure> {
-        let silent = || Failure::Request(None, String::new());
+        let timed_out = || Failure::Request(None, String::new());
         let mut request = self.client.get(url);
         if let Some(token) = token {
             let text = zeroize::Zeroizing::new(format!("Bearer {}", token.expose()));
+            // Counts as a refusal by the server, so that the hint is about the token.
             let mut value = HeaderValue::from_str(&text).map_err(|_| {
                 Failure::Answer(
                     401,
                     "the token holds characters that cannot be sent".to_owned(),
                 )
             })?;
+            // Keeps the token out of debug output.
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }
@@ -263,14 +271,14 @@ impl Asker<'_> {
         };
         let mut response = timeout_at(self.deadline, request.send())
             .await
-            .map_err(|_| silent())?
+            .map_err(|_| timed_out())?
             .map_err(broken)?;
         let (status, headers) = (response.status(), response.headers().clone());
         let mut body = Vec::new();
-        while body.len() < ANSWER_LIMIT {
+        while body.len() < RESPONSE_LIMIT {
             match timeout_at(self.deadline, response.chunk())
                 .await
-                .map_err(|_| silent())?
+                .map_err(|_| timed_out())?
                 .map_err(broken)?
             {
                 Some(chunk) => body.extend_from_slice(&chunk),
@@ -297,15 +305,15 @@ impl Asker<'_> {
         }
         Err(Failure::Answer(
             status.as_u16(),
-            Error::of_answer(status.as_u16(), &headers, &body, 0).to_string(),
+            Error::from_response(status.as_u16(), &headers, &body, 0).to_string(),
         ))
     }
 
-    fn speaks_tls(&self) -> bool {
+    fn uses_tls(&self) -> bool {
         self.endpoint.server.scheme() == "https"
     }
 
-    /// Layer and sentence of a failure.
+    /// The failed layer, and a sentence with the cause and a hint.
     fn explain(
         &self,
         failure: Failure,
@@ -315,13 +323,14 @@ impl Asker<'_> {
         let (server, cache) = (http::redact(&self.endpoint.server), &self.endpoint.cache);
         let up_to = |layer: Layer| reached.iter().any(|(known, _)| *known == layer);
         let (layer, what) = match failure {
-            // A port that accepts, and then breaks off the handshake.
+            // The separate attempt did connect, so the TLS handshake has failed.
             Failure::Request(Some(Layer::Connect), text)
-                if up_to(Layer::Connect) && self.speaks_tls() =>
+                if up_to(Layer::Connect) && self.uses_tls() =>
             {
                 (Layer::Tls, text)
             }
             Failure::Request(Some(layer), text) => (layer, text),
+            // A timeout has no layer of its own: the first layer that was not reached is the one that hangs.
             Failure::Request(None, _) => {
                 let layer = [Layer::Name, Layer::Connect]
                     .into_iter()

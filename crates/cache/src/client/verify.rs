@@ -1,6 +1,6 @@
-//! Proof that the cache serves what it took: each path looked up at the read endpoint and compared
-//! with the store's own facts, its signature checked, and of a few the body unpacked and hashed.
-//! Never repairs, and never takes longer than its deadline.
+//! Verifies that the cache serves what was published: looks each path up at the read endpoint, compares it with the
+//! store's own facts, checks its signature, and of a few paths unpacks and hashes the body.
+//! It never repairs anything, and never exceeds its deadline.
 
 use std::time::Duration;
 
@@ -9,30 +9,30 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::client::attic::{Action, Body, Error};
+use crate::client::attic::{Action, BodyCheck, Error};
 use crate::client::destination::{Destination, Target};
 use flywheel_core::retry::Policy;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::PathInfo;
 
-/// A look-up is a small file for the server, and on a far one mostly waiting: 500 of them at 50 ms each take
+/// Concurrent look-ups. Each is a small file, and with a distant server mostly waiting: 500 of them at 50 ms each take
 /// less than a second at this width.
 const LOOKUPS: usize = 32;
 
-/// How thorough verification is.
+/// The settings of a verification.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The key that the job's Nix trusts for this cache. Without it the one that the cache
-    /// announces is taken, which proves less.
+    /// The key that the job's Nix trusts for this cache. Without it, signatures are checked with the key that the cache
+    /// announces, which proves less.
     pub key: Option<PublicKey>,
-    /// Bodies to fetch: the smallest ones, and one at random.
+    /// The number of bodies to fetch: the smallest ones, and one at random.
     pub sample: usize,
-    /// Largest NAR, in bytes, whose body is fetched.
+    /// Bodies of larger NARs than this, in bytes, are not fetched.
     pub body_limit: u64,
-    /// Look-ups at once.
+    /// Concurrent look-ups.
     pub lookups: usize,
-    /// Tries of each look-up, and the waits between.
+    /// The tries of each look-up, and the waits between them.
     pub policy: Policy,
 }
 
@@ -52,42 +52,41 @@ impl Default for Options {
     }
 }
 
-/// Whose key the signatures were checked with.
+/// The key that the signatures were checked with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Key {
-    /// The one that the caller gave.
+    /// From the caller.
     Given(PublicKey),
-    /// The one that the cache says is its own.
+    /// From the cache itself.
     Announced(PublicKey),
-    /// None is known, so that no signature was checked.
+    /// No key is known, so no signature was checked.
     Unknown,
 }
 
-/// What became of one look-up.
+/// The result of looking up one path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is served as the store knows it.
+    /// The cache serves the path as the store has it.
     Good {
-        /// Whether its body was unpacked and hashed, too.
+        /// Whether the body was unpacked and hashed, too.
         body: bool,
     },
-    /// It is not, and why.
+    /// The cache serves something else, or nothing; holds the reason.
     Bad(String),
-    /// It could not be found out, and why.
+    /// The path could not be looked up; holds the reason.
     Unverified(String),
 }
 
-/// The verdicts, in the order of the paths.
+/// The result of a verification.
 #[derive(Clone, Debug)]
 pub struct Verification {
-    /// Each path and its verdict.
+    /// In the order in which the paths were given.
     pub paths: Vec<(PathInfo, Verdict)>,
-    /// Whose key the signatures were checked with.
     pub key: Key,
 }
 
 impl Verification {
-    /// Paths that are served as they should be.
+    /// The number of paths with a good verdict.
     pub fn good(&self) -> u64 {
         self.paths
             .iter()
@@ -95,7 +94,7 @@ impl Verification {
             .count() as u64
     }
 
-    /// Bodies that were unpacked and hashed.
+    /// The number of bodies that were unpacked and hashed.
     pub fn bodies(&self) -> u64 {
         self.paths
             .iter()
@@ -103,7 +102,7 @@ impl Verification {
             .count() as u64
     }
 
-    /// Paths that are not known to be served as they should be, and why.
+    /// The paths without a good verdict, and the reason.
     pub fn doubtful(&self) -> impl Iterator<Item = (&PathInfo, &str)> {
         self.paths
             .iter()
@@ -114,10 +113,10 @@ impl Verification {
     }
 }
 
-/// Looks every path up at the read endpoint, until `deadline` or `cancel`; what was not looked up
-/// by then is unverified, and named.
+/// Looks every path up at the read endpoint, until `deadline` or `cancel`. Paths that were not looked up by then are
+/// unverified.
 ///
-/// On a thread of the runtime's own, where answers arrive, whatever thread asks for it.
+/// The work runs on a worker thread of the runtime, where responses arrive, whichever thread calls this.
 pub async fn verify(
     from: impl Into<Target>,
     paths: Vec<PathInfo>,
@@ -130,6 +129,7 @@ pub async fn verify(
         tokio::spawn(async move { look_up_all(&*from, paths, &options, deadline, &cancel).await });
     match AbortOnDropHandle::new(work).await {
         Ok(verification) => verification,
+        // The task is never aborted while this waits for it, so the error is a panic.
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
@@ -163,7 +163,8 @@ async fn look_up_all(
             }
         })
         .collect();
-    let width = from.width().unwrap_or(options.lookups).max(1);
+    // `buffered` keeps the order, so that each verdict belongs to its path.
+    let width = from.concurrency().unwrap_or(options.lookups).max(1);
     let verdicts: Vec<Verdict> = stream::iter(checks).buffered(width).collect().await;
     Verification {
         paths: paths.into_iter().zip(verdicts).collect(),
@@ -189,7 +190,8 @@ async fn key(
         .map_or(Key::Unknown, Key::Announced)
 }
 
-/// The smallest few that are small enough, and one more by chance.
+/// The indices of the smallest paths, which are the cheapest to fetch, and of one random path more, so that every body
+/// within the limit can be chosen.
 fn sample(paths: &[PathInfo], options: &Options) -> Vec<usize> {
     let mut small: Vec<usize> = (0..paths.len())
         .filter(|n| paths[*n].nar_size <= options.body_limit)
@@ -215,11 +217,12 @@ impl Check<'_> {
         loop {
             tries += 1;
             let (verdict, after) = match self.once(info, fetches).await {
-                // A cache of several machines may need a moment until all of them know.
+                // A cache with several replicas may need a moment until all of them have the path.
                 Ok(None) => (Verdict::Bad("the cache does not serve it".to_owned()), None),
                 Ok(Some(verdict)) => return verdict,
                 Err(error) => match error.action() {
-                    Action::Again { after, .. } => (Verdict::Unverified(error.to_string()), after),
+                    Action::Retry { after, .. } => (Verdict::Unverified(error.to_string()), after),
+                    // A token may push without the right to read, so this is not held against the cache.
                     Action::Stop => {
                         return Verdict::Unverified(format!("it may not be read: {error}"));
                     }
@@ -233,7 +236,7 @@ impl Check<'_> {
         }
     }
 
-    /// `None` if the cache does not have it.
+    /// `None` if the cache lacks the path.
     async fn once(&self, info: &PathInfo, fetches: bool) -> Result<Option<Verdict>, Error> {
         let Some(served) = self.from.look_up(&info.path).await? else {
             return Ok(None);
@@ -245,14 +248,15 @@ impl Check<'_> {
             return Ok(Some(Verdict::Good { body: false }));
         }
         Ok(Some(match self.from.check_body(&served).await? {
-            Body::Good => Verdict::Good { body: true },
-            Body::Bad(reason) => Verdict::Bad(reason),
-            Body::Unread(_) => Verdict::Good { body: false },
+            BodyCheck::Good => Verdict::Good { body: true },
+            BodyCheck::Bad(reason) => Verdict::Bad(reason),
+            // The narinfo was good, and nothing is known against the body.
+            BodyCheck::Unsupported(_) => Verdict::Good { body: false },
         }))
     }
 }
 
-/// What is served otherwise than the store has it, if anything.
+/// The first difference between what the cache serves and what the store has, if any.
 fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
     if served.path != info.path {
         return Some(format!("the cache serves `{}` in its place", served.path));
@@ -269,6 +273,7 @@ fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
             served.nar_size, info.nar_size
         ));
     }
+    // As sets: a server may store the references in another order.
     let sorted = |paths: &[flywheel_nix::store_path::StorePath]| {
         let mut paths = paths.to_vec();
         paths.sort_unstable();
@@ -307,7 +312,7 @@ fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::attic::Meter;
+    use crate::client::attic::ByteCounter;
     use crate::client::fake::{Fake, GOOD, PUSH_ONLY};
     use flywheel_nix::hash::Sha256;
     use flywheel_nix::key::SecretKey;
@@ -319,7 +324,7 @@ mod tests {
         let large = fake.path("large", &vec![b'3'; 9 * 1024 * 1024], &[]);
         for info in [&library, &tool, &large] {
             fake.attic(GOOD)
-                .upload(info, &fake.file(info), &Meter::default())
+                .upload(info, &fake.file(info), &ByteCounter::default())
                 .await
                 .expect("stored");
         }
@@ -367,7 +372,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_that_fails_now_and_then_is_asked_again() {
+    async fn a_server_that_fails_now_and_then_is_queried_again() {
         let (fake, paths) = with_three().await;
         fake.server.faults().every_third_fails = true;
         let options = Options {
@@ -381,10 +386,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_lie_is_found_and_named() {
+    async fn every_difference_is_found_and_named() {
         let (fake, paths) = with_three().await;
         let other = SecretKey::generate("main").expect("random").public();
-        let stranger = SecretKey::generate("other").expect("random").public();
+        let foreign = SecretKey::generate("other").expect("random").public();
         let check = async |options: Options, words: &str| {
             let found = verified(&fake, vec![paths[0].clone()], &options).await;
             let reason = found.doubtful().next().expect("doubtful").1;
@@ -400,7 +405,7 @@ mod tests {
         .await;
         check(
             Options {
-                key: Some(stranger),
+                key: Some(foreign),
                 ..quick()
             },
             "signed by `main` and not by `other`",
@@ -424,7 +429,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silence_is_bounded_and_named() {
+    async fn a_server_that_does_not_respond_is_bounded_and_named() {
         let (fake, paths) = with_three().await;
         fake.server.faults().hang = true;
         let began = Instant::now();

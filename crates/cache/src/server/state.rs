@@ -16,7 +16,7 @@ use crate::server::token::{Scope, Tokens, presented};
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::SecretKey;
-use flywheel_sys::host::inline_blocking::Brief;
+use flywheel_sys::host::inline_blocking::AdaptiveBlocking;
 
 /// Slots for concurrent uploads; together they cost less than 48 MiB of memory.
 const UPLOAD_SLOTS: usize = 32;
@@ -76,7 +76,7 @@ pub struct ServerState {
     /// Compressors for NARs that fit into memory.
     pub compressors: Arc<CompressorPool>,
     slots: Semaphore,
-    brief: Brief,
+    brief: AdaptiveBlocking,
 }
 
 impl ServerState {
@@ -94,7 +94,7 @@ impl ServerState {
             options,
             compressors,
             slots: Semaphore::new(UPLOAD_SLOTS),
-            brief: Brief::default(),
+            brief: AdaptiveBlocking::default(),
         }
     }
 

@@ -1,5 +1,5 @@
-//! What is known of a job, each fact good or in doubt. Owns the types; how they are read is
-//! `context`'s part, what follows from them `trust`'s.
+//! The facts of a job, each known or in doubt. This module owns the types; `context` reads the facts, and `trust`
+//! decides what follows from them.
 
 use std::fmt;
 
@@ -7,32 +7,31 @@ use thiserror::Error;
 
 use crate::text::one_line;
 
-/// A fact, or why it is in doubt.
+/// A fact, or the reason why it is in doubt.
 pub type Fact<T> = Result<T, Doubt>;
 
-/// Where this program runs, and what is known of the job.
+/// Where this program runs, and the facts of the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Facts {
-    /// No CI at all: a person's machine.
+    /// No CI: a person's machine.
     Local,
-    /// A CI whose facts cannot be read; holds its name.
+    /// The name of a CI that Flywheel cannot read facts from.
     OtherCi(String),
-    /// A job with an event, or the record of one.
+    /// A job with an event, real or recorded.
     Job(Box<Job>),
 }
 
-/// The facts of one job. They name no CI, so that any reader can fill them.
+/// The facts of one job. They do not depend on the CI, so a module for each CI can fill them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
-    /// What started it.
     pub event: Fact<Event>,
-    /// `owner/name` of the repository that it runs for.
+    /// `owner/name` of the repository that the job runs for.
     pub repository: Fact<String>,
     /// That repository's default branch, without `refs/heads/`.
     pub default_branch: Fact<String>,
-    /// The full ref that it runs on.
+    /// The full ref that the job runs on.
     pub git_ref: Fact<String>,
-    /// Whether the CI says that a rule protects that ref. `false` if nobody says so.
+    /// Whether the CI reports that a rule protects that ref. `false` without a report.
     pub ref_protected: bool,
     /// Whether the event removed that ref.
     pub removes_ref: Fact<bool>,
@@ -43,25 +42,23 @@ pub struct Job {
 pub enum Event {
     /// Commits or tags were pushed.
     Push,
-    /// A time came.
     Schedule,
-    /// A person (or a program with write access) asked for it.
+    /// A person, or a program with write access, started the workflow by hand.
     WorkflowDispatch,
-    /// The merge queue tries a merge.
+    /// The merge queue tests a merge.
     MergeGroup,
     /// A pull request, from a fork or not.
     PullRequest,
-    /// A release was made or changed.
+    /// A release was created or changed.
     Release,
-    /// A program asked for it, with data of its own.
+    /// A program started the workflow, with data of its own.
     RepositoryDispatch,
-    /// Any other, by its name.
+    /// Any other event, by name.
     Other(String),
 }
 
 impl Event {
-    /// The event of that name.
-    pub fn named(name: &str) -> Self {
+    pub fn from_name(name: &str) -> Self {
         match name {
             "push" => Self::Push,
             "schedule" => Self::Schedule,
@@ -90,25 +87,21 @@ impl fmt::Display for Event {
     }
 }
 
-/// The facts by name, for messages.
+/// Names a fact in messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Name {
-    /// What started the job.
+pub enum FactName {
     Event,
     /// The event payload as a whole.
     Payload,
-    /// The repository.
     Repository,
-    /// Its default branch.
     DefaultBranch,
-    /// The ref.
     Ref,
-    /// What a push left its ref at.
+    /// The commit that a push left its ref at.
     After,
 }
 
-impl Name {
-    /// Where the fact comes from: in a job, and for a recorded event.
+impl FactName {
+    /// The variables and options that the fact comes from: in a job, and for a recorded event.
     pub fn source(self) -> &'static str {
         match self {
             Self::Event => {
@@ -129,7 +122,7 @@ impl Name {
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for FactName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Event => "the event",
@@ -145,43 +138,41 @@ impl fmt::Display for Name {
 /// Why a fact is in doubt.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Doubt {
-    /// Nobody tells it.
-    #[error("{0} is not known: {source} must tell it", source = .0.source())]
-    Missing(Name),
-    /// What is told is none.
+    /// No source has the fact.
+    #[error("{0} is not known: it must come from {source}", source = .0.source())]
+    Missing(FactName),
+    /// The value cannot be such a fact.
     #[error("{name} is unreadable: {why}")]
     Unreadable {
-        /// Of which fact.
-        name: Name,
-        /// What is wrong with it, in a fragment.
+        name: FactName,
+        /// The fault, as a sentence fragment.
         why: String,
     },
-    /// It is told in two ways.
+    /// Two sources have different values.
     #[error("{name} is in doubt: {one}, but {other}")]
     Disagree {
-        /// Of which fact.
-        name: Name,
-        /// Who says what.
+        name: FactName,
+        /// One source and its value, as a clause.
         one: String,
-        /// Who says what else.
+        /// The other source and its value, as a clause.
         other: String,
     },
 }
 
 impl Doubt {
-    /// What to look at, as a sentence.
+    /// What to do about it, as a sentence.
     pub fn remedy(&self) -> String {
         match self {
-            Self::Missing(_) => "Supply that fact: none is ever guessed.".into(),
+            Self::Missing(_) => "Supply that fact: Flywheel never guesses one.".into(),
             Self::Unreadable { name, .. } | Self::Disagree { name, .. } => {
-                format!("Look at {}.", name.source())
+                format!("Check {}.", name.source())
             }
         }
     }
 }
 
-/// Text from outside for a message: one line, short, and nothing that the runner takes for a command
-/// (it looks for `##[` anywhere in a line) or that ends our quotes.
+/// Makes text from outside safe for a message: one short line, without anything that the runner takes for a command (it
+/// searches for `##[` anywhere in a line) and without backticks, which would end the quotation.
 pub fn shown(text: &str) -> String {
     one_line(text, 120).replace("##[", "# #[").replace('`', "'")
 }

@@ -1,7 +1,7 @@
 //! The gate, row by row. The same over GitHub's published payloads is in `tests/it/gate.rs`.
 
 use super::*;
-use crate::trust::facts::Name;
+use crate::trust::facts::FactName;
 
 /// A job and what is asked for it: a push to the default branch with everything in place, unless told otherwise.
 #[derive(Clone)]
@@ -13,7 +13,7 @@ struct Case {
 
 fn on(event: &str, git_ref: &str) -> Case {
     let job = Job {
-        event: Ok(Event::named(event)),
+        event: Ok(Event::from_name(event)),
         repository: Ok("octo/repo".into()),
         default_branch: Ok("main".into()),
         git_ref: Ok(git_ref.into()),
@@ -266,7 +266,7 @@ fn a_pull_request_ref_never_publishes_for_any_event() {
 
 #[test]
 fn any_fact_in_doubt_makes_it_read_only() {
-    let missing = || Doubt::Missing(Name::Ref);
+    let missing = || Doubt::Missing(FactName::Ref);
     let changes: [fn(&mut Job, Doubt); 5] = [
         |job, doubt| job.event = Err(doubt),
         |job, doubt| job.repository = Err(doubt),

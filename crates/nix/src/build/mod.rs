@@ -13,7 +13,7 @@ use crate::build::log::{BuildEvent, LogReader};
 use crate::store_path::StorePath;
 use crate::tool::Nix;
 use flywheel_sys::process::capture::CaptureError;
-use flywheel_sys::process::lines::Line;
+use flywheel_sys::process::lines::PartialLine;
 
 /// Time between SIGTERM and SIGKILL for a cancelled build.
 const GRACE: Duration = Duration::from_secs(2);
@@ -51,8 +51,8 @@ impl BuildRequest {
         events: &mpsc::Sender<BuildEvent>,
         cancel: &CancellationToken,
     ) -> Result<BuildResult, CaptureError> {
-        let mut tool = nix.tool().args(self.arguments_for(nix)).talk()?;
-        let (mut held, mut reader) = (Line::default(), LogReader::default());
+        let mut tool = nix.tool().args(self.arguments_for(nix)).stream_stderr()?;
+        let (mut held, mut reader) = (PartialLine::default(), LogReader::default());
         loop {
             let line = tokio::select! {
                 biased;

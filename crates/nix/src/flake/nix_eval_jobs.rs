@@ -15,7 +15,7 @@ use crate::flake::expression::{AttributePath, installable_name};
 use crate::flake::pool::EvalTask;
 use crate::tool::Nix;
 use flywheel_sys::process::capture::Tool;
-use flywheel_sys::process::lines::Line;
+use flywheel_sys::process::lines::PartialLine;
 
 /// Time between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_millis(500);
@@ -80,10 +80,10 @@ impl NixEvalJobs {
     ) {
         let mut open: HashMap<AttributePath, usize> =
             tasks.into_iter().map(|task| (task.path, task.id)).collect();
-        let output = match self.tool().talk() {
+        let output = match self.tool().stream_stderr() {
             Err(error) => format!("error: {error}"),
             Ok(mut tool) => {
-                let (mut held, mut output) = (Line::default(), String::new());
+                let (mut held, mut output) = (PartialLine::default(), String::new());
                 loop {
                     let line = tokio::select! {
                         biased;

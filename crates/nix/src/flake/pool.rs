@@ -100,7 +100,7 @@ impl Pool {
     /// Returns how many workers fit on this machine now and how much memory in bytes each may use.
     /// `requested` is the number the user asked for.
     pub fn fitted(requested: Option<usize>) -> (usize, u64) {
-        let limit = Cgroup::of_self().and_then(|cgroup| cgroup.read().limit);
+        let limit = Cgroup::current().and_then(|cgroup| cgroup.read().limit);
         let others = memory::of_descendants();
         let room = MemoryRoom {
             limit,
@@ -123,7 +123,7 @@ impl Pool {
         cancel: CancellationToken,
     ) {
         let (to_pool, mut worker_events) = mpsc::channel(1024);
-        let cgroup = Cgroup::of_self();
+        let cgroup = Cgroup::current();
         let mut running = PoolState {
             pool: &self,
             width: 1,
@@ -303,7 +303,7 @@ impl PoolState<'_> {
             .iter()
             .filter(|(name, _)| self.pool.nix.variable(name).is_none());
         let tool = self.pool.nix.tool().args(&args).envs(unset.copied());
-        let tool = match tool.talk() {
+        let tool = match tool.stream_stderr() {
             Ok(tool) => tool,
             Err(error) => {
                 let text = format!("error: {error}");

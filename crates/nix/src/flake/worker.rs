@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::flake::evaluate::Derivation;
 use crate::flake::pool::EvalTask;
-use flywheel_sys::process::lines::{Line, Talking};
+use flywheel_sys::process::lines::{PartialLine, StreamedTool};
 
 /// Time between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_millis(500);
@@ -102,13 +102,13 @@ pub(super) fn is_for_memory(status: Option<ExitStatus>, output: &str) -> bool {
 
 /// Forwards a worker's lines until it ends or `stop` fires.
 pub(super) async fn follow(
-    mut tool: Talking,
+    mut tool: StreamedTool,
     id: usize,
     to_pool: mpsc::Sender<(usize, WorkerEvent)>,
     stop: CancellationToken,
     kill: CancellationToken,
 ) {
-    let mut held = Line::default();
+    let mut held = PartialLine::default();
     loop {
         let line = tokio::select! {
             biased;

@@ -1,5 +1,5 @@
-//! Memory as the kernel counts it: the control group's limit, its use and peak, and how many
-//! processes were killed for want of it. Reads only.
+//! Memory as the kernel counts it: the control group's limit, use and peak, and the number of processes that were
+//! killed because memory ran out. It reads only, apart from [`expendable`].
 //!
 //! Files and their meaning: the kernel's `cgroup-v2.rst` and `cgroup-v1/memory.rst`.
 
@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Above this a limit is none: version 1 says "unlimited" with the largest multiple of a page.
+/// A higher limit counts as none: version 1 writes "unlimited" as the largest multiple of a page.
 const UNLIMITED: u64 = 1 << 60;
 
-/// The control group that this process is in, and where its memory files are.
+/// The folder with the memory files of a control group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cgroup {
     /// Version 2: the unified hierarchy.
@@ -19,34 +19,35 @@ pub enum Cgroup {
     V1(PathBuf),
 }
 
-/// What the kernel has counted so far.
+/// The kernel's counts for a control group; a count that cannot be read is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// The least limit over the group and its ancestors, in bytes.
+    /// The lowest limit of the group and its ancestors, in bytes.
     pub limit: Option<u64>,
     /// Memory in use now, in bytes.
     pub current: Option<u64>,
-    /// The most ever in use, in bytes, since the group was made.
+    /// The highest use since the group was created, in bytes.
     pub peak: Option<u64>,
-    /// Processes of the group that were killed for memory, ever.
+    /// Processes of the group that were killed for memory, since it was created.
     pub killed_in_group: Option<u64>,
-    /// Processes of the machine that were killed for memory, ever.
+    /// Processes of the machine that were killed for memory, since it was started.
     pub killed_on_machine: Option<u64>,
 }
 
 impl Cgroup {
     /// The group of this process, if its memory files can be read.
-    pub fn of_self() -> Option<Self> {
+    pub fn current() -> Option<Self> {
         Self::find(Path::new("/"))
     }
 
-    /// The same below another root, for tests.
+    /// As `current`, below another root for tests.
     fn find(root: &Path) -> Option<Self> {
         let text = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
         let mut v2 = None;
         for line in text.lines() {
             let mut parts = line.splitn(3, ':');
             let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+            // On a hybrid host the memory controller belongs to version 1, so its line decides.
             if controllers.split(',').any(|name| name == "memory") {
                 let folder = nearest(
                     &root.join("sys/fs/cgroup/memory"),
@@ -65,7 +66,6 @@ impl Cgroup {
         v2.map(Self::V2)
     }
 
-    /// What the kernel has counted so far; what cannot be read is `None`.
     pub fn read(&self) -> Memory {
         match self {
             Self::V2(folder) => Memory {
@@ -85,7 +85,7 @@ impl Cgroup {
         }
     }
 
-    /// Memory of processes, without what the kernel keeps of files and can drop, in bytes.
+    /// The memory of the group's processes in bytes, without the page cache, which the kernel can drop.
     pub fn of_processes(&self) -> Option<u64> {
         match self {
             Self::V2(folder) => field(&folder.join("memory.stat"), "anon"),
@@ -99,12 +99,12 @@ pub fn of_machine() -> Option<u64> {
     kibibytes(Path::new("/proc/meminfo"), "MemTotal:")
 }
 
-/// What the machine has left for new processes, in bytes.
+/// The machine's memory that is available to new processes, in bytes.
 pub fn available() -> Option<u64> {
     kibibytes(Path::new("/proc/meminfo"), "MemAvailable:")
 }
 
-/// What a process holds now and has held at most, in bytes; `None` when it has ended.
+/// The resident memory of a process now and its peak, in bytes; `None` when the process has ended.
 pub fn of_process(id: u32) -> Option<(u64, u64)> {
     let status = fs::read_to_string(format!("/proc/{id}/status")).ok()?;
     Some((
@@ -113,9 +113,10 @@ pub fn of_process(id: u32) -> Option<(u64, u64)> {
     ))
 }
 
-/// Makes a process the first that the kernel kills when memory runs out (`proc_pid_oom_score_adj(5)`); anybody may
-/// raise it. Where it cannot be done, the kernel chooses by size, which is mostly the same one.
+/// Makes a process the first one that the kernel kills when memory runs out (`proc_pid_oom_score_adj(5)`). Raising the
+/// score needs no privilege.
 pub fn expendable(id: u32) {
+    // If it fails, the kernel chooses by size, which is mostly the same process.
     let _ = fs::write(format!("/proc/{id}/oom_score_adj"), "900");
 }
 
@@ -132,7 +133,7 @@ fn kibibytes_in(text: &str, name: &str) -> Option<u64> {
     kib.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// What can be known where there is no control group to read.
+/// The counts on a host without a readable control group.
 pub fn without_cgroup() -> Memory {
     Memory {
         killed_on_machine: killed_on_machine(),
@@ -140,8 +141,8 @@ pub fn without_cgroup() -> Memory {
     }
 }
 
-/// Memory in use now by the descendants of this process, in bytes: resident, shared pages counted in each. For
-/// machines without a control group of the job's own.
+/// The resident memory of this process's descendants in bytes; shared pages count once for each process. For machines
+/// on which the job has no control group of its own.
 pub fn of_descendants() -> u64 {
     let pages = descendants()
         .unwrap_or_else(descendants_of_all)
@@ -150,24 +151,25 @@ pub fn of_descendants() -> u64 {
     pages * rustix::param::page_size() as u64
 }
 
-/// The descendants of this process and their resident pages, asked from one to the next; `None` where the kernel does
-/// not tell children (`CONFIG_PROC_CHILDREN`). One whose brother ends just now may be left out (`proc_tid_children(5)`).
+/// The descendants of this process and their resident pages, by following the lists of children; `None` where the
+/// kernel has no such lists (`CONFIG_PROC_CHILDREN`). A child may be missing while one of its siblings ends
+/// (`proc_tid_children(5)`).
 fn descendants() -> Option<HashMap<u32, u64>> {
     let mut family = HashMap::new();
-    let mut asked = children(std::process::id())?;
-    while let Some(pid) = asked.pop() {
+    let mut queue = children(std::process::id())?;
+    while let Some(pid) = queue.pop() {
         let pages = fs::read_to_string(format!("/proc/{pid}/statm"))
             .ok()
             .and_then(|text| nth(&text, 1));
-        // One that has ended has nothing, and is not asked twice.
+        // A process that has ended has no pages. Each one is visited once, even if ids are reused.
         if family.insert(pid, pages.unwrap_or_default()).is_none() {
-            asked.extend(children(pid).unwrap_or_default());
+            queue.extend(children(pid).unwrap_or_default());
         }
     }
     Some(family)
 }
 
-/// Those that a process's threads have started.
+/// The children of a process, which the kernel lists for each of its threads.
 fn children(pid: u32) -> Option<Vec<u32>> {
     let mut found = Vec::new();
     for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
@@ -176,7 +178,7 @@ fn children(pid: u32) -> Option<Vec<u32>> {
                 text.split_whitespace()
                     .filter_map(|word| word.parse::<u32>().ok()),
             ),
-            // The thread has ended meanwhile, or no thread has such a file.
+            // The thread still exists, so this kernel has no lists of children.
             Err(_) if thread.path().exists() => return None,
             Err(_) => (),
         }
@@ -184,7 +186,7 @@ fn children(pid: u32) -> Option<Vec<u32>> {
     Some(found)
 }
 
-/// The same from all processes of the machine.
+/// As [`descendants`], by reading all processes of the machine.
 fn descendants_of_all() -> HashMap<u32, u64> {
     let mut all = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -198,7 +200,8 @@ fn descendants_of_all() -> HashMap<u32, u64> {
         let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
             continue;
         };
-        // Fields 4 (parent) and 24 (resident pages) of `proc_pid_stat(5)`, counted behind the name.
+        // Fields 4 (parent) and 24 (resident pages) of `proc_pid_stat(5)`. They are counted from behind the name, which
+        // may contain spaces and parentheses.
         let Some((_, rest)) = stat.rsplit_once(')') else {
             continue;
         };
@@ -208,23 +211,23 @@ fn descendants_of_all() -> HashMap<u32, u64> {
             nth(rest, 21).unwrap_or_default(),
         ));
     }
-    let (mut family, mut asked) = (HashMap::new(), vec![u64::from(std::process::id())]);
-    while let Some(above) = asked.pop() {
+    let (mut family, mut queue) = (HashMap::new(), vec![u64::from(std::process::id())]);
+    while let Some(above) = queue.pop() {
         for (pid, _, pages) in all.iter().filter(|(_, parent, _)| *parent == above) {
             family.insert(*pid, *pages);
-            asked.push(u64::from(*pid));
+            queue.push(u64::from(*pid));
         }
     }
     family
 }
 
-/// The word of this number, from 0.
+/// The number at this position, from 0, of a list separated by white space.
 fn nth(text: &str, number: usize) -> Option<u64> {
     text.split_whitespace().nth(number)?.parse().ok()
 }
 
-/// The folder of `path` below `mount`, or the nearest ancestor that has `file`: in a container the
-/// path may be that of the host, and the mount shows only our part of the tree.
+/// The folder of `path` below `mount`, or the nearest ancestor that has `file`: in a container the path may be that of
+/// the host, while the mount shows only the container's part of the tree.
 fn nearest(mount: &Path, path: &str, file: &str) -> Option<PathBuf> {
     let whole = mount.join(path.trim_start_matches('/'));
     whole
@@ -242,8 +245,9 @@ fn number(folder: &Path, file: &str) -> Option<u64> {
         .ok()
 }
 
-/// The least limit over the folder and its ancestors; `max` and absurd values are none.
+/// The lowest limit of the folder and its ancestors. `max` and absurdly high values count as none.
 fn limit(folder: &Path, file: &str) -> Option<u64> {
+    // A limit of any ancestor applies as well. Above the mount point there is no such file.
     let values = folder
         .ancestors()
         .map_while(|folder| folder.join(file).is_file().then(|| number(folder, file)));
@@ -341,7 +345,7 @@ mod tests {
     #[test]
     fn children_and_their_children_are_found_either_way() {
         let mut shell = Command::new("sh");
-        // It holds as much when it has written something, and cannot write the rest.
+        // `dd` holds the whole block once it has written the first byte and cannot write the rest.
         shell
             .args(["-c", "dd if=/dev/zero bs=64M count=1 2>/dev/null; true"])
             .stdout(Stdio::piped());
@@ -358,9 +362,9 @@ mod tests {
             all.contains_key(&shell.id()) && all.values().sum::<u64>() >= held,
             "{all:?}"
         );
-        // Some kernels do not tell.
+        // Some kernels do not list children.
         if Path::new("/proc/thread-self/children").exists() {
-            let found = descendants().expect("told");
+            let found = descendants().expect("listed");
             assert!(
                 found.contains_key(&shell.id()) && found.values().sum::<u64>() >= held,
                 "{found:?}"

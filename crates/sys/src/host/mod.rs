@@ -1,6 +1,5 @@
-//! The machine this runs on: control groups and memory, private temporary folders, priorities, and on which
-//! thread brief work is done.
-//! Owns what is read and kept there; what follows from it is decided in `budget`.
+//! The machine that this program runs on: control groups and memory, private temporary folders, inotify, thread
+//! priorities, and short blocking work. It reads and keeps; `budget` decides what follows.
 
 pub mod inline_blocking;
 pub mod memory;

@@ -1,5 +1,4 @@
-//! What happens in a folder, told by the kernel (inotify). Owns the watching thread; what an event
-//! means is for whoever asked.
+//! Watches a folder by inotify. It owns the watching thread; the caller interprets the events.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -17,31 +16,32 @@ pub use rustix::fs::inotify::WatchFlags;
 /// One event in the folder.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// Something happened to the entry of this name.
+    /// The entry of this name changed.
     Entry(&'a str),
-    /// So much happened that the kernel lost some of it.
+    /// The kernel's queue overflowed, and some events are lost.
     Lost,
 }
 
-/// A folder under watch. The thread ends, and is joined, when this is dropped.
+/// A watched folder. When this is dropped, the thread is stopped and joined.
 #[derive(Debug)]
 pub struct Notify {
-    /// Readable from the moment when the thread is to end.
+    /// An eventfd that becomes readable when the thread must end.
     stop: Arc<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Notify {
-    /// Begins to watch `folder`; `tell` is called for each event, on a thread of its own. After each burst of events
-    /// it rests for `pace`, and tells nothing of that time: who writes all the time would pay for each event.
+    /// Begins to watch `folder`; `on_event` is called for each event, on a thread of its own. After each burst of
+    /// events the watch is removed for `pause`, and what happens in that time is not reported: a process that writes
+    /// all the time would pay for each event.
     ///
     /// # Errors
-    /// When the folder is not there or the kernel has no watches left.
+    /// When the folder does not exist or the kernel has no watches left.
     pub fn watch(
         folder: &Path,
         what: WatchFlags,
-        pace: Duration,
-        tell: impl FnMut(Event<'_>) + Send + 'static,
+        pause: Duration,
+        on_event: impl FnMut(Event<'_>) + Send + 'static,
     ) -> io::Result<Self> {
         let events = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
         let watched = Watched {
@@ -55,8 +55,8 @@ impl Notify {
         let thread = std::thread::Builder::new()
             .name("notify".into())
             .spawn(move || {
-                // At the usual priority: what an event tells of, a short process say, is soon gone.
-                follow(watched, &stopped, pace, tell);
+                // At normal priority: the subject of an event, such as a short-lived process, may soon be gone.
+                follow(watched, &stopped, pause, on_event);
             })?;
         Ok(Self {
             stop,
@@ -67,16 +67,16 @@ impl Notify {
 
 impl Drop for Notify {
     fn drop(&mut self) {
-        // It fails only where the counter is full, and then the thread knows.
+        // The write fails only when the counter is full, and then the thread has been stopped already.
         let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
-            // It panics only if `tell` does, and then there is nothing more to tell.
+            // The thread panics only if `on_event` does, and then no more events can be handled.
             let _ = thread.join();
         }
     }
 }
 
-/// What the kernel has been asked to tell.
+/// An inotify instance and its one watch.
 struct Watched {
     events: OwnedFd,
     number: i32,
@@ -85,15 +85,16 @@ struct Watched {
 }
 
 impl Watched {
-    /// Asks it to tell nothing until the rest is over, and to forget what it has not told. `stop` cuts the rest short.
-    fn rest(
+    /// Removes the watch for `pause`, and discards queued events. `stop` cuts the pause short.
+    fn pause(
         &mut self,
-        rest: &Timespec,
+        pause: &Timespec,
         stop: &OwnedFd,
         buffer: &mut [MaybeUninit<u8>],
     ) -> io::Result<()> {
         inotify::remove_watch(&self.events, self.number)?;
-        let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(rest));
+        let _ = poll(&mut [PollFd::new(stop, PollFlags::IN)], Some(pause));
+        // What is left in the queue belongs to the burst that was just handled.
         let mut reader = inotify::Reader::new(&self.events, buffer);
         while reader.next().is_ok() {}
         self.number = inotify::add_watch(&self.events, &self.folder, self.what)?;
@@ -101,15 +102,20 @@ impl Watched {
     }
 }
 
-fn follow(mut watched: Watched, stop: &OwnedFd, pace: Duration, mut tell: impl FnMut(Event<'_>)) {
-    let rest = Timespec::try_from(pace).ok().filter(|_| !pace.is_zero());
+fn follow(
+    mut watched: Watched,
+    stop: &OwnedFd,
+    pause: Duration,
+    mut on_event: impl FnMut(Event<'_>),
+) {
+    let pause = Timespec::try_from(pause).ok().filter(|_| !pause.is_zero());
     let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
     loop {
         let mut waiting = [
             PollFd::new(&watched.events, PollFlags::IN),
             PollFd::new(stop, PollFlags::IN),
         ];
-        // An interrupted wait just looks again.
+        // An interrupted wait needs no handling: reading finds nothing, and the loop waits again.
         let _ = poll(&mut waiting, None);
         if !waiting[1].revents().is_empty() {
             return;
@@ -117,14 +123,14 @@ fn follow(mut watched: Watched, stop: &OwnedFd, pace: Duration, mut tell: impl F
         let mut reader = inotify::Reader::new(&watched.events, &mut buffer);
         while let Ok(event) = reader.next() {
             if event.events().contains(inotify::ReadFlags::QUEUE_OVERFLOW) {
-                tell(Event::Lost);
+                on_event(Event::Lost);
             } else if let Some(name) = event.file_name().and_then(|name| name.to_str().ok()) {
-                tell(Event::Entry(name));
+                on_event(Event::Entry(name));
             }
         }
-        // A folder that is gone has nothing more to tell.
-        if let Some(rest) = &rest
-            && watched.rest(rest, stop, &mut buffer).is_err()
+        // Watching again fails when the folder is gone, and then there are no more events.
+        if let Some(pause) = &pause
+            && watched.pause(pause, stop, &mut buffer).is_err()
         {
             return;
         }
@@ -138,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_new_entry_is_told() {
+    fn a_new_entry_is_reported() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (send, receive) = mpsc::channel();
         let notify = Notify::watch(
@@ -154,29 +160,33 @@ mod tests {
         .expect("watched");
         std::fs::write(folder.path().join("4242"), "").expect("written");
         assert_eq!(
-            receive.recv_timeout(Duration::from_secs(10)).expect("told"),
+            receive
+                .recv_timeout(Duration::from_secs(10))
+                .expect("reported"),
             "4242"
         );
         drop(notify);
     }
 
     #[test]
-    fn it_rests_after_it_has_told_and_ends_all_the_same() {
+    fn it_pauses_after_a_burst_and_can_be_stopped_all_the_same() {
         let folder = tempfile::tempdir().expect("temporary folder");
         let (send, receive) = mpsc::channel();
-        let pace = Duration::from_secs(3600);
-        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, pace, move |_| {
-            send.send(()).expect("heard");
+        let pause = Duration::from_secs(3600);
+        let notify = Notify::watch(folder.path(), WatchFlags::CREATE, pause, move |_| {
+            send.send(()).expect("the test waits");
         });
         let notify = notify.expect("watched");
         std::fs::write(folder.path().join("first"), "").expect("written");
-        receive.recv_timeout(Duration::from_secs(10)).expect("told");
-        // What comes while a burst is being told belongs to it.
-        let rests = (0..100).any(|number| {
+        receive
+            .recv_timeout(Duration::from_secs(10))
+            .expect("reported");
+        // Events that come while a burst is being handled belong to it.
+        let pauses = (0..100).any(|number| {
             std::fs::write(folder.path().join(number.to_string()), "").expect("written");
             receive.recv_timeout(Duration::from_millis(100)) == Err(mpsc::RecvTimeoutError::Timeout)
         });
-        assert!(rests, "it told of a hundred more");
+        assert!(pauses, "it reported a hundred more");
         drop(notify);
     }
 

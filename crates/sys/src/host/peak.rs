@@ -1,5 +1,5 @@
-//! The peak of memory use over a span of time, by looking often: the kernel's own peak counts
-//! from the making of the control group, which may be long ago.
+//! The peak of memory use over a span of time, by sampling: the kernel's own peak counts from the creation of the
+//! control group, which may be long ago.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,58 +9,57 @@ use tokio::task::JoinHandle;
 
 use crate::host::memory::{Cgroup, Memory, of_descendants, without_cgroup};
 
-/// How often to look: reading two small files costs some ten microseconds.
-const EVERY: Duration = Duration::from_millis(200);
+/// The time between two samples. A sample reads two small files, which costs some ten microseconds.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A span of time whose memory is watched.
+/// A span of time during which memory use is sampled.
 #[derive(Debug)]
 pub struct Span {
     cgroup: Option<Cgroup>,
     before: Memory,
-    seen: Arc<AtomicU64>,
-    looking: JoinHandle<()>,
+    highest: Arc<AtomicU64>,
+    sampling: JoinHandle<()>,
 }
 
-/// What happened over the span.
+/// The memory use of a span.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spent {
     /// The limit of the control group in bytes.
     pub limit: Option<u64>,
-    /// The peak in bytes: of the control group, or of our own descendants where there is none.
+    /// The peak in bytes: of the control group, or of this program's descendants where there is none.
     pub peak: Option<u64>,
-    /// Processes of the control group killed for memory during the span.
+    /// Processes of the control group that were killed for memory during the span.
     pub killed_in_group: u64,
-    /// The same over the whole machine.
+    /// Processes of the whole machine that were killed for memory during the span.
     pub killed_on_machine: u64,
 }
 
 impl Span {
-    /// Begins to watch.
     pub fn begin() -> Self {
-        let cgroup = Cgroup::of_self();
+        let cgroup = Cgroup::current();
         let before = read(cgroup.as_ref());
-        let seen = Arc::new(AtomicU64::new(0));
-        let looking = tokio::spawn(look(
+        let highest = Arc::new(AtomicU64::new(0));
+        let sampling = tokio::spawn(sample(
             cgroup.clone(),
             before.limit.is_some(),
-            Arc::clone(&seen),
+            Arc::clone(&highest),
         ));
         Self {
             cgroup,
             before,
-            seen,
-            looking,
+            highest,
+            sampling,
         }
     }
 
-    /// Ends the span and says what happened.
+    /// Ends the span and gives its memory use.
     pub async fn end(self) -> Spent {
-        self.looking.abort();
-        // It ends by being aborted, so there is nothing to learn from how.
-        let _ = self.looking.await;
+        self.sampling.abort();
+        // The task always ends by the abort, so its result means nothing.
+        let _ = self.sampling.await;
         let after = read(self.cgroup.as_ref());
-        let seen = Some(self.seen.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0);
-        // The kernel's own peak is finer than looking, if it was reached within this span.
+        let highest = Some(self.highest.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0);
+        // The kernel's own peak misses nothing. It counts only if it rose within this span.
         let counted = after
             .peak
             .filter(|peak| after.limit.is_some() && Some(*peak) > self.before.peak);
@@ -69,7 +68,7 @@ impl Span {
         };
         Spent {
             limit: after.limit,
-            peak: counted.max(seen),
+            peak: counted.max(highest),
             killed_in_group: grown(after.killed_in_group, self.before.killed_in_group),
             killed_on_machine: grown(after.killed_on_machine, self.before.killed_on_machine),
         }
@@ -80,15 +79,16 @@ fn read(cgroup: Option<&Cgroup>) -> Memory {
     cgroup.map_or_else(without_cgroup, Cgroup::read)
 }
 
-/// A group without a limit is the machine's or a session's: what it uses says nothing about the job.
-async fn look(cgroup: Option<Cgroup>, limited: bool, seen: Arc<AtomicU64>) {
-    let mut ticks = tokio::time::interval(EVERY);
+/// A control group without a limit is usually that of the machine or of a session, and contains more than the job. Then
+/// this program's descendants are counted instead.
+async fn sample(cgroup: Option<Cgroup>, limited: bool, highest: Arc<AtomicU64>) {
+    let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
     loop {
         ticks.tick().await;
         let now = match &cgroup {
             Some(cgroup) if limited => cgroup.read().current.unwrap_or(0),
             _ => of_descendants(),
         };
-        seen.fetch_max(now, Ordering::Relaxed);
+        highest.fetch_max(now, Ordering::Relaxed);
     }
 }

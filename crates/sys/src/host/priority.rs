@@ -1,13 +1,13 @@
-//! How much of the machine our threads ask for. Never touches another process.
+//! The priority of this program's threads. It never touches another process.
 
-/// The niceness of threads that only accompany a build (`nice(2)`): on a busy machine the build gets about ten
-/// times as much, and on an idle one nobody notices.
+/// The niceness of threads that only accompany a build (`nice(2)`). On a busy machine the build gets about ten times as
+/// much processor time; on an idle one there is no difference.
 const NICE: i32 = 10;
 
-/// Lets the calling thread come after everybody else, and with it what it starts. On Linux niceness belongs to a
-/// thread, so the thread that starts the job's command must not call this.
+/// Lowers the priority of the calling thread, and of the threads and processes that it starts. On Linux niceness
+/// belongs to a thread, so the thread that starts the job's command must not call this.
 pub fn yield_to_others() {
     let now = rustix::process::nice(0).unwrap_or(NICE);
-    // A kernel that refuses leaves the thread as it was, which is no worse than before.
+    // If the kernel refuses, the thread keeps its priority, which does no harm.
     let _ = rustix::process::nice((NICE - now).max(0));
 }

@@ -1,5 +1,5 @@
-//! The folder that holds a run's temporary files: private to the user, removed on every way out,
-//! and swept by the next start if the run was killed.
+//! The folder for a run's temporary files: private to the user, removed however the run ends, and swept by the next
+//! start if the run was killed.
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
@@ -13,27 +13,25 @@ use thiserror::Error;
 
 use flywheel_core::exit::{Exit, Explain};
 
-/// Each run's folder holds a file of this name, locked for as long as the run lives.
+/// The name of a file in each run's folder that stays locked for as long as the run lives.
 const ALIVE: &str = "alive";
-/// Held while a folder is made or the dead ones are swept, so that no half-made one is swept.
+/// The file that is locked while a folder is created or dead ones are swept, so that a folder without its lock yet is
+/// not swept.
 const SWEEP: &str = "sweep.lock";
 const PREFIX: &str = "run-";
 
-/// Folders to remove should the program panic: a release build aborts and runs no destructors.
+/// The folders to remove if the program panics: a release build aborts and runs no destructors.
 static LIVING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 /// Why there is no private folder.
 #[derive(Debug, Error)]
 pub enum PrivateError {
-    /// Somebody else owns the folder's name, or could read in it.
+    /// Another user owns the folder, or could read in it.
     #[error("`{0}` is not a folder that belongs to this user alone")]
     Untrusted(PathBuf),
-    /// The system refused.
     #[error("no private folder could be made in `{folder}`")]
     Make {
-        /// Where it was to be made.
         folder: PathBuf,
-        /// What the system said.
         #[source]
         source: io::Error,
     },
@@ -62,15 +60,15 @@ impl Explain for PrivateError {
 #[derive(Debug)]
 pub struct PrivateFolder {
     folder: TempDir,
-    /// Its lock says that the run is alive; the system drops it with the process, however that ends.
+    /// The lock marks the run as alive. The system releases it with the process, however that ends.
     _alive: File,
 }
 
 impl PrivateFolder {
-    /// Makes one below `base`, and removes what runs that are dead left there.
+    /// Creates a folder below `base`, and removes the folders of dead runs there.
     ///
     /// # Errors
-    /// When `base` cannot be written to, or our name in it belongs to somebody else.
+    /// When `base` cannot be written to, or another user owns the shared folder's name in it.
     pub fn create(base: &Path) -> Result<Self, PrivateError> {
         let ours = Self::shared(base)?;
         let make = |source| PrivateError::Make {
@@ -94,7 +92,7 @@ impl PrivateFolder {
         })
     }
 
-    /// The folder below `base` that all runs of this user share (0700), made if it is not there.
+    /// The folder below `base` that all runs of this user share (0700). Created if it does not exist.
     ///
     /// # Errors
     /// As for `create`.
@@ -104,7 +102,6 @@ impl PrivateFolder {
         Ok(ours)
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
@@ -116,9 +113,9 @@ impl Drop for PrivateFolder {
     }
 }
 
-/// Removes every private folder of this process; for the panic hook.
+/// Removes every private folder of this process. For the panic hook.
 pub fn remove_all() {
-    // A panic while the list is locked must not hang the hook.
+    // Not `lock`: the panic may have happened while the list was locked, and the hook must not hang.
     if let Ok(living) = LIVING.try_lock() {
         for folder in living.iter() {
             let _ = fs::remove_dir_all(folder);
@@ -132,7 +129,7 @@ fn living() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
         .expect("nothing panics while it holds this lock")
 }
 
-/// Makes the folder that is ours by name, or makes sure that the one there is ours by right.
+/// Creates the shared folder, or makes sure that an existing one belongs to this user alone.
 fn own_folder(ours: &Path) -> Result<(), PrivateError> {
     match DirBuilder::new().mode(0o700).create(ours) {
         Ok(()) => return Ok(()),
@@ -144,10 +141,12 @@ fn own_folder(ours: &Path) -> Result<(), PrivateError> {
             });
         }
     }
+    // A symbolic link is not followed: it could lead to a folder of another user's choice.
     let found = fs::symlink_metadata(ours).map_err(|source| PrivateError::Make {
         folder: ours.to_owned(),
         source,
     })?;
+    // The lowest six bits of the mode are the rights of the group and of others.
     let private =
         found.is_dir() && found.uid() == geteuid().as_raw() && found.mode().trailing_zeros() >= 6;
     if private {
@@ -164,10 +163,10 @@ fn sweep_dead(ours: &Path) {
             .to_str()
             .is_some_and(|name| name.starts_with(PREFIX));
         let dead = File::open(entry.path().join(ALIVE)).is_ok_and(|alive| alive.try_lock().is_ok());
-        // A folder without the file is one whose maker died between two lines of `create`.
+        // A folder without the file belongs to a run that was killed inside `create`: living ones hold the sweep lock.
         let unborn = !entry.path().join(ALIVE).exists();
         if named && (dead || unborn) {
-            // What cannot be removed now is tried again at the next start.
+            // A folder that cannot be removed now is tried again at the next start.
             let _ = fs::remove_dir_all(entry.path());
         }
     }

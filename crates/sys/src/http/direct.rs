@@ -1,5 +1,5 @@
-//! Connections for those who speak HTTP themselves: to the server itself, never through a proxy.
-//! Owns names, sockets and TLS; not a byte of what is said.
+//! Connections for callers with an HTTP implementation of their own: directly to the server, never through a proxy.
+//! This module owns names, sockets and TLS, but none of the bytes that are exchanged.
 
 use std::fmt;
 use std::io;
@@ -18,10 +18,8 @@ use crate::http::{CONNECT_TIMEOUT, Layer, LookupError, Names};
 /// Why there is no connection.
 #[derive(Debug, Error)]
 pub enum ConnectError {
-    /// The name has no address.
     #[error(transparent)]
     Name(#[from] LookupError),
-    /// Nothing takes the connection.
     #[error("no connection: {0}")]
     Connect(io::Error),
     /// The handshake or the certificate.
@@ -30,7 +28,6 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// How far it got.
     pub fn layer(&self) -> Layer {
         match self {
             Self::Name(_) => Layer::Name,
@@ -41,9 +38,9 @@ impl ConnectError {
 }
 
 /// A connection, encrypted or not.
-pub trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
 
 /// Makes connections. Cheap to clone.
 #[derive(Clone)]
@@ -61,8 +58,9 @@ impl fmt::Debug for Direct {
 
 impl Direct {
     pub(super) fn new(mut tls: rustls::ClientConfig) -> Self {
+        // The callers implement HTTP/1.1 only.
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-        // The same rules, from the same variables, as the other clients have.
+        // The rules and variables that reqwest uses for the other clients.
         let proxies = Arc::new(Matcher::from_env());
         Self {
             tls: TlsConnector::from(Arc::new(tls)),
@@ -71,7 +69,7 @@ impl Direct {
         }
     }
 
-    /// Whether the environment names a proxy for this address, so that nobody may go there directly.
+    /// Whether the environment names a proxy for this address, so that a direct connection is not allowed.
     pub fn is_proxied(&self, url: &Url) -> bool {
         url.as_str()
             .parse()
@@ -81,8 +79,8 @@ impl Direct {
     /// Connects to the server of a URL, within [`CONNECT_TIMEOUT`] for each address and for TLS.
     ///
     /// # Errors
-    /// When no address takes the connection, or TLS fails.
-    pub async fn connect(&self, url: &Url) -> Result<Box<dyn Connection>, ConnectError> {
+    /// When no address accepts the connection, or TLS fails.
+    pub async fn connect(&self, url: &Url) -> Result<Box<dyn ByteStream>, ConnectError> {
         let host = url.host_str().unwrap_or_default();
         let port = url.port_or_known_default().unwrap_or(80);
         let late = || io::Error::from(io::ErrorKind::TimedOut);
@@ -105,12 +103,13 @@ impl Direct {
         url: &Url,
         host: &str,
         stream: TcpStream,
-    ) -> Result<Box<dyn Connection>, ConnectError> {
-        // A request is written as a whole; waiting for more would only delay it.
+    ) -> Result<Box<dyn ByteStream>, ConnectError> {
+        // Requests are written in large pieces, so Nagle's algorithm would only delay the last one.
         stream.set_nodelay(true).map_err(ConnectError::Connect)?;
         if url.scheme() != "https" {
             return Ok(Box::new(stream));
         }
+        // A certificate has an IPv6 address without the brackets of the URL.
         let bare = host
             .trim_start_matches('[')
             .trim_end_matches(']')
@@ -131,7 +130,7 @@ mod tests {
     use crate::http::{Clients, Roots};
 
     #[tokio::test]
-    async fn a_failed_connection_tells_its_layer() {
+    async fn a_failed_connection_has_its_layer() {
         let direct = Clients::new(&Roots::default())
             .expect("settings hold")
             .direct;
@@ -145,7 +144,7 @@ mod tests {
                 .expect("URL")
         };
         assert!(direct.connect(&url("http")).await.is_ok());
-        // Whatever it hears, it says something that is not TLS.
+        // It responds to anything with something that is not TLS.
         let answer = async {
             for _ in 0..2 {
                 let (stream, _) = listener.accept().await.expect("accepted");

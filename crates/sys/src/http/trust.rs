@@ -1,5 +1,5 @@
-//! Whose certificates are trusted: rustls' own verification, with roots that are read when the first certificate
-//! comes. Reading them takes some 30 ms of a start, and a cache beside the build speaks plain HTTP.
+//! Trusted certificates: rustls' own verification, with roots that are read only when the first certificate arrives.
+//! Reading them takes some 30 ms of a start, and a cache on the same host uses plain HTTP.
 
 use std::sync::{Arc, OnceLock};
 
@@ -12,7 +12,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use crate::http::Roots;
 
-/// Decides nothing itself: asks rustls' verifier, which it makes when it is first asked.
+/// Delegates everything to rustls' verifier, which it creates on first use.
 #[derive(Debug)]
 pub(super) struct Verifier {
     roots: Roots,
@@ -81,8 +81,8 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// Private authorities are common on runners: what the environment names and the system trusts
-/// comes first, and the roots baked into the binary serve only where a machine has none at all.
+/// The roots of the environment and of the system: private authorities are common on runners. The roots in the binary
+/// are used only on a machine that has none at all.
 fn root_store(roots: &Roots) -> RootCertStore {
     let mut store = RootCertStore::empty();
     for file in &roots.files {
@@ -90,7 +90,7 @@ fn root_store(roots: &Roots) -> RootCertStore {
             store.add_parsable_certificates(certificates.flatten());
         }
     }
-    // Reads `SSL_CERT_FILE` and `SSL_CERT_DIR` itself, else the system's bundle.
+    // This reads `SSL_CERT_FILE` and `SSL_CERT_DIR`, else the system's bundle.
     store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if store.is_empty() {
         store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());

@@ -1,4 +1,4 @@
-//! Short-lived tools (`nix`, `apt-get`): run to their end within a deadline, what they print is caught.
+//! Short-lived tools (`nix`, `apt-get`): run to their end within a deadline, with their output captured.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -12,62 +12,48 @@ use thiserror::Error;
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 
-use crate::process::lines::Talking;
+use crate::process::lines::StreamedTool;
 use crate::process::own;
 
-/// What one tool may print before the rest is dropped; the list of a big store fits well.
+/// The rest of a longer output is dropped. The list of all paths of a large store fits easily. In bytes.
 const OUTPUT_LIMIT: u64 = 256 * 1024 * 1024;
 
-/// Why a tool gave no answer.
+/// Why a tool has no result.
 #[derive(Debug, Error)]
 pub enum CaptureError {
-    /// It could not be started.
     #[error("`{program}` could not be started")]
     Start {
-        /// The program's path.
         program: PathBuf,
-        /// What the system said.
         #[source]
         source: io::Error,
     },
-    /// It did not end in time, and was killed with all its children.
+    /// The tool exceeded its time limit, and was killed with all its children.
     #[error("`{program}` did not end within {} s", limit.as_secs())]
-    Deadline {
-        /// The program's path.
-        program: PathBuf,
-        /// The time it was given.
-        limit: Duration,
-    },
-    /// Its output could not be read.
+    Deadline { program: PathBuf, limit: Duration },
     #[error("what `{program}` printed could not be read")]
     Read {
-        /// The program's path.
         program: PathBuf,
-        /// What the system said.
         #[source]
         source: io::Error,
     },
 }
 
-/// How a tool ended and what it printed.
+/// A tool's exit status and output.
 #[derive(Debug)]
 pub struct Output {
-    /// How it ended.
     pub status: ExitStatus,
-    /// Its standard output, as it came.
     pub stdout: Vec<u8>,
-    /// Its standard error, as text.
     pub stderr: String,
 }
 
 impl Output {
-    /// Its standard output as text.
+    /// The standard output as text; invalid UTF-8 is replaced.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 }
 
-/// A tool to run: an absolute program, its arguments (never a secret), its whole environment.
+/// A tool to run: the absolute path of a program, its arguments (never a secret), and its whole environment.
 #[derive(Clone, Debug)]
 pub struct Tool {
     program: PathBuf,
@@ -87,14 +73,12 @@ impl Tool {
         }
     }
 
-    /// Adds an argument.
     #[must_use]
     pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
         self.arguments.push(argument.as_ref().to_owned());
         self
     }
 
-    /// Adds arguments.
     #[must_use]
     pub fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
         self.arguments.extend(
@@ -105,7 +89,6 @@ impl Tool {
         self
     }
 
-    /// Sets a variable.
     #[must_use]
     pub fn env(mut self, name: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Self {
         self.environment
@@ -113,7 +96,6 @@ impl Tool {
         self
     }
 
-    /// Sets variables.
     #[must_use]
     pub fn envs<N: AsRef<OsStr>, V: AsRef<OsStr>>(
         mut self,
@@ -127,19 +109,19 @@ impl Tool {
         self
     }
 
-    /// Runs it in a folder.
+    /// Sets the working directory.
     #[must_use]
     pub fn in_folder(mut self, folder: &Path) -> Self {
         self.folder = Some(folder.to_owned());
         self
     }
 
-    /// Starts it, without standard input and with what it prints dropped, in a process group of its own; what it
-    /// says on standard error is to be read.
+    /// Starts the tool in a process group of its own, without standard input, and with its standard output dropped. The
+    /// caller has to read its standard error.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn talk(self) -> Result<Talking, CaptureError> {
+    pub fn stream_stderr(self) -> Result<StreamedTool, CaptureError> {
         let mut command = self.command();
         command.stdout(Stdio::null());
         let start = |source| CaptureError::Start {
@@ -147,7 +129,7 @@ impl Tool {
             source,
         };
         let (child, registered) = own::spawn(&mut command).map_err(start)?;
-        Ok(Talking::of(child, registered))
+        Ok(StreamedTool::new(child, registered))
     }
 
     fn command(&self) -> Command {
@@ -167,10 +149,10 @@ impl Tool {
         command
     }
 
-    /// Runs it to its end, without standard input, in a process group of its own.
+    /// Runs the tool to its end in a process group of its own, without standard input.
     ///
     /// # Errors
-    /// When it cannot be started or does not end within `limit`; then its whole group is killed.
+    /// When it cannot be started or does not end within `limit`; in the latter case its whole group is killed.
     pub async fn run(self, limit: Duration) -> Result<Output, CaptureError> {
         let mut command = self.command();
         let program = self.program;
@@ -184,7 +166,7 @@ impl Tool {
             Ok(result) => result.map_err(|source| CaptureError::Read { program, source }),
             Err(_) => {
                 kill_group(group);
-                // It is dead or dying now; reaping it cannot last.
+                // After `SIGKILL` the process is dead or dying, so reaping it takes no time.
                 let _ = child.wait().await;
                 Err(CaptureError::Deadline { program, limit })
             }
@@ -210,6 +192,7 @@ async fn read(pipe: Option<impl tokio::io::AsyncRead + Unpin>) -> io::Result<Vec
             .take(OUTPUT_LIMIT)
             .read_to_end(&mut bytes)
             .await?;
+        // The rest is read, too: a full pipe would stop the tool.
         tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await?;
     }
     Ok(bytes)
@@ -220,7 +203,7 @@ fn kill_group(group: Option<u32>) {
         .and_then(|id| i32::try_from(id).ok())
         .and_then(Pid::from_raw);
     if let Some(pid) = pid {
-        // Already gone is as good as killed.
+        // It fails for a group that is already gone.
         let _ = kill_process_group(pid, Signal::KILL);
     }
 }

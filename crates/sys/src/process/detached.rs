@@ -1,5 +1,5 @@
-//! A copy of this program that outlives the step that started it: its own session, none of the step's
-//! streams. Hides from nobody: it keeps the step's environment, by which a runner finds it.
+//! Starts a copy of this program that outlives the step: in a session of its own, with none of the step's streams. It
+//! does not hide: it keeps the step's environment, by which a runner finds it.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -9,11 +9,12 @@ use std::process::Stdio;
 
 use tokio::process::{Child, Command};
 
-/// Files that a shell may have opened in the step and left to its children are closed; Rust closes its own.
+/// Closes file descriptors that the step's shell may have left open, since they would keep the step waiting. Rust's own
+/// are closed on exec.
 const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; exec "$0" "$@""#;
 
-/// Starts `program` with `arguments`, without the variables in `without`, its errors going to `log`.
-/// Its input and output are pipes to the caller. It is to call `leave_session` first of all.
+/// Starts `program` with `arguments`, without the variables in `without`; its standard error goes to `log`. Its
+/// standard input and output are pipes to the caller. The program must call [`leave_session`] first.
 ///
 /// # Errors
 /// When it cannot be started.
@@ -40,13 +41,13 @@ pub fn start(
     command.spawn()
 }
 
-/// Makes this process the leader of a session of its own, so that no terminal's end reaches it.
+/// Makes this process the leader of a new session, so that it does not get `SIGHUP` when a terminal closes.
 pub fn leave_session() {
-    // It fails only for one that leads a group already, and then nothing is to be left.
+    // It fails only for the leader of a process group, which has been separated already.
     let _ = rustix::process::setsid();
 }
 
-/// Lets go of the pipe to the one who started this process: nobody listens from here on.
+/// Closes the pipe to the process that started this one. Further output goes nowhere.
 ///
 /// # Errors
 /// When `/dev/null` cannot be opened.

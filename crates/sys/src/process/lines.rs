@@ -1,5 +1,5 @@
-//! Tools that say on standard error, line by line, what they are at (`nix eval`, `nix build`): each line is
-//! handed on as it comes, and the tool can be ended at any moment, with all its children.
+//! Tools that report their progress on standard error, line by line (`nix eval`, `nix build`). Each line can be read as
+//! it comes, and the tool can be ended at any moment, with all its children.
 
 use std::io;
 use std::process::ExitStatus;
@@ -11,22 +11,22 @@ use tokio::process::{Child, ChildStderr};
 
 use crate::process::own::Registered;
 
-/// What a longer line holds beyond this is dropped, in bytes.
+/// The rest of a longer line is dropped. In bytes.
 const LINE_LIMIT: usize = 256 * 1024;
-/// What is left in a pipe whose writer is dead is read at once, unless a grandchild holds it open.
-const READ_GRACE: Duration = Duration::from_millis(500);
+/// How long to wait for a killed child to be reaped.
+const REAP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// A running tool. Dropping it kills its group.
 #[derive(Debug)]
-pub struct Talking {
+pub struct StreamedTool {
     child: Child,
     _registered: Registered,
     group: Option<Pid>,
     stderr: BufReader<ChildStderr>,
 }
 
-impl Talking {
-    pub(super) fn of(mut child: Child, registered: Registered) -> Self {
+impl StreamedTool {
+    pub(super) fn new(mut child: Child, registered: Registered) -> Self {
         let group = child
             .id()
             .and_then(|id| i32::try_from(id).ok())
@@ -40,39 +40,39 @@ impl Talking {
         }
     }
 
-    /// Its process id, until it is reaped.
+    /// The process id, until the process is reaped.
     pub fn id(&self) -> Option<u32> {
         self.child.id()
     }
 
-    /// Its next line, without the line's end and, where it is no UTF-8, with marks in place of that; `None`
-    /// when it has closed its standard error. May be dropped while it waits: nothing is lost then.
+    /// The next line without its line break; invalid UTF-8 is replaced. `None` when the tool has closed its standard
+    /// error. Cancel-safe: `held` keeps the beginning of a line.
     ///
     /// # Errors
     /// When the pipe cannot be read.
-    pub async fn line(&mut self, held: &mut Line) -> io::Result<Option<String>> {
+    pub async fn line(&mut self, held: &mut PartialLine) -> io::Result<Option<String>> {
         read_line(&mut self.stderr, held).await
     }
 
-    /// Whether its next line has been read from the pipe already.
+    /// Whether the next line has already been read from the pipe.
     pub fn has_line(&self) -> bool {
         self.stderr.buffer().contains(&b'\n')
     }
 
-    /// Waits for its end.
+    /// Waits for the tool to exit.
     ///
     /// # Errors
-    /// When it cannot be waited for.
+    /// When the system cannot wait for it.
     pub async fn ended(&mut self) -> io::Result<ExitStatus> {
         self.child.wait().await
     }
 
-    /// Asks it and its children to end.
-    pub fn ask_to_end(&self) {
+    /// Sends `SIGTERM` to the tool and its children.
+    pub fn terminate(&self) {
         self.signal(Signal::TERM);
     }
 
-    /// Ends it and its children: asks, and kills after `grace`.
+    /// Ends the tool and its children: by `SIGTERM`, and after `grace` by `SIGKILL`.
     pub async fn stop(mut self, grace: Duration) {
         self.signal(Signal::TERM);
         if tokio::time::timeout(grace, self.child.wait())
@@ -80,38 +80,38 @@ impl Talking {
             .is_err()
         {
             self.kill();
-            // It is dead or dying now; reaping it cannot last.
-            let _ = tokio::time::timeout(READ_GRACE, self.child.wait()).await;
+            // After `SIGKILL` the process is dead or dying, so reaping it takes no time.
+            let _ = tokio::time::timeout(REAP_TIMEOUT, self.child.wait()).await;
         }
     }
 
-    /// Kills it and its children.
+    /// Sends `SIGKILL` to the tool and its children.
     pub fn kill(&self) {
         self.signal(Signal::KILL);
     }
 
-    /// Only while the child is not reaped: afterwards the number may be somebody else's.
+    /// Does nothing once the child is reaped: the number may then belong to another process.
     fn signal(&self, signal: Signal) {
         if let (Some(group), Some(_)) = (self.group, self.child.id()) {
-            // Already gone is as good as ended.
+            // It fails for a group that is already gone.
             let _ = kill_process_group(group, signal);
         }
     }
 }
 
-impl Drop for Talking {
+impl Drop for StreamedTool {
     fn drop(&mut self) {
         self.kill();
     }
 }
 
-/// The beginning of a line whose end has not come yet.
+/// The beginning of a line that has not ended yet.
 #[derive(Debug, Default)]
-pub struct Line(Vec<u8>);
+pub struct PartialLine(Vec<u8>);
 
 async fn read_line(
     pipe: &mut (impl AsyncBufRead + Unpin),
-    held: &mut Line,
+    held: &mut PartialLine,
 ) -> io::Result<Option<String>> {
     loop {
         let bytes = pipe.fill_buf().await?;
@@ -122,6 +122,7 @@ async fn read_line(
         let (part, used) = end.map_or((bytes, bytes.len()), |end| (&bytes[..end], end + 1));
         let room = LINE_LIMIT.saturating_sub(held.0.len()).min(part.len());
         held.0.extend_from_slice(&part[..room]);
+        // Bytes are consumed and kept without a wait in between, so that dropping this future loses none.
         pipe.consume(used);
         if end.is_some() {
             return Ok(Some(take(held)));
@@ -129,7 +130,7 @@ async fn read_line(
     }
 }
 
-fn take(held: &mut Line) -> String {
+fn take(held: &mut PartialLine) -> String {
     let bytes = std::mem::take(&mut held.0);
     String::from_utf8_lossy(&bytes)
         .trim_end_matches('\r')
@@ -143,17 +144,17 @@ mod tests {
     use super::*;
     use crate::process::capture::Tool;
 
-    fn shell(script: &str) -> Talking {
+    fn shell(script: &str) -> StreamedTool {
         Tool::new(Path::new("/bin/sh"))
             .args(["-c", script])
-            .talk()
+            .stream_stderr()
             .expect("starts")
     }
 
     #[tokio::test]
-    async fn lines_come_as_they_are_said() {
+    async fn lines_come_as_they_are_printed() {
         let mut tool = shell("echo one >&2; printf 'two\\r\\nlast' >&2; echo dropped; exit 3");
-        let mut held = Line::default();
+        let mut held = PartialLine::default();
         let mut lines = Vec::new();
         while let Some(line) = tool.line(&mut held).await.expect("read") {
             lines.push(line);
@@ -165,7 +166,7 @@ mod tests {
     #[tokio::test]
     async fn a_line_without_end_is_cut() {
         let mut tool = shell("head -c 400000 /dev/zero | tr '\\0' x >&2; echo >&2; echo next >&2");
-        let mut held = Line::default();
+        let mut held = PartialLine::default();
         assert_eq!(
             tool.line(&mut held)
                 .await
@@ -183,7 +184,7 @@ mod tests {
     #[tokio::test]
     async fn a_tool_that_does_not_want_to_end_is_killed() {
         let mut tool = shell("trap '' TERM; echo up >&2; while :; do sleep 1; done");
-        let mut held = Line::default();
+        let mut held = PartialLine::default();
         assert_eq!(
             tool.line(&mut held).await.expect("read").as_deref(),
             Some("up")

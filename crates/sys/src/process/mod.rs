@@ -1,4 +1,4 @@
-//! Children of this program: started, supervised, stopped. Nothing else starts one.
+//! The child processes of this program: starting, supervising and stopping them. No other module starts any.
 
 pub mod capture;
 pub mod detached;

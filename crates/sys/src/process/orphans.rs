@@ -1,4 +1,4 @@
-//! Processes that a finished command leaves behind: found by group and by descent, and ended.
+//! Finds processes that a finished command has left behind, by group and by descent, and ends them.
 
 use std::time::Duration;
 
@@ -10,19 +10,19 @@ use tokio::time::{Instant, sleep};
 
 use crate::process::own;
 
-/// Left-over processes get this long between `SIGTERM` and `SIGKILL`.
+/// The time between `SIGTERM` and `SIGKILL` for left-over processes.
 const GRACE: Duration = Duration::from_millis(500);
-/// How often to look whether they are gone.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Makes this process the parent of what its descendants orphan, so that even what has left the
-/// command's process group can be found.
+/// Makes this process the parent of its descendants' orphans, so that even those that have left the command's process
+/// group can be found.
 pub fn adopt() {
-    // Linux has it since 3.4; without it only the group is found, which is the bulk.
+    // Linux has this since 3.4. Without it only the group is found, which is most of them.
     let _ = set_child_subreaper(Some(getpid()));
 }
 
-/// Ends the rest of `group` and all adopted processes but those that this program started for itself; returns how many there were.
+/// Ends the rest of `group` and all adopted processes, except those that this program started for itself. Returns how
+/// many there were.
 pub async fn end(group: Option<Pid>) -> usize {
     let mut left = leftovers(group);
     if left.is_empty() {
@@ -32,15 +32,15 @@ pub async fn end(group: Option<Pid>) -> usize {
     signal(group, &left, Signal::TERM);
     let deadline = Instant::now() + GRACE;
     while !left.is_empty() && Instant::now() < deadline {
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
         reap(&left);
         left = leftovers(group);
     }
-    // Killing a parent orphans its children to us, so look again until nothing is left.
+    // Killing a process makes its children ours, so the search is repeated until nothing is left.
     let deadline = Instant::now() + GRACE;
     while !left.is_empty() && Instant::now() < deadline {
         signal(group, &left, Signal::KILL);
-        sleep(LOOK).await;
+        sleep(POLL_INTERVAL).await;
         reap(&left);
         left = leftovers(group);
     }
@@ -49,7 +49,7 @@ pub async fn end(group: Option<Pid>) -> usize {
 
 fn signal(group: Option<Pid>, left: &[Pid], signal: Signal) {
     if let Some(group) = group {
-        // Gone is what we want.
+        // It fails for a group that is already gone.
         let _ = kill_process_group(group, signal);
     }
     for pid in left {
@@ -57,14 +57,14 @@ fn signal(group: Option<Pid>, left: &[Pid], signal: Signal) {
     }
 }
 
-/// Only the named processes are reaped: the runtime reaps the children that it started itself.
+/// Reaps only these processes: the runtime reaps the children that it started, and needs their exit status.
 fn reap(pids: &[Pid]) {
     for pid in pids {
         let _ = waitpid(Some(*pid), WaitOptions::NOHANG);
     }
 }
 
-/// Living processes of the group, and our children that we did not start.
+/// The living processes of the group, and the children that this program did not start.
 fn leftovers(group: Option<Pid>) -> Vec<Pid> {
     let started = own::started();
     let us = getpid().as_raw_nonzero().get();
@@ -74,7 +74,7 @@ fn leftovers(group: Option<Pid>) -> Vec<Pid> {
     let left = pids
         .filter(|pid| *pid != us && !u32::try_from(*pid).is_ok_and(|pid| started.contains(&pid)));
     left.filter_map(|pid| {
-        let stat = Stat::of(pid)?;
+        let stat = Stat::read(pid)?;
         let ours = Some(stat.group) == group || stat.parent == us;
         (ours && !stat.dead).then(|| Pid::from_raw(pid)).flatten()
     })
@@ -90,12 +90,12 @@ struct Stat {
 }
 
 impl Stat {
-    fn of(pid: i32) -> Option<Self> {
+    fn read(pid: i32) -> Option<Self> {
         Self::parse(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
     }
 
     fn parse(text: &str) -> Option<Self> {
-        // The name stands in parentheses and may hold anything, parentheses included.
+        // The name is in parentheses and may itself contain parentheses, so the last one ends it.
         let (_, rest) = text.rsplit_once(')')?;
         let mut words = rest.split_whitespace();
         let dead = matches!(words.next()?, "Z" | "X");

@@ -1,5 +1,5 @@
-//! The register of children that this program started for itself, so that they are not taken for
-//! what a command left behind.
+//! The register of children that this program started for itself, so that they are not mistaken for processes that the
+//! job's command left behind.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -9,7 +9,7 @@ use tokio::process::{Child, Command};
 
 static STARTED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
-/// The entry of one child; it ends with this value, which is to live as long as the child.
+/// One child's entry in the register. Dropping it removes the entry, so it has to live as long as the child.
 #[derive(Debug)]
 pub struct Registered(u32);
 
@@ -19,11 +19,12 @@ impl Drop for Registered {
     }
 }
 
-/// Starts a child and registers it before anybody can look for left-over processes.
+/// Starts a child and registers it.
 ///
 /// # Errors
 /// When it cannot be started.
 pub fn spawn(command: &mut Command) -> io::Result<(Child, Registered)> {
+    // Locked before the child exists: otherwise a search for left-over processes could find it unregistered.
     let mut started = started();
     let child = command.spawn()?;
     let id = child.id().unwrap_or_default();
@@ -31,7 +32,7 @@ pub fn spawn(command: &mut Command) -> io::Result<(Child, Registered)> {
     Ok((child, Registered(id)))
 }
 
-/// The register, held: nobody starts a child meanwhile.
+/// The register, locked: no child can be started while the guard lives.
 pub(super) fn started() -> MutexGuard<'static, BTreeSet<u32>> {
     STARTED
         .lock()

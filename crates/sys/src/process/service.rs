@@ -1,5 +1,5 @@
-//! A server of this program's own making (`nix-daemon`): started in a process group of its own,
-//! apart from our streams, and stopped before we end.
+//! A server that this program starts for itself (`nix-daemon`): in a process group of its own, without this program's
+//! streams, and stopped before this program ends.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -16,12 +16,12 @@ use tokio::task::JoinHandle;
 use crate::process::capture::CaptureError;
 use crate::process::own::{self, Registered};
 
-/// How much of what a server says last is kept, to explain its end.
+/// Bytes of the end of a server's standard error that are kept, to explain its exit.
 const TAIL_LIMIT: usize = 4096;
-/// What is left in a pipe whose writer is dead is read at once.
+/// How long to wait for the end of the pipe after the server has exited: a grandchild may hold the pipe open.
 const READ_GRACE: Duration = Duration::from_millis(500);
 
-/// A running server. Dropping it kills its group; `stop` lets it end well.
+/// A running server. Dropping it kills its group; `stop` ends it cleanly.
 pub struct Service {
     program: PathBuf,
     child: Child,
@@ -32,7 +32,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Starts it, without standard input and output; what it says on standard error is kept, the last of it.
+    /// Starts a server without standard input and output. The end of its standard error is kept.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -74,17 +74,15 @@ impl Service {
         })
     }
 
-    /// The program that runs.
     pub fn program(&self) -> &Path {
         &self.program
     }
 
-    /// Whether it still runs.
     pub fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// Asks it to end, kills it if it has not within `grace`, and gives the last of what it said.
+    /// Ends the server by `SIGTERM`, and after `grace` by `SIGKILL`. Gives the end of its standard error.
     pub async fn stop(mut self, grace: Duration) -> String {
         self.signal(Signal::TERM);
         if tokio::time::timeout(grace, self.child.wait())
@@ -92,15 +90,15 @@ impl Service {
             .is_err()
         {
             self.signal(Signal::KILL);
-            // It is dead or dying now; reaping it cannot last.
+            // After `SIGKILL` the process is dead or dying, so reaping it takes no time.
             let _ = self.child.wait().await;
         }
-        // The pipe ends with the server, unless a grandchild still holds it.
+        // The pipe ends with the server, unless a grandchild holds it open.
         let _ = tokio::time::timeout(READ_GRACE, &mut self.reader).await;
-        self.last_words()
+        self.stderr_tail()
     }
 
-    fn last_words(&self) -> String {
+    fn stderr_tail(&self) -> String {
         let tail = self
             .tail
             .lock()
@@ -108,10 +106,10 @@ impl Service {
         String::from_utf8_lossy(&tail).into_owned()
     }
 
-    /// Only while the child is not reaped: afterwards the number may be somebody else's.
+    /// Does nothing once the child is reaped: the number may then belong to another process.
     fn signal(&self, signal: Signal) {
         if let (Some(group), Some(_)) = (self.group, self.child.id()) {
-            // Already gone is as good as ended.
+            // It fails for a group that is already gone.
             let _ = kill_process_group(group, signal);
         }
     }
@@ -156,16 +154,16 @@ mod tests {
     }
 
     fn runs(pid: u32) -> bool {
-        // A zombie is no longer running; only its parent has not asked yet.
+        // A zombie is no longer running; its parent has just not reaped it yet.
         std::fs::read_to_string(format!("/proc/{pid}/stat"))
             .is_ok_and(|stat| !stat.contains(") Z "))
     }
 
     #[tokio::test]
-    async fn a_deaf_server_is_killed_with_its_children() {
+    async fn a_server_that_ignores_sigterm_is_killed_with_its_children() {
         let service = shell("trap '' TERM; sleep 600 & echo $! >&2; wait; wait");
-        until(|| service.last_words().ends_with('\n')).await;
-        let child: u32 = service.last_words().trim().parse().expect("a process id");
+        until(|| service.stderr_tail().ends_with('\n')).await;
+        let child: u32 = service.stderr_tail().trim().parse().expect("a process id");
         service.stop(Duration::from_millis(50)).await;
         until(|| !runs(child)).await;
     }
@@ -173,14 +171,14 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_server_is_gone() {
         let service = shell("sleep 600 & echo $! >&2; wait");
-        until(|| service.last_words().ends_with('\n')).await;
-        let child: u32 = service.last_words().trim().parse().expect("a process id");
+        until(|| service.stderr_tail().ends_with('\n')).await;
+        let child: u32 = service.stderr_tail().trim().parse().expect("a process id");
         drop(service);
         until(|| !runs(child)).await;
     }
 
     #[tokio::test]
-    async fn last_words_explain_an_end() {
+    async fn the_end_of_stderr_explains_an_exit() {
         let mut service = shell("echo no socket >&2; exit 1");
         let ended = tokio::time::timeout(Duration::from_secs(10), service.child.wait())
             .await

@@ -8,16 +8,16 @@ use tokio::signal::unix::{Signal as Stream, SignalKind, signal};
 /// A request to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// `SIGINT`: GitHub's first word on a cancel, and Ctrl-C.
+    /// `SIGINT`: GitHub's first signal when a job is cancelled, and Ctrl-C.
     Interrupt,
-    /// `SIGTERM`: GitHub's second word, 7.5 s later.
+    /// `SIGTERM`: GitHub's second signal, 7.5 s later.
     Terminate,
-    /// `SIGHUP`: the terminal went away.
+    /// `SIGHUP`: the terminal was closed.
     HangUp,
 }
 
 impl Stop {
-    /// The signal to hand on to a child.
+    /// The signal to forward to a child.
     pub fn signal(self) -> Signal {
         match self {
             Self::Interrupt => Signal::INT,
@@ -27,7 +27,7 @@ impl Stop {
     }
 }
 
-/// The requests to stop that reach this process. While it lives, none of them ends the process by itself.
+/// A listener for requests to stop. While it lives, these signals do not end the process by themselves.
 #[derive(Debug)]
 pub struct Signals {
     interrupt: Stream,
@@ -36,8 +36,6 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Begins to listen.
-    ///
     /// # Errors
     /// When the system refuses a handler.
     pub fn listen() -> io::Result<Self> {
@@ -48,7 +46,7 @@ impl Signals {
         })
     }
 
-    /// The next request. Safe to drop half-way: none is lost.
+    /// The next request. Cancel-safe.
     pub async fn next(&mut self) -> Stop {
         tokio::select! {
             _ = self.interrupt.recv() => Stop::Interrupt,

@@ -1,5 +1,5 @@
-//! The user's command: in a process group of its own, its output untouched, signals handed on,
-//! stopped by a schedule, and nothing of it left behind.
+//! Runs the user's command: in a process group of its own, with its output untouched and signals forwarded to it. A
+//! request to stop starts a schedule that ends it, and no process of it is left behind.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -18,33 +18,29 @@ use crate::process::own::{self, Registered};
 use crate::process::signals::{Signals, Stop};
 use flywheel_core::exit::{Exit, Explain};
 
-/// After the first request to stop the command has this long to end by itself, then it gets `SIGTERM` …
+/// From the first request to stop to `SIGTERM`, if the command has not ended by itself.
 const TERMINATE_AFTER: Duration = Duration::from_secs(2);
-/// … and this long after the request it is killed. GitHub kills us 10 s after its `SIGINT`; what is
-/// left of the 6 s that we allow ourselves belongs to the publication.
+/// From the first request to stop to `SIGKILL`. GitHub kills this program 10 s after its `SIGINT`. Flywheel ends within
+/// 6 s of it, and the rest of that time belongs to publishing.
 const KILL_AFTER: Duration = Duration::from_millis(3500);
 
 /// Why the command could not be run.
 #[derive(Debug, Error)]
 pub enum SuperviseError {
-    /// It could not be started.
     #[error("the command could not be started with `{program}`")]
     Start {
-        /// The program that was to be started.
         program: PathBuf,
-        /// What the system said.
         #[source]
         source: io::Error,
     },
-    /// The system would not say how it ended.
-    #[error("the system does not say how the command ended")]
+    #[error("the command's exit status could not be read")]
     Wait(#[source] io::Error),
 }
 
 impl Explain for SuperviseError {
     fn exit(&self) -> Exit {
         match self {
-            // What a shell gives for a program that it cannot find.
+            // A shell's exit code for a program that it cannot find.
             Self::Start { .. } => Exit::Command(127),
             Self::Wait(_) => Exit::Bug,
         }
@@ -60,37 +56,35 @@ impl Explain for SuperviseError {
     }
 }
 
-/// A command to supervise, with its whole environment.
+/// A command to supervise.
 #[derive(Clone, Debug)]
 pub struct Supervised {
-    /// The program, absolute or to be found on the given `PATH`.
+    /// An absolute path, or a name to be found on the `PATH` of `environment`.
     pub program: PathBuf,
-    /// Its arguments.
     pub arguments: Vec<OsString>,
-    /// Its whole environment.
+    /// The whole environment: nothing is inherited.
     pub environment: BTreeMap<OsString, OsString>,
-    /// The folder it runs in.
+    /// The working directory.
     pub folder: PathBuf,
 }
 
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ended {
-    /// Its exit code; 128 + N for death by signal N, as shells say it.
+pub struct CommandExit {
+    /// The exit code; as in shells 128 + N for a command that signal N killed.
     pub code: u8,
-    /// The signal it died of, if it did.
+    /// The signal that killed the command, if one did.
     pub signal: Option<i32>,
-    /// The first request to stop that came while it ran, and when.
+    /// The first request to stop that came while the command ran, and its time.
     pub stopped: Option<(Stop, Instant)>,
-    /// How long it ran.
     pub lasted: Duration,
-    /// Processes that it left behind and that were ended.
+    /// The number of processes that the command left behind and that were ended.
     pub orphans: usize,
 }
 
 impl Supervised {
-    /// A shell script, given as a file, run as GitHub runs one: by bash with `-e` and `pipefail`,
-    /// or by `sh -e` where there is no bash.
+    /// A shell script in a file, run as GitHub runs one: by bash with `-e` and `pipefail`, or by `sh -e` where there is
+    /// no bash.
     pub fn script(file: &Path, path: Option<&OsStr>, folder: &Path) -> Self {
         let bash = path.and_then(|path| which::which_in("bash", Some(path), folder).ok());
         let (program, flags): (PathBuf, &[&str]) = match bash {
@@ -107,7 +101,7 @@ impl Supervised {
         }
     }
 
-    /// A program and its arguments, found on `path` as a shell would find it.
+    /// A program and its arguments; the program is searched on `path`, as a shell does.
     pub fn program(words: &[OsString], path: Option<&OsStr>, folder: &Path) -> Self {
         let name = words.first().cloned().unwrap_or_default();
         let program = which::which_in(&name, path, folder).unwrap_or_else(|_| name.into());
@@ -120,12 +114,13 @@ impl Supervised {
         }
     }
 
-    /// Runs it to its end. Signals that come meanwhile are handed on to its whole group; the
-    /// second one kills. Processes that it leaves behind are ended.
+    /// Runs the command to its end. Signals are forwarded to its whole group; the second one kills the group. Processes
+    /// that the command leaves behind are ended.
     ///
     /// # Errors
-    /// When it cannot be started. Its own failure is data, not an error.
-    pub async fn run(self, signals: &mut Signals) -> Result<Ended, SuperviseError> {
+    /// When the command cannot be started. The failure of the command itself is not an error.
+    pub async fn run(self, signals: &mut Signals) -> Result<CommandExit, SuperviseError> {
+        // Before the command starts, so that none of its orphans is missed.
         orphans::adopt();
         let begun = Instant::now();
         let (mut child, _registered) = self.start()?;
@@ -136,10 +131,11 @@ impl Supervised {
         let (status, stopped) = attend(&mut child, group, signals)
             .await
             .map_err(SuperviseError::Wait)?;
+        // Measured here, because the time to end orphans does not belong to the command.
         let lasted = begun.elapsed();
         let left = orphans::end(group).await;
         let signal = status.signal();
-        Ok(Ended {
+        Ok(CommandExit {
             code: code_of(status),
             signal,
             stopped,
@@ -155,10 +151,11 @@ impl Supervised {
             .env_clear()
             .envs(&self.environment)
             .current_dir(&self.folder);
-        // In a group of its own it must not read from a terminal: it would be stopped for it.
+        // The command is in a background process group, which the system stops when it reads from the terminal.
         if io::stdin().is_terminal() {
             command.stdin(Stdio::null());
         }
+        // In a group of its own, a signal reaches the command and all its children, but not this program.
         command.process_group(0);
         own::spawn(&mut command).map_err(|source| SuperviseError::Start {
             program: self.program.clone(),
@@ -175,13 +172,14 @@ fn code_of(status: ExitStatus) -> u8 {
         .unwrap_or(u8::MAX)
 }
 
-/// What the supervisor is waiting for next.
-enum Event {
-    Ended(io::Result<ExitStatus>),
-    Asked(Stop),
-    Due,
+/// What the supervisor waits for.
+enum SuperviseEvent {
+    Exited(io::Result<ExitStatus>),
+    StopRequested(Stop),
+    StepDue,
 }
 
+/// Waits for the child's exit, forwards signals to its group, and follows the schedule after a request to stop.
 async fn attend(
     child: &mut Child,
     group: Option<Pid>,
@@ -192,21 +190,22 @@ async fn attend(
         .into_iter()
         .peekable();
     loop {
+        // The schedule starts with the first request to stop.
         let due = stopped.and_then(|(_, at)| steps.peek().map(|(after, _)| at + *after));
         let event = tokio::select! {
-            status = child.wait() => Event::Ended(status),
-            stop = signals.next() => Event::Asked(stop),
-            () = sleep_until(due) => Event::Due,
+            status = child.wait() => SuperviseEvent::Exited(status),
+            stop = signals.next() => SuperviseEvent::StopRequested(stop),
+            () = sleep_until(due) => SuperviseEvent::StepDue,
         };
         match event {
-            Event::Ended(status) => return Ok((status?, stopped)),
-            Event::Asked(stop) if stopped.is_none() => {
+            SuperviseEvent::Exited(status) => return Ok((status?, stopped)),
+            SuperviseEvent::StopRequested(stop) if stopped.is_none() => {
                 stopped = Some((stop, Instant::now()));
                 send(group, stop.signal());
             }
-            // Whoever asks twice means it.
-            Event::Asked(_) => send(group, Signal::KILL),
-            Event::Due => {
+            // A second request cuts the schedule short.
+            SuperviseEvent::StopRequested(_) => send(group, Signal::KILL),
+            SuperviseEvent::StepDue => {
                 if let Some((_, signal)) = steps.next() {
                     send(group, signal);
                 }
@@ -224,7 +223,7 @@ async fn sleep_until(due: Option<Instant>) {
 
 fn send(group: Option<Pid>, signal: Signal) {
     if let Some(group) = group {
-        // A group that is gone needs no signal.
+        // It fails for a group that is already gone.
         let _ = kill_process_group(group, signal);
     }
 }
@@ -235,10 +234,10 @@ mod tests {
 
     use super::*;
 
-    /// What one command leaves behind, the end of another in the same process would end too.
+    /// The end of one command also ends the processes that another command in the same process has left behind.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-    async fn run(script: &str) -> Ended {
+    async fn run(script: &str) -> CommandExit {
         let _alone = ONE_AT_A_TIME.lock().await;
         let folder = tempfile::tempdir().expect("temporary folder");
         let file = folder.path().join("command");

@@ -1,6 +1,6 @@
-//! The job's facts: what started it, where, on which ref, as environment and event payload say.
-//! Owns reading and comparing them; a fact that is missing, unreadable or told in two ways stays
-//! in doubt, and none is ever guessed. What follows from them is decided by `trust`.
+//! The facts of a GitHub job, from the environment and the event payload: the event, the repository, the ref. This
+//! module reads and compares them. A fact that is missing, unreadable or contradictory stays in doubt; none is ever
+//! guessed. `trust` decides what follows.
 
 use std::path::{Path, PathBuf};
 
@@ -12,22 +12,21 @@ use crate::runner::gitlab;
 use flywheel_core::exit::UsageError;
 use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;
-use flywheel_core::trust::facts::{Doubt, Event, Fact, Facts, Job, Name, shown};
+use flywheel_core::trust::facts::{Doubt, Event, Fact, FactName, Facts, Job, shown};
 
-/// An event from elsewhere: each value that is given stands in for the job's own.
+/// A recorded event. Each value that is given replaces the job's own.
 #[derive(Clone, Debug, Default)]
 pub struct Recorded {
-    /// The event's name.
     pub event_name: Option<String>,
-    /// The file with its payload.
+    /// The file with the event's payload.
     pub event_path: Option<PathBuf>,
-    /// The full ref. What the environment knows of its own ref no longer counts then.
+    /// The full ref. If it is given, all variables about the job's own ref are ignored.
     pub git_ref: Option<String>,
     /// Whether a rule protects that ref.
     pub ref_protected: Option<bool>,
-    /// `owner/name`. Without it and outside of a job the payload's own word is taken.
+    /// `owner/name`. Without it and outside of a job, the payload's repository is used.
     pub repository: Option<String>,
-    /// The default branch, where the payload does not know it.
+    /// The default branch, if the payload lacks it.
     pub default_branch: Option<String>,
 }
 
@@ -42,21 +41,21 @@ impl Recorded {
     }
 }
 
-/// The facts of the job that this process is part of.
+/// The facts of the job that this process belongs to.
 pub fn facts(env: &Env) -> Facts {
-    match place(env) {
-        Place::Local => Facts::Local,
-        Place::OtherCi(name) => Facts::OtherCi(name.to_owned()),
-        Place::GitLab => Facts::Job(Box::new(gitlab::job(env))),
-        Place::GitHub => {
-            let told = Told::by(env);
-            let read = told.event_path.as_deref().map(event::read);
-            Facts::Job(Box::new(told.job(&payload(read))))
+    match ci_provider(env) {
+        CiProvider::Local => Facts::Local,
+        CiProvider::OtherCi(name) => Facts::OtherCi(name.to_owned()),
+        CiProvider::GitLab => Facts::Job(Box::new(gitlab::job(env))),
+        CiProvider::GitHub => {
+            let claims = EnvClaims::from_env(env);
+            let payload_file = claims.event_path.as_deref().map(event::read);
+            Facts::Job(Box::new(claims.job(&payload(payload_file))))
         }
     }
 }
 
-/// Where GitHub's API is: `GITHUB_API_URL`, else GitHub's own.
+/// The URL of GitHub's API: `GITHUB_API_URL`, else the public one.
 pub fn github_api(env: &Env) -> Url {
     let named = env
         .get("GITHUB_API_URL")
@@ -64,8 +63,8 @@ pub fn github_api(env: &Env) -> Url {
     named.unwrap_or_else(|| Url::parse("https://api.github.com").expect("a constant that is a URL"))
 }
 
-/// The repository and the commit that this job's Check Runs belong to: of a pull request the head of its
-/// branch, which is not the commit that the job has checked out. `None` outside of a job.
+/// The repository and the commit that this job's Check Runs belong to. For a pull request that is the head of its
+/// branch, because the job has checked out a merge commit. `None` outside of a job.
 pub fn commit(env: &Env) -> Option<(String, String)> {
     let repository = env.get("GITHUB_REPOSITORY")?.to_owned();
     let of_branch = || {
@@ -81,22 +80,23 @@ pub fn commit(env: &Env) -> Option<(String, String)> {
     is_hash.then_some((repository, sha))
 }
 
-/// The facts of a recorded event; where nothing of one is given, those of this process's job.
+/// The facts of a recorded event; without any recorded value, those of this process's job.
 ///
 /// # Errors
-/// When the file named by `event_path` cannot be read at all. What it holds is a fact, good or in doubt.
+/// When the file `event_path` cannot be read at all. Bad content only puts facts in doubt.
 pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, UsageError> {
     if !recorded.is_given() {
         return Ok(facts(env));
     }
-    let told = Told::by(env).or_recorded(recorded);
-    let read = told.event_path.as_deref().map(event::read);
-    if let (Some(file), Some(Err(error))) = (&recorded.event_path, &read)
+    let claims = EnvClaims::from_env(env).or_recorded(recorded);
+    let payload_file = claims.event_path.as_deref().map(event::read);
+    // A file that the user named is an input, and its absence a usage error. The job's own file is only a fact.
+    if let (Some(file), Some(Err(error))) = (&recorded.event_path, &payload_file)
         && error.is_about_the_file()
     {
         return Err(unreadable_file(file, error));
     }
-    Ok(Facts::Job(Box::new(told.job(&payload(read)))))
+    Ok(Facts::Job(Box::new(claims.job(&payload(payload_file)))))
 }
 
 fn unreadable_file(file: &Path, error: &PayloadError) -> UsageError {
@@ -105,21 +105,21 @@ fn unreadable_file(file: &Path, error: &PayloadError) -> UsageError {
         .with_hint("Give the file with the event's payload, such as a copy of the file that `GITHUB_EVENT_PATH` names.")
 }
 
-/// Whether the job has a cache token. Its value stays where it is.
+/// Whether the job has a cache token. The token's value is not returned.
 pub fn token_present(env: &Env) -> bool {
     env.get("ATTIC_TOKEN")
         .is_some_and(|text| Secret::new(text).is_some())
 }
 
-enum Place {
+enum CiProvider {
     Local,
     OtherCi(&'static str),
     GitHub,
     GitLab,
 }
 
-/// Markers by which other CI systems name themselves. `CI` alone names none: people, containers and
-/// test runs set it, too, and there `--publish` is asked by hand as on any laptop.
+/// Variables that other CI systems set. `CI` alone proves nothing: people, containers and test runs set it, too, and
+/// their `--publish` is as deliberate as on any laptop.
 const OTHER_CI: [(&str, &str); 7] = [
     ("JENKINS_URL", "Jenkins"),
     ("BUILDKITE", "Buildkite"),
@@ -130,8 +130,9 @@ const OTHER_CI: [(&str, &str); 7] = [
     ("DRONE", "Drone"),
 ];
 
-/// Whoever shows a sign of a CI is in one, and has to show facts.
-fn place(env: &Env) -> Place {
+/// A single variable of a CI is enough to count as that CI. The facts are then required, so that a job cannot pass for
+/// a person's machine.
+fn ci_provider(env: &Env) -> CiProvider {
     const GITHUB: [&str; 4] = [
         "GITHUB_ACTIONS",
         "GITHUB_EVENT_NAME",
@@ -143,38 +144,38 @@ fn place(env: &Env) -> Place {
         .iter()
         .find(|(marker, _)| env.get(marker).is_some());
     if env.get("GITLAB_CI").is_some() {
-        // Which of the two would be guessing.
+        // Choosing one of the two would be a guess.
         if github {
-            Place::OtherCi("GitLab and GitHub at once")
+            CiProvider::OtherCi("GitLab and GitHub at once")
         } else {
-            Place::GitLab
+            CiProvider::GitLab
         }
     } else if let Some((_, name)) = other {
-        Place::OtherCi(name)
+        CiProvider::OtherCi(name)
     } else if github {
-        Place::GitHub
+        CiProvider::GitHub
     } else {
-        Place::Local
+        CiProvider::Local
     }
 }
 
-/// Whether this process is part of a CI's job.
+/// Whether this process belongs to a job of any CI.
 pub fn in_ci(env: &Env) -> bool {
-    !matches!(place(env), Place::Local)
+    !matches!(ci_provider(env), CiProvider::Local)
 }
 
-/// A payload, or why there is none.
+/// The payload, or the reason why there is none.
 fn payload(read: Option<Result<Payload, PayloadError>>) -> Fact<Payload> {
-    read.ok_or(Doubt::Missing(Name::Payload))?
+    read.ok_or(Doubt::Missing(FactName::Payload))?
         .map_err(|error| Doubt::Unreadable {
-            name: Name::Payload,
+            name: FactName::Payload,
             why: error.to_string(),
         })
 }
 
-/// What the environment says, before anything is compared.
+/// What the environment claims about the job, before it is compared with the payload.
 #[derive(Default)]
-struct Told {
+struct EnvClaims {
     event_name: Option<String>,
     event_path: Option<PathBuf>,
     git_ref: Option<String>,
@@ -182,12 +183,12 @@ struct Told {
     ref_protected: bool,
     repository: Option<String>,
     default_branch: Option<String>,
-    /// The payload's word on the repository is enough: there is no environment to compare it with.
+    /// The payload alone names the repository: a recorded event has no environment to compare it with.
     payload_names_repository: bool,
 }
 
-impl Told {
-    fn by(env: &Env) -> Self {
+impl EnvClaims {
+    fn from_env(env: &Env) -> Self {
         let text = |name| env.get(name).map(str::to_owned);
         Self {
             event_name: text("GITHUB_EVENT_NAME"),
@@ -204,6 +205,7 @@ impl Told {
     fn or_recorded(mut self, recorded: &Recorded) -> Self {
         if recorded.git_ref.is_some() {
             self.git_ref.clone_from(&recorded.git_ref);
+            // Both describe the job's own ref.
             (self.ref_type, self.ref_protected) = (None, false);
         }
         self.ref_protected = recorded.ref_protected.unwrap_or(self.ref_protected);
@@ -227,17 +229,17 @@ impl Told {
         }
     }
 
-    /// The environment names the event; the payload must not look like another's.
+    /// The environment names the event; the payload must not have fields of other events.
     fn event(&self, payload: &Fact<Payload>) -> Fact<Event> {
-        let event = Event::named(
+        let event = Event::from_name(
             self.event_name
                 .as_deref()
-                .ok_or(Doubt::Missing(Name::Event))?,
+                .ok_or(Doubt::Missing(FactName::Event))?,
         );
         let own: &[&str] = match event {
             Event::Push | Event::Schedule | Event::WorkflowDispatch => &[],
             Event::MergeGroup => &["action", "merge_group"],
-            // No other event gains anything by its payload.
+            // No other event may publish, so a false payload gains nothing.
             _ => return Ok(event),
         };
         let marks = payload
@@ -247,7 +249,7 @@ impl Told {
         match marks.iter().find(|mark| !own.contains(mark)) {
             None => Ok(event),
             Some(mark) => Err(Doubt::Disagree {
-                name: Name::Event,
+                name: FactName::Event,
                 one: format!("the environment says `{event}`"),
                 other: format!("the payload has `{mark}`, which belongs to other events"),
             }),
@@ -256,57 +258,68 @@ impl Told {
 
     fn repository(&self, payload: &Fact<Payload>) -> Fact<String> {
         let payload = payload.as_ref().map_err(Clone::clone)?;
-        let told = if self.payload_names_repository {
+        let claimed = if self.payload_names_repository {
             payload.repository.as_ref()
         } else {
             self.repository.as_ref()
         };
-        let told = told.ok_or(Doubt::Missing(Name::Repository))?;
-        let whole = told.split('/').count() == 2
-            && told.split('/').all(|part| !part.is_empty())
-            && is_plain(told);
+        let claimed = claimed.ok_or(Doubt::Missing(FactName::Repository))?;
+        let whole = claimed.split('/').count() == 2
+            && claimed.split('/').all(|part| !part.is_empty())
+            && is_plain(claimed);
         if !whole {
-            return Err(unreadable(Name::Repository, told, "`owner/name`"));
+            return Err(unreadable(FactName::Repository, claimed, "`owner/name`"));
         }
-        // GitHub ignores case in names. We do not: it writes both in one way.
-        agree(Name::Repository, told, payload.repository.as_deref())
+        // GitHub ignores case in names, but writes both in the same case, so they are compared exactly.
+        agree(FactName::Repository, claimed, payload.repository.as_deref())
     }
 
     fn default_branch(&self, payload: &Fact<Payload>) -> Fact<String> {
         let payload = payload.as_ref().map_err(Clone::clone)?;
-        let told = payload
+        let claimed = payload
             .default_branch
             .as_deref()
             .or(self.default_branch.as_deref());
-        let told = told
+        let claimed = claimed
             .filter(|name| !name.is_empty())
-            .ok_or(Doubt::Missing(Name::DefaultBranch))?;
+            .ok_or(Doubt::Missing(FactName::DefaultBranch))?;
+        // A recorded default branch fills a gap in the payload, but must not contradict it.
         match self.default_branch.as_deref() {
-            _ if !is_plain(told) => Err(unreadable(Name::DefaultBranch, told, "a branch name")),
-            Some(other) if other != told => Err(disagree(Name::DefaultBranch, other, told)),
-            _ => Ok(told.to_owned()),
+            _ if !is_plain(claimed) => Err(unreadable(
+                FactName::DefaultBranch,
+                claimed,
+                "a branch name",
+            )),
+            Some(other) if other != claimed => {
+                Err(disagree(FactName::DefaultBranch, other, claimed))
+            }
+            _ => Ok(claimed.to_owned()),
         }
     }
 
     fn git_ref(&self, event: Option<&Event>, payload: &Fact<Payload>) -> Fact<String> {
-        let told = self.git_ref.as_deref().ok_or(Doubt::Missing(Name::Ref))?;
-        if !told.starts_with("refs/") || !is_plain(told) {
+        let claimed = self
+            .git_ref
+            .as_deref()
+            .ok_or(Doubt::Missing(FactName::Ref))?;
+        if !claimed.starts_with("refs/") || !is_plain(claimed) {
             return Err(unreadable(
-                Name::Ref,
-                told,
+                FactName::Ref,
+                claimed,
                 "a full ref such as `refs/heads/main`",
             ));
         }
+        // A second source for the kind of ref, which has to agree with the prefix.
         let of_its_kind = match self.ref_type.as_deref() {
-            Some("branch") => !told.starts_with("refs/tags/"),
-            Some("tag") => told.starts_with("refs/tags/"),
+            Some("branch") => !claimed.starts_with("refs/tags/"),
+            Some("tag") => claimed.starts_with("refs/tags/"),
             Some(_) => false,
             None => true,
         };
         if !of_its_kind {
             return Err(Doubt::Disagree {
-                name: Name::Ref,
-                one: format!("`GITHUB_REF` says `{}`", shown(told)),
+                name: FactName::Ref,
+                one: format!("`GITHUB_REF` says `{}`", shown(claimed)),
                 other: format!(
                     "`GITHUB_REF_TYPE` says `{}`",
                     shown(self.ref_type.as_deref().unwrap_or_default())
@@ -316,62 +329,67 @@ impl Told {
         let payload = payload.as_ref().map_err(Clone::clone)?;
         match event {
             Some(Event::Push | Event::WorkflowDispatch) => {
-                agree(Name::Ref, told, payload.git_ref.as_deref())
+                agree(FactName::Ref, claimed, payload.git_ref.as_deref())
             }
-            Some(Event::MergeGroup) => agree(Name::Ref, told, payload.queue_ref.as_deref()),
-            Some(Event::Schedule) => {
-                agree(Name::Ref, told, payload.git_ref.as_deref().or(Some(told)))
-            }
-            // Other events' payloads name other refs, or mean something else by it.
-            _ => Ok(told.to_owned()),
+            Some(Event::MergeGroup) => agree(FactName::Ref, claimed, payload.queue_ref.as_deref()),
+            // The payload of a schedule may lack the ref; one that is there has to agree.
+            Some(Event::Schedule) => agree(
+                FactName::Ref,
+                claimed,
+                payload.git_ref.as_deref().or(Some(claimed)),
+            ),
+            // The payloads of other events have no such field, or one with another meaning.
+            _ => Ok(claimed.to_owned()),
         }
     }
 }
 
-/// Of `deleted` and `after` a push must have one at least, and none may say that the ref is gone.
+/// Whether the event removed its ref. The payload of a push must have at least one of `deleted` and `after`; either can
+/// show the removal.
 fn removes_ref(event: Option<&Event>, payload: &Fact<Payload>) -> Fact<bool> {
     let payload = payload.as_ref().map_err(Clone::clone)?;
     let gone = payload.after.as_deref().map(is_no_object).transpose()?;
     match (payload.deleted, gone) {
-        (None, None) if event == Some(&Event::Push) => Err(Doubt::Missing(Name::After)),
+        (None, None) if event == Some(&Event::Push) => Err(Doubt::Missing(FactName::After)),
         (deleted, gone) => Ok(deleted == Some(true) || gone == Some(true)),
     }
 }
 
-/// Whether an object id is the one of no object: all zeros.
+/// Whether an object id is all zeros, which is the id of no object.
 fn is_no_object(id: &str) -> Fact<bool> {
     let is_id = matches!(id.len(), 40 | 64) && id.bytes().all(|digit| digit.is_ascii_hexdigit());
     if is_id {
         Ok(id.bytes().all(|digit| digit == b'0'))
     } else {
-        Err(unreadable(Name::After, id, "an object id"))
+        Err(unreadable(FactName::After, id, "an object id"))
     }
 }
 
-fn agree(name: Name, told: &str, payload: Option<&str>) -> Fact<String> {
+fn agree(name: FactName, claimed: &str, payload: Option<&str>) -> Fact<String> {
     match payload {
-        Some(same) if same == told => Ok(told.to_owned()),
-        Some(other) => Err(disagree(name, told, other)),
+        Some(same) if same == claimed => Ok(claimed.to_owned()),
+        Some(other) => Err(disagree(name, claimed, other)),
         None => Err(Doubt::Missing(name)),
     }
 }
 
-fn disagree(name: Name, told: &str, payload: &str) -> Doubt {
+fn disagree(name: FactName, claimed: &str, payload: &str) -> Doubt {
     Doubt::Disagree {
         name,
-        one: format!("the environment says `{}`", shown(told)),
+        one: format!("the environment says `{}`", shown(claimed)),
         other: format!("the payload says `{}`", shown(payload)),
     }
 }
 
-fn unreadable(name: Name, told: &str, expected: &str) -> Doubt {
+fn unreadable(name: FactName, claimed: &str, expected: &str) -> Doubt {
     Doubt::Unreadable {
         name,
-        why: format!("`{}` is not {expected}", shown(told)),
+        why: format!("`{}` is not {expected}", shown(claimed)),
     }
 }
 
-/// Whether a name holds only what git lets a ref hold (git-check-ref-format), so that it can be shown as it is.
+/// Whether a name has only the characters that git allows in a ref (git-check-ref-format), so that it can be shown as
+/// it is.
 fn is_plain(name: &str) -> bool {
     !name
         .chars()

@@ -1,5 +1,5 @@
-//! The event payload: the file in which GitHub describes what started the workflow. Owns how it is
-//! read, warily: any earlier step can write to it. Only what the facts need is taken; nothing is guessed.
+//! The event payload: the file in which GitHub describes the event that started the workflow. It is read with distrust,
+//! because any earlier step can write to it. Only the fields that the facts need are read, and nothing is guessed.
 
 use std::fmt;
 use std::fs::OpenOptions;
@@ -19,22 +19,19 @@ const SIZE_LIMIT: u64 = 25 * 1024 * 1024;
 /// Why a payload could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum PayloadError {
-    /// There is no such file, or it may not be read.
+    /// The file does not exist, or may not be read.
     #[error("the file cannot be opened ({0})")]
     Open(String),
-    /// A folder, a pipe, a device.
+    /// A folder, a pipe or a device.
     #[error("it is not a regular file")]
     NotAFile,
-    /// Nothing that GitHub sends is that large.
+    /// Larger than any payload of GitHub's.
     #[error("it is larger than 25 MB")]
     TooLarge,
-    /// Bytes that are no text.
     #[error("it is not UTF-8")]
     NotUtf8,
-    /// The text ends in the middle of its JSON.
     #[error("its JSON is cut short")]
     Truncated,
-    /// Not JSON.
     #[error("it is not JSON (line {line}, column {column})")]
     NotJson {
         /// Counted from 1.
@@ -42,7 +39,7 @@ pub enum PayloadError {
         /// Counted from 1.
         column: usize,
     },
-    /// JSON, but a field that matters has a type it cannot have, or stands there twice.
+    /// JSON, but a field that is read has the wrong type or occurs twice.
     #[error("a field has the wrong type or stands there twice (line {line}, column {column})")]
     WrongShape {
         /// Counted from 1.
@@ -53,13 +50,13 @@ pub enum PayloadError {
 }
 
 impl PayloadError {
-    /// Whether the file itself is at fault, not what it says.
+    /// Whether the file itself is at fault, not its content.
     pub fn is_about_the_file(&self) -> bool {
         matches!(self, Self::Open(_) | Self::NotAFile | Self::TooLarge)
     }
 }
 
-/// What the facts need of a payload. A field that is `null` counts as one that is not there.
+/// The fields of a payload that the facts need. A field that is `null` counts as absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Payload {
     /// The ref of a `push`, `workflow_dispatch`, `create`, `delete`.
@@ -72,14 +69,14 @@ pub struct Payload {
     pub repository: Option<String>,
     /// That repository's default branch, without `refs/heads/`.
     pub default_branch: Option<String>,
-    /// The merge queue's ref, of a `merge_group`.
+    /// The merge queue's ref, in a `merge_group` event.
     pub queue_ref: Option<String>,
-    /// Which of `MARKS` stand in it, `null` or not.
+    /// The fields of `MARKS` that occur in the payload, `null` or not.
     pub marks: Vec<&'static str>,
 }
 
-/// Top-level fields by which a payload shows what kind of event it belongs to. None of them stands
-/// in a `push`, `schedule` or `workflow_dispatch`.
+/// Top-level fields that show which kind of event a payload belongs to. None of them occurs in the payload of a `push`,
+/// `schedule` or `workflow_dispatch`.
 const MARKS: [&str; 17] = [
     "action",
     "check_run",
@@ -106,14 +103,14 @@ const FIELDS: [&str; 4] = ["ref", "deleted", "after", "repository"];
 /// Reads the payload in `file`.
 ///
 /// # Errors
-/// When the file is none, is too large, or holds anything but a payload. Never panics, whatever it holds.
+/// When it is not a regular file, is too large, or holds anything but a payload. Never panics, whatever it holds.
 pub fn read(file: &Path) -> Result<Payload, PayloadError> {
     parse(&read_bounded(file)?)
 }
 
-/// `NONBLOCK`, so that a named pipe without a writer cannot hold the job up.
 fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
     let unreadable = |error: io::Error| PayloadError::Open(error.kind().to_string());
+    // Opening a named pipe without a writer would block for ever.
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let file = OpenOptions::new()
         .read(true)
@@ -124,6 +121,7 @@ fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
         return Err(PayloadError::NotAFile);
     }
     let mut bytes = Vec::new();
+    // The size is limited while reading, because the file may grow.
     file.take(SIZE_LIMIT + 1)
         .read_to_end(&mut bytes)
         .map_err(unreadable)?;
@@ -135,11 +133,11 @@ fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
 }
 
 fn parse(bytes: &[u8]) -> Result<Payload, PayloadError> {
-    // serde_json does not look into texts that it skips.
+    // Checked first, because serde_json does not validate strings that it skips.
     let text = std::str::from_utf8(bytes).map_err(|_| PayloadError::NotUtf8)?;
     serde_json::from_str(text).map_err(|error| {
         use serde_json::error::Category;
-        // Line and column only: the error's own text quotes what anybody may have written.
+        // Line and column only: the error's own message quotes the file, which any step may have written.
         let (line, column) = (error.line(), error.column());
         match error.classify() {
             Category::Eof => PayloadError::Truncated,
@@ -149,7 +147,8 @@ fn parse(bytes: &[u8]) -> Result<Payload, PayloadError> {
     })
 }
 
-/// By hand: a derived struct would take an array for an object, and skip a mark that stands there twice.
+/// Written by hand: a derived implementation would accept an array in place of an object, and ignore a mark that occurs
+/// twice.
 impl<'de> Deserialize<'de> for Payload {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct TopLevel;
@@ -188,6 +187,7 @@ impl Payload {
         field: &'static str,
         map: &mut A,
     ) -> Result<(), A::Error> {
+        // A mark counts even when its value is `null`: other events do not have the field at all.
         if MARKS.contains(&field) {
             self.marks.push(field);
         }
@@ -224,7 +224,7 @@ struct MergeGroup {
     head_ref: Option<String>,
 }
 
-/// A derived struct that takes an object and nothing else.
+/// Deserializes from an object only. A derived struct would also accept an array.
 struct Object<T>(T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_field_that_stands_there_twice_is_refused() {
+    fn a_field_that_occurs_twice_is_refused() {
         wrong(r#"{"ref":"refs/heads/x","ref":"refs/heads/main"}"#);
         wrong(r#"{"ref":"refs/heads/x","\u0072ef":"refs/heads/main"}"#);
         wrong(r#"{"repository":{},"repository":{}}"#);
@@ -358,7 +358,7 @@ mod tests {
         let deep = 1_000_000;
         for key in ["commits", "ref", "repository", "pull_request"] {
             let bomb = format!("{{\"{key}\":{}{}}}", "[".repeat(deep), "]".repeat(deep));
-            // Where nobody looks it is skipped without recursion; a field that is read has the wrong type.
+            // A field that is not read is skipped without recursion; a field that is read has the wrong type.
             assert_eq!(
                 parse(bomb.as_bytes()).is_ok(),
                 matches!(key, "commits" | "pull_request"),

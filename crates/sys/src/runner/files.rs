@@ -1,4 +1,4 @@
-//! The files by which a step talks to GitHub's runner: outputs, environment, path, summary.
+//! The files for a step's outputs, environment, path and summary, which GitHub's runner reads.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write as _};
@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use crate::runner::env::Env;
 use flywheel_core::text::shorten;
 
-/// Over this size GitHub drops a step's whole summary (1 MiB; a little is left for others' text).
+/// In bytes. GitHub drops a step's whole summary over 1 MiB; the difference is for text that others add.
 const SUMMARY_LIMIT: usize = 1000 * 1024;
 
-/// The runner's files, each where there is one.
+/// The runner's files; `None` for those that the environment does not name.
 #[derive(Clone, Debug, Default)]
 pub struct Files {
     output: Option<PathBuf>,
@@ -20,7 +20,6 @@ pub struct Files {
 }
 
 impl Files {
-    /// The files that the environment names.
     pub fn from_env(env: &Env) -> Self {
         Self {
             output: env.path("GITHUB_OUTPUT"),
@@ -30,7 +29,7 @@ impl Files {
         }
     }
 
-    /// Sets a step output. Nothing happens where there is no runner.
+    /// Sets a step output. Does nothing without a runner.
     ///
     /// # Errors
     /// When the file cannot be appended to.
@@ -38,7 +37,7 @@ impl Files {
         append_pair(self.output.as_deref(), name, value)
     }
 
-    /// Sets a variable for the job's later steps. Never for a secret.
+    /// Sets a variable for the job's later steps. Never use it for a secret.
     ///
     /// # Errors
     /// When the file cannot be appended to.
@@ -51,6 +50,7 @@ impl Files {
     /// # Errors
     /// When the file cannot be appended to, or the folder's name has a line break in it.
     pub fn add_path(&self, folder: &Path) -> io::Result<()> {
+        // A line break would add a second folder.
         let name = folder.to_str().filter(|name| !name.contains(['\n', '\r']));
         let name = name.ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "not a folder name for PATH")
@@ -64,7 +64,7 @@ impl Files {
     /// When the file cannot be appended to.
     pub fn add_summary(&self, markdown: &str) -> io::Result<()> {
         let cut = if markdown.len() > SUMMARY_LIMIT {
-            // A character has four bytes at most.
+            // `shorten` counts characters, which have four bytes at most.
             format!(
                 "{}\n\n(cut: GitHub drops summaries over 1 MiB)\n",
                 shorten(markdown, SUMMARY_LIMIT / 4)
@@ -76,7 +76,8 @@ impl Files {
     }
 }
 
-/// `name<<delimiter`, the value, the delimiter: the delimiter is random, so that no value can end itself early.
+/// Writes `name<<delimiter`, the value, and the delimiter. The delimiter is random, so that a value cannot contain it
+/// and set further outputs.
 fn append_pair(file: Option<&Path>, name: &str, value: &str) -> io::Result<()> {
     let mut delimiter = format!("flywheel_{:032x}", fastrand::u128(..));
     while value.contains(&delimiter) {

@@ -1,12 +1,12 @@
-//! The facts of a GitLab job, from its predefined variables. Owns reading and comparing them; what
-//! follows is decided by `trust`, as for every other CI.
+//! The facts of a GitLab job, from its predefined variables. This module reads and compares them; `trust` decides what
+//! follows, as for every other CI.
 //!
 //! <https://docs.gitlab.com/ci/variables/predefined_variables/>
 
 use crate::runner::env::Env;
-use flywheel_core::trust::facts::{Doubt, Event, Fact, Job, Name, shown};
+use flywheel_core::trust::facts::{Doubt, Event, Fact, FactName, Job, shown};
 
-/// What makes a pipeline one of a merge request, from a fork or not.
+/// Variables that only a pipeline of a merge request has, from a fork or not.
 const OF_A_MERGE_REQUEST: [&str; 4] = [
     "CI_MERGE_REQUEST_IID",
     "CI_MERGE_REQUEST_ID",
@@ -19,28 +19,30 @@ pub fn job(env: &Env) -> Job {
     Job {
         event: event(env),
         repository: repository(env),
-        default_branch: plain(env, "CI_DEFAULT_BRANCH", Name::DefaultBranch),
+        default_branch: plain(env, "CI_DEFAULT_BRANCH", FactName::DefaultBranch),
         git_ref: git_ref(env),
         ref_protected: env.get("CI_COMMIT_REF_PROTECTED") == Some("true"),
         removes_ref: removes_ref(env),
     }
 }
 
-/// What started the pipeline, in the words of the one table that all CIs share. Pipelines that carry
-/// variables or code of whoever asked for them are what a dispatch with data is elsewhere.
+/// The event that started the pipeline, as one of the events that all CIs share. A pipeline that carries variables or
+/// code from its caller counts as a `repository_dispatch`.
 fn event(env: &Env) -> Fact<Event> {
     let source = env
         .get("CI_PIPELINE_SOURCE")
-        .ok_or(Doubt::Missing(Name::Event))?;
+        .ok_or(Doubt::Missing(FactName::Event))?;
     let event = match source {
         "push" => Event::Push,
         "schedule" => Event::Schedule,
+        // A person started the pipeline on GitLab's pages, as with GitHub's event for workflows.
         "web" => Event::WorkflowDispatch,
         "api" | "trigger" => Event::RepositoryDispatch,
         "merge_request_event" | "external_pull_request_event" => Event::PullRequest,
-        // Ours are words of the table; GitLab's own others must not become one of them by chance.
+        // The prefix keeps GitLab's other sources from having the name of another CI's event by chance.
         other => Event::Other(format!("gitlab:{other}")),
     };
+    // Only these can publish. A merge request that claims to be one of them gives itself away by its own variables.
     let trusted = matches!(
         event,
         Event::Push | Event::Schedule | Event::WorkflowDispatch
@@ -51,25 +53,25 @@ fn event(env: &Env) -> Fact<Event> {
     {
         None => Ok(event),
         Some(name) => Err(Doubt::Disagree {
-            name: Name::Event,
+            name: FactName::Event,
             one: format!("`CI_PIPELINE_SOURCE` says `{}`", shown(source)),
             other: format!("`{name}` is set, which belongs to merge requests"),
         }),
     }
 }
 
-/// The path, which may have groups in groups; its two halves must say the same where they are told.
+/// The project's path, which may have nested groups. Where its two halves are given as well, they must agree with it.
 fn repository(env: &Env) -> Fact<String> {
-    let path = plain(env, "CI_PROJECT_PATH", Name::Repository)?;
+    let path = plain(env, "CI_PROJECT_PATH", FactName::Repository)?;
     if path.split('/').count() < 2 || path.split('/').any(str::is_empty) {
-        return Err(unreadable(Name::Repository, &path, "`group/project`"));
+        return Err(unreadable(FactName::Repository, &path, "`group/project`"));
     }
     let halves = env
         .get("CI_PROJECT_NAMESPACE")
         .zip(env.get("CI_PROJECT_NAME"));
     match halves.map(|(group, name)| format!("{group}/{name}")) {
         Some(other) if other != path => Err(disagree(
-            Name::Repository,
+            FactName::Repository,
             "CI_PROJECT_PATH",
             &path,
             "CI_PROJECT_NAMESPACE",
@@ -79,35 +81,37 @@ fn repository(env: &Env) -> Fact<String> {
     }
 }
 
-/// A branch or a tag, told twice: by its own variable, and by `CI_COMMIT_REF_NAME`. A pipeline whose
-/// ref nobody calls protected or not is not one of GitLab's.
+/// A branch or a tag. Its name comes from two variables, which must agree: its own, and `CI_COMMIT_REF_NAME`. GitLab
+/// always sets `CI_COMMIT_REF_PROTECTED`, so an environment without it is not GitLab's.
 fn git_ref(env: &Env) -> Fact<String> {
-    let name = plain(env, "CI_COMMIT_REF_NAME", Name::Ref)?;
+    let name = plain(env, "CI_COMMIT_REF_NAME", FactName::Ref)?;
+    // `job` reads the value; here it only has to be one that GitLab sets.
     let protected = env
         .get("CI_COMMIT_REF_PROTECTED")
-        .ok_or(Doubt::Missing(Name::Ref))?;
+        .ok_or(Doubt::Missing(FactName::Ref))?;
     if !matches!(protected, "true" | "false") {
-        return Err(unreadable(Name::Ref, protected, "`true` or `false`"));
+        return Err(unreadable(FactName::Ref, protected, "`true` or `false`"));
     }
-    let (variable, told, folder) = match (env.get("CI_COMMIT_BRANCH"), env.get("CI_COMMIT_TAG")) {
+    let (variable, claimed, folder) = match (env.get("CI_COMMIT_BRANCH"), env.get("CI_COMMIT_TAG"))
+    {
         (Some(branch), None) => ("CI_COMMIT_BRANCH", branch, "heads"),
         (None, Some(tag)) => ("CI_COMMIT_TAG", tag, "tags"),
         (Some(branch), Some(tag)) => {
             return Err(disagree(
-                Name::Ref,
+                FactName::Ref,
                 "CI_COMMIT_BRANCH",
                 branch,
                 "CI_COMMIT_TAG",
                 tag,
             ));
         }
-        (None, None) => return Err(Doubt::Missing(Name::Ref)),
+        (None, None) => return Err(Doubt::Missing(FactName::Ref)),
     };
-    if told != name {
+    if claimed != name {
         return Err(disagree(
-            Name::Ref,
+            FactName::Ref,
             variable,
-            told,
+            claimed,
             "CI_COMMIT_REF_NAME",
             &name,
         ));
@@ -115,43 +119,44 @@ fn git_ref(env: &Env) -> Fact<String> {
     Ok(format!("refs/{folder}/{name}"))
 }
 
-/// GitLab runs nothing for a ref that is gone; a commit of zeros would be one.
+/// Whether the commit is all zeros, which stands for a removed ref. GitLab runs no pipeline for one.
 fn removes_ref(env: &Env) -> Fact<bool> {
     let commit = env
         .get("CI_COMMIT_SHA")
-        .ok_or(Doubt::Missing(Name::After))?;
+        .ok_or(Doubt::Missing(FactName::After))?;
     let is_id =
         matches!(commit.len(), 40 | 64) && commit.bytes().all(|digit| digit.is_ascii_hexdigit());
     if is_id {
         Ok(commit.bytes().all(|digit| digit == b'0'))
     } else {
-        Err(unreadable(Name::After, commit, "an object id"))
+        Err(unreadable(FactName::After, commit, "an object id"))
     }
 }
 
-/// A variable that holds only what git lets a ref hold, so that it can be shown and compared as it is.
-fn plain(env: &Env, variable: &str, name: Name) -> Fact<String> {
-    let told = env.get(variable).ok_or(Doubt::Missing(name))?;
-    if told
+/// A variable's value that has only the characters that git allows in a ref, so that it can be shown and compared as it
+/// is.
+fn plain(env: &Env, variable: &str, name: FactName) -> Fact<String> {
+    let claimed = env.get(variable).ok_or(Doubt::Missing(name))?;
+    if claimed
         .chars()
         .any(|c| c.is_control() || c.is_whitespace() || "~^:?*[\\`".contains(c))
     {
-        return Err(unreadable(name, told, "a name"));
+        return Err(unreadable(name, claimed, "a name"));
     }
-    Ok(told.to_owned())
+    Ok(claimed.to_owned())
 }
 
-fn unreadable(name: Name, told: &str, expected: &str) -> Doubt {
+fn unreadable(name: FactName, claimed: &str, expected: &str) -> Doubt {
     Doubt::Unreadable {
         name,
-        why: format!("`{}` is not {expected}", shown(told)),
+        why: format!("`{}` is not {expected}", shown(claimed)),
     }
 }
 
-fn disagree(name: Name, one: &str, told: &str, other: &str, instead: &str) -> Doubt {
+fn disagree(name: FactName, one: &str, claimed: &str, other: &str, instead: &str) -> Doubt {
     Doubt::Disagree {
         name,
-        one: format!("`{one}` says `{}`", shown(told)),
+        one: format!("`{one}` says `{}`", shown(claimed)),
         other: format!("`{other}` says `{}`", shown(instead)),
     }
 }
@@ -216,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_in_two_ways_is_in_doubt() {
+    fn a_fact_with_two_values_is_in_doubt() {
         assert!(with(&[("CI_COMMIT_TAG", "main")]).git_ref.is_err());
         assert!(with(&[("CI_COMMIT_REF_NAME", "other")]).git_ref.is_err());
         assert!(with(&[("CI_COMMIT_REF_PROTECTED", "yes")]).git_ref.is_err());
@@ -245,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn no_word_of_gitlabs_becomes_another_cis_event_by_chance() {
+    fn no_source_of_gitlabs_becomes_another_cis_event_by_chance() {
         for source in [
             "workflow_dispatch",
             "merge_group",

@@ -1,5 +1,5 @@
-//! The door to the CI runner: its environment, its event payload, its workflow commands and files.
-//! Nothing else reads the environment or prints a workflow command.
+//! The interface to the CI runner: its environment, event payload, workflow commands and files. No other module reads
+//! the environment or prints a workflow command.
 
 pub mod context;
 pub mod env;

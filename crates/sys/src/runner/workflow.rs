@@ -1,5 +1,5 @@
-//! Workflow commands: the lines on stdout by which a step talks to GitHub's runner.
-//! On a laptop the same calls print plain text to stderr.
+//! Workflow commands: lines on stdout that GitHub's runner interprets. Outside of GitHub Actions the same calls print
+//! plain text to stderr.
 
 use std::io::Write as _;
 use std::sync::{Arc, Mutex};
@@ -11,23 +11,21 @@ use flywheel_core::text::shorten;
 
 /// GitHub shows at most ten annotations of each level per step.
 const SHOWN_PER_LEVEL: usize = 10;
-/// GitHub cuts an annotation's text here.
+/// GitHub cuts off an annotation's text after this many characters.
 const MESSAGE_LIMIT: usize = 4096;
 
-/// How loud an annotation is.
+/// The severity of an annotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Level {
-    /// Worth knowing.
     Notice,
-    /// Something is worse than it should be.
+    /// Something works less well than it should.
     Warning,
-    /// Something failed.
     Error,
 }
 
 impl Level {
-    /// The command's name, which is also the word on a laptop.
-    pub fn word(self) -> &'static str {
+    /// The command's name, which is also the prefix of the line outside of GitHub Actions.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Notice => "notice",
             Self::Warning => "warning",
@@ -36,29 +34,30 @@ impl Level {
     }
 }
 
-/// Where the log goes and how it is spoken.
+/// Prints the log and the workflow commands.
 #[derive(Clone)]
 pub struct Workflow {
     in_job: bool,
-    said: Arc<Mutex<[usize; 3]>>,
+    /// The number of annotations so far, by level.
+    annotated: Arc<Mutex<[usize; 3]>>,
 }
 
 impl Workflow {
-    /// `in_job`: whether GitHub's runner reads our stdout.
+    /// `in_job`: whether GitHub's runner reads this program's stdout.
     pub fn new(in_job: bool) -> Self {
         Self {
             in_job,
-            said: Arc::default(),
+            annotated: Arc::default(),
         }
     }
 
-    /// Whether GitHub's runner reads our stdout.
+    /// Whether GitHub's runner reads this program's stdout.
     pub fn in_job(&self) -> bool {
         self.in_job
     }
 
-    /// Has the runner mask a secret in every form a log could show. To be called before anything
-    /// else can print it. On a laptop nothing masks, so nothing is printed.
+    /// Makes the runner mask a secret in every form that a log could show. Must be called before anything else can
+    /// print it. Outside of GitHub Actions nothing would mask the secret, so nothing is printed.
     pub fn mask(&self, secret: &Secret) {
         if self.in_job {
             for form in secret.forms() {
@@ -67,22 +66,23 @@ impl Workflow {
         }
     }
 
-    /// A plain line of the log.
+    /// Prints a plain line of the log.
     pub fn say(&self, line: &str) {
         if self.in_job {
             print_line(line);
         } else {
-            complain(line);
+            print_stderr(line);
         }
     }
 
-    /// An annotation. After ten of a level GitHub shows no more, so the rest stay log lines.
+    /// Prints an annotation. GitHub shows only the first ten of a level, so the others become log lines.
     pub fn annotate(&self, level: Level, title: &str, message: &str) {
         let message = shorten(message, MESSAGE_LIMIT - 100);
-        let word = level.word();
+        let word = level.as_str();
         if !self.in_job {
-            return complain(&format!("{word}: {title}: {message}"));
+            return print_stderr(&format!("{word}: {title}: {message}"));
         }
+        // As a plain line the message loses its line breaks: the next line could begin with a workflow command.
         if self.count(level) <= SHOWN_PER_LEVEL {
             print_line(&format!(
                 "::{word} title={}::{}",
@@ -97,7 +97,7 @@ impl Workflow {
         }
     }
 
-    /// An annotation on a line of a file of the repository (lines and columns count from 1).
+    /// Prints an annotation on a line of a file in the repository. Lines and columns count from 1.
     pub fn annotate_line(
         &self,
         level: Level,
@@ -108,7 +108,7 @@ impl Workflow {
         column: Option<u32>,
     ) {
         let message = shorten(message, MESSAGE_LIMIT - 100);
-        let word = level.word();
+        let word = level.as_str();
         if !self.in_job || self.count(level) > SHOWN_PER_LEVEL {
             let line = format!(
                 "{word}: {title}: {file}:{line}: {}",
@@ -117,7 +117,7 @@ impl Workflow {
             return if self.in_job {
                 print_line(&line);
             } else {
-                complain(&line);
+                print_stderr(&line);
             };
         }
         let column = column
@@ -131,71 +131,69 @@ impl Workflow {
     }
 
     fn count(&self, level: Level) -> usize {
-        let mut said = self
-            .said
+        let mut annotated = self
+            .annotated
             .lock()
             .expect("nothing panics while it holds this lock");
-        said[level as usize] += 1;
-        said[level as usize]
+        annotated[level as usize] += 1;
+        annotated[level as usize]
     }
 
-    /// Opens a group of log lines; they are folded away in a job.
+    /// Begins a group of log lines, which GitHub folds.
     pub fn group(&self, title: &str) {
         if self.in_job {
             print_line(&format!("::group::{}", escape_data(title)));
         } else {
-            complain(title);
+            print_stderr(title);
         }
     }
 
-    /// Closes the group.
     pub fn end_group(&self) {
         if self.in_job {
             print_line("::endgroup::");
         }
     }
 
-    /// From here on the runner takes no commands, so that a build log cannot inject any,
-    /// until `resume` is called with the same word. The word must not be guessable.
-    pub fn stop_commands(&self, word: &Secret) {
+    /// Makes the runner ignore commands, so that a build log cannot inject any, until [`Self::resume_commands`] is
+    /// called with the same token. The token must not be guessable.
+    pub fn stop_commands(&self, token: &Secret) {
         if self.in_job {
-            print_line(&format!("::stop-commands::{}", word.expose()));
+            print_line(&format!("::stop-commands::{}", token.expose()));
         }
     }
 
-    /// Has the runner take commands again.
-    pub fn resume_commands(&self, word: &Secret) {
+    pub fn resume_commands(&self, token: &Secret) {
         if self.in_job {
-            // A log without a final newline would swallow the command.
-            print_line(&format!("\n::{}::", word.expose()));
+            // The log before may lack its final line break, and a command has to begin a line.
+            print_line(&format!("\n::{}::", token.expose()));
         }
     }
 }
 
-/// Data that was asked for, on stdout, in a job and on a laptop alike. The caller sees to it that no
-/// line of it is a command.
+/// Prints the command's result on stdout, in a job and elsewhere. The caller must make sure that no line of it is a
+/// workflow command.
 pub fn data(text: &str) {
     print_line(text.trim_end_matches('\n'));
 }
 
-/// A broken pipe means that nobody listens any more; the job goes on.
 fn print_line(line: &str) {
     let mut out = std::io::stdout().lock();
+    // Errors are ignored: when the reader has closed the pipe, the job goes on.
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
-fn complain(line: &str) {
+fn print_stderr(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "{line}");
 }
 
-/// Data of a command on one line (actions/toolkit, `command.ts`).
+/// Escapes a command's data, as `command.ts` in actions/toolkit does.
 pub fn escape_data(text: &str) -> String {
     text.replace('%', "%25")
         .replace('\r', "%0D")
         .replace('\n', "%0A")
 }
 
-/// A property of a command on one line (actions/toolkit, `command.ts`).
+/// Escapes a command's property, as `command.ts` in actions/toolkit does.
 pub fn escape_property(text: &str) -> String {
     escape_data(text).replace(':', "%3A").replace(',', "%2C")
 }

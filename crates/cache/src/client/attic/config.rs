@@ -1,4 +1,5 @@
-//! What an Attic cache says of itself. Read leniently: every field may be missing, unknown ones are kept.
+//! The description that an Attic cache gives of itself. It is read leniently: every field may be missing, and unknown
+//! ones are kept.
 
 use serde_json::{Map, Value};
 use url::Url;
@@ -6,21 +7,20 @@ use url::Url;
 use crate::client::endpoint::Endpoint;
 use flywheel_nix::key::PublicKey;
 
-/// The answer to `cache-config`. A field that is absent or of another type is `None`.
+/// The response to `cache-config`. A field that is absent or of another type is `None`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct CacheConfig {
-    /// The key by which the cache says it signs.
+    /// The key with which the cache claims to sign.
     pub public_key: Option<PublicKey>,
-    /// Whether the cache says that everybody may read it.
+    /// Whether everybody may read the cache without a token.
     pub is_public: Option<bool>,
-    /// Names of the keys of caches upstream: what they have signed need not be published.
+    /// Names of the keys of upstream caches: paths that they have signed need not be published.
     pub upstream_keys: Vec<String>,
-    /// Everything the server said, for what later versions announce.
+    /// The whole response, for fields that later versions add.
     pub raw: Map<String, Value>,
 }
 
 impl CacheConfig {
-    /// Takes what can be understood.
     pub fn from_json(raw: Map<String, Value>) -> Self {
         let text = |name: &str| raw.get(name).and_then(Value::as_str);
         let keys = raw
@@ -39,9 +39,9 @@ impl CacheConfig {
         }
     }
 
-    /// Addresses the server announces for itself on other hosts than the one the user named.
-    /// They are worth a warning and are never followed: the token would go to a stranger.
-    pub fn strangers(&self, endpoint: &Endpoint) -> Vec<String> {
+    /// Hosts in the server's own addresses that differ from the one that the user named.
+    /// They deserve a warning and are never contacted: that would send them the token.
+    pub fn foreign_hosts(&self, endpoint: &Endpoint) -> Vec<String> {
         let announced = ["api_endpoint", "substituter_endpoint"]
             .map(|name| self.raw.get(name).and_then(Value::as_str));
         let urls = announced
@@ -52,6 +52,7 @@ impl CacheConfig {
             .filter(|url| url.host() != endpoint.server.host())
             .filter_map(|url| url.host_str().map(str::to_owned))
             .collect();
+        // Both addresses usually have the same host.
         hosts.dedup();
         hosts
     }
@@ -77,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn strangers_are_named_once() {
+    fn foreign_hosts_are_named_once() {
         let endpoint = Endpoint::new(
             "http://attic.svc:8080".parse().expect("URL"),
             "main".parse().expect("name"),
@@ -85,11 +86,11 @@ mod tests {
         let config = config(
             r#"{"api_endpoint": "https://attic.example/", "substituter_endpoint": "https://attic.example/main"}"#,
         );
-        assert_eq!(config.strangers(&endpoint), ["attic.example"]);
+        assert_eq!(config.foreign_hosts(&endpoint), ["attic.example"]);
         let own = Endpoint::new(
             "https://attic.example".parse().expect("URL"),
             "main".parse().expect("name"),
         );
-        assert!(config.strangers(&own).is_empty());
+        assert!(config.foreign_hosts(&own).is_empty());
     }
 }

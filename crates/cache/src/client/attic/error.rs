@@ -1,4 +1,4 @@
-//! How a request to a cache fails, and what each failure deserves.
+//! The ways in which a request to a cache fails, and how the caller should react to each.
 
 use std::time::{Duration, SystemTime};
 
@@ -11,77 +11,62 @@ use flywheel_core::text::one_line;
 use flywheel_nix::nar::DumpError;
 use flywheel_sys::http::{self, Layer};
 
-/// Characters of a server's own words that are shown.
-const SHOWN: usize = 200;
+/// Of a server's error message.
+const SHOWN_CHARACTERS: usize = 200;
 
-/// Why a request has failed.
+/// Why a request failed.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// No whole answer came. At layer `Http` the server may have done what it was asked.
+    /// No complete response came. At layer `Http` the server may have carried out the request.
     #[error("{text}")]
     Unreachable {
         /// How far the request got.
         layer: Layer,
-        /// What broke.
         text: String,
     },
-    /// The server cannot now, and may soon.
+    /// The server cannot do it now, and may be able to soon.
     #[error("the server answered {status}: {text}")]
     Busy {
-        /// Status code.
         status: u16,
-        /// Its own words.
         text: String,
-        /// How long it asks us to stay away.
+        /// From the response's `Retry-After`.
         retry_after: Option<Duration>,
     },
-    /// The server does not let us, or does not know the cache.
+    /// The token lacks a right, or the server does not know the cache.
     #[error("the server answered {status}: {text}")]
-    Refused {
-        /// Status code.
-        status: u16,
-        /// Its own words.
-        text: String,
-    },
-    /// What arrived was not the NAR that was announced; a proxy may have cut it.
+    Refused { status: u16, text: String },
+    /// The server received other bytes than the announced NAR; a proxy may have cut them.
     #[error("the server received another NAR than announced: {0}")]
     BadNar(String),
     /// Too much for the server or for a proxy in front of it.
     #[error("{who} refuses {size} bytes in one request ({text})")]
     TooLarge {
-        /// Who probably answered.
+        /// The server or a proxy, whichever probably responded.
         who: &'static str,
         /// What was sent, in bytes.
         size: u64,
-        /// Its own words.
         text: String,
     },
-    /// The request does not fit the server: our bug, or not an Attic server.
+    /// The server does not understand the request: a bug of Flywheel, or not an Attic server.
     #[error("the server answered {status}: {text}")]
-    Rejected {
-        /// Status code.
-        status: u16,
-        /// Its own words.
-        text: String,
-    },
-    /// An answer that is not of this protocol.
+    Rejected { status: u16, text: String },
+    /// The response does not belong to Attic's protocol.
     #[error("the server's answer is not Attic's: {0}")]
     Foreign(String),
-    /// The token cannot be sent at all; it is not shown.
+    /// The token cannot be sent at all. The message does not show it.
     #[error("the token holds characters that no HTTP header can carry")]
     Token,
-    /// The store's own facts about the path cannot be sent.
+    /// What the store has registered about the path cannot be sent.
     #[error("{0}")]
     Facts(String),
-    /// A program that was to do it has failed; it may have done some of it.
+    /// A program that publishes for us has failed; it may have sent some of the paths.
     #[error("`{call}` failed: {text}")]
     Tool {
-        /// The program and its command.
+        /// The program and its subcommand.
         call: &'static str,
-        /// What it said.
         text: String,
     },
-    /// The store path itself could not be read whole.
+    /// The store path itself could not be read completely.
     #[error(transparent)]
     Local(#[from] DumpError),
 }
@@ -96,7 +81,7 @@ impl Explain for Error {
             Action::Stop => {
                 Some("Check `ATTIC_TOKEN` (its rights and its end) and `attic-cache`.".into())
             }
-            Action::Again { .. } => {
+            Action::Retry { .. } => {
                 Some("Check `attic-server`, and whether the server is up.".into())
             }
             Action::RereadOnce | Action::Never => None,
@@ -104,45 +89,46 @@ impl Explain for Error {
     }
 }
 
-/// What a failure deserves (`attic-protocol`, section 3).
+/// How to react to a failure (`attic-protocol`, section 3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Try again later.
-    Again {
-        /// What the server asked for.
+    Retry {
+        /// The server's `Retry-After`.
         after: Option<Duration>,
-        /// Whether the server may have done what it was asked, so that one asks before sending again.
-        ask_first: bool,
+        /// Whether the server may have stored the path, so that it is queried before the path is sent again.
+        recheck: bool,
     },
-    /// Once more from a fresh reading, then never.
+    /// Once more after reading the path from disk again, then never.
     RereadOnce,
-    /// Never again for this path; others may fare better.
+    /// Never again for this path; others may succeed.
     Never,
-    /// Publishing as a whole makes no sense, unless a second look says otherwise.
+    /// Stop publishing as a whole, unless a second check of the server succeeds.
     Stop,
 }
 
 impl Error {
-    /// What this failure deserves.
     pub fn action(&self) -> Action {
         match self {
-            Self::Unreachable { layer, .. } => Action::Again {
+            // Above the connection the request may have arrived, and only the response be lost.
+            Self::Unreachable { layer, .. } => Action::Retry {
                 after: None,
-                ask_first: *layer == Layer::Http,
+                recheck: *layer == Layer::Http,
             },
-            // A gateway's own error says nothing of what the server behind it has done; a 500 is the
-            // server's own, and it has kept nothing.
+            // A gateway's error leaves open what the server behind it has done; 520 and above are Cloudflare's. A 500
+            // comes from the server itself, which has then stored nothing.
             Self::Busy {
                 status,
                 retry_after,
                 ..
-            } => Action::Again {
+            } => Action::Retry {
                 after: *retry_after,
-                ask_first: matches!(status, 502 | 504 | 520..),
+                recheck: matches!(status, 502 | 504 | 520..),
             },
-            Self::Tool { .. } => Action::Again {
+            // The program may have sent the path before it failed.
+            Self::Tool { .. } => Action::Retry {
                 after: None,
-                ask_first: true,
+                recheck: true,
             },
             Self::Refused { .. } | Self::Token => Action::Stop,
             Self::BadNar(_) => Action::RereadOnce,
@@ -154,8 +140,8 @@ impl Error {
         }
     }
 
-    /// Whether this says that the server as a whole is away, and nothing of the one request.
-    pub fn server_is_away(&self) -> bool {
+    /// Whether the server as a whole is unavailable, whatever the request.
+    pub fn is_server_unavailable(&self) -> bool {
         match self {
             Self::Unreachable { layer, .. } => *layer != Layer::Http,
             Self::Busy { status, .. } => matches!(status, 502..=504 | 520..),
@@ -163,11 +149,12 @@ impl Error {
         }
     }
 
-    /// Reads an answer that is not a success. `size` is what was sent, in bytes.
-    pub fn of_answer(status: u16, headers: &HeaderMap, body: &[u8], size: u64) -> Self {
-        let said = Said::read(body);
-        let text = said.text;
+    /// For a response that is not a success. `size` is what was sent, in bytes.
+    pub fn from_response(status: u16, headers: &HeaderMap, body: &[u8], size: u64) -> Self {
+        let body = ErrorBody::parse(body);
+        let text = body.text;
         match status {
+            // Redirects are not followed, so the configured address is wrong.
             300..=399 => Self::Refused {
                 status,
                 text: redirected(headers),
@@ -178,9 +165,11 @@ impl Error {
                 retry_after: retry_after(headers),
             },
             401 | 403 | 404 => Self::Refused { status, text },
+            // Attic has no status of its own for this; only the message shows it.
             400 if is_bad_nar(&text) => Self::BadNar(text),
             413 => Self::TooLarge {
-                who: if said.html {
+                // Attic's server responds in JSON, so HTML comes from something in front of it.
+                who: if body.html {
                     "a proxy before the server"
                 } else {
                     "the server"
@@ -192,31 +181,31 @@ impl Error {
         }
     }
 
-    /// Reads a failure without an answer.
-    pub fn of_request(error: reqwest::Error) -> Self {
+    /// For a request without a complete response.
+    pub fn from_reqwest(error: reqwest::Error) -> Self {
         Self::Unreachable {
             layer: http::layer(&error),
             text: http::chain(error),
         }
     }
 
-    /// Reads a connection that could not be made.
-    pub fn of_connection(error: &http::ConnectError) -> Self {
+    /// For a connection that could not be made.
+    pub fn from_connect(error: &http::ConnectError) -> Self {
         Self::Unreachable {
             layer: error.layer(),
             text: error.to_string(),
         }
     }
 
-    /// Reads an exchange that broke off.
-    pub fn broken_off(error: &std::io::Error) -> Self {
+    /// For a connection that ended before the response was complete.
+    pub fn disconnected(error: &std::io::Error) -> Self {
         Self::Unreachable {
             layer: Layer::Http,
             text: format!("the connection broke off: {error}"),
         }
     }
 
-    /// No answer within the time it was given.
+    /// For an exchange in which no byte moved for `limit`.
     pub fn timed_out(limit: Duration) -> Self {
         Self::Unreachable {
             layer: Layer::Http,
@@ -241,13 +230,13 @@ fn redirected(headers: &HeaderMap) -> String {
     match host {
         Some(url) => format!(
             "it redirects to {}, which is not followed; name that address",
-            one_line(&url, SHOWN)
+            one_line(&url, SHOWN_CHARACTERS)
         ),
         None => "it redirects to another address, which is not followed".to_owned(),
     }
 }
 
-/// Seconds, or a date.
+/// `Retry-After` holds seconds or a date (RFC 9110, 10.2.3).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if let Ok(seconds) = text.parse() {
@@ -259,8 +248,8 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
         .ok()
 }
 
-/// A server's own words: Attic's JSON, else the beginning of whatever came.
-struct Said {
+/// The body of a failed response: the message in Attic's JSON, else the beginning of the text.
+struct ErrorBody {
     text: String,
     html: bool,
 }
@@ -273,18 +262,22 @@ struct AtticError {
     message: String,
 }
 
-impl Said {
-    fn read(body: &[u8]) -> Self {
-        if let Ok(said) = serde_json::from_slice::<AtticError>(body) {
-            let text = one_line(&format!("{}: {}", said.error, said.message), SHOWN);
+impl ErrorBody {
+    fn parse(body: &[u8]) -> Self {
+        if let Ok(json) = serde_json::from_slice::<AtticError>(body) {
+            let text = one_line(
+                &format!("{}: {}", json.error, json.message),
+                SHOWN_CHARACTERS,
+            );
             return Self { text, html: false };
         }
         let text = String::from_utf8_lossy(&body[..body.len().min(4096)]);
         let html = text.trim_start().starts_with('<');
         let text = match text.trim() {
             "" => "no text".to_owned(),
-            _ if html => format!("HTML, {}", one_line(&title(&text), SHOWN)),
-            text => one_line(text, SHOWN),
+            // In a proxy's error page the title has the message.
+            _ if html => format!("HTML, {}", one_line(&title(&text), SHOWN_CHARACTERS)),
+            text => one_line(text, SHOWN_CHARACTERS),
         };
         Self { text, html }
     }
@@ -309,14 +302,14 @@ mod tests {
     use super::*;
 
     fn of(status: u16, body: &str) -> Error {
-        Error::of_answer(status, &HeaderMap::new(), body.as_bytes(), 7)
+        Error::from_response(status, &HeaderMap::new(), body.as_bytes(), 7)
     }
 
     #[test]
-    fn each_answer_deserves_what_the_protocol_says() {
-        let again = |ask_first| Action::Again {
+    fn each_response_has_the_action_of_the_protocol() {
+        let again = |recheck| Action::Retry {
             after: None,
-            ask_first,
+            recheck,
         };
         for (status, body, action) in [
             (
@@ -345,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_speaks_for_itself() {
+    fn the_servers_message_is_shown() {
         assert_eq!(
             of(
                 403,

@@ -1,6 +1,6 @@
-//! Sends a NAR after asking the server's leave, so that not a byte of it travels when the server refuses
-//! it or has it already; and hears the answer whenever it comes. Never tries twice but for an answer
-//! that was lost, or a connection that had ended while it rested.
+//! Uploads of NARs with `Expect: 100-continue` (RFC 9110, 10.1.1), so that no byte of a NAR travels when the server
+//! refuses it or already has it. It reads the response whenever it arrives. It repeats a request only when the response
+//! was lost, or when the connection had been closed while it was idle.
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -13,168 +13,181 @@ use reqwest::header::HeaderValue;
 use zeroize::Zeroizing;
 
 use crate::client::attic::Error;
-use crate::client::attic::http1::{Answer, Leave, Line};
-use crate::client::attic::pool::{self, Lines};
+use crate::client::attic::http1::{Connection, Continue, Response};
+use crate::client::attic::pool::{self, Pool};
 use crate::client::attic::send::{
-    ANSWER_LIMIT, HEADER_LIMIT, Meter, Parcel, Patience, SendNar, Uploaded, WholeBody, read_kind,
+    ByteCounter, HEADER_LIMIT, RESPONSE_LIMIT, SendNar, StallTimeout, UploadRequest, Uploaded,
+    WholeBody, read_kind,
 };
 use flywheel_nix::nar::NarStream;
 
-/// From this NAR size on, in bytes, a round trip for the server's leave costs less than the body.
-const WORTH_ASKING: u64 = 64 * 1024;
-/// A server or a proxy that does not know the question is silent; then the body is sent.
-const GRACE: Duration = Duration::from_secs(1);
+/// Above this NAR size, in bytes, the round trip that waits for `100 Continue` costs less than a useless body.
+const EXPECT_THRESHOLD: u64 = 64 * 1024;
+/// A server or a proxy that does not know `Expect` does not react to it. Then the body is sent after this time.
+const CONTINUE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The usual way to send a NAR.
 #[derive(Debug)]
-pub struct AskFirst {
-    lines: Arc<Lines>,
+pub struct ExpectContinue {
+    pool: Arc<Pool>,
     proxied: WholeBody,
-    patience: Patience,
+    stall_timeout: StallTimeout,
 }
 
-/// How one request went about its body.
+/// When a request sends its body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Manner {
-    /// Sends it at once.
-    AtOnce,
-    /// Asks for leave.
-    Asks,
-    /// Holds it back for a moment, and listens.
-    Holds,
+enum BodyMode {
+    Immediate,
+    /// After `100 Continue`, or when the server does not react to `Expect`.
+    AfterContinue,
+    /// After a pause in which an early response can arrive. For requests that cannot carry `Expect`.
+    Delayed,
 }
 
 /// How one request ended.
-enum Ended {
-    /// `whole`: after the whole body.
-    Answered { answer: Answer, whole: bool },
-    /// It is known why, and trying again would be for nothing.
+enum Attempt {
+    Answered {
+        response: Response,
+        /// Whether the body was sent completely.
+        body_sent: bool,
+    },
+    /// The cause is known, and another try would not help.
     Failed(Error),
-    /// Without an answer. `in_vain`: on a connection that had rested, and of which nothing was heard.
-    BrokeOff {
+    /// The connection ended without a response.
+    Disconnected {
         error: std::io::Error,
-        in_vain: bool,
+        on_reused_connection: bool,
     },
 }
 
-impl AskFirst {
-    /// Patience is for bytes that do not move; questions of leave have their own.
-    pub fn new(lines: Arc<Lines>, sending: reqwest::Client, patience: Patience) -> Self {
+impl ExpectContinue {
+    /// `streaming` is the client for servers behind a proxy. `stall_timeout` does not cover the wait for `100
+    /// Continue`, which has a timeout of its own.
+    pub fn new(pool: Arc<Pool>, streaming: reqwest::Client, stall_timeout: StallTimeout) -> Self {
         Self {
-            lines,
-            proxied: WholeBody::new(sending, patience),
-            patience,
+            pool,
+            proxied: WholeBody::new(streaming, stall_timeout),
+            stall_timeout,
         }
     }
 
-    async fn put(&self, parcel: Parcel) -> Result<Uploaded, Error> {
-        if self.lines.is_proxied(&parcel.url) {
-            return self.proxied.send(parcel).await;
+    async fn put(&self, request: UploadRequest) -> Result<Uploaded, Error> {
+        if self.pool.is_proxied(&request.url) {
+            return self.proxied.send(request).await;
         }
-        let by_header =
-            parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
-        let manner = if by_header && parcel.size > WORTH_ASKING {
-            Manner::Asks
+        // A preamble is part of the body but is written together with the head, so it rules out waiting in between.
+        let mode = if fits_header(&request.info) && request.size > EXPECT_THRESHOLD {
+            BodyMode::AfterContinue
         } else {
-            Manner::AtOnce
+            BodyMode::Immediate
         };
-        let mut ended = self.once(&parcel, manner, true).await;
-        if matches!(ended, Ended::BrokeOff { in_vain: true, .. }) {
-            parcel.meter.forget();
-            ended = self.once(&parcel, manner, false).await;
-        }
-        let refused_to_wait =
-            matches!(&ended, Ended::Answered { answer, .. } if answer.status == 417);
-        // The server may have said why it takes no more, and closed so that it could not be heard.
-        let unheard = matches!(ended, Ended::BrokeOff { .. }) && parcel.meter.own() < parcel.size;
-        if refused_to_wait && manner == Manner::Asks {
-            parcel.meter.forget();
-            ended = self.once(&parcel, Manner::AtOnce, false).await;
-        } else if unheard {
-            parcel.meter.forget();
-            ended = self
-                .once(
-                    &parcel,
-                    if by_header {
-                        Manner::Asks
-                    } else {
-                        Manner::Holds
-                    },
-                    false,
-                )
-                .await;
-        }
-        match ended {
-            Ended::Answered { answer, .. } if (200..300).contains(&answer.status) => {
-                Ok(read_kind(&answer.body))
+        match self.attempt_with_repeats(&request, mode).await {
+            Attempt::Answered { response, .. } if (200..300).contains(&response.status) => {
+                Ok(read_kind(&response.body))
             }
-            Ended::Answered { answer, .. } => Err(Error::of_answer(
-                answer.status,
-                &answer.headers,
-                &answer.body,
-                parcel.size,
+            Attempt::Answered { response, .. } => Err(Error::from_response(
+                response.status,
+                &response.headers,
+                &response.body,
+                request.size,
             )),
-            Ended::Failed(error) => Err(error),
-            Ended::BrokeOff { error, .. } => Err(Error::broken_off(&error)),
+            Attempt::Failed(error) => Err(error),
+            Attempt::Disconnected { error, .. } => Err(Error::disconnected(&error)),
         }
     }
 
-    /// One request, on a connection that rested if `old` allows it and there is one.
-    async fn once(&self, parcel: &Parcel, manner: Manner, old: bool) -> Ended {
-        let rested = old
-            .then(|| self.lines.wake(&parcel.url, ANSWER_LIMIT))
-            .flatten();
-        let is_old = rested.is_some();
-        let mut line = match rested {
-            Some(line) => line,
-            None => match self.lines.connect(&parcel.url, ANSWER_LIMIT).await {
-                Ok(line) => line,
-                Err(error) => return Ended::Failed(Error::of_connection(&error)),
-            },
-        };
-        let exchange = exchange(&mut line, parcel, manner);
-        let ended = tokio::select! {
-            ended = exchange => ended,
-            limit = self.patience.standstill(&parcel.meter, parcel.size) => return Ended::Failed(Error::timed_out(limit)),
-        };
-        match ended {
-            Ended::Answered { answer, whole } => {
-                // Only after a whole exchange does the next answer belong to the next request.
-                if whole && line.may_stay(&answer) {
-                    self.lines.rest(&parcel.url, line);
-                }
-                Ended::Answered { answer, whole }
+    /// At most three requests: one on a reused connection, one on a new one, and one that waits before its body.
+    async fn attempt_with_repeats(&self, request: &UploadRequest, mode: BodyMode) -> Attempt {
+        let mut attempt = self.attempt(request, mode, true).await;
+        // The server closed the idle connection just as the request left: this does not count as a failure.
+        if matches!(
+            attempt,
+            Attempt::Disconnected {
+                on_reused_connection: true,
+                ..
             }
-            Ended::BrokeOff { error, .. } => Ended::BrokeOff {
-                error,
-                in_vain: is_old,
+        ) {
+            request.counter.reset();
+            attempt = self.attempt(request, mode, false).await;
+        }
+        let expectation_failed =
+            matches!(&attempt, Attempt::Answered { response, .. } if response.status == 417);
+        // A server that responds early and closes resets the connection, and the reset can discard its response.
+        // The repeat waits before its body, so that an early response arrives while nothing is being written.
+        let response_lost = matches!(attempt, Attempt::Disconnected { .. })
+            && request.counter.sent() < request.size;
+        let repeat = if expectation_failed && mode == BodyMode::AfterContinue {
+            BodyMode::Immediate
+        } else if response_lost && fits_header(&request.info) {
+            BodyMode::AfterContinue
+        } else if response_lost {
+            BodyMode::Delayed
+        } else {
+            return attempt;
+        };
+        request.counter.reset();
+        self.attempt(request, repeat, false).await
+    }
+
+    /// One request; `reuse`: on an idle connection if there is one.
+    async fn attempt(&self, request: &UploadRequest, mode: BodyMode, reuse: bool) -> Attempt {
+        let idle = reuse
+            .then(|| self.pool.checkout(&request.url, RESPONSE_LIMIT))
+            .flatten();
+        let on_reused_connection = idle.is_some();
+        let mut connection = match idle {
+            Some(connection) => connection,
+            None => match self.pool.connect(&request.url, RESPONSE_LIMIT).await {
+                Ok(connection) => connection,
+                Err(error) => return Attempt::Failed(Error::from_connect(&error)),
             },
-            failed @ Ended::Failed(_) => failed,
+        };
+        // A connection that stalls is dropped, and never returned to the pool.
+        let exchange = exchange(&mut connection, request, mode);
+        let attempt = tokio::select! {
+            attempt = exchange => attempt,
+            limit = self.stall_timeout.stalled(&request.counter, request.size) => return Attempt::Failed(Error::timed_out(limit)),
+        };
+        match attempt {
+            Attempt::Answered {
+                response,
+                body_sent,
+            } => {
+                // Only after a complete exchange does the next response belong to the next request.
+                if body_sent && connection.is_reusable(&response) {
+                    self.pool.checkin(&request.url, connection);
+                }
+                Attempt::Answered {
+                    response,
+                    body_sent,
+                }
+            }
+            Attempt::Disconnected { error, .. } => Attempt::Disconnected {
+                error,
+                on_reused_connection,
+            },
+            failed @ Attempt::Failed(_) => failed,
         }
     }
 }
 
-impl SendNar for AskFirst {
-    fn send(&self, parcel: Parcel) -> BoxFuture<'_, Result<Uploaded, Error>> {
-        Box::pin(self.put(parcel))
+impl SendNar for ExpectContinue {
+    fn send(&self, request: UploadRequest) -> BoxFuture<'_, Result<Uploaded, Error>> {
+        Box::pin(self.put(request))
     }
 }
 
-async fn exchange(line: &mut Line, parcel: &Parcel, manner: Manner) -> Ended {
-    let broke_off = |error| Ended::BrokeOff {
-        error,
-        in_vain: false,
+async fn exchange(connection: &mut Connection, request: &UploadRequest, mode: BodyMode) -> Attempt {
+    let early = |response| Attempt::Answered {
+        response,
+        body_sent: false,
     };
-    let early = |answer| Ended::Answered {
-        answer,
-        whole: false,
+    let Some(head) = head(request, mode) else {
+        return Attempt::Failed(Error::Token);
     };
-    let Some(head) = head(parcel, manner) else {
-        return Ended::Failed(Error::Token);
-    };
-    // Head and body of a small one go together: one packet, and the server wakes up once.
-    let mut body =
-        (manner == Manner::AtOnce && parcel.size <= WORTH_ASKING).then(|| Body::open(parcel));
+    // The head and the body of a small NAR leave in one packet, so that the server wakes up once.
+    let mut body = (mode == BodyMode::Immediate && request.size <= EXPECT_THRESHOLD)
+        .then(|| NarBody::open(request));
     let first = match &mut body {
         Some(body) => match body.next().await {
             Ok(block) => block.unwrap_or_default(),
@@ -182,84 +195,98 @@ async fn exchange(line: &mut Line, parcel: &Parcel, manner: Manner) -> Ended {
         },
         None => Bytes::new(),
     };
-    match line.say_both(&head, &first).await {
-        Ok(Some(answer)) => return early(answer),
+    match connection.write_both(&head, &first).await {
+        Ok(Some(response)) => return early(response),
         Ok(None) => (),
-        Err(error) => return broke_off(error),
+        Err(error) => return disconnected(error),
     }
-    if manner != Manner::AtOnce {
-        match line.leave(GRACE).await {
-            Ok(Leave::Answered(answer)) => return early(answer),
-            Ok(Leave::Send) => (),
-            Err(error) => return broke_off(error),
+    if mode != BodyMode::Immediate {
+        match connection.await_continue(CONTINUE_TIMEOUT).await {
+            Ok(Continue::Answered(response)) => return early(response),
+            Ok(Continue::SendBody) => (),
+            Err(error) => return disconnected(error),
         }
     }
-    let mut body = body.unwrap_or_else(|| Body::open(parcel));
+    let mut body = body.unwrap_or_else(|| NarBody::open(request));
     loop {
         let block = match body.next().await {
             Ok(Some(block)) => block,
             Ok(None) => break,
             Err(ended) => return ended,
         };
-        match line.say(&block).await {
-            Ok(Some(answer)) => return early(answer),
+        match connection.write(&block).await {
+            Ok(Some(response)) => return early(response),
             Ok(None) => (),
-            Err(error) => return broke_off(error),
+            Err(error) => return disconnected(error),
         }
     }
-    line.answer()
+    connection
+        .response()
         .await
-        .map_or_else(broke_off, |answer| Ended::Answered {
-            answer,
-            whole: true,
+        .map_or_else(disconnected, |response| Attempt::Answered {
+            response,
+            body_sent: true,
         })
 }
 
-/// The NAR on its way, counted as it leaves.
-struct Body<'a> {
-    nar: NarStream,
-    meter: &'a Meter,
+fn disconnected(error: std::io::Error) -> Attempt {
+    Attempt::Disconnected {
+        error,
+        on_reused_connection: false,
+    }
 }
 
-impl<'a> Body<'a> {
-    fn open(parcel: &'a Parcel) -> Self {
+/// The NAR as it is sent, counted block by block.
+struct NarBody<'a> {
+    nar: NarStream,
+    counter: &'a ByteCounter,
+}
+
+impl<'a> NarBody<'a> {
+    fn open(request: &'a UploadRequest) -> Self {
         Self {
-            nar: parcel.source.stream(parcel.hash, parcel.size),
-            meter: &parcel.meter,
+            nar: request.source.stream(request.hash, request.size),
+            counter: &request.counter,
         }
     }
 
-    async fn next(&mut self) -> Result<Option<Bytes>, Ended> {
+    async fn next(&mut self) -> Result<Option<Bytes>, Attempt> {
         match (self.nar.next().await, self.nar.fault().take()) {
             (Some(Ok(block)), None) => {
-                self.meter.add(block.len() as u64);
+                self.counter.add(block.len() as u64);
                 Ok(Some(block))
             }
             (None, None) => Ok(None),
-            // The request stays unfinished, so that the server stores nothing.
-            (_, Some(error)) => Err(Ended::Failed(error.into())),
-            (Some(Err(error)), None) => Err(Ended::BrokeOff {
-                error,
-                in_vain: false,
-            }),
+            // The request is left unfinished, so that the server stores nothing.
+            (_, Some(error)) => Err(Attempt::Failed(error.into())),
+            (Some(Err(error)), None) => Err(disconnected(error)),
         }
     }
 }
 
-/// The request's head, and the description where it does not fit into it.
-fn head(parcel: &Parcel, manner: Manner) -> Option<Zeroizing<Vec<u8>>> {
-    let by_header =
-        parcel.info.len() <= HEADER_LIMIT && HeaderValue::from_str(&parcel.info).is_ok();
-    let preamble = if by_header { "" } else { parcel.info.as_str() };
-    let length = preamble.len() as u64 + parcel.size;
-    let mut head = pool::head("PUT", &parcel.url, &parcel.headers, 2 * parcel.info.len())?;
+/// Whether the path's description can travel in a header instead of in front of the NAR.
+fn fits_header(info: &str) -> bool {
+    info.len() <= HEADER_LIMIT && HeaderValue::from_str(info).is_ok()
+}
+
+/// The request's head, followed by the description where that does not fit into a header.
+fn head(request: &UploadRequest, mode: BodyMode) -> Option<Zeroizing<Vec<u8>>> {
+    let in_header = fits_header(&request.info);
+    let preamble = if in_header { "" } else { request.info.as_str() };
+    let length = preamble.len() as u64 + request.size;
+    let mut head = pool::request_head(
+        "PUT",
+        &request.url,
+        &request.headers,
+        2 * request.info.len(),
+    )?;
     write!(
         head,
         "Content-Type: application/x-nix-nar\r\nContent-Length: {length}\r\n"
     )
     .ok()?;
-    if by_header {
-        write!(head, "X-Attic-Nar-Info: {}\r\n", parcel.info).ok()?;
+    if in_header {
+        write!(head, "X-Attic-Nar-Info: {}\r\n", request.info).ok()?;
     } else {
         write!(
             head,
@@ -268,7 +295,8 @@ fn head(parcel: &Parcel, manner: Manner) -> Option<Zeroizing<Vec<u8>>> {
         )
         .ok()?;
     }
-    if manner == Manner::Asks && by_header {
+
+    if mode == BodyMode::AfterContinue && in_header {
         head.extend_from_slice(b"Expect: 100-continue\r\n");
     }
     head.extend_from_slice(b"\r\n");

@@ -1,5 +1,5 @@
-//! The client of Attic's protocol: asking what is missing, uploading, reading back.
-//! Stays on the server the user named; never decides what is published, and never tries twice by itself.
+//! The client of Attic's protocol: queries for missing paths, uploads, and reading back.
+//! It stays on the server that the user named, never decides what is published, and never retries by itself.
 
 mod config;
 mod error;
@@ -20,10 +20,10 @@ use url::Url;
 
 pub use self::config::CacheConfig;
 pub use self::error::{Action, Error};
-pub use self::expect_continue::AskFirst;
-pub use self::pool::Lines;
-pub use self::read::Body;
-pub use self::send::{Meter, Parcel, Patience, SendNar, Uploaded, WholeBody};
+pub use self::expect_continue::ExpectContinue;
+pub use self::pool::Pool;
+pub use self::read::BodyCheck;
+pub use self::send::{ByteCounter, SendNar, StallTimeout, UploadRequest, Uploaded, WholeBody};
 
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
@@ -32,14 +32,14 @@ use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::{PathHash, StorePath};
 use flywheel_sys::http::Clients;
 
-/// Hashes in one question. The server's own limits are far above (32,765 on SQLite, 2 MiB of body).
+/// Hashes in one query. The server's own limits are far above (32,765 on SQLite, 2 MiB of body).
 pub const BATCH: usize = 1000;
-/// A question is answered within this time or not at all.
-const ASK_TIMEOUT: Duration = Duration::from_secs(30);
-/// More than this is read of no answer but a NAR.
-const ANSWER_LIMIT: usize = 4 * 1024 * 1024;
+/// For every request that carries no NAR.
+const API_TIMEOUT: Duration = Duration::from_secs(30);
+/// The largest response that is read, in bytes, apart from NARs.
+const RESPONSE_LIMIT: usize = 4 * 1024 * 1024;
 
-/// An Attic cache to talk to. Cheap to clone.
+/// A client for one Attic cache. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Attic(Arc<Inner>);
 
@@ -47,111 +47,110 @@ pub struct Attic(Arc<Inner>);
 struct Inner {
     endpoint: Endpoint,
     token: Option<Secret>,
-    asking: reqwest::Client,
-    lines: Arc<Lines>,
+    api: reqwest::Client,
+    pool: Arc<Pool>,
     sender: Box<dyn SendNar>,
-    ask_timeout: Duration,
+    api_timeout: Duration,
 }
 
 impl Attic {
-    /// A cache, and the token by which we may use it.
+    /// `token` is sent with every request, where there is one.
     pub fn new(endpoint: Endpoint, token: Option<Secret>, clients: Clients) -> Self {
-        let lines = Arc::new(Lines::new(clients.direct));
-        let sender = Box::new(AskFirst::new(
-            Arc::clone(&lines),
-            clients.sending,
-            Patience::default(),
+        let pool = Arc::new(Pool::new(clients.direct));
+        let sender = Box::new(ExpectContinue::new(
+            Arc::clone(&pool),
+            clients.streaming,
+            StallTimeout::default(),
         ));
-        Self::with_sender(endpoint, token, clients.asking, lines, sender, ASK_TIMEOUT)
+        Self::with_sender(endpoint, token, clients.api, pool, sender, API_TIMEOUT)
     }
 
-    /// The same with another way of sending NARs, and another patience with questions.
+    /// As [`Self::new`], with another way to send NARs and another timeout for all other requests.
     pub fn with_sender(
         endpoint: Endpoint,
         token: Option<Secret>,
-        asking: reqwest::Client,
-        lines: Arc<Lines>,
+        api: reqwest::Client,
+        pool: Arc<Pool>,
         sender: Box<dyn SendNar>,
-        ask_timeout: Duration,
+        api_timeout: Duration,
     ) -> Self {
         Self(Arc::new(Inner {
             endpoint,
             token,
-            asking,
-            lines,
+            api,
+            pool,
             sender,
-            ask_timeout,
+            api_timeout,
         }))
     }
 
-    /// Where it is.
     pub fn endpoint(&self) -> &Endpoint {
         &self.0.endpoint
     }
 
-    /// What the cache says of itself. A token that may only push is refused here with 403.
+    /// The cache's own description. The server refuses a token that may only push, with 403.
     ///
     /// # Errors
-    /// As [`Error`] says.
+    /// As [`Error`] lists them.
     pub async fn cache_config(&self) -> Result<CacheConfig, Error> {
-        let answer = self
-            .ask(self.0.asking.get(self.endpoint().config()))
+        let response = self
+            .request(self.0.api.get(self.endpoint().config()))
             .await?;
         let raw =
-            serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
+            serde_json::from_slice(&response).map_err(|error| Error::Foreign(error.to_string()))?;
         Ok(CacheConfig::from_json(raw))
     }
 
-    /// Which of these the cache does not have: at most [`BATCH`] in one question. None at all is a
-    /// good question too: it tells whether we may push.
+    /// Which of these the cache does not have. At most [`BATCH`] of them; an empty query checks whether the token may
+    /// push.
     ///
     /// # Errors
-    /// As [`Error`] says.
+    /// As [`Error`] lists them.
     pub async fn missing_paths(&self, hashes: &[PathHash]) -> Result<HashSet<PathHash>, Error> {
         #[derive(Serialize)]
-        struct Question<'a> {
+        struct Query<'a> {
             cache: &'a str,
             store_path_hashes: &'a [PathHash],
         }
         #[derive(Deserialize)]
-        struct Answer {
+        struct MissingPaths {
             missing_paths: HashSet<PathHash>,
         }
-        let question = Question {
+        let query = Query {
             cache: self.endpoint().cache.as_str(),
             store_path_hashes: hashes,
         };
         let request = self
             .0
-            .asking
+            .api
             .post(self.endpoint().api("get-missing-paths"))
-            .json(&question);
-        let answer = self.ask(request).await?;
-        let answer: Answer =
-            serde_json::from_slice(&answer).map_err(|error| Error::Foreign(error.to_string()))?;
-        Ok(answer.missing_paths)
+            .json(&query);
+        let response = self.request(request).await?;
+        let response: MissingPaths =
+            serde_json::from_slice(&response).map_err(|error| Error::Foreign(error.to_string()))?;
+        Ok(response.missing_paths)
     }
 
-    /// Sends one path; once. It is safe to be repeated.
+    /// Uploads one path. The caller may repeat it safely.
     ///
     /// # Errors
-    /// As [`Error`] says.
+    /// As [`Error`] lists them.
     pub async fn upload(
         &self,
         info: &PathInfo,
         source: impl Into<NarSource>,
-        meter: &Meter,
+        counter: &ByteCounter,
     ) -> Result<Uploaded, Error> {
-        let parcel = Parcel {
+        let request = UploadRequest {
             url: self.endpoint().api("upload-path"),
             headers: self.headers()?,
             info: upload_info(self.endpoint().cache.as_str(), info)?,
             source: source.into(),
             hash: info.nar_hash,
             size: info.nar_size,
-            meter: meter.clone(),
+            counter: counter.clone(),
         };
-        self.0.sender.send(parcel).await
+        self.0.sender.send(request).await
     }
 
     fn headers(&self) -> Result<HeaderMap, Error> {
@@ -159,41 +158,43 @@ impl Attic {
         if let Some(token) = &self.0.token {
             let text = zeroize::Zeroizing::new(format!("Bearer {}", token.expose()));
             let mut value = HeaderValue::from_str(&text).map_err(|_| Error::Token)?;
+            // Keeps the token out of debug output.
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
         Ok(headers)
     }
 
-    /// Something small and its whole, successful text.
+    /// The body of a successful GET request for something small.
     async fn get(&self, url: Url) -> Result<Vec<u8>, Error> {
         match self
             .0
-            .lines
-            .get(&url, &self.headers()?, ANSWER_LIMIT, self.0.ask_timeout)
+            .pool
+            .get(&url, &self.headers()?, RESPONSE_LIMIT, self.0.api_timeout)
             .await?
         {
-            Some(answer) if (200..300).contains(&answer.status) => Ok(answer.body),
-            Some(answer) => Err(Error::of_answer(
-                answer.status,
-                &answer.headers,
-                &answer.body,
+            // The fast path; the pool leaves proxies and unusual responses to the general client.
+            Some(response) if (200..300).contains(&response.status) => Ok(response.body),
+            Some(response) => Err(Error::from_response(
+                response.status,
+                &response.headers,
+                &response.body,
                 0,
             )),
-            None => self.ask(self.0.asking.get(url)).await,
+            None => self.request(self.0.api.get(url)).await,
         }
     }
 
-    /// A question and its whole, successful answer.
-    async fn ask(&self, request: RequestBuilder) -> Result<Vec<u8>, Error> {
-        let request = request.headers(self.headers()?).timeout(self.0.ask_timeout);
-        let response = request.send().await.map_err(Error::of_request)?;
-        answer(response, ANSWER_LIMIT, 0).await
+    /// Sends a request by the general client; gives the body of a successful response.
+    async fn request(&self, request: RequestBuilder) -> Result<Vec<u8>, Error> {
+        let request = request.headers(self.headers()?).timeout(self.0.api_timeout);
+        let response = request.send().await.map_err(Error::from_reqwest)?;
+        read_response(response, RESPONSE_LIMIT, 0).await
     }
 }
 
-/// Reads an answer of at most `limit` bytes; more is cut off. `sent` is the size of what was sent.
-async fn answer(
+/// Reads a response of at most `limit` bytes and drops the rest. `sent` is the size of the request's body in bytes.
+async fn read_response(
     mut response: reqwest::Response,
     limit: usize,
     sent: u64,
@@ -208,17 +209,17 @@ async fn answer(
         }
     };
     if !status.is_success() {
-        // The status says enough, even when the text behind it was cut.
-        return Err(Error::of_answer(status.as_u16(), &headers, &body, sent));
+        // The status is informative enough, even when the body was cut off.
+        return Err(Error::from_response(status.as_u16(), &headers, &body, sent));
     }
     match broken {
-        Some(error) => Err(Error::of_request(error)),
+        Some(error) => Err(Error::from_reqwest(error)),
         None => Ok(body),
     }
 }
 
-/// What goes with a NAR. The server signs the references as they are sent, and Nix verifies a
-/// sorted list: so they are sorted here, whatever the caller has.
+/// The description that accompanies a NAR, as JSON. The server signs the references in the order in which they are
+/// sent, and Nix verifies a sorted list: so they are sorted here, whatever the caller has.
 fn upload_info(cache: &str, info: &PathInfo) -> Result<String, Error> {
     #[derive(Serialize)]
     struct UploadInfo<'a> {

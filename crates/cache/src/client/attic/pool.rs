@@ -1,5 +1,6 @@
-//! The connections to a server that rest between requests, and what each request on them begins with; look-ups too,
-//! for which the general client takes twice the time. Never goes around a proxy, nor keeps a half-done exchange.
+//! The pool of idle connections to the cache server, shared by uploads and look-ups. Look-ups use it because the
+//! general client takes twice the time for them. It never bypasses a proxy, and never keeps a connection after
+//! an incomplete exchange.
 
 use std::io::Write as _;
 use std::sync::{Mutex, PoisonError};
@@ -11,133 +12,145 @@ use url::Url;
 use zeroize::Zeroizing;
 
 use crate::client::attic::Error;
-use crate::client::attic::http1::{Answer, Line};
+use crate::client::attic::http1::{Connection, Response};
 use flywheel_sys::http::{ConnectError, Direct, USER_AGENT};
 
-/// Connections that rest at most, and how long: less than servers let them.
-const RESTING: usize = 32;
-const REST: Duration = Duration::from_secs(15);
+const MAX_IDLE: usize = 32;
+/// Shorter than servers and proxies keep an idle connection open, so that it is rarely closed under a request.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Connections, made and resting.
-pub struct Lines {
+pub struct Pool {
     direct: Direct,
-    resting: Mutex<Vec<Rested>>,
+    idle: Mutex<Vec<Idle>>,
 }
 
-impl std::fmt::Debug for Lines {
+impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Lines")
+        f.write_str("Pool")
     }
 }
 
-struct Rested {
-    line: Line,
-    to: url::Origin,
+struct Idle {
+    connection: Connection,
+    origin: url::Origin,
     since: Instant,
 }
 
-impl Lines {
-    /// None rests yet.
+impl Pool {
+    /// An empty pool.
     pub fn new(direct: Direct) -> Self {
         Self {
             direct,
-            resting: Mutex::default(),
+            idle: Mutex::default(),
         }
     }
 
-    /// Whether the environment names a proxy for this address, so that nobody may go there by a line.
+    /// Whether the environment names a proxy for this address, so that no direct connection may be made.
     pub fn is_proxied(&self, url: &Url) -> bool {
         self.direct.is_proxied(url)
     }
 
-    /// A connection that rested and is quiet still; `limit`: bytes of an answer's body that are read.
-    pub(super) fn wake(&self, url: &Url, limit: usize) -> Option<Line> {
-        let (mut resting, to) = (
-            self.resting.lock().unwrap_or_else(PoisonError::into_inner),
+    /// An idle connection that is still open; `limit`: bytes of a response's body that are read at most.
+    pub(super) fn checkout(&self, url: &Url, limit: usize) -> Option<Connection> {
+        let (mut idle, origin) = (
+            self.idle.lock().unwrap_or_else(PoisonError::into_inner),
             url.origin(),
         );
-        while let Some(at) = resting.iter().rposition(|rested| rested.to == to) {
-            let mut rested = resting.remove(at);
-            if rested.since.elapsed() < REST && rested.line.is_quiet() {
-                rested.line.limit(limit);
-                return Some(rested.line);
+        // The most recently used one first: the server is least likely to have closed it.
+        while let Some(at) = idle.iter().rposition(|idle| idle.origin == origin) {
+            let mut found = idle.remove(at);
+            if found.since.elapsed() < IDLE_TIMEOUT && found.connection.is_idle() {
+                found.connection.set_body_limit(limit);
+                return Some(found.connection);
             }
         }
         None
     }
 
     /// A new connection.
-    pub(super) async fn connect(&self, url: &Url, limit: usize) -> Result<Line, ConnectError> {
-        Ok(Line::new(self.direct.connect(url).await?, limit))
+    pub(super) async fn connect(
+        &self,
+        url: &Url,
+        limit: usize,
+    ) -> Result<Connection, ConnectError> {
+        Ok(Connection::new(self.direct.connect(url).await?, limit))
     }
 
-    /// Keeps a connection, after a whole exchange only, for the next request.
-    pub(super) fn rest(&self, url: &Url, line: Line) {
-        let mut resting = self.resting.lock().unwrap_or_else(PoisonError::into_inner);
-        resting.retain(|rested| rested.since.elapsed() < REST);
-        if resting.len() < RESTING {
-            resting.push(Rested {
-                line,
-                to: url.origin(),
+    /// Keeps a connection for the next request. Only after a complete exchange: else the next request would read the
+    /// rest of this one's response.
+    pub(super) fn checkin(&self, url: &Url, connection: Connection) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|idle| idle.since.elapsed() < IDLE_TIMEOUT);
+        if idle.len() < MAX_IDLE {
+            idle.push(Idle {
+                connection,
+                origin: url.origin(),
                 since: Instant::now(),
             });
         }
     }
 
-    /// Asks for something small; `None` where it takes the general client: through a proxy, or when the answer does
-    /// not say itself where it ends or is over `limit` bytes.
+    /// Sends a GET request for something small. `None` where the general client is needed: through a proxy, or when
+    /// the response does not announce its own end or is over `limit` bytes.
     ///
     /// # Errors
-    /// Without an answer `within` this time.
+    /// Without a response `within` this time.
     pub(super) async fn get(
         &self,
         url: &Url,
         headers: &HeaderMap,
         limit: usize,
         within: Duration,
-    ) -> Result<Option<Answer>, Error> {
+    ) -> Result<Option<Response>, Error> {
         if self.is_proxied(url) {
             return Ok(None);
         }
-        let Some(mut head) = head("GET", url, headers, 0) else {
+        let Some(mut head) = request_head("GET", url, headers, 0) else {
             return Err(Error::Token);
         };
         head.extend_from_slice(b"\r\n");
-        let asking = async {
-            if let Some(line) = self.wake(url, limit)
-                && let Ok(answer) = self.exchange(url, line, &head).await
+        let request = async {
+            // A server may close an idle connection just as the request leaves. GET is safe to repeat, so any failure
+            // on a reused connection is tried again on a new one.
+            if let Some(connection) = self.checkout(url, limit)
+                && let Ok(response) = self.exchange(url, connection, &head).await
             {
-                return Ok(answer);
+                return Ok(response);
             }
-            let line = self
+            let connection = self
                 .connect(url, limit)
                 .await
-                .map_err(|error| Error::of_connection(&error))?;
-            self.exchange(url, line, &head)
+                .map_err(|error| Error::from_connect(&error))?;
+            self.exchange(url, connection, &head)
                 .await
-                .map_err(|error| Error::broken_off(&error))
+                .map_err(|error| Error::disconnected(&error))
         };
-        let answer = timeout(within, asking)
+        let response = timeout(within, request)
             .await
             .unwrap_or(Err(Error::timed_out(within)))?;
-        Ok((answer.whole || answer.status >= 300).then_some(answer))
+        Ok((response.complete || response.status >= 300).then_some(response))
     }
 
-    async fn exchange(&self, url: &Url, mut line: Line, head: &[u8]) -> std::io::Result<Answer> {
-        if let Some(early) = line.say(head).await? {
+    async fn exchange(
+        &self,
+        url: &Url,
+        mut connection: Connection,
+        head: &[u8],
+    ) -> std::io::Result<Response> {
+        if let Some(early) = connection.write(head).await? {
             return Ok(early);
         }
-        let answer = line.answer().await?;
-        if line.may_stay(&answer) {
-            self.rest(url, line);
+        let response = connection.response().await?;
+        if connection.is_reusable(&response) {
+            self.checkin(url, connection);
         }
-        Ok(answer)
+        Ok(response)
     }
 }
 
-/// A request's first line and headers, but for the empty line at their end, with `room` for so many bytes more.
-/// Zeroised, for the token is in it.
-pub(super) fn head(
+/// A request's first line and headers, without the empty line at their end, with `room` for that many bytes more.
+/// Zeroized, because the token is in it.
+pub(super) fn request_head(
     method: &str,
     url: &Url,
     headers: &HeaderMap,
@@ -151,7 +164,7 @@ pub(super) fn head(
         .query()
         .map(|query| format!("?{query}"))
         .unwrap_or_default();
-    // Grown at once: what a vector leaves behind when it grows is not zeroised.
+    // All room is allocated up front: the old buffer of a vector that grows is not zeroized.
     let mut head = Zeroizing::new(Vec::with_capacity(8 * 1024 + room));
     write!(
         head,

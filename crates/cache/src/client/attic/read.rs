@@ -1,4 +1,4 @@
-//! Reading back what a cache serves: narinfo, and the body of a small NAR.
+//! Reads back what a cache serves: narinfos, and the bodies of small NARs.
 
 use std::io::{self, Read};
 use std::time::Duration;
@@ -7,32 +7,32 @@ use reqwest::header::LOCATION;
 use sha2::{Digest as _, Sha256 as Hasher};
 use url::Url;
 
-use crate::client::attic::{ANSWER_LIMIT, Attic, Error, answer};
+use crate::client::attic::{Attic, Error, RESPONSE_LIMIT, read_response};
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
 
-/// A compressed NAR is never much larger than the NAR.
+/// How many bytes a compressed NAR may exceed the NAR by, besides an eighth: incompressible data grows a little.
 const SLACK: u64 = 64 * 1024;
-/// A NAR body small enough to be a sample arrives within this time.
+/// Enough for the small NARs that are sampled.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a NAR body turned out to be.
+/// The result of checking a NAR body.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Body {
-    /// It is the NAR that the narinfo promises.
+pub enum BodyCheck {
+    /// The body is the NAR that the narinfo promises.
     Good,
-    /// It is not, and why.
+    /// The body is another one, unreadable or missing; holds the reason.
     Bad(String),
-    /// It is compressed in a way that is not unpacked here.
-    Unread(String),
+    /// The body has a compression that cannot be unpacked here; holds the reason.
+    Unsupported(String),
 }
 
 impl Attic {
-    /// What the cache says of a path; `None` if it does not have it.
+    /// The narinfo of a path; `None` if the cache does not have it.
     ///
     /// # Errors
-    /// As [`Error`] says; [`Error::Foreign`] if the text is no narinfo.
+    /// As [`Error`] lists them; [`Error::Foreign`] if the text is no narinfo.
     pub async fn nar_info(&self, hash: &PathHash) -> Result<Option<NarInfo>, Error> {
         let text = match self
             .get(self.endpoint().read(&format!("{hash}.narinfo")))
@@ -47,39 +47,40 @@ impl Attic {
             .map_err(|error| Error::Foreign(error.to_string()))
     }
 
-    /// Fetches and unpacks the NAR body behind a narinfo, and compares its hash. It is held in
-    /// memory while compressed, so this is for small ones.
+    /// Fetches and unpacks the NAR body behind a narinfo, and compares its hash. The compressed body is held in
+    /// memory, so this is for small ones.
     ///
     /// # Errors
-    /// As [`Error`] says, when no body came at all.
-    pub async fn check_body(&self, info: &NarInfo) -> Result<Body, Error> {
+    /// As [`Error`] lists them, when no body came at all.
+    pub async fn check_body(&self, info: &NarInfo) -> Result<BodyCheck, Error> {
         let Some(url) = self.endpoint().nar(&info.url) else {
-            return Ok(Body::Bad("its narinfo names no URL".to_owned()));
+            return Ok(BodyCheck::Bad("its narinfo names no URL".to_owned()));
         };
         let limit =
             usize::try_from(info.nar_size + info.nar_size / 8 + SLACK).unwrap_or(usize::MAX);
         let packed = match self.fetch(url, limit).await {
             Err(Error::Refused { status: 404, .. }) => {
-                return Ok(Body::Bad(
+                return Ok(BodyCheck::Bad(
                     "its narinfo is there, but its NAR is not".to_owned(),
                 ));
             }
             answer => answer?,
         };
         let (compression, hash, size) = (info.compression.clone(), info.nar_hash, info.nar_size);
+        // Unpacking takes processor time, which would stop the runtime's other tasks.
         let judged =
             tokio::task::spawn_blocking(move || judge(&packed, &compression, hash, size)).await;
         judged.map_err(|panic| Error::Foreign(panic.to_string()))
     }
 
-    /// The token goes to the server itself alone; a store behind it (S3) is sent to by one
-    /// redirect to a signed URL, and gets none.
+    /// Follows one redirect, to the signed URL of a storage behind the server (S3). The token is sent to the server
+    /// alone.
     async fn fetch(&self, url: Url, limit: usize) -> Result<Vec<u8>, Error> {
-        let mut request = self.0.asking.get(url.clone()).timeout(BODY_TIMEOUT);
+        let mut request = self.0.api.get(url.clone()).timeout(BODY_TIMEOUT);
         if self.endpoint().owns(&url) {
             request = request.headers(self.headers()?);
         }
-        let response = request.send().await.map_err(Error::of_request)?;
+        let response = request.send().await.map_err(Error::from_reqwest)?;
         let target = response
             .headers()
             .get(LOCATION)
@@ -88,41 +89,42 @@ impl Attic {
             .filter(|_| response.status().is_redirection())
             .and_then(|text| url.join(text).ok());
         let Some(target) = target else {
-            return answer(response, limit.max(ANSWER_LIMIT), 0).await;
+            return read_response(response, limit.max(RESPONSE_LIMIT), 0).await;
         };
-        let request = self.0.asking.get(target).timeout(BODY_TIMEOUT);
-        let response = request.send().await.map_err(Error::of_request)?;
-        answer(response, limit.max(ANSWER_LIMIT), 0).await
+        let request = self.0.api.get(target).timeout(BODY_TIMEOUT);
+        let response = request.send().await.map_err(Error::from_reqwest)?;
+        read_response(response, limit.max(RESPONSE_LIMIT), 0).await
     }
 }
 
-fn judge(packed: &[u8], compression: &str, hash: Sha256, size: u64) -> Body {
+fn judge(packed: &[u8], compression: &str, hash: Sha256, size: u64) -> BodyCheck {
     if packed.is_empty() {
-        return Body::Bad("its NAR is served empty".to_owned());
+        return BodyCheck::Bad("its NAR is served empty".to_owned());
     }
     let unpacked = match compression {
         "none" | "" => digest(packed, size),
         "zstd" => zstd::stream::read::Decoder::new(packed).and_then(|reader| digest(reader, size)),
         "xz" => digest(liblzma::read::XzDecoder::new(packed), size),
         other => {
-            return Body::Unread(format!(
+            return BodyCheck::Unsupported(format!(
                 "its NAR is compressed with `{other}`, which is not unpacked here"
             ));
         }
     };
     match unpacked {
-        Err(error) => Body::Bad(format!("its NAR cannot be unpacked ({error})")),
-        Ok((_, found)) if found != size => Body::Bad(format!(
+        Err(error) => BodyCheck::Bad(format!("its NAR cannot be unpacked ({error})")),
+        Ok((_, found)) if found != size => BodyCheck::Bad(format!(
             "its NAR has {found} bytes or more instead of {size}"
         )),
         Ok((found, _)) if found != hash => {
-            Body::Bad(format!("its NAR's hash is {found} instead of {hash}"))
+            BodyCheck::Bad(format!("its NAR's hash is {found} instead of {hash}"))
         }
-        Ok(_) => Body::Good,
+        Ok(_) => BodyCheck::Good,
     }
 }
 
-/// Hash and size of what a reader gives, up to one byte more than expected.
+/// The hash and the size of a reader's bytes. It reads at most one byte more than expected, which is enough to see that
+/// the size is wrong.
 fn digest(reader: impl Read, size: u64) -> io::Result<(Sha256, u64)> {
     let mut reader = reader.take(size + 1);
     let (mut hasher, mut total) = (Hasher::new(), 0);
@@ -154,26 +156,32 @@ mod tests {
         for (packed, compression) in [(&nar, "none"), (&zstd, "zstd"), (&xz, "xz")] {
             assert_eq!(
                 judge(packed, compression, hash, size),
-                Body::Good,
+                BodyCheck::Good,
                 "{compression}"
             );
             assert!(
-                matches!(judge(packed, compression, hash, size - 1), Body::Bad(_)),
+                matches!(
+                    judge(packed, compression, hash, size - 1),
+                    BodyCheck::Bad(_)
+                ),
                 "{compression}"
             );
             assert!(matches!(
                 judge(&packed[..packed.len() / 2], compression, hash, size),
-                Body::Bad(_)
+                BodyCheck::Bad(_)
             ));
         }
         assert!(matches!(
             judge(&nar, "none", Sha256([0; 32]), size),
-            Body::Bad(_)
+            BodyCheck::Bad(_)
         ));
         assert_eq!(
             judge(b"", "zstd", hash, size),
-            Body::Bad("its NAR is served empty".to_owned())
+            BodyCheck::Bad("its NAR is served empty".to_owned())
         );
-        assert!(matches!(judge(b"x", "br", hash, size), Body::Unread(_)));
+        assert!(matches!(
+            judge(b"x", "br", hash, size),
+            BodyCheck::Unsupported(_)
+        ));
     }
 }

@@ -1,4 +1,4 @@
-//! The client against the fake server: carriers, refusals, cuts.
+//! The client against the fake server: headers and preambles, refusals, broken connections.
 
 use std::sync::atomic::Ordering;
 
@@ -12,20 +12,23 @@ async fn what_is_sent_is_what_the_store_knows() {
     let attic = fake.attic(GOOD);
     let library = fake.path("library", b"library", &[]);
     let mut tool = fake.path("tool", b"tool", &[]);
-    // Unsorted, twice, and itself.
+    // Unsorted, with a duplicate, and with a reference to itself.
     tool.references = vec![tool.path.clone(), library.path.clone(), tool.path.clone()];
     tool.deriver =
         Some(StorePath::from_base_name("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-tool.drv").expect("name"));
     tool.signatures = vec!["a-1:xyz".to_owned()];
-    let meter = Meter::default();
+    let counter = ByteCounter::default();
     assert_eq!(
         attic
-            .upload(&tool, &fake.file(&tool), &meter)
+            .upload(&tool, &fake.file(&tool), &counter)
             .await
             .expect("taken"),
         Uploaded::Stored
     );
-    assert_eq!((meter.own(), meter.all()), (tool.nar_size, tool.nar_size));
+    assert_eq!(
+        (counter.sent(), counter.total()),
+        (tool.nar_size, tool.nar_size)
+    );
     let stored = fake.server.stored.lock().expect("lock");
     let stored = &stored[tool.path.hash().as_str()];
     let mut names = vec![tool.path.base_name(), library.path.base_name()];
@@ -52,7 +55,7 @@ async fn a_long_description_travels_before_the_nar() {
         &others.iter().collect::<Vec<_>>(),
     );
     fake.attic(GOOD)
-        .upload(&tool, &fake.file(&tool), &Meter::default())
+        .upload(&tool, &fake.file(&tool), &ByteCounter::default())
         .await
         .expect("taken");
     let stored = fake.server.stored.lock().expect("lock");
@@ -60,12 +63,12 @@ async fn a_long_description_travels_before_the_nar() {
 }
 
 #[tokio::test]
-async fn a_connection_serves_again_and_a_question_is_answered() {
+async fn a_connection_is_reused_and_a_query_gets_its_result() {
     let fake = Fake::start().await;
     let attic = fake.attic(GOOD);
     let (there, not) = (fake.path("there", b"", &[]), fake.path("not", b"", &[]));
     attic
-        .upload(&there, &fake.file(&there), &Meter::default())
+        .upload(&there, &fake.file(&there), &ByteCounter::default())
         .await
         .expect("taken");
     let missing = attic
@@ -77,20 +80,20 @@ async fn a_connection_serves_again_and_a_question_is_answered() {
     let config = attic.cache_config().await.expect("answered");
     assert_eq!(config.public_key, Some(fake.server.key.public()));
     assert_eq!(
-        config.strangers(attic.endpoint()),
+        config.foreign_hosts(attic.endpoint()),
         ["attic.elsewhere.example"]
     );
 }
 
 #[tokio::test]
-async fn a_refusal_before_the_body_is_read_is_heard() {
+async fn a_refusal_before_the_body_is_read_is_noticed() {
     let fake = Fake::start().await;
     fake.server.faults().uploads_refused = true;
     let attic = fake.attic(GOOD);
     let large = fake.path("large", &vec![b'x'; 30_000_000], &[]);
     for _ in 0..10 {
         let error = attic
-            .upload(&large, &fake.file(&large), &Meter::default())
+            .upload(&large, &fake.file(&large), &ByteCounter::default())
             .await
             .expect_err("refused");
         assert!(
@@ -127,7 +130,7 @@ async fn a_changed_path_is_caught_here_and_never_stored() {
     std::fs::write(fake.file(&path), vec![b'y'; 500_000]).expect("written");
     let error = fake
         .attic(GOOD)
-        .upload(&path, &fake.file(&path), &Meter::default())
+        .upload(&path, &fake.file(&path), &ByteCounter::default())
         .await
         .expect_err("corrupt");
     assert!(
@@ -142,20 +145,20 @@ async fn a_changed_path_is_caught_here_and_never_stored() {
     unknown.nar_size = 0;
     let error = fake
         .attic(GOOD)
-        .upload(&unknown, &fake.file(&unknown), &Meter::default())
+        .upload(&unknown, &fake.file(&unknown), &ByteCounter::default())
         .await
         .expect_err("empty");
     assert!(matches!(error, Error::Facts(_)), "{error}");
 }
 
 #[tokio::test]
-async fn a_cut_answer_is_ambiguous() {
+async fn a_cut_response_is_ambiguous() {
     let fake = Fake::start().await;
     fake.server.faults().cut_after_storing = 1;
     let path = fake.path("cut", b"x", &[]);
     let error = fake
         .attic(GOOD)
-        .upload(&path, &fake.file(&path), &Meter::default())
+        .upload(&path, &fake.file(&path), &ByteCounter::default())
         .await
         .expect_err("cut");
     assert!(
@@ -176,13 +179,13 @@ async fn a_server_that_stands_still_is_given_up() {
     let fake = Fake::start().await;
     fake.server.faults().uploads_hang = true;
     let path = fake.path("hang", &vec![b'x'; 50_000_000], &[]);
-    let patience = Patience {
+    let stall_timeout = StallTimeout {
         idle: Duration::from_millis(200),
         rate: u64::MAX,
     };
-    let attic = fake.impatient_attic(GOOD, patience);
+    let attic = fake.attic_with_timeout(GOOD, stall_timeout);
     let error = attic
-        .upload(&path, &fake.file(&path), &Meter::default())
+        .upload(&path, &fake.file(&path), &ByteCounter::default())
         .await
         .expect_err("silence");
     assert!(

@@ -1,4 +1,4 @@
-//! The chain's four outcomes with a scripted `nix` and `attic`, and what becomes of a batch.
+//! The search's four outcomes with a scripted `nix` and `attic`, and the results of a batch.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -63,7 +63,7 @@ impl Host {
         self
     }
 
-    /// What was asked of Nix; whatever it is, it must not be able to build.
+    /// The recorded calls of Nix, each of which must forbid building.
     fn calls(&self) -> Vec<String> {
         let text = fs::read_to_string(self.folder.path().join("calls")).unwrap_or_default();
         for call in text.lines() {
@@ -128,7 +128,7 @@ async fn then_the_flakes_own_is_substituted() {
 }
 
 #[tokio::test]
-async fn else_there_is_none_and_each_reason_is_told() {
+async fn else_there_is_none_and_each_reason_is_named() {
     let host = Host::new(NOTHING).await;
     let reason = host.find().await.expect_err("none");
     assert!(
@@ -146,15 +146,15 @@ async fn else_there_is_none_and_each_reason_is_told() {
     assert_eq!(host.calls(), [REFERENCE, REFERENCE, ".#attic-client"]);
 }
 
-/// A stock client that this script stands in for.
-async fn stock(host: &Host, fake: &Fake, client: &str) -> Stock {
+/// The destination whose client is this script.
+async fn cli(host: &Host, fake: &Fake, client: &str) -> AtticCli {
     let program = script(&host.folder.path().join("bin"), "attic", client).await;
     let client = Client {
         program,
         origin: Origin::Path,
     };
     let token = Secret::new(GOOD).expect("token");
-    Stock::new(
+    AtticCli::new(
         &client,
         &host.nix,
         fake.attic(GOOD),
@@ -171,21 +171,21 @@ async fn the_token_travels_by_file_and_paths_come_in_one_call() {
     let client = format!(
         "echo \"$*\" >> {at}/pushes; env > {at}/env; while read -r line; do echo \"$line\"; done < \"$HOME/attic/config.toml\" > {at}/seen"
     );
-    let stock = stock(&host, &fake, &client).await;
+    let cli = cli(&host, &fake, &client).await;
     let infos: Vec<PathInfo> = (0..3)
         .map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[]))
         .collect();
     let file = Path::new("/nonexistent");
-    let meter = Meter::default();
+    let counter = ByteCounter::default();
     let sent = futures_util::future::join_all(
         infos
             .iter()
-            .map(|info| stock.send(info, file.into(), &meter)),
+            .map(|info| cli.send(info, file.into(), &counter)),
     )
     .await;
     assert!(sent.iter().all(Result::is_ok), "{sent:?}");
     assert_eq!(
-        meter.all(),
+        counter.total(),
         infos.iter().map(|info| info.nar_size).sum::<u64>()
     );
     let pushes = fs::read_to_string(host.folder.path().join("pushes")).expect("called");
@@ -214,49 +214,49 @@ async fn a_call_that_fails_leaves_each_path_its_own_fate() {
     let infos: Vec<PathInfo> = (0..3)
         .map(|n| fake.path(&format!("p{n}"), &[b'1' + n], &[]))
         .collect();
-    // Two arrive, the third does not.
+    // Two of the paths arrive, the third does not.
     for info in &infos[..2] {
         fake.attic(GOOD)
-            .upload(info, &fake.file(info), &Meter::default())
+            .upload(info, &fake.file(info), &ByteCounter::default())
             .await
             .expect("stored");
     }
     let bad = infos[2].path.base_name();
-    let stock = stock(
+    let cli = cli(
         &host,
         &fake,
         &format!("echo 'x {bad}: 413 too large' >&2; echo 'Error: 1 failed' >&2; exit 1"),
     )
     .await;
     for plain in [false, true] {
-        // A server without Attic's API is looked into path by path.
+        // A server without Attic's API is queried path by path.
         fake.server.faults().plain = plain;
-        let (file, meter) = (Path::new("/nonexistent"), Meter::default());
+        let (file, counter) = (Path::new("/nonexistent"), ByteCounter::default());
         let sent = futures_util::future::join_all(
             infos
                 .iter()
-                .map(|info| stock.send(info, file.into(), &meter)),
+                .map(|info| cli.send(info, file.into(), &counter)),
         )
         .await;
         assert!(sent[0].is_ok() && sent[1].is_ok(), "{sent:?}");
         let error = sent[2].as_ref().expect_err("missing").to_string();
         assert!(error.contains("413 too large"), "{error}");
-        assert_eq!(speaks_attic(&fake.attic(GOOD)).await, !plain);
+        assert_eq!(has_attic_api(&fake.attic(GOOD)).await, !plain);
     }
 }
 
 #[tokio::test]
-async fn a_client_that_hangs_ends_with_its_askers() {
+async fn a_client_that_hangs_ends_with_its_callers() {
     let (host, fake) = (Host::new(NOTHING).await, Fake::start().await);
     let at = host.folder.path().display().to_string();
-    let stock = stock(
+    let cli = cli(
         &host,
         &fake,
         &format!("echo $$ > {at}/pid; exec /bin/sleep 600"),
     )
     .await;
     let info = fake.path("p", b"1", &[]);
-    let meter = Meter::default();
+    let counter = ByteCounter::default();
     let pid = host.folder.path().join("pid");
     let began = async {
         while fs::read_to_string(&pid)
@@ -268,7 +268,7 @@ async fn a_client_that_hangs_ends_with_its_askers() {
         }
     };
     tokio::select! {
-        sent = stock.send(&info, "/nonexistent".into(), &meter) => panic!("{sent:?}"),
+        sent = cli.send(&info, "/nonexistent".into(), &counter) => panic!("{sent:?}"),
         () = began => (),
     }
     let process = PathBuf::from("/proc")

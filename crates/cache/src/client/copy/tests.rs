@@ -1,4 +1,4 @@
-//! What is asked of Nix, and what its answers come to. Real stores are tried in `tests/real`.
+//! The calls of Nix, and the results of its output. Real stores are tested in `tests/real`.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use flywheel_nix::hash::Sha256;
 use flywheel_sys::runner::env::Env;
 use flywheel_testing::script;
 
-async fn store(url: &str, answers: &str) -> (TempDir, Copy) {
+async fn store(url: &str, answers: &str) -> (TempDir, StoreCopy) {
     let folder = tempfile::tempdir().expect("folder");
     let text = format!(
         "[ \"$1\" = --version ] && {{ echo 'nix (Nix) 2.24.1'; exit; }}\necho \"$*\" >> {}/calls\n{answers}",
@@ -18,7 +18,7 @@ async fn store(url: &str, answers: &str) -> (TempDir, Copy) {
     );
     let program = script(folder.path(), "nix", &text).await;
     let nix = Nix::detect(&program, &Env::default()).await.expect("a nix");
-    (folder, Copy::new(nix, url.parse().expect("a store")))
+    (folder, StoreCopy::new(nix, url.parse().expect("a store")))
 }
 
 fn calls(folder: &TempDir) -> Vec<String> {
@@ -48,12 +48,12 @@ fn info(n: u8) -> PathInfo {
     }
 }
 
-async fn send_all(copy: &Copy, infos: &[PathInfo]) -> Vec<Option<String>> {
-    let (file, meter) = (Path::new("/nonexistent"), Meter::default());
+async fn send_all(copy: &StoreCopy, infos: &[PathInfo]) -> Vec<Option<String>> {
+    let (file, counter) = (Path::new("/nonexistent"), ByteCounter::default());
     let sent = futures_util::future::join_all(
         infos
             .iter()
-            .map(|info| copy.send(info, file.into(), &meter)),
+            .map(|info| copy.send(info, file.into(), &counter)),
     )
     .await;
     sent.into_iter()
@@ -141,7 +141,7 @@ async fn one_bad_path_does_not_take_the_others_along() {
 }
 
 #[tokio::test]
-async fn a_store_that_is_away_is_not_asked_path_by_path() {
+async fn an_unavailable_store_is_not_queried_path_by_path() {
     let (folder, copy) = store("s3://bucket", "echo 'error: no route to host' >&2; exit 1").await;
     let sent = send_all(&copy, &[info(1), info(2), info(3)]).await;
     assert!(
@@ -194,7 +194,7 @@ async fn a_body_is_fetched_and_judged_by_nix() {
     ] {
         let (folder, copy) = store("file:///srv/nix", answers).await;
         let body = copy.check_body(&nar_info(info(1))).await.expect("judged");
-        assert_eq!(body == Body::Good, good, "{body:?}");
+        assert_eq!(body == BodyCheck::Good, good, "{body:?}");
         assert_eq!(
             calls(&folder),
             [format!(

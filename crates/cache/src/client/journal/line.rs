@@ -1,7 +1,7 @@
-//! The journal's lines: how they are written, and what a file of them comes to, however it was cut. Pure.
+//! The journal's lines: how they are written, and how a file is read, even one that was cut off. Pure.
 //!
-//! A line is a line break, eight bytes of its text's SHA-256 in hexadecimal, a space, and JSON. A line whose sum does
-//! not fit was torn and does not count.
+//! A line is a line break, eight bytes of the text's SHA-256 in hexadecimal, a space, and the text, which is JSON. A
+//! line with a wrong sum was torn and does not count.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,22 +11,22 @@ use sha2::{Digest as _, Sha256};
 
 use flywheel_nix::store_path::StorePath;
 
-/// The format; others are let be until they are too old.
+/// The version of the format. Journals of other versions are ignored until they are too old.
 const VERSION: u32 = 1;
 
-/// How far a path has come. A state only ever rises, so that the order of lines does not matter.
+/// The state of a path. It only rises, so the order of lines does not matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Step {
-    /// A process of the job means to add it.
+    /// A process of the job is about to add the path.
     Expected,
-    /// It is valid, and wanted in the cache.
+    /// The path is valid, and wanted in the cache.
     Seen,
-    /// The cache does not have it.
+    /// The cache lacks the path, and it will be sent.
     Planned,
-    /// The cache has it.
+    /// The cache has the path.
     Uploaded,
-    /// The cache was seen to serve it, or it is left out on purpose.
+    /// The cache was seen to serve the path, or it is left out on purpose.
     Settled,
 }
 
@@ -39,7 +39,7 @@ pub(super) struct Entry {
     step: Option<Step>,
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     paths: Vec<String>,
-    /// Since when a path of an earlier job is unsettled.
+    /// Since when a path of an earlier job is unsettled (seconds since 1970).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     since: Option<u64>,
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
@@ -115,9 +115,9 @@ fn sum(text: &str) -> String {
     sum
 }
 
-/// What a journal holds.
+/// The content of a journal.
 #[derive(Debug, Default)]
-pub(super) struct Read {
+pub(super) struct JournalContent {
     pub cache: Option<String>,
     pub mark: Option<i64>,
     pub begun: Option<u64>,
@@ -125,9 +125,10 @@ pub(super) struct Read {
     paths: BTreeMap<StorePath, (Step, u64)>,
 }
 
-impl Read {
-    pub(super) fn of(text: &[u8]) -> Self {
+impl JournalContent {
+    pub(super) fn parse(text: &[u8]) -> Self {
         let mut read = Self::default();
+        // Torn lines have no valid sum and are dropped here.
         for entry in text.split(|byte| *byte == b'\n').filter_map(Entry::parse) {
             read.take(entry);
         }
@@ -135,11 +136,14 @@ impl Read {
     }
 
     fn take(&mut self, entry: Entry) {
+        // A journal in another version's format keeps no cache name here, so no job takes it up.
         if let Some(begin) = entry.begin.filter(|begin| begin.version == VERSION) {
             (self.cache, self.mark, self.begun) = (Some(begin.cache), begin.mark, Some(begin.at));
         }
         self.ended |= entry.end;
         let Some(step) = entry.step else { return };
+        // A path of an earlier job keeps its date, and all others count from the beginning of this job. A date that
+        // moved with each job would keep paths that cannot be published for ever.
         let since = entry.since.or(self.begun).unwrap_or_default();
         for path in entry
             .paths
@@ -147,11 +151,12 @@ impl Read {
             .filter_map(|name| StorePath::from_base_name(name).ok())
         {
             let known = self.paths.entry(path).or_insert((step, since));
+            // The highest state and the earliest date win, so the order of the lines does not matter.
             *known = (known.0.max(step), known.1.min(since));
         }
     }
 
-    /// The paths that are wanted in the cache and not settled, and since when.
+    /// The paths that are wanted in the cache but not settled, and since when.
     pub(super) fn seen(&self) -> impl Iterator<Item = (StorePath, u64)> {
         let unsettled = self
             .paths
@@ -160,7 +165,7 @@ impl Read {
         unsettled.map(|(path, (_, since))| (path.clone(), *since))
     }
 
-    /// The paths that may have become valid without being seen: none after an end in order.
+    /// The paths that may have become valid without being seen: none in a journal that was closed.
     pub(super) fn expected(&self) -> impl Iterator<Item = StorePath> {
         let expected = self
             .paths

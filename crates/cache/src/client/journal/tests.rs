@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use fastrand::Rng;
 
-use super::line::{Entry, Read, Step};
+use super::line::{Entry, JournalContent, Step};
 use super::*;
 
 const CACHE: &str = "http://cache.example/main";
@@ -26,7 +26,10 @@ fn files(folder: &Folder) -> Vec<PathBuf> {
         .flatten()
         .map(|entry| entry.path());
     entries
-        .filter(|path| path.extension().is_some_and(|ending| ending == ENDING))
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == EXTENSION)
+        })
         .collect()
 }
 
@@ -37,8 +40,8 @@ fn names(left: &Left) -> Vec<String> {
         .collect()
 }
 
-/// Every path walks its states in order; the paths' walks are interleaved at random, the file is cut at
-/// a random byte, and garbage may follow. What is left is exactly what whole lines say.
+/// Every path goes through its states in order; the paths are interleaved at random, the file is cut at a random byte,
+/// and garbage may follow. What is left is exactly the content of the complete lines.
 #[test]
 fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
     let steps = [
@@ -52,8 +55,8 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
         let mut rng = Rng::with_seed(seed);
         let mut text = Entry::begin(CACHE, Some(7), 1000).to_line();
         let header = text.len();
-        // Where each line ends, and what it says.
-        let mut said: Vec<(usize, usize, Step)> = Vec::new();
+        // Each line's end in the file, its path and its state.
+        let mut written: Vec<(usize, usize, Step)> = Vec::new();
         let mut walks: Vec<(usize, usize, usize)> = (0..rng.usize(1..12))
             .map(|n| (n, rng.usize(0..2), 0))
             .collect();
@@ -67,25 +70,25 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
                 continue;
             }
             text.push_str(&Entry::paths(steps[next], &[path(n).base_name()]).to_line());
-            said.push((text.len(), n, steps[next]));
+            written.push((text.len(), n, steps[next]));
             walks[at].1 += 1;
         }
         let cut = rng.usize(header..=text.len());
         let mut bytes = text.as_bytes()[..cut].to_vec();
         if rng.bool() {
-            // A torn line begins with its line break, too.
+            // A torn line begins with a line break, too.
             bytes.push(b'\n');
             bytes.extend((0..rng.usize(0..40)).map(|_| rng.u8(..)));
-            // What another write adds after the torn one counts.
+            // A line that is written after the torn one counts.
             bytes.extend(
                 Entry::paths(Step::Seen, &[path(99).base_name()])
                     .to_line()
                     .bytes(),
             );
-            said.push((cut, 99, Step::Seen));
+            written.push((cut, 99, Step::Seen));
         }
         let mut states: BTreeMap<usize, Step> = BTreeMap::new();
-        for (_, n, step) in said.iter().filter(|(end, ..)| *end <= cut) {
+        for (_, n, step) in written.iter().filter(|(end, ..)| *end <= cut) {
             let state = states.entry(*n).or_insert(*step);
             *state = (*state).max(*step);
         }
@@ -98,7 +101,7 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
             paths.sort();
             paths
         };
-        let read = Read::of(&bytes);
+        let read = JournalContent::parse(&bytes);
         let seen: Vec<StorePath> = read.seen().map(|(path, _)| path).collect();
         assert_eq!(
             seen,
@@ -123,7 +126,7 @@ fn a_line_with_one_byte_changed_does_not_count() {
     for at in 1..line.len() {
         let mut bytes = line.clone().into_bytes();
         bytes[at] ^= 1;
-        assert_eq!(Read::of(&bytes).seen().count(), 0, "byte {at}");
+        assert_eq!(JournalContent::parse(&bytes).seen().count(), 0, "byte {at}");
     }
 }
 
@@ -140,7 +143,7 @@ fn the_next_job_takes_up_what_a_killed_one_left() {
         folder.left(CACHE).expect("read").is_empty(),
         "its job is alive"
     );
-    // As a kill would: the lock goes, the file stays.
+    // As after a kill: the lock is released, and the file stays.
     drop(journal);
     assert!(
         folder

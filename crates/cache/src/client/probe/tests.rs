@@ -1,4 +1,4 @@
-//! Each way in which a cache is of no use, named and within its time.
+//! Each way in which a cache cannot be used: it is named, and found within the deadline.
 
 use super::*;
 use crate::client::fake::{Fake, GOOD, PULL_ONLY, PUSH_ONLY};
@@ -70,7 +70,7 @@ async fn a_plain_nix_cache_is_usable() {
 }
 
 #[tokio::test]
-async fn refusals_say_whether_a_token_is_missing_or_wrong() {
+async fn a_refusal_shows_whether_a_token_is_missing_or_wrong() {
     let fake = Fake::start().await;
     let none = of(&fake, None).await;
     assert_eq!(failed(&none).0, Layer::Authorised);
@@ -160,7 +160,7 @@ async fn plain_http_behind_an_https_address_is_a_matter_of_tls() {
     assert_eq!(failed(&probe).0, Layer::Tls, "{probe:?}");
 }
 
-/// A listener whose queue is full drops further SYNs, which is what a firewall looks like.
+/// A listener with a full queue drops further SYNs, as a firewall does.
 #[tokio::test]
 async fn dropped_connections_are_bounded() {
     let listener = tokio::net::TcpSocket::new_v4().expect("socket");

@@ -1,25 +1,27 @@
-//! How many uploads go at once: fewer when the server is troubled, more while it is quick. Pure.
+//! The limit of concurrent uploads: it falls on errors and rises while the server is fast. Pure.
 
 use std::time::Duration;
 
-/// A server whose answers take this much longer than its best is not given more to do.
+/// When the mean duration exceeds the best mean by this factor, the limit falls instead of rising.
 const SLOWER: f64 = 2.0;
-/// Weight of the newest answer in the running mean.
+/// The weight of the newest upload in the running mean.
 const WEIGHT: f64 = 0.2;
 
-/// The limit of uploads at once. Grows by one after as many good answers as it is wide, and
-/// halves on trouble. SQLite servers get slower beyond five, which the times show.
+/// Additive increase, multiplicative decrease: after as many successes as the limit it rises by one, and an error
+/// halves it. Servers on SQLite get slower beyond five concurrent uploads; the durations show it, and the limit falls.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct ConcurrencyLimit {
     limit: usize,
     most: usize,
+    /// Successes since the last change of the limit.
     good: usize,
-    /// Seconds, running mean and the best mean seen, of small uploads.
+    /// The running mean of the durations of small uploads, in seconds.
     mean: Option<f64>,
+    /// The best mean so far, in seconds.
     best: f64,
 }
 
-impl Pace {
+impl ConcurrencyLimit {
     pub(super) fn new(start: usize, most: usize) -> Self {
         Self {
             limit: start.clamp(1, most.max(1)),
@@ -34,8 +36,8 @@ impl Pace {
         self.limit
     }
 
-    /// An upload went well. `small`: whether its time says something of the server and not of the line.
-    pub(super) fn went_well(&mut self, took: Duration, small: bool) {
+    /// `small`: whether the duration depends on the server rather than on the bandwidth.
+    pub(super) fn on_success(&mut self, took: Duration, small: bool) {
         if small {
             let took = took.as_secs_f64();
             let mean = self.mean.map_or(took, |mean| mean + WEIGHT * (took - mean));
@@ -43,10 +45,12 @@ impl Pace {
             self.best = self.best.min(mean);
         }
         self.good += 1;
+        // The limit changes once in a round, that is, when every slot has been used about once.
         if self.good < self.limit {
             return;
         }
         self.good = 0;
+        // Much slower than at its best, the server is saturated, although nothing fails.
         if self.mean.is_some_and(|mean| mean > self.best * SLOWER) {
             self.limit = (self.limit - 1).max(1);
         } else {
@@ -54,8 +58,8 @@ impl Pace {
         }
     }
 
-    /// The server asked for less, or failed.
-    pub(super) fn trouble(&mut self) {
+    /// The server failed, or asked for fewer requests.
+    pub(super) fn on_error(&mut self) {
         self.limit = (self.limit / 2).max(1);
         self.good = 0;
     }
@@ -66,30 +70,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn grows_while_quick_and_shrinks_on_trouble() {
-        let mut pace = Pace::new(4, 8);
+    fn grows_while_fast_and_shrinks_on_errors() {
+        let mut concurrency = ConcurrencyLimit::new(4, 8);
         for _ in 0..100 {
-            pace.went_well(Duration::from_millis(10), true);
+            concurrency.on_success(Duration::from_millis(10), true);
         }
-        assert_eq!(pace.limit(), 8);
-        pace.trouble();
-        assert_eq!(pace.limit(), 4);
+        assert_eq!(concurrency.limit(), 8);
+        concurrency.on_error();
+        assert_eq!(concurrency.limit(), 4);
         for _ in 0..5 {
-            pace.trouble();
+            concurrency.on_error();
         }
-        assert_eq!(pace.limit(), 1);
+        assert_eq!(concurrency.limit(), 1);
     }
 
     #[test]
     fn a_server_that_gets_slower_is_given_less() {
-        let mut pace = Pace::new(4, 16);
+        let mut concurrency = ConcurrencyLimit::new(4, 16);
         for _ in 0..10 {
-            pace.went_well(Duration::from_millis(10), true);
+            concurrency.on_success(Duration::from_millis(10), true);
         }
-        let before = pace.limit();
+        let before = concurrency.limit();
         for _ in 0..200 {
-            pace.went_well(Duration::from_millis(80), true);
+            concurrency.on_success(Duration::from_millis(80), true);
         }
-        assert!(pace.limit() < before, "{} of {before}", pace.limit());
+        assert!(
+            concurrency.limit() < before,
+            "{} of {before}",
+            concurrency.limit()
+        );
     }
 }

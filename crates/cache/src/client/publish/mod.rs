@@ -1,8 +1,8 @@
-//! The publisher: takes paths while the build runs, and drains at its end. Never decides whether
-//! to publish: it cannot be started without a permit.
+//! The publisher: accepts paths while the build runs, and drains at its end. It never decides whether to publish:
+//! starting it requires a permit.
 //!
-//! One task owns all state and never waits for the network: questions and uploads are jobs of
-//! their own, bounded in number, and all of them are ended before the publisher is.
+//! One task owns all state and never waits for the network: queries and uploads are jobs of their own, bounded in
+//! number, and all of them end before the publisher does.
 
 mod concurrency;
 mod outcome;
@@ -18,9 +18,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-pub use self::outcome::{Counts, Final, Outcome, Settled, Skip, Withheld};
+pub use self::outcome::{Counts, Final, Outcome, PathOutcome, Skip, Withheld};
 
-use self::work::Work;
+use self::work::PublisherTask;
 use crate::client::attic::CacheConfig;
 use crate::client::destination::Target;
 use crate::client::inspect::Inspector;
@@ -31,38 +31,38 @@ use flywheel_core::trust::PublishPermit;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::STORE_DIR;
 
-/// Offers that may wait; the task takes them at once, so that this is never full for long.
+/// Offers in the channel. The task receives them at once, so it is never full for long.
 const OFFERS: usize = 64;
 
-/// How the publisher goes about it. The default is right for a job.
+/// The publisher's settings. The default is meant for a job.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Keys of caches upstream, by name: what they have signed is not published. The cache's own
-    /// list is added.
+    /// Names of the keys of upstream caches: paths that they have signed are not published. The cache's own list is
+    /// added.
     pub upstream_keys: Vec<String>,
-    /// What the cache says of itself, where the probe has asked already.
+    /// The cache's description, if the probe has already fetched it.
     pub config: Option<CacheConfig>,
-    /// The folder where store paths lie on disk, which for a chroot store is not `/nix/store`.
+    /// The folder of the store paths on disk, which for a chroot store is not `/nix/store`.
     pub store: PathBuf,
-    /// Tries of each path, and the waits between.
+    /// The tries of each path, and the waits between them.
     pub policy: Policy,
-    /// Uploads at once in the beginning.
-    pub uploads: usize,
-    /// Uploads at once at most.
-    pub most_uploads: usize,
-    /// Large uploads at once, so that small ones flow beside them.
+    /// The limit of concurrent uploads at the start.
+    pub initial_uploads: usize,
+    /// The highest limit of concurrent uploads.
+    pub max_uploads: usize,
+    /// The limit of concurrent large uploads, so that small ones are not held up.
     pub large_uploads: usize,
-    /// Without a new path for this long, the cache is asked about those that came.
-    pub quiet: Duration,
-    /// After this long it is asked in any case.
-    pub longest: Duration,
-    /// How long a server that is away is left alone between two looks at it, at most.
-    pub revisit: Duration,
-    /// When nothing but a server that is away is waited for, it is waited for this long.
-    pub give_up: Duration,
-    /// Where it is written down what was planned and sent.
+    /// After this long without a new path, the cache is queried for the offered ones.
+    pub debounce: Duration,
+    /// After this long the cache is queried even while more paths are offered.
+    pub max_delay: Duration,
+    /// The longest wait between two checks of an unavailable server.
+    pub max_check_interval: Duration,
+    /// During the drain, publishing is given up when the server has been unavailable for this long.
+    pub give_up_after: Duration,
+    /// Records the planned and uploaded paths.
     pub journal: Journal,
-    /// Who looks at each path before it goes, if anybody does.
+    /// Applies the publication policy to each path before it is sent.
     pub inspector: Option<Arc<Inspector>>,
 }
 
@@ -77,15 +77,15 @@ impl Default for Options {
                 attempts: 8,
                 ..Policy::CACHE
             },
-            uploads: 4,
-            most_uploads: 16,
+            initial_uploads: 4,
+            max_uploads: 16,
             large_uploads: 2,
-            // The watcher tells of a build that never pauses at a pace slower than `quiet`, so that each of its
-            // batches is asked about by itself; `longest` is for whoever offers without a pause.
-            quiet: Duration::from_millis(5),
-            longest: Duration::from_millis(200),
-            revisit: Duration::from_secs(5),
-            give_up: Duration::from_secs(60),
+            // While a build adds paths without a pause, the store watcher reports them in batches that are farther
+            // apart than `debounce`, so each batch is one query. `max_delay` is for callers that offer without a pause.
+            debounce: Duration::from_millis(5),
+            max_delay: Duration::from_millis(200),
+            max_check_interval: Duration::from_secs(5),
+            give_up_after: Duration::from_secs(60),
             journal: Journal::default(),
             inspector: None,
         }
@@ -108,7 +108,7 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Starts: the cache is asked at once whether we may push, while the build goes on.
+    /// Starts the task. It checks at once, in the background, whether the token may push.
     #[must_use]
     pub fn start(
         _permit: &PublishPermit,
@@ -117,25 +117,27 @@ impl Publisher {
         sink: Sink,
     ) -> Self {
         let (commands, receiver) = mpsc::channel(OFFERS);
-        let task = tokio::spawn(Box::pin(Work::new(to.into(), options, sink).run(receiver)));
+        let task = tokio::spawn(Box::pin(
+            PublisherTask::new(to.into(), options, sink).run(receiver),
+        ));
         Self {
             commands,
             task: AbortOnDropHandle::new(task),
         }
     }
 
-    /// Hands paths on, at any time. Offering a path again changes nothing. A path goes only when
-    /// everything it refers to is in the cache, signed upstream or sent: so offer closures, in
-    /// one call or in several, in any order.
+    /// Adds paths to publish, at any time. Offering a path again changes nothing. A path is sent only after everything
+    /// that it refers to is in the cache, signed upstream or sent: so offer complete closures, in one call or in
+    /// several, in any order.
     pub async fn offer(&self, infos: Vec<PathInfo>) {
-        // It is gone only after a panic, which `drain` reports.
+        // The task has gone only after a panic, which `drain` reports.
         let _ = self.commands.send(Command::Offer(infos)).await;
     }
 
-    /// Publishes what is left, small paths first, until `deadline`; `cancel` ends it at once.
-    /// Every path that was offered is in the outcome.
+    /// Publishes the remaining paths, small ones first, until `deadline`; `cancel` ends it at once. The outcome has
+    /// every path that was offered.
     pub async fn drain(self, deadline: Instant, cancel: CancellationToken) -> Outcome {
-        // As above.
+        // As in `offer`.
         let _ = self
             .commands
             .send(Command::Drain { deadline, cancel })

@@ -1,4 +1,4 @@
-//! What became of each path, and the sums.
+//! The outcome of each path, and the sums over all of them.
 
 use std::fmt;
 use std::time::Duration;
@@ -7,14 +7,14 @@ use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
 
-/// Why a path is not published on purpose.
+/// Why a path is left out on purpose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Skip {
-    /// A cache upstream has signed it with the key of this name.
+    /// An upstream cache has signed the path, with the key of this name.
     Upstream(String),
-    /// It is a store derivation that no published path refers to.
+    /// The path is a store derivation that no published path refers to.
     Derivation,
-    /// It was deleted from the store before it was sent.
+    /// The path was deleted from the store before it was sent.
     Vanished,
 }
 
@@ -23,17 +23,17 @@ impl fmt::Display for Skip {
         match self {
             Self::Upstream(key) => write!(f, "signed by `{key}`"),
             Self::Derivation => f.write_str("a store derivation"),
-            Self::Vanished => f.write_str("deleted from the store meanwhile"),
+            Self::Vanished => f.write_str("deleted from the store before it was sent"),
         }
     }
 }
 
-/// Why the publication policy keeps a path back.
+/// Why the publication policy withholds a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Withheld {
-    /// It breaks rules, here.
+    /// The path itself violates rules.
     Found(Vec<Finding>),
-    /// It refers to this one, which does.
+    /// The path refers to this one, which violates rules.
     Refers(StorePath),
 }
 
@@ -55,33 +55,31 @@ impl fmt::Display for Withheld {
     }
 }
 
-/// What became of a path in the end.
+/// The final state of a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Final {
-    /// It was sent, and the cache took it.
+    /// The path was sent, and the cache stored it.
     Published,
-    /// The cache had it already.
+    /// The cache had the path before it was sent.
     AlreadyThere,
-    /// It is not published on purpose.
+    /// The path is left out on purpose.
     Skipped(Skip),
-    /// The policy keeps it back.
     Withheld(Withheld),
-    /// It could not be published.
     Failed {
-        /// Why, one line.
+        /// One line.
         reason: String,
-        /// Tries in all; none if something it refers to has failed.
+        /// All tries; 0 if a path that it refers to has failed.
         attempts: u32,
     },
-    /// It was not settled in time.
+    /// Publishing ended before the path was decided.
     Left {
-        /// Why, one line.
+        /// One line.
         reason: String,
     },
 }
 
 impl Final {
-    /// Whether what refers to this path may be published.
+    /// Whether paths that refer to this one may be published.
     pub(super) fn is_good(&self) -> bool {
         matches!(
             self,
@@ -89,12 +87,12 @@ impl Final {
         )
     }
 
-    /// Whether the cache should now serve it.
+    /// Whether the cache should now serve the path.
     pub fn is_served(&self) -> bool {
         matches!(self, Self::Published | Self::AlreadyThere)
     }
 
-    /// Whether it should have been published and was not, and why.
+    /// The reason, for a path that should have been published and was not.
     pub fn lost(&self) -> Option<&str> {
         match self {
             Self::Failed { reason, .. } | Self::Left { reason } => Some(reason),
@@ -102,7 +100,6 @@ impl Final {
         }
     }
 
-    /// Why the policy keeps it back, if it does.
     pub fn withheld(&self) -> Option<&Withheld> {
         match self {
             Self::Withheld(why) => Some(why),
@@ -111,49 +108,40 @@ impl Final {
     }
 }
 
-/// A path and what became of it.
+/// A path and its final state.
 #[derive(Clone, Debug)]
-pub struct Settled {
-    /// The path's facts.
+pub struct PathOutcome {
     pub info: PathInfo,
-    /// What became of it.
     pub end: Final,
 }
 
-/// What became of all paths, in the order in which they were offered.
+/// The outcome of publishing.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    /// Each path that was offered.
-    pub paths: Vec<Settled>,
-    /// Why publishing as a whole was given up, if it was.
+    /// Every path that was offered, in that order.
+    pub paths: Vec<PathOutcome>,
+    /// The reason, if publishing as a whole was given up.
     pub stopped: Option<String>,
-    /// NAR bytes sent, repetitions included.
+    /// NAR bytes sent, retries included.
     pub bytes: u64,
-    /// Requests that were tried again.
+    /// Requests that were retried.
     pub retries: u64,
     /// From the start to the end of the drain.
     pub elapsed: Duration,
 }
 
-/// The sums of an outcome.
+/// The number of paths in each final state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Sent and taken.
     pub published: u64,
-    /// There before.
     pub already_there: u64,
-    /// Not published on purpose.
     pub skipped: u64,
-    /// Kept back by the policy.
     pub withheld: u64,
-    /// Not published though tried.
     pub failed: u64,
-    /// Not settled in time.
     pub left: u64,
 }
 
 impl Outcome {
-    /// The sums.
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         for path in &self.paths {
@@ -177,7 +165,7 @@ impl Outcome {
             .map(|path| &path.info)
     }
 
-    /// The paths that the policy keeps back, and why.
+    /// The paths that the policy withholds, with the reason.
     pub fn withheld(&self) -> impl Iterator<Item = (&PathInfo, &Withheld)> {
         self.paths
             .iter()

@@ -1,77 +1,76 @@
-//! The graph of paths: what must be asked about, what may be sent now, what waits for what, and
-//! what became of each. Pure: no clock, no I/O.
+//! The graph of paths: which must be queried, which may be sent now, which wait for others, and the final state of
+//! each. Pure: no clock, no I/O.
 //!
-//! A path is sent only when everything it refers to is in the cache, signed upstream, or sent;
-//! so the cache never holds a path whose closure it cannot serve.
+//! A path is sent only when everything that it refers to is in the cache, signed upstream, or sent. So the cache never
+//! holds a path with an incomplete closure.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
-use crate::client::publish::outcome::{Final, Settled, Skip, Withheld};
+use crate::client::publish::outcome::{Final, PathOutcome, Skip, Withheld};
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::StorePath;
 
 /// A path's number in the plan, by order of appearance.
 pub(super) type Id = usize;
 
-/// From this NAR size on, in bytes, a path is large: few of them go at once, so that small ones flow.
+/// From this NAR size on, in bytes, a path is large: few of them are sent at once, so that small ones are not held up.
 pub(super) const LARGE: u64 = 16 * 1024 * 1024;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum State {
-    /// The cache is to be asked about it.
-    Unasked,
-    /// The cache is being asked.
-    Asking,
-    /// The cache does not have it, and something that it refers to is not settled.
+enum PathState {
+    Unqueried,
+    /// A query for the path is under way.
+    Querying,
+    /// The cache lacks the path, and a path that it refers to is not settled.
     Waiting,
-    /// It may be sent.
+    /// The path may be sent.
     Ready,
-    /// It is being sent.
     Sending,
-    /// It failed, and rests before the next try.
-    Resting,
-    /// Only referred to; the cache does not have it, and nobody has offered it.
-    Foreign,
-    /// It is decided.
+    /// A try failed, and the next one has to wait.
+    BackingOff,
+    /// Other paths refer to the path, the cache lacks it, and it was never offered.
+    NotOffered,
     Settled(Final),
 }
 
 #[derive(Debug)]
 struct Node {
     path: StorePath,
-    /// Its facts, once it was offered.
+    /// `None` until the path is offered.
     info: Option<PathInfo>,
-    state: State,
-    /// References that are not good yet.
+    state: PathState,
+    /// References that are not settled well yet.
     waits: usize,
+    /// The paths that refer to this one.
     dependents: Vec<Id>,
-    /// Set when a reference can never be good.
+    /// The path's end, once a reference has failed for good.
     blocked: Option<Final>,
     attempts: u32,
-    /// An attempt ended in the dark, so that "the cache has it" would mean that we have published it.
-    in_the_dark: bool,
+    /// An upload's response was lost. If the cache then has the path, this upload counts as having published it.
+    response_lost: bool,
+    /// The path has been read from disk a second time.
     reread: bool,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Plan {
+pub(super) struct UploadPlan {
     nodes: Vec<Node>,
     index: HashMap<StorePath, Id>,
     upstream: HashSet<String>,
-    unasked: VecDeque<Id>,
+    unqueried: VecDeque<Id>,
     small: BTreeSet<(u64, Id)>,
     large: BTreeSet<(u64, Id)>,
     offered: u64,
     settled: u64,
 }
 
-impl Plan {
-    /// Names of keys whose signature makes a path an upstream cache's business.
+impl UploadPlan {
+    /// Skips paths that are signed with one of these keys, given by name.
     pub(super) fn trust_upstream(&mut self, keys: impl IntoIterator<Item = String>) {
         self.upstream.extend(keys);
     }
 
-    /// Takes a path in. Offering it again changes nothing.
+    /// Adds a path. Offering it again changes nothing.
     pub(super) fn offer(&mut self, info: PathInfo) {
         let id = self.node(&info.path);
         if self.nodes[id].info.is_some() {
@@ -88,19 +87,20 @@ impl Plan {
             .find(|key| self.upstream.contains(key));
         let derivation = info.path.is_derivation();
         node.info = Some(info);
-        if matches!(node.state, State::Settled(_)) {
+        // Settled before its offer: a dependent had it queried, and the cache has it.
+        if matches!(node.state, PathState::Settled(_)) {
             self.settled += 1;
         } else if let Some(key) = upstream {
             self.settle(id, Final::Skipped(Skip::Upstream(key)));
         } else if derivation && node.dependents.is_empty() {
             self.settle(id, Final::Skipped(Skip::Derivation));
         } else {
-            self.want(id);
+            self.add_references(id);
         }
     }
 
-    /// Has the cache asked about a path, and its references taken in.
-    fn want(&mut self, id: Id) {
+    /// Adds the path's references to the graph; the cache is queried for those that are new.
+    fn add_references(&mut self, id: Id) {
         let Some(info) = &self.nodes[id].info else {
             return;
         };
@@ -108,6 +108,7 @@ impl Plan {
         let references: BTreeSet<StorePath> = info
             .references
             .iter()
+            // A path may refer to itself, which is no dependency.
             .filter(|path| **path != own)
             .cloned()
             .collect();
@@ -115,15 +116,17 @@ impl Plan {
             let reference = self.node(&path);
             self.nodes[reference].dependents.push(id);
             match &self.nodes[reference].state {
-                State::Settled(end) if end.is_good() => continue,
-                State::Settled(Final::Skipped(Skip::Derivation)) => {
-                    // It is needed after all.
+                // Nothing has to wait for a path that is there.
+                PathState::Settled(end) if end.is_good() => continue,
+                // A store derivation is skipped until a path refers to it; now it is needed.
+                PathState::Settled(Final::Skipped(Skip::Derivation)) => {
                     self.settled -= 1;
-                    self.nodes[reference].state = State::Unasked;
-                    self.unasked.push_back(reference);
-                    self.want(reference);
+                    self.nodes[reference].state = PathState::Unqueried;
+                    self.unqueried.push_back(reference);
+                    self.add_references(reference);
                 }
-                State::Settled(end) => {
+                // The path can never be sent, but the cache may already have it, so it is queried all the same.
+                PathState::Settled(end) => {
                     let end = blocked_by(&path, end);
                     self.nodes[id].blocked.get_or_insert(end);
                 }
@@ -131,8 +134,9 @@ impl Plan {
             }
             self.nodes[id].waits += 1;
         }
-        if self.nodes[id].state == State::Foreign {
-            self.missing(id);
+        // The query for it came back before the offer.
+        if self.nodes[id].state == PathState::NotOffered {
+            self.on_missing(id);
         }
     }
 
@@ -144,62 +148,64 @@ impl Plan {
         self.nodes.push(Node {
             path: path.clone(),
             info: None,
-            state: State::Unasked,
+            state: PathState::Unqueried,
             waits: 0,
             dependents: Vec::new(),
             blocked: None,
             attempts: 0,
-            in_the_dark: false,
+            response_lost: false,
             reread: false,
         });
         self.index.insert(path.clone(), id);
-        self.unasked.push_back(id);
+        // Paths that are only referred to are queried, too: what refers to them waits until it is known to be there.
+        self.unqueried.push_back(id);
         id
     }
 
-    /// The path of this number.
     pub(super) fn path(&self, id: Id) -> &StorePath {
         &self.nodes[id].path
     }
 
-    /// How many paths the cache is to be asked about.
-    pub(super) fn unasked(&self) -> usize {
-        self.unasked.len()
+    pub(super) fn unqueried(&self) -> usize {
+        self.unqueried.len()
     }
 
-    /// The next paths to ask about, at most `most`.
-    pub(super) fn ask(&mut self, most: usize) -> Vec<(Id, StorePath)> {
+    /// The next paths to query, at most `limit`.
+    pub(super) fn next_query(&mut self, limit: usize) -> Vec<(Id, StorePath)> {
         let mut batch = Vec::new();
-        while batch.len() < most {
-            let Some(id) = self.unasked.pop_front() else {
+        while batch.len() < limit {
+            let Some(id) = self.unqueried.pop_front() else {
                 break;
             };
-            // Skipped or settled meanwhile.
-            if self.nodes[id].state == State::Unasked {
-                self.nodes[id].state = State::Asking;
+            // Others were skipped or settled while they were queued.
+            if self.nodes[id].state == PathState::Unqueried {
+                self.nodes[id].state = PathState::Querying;
                 batch.push((id, self.nodes[id].path.clone()));
             }
         }
         batch
     }
 
-    /// Asks again about a path: an answer did not come, or a rest is over.
-    pub(super) fn ask_again(&mut self, id: Id) {
-        if matches!(self.nodes[id].state, State::Asking | State::Resting) {
-            self.nodes[id].state = State::Unasked;
-            self.unasked.push_back(id);
+    /// Queries a path again: its query failed, or its wait is over.
+    pub(super) fn requery(&mut self, id: Id) {
+        if matches!(
+            self.nodes[id].state,
+            PathState::Querying | PathState::BackingOff
+        ) {
+            self.nodes[id].state = PathState::Unqueried;
+            self.unqueried.push_back(id);
         }
     }
 
-    /// The cache's answer about a path.
-    pub(super) fn answered(&mut self, id: Id, is_missing: bool) {
-        if self.nodes[id].state != State::Asking {
+    pub(super) fn on_query_result(&mut self, id: Id, is_missing: bool) {
+        // The path was settled while the query was under way, for example as signed upstream.
+        if self.nodes[id].state != PathState::Querying {
             return;
         }
         if is_missing {
-            self.missing(id);
+            self.on_missing(id);
         } else {
-            let end = if self.nodes[id].in_the_dark {
+            let end = if self.nodes[id].response_lost {
                 Final::Published
             } else {
                 Final::AlreadyThere
@@ -208,23 +214,25 @@ impl Plan {
         }
     }
 
-    fn missing(&mut self, id: Id) {
+    /// The cache lacks the path. A blocked path ends only here: until the cache has been queried, the path may still
+    /// be there.
+    fn on_missing(&mut self, id: Id) {
         let node = &mut self.nodes[id];
         if node.info.is_none() {
-            node.state = State::Foreign;
+            node.state = PathState::NotOffered;
         } else if let Some(end) = node.blocked.clone() {
             self.settle(id, end);
         } else if node.waits == 0 {
             self.ready(id);
         } else {
-            node.state = State::Waiting;
+            node.state = PathState::Waiting;
         }
     }
 
-    /// Puts a path where it can be picked.
+    /// Queues a path to be sent.
     pub(super) fn ready(&mut self, id: Id) {
         let size = self.size(id);
-        self.nodes[id].state = State::Ready;
+        self.nodes[id].state = PathState::Ready;
         let queue = if size >= LARGE {
             &mut self.large
         } else {
@@ -233,12 +241,12 @@ impl Plan {
         queue.insert((size, id));
     }
 
-    /// Whether a path is waiting to be sent, small and large.
+    /// Whether a small and whether a large path is ready to be sent.
     pub(super) fn ready_sizes(&self) -> (bool, bool) {
         (!self.small.is_empty(), !self.large.is_empty())
     }
 
-    /// Takes the smallest of the small or of the large paths, to be sent.
+    /// Takes the smallest ready path, of the small or of the large ones.
     pub(super) fn take(&mut self, large: bool) -> Option<(Id, PathInfo)> {
         let queue = if large {
             &mut self.large
@@ -246,50 +254,53 @@ impl Plan {
             &mut self.small
         };
         let (_, id) = queue.pop_first()?;
-        self.nodes[id].state = State::Sending;
+        self.nodes[id].state = PathState::Sending;
         self.nodes[id].attempts += 1;
         self.nodes[id].info.clone().map(|info| (id, info))
     }
 
-    /// Tries so far.
     pub(super) fn attempts(&self, id: Id) -> u32 {
         self.nodes[id].attempts
     }
 
-    /// Lets a path rest. `counts`: whether the try was its own fault; `in_the_dark`: whether the
-    /// cache may have taken it.
-    pub(super) fn rest(&mut self, id: Id, counts: bool, in_the_dark: bool) {
+    /// Lets a path wait for its next try. `counts`: whether the failed try counts against the path; `response_lost`:
+    /// whether the cache may have stored the path.
+    pub(super) fn back_off(&mut self, id: Id, counts: bool, response_lost: bool) {
         let node = &mut self.nodes[id];
-        node.in_the_dark |= in_the_dark && node.state == State::Sending;
-        node.attempts -= u32::from(!counts && node.state == State::Sending);
-        node.state = State::Resting;
+        // A query sends nothing, so only an upload can have lost a response.
+        node.response_lost |= response_lost && node.state == PathState::Sending;
+        // `take` has already counted the try.
+        node.attempts -= u32::from(!counts && node.state == PathState::Sending);
+        node.state = PathState::BackingOff;
     }
 
-    /// Whether a path's fresh reading is still to be had; it is had once.
+    /// Whether the path may be read from disk again. It may once.
     pub(super) fn reread(&mut self, id: Id) -> bool {
         !std::mem::replace(&mut self.nodes[id].reread, true)
     }
 
-    /// Whether it rests.
-    pub(super) fn is_resting(&self, id: Id) -> bool {
-        self.nodes[id].state == State::Resting
+    pub(super) fn is_backing_off(&self, id: Id) -> bool {
+        self.nodes[id].state == PathState::BackingOff
     }
 
     fn size(&self, id: Id) -> u64 {
         self.nodes[id].info.as_ref().map_or(0, |info| info.nar_size)
     }
 
-    /// Decides a path, and with it what refers to it.
+    /// Settles a path, which may settle or release the paths that refer to it.
     pub(super) fn settle(&mut self, id: Id, end: Final) {
+        // A list instead of recursion, which would be as deep as the chain of references.
         let mut work = vec![(id, end)];
         while let Some((id, end)) = work.pop() {
-            if matches!(self.nodes[id].state, State::Settled(_)) {
+            if matches!(self.nodes[id].state, PathState::Settled(_)) {
                 continue;
             }
+            // A path that is settled while it is queued must not be sent.
             self.small.remove(&(self.size(id), id));
             self.large.remove(&(self.size(id), id));
+            // Progress counts offered paths only, not mere references.
             self.settled += u64::from(self.nodes[id].info.is_some());
-            self.nodes[id].state = State::Settled(end.clone());
+            self.nodes[id].state = PathState::Settled(end.clone());
             for dependent in self.nodes[id].dependents.clone() {
                 if end.is_good() {
                     self.release(dependent);
@@ -306,27 +317,27 @@ impl Plan {
     fn release(&mut self, id: Id) {
         let node = &mut self.nodes[id];
         node.waits = node.waits.saturating_sub(1);
-        if node.waits == 0 && node.state == State::Waiting {
+        if node.waits == 0 && node.state == PathState::Waiting {
             self.ready(id);
         }
     }
 
-    /// Notes that a path can never be sent; says whether that decides it now. While the cache has
-    /// not been asked it may still turn out to be there.
+    /// Records that a path can never be sent. Returns whether that settles it now: not before the cache has been
+    /// queried, because the path may still be there.
     fn block(&mut self, id: Id, end: &Final) -> bool {
         let node = &mut self.nodes[id];
         node.blocked.get_or_insert_with(|| end.clone());
-        node.state == State::Waiting
+        node.state == PathState::Waiting
     }
 
-    /// Paths settled, and paths offered.
+    /// The number of settled paths and of offered paths.
     pub(super) fn progress(&self) -> (u64, u64) {
         (self.settled, self.offered)
     }
 
-    /// Every offered path with what became of it. What is undecided is left for `reason`, or
-    /// failed for want of a reference that nobody offered.
-    pub(super) fn finish(self, reason: &str, in_time: bool) -> Vec<Settled> {
+    /// Every offered path with its final state. Undecided paths are left for `reason`; those that still wait although
+    /// there was enough time (`in_time`) have failed, because a reference was never offered.
+    pub(super) fn finish(self, reason: &str, in_time: bool) -> Vec<PathOutcome> {
         let ends: Vec<Final> = self
             .nodes
             .iter()
@@ -334,19 +345,19 @@ impl Plan {
             .collect();
         let settled = self.nodes.into_iter().zip(ends);
         settled
-            .filter_map(|(node, end)| node.info.map(|info| Settled { info, end }))
+            .filter_map(|(node, end)| node.info.map(|info| PathOutcome { info, end }))
             .collect()
     }
 
     fn end(&self, node: &Node, reason: &str, in_time: bool) -> Final {
         match &node.state {
-            State::Settled(end) => end.clone(),
-            State::Waiting if in_time => {
+            PathState::Settled(end) => end.clone(),
+            PathState::Waiting if in_time => {
                 let references = node.info.iter().flat_map(|info| &info.references);
                 let foreign = references.filter(|path| {
                     self.index
                         .get(path)
-                        .is_some_and(|id| self.nodes[*id].state == State::Foreign)
+                        .is_some_and(|id| self.nodes[*id].state == PathState::NotOffered)
                 });
                 let reason = match foreign.into_iter().next() {
                     Some(path) => format!(
@@ -367,9 +378,9 @@ impl Plan {
     }
 }
 
-/// How a path ends that refers to this one, which ended so.
+/// The end of a path that refers to `path`, which ended with `end`.
 fn blocked_by(path: &StorePath, end: &Final) -> Final {
-    // The reason of a whole chain is the first one: it is the one to act on.
+    // A chain of failures keeps the reason of its first path, because that is the one to act on.
     let reason = match end {
         Final::Withheld(Withheld::Refers(first)) => {
             return Final::Withheld(Withheld::Refers(first.clone()));

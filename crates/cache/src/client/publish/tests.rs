@@ -1,10 +1,10 @@
-//! Stories of publishing to the fake server, each fault with its end.
+//! Publishing to the fake server, with each of its faults.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::client::attic::{Attic, Patience};
+use crate::client::attic::{Attic, StallTimeout};
 use crate::client::fake::{Fake, GOOD, PULL_ONLY, PUSH_ONLY};
 use flywheel_core::progress::Progress;
 use flywheel_core::trust::{Facts, Request, decide};
@@ -27,17 +27,17 @@ fn quick(fake: &Fake) -> Options {
             base: Duration::from_millis(10),
             cap: Duration::from_secs(2),
         },
-        quiet: Duration::from_millis(5),
-        revisit: Duration::from_millis(100),
-        give_up: Duration::from_secs(1),
+        debounce: Duration::from_millis(5),
+        max_check_interval: Duration::from_millis(100),
+        give_up_after: Duration::from_secs(1),
         ..Options::default()
     }
 }
 
-fn impatient(fake: &Fake, token: &str) -> Attic {
-    fake.impatient_attic(
+fn with_short_timeouts(fake: &Fake, token: &str) -> Attic {
+    fake.attic_with_timeout(
         token,
-        Patience {
+        StallTimeout {
             idle: Duration::from_millis(300),
             rate: u64::MAX,
         },
@@ -67,7 +67,7 @@ async fn publish_within(
 
 async fn publish(fake: &Fake, infos: Vec<PathInfo>) -> Outcome {
     publish_within(
-        impatient(fake, GOOD),
+        with_short_timeouts(fake, GOOD),
         quick(fake),
         infos,
         Duration::from_secs(30),
@@ -130,7 +130,7 @@ async fn all_is_published_in_order_and_found_there_again() {
         infos.iter().map(|info| info.nar_size).sum::<u64>()
     );
     assert_eq!(
-        fake.server.questions.load(Ordering::Relaxed),
+        fake.server.queries.load(Ordering::Relaxed),
         2,
         "the preflight and one batch"
     );
@@ -154,7 +154,7 @@ async fn paths_leave_while_the_build_still_runs() {
     let fake = Fake::start().await;
     let publisher = Publisher::start(
         &permit(),
-        impatient(&fake, GOOD),
+        with_short_timeouts(&fake, GOOD),
         quick(&fake),
         Sink::silent(),
     );
@@ -177,8 +177,8 @@ async fn what_upstream_has_signed_and_derivations_stay_here() {
     let fake = Fake::start().await;
     let mut glibc = fake.path("glibc", b"", &[]);
     glibc.signatures = vec!["cache.nixos.org-1:x".into()];
-    let mut told = fake.path("told", b"", &[]);
-    told.signatures = vec!["upstream-1:x".into()];
+    let mut announced = fake.path("announced", b"", &[]);
+    announced.signatures = vec!["upstream-1:x".into()];
     fake.server
         .upstream
         .lock()
@@ -190,7 +190,7 @@ async fn what_upstream_has_signed_and_derivations_stay_here() {
         vec![
             app.clone(),
             glibc.clone(),
-            told,
+            announced,
             fake.path("x.drv", b"", &[]),
         ],
     )
@@ -217,7 +217,7 @@ async fn a_server_that_fails_every_third_time_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_busy_server_is_left_alone_for_as_long_as_it_asks() {
+async fn a_busy_server_gets_the_pause_that_it_requests() {
     let fake = Fake::start().await;
     fake.server.faults().busy = 1;
     let began = Instant::now();
@@ -232,7 +232,7 @@ async fn a_busy_server_is_left_alone_for_as_long_as_it_asks() {
 }
 
 #[tokio::test]
-async fn a_cut_answer_is_asked_about_and_not_sent_twice() {
+async fn after_a_lost_response_the_cache_is_queried_before_sending_again() {
     let fake = Fake::start().await;
     fake.server.faults().cut_after_storing = 1;
     let path = fake.path("cut", b"cut", &[]);
@@ -263,7 +263,7 @@ async fn a_cut_nar_is_read_afresh_once() {
 }
 
 #[tokio::test]
-async fn too_large_for_a_proxy_is_said_and_blocks_only_what_needs_it() {
+async fn a_path_too_large_for_a_proxy_fails_with_what_refers_to_it_alone() {
     let fake = Fake::start().await;
     fake.server.faults().proxy_limit = Some(100_000);
     let large = fake.path("large", &vec![b'x'; 1_000_000], &[]);
@@ -292,9 +292,9 @@ async fn too_large_for_a_proxy_is_said_and_blocks_only_what_needs_it() {
 }
 
 #[tokio::test]
-async fn questions_shrink_to_what_the_server_can_answer() {
+async fn queries_shrink_to_what_the_server_accepts() {
     let fake = Fake::start().await;
-    fake.server.faults().question_limit = Some(20);
+    fake.server.faults().query_limit = Some(20);
     let outcome = publish(&fake, tools(&fake, 99)).await;
     check(&fake, &outcome, published(100));
 }
@@ -303,7 +303,7 @@ async fn questions_shrink_to_what_the_server_can_answer() {
 async fn a_push_only_token_pushes() {
     let fake = Fake::start().await;
     let outcome = publish_within(
-        impatient(&fake, PUSH_ONLY),
+        with_short_timeouts(&fake, PUSH_ONLY),
         quick(&fake),
         tools(&fake, 3),
         Duration::from_secs(10),
@@ -324,7 +324,12 @@ async fn a_refused_token_stops_publishing_with_one_message() {
             }
         })
     };
-    let publisher = Publisher::start(&permit(), impatient(&fake, PULL_ONLY), quick(&fake), sink);
+    let publisher = Publisher::start(
+        &permit(),
+        with_short_timeouts(&fake, PULL_ONLY),
+        quick(&fake),
+        sink,
+    );
     publisher.offer(tools(&fake, 3)).await;
     let began = Instant::now();
     let outcome = publisher
@@ -350,7 +355,7 @@ async fn a_refused_token_stops_publishing_with_one_message() {
 }
 
 #[tokio::test]
-async fn uploads_that_are_refused_while_questions_are_not_end_soon() {
+async fn uploads_that_are_refused_while_queries_are_not_end_soon() {
     let fake = Fake::start().await;
     fake.server.faults().uploads_refused = true;
     let outcome = publish(&fake, tools(&fake, 50)).await;
@@ -372,17 +377,17 @@ async fn a_server_that_restarts_costs_time_and_no_path() {
     fake.server.faults().delay = Duration::from_millis(20);
     let infos = tools(&fake, 60);
     let options = Options {
-        give_up: Duration::from_secs(20),
+        give_up_after: Duration::from_secs(20),
         ..quick(&fake)
     };
     let noticed = CancellationToken::new();
     let notice = noticed.clone();
     let sink = Sink::new(move |event| {
-        if matches!(event, Progress::Note(text) if text.contains("the cache is away")) {
+        if matches!(event, Progress::Note(text) if text.contains("the cache is unavailable")) {
             notice.cancel();
         }
     });
-    let publisher = Publisher::start(&permit(), impatient(&fake, GOOD), options, sink);
+    let publisher = Publisher::start(&permit(), with_short_timeouts(&fake, GOOD), options, sink);
     publisher.offer(infos).await;
     let deadline = Instant::now() + Duration::from_secs(20);
     while fake.server.order.lock().expect("lock").len() < 10 {
@@ -414,7 +419,7 @@ async fn a_dead_server_is_given_up_in_the_drain() {
         outcome
             .stopped
             .as_ref()
-            .is_some_and(|text| text.contains("away for too long")),
+            .is_some_and(|text| text.contains("unavailable for too long")),
         "{:?}",
         outcome.stopped
     );
@@ -446,24 +451,24 @@ async fn a_silent_server_takes_no_longer_than_the_deadline() {
     );
 }
 
-/// `watch-store status` says what is known even when nothing moves any more.
+/// `watch-store status` shows all known paths even when nothing moves any more.
 #[tokio::test]
-async fn all_that_is_known_is_told_while_the_server_is_silent() {
+async fn all_known_paths_are_reported_while_the_server_is_silent() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
         .expect("a port");
-    for greeted in [true, false] {
+    for probed in [true, false] {
         let mut fake = Fake::start().await;
         fake.server.faults().uploads_hang = true;
-        if !greeted {
+        if !probed {
             fake.stop().await;
             fake.address = silent.local_addr().expect("bound");
         }
         let known = Arc::new(Mutex::new(0));
-        let told = Arc::clone(&known);
+        let total_seen = Arc::clone(&known);
         let sink = Sink::new(move |event| {
             if let Progress::Moved { total, .. } = event {
-                *told.lock().expect("not poisoned") = total;
+                *total_seen.lock().expect("not poisoned") = total;
             }
         });
         let publisher = Publisher::start(&permit(), fake.attic(GOOD), quick(&fake), sink);
@@ -474,7 +479,7 @@ async fn all_that_is_known_is_told_while_the_server_is_silent() {
         while *known.lock().expect("not poisoned") != 4 {
             assert!(
                 began.elapsed() < Duration::from_secs(10),
-                "greeted: {greeted}, {known:?}"
+                "probed: {probed}, {known:?}"
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -537,12 +542,12 @@ async fn few_uploads_run_at_once_and_large_ones_leave_room() {
         .collect();
     infos.extend(tools(&fake, 30));
     let options = Options {
-        most_uploads: 4,
+        max_uploads: 4,
         ..quick(&fake)
     };
     let outcome = publish_within(fake.attic(GOOD), options, infos, Duration::from_secs(60)).await;
     check(&fake, &outcome, published(35));
-    assert!(fake.server.most_uploading.load(Ordering::SeqCst) <= 4);
+    assert!(fake.server.max_uploading.load(Ordering::SeqCst) <= 4);
     let order = fake.server.order.lock().expect("lock");
     let last_small = order
         .iter()

@@ -5,7 +5,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// A job of GitHub's: a push to `main`, with every fact in place.
+/// A job of GitHub's: a push to `main`, with all its facts.
 struct World {
     folder: TempDir,
     variables: Vec<(&'static str, String)>,
@@ -129,39 +129,45 @@ fn only_who_is_surely_no_ci_is_local() {
 }
 
 #[test]
-fn what_nobody_tells_is_missing() {
+fn a_fact_without_a_source_is_missing() {
     assert_eq!(
         job().set("GITHUB_EVENT_NAME", "").job().event,
-        Err(Doubt::Missing(Name::Event))
+        Err(Doubt::Missing(FactName::Event))
     );
     assert_eq!(
         job().set("GITHUB_REF", "").job().git_ref,
-        Err(Doubt::Missing(Name::Ref))
+        Err(Doubt::Missing(FactName::Ref))
     );
     assert_eq!(
         job().set("GITHUB_REPOSITORY", "").job().repository,
-        Err(Doubt::Missing(Name::Repository))
+        Err(Doubt::Missing(FactName::Repository))
     );
     let no_payload = job().set("GITHUB_EVENT_PATH", "").job();
     assert_eq!(no_payload.event, Ok(Event::Push));
-    assert_eq!(no_payload.repository, Err(Doubt::Missing(Name::Payload)));
+    assert_eq!(
+        no_payload.repository,
+        Err(Doubt::Missing(FactName::Payload))
+    );
     assert_eq!(
         no_payload.default_branch,
-        Err(Doubt::Missing(Name::Payload))
+        Err(Doubt::Missing(FactName::Payload))
     );
-    assert_eq!(no_payload.removes_ref, Err(Doubt::Missing(Name::Payload)));
+    assert_eq!(
+        no_payload.removes_ref,
+        Err(Doubt::Missing(FactName::Payload))
+    );
     assert_eq!(
         changed(|payload| payload["repository"] = json!({})).repository,
-        Err(Doubt::Missing(Name::Repository))
+        Err(Doubt::Missing(FactName::Repository))
     );
     let nameless = changed(|payload| payload["repository"]["default_branch"] = json!(""));
     assert_eq!(
         nameless.default_branch,
-        Err(Doubt::Missing(Name::DefaultBranch))
+        Err(Doubt::Missing(FactName::DefaultBranch))
     );
     assert_eq!(
         changed(|payload| payload["ref"] = Value::Null).git_ref,
-        Err(Doubt::Missing(Name::Ref))
+        Err(Doubt::Missing(FactName::Ref))
     );
 }
 
@@ -261,7 +267,7 @@ fn a_push_must_show_what_it_left_behind() {
     assert_eq!(removes(json!(false), Value::Null), Ok(false));
     assert_eq!(
         removes(Value::Null, Value::Null),
-        Err(Doubt::Missing(Name::After))
+        Err(Doubt::Missing(FactName::After))
     );
     in_doubt(&removes(json!(false), json!("0000")));
     in_doubt(&removes(json!(false), json!("")));
@@ -294,7 +300,7 @@ fn a_recorded_event_stands_in_for_the_job() {
         Facts::Job(job) => *job,
         other => panic!("no job: {other:?}"),
     };
-    // Outside of a job the payload's word on the repository is enough …
+    // Outside of a job the payload's repository is used as it is …
     let outside = Env::default();
     assert_eq!(
         read(&outside, &record).repository.as_deref(),
@@ -308,7 +314,7 @@ fn a_recorded_event_stands_in_for_the_job() {
         ..record.clone()
     };
     assert_eq!(read(&other, &flag).repository.as_deref(), Ok("octo/repo"));
-    // The environment's word on its own ref says nothing of another ref.
+    // The environment's facts about its own ref do not apply to another ref.
     let protected = Env::from_pairs([("GITHUB_REF_PROTECTED", "true"), ("GITHUB_REF_TYPE", "tag")]);
     let job = read(&protected, &record);
     assert_eq!(

@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::client::attic::{
-    AskFirst, Attic, Error, Lines, Meter, Patience, SendNar, Uploaded, WholeBody,
+    Attic, ByteCounter, Error, ExpectContinue, Pool, SendNar, StallTimeout, Uploaded, WholeBody,
 };
 use crate::client::endpoint::Endpoint;
 use crate::client::fake::Fake;
@@ -18,12 +18,12 @@ use flywheel_sys::http::{Clients, Roots};
 const KNOWN: &str = "HTTP/1.1 200 OK\r\nContent-Length: 23\r\n\r\n{\"kind\":\"Deduplicated\"}";
 const STORED: &str = "HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{\"kind\":\"Uploaded\"}";
 
-fn ask_first(clients: &Clients) -> Box<dyn SendNar> {
-    let lines = Arc::new(Lines::new(clients.direct.clone()));
-    Box::new(AskFirst::new(
-        lines,
-        clients.sending.clone(),
-        Patience::default(),
+fn expect_continue(clients: &Clients) -> Box<dyn SendNar> {
+    let pool = Arc::new(Pool::new(clients.direct.clone()));
+    Box::new(ExpectContinue::new(
+        pool,
+        clients.streaming.clone(),
+        StallTimeout::default(),
     ))
 }
 
@@ -36,17 +36,17 @@ struct Scene {
     file: PathBuf,
 }
 
-/// What a server has heard of one request.
-struct Heard {
+/// One request as the server received it.
+struct Received {
     stream: TcpStream,
     head: String,
-    /// Of the body.
+    /// The beginning of the body.
     more: Vec<u8>,
 }
 
-impl Heard {
+impl Received {
     /// Reads the head.
-    async fn of(mut stream: TcpStream) -> Self {
+    async fn read(mut stream: TcpStream) -> Self {
         let mut bytes = Vec::new();
         loop {
             if let Some(end) = bytes.windows(4).position(|four: &[u8]| four == b"\r\n\r\n") {
@@ -61,7 +61,7 @@ impl Heard {
         }
     }
 
-    async fn say(&mut self, text: &str) {
+    async fn send(&mut self, text: &str) {
         self.stream
             .write_all(text.as_bytes())
             .await
@@ -78,7 +78,7 @@ impl Heard {
     }
 
     /// Reads the body to its announced end.
-    async fn whole(&mut self) {
+    async fn whole_body(&mut self) {
         while self.more.len() < self.length() {
             assert!(
                 self.stream
@@ -92,8 +92,8 @@ impl Heard {
         assert_eq!(self.more.len(), self.length());
     }
 
-    /// Everything that still comes until the client ends.
-    async fn rest(&mut self) -> usize {
+    /// The size of the body when the client has closed.
+    async fn until_closed(&mut self) -> usize {
         // A reset is an end too.
         let _ = self.stream.read_to_end(&mut self.more).await;
         self.more.len()
@@ -102,7 +102,7 @@ impl Heard {
 
 impl Scene {
     async fn new(size: usize) -> Self {
-        Self::with(size, 0, ask_first).await
+        Self::with(size, 0, expect_continue).await
     }
 
     async fn with(
@@ -116,15 +116,15 @@ impl Scene {
         let endpoint = Endpoint::new(url.parse().expect("URL"), "main".parse().expect("name"));
         let clients = Clients::new(&Roots::default()).expect("settings hold");
         let sender = sender(&clients);
-        let patience = std::time::Duration::from_secs(2);
-        let lines = Arc::new(Lines::new(clients.direct));
+        let api_timeout = std::time::Duration::from_secs(2);
+        let pool = Arc::new(Pool::new(clients.direct));
         let attic = Attic::with_sender(
             endpoint,
             Secret::new("token"),
-            clients.asking,
-            lines,
+            clients.api,
+            pool,
             sender,
-            patience,
+            api_timeout,
         );
         let others: Vec<PathInfo> = (0..references)
             .map(|n| fake.path(&format!("library-{n}"), b"", &[]))
@@ -144,15 +144,15 @@ impl Scene {
         }
     }
 
-    async fn heard(&self) -> Heard {
-        Heard::of(self.listener.accept().await.expect("accepted").0).await
+    async fn received(&self) -> Received {
+        Received::read(self.listener.accept().await.expect("accepted").0).await
     }
 
-    async fn upload(&self) -> (Result<Uploaded, Error>, Meter) {
-        let meter = Meter::default();
+    async fn upload(&self) -> (Result<Uploaded, Error>, ByteCounter) {
+        let counter = ByteCounter::default();
         (
-            self.attic.upload(&self.path, &self.file, &meter).await,
-            meter,
+            self.attic.upload(&self.path, &self.file, &counter).await,
+            counter,
         )
     }
 }
@@ -161,18 +161,18 @@ impl Scene {
 async fn a_known_nar_is_not_sent_at_all() {
     let scene = Scene::new(30_000_000).await;
     let server = async {
-        let mut heard = scene.heard().await;
+        let mut received = scene.received().await;
         assert!(
-            heard.head.contains("expect: 100-continue\r\n"),
+            received.head.contains("expect: 100-continue\r\n"),
             "{}",
-            heard.head
+            received.head
         );
-        heard.say(KNOWN).await;
-        heard.rest().await
+        received.send(KNOWN).await;
+        received.until_closed().await
     };
-    let ((uploaded, meter), came) = tokio::join!(scene.upload(), server);
+    let ((uploaded, counter), came) = tokio::join!(scene.upload(), server);
     assert_eq!(
-        (uploaded.expect("taken"), meter.own(), came),
+        (uploaded.expect("taken"), counter.sent(), came),
         (Uploaded::Deduplicated, 0, 0)
     );
 }
@@ -182,13 +182,13 @@ async fn a_refused_nar_is_not_sent_at_all() {
     let scene = Scene::new(1_000_000).await;
     for status in [401, 403, 404, 413] {
         let server = async {
-            let mut heard = scene.heard().await;
-            heard
-                .say(&format!(
+            let mut received = scene.received().await;
+            received
+                .send(&format!(
                     "HTTP/1.1 {status} No\r\nContent-Length: 0\r\n\r\n"
                 ))
                 .await;
-            heard.rest().await
+            received.until_closed().await
         };
         let ((uploaded, _), came) = tokio::join!(scene.upload(), server);
         let text = uploaded.expect_err("refused").to_string();
@@ -200,25 +200,25 @@ async fn a_refused_nar_is_not_sent_at_all() {
 }
 
 #[tokio::test]
-async fn leave_is_waited_for_and_silence_is_leave() {
+async fn the_body_waits_for_continue_and_a_silent_server_gets_it_all_the_same() {
     let scene = Scene::new(1_000_000).await;
     let server = async {
-        let mut heard = scene.heard().await;
-        heard
-            .say("HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+        let mut received = scene.received().await;
+        received
+            .send("HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
             .await;
-        heard.whole().await;
-        heard.say(STORED).await;
-        // The same connection, because the exchange was whole. Now nothing is said to the question.
-        let mut heard = Heard::of(heard.stream).await;
-        heard.whole().await;
-        heard.say(STORED).await;
+        received.whole_body().await;
+        received.send(STORED).await;
+        // The same connection, because the exchange was complete. This time the server ignores `Expect`.
+        let mut received = Received::read(received.stream).await;
+        received.whole_body().await;
+        received.send(STORED).await;
     };
     let uploads = async {
         for _ in 0..2 {
-            let (uploaded, meter) = scene.upload().await;
+            let (uploaded, counter) = scene.upload().await;
             assert_eq!(
-                (uploaded.expect("taken"), meter.own()),
+                (uploaded.expect("taken"), counter.sent()),
                 (Uploaded::Stored, scene.path.nar_size)
             );
         }
@@ -227,17 +227,17 @@ async fn leave_is_waited_for_and_silence_is_leave() {
 }
 
 #[tokio::test]
-async fn a_server_that_takes_no_questions_is_sent_the_body() {
+async fn a_server_that_refuses_the_expectation_is_sent_the_body() {
     let scene = Scene::new(1_000_000).await;
     let server = async {
-        let mut heard = scene.heard().await;
-        heard
-            .say("HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n")
+        let mut received = scene.received().await;
+        received
+            .send("HTTP/1.1 417 Expectation Failed\r\nContent-Length: 0\r\n\r\n")
             .await;
-        let mut heard = scene.heard().await;
-        assert!(!heard.head.contains("expect:"), "{}", heard.head);
-        heard.whole().await;
-        heard.say(STORED).await;
+        let mut received = scene.received().await;
+        assert!(!received.head.contains("expect:"), "{}", received.head);
+        received.whole_body().await;
+        received.send(STORED).await;
     };
     let ((uploaded, _), ()) = tokio::join!(scene.upload(), server);
     assert_eq!(uploaded.expect("taken"), Uploaded::Stored);
@@ -247,42 +247,42 @@ async fn a_server_that_takes_no_questions_is_sent_the_body() {
 async fn a_small_nar_goes_at_once_and_its_length_is_exact() {
     let scene = Scene::new(1_000).await;
     let server = async {
-        let mut heard = scene.heard().await;
+        let mut received = scene.received().await;
         assert!(
-            !heard.head.contains("expect:") && !heard.head.contains("chunked"),
+            !received.head.contains("expect:") && !received.head.contains("chunked"),
             "{}",
-            heard.head
+            received.head
         );
-        heard.whole().await;
-        assert_eq!(heard.length() as u64, scene.path.nar_size);
-        heard
-            .say("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        received.whole_body().await;
+        assert_eq!(received.length() as u64, scene.path.nar_size);
+        received
+            .send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             .await;
-        heard
-            .say("a\r\n{\"kind\":\"U\r\n9;x=y\r\nploaded\"}\r\n0\r\nA: b\r\n\r\n")
+        received
+            .send("a\r\n{\"kind\":\"U\r\n9;x=y\r\nploaded\"}\r\n0\r\nA: b\r\n\r\n")
             .await;
-        // Kept after a chunked answer too; and a server that says more than its answer is not kept.
-        let mut heard = Heard::of(heard.stream).await;
-        heard.whole().await;
-        heard.say(&format!("{STORED}HTTP/1.1 200 OK\r\n")).await;
-        let mut heard = scene.heard().await;
-        heard.whole().await;
-        heard
-            .say(&STORED.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"))
+        // Kept after a chunked response, too; a connection with bytes after the response is not kept.
+        let mut received = Received::read(received.stream).await;
+        received.whole_body().await;
+        received.send(&format!("{STORED}HTTP/1.1 200 OK\r\n")).await;
+        let mut received = scene.received().await;
+        received.whole_body().await;
+        received
+            .send(&STORED.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n"))
             .await;
-        let mut heard = scene.heard().await;
-        heard.whole().await;
-        heard
-            .say(
+        let mut received = scene.received().await;
+        received.whole_body().await;
+        received
+            .send(
                 &STORED
                     .replace("1.1", "1.0")
                     .replace("Content-Length: 19\r\n", ""),
             )
             .await;
-        drop(heard);
-        let mut heard = scene.heard().await;
-        heard.whole().await;
-        heard.say(STORED).await;
+        drop(received);
+        let mut received = scene.received().await;
+        received.whole_body().await;
+        received.send(STORED).await;
     };
     let uploads = async {
         for _ in 0..5 {
@@ -294,34 +294,39 @@ async fn a_small_nar_goes_at_once_and_its_length_is_exact() {
 
 #[tokio::test]
 async fn a_long_description_counts_into_the_length() {
-    let scene = Scene::with(200_000, 100, ask_first).await;
+    let scene = Scene::with(200_000, 100, expect_continue).await;
     let server = async {
-        let mut heard = scene.heard().await;
-        let size = heard
+        let mut received = scene.received().await;
+        let size = received
             .head
             .lines()
             .find_map(|line| line.strip_prefix("x-attic-nar-info-preamble-size: "));
         let size: usize = size.expect("a preamble").parse().expect("a number");
-        heard.whole().await;
-        assert_eq!(heard.length() as u64, size as u64 + scene.path.nar_size);
-        let info: serde_json::Value = serde_json::from_slice(&heard.more[..size]).expect("JSON");
+        received.whole_body().await;
+        assert_eq!(received.length() as u64, size as u64 + scene.path.nar_size);
+        let info: serde_json::Value = serde_json::from_slice(&received.more[..size]).expect("JSON");
         assert_eq!(info["references"].as_array().map(Vec::len), Some(100));
-        heard.say(STORED).await;
+        received.send(STORED).await;
     };
     let ((uploaded, _), ()) = tokio::join!(scene.upload(), server);
     assert_eq!(uploaded.expect("taken"), Uploaded::Stored);
 }
 
-/// A server that answers early and closes at once, with the body still coming: what it says is heard,
-/// or asked for once more, never taken for a broken line.
+/// A server that responds early and closes at once, while the body is still being sent: its response is read, or
+/// requested once more, and never reported as a broken connection.
 #[tokio::test]
-async fn an_early_answer_is_never_lost() {
+async fn an_early_response_is_never_lost() {
     type Sender = fn(&Clients) -> Box<dyn SendNar>;
     let senders: [(Sender, usize); 3] = [
-        (ask_first, 0),
-        (ask_first, 100),
+        (expect_continue, 0),
+        (expect_continue, 100),
         (
-            |clients| Box::new(WholeBody::new(clients.sending.clone(), Patience::default())),
+            |clients| {
+                Box::new(WholeBody::new(
+                    clients.streaming.clone(),
+                    StallTimeout::default(),
+                ))
+            },
             0,
         ),
     ];
@@ -334,10 +339,10 @@ async fn an_early_answer_is_never_lost() {
         ] {
             let server = async {
                 loop {
-                    let mut heard = scene.heard().await;
-                    heard.say("HTTP/1.1 100 Continue\r\n\r\n").await;
+                    let mut received = scene.received().await;
+                    received.send("HTTP/1.1 100 Continue\r\n\r\n").await;
                     // Closed with bytes unread: the system resets the connection.
-                    heard.say(answer).await;
+                    received.send(answer).await;
                 }
             };
             let (uploaded, _) = tokio::select! {
@@ -359,18 +364,18 @@ async fn an_early_answer_is_never_lost() {
 }
 
 #[tokio::test]
-async fn a_connection_that_ended_while_it_rested_costs_nothing() {
+async fn a_connection_that_was_closed_while_idle_costs_nothing() {
     let scene = Scene::new(1_000).await;
     let server = async {
-        let mut heard = scene.heard().await;
-        heard.whole().await;
-        heard.say(STORED).await;
-        // It says that it stays, and goes when the next request comes.
-        let heard = Heard::of(heard.stream).await;
-        drop(heard);
-        let mut heard = scene.heard().await;
-        heard.whole().await;
-        heard.say(STORED).await;
+        let mut received = scene.received().await;
+        received.whole_body().await;
+        received.send(STORED).await;
+        // The server promises to keep the connection, and closes it when the next request comes.
+        let received = Received::read(received.stream).await;
+        drop(received);
+        let mut received = scene.received().await;
+        received.whole_body().await;
+        received.send(STORED).await;
     };
     let uploads = async {
         for _ in 0..2 {
@@ -381,7 +386,7 @@ async fn a_connection_that_ended_while_it_rested_costs_nothing() {
 }
 
 #[tokio::test]
-async fn what_is_no_answer_is_told() {
+async fn an_invalid_response_is_an_error() {
     let scene = Scene::new(1_000).await;
     for text in [
         "SSH-2.0-OpenSSH\r\n\r\n",
@@ -389,9 +394,9 @@ async fn what_is_no_answer_is_told() {
     ] {
         let server = async {
             loop {
-                let mut heard = scene.heard().await;
-                heard.whole().await;
-                heard.say(text).await;
+                let mut received = scene.received().await;
+                received.whole_body().await;
+                received.send(text).await;
             }
         };
         let (uploaded, _) = tokio::select! {

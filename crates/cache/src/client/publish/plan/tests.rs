@@ -1,4 +1,4 @@
-//! The graph, small stories and a random walk.
+//! The graph in small scenarios and in random walks.
 
 use super::*;
 use flywheel_nix::hash::Sha256;
@@ -21,21 +21,21 @@ fn info(name: &str, references: &[&str]) -> PathInfo {
     }
 }
 
-/// Answers every question with "missing", but for the paths named.
-fn answer(plan: &mut Plan, there: &[&str]) {
+/// Answers every query with "missing", except for the paths named.
+fn answer(plan: &mut UploadPlan, there: &[&str]) {
     let there: Vec<StorePath> = there.iter().map(|name| path(name)).collect();
-    for (id, _) in plan.ask(1000) {
+    for (id, _) in plan.next_query(1000) {
         let is_missing = !there.contains(&plan.nodes[id].path);
-        plan.answered(id, is_missing);
+        plan.on_query_result(id, is_missing);
     }
 }
 
-fn take(plan: &mut Plan) -> Option<(Id, String)> {
+fn take(plan: &mut UploadPlan) -> Option<(Id, String)> {
     plan.take(false)
         .map(|(id, info)| (id, info.path.name().to_owned()))
 }
 
-fn ends(plan: Plan) -> HashMap<String, Final> {
+fn ends(plan: UploadPlan) -> HashMap<String, Final> {
     plan.finish("time", true)
         .into_iter()
         .map(|path| (path.info.path.name().to_owned(), path.end))
@@ -48,7 +48,7 @@ fn failed(end: &Final) -> &str {
 
 #[test]
 fn references_go_first() {
-    let mut plan = Plan::default();
+    let mut plan = UploadPlan::default();
     plan.offer(info("app", &["app", "lib", "glibc"]));
     plan.offer(info("lib", &["glibc"]));
     answer(&mut plan, &["glibc"]);
@@ -61,7 +61,7 @@ fn references_go_first() {
 
 #[test]
 fn a_failure_blocks_what_refers_to_it_and_nothing_else() {
-    let mut plan = Plan::default();
+    let mut plan = UploadPlan::default();
     for path in [
         info("app", &["lib"]),
         info("lib", &["base"]),
@@ -96,7 +96,7 @@ fn a_failure_blocks_what_refers_to_it_and_nothing_else() {
 
 #[test]
 fn a_blocked_path_that_is_there_is_there() {
-    let mut plan = Plan::default();
+    let mut plan = UploadPlan::default();
     plan.offer(info("base", &[]));
     answer(&mut plan, &[]);
     let (base, _) = take(&mut plan).expect("ready");
@@ -114,7 +114,7 @@ fn a_blocked_path_that_is_there_is_there() {
 
 #[test]
 fn upstream_paths_are_skipped_and_block_nothing() {
-    let mut plan = Plan::default();
+    let mut plan = UploadPlan::default();
     plan.trust_upstream(["cache.nixos.org-1".to_owned()]);
     let mut glibc = info("glibc", &["base"]);
     glibc.signatures = vec!["other-1:x".into(), "cache.nixos.org-1:y".into()];
@@ -130,7 +130,7 @@ fn upstream_paths_are_skipped_and_block_nothing() {
 
 #[test]
 fn a_derivation_is_published_only_where_a_path_refers_to_it() {
-    let mut plan = Plan::default();
+    let mut plan = UploadPlan::default();
     for path in [
         info("source.drv", &[]),
         info("needed.drv", &["source.drv"]),
@@ -151,8 +151,8 @@ fn a_derivation_is_published_only_where_a_path_refers_to_it() {
 }
 
 #[test]
-fn a_reference_that_nobody_offers_is_named() {
-    let mut plan = Plan::default();
+fn a_reference_that_was_never_offered_is_named() {
+    let mut plan = UploadPlan::default();
     plan.offer(info("app", &["lost"]));
     answer(&mut plan, &[]);
     assert_eq!(take(&mut plan), None);
@@ -165,7 +165,7 @@ fn a_reference_that_nobody_offers_is_named() {
         failed(&ends["app"]).contains("-lost`, which is neither in the cache nor offered"),
         "{ends:?}"
     );
-    // `late` was taken and never settled, so `tool` waits for something that is not foreign.
+    // `late` was taken and never settled, so `tool` waits for a path that was offered.
     assert!(
         failed(&ends["tool"]).starts_with("something in its closure"),
         "{ends:?}"
@@ -173,20 +173,20 @@ fn a_reference_that_nobody_offers_is_named() {
 }
 
 #[test]
-fn an_answer_after_the_dark_means_published() {
-    let mut plan = Plan::default();
+fn a_path_that_is_there_after_a_lost_response_was_published() {
+    let mut plan = UploadPlan::default();
     plan.offer(info("app", &[]));
     answer(&mut plan, &[]);
     let (id, _) = take(&mut plan).expect("ready");
-    plan.rest(id, true, true);
-    plan.ask_again(id);
+    plan.back_off(id, true, true);
+    plan.requery(id);
     answer(&mut plan, &["app"]);
     assert_eq!(ends(plan)["app"], Final::Published);
 }
 
 #[test]
 fn small_ones_come_smallest_first_and_large_ones_apart() {
-    let mut plan = Plan::default();
+    let mut plan = UploadPlan::default();
     for (name, size) in [("c", 300), ("a", 100), ("huge", LARGE), ("b", 200)] {
         plan.offer(PathInfo {
             nar_size: size,
@@ -203,7 +203,7 @@ fn small_ones_come_smallest_first_and_large_ones_apart() {
 }
 
 /// Random graphs, random order of offers, random answers and failures: every path is decided,
-/// none is sent before what it refers to, and none is sent whose references failed.
+/// none is sent before its references, and none is sent after a reference failed.
 #[test]
 fn random_graphs_end_decided_and_in_order() {
     for seed in 0..300 {
@@ -221,19 +221,19 @@ fn random_graphs_end_decided_and_in_order() {
             })
             .collect();
         random.shuffle(&mut offers);
-        let mut plan = Plan::default();
+        let mut plan = UploadPlan::default();
         let mut good: HashSet<StorePath> = HashSet::new();
         let mut sending: Vec<(Id, PathInfo)> = Vec::new();
         loop {
             match random.u8(0..4) {
                 0 if !offers.is_empty() => plan.offer(offers.pop().expect("not empty")),
                 1 => {
-                    for (id, _) in plan.ask(random.usize(1..5)) {
+                    for (id, _) in plan.next_query(random.usize(1..5)) {
                         let is_missing = random.u8(..) < 200;
                         if !is_missing {
                             good.insert(plan.nodes[id].path.clone());
                         }
-                        plan.answered(id, is_missing);
+                        plan.on_query_result(id, is_missing);
                     }
                 }
                 2 => {
@@ -266,7 +266,7 @@ fn random_graphs_end_decided_and_in_order() {
                 }
             }
             let idle =
-                sending.is_empty() && plan.unasked() == 0 && plan.ready_sizes() == (false, false);
+                sending.is_empty() && plan.unqueried() == 0 && plan.ready_sizes() == (false, false);
             if idle && offers.is_empty() {
                 break;
             }

@@ -1,4 +1,5 @@
-//! What the publisher makes of each answer: what is settled, what rests, and whether the server is away.
+//! How the publisher reacts to the result of each job: which path is settled, which backs off, and whether the server
+//! is available.
 
 use std::time::Duration;
 
@@ -7,145 +8,155 @@ use tokio::time::Instant;
 use crate::client::attic::{Action, CacheConfig, Error, Uploaded};
 use crate::client::publish::outcome::{Final, Skip, Withheld};
 use crate::client::publish::plan::{Id, LARGE};
-use crate::client::publish::work::{Done, Health, Missing, Work};
+use crate::client::publish::work::{Health, JobResult, Missing, PublisherTask};
 use flywheel_nix::nar::DumpError;
 use flywheel_nix::store_path::StorePath;
 
-/// A question of fewer paths that still fails is not too long for the server.
-const SHORTEST: usize = 16;
-/// So many failures in a row, of whatever paths, mean that the server is away.
-const STREAK: u32 = 3;
-/// So many refusals one after the other mean it.
-const REFUSALS: u32 = 3;
-/// The first look at a server that went away.
-const FIRST_VISIT: Duration = Duration::from_millis(250);
-/// The time of an upload up to this size, in bytes, says something of the server and not of the line.
+/// A query of this many paths or fewer is not too long for any server, so its failure has another cause.
+const MIN_QUERY: usize = 16;
+/// This many consecutive failures, of whatever paths, mean that the server is unavailable.
+const MAX_FAILURE_STREAK: u32 = 3;
+/// This many consecutive refusals, before any success, mean that the token may not push.
+const MAX_REFUSALS: u32 = 3;
+/// The wait before the first check of an unavailable server; it doubles from there.
+const FIRST_CHECK: Duration = Duration::from_millis(250);
+/// Up to this size, in bytes, the duration of an upload depends on the server, and above it on the bandwidth.
 const SMALL: u64 = 1024 * 1024;
 
-impl Work {
-    pub(super) fn done(&mut self, done: Done) {
-        match done {
-            Done::Preflight { config, may_push } => {
-                self.asking = false;
-                self.greeted = !matches!(&may_push, Err(error) if matches!(error.action(), Action::Again { .. }));
-                self.visited(may_push, true);
-                if self.greeted {
-                    self.greet(config);
+impl PublisherTask {
+    pub(super) fn on_result(&mut self, result: JobResult) {
+        match result {
+            JobResult::Preflight { config, may_push } => {
+                self.querying = false;
+                // Only a definite result counts. An unavailable server gets another preflight.
+                self.probed = !matches!(&may_push, Err(error) if matches!(error.action(), Action::Retry { .. }));
+                self.on_server_check(may_push, true);
+                if self.probed {
+                    self.apply_config(config);
                     let early = std::mem::take(&mut self.early);
-                    self.take_in(early);
+                    self.add_paths(early);
                 }
             }
-            Done::Visited(answer) => {
-                self.asking = false;
-                self.visited(answer, false);
+            JobResult::ServerChecked(result) => {
+                self.querying = false;
+                self.on_server_check(result, false);
             }
-            Done::Asked { ids, answer } => {
-                self.asking = false;
-                self.asked(ids, answer);
+            JobResult::Queried { ids, result } => {
+                self.querying = false;
+                self.on_query_result(ids, result);
             }
-            Done::Kept { id, size, findings } => {
+            JobResult::Withheld { id, size, findings } => {
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
                 self.plan
                     .settle(id, Final::Withheld(Withheld::Found(findings)));
             }
-            Done::Sent {
+            JobResult::Sent {
                 id,
                 size,
                 took,
-                answer,
+                result,
             } => {
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
-                match answer {
+                match result {
+                    // With a known NAR the server still stores the path, so both count as published.
                     Ok(Uploaded::Stored | Uploaded::Deduplicated) => {
-                        (self.streak, self.refusals, self.any_sent) = (0, 0, true);
-                        self.pace.went_well(took, size <= SMALL);
+                        (self.failure_streak, self.refusals, self.any_sent) = (0, 0, true);
+                        self.concurrency.on_success(took, size <= SMALL);
                         self.options.journal.uploaded([self.plan.path(id)]);
                         self.plan.settle(id, Final::Published);
                     }
-                    Err(error) => self.unsent(id, &error),
+                    Err(error) => self.on_upload_failed(id, &error),
                 }
             }
         }
-        self.tell(false);
+        self.report_progress(false);
     }
 
-    /// What the cache says of itself. A token that may only push is not told: that is no matter.
-    fn greet(&mut self, config: Result<Option<CacheConfig>, Error>) {
+    /// Applies the cache's configuration. A token that may only push cannot read it, which is no error.
+    fn apply_config(&mut self, config: Result<Option<CacheConfig>, Error>) {
         let Ok(Some(config)) = config else { return };
         if let Some(endpoint) = self.to.endpoint() {
             let server = flywheel_sys::http::redact(&endpoint.server);
-            for host in config.strangers(endpoint) {
+            for host in config.foreign_hosts(endpoint) {
                 self.sink.note(format!(
                     "the cache names `{host}` as its address; Flywheel stays with {server}"
                 ));
             }
         }
-        if self.to.leaves_upstream_out() {
+        if self.to.omits_upstream_paths() {
             self.plan.trust_upstream(config.upstream_keys);
         }
     }
 
-    /// A look at the server that was away, or the first one.
-    fn visited(&mut self, answer: Result<(), Error>, first: bool) {
-        let (visits, refused) = match self.health {
-            Health::Away {
-                visits, refused, ..
-            } => (visits, refused),
+    /// Handles the preflight (`first`), or the check of a server that was unavailable.
+    fn on_server_check(&mut self, result: Result<(), Error>, first: bool) {
+        let (checks, refused) = match self.health {
+            Health::Unavailable {
+                checks, refused, ..
+            } => (checks, refused),
             Health::Stopped(_) => return,
             _ => (0, 0),
         };
-        match answer {
+        match result {
             Ok(()) => {
-                if visits > 0 {
-                    self.sink.note("the cache answers again");
+                if checks > 0 {
+                    self.sink.note("the cache is available again");
                 }
-                self.health = Health::Well;
-                self.away_since = None;
-                self.streak = 0;
+                self.health = Health::Available;
+                self.unavailable_since = None;
+                self.failure_streak = 0;
             }
             Err(error) => match error.action() {
-                // Once more, unless it is the first word: a proxy answers 404 while the server behind it starts.
+                // A refusal counts only in the preflight or twice in a row: while a server restarts, the proxy in
+                // front of it responds with 404.
                 Action::Stop if first || refused > 0 => self.stop(&error),
-                Action::Stop => self.away(visits + 1, refused + 1),
-                Action::Again { .. } if self.is_given_up() => self.stop(&error),
-                Action::Again { .. } => {
-                    if visits == 0 {
-                        self.sink
-                            .note(format!("the cache is away, paths wait for it: {error}"));
+                Action::Stop => self.set_unavailable(checks + 1, refused + 1),
+                Action::Retry { .. } if self.is_given_up() => self.stop(&error),
+                Action::Retry { .. } => {
+                    if checks == 0 {
+                        self.sink.note(format!(
+                            "the cache is unavailable, and paths wait for it: {error}"
+                        ));
                     }
-                    self.away(visits + 1, 0);
+                    // Refusals count only in a row, and this was none.
+                    self.set_unavailable(checks + 1, 0);
                 }
+                // The server rejects even an empty query, so no path can be published.
                 Action::Never | Action::RereadOnce => self.stop(&error),
             },
         }
     }
 
-    fn away(&mut self, visits: u32, refused: u32) {
-        let wait = FIRST_VISIT
-            .saturating_mul(1 << visits.min(8))
-            .min(self.options.revisit);
+    fn set_unavailable(&mut self, checks: u32, refused: u32) {
+        let wait = FIRST_CHECK
+            .saturating_mul(1 << checks.min(8))
+            .min(self.options.max_check_interval);
         let now = Instant::now();
-        self.away_since.get_or_insert(now);
-        let next = self.hold.map_or(now + wait, |hold| hold.max(now + wait));
-        self.health = Health::Away {
-            visits,
+        // Further failures do not restart the time until publishing is given up.
+        self.unavailable_since.get_or_insert(now);
+        // A `Retry-After` that ends later has precedence.
+        let next = self
+            .hold_until
+            .map_or(now + wait, |hold_until| hold_until.max(now + wait));
+        self.health = Health::Unavailable {
+            checks,
             next,
             refused,
         };
     }
 
-    /// Whether the server has been away too long for a job that waits for nothing else.
+    /// Whether the server has been unavailable for too long during the drain, when the job waits for nothing else.
     fn is_given_up(&self) -> bool {
         let waiting = self
-            .away_since
+            .unavailable_since
             .zip(self.drain_began)
-            .map(|(away, drain)| away.max(drain));
-        waiting.is_some_and(|since| since.elapsed() > self.options.give_up)
+            .map(|(unavailable, drain)| unavailable.max(drain));
+        waiting.is_some_and(|since| since.elapsed() > self.options.give_up_after)
     }
 
-    /// Gives publishing up, with one message that says why and what to do.
+    /// Gives up publishing, with one message that has the reason and a hint.
     fn stop(&mut self, error: &Error) {
         let address = self.to.address();
         let advice = match error {
@@ -156,10 +167,10 @@ impl Work {
                 "The token in `ATTIC_TOKEN` may not push there: it is missing, has ended, lacks the right `push`, or is for another cache"
             }
             Error::Refused { status: 404, .. } => {
-                "Check the name in `attic-cache`, and that `attic-server` speaks Attic's protocol"
+                "Check the name in `attic-cache`, and that the server in `attic-server` has Attic's protocol"
             }
-            error if matches!(error.action(), Action::Again { .. }) => {
-                "The cache has been away for too long"
+            error if matches!(error.action(), Action::Retry { .. }) => {
+                "The cache has been unavailable for too long"
             }
             _ => "Check that `attic-server` is the address of an Attic server itself",
         };
@@ -168,10 +179,11 @@ impl Work {
         self.health = Health::Stopped(text);
     }
 
-    fn asked(&mut self, ids: Vec<(Id, StorePath)>, answer: Result<Missing, Error>) {
-        match answer {
+    fn on_query_result(&mut self, ids: Vec<(Id, StorePath)>, result: Result<Missing, Error>) {
+        match result {
             Ok(missing) => {
-                (self.streak, self.unanswered) = (0, 0);
+                (self.failure_streak, self.failed_queries) = (0, 0);
+                // The journal comes first: whatever happens next, the following job knows these states.
                 let (planned, there): (Vec<_>, Vec<_>) =
                     ids.iter().partition(|(_, path)| missing.contains(path));
                 self.options
@@ -181,7 +193,7 @@ impl Work {
                     .journal
                     .uploaded(there.into_iter().map(|(id, _)| self.plan.path(*id)));
                 for (id, path) in ids {
-                    self.plan.answered(id, missing.contains(&path));
+                    self.plan.on_query_result(id, missing.contains(&path));
                 }
             }
             Err(error) => {
@@ -190,80 +202,83 @@ impl Work {
                     error,
                     Error::Busy { status: 500, .. } | Error::TooLarge { .. }
                 );
-                if too_long && ids.len() > SHORTEST {
-                    // Servers have limits of their own; a shorter question is no second try.
+                if too_long && ids.len() > MIN_QUERY {
+                    // The query may exceed a limit of this server. A shorter one does not count as a retry.
                     self.batch = ids.len() / 4;
                     for (id, _) in ids {
-                        self.plan.ask_again(id);
+                        self.plan.requery(id);
                     }
-                    self.came_now();
+                    self.note_arrival();
                     return;
                 }
-                self.unanswered(ids, &error);
-                self.trouble(&error);
+                self.on_query_failed(ids, &error);
+                self.on_failure(&error);
             }
         }
     }
 
-    /// A question has failed, which is no path's own fault; but not for ever.
-    fn unanswered(&mut self, ids: Vec<(Id, StorePath)>, error: &Error) {
-        let Action::Again { after, .. } = error.action() else {
+    /// Handles a failed query. It is no path's own fault, so paths fail only after many such failures in a row.
+    fn on_query_failed(&mut self, ids: Vec<(Id, StorePath)>, error: &Error) {
+        let Action::Retry { after, .. } = error.action() else {
             let wait = Instant::now() + self.options.policy.base;
-            // Refused: the next visit decides for all of them. Anything else will not get better.
+            // After a refusal the next check of the server decides for all paths. Other failures are permanent.
             let stop = error.action() == Action::Stop;
             return ids.into_iter().for_each(|(id, _)| {
                 if stop {
-                    self.rest(id, wait);
+                    self.requery_later(id, wait);
                 } else {
                     self.fail(id, error);
                 }
             });
         };
-        self.unanswered += u32::from(!error.server_is_away());
-        if self.unanswered > self.options.policy.attempts * 2 {
+        // A failed query would fail all its paths, so queries have more tries than uploads. Failures of an unavailable
+        // server do not count at all: its checks decide.
+        self.failed_queries += u32::from(!error.is_server_unavailable());
+        if self.failed_queries > self.options.policy.attempts * 2 {
             return ids.into_iter().for_each(|(id, _)| self.fail(id, error));
         }
         let wait = self
             .options
             .policy
-            .wait(self.unanswered.max(1), after)
+            .wait(self.failed_queries.max(1), after)
+            // Beyond the policy's tries the longest wait applies.
             .unwrap_or(self.options.policy.cap);
         for (id, _) in ids {
-            self.rest(id, Instant::now() + wait);
+            self.requery_later(id, Instant::now() + wait);
         }
     }
 
-    /// Lets a path be asked about again, then.
-    fn rest(&mut self, id: Id, until: Instant) {
-        self.plan.rest(id, false, false);
-        self.resting.insert((until, id, true));
+    /// Queries a path again at `until`.
+    fn requery_later(&mut self, id: Id, until: Instant) {
+        self.plan.back_off(id, false, false);
+        self.backing_off.insert((until, id, true));
     }
 
-    /// An upload has failed.
-    fn unsent(&mut self, id: Id, error: &Error) {
+    fn on_upload_failed(&mut self, id: Id, error: &Error) {
         self.retries += 1;
         match (error, error.action()) {
             (Error::Local(DumpError::Gone(_)), _) => {
                 self.plan.settle(id, Final::Skipped(Skip::Vanished));
             }
+            // The second try reads the path from disk again. If the server still receives another NAR, the path fails.
             (_, Action::RereadOnce) if self.plan.reread(id) => self.plan.ready(id),
             (_, Action::Never | Action::RereadOnce) => self.fail(id, error),
-            (_, Action::Again { .. } | Action::Stop) => {
-                self.unsure(id, error);
-                self.trouble(error);
+            (_, Action::Retry { .. } | Action::Stop) => {
+                self.retry_later(id, error);
+                self.on_failure(error);
             }
         }
     }
 
-    /// Lets a path rest that may fare better later, or fails it when its tries are used up.
-    fn unsure(&mut self, id: Id, error: &Error) {
-        let (after, ask_first) = match error.action() {
-            Action::Again { after, ask_first } => (after, ask_first),
+    /// Lets a path back off before its next try, or fails it when its tries are used up.
+    fn retry_later(&mut self, id: Id, error: &Error) {
+        let (after, recheck) = match error.action() {
+            Action::Retry { after, recheck } => (after, recheck),
             Action::Stop => (None, true),
             Action::Never | Action::RereadOnce => return self.fail(id, error),
         };
-        // A server that is away is no path's own fault: its tries are kept for when it is back.
-        let counts = !error.server_is_away();
+        // An unavailable server is no path's own fault, so the path keeps its tries.
+        let counts = !error.is_server_unavailable();
         let attempts = self.plan.attempts(id).max(1);
         let wait = if counts {
             self.options.policy.wait(attempts, after)
@@ -277,8 +292,9 @@ impl Work {
         match wait {
             None => self.fail(id, error),
             Some(wait) => {
-                self.plan.rest(id, counts, ask_first);
-                self.resting.insert((Instant::now() + wait, id, ask_first));
+                self.plan.back_off(id, counts, recheck);
+                self.backing_off
+                    .insert((Instant::now() + wait, id, recheck));
             }
         }
     }
@@ -294,25 +310,31 @@ impl Work {
         );
     }
 
-    /// What a failure says of the server as a whole.
-    fn trouble(&mut self, error: &Error) {
-        self.pace.trouble();
+    /// Draws the conclusions from a failure for the server as a whole.
+    fn on_failure(&mut self, error: &Error) {
+        self.concurrency.on_error();
         match error {
             Error::Busy {
                 retry_after: Some(wait),
                 ..
             } => {
+                // No server may stop the uploads for longer than the policy allows.
                 let until = Instant::now() + (*wait).min(self.options.policy.cap);
-                self.hold = Some(self.hold.map_or(until, |hold| hold.max(until)));
+                self.hold_until = Some(
+                    self.hold_until
+                        .map_or(until, |hold_until| hold_until.max(until)),
+                );
             }
+            // After one success the token is known to be good, so a refusal concerns the one path.
             Error::Refused { .. } | Error::Token => {
                 self.refusals += 1;
-                if self.refusals >= REFUSALS && !self.any_sent {
+                if self.refusals >= MAX_REFUSALS && !self.any_sent {
                     return self.stop(error);
                 }
             }
             _ => (),
         }
+        // These statuses come from a healthy server that is busy.
         let slow_down = matches!(
             error,
             Error::Busy {
@@ -320,17 +342,17 @@ impl Work {
                 ..
             }
         );
-        self.streak += u32::from(!slow_down);
-        let away = error.server_is_away()
-            || self.streak >= STREAK
+        self.failure_streak += u32::from(!slow_down);
+        let unavailable = error.is_server_unavailable()
+            || self.failure_streak >= MAX_FAILURE_STREAK
             || matches!(error.action(), Action::Stop);
-        if away && matches!(self.health, Health::Well) {
-            self.away(0, 0);
+        if unavailable && matches!(self.health, Health::Available) {
+            self.set_unavailable(0, 0);
         }
     }
 }
 
-/// An error with its causes, in one line.
+/// An error and its causes in one line.
 fn reason(error: &Error) -> String {
     let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
