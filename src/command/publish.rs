@@ -181,7 +181,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
     let (outcome, verification) = Box::pin(deliver(publisher, &attic, key, &found, limit)).await?;
-    let publication = publication::of(
+    let publication = publication::summarize(
         &outcome,
         &verification,
         &found.unreadable,

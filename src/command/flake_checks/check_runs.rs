@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::command::flake_checks::engine::RunEnd;
 use crate::command::flake_checks::inputs::{Checks, Plan};
 use crate::command::flake_checks::{RunResult, verdict};
-use crate::command::job::{STOPPED_LIMIT, Work};
+use crate::command::job::{STOPPED_LIMIT, Session};
 use crate::exit::Explain;
 use crate::github::check_run::{CheckRuns, Commit, Conclusion};
 use crate::http::{Clients, Roots};
@@ -13,7 +13,7 @@ use crate::report::checks::board::{Aggregate, CheckRunReporter, Options};
 use crate::report::checks::summary::{closing_line, render};
 use crate::report::checks::text::plain;
 use crate::runner::context::{commit, github_api};
-use crate::runner::workflow::{Level, Workflow};
+use crate::runner::workflow::Level;
 use crate::text::one_line;
 
 /// How long the last Check Runs may take, GitHub's own waits included.
@@ -22,13 +22,13 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(300);
 const STOPPED_RESERVE: Duration = Duration::from_millis(700);
 
 /// Starts them, if this job may have any; says why not where they were asked for.
-pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option<CheckRunReporter> {
+pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReporter> {
     if plan.checks == Checks::No {
         return None;
     }
     let unavailable = |what: &str| {
         if plan.checks == Checks::Yes {
-            workflow.annotate(
+            session.workflow.annotate(
                 Level::Warning,
                 "check runs",
                 &format!("there are no Check Runs: {what}"),
@@ -36,27 +36,30 @@ pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option
         }
         None
     };
-    let Some(token) = work.secrets.github.as_ref() else {
+    let Some(token) = session.secrets.github.as_ref() else {
         return unavailable("there is no `GITHUB_TOKEN` in the step's `env`");
     };
-    let Some((repository, sha)) = commit(work.env) else {
+    let Some((repository, sha)) = commit(session.env) else {
         return unavailable("this is no job with a commit");
     };
     let roots = Roots {
-        files: work.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+        files: session.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
     let client = match Clients::new(&roots) {
         Ok(clients) => clients.asking,
         Err(error) => return unavailable(&error.to_string()),
     };
     let commit = Commit {
-        api: github_api(work.env),
+        api: github_api(session.env),
         repository,
         sha,
     };
     match CheckRuns::for_commit(&commit, token, client) {
         Ok(runs) => {
-            let job = [work.env.get("GITHUB_WORKFLOW"), work.env.get("GITHUB_JOB")];
+            let job = [
+                session.env.get("GITHUB_WORKFLOW"),
+                session.env.get("GITHUB_JOB"),
+            ];
             let job = job
                 .map(|name| one_line(name.unwrap_or_default(), 60))
                 .join("/");
@@ -66,7 +69,7 @@ pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option
                 scope,
                 ..Options::default()
             };
-            Some(CheckRunReporter::start(runs, options, work.sink.clone()))
+            Some(CheckRunReporter::start(runs, options, session.sink.clone()))
         }
         Err(error) => unavailable(&error.to_string()),
     }

@@ -28,10 +28,9 @@ use self::output::{OutputProgress, Tree};
 use self::reporter::Reporter;
 use crate::command::Failure;
 use crate::command::job::added_paths::AddedPaths;
-use crate::command::job::{self, JobReport, Prepared, STOPPED_LIMIT, Secrets, Watch, Work};
-use crate::exit::{Exit, UsageError};
+use crate::command::job::{self, JobReport, Prepared, STOPPED_LIMIT, Session, StoreWatch};
+use crate::exit::Exit;
 use crate::host::peak::Span;
-use crate::host::private::PrivateFolder;
 use crate::nix::flake::Source;
 use crate::nix::flake::evaluate::Name;
 use crate::nix::settings::Settings;
@@ -43,10 +42,9 @@ use crate::report::checks::text::annotation;
 use crate::report::checks::{Cause, Conclusion, Output, board, files, summary};
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
-use crate::report::screen::Screen;
 use crate::runner::env::Env;
 use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow};
+use crate::runner::workflow::Level;
 use crate::text::{count, one_line};
 
 /// Runs the verb.
@@ -56,43 +54,19 @@ use crate::text::{count, one_line};
 /// listed. An output that fails is no error: the exit code says so.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let plan = Plan::read(&inputs, env)?;
-    let workflow = Workflow::new(env.in_github_actions());
-    let secrets = Secrets::masked(env, &workflow);
-    let decision = job::judge(&plan.job, &secrets, env);
-    let screen = Screen::new(&workflow);
-    // Before anything is made that would have to be removed.
-    let mut signals = Signals::listen()
-        .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
-    let private = PrivateFolder::create(&job::private_base(env))?;
-    job::announce(&plan.job, &decision, &workflow);
-    let work = Work {
-        plan: &plan.job,
-        env,
-        secrets: &secrets,
-        decision: &decision,
-        sink: screen.sink(),
-        screen: &screen,
-        private: private.path(),
-    };
-    let ended = FlakeChecks {
+    let (session, mut signals) = Session::begin(&plan.job, env)?;
+    let flake_checks = FlakeChecks {
         plan: &plan,
-        work,
-        workflow,
-    }
-    .run(&mut signals)
-    .await;
-    screen.finish();
-    if let Err(failure) = &ended {
-        job::report_not_started(&**failure, env, "nothing was checked");
-    }
-    ended
+        session,
+    };
+    let ended = flake_checks.run(&mut signals).await;
+    flake_checks.session.end(ended, "nothing was checked")
 }
 
 /// One run.
 struct FlakeChecks<'a> {
     plan: &'a Plan,
-    work: Work<'a>,
-    workflow: Workflow,
+    session: Session<'a>,
 }
 
 /// What a run came to.
@@ -109,7 +83,7 @@ struct RunResult {
 
 impl FlakeChecks<'_> {
     async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
-        let Some(mut prepared) = self.work.prepare_unread(&self.workflow, signals).await? else {
+        let Some(mut prepared) = self.session.prepare_unread(signals).await? else {
             return Ok(self.cancelled_early());
         };
         let ended = self.run_prepared(&mut prepared, signals).await;
@@ -124,15 +98,15 @@ impl FlakeChecks<'_> {
     ) -> Result<Exit, Failure> {
         let nix = prepared.nix();
         let mut reporter = Reporter::new(
-            &self.workflow,
-            check_runs::start(self.plan, &self.work, &self.workflow),
+            &self.session.workflow,
+            check_runs::start(self.plan, &self.session),
         );
         // What is asked of Nix impurely, about the source alone, is asked before the job's processes are watched.
-        let open = FlakeEvaluation::open(self.plan, &nix, self.work.env, &self.work.sink);
+        let open = FlakeEvaluation::open(self.plan, &nix, self.session.env, &self.session.sink);
         let opened = tokio::select! {
             biased;
             _ = signals.next() => None,
-            found = async { tokio::join!(open, self.work.read_back(prepared)) } => Some(found),
+            found = async { tokio::join!(open, self.session.read_back(prepared)) } => Some(found),
         };
         let (flake_evaluation, in_force) = match opened {
             Some((Ok(flake_evaluation), in_force)) => (flake_evaluation, in_force),
@@ -147,7 +121,10 @@ impl FlakeChecks<'_> {
         };
         prepared.in_force = in_force;
         let prepared = &*prepared;
-        let mut watch = self.work.watch(prepared, clients::Job::Descendants).await;
+        let mut watch = self
+            .session
+            .watch(prepared, clients::Job::Descendants)
+            .await;
         let store = match &watch {
             Some(watch) => Arc::clone(watch.store()),
             None => match prepared.open_store().await {
@@ -169,8 +146,8 @@ impl FlakeChecks<'_> {
             watch.add_results(paths_in_store(&ran));
         }
         if ran.end == RunEnd::Complete && verdict(&ran).1 == 0 {
-            self.work
-                .check(
+            self.session
+                .run_flake_check(
                     prepared,
                     watch.as_ref(),
                     Path::new(&self.plan.flake),
@@ -183,10 +160,10 @@ impl FlakeChecks<'_> {
         self.log_check_runs(told);
         tokio::select! {
             biased;
-            _ = signals.next() => self.work.sink.note("flywheel: the store is not collected: asked to stop"),
+            _ = signals.next() => self.session.sink.note("flywheel: the store is not collected: asked to stop"),
             () = self.collect(prepared, &ran) => (),
         }
-        let job = self.told(prepared, &ran, &added_paths, publication);
+        let job = self.result(prepared, &ran, &added_paths, publication);
         let job = JobResult {
             publish: published.elapsed(),
             peak: spent.peak,
@@ -201,7 +178,7 @@ impl FlakeChecks<'_> {
     async fn finish(
         &self,
         prepared: &Prepared,
-        watch: Option<Watch>,
+        watch: Option<StoreWatch>,
         reporter: Reporter,
         ran: &RunResult,
         signals: &mut Signals,
@@ -222,8 +199,8 @@ impl FlakeChecks<'_> {
         };
         let published = {
             // Links of other tools are no results of this run.
-            let folder = self.work.private;
-            let mut publishing = pin!(self.work.deliver_in_time(
+            let folder = self.session.private();
+            let mut publishing = pin!(self.session.deliver_in_time(
                 watch,
                 &prepared.cache,
                 folder,
@@ -291,7 +268,7 @@ impl FlakeChecks<'_> {
             .collect();
         let outs: Vec<OutputProgress> = names.iter().map(|name| self.out(name)).collect();
         let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
-        self.workflow.say(&format!(
+        self.session.workflow.say(&format!(
             "flywheel: {} of {}",
             count(outs.len() as u64, "output"),
             self.plan.flake
@@ -301,11 +278,12 @@ impl FlakeChecks<'_> {
                 "`{}` has no outputs for the systems asked for",
                 self.plan.installable(&[])
             );
-            self.workflow
+            self.session
+                .workflow
                 .annotate(Level::Warning, "nothing to check", &text);
         }
         reporter.announce(&outputs);
-        let tree = tree(&flake_evaluation.source, self.work.env);
+        let tree = tree(&flake_evaluation.source, self.session.env);
         let known = flake_evaluation.known(self.plan, &names);
         let remembered = known.len();
         let cancel = CancellationToken::new();
@@ -314,7 +292,7 @@ impl FlakeChecks<'_> {
         let end = engine.run(known, evaluation, steps, signals).await;
         let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
         let outs = std::mem::take(&mut engine.outs);
-        let wrong = flake_evaluation.remember(&outs, all, &self.work.sink);
+        let wrong = flake_evaluation.remember(&outs, all, &self.session.sink);
         Ok(RunResult {
             outs,
             end,
@@ -353,24 +331,24 @@ impl FlakeChecks<'_> {
         OutputProgress::new(name.clone(), output, self.plan.installable(&name.attr))
     }
 
-    fn told(
+    fn result(
         &self,
         prepared: &Prepared,
         ran: &RunResult,
         added_paths: &AddedPaths,
         publication: Option<Publication>,
     ) -> JobResult {
-        let told = self.work.result(
+        let result = self.session.result(
             prepared,
             added_paths,
             publication,
-            self.work.plan.require_publish,
+            self.session.plan.require_publish,
         );
         let (_, failed) = verdict(ran);
         let (outcome, exit_code) = match (ran.end, failed > 0 || !ran.wrong.is_empty()) {
             (RunEnd::Stopped(..), _) => (Outcome::Cancelled, 130),
             (RunEnd::FailedFast, _) | (RunEnd::Complete, true) => (Outcome::CommandFailed, 1),
-            (RunEnd::Complete, false) => (told.outcome, told.exit_code),
+            (RunEnd::Complete, false) => (result.outcome, result.exit_code),
         };
         let command = ran.evaluation + ran.build;
         JobResult {
@@ -378,7 +356,7 @@ impl FlakeChecks<'_> {
             exit_code,
             command,
             heavy_lane: self.plan.heavy_lane.clone(),
-            ..told
+            ..result
         }
     }
 
@@ -399,7 +377,7 @@ impl FlakeChecks<'_> {
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        let kept = collect::keep(&nix, self.work.env.get("USER"), &name, &derivations);
+        let kept = collect::keep(&nix, self.session.env.get("USER"), &name, &derivations);
         let collected = match kept {
             Ok(()) => collect::collect(&nix)
                 .await
@@ -408,11 +386,11 @@ impl FlakeChecks<'_> {
         };
         match collected {
             Ok(said) => self
-                .work
+                .session
                 .sink
                 .note(format!("flywheel: the store was collected: {said}")),
             Err(problem) => self
-                .work
+                .session
                 .sink
                 .degraded("gc", format!("the store was not collected: {problem}")),
         }
@@ -420,7 +398,7 @@ impl FlakeChecks<'_> {
 
     /// What tells this run's flake from that of another repository on the host.
     fn location(&self) -> String {
-        let repository = self.work.env.get("GITHUB_REPOSITORY").map(str::to_owned);
+        let repository = self.session.env.get("GITHUB_REPOSITORY").map(str::to_owned);
         let here = || {
             Path::new(".")
                 .canonicalize()
@@ -431,7 +409,7 @@ impl FlakeChecks<'_> {
 
     fn log_check_runs(&self, told: Option<board::ReportStats>) {
         let Some(told) = told else { return };
-        self.workflow.say(&format!(
+        self.session.workflow.say(&format!(
             "flywheel: {} shown, in {}",
             count(told.shown as u64, "Check Run"),
             count(told.requests as u64, "request")
@@ -442,7 +420,7 @@ impl FlakeChecks<'_> {
                 "{} could not be shown: {names}. The summary has them.",
                 told.missing.len()
             );
-            self.work.sink.degraded("check runs", text);
+            self.session.sink.degraded("check runs", text);
         }
     }
 
@@ -451,14 +429,16 @@ impl FlakeChecks<'_> {
             let text = format!(
                 "what was remembered of `{label}` is not what it evaluates to; the memory is corrected. Please report it: this must not happen"
             );
-            self.workflow
+            self.session
+                .workflow
                 .annotate(Level::Error, "evaluation memory", &text);
         }
         let ended = ran.ended();
-        let files = Files::from_env(self.work.env);
+        let files = Files::from_env(self.session.env);
         self.mark_lines(&ended);
         self.write_files(&ended);
-        self.workflow
+        self.session
+            .workflow
             .say(&format!("flywheel: {}", summary::closing_line(&ended)));
         let of_run = [
             ("evaluation-seconds", ran.evaluation),
@@ -485,13 +465,13 @@ impl FlakeChecks<'_> {
             written = written.and_then(|()| files.set_output(name, &value));
         }
         if let Err(error) = written {
-            self.workflow.annotate(
+            self.session.workflow.annotate(
                 Level::Warning,
                 "report",
                 &format!("the report could not be written: {error}"),
             );
         }
-        JobReport::new(job).emit(&self.workflow, &files);
+        JobReport::new(job).emit(&self.session.workflow, &files);
     }
 
     /// Marks the lines of the sources that are wrong. GitHub shows ten of them.
@@ -499,7 +479,7 @@ impl FlakeChecks<'_> {
         for (output, verdict) in ended {
             if let (Some(location), Some(text)) = (verdict.cause.location(), annotation(verdict)) {
                 let title = one_line(&output.label, 100);
-                self.workflow.annotate_line(
+                self.session.workflow.annotate_line(
                     Level::Error,
                     &title,
                     &text,
@@ -526,7 +506,9 @@ impl FlakeChecks<'_> {
         for (file, text) in junit.into_iter().chain(lines) {
             if let Err(error) = std::fs::write(file, text) {
                 let text = format!("`{}` could not be written: {error}", file.display());
-                self.workflow.annotate(Level::Warning, "report", &text);
+                self.session
+                    .workflow
+                    .annotate(Level::Warning, "report", &text);
             }
         }
     }
@@ -534,10 +516,11 @@ impl FlakeChecks<'_> {
     /// The run was cancelled before there was anything to check.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
-        self.workflow
+        self.session
+            .workflow
             .say("flywheel: cancelled before anything was evaluated; nothing is lost");
-        if let Err(error) = job::set_outcome(self.work.env, Outcome::Cancelled, exit) {
-            self.workflow.annotate(
+        if let Err(error) = job::set_outcome(self.session.env, Outcome::Cancelled, exit) {
+            self.session.workflow.annotate(
                 Level::Warning,
                 "report",
                 &format!("the outputs could not be written: {error}"),

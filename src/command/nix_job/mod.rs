@@ -15,19 +15,17 @@ use self::inputs::{Plan, Wanted};
 use crate::budget::{self, Observed};
 use crate::command::Failure;
 use crate::command::job::added_paths::AddedPaths;
-use crate::command::job::{self, JobReport, Prepared, Secrets, Work};
+use crate::command::job::{self, JobReport, Prepared, Session};
 use crate::exit::{Exit, UsageError};
 use crate::host::peak::{Span, Spent};
-use crate::host::private::PrivateFolder;
 use crate::nix::clients;
 use crate::process::signals::Signals;
 use crate::process::supervise::{Ended, Supervised};
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
-use crate::report::screen::Screen;
 use crate::runner::env::Env;
 use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow};
+use crate::runner::workflow::Level;
 use crate::secret::Secret;
 
 /// Runs the verb.
@@ -37,64 +35,43 @@ use crate::secret::Secret;
 /// cannot be started. A command that fails is no error: its code is the exit code.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let plan = Plan::read(&inputs, env)?;
-    let workflow = Workflow::new(env.in_github_actions());
-    let secrets = Secrets::masked(env, &workflow);
-    let decision = job::judge(&plan.job, &secrets, env);
-    let screen = Screen::new(&workflow);
-    // Before anything is made that would have to be removed.
-    let mut signals = Signals::listen()
-        .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
-    let private = PrivateFolder::create(&job::private_base(env))?;
-    job::announce(&plan.job, &decision, &workflow);
-    let work = Work {
-        plan: &plan.job,
-        env,
-        secrets: &secrets,
-        decision: &decision,
-        sink: screen.sink(),
-        screen: &screen,
-        private: private.path(),
-    };
-    let ended = NixJob {
+    let (session, mut signals) = Session::begin(&plan.job, env)?;
+    let nix_job = NixJob {
         plan: &plan,
-        work,
-        workflow,
-    }
-    .run(&mut signals)
-    .await;
-    screen.finish();
-    if let Err(failure) = &ended {
-        job::report_not_started(&**failure, env, "the command was not run");
-    }
-    ended
+        session,
+    };
+    let ended = nix_job.run(&mut signals).await;
+    nix_job.session.end(ended, "the command was not run")
 }
 
 /// One job.
 struct NixJob<'a> {
     plan: &'a Plan,
-    work: Work<'a>,
-    workflow: Workflow,
+    session: Session<'a>,
 }
 
 impl NixJob<'_> {
     async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
-        let Some(prepared) = self.work.prepare(&self.workflow, signals).await? else {
+        let Some(prepared) = self.session.prepare(signals).await? else {
             return Ok(self.cancelled_early());
         };
-        let watch = self.work.watch(&prepared, clients::Job::Descendants).await;
+        let watch = self
+            .session
+            .watch(&prepared, clients::Job::Descendants)
+            .await;
         let span = Span::begin();
         let ended = self.command(&prepared, signals).await?;
         let spent = span.end().await;
         let published = Instant::now();
         if ended.code == 0 && ended.stopped.is_none() {
-            self.work
-                .check(&prepared, watch.as_ref(), &self.plan.folder, signals)
+            self.session
+                .run_flake_check(&prepared, watch.as_ref(), &self.plan.folder, signals)
                 .await;
         }
         let stopped = ended.stopped.map(|(_, at)| at);
         let folder = &self.plan.folder;
         let (added_paths, publication) = self
-            .work
+            .session
             .deliver_in_time(
                 watch,
                 &prepared.cache,
@@ -104,7 +81,7 @@ impl NixJob<'_> {
                 signals,
             )
             .await;
-        let job = self.told(
+        let job = self.result(
             &prepared,
             &ended,
             &spent,
@@ -113,14 +90,14 @@ impl NixJob<'_> {
             published.elapsed(),
         );
         prepared.stop().await;
-        JobReport::new(&job).emit(&self.workflow, &Files::from_env(self.work.env));
+        JobReport::new(&job).emit(&self.session.workflow, &Files::from_env(self.session.env));
         Ok(Exit::Command(job.exit_code))
     }
 
     async fn command(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Ended, Failure> {
         let ready = &prepared.ready;
         let environment = environment::of_command(
-            self.work.env,
+            self.session.env,
             &prepared.settings.config,
             ready.folder.as_deref(),
             &ready.variables(),
@@ -128,7 +105,7 @@ impl NixJob<'_> {
         let path = environment.get(std::ffi::OsStr::new("PATH")).cloned();
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {
-                let file = self.work.private.join("command.sh");
+                let file = self.session.private().join("command.sh");
                 std::fs::write(&file, text).map_err(|error| {
                     UsageError::new("command", format!("cannot be written to a file: {error}"))
                 })?;
@@ -141,18 +118,18 @@ impl NixJob<'_> {
         command.environment = environment;
         let word = Secret::random();
         if !self.plan.workflow_commands {
-            self.workflow.stop_commands(&word);
+            self.session.workflow.stop_commands(&word);
         }
-        self.work.screen.hold();
+        self.session.screen.hold();
         let ended = command.run(signals).await;
         if !self.plan.workflow_commands {
-            self.workflow.resume_commands(&word);
+            self.session.workflow.resume_commands(&word);
         }
-        self.work.screen.release();
+        self.session.screen.release();
         Ok(ended?)
     }
 
-    fn told(
+    fn result(
         &self,
         prepared: &Prepared,
         ended: &Ended,
@@ -169,15 +146,15 @@ impl NixJob<'_> {
             peak: spent.peak,
         };
         let out_of_memory = budget::judge(&observed);
-        let told = self.work.result(
+        let result = self.session.result(
             prepared,
             added_paths,
             publication,
-            self.work.plan.require_publish,
+            self.session.plan.require_publish,
         );
         let (outcome, exit_code) = match (ended.stopped, ended.code, &out_of_memory) {
             (Some(_), code, _) => (Outcome::Cancelled, code),
-            (None, 0, _) => (told.outcome, told.exit_code),
+            (None, 0, _) => (result.outcome, result.exit_code),
             (None, code, Some(_)) => (Outcome::OutOfMemory, code),
             (None, code, None) => (Outcome::CommandFailed, code),
         };
@@ -190,18 +167,18 @@ impl NixJob<'_> {
             limit: spent.limit,
             out_of_memory,
             heavy_lane: self.plan.heavy_lane.clone(),
-            ..told
+            ..result
         }
     }
 
     /// The job was cancelled before the command began.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
-        self.workflow.say(
+        self.session.workflow.say(
             "flywheel: cancelled before the command began; nothing was run and nothing is lost",
         );
-        if let Err(error) = job::set_outcome(self.work.env, Outcome::Cancelled, exit) {
-            self.workflow.annotate(
+        if let Err(error) = job::set_outcome(self.session.env, Outcome::Cancelled, exit) {
+            self.session.workflow.annotate(
                 Level::Warning,
                 "report",
                 &format!("the outputs could not be written: {error}"),
