@@ -1,10 +1,10 @@
-//! Which Check Runs this job may have, and what the one says that stands for all.
+//! Starts this job's Check Runs, if it may have any, and decides what the aggregate one shows.
 
 use std::time::{Duration, Instant};
 
+use crate::command::flake_checks::RunResult;
 use crate::command::flake_checks::engine::RunEnd;
 use crate::command::flake_checks::inputs::{Checks, Plan};
-use crate::command::flake_checks::{RunResult, verdict};
 use crate::command::job::{STOPPED_LIMIT, Session};
 use crate::exit::Explain;
 use crate::github::check_run::{CheckRuns, Commit, Conclusion};
@@ -16,22 +16,22 @@ use crate::runner::context::{commit, github_api};
 use crate::runner::workflow::Level;
 use crate::text::one_line;
 
-/// How long the last Check Runs may take, GitHub's own waits included.
+/// How long bringing the last Check Runs up to date may take, with the waits that GitHub asks for.
 const CLOSE_LIMIT: Duration = Duration::from_secs(300);
-/// After a request to stop, publishing needs the last moment for itself.
+/// After a request to stop, this much of the time is kept for publishing.
 const STOPPED_RESERVE: Duration = Duration::from_millis(700);
 
-/// Starts them, if this job may have any; says why not where they were asked for.
+/// Starts the Check Runs, if this job may have any. Warns with the reason where they were asked for and cannot be.
 pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReporter> {
     if plan.checks == Checks::No {
         return None;
     }
-    let unavailable = |what: &str| {
+    let unavailable = |why: &str| {
         if plan.checks == Checks::Yes {
             session.workflow.annotate(
                 Level::Warning,
                 "check runs",
-                &format!("there are no Check Runs: {what}"),
+                &format!("there are no Check Runs: {why}"),
             );
         }
         None
@@ -40,7 +40,7 @@ pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReport
         return unavailable("there is no `GITHUB_TOKEN` in the step's `env`");
     };
     let Some((repository, sha)) = commit(session.env) else {
-        return unavailable("this is no job with a commit");
+        return unavailable("the job has no commit");
     };
     let roots = Roots {
         files: session.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
@@ -83,10 +83,10 @@ pub(super) fn deadline(ran: &RunResult) -> Instant {
     }
 }
 
-/// What is said of the whole.
+/// The aggregate of a run that has ended.
 pub(super) fn aggregate(ran: &RunResult) -> Aggregate {
     let ended = ran.ended();
-    let failed = verdict(ran).1 > 0 || !ran.wrong.is_empty();
+    let failed = ran.failures() > 0 || !ran.wrong.is_empty();
     let conclusion = match (failed, ran.end) {
         (_, RunEnd::Stopped(..)) => Conclusion::Cancelled,
         (true, _) | (_, RunEnd::FailedFast) => Conclusion::Failure,
@@ -99,7 +99,7 @@ pub(super) fn aggregate(ran: &RunResult) -> Aggregate {
     }
 }
 
-/// The same where the run was cancelled before there was anything to check.
+/// The aggregate of a run that was cancelled before there was anything to check.
 pub(super) fn cancelled() -> Aggregate {
     let text = "Cancelled before anything was evaluated";
     Aggregate {
@@ -109,7 +109,7 @@ pub(super) fn cancelled() -> Aggregate {
     }
 }
 
-/// The same where there was nothing to check, for the flake does not evaluate.
+/// The aggregate of a run that found nothing to check, because the flake does not evaluate.
 pub(super) fn for_failure(failure: &dyn Explain) -> Aggregate {
     let text = failure.to_string();
     Aggregate {
