@@ -1,6 +1,5 @@
-//! `flywheel nix-job`: makes Nix ready, attaches the cache, runs the command, publishes, verifies,
-//! reports, and leaves nothing behind. This file is the story; its parts stand beside it, and those
-//! that other verbs share in `command/job/`.
+//! `flywheel nix-job`: makes Nix ready, attaches the cache, runs the command, publishes, verifies, reports, and leaves
+//! nothing behind. This file has the order of events; `command/job/` has the parts that other verbs share.
 
 mod environment;
 mod inputs;
@@ -31,8 +30,8 @@ use crate::secret::Secret;
 /// Runs the verb.
 ///
 /// # Errors
-/// For wrong input, before anything is touched; when there is no Nix to be had, or the command
-/// cannot be started. A command that fails is no error: its code is the exit code.
+/// For wrong input, before anything is touched; when there is no usable Nix, or the command cannot be started. A
+/// command that fails is no error: its code is the exit code.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let plan = Plan::read(&inputs, env)?;
     let (session, mut signals) = Session::begin(&plan.job, env)?;
@@ -44,7 +43,6 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     nix_job.session.end(ended, "the command was not run")
 }
 
-/// One job.
 struct NixJob<'a> {
     plan: &'a Plan,
     session: Session<'a>,
@@ -62,7 +60,7 @@ impl NixJob<'_> {
         let span = Span::begin();
         let ended = self.command(&prepared, signals).await?;
         let spent = span.end().await;
-        let published = Instant::now();
+        let publish_began = Instant::now();
         if ended.code == 0 && ended.stopped.is_none() {
             self.session
                 .run_flake_check(&prepared, watch.as_ref(), &self.plan.folder, signals)
@@ -87,7 +85,7 @@ impl NixJob<'_> {
             &spent,
             &added_paths,
             publication,
-            published.elapsed(),
+            publish_began.elapsed(),
         );
         prepared.stop().await;
         JobReport::new(&job).emit(&self.session.workflow, &Files::from_env(self.session.env));
@@ -96,7 +94,7 @@ impl NixJob<'_> {
 
     async fn command(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Ended, Failure> {
         let ready = &prepared.ready;
-        let environment = environment::of_command(
+        let environment = environment::for_command(
             self.session.env,
             &prepared.settings.config,
             ready.folder.as_deref(),
@@ -116,14 +114,15 @@ impl NixJob<'_> {
             }
         };
         command.environment = environment;
-        let word = Secret::random();
+        // The runner obeys no workflow command in the command's output until this random word comes.
+        let resume_word = Secret::random();
         if !self.plan.workflow_commands {
-            self.session.workflow.stop_commands(&word);
+            self.session.workflow.stop_commands(&resume_word);
         }
         self.session.screen.hold();
         let ended = command.run(signals).await;
         if !self.plan.workflow_commands {
-            self.session.workflow.resume_commands(&word);
+            self.session.workflow.resume_commands(&resume_word);
         }
         self.session.screen.release();
         Ok(ended?)
@@ -171,7 +170,7 @@ impl NixJob<'_> {
         }
     }
 
-    /// The job was cancelled before the command began.
+    /// Reports a job that was cancelled before the command began.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
         self.session.workflow.say(
