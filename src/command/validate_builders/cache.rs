@@ -1,5 +1,5 @@
-//! The cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves; where
-//! the trust gate allows, written to and read back. And the Bazel remote cache, if there is one.
+//! Checks of the cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves. Where
+//! the trust gate allows it, a path is written and read back. And checks of the Bazel remote cache, if there is one.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use super::inputs::Plan;
 use crate::cache::attic::{Attic, Body, Meter};
 use crate::cache::bazel::Asker;
 use crate::cache::endpoint::Endpoint;
-use crate::cache::probe::{Layer, probe};
+use crate::cache::probe::{Layer, Probe, probe};
 use crate::contract::shared_cache::{Given, judge};
 use crate::http::{Clients, Names};
 use crate::nix::key::PublicKey;
@@ -36,15 +36,15 @@ const WRITE: CheckSpec = CheckSpec::advisory("cache-write", "cache-write", 15);
 const READ_BACK: CheckSpec = CheckSpec::advisory("cache-read-back", "cache-read-back", 15);
 const BAZEL_CACHE: CheckSpec = CheckSpec::advisory("bazel-cache", "bazel-cache", 5);
 const BAZEL_EXECUTOR: CheckSpec = CheckSpec::advisory("bazel-executor", "bazel-executor", 5);
-const GROUND: [CheckSpec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
+const LAYERS: [CheckSpec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
 const READ: [CheckSpec; 3] = [NARINFO, NAR, SIGNATURE];
 
-/// All layers of the probe together.
+/// How long all layers of the probe may take together.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 
-/// So many paths of the store are looked for in the cache …
+/// How many paths of the store are looked up in the cache, until one is found …
 const CANDIDATES: u32 = 16;
-/// … of at most so many bytes: one is read whole.
+/// … and how large each may be in bytes: the one that is found is downloaded.
 const CANDIDATE_SIZE: u64 = 32 << 20;
 
 /// A cache that can be read from.
@@ -61,21 +61,21 @@ pub(super) async fn read(
     clients: &Clients,
 ) -> Option<Usable> {
     let Some(endpoint) = &plan.cache else {
-        list.skip_all(&GROUND, "no cache is named");
+        list.skip_all(&LAYERS, "no cache is named");
         list.skip_all(&READ, "no cache is named");
         return None;
     };
-    let usable = ground(list, plan, endpoint, token, clients).await;
+    let usable = probe_layers(list, plan, endpoint, token, clients).await;
     match (&usable, &plan.cache_path) {
         (Some(usable), Some(path)) => served(list, usable, path).await,
-        // Which paths it may have the store knows, and that has to be looked at first.
+        // Without a named path, `read_any` takes one from the store, which has to be opened first.
         (Some(_), None) => {}
         (None, _) => list.skip_all(&READ, "it stands on the layers below"),
     }
     usable
 }
 
-/// Where the caller names no path: reads the first path of the store that the cache turns out to have.
+/// Reads the first path of the store that the cache has, where the caller names none.
 pub(super) async fn read_any(
     list: &mut CheckList,
     plan: &Plan,
@@ -98,7 +98,7 @@ pub(super) async fn read_any(
     }
 }
 
-/// The path, and how many were asked for.
+/// Finds a path of the store that the cache has. Gives how many were looked up, too.
 async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>, usize) {
     let Some(nix) = nix else { return (None, 0) };
     let Ok(store) = Store::open(nix).await else {
@@ -110,7 +110,7 @@ async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>,
         .await
         .unwrap_or_default();
     for path in &candidates {
-        // An answer that is no answer is for the check to name.
+        // A lookup that fails ends the search, too: the check of the path then reports the error.
         if !matches!(usable.attic.nar_info(&path.hash()).await, Ok(None)) {
             return (Some(path.clone()), candidates.len());
         }
@@ -129,7 +129,7 @@ fn spec(layer: Layer) -> CheckSpec {
     }
 }
 
-async fn ground(
+async fn probe_layers(
     list: &mut CheckList,
     plan: &Plan,
     endpoint: &Endpoint,
@@ -144,6 +144,20 @@ async fn ground(
         PROBE_LIMIT,
     )
     .await;
+    record_layers(list, endpoint, &probed);
+    if !probed.usable {
+        return None;
+    }
+    let announced = probed.config.and_then(|config| config.public_key);
+    let key = plan.public_key.clone().or(announced);
+    Some(Usable {
+        attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()),
+        key,
+    })
+}
+
+/// Records a check for each layer of the probe. Its time is the one since the layer below was reached.
+fn record_layers(list: &mut CheckList, endpoint: &Endpoint, probed: &Probe) {
     let mut reached = Duration::ZERO;
     for layer in [
         Layer::Name,
@@ -184,18 +198,9 @@ async fn ground(
             (_, None) => list.skip(spec, "it stands on the layers below"),
         }
     }
-    if !probed.usable {
-        return None;
-    }
-    let announced = probed.config.and_then(|config| config.public_key);
-    let key = plan.public_key.clone().or(announced);
-    Some(Usable {
-        attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()),
-        key,
-    })
 }
 
-/// What the cache serves of a path that it should have.
+/// Checks what the cache serves of a path that it should have.
 async fn served(list: &mut CheckList, usable: &Usable, path: &StorePath) {
     let found = list.check(NARINFO, |_| narinfo(usable, path)).await;
     let Some(info) = found else {
@@ -252,7 +257,7 @@ fn signature(usable: &Usable, info: &NarInfo) -> Found<()> {
     ))
 }
 
-/// Writes what the canary has built, if the gate allows, and reads it back.
+/// Writes what the canary has built, if the trust gate allows it, and reads it back.
 pub(super) async fn write(
     list: &mut CheckList,
     usable: Option<&Usable>,
@@ -281,7 +286,7 @@ pub(super) async fn write(
     list.skip_all(&[WRITE, READ_BACK], &why);
 }
 
-/// The permit says that the gate has been asked.
+/// Uploads a path. The permit is the proof that the trust gate allows it.
 async fn upload(
     usable: &Usable,
     nix: &Nix,
