@@ -368,6 +368,7 @@ fn listen_address(inputs: &Serve) -> Result<SocketAddr, UsageError> {
         )
         .with_hint("Write it as `127.0.0.1:8484`.")
     })?;
+    // The server has no TLS, so on a network its tokens could be read.
     if address.ip().is_loopback() || inputs.allow_remote {
         return Ok(address);
     }
@@ -406,7 +407,7 @@ fn log(quiet: bool) -> Sink {
             Progress::Degraded { area, text } => format!("warning: {area}: {text}"),
             _ => return,
         };
-        // A log whose reader is gone does not stop the server.
+        // A log that is no longer read does not stop the server.
         let _ = writeln!(std::io::stderr(), "{line}");
     })
 }
@@ -423,6 +424,7 @@ fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
+    // Whatever waits for the ready file must find all of it, so it is renamed into place.
     let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
     temporary.write_all(text.as_bytes())?;
     temporary.persist(file)?;

@@ -226,7 +226,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
             .as_ref()
             .err()
             .map(|text| format!("{}: {text}", one.shown));
-        judgement.answered(one.about, problem, given.strict);
+        judgement.add_problem(one.about, problem, given.strict);
     }
     let written = if judgement.holds() {
         write_bazelrc(&inputs, &judgement, &given, upload)?

@@ -154,7 +154,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-/// The JSON form, whose keys are kept stable.
+/// The JSON form. Its keys are kept stable.
 #[derive(Serialize)]
 struct Explanation {
     verdict: &'static str,

@@ -1,10 +1,10 @@
-//! The contract as text for a terminal and as Markdown for a page: the same tables, drawn twice.
+//! The contract as text for a terminal and as Markdown for a page, from the same tables.
 
 use std::fmt::Write as _;
 
 use crate::contract::{Cache, Contract, Lane, Skill};
 
-/// A part of the contract that can be asked for by itself.
+/// A part of the contract that can be printed alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Section {
     /// Classes and their lanes.
@@ -24,7 +24,7 @@ pub enum Section {
 }
 
 impl Section {
-    /// Every section by its word, in order.
+    /// Every section by its name, in order.
     pub const ALL: [(&str, Self); 7] = [
         ("classes", Self::Classes),
         ("caches", Self::Caches),
@@ -69,7 +69,7 @@ enum Block {
     Text(&'static str),
     List(Vec<String>),
     Table(Vec<&'static str>, Vec<Vec<String>>),
-    /// A table whose columns are the contract's own.
+    /// A table of the contract.
     Free(Vec<String>, Vec<Vec<String>>),
 }
 

@@ -1,5 +1,5 @@
-//! A contract file read: `flywheel.yml` over the built-in contract, and what is wrong with it, by file, line
-//! and key. Takes text; never opens a file.
+//! Reads a contract file, `flywheel.yml`, on top of the built-in contract, and reports what is wrong with it by file,
+//! line and key. Takes text; never opens a file.
 
 use std::fmt;
 
@@ -15,13 +15,13 @@ use crate::text::{nearest, one_line};
 pub struct ContractError {
     /// The file's name.
     pub file: String,
-    /// The line, from 1; `None` if it is the file as a whole.
+    /// The line, from 1; `None` if the whole file is wrong.
     pub line: Option<u64>,
-    /// The key, if one is to blame.
+    /// The key that is wrong, if it is one.
     pub key: Option<String>,
     /// What is wrong, as a fragment.
     pub problem: String,
-    /// The nearest key that is known, or what else to do.
+    /// The nearest known key, or what else to do.
     pub hint: Option<String>,
 }
 
@@ -46,7 +46,7 @@ impl Explain for ContractError {
     }
 }
 
-/// The contract of a repository with this file: the file over the built-in contract.
+/// The contract of a repository with this file, on top of the built-in contract.
 ///
 /// # Errors
 /// For the first thing that is wrong with it.
@@ -70,7 +70,7 @@ pub fn contract(file: &str, text: &str) -> Result<Contract, ContractError> {
     Ok(contract)
 }
 
-/// A YAML document as JSON, for files that are not ours to define.
+/// A YAML document as JSON, for files in a format of others.
 ///
 /// # Errors
 /// When it is no YAML.
@@ -110,7 +110,7 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
                 .next()
                 .unwrap_or_default()
                 .trim_start_matches("error: ");
-            // The library says the place too, before or behind its sentence, and we have said it.
+            // The library puts the location before or after its message, which would then name it twice.
             let places = error.location().map(|at| (at.line(), at.column()));
             let problem = places.and_then(|(line, column)| {
                 let behind = said.strip_suffix(&format!(" at line {line}, column {column}"));
@@ -139,7 +139,7 @@ fn key_at(text: &str, line: u64) -> Option<String> {
     (!key.is_empty()).then(|| one_line(key, 80))
 }
 
-/// What a file says in several places at once.
+/// Checks what a file has in several places against each other.
 struct Reader<'a> {
     file: &'a str,
     text: &'a str,
@@ -209,7 +209,7 @@ impl Reader<'_> {
         ))
     }
 
-    /// The line is that of the last place where the word stands: the file's own, if it has one.
+    /// The line is the last one with the name: the file's own, if it has one.
     fn error(&self, key: &str, word: &str, problem: String, hint: String) -> ContractError {
         let holds = |line: &str| {
             let words = line.split(|c: char| c.is_whitespace() || "{}[],:\"'".contains(c));

@@ -209,7 +209,7 @@ impl Canary {
         shorten(&text, TEXT_LIMIT)
     }
 
-    /// The JSON form, whose keys are kept stable.
+    /// The JSON form. Its keys are kept stable.
     pub fn json(&self) -> Value {
         let checks = self.checks.iter().map(|check| {
             let hint = if let Verdict::Failed { hint } = &check.verdict {

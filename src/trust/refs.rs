@@ -3,7 +3,7 @@
 use crate::exit::UsageError;
 use crate::runner::facts::shown;
 
-/// What is trusted when `trusted-refs` says nothing.
+/// What is trusted when `trusted-refs` is not given.
 const DEFAULT: &str = "refs/tags/v*";
 
 /// Patterns of full refs. `*` stands for any text without a `/`, `**` for any text.

@@ -139,7 +139,7 @@ impl<'a> Engine<'a> {
         (engine, EngineEvents(receiver))
     }
 
-    /// Brings every output to its verdict; `known` are those whose derivations are remembered.
+    /// Brings every output to its verdict; `known` are the remembered ones.
     pub async fn run(
         &mut self,
         known: Vec<(usize, Facts)>,
@@ -207,6 +207,7 @@ impl<'a> Engine<'a> {
             }
             tokio::select! {
                 biased;
+                // First in the biased order: a steady stream of events must not keep a cancelled job alive.
                 stop = signals.next() => return RunEnd::Stopped(stop, Instant::now()),
                 event = evaluation.events.recv(), if self.evaluating > 0 => match event {
                     Some(event) => self.on_evaluation(event, evaluation).await,
@@ -244,7 +245,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Fails what waits for the evaluation, whose pool has ended before its time.
+    /// Fails what waits for the evaluation, when its pool has ended too early.
     fn evaluation_is_gone(&mut self) {
         self.evaluating = 0;
         for id in 0..self.outs.len() {
@@ -275,12 +276,15 @@ impl<'a> Engine<'a> {
                 independent,
             } => {
                 self.evaluating -= 1;
+                // An evaluation for a build writes the derivation to the store; one without a build is read-only.
                 self.outs[id].is_written = self.plan.build;
                 self.outs[id].is_remembered = independent;
                 self.on_known(id, facts);
             }
             Event::Dependent(id) => {
                 self.evaluating -= 1;
+                // The first view hides the commit's values. An output that needs one is evaluated again, with the real
+                // view.
                 let real = Arc::clone(&evaluation.real);
                 self.evaluate(evaluation, vec![id], &real).await;
             }
@@ -326,6 +330,7 @@ impl<'a> Engine<'a> {
         let ids = std::mem::take(&mut self.arrived);
         let outs = ids.iter().map(|id| &self.outs[*id]);
         let paths = outs.flat_map(|out| {
+            // A remembered derivation may have been collected as garbage since, so it is queried, too.
             let drv = out.drv.clone().filter(|_| !out.is_written);
             out.paths().unwrap_or_default().into_iter().chain(drv)
         });
@@ -366,7 +371,7 @@ impl<'a> Engine<'a> {
                 for id in &again {
                     self.forget(*id);
                 }
-                // A remembered output whose derivation has been collected as garbage is evaluated again.
+                // If a remembered derivation is gone from the store, the output is evaluated again.
                 let first = Arc::clone(&evaluation.first);
                 self.evaluate(evaluation, again, &first).await;
             }
@@ -385,7 +390,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Ends the outputs in the lanes whose paths have become valid.
+    /// Ends the outputs in the lanes that have become valid.
     async fn end_valid_in_lanes(&mut self) {
         self.reporter.progress(&self.outs);
         let ids: Vec<usize> = self

@@ -181,6 +181,7 @@ impl FlakeChecks<'_> {
         let ((added_paths, publication), stats) =
             self.finish(prepared, watch, reporter, ran, signals).await;
         self.log_check_runs(stats);
+        // Last of all: the publisher reads the paths from the store until it has ended.
         tokio::select! {
             biased;
             _ = signals.next() => self.session.sink.note("flywheel: the store is not collected: the job was asked to stop"),
@@ -236,6 +237,7 @@ impl FlakeChecks<'_> {
         };
         let stats = match stats {
             Some(stats) => stats,
+            // Until here publishing has handled the signals; from here on they end the Check Runs.
             None => loop {
                 tokio::select! {
                     biased;

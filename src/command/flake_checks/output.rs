@@ -165,6 +165,7 @@ impl Tree {
         if file.metadata().ok()?.len() > FILE_SIZE {
             return None;
         }
+        // A file that is not UTF-8 is no source in which a person wrote a hash.
         let text = std::fs::read_to_string(file).ok()?;
         let (n, column) = text.lines().enumerate().find_map(|(n, line)| {
             let column = forms.iter().find_map(|form| line.find(form.as_str()))?;

@@ -24,7 +24,7 @@ pub struct AddedPaths {
     pub added: u64,
     /// Paths that were added while the job ran and may be another job's: they are left out, and named.
     pub ambiguous: Vec<StorePath>,
-    /// Valid paths whose registration cannot be used.
+    /// Valid paths with a registration that cannot be used.
     pub unreadable: Vec<Unreadable>,
 }
 

@@ -99,6 +99,7 @@ pub async fn attach(
         // Whether it opens is seen later, once there is a Nix to open it with.
         Source::Store(url) => Cache {
             store: Some(url.clone()),
+            // Nix sends a token by the netrc, which is for HTTP alone.
             token: token.filter(|_| url.http_host().is_some()).cloned(),
             public_key: key.cloned(),
             ..Cache::none(CacheState::Attached)
@@ -107,6 +108,7 @@ pub async fn attach(
             probe_server(endpoint.clone(), key.cloned(), token.cloned(), clients).await
         }
         Source::Embedded { folder, cache } => match embed(folder, cache).await {
+            // The embedded cache is probed like a remote one, so that a fault of it shows here and not in the build.
             Ok(embedded) => {
                 let cache = probe_server(
                     embedded.endpoint,
@@ -228,6 +230,7 @@ async fn embed(folder: &Path, cache: &CacheName) -> Result<Embedded, String> {
     let server = opened
         .map_err(|error| error.to_string())?
         .map_err(|error| format!("the embedded cache: {error}"))?;
+    // Port 0 takes a free port: several jobs may run on one machine, each with a server of its own.
     let listener = TcpListener::bind(("127.0.0.1", 0))
         .await
         .map_err(|error| format!("the embedded cache: {error}"))?;

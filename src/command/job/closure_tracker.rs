@@ -17,8 +17,8 @@ impl ClosureTracker {
         self.0.extend(infos.iter().map(|info| info.path.hash()));
     }
 
-    /// Splits paths, in the order of their registration, into those that are ready to be given and the rest, whose
-    /// closures have to be queried. A path is ready when it refers only to itself, to paths given before, and to
+    /// Splits paths, in the order of their registration, into those that are ready to be given and the rest, for which
+    /// the closures have to be queried. A path is ready when it refers only to itself, to paths given before, and to
     /// ready ones ahead of it; it counts as given from here on.
     pub fn split_ready(&mut self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
         infos.into_iter().partition(|info| {

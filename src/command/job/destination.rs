@@ -160,7 +160,7 @@ impl DestinationOpener<'_> {
         let with_attic_cli = match config.publisher {
             PublisherKind::BuiltIn => false,
             PublisherKind::AtticClient => true,
-            // A cache whose configuration the probe has read speaks Attic's protocol, so no request is needed.
+            // If the probe has read a configuration, the server speaks Attic's protocol, and no request is needed.
             PublisherKind::Auto => {
                 cache.probe.config.is_none() && !stock::speaks_attic(&attic).await
             }

@@ -57,7 +57,7 @@ pub fn summarize(
     publication
 }
 
-/// The publication of a job whose cache takes nothing: each path is lost, and named. Paths that an upstream cache has
+/// The publication to a cache that takes nothing: each path is lost, and named. Paths that an upstream cache has
 /// signed would not have been sent, so they are not lost.
 pub fn all_lost(wanted: &[PathInfo], reason: &str) -> Publication {
     let upstream = Options::default().upstream_keys;

@@ -131,6 +131,7 @@ fn cache_settings(
     let netrc = token.zip(host).and_then(|(token, host)| {
         let existing = before.netrc_file().filter(|file| file.is_file());
         let file = match netrc::write(inputs.private, host, token, existing.as_deref()) {
+            // A netrc of the user that cannot be read must not cost the job the credential of its own cache.
             Err(error @ netrc::WriteError::Existing { .. }) => {
                 sink.degraded(
                     "nix settings",

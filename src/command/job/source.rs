@@ -28,8 +28,8 @@ pub enum Source {
 }
 
 impl Source {
-    /// Chooses the cache: the input `attic-server` goes before `embedded-cache`, and that before a hint. A laptop has an
-    /// embedded cache in any case.
+    /// Chooses the cache: the input `attic-server` goes before `embedded-cache`, and that before a hint. A laptop has
+    /// an embedded cache in any case.
     pub fn find(named: &NamedCache, embedded: &Text, env: &Env) -> Self {
         let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
         let embed = |folder: PathBuf| Self::Embedded {

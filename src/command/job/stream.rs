@@ -183,6 +183,7 @@ impl Stream {
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
         // The feeder ends when the watcher is gone. Should it have panicked, nothing is missing: all is offered below.
         let _ = feeding.await;
+        // The same order as in the feeder: what a kill cuts off from here on is in the journal.
         journal.seen(added_paths.wanted.iter().map(|info| &info.path));
         record_seen_impurity(&clients, &inspector);
         publisher.offer(added_paths.wanted.clone()).await;
@@ -262,10 +263,12 @@ impl Feeder {
         loop {
             let infos = tokio::select! {
                 infos = batches.recv() => infos,
+                // Held paths are decided on even if no new path becomes valid.
                 () = filter.due() => Some(Vec::new()),
             };
             let Some(infos) = infos else { return };
             let found = filter.accept(infos, Instant::now());
+            // The journal has a path before the publisher does: a job that is killed in between loses nothing.
             self.journal.seen(found.iter().map(|info| &info.path));
             if self.at_once && !found.is_empty() {
                 record_seen_impurity(&self.clients, &self.inspector);
@@ -323,6 +326,7 @@ impl Feeder {
             .map(|info| (&info.path, since(&info.path)))
             .collect();
         self.journal.carried(&carried);
+        // `carried` has synced our journal, so the old ones may go now, and not earlier.
         left.taken_up();
         if !valid.infos.is_empty() {
             self.sink.note(format!(
@@ -335,6 +339,7 @@ impl Feeder {
 }
 
 fn publish_until(deadline: &Deadline) -> Instant {
+    // Of a long drain time, verifying needs no more than half a minute.
     let left = deadline.at.saturating_duration_since(Instant::now());
     deadline.at - left.mul_f64(VERIFY_SHARE).min(Duration::from_secs(30))
 }

@@ -82,6 +82,7 @@ impl Session<'_> {
             mark: &mark,
             clients: &clients,
             inspector: &inspector,
+            // A path that may yet be withheld must not be sent: a cache takes nothing back.
             at_once: !self.requires_flake_check(),
             workers: self.plan.publish_workers,
         };

@@ -119,6 +119,7 @@ impl NixJob<'_> {
         if !self.plan.workflow_commands {
             self.session.workflow.stop_commands(&resume_word);
         }
+        // Progress lines would fall into the middle of the command's own output.
         self.session.screen.hold();
         let ended = command.run(signals).await;
         if !self.plan.workflow_commands {
@@ -152,6 +153,7 @@ impl NixJob<'_> {
             self.session.plan.require_publish,
         );
         let (outcome, exit_code) = match (ended.stopped, ended.code, &out_of_memory) {
+            // A stopped command exits with the signal's code, which is no failure of its own.
             (Some(_), code, _) => (Outcome::Cancelled, code),
             (None, 0, _) => (result.outcome, result.exit_code),
             (None, code, Some(_)) => (Outcome::OutOfMemory, code),

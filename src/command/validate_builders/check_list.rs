@@ -106,7 +106,7 @@ impl CheckFailure {
 /// What a check found: a value for later checks, and a text for the report.
 pub(super) type Found<T> = Result<(T, String), CheckFailure>;
 
-/// Layers whose severity the caller changes.
+/// Layers that the caller gives another severity.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Weights {
     pub required: Vec<String>,
@@ -181,6 +181,7 @@ impl CheckList {
     ) -> Option<T> {
         let limit = spec
             .limit
+            // The deadline of all checks cuts the last ones short, so that the canary itself ends in time.
             .min(self.deadline.saturating_duration_since(Instant::now()));
         let begun = Instant::now();
         if limit.is_zero() {

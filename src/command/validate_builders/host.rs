@@ -31,7 +31,7 @@ const PROBE_BYTES: usize = 1 << 20;
 const MACHINE_SLACK: f64 = 0.9;
 /// 2025-01-01. Flywheel is younger than that, so an earlier date is a clock that was never set (1970, as a rule).
 const EARLIEST: u64 = 1_735_689_600;
-/// Servers accept tokens and certificates whose times are off by minutes, and no more.
+/// A server accepts tokens and certificates if its clock and ours differ by minutes, and no more.
 const SKEW: Duration = Duration::from_secs(300);
 
 /// Runs the checks of the host.

@@ -130,6 +130,7 @@ async fn push(
             .extend(["metrics", "job", "flywheel_canary", "class", &canary.class]);
         path.extend(canary.lane.iter().flat_map(|lane| ["lane", lane.as_str()]));
     }
+    // `PUT` replaces the whole group; `POST` would leave the metrics of checks that no longer run.
     let sent = client
         .put(url)
         .timeout(PUSH_LIMIT)

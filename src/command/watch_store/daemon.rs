@@ -108,6 +108,7 @@ impl Daemon<'_> {
         ready: impl AsyncFnOnce(&Prepared),
     ) -> Result<JobReport, Failure> {
         let (requests, mut requested) = mpsc::channel(1);
+        // `status` is served from the beginning, while Nix is still being made ready.
         let _serving = AbortOnDropHandle::new(tokio::spawn(serve(
             listener,
             self.status_cell.clone(),

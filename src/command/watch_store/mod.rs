@@ -394,10 +394,12 @@ async fn run_daemon(
 ) -> Result<JobReport, Failure> {
     let mut signals = Signals::listen().map_err(not_started)?;
     let runtime_dir = RuntimeDir::from_env(env)?;
+    // Of two `start`s at the same time, the second finds the folder locked.
     let _lock: File = runtime_dir
         .lock()
         .map_err(not_started)?
         .ok_or(Error::Running)?;
+    // The socket is there before Nix is made ready, which may take minutes: `status` answers from the start.
     let listener = runtime_dir.listen().map_err(not_started)?;
     let status_cell = StatusCell::new(Status {
         state: "preparing".into(),
@@ -478,6 +480,7 @@ async fn wait(
 ) -> Result<Finished, Error> {
     let mut signals = Signals::listen().map_err(|error| Error::Start(error.to_string()))?;
     let mut ticks = interval(PROGRESS_INTERVAL);
+    // The first tick of an interval comes at once, and there is no progress to log yet.
     ticks.tick().await;
     let mut give_up_at = None;
     let (mut reading, mut writing) = stream.get_mut().split();
@@ -488,6 +491,7 @@ async fn wait(
             biased;
             finished = &mut receiving => return finished.ok_or(Error::NoReport),
             _ = signals.next(), if give_up_at.is_none() => {
+                // The background process has this long to stop and to send its report.
                 give_up_at = Some(Instant::now() + job::STOPPED_LIMIT);
                 let _ = send(&mut writing, &Request::Cancel).await;
             }

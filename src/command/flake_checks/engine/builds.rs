@@ -66,6 +66,7 @@ impl Engine<'_> {
             .iter()
             .filter_map(|id| self.outs[*id].drv.clone())
             .collect();
+        // A failure of an earlier try must not count against this one.
         for drv in &derivations {
             self.failures.remove(drv);
         }
@@ -134,6 +135,7 @@ impl Engine<'_> {
         let Some(lane) = self.lanes[lane].take() else {
             return;
         };
+        // What became valid since the last query was built, even if others in the lane failed.
         self.end_valid(&lane.ids).await;
         let open: Vec<usize> = lane
             .ids
