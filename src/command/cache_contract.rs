@@ -219,8 +219,8 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let timeout = number("timeout", &inputs.timeout, 1..=600)?.map_or(TIMEOUT, Duration::from_secs);
     let mut judgement = judge(&declared(&inputs, &contract)?, &given);
     let workflow = Workflow::new(env.in_github_actions());
-    let asked = try_endpoints(&judgement.endpoints, timeout, env, &workflow).await?;
-    for one in &asked {
+    let tried = try_endpoints(&judgement.endpoints, timeout, env, &workflow).await?;
+    for one in &tried {
         let problem = one
             .result
             .as_ref()
@@ -236,7 +236,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let report = Report {
         judgement,
         given,
-        asked,
+        tried,
         upload,
         written,
     };
@@ -292,7 +292,7 @@ pub(super) fn unknown_class(class: &str, contract: &Contract) -> UsageError {
         ),
     );
     match nearest(class, known.iter().copied()) {
-        Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
+        Some(name) => error.with_hint(format!("Did you mean `{name}`?")),
         None => error.with_hint("Name it under `classes` in `flywheel.yml`."),
     }
 }
@@ -328,7 +328,7 @@ async fn try_endpoints(
     let (asker, plain) = (Asker::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));
-    let asked = endpoints.iter().map(|endpoint| async {
+    let tried = endpoints.iter().map(|endpoint| async {
         let begun = Instant::now();
         let result = match endpoint.about {
             "attic" => try_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
@@ -341,7 +341,7 @@ async fn try_endpoints(
             result,
         }
     });
-    Ok(futures_util::future::join_all(asked).await)
+    Ok(futures_util::future::join_all(tried).await)
 }
 
 async fn try_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Result<(), String> {
@@ -404,7 +404,7 @@ fn write_bazelrc(
 struct Report {
     judgement: Judgement,
     given: Given,
-    asked: Vec<Tried>,
+    tried: Vec<Tried>,
     upload: bool,
     written: Option<PathBuf>,
 }
@@ -462,7 +462,7 @@ impl Report {
             return "none".to_owned();
         };
         match self
-            .asked
+            .tried
             .iter()
             .find(|one| one.about == about)
             .map(|one| &one.result)
@@ -493,7 +493,7 @@ impl Report {
 
     fn json(&self) -> String {
         let (declared, actual) = self.modes();
-        let endpoints = self.asked.iter().map(|one| {
+        let endpoints = self.tried.iter().map(|one| {
             let (seconds, problem) = match &one.result {
                 Ok(took) => (Some(took.as_secs_f64()), None),
                 Err(text) => (None, Some(text)),

@@ -179,7 +179,7 @@ impl MapOwned for Vec<&'static str> {
     }
 }
 
-fn words(skills: &[Skill]) -> String {
+fn names(skills: &[Skill]) -> String {
     skills
         .iter()
         .map(|skill| skill.as_str())
@@ -211,7 +211,7 @@ fn classes(contract: &Contract) -> Block {
             lane.unwrap_or_default(),
             class.image.clone().unwrap_or_default(),
             can.join(", "),
-            words(class.provides.as_deref().unwrap_or_default()),
+            names(class.provides.as_deref().unwrap_or_default()),
             class.used_for.clone().unwrap_or_default().join(", "),
         ]
     });
@@ -240,7 +240,7 @@ fn lanes(contract: &Contract) -> Block {
                 .map(|most| most.to_string())
                 .unwrap_or_default(),
             publishes(lane).to_owned(),
-            words(&lane.provides),
+            names(&lane.provides),
             lane.note.clone().unwrap_or_default(),
         ]
     });

@@ -52,11 +52,11 @@ impl Explain for ContractError {
 /// For the first thing that is wrong with it.
 pub fn contract(file: &str, text: &str) -> Result<Contract, ContractError> {
     let mut contract = Contract::built_in();
-    let says_nothing = text
+    let is_blank = text
         .lines()
         .map(str::trim)
         .all(|line| line.is_empty() || line.starts_with('#') || line == "---");
-    if !says_nothing {
+    if !is_blank {
         let over: Contract =
             serde_saphyr::from_str(text).map_err(|error| explain(file, text, &error))?;
         contract.overlay(over);
@@ -98,14 +98,14 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
             key: Some(field.clone()),
             problem: "there is no such key here".into(),
             hint: Some(match nearest(field, expected.iter().copied()) {
-                Some(word) => format!("Did you mean `{word}`?"),
+                Some(name) => format!("Did you mean `{name}`?"),
                 None => format!("The keys here are {}.", expected.join(", ")),
             }),
             ..base
         },
         other => {
-            let said = other.to_string();
-            let said = said
+            let message = other.to_string();
+            let message = message
                 .lines()
                 .next()
                 .unwrap_or_default()
@@ -113,10 +113,10 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
             // The library puts the location before or after its message, which would then name it twice.
             let places = error.location().map(|at| (at.line(), at.column()));
             let problem = places.and_then(|(line, column)| {
-                let behind = said.strip_suffix(&format!(" at line {line}, column {column}"));
-                behind.or_else(|| said.strip_prefix(&format!("line {line} column {column}: ")))
+                let behind = message.strip_suffix(&format!(" at line {line}, column {column}"));
+                behind.or_else(|| message.strip_prefix(&format!("line {line} column {column}: ")))
             });
-            let problem = problem.unwrap_or(said);
+            let problem = problem.unwrap_or(message);
             ContractError {
                 key: line.and_then(|line| key_at(text, line)),
                 problem: one_line(problem, 300),
@@ -198,7 +198,7 @@ impl Reader<'_> {
         }
         let known: Vec<&str> = self.contract.caches.iter().map(|(name, _)| name).collect();
         let hint = match nearest(name, known.iter().copied()) {
-            Some(word) => format!("Did you mean `{word}`?"),
+            Some(name) => format!("Did you mean `{name}`?"),
             None => format!("The caches are {}.", known.join(", ")),
         };
         Err(self.error(
@@ -210,10 +210,10 @@ impl Reader<'_> {
     }
 
     /// The line is the last one with the name: the file's own, if it has one.
-    fn error(&self, key: &str, word: &str, problem: String, hint: String) -> ContractError {
+    fn error(&self, key: &str, name: &str, problem: String, hint: String) -> ContractError {
         let holds = |line: &str| {
-            let words = line.split(|c: char| c.is_whitespace() || "{}[],:\"'".contains(c));
-            words.into_iter().any(|found| found == word)
+            let parts = line.split(|c: char| c.is_whitespace() || "{}[],:\"'".contains(c));
+            parts.into_iter().any(|found| found == name)
         };
         let line = self
             .text

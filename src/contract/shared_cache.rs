@@ -50,19 +50,19 @@ impl fmt::Display for Mode {
 impl<'de> Deserialize<'de> for Mode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let words = Self::ALL.map(|(word, _)| word);
+        let names = Self::ALL.map(|(name, _)| name);
         let found = Self::ALL
             .into_iter()
-            .find(|(word, _)| *word == text)
+            .find(|(name, _)| *name == text)
             .map(|(_, mode)| mode);
         found.ok_or_else(|| {
-            let meant = nearest(&text, words)
-                .map(|word| format!("; did you mean `{word}`?"))
+            let meant = nearest(&text, names)
+                .map(|name| format!("; did you mean `{name}`?"))
                 .unwrap_or_default();
             de::Error::custom(format!(
                 "`{}` is no mode ({}){meant}",
                 one_line(&text, 80),
-                words.join(", ")
+                names.join(", ")
             ))
         })
     }
@@ -237,17 +237,17 @@ pub fn judge(declared: &SharedCache, given: &Given) -> Judgement {
 /// Checks the runner's hint of the mode.
 fn hinted(given: &Given, mode: Mode) -> Option<Finding> {
     let hint = given.hinted_mode.as_deref()?;
-    let known = Mode::ALL.into_iter().find(|(word, _)| *word == hint);
+    let known = Mode::ALL.into_iter().find(|(name, _)| *name == hint);
     match known {
         Some((_, hinted)) if hinted == mode => None,
-        Some((word, _)) => Some(Finding::error(
+        Some((name, _)) => Some(Finding::error(
             "mode",
-            format!("declared is `{mode}`, but the runner's `GF_BAZEL_SUBSTRATE_MODE` is `{word}`"),
+            format!("declared is `{mode}`, but the runner's `GF_BAZEL_SUBSTRATE_MODE` is `{name}`"),
         )),
         None => {
-            let meant = nearest(hint, Mode::ALL.map(|(word, _)| word));
+            let meant = nearest(hint, Mode::ALL.map(|(name, _)| name));
             let meant = meant
-                .map(|word| format!("; did you mean `{word}`?"))
+                .map(|name| format!("; did you mean `{name}`?"))
                 .unwrap_or_default();
             Some(Finding::error(
                 "mode",
@@ -263,13 +263,13 @@ fn hinted(given: &Given, mode: Mode) -> Option<Finding> {
 fn state(given: &Given, actual: Mode) -> Option<Finding> {
     let text = given.state.as_deref()?;
     let error = |problem: String| Some(Finding::error("profile-state", problem));
-    let Some((word, state)) = ProfileState::ALL
+    let Some((name, state)) = ProfileState::ALL
         .into_iter()
-        .find(|(word, _)| *word == text)
+        .find(|(name, _)| *name == text)
     else {
-        let words = ProfileState::ALL.map(|(word, _)| word);
-        let meant = nearest(text, words)
-            .map(|word| format!("; did you mean `{word}`?"))
+        let names = ProfileState::ALL.map(|(name, _)| name);
+        let meant = nearest(text, names)
+            .map(|name| format!("; did you mean `{name}`?"))
             .unwrap_or_default();
         return error(format!(
             "`GF_FLYWHEEL_PROFILE_STATE` is unknown: `{}`{meant}",
@@ -290,7 +290,7 @@ fn state(given: &Given, actual: Mode) -> Option<Finding> {
         None
     } else {
         error(format!(
-            "the profile state `{word}` contradicts the endpoints, which make it `{actual}`"
+            "the profile state `{name}` contradicts the endpoints, which make it `{actual}`"
         ))
     }
 }

@@ -219,17 +219,17 @@ impl Skill {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        if let Some((_, skill)) = Self::NAMES.into_iter().find(|(word, _)| *word == text) {
+        if let Some((_, skill)) = Self::NAMES.into_iter().find(|(name, _)| *name == text) {
             return Ok(skill);
         }
-        let words = Self::NAMES.map(|(word, _)| word);
-        Err(match nearest(text, words) {
-            Some(word) => {
-                format!("`{text}` is nothing that a lane provides; did you mean `{word}`?")
+        let names = Self::NAMES.map(|(name, _)| name);
+        Err(match nearest(text, names) {
+            Some(name) => {
+                format!("`{text}` is nothing that a lane provides; did you mean `{name}`?")
             }
             None => format!(
-                "`{text}` is nothing that a lane provides; the words are {}",
-                words.join(", ")
+                "`{text}` is nothing that a lane provides; known are {}",
+                names.join(", ")
             ),
         })
     }
@@ -241,7 +241,7 @@ impl fmt::Display for Skill {
     }
 }
 
-as_text!(Skill, "a word for what a lane provides");
+as_text!(Skill, "the name of something that a lane provides");
 
 /// The versions of a tool that are accepted: `>=18`, `>=2.8 <3`, or `*` for any.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -267,12 +267,12 @@ impl Requirement {
         if text.trim() == "*" {
             return Ok(Self { bounds: Vec::new() });
         }
-        let bound = |word: &str| {
-            let at_least = word
+        let bound = |text: &str| {
+            let at_least = text
                 .strip_prefix(">=")
                 .map(|number| (Bound::AtLeast, number));
             let (bound, number) =
-                at_least.or_else(|| word.strip_prefix('<').map(|number| (Bound::Below, number)))?;
+                at_least.or_else(|| text.strip_prefix('<').map(|number| (Bound::Below, number)))?;
             Some((
                 bound,
                 numbers(number).filter(|_| number.starts_with(|c: char| c.is_ascii_digit()))?,
@@ -337,10 +337,10 @@ pub struct Access {
 
 impl Access {
     fn parse(text: &str) -> Result<Self, String> {
-        let (word, how) = text.split_once(',').map_or((text, None), |(word, how)| {
-            (word, Some(how.trim().to_owned()))
+        let (answer, how) = text.split_once(',').map_or((text, None), |(answer, how)| {
+            (answer, Some(how.trim().to_owned()))
         });
-        match word.trim() {
+        match answer.trim() {
             "yes" | "true" => Ok(Self { allowed: true, how }),
             "no" | "false" => Ok(Self {
                 allowed: false,
@@ -401,7 +401,7 @@ mod tests {
     fn a_skill_that_does_not_exist_gets_a_hint() {
         assert!(
             Skill::parse("dokcer")
-                .expect_err("no such word")
+                .expect_err("no such skill")
                 .contains("did you mean `docker`")
         );
     }

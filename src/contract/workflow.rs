@@ -139,7 +139,7 @@ fn check_lane(
             .map(|(_, _, lane)| lane.label.as_str())
             .collect();
         let advice = match nearest(label, all.iter().copied()) {
-            Some(word) => format!("did you mean `{word}`?"),
+            Some(name) => format!("did you mean `{name}`?"),
             None => format!("the lanes are {}", all.join(", ")),
         };
         return add(
@@ -291,10 +291,10 @@ fn needs(job: &Value) -> Vec<(Skill, String)> {
             .or_else(|| step["with"]["command"].as_str())
             .unwrap_or_default();
         for line in script.lines() {
-            let word = line.split_whitespace().next().unwrap_or_default();
+            let first = line.split_whitespace().next().unwrap_or_default();
             let found = COMMANDS
                 .iter()
-                .find(|(command, _)| *command == word)
+                .find(|(command, _)| *command == first)
                 .map(|(_, skill)| *skill);
             // The commands of a `nix-job` are Nix's to provide, and not the lane's.
             let inside = step.get("run").is_none();
@@ -321,7 +321,7 @@ fn asks_to_publish(job: &Value) -> bool {
             Value::Bool(asks) => *asks,
             Value::String(text) => ["true", "auto"]
                 .iter()
-                .any(|word| text.eq_ignore_ascii_case(word)),
+                .any(|name| text.eq_ignore_ascii_case(name)),
             _ => false,
         })
 }

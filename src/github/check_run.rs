@@ -485,7 +485,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_are_told_from_refusals() {
+    fn rate_limits_are_no_refusals() {
         let answer = |status: u16, headers: &[(&'static str, &str)], text: &str| {
             let headers = headers.iter().map(|(name, value)| {
                 (
@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn stamps_are_what_the_calendar_says() {
+    fn time_stamps_match_the_calendar() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),

@@ -95,7 +95,7 @@ impl Screen {
             return;
         }
         match event {
-            Progress::Note(line) => self.say(&line),
+            Progress::Note(line) => self.log(&line),
             Progress::Degraded { area, text } => self.warn(area, &text),
             Progress::Moved {
                 done,
@@ -105,7 +105,7 @@ impl Screen {
         }
     }
 
-    fn say(&self, line: &str) {
+    fn log(&self, line: &str) {
         match &self.0.bar {
             Some(bar) => bar.suspend(|| self.0.workflow.say(line)),
             None => self.0.workflow.say(line),

@@ -89,10 +89,12 @@ pub(super) async fn read_any(
     match looked.unwrap_or_default() {
         (Some(path), _) => served(list, usable, &path).await,
         (None, looked) => {
-            let asked = count(looked as u64, "path");
+            let candidates = count(looked as u64, "path");
             list.skip_all(
                 &READ,
-                &format!("the cache has none of {asked} of this store; `cache-path` names another"),
+                &format!(
+                    "the cache has none of {candidates} of this store; `cache-path` names another"
+                ),
             );
         }
     }
@@ -365,7 +367,7 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
                 list.put(spec, spec.limit, Duration::ZERO, Err(broken));
             }
             (None, Some(endpoint)) => drop(
-                list.check(spec, |limit| asked(asker, endpoint, limit))
+                list.check(spec, |limit| try_endpoint(asker, endpoint, limit))
                     .await,
             ),
             (None, None) => list.skip(spec, "none is named"),
@@ -373,7 +375,7 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
     }
 }
 
-async fn asked(
+async fn try_endpoint(
     asker: &Asker,
     endpoint: &crate::contract::shared_cache::Endpoint,
     limit: Duration,

@@ -116,25 +116,25 @@ pub(super) struct Weights {
 impl Weights {
     /// Parses a list of layers. The error is the first word that is no layer, with the nearest layer.
     pub fn layers(text: Option<&str>) -> Result<Vec<String>, (String, Option<&'static str>)> {
-        let words = text
+        let parts = text
             .unwrap_or_default()
             .split(|c: char| c.is_whitespace() || c == ',');
-        let words: Vec<String> = words
-            .filter(|word| !word.is_empty())
+        let layers: Vec<String> = parts
+            .filter(|part| !part.is_empty())
             .map(str::to_owned)
             .collect();
-        match words.iter().find(|word| !LAYERS.contains(&word.as_str())) {
-            Some(word) => Err((one_line(word, 80), nearest(word, LAYERS))),
-            None => Ok(words),
+        match layers.iter().find(|part| !LAYERS.contains(&part.as_str())) {
+            Some(part) => Err((one_line(part, 80), nearest(part, LAYERS))),
+            None => Ok(layers),
         }
     }
 
     fn severity(&self, layer: &str, own: Severity) -> Severity {
-        let holds = |words: &[String]| {
-            words.iter().any(|word| {
-                layer == word
+        let holds = |layers: &[String]| {
+            layers.iter().any(|known| {
+                layer == known
                     || layer
-                        .strip_prefix(word.as_str())
+                        .strip_prefix(known.as_str())
                         .is_some_and(|rest| rest.starts_with('-'))
             })
         };

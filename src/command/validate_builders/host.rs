@@ -204,12 +204,12 @@ async fn clock(plan: &Plan, client: &reqwest::Client, limit: Duration) -> Found<
     let Some(endpoint) = &plan.cache else {
         return Ok(((), "it is after the year 2024".to_owned()));
     };
-    let asked = client
+    let response = client
         .head(endpoint.read("nix-cache-info"))
         .timeout(limit.min(Duration::from_secs(3)))
         .send()
         .await;
-    let date = asked.ok().and_then(|answer| {
+    let date = response.ok().and_then(|answer| {
         httpdate::parse_http_date(answer.headers().get("date")?.to_str().ok()?).ok()
     });
     let Some(date) = date else {

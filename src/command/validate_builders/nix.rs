@@ -125,12 +125,12 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
     let hint = "Repair the installation, or take it off `PATH`.";
     // A program that hangs is killed here, with its children, so that no later call hangs.
     let path = env.path("PATH").unwrap_or_default();
-    let asked = Tool::new(program)
+    let ran = Tool::new(program)
         .arg("--version")
         .env("PATH", path)
         .run(limit)
         .await;
-    asked.map_err(|error| CheckFailure::new(error.to_string(), hint))?;
+    ran.map_err(|error| CheckFailure::new(error.to_string(), hint))?;
     let nix = Nix::at(program, env)
         .await
         .map_err(|error| CheckFailure::new(with_cause(&error), hint))?;

@@ -81,13 +81,13 @@ async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration)
 }
 
 fn last_line(output: &Output) -> String {
-    let said = output
+    let line = output
         .stderr
         .lines()
         .rev()
         .find(|line| !line.trim().is_empty())
         .unwrap_or("it said nothing");
-    one_line(said, 300)
+    one_line(line, 300)
 }
 
 /// The program that builds images here.
@@ -110,18 +110,18 @@ pub(super) async fn container(list: &mut CheckList, plan: &Plan, env: &Env) {
 
 async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
     let hint = "Start the Docker or BuildKit daemon beside the runner, and point `DOCKER_HOST` or `BUILDKIT_HOST` to it.";
-    let (builder, asked) = match (
+    let (builder, command) = match (
         env.get("BUILDKIT_HOST"),
         on_path(env, "buildctl"),
         on_path(env, "docker"),
     ) {
         (Some(host), Some(program), _) => {
-            let asked = tool(&program, env).args(["--addr", host, "debug", "workers"]);
-            (Builder::Buildctl(program, host.to_owned()), asked)
+            let command = tool(&program, env).args(["--addr", host, "debug", "workers"]);
+            (Builder::Buildctl(program, host.to_owned()), command)
         }
         (_, _, Some(program)) => {
-            let asked = tool(&program, env).args(["version", "--format", "{{.Server.Version}}"]);
-            (Builder::Docker(program), asked)
+            let command = tool(&program, env).args(["version", "--format", "{{.Server.Version}}"]);
+            (Builder::Docker(program), command)
         }
         _ => {
             return Err(CheckFailure::new(
@@ -130,7 +130,7 @@ async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
             ));
         }
     };
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| CheckFailure::new(error.to_string(), hint))?;
@@ -161,20 +161,20 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
         .and_then(|()| write("nonce", &nonce))
         .map_err(|error| broken(error.to_string()).at("temporary-space"))?;
     let tag = format!("flywheel-canary:{nonce}");
-    let (program, asked) = match builder {
+    let (program, command) = match builder {
         Builder::Docker(program) => {
-            let asked = tool(program, env)
+            let command = tool(program, env)
                 .args(["build", "--quiet", "--tag", &tag])
                 .arg(folder.path());
-            (program, asked)
+            (program, command)
         }
         Builder::Buildctl(program, host) => {
             let local = |name: &str| format!("{name}={}", folder.path().display());
-            let asked =
+            let command =
                 tool(program, env).args(["--addr", host, "build", "--frontend", "dockerfile.v0"]);
             (
                 program,
-                asked.args([
+                command.args([
                     "--local",
                     &local("context"),
                     "--local",
@@ -183,7 +183,7 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
             )
         }
     };
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| broken(error.to_string()))?;
@@ -257,12 +257,12 @@ async fn module(headers: &Path, plan: &Plan, env: &Env, limit: Duration) -> Foun
     write("hello.c", SOURCE)
         .and_then(|()| write("Makefile", "obj-m := hello.o\n"))
         .map_err(|error| broken(error.to_string()).at("temporary-space"))?;
-    let asked = tool(&make, env)
+    let command = tool(&make, env)
         .arg("-C")
         .arg(headers)
         .arg(format!("M={}", folder.path().display()))
         .arg("hello.o");
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| broken(error.to_string()))?;
