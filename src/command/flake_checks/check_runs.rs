@@ -57,6 +57,8 @@ pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReport
     match CheckRuns::for_commit(&commit, token, client) {
         Ok(runs) => {
             let job = [
+                // Two jobs on one commit must not take each other's Check Runs, so the identifiers hold workflow and
+                // job.
                 session.env.get("GITHUB_WORKFLOW"),
                 session.env.get("GITHUB_JOB"),
             ];

@@ -313,6 +313,7 @@ impl FlakeChecks<'_> {
         let end = engine.run(known, evaluation, steps, signals).await;
         let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
         let outs = std::mem::take(&mut engine.outs);
+        // All names are remembered, also those of systems that this run does not check.
         let wrong = flake_evaluation.remember(&outs, all, &self.session.sink);
         Ok(RunResult {
             outs,
@@ -382,6 +383,7 @@ impl FlakeChecks<'_> {
 
     /// Collects the store's garbage, and keeps the derivations of this run from it.
     async fn collect(&self, prepared: &Prepared, ran: &RunResult) {
+        // A run that was cut short does not know every derivation that has to be kept.
         if !self.plan.gc || ran.end != RunEnd::Complete {
             return;
         }

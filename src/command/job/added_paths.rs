@@ -46,6 +46,7 @@ impl AddedPaths {
             unreadable: found.unreadable,
             ..Self::default()
         };
+        // A result that was in the store before the job is wanted, too: the cache may not have it.
         let mut roots: BTreeSet<StorePath> = store
             .result_links(folder, begun)
             .await?

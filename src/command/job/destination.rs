@@ -202,6 +202,7 @@ impl DestinationOpener<'_> {
 
     /// Nix with the credentials that this store takes from the environment, which our calls of Nix lack otherwise.
     fn nix_for(&self, url: &StoreUrl) -> Nix {
+        // Only the S3 store reads `AWS_*`, and a child that does not need a secret must not get it.
         let is_credential =
             |name: &str| name.starts_with("AWS_") && url.as_str().starts_with("s3:");
         let credentials = self.env.all().filter(|(name, _)| is_credential(name));

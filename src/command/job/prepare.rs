@@ -81,6 +81,7 @@ impl Session<'_> {
             async { Ok(Box::pin(bootstrap::ready(self.env, sink, BOOTSTRAP_LIMIT)).await?) };
         // Nix comes first in the join: the system's certificates are read while Nix answers.
         let (ready, (http, mut cache)) = tokio::try_join!(bootstrapping, self.attach_cache())?;
+        // The embedded cache makes a token of its own, which the runner does not know yet.
         if let Some(secret) = &cache.token {
             self.workflow.mask(secret);
         }

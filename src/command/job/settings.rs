@@ -151,6 +151,7 @@ fn cache_settings(
 }
 
 fn access_tokens(inputs: &SettingsInputs<'_>, sink: &Sink) -> Option<PathBuf> {
+    // Nix's `access-tokens` are by host name; GitHub Enterprise Server has one of its own.
     let host = inputs
         .env
         .get("GITHUB_SERVER_URL")

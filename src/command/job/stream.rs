@@ -35,7 +35,7 @@ use super::publication;
 
 /// Batches from the watcher that may be queued for the feeder.
 const BATCHES: usize = 256;
-/// At least this share of the drain time is kept for verifying.
+/// This share of the drain time is kept for verifying, which has more where publishing ends early.
 const VERIFY_SHARE: f64 = 0.2;
 
 /// A publication under way.
@@ -339,7 +339,7 @@ impl Feeder {
 }
 
 fn publish_until(deadline: &Deadline) -> Instant {
-    // Of a long drain time, verifying needs no more than half a minute.
+    // Of a long drain time, half a minute is enough for verifying.
     let left = deadline.at.saturating_duration_since(Instant::now());
     deadline.at - left.mul_f64(VERIFY_SHARE).min(Duration::from_secs(30))
 }

@@ -61,6 +61,7 @@ impl NixJob<'_> {
         let ended = self.command(&prepared, signals).await?;
         let spent = span.end().await;
         let publish_began = Instant::now();
+        // A command that failed or was stopped leaves the required check undone, and so its paths withheld.
         if ended.code == 0 && ended.stopped.is_none() {
             self.session
                 .run_flake_check(&prepared, watch.as_ref(), &self.plan.folder, signals)

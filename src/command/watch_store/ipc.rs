@@ -98,6 +98,7 @@ pub(super) async fn send(
 ) -> io::Result<()> {
     let mut line = serde_json::to_string(message)?;
     line.push('\n');
+    // Without a limit, a reader that hangs would hang the background process, too.
     let sending = async {
         to.write_all(line.as_bytes()).await?;
         to.flush().await
@@ -112,6 +113,7 @@ pub(super) async fn receive<T: DeserializeOwned>(
     from: &mut (impl AsyncBufRead + Unpin),
 ) -> Option<T> {
     let mut line = Vec::new();
+    // Bounded, because anything of this user may connect to the socket.
     from.take(LINE_LIMIT)
         .read_until(b'\n', &mut line)
         .await

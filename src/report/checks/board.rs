@@ -286,6 +286,7 @@ impl Worker {
         };
         for (subject, stage) in self.stages(true) {
             let shown = self.records.get(&subject).and_then(|record| record.shown);
+            // A Check Run that was left at an earlier stage counts as missing, too.
             if shown == Some(stage) {
                 stats.shown += 1;
             } else {
@@ -335,6 +336,7 @@ impl Worker {
 
     /// Starts the requests that may be sent now. Returns when to call this again; `None` when nothing is left to send.
     fn send(&mut self, now: Instant, close: Option<Instant>) -> Option<Instant> {
+        // Nothing is created before the Check Runs of an earlier attempt are known.
         if self.stopped || !self.is_listed {
             return None;
         }
@@ -384,6 +386,7 @@ impl Worker {
             }
             self.start(subject, closing, now);
         }
+        // Nothing is under way that could end, and no time is known: look again soon, or this would wait for ever.
         next.or_else(|| (open && self.jobs.is_empty()).then(|| now + self.options.base))
     }
 

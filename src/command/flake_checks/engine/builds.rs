@@ -113,6 +113,7 @@ impl Engine<'_> {
                         self.reporter.state(&self.outs[id].output, &State::Building);
                     }
                 }
+                // A derivation that is built again begins a new log.
                 self.begin_log(drv);
             }
             Event::Line(drv, line) => self.logs.entry(drv).or_default().push(line),
@@ -146,8 +147,8 @@ impl Engine<'_> {
         let whole = ended.as_ref().is_ok_and(|ended| ended.whole);
         let message = ended.map_or_else(|error| error, |ended| ended.said);
         let mut unexplained = Vec::new();
-        let mut passed = BTreeSet::new();
-        let mut settled = 0;
+        let mut retried = BTreeSet::new();
+        let mut failed = 0;
         for id in open {
             if whole {
                 // A content-addressed output: which paths it has, only Nix knows.
@@ -156,36 +157,37 @@ impl Engine<'_> {
             }
             match self.failure_of(id).await {
                 Some((failure, _))
-                    if self.is_passing(&failure) && self.outs[id].tries < self.plan.retries =>
+                    if self.is_transient(&failure) && self.outs[id].tries < self.plan.retries =>
                 {
                     self.outs[id].tries += 1;
                     self.reporter
                         .again(&self.outs[id].output, &self.why(&failure));
                     self.to_build.push(id);
-                    passed.extend(failure.derivation);
+                    retried.extend(failure.derivation);
                 }
                 Some((failure, is_own)) => {
-                    settled += 1;
+                    failed += 1;
                     self.fail(id, failure, is_own).await;
                 }
                 None => unexplained.push(id),
             }
         }
         // A failure that is tried again must not fail the outputs that depend on its derivation.
-        self.failures.retain(|drv, _| !passed.contains(drv));
-        if settled > 0 && !self.plan.keep_going {
+        self.failures.retain(|drv, _| !retried.contains(drv));
+        if failed > 0 && !self.plan.keep_going {
             self.is_given_up = true;
         }
-        let passing = lane
+        let any_transient = lane
             .failed
             .iter()
             .any(|failure| failure.kind == Kind::Passing);
         for id in unexplained {
-            let may_again = self.outs[id].tries < self.plan.retries;
-            if lane.ids.len() > 1 && settled > 0 {
+            let may_retry = self.outs[id].tries < self.plan.retries;
+            if lane.ids.len() > 1 && failed > 0 {
                 // Nix stopped these builds because others in the lane failed.
                 self.to_build.push(id);
-            } else if (passing || lane.ids.len() > 1) && may_again {
+            } else if (any_transient || lane.ids.len() > 1) && may_retry {
+                // In a lane of many, a failure that Nix does not explain may have come from another output.
                 self.outs[id].tries += 1;
                 self.to_build.push(id);
             } else {
@@ -197,7 +199,7 @@ impl Engine<'_> {
     }
 
     /// Whether the build may succeed when it is tried again.
-    fn is_passing(&self, failure: &Failure) -> bool {
+    fn is_transient(&self, failure: &Failure) -> bool {
         failure.kind == Kind::Passing
             || failure.kind == Kind::Build && is_download(&self.log_of(failure))
     }
