@@ -6,8 +6,7 @@ use crate::command::{
     cache, cache_contract, contract, explain, flake_checks, nix_job, publish, scan, setup,
     validate_builders, watch_store,
 };
-use flywheel_core::exit::Exit;
-use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Failure};
 use flywheel_sys::runner::env::Env;
 
 /// Nix CI for GitHub workflows: nothing is ever lost, and it says so.

@@ -14,8 +14,7 @@ use std::time::Duration;
 
 use crate::cli::Cli;
 use clap::Parser as _;
-use flywheel_core::exit::Exit;
-use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Failure};
 use flywheel_sys::host::{priority, private};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::{Level, Workflow};

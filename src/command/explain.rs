@@ -1,4 +1,4 @@
-//! `flywheel explain`: what the trust gate says of this job or of a recorded event, and why.
+//! `flywheel explain`: what the trust gate decides for this job or for a recorded event, and why.
 //! Publishes nothing and touches nothing.
 
 use std::path::PathBuf;
@@ -7,8 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::command::inputs::{GateInputs, Text, choice, switch};
-use flywheel_core::exit::Failure;
-use flywheel_core::exit::{Exit, UsageError};
+use flywheel_core::exit::{Exit, Failure, UsageError};
 use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, decide};
 use flywheel_sys::runner::context::{self, Recorded};
 use flywheel_sys::runner::env::Env;
@@ -136,7 +135,7 @@ enum Format {
 /// Runs the verb.
 ///
 /// # Errors
-/// Bad input only.
+/// For wrong input only.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let format = choice(
         "format",
@@ -154,7 +153,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-/// The stable machine-readable form.
+/// The JSON form. Its keys are kept stable.
 #[derive(Serialize)]
 struct Explanation {
     verdict: &'static str,
@@ -183,7 +182,7 @@ fn json(decision: &Decision) -> String {
     serde_json::to_string_pretty(&explanation).expect("texts and a boolean are always JSON")
 }
 
-/// Every line begins with a word of ours, so that none is a command to the runner.
+/// Every line begins with a fixed word, so that text from outside cannot be a workflow command.
 fn text(decision: &Decision, must_publish: bool) -> String {
     let attic = match decision.plan().attic {
         ToAttic::All => "everything that the job builds",

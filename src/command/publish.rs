@@ -21,11 +21,10 @@ use crate::job::policy::PolicyInputs;
 use crate::job::publication;
 use flywheel_cache::client::attic::Attic;
 use flywheel_cache::client::endpoint::Endpoint;
-use flywheel_cache::client::probe::{self, probe};
+use flywheel_cache::client::probe::{self, Probe, probe};
 use flywheel_cache::client::publish::{self, Outcome, Publisher};
 use flywheel_cache::client::verify::{self, Verification, verify};
-use flywheel_core::exit::Failure;
-use flywheel_core::exit::{Exit, Explain, UsageError};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
 use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{Decision, decide};
@@ -39,7 +38,7 @@ use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::{Level, Workflow};
 
-/// Nix is there when store paths are; repairing its daemon takes a moment at most.
+/// A machine with store paths has Nix, so nothing has to be installed; repairing its daemon takes a moment.
 const NIX_LIMIT: Duration = Duration::from_secs(60);
 /// Looking up what was published takes no longer than this.
 const VERIFY_LIMIT: Duration = Duration::from_secs(60);
@@ -94,26 +93,22 @@ pub struct Inputs {
 /// Why nothing was published.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The gate says no.
+    /// The trust gate does not allow it.
     #[error("nothing is published: {reason}")]
     Refused {
-        /// Why.
         reason: String,
-        /// What would have to change.
+        /// What would have to change for the gate to allow it.
         remedy: Option<String>,
     },
-    /// The cache is of no use.
+    /// The cache does not work.
     #[error("the cache fails at layer `{layer}`: {text}")]
     Cache {
-        /// The layer's name.
         layer: &'static str,
-        /// How, and what to do.
+        /// What was seen, and what to do.
         text: String,
     },
-    /// The system lets us listen to no signals.
-    #[error("signals cannot be listened to")]
+    #[error("the signal handlers cannot be installed")]
     Signals(#[source] std::io::Error),
-    /// A path is not valid in the store.
     #[error("`{0}` is not valid in the store")]
     Invalid(StorePath),
 }
@@ -136,7 +131,7 @@ impl Explain for Error {
 /// Bad input; a verdict, a cache or a path that forbids publishing.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
-    let format = choice("format", &inputs.format, &Format::WORDS)?.unwrap_or_default();
+    let format = choice("format", &inputs.format, &Format::CHOICES)?.unwrap_or_default();
     let limit = units::duration("drain-timeout", &inputs.drain_timeout)?;
     let must_publish = inputs.gate.must_publish()?;
     let cache = cache(&inputs.cache, env, &workflow)?;
@@ -152,26 +147,8 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let wanted = paths::resolve(&inputs.paths)?;
     let sink = output::sink(&workflow);
     let (endpoint, key) = cache;
-    let clients = Clients::new(&Roots {
-        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-    })?;
-    let names = Names::default();
-    let probing = probe(
-        &endpoint,
-        token.as_ref(),
-        &clients.api,
-        &names,
-        probe::DEADLINE,
-    );
-    let (found, probe) = tokio::join!(Box::pin(closure(env, &sink, &wanted)), Box::pin(probing));
-    let (store, found) = found?;
-    if let Some((layer, text)) = probe.failed.filter(|_| !probe.answers) {
-        return Err(Error::Cache {
-            layer: layer.as_str(),
-            text,
-        }
-        .into());
-    }
+    let (clients, probe, store, found) =
+        prepare(env, &endpoint, token.as_ref(), &wanted, &sink).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
     let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
     let attic = Attic::new(endpoint, token, clients);
@@ -182,14 +159,14 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
     let (outcome, verification) = Box::pin(deliver(publisher, &attic, key, &found, limit)).await?;
-    let publication = publication::of(
+    let publication = publication::summarize(
         &outcome,
         &verification,
         &found.unreadable,
         &inspector.warned(),
     );
     let offered = (outcome.paths.len() + found.unreadable.len()) as u64;
-    let lost = output::close(&workflow, format, &publication, offered, outcome.elapsed);
+    let lost = output::report(&workflow, format, &publication, offered, outcome.elapsed);
     let withheld = policy.fails && !publication.withheld.is_empty();
     Ok(if lost || withheld {
         Exit::Failed
@@ -198,7 +175,33 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     })
 }
 
-/// The cache that inputs or hints name, and the key by which it is trusted.
+/// Probes the cache and reads the closure of `wanted`, side by side.
+async fn prepare(
+    env: &Env,
+    endpoint: &Endpoint,
+    token: Option<&Secret>,
+    wanted: &[StorePath],
+    sink: &Sink,
+) -> Result<(Clients, Probe, Store, PathInfos), Failure> {
+    let clients = Clients::new(&Roots {
+        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    })?;
+    let names = Names::default();
+    let probing = probe(endpoint, token, &clients.api, &names, probe::DEADLINE);
+    let (found, probe) = tokio::join!(Box::pin(closure(env, sink, wanted)), Box::pin(probing));
+    let (store, found) = found?;
+    // A cache that answers may be written to even if Nix could not read from it.
+    if let Some((layer, text)) = probe.failed.as_ref().filter(|_| !probe.answers) {
+        return Err(Error::Cache {
+            layer: layer.as_str(),
+            text: text.clone(),
+        }
+        .into());
+    }
+    Ok((clients, probe, store, found))
+}
+
+/// The cache that inputs or hints name, and its public key.
 fn cache(
     inputs: &CacheInputs,
     env: &Env,
@@ -224,7 +227,7 @@ fn cache(
     Ok((Endpoint::new(server, named.name), named.key))
 }
 
-/// Calling this verb is asking; whether it may is the gate's to say.
+/// Lets the trust gate decide. Calling this verb is the request to publish.
 fn judge(gate: &GateInputs, env: &Env) -> Result<Decision, UsageError> {
     let mut request = gate.request()?;
     request.by_hand = true;
@@ -248,19 +251,20 @@ fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Resu
     Ok(Exit::Ok)
 }
 
-/// The store, and the facts of everything that is to be published.
+/// Opens the store, and reads the closure of what is to be published.
 async fn closure(
     env: &Env,
     sink: &Sink,
     wanted: &[StorePath],
 ) -> Result<(Store, PathInfos), Failure> {
+    // Reading the database directly is fast. Only if that does not answer the question is Nix called.
     if let Some(store) = bootstrap::local_store(env).await
         && let Ok(found) = store.closure(wanted).await
         && unknown(&found, wanted).is_none()
     {
         return Ok((store, found));
     }
-    let (store, found) = closure_of_mended(env, sink, wanted).await?;
+    let (store, found) = closure_after_repair(env, sink, wanted).await?;
     match unknown(&found, wanted) {
         Some(path) => Err(Error::Invalid(path.clone()).into()),
         None => Ok((store, found)),
@@ -281,8 +285,8 @@ fn unknown<'a>(found: &PathInfos, wanted: &'a [StorePath]) -> Option<&'a StorePa
         .find(|path| !known.contains(path) && !unreadable(path))
 }
 
-/// The same where Nix has to be made ready first.
-async fn closure_of_mended(
+/// Does the same where Nix has to be made ready first.
+async fn closure_after_repair(
     env: &Env,
     sink: &Sink,
     wanted: &[StorePath],
@@ -329,7 +333,7 @@ async fn deliver(
     Ok((outcome, verification))
 }
 
-/// A token that SIGINT or SIGTERM cancels, for as long as the other half is kept.
+/// A token that SIGINT or SIGTERM cancels. The task that listens for them ends when the handle is dropped.
 fn until_signalled() -> Result<(CancellationToken, AbortOnDropHandle<()>), Error> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;

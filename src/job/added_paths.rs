@@ -1,35 +1,36 @@
-//! What a job brought into the store: counted, told from other jobs' work, and completed by the
-//! closure of its results.
+//! The paths that a job added to the store: counted, kept apart from those of other jobs, and completed by the
+//! closure of the job's results.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::SystemTime;
 
+use super::ownership::{Age, Decision, decide};
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
 use flywheel_nix::store::{self, Mark, Store};
 use flywheel_nix::store_path::StorePath;
-use flywheel_nix::temp_roots::{Owner, TempRootWatcher};
+use flywheel_nix::temp_roots::TempRootWatcher;
 
-/// What a job brought into the store.
+/// What a job added to the store, in numbers and by name.
 #[derive(Debug, Default)]
 pub struct AddedPaths {
-    /// Everything to be published: what the job added, and the closure of that and of its results.
+    /// Everything to be published: the closure of what the job added and of its results.
     pub wanted: Vec<PathInfo>,
     /// Paths built here.
     pub built: u64,
-    /// Paths fetched from a cache.
+    /// Paths substituted from a cache.
     pub substituted: u64,
     /// Sources and other paths added.
     pub added: u64,
-    /// Paths that were added meanwhile and may be another job's: they are left out, by name.
-    pub unclear: Vec<StorePath>,
-    /// Valid paths whose registration cannot be used.
+    /// Paths that were added while the job ran and may be another job's: they are left out, and named.
+    pub ambiguous: Vec<StorePath>,
+    /// Valid paths with a registration that cannot be used.
     pub unreadable: Vec<Unreadable>,
 }
 
 impl AddedPaths {
-    /// Looks the store through after the command has ended: what was added since `mark` by processes
-    /// of this job, and the results: those given, and those that `folder` links to since `begun`.
+    /// Reads the store after the command has ended: what processes of this job added since `mark`, and the results,
+    /// which are the given ones and those that `folder` has links to since `begun`.
     ///
     /// # Errors
     /// When the store cannot be read.
@@ -41,60 +42,53 @@ impl AddedPaths {
         results: Vec<StorePath>,
     ) -> Result<Self, store::Error> {
         let found = store.added_since(mark).await?;
-        let mut added_paths = Self {
+        let mut collected = Self {
             unreadable: found.unreadable,
             ..Self::default()
         };
+        // A result that was in the store before the job is wanted, too: the cache may not have it.
         let mut roots: BTreeSet<StorePath> = store
             .result_links(folder, begun)
             .await?
             .into_iter()
             .collect();
-        let (ours, unclear) = added_paths.take(found.infos, clients);
-        roots.extend(ours);
+        let (own, ambiguous) = collected.take(found.infos, clients);
+        roots.extend(own);
         roots.extend(results);
         let roots: Vec<StorePath> = roots.into_iter().collect();
         let closure = store.closure(&roots).await?;
-        added_paths.unreadable.extend(closure.unreadable);
-        added_paths.wanted = closure.infos;
-        // What a result needs is published, whoever added it, and then it is the job's.
-        let wanted: BTreeSet<&StorePath> =
-            added_paths.wanted.iter().map(|info| &info.path).collect();
-        let (needed, left_out): (Vec<_>, Vec<_>) = unclear
+        collected.unreadable.extend(closure.unreadable);
+        collected.wanted = closure.infos;
+        // What a result needs is published whichever job added it, and so counts as this job's.
+        let wanted: BTreeSet<&StorePath> = collected.wanted.iter().map(|info| &info.path).collect();
+        let (needed, left_out): (Vec<_>, Vec<_>) = ambiguous
             .into_iter()
             .partition(|info| wanted.contains(&info.path));
         for info in &needed {
-            added_paths.count(info);
+            collected.count(info);
         }
-        added_paths.unclear = left_out.into_iter().map(|info| info.path).collect();
-        Ok(added_paths)
+        collected.ambiguous = left_out.into_iter().map(|info| info.path).collect();
+        Ok(collected)
     }
 
-    /// Counts the job's own paths; gives those to publish, and those of which it is unclear whose they are.
+    /// Counts the job's own paths, and divides these into those to publish and those that may be another job's.
     fn take(
         &mut self,
         infos: Vec<PathInfo>,
         clients: &TempRootWatcher,
     ) -> (Vec<StorePath>, Vec<PathInfo>) {
-        // A derivation's closure is its build-time sources: nobody substitutes those.
-        let infos: Vec<PathInfo> = infos
-            .into_iter()
-            .filter(|info| !info.path.is_derivation())
-            .collect();
-        let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
-        let (mut ours, mut unclear) = (Vec::new(), Vec::new());
-        for (info, whose) in infos.into_iter().zip(clients.owners(&paths)) {
-            match whose {
-                Owner::OtherJob => (),
-                Owner::Ambiguous => unclear.push(info),
-                // Nobody else has come to light in all the job's time.
-                Owner::ThisJob | Owner::Unclaimed => {
+        let (mut publish, mut ambiguous) = (Vec::new(), Vec::new());
+        for (info, decision) in decide(infos, Age::Waited, clients) {
+            match decision {
+                Decision::Publish => {
                     self.count(&info);
-                    ours.push(info.path);
+                    publish.push(info.path);
                 }
+                Decision::Ambiguous => ambiguous.push(info),
+                Decision::Hold | Decision::LeaveOut => (),
             }
         }
-        (ours, unclear)
+        (publish, ambiguous)
     }
 
     fn count(&mut self, info: &PathInfo) {

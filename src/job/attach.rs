@@ -1,4 +1,5 @@
-//! The cache, found and tried: probed, or started if it is our own; left out if it is of no use.
+//! Attaches the cache of a job: probes a server, starts the embedded cache, and leaves out a cache that does not
+//! work.
 
 use std::path::Path;
 
@@ -18,34 +19,32 @@ use flywheel_sys::http::{Clients, Names};
 
 use super::source::Source;
 
-/// The cache of a job, as it was found.
+/// The cache of a job, and what probing it found.
 #[derive(Debug)]
 pub struct Cache {
-    /// Where it is; none where none was named.
+    /// The server's address, if one was named.
     pub endpoint: Option<Endpoint>,
-    /// Another kind of store in its place.
+    /// Another kind of store, if one was named in place of a server.
     pub store: Option<StoreUrl>,
-    /// Why publication is skipped, where there is nobody to publish.
+    /// Why publication is skipped, if Attic's own client was to publish and cannot be had.
     pub skipped: Option<String>,
-    /// How it serves.
     pub state: CacheState,
-    /// What the probe found.
     pub probe: Probe,
-    /// The token for it.
+    /// The token for this cache.
     pub token: Option<Secret>,
     /// The key that Nix should trust.
     pub public_key: Option<PublicKey>,
-    /// Our own server, while it runs.
+    /// The embedded cache, while it runs.
     pub serving: Option<Serving>,
 }
 
 impl Cache {
-    /// Whether Nix can read from it.
+    /// Whether Nix reads from this cache.
     pub fn is_attached(&self) -> bool {
         self.state == CacheState::Attached
     }
 
-    /// Its address as Nix has it, without credentials.
+    /// The address that Nix uses, without credentials.
     pub fn address(&self) -> Option<String> {
         let store = || self.store.as_ref().map(StoreUrl::to_string);
         self.endpoint
@@ -54,7 +53,7 @@ impl Cache {
             .or_else(store)
     }
 
-    /// Why it takes nothing, if it was to be used and was left out.
+    /// Why nothing can be published, if the cache was to be used and was left out.
     pub fn refusal(&self) -> Option<String> {
         match &self.state {
             CacheState::LeftOut { layer, text } => {
@@ -78,7 +77,7 @@ impl Cache {
         }
     }
 
-    /// Ends our own server, if there is one.
+    /// Stops the embedded cache, if it runs.
     pub async fn stop(self) {
         if let Some(serving) = self.serving {
             serving.stop().await;
@@ -86,7 +85,7 @@ impl Cache {
     }
 }
 
-/// Finds the cache and tries it. Never fails and never hangs: what is of no use is left out.
+/// Attaches the cache that `source` names. Never fails and never hangs: a cache that does not work is left out.
 pub async fn attach(
     source: &Source,
     key: Option<&PublicKey>,
@@ -97,19 +96,21 @@ pub async fn attach(
     let cache = match source {
         Source::Off => Cache::none(CacheState::Off),
         Source::NotNamed => Cache::none(CacheState::NotNamed),
-        // It is looked at when there is a Nix to look with.
+        // Whether it opens is seen later, once there is a Nix to open it with.
         Source::Store(url) => Cache {
             store: Some(url.clone()),
+            // Nix sends a token by the netrc, which is for HTTP alone.
             token: token.filter(|_| url.http_host().is_some()).cloned(),
             public_key: key.cloned(),
             ..Cache::none(CacheState::Attached)
         },
         Source::Server(endpoint) => {
-            try_out(endpoint.clone(), key.cloned(), token.cloned(), clients).await
+            probe_server(endpoint.clone(), key.cloned(), token.cloned(), clients).await
         }
         Source::Embedded { folder, cache } => match embed(folder, cache).await {
+            // The embedded cache is probed like a remote one, so that a fault of it shows here and not in the build.
             Ok(embedded) => {
-                let cache = try_out(
+                let cache = probe_server(
                     embedded.endpoint,
                     Some(embedded.key),
                     embedded.token,
@@ -127,11 +128,11 @@ pub async fn attach(
             }),
         },
     };
-    tell(&cache, sink);
+    report(&cache, sink);
     cache
 }
 
-async fn try_out(
+async fn probe_server(
     endpoint: Endpoint,
     key: Option<PublicKey>,
     token: Option<Secret>,
@@ -162,7 +163,8 @@ async fn try_out(
     }
 }
 
-fn tell(cache: &Cache, sink: &Sink) {
+/// Warns of what keeps Nix from using the cache.
+fn report(cache: &Cache, sink: &Sink) {
     if let CacheState::LeftOut { layer, text } = &cache.state {
         sink.degraded(
             "cache",
@@ -188,10 +190,10 @@ fn tell(cache: &Cache, sink: &Sink) {
                 format!("no `attic-public-key` is set, so Nix refuses every hit and builds instead: set it{line}"),
             );
         }
-        (Some(ours), Some(theirs)) if ours != theirs => {
+        (Some(given), Some(announced)) if given != announced => {
             sink.degraded(
                 "cache",
-                format!("signs with `{theirs}`, but `attic-public-key` is `{ours}`: Nix refuses its hits"),
+                format!("signs with `{announced}`, but `attic-public-key` is `{given}`: Nix refuses its hits"),
             );
         }
         _ => (),
@@ -207,7 +209,7 @@ fn tell(cache: &Cache, sink: &Sink) {
     }
 }
 
-/// Our own server with what is needed to use it.
+/// The embedded cache with what is needed to use it.
 struct Embedded {
     serving: Serving,
     endpoint: Endpoint,
@@ -223,11 +225,12 @@ async fn embed(folder: &Path, cache: &CacheName) -> Result<Embedded, String> {
             ..Options::default()
         },
     );
-    // Opening a folder syncs it to the disk, which may take its time.
+    // Opening a folder syncs it to the disk, which can block for long.
     let opened = tokio::task::spawn_blocking(move || Server::open(&folder, options)).await;
     let server = opened
         .map_err(|error| error.to_string())?
         .map_err(|error| format!("the embedded cache: {error}"))?;
+    // Port 0 takes a free port: several jobs may run on one machine, each with a server of its own.
     let listener = TcpListener::bind(("127.0.0.1", 0))
         .await
         .map_err(|error| format!("the embedded cache: {error}"))?;

@@ -1,31 +1,33 @@
-//! Whose closures the publisher has been given already: what refers to nothing else needs no question to the store's
-//! database, and most of what a build makes is so. Asks nobody, and forgets nothing while the job runs.
+//! Which closures the publisher has been given already. A path that refers only to those needs no query of the
+//! store's database, and most paths that a build makes are so.
 
 use std::collections::HashSet;
 
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::{PathHash, StorePath};
 
-/// The paths that were given with all they refer to.
+/// The paths that were given to the publisher together with everything they refer to. None is ever removed: the
+/// publisher keeps what it was given as long as the job runs.
 #[derive(Debug, Default)]
-pub struct ClosureTracker(HashSet<PathHash>);
+pub(super) struct ClosureTracker(HashSet<PathHash>);
 
 impl ClosureTracker {
-    /// These were given together, and every reference of theirs with them or before.
+    /// Adds paths that are given together; every reference of theirs is among them or was given before.
     pub fn add(&mut self, infos: &[PathInfo]) {
         self.0.extend(infos.iter().map(|info| info.path.hash()));
     }
 
-    /// Divides what is to be given, in the order of its registration: first what refers only to what was given, itself,
-    /// or something before it, and counts as given from now on; second the rest, whose closures must be asked for.
+    /// Splits paths, in the order of their registration, into those that are ready to be given and the rest, for which
+    /// the closures have to be queried. A path is ready when it refers only to itself, to paths given before, and to
+    /// ready ones ahead of it; it counts as given from here on.
     pub fn split_ready(&mut self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
         infos.into_iter().partition(|info| {
             let is_given = |path: &StorePath| *path == info.path || self.0.contains(&path.hash());
-            let is_whole = info.references.iter().all(is_given);
-            if is_whole {
+            let is_ready = info.references.iter().all(is_given);
+            if is_ready {
                 self.0.insert(info.path.hash());
             }
-            is_whole
+            is_ready
         })
     }
 }
@@ -54,9 +56,9 @@ mod tests {
         }
     }
 
-    fn divided(closures: &mut ClosureTracker, infos: Vec<PathInfo>) -> [String; 2] {
-        let (whole, open) = closures.split_ready(infos);
-        [whole, open].map(|infos| {
+    fn split(closures: &mut ClosureTracker, infos: Vec<PathInfo>) -> [String; 2] {
+        let (ready, open) = closures.split_ready(infos);
+        [ready, open].map(|infos| {
             infos
                 .iter()
                 .map(|info| info.path.to_string().as_bytes()[11] as char)
@@ -65,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_refers_to_something_not_given_must_be_asked_for() {
+    fn only_what_refers_to_something_not_given_must_be_queried() {
         let mut closures = ClosureTracker::default();
         let batch = || {
             vec![
@@ -75,15 +77,15 @@ mod tests {
                 info('d', "bc"),
             ]
         };
-        assert_eq!(divided(&mut closures, batch()), ["ab", "cd"]);
+        assert_eq!(split(&mut closures, batch()), ["ab", "cd"]);
         assert_eq!(
-            divided(&mut closures, vec![info('f', "c")]),
+            split(&mut closures, vec![info('f', "c")]),
             ["", "f"],
             "its closure is not known to be given"
         );
         closures.add(&[info('z', ""), info('c', "z")]);
         assert_eq!(
-            divided(
+            split(
                 &mut closures,
                 vec![info('d', "bc"), info('f', "d"), info('g', "y")]
             ),

@@ -1,4 +1,4 @@
-//! Where a job's paths go, and by whose hand: the built-in client, Attic's own, or `nix copy`.
+//! Where a job's paths go, and which client sends them: the built-in one, Attic's own, or `nix copy`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use flywheel_nix::tool::Nix;
 use flywheel_sys::http::Clients;
 use flywheel_sys::runner::env::Env;
 
-/// How long a store is looked at before the job begins.
+/// How long opening another kind of store may take before the job begins.
 pub const PING_LIMIT: Duration = Duration::from_secs(10);
 
 /// The inputs that say by whose hand paths are published, and to which other kind of store.
@@ -61,36 +61,33 @@ pub struct DestinationInputs {
     pub attic_client: Text,
 }
 
-/// The input `publisher`.
+/// The client that publishes to an Attic server: the input `publisher`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PublisherKind {
-    /// Ours, unless the server does not understand it.
+    /// The built-in client, or Attic's own for a server that does not know the built-in client's protocol.
     #[default]
     Auto,
-    /// Ours.
     BuiltIn,
-    /// Attic's own.
     AtticClient,
 }
 
-/// Checked inputs.
+/// The checked inputs of a destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DestinationConfig {
-    /// Another kind of store.
+    /// Another kind of store, in place of an Attic server.
     pub store: Option<StoreUrl>,
-    /// Who talks to an Attic server.
     pub publisher: PublisherKind,
-    /// Where Attic's own client is substituted from.
+    /// The flake reference that Attic's own client is substituted from.
     pub reference: String,
-    /// The folder of the flake that may have it, too.
+    /// The folder of a flake that may provide the client, too.
     pub folder: PathBuf,
 }
 
 impl DestinationInputs {
-    /// Checks them.
+    /// Checks the inputs.
     ///
     /// # Errors
-    /// For the first that is wrong.
+    /// For the first input that is wrong.
     pub fn read(&self) -> Result<DestinationConfig, UsageError> {
         let store = self
             .cache
@@ -124,25 +121,23 @@ impl DestinationInputs {
     }
 }
 
-/// What it takes to open a destination.
+/// Opens destinations for a job.
 #[derive(Debug)]
 pub struct DestinationOpener<'a> {
-    /// The job's environment.
     pub env: &'a Env,
     /// Nix with the job's settings, credentials included.
     pub nix: &'a Nix,
-    /// The connections.
     pub http: &'a Clients,
-    /// Where secret files go.
+    /// The folder for secret files.
     pub private: &'a Path,
 }
 
 impl DestinationOpener<'_> {
-    /// Opens what the cache is. `None` where it takes nothing: it was left out, and is not even one
-    /// that answers and may be written to without being read.
+    /// Opens the destination that `cache` is. `None` where the cache was left out, unless it is a server that answers:
+    /// such a cache can be written to although Nix does not read from it.
     ///
     /// # Errors
-    /// With the reason, where publication is to be skipped: Attic's own client cannot be had.
+    /// With the reason why publication is skipped, when Attic's own client cannot be had.
     pub async fn open(
         &self,
         cache: &Cache,
@@ -162,22 +157,24 @@ impl DestinationOpener<'_> {
             return Ok(None);
         };
         let attic = Attic::new(endpoint, cache.token.clone(), self.http.clone());
-        let own = match config.publisher {
+        let with_attic_cli = match config.publisher {
             PublisherKind::BuiltIn => false,
             PublisherKind::AtticClient => true,
-            // A cache that describes itself as Attic's needs no further question.
+            // If the probe has read a configuration, the server speaks Attic's protocol, and no request is needed.
             PublisherKind::Auto => {
                 cache.probe.config.is_none() && !attic_cli::has_attic_api(&attic).await
             }
         };
-        if own {
-            self.stock(attic, cache, config, sink).await.map(Some)
+        if with_attic_cli {
+            self.open_attic_cli(attic, cache, config, sink)
+                .await
+                .map(Some)
         } else {
             Ok(Some(attic.into()))
         }
     }
 
-    async fn stock(
+    async fn open_attic_cli(
         &self,
         attic: Attic,
         cache: &Cache,
@@ -203,16 +200,18 @@ impl DestinationOpener<'_> {
             .map_err(|error| error.to_string())
     }
 
-    /// Our calls of Nix have no credentials but those that this store takes from the environment.
+    /// Nix with the credentials that this store takes from the environment, which our calls of Nix lack otherwise.
     fn nix_for(&self, url: &StoreUrl) -> Nix {
-        let mine = |name: &str| name.starts_with("AWS_") && url.as_str().starts_with("s3:");
-        let given = self.env.all().filter(|(name, _)| mine(name));
-        given.fold(self.nix.clone(), |nix, (name, value)| {
+        // Only the S3 store reads `AWS_*`, and a child that does not need a secret must not get it.
+        let is_credential =
+            |name: &str| name.starts_with("AWS_") && url.as_str().starts_with("s3:");
+        let credentials = self.env.all().filter(|(name, _)| is_credential(name));
+        credentials.fold(self.nix.clone(), |nix, (name, value)| {
             nix.with_variable(name, value.to_str())
         })
     }
 
-    /// Looks whether another kind of store opens; one that does not is left out.
+    /// Opens another kind of store once for a try, and leaves the cache out if that fails.
     pub async fn ping(&self, cache: &mut Cache, sink: &Sink) {
         let Some(url) = cache.store.clone() else {
             return;

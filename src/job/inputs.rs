@@ -109,7 +109,7 @@ pub struct Plan {
     pub require_publish: bool,
     /// Which cache is used.
     pub source: Source,
-    /// By whose hand paths get there.
+    /// How paths get there.
     pub destination: DestinationConfig,
     /// The key by which it is trusted.
     pub public_key: Option<PublicKey>,

@@ -1,4 +1,4 @@
-//! The publication policy of a job: its inputs, what the job itself breaks, and who inspects its paths.
+//! The publication policy of a job: its inputs, the rules that the job itself breaks, and the inspector of its paths.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use flywheel_nix::scan::{Scanner, is_secret_name, is_secret_value};
 use flywheel_nix::store::Store;
 use flywheel_sys::runner::env::Env;
 
-/// No list of exceptions is longer.
+/// A list of exceptions may be this long, in bytes: no list that a person keeps is longer.
 const LIST_LIMIT: u64 = 1 << 20;
 
 /// The inputs of the policy.
@@ -66,17 +66,16 @@ pub struct PolicyInputs {
     on_finding: Text,
 }
 
-/// The policy as a job keeps it.
+/// The checked inputs of the policy.
 #[derive(Clone, Debug, Default)]
 pub struct PolicyConfig {
-    /// The rules.
     pub policy: Policy,
-    /// Whether a path that is withheld fails the step.
+    /// Whether a withheld path fails the step.
     pub fails: bool,
 }
 
 impl PolicyInputs {
-    /// Checks everything.
+    /// Checks the inputs.
     ///
     /// # Errors
     /// For the first input that is wrong.
@@ -115,8 +114,8 @@ fn read_list(file: &Path) -> Result<String, String> {
 }
 
 impl PolicyConfig {
-    /// Who inspects the job's paths: knows the secrets and places of this environment, `more` secrets by name, and
-    /// the purity that `settings` ask for.
+    /// Makes the inspector of the job's paths. It looks for the secrets and folders of this environment and for `more`
+    /// secrets by name, and it knows whether `settings` ask for impure evaluation.
     pub fn inspector(
         &self,
         env: &Env,
@@ -127,52 +126,54 @@ impl PolicyConfig {
         let inspector = Inspector::new(scanner(env, more), self.policy.clone(), store);
         for text in settings {
             if let Some(found) = impurity_in_settings(text) {
-                accuse(&inspector, &found, "Nix's settings");
+                record_impurity(&inspector, &found, "Nix's settings");
             }
         }
         Arc::new(inspector)
     }
 
-    /// Whether a rule is looked at.
+    /// Whether the policy applies this rule.
     pub fn looks_at(&self, rule: Rule) -> bool {
         self.policy.mode(rule) != RuleMode::Off
     }
 }
 
-/// Withholds, or names, everything of a job that evaluates impurely.
-pub fn accuse(inspector: &Inspector, found: &Impurity, whose: &str) {
+/// Records that the job evaluates impurely, which breaks a rule for each of its paths. `place` is where `found` was
+/// found.
+pub fn record_impurity(inspector: &Inspector, found: &Impurity, place: &str) {
     inspector.record_violation(
         Rule::Impure,
-        format!("`{}` in {whose}", one_line(&found.0, 60)),
+        format!("`{}` in {place}", one_line(&found.0, 60)),
     );
 }
 
-/// One that knows the secrets and places of this environment.
+/// A scanner that looks for the secrets and folders of this environment, and for `more` secrets by name.
 pub fn scanner(env: &Env, more: &[(&str, Option<&Secret>)]) -> Scanner {
-    let of_env = env.all().filter(|(name, _)| is_secret_name(name));
-    let of_env = of_env.filter_map(|(name, value)| Some((name, Secret::new(value.to_str()?)?)));
+    let from_env = env.all().filter(|(name, _)| is_secret_name(name));
+    let from_env = from_env.filter_map(|(name, value)| Some((name, Secret::new(value.to_str()?)?)));
     let given = more
         .iter()
         .filter_map(|(name, secret)| Some((*name, (*secret)?.clone())));
     let mut secrets: Vec<(String, Secret)> = Vec::new();
-    for (name, secret) in given.chain(of_env) {
+    for (name, secret) in given.chain(from_env) {
+        // The same value under two names is one secret, named as it was given first.
         if is_secret_value(secret.expose()) && !secrets.iter().any(|(_, known)| *known == secret) {
             secrets.push((name.to_owned(), secret));
         }
     }
-    let places = [
+    let folders = [
         ("the workspace", "GITHUB_WORKSPACE"),
         ("the workspace", "CI_PROJECT_DIR"),
         ("the runner's temporary folder", "RUNNER_TEMP"),
         ("the home folder", "HOME"),
     ];
-    let places: Vec<(&str, PathBuf)> = places
+    let folders: Vec<(&str, PathBuf)> = folders
         .iter()
         .filter_map(|(what, variable)| Some((*what, env.path(variable)?)))
         .collect();
-    let places: Vec<(&str, &Path)> = places
+    let folders: Vec<(&str, &Path)> = folders
         .iter()
         .map(|(what, folder)| (*what, folder.as_path()))
         .collect();
-    Scanner::new(&secrets, &places)
+    Scanner::new(&secrets, &folders)
 }

@@ -1,4 +1,4 @@
-//! From what the publisher and the verification found to what is told of it. Pure.
+//! From the results of the publisher and of the verification to the publication that is reported. Pure.
 
 use crate::report::publication::{Key, Missed, Publication};
 use flywheel_cache::client::publish::{Options, Outcome};
@@ -7,16 +7,16 @@ use flywheel_nix::path_info::{PathInfo, Unreadable};
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
 
-/// What was published, and what of it the cache serves. `unreadable` are valid paths that could not
-/// even be offered: those are lost too. `warned` is what went although the policy says something of it.
-pub fn of(
+/// Sums up what was published, and what of it the cache serves. `unreadable` are valid paths that could not even be
+/// offered: those are lost too. `warned` are paths that were published although they break a rule that only warns.
+pub fn summarize(
     outcome: &Outcome,
     verification: &Verification,
     unreadable: &[Unreadable],
     warned: &[(StorePath, Finding)],
 ) -> Publication {
     let counts = outcome.counts();
-    let unsent = outcome.lost().map(|(info, reason)| missed(info, reason));
+    let not_sent = outcome.lost().map(|(info, reason)| missed(info, reason));
     let unread = unreadable.iter().map(|path| Missed {
         path: path.path.clone(),
         reason: path.problem.clone(),
@@ -27,7 +27,7 @@ pub fn of(
         skipped: counts.skipped,
         verified: verification.good(),
         bytes: outcome.bytes,
-        lost: unsent.chain(unread).collect(),
+        lost: not_sent.chain(unread).collect(),
         unverified: Vec::new(),
         withheld: outcome
             .withheld()
@@ -57,8 +57,9 @@ pub fn of(
     publication
 }
 
-/// The publication of a job that was to publish to a cache that takes nothing: all is lost, by name.
-pub fn of_nothing(wanted: &[PathInfo], reason: &str) -> Publication {
+/// The publication to a cache that takes nothing: each path is lost, and named. Paths that an upstream cache has
+/// signed would not have been sent, so they are not lost.
+pub fn all_lost(wanted: &[PathInfo], reason: &str) -> Publication {
     let upstream = Options::default().upstream_keys;
     let signed = |info: &PathInfo| {
         let keys = info

@@ -1,5 +1,5 @@
-//! Nix's settings for a job: the netrc, the access token, `NIX_CONFIG`; composed, written to
-//! the private folder, and read back from Nix once all is settled.
+//! Nix's settings for a job: the netrc, the access token and `NIX_CONFIG` are composed, written to the private folder,
+//! and read back from Nix.
 
 use std::path::{Path, PathBuf};
 
@@ -13,21 +13,18 @@ use flywheel_sys::runner::env::Env;
 
 use super::attach::Cache;
 
-/// What settings are made of.
+/// What a job's settings are made of.
 pub struct SettingsInputs<'a> {
-    /// The job's environment.
     pub env: &'a Env,
-    /// Nix.
     pub ready: &'a Ready,
-    /// The cache.
     pub cache: &'a Cache,
-    /// The fetchers' credential.
+    /// The token for fetchers from GitHub.
     pub github_token: Option<&'a Secret>,
-    /// Whether the job publishes; one that only reads a public cache needs no netrc.
+    /// Whether the job publishes. A job that only reads a public cache needs no netrc.
     pub publishes: bool,
-    /// The user's own lines.
+    /// The lines of the input `extra-nix-config`.
     pub extra: &'a str,
-    /// Where secret files go.
+    /// The folder for secret files.
     pub private: &'a Path,
 }
 
@@ -36,11 +33,11 @@ pub struct SettingsInputs<'a> {
 pub struct NixSettings {
     /// The job's `NIX_CONFIG`.
     pub config: String,
-    /// What of it is about the cache.
+    /// The settings that are about the cache.
     cache: Option<CacheSettings>,
 }
 
-/// The settings for the command. What could not be written is said, and left out.
+/// Composes the settings. A file that cannot be written is a warning, and its setting is left out.
 pub async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
     let base = inputs.env.get("NIX_CONFIG").unwrap_or_default();
     for number in malformed(base) {
@@ -81,7 +78,8 @@ pub async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
     }
 }
 
-/// What Nix makes of them. What it does not follow is said. `extra`: the user's own lines.
+/// Reads back from Nix what is in force, and warns of each setting that Nix ignores. `extra`: the lines of the input
+/// `extra-nix-config`.
 pub async fn report_ignored(
     ready: &Ready,
     settings: &NixSettings,
@@ -89,7 +87,8 @@ pub async fn report_ignored(
     sink: &Sink,
 ) -> Option<EffectiveSettings> {
     let nix = ready.nix.clone().with_config(&settings.config);
-    // None of our lines changes how a store opens that is not a daemon's.
+    // None of our lines changes how a local store opens, so what was found before holds, unless the user's lines
+    // name another store.
     let may_change = sets(extra, "store") || extra.contains("include");
     let opened = ready
         .opened
@@ -118,7 +117,7 @@ fn cache_settings(
     before: &Settings,
     sink: &Sink,
 ) -> Option<CacheSettings> {
-    // A job that only reads a public cache has no use for the token, so its command gets none to read.
+    // A job that only reads a public cache has no use for the token, so its command gets no file to read it from.
     let token = inputs
         .cache
         .token
@@ -132,6 +131,7 @@ fn cache_settings(
     let netrc = token.zip(host).and_then(|(token, host)| {
         let existing = before.netrc_file().filter(|file| file.is_file());
         let file = match netrc::write(inputs.private, host, token, existing.as_deref()) {
+            // A netrc of the user that cannot be read must not cost the job the credential of its own cache.
             Err(error @ netrc::WriteError::Existing { .. }) => {
                 sink.degraded(
                     "nix settings",
@@ -151,6 +151,7 @@ fn cache_settings(
 }
 
 fn access_tokens(inputs: &SettingsInputs<'_>, sink: &Sink) -> Option<PathBuf> {
+    // Nix's `access-tokens` are by host name; GitHub Enterprise Server has one of its own.
     let host = inputs
         .env
         .get("GITHUB_SERVER_URL")

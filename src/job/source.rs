@@ -1,4 +1,5 @@
-//! Which cache a job uses: input, then hint, then on a laptop a cache of its own.
+//! Which cache a job uses: the one that an input names, else a hint of the environment, else on a laptop the embedded
+//! cache.
 
 use std::path::PathBuf;
 
@@ -9,28 +10,26 @@ use flywheel_nix::cache_name::CacheName;
 use flywheel_sys::runner::context::in_ci;
 use flywheel_sys::runner::env::Env;
 
-/// The cache to use.
+/// The cache that a job uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// `attic-enabled: false`.
     Off,
-    /// Nobody names one.
+    /// No input and no hint names one.
     NotNamed,
-    /// A server.
     Server(Endpoint),
     /// Another kind of store.
     Store(StoreUrl),
-    /// Our own, in this folder.
+    /// The embedded cache.
     Embedded {
-        /// The folder.
         folder: PathBuf,
-        /// The cache's name.
         cache: CacheName,
     },
 }
 
 impl Source {
-    /// Finds it: an input goes before the embedded cache, that before a hint, and a laptop has one anyway.
+    /// Chooses the cache: the input `attic-server` goes before `embedded-cache`, and that before a hint. A laptop has
+    /// an embedded cache in any case.
     pub fn find(named: &NamedCache, embedded: &Text, env: &Env) -> Self {
         let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
         let embed = |folder: PathBuf| Self::Embedded {
@@ -47,7 +46,7 @@ impl Source {
         }
     }
 
-    /// What a journal calls this cache: the same cache has the same name in every job.
+    /// The name of this cache in a journal, the same in every job.
     pub fn identity(&self) -> Option<String> {
         match self {
             Self::Off | Self::NotNamed => None,
@@ -60,7 +59,7 @@ impl Source {
     }
 }
 
-/// Where data of a user lies (`XDG_DATA_HOME`, freedesktop.org's base directory specification).
+/// The folder of the user's data (`XDG_DATA_HOME`, freedesktop.org's base directory specification).
 fn laptop_folder(env: &Env) -> Option<PathBuf> {
     let data = env
         .path("XDG_DATA_HOME")

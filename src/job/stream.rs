@@ -1,5 +1,5 @@
-//! The publication of a job: streamed while the job runs, completed and drained at its end, then
-//! verified against what the cache serves; and the journal of it, with what dead jobs left.
+//! The publication of a job: streamed while the job runs, completed and drained at its end, then verified against
+//! what the cache serves. Keeps the job's journal, and takes over what the journals of dead jobs left.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,12 +30,12 @@ use super::attach::Cache;
 use super::closure_tracker::ClosureTracker;
 use super::inputs::Plan;
 use super::ownership::OwnershipFilter;
-use super::policy::accuse;
+use super::policy::record_impurity;
 use super::publication;
 
-/// Batches of the watcher that may wait to be handed on.
+/// Batches from the watcher that may be queued for the feeder.
 const BATCHES: usize = 256;
-/// The share of the time to drain that verifying gets for itself, at least.
+/// This share of the drain time is kept for verifying, which has more where publishing ends early.
 const VERIFY_SHARE: f64 = 0.2;
 
 /// A publication under way.
@@ -50,42 +50,39 @@ pub struct Stream {
     clients: Arc<TempRootWatcher>,
 }
 
-/// How long it may take: until when, and what ends it before.
+/// When an operation ends at the latest, and what ends it before.
 #[derive(Clone, Debug)]
 pub struct Deadline {
-    /// Until when.
     pub at: Instant,
-    /// What ends it before.
     pub cancel: CancellationToken,
 }
 
-/// Where the paths come from.
+/// Where the published paths come from.
 #[derive(Debug)]
 pub struct StreamInputs<'a> {
-    /// The store.
     pub store: &'a Arc<Store>,
-    /// The moment from which on paths are the job's.
+    /// Paths that are registered after this moment may be the job's.
     pub mark: &'a Mark,
-    /// Whose they are.
+    /// The Nix processes that add paths, by which those of this job are known.
     pub clients: &'a Arc<TempRootWatcher>,
-    /// Who looks at each before it goes.
+    /// Looks into each path before it is sent.
     pub inspector: &'a Arc<Inspector>,
-    /// Whether they go as they come, and not only at the end.
+    /// Whether paths are published as they become valid, and not only at the job's end.
     pub at_once: bool,
-    /// How many go at once at most, if that is asked for.
+    /// How many paths are published at once at most, if that is asked for.
     pub workers: Option<usize>,
 }
 
 /// The job's journal, and what dead jobs left for the same cache.
 #[derive(Debug, Default)]
 pub struct JobJournal {
-    /// The job's own.
     pub journal: Journal,
     left: Left,
 }
 
 impl JobJournal {
-    /// Opens it for a job that may publish; a journal that cannot be kept is said, and done without.
+    /// Opens the journal of a job that may publish. One that cannot be kept is a warning, and the job goes on
+    /// without it.
     pub fn open(plan: &Plan, mark: &Mark, sink: &Sink) -> Option<Self> {
         let (folder, cache) = (plan.journal.as_deref()?, plan.source.identity()?);
         let opened = Folder::open(folder).and_then(|folder| {
@@ -95,7 +92,7 @@ impl JobJournal {
                 left,
             })
         });
-        let tell = |error: &dyn std::error::Error| {
+        let warn = |error: &dyn std::error::Error| {
             let cause = error
                 .source()
                 .map(|cause| format!(": {cause}"))
@@ -105,7 +102,7 @@ impl JobJournal {
             );
             sink.degraded("journal", text);
         };
-        opened.inspect_err(|error| tell(error)).ok()
+        opened.inspect_err(|error| warn(error)).ok()
     }
 }
 
@@ -165,7 +162,7 @@ impl Stream {
         }
     }
 
-    /// Stops watching, offers the whole harvest, publishes what is left and verifies, within `bound`.
+    /// Stops watching, offers all of `added_paths`, publishes what is left and verifies, all by `deadline`.
     pub async fn finish(
         self,
         cache: &Cache,
@@ -182,17 +179,18 @@ impl Stream {
             inspector,
             clients,
         } = self;
-        // Its threads are joined, which may wait for a reading of the database.
+        // Dropping the watcher joins its threads, one of which may be reading the database.
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
-        // It ends when the watcher is gone; it panics only by our fault, and the harvest has everything.
+        // The feeder ends when the watcher is gone. Should it have panicked, nothing is missing: all is offered below.
         let _ = feeding.await;
+        // The same order as in the feeder: what a kill cuts off from here on is in the journal.
         journal.seen(added_paths.wanted.iter().map(|info| &info.path));
-        suspect(&clients, &inspector);
+        record_seen_impurity(&clients, &inspector);
         publisher.offer(added_paths.wanted.clone()).await;
         let publisher =
             Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
         let outcome = publisher
-            .drain(before_verifying(deadline), deadline.cancel.clone())
+            .drain(publish_until(deadline), deadline.cancel.clone())
             .await;
         if let Some(reason) = &outcome.stopped {
             sink.degraded("publication", reason.clone());
@@ -209,8 +207,8 @@ impl Stream {
                 "no signature was checked: neither `attic-public-key` nor the cache names a key";
             sink.degraded("publication", text);
         }
-        settle(journal, &outcome, &verification);
-        publication::of(
+        record_settled(journal, &outcome, &verification);
+        publication::summarize(
             &outcome,
             &verification,
             &added_paths.unreadable,
@@ -219,16 +217,16 @@ impl Stream {
     }
 }
 
-/// Has the inspector know what the job's processes are seen to do. To be asked before a path is offered: the
-/// process that adds it is there then.
-fn suspect(clients: &TempRootWatcher, inspector: &Inspector) {
+/// Records it with the inspector when a process of the job was seen to evaluate impurely. To be called before a path
+/// is offered: the process that adds the path has been seen by then.
+fn record_seen_impurity(clients: &TempRootWatcher, inspector: &Inspector) {
     if let Some(found) = clients.impurity() {
-        accuse(inspector, &found, "a Nix process of the job");
+        record_impurity(inspector, &found, "a Nix process of the job");
     }
 }
 
-/// Writes down what needs no more care; the rest is the next job's.
-fn settle(journal: Journal, outcome: &Outcome, verification: &Verification) {
+/// Settles in the journal what needs no more care; the next job takes up the rest.
+fn record_settled(journal: Journal, outcome: &Outcome, verification: &Verification) {
     let skipped = outcome
         .paths
         .iter()
@@ -242,7 +240,7 @@ fn settle(journal: Journal, outcome: &Outcome, verification: &Verification) {
     journal.close();
 }
 
-/// Hands paths on to the publisher.
+/// Feeds the publisher with the paths that become valid.
 struct Feeder {
     publisher: Arc<Publisher>,
     store: Arc<Store>,
@@ -255,24 +253,25 @@ struct Feeder {
 }
 
 impl Feeder {
-    /// What dead jobs left first, then what the watcher tells, with the closures that the publisher asks
-    /// for; other jobs' paths and derivations stay behind.
+    /// Offers what dead jobs left, then what the watcher reports, each path with its closure. Derivations and the
+    /// paths of other jobs are left out.
     async fn feed(mut self, left: Left, mut batches: mpsc::Receiver<Vec<PathInfo>>) {
         if self.at_once {
-            self.take_up(left).await;
+            self.adopt_leftovers(left).await;
         }
-        let mut ours = OwnershipFilter::new(Arc::clone(&self.clients));
+        let mut filter = OwnershipFilter::new(Arc::clone(&self.clients));
         loop {
             let infos = tokio::select! {
                 infos = batches.recv() => infos,
-                () = ours.due() => Some(Vec::new()),
+                // Held paths are decided on even if no new path becomes valid.
+                () = filter.due() => Some(Vec::new()),
             };
             let Some(infos) = infos else { return };
-            let built = infos.into_iter().filter(|info| !info.path.is_derivation());
-            let found = ours.of(built.collect(), Instant::now());
+            let found = filter.accept(infos, Instant::now());
+            // The journal has a path before the publisher does: a job that is killed in between loses nothing.
             self.journal.seen(found.iter().map(|info| &info.path));
             if self.at_once && !found.is_empty() {
-                suspect(&self.clients, &self.inspector);
+                record_seen_impurity(&self.clients, &self.inspector);
                 self.offer(found).await;
             }
         }
@@ -282,7 +281,7 @@ impl Feeder {
         let (mut offers, open) = self.closures.split_ready(infos);
         if !open.is_empty() {
             let open: Vec<StorePath> = open.into_iter().map(|info| info.path).collect();
-            // A closure that cannot be had now is part of the harvest at the end.
+            // A closure that cannot be read now is read again when the added paths are collected at the end.
             if let Ok(found) = self.store.closure(&open).await {
                 self.closures.add(&found.infos);
                 offers.extend(found.infos);
@@ -293,8 +292,8 @@ impl Feeder {
         }
     }
 
-    /// Offers what dead jobs left and is still valid. Their journals go once ours has it all.
-    async fn take_up(&mut self, left: Left) {
+    /// Offers what dead jobs left and is still valid. Their journals are removed once ours has it all.
+    async fn adopt_leftovers(&mut self, left: Left) {
         if left.is_empty() {
             return;
         }
@@ -304,15 +303,15 @@ impl Feeder {
             .map(|(path, since)| (path.clone(), Some(*since)))
             .collect();
         for (mark, expected) in &left.expected {
-            // What was expected counts if it was really added, by whomever that job's process shared the work with.
+            // An expected path counts if it was really added, even if another process ended up adding it.
             let Ok(added) = self.store.added_since(&Mark::after_id(*mark)).await else {
                 return;
             };
-            let meant = added
+            let arrived = added
                 .infos
                 .into_iter()
                 .filter(|info| expected.binary_search(&info.path).is_ok());
-            for info in meant {
+            for info in arrived {
                 since.entry(info.path).or_default();
             }
         }
@@ -327,6 +326,7 @@ impl Feeder {
             .map(|info| (&info.path, since(&info.path)))
             .collect();
         self.journal.carried(&carried);
+        // `carried` has synced our journal, so the old ones may go now, and not earlier.
         left.taken_up();
         if !valid.infos.is_empty() {
             self.sink.note(format!(
@@ -338,7 +338,8 @@ impl Feeder {
     }
 }
 
-fn before_verifying(deadline: &Deadline) -> Instant {
+fn publish_until(deadline: &Deadline) -> Instant {
+    // Of a long drain time, half a minute is enough for verifying.
     let left = deadline.at.saturating_duration_since(Instant::now());
     deadline.at - left.mul_f64(VERIFY_SHARE).min(Duration::from_secs(30))
 }

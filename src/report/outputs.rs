@@ -1,4 +1,4 @@
-//! The step outputs of `nix-job`: their names, in one place, and their values.
+//! The step outputs of `nix-job`: the one place of their names, and their values.
 
 use crate::report::job::JobResult;
 

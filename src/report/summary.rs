@@ -6,7 +6,8 @@ use crate::report::job::{CacheState, JobResult, Outcome};
 use crate::report::publication::Missed;
 use flywheel_core::text::{bytes, duration, one_line};
 
-/// At most this many lost paths are listed; the log and the journal have all.
+/// At most this many lost paths are listed, because GitHub drops a summary over 1 MiB; the log and the journal have
+/// all.
 const LISTED: usize = 100;
 
 /// The summary of one job.

@@ -237,7 +237,7 @@ fn check_runs_that_were_asked_for_and_cannot_be_are_said() {
     check(
         &run.run(),
         0,
-        &["there are no Check Runs: this is no job with a commit"],
+        &["there are no Check Runs: the job has no commit"],
     );
     let github = GitHub::start(PLANTED_TOKEN, false);
     let run = job(

@@ -1,6 +1,6 @@
-//! The trust gate: from the facts of a job to a verdict. Pure, failing closed, and the only maker
-//! of the permit that the publisher demands. No I/O, no clock, no secret: it learns whether there is
-//! a token, never which.
+//! The trust gate: decides from the facts of a job whether it may publish. Pure, failing closed, and the only maker of
+//! the permit that the publisher requires. No I/O, no clock, no secret: it learns whether there is a token, never its
+//! value.
 
 pub mod facts;
 mod reason;
@@ -10,7 +10,7 @@ pub use facts::{Doubt, Event, Facts, Job};
 pub use reason::{Grounds, Refusal};
 pub use refs::TrustedRefs;
 
-/// The right to publish. There is no other maker of it than this module.
+/// The right to publish. Only this module can make one, because the field is private.
 #[derive(Debug)]
 pub struct PublishPermit {
     _private: (),
@@ -19,14 +19,14 @@ pub struct PublishPermit {
 /// Whether a job with these facts may publish at all, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It may, if it is asked to and has a token.
+    /// It may publish, if it is asked to and has a token.
     MayPublish(Grounds),
     /// It reads the cache and publishes nothing.
     ReadOnly(Refusal),
 }
 
 impl Verdict {
-    /// The verdict as outputs and `--format json` have it.
+    /// The verdict in outputs and in `--format json`.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::MayPublish(_) => "may-publish",
@@ -38,7 +38,7 @@ impl Verdict {
 /// The input `push-cache`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PushCache {
-    /// Publish, and say so if that cannot be.
+    /// Publish, and give a notice where the gate forbids it.
     Always,
     /// Publish where the gate allows it.
     Auto,
@@ -47,12 +47,12 @@ pub enum PushCache {
     Never,
 }
 
-/// What the user asks of the gate.
+/// What the user asks for.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
-    /// The input `push-cache`. It asks nothing outside of CI.
+    /// The input `push-cache`, which counts only in CI.
     pub push_cache: PushCache,
-    /// `--publish`: asked by hand.
+    /// The flag `--publish`, which a person gives.
     pub by_hand: bool,
     /// The input `trusted-refs`.
     pub trusted_refs: TrustedRefs,
@@ -68,7 +68,7 @@ pub enum ToAttic {
 }
 
 impl ToAttic {
-    /// The word of outputs and `--format json`.
+    /// The value in outputs and in `--format json`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::All => "all",
@@ -89,7 +89,7 @@ pub enum ToFlakeHub {
 }
 
 impl ToFlakeHub {
-    /// The word of outputs and `--format json`.
+    /// The value in outputs and in `--format json`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Rolling => "rolling",
@@ -104,20 +104,19 @@ impl ToFlakeHub {
 pub struct Plan {
     /// The job's own cache.
     pub attic: ToAttic,
-    /// Public distribution, which has credentials of its own and asks for none here.
+    /// Public distribution, which has credentials of its own and needs no token here.
     pub flakehub: ToFlakeHub,
 }
 
-/// What a "may publish" lacks to become "publishes".
+/// What a job that may publish lacks to do so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lack {
-    /// Nobody asked for it.
+    /// It was not asked to publish.
     Request,
-    /// There is no token.
     Token,
 }
 
-/// The gate's answer. Only `decide` makes one.
+/// The gate's decision. Only `decide` makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
     verdict: Verdict,
@@ -126,7 +125,7 @@ pub struct Decision {
     refused: bool,
 }
 
-/// Judges a job by its facts alone: the table of `docs/trust.md`.
+/// Judges a job by its facts alone, as the table of `docs/trust.md` shows it.
 pub fn judge(facts: &Facts, request: &Request) -> Verdict {
     let judged = match facts {
         Facts::Local if request.by_hand => Ok(Grounds::AskedLocally),
@@ -137,7 +136,7 @@ pub fn judge(facts: &Facts, request: &Request) -> Verdict {
     judged.map_or_else(Verdict::ReadOnly, Verdict::MayPublish)
 }
 
-/// Judges a job, and says what follows for this request.
+/// Judges a job, and decides what follows for this request.
 pub fn decide(facts: &Facts, request: &Request, token_present: bool) -> Decision {
     let verdict = judge(facts, request);
     let allowed = matches!(verdict, Verdict::MayPublish(_));
@@ -159,7 +158,7 @@ pub fn decide(facts: &Facts, request: &Request, token_present: bool) -> Decision
             },
             flakehub: flakehub(facts, &verdict),
         },
-        // `auto` takes the gate's no for an answer, but not that the token is missing.
+        // With `auto`, a verdict of read-only is expected, but a missing token is a mistake of the workflow.
         refused: !publishes && (insisted || (asked && allowed)),
         verdict,
         lack,
@@ -172,7 +171,7 @@ impl Decision {
         &self.verdict
     }
 
-    /// Whether it will: it may, it is asked to, and it has a token.
+    /// Whether the job publishes: it may, it is asked to, and it has a token.
     pub fn publishes(&self) -> bool {
         matches!(self.verdict, Verdict::MayPublish(_)) && self.lack.is_none()
     }
@@ -187,8 +186,8 @@ impl Decision {
         self.publishes().then_some(PublishPermit { _private: () })
     }
 
-    /// Whether publication was asked for and will not happen: a notice with the reason, or a failure
-    /// if `require-publish` says so.
+    /// Whether publication was asked for and will not happen. That is a notice with the reason, or with
+    /// `require-publish` a failure.
     pub fn is_refused(&self) -> bool {
         self.refused
     }
@@ -207,7 +206,7 @@ impl Decision {
         }
     }
 
-    /// What would have to change for it to publish, as a sentence. `None` if it does.
+    /// What would have to change for the job to publish, as a sentence. `None` if it publishes.
     pub fn remedy(&self) -> Option<String> {
         match (&self.verdict, self.lack) {
             (Verdict::ReadOnly(refusal), _) => Some(refusal.remedy()),
@@ -223,7 +222,7 @@ impl Decision {
     }
 }
 
-/// What is not named here is read-only.
+/// Judges a job of a CI. An event that is not named here is read-only.
 fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
     let event = known(&job.event)?;
     match event {
@@ -233,7 +232,7 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
         Event::RepositoryDispatch => return Err(Refusal::RepositoryDispatch),
         Event::Other(name) => return Err(Refusal::NeverTrusted(name.clone())),
     }
-    // Every fact has to be there, also one that this event's row does not look at.
+    // Every fact has to be known, even one that does not matter for this event.
     known(&job.repository)?;
     let default_branch = known(&job.default_branch)?;
     let git_ref = known(&job.git_ref)?;
@@ -302,7 +301,7 @@ fn judge_named(
     }
 }
 
-/// The publication policy: a push to the default branch is rolling, a push of a tag `v*` a version.
+/// What goes to FlakeHub: for a push to the default branch a rolling release, for a push of a tag `v*` that version.
 fn flakehub(facts: &Facts, verdict: &Verdict) -> ToFlakeHub {
     let (Facts::Job(job), Verdict::MayPublish(grounds)) = (facts, verdict) else {
         return ToFlakeHub::Nothing;

@@ -1,8 +1,8 @@
-//! Check Runs on a commit: made, brought up to date, listed. One request a call, never tried twice: a write that
-//! may have arrived would leave two, so whoever tries again looks first.
+//! Check Runs on a commit: create, update, list. A call is one request, and never retries: a write without a response
+//! may have arrived, and a second one would create a second Check Run. A caller that tries again lists first.
 //!
-//! octocrab speaks through our own HTTP client, so that names are looked up, proxies used and roots trusted as
-//! everywhere else in the program.
+//! octocrab uses our own HTTP client, so that names are resolved, proxies used and roots trusted as everywhere else in
+//! the program.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,17 +22,18 @@ const TITLE_LIMIT: usize = 255;
 const SUMMARY_LIMIT: usize = 65_000;
 /// Annotations in one request (the same).
 pub const ANNOTATIONS: usize = 50;
-/// Runs on one page of a list (the same).
+/// Check Runs on one page of a list (the same).
 const PAGE: usize = 100;
-/// Pages of a list that are read.
+/// At most this many pages of a list are read.
 const PAGES: usize = 50;
-/// A secondary limit that names no time is left alone for a minute (GitHub's "Best practices for using the REST API").
+/// The wait after a secondary rate limit without a `retry-after` header (GitHub's "Best practices for using the REST
+/// API").
 const SECONDARY_WAIT: Duration = Duration::from_secs(60);
 
 /// Where a Check Run goes.
 #[derive(Clone, Debug)]
 pub struct Commit {
-    /// The API's address.
+    /// The API's base address.
     pub api: Url,
     /// `owner/name`.
     pub repository: String,
@@ -44,29 +45,22 @@ pub struct Commit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Conclusion {
-    /// All is well.
     Success,
-    /// It is not.
     Failure,
-    /// There was nothing to find out.
+    /// There was nothing to do.
     Neutral,
-    /// It was ended before its time.
     Cancelled,
 }
 
-/// How far a Check Run is. A later one never goes back to an earlier one in one run of ours.
+/// The stage of a Check Run, which only ever advances within one run of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// It waits.
     Queued,
-    /// It goes on.
     InProgress,
-    /// It has ended so.
     Completed(Conclusion),
 }
 
 impl Stage {
-    /// Whether it has ended.
     pub fn is_completed(self) -> bool {
         matches!(self, Self::Completed(_))
     }
@@ -80,12 +74,12 @@ impl Stage {
     }
 }
 
-/// A mark on a line of a file.
+/// An annotation on lines of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Annotation {
     /// The file, from the repository's root.
     pub path: String,
-    /// The line, from 1.
+    /// The first line, from 1.
     pub start_line: u32,
     /// The last line.
     pub end_line: u32,
@@ -93,18 +87,16 @@ pub struct Annotation {
     pub annotation_level: &'static str,
     /// One line.
     pub title: String,
-    /// What is to be said.
     pub message: String,
 }
 
-/// A Check Run as it should be.
+/// A Check Run as GitHub should show it.
 #[derive(Clone, Debug)]
 pub struct CheckRun {
-    /// Its name, which branch protection goes by.
+    /// The name, by which branch protection requires it.
     pub name: String,
-    /// Our own name for it, by which we know it again.
+    /// Our identifier, by which we find it again.
     pub external_id: String,
-    /// How far it is.
     pub stage: Stage,
     /// When it began, in seconds since 1970.
     pub started_at: Option<u64>,
@@ -114,26 +106,24 @@ pub struct CheckRun {
     pub title: String,
     /// Markdown.
     pub summary: String,
-    /// Marks on lines; the first fifty count.
+    /// Annotations on lines, of which the first fifty are sent.
     pub annotations: Vec<Annotation>,
 }
 
 /// A Check Run that has ended.
 #[derive(Clone, Debug)]
 pub struct Finished {
-    /// Its name, which branch protection goes by.
+    /// The name, by which branch protection requires it.
     pub name: String,
-    /// Our own name for it, by which we know it again.
+    /// Our identifier, by which we find it again.
     pub external_id: String,
-    /// How it ended.
     pub conclusion: Conclusion,
     /// One line.
     pub title: String,
     /// Markdown.
     pub summary: String,
-    /// When, in seconds since 1970.
+    /// When it ended, in seconds since 1970.
     pub ended_at: u64,
-    /// How long it took.
     pub took: Duration,
 }
 
@@ -142,40 +132,37 @@ pub struct Finished {
 pub struct Listed {
     /// GitHub's number for it.
     pub id: u64,
-    /// Our own name for it.
+    /// Our identifier, if it is one of ours.
     pub external_id: Option<String>,
 }
 
-/// Why there is no Check Run.
+/// Why a request for a Check Run failed.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The token may not.
+    /// The token does not have the rights.
     #[error("GitHub answered {status}: {text}")]
     Refused {
-        /// Status code.
         status: u16,
-        /// Its own words.
+        /// GitHub's message.
         text: String,
     },
-    /// It was too much at once; nothing was done.
+    /// A rate limit was reached; nothing was done.
     #[error("GitHub answered {status}: {text}")]
     Limited {
-        /// Status code.
         status: u16,
-        /// How long to leave it alone.
+        /// How long to wait before the next request.
         wait: Duration,
-        /// Its own words.
+        /// GitHub's message.
         text: String,
     },
-    /// What was sent is not what GitHub takes; it will not take it another time either.
+    /// GitHub rejects the request's content, and would do so again.
     #[error("GitHub answered {status}: {text}")]
     Invalid {
-        /// Status code.
         status: u16,
-        /// Its own words.
+        /// GitHub's message.
         text: String,
     },
-    /// Anything else: the request may have arrived.
+    /// Anything else. The request may have arrived.
     #[error("the request to GitHub failed: {0}")]
     Request(String),
 }
@@ -192,7 +179,7 @@ impl Explain for Error {
     }
 }
 
-/// The body of both requests; an update has no commit to change.
+/// The body of a request to create or to update; an update cannot change the commit.
 #[derive(Serialize)]
 struct Body<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -241,10 +228,10 @@ pub struct CheckRuns {
 }
 
 impl CheckRuns {
-    /// Those of a commit, by a token; asks nothing yet.
+    /// A client for the Check Runs of a commit. Sends nothing yet.
     ///
     /// # Errors
-    /// When the address or the token is none.
+    /// When the address or the token is malformed.
     pub fn for_commit(
         commit: &Commit,
         token: &Secret,
@@ -254,6 +241,7 @@ impl CheckRuns {
         let builder = Octocrab::builder()
             .base_uri(commit.api.as_str().trim_end_matches('/'))
             .map_err(broken)?;
+        // GitHub's API is versioned by date: without the header it may one day answer in another form.
         let version = "x-github-api-version".parse().expect("a header's name");
         let builder = builder.add_header(version, "2022-11-28".to_owned());
         let github = builder
@@ -266,13 +254,15 @@ impl CheckRuns {
         })
     }
 
-    /// Makes one, and gives GitHub's number for it.
+    /// Creates a Check Run, and returns GitHub's number for it.
     ///
     /// # Errors
-    /// When GitHub refuses or does not answer; in the latter case it may be there.
+    /// When GitHub refuses or does not answer; in the latter case the Check Run may exist.
     pub async fn create(&self, run: &CheckRun) -> Result<u64, Error> {
         let route = format!("/repos/{}/check-runs", self.commit.repository);
         let body = body(run, Some(&self.commit.sha));
+        // The underscored calls of octocrab return the raw response, which is needed because rate limits are in its
+        // headers.
         let answer = self
             .github
             ._post(route, Some(&body))
@@ -282,7 +272,7 @@ impl CheckRuns {
         Ok(created.id)
     }
 
-    /// Brings one up to date.
+    /// Updates a Check Run.
     ///
     /// # Errors
     /// When GitHub refuses or does not answer.
@@ -296,7 +286,7 @@ impl CheckRuns {
         self.read::<serde::de::IgnoredAny>(answer).await.map(drop)
     }
 
-    /// The latest runs that the commit has, all or of one name.
+    /// The latest Check Runs of the commit, all or those of one name.
     ///
     /// # Errors
     /// When GitHub refuses or does not answer.
@@ -360,7 +350,8 @@ fn query(page: usize, name: Option<&str>) -> String {
     query.finish()
 }
 
-/// What a refusal means. Limits are told by headers and words, as GitHub's "Rate limits for the REST API" has them.
+/// The error that a response means. Rate limits are known by headers and text, as GitHub's "Rate limits for the REST
+/// API" describes them.
 fn error_of(status: StatusCode, headers: &HeaderMap, text: String) -> Error {
     let number = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse::<u64>().ok();
     let status_code = status.as_u16();
@@ -395,7 +386,7 @@ fn error_of(status: StatusCode, headers: &HeaderMap, text: String) -> Error {
     }
 }
 
-/// Leaves a finished Check Run on a commit; on a re-run the one of before is brought up to date.
+/// Puts a finished Check Run on a commit. When a job runs again, the Check Run of before is updated.
 ///
 /// # Errors
 /// When GitHub refuses or does not answer.
@@ -417,7 +408,7 @@ pub async fn create_or_update(
         annotations: Vec::new(),
     };
     let listed = runs.list(Some(&run.name)).await;
-    // A token that may write and not read leaves a second one, and that is better than none.
+    // A token that may write but not read creates a second Check Run, which is better than none.
     let known = listed.ok().and_then(|listed| {
         let ours =
             |listed: &Listed| listed.external_id.as_deref() == Some(run.external_id.as_str());
@@ -494,7 +485,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_are_told_from_refusals() {
+    fn rate_limits_are_no_refusals() {
         let answer = |status: u16, headers: &[(&'static str, &str)], text: &str| {
             let headers = headers.iter().map(|(name, value)| {
                 (
@@ -539,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn stamps_are_what_the_calendar_says() {
+    fn time_stamps_match_the_calendar() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00Z"),
             (951_782_399, "2000-02-28T23:59:59Z"),

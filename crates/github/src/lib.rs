@@ -1,4 +1,4 @@
-//! The door to GitHub's API. Knows requests and answers; what is said in them is decided elsewhere.
+//! GitHub's API: requests and responses. What they contain is decided elsewhere.
 
 pub mod check_run;
 pub mod checks;

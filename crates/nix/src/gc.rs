@@ -1,11 +1,10 @@
 //! Collects the store's garbage between runs while keeping the derivations of the last run.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fs, io};
 
 use crate::store::state_folder;
 use crate::store_path::StorePath;

@@ -4,10 +4,9 @@
 //! points to the link the user sees. The results count even when nothing had to be built.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
+use std::{fs, io};
 
 use crate::store_path::StorePath;
 

@@ -7,10 +7,9 @@ mod needles;
 mod secret_formats;
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::io;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+use std::{fmt, io};
 
 use bytes::Bytes;
 use serde::Serialize;

@@ -1,24 +1,24 @@
-//! When which derivations are built: in two lanes, each one `nix build` over many, so that Nix shares what they
-//! have in common. The first starts with the first derivation; the second takes what has come meanwhile.
-//! Pure: the engine starts and ends what is decided here.
+//! When derivations are built: in two lanes, each a single `nix build` of many derivations, so that Nix builds once
+//! what they have in common. The first lane starts with the first derivation; the second takes those that arrive while
+//! the first runs. Pure: the engine starts and ends what is decided here.
 
 use std::time::Duration;
 
-/// The second lane waits for the end of the evaluation, for so many outputs, or so long.
+/// The second lane waits for the end of the evaluation, for this many outputs, or this long.
 const MANY: usize = 50;
 const LONG: Duration = Duration::from_secs(10);
 
-/// Outputs in one lane at most: each costs Nix a look at every other when a build ends.
+/// The largest number of outputs in one lane: whenever a build ends, Nix goes through all of them.
 pub(super) const MOST: usize = 256;
 
-/// What is known when a lane is free.
+/// What decides whether a free lane starts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LaneState {
     /// Outputs that wait to be built.
     pub waiting: usize,
     /// Whether all derivations are known.
     pub all_known: bool,
-    /// What the other lane has of the builds at once, if it runs: `Some(None)` is Nix's own setting.
+    /// How many builds at once the other lane was given, if it runs; `Some(None)` is Nix's own setting.
     pub other: Option<Option<usize>>,
     /// How long the other lane has been running.
     pub running: Duration,
@@ -31,7 +31,7 @@ pub(super) fn start(jobs: Option<usize>, moment: &LaneState) -> Option<Option<us
         return None;
     }
     let Some(other) = moment.other else {
-        // Alone; half is left for the second lane, while there may be a use for it.
+        // As long as more derivations may come, half of the builds is left for the second lane.
         return Some(jobs.map(|jobs| {
             if moment.all_known {
                 jobs
@@ -45,7 +45,7 @@ pub(super) fn start(jobs: Option<usize>, moment: &LaneState) -> Option<Option<us
     }
     match (jobs, other) {
         (None, _) => Some(None),
-        // No builds here at all: remote builders do everything, and have bounds of their own.
+        // `max-jobs = 0` means that remote builders build everything, and these have limits of their own.
         (Some(0), _) => Some(Some(0)),
         (Some(jobs), other) => Some(jobs.saturating_sub(other.unwrap_or(jobs)))
             .filter(|left| *left > 0)

@@ -1,4 +1,4 @@
-//! One output on its way: what is known of it, and how it ended.
+//! The progress of one output: what is known of it, and how it ended.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,10 @@ use flywheel_nix::flake::evaluate::{Derivation, EvalFailure, OutputName};
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::store_path::StorePath;
 
-/// Lines of a build's log that are kept, the last.
+/// How many of the last lines of a build's log are kept.
 const TAIL: usize = 200;
-/// Files that are looked through for a hash, and how large one may be in bytes.
+/// How many files are searched for a hash, and how large one may be in bytes: a flake's tree may hold a whole
+/// repository.
 const FILES: usize = 20_000;
 const FILE_SIZE: u64 = 1 << 20;
 
@@ -23,14 +24,14 @@ pub(super) struct OutputProgress {
     pub name: OutputName,
     pub output: Output,
     pub installable: String,
-    /// What it is, once that is known.
+    /// What evaluation found, once it has.
     pub facts: Option<Derivation>,
     pub drv: Option<StorePath>,
     /// Whether this run's evaluation wrote its derivation to the store.
     pub is_written: bool,
-    /// Whether it does not depend on the commit, as far as is known.
+    /// Whether the output may be remembered: as far as is known it does not depend on the commit.
     pub is_remembered: bool,
-    /// Builds of it that failed for reasons not its own.
+    /// How many times its build was tried again.
     pub tries: u32,
     begun: Option<(SystemTime, Instant)>,
     pub verdict: Option<Verdict>,
@@ -52,23 +53,23 @@ impl OutputProgress {
         }
     }
 
-    /// Work on it begins, if it has not before.
+    /// Starts the clock, if it does not run yet.
     pub fn begin(&mut self) {
         self.begun
             .get_or_insert_with(|| (SystemTime::now(), Instant::now()));
     }
 
-    /// Its build begins: that is what is timed from here on.
+    /// Starts the clock anew: from here on the build is timed, and not the evaluation.
     pub fn begin_build(&mut self) {
         self.begun = Some((SystemTime::now(), Instant::now()));
     }
 
-    /// The store paths it makes, where they are known.
+    /// The store paths that the output builds, where they are known before it is built.
     pub fn paths(&self) -> Option<Vec<StorePath>> {
         self.facts.as_ref()?.paths()
     }
 
-    /// Ends it.
+    /// Gives the output its verdict.
     pub fn end(&mut self, cause: Cause, log_tail: Vec<String>) -> &Verdict {
         let (at, since) = self
             .begun
@@ -119,7 +120,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// A place of the tree, as a place of the repository.
+    /// A location in the tree, as a location in the repository.
     pub fn location(&self, at: &SourceLocation) -> SourceLocation {
         let file = if self.prefix.is_empty() {
             at.file.clone()
@@ -133,8 +134,8 @@ impl Tree {
         }
     }
 
-    /// The line that a hash stands on, in any of the ways to write it. Reads files: not for a thread that must
-    /// not wait.
+    /// Finds the line of a hash, in any of the ways to write it. Reads many files, so it is not for a thread of the
+    /// runtime.
     pub fn find_hash(&self, hash: &str) -> Option<SourceLocation> {
         let mut forms = vec![hash.to_owned()];
         if let Ok(sum) = Sha256::parse(hash) {
@@ -164,6 +165,7 @@ impl Tree {
         if file.metadata().ok()?.len() > FILE_SIZE {
             return None;
         }
+        // A file that is not UTF-8 is no source in which a person wrote a hash.
         let text = std::fs::read_to_string(file).ok()?;
         let (n, column) = text.lines().enumerate().find_map(|(n, line)| {
             let column = forms.iter().find_map(|form| line.find(form.as_str()))?;
@@ -182,7 +184,7 @@ impl Tree {
     }
 }
 
-/// Why an output that has no derivation failed.
+/// The cause of a failed evaluation.
 pub(super) fn of_evaluation(failure: &EvalFailure, tree: &Tree) -> Cause {
     match failure {
         EvalFailure::Evaluation { text, location } => Cause::Evaluation {
@@ -196,7 +198,7 @@ pub(super) fn of_evaluation(failure: &EvalFailure, tree: &Tree) -> Cause {
     }
 }
 
-/// Why an output failed whose own build, or one that it needs, did. `is_own`: whether it is its own.
+/// The cause of a failed build. `is_own`: the failed build is the output's own, and not one that it needs.
 pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
     match (&failure.kind, &failure.derivation) {
         (FailureKind::HashMismatch { specified, got }, _) => Cause::HashMismatch {

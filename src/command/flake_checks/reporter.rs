@@ -1,4 +1,5 @@
-//! What a run tells while it goes on: a line for each verdict, the log of what failed, how far it is.
+//! Reports a run while it goes on: a line for each verdict, the log of what failed, and the progress. Passes each
+//! output's state on to the Check Runs.
 
 use std::time::{Duration, Instant};
 
@@ -12,11 +13,11 @@ use flywheel_github::checks::text::{title, without_ansi};
 use flywheel_github::checks::{Conclusion, Output, State, Verdict};
 use flywheel_sys::runner::workflow::Workflow;
 
-/// How often a log gets a line about a run that goes on.
+/// How often the log gets a line about the progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
-/// Lines of a failed build's log that the job's log shows.
+/// How many lines of a failed build's log the job's log shows.
 const LOG_TAIL_LINES: usize = 60;
-/// Of so many outputs each success gets a line; of more only failures do.
+/// Above this many outputs only a failure gets a line of its own, so that it is found in the log.
 const QUIET_ABOVE: usize = 200;
 
 pub(super) struct Reporter {
@@ -28,7 +29,6 @@ pub(super) struct Reporter {
 }
 
 impl Reporter {
-    /// `board`: the Check Runs, if there are any.
     pub fn new(workflow: &Workflow, check_runs: Option<CheckRunReporter>) -> Self {
         Self {
             workflow: workflow.clone(),
@@ -39,7 +39,7 @@ impl Reporter {
         }
     }
 
-    /// The outputs are known by name.
+    /// Takes the list of outputs.
     pub fn announce(&mut self, outputs: &[Output]) {
         self.is_quiet = outputs.len() > QUIET_ABOVE;
         if let Some(check_runs) = &self.check_runs {
@@ -47,7 +47,7 @@ impl Reporter {
         }
     }
 
-    /// An output has moved on.
+    /// Takes an output's new state.
     pub fn state(&mut self, output: &Output, state: &State) {
         if let Some(check_runs) = &self.check_runs {
             check_runs.update(&output.label, state.clone());
@@ -76,7 +76,7 @@ impl Reporter {
         self.workflow.group(&line);
         let skipped = verdict.log_tail.len().saturating_sub(LOG_TAIL_LINES);
         for line in &verdict.log_tail[skipped..] {
-            // Whatever a build prints, the bar keeps it from being a command.
+            // The bar keeps a line that the build printed from being a workflow command.
             self.workflow.say(&format!(
                 "| {}",
                 shorten(&without_ansi(line).replace(['\r', '\n'], " "), 2000)
@@ -87,7 +87,7 @@ impl Reporter {
         self.workflow.end_group();
     }
 
-    /// Ends the Check Runs, until `deadline`, and soon once `stop` is cancelled.
+    /// Ends the Check Runs by `deadline`, and soon once `stop` is cancelled. `None` where there are none.
     pub async fn close(
         self,
         aggregate: Aggregate,
@@ -101,7 +101,7 @@ impl Reporter {
         )
     }
 
-    /// A build is tried again, for what was not its fault.
+    /// Logs that a build is tried again, after a failure that was not its own fault.
     pub fn again(&self, output: &Output, why: &str) {
         self.workflow.say(&format!(
             "↻ {}: tried again: {}",
@@ -110,7 +110,7 @@ impl Reporter {
         ));
     }
 
-    /// How far it is; every few seconds.
+    /// Logs the progress, unless it was logged a moment ago.
     pub fn progress(&mut self, outs: &[OutputProgress]) {
         if self.last.elapsed() < PROGRESS_INTERVAL {
             return;

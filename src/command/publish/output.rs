@@ -1,4 +1,4 @@
-//! What `flywheel publish` says: while it works, and at its end as text or as JSON.
+//! The output of `flywheel publish`: log lines while it works, and at its end a report as text or as JSON.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::text;
 use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
-/// So many paths are named in text; JSON has them all.
+/// How many paths of a kind the text names; JSON names all.
 const NAMED: usize = 20;
 
-/// How the end is told.
+/// The format of the report.
 #[derive(Clone, Copy, Default)]
 pub(super) enum Format {
     #[default]
@@ -21,11 +21,11 @@ pub(super) enum Format {
 }
 
 impl Format {
-    pub(super) const WORDS: [(&'static str, Self); 2] =
+    pub(super) const CHOICES: [(&'static str, Self); 2] =
         [("text", Self::Text), ("json", Self::Json)];
 }
 
-/// Notes are log lines, what is degraded is a warning.
+/// A sink that logs notes, and annotates the step with warnings.
 pub(super) fn sink(workflow: &Workflow) -> Sink {
     let workflow = workflow.clone();
     Sink::new(move |event| match event {
@@ -55,8 +55,8 @@ struct Report<'a> {
     unverified_paths: &'a [Missed],
 }
 
-/// Tells the end of a publication of `offered` paths that took this long, and whether anything is lost.
-pub(super) fn close(
+/// Prints the report of a publication of `offered` paths that took `elapsed`. Returns whether a path is lost.
+pub(super) fn report(
     workflow: &Workflow,
     format: Format,
     publication: &Publication,
@@ -84,15 +84,14 @@ pub(super) fn close(
         data(&serde_json::to_string_pretty(&report).expect("texts and numbers are always JSON"));
         return is_lost;
     }
-    name(workflow, Level::Warning, "withheld", &publication.withheld);
-    name(workflow, Level::Warning, "policy", &publication.warned);
-    name(workflow, Level::Error, "lost", &publication.lost);
-    name(
-        workflow,
-        Level::Warning,
-        "unverified",
-        &publication.unverified,
-    );
+    for (level, title, paths) in [
+        (Level::Warning, "withheld", &publication.withheld),
+        (Level::Warning, "policy", &publication.warned),
+        (Level::Error, "lost", &publication.lost),
+        (Level::Warning, "unverified", &publication.unverified),
+    ] {
+        annotate(workflow, level, title, paths);
+    }
     match publication.key {
         Key::Given => (),
         _ if offered == 0 => (),
@@ -110,7 +109,7 @@ pub(super) fn close(
     is_lost
 }
 
-fn name(workflow: &Workflow, level: Level, title: &str, paths: &[Missed]) {
+fn annotate(workflow: &Workflow, level: Level, title: &str, paths: &[Missed]) {
     if paths.is_empty() {
         return;
     }

@@ -1,5 +1,5 @@
-//! The cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves; where
-//! the trust gate allows, written to and read back. And the Bazel remote cache, if there is one.
+//! Checks of the cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves. Where
+//! the trust gate allows it, a path is written and read back. And checks of the Bazel remote cache, if there is one.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use super::inputs::Plan;
 use flywheel_cache::client::attic::{Attic, BodyCheck, ByteCounter};
 use flywheel_cache::client::bazel::BazelProber;
 use flywheel_cache::client::endpoint::Endpoint;
-use flywheel_cache::client::probe::{Layer, probe};
+use flywheel_cache::client::probe::{Layer, Probe, probe};
 use flywheel_core::contract::shared_cache::{Given, judge};
 use flywheel_core::secret::Secret;
 use flywheel_core::text::count;
@@ -36,15 +36,15 @@ const WRITE: CheckSpec = CheckSpec::advisory("cache-write", "cache-write", 15);
 const READ_BACK: CheckSpec = CheckSpec::advisory("cache-read-back", "cache-read-back", 15);
 const BAZEL_CACHE: CheckSpec = CheckSpec::advisory("bazel-cache", "bazel-cache", 5);
 const BAZEL_EXECUTOR: CheckSpec = CheckSpec::advisory("bazel-executor", "bazel-executor", 5);
-const GROUND: [CheckSpec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
+const LAYERS: [CheckSpec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
 const READ: [CheckSpec; 3] = [NARINFO, NAR, SIGNATURE];
 
-/// All layers of the probe together.
+/// How long all layers of the probe may take together.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 
-/// So many paths of the store are looked for in the cache …
+/// How many paths of the store are looked up in the cache, until one is found …
 const CANDIDATES: u32 = 16;
-/// … of at most so many bytes: one is read whole.
+/// … and how large each may be in bytes: the one that is found is downloaded.
 const CANDIDATE_SIZE: u64 = 32 << 20;
 
 /// A cache that can be read from.
@@ -61,21 +61,21 @@ pub(super) async fn read(
     clients: &Clients,
 ) -> Option<Usable> {
     let Some(endpoint) = &plan.cache else {
-        list.skip_all(&GROUND, "no cache is named");
+        list.skip_all(&LAYERS, "no cache is named");
         list.skip_all(&READ, "no cache is named");
         return None;
     };
-    let usable = ground(list, plan, endpoint, token, clients).await;
+    let usable = probe_layers(list, plan, endpoint, token, clients).await;
     match (&usable, &plan.cache_path) {
         (Some(usable), Some(path)) => served(list, usable, path).await,
-        // Which paths it may have the store knows, and that has to be looked at first.
+        // Without a named path, `read_any` takes one from the store, which has to be opened first.
         (Some(_), None) => {}
         (None, _) => list.skip_all(&READ, "it stands on the layers below"),
     }
     usable
 }
 
-/// Where the caller names no path: reads the first path of the store that the cache turns out to have.
+/// Reads the first path of the store that the cache has, where the caller names none.
 pub(super) async fn read_any(
     list: &mut CheckList,
     plan: &Plan,
@@ -89,16 +89,18 @@ pub(super) async fn read_any(
     match looked.unwrap_or_default() {
         (Some(path), _) => served(list, usable, &path).await,
         (None, looked) => {
-            let asked = count(looked as u64, "path");
+            let candidates = count(looked as u64, "path");
             list.skip_all(
                 &READ,
-                &format!("the cache has none of {asked} of this store; `cache-path` names another"),
+                &format!(
+                    "the cache has none of {candidates} of this store; `cache-path` names another"
+                ),
             );
         }
     }
 }
 
-/// The path, and how many were asked for.
+/// Finds a path of the store that the cache has. Gives how many were looked up, too.
 async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>, usize) {
     let Some(nix) = nix else { return (None, 0) };
     let Ok(store) = Store::open(nix).await else {
@@ -110,7 +112,7 @@ async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>,
         .await
         .unwrap_or_default();
     for path in &candidates {
-        // An answer that is no answer is for the check to name.
+        // A lookup that fails ends the search, too: the check of the path then reports the error.
         if !matches!(usable.attic.nar_info(&path.hash()).await, Ok(None)) {
             return (Some(path.clone()), candidates.len());
         }
@@ -129,7 +131,7 @@ fn spec(layer: Layer) -> CheckSpec {
     }
 }
 
-async fn ground(
+async fn probe_layers(
     list: &mut CheckList,
     plan: &Plan,
     endpoint: &Endpoint,
@@ -144,6 +146,20 @@ async fn ground(
         PROBE_LIMIT,
     )
     .await;
+    record_layers(list, endpoint, &probed);
+    if !probed.usable {
+        return None;
+    }
+    let announced = probed.config.and_then(|config| config.public_key);
+    let key = plan.public_key.clone().or(announced);
+    Some(Usable {
+        attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()),
+        key,
+    })
+}
+
+/// Records a check for each layer of the probe. Its time is the one since the layer below was reached.
+fn record_layers(list: &mut CheckList, endpoint: &Endpoint, probed: &Probe) {
     let mut reached = Duration::ZERO;
     for layer in [
         Layer::Name,
@@ -184,18 +200,9 @@ async fn ground(
             (_, None) => list.skip(spec, "it stands on the layers below"),
         }
     }
-    if !probed.usable {
-        return None;
-    }
-    let announced = probed.config.and_then(|config| config.public_key);
-    let key = plan.public_key.clone().or(announced);
-    Some(Usable {
-        attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()),
-        key,
-    })
 }
 
-/// What the cache serves of a path that it should have.
+/// Checks what the cache serves of a path that it should have.
 async fn served(list: &mut CheckList, usable: &Usable, path: &StorePath) {
     let found = list.check(NARINFO, |_| narinfo(usable, path)).await;
     let Some(info) = found else {
@@ -254,7 +261,7 @@ fn signature(usable: &Usable, info: &NarInfo) -> Found<()> {
     ))
 }
 
-/// Writes what the canary has built, if the gate allows, and reads it back.
+/// Writes what the canary has built, if the trust gate allows it, and reads it back.
 pub(super) async fn write(
     list: &mut CheckList,
     usable: Option<&Usable>,
@@ -283,7 +290,7 @@ pub(super) async fn write(
     list.skip_all(&[WRITE, READ_BACK], &why);
 }
 
-/// The permit says that the gate has been asked.
+/// Uploads a path. The permit is the proof that the trust gate allows it.
 async fn upload(
     usable: &Usable,
     nix: &Nix,
@@ -362,7 +369,7 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
                 list.put(spec, spec.limit, Duration::ZERO, Err(broken));
             }
             (None, Some(endpoint)) => drop(
-                list.check(spec, |limit| asked(asker, endpoint, limit))
+                list.check(spec, |limit| try_endpoint(asker, endpoint, limit))
                     .await,
             ),
             (None, None) => list.skip(spec, "none is named"),
@@ -370,7 +377,7 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
     }
 }
 
-async fn asked(
+async fn try_endpoint(
     asker: &BazelProber,
     endpoint: &flywheel_core::contract::shared_cache::Endpoint,
     limit: Duration,

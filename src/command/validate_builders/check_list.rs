@@ -1,5 +1,5 @@
-//! The board on which checks are run and written down: each within its limit, all within the deadline, and
-//! none that can take the others with it.
+//! A list of checks: runs each within its own limit, all within one deadline, and records the results. A check that
+//! hangs costs the others nothing but its time.
 
 use std::future::Future;
 use std::time::Duration;
@@ -9,9 +9,9 @@ use tokio::time::{Instant, timeout};
 use crate::report::canary::{Check, Severity, Verdict};
 use flywheel_core::text::{duration, nearest, one_line};
 
-/// What a check that stops itself at its limit has left to say so.
+/// A check that stops itself at its limit has this much longer to return its own error.
 const GRACE: Duration = Duration::from_millis(300);
-/// Every layer by its word, and the families that stand for several.
+/// The name of every layer, and of the families that stand for several (`cache` for `cache-tls` and the like).
 pub(super) const LAYERS: [&str; 33] = [
     "disk",
     "inodes",
@@ -48,7 +48,7 @@ pub(super) const LAYERS: [&str; 33] = [
     "bazel-executor",
 ];
 
-/// What a check is called and how it counts.
+/// What a check is called, and how much it counts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CheckSpec {
     pub name: &'static str,
@@ -80,7 +80,7 @@ impl CheckSpec {
 /// Why a check fails.
 #[derive(Clone, Debug)]
 pub(super) struct CheckFailure {
-    /// Another layer than the check's own, where the fault is seen to lie there.
+    /// The layer at fault, where it is another than the check's own.
     pub layer: Option<&'static str>,
     pub text: String,
     pub hint: String,
@@ -103,10 +103,10 @@ impl CheckFailure {
     }
 }
 
-/// A value, and what to say of it.
+/// What a check found: a value for later checks, and a text for the report.
 pub(super) type Found<T> = Result<(T, String), CheckFailure>;
 
-/// Layers that the caller makes count more or less.
+/// Layers that the caller gives another severity.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Weights {
     pub required: Vec<String>,
@@ -114,31 +114,31 @@ pub(super) struct Weights {
 }
 
 impl Weights {
-    /// The caller's words, or the one that is no layer, with the nearest that is.
+    /// Parses a list of layers. The error is the first word that is no layer, with the nearest layer.
     pub fn layers(text: Option<&str>) -> Result<Vec<String>, (String, Option<&'static str>)> {
-        let words = text
+        let parts = text
             .unwrap_or_default()
             .split(|c: char| c.is_whitespace() || c == ',');
-        let words: Vec<String> = words
-            .filter(|word| !word.is_empty())
+        let layers: Vec<String> = parts
+            .filter(|part| !part.is_empty())
             .map(str::to_owned)
             .collect();
-        match words.iter().find(|word| !LAYERS.contains(&word.as_str())) {
-            Some(word) => Err((one_line(word, 80), nearest(word, LAYERS))),
-            None => Ok(words),
+        match layers.iter().find(|part| !LAYERS.contains(&part.as_str())) {
+            Some(part) => Err((one_line(part, 80), nearest(part, LAYERS))),
+            None => Ok(layers),
         }
     }
 
     fn severity(&self, layer: &str, own: Severity) -> Severity {
-        let holds = |words: &[String]| {
-            words.iter().any(|word| {
-                layer == word
+        let holds = |layers: &[String]| {
+            layers.iter().any(|known| {
+                layer == known
                     || layer
-                        .strip_prefix(word.as_str())
+                        .strip_prefix(known.as_str())
                         .is_some_and(|rest| rest.starts_with('-'))
             })
         };
-        // Whoever says both wants to be blocked.
+        // A layer in both lists is required: failing too often is safer than missing a broken builder.
         if holds(&self.required) {
             Severity::Required
         } else if holds(&self.advisory) {
@@ -149,7 +149,6 @@ impl Weights {
     }
 }
 
-/// A list of checks that grows.
 #[derive(Clone, Debug)]
 pub(super) struct CheckList {
     weights: Weights,
@@ -166,7 +165,7 @@ impl CheckList {
         }
     }
 
-    /// An empty board with the same rules, for checks that run beside these.
+    /// An empty list with the same rules, for checks that run beside these.
     pub fn beside(&self) -> Self {
         Self {
             checks: Vec::new(),
@@ -174,7 +173,7 @@ impl CheckList {
         }
     }
 
-    /// Runs a check; it is told how long it has, and is cut off if it does not end by then.
+    /// Runs a check, which is given its time limit, and cuts it off if it does not end by then.
     pub async fn check<T, F: Future<Output = Found<T>>>(
         &mut self,
         spec: CheckSpec,
@@ -182,6 +181,7 @@ impl CheckList {
     ) -> Option<T> {
         let limit = spec
             .limit
+            // The deadline of all checks cuts the last ones short, so that the canary itself ends in time.
             .min(self.deadline.saturating_duration_since(Instant::now()));
         let begun = Instant::now();
         if limit.is_zero() {
@@ -201,23 +201,23 @@ impl CheckList {
                     "Something behind it hangs; look at the runner's processes and mounts.",
                 ))
             });
-        let (value, said) = match found {
+        let (value, result) = match found {
             Ok((value, text)) => (Some(value), Ok(text)),
             Err(broken) => (None, Err(broken)),
         };
-        self.put(spec, limit, begun.elapsed(), said);
+        self.put(spec, limit, begun.elapsed(), result);
         value
     }
 
-    /// Writes a check down that has run as part of another.
+    /// Records a check that ran as part of another.
     pub fn put(
         &mut self,
         spec: CheckSpec,
         limit: Duration,
         took: Duration,
-        said: Result<String, CheckFailure>,
+        result: Result<String, CheckFailure>,
     ) {
-        let (layer, verdict, text) = match said {
+        let (layer, verdict, text) = match result {
             Ok(text) => (spec.layer, Verdict::Passed, text),
             Err(broken) => (
                 broken.layer.unwrap_or(spec.layer),
@@ -237,7 +237,7 @@ impl CheckList {
         });
     }
 
-    /// Writes down that there was nothing to check, and why.
+    /// Records that there was nothing to check, and why.
     pub fn skip(&mut self, spec: CheckSpec, why: impl Into<String>) {
         let severity = self.weights.severity(spec.layer, spec.severity);
         self.checks.push(Check {

@@ -1,5 +1,5 @@
-//! `flywheel validate-builders`: the canary. Proves a builder, names the broken layer, and tells everybody who
-//! should know. This file is the story; its parts stand beside it.
+//! `flywheel validate-builders`: the canary. Checks a builder layer by layer, names the layer that is broken, and
+//! reports it. This file has the order of the checks; the modules below it have the checks themselves.
 
 mod cache;
 mod check_list;
@@ -18,8 +18,7 @@ use self::inputs::Plan;
 use self::nix::Built;
 use crate::report::canary::Canary;
 use flywheel_cache::client::bazel::BazelProber;
-use flywheel_core::exit::Exit;
-use flywheel_core::exit::Failure;
+use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{Decision, decide};
 use flywheel_sys::http::{Clients, Roots};
@@ -30,7 +29,7 @@ use flywheel_sys::runner::workflow::Workflow;
 /// Runs the verb.
 ///
 /// # Errors
-/// For wrong input, before anything is looked at.
+/// For wrong input, before anything is checked.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let begun = Instant::now();
     let plan = Plan::read(&inputs, env)?;
@@ -62,7 +61,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     })
 }
 
-/// Everything that the parts need.
+/// What the checks need.
 struct CheckContext<'a> {
     plan: Plan,
     env: &'a Env,
@@ -79,6 +78,7 @@ impl CheckContext<'_> {
         let (mut class, mut cache, mut bazel, mut write) =
             (host.beside(), host.beside(), host.beside(), host.beside());
         let mut first_build = None;
+        // The checks of one list run one after the other; the lists run side by side, for a canary has little time.
         let (built, usable, (), ()) = tokio::join!(
             async {
                 let built = self.class(&mut class).await;
@@ -133,7 +133,7 @@ impl CheckContext<'_> {
         }
     }
 
-    /// What only this class has. Another class of the contract's has its tools alone.
+    /// Runs the checks of this class alone. A class that is not named here has its tools checked and nothing else.
     async fn class(&self, list: &mut CheckList) -> Option<Built> {
         tools::tools(list, &self.plan, self.env).await;
         match self.plan.class.as_str() {

@@ -1,5 +1,5 @@
-//! The checks of a builder that builds with Nix: is it there, does its store answer, does it evaluate, does it
-//! build what no cache can have. Repairs nothing: the canary says what is, a job makes the best of it.
+//! Checks of a builder that builds with Nix: Nix is there, its store opens, it evaluates, and it builds what no cache
+//! can have. Repairs nothing: a job works around a fault, and the canary reports it.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,7 +26,7 @@ const SANDBOX: CheckSpec = CheckSpec::required("sandbox", "sandbox", 30);
 const EVALUATION: CheckSpec = CheckSpec::required("evaluation", "evaluation", 60);
 const BUILD: CheckSpec = CheckSpec::required("canary-build", "build", 30);
 const PACKAGE: CheckSpec = CheckSpec::required("package", "package", 120);
-/// In the order of their running; what comes after a failed one that it stands on is skipped.
+/// In the order in which they run. A check is skipped when one that it depends on has failed.
 const ALL: [CheckSpec; 10] = [
     PRESENT, VERSION, OPENS, FEATURES, TAKES, TRUST, EVALUATION, BUILD, SANDBOX, PACKAGE,
 ];
@@ -38,10 +38,10 @@ pub(super) struct Built {
     pub path: Option<StorePath>,
 }
 
-/// Runs the checks. `None` if there is no Nix whose store opens.
+/// Runs the checks. `None` if no Nix with a store that opens was found.
 pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env) -> Option<Built> {
     let built = run(list, plan, env).await;
-    // Where several fail, the first is the one that the others stand on.
+    // Where several fail, the others depend on the first.
     let failed = list
         .checks
         .iter()
@@ -57,7 +57,7 @@ pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env) -> Opti
     built
 }
 
-/// Up to the first check that the others stand on.
+/// Runs the checks until one fails that all later ones depend on.
 async fn run(list: &mut CheckList, plan: &Plan, env: &Env) -> Option<Built> {
     let program = list.check(PRESENT, |_| async { present(env) }).await?;
     let nix = list
@@ -123,17 +123,17 @@ fn present(env: &Env) -> Found<PathBuf> {
 
 async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Duration) -> Found<Nix> {
     let hint = "Repair the installation, or take it off `PATH`.";
-    // A program that hangs is ended here, with its children, before it is asked for more.
+    // A program that hangs is killed here, with its children, so that no later call hangs.
     let path = env.path("PATH").unwrap_or_default();
-    let asked = Tool::new(program)
+    let ran = Tool::new(program)
         .arg("--version")
         .env("PATH", path)
         .run(limit)
         .await;
-    asked.map_err(|error| CheckFailure::new(error.to_string(), hint))?;
+    ran.map_err(|error| CheckFailure::new(error.to_string(), hint))?;
     let nix = Nix::detect(program, env)
         .await
-        .map_err(|error| CheckFailure::new(told(&error), hint))?;
+        .map_err(|error| CheckFailure::new(with_cause(&error), hint))?;
     let number = format!("{}.{}", nix.version.major, nix.version.minor);
     let line = nix.version.line.clone();
     match &plan.nix {
@@ -145,7 +145,8 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
     }
 }
 
-/// Asked without what our own calls switch on: a job has only what the installation allows.
+/// Checks the experimental features without those that our own calls enable: a job has only what the installation
+/// enables.
 async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
     let mut variables = nix.variables();
     variables.insert(
@@ -186,17 +187,17 @@ async fn opens(nix: &Nix, limit: Duration) -> Found<()> {
         Ok(Ping::Failed(failure)) => {
             Err(classed(failure.text().to_owned(), "Look at `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner."))
         }
-        // A socket that takes connections and a daemon that does not speak.
+        // The socket accepts connections, but the daemon does not answer.
         Err(Error::Run { source, .. }) => Err(CheckFailure::new(
             source.to_string(),
             "Restart the daemon on the runner: something answers at its socket, but says nothing.",
         )
         .at("daemon")),
-        Err(error) => Err(classed(told(&error), "Look at the store on the runner.")),
+        Err(error) => Err(classed(with_cause(&error), "Look at the store on the runner.")),
     }
 }
 
-/// Adds a file that is new in every run.
+/// Adds a file with a new content to the store, which so cannot have it already.
 async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
     let hint = "Give the store room and rights on the runner.";
     let name = format!("flywheel-canary-{:032x}", fastrand::u128(..));
@@ -226,13 +227,13 @@ async fn trusted(nix: &Nix) -> Found<()> {
             "Add the runner's user to `trusted-users` in `/etc/nix/nix.conf` and restart the daemon.",
         )),
         Err(error) => Err(CheckFailure::new(
-            told(&error),
+            with_cause(&error),
             "Look at the daemon on the runner.",
         )),
     }
 }
 
-/// Every derivation of `packages.<system>`, evaluated anew.
+/// Evaluates every derivation of `packages.<system>`, without the evaluation cache.
 async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Found<()> {
     let attribute = format!("{flake}#packages.{system}");
     let apply = "p: builtins.mapAttrs (n: d: d.drvPath) p";
@@ -247,10 +248,9 @@ async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Fou
         apply,
         &attribute,
     ];
-    let output = nix
-        .run(&arguments, limit)
-        .await
-        .map_err(|error| CheckFailure::new(told(&error), "Look at what the flake waits for."))?;
+    let output = nix.run(&arguments, limit).await.map_err(|error| {
+        CheckFailure::new(with_cause(&error), "Look at what the flake waits for.")
+    })?;
     let hint = format!(
         "Run `nix eval {attribute} --apply builtins.attrNames` by hand, and mend the flake."
     );
@@ -274,7 +274,7 @@ async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Fou
     }
 }
 
-/// Builds what no cache can have: its name and its content come from a number drawn just now.
+/// Builds what no cache can have: its name and its content are a random number.
 async fn build(
     nix: &Nix,
     settings: &Settings,
@@ -292,14 +292,13 @@ async fn build(
         "false",
     ];
     if in_sandbox {
-        // Older versions build without one where there can be none, and say nothing.
+        // Older versions fall back to a build without a sandbox, and do not report it.
         arguments.extend(["--option", "sandbox-fallback", "false"]);
     }
     arguments.extend(["--expr", &expression]);
-    let output = nix
-        .run(&arguments, limit)
-        .await
-        .map_err(|error| CheckFailure::new(told(&error), "Look at what the build waits for."))?;
+    let output = nix.run(&arguments, limit).await.map_err(|error| {
+        CheckFailure::new(with_cause(&error), "Look at what the build waits for.")
+    })?;
     if !output.status.success() {
         let hint = if in_sandbox {
             "Allow user namespaces and mounts to the runner's container, or set `sandbox = false` in Nix's settings."
@@ -333,7 +332,8 @@ fn has_shell(settings: &Settings) -> bool {
             .any(|path| path.starts_with("/bin/sh"))
 }
 
-/// Without a shell, Nix's own builder, which runs in a build's process all the same.
+/// The expression of a derivation. Without a shell it uses a builder of Nix's own, which also runs in a process of
+/// its own.
 fn derivation(system: &str, shell: bool) -> String {
     let nonce = format!("{:032x}", fastrand::u128(..));
     let (system, builder) = if shell {
@@ -350,7 +350,7 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
     let arguments = ["build", "--no-link", "--no-write-lock-file", package];
     let output = nix.run(&arguments, limit).await.map_err(|error| {
         CheckFailure::new(
-            told(&error),
+            with_cause(&error),
             "Raise `timeout`, or name a smaller `package`.",
         )
     })?;
@@ -364,7 +364,7 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
     ))
 }
 
-/// What Nix complained about, and whose fault it is.
+/// The failure that Nix's standard error describes, at the layer that is at fault.
 fn of_text(call: &str, stderr: &str, hint: &str) -> CheckFailure {
     classed(
         format!(
@@ -375,7 +375,8 @@ fn of_text(call: &str, stderr: &str, hint: &str) -> CheckFailure {
     )
 }
 
-/// Some faults show wherever something is written first.
+/// Moves a failure to another layer where its text gives that layer away: a full disk fails whichever check writes
+/// first.
 fn classed(text: String, hint: &str) -> CheckFailure {
     let broken = CheckFailure::new(text, hint);
     if broken.text.contains("No space left on device") || broken.text.contains("disk is full") {
@@ -384,15 +385,15 @@ fn classed(text: String, hint: &str) -> CheckFailure {
     if broken.text.contains("Read-only file system") || broken.text.contains("readonly database") {
         return broken.at("store");
     }
-    // Without a fallback there is no build at all.
+    // These come from a build that was not allowed to fall back to no sandbox.
     if broken.text.contains("cloning builder process") || broken.text.contains("sandboxed build") {
         return broken.at("sandbox");
     }
     broken
 }
 
-/// An error with what is behind it.
-fn told(error: &Error) -> String {
+/// An error with its cause.
+fn with_cause(error: &Error) -> String {
     let source = std::error::Error::source(error)
         .map(|source| format!(": {source}"))
         .unwrap_or_default();

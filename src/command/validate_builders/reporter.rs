@@ -1,5 +1,5 @@
-//! Who learns of what the canary found: the log, the summary, the step's outputs, files, a Pushgateway, and the
-//! commit's Check Run. None of them can change the verdict; one that fails is a warning.
+//! Reports what the canary found: in the log, the summary, the step's outputs, files, a Pushgateway, and a Check Run on
+//! the commit. None of these can change the verdict; one that fails is a warning.
 
 use std::path::Path;
 use std::time::Duration;
@@ -16,12 +16,12 @@ use flywheel_sys::runner::context::{commit, github_api};
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
-/// A gateway that takes longer is not waited for.
+/// How long a push may take: a slow gateway must not hold the builder up.
 const PUSH_LIMIT: Duration = Duration::from_secs(5);
-/// Two or three requests to GitHub.
+/// How long the two or three requests to GitHub may take.
 const CHECK_RUN_LIMIT: Duration = Duration::from_secs(15);
 
-/// Tells everybody.
+/// Reports everywhere.
 pub(super) async fn report(
     canary: &Canary,
     work: &CheckContext<'_>,
@@ -35,7 +35,7 @@ pub(super) async fn report(
     } else {
         format!("{}{}", canary.table(), canary.closing_line())
     });
-    // Whoever reads JSON from stdout finds nothing else there.
+    // In a job, warnings go to stdout, which must hold the JSON alone.
     let quiet = plan.as_json && workflow.in_job();
     let warn = |area: &str, text: String| {
         if !quiet {
@@ -47,10 +47,10 @@ pub(super) async fn report(
     }
     let files = Files::from_env(work.env);
     let outputs = canary.outputs();
-    let told = outputs
+    let written = outputs
         .iter()
         .try_for_each(|(name, value)| files.set_output(name, value));
-    if let Err(error) = told.and_then(|()| files.add_summary(&canary.summary())) {
+    if let Err(error) = written.and_then(|()| files.add_summary(&canary.summary())) {
         warn(
             "report",
             format!("the runner's files cannot be written: {error}"),
@@ -95,7 +95,7 @@ fn annotate(canary: &Canary, workflow: &Workflow) {
     }
 }
 
-/// A collector that looks at the file at any moment sees all of it or none.
+/// Replaces a file at once, so that a collector never reads half of it.
 fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
     let folder = file
         .parent()
@@ -105,7 +105,7 @@ fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
         .prefix(".flywheel-")
         .tempfile_in(folder)?;
     std::fs::write(new.path(), text)?;
-    // Others read it: the collector has a user of its own.
+    // A temporary file is private, and the collector that reads this one has a user of its own.
     std::fs::set_permissions(
         new.path(),
         std::os::unix::fs::PermissionsExt::from_mode(0o644),
@@ -114,7 +114,7 @@ fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Replaces what the gateway knows of this class and lane.
+/// Replaces the gateway's metrics of this class and lane.
 async fn push(
     gateway: &Url,
     canary: &Canary,
@@ -130,6 +130,7 @@ async fn push(
             .extend(["metrics", "job", "flywheel_canary", "class", &canary.class]);
         path.extend(canary.lane.iter().flat_map(|lane| ["lane", lane.as_str()]));
     }
+    // `PUT` replaces the whole group; `POST` would leave the metrics of checks that no longer run.
     let sent = client
         .put(url)
         .timeout(PUSH_LIMIT)
@@ -161,7 +162,7 @@ async fn write_check_run(
         return unavailable("there is no `GITHUB_TOKEN` in the step's `env`");
     };
     let Some((repository, sha)) = commit(work.env) else {
-        return unavailable("this is no job with a commit");
+        return unavailable("the job has no commit");
     };
     let conclusion = if canary.healthy() {
         Conclusion::Success

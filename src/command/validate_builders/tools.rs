@@ -1,5 +1,4 @@
-//! The checks of the classes that do not live by Nix: tools with their versions, a container builder, a kernel
-//! builder.
+//! Checks of the classes that build without Nix: tools with their versions, a container builder, a kernel builder.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,7 +17,7 @@ const IMAGE: CheckSpec = CheckSpec::required("image-build", "image-build", 60);
 const HEADERS: CheckSpec = CheckSpec::required("kernel-headers", "headers", 5);
 const MODULE: CheckSpec = CheckSpec::required("kernel-module", "module", 60);
 
-/// What a container tool finds its server by, and no secret.
+/// The variables by which a container tool finds its server. None holds a secret.
 const VARIABLES: [&str; 11] = [
     "PATH",
     "HOME",
@@ -40,7 +39,7 @@ fn tool(program: &Path, env: &Env) -> Tool {
     Tool::new(program).envs(given)
 }
 
-/// Every tool that the contract names for the class, with its version. Nix has checks of its own.
+/// Checks each tool that the contract names for the class, and its version. Nix has checks of its own.
 pub(super) async fn tools(list: &mut CheckList, plan: &Plan, env: &Env) {
     for (name, wanted) in plan.tools.iter().filter(|(name, _)| name != "nix") {
         list.check(TOOL, |limit| versioned(name, wanted, env, limit))
@@ -82,22 +81,22 @@ async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration)
 }
 
 fn last_line(output: &Output) -> String {
-    let said = output
+    let line = output
         .stderr
         .lines()
         .rev()
         .find(|line| !line.trim().is_empty())
         .unwrap_or("it said nothing");
-    one_line(said, 300)
+    one_line(line, 300)
 }
 
-/// By what images are built here.
+/// The program that builds images here.
 enum Builder {
     Docker(PathBuf),
     Buildctl(PathBuf, String),
 }
 
-/// An endpoint that answers, and an image from scratch that it builds.
+/// Checks that the container endpoint answers, and that it builds an image from scratch.
 pub(super) async fn container(list: &mut CheckList, plan: &Plan, env: &Env) {
     let builder = list.check(ENDPOINT, |limit| endpoint(env, limit)).await;
     match builder {
@@ -111,18 +110,18 @@ pub(super) async fn container(list: &mut CheckList, plan: &Plan, env: &Env) {
 
 async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
     let hint = "Start the Docker or BuildKit daemon beside the runner, and point `DOCKER_HOST` or `BUILDKIT_HOST` to it.";
-    let (builder, asked) = match (
+    let (builder, command) = match (
         env.get("BUILDKIT_HOST"),
         on_path(env, "buildctl"),
         on_path(env, "docker"),
     ) {
         (Some(host), Some(program), _) => {
-            let asked = tool(&program, env).args(["--addr", host, "debug", "workers"]);
-            (Builder::Buildctl(program, host.to_owned()), asked)
+            let command = tool(&program, env).args(["--addr", host, "debug", "workers"]);
+            (Builder::Buildctl(program, host.to_owned()), command)
         }
         (_, _, Some(program)) => {
-            let asked = tool(&program, env).args(["version", "--format", "{{.Server.Version}}"]);
-            (Builder::Docker(program), asked)
+            let command = tool(&program, env).args(["version", "--format", "{{.Server.Version}}"]);
+            (Builder::Docker(program), command)
         }
         _ => {
             return Err(CheckFailure::new(
@@ -131,7 +130,7 @@ async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
             ));
         }
     };
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| CheckFailure::new(error.to_string(), hint))?;
@@ -162,20 +161,20 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
         .and_then(|()| write("nonce", &nonce))
         .map_err(|error| broken(error.to_string()).at("temporary-space"))?;
     let tag = format!("flywheel-canary:{nonce}");
-    let (program, asked) = match builder {
+    let (program, command) = match builder {
         Builder::Docker(program) => {
-            let asked = tool(program, env)
+            let command = tool(program, env)
                 .args(["build", "--quiet", "--tag", &tag])
                 .arg(folder.path());
-            (program, asked)
+            (program, command)
         }
         Builder::Buildctl(program, host) => {
             let local = |name: &str| format!("{name}={}", folder.path().display());
-            let asked =
+            let command =
                 tool(program, env).args(["--addr", host, "build", "--frontend", "dockerfile.v0"]);
             (
                 program,
-                asked.args([
+                command.args([
                     "--local",
                     &local("context"),
                     "--local",
@@ -184,7 +183,7 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
             )
         }
     };
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| broken(error.to_string()))?;
@@ -192,7 +191,7 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
         return Err(broken(format!("the build fails: {}", last_line(&output))));
     }
     if matches!(builder, Builder::Docker(_)) {
-        // An image of a few bytes that stays behind does no harm.
+        // The image has a few bytes, so it does no harm if it cannot be removed.
         let _ = tool(program, env)
             .args(["image", "rm", "--force", &tag])
             .run(limit)
@@ -201,7 +200,7 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
     Ok(((), "an image from scratch is built".to_owned()))
 }
 
-/// Headers for a kernel, and a module that compiles with them.
+/// Checks that there are headers for a kernel, and that a module compiles with them.
 pub(super) async fn kernel(list: &mut CheckList, plan: &Plan, env: &Env) {
     let release = plan.kernel_release.clone();
     let headers = list
@@ -258,12 +257,12 @@ async fn module(headers: &Path, plan: &Plan, env: &Env, limit: Duration) -> Foun
     write("hello.c", SOURCE)
         .and_then(|()| write("Makefile", "obj-m := hello.o\n"))
         .map_err(|error| broken(error.to_string()).at("temporary-space"))?;
-    let asked = tool(&make, env)
+    let command = tool(&make, env)
         .arg("-C")
         .arg(headers)
         .arg(format!("M={}", folder.path().display()))
         .arg("hello.o");
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| broken(error.to_string()))?;

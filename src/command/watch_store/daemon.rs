@@ -1,5 +1,5 @@
-//! The watch itself, in the foreground of `run` or in the background of `start`: prepares, watches and
-//! publishes, answers the job's later steps, and drains at the end.
+//! The process that watches the store, in the foreground for `run` or in the background for `start`: prepares,
+//! watches and publishes, serves the requests of the job's later steps, and drains at the end.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -13,18 +13,20 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::ipc::{Finished, Request, Status, receive, send};
+use crate::job::added_paths::AddedPaths;
 use crate::job::stream::Deadline;
-use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Watch, Work};
+use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Session, StoreWatch};
+use crate::report::publication::Publication;
+use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::exit::Failure;
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::process::signals::Signals;
-use flywheel_sys::runner::workflow::Workflow;
 
-/// A step says what it wants at once.
+/// A client sends its request as soon as it has connected.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 
-/// What the watch is doing, for whoever asks.
+/// The status of the daemon, shared between the watch and the server of requests.
 #[derive(Clone)]
 pub(super) struct StatusCell(Arc<(Mutex<Status>, Instant)>);
 
@@ -33,18 +35,18 @@ impl StatusCell {
         Self(Arc::new((Mutex::new(status), Instant::now())))
     }
 
-    /// A sink that keeps what matters and hands everything on.
+    /// A sink that keeps what the status shows and passes every event on to `next`.
     pub fn sink(&self, next: Sink) -> Sink {
-        let status_cell = self.clone();
+        let cell = self.clone();
         Sink::new(move |event| {
             match &event {
                 Progress::Moved { done, total, bytes } => {
-                    let mut status = status_cell.status();
+                    let mut status = cell.status();
                     (status.settled, status.known, status.bytes) = (*done, *total, *bytes);
                 }
                 Progress::Degraded { area, text } => {
                     let line = format!("{area}: {text}");
-                    let mut status = status_cell.status();
+                    let mut status = cell.status();
                     if !status.degraded.contains(&line) {
                         status.degraded.push(line);
                     }
@@ -62,7 +64,7 @@ impl StatusCell {
             .expect("nothing panics while it holds this lock")
     }
 
-    fn shown(&self) -> Status {
+    fn snapshot(&self) -> Status {
         Status {
             seconds: self.0.1.elapsed().as_secs(),
             ..self.status().clone()
@@ -70,22 +72,20 @@ impl StatusCell {
     }
 }
 
-/// A step that waits for the end.
+/// A step that has asked for the end and waits for the report.
 struct FinishRequest {
     stream: BufReader<UnixStream>,
     drain_timeout: Option<Duration>,
     require_publish: bool,
 }
 
-/// One watch.
 pub(super) struct Daemon<'a> {
-    pub work: Work<'a>,
-    pub workflow: Workflow,
+    pub session: Session<'a>,
     pub status_cell: StatusCell,
-    /// Where the job's results are linked from.
+    /// The folder with the links to the job's results.
     pub folder: PathBuf,
-    /// How the job's processes are known.
-    pub whose: JobScope,
+    /// The Nix processes that count as the job's.
+    pub processes: JobScope,
 }
 
 /// Why the watch ends.
@@ -95,35 +95,32 @@ enum Shutdown {
 }
 
 impl Daemon<'_> {
-    /// Watches until it is asked to finish or to stop. `ready` is told once Nix, the cache and the watch
-    /// are. `before` are the variables that the end gives back to the job.
+    /// Watches until a step asks for the end or a signal arrives. Calls `ready` once Nix, the cache and the watch are.
+    /// `before` are variables with their old values, which the finishing step sets again.
     ///
     /// # Errors
-    /// When there is no Nix to be had.
-    pub async fn keep(
+    /// When there is no usable Nix.
+    pub async fn run(
         self,
         listener: UnixListener,
         signals: &mut Signals,
         before: Vec<(String, String)>,
         ready: impl AsyncFnOnce(&Prepared),
     ) -> Result<JobReport, Failure> {
-        let (asked, mut asking) = mpsc::channel(1);
-        let _answering = AbortOnDropHandle::new(tokio::spawn(serve(
+        let (requests, mut requested) = mpsc::channel(1);
+        // `status` is served from the beginning, while Nix is still being made ready.
+        let _serving = AbortOnDropHandle::new(tokio::spawn(serve(
             listener,
             self.status_cell.clone(),
-            asked,
+            requests,
         )));
         let prepared = tokio::select! {
             biased;
             _ = signals.next() => return Ok(JobReport::cancelled()),
-            prepared = Box::pin(self.work.make_ready(&self.workflow)) => prepared?,
+            prepared = Box::pin(self.session.make_ready()) => prepared?,
         };
-        let watch = self.work.watch(&prepared, self.whose.clone()).await;
-        let cache = prepared
-            .cache
-            .endpoint
-            .as_ref()
-            .map(flywheel_cache::client::endpoint::Endpoint::substituter);
+        let watch = self.session.watch(&prepared, self.processes.clone()).await;
+        let cache = prepared.cache.endpoint.as_ref().map(Endpoint::substituter);
         {
             let mut status = self.status_cell.status();
             status.state = "watching".into();
@@ -131,19 +128,21 @@ impl Daemon<'_> {
         }
         let began = Instant::now();
         ready(&prepared).await;
-        let end = tokio::select! {
+        let shutdown = tokio::select! {
             biased;
             _ = signals.next() => Shutdown::Signalled,
-            waiting = asking.recv() => waiting.map_or(Shutdown::Signalled, Shutdown::Requested),
+            request = requested.recv() => request.map_or(Shutdown::Signalled, Shutdown::Requested),
         };
         self.status_cell.status().state = "finishing".into();
         let watched = began.elapsed();
-        let (report, waiting) = self.finish(&prepared, watch, end, watched, signals).await;
+        let (report, request) = self
+            .finish(&prepared, watch, shutdown, watched, signals)
+            .await;
         prepared.stop().await;
-        if let Some(mut waiting) = waiting {
-            // A step that has gone meanwhile is told nothing.
+        if let Some(mut request) = request {
+            // The step may be gone by now; then there is no reader for the report.
             let _ = send(
-                &mut waiting.stream,
+                &mut request.stream,
                 &Finished {
                     report: report.clone(),
                     variables: before,
@@ -157,24 +156,23 @@ impl Daemon<'_> {
     async fn finish(
         &self,
         prepared: &Prepared,
-        watch: Option<Watch>,
-        end: Shutdown,
+        watch: Option<StoreWatch>,
+        shutdown: Shutdown,
         watched: Duration,
         signals: &mut Signals,
     ) -> (JobReport, Option<FinishRequest>) {
-        if matches!(end, Shutdown::Requested(_)) {
-            self.work
-                .check(prepared, watch.as_ref(), &self.folder, signals)
+        if matches!(shutdown, Shutdown::Requested(_)) {
+            self.session
+                .run_flake_check(prepared, watch.as_ref(), &self.folder, signals)
                 .await;
         }
         let began = Instant::now();
-        let (limit, mut waiting) = match end {
+        let plan = self.session.plan;
+        let (limit, mut request) = match shutdown {
             Shutdown::Signalled => (STOPPED_LIMIT, None),
-            Shutdown::Requested(waiting) => (
-                waiting
-                    .drain_timeout
-                    .unwrap_or(self.work.plan.drain_timeout),
-                Some(waiting),
+            Shutdown::Requested(request) => (
+                request.drain_timeout.unwrap_or(plan.drain_timeout),
+                Some(request),
             ),
         };
         let deadline = Deadline {
@@ -184,66 +182,80 @@ impl Daemon<'_> {
         let (added_paths, publication) = match watch {
             None => Default::default(),
             Some(watch) => {
-                let mut delivering =
-                    Box::pin(
-                        self.work
-                            .deliver(watch, &prepared.cache, &self.folder, &deadline),
-                    );
-                let mut hurried = false;
-                loop {
-                    tokio::select! {
-                        biased;
-                        done = &mut delivering => break done,
-                        _ = signals.next() => deadline.cancel.cancel(),
-                        hurry = cancelled(waiting.as_mut()), if !hurried => {
-                            hurried = true;
-                            if hurry {
-                                deadline.cancel.cancel();
-                            }
-                        }
+                self.deliver(watch, prepared, &deadline, request.as_mut(), signals)
+                    .await
+            }
+        };
+        let require = plan.require_publish
+            || request
+                .as_ref()
+                .is_some_and(|request| request.require_publish);
+        let mut job = self
+            .session
+            .result(prepared, &added_paths, publication, require);
+        (job.command, job.publish) = (watched, began.elapsed());
+        (JobReport::new(&job), request)
+    }
+
+    /// Delivers until the deadline, which a signal or the cancelled step that waits brings forward.
+    async fn deliver(
+        &self,
+        watch: StoreWatch,
+        prepared: &Prepared,
+        deadline: &Deadline,
+        mut request: Option<&mut FinishRequest>,
+        signals: &mut Signals,
+    ) -> (AddedPaths, Option<Publication>) {
+        let delivering = self
+            .session
+            .deliver(watch, &prepared.cache, &self.folder, deadline);
+        let mut delivering = Box::pin(delivering);
+        // The connection is read once: after its end it would be ready for ever, and the loop would spin.
+        let mut is_read = false;
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut delivering => return done,
+                _ = signals.next() => deadline.cancel.cancel(),
+                is_cancelled = is_cancelled(request.as_deref_mut()), if !is_read => {
+                    is_read = true;
+                    // A step that is merely gone changes nothing: publishing goes on without it.
+                    if is_cancelled {
+                        deadline.cancel.cancel();
                     }
                 }
             }
-        };
-        let require = self.work.plan.require_publish
-            || waiting
-                .as_ref()
-                .is_some_and(|waiting| waiting.require_publish);
-        let mut job = self
-            .work
-            .result(prepared, &added_paths, publication, require);
-        (job.command, job.publish) = (watched, began.elapsed());
-        (JobReport::new(&job), waiting)
+        }
     }
 }
 
-/// Whether the step that waits is being cancelled; false when it has gone.
-async fn cancelled(waiting: Option<&mut FinishRequest>) -> bool {
-    match waiting {
+/// Waits for the step behind `request`: true when it is being cancelled, false when its connection has ended.
+async fn is_cancelled(request: Option<&mut FinishRequest>) -> bool {
+    match request {
         None => std::future::pending().await,
-        Some(waiting) => matches!(receive(&mut waiting.stream).await, Some(Request::Cancel)),
+        Some(request) => matches!(receive(&mut request.stream).await, Some(Request::Cancel)),
     }
 }
 
-/// Answers those who ask, one after the other; who wants the end is handed on.
+/// Serves requests, one connection after the other. A request for the end goes to `requests`.
 async fn serve(
     listener: UnixListener,
     status_cell: StatusCell,
-    asked: mpsc::Sender<FinishRequest>,
+    requests: mpsc::Sender<FinishRequest>,
 ) {
     while let Ok((stream, _)) = listener.accept().await {
         let mut stream = BufReader::new(stream);
         match timeout(REQUEST_LIMIT, receive(&mut stream)).await {
             Ok(Some(Request::Status)) => {
-                let _ = send(&mut stream, &status_cell.shown()).await;
+                let _ = send(&mut stream, &status_cell.snapshot()).await;
             }
             Ok(Some(Request::Finish {
                 drain_timeout,
                 require_publish,
             })) => {
                 let drain_timeout = drain_timeout.map(Duration::from_secs);
-                // A second one finds the channel full or closed, and its connection ends.
-                let _ = asked.try_send(FinishRequest {
+                // A second request finds the channel full or closed, and its connection ends.
+                let _ = requests.try_send(FinishRequest {
                     stream,
                     drain_timeout,
                     require_publish,
@@ -254,7 +266,7 @@ async fn serve(
     }
 }
 
-/// The variables that the later steps need, and their values so far.
+/// The variables that the later steps need.
 pub(super) fn variables(prepared: &Prepared) -> Vec<(String, String)> {
     let repairs = prepared
         .ready
@@ -266,7 +278,7 @@ pub(super) fn variables(prepared: &Prepared) -> Vec<(String, String)> {
         .collect()
 }
 
-/// The folder of Nix, where it is not on `PATH` yet.
+/// The folder of Nix's programs, where it is not on `PATH` yet.
 pub(super) fn nix_folder(prepared: &Prepared) -> Option<&Path> {
     prepared.ready.folder.as_deref()
 }

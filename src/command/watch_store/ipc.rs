@@ -1,5 +1,5 @@
-//! What the steps and the background process say to each other: one JSON line each. Tokens go one way
-//! only, by a pipe from `start` to its child.
+//! The messages between the steps and the background process, a line of JSON each. Tokens go one way only: through
+//! a pipe from `start` to its child.
 
 use std::io;
 use std::path::PathBuf;
@@ -14,9 +14,9 @@ use tokio::time::timeout;
 
 use crate::job::JobReport;
 
-/// More than this is no line of ours: a report with every path of a large job.
+/// The longest line there is, a report with every path of a large job, stays below this.
 const LINE_LIMIT: u64 = 64 * 1024 * 1024;
-/// The other side takes a line at once, or has ended.
+/// A process that is alive reads a line at once.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// From `start` to its child.
@@ -24,7 +24,7 @@ const SEND_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct ChildConfig {
     pub attic: Option<String>,
     pub github: Option<String>,
-    /// Where the job's results are linked from.
+    /// The folder with the links to the job's results.
     pub folder: PathBuf,
 }
 
@@ -35,11 +35,11 @@ pub(super) enum StartEvent {
     Note(String),
     Degraded(String, String),
     Ready {
-        /// To be masked before anything is set.
+        /// A token to mask before any variable is set.
         secret: Option<String>,
-        /// For the later steps.
+        /// Variables for the later steps.
         variables: Vec<(String, String)>,
-        /// For the later steps' `PATH`.
+        /// A folder for the later steps' `PATH`.
         folder: Option<PathBuf>,
     },
     Failed {
@@ -49,22 +49,22 @@ pub(super) enum StartEvent {
     },
 }
 
-/// From a later step.
+/// From a later step to the background process.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Request {
     Status,
     Finish {
-        /// How long it may take, in seconds; none for what `start` was told.
+        /// How long publishing and verifying may take, in seconds; `None` for the value that `start` was given.
         drain_timeout: Option<u64>,
-        /// Whether a loss fails the step, besides what `start` was told.
+        /// Whether a loss fails the step, even if `start` was not given `require-publish`.
         require_publish: bool,
     },
-    /// The step is being cancelled.
+    /// The step that waits for the end is being cancelled.
     Cancel,
 }
 
-/// What the background process is doing.
+/// What the background process is doing. `status --format json` prints it, so its keys are kept stable.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Status {
     /// `none`, `preparing`, `watching` or `finishing`.
@@ -75,7 +75,7 @@ pub(super) struct Status {
     pub trust: String,
     pub publishes: bool,
     pub reason: String,
-    /// Paths settled, and paths known so far.
+    /// Paths of which it is known how they ended, out of the `known` ones.
     pub settled: u64,
     pub known: u64,
     /// NAR bytes sent.
@@ -83,35 +83,37 @@ pub(super) struct Status {
     pub degraded: Vec<String>,
 }
 
-/// The end, told to the step that asked for it.
+/// From the background process to the step that asked for the end.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Finished {
     pub report: JobReport,
-    /// Variables as they were before `start`.
+    /// Variables with the values that they had before `start`.
     pub variables: Vec<(String, String)>,
 }
 
-/// Says one line.
+/// Sends one line.
 pub(super) async fn send(
     to: &mut (impl AsyncWrite + Unpin),
-    word: &impl Serialize,
+    message: &impl Serialize,
 ) -> io::Result<()> {
-    let mut line = serde_json::to_string(word)?;
+    let mut line = serde_json::to_string(message)?;
     line.push('\n');
-    let said = async {
+    // Without a limit, a reader that hangs would hang the background process, too.
+    let sending = async {
         to.write_all(line.as_bytes()).await?;
         to.flush().await
     };
-    timeout(SEND_LIMIT, said)
+    timeout(SEND_LIMIT, sending)
         .await
         .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
-/// Hears one line; none at the end, or when it is not one of ours.
+/// Receives one line. `None` at the end of the stream, and for a line that is no such message.
 pub(super) async fn receive<T: DeserializeOwned>(
     from: &mut (impl AsyncBufRead + Unpin),
 ) -> Option<T> {
     let mut line = Vec::new();
+    // Bounded, because anything of this user may connect to the socket.
     from.take(LINE_LIMIT)
         .read_until(b'\n', &mut line)
         .await

@@ -1,5 +1,5 @@
-//! Where the watch of a job is found by the job's later steps, and how the job's processes are told
-//! from others': a folder (0700) with the control socket, the log and a lock, named by the CI's mark.
+//! The runtime folder of a job's watch, by which the job's later steps find it: it is private (0700), holds the
+//! control socket, the log and a lock, and is named after the identifiers that the CI gives the job.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -17,10 +17,10 @@ use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::host::private::{PrivateError, PrivateFolder};
 use flywheel_sys::runner::env::Env;
 
-/// A process on this machine answers a connection at once, or never.
+/// A process on this machine accepts a connection at once, or never.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
-/// How this job's processes are known: by what the CI puts into the environment of each.
+/// Which processes are the job's: those that the CI has marked in their environment; outside of CI, the user's.
 pub(super) fn job_processes(env: &Env) -> JobScope {
     let marks = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID"];
     let found = marks
@@ -34,7 +34,7 @@ pub(super) fn job_processes(env: &Env) -> JobScope {
 pub(super) struct RuntimeDir(PathBuf);
 
 impl RuntimeDir {
-    /// Finds it, and makes it if it is not there.
+    /// The folder of this job's watch, which is made if it is missing.
     pub fn from_env(env: &Env) -> Result<Self, PrivateError> {
         let folder = PrivateFolder::shared(&private_base(env))?.join(format!("watch-{}", key(env)));
         let made = DirBuilder::new()
@@ -53,7 +53,7 @@ impl RuntimeDir {
         self.0.join("log")
     }
 
-    /// Opens a new log.
+    /// Opens the log, emptied.
     pub fn new_log(&self) -> io::Result<File> {
         OpenOptions::new()
             .write(true)
@@ -63,7 +63,7 @@ impl RuntimeDir {
             .open(self.log())
     }
 
-    /// Takes the place for this process, as long as the file is kept; `None` if a living one has it.
+    /// Locks the folder for as long as the file is kept; `None` if a living process has locked it.
     pub fn lock(&self) -> io::Result<Option<File>> {
         let file = OpenOptions::new()
             .write(true)
@@ -78,7 +78,7 @@ impl RuntimeDir {
         }
     }
 
-    /// Listens at the control socket. To be called by the one who holds the place.
+    /// Listens at the control socket. To be called with the lock held: a socket that is there is a dead process's.
     pub fn listen(&self) -> io::Result<UnixListener> {
         let _ = fs::remove_file(self.0.join("control"));
         let (_folder, short) = self.short()?;
@@ -94,21 +94,20 @@ impl RuntimeDir {
             .ok()
     }
 
-    /// Removes everything.
     pub fn remove(&self) {
-        // What stays is swept with the runner's own folder, or used again.
+        // What cannot be removed goes with the runner's temporary folder, or is used again.
         let _ = fs::remove_dir_all(&self.0);
     }
 
-    /// Removes it if no watch has it.
+    /// Removes the folder if no living watch has locked it.
     pub fn remove_if_unused(&self) {
         if let Ok(Some(_held)) = self.lock() {
             self.remove();
         }
     }
 
-    /// A socket's path may have 107 bytes, and a runner's folders are deep: so the folder is named by
-    /// its open file, which must be kept until the path was used.
+    /// A short path to the control socket. A socket's path may have 107 bytes, and a runner's folders are deep, so the
+    /// folder is named by its open file, which must be kept until the path has been used.
     fn short(&self) -> io::Result<(File, PathBuf)> {
         let folder = File::open(&self.0)?;
         let short = Path::new("/proc/self/fd")
@@ -118,7 +117,7 @@ impl RuntimeDir {
     }
 }
 
-/// The same for all steps of a job, and another for each job.
+/// A name that all steps of a job share, and no two jobs do.
 fn key(env: &Env) -> String {
     let names = [
         "RUNNER_TRACKING_ID",

@@ -1,6 +1,6 @@
-//! The builder contract as data: classes of builders, caches, what goes where, who may reach what, and what
-//! is published when. Pure: the built-in contract, a repository's `flywheel.yml` over it, and what follows
-//! from both. Names no host, image or organisation of its own, and looks at no machine.
+//! The builder contract as data: classes of builders, caches, what goes where, who may reach what, and what is
+//! published when. Pure: the built-in contract, the `flywheel.yml` of a repository on top of it, and what follows from
+//! both. Names no host, image or organisation of its own, and reads nothing from the machine.
 
 pub mod print;
 pub mod read;
@@ -17,17 +17,15 @@ pub const FILE: &str = "flywheel.yml";
 /// The built-in contract, as a file of the same kind.
 const BUILT_IN: &str = include_str!("default.yml");
 
-/// The whole contract; also a file's part of it, where what is missing stays as it is built in.
+/// The whole contract, or the part of it that a file holds: what a file leaves out stays as it is built in.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Contract {
-    /// Version of the file's format: 1.
+    /// The version of the file's format, which is 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<Version>,
-    /// Classes of builders by name.
     #[serde(default)]
     pub classes: NamedMap<Class>,
-    /// Caches by name.
     #[serde(default)]
     pub caches: NamedMap<Cache>,
     /// What goes where.
@@ -67,20 +65,19 @@ impl From<Version> for u32 {
     }
 }
 
-/// A class of builders.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Class {
-    /// Where its jobs run.
+    /// The lanes that its jobs run on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lanes: Option<Vec<Lane>>,
-    /// The image of its runners.
+    /// The container image of its runners.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// What it can do, in words for people.
+    /// What it can do, as text for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub capabilities: Option<Vec<String>>,
-    /// What it can do, in words that workflows are checked against.
+    /// What it can do, as skills that workflows are checked against.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub provides: Option<Vec<Skill>>,
     /// What it is for.
@@ -89,18 +86,17 @@ pub struct Class {
     /// Tools that must be on `PATH`, with their versions.
     #[serde(skip_serializing_if = "NamedMap::is_empty")]
     pub tools: NamedMap<Requirement>,
-    /// The memory that a job of it has at least, where its lane does not say.
+    /// The memory that a job has at least, where its lane names none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,
 }
 
 impl Class {
-    /// Its lanes.
     pub fn lanes(&self) -> &[Lane] {
         self.lanes.as_deref().unwrap_or_default()
     }
 
-    /// Everything that a lane of it offers.
+    /// Whether a lane of this class offers a skill.
     pub fn offers(&self, lane: &Lane, skill: Skill) -> bool {
         self.provides
             .iter()
@@ -109,7 +105,7 @@ impl Class {
             .any(|offered| *offered == skill)
     }
 
-    /// The memory that a job on a lane has: the lane's, else the class's.
+    /// The memory of a job on a lane: what the lane names, else what the class names.
     pub fn memory(&self, lane: Option<&Lane>) -> Option<Size> {
         lane.and_then(|lane| lane.memory).or(self.memory)
     }
@@ -125,28 +121,28 @@ impl Class {
     }
 }
 
-/// A place where jobs of a class run.
+/// A lane on which jobs of a class run: a runner label with its limits.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Lane {
     /// What a job writes in `runs-on`.
     pub label: String,
-    /// The name of its runners, where it is another.
+    /// The name of its runners, if it is not the label.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub runner: Option<String>,
     /// The memory of one job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<Size>,
-    /// How many run at once at most.
+    /// How many runners there are at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_runners: Option<u32>,
-    /// Whether its jobs may publish at all; the trust gate decides beyond that.
+    /// Whether its jobs may publish at all. If so, the trust gate still decides on each.
     #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
     pub publishes: bool,
-    /// What it offers beyond its class.
+    /// The skills that it offers beyond those of its class.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub provides: Vec<Skill>,
-    /// Anything else, for people.
+    /// A note for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
@@ -155,11 +151,11 @@ fn yes() -> bool {
     true
 }
 
-/// A cache: what is in it, for whom, by whom.
+/// A cache: what is in it, who reads it, who fills it.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Cache {
-    /// Its name for people.
+    /// The name that people read.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
     /// What it is the authority for.
@@ -174,10 +170,10 @@ pub struct Cache {
     /// Who fills it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub filled_by: Option<String>,
-    /// By what one gets in.
+    /// The credential that gives access.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credential: Option<String>,
-    /// What happens when it has not got something.
+    /// What happens when it does not have something.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_miss: Option<String>,
     /// What that costs.
@@ -198,13 +194,13 @@ impl Cache {
     }
 }
 
-/// What goes where.
+/// Which cache a kind of thing goes to.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Placement {
     /// A kind of thing.
     pub what: String,
-    /// The cache it goes to, by name.
+    /// The name of the cache.
     #[serde(rename = "where")]
     pub cache: String,
 }
@@ -213,26 +209,26 @@ pub struct Placement {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Publication {
-    /// What must hold for a thing to be publishable.
+    /// The conditions under which a thing is publishable.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub publishable: Vec<String>,
     /// What each event publishes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub triggers: Vec<Trigger>,
-    /// What holds besides.
+    /// Further rules.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<String>,
 }
 
-/// What an event publishes. Describes; the trust gate decides.
+/// What an event publishes, as a description for people. The trust gate is what decides.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Trigger {
     /// The event.
     pub event: String,
-    /// To FlakeHub.
+    /// What goes to FlakeHub.
     pub flakehub: String,
-    /// To Attic.
+    /// What goes to Attic.
     pub attic: String,
 }
 
@@ -246,16 +242,15 @@ pub struct SharedCache {
     /// The schemes that an endpoint may have.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub schemes: Option<Vec<String>>,
-    /// Whether an endpoint may be on the machine itself.
+    /// Whether an endpoint may be on the local machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_localhost: Option<bool>,
-    /// Whether the executor may be elsewhere than the cache.
+    /// Whether the executor may have another address than the cache.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_separate_executor: Option<bool>,
 }
 
 impl Contract {
-    /// The contract as it is built in.
     pub fn built_in() -> Self {
         serde_saphyr::from_str(BUILT_IN).expect("the built-in contract is read in a test")
     }
@@ -278,8 +273,8 @@ impl Contract {
             .find(|(_, _, lane)| lane.label.eq_ignore_ascii_case(label))
     }
 
-    /// Puts a file's contract over this one: what the file gives counts, and what it does not give stays.
-    /// Lists are taken whole; a class or cache that is `null` is taken away.
+    /// Overrides this contract by that of a file; what the file leaves out stays. A list of the file replaces the whole
+    /// list, and a class or cache that is `null` is removed.
     fn overlay(&mut self, over: Self) {
         self.classes.overlay(over.classes, Class::overlay);
         self.caches.overlay(over.caches, Cache::overlay);

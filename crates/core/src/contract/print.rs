@@ -1,10 +1,10 @@
-//! The contract as text for a terminal and as Markdown for a page: the same tables, drawn twice.
+//! The contract as text for a terminal and as Markdown for a page, from the same tables.
 
 use std::fmt::Write as _;
 
 use crate::contract::{Cache, Contract, Lane, Skill};
 
-/// A part of the contract that can be asked for by itself.
+/// A part of the contract that can be printed alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Section {
     /// Classes and their lanes.
@@ -24,7 +24,7 @@ pub enum Section {
 }
 
 impl Section {
-    /// Every section by its word, in order.
+    /// Every section by its name, in order.
     pub const ALL: [(&str, Self); 7] = [
         ("classes", Self::Classes),
         ("caches", Self::Caches),
@@ -69,7 +69,7 @@ enum Block {
     Text(&'static str),
     List(Vec<String>),
     Table(Vec<&'static str>, Vec<Vec<String>>),
-    /// A table whose columns are the contract's own.
+    /// A table of the contract.
     Free(Vec<String>, Vec<Vec<String>>),
 }
 
@@ -179,7 +179,7 @@ impl MapOwned for Vec<&'static str> {
     }
 }
 
-fn words(skills: &[Skill]) -> String {
+fn names(skills: &[Skill]) -> String {
     skills
         .iter()
         .map(|skill| skill.as_str())
@@ -211,7 +211,7 @@ fn classes(contract: &Contract) -> Block {
             lane.unwrap_or_default(),
             class.image.clone().unwrap_or_default(),
             can.join(", "),
-            words(class.provides.as_deref().unwrap_or_default()),
+            names(class.provides.as_deref().unwrap_or_default()),
             class.used_for.clone().unwrap_or_default().join(", "),
         ]
     });
@@ -240,7 +240,7 @@ fn lanes(contract: &Contract) -> Block {
                 .map(|most| most.to_string())
                 .unwrap_or_default(),
             publishes(lane).to_owned(),
-            words(&lane.provides),
+            names(&lane.provides),
             lane.note.clone().unwrap_or_default(),
         ]
     });

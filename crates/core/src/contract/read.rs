@@ -1,5 +1,5 @@
-//! A contract file read: `flywheel.yml` over the built-in contract, and what is wrong with it, by file, line
-//! and key. Takes text; never opens a file.
+//! Reads a contract file, `flywheel.yml`, on top of the built-in contract, and reports what is wrong with it by file,
+//! line and key. Takes text; never opens a file.
 
 use std::fmt;
 
@@ -15,13 +15,13 @@ use crate::text::{nearest, one_line};
 pub struct ContractError {
     /// The file's name.
     pub file: String,
-    /// The line, from 1; `None` if it is the file as a whole.
+    /// The line, from 1; `None` if the whole file is wrong.
     pub line: Option<u64>,
-    /// The key, if one is to blame.
+    /// The key that is wrong, if it is one.
     pub key: Option<String>,
     /// What is wrong, as a fragment.
     pub problem: String,
-    /// The nearest key that is known, or what else to do.
+    /// The nearest known key, or what else to do.
     pub hint: Option<String>,
 }
 
@@ -46,17 +46,17 @@ impl Explain for ContractError {
     }
 }
 
-/// The contract of a repository with this file: the file over the built-in contract.
+/// The contract of a repository with this file, on top of the built-in contract.
 ///
 /// # Errors
 /// For the first thing that is wrong with it.
 pub fn contract(file: &str, text: &str) -> Result<Contract, ContractError> {
     let mut contract = Contract::built_in();
-    let says_nothing = text
+    let is_blank = text
         .lines()
         .map(str::trim)
         .all(|line| line.is_empty() || line.starts_with('#') || line == "---");
-    if !says_nothing {
+    if !is_blank {
         let over: Contract =
             serde_saphyr::from_str(text).map_err(|error| explain(file, text, &error))?;
         contract.overlay(over);
@@ -70,7 +70,7 @@ pub fn contract(file: &str, text: &str) -> Result<Contract, ContractError> {
     Ok(contract)
 }
 
-/// A YAML document as JSON, for files that are not ours to define.
+/// A YAML document as JSON, for files in a format of others.
 ///
 /// # Errors
 /// When it is no YAML.
@@ -98,25 +98,25 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
             key: Some(field.clone()),
             problem: "there is no such key here".into(),
             hint: Some(match nearest(field, expected.iter().copied()) {
-                Some(word) => format!("Did you mean `{word}`?"),
+                Some(name) => format!("Did you mean `{name}`?"),
                 None => format!("The keys here are {}.", expected.join(", ")),
             }),
             ..base
         },
         other => {
-            let said = other.to_string();
-            let said = said
+            let message = other.to_string();
+            let message = message
                 .lines()
                 .next()
                 .unwrap_or_default()
                 .trim_start_matches("error: ");
-            // The library says the place too, before or behind its sentence, and we have said it.
+            // The library puts the location before or after its message, which would then name it twice.
             let places = error.location().map(|at| (at.line(), at.column()));
             let problem = places.and_then(|(line, column)| {
-                let behind = said.strip_suffix(&format!(" at line {line}, column {column}"));
-                behind.or_else(|| said.strip_prefix(&format!("line {line} column {column}: ")))
+                let behind = message.strip_suffix(&format!(" at line {line}, column {column}"));
+                behind.or_else(|| message.strip_prefix(&format!("line {line} column {column}: ")))
             });
-            let problem = problem.unwrap_or(said);
+            let problem = problem.unwrap_or(message);
             ContractError {
                 key: line.and_then(|line| key_at(text, line)),
                 problem: one_line(problem, 300),
@@ -139,7 +139,7 @@ fn key_at(text: &str, line: u64) -> Option<String> {
     (!key.is_empty()).then(|| one_line(key, 80))
 }
 
-/// What a file says in several places at once.
+/// Checks what a file has in several places against each other.
 struct Reader<'a> {
     file: &'a str,
     text: &'a str,
@@ -198,7 +198,7 @@ impl Reader<'_> {
         }
         let known: Vec<&str> = self.contract.caches.iter().map(|(name, _)| name).collect();
         let hint = match nearest(name, known.iter().copied()) {
-            Some(word) => format!("Did you mean `{word}`?"),
+            Some(name) => format!("Did you mean `{name}`?"),
             None => format!("The caches are {}.", known.join(", ")),
         };
         Err(self.error(
@@ -209,11 +209,11 @@ impl Reader<'_> {
         ))
     }
 
-    /// The line is that of the last place where the word stands: the file's own, if it has one.
-    fn error(&self, key: &str, word: &str, problem: String, hint: String) -> ContractError {
+    /// The line is the last one with the name: the file's own, if it has one.
+    fn error(&self, key: &str, name: &str, problem: String, hint: String) -> ContractError {
         let holds = |line: &str| {
-            let words = line.split(|c: char| c.is_whitespace() || "{}[],:\"'".contains(c));
-            words.into_iter().any(|found| found == word)
+            let parts = line.split(|c: char| c.is_whitespace() || "{}[],:\"'".contains(c));
+            parts.into_iter().any(|found| found == name)
         };
         let line = self
             .text

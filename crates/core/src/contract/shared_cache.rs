@@ -1,5 +1,5 @@
-//! The shared-cache contract for Bazel: which mode a job's hints amount to, whether it is the declared one,
-//! and what is wrong with the endpoints. Pure: whether they answer is found out elsewhere.
+//! The shared-cache contract for Bazel: which mode follows from a job's hints, whether it is the declared one, and what
+//! is wrong with the endpoints. Pure; whether the endpoints answer is tried elsewhere.
 
 use std::fmt;
 
@@ -16,28 +16,27 @@ const SCHEMES: [&str; 4] = ["grpc", "grpcs", "http", "https"];
 /// How a build uses a shared cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// No cache but the machine's own.
+    /// Only with the local cache of the machine.
     CompatibilityLocalOnly,
-    /// A cache.
+    /// With a shared cache.
     SharedCacheBacked,
-    /// A cache, and an executor.
+    /// With a shared cache and a remote executor.
     ExecutorBacked,
 }
 
 impl Mode {
-    /// Every mode by its word.
+    /// Every mode, by its name.
     pub const ALL: [(&str, Self); 3] = [
         ("compatibility-local-only", Self::CompatibilityLocalOnly),
         ("shared-cache-backed", Self::SharedCacheBacked),
         ("executor-backed", Self::ExecutorBacked),
     ];
 
-    /// Its word.
     pub fn as_str(self) -> &'static str {
         Self::ALL
             .into_iter()
             .find(|(_, mode)| *mode == self)
-            .expect("every mode has a word")
+            .expect("every mode has a name")
             .0
     }
 }
@@ -51,19 +50,19 @@ impl fmt::Display for Mode {
 impl<'de> Deserialize<'de> for Mode {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let words = Self::ALL.map(|(word, _)| word);
+        let names = Self::ALL.map(|(name, _)| name);
         let found = Self::ALL
             .into_iter()
-            .find(|(word, _)| *word == text)
+            .find(|(name, _)| *name == text)
             .map(|(_, mode)| mode);
         found.ok_or_else(|| {
-            let meant = nearest(&text, words)
-                .map(|word| format!("; did you mean `{word}`?"))
+            let meant = nearest(&text, names)
+                .map(|name| format!("; did you mean `{name}`?"))
                 .unwrap_or_default();
             de::Error::custom(format!(
                 "`{}` is no mode ({}){meant}",
                 one_line(&text, 80),
-                words.join(", ")
+                names.join(", ")
             ))
         })
     }
@@ -75,16 +74,16 @@ impl Serialize for Mode {
     }
 }
 
-/// What the runner says of its profile in `GF_FLYWHEEL_PROFILE_STATE`.
+/// The state of the runner's profile, from the hint `GF_FLYWHEEL_PROFILE_STATE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum ProfileState {
     Unattached,
     SharedCacheBacked,
     ExecutorBacked,
     LocalProof,
 }
 
-impl State {
+impl ProfileState {
     const ALL: [(&str, Self); 4] = [
         ("unattached", Self::Unattached),
         ("shared-cache-backed", Self::SharedCacheBacked),
@@ -102,7 +101,7 @@ impl SharedCache {
     }
 }
 
-/// Everything that the rules look at.
+/// The inputs of the rules.
 #[derive(Clone, Debug, Default)]
 pub struct Given {
     /// `BAZEL_REMOTE_CACHE`.
@@ -113,24 +112,24 @@ pub struct Given {
     pub attic: Option<String>,
     /// The mode that an input declares, if the repository's file does not.
     pub mode: Option<Mode>,
-    /// `GF_BAZEL_SUBSTRATE_MODE`: what the runner says.
+    /// The runner's hint `GF_BAZEL_SUBSTRATE_MODE`.
     pub hinted_mode: Option<String>,
     /// `GF_FLYWHEEL_PROFILE_STATE`.
     pub state: Option<String>,
     /// The class of the builder, if it is known.
     pub class: Option<String>,
-    /// Whether to fail closed.
+    /// Whether an unknown class, a missing endpoint and one that does not answer are errors too.
     pub strict: bool,
 }
 
 /// Something that breaks the contract, or may.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Finding {
-    /// Whether the contract is broken; else it is a warning.
+    /// Whether this breaks the contract; if not, it is a warning.
     pub error: bool,
-    /// What is looked at: `mode`, `cache`, `executor`, `attic`, `profile-state`, `class`.
+    /// The subject: `mode`, `cache`, `executor`, `attic`, `profile-state`, `class`.
     pub about: &'static str,
-    /// What is wrong, without credentials.
+    /// What is wrong. Holds no credentials.
     pub text: String,
 }
 
@@ -149,22 +148,21 @@ impl Finding {
 pub struct Endpoint {
     /// `cache`, `executor` or `attic`.
     pub about: &'static str,
-    /// The address, credentials included.
+    /// The address, with its credentials.
     pub url: Url,
 }
 
-/// What the rules say.
+/// The result of the rules.
 #[derive(Clone, Debug, Default)]
 pub struct Judgement {
     /// The mode that the repository or an input declares.
     pub declared: Option<Mode>,
-    /// Who declares it.
+    /// What declares it.
     pub declared_by: &'static str,
-    /// The mode that the endpoints amount to.
+    /// The mode that follows from the endpoints.
     pub actual: Option<Mode>,
-    /// What is wrong.
     pub findings: Vec<Finding>,
-    /// The endpoints that can be asked.
+    /// The endpoints that are well formed, and so can be tried.
     pub endpoints: Vec<Endpoint>,
 }
 
@@ -174,8 +172,8 @@ impl Judgement {
         !self.findings.iter().any(|finding| finding.error)
     }
 
-    /// Takes in what asking an endpoint has shown: an error only when strict.
-    pub fn answered(&mut self, about: &'static str, problem: Option<String>, strict: bool) {
+    /// Adds the problem of an endpoint that was tried, if it had one; it is an error only with `strict`.
+    pub fn add_problem(&mut self, about: &'static str, problem: Option<String>, strict: bool) {
         self.findings.extend(problem.map(|text| Finding {
             error: strict,
             about,
@@ -236,20 +234,20 @@ pub fn judge(declared: &SharedCache, given: &Given) -> Judgement {
     judgement
 }
 
-/// The runner's own word for the mode.
+/// Checks the runner's hint of the mode.
 fn hinted(given: &Given, mode: Mode) -> Option<Finding> {
     let hint = given.hinted_mode.as_deref()?;
-    let known = Mode::ALL.into_iter().find(|(word, _)| *word == hint);
+    let known = Mode::ALL.into_iter().find(|(name, _)| *name == hint);
     match known {
         Some((_, hinted)) if hinted == mode => None,
-        Some((word, _)) => Some(Finding::error(
+        Some((name, _)) => Some(Finding::error(
             "mode",
-            format!("declared is `{mode}`, but the runner's `GF_BAZEL_SUBSTRATE_MODE` is `{word}`"),
+            format!("declared is `{mode}`, but the runner's `GF_BAZEL_SUBSTRATE_MODE` is `{name}`"),
         )),
         None => {
-            let meant = nearest(hint, Mode::ALL.map(|(word, _)| word));
+            let meant = nearest(hint, Mode::ALL.map(|(name, _)| name));
             let meant = meant
-                .map(|word| format!("; did you mean `{word}`?"))
+                .map(|name| format!("; did you mean `{name}`?"))
                 .unwrap_or_default();
             Some(Finding::error(
                 "mode",
@@ -265,10 +263,13 @@ fn hinted(given: &Given, mode: Mode) -> Option<Finding> {
 fn state(given: &Given, actual: Mode) -> Option<Finding> {
     let text = given.state.as_deref()?;
     let error = |problem: String| Some(Finding::error("profile-state", problem));
-    let Some((word, state)) = State::ALL.into_iter().find(|(word, _)| *word == text) else {
-        let words = State::ALL.map(|(word, _)| word);
-        let meant = nearest(text, words)
-            .map(|word| format!("; did you mean `{word}`?"))
+    let Some((name, state)) = ProfileState::ALL
+        .into_iter()
+        .find(|(name, _)| *name == text)
+    else {
+        let names = ProfileState::ALL.map(|(name, _)| name);
+        let meant = nearest(text, names)
+            .map(|name| format!("; did you mean `{name}`?"))
             .unwrap_or_default();
         return error(format!(
             "`GF_FLYWHEEL_PROFILE_STATE` is unknown: `{}`{meant}",
@@ -276,11 +277,11 @@ fn state(given: &Given, actual: Mode) -> Option<Finding> {
         ));
     };
     let fits = match state {
-        State::Unattached => actual == Mode::CompatibilityLocalOnly,
-        State::SharedCacheBacked => actual == Mode::SharedCacheBacked,
-        State::ExecutorBacked => actual == Mode::ExecutorBacked,
-        // A proof on the machine itself: with no cache, or with one that is there.
-        State::LocalProof => [&given.cache, &given.executor]
+        ProfileState::Unattached => actual == Mode::CompatibilityLocalOnly,
+        ProfileState::SharedCacheBacked => actual == Mode::SharedCacheBacked,
+        ProfileState::ExecutorBacked => actual == Mode::ExecutorBacked,
+        // A proof on the local machine: without endpoints, or with local ones.
+        ProfileState::LocalProof => [&given.cache, &given.executor]
             .into_iter()
             .flatten()
             .all(|text| is_local(text)),
@@ -289,7 +290,7 @@ fn state(given: &Given, actual: Mode) -> Option<Finding> {
         None
     } else {
         error(format!(
-            "the profile state `{word}` contradicts the endpoints, which make it `{actual}`"
+            "the profile state `{name}` contradicts the endpoints, which make it `{actual}`"
         ))
     }
 }
@@ -298,7 +299,7 @@ fn is_local(text: &str) -> bool {
     parse(text).is_ok_and(|url| local(&url))
 }
 
-/// What holds of both endpoints together.
+/// Checks the two Bazel endpoints against each other.
 fn together(declared: &SharedCache, given: &Given, endpoints: &[Endpoint]) -> Option<Finding> {
     if given.executor.is_some() && given.cache.is_none() {
         return Some(Finding::error(
@@ -306,7 +307,7 @@ fn together(declared: &SharedCache, given: &Given, endpoints: &[Endpoint]) -> Op
             "`BAZEL_REMOTE_EXECUTOR` is given without `BAZEL_REMOTE_CACHE`",
         ));
     }
-    let place = |about: &str| {
+    let address = |about: &str| {
         let url = &endpoints
             .iter()
             .find(|endpoint| endpoint.about == about)?
@@ -316,7 +317,7 @@ fn together(declared: &SharedCache, given: &Given, endpoints: &[Endpoint]) -> Op
             url.port_or_known_default(),
         ))
     };
-    let differ = matches!((place("cache"), place("executor")), (Some(cache), Some(executor)) if cache != executor);
+    let differ = matches!((address("cache"), address("executor")), (Some(cache), Some(executor)) if cache != executor);
     (differ && !declared.allow_separate_executor.unwrap_or_default()).then(|| {
         Finding::error(
             "executor",
@@ -333,7 +334,7 @@ fn endpoint(about: &str, text: &str, declared: &SharedCache, given: &Given) -> R
     };
     if text.contains("${") {
         return Err(format!(
-            "`{name}` holds a literal `${{…}}`: nobody expands variables there, Bazel's rc files neither"
+            "`{name}` holds a literal `${{…}}`: nothing expands variables there, and Bazel's rc files do not either"
         ));
     }
     let scheme = text
@@ -373,7 +374,8 @@ fn parse(text: &str) -> Result<Url, String> {
     }
 }
 
-/// `localhost`, `127.0.0.0/8`, `::1`, `0.0.0.0` and `::`. Hosts of other schemes than the web's are texts to `url`.
+/// Whether the host is `localhost`, `127.0.0.0/8`, `::1`, `0.0.0.0` or `::`. For other schemes than the web's, `url`
+/// leaves a host as text, so it is parsed here.
 fn local(url: &Url) -> bool {
     let host = url
         .host_str()
@@ -410,7 +412,7 @@ pub fn redact(text: &str) -> String {
     )
 }
 
-/// A word of the environment for a message; an address with a password is never one.
+/// A value of the environment for a message. One that may hold a password is not shown.
 fn shown(text: &str) -> String {
     if text.contains('@') {
         "…".to_owned()
@@ -419,8 +421,8 @@ fn shown(text: &str) -> String {
     }
 }
 
-/// Lines of a `.bazelrc` for a mode that holds. `upload`: whether the trust gate allows and the caller asked.
-/// Addresses come without credentials: nothing of theirs goes to disk.
+/// The lines of a `.bazelrc` for this mode. `upload`: whether the caller asked for uploads and the trust gate allows
+/// them. Addresses are written without credentials, which must not go to the disk.
 pub fn bazelrc(mode: Mode, cache: Option<&str>, executor: Option<&str>, upload: bool) -> String {
     let mut lines = vec![format!("# {mode}")];
     if mode == Mode::CompatibilityLocalOnly {
@@ -428,7 +430,7 @@ pub fn bazelrc(mode: Mode, cache: Option<&str>, executor: Option<&str>, upload: 
     } else {
         lines.extend(cache.map(|cache| format!("build --remote_cache={}", redact(cache))));
         lines.push(format!("build --remote_upload_local_results={upload}"));
-        // A green run shall prove the remote cache.
+        // With a disk cache, a build could pass without the remote cache having worked.
         lines.push("build --disk_cache=".to_owned());
     }
     if mode == Mode::ExecutorBacked {

@@ -1,5 +1,4 @@
-//! The words of a contract file that mean something to a machine: sizes, versions, skills, yes and no,
-//! and mappings that keep their order.
+//! The types of a contract file's values: sizes, versions, skills, yes and no, and mappings that keep their order.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -9,7 +8,8 @@ use serde::ser::{Serialize, SerializeMap as _, Serializer};
 
 use crate::text::nearest;
 
-/// Values by name, in the order of the file. A name that is `null` in a file takes the value away.
+/// Values by name, in the order of the file. `null` in a file removes the value of that name from the contract below
+/// it.
 #[derive(Clone, Debug)]
 pub struct NamedMap<T> {
     entries: Vec<(String, T)>,
@@ -25,19 +25,18 @@ impl<T> NamedMap<T> {
             .map(|(_, value)| value)
     }
 
-    /// Names and values in order.
+    /// Names and values, in order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &T)> {
         self.entries
             .iter()
             .map(|(name, value)| (name.as_str(), value))
     }
 
-    /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Puts others over these: `merge` where a name is known, at the end where it is new.
+    /// Adds the entries of `over`: by `merge` where the name is known, at the end where it is new.
     pub(super) fn overlay(&mut self, over: Self, merge: impl Fn(&mut T, T)) {
         self.entries
             .retain(|(name, _)| !over.removed.contains(name));
@@ -94,7 +93,7 @@ impl<T: Serialize> Serialize for NamedMap<T> {
     }
 }
 
-/// Implements reading from and writing as one text.
+/// Implements serde's traits by `parse` and `Display`.
 macro_rules! as_text {
     ($type:ty, $expecting:literal) => {
         impl<'de> Deserialize<'de> for $type {
@@ -130,7 +129,6 @@ pub struct Size(u64);
 impl Size {
     const UNITS: [(&str, u32); 3] = [("TiB", 40), ("GiB", 30), ("MiB", 20)];
 
-    /// In bytes.
     pub fn bytes(self) -> u64 {
         self.0
     }
@@ -138,7 +136,7 @@ impl Size {
     /// Reads `8GiB`, `512 MiB`.
     ///
     /// # Errors
-    /// A sentence that says what a size looks like.
+    /// A sentence with an example of a size.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong = || format!("`{text}` is no size; write it as `8GiB` or `512MiB`");
         let (unit, shift) = Self::UNITS
@@ -169,7 +167,7 @@ impl fmt::Display for Size {
 
 as_text!(Size, "a size such as `8GiB`");
 
-/// What a lane can do and a job can need.
+/// Something that a lane provides and a job may need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Skill {
     /// Nix with flakes.
@@ -211,27 +209,27 @@ impl Skill {
         ("gpu", Self::Gpu),
     ];
 
-    /// Its word in a file.
+    /// The name of the skill in a file.
     pub fn as_str(self) -> &'static str {
         Self::NAMES
             .into_iter()
             .find(|(_, skill)| *skill == self)
-            .expect("every skill has a word")
+            .expect("every skill has a name")
             .0
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        if let Some((_, skill)) = Self::NAMES.into_iter().find(|(word, _)| *word == text) {
+        if let Some((_, skill)) = Self::NAMES.into_iter().find(|(name, _)| *name == text) {
             return Ok(skill);
         }
-        let words = Self::NAMES.map(|(word, _)| word);
-        Err(match nearest(text, words) {
-            Some(word) => {
-                format!("`{text}` is nothing that a lane provides; did you mean `{word}`?")
+        let names = Self::NAMES.map(|(name, _)| name);
+        Err(match nearest(text, names) {
+            Some(name) => {
+                format!("`{text}` is nothing that a lane provides; did you mean `{name}`?")
             }
             None => format!(
-                "`{text}` is nothing that a lane provides; the words are {}",
-                words.join(", ")
+                "`{text}` is nothing that a lane provides; known are {}",
+                names.join(", ")
             ),
         })
     }
@@ -243,9 +241,9 @@ impl fmt::Display for Skill {
     }
 }
 
-as_text!(Skill, "a word for what a lane provides");
+as_text!(Skill, "the name of something that a lane provides");
 
-/// Which versions of a tool will do: `>=18`, `>=2.8 <3`, or `*` for any.
+/// The versions of a tool that are accepted: `>=18`, `>=2.8 <3`, or `*` for any.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Requirement {
     bounds: Vec<(Bound, Vec<u32>)>,
@@ -258,10 +256,10 @@ enum Bound {
 }
 
 impl Requirement {
-    /// Reads one.
+    /// Reads `>=18`, `>=2.8 <3` or `*`.
     ///
     /// # Errors
-    /// A sentence that says what it looks like.
+    /// A sentence with an example.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!("`{text}` names no versions; write them as `>=18`, `>=2.8 <3`, or `*` for any")
@@ -269,12 +267,12 @@ impl Requirement {
         if text.trim() == "*" {
             return Ok(Self { bounds: Vec::new() });
         }
-        let bound = |word: &str| {
-            let at_least = word
+        let bound = |text: &str| {
+            let at_least = text
                 .strip_prefix(">=")
                 .map(|number| (Bound::AtLeast, number));
             let (bound, number) =
-                at_least.or_else(|| word.strip_prefix('<').map(|number| (Bound::Below, number)))?;
+                at_least.or_else(|| text.strip_prefix('<').map(|number| (Bound::Below, number)))?;
             Some((
                 bound,
                 numbers(number).filter(|_| number.starts_with(|c: char| c.is_ascii_digit()))?,
@@ -287,7 +285,7 @@ impl Requirement {
             .ok_or_else(wrong)
     }
 
-    /// Whether a version will do: the first number in `version` and those behind its points count.
+    /// Whether a version is accepted: the first number in `version` and those after its dots count.
     pub fn allows(&self, version: &str) -> bool {
         let Some(found) = numbers(version) else {
             return self.bounds.is_empty();
@@ -329,21 +327,20 @@ impl fmt::Display for Requirement {
 
 as_text!(Requirement, "versions such as `>=18`");
 
-/// Whether somebody may reach a cache, and how: `yes, inside the cluster`.
+/// Whether a cache may be reached, and how, such as `yes, inside the cluster`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Access {
-    /// Whether at all.
     pub allowed: bool,
-    /// How, or what instead.
+    /// How it may be reached, or what there is instead.
     pub how: Option<String>,
 }
 
 impl Access {
     fn parse(text: &str) -> Result<Self, String> {
-        let (word, how) = text.split_once(',').map_or((text, None), |(word, how)| {
-            (word, Some(how.trim().to_owned()))
+        let (answer, how) = text.split_once(',').map_or((text, None), |(answer, how)| {
+            (answer, Some(how.trim().to_owned()))
         });
-        match word.trim() {
+        match answer.trim() {
             "yes" | "true" => Ok(Self { allowed: true, how }),
             "no" | "false" => Ok(Self {
                 allowed: false,
@@ -404,7 +401,7 @@ mod tests {
     fn a_skill_that_does_not_exist_gets_a_hint() {
         assert!(
             Skill::parse("dokcer")
-                .expect_err("no such word")
+                .expect_err("no such skill")
                 .contains("did you mean `docker`")
         );
     }

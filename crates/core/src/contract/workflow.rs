@@ -1,5 +1,5 @@
-//! Workflows against the contract: each job's `runs-on` names a lane that there is, and the lane offers what
-//! the job uses. Pure; what only the run itself decides is a note, never a guess.
+//! Checks workflows against the contract: each job's `runs-on` must name a lane of the contract, which offers what the
+//! job uses. Pure. What only the run itself decides is a note, never a guess.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::contract::{Contract, Skill};
 use crate::text::{nearest, one_line};
 
-/// Labels that GitHub gives to every self-hosted runner; they choose no lane.
+/// Labels that GitHub gives to every self-hosted runner, so they choose no lane.
 const GENERIC: [&str; 8] = [
     "self-hosted",
     "linux",
@@ -18,7 +18,7 @@ const GENERIC: [&str; 8] = [
     "arm",
     "arm64",
 ];
-/// Actions, by the last part of their names, and what they need of the lane.
+/// Actions by the last part of their names, and the skill of the lane that each needs.
 const ACTIONS: [(&str, Skill); 12] = [
     ("nix-job", Skill::Nix),
     ("watch-store", Skill::Nix),
@@ -33,7 +33,7 @@ const ACTIONS: [(&str, Skill); 12] = [
     ("setup-buildx-action", Skill::Docker),
     ("setup-qemu-action", Skill::Docker),
 ];
-/// Commands at the beginning of a line, and what they need of the lane.
+/// Commands at the beginning of a line, and the skill of the lane that each needs.
 const COMMANDS: [(&str, Skill); 11] = [
     ("nix", Skill::Nix),
     ("nix-build", Skill::Nix),
@@ -47,8 +47,8 @@ const COMMANDS: [(&str, Skill); 11] = [
     ("gcc", Skill::Compiler),
     ("cc", Skill::Compiler),
 ];
-/// Actions that bring what they are for, so that the lane need not.
-const BRINGS: [(&str, Skill); 4] = [
+/// Actions that install what they are for, so that the lane need not have it.
+const INSTALLS: [(&str, Skill); 4] = [
     ("setup-node", Skill::Node),
     ("setup-docker-action", Skill::Docker),
     ("setup-docker-action", Skill::Buildkit),
@@ -61,14 +61,13 @@ const BRINGS: [(&str, Skill); 4] = [
 pub enum Weight {
     /// The contract is broken.
     Error,
-    /// It cannot be said from the file alone.
+    /// The file alone does not decide it.
     Note,
 }
 
-/// Something about a job.
+/// A finding about a job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// How much it counts.
     pub weight: Weight,
     /// The workflow's file.
     pub file: String,
@@ -76,23 +75,24 @@ pub struct Finding {
     pub line: Option<u64>,
     /// The job's id.
     pub job: String,
-    /// What is wrong or open.
+    /// What is wrong or undecided.
     pub text: String,
 }
 
-/// What there is to say about the jobs of a workflow. `text` is the file's, for the lines.
+/// Checks the jobs of a workflow. `text` is the text of the file, in which the jobs' lines are looked up.
 pub fn check(contract: &Contract, file: &str, text: &str, workflow: &Value) -> Vec<Finding> {
     let mut findings = Vec::new();
     for (id, job) in workflow["jobs"].as_object().into_iter().flatten() {
-        // A job that calls a workflow runs where that one says.
+        // A job that calls another workflow has no `runs-on`: the lanes are named there.
         if job.get("uses").is_some() {
             continue;
         }
+        // A parsed document has no positions, so the job's key is looked up in the text.
         let line = text
             .lines()
             .position(|line| line.trim_end() == format!("  {id}:"))
             .map(|at| at as u64 + 1);
-        let mut say = |weight, text| {
+        let mut add = |weight, text| {
             findings.push(Finding {
                 weight,
                 file: file.to_owned(),
@@ -102,10 +102,10 @@ pub fn check(contract: &Contract, file: &str, text: &str, workflow: &Value) -> V
             });
         };
         match labels(job) {
-            Err(open) => say(Weight::Note, open),
+            Err(open) => add(Weight::Note, open),
             Ok(alternatives) => {
                 for labels in alternatives {
-                    of_lane(contract, job, &labels, &mut say);
+                    check_lane(contract, job, &labels, &mut add);
                 }
             }
         }
@@ -113,17 +113,17 @@ pub fn check(contract: &Contract, file: &str, text: &str, workflow: &Value) -> V
     findings
 }
 
-/// One set of labels that the job may run with.
-fn of_lane(
+/// Checks a job against the lane that a set of labels chooses.
+fn check_lane(
     contract: &Contract,
     job: &Value,
     labels: &[String],
-    say: &mut impl FnMut(Weight, String),
+    add: &mut impl FnMut(Weight, String),
 ) {
     let special: Vec<&String> = labels.iter().filter(|label| !is_generic(label)).collect();
     if special.is_empty() {
         let shown = labels.join(", ");
-        return say(
+        return add(
             Weight::Error,
             format!("`runs-on: {}` names no lane", one_line(&shown, 100)),
         );
@@ -139,16 +139,16 @@ fn of_lane(
             .map(|(_, _, lane)| lane.label.as_str())
             .collect();
         let advice = match nearest(label, all.iter().copied()) {
-            Some(word) => format!("did you mean `{word}`?"),
+            Some(name) => format!("did you mean `{name}`?"),
             None => format!("the lanes are {}", all.join(", ")),
         };
-        return say(
+        return add(
             Weight::Error,
             format!("there is no lane `{}`: {advice}", one_line(label, 100)),
         );
     };
     if job.get("container").is_some() {
-        return say(
+        return add(
             Weight::Note,
             "it runs in a container, whose image brings the tools".to_owned(),
         );
@@ -159,11 +159,11 @@ fn of_lane(
                 "{by} needs `{skill}`, which `{}` (class `{class_name}`) does not offer",
                 lane.label
             );
-            say(Weight::Error, text);
+            add(Weight::Error, text);
         }
     }
     if !lane.publishes && asks_to_publish(job) {
-        say(
+        add(
             Weight::Error,
             format!("it asks to publish, and `{}` never does", lane.label),
         );
@@ -176,7 +176,7 @@ fn is_generic(label: &str) -> bool {
         .any(|generic| label.eq_ignore_ascii_case(generic))
 }
 
-/// The sets of labels that a job may run with, or why that is open.
+/// The sets of labels that a job may run with, one for each value of its matrix; or why these are not known.
 fn labels(job: &Value) -> Result<Vec<Vec<String>>, String> {
     let runs_on = &job["runs-on"];
     let labels = match runs_on {
@@ -238,7 +238,7 @@ fn matrix_key(text: &str) -> Option<&str> {
         .then_some(key)
 }
 
-/// Every value that a key of the matrix can have; `None` if one of them is decided when it runs.
+/// Every value that a key of the matrix can have; `None` if one of them is only known when the workflow runs.
 fn matrix_values(job: &Value, key: &str) -> Option<Vec<String>> {
     let matrix = job["strategy"]["matrix"].as_object()?;
     let own = matrix
@@ -264,7 +264,7 @@ fn matrix_values(job: &Value, key: &str) -> Option<Vec<String>> {
     all.filter(|all| !all.is_empty() && all.iter().all(|value| !value.contains("${{")))
 }
 
-/// What a job's steps need of the lane, each once, with what needs it.
+/// The skills that a job's steps need of the lane, each once, with the line that needs it.
 fn needs(job: &Value) -> Vec<(Skill, String)> {
     let mut needs: Vec<(Skill, String)> = Vec::new();
     let mut brought: Vec<Skill> = Vec::new();
@@ -279,7 +279,7 @@ fn needs(job: &Value) -> Vec<(Skill, String)> {
                     .map(|(_, skill)| *skill)
                     .collect()
             };
-            brought.extend(of(&BRINGS));
+            brought.extend(of(&INSTALLS));
             needs.extend(
                 of(&ACTIONS)
                     .into_iter()
@@ -291,12 +291,12 @@ fn needs(job: &Value) -> Vec<(Skill, String)> {
             .or_else(|| step["with"]["command"].as_str())
             .unwrap_or_default();
         for line in script.lines() {
-            let word = line.split_whitespace().next().unwrap_or_default();
+            let first = line.split_whitespace().next().unwrap_or_default();
             let found = COMMANDS
                 .iter()
-                .find(|(command, _)| *command == word)
+                .find(|(command, _)| *command == first)
                 .map(|(_, skill)| *skill);
-            // What runs inside a Nix job comes from Nix.
+            // The commands of a `nix-job` are Nix's to provide, and not the lane's.
             let inside = step.get("run").is_none();
             if let Some(skill) = found.filter(|skill| !brought.contains(skill) && !inside) {
                 needs.push((skill, format!("`run: {}`", one_line(line, 60))));
@@ -321,7 +321,7 @@ fn asks_to_publish(job: &Value) -> bool {
             Value::Bool(asks) => *asks,
             Value::String(text) => ["true", "auto"]
                 .iter()
-                .any(|word| text.eq_ignore_ascii_case(word)),
+                .any(|name| text.eq_ignore_ascii_case(name)),
             _ => false,
         })
 }

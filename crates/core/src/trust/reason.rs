@@ -1,4 +1,4 @@
-//! Why a job may publish or may not, each in one sentence for people. Pure.
+//! The reasons why a job may or may not publish, each as one sentence for people. Pure.
 
 use std::fmt;
 
@@ -20,7 +20,7 @@ pub enum Grounds {
         event: Event,
         /// The full ref.
         git_ref: String,
-        /// The pattern that names it.
+        /// The pattern that names the ref.
         pattern: String,
     },
     /// A person asked for it on their own machine.
@@ -55,17 +55,17 @@ impl fmt::Display for Grounds {
 /// Why a job is read-only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// A person's machine, and nobody said `--publish`.
+    /// A person's machine, and `--publish` was not given.
     NotAskedLocally,
-    /// A CI whose facts cannot be read.
+    /// A CI of which no facts can be read.
     OtherCi(String),
-    /// A fact is missing, unreadable, or told in two ways.
+    /// A fact is missing or unreadable, or two sources disagree about it.
     InDoubt(Doubt),
     /// A pull request, from a fork or not.
     PullRequest,
-    /// A release: the tag's own push has published.
+    /// A release: the push of its tag publishes.
     Release,
-    /// A dispatch from outside: it carries its caller's data.
+    /// A dispatch from outside, which carries the data of its caller.
     RepositoryDispatch,
     /// Any other event, by its name.
     NeverTrusted(String),
@@ -84,7 +84,7 @@ pub enum Refusal {
         /// The full ref.
         git_ref: String,
     },
-    /// An event that is trusted on the default branch alone, elsewhere.
+    /// An event that is trusted only on the default branch, on another ref.
     OffDefaultBranch {
         /// The full ref.
         git_ref: String,
@@ -98,7 +98,7 @@ pub enum Refusal {
     Unprotected {
         /// The full ref.
         git_ref: String,
-        /// The pattern that names it.
+        /// The pattern that names the ref.
         pattern: String,
     },
 }
@@ -204,7 +204,7 @@ impl Refusal {
     }
 }
 
-/// What makes an event untrustworthy, as a fragment.
+/// Why an event is never trusted, as a fragment.
 fn hazard(event: &str) -> &'static str {
     match event {
         "pull_request_target" => {

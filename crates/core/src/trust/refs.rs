@@ -3,7 +3,7 @@
 use crate::exit::UsageError;
 use crate::trust::facts::shown;
 
-/// What is trusted when `trusted-refs` says nothing.
+/// What is trusted when `trusted-refs` is not given.
 const DEFAULT: &str = "refs/tags/v*";
 
 /// Patterns of full refs. `*` stands for any text without a `/`, `**` for any text.
@@ -23,11 +23,11 @@ impl TrustedRefs {
     /// # Errors
     /// For a pattern that can name no branch and no tag, or names pull requests.
     pub fn parse(text: &str) -> Result<Self, UsageError> {
-        let words = text
+        let parts = text
             .split(|c: char| c == ',' || c.is_whitespace())
-            .filter(|word| !word.is_empty());
-        let patterns = words
-            .map(|word| check(word).map(|()| word.to_owned()))
+            .filter(|part| !part.is_empty());
+        let patterns = parts
+            .map(|part| check(part).map(|()| part.to_owned()))
             .collect::<Result<Vec<_>, _>>()?;
         Ok(if patterns.is_empty() {
             Self::default()

@@ -3,7 +3,7 @@
 use super::*;
 use crate::trust::facts::FactName;
 
-/// A job and what is asked for it: a push to the default branch with everything in place, unless told otherwise.
+/// A job and what is asked for it: a push to the default branch with everything in place, unless a case changes it.
 #[derive(Clone)]
 struct Case {
     facts: Facts,
@@ -92,7 +92,7 @@ fn decided(case: &Case) -> Decision {
     decision
 }
 
-/// Publishes or not; a token is there and `push-cache: true` unless the case says otherwise.
+/// Publishes or not; a token is there and `push-cache: true` unless the case has another value.
 fn check(case: &Case, publishes: bool) -> Decision {
     let decision = decided(case);
     assert_eq!(

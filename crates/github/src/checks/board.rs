@@ -1,9 +1,9 @@
-//! The Check Runs of a run of `flake-checks`: what each output should show is kept here, and one task brings GitHub
-//! to it, within GitHub's limits and without ever holding anybody up.
+//! The Check Runs of a run of `flake-checks`. The wanted state of each output is kept here, and one task brings GitHub
+//! to it, within GitHub's limits and without ever blocking the run.
 //!
-//! States are coalesced: an output that was queued, built and ended while GitHub wanted to be left alone costs one
-//! request. Up to `Options::alone` outputs have a Check Run each; of more, those that fail have one each, and all
-//! are listed in shared ones. The aggregate is there from the beginning and ends last.
+//! States are coalesced: an output that was queued, built and ended while GitHub allowed no request costs one request.
+//! Up to `Options::alone` outputs have a Check Run each. With more outputs, those that fail have one each, and all are
+//! listed in shared ones. The aggregate Check Run is created first and ends last.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -19,27 +19,28 @@ use crate::checks::runs::{self, Subject};
 use crate::checks::{Output, State};
 use flywheel_core::progress::Sink;
 
-/// What is kept to. The defaults are GitHub's ("Rate limits for the REST API", 2026: 1,000 requests an hour for a
-/// repository's `GITHUB_TOKEN`, 80 content-generating requests a minute and 500 an hour), less what others need.
+/// The limits. The defaults are GitHub's ("Rate limits for the REST API", 2026: 1,000 requests an hour for a
+/// repository's `GITHUB_TOKEN`, 80 content-generating requests a minute and 500 an hour), less a reserve for other
+/// users of the token.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The aggregate's name.
     pub name: String,
-    /// Stands before our own names of the runs, so that two jobs of one commit do not take each other's.
+    /// The prefix of our identifiers, so that two jobs of one commit do not take each other's Check Runs.
     pub scope: String,
-    /// So many outputs have a Check Run each; of more only those that fail.
+    /// Up to this many outputs have a Check Run each; of more outputs only those that fail.
     pub alone: usize,
-    /// Outputs in a shared Check Run.
+    /// How many outputs share a Check Run.
     pub shared: usize,
-    /// Failures beside shared ones that have a Check Run each.
+    /// How many failures have a Check Run each beside the shared ones.
     pub failures: usize,
-    /// Writes in a minute.
+    /// How many writes a minute may have.
     pub per_minute: usize,
-    /// Writes in all; the last of them are for what must not stay open.
+    /// How many writes the whole run may have. The last ones are kept for Check Runs that must not stay open.
     pub in_all: usize,
-    /// Requests at once.
+    /// How many requests may be under way at once.
     pub at_once: usize,
-    /// The length of a minute; tests have shorter ones.
+    /// The length of a minute, which tests shorten.
     pub minute: Duration,
     /// The first wait after a request that failed; it doubles up to sixteen times this.
     pub base: Duration,
@@ -65,16 +66,16 @@ impl Default for Options {
     }
 }
 
-/// So long before the deadline the aggregate ends, whatever else is still open.
+/// The aggregate ends this long before the deadline, whatever else is still open.
 const AGGREGATE_RESERVE: Duration = Duration::from_secs(2);
 
-/// After a request to stop it may take so long; GitHub kills after ten seconds, and we promise to be done in six.
+/// After a request to stop, updating may take this long. GitHub kills after ten seconds, and we promise to be done in
+/// six.
 const STOP_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// What is said of the whole at its end.
+/// The content of the aggregate Check Run at its end.
 #[derive(Clone, Debug)]
 pub struct Aggregate {
-    /// How it ended.
     pub conclusion: check_run::Conclusion,
     /// One line.
     pub title: String,
@@ -82,18 +83,18 @@ pub struct Aggregate {
     pub summary: String,
 }
 
-/// What came of it.
+/// What the reporter achieved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ReportStats {
-    /// Check Runs that show what they should.
+    /// How many Check Runs show what they should.
     pub shown: usize,
     /// The names of those that do not.
     pub missing: Vec<String>,
-    /// Requests that were sent.
+    /// How many requests were sent.
     pub requests: usize,
 }
 
-/// A handle; every method but `close` returns at once.
+/// A handle to the task. Every method but `close` returns at once.
 #[derive(Debug)]
 pub struct CheckRunReporter {
     shared: Arc<Shared>,
@@ -116,7 +117,7 @@ struct Wanted {
 }
 
 impl CheckRunReporter {
-    /// Starts. The aggregate is created at once.
+    /// Starts the task, which creates the aggregate Check Run at once.
     pub fn start(runs: CheckRuns, options: Options, sink: Sink) -> Self {
         let shared = Arc::new(Shared {
             wanted: Mutex::default(),
@@ -126,7 +127,7 @@ impl CheckRunReporter {
         Self { shared, task }
     }
 
-    /// The outputs are known by name.
+    /// Takes the list of outputs.
     pub fn announce(&self, outputs: Vec<Output>) {
         let mut wanted = self.shared.wanted();
         wanted.index = outputs
@@ -143,7 +144,7 @@ impl CheckRunReporter {
         self.shared.changed.notify_one();
     }
 
-    /// An output has moved on. One that has ended stays ended.
+    /// Takes an output's new state. An output that has ended stays so.
     pub fn update(&self, label: &str, state: State) {
         let mut wanted = self.shared.wanted();
         if let Some(at) = wanted.index.get(label).copied()
@@ -155,8 +156,8 @@ impl CheckRunReporter {
         self.shared.changed.notify_one();
     }
 
-    /// Ends it: everything that is still to be shown is, until `deadline`, and soon once `stop` is cancelled. An
-    /// output without a verdict is shown as cancelled.
+    /// Shows what is still to be shown, until `deadline`, or until soon after `stop` is cancelled. An output without a
+    /// verdict is shown as cancelled.
     pub async fn close(
         self,
         aggregate: Aggregate,
@@ -186,17 +187,17 @@ impl Shared {
     }
 }
 
-/// A Check Run of ours, as far as GitHub has it.
+/// What is known of one of our Check Runs at GitHub.
 #[derive(Debug, Default)]
 struct Record {
     id: Option<u64>,
-    /// What it shows.
+    /// The stage that it shows.
     shown: Option<Stage>,
-    /// What is on its way.
+    /// Whether a request for it is under way.
     sending: bool,
-    /// A request that made it may have arrived.
+    /// Whether GitHub may have it without our knowing: a request to create it had no answer.
     may_exist: bool,
-    /// GitHub does not take it.
+    /// Whether GitHub has rejected it, which no other attempt would change.
     refused: bool,
 }
 
@@ -213,7 +214,7 @@ struct Worker {
     options: Options,
     sink: Sink,
     records: HashMap<Subject, Record>,
-    /// Those of an earlier attempt, by our own names.
+    /// GitHub's numbers of Check Runs of an earlier attempt, by our identifiers.
     earlier: HashMap<String, u64>,
     is_listed: bool,
     writes: VecDeque<Instant>,
@@ -222,7 +223,7 @@ struct Worker {
     jobs: JoinSet<Response>,
     blocked: Option<Instant>,
     failures_in_a_row: u32,
-    /// Why nothing more is sent.
+    /// Whether nothing more is sent, because the token has no rights.
     stopped: bool,
 }
 
@@ -264,7 +265,7 @@ impl Worker {
             tokio::select! {
                 biased;
                 Some(answer) = self.jobs.join_next(), if !self.jobs.is_empty() => {
-                    // A request that panicked has said so; what it was for is seen to be missing.
+                    // A request that panicked has printed why, and its Check Run counts as missing.
                     if let Ok(answer) = answer {
                         self.on_response(answer);
                     }
@@ -273,6 +274,7 @@ impl Worker {
                 () = sleep_until(until.unwrap_or(now)), if until.is_some() => (),
             }
         }
+        // The deadline is reached, or nothing more is to be sent: what is under way is given up.
         self.jobs.shutdown().await;
         self.stats()
     }
@@ -284,6 +286,7 @@ impl Worker {
         };
         for (subject, stage) in self.stages(true) {
             let shown = self.records.get(&subject).and_then(|record| record.shown);
+            // A Check Run that was left at an earlier stage counts as missing, too.
             if shown == Some(stage) {
                 stats.shown += 1;
             } else {
@@ -297,7 +300,7 @@ impl Worker {
         stats
     }
 
-    /// Looks for runs of an earlier attempt, so that they are brought up to date and not left beside new ones.
+    /// Lists the Check Runs of an earlier attempt, which are updated: new ones beside them would leave them open.
     fn list(&mut self) {
         let (runs, limit) = (self.runs.clone(), self.options.request);
         self.requests += 1;
@@ -305,7 +308,7 @@ impl Worker {
             .spawn(async move { Response::Listed(bounded(limit, runs.list(None)).await) });
     }
 
-    /// How far each Check Run should be now, what is most urgent first.
+    /// The stage that each Check Run should show now, the most urgent first.
     fn stages(&self, closing: bool) -> Vec<(Subject, Stage)> {
         let wanted = self.shared.wanted();
         runs::stages(
@@ -317,7 +320,8 @@ impl Worker {
         )
     }
 
-    /// The same; at the end what GitHub shows as open comes before what it does not show yet.
+    /// The same in the order of sending. While closing, Check Runs that GitHub shows as open come before those that it
+    /// does not have, because an open one would stay so for ever.
     fn in_order(&self, closing: bool) -> Vec<(Subject, Stage)> {
         let mut stages = self.stages(closing);
         if closing {
@@ -330,8 +334,9 @@ impl Worker {
         stages
     }
 
-    /// Starts what may be sent now. Gives when to look again: `None` when there is nothing to send.
+    /// Starts the requests that may be sent now. Returns when to call this again; `None` when nothing is left to send.
     fn send(&mut self, now: Instant, close: Option<Instant>) -> Option<Instant> {
+        // Nothing is created before the Check Runs of an earlier attempt are known.
         if self.stopped || !self.is_listed {
             return None;
         }
@@ -357,7 +362,7 @@ impl Worker {
                 open = true;
                 continue;
             }
-            // The aggregate ends last, but it does end.
+            // The aggregate must end last, because it stands for all others, and must end in any case.
             let aggregate_due = close.map(|deadline| deadline - AGGREGATE_RESERVE);
             let is_last = subject == Subject::Aggregate
                 && stage.is_completed()
@@ -372,7 +377,7 @@ impl Worker {
             }
             open = true;
             if self.jobs.len() >= self.options.at_once {
-                // The next answer makes room.
+                // This is called again when a request has ended.
                 continue;
             }
             if let Some(until) = self.blocked_until(now, close) {
@@ -381,11 +386,12 @@ impl Worker {
             }
             self.start(subject, closing, now);
         }
+        // Nothing is under way that could end, and no time is known: look again soon, or this would wait for ever.
         next.or_else(|| (open && self.jobs.is_empty()).then(|| now + self.options.base))
     }
 
-    /// Whether there is a request left for it. What is open must be closed, failures must be seen; the rest comes
-    /// out of what is left.
+    /// Whether the budget of writes has one left for this. What is open must be closed, and failures must be seen; the
+    /// rest gets what remains.
     fn is_affordable(
         &self,
         subject: Subject,
@@ -403,23 +409,23 @@ impl Worker {
         let fails = stage == Stage::Completed(check_run::Conclusion::Failure);
         match (closes || fails, stage) {
             (true, _) => left > 0,
-            // What begins now has to end too.
+            // What begins now has to end as well, which is another write.
             (false, Stage::Queued | Stage::InProgress) if shown.is_none() => {
                 !closing && left > open + 2
             }
-            // That it goes on is nice to know, when there are requests to spare.
+            // Showing progress is a luxury, for when there are plenty of writes left.
             (false, Stage::InProgress) => !closing && left > 3 * (open + 1),
             (false, _) => left > open + 1,
         }
     }
 
-    /// Until when nothing may be sent.
+    /// Until when nothing may be sent, if so.
     fn blocked_until(&self, now: Instant, close: Option<Instant>) -> Option<Instant> {
         if let Some(until) = self.blocked.filter(|until| *until > now) {
             return Some(until);
         }
         let full = self.writes.len() >= self.options.per_minute;
-        // At a cancel there is no minute to wait for; GitHub itself says when it is too much.
+        // Close to the deadline there is no minute left to wait. GitHub refuses what is too much.
         let is_closing_soon = close.is_some_and(|deadline| deadline < now + self.options.minute);
         (full && !is_closing_soon).then(|| self.writes[0] + self.options.minute)
     }
@@ -441,6 +447,7 @@ impl Worker {
         }
         let (runs, limit, stage) = (self.runs.clone(), self.options.request, run.stage);
         self.requests += 1;
+        // The request without a response may have succeeded. Creating another Check Run would leave two, so look first.
         if record.id.is_none() && record.may_exist {
             self.jobs.spawn(async move {
                 Response::Looked(subject, bounded(limit, runs.list(Some(&run.name))).await)
@@ -467,7 +474,7 @@ impl Worker {
         match response {
             Response::Listed(found) => {
                 self.is_listed = true;
-                // A token that may write and not read makes new ones, and that is better than none.
+                // A token that may write but not read creates new Check Runs, which is better than none.
                 let found = found.unwrap_or_default();
                 self.earlier = found
                     .into_iter()
@@ -544,6 +551,7 @@ impl Worker {
                     .options
                     .base
                     .saturating_mul(1 << self.failures_in_a_row.clamp(1, 5).saturating_sub(1));
+                // A short outage is worth no warning, and a long one is worth a single one.
                 if self.failures_in_a_row == 5 {
                     let text = format!(
                         "GitHub does not answer, so Check Runs are late or missing: {error}"
@@ -555,7 +563,8 @@ impl Worker {
         }
     }
 
-    /// Leaves GitHub alone, and a little longer than it asks, so that not every job comes back at the same moment.
+    /// Sends nothing for as long as GitHub asks, and a random bit longer, so that not all jobs return at the same
+    /// moment.
     fn wait(&mut self, now: Instant, wait: Duration) {
         let until = now + wait + wait.mul_f64(fastrand::f64() * 0.1);
         self.blocked = Some(self.blocked.map_or(until, |blocked| blocked.max(until)));

@@ -44,14 +44,15 @@ pub fn json_lines(ended: &[Ended<'_>]) -> String {
             reproduce: &verdict.reproduce,
             log_tail: &verdict.log_tail,
         };
-        // Plain data: there is nothing in it that is no JSON.
+        // Plain data, for which serializing to JSON cannot fail.
         text.push_str(&serde_json::to_string(&line).unwrap_or_default());
         text.push('\n');
     }
     text
 }
 
-/// JUnit's XML, of which there is no standard but what tools read: a suite, a case an output, `failure`, `skipped`.
+/// JUnit's XML. No standard defines it, so this keeps to what every tool reads: a suite, a case for each output,
+/// `failure` and `skipped`.
 pub fn junit(name: &str, ended: &[Ended<'_>]) -> String {
     let of = |conclusion: Conclusion| {
         ended
@@ -107,7 +108,7 @@ pub fn junit(name: &str, ended: &[Ended<'_>]) -> String {
     text
 }
 
-/// Text for an attribute or an element; characters that XML has no place for are left out.
+/// Escapes a text for an attribute or an element. Characters that XML does not allow are left out.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,5 +1,5 @@
-//! What a run of `flake-checks` found out of each output, as plain data. Owns the words of states and verdicts;
-//! never asks GitHub and never decides what failed.
+//! What a run of `flake-checks` found out about each output, as plain data, and the modules that report it. The one
+//! place of states and verdicts; never decides what failed.
 
 pub mod board;
 pub mod files;
@@ -26,16 +26,15 @@ pub struct Output {
     pub system: Option<String>,
 }
 
-/// How far an output is. A later state never goes back to an earlier one.
+/// The state of an output, which only ever advances.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
     /// Known by name.
     Queued,
-    /// Its derivation is being asked for.
+    /// It is being evaluated to a derivation.
     Evaluating,
     /// It is being built.
     Building,
-    /// It has ended.
     Finished(Box<Verdict>),
 }
 
@@ -45,24 +44,24 @@ pub enum State {
 pub enum Cause {
     /// It was built.
     Built,
-    /// It evaluates; nobody asked for more.
+    /// It evaluates, and was not to be built.
     Evaluated,
     /// The cache or the store had it.
     AlreadyCached,
     /// Nix could not evaluate it.
     Evaluation {
-        /// Nix's own words.
+        /// Nix's own message.
         text: String,
         /// Where, when the error names a file of the flake.
         // Readers of the JSON file know the key as `place`.
         #[serde(rename = "place")]
         location: Option<SourceLocation>,
     },
-    /// The evaluation was killed for its memory, alone too.
+    /// The evaluation was killed for its memory, also when it ran alone.
     OutOfMemory {
-        /// What it had taken when it was killed.
+        /// The memory that it had when it was killed.
         needed_bytes: u64,
-        /// What it could have.
+        /// The memory that it could have.
         limit_bytes: u64,
     },
     /// Its own build failed.
@@ -72,7 +71,7 @@ pub enum Cause {
         /// The derivation that failed.
         derivation: String,
     },
-    /// What was fetched is not what the hash says.
+    /// What was fetched has another hash than the source gives.
     HashMismatch {
         /// The hash that the source gives.
         specified: String,
@@ -87,7 +86,7 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// How an output of this cause ends. The one rule, so that no two reports can disagree.
+    /// The conclusion that follows from the cause. This is the only such rule, so that no two reports can disagree.
     pub fn conclusion(&self) -> Conclusion {
         match self {
             Self::Built | Self::Evaluated => Conclusion::Success,
@@ -101,7 +100,7 @@ impl Cause {
         }
     }
 
-    /// The source line to mark, where there is one.
+    /// The source line to annotate, if there is one.
     pub fn location(&self) -> Option<&SourceLocation> {
         match self {
             Self::Evaluation { location, .. } | Self::HashMismatch { location, .. } => {
@@ -115,24 +114,21 @@ impl Cause {
 /// What is known of an output that has ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Verdict {
-    /// Why it ended so.
     pub cause: Cause,
     /// Its derivation, when evaluation came that far.
     pub derivation: Option<String>,
     /// The store paths it made.
     pub out_paths: Vec<String>,
-    /// The last lines of the log, as Nix wrote them: made harmless only when they are shown.
+    /// The last lines of the log as Nix wrote them. They may hold escape sequences, which each report removes.
     pub log_tail: Vec<String>,
     /// When it began, in seconds since 1970.
     pub started_at: u64,
-    /// How long it took.
     pub took: Duration,
-    /// The command that does the same by hand.
+    /// The command that builds the output by hand.
     pub reproduce: String,
 }
 
 impl Verdict {
-    /// How it ended.
     pub fn conclusion(&self) -> Conclusion {
         self.cause.conclusion()
     }

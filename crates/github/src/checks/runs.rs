@@ -1,4 +1,4 @@
-//! Which Check Runs there should be, and what each should show. Pure.
+//! Which Check Runs there should be, and what each should show. Pure; `board.rs` brings GitHub to it.
 
 use std::fmt::Write as _;
 
@@ -14,16 +14,16 @@ const LINE: usize = 500;
 /// What a Check Run is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Subject {
-    /// All of it.
+    /// All outputs together.
     Aggregate,
-    /// The output of this number.
+    /// The output with this index.
     Output(usize),
-    /// The outputs from this number on.
+    /// The outputs from this index on, which share a Check Run.
     Shared(usize),
 }
 
-/// How far each Check Run should be now, what is most urgent first. `closing`: an output without a verdict has been
-/// cancelled.
+/// The stage that each Check Run should show now, the most urgent first. `closing`: an output without a verdict counts
+/// as cancelled.
 pub(super) fn stages(
     outputs: &[(Output, State)],
     announced: bool,
@@ -53,7 +53,7 @@ pub(super) fn stages(
             )
         }));
     }
-    // Failures, then what has ended, then what goes on.
+    // When requests run short, people need failures first, then other results, then progress.
     all.sort_by_key(|(_, stage)| match stage {
         Stage::Completed(Conclusion::Failure) => 0,
         Stage::Completed(_) => 1,
@@ -67,7 +67,7 @@ pub(super) fn stages(
     all
 }
 
-/// What one should show now.
+/// The content that a Check Run should show now.
 pub(super) fn render(
     subject: Subject,
     outputs: &[(Output, State)],
@@ -82,7 +82,7 @@ pub(super) fn render(
     }
 }
 
-/// The name of one, for people.
+/// The name of a Check Run, as people see it.
 pub(super) fn name(subject: Subject, outputs: &[(Output, State)], options: &Options) -> String {
     match subject {
         Subject::Aggregate => options.name.clone(),
@@ -123,7 +123,7 @@ fn ends(part: &[(Output, State)], closing: bool) -> Vec<Conclusion> {
     part.iter().filter_map(end).collect()
 }
 
-/// What is worst comes first.
+/// The order in which a shared run takes its conclusion from its outputs: the worst first.
 const WORST: [Conclusion; 4] = [
     Conclusion::Failure,
     Conclusion::Cancelled,
@@ -143,7 +143,7 @@ fn stage_of_part(ends: &[Conclusion], outputs: usize) -> Stage {
     }
 }
 
-/// Our own name for a run, the same on every attempt.
+/// Our identifier of a Check Run, which is the same on every attempt of a job, so that the run is found again.
 pub(super) fn external_id(
     subject: Subject,
     outputs: &[(Output, State)],
@@ -302,7 +302,7 @@ fn annotations_of(verdict: &Verdict) -> Vec<Annotation> {
     mark.into_iter().collect()
 }
 
-/// A conclusion as a word.
+/// A conclusion, as people read it.
 pub fn as_str(conclusion: Conclusion) -> &'static str {
     match conclusion {
         Conclusion::Success => "success",

@@ -1,5 +1,5 @@
-//! A run's verdicts for the job summary: a table, failures first, and a picture of the builds over time. Pure, and
-//! bounded: GitHub drops summaries over 1 MiB.
+//! A run's verdicts for the job summary: a table with failures first, and a timeline of the builds. Pure, and bounded,
+//! because GitHub drops summaries over 1 MiB.
 
 use std::fmt::Write as _;
 
@@ -8,9 +8,9 @@ use super::text::{plain, title};
 use super::{Cause, Conclusion, Output, Verdict};
 use flywheel_core::text::{count, duration, one_line};
 
-/// Rows of the table; the log and the files have all.
+/// Rows of the table at most; the log and the files have all outputs.
 const ROWS: usize = 300;
-/// Rows of the picture: the longest ones.
+/// Rows of the timeline at most: the builds that took longest.
 const BARS: usize = 40;
 
 /// An output and how it ended.
@@ -102,7 +102,7 @@ pub fn sign(conclusion: Conclusion) -> &'static str {
     }
 }
 
-/// The builds over time, as Mermaid draws them.
+/// Writes the builds over time, for Mermaid to draw.
 fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     let is_build = |cause: &Cause| {
         !matches!(
@@ -141,7 +141,7 @@ fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     writeln!(text, "```")
 }
 
-/// A label that means nothing to Mermaid.
+/// A label without characters that Mermaid takes for syntax.
 fn bar(label: &str) -> String {
     let label = one_line(label, 60);
     label

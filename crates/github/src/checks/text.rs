@@ -1,5 +1,5 @@
-//! Every sentence that people read of an output's verdict, bounded and harmless whatever a build's log holds.
-//! Pure; knows no API.
+//! Every sentence about an output's verdict that people read. Each is bounded in length, and nothing in a build's log
+//! can act as markup. Pure; knows no API.
 
 use super::{Cause, Output, Verdict};
 use flywheel_core::text::{bytes, duration, one_line, shorten};
@@ -8,12 +8,12 @@ use flywheel_core::text::{bytes, duration, one_line, shorten};
 const MARKDOWN_LIMIT_BYTES: usize = 65_000;
 /// GitHub takes 255 characters.
 const TITLE_LIMIT: usize = 250;
-/// The log's share of a text; the rest is ours and short.
+/// The log's share of a text. The rest of the text is much shorter than what this leaves.
 const LOG_LIMIT_BYTES: usize = 48_000;
-/// An evaluation error's share.
+/// The share of an evaluation error.
 const ERROR_LIMIT: usize = 8_000;
 
-/// One line that says how the output ended.
+/// One line about how the output ended.
 pub fn title(verdict: &Verdict) -> String {
     let took = duration(verdict.took);
     let title = match &verdict.cause {
@@ -78,7 +78,7 @@ pub fn summary(output: &Output, verdict: &Verdict) -> String {
     bounded(&parts.join("\n\n"), MARKDOWN_LIMIT_BYTES)
 }
 
-/// What an annotation on the source line says, when the cause has a line.
+/// The annotation on the source line, if the cause has one.
 pub fn annotation(verdict: &Verdict) -> Option<String> {
     verdict.cause.location()?;
     Some(match &verdict.cause {
@@ -105,7 +105,7 @@ fn log_tail(lines: &[String]) -> String {
     kept.join("\n")
 }
 
-/// The line of Nix's error that says what is wrong: its last `error:`, for a trace comes before it.
+/// The line of Nix's error with the cause: the last one with `error:`, since Nix prints the trace before it.
 fn error_line(text: &str) -> String {
     let clean = without_ansi(text);
     let mut last = clean.lines().map(str::trim).filter(|line| !line.is_empty());
@@ -173,7 +173,7 @@ fn fenced(text: &str) -> String {
     format!("{fence}\n{text}\n{fence}")
 }
 
-/// The same within a line.
+/// A text as code within a line.
 fn code(text: &str) -> String {
     let text = one_line(text, 500);
     let fence = "`".repeat(longest_ticks(&text) + 1);
@@ -186,7 +186,7 @@ fn longest_ticks(text: &str) -> usize {
     text.split(|c| c != '`').map(str::len).max().unwrap_or(0)
 }
 
-/// Words from outside in running Markdown: nothing in them is markup, and nobody is mentioned.
+/// Escapes a text from outside for Markdown, so that nothing in it is markup and no person is mentioned.
 pub fn plain(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {

@@ -1,9 +1,8 @@
 //! Connections for callers with an HTTP implementation of their own: directly to the server, never through a proxy.
 //! This module owns names, sockets and TLS, but none of the bytes that are exchanged.
 
-use std::fmt;
-use std::io;
 use std::sync::Arc;
+use std::{fmt, io};
 
 use hyper_util::client::proxy::matcher::Matcher;
 use rustls_pki_types::ServerName;

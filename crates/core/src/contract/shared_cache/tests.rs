@@ -201,9 +201,9 @@ fn strict_fails_closed() {
         &["no capability class", "`BAZEL_REMOTE_CACHE` is empty"],
     );
     let mut judgement = judge(&SharedCache::default(), &backed());
-    judgement.answered("cache", Some("no answer".into()), false);
+    judgement.add_problem("cache", Some("no answer".into()), false);
     assert!(judgement.holds());
-    judgement.answered("cache", Some("no answer".into()), true);
+    judgement.add_problem("cache", Some("no answer".into()), true);
     assert!(!judgement.holds());
 }
 
