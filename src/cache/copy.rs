@@ -313,6 +313,7 @@ impl Calls {
                 .into_iter()
                 .map(|info| (info.path.clone(), nar_info(info)))
                 .collect(),
+            // The call failed as a whole, so each path gets the error.
             Err(error) => return paths.iter().map(|_| Err(copied(&error))).collect(),
         };
         paths.iter().map(|path| Ok(found.remove(path))).collect()

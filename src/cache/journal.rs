@@ -184,7 +184,6 @@ impl Folder {
                 .or_else(|| file.metadata().ok()?.modified().ok().map(seconds))
                 .unwrap_or_default();
             let is_old = begun.saturating_add(AGE_LIMIT_SECONDS) < now;
-
             if is_old && read.youngest().saturating_add(AGE_LIMIT_SECONDS) < now {
                 let _ = fs::remove_file(&path);
             } else if read.cache.as_deref() == Some(cache) {

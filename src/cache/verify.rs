@@ -148,6 +148,7 @@ async fn look_up_all(
         options,
         key: &key,
     };
+    // All look-ups share one deadline, so a server that hangs costs it once and not for each path.
     let checks: Vec<_> = paths
         .iter()
         .enumerate()
@@ -178,6 +179,7 @@ async fn key(
     deadline: Instant,
     cancel: &CancellationToken,
 ) -> Key {
+    // A given key proves more than the one that the cache announces, and saves a request.
     if let Some(key) = &options.key {
         return Key::Given(key.clone());
     }

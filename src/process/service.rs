@@ -42,6 +42,7 @@ impl Service {
         environment: &BTreeMap<String, OsString>,
     ) -> Result<Self, CaptureError> {
         let mut command = Command::new(program);
+        // The server inherits nothing, because this program's environment holds the job's token.
         command
             .args(arguments)
             .env_clear()

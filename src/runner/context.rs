@@ -264,6 +264,7 @@ impl EnvClaims {
             self.repository.as_ref()
         };
         let claimed = claimed.ok_or(Doubt::Missing(FactName::Repository))?;
+        // Exactly one slash, with text on both sides.
         let whole = claimed.split('/').count() == 2
             && claimed.split('/').all(|part| !part.is_empty())
             && is_plain(claimed);

@@ -80,6 +80,7 @@ impl Pool {
     /// rest of this one's response.
     pub(super) fn checkin(&self, url: &Url, connection: Connection) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // `checkout` removes expired connections of one server only; those of others would stay for ever.
         idle.retain(|idle| idle.since.elapsed() < IDLE_TIMEOUT);
         if idle.len() < MAX_IDLE {
             idle.push(Idle {
