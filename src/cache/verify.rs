@@ -243,6 +243,7 @@ impl Check<'_> {
         let Some(served) = self.from.look_up(&info.path).await? else {
             return Ok(None);
         };
+        // The body is fetched only if its description is right.
         if let Some(difference) = difference(info, &served, self.key) {
             return Ok(Some(Verdict::Bad(difference)));
         }

@@ -61,7 +61,7 @@ impl Watcher {
         let thread = std::thread::Builder::new()
             .name("watch".into())
             .spawn(move || {
-                priority::yield_to_others();
+                priority::lower_priority();
                 follow(&db, id, &receive, tell);
             })
             .ok()?;

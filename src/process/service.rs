@@ -125,6 +125,7 @@ impl Drop for Service {
 
 async fn keep_tail(mut stderr: ChildStderr, tail: Arc<Mutex<Vec<u8>>>) {
     let mut bytes = [0_u8; 1024];
+    // Read to the end, though little is kept: a full pipe would stop the server.
     while let Ok(read @ 1..) = stderr.read(&mut bytes).await {
         let mut tail = tail
             .lock()

@@ -48,6 +48,7 @@ pub fn facts(env: &Env) -> Facts {
         CiProvider::OtherCi(name) => Facts::OtherCi(name.to_owned()),
         CiProvider::GitLab => Facts::Job(Box::new(gitlab::job(env))),
         CiProvider::GitHub => {
+            // A job without a readable payload is still a job: its facts are then in doubt.
             let claims = EnvClaims::from_env(env);
             let payload_file = claims.event_path.as_deref().map(event::read);
             Facts::Job(Box::new(claims.job(&payload(payload_file))))

@@ -129,6 +129,7 @@ impl Pool {
         let response = timeout(within, request)
             .await
             .unwrap_or(Err(Error::timed_out(within)))?;
+        // For a failure the status is enough, even when its body is incomplete.
         Ok((response.complete || response.status >= 300).then_some(response))
     }
 

@@ -295,7 +295,7 @@ fn hand_on(
 
 /// The process that `start` leaves behind. Its log is its standard error.
 async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
-    detached::leave_session();
+    detached::start_session();
     let hello: Option<Hello> = timeout(STATUS_LIMIT, hear(&mut BufReader::new(tokio::io::stdin())))
         .await
         .ok()
@@ -334,7 +334,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         };
         data(&json(&word));
         // From here on its words would go nowhere.
-        let _ = detached::let_go_of_output();
+        let _ = detached::close_stdout();
     };
     let ended = keep(
         plan,
