@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     let runtime = runtime
         .worker_threads(workers)
         .enable_all()
-        .on_thread_start(priority::yield_to_others)
+        .on_thread_start(priority::lower_priority)
         .build();
     let ended = match runtime {
         Ok(runtime) => {

@@ -145,7 +145,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         export_to_job(&Files::from_env(env), folder.as_deref(), &exports)?;
         set_outputs(&Files::from_env(env), &decision).map_err(write("GITHUB_OUTPUT"))?;
         for (name, value) in &exports {
-            workflow.say(&format!("exports {name}={value}"));
+            workflow.log(&format!("exports {name}={value}"));
         }
     } else {
         data(&for_a_shell(folder.as_deref(), &exports));
@@ -154,7 +154,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         let text = "there is no folder with `flywheel` in it to put on PATH: later steps must name it in full";
         workflow.annotate(Level::Warning, "flywheel", text);
     }
-    workflow.say(&format!(
+    workflow.log(&format!(
         "trust: {} ({})",
         decision.verdict().as_str(),
         decision.reason()

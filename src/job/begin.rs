@@ -70,7 +70,7 @@ pub fn announce(plan: &Plan, decision: &Decision, workflow: &Workflow) {
     for hint in &plan.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
-    workflow.say(&format!(
+    workflow.log(&format!(
         "flywheel: trust: {}: {}",
         decision.verdict().as_str(),
         decision.reason()

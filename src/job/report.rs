@@ -159,7 +159,7 @@ impl JobReport {
             workflow.annotate(*level, title, text);
         }
         for line in &self.lines {
-            workflow.say(line);
+            workflow.log(line);
         }
         let mut written = files.add_summary(&self.summary);
         for (name, value) in &self.outputs {

@@ -107,8 +107,8 @@ impl Screen {
 
     fn log(&self, line: &str) {
         match &self.0.bar {
-            Some(bar) => bar.suspend(|| self.0.workflow.say(line)),
-            None => self.0.workflow.say(line),
+            Some(bar) => bar.suspend(|| self.0.workflow.log(line)),
+            None => self.0.workflow.log(line),
         }
     }
 
@@ -139,7 +139,7 @@ impl Screen {
         if last.elapsed() >= PROGRESS_INTERVAL {
             state.last_line = Some(Instant::now());
             drop(state);
-            self.0.workflow.say(&format!(
+            self.0.workflow.log(&format!(
                 "publishing: {done} of {total} paths, {}",
                 bytes(sent)
             ));

@@ -36,6 +36,7 @@ pub fn bytes(size: u64) -> String {
     }
     let mut value = size as f64 / 1024.0;
     let mut unit = 0;
+    // From 1023.95 on, rounding to one digit would show 1024.0.
     while value >= 1023.95 && unit + 1 < UNITS.len() {
         value /= 1024.0;
         unit += 1;

@@ -65,7 +65,7 @@ impl StoreWatcher {
             .name("watch".into())
             .spawn(move || {
                 // The job's own builds come first; paths can wait a moment.
-                priority::yield_to_others();
+                priority::lower_priority();
                 follow(&db, id, &receive, on_added);
             })
             .ok()?;

@@ -288,7 +288,7 @@ impl FlakeChecks<'_> {
             .collect();
         let outs: Vec<OutputProgress> = names.iter().map(|name| self.out(name)).collect();
         let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
-        self.session.workflow.say(&format!(
+        self.session.workflow.log(&format!(
             "flywheel: {} of {}",
             count(outs.len() as u64, "output"),
             self.plan.flake
@@ -427,7 +427,7 @@ impl FlakeChecks<'_> {
         let exit = Exit::Command(130);
         self.session
             .workflow
-            .say("flywheel: cancelled before anything was evaluated; nothing is lost");
+            .log("flywheel: cancelled before anything was evaluated; nothing is lost");
         if let Err(error) = job::set_outcome(self.session.env, Outcome::Cancelled, exit) {
             self.session.workflow.annotate(
                 Level::Warning,

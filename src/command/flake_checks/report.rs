@@ -13,7 +13,7 @@ use flywheel_sys::runner::workflow::Level;
 impl FlakeChecks<'_> {
     pub(super) fn log_check_runs(&self, stats: Option<ReportStats>) {
         let Some(stats) = stats else { return };
-        self.session.workflow.say(&format!(
+        self.session.workflow.log(&format!(
             "flywheel: {} shown, in {}",
             count(stats.shown as u64, "Check Run"),
             count(stats.requests as u64, "request")
@@ -44,7 +44,7 @@ impl FlakeChecks<'_> {
         self.write_files(&ended);
         self.session
             .workflow
-            .say(&format!("flywheel: {}", summary::closing_line(&ended)));
+            .log(&format!("flywheel: {}", summary::closing_line(&ended)));
         let times = [
             ("evaluation-seconds", ran.evaluation),
             ("build-seconds", ran.build),

@@ -71,19 +71,19 @@ impl Reporter {
             title(verdict)
         );
         if !is_failure || verdict.log_tail.is_empty() {
-            return self.workflow.say(&line);
+            return self.workflow.log(&line);
         }
         self.workflow.group(&line);
         let skipped = verdict.log_tail.len().saturating_sub(LOG_TAIL_LINES);
         for line in &verdict.log_tail[skipped..] {
             // The bar keeps a line that the build printed from being a workflow command.
-            self.workflow.say(&format!(
+            self.workflow.log(&format!(
                 "| {}",
                 shorten(&without_ansi(line).replace(['\r', '\n'], " "), 2000)
             ));
         }
         self.workflow
-            .say(&format!("| by hand: {}", one_line(&verdict.reproduce, 500)));
+            .log(&format!("| by hand: {}", one_line(&verdict.reproduce, 500)));
         self.workflow.end_group();
     }
 
@@ -103,7 +103,7 @@ impl Reporter {
 
     /// Logs that a build is tried again, after a failure that was not its own fault.
     pub fn again(&self, output: &Output, why: &str) {
-        self.workflow.say(&format!(
+        self.workflow.log(&format!(
             "↻ {}: tried again: {}",
             one_line(&output.label, 100),
             one_line(&without_ansi(why), 300)
@@ -121,7 +121,7 @@ impl Reporter {
             .iter()
             .filter(|out| out.facts.is_some() || out.verdict.is_some())
             .count();
-        self.workflow.say(&format!(
+        self.workflow.log(&format!(
             "flywheel: {ended} of {} outputs have a verdict, {known} are evaluated, {} builds of outputs have begun",
             outs.len(),
             self.building

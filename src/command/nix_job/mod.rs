@@ -179,7 +179,7 @@ impl NixJob<'_> {
     /// Reports a job that was cancelled before the command began.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
-        self.session.workflow.say(
+        self.session.workflow.log(
             "flywheel: cancelled before the command began; nothing was run and nothing is lost",
         );
         if let Err(error) = job::set_outcome(self.session.env, Outcome::Cancelled, exit) {

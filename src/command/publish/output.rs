@@ -29,7 +29,7 @@ impl Format {
 pub(super) fn sink(workflow: &Workflow) -> Sink {
     let workflow = workflow.clone();
     Sink::new(move |event| match event {
-        Progress::Note(text) => workflow.say(&text),
+        Progress::Note(text) => workflow.log(&text),
         Progress::Degraded { area, text } => workflow.annotate(Level::Warning, area, &text),
         Progress::Moved { .. } => (),
     })
@@ -96,16 +96,16 @@ pub(super) fn report(
         Key::Given => (),
         _ if offered == 0 => (),
         Key::Announced => {
-            workflow.say(
+            workflow.log(
                 "signatures were checked with the key that the cache itself announces: no `attic-public-key` is given",
             );
         }
         Key::Unknown => {
-            workflow.say("no signature was checked: no `attic-public-key` is given, and the cache announces none");
+            workflow.log("no signature was checked: no `attic-public-key` is given, and the cache announces none");
         }
     }
     let (sent, took) = (text::bytes(publication.bytes), text::duration(elapsed));
-    workflow.say(&format!("{publication} ({sent} sent in {took})"));
+    workflow.log(&format!("{publication} ({sent} sent in {took})"));
     is_lost
 }
 

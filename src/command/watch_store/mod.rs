@@ -208,7 +208,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
             event = timeout_at(deadline, receive(&mut from)) => event.ok().flatten(),
         };
         match event {
-            Some(StartEvent::Note(text)) => workflow.say(&text),
+            Some(StartEvent::Note(text)) => workflow.log(&text),
             Some(StartEvent::Degraded(area, text)) => {
                 workflow.annotate(Level::Warning, &area, &text);
             }
@@ -294,13 +294,13 @@ fn export_settings(
             .map(|(name, value)| format!("export {name}={}", quoted(value)));
         data(&exports.collect::<Vec<_>>().join("\n"));
     }
-    workflow.say("flywheel: watching the store; `flywheel watch-store finish` ends it");
+    workflow.log("flywheel: watching the store; `flywheel watch-store finish` ends it");
     Ok(())
 }
 
 /// The background process. Its log is its standard error.
 async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
-    detached::leave_session();
+    detached::start_session();
     let config: Option<ChildConfig> = timeout(
         STATUS_LIMIT,
         receive(&mut BufReader::new(tokio::io::stdin())),
@@ -331,7 +331,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         };
         data(&json(&event));
         // `start` ends now, and with it the reader of this process's standard output.
-        let _ = detached::let_go_of_output();
+        let _ = detached::close_stdout();
     };
     let parts = (secrets.clone(), workflow.clone(), screen);
     let ended = run_daemon(plan, env, parts, config.folder, sink, ready).await;
@@ -374,7 +374,7 @@ async fn in_foreground(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let screen = Screen::new(&workflow);
     job::announce(plan, &job::judge(plan, &secrets, env), &workflow);
     let folder = current_folder().map_err(not_started)?;
-    let ready = async |_: &Prepared| workflow.say("flywheel: watching the store");
+    let ready = async |_: &Prepared| workflow.log("flywheel: watching the store");
     let parts = (secrets, workflow.clone(), screen.clone());
     let ended = run_daemon(plan, env, parts, folder, screen.sink(), ready).await;
     screen.finish();
@@ -499,7 +499,7 @@ async fn wait(
             }
             _ = ticks.tick() => {
                 if let Some(status) = request_status(runtime_dir).await {
-                    workflow.say(&format!("publishing: {} of {} paths", status.settled, status.known));
+                    workflow.log(&format!("publishing: {} of {} paths", status.settled, status.known));
                 }
             }
         }
@@ -511,7 +511,7 @@ fn print_log(workflow: &Workflow, log: &str) {
     if !log.trim().is_empty() {
         workflow.group("flywheel: the log of the watch");
         for line in log.lines() {
-            workflow.say(&format!("watch-store: {line}"));
+            workflow.log(&format!("watch-store: {line}"));
         }
         workflow.end_group();
     }
@@ -540,23 +540,23 @@ async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
     }
     let workflow = Workflow::new(env.in_github_actions());
     if status.state == "none" {
-        workflow.say("no watch runs in this job");
+        workflow.log("no watch runs in this job");
         return Ok(Exit::Ok);
     }
     let cache = status.cache.as_deref().unwrap_or("no cache");
     let since = text::duration(Duration::from_secs(status.seconds));
-    workflow.say(&format!(
+    workflow.log(&format!(
         "{} for {since}, process {}, {cache}",
         status.state, status.pid
     ));
-    workflow.say(&format!("trust: {} ({})", status.trust, status.reason));
+    workflow.log(&format!("trust: {} ({})", status.trust, status.reason));
     let (settled, known) = (status.settled, text::count(status.known, "path"));
-    workflow.say(&format!(
+    workflow.log(&format!(
         "{settled} of {known} settled, {} sent",
         text::bytes(status.bytes)
     ));
     for line in &status.degraded {
-        workflow.say(&format!("degraded: {line}"));
+        workflow.log(&format!("degraded: {line}"));
     }
     Ok(Exit::Ok)
 }

@@ -40,6 +40,7 @@ impl<Q: Send + 'static, T: Send + 'static> Batches<Q, T> {
                 {
                     batch.push(next);
                 }
+                // Callers that have gone need no result.
                 batch.retain(|(_, reply)| !reply.is_closed());
                 let (requests, mut replies): (Vec<Q>, Vec<Reply<T>>) = batch.into_iter().unzip();
                 let all_gone = join_all(replies.iter_mut().map(oneshot::Sender::closed));

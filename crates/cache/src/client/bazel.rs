@@ -112,6 +112,7 @@ impl BazelProber {
             .grpc
             .post(url)
             .header(CONTENT_TYPE, "application/grpc")
+            // gRPC requires this header: it reveals proxies that drop trailers.
             .header("te", "trailers");
         let response = request.body(vec![0; 5]).send().await.map_err(broken)?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());

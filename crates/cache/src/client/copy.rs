@@ -89,6 +89,7 @@ impl FromStr for StoreUrl {
         if !SCHEMES.contains(&url.scheme()) {
             return Err(StoreUrlError::Scheme(one_line(url.scheme(), 40)));
         }
+        // The URL becomes an argument of `nix`, which any user of the machine can read.
         if url.password().is_some() {
             return Err(StoreUrlError::Password);
         }
@@ -268,7 +269,7 @@ impl Calls {
             let result = if opens && failed < 2 {
                 self.copy_once(std::slice::from_ref(info)).await
             } else {
-                Err(copied(&together))
+                Err(clone_error(&together))
             };
             failed += u32::from(result.is_err());
             results.push(result.map(|()| Uploaded::Stored));
@@ -290,6 +291,7 @@ impl Calls {
             "copy",
             "--to",
             self.url.as_str(),
+            // The publisher has already sent the references.
             "--no-recursive",
             "--no-check-sigs",
         ];
@@ -313,7 +315,8 @@ impl Calls {
                 .into_iter()
                 .map(|info| (info.path.clone(), nar_info(info)))
                 .collect(),
-            Err(error) => return paths.iter().map(|_| Err(copied(&error))).collect(),
+            // The call failed as a whole, so each path gets the error.
+            Err(error) => return paths.iter().map(|_| Err(clone_error(&error))).collect(),
         };
         paths.iter().map(|path| Ok(found.remove(path))).collect()
     }
@@ -364,6 +367,7 @@ impl Calls {
         let arguments = [
             "store",
             "verify",
+            // Signatures are checked by `cache::verify`; here only the content counts.
             "--no-trust",
             "--store",
             self.url.as_str(),
@@ -405,7 +409,7 @@ fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 /// The same failure for another path; `Error` cannot be cloned.
-fn copied(error: &Error) -> Error {
+fn clone_error(error: &Error) -> Error {
     match error {
         Error::Tool { call, text } => Error::Tool {
             call,

@@ -84,6 +84,7 @@ impl Destination for Attic {
 
     fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>> {
         Box::pin(async move {
+            // Attic's protocol identifies a path by its hash alone.
             let hashes: Vec<_> = paths.iter().map(StorePath::hash).collect();
             let missing = self.missing_paths(&hashes).await?;
             Ok(paths

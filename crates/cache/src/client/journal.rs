@@ -111,6 +111,7 @@ impl Folder {
 
     fn begin_file(&self, cache: &str, mark: Option<i64>) -> io::Result<OpenJournal> {
         let _creating = self.lock()?;
+        // The random part is for jobs that start in the same second.
         let path = self
             .0
             .join(format!("{}-{:016x}.{EXTENSION}", now(), fastrand::u64(..)));
@@ -119,6 +120,7 @@ impl Folder {
             .create_new(true)
             .mode(0o600)
             .open(&path)?;
+        // Before the folder's lock is released: a journal without a lock is taken for a dead job's.
         file.lock()?;
         let dirty = Arc::new(AtomicBool::new(false));
         let (stop, stopped) = channel();
@@ -184,7 +186,6 @@ impl Folder {
                 .or_else(|| file.metadata().ok()?.modified().ok().map(seconds))
                 .unwrap_or_default();
             let is_old = begun.saturating_add(AGE_LIMIT_SECONDS) < now;
-
             if is_old && read.youngest().saturating_add(AGE_LIMIT_SECONDS) < now {
                 let _ = fs::remove_file(&path);
             } else if read.cache.as_deref() == Some(cache) {
@@ -317,6 +318,7 @@ impl OpenJournal {
     /// does not spoil the next one.
     fn write(&self, entry: &Entry) -> io::Result<()> {
         let line = entry.to_line();
+        // Lines beyond the limit are dropped. Only the successor of a killed job would miss them.
         if self.size.fetch_add(line.len() as u64, Ordering::Relaxed) > SIZE_LIMIT {
             return Ok(());
         }

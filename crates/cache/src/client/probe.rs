@@ -156,6 +156,7 @@ async fn connect(
         return layers;
     };
     layers.push((Layer::Name, began.elapsed()));
+    // One address that accepts is enough.
     for address in addresses {
         let connected =
             timeout_at(deadline, TcpStream::connect(SocketAddr::new(address, port))).await;

@@ -148,6 +148,7 @@ async fn look_up_all(
         options,
         key: &key,
     };
+    // All look-ups share one deadline, so a server that hangs costs it once and not for each path.
     let checks: Vec<_> = paths
         .iter()
         .enumerate()
@@ -178,6 +179,7 @@ async fn key(
     deadline: Instant,
     cancel: &CancellationToken,
 ) -> Key {
+    // A given key proves more than the one that the cache announces, and saves a request.
     if let Some(key) = &options.key {
         return Key::Given(key.clone());
     }
@@ -241,6 +243,7 @@ impl Check<'_> {
         let Some(served) = self.from.look_up(&info.path).await? else {
             return Ok(None);
         };
+        // The body is fetched only if its description is right.
         if let Some(difference) = difference(info, &served, self.key) {
             return Ok(Some(Verdict::Bad(difference)));
         }

@@ -158,6 +158,7 @@ fn descendants() -> Option<HashMap<u32, u64>> {
     let mut family = HashMap::new();
     let mut queue = children(std::process::id())?;
     while let Some(pid) = queue.pop() {
+        // The second field of `proc_pid_statm(5)` is the number of resident pages.
         let pages = fs::read_to_string(format!("/proc/{pid}/statm"))
             .ok()
             .and_then(|text| nth(&text, 1));

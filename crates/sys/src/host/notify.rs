@@ -43,6 +43,7 @@ impl Notify {
         pause: Duration,
         on_event: impl FnMut(Event<'_>) + Send + 'static,
     ) -> io::Result<Self> {
+        // Non-blocking, so that reading ends when the queue is empty.
         let events = inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)?;
         let watched = Watched {
             number: inotify::add_watch(&events, folder, what)?,

@@ -76,6 +76,7 @@ impl PrivateFolder {
             source,
         };
         let sweep = File::create(ours.join(SWEEP)).map_err(make)?;
+        // Held until the new folder has its own lock.
         sweep.lock().map_err(make)?;
         sweep_dead(&ours);
         let folder = tempfile::Builder::new()

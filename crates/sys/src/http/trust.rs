@@ -30,6 +30,7 @@ impl Verifier {
     }
 
     fn inner(&self) -> Result<&WebPkiServerVerifier, Error> {
+        // The error is kept as text, because every later handshake has to report it, too.
         let made = self.inner.get_or_init(|| {
             let roots = Arc::new(root_store(&self.roots));
             let builder =

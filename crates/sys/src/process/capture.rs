@@ -134,6 +134,7 @@ impl Tool {
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
+        // The child inherits nothing, because this program's environment holds the job's token.
         command
             .args(&self.arguments)
             .env_clear()
@@ -142,6 +143,7 @@ impl Tool {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
+        // A caller that is cancelled must not leave the tool running.
         command.process_group(0).kill_on_drop(true);
         if let Some(folder) = &self.folder {
             command.current_dir(folder);
@@ -176,6 +178,7 @@ impl Tool {
 
 async fn collect(child: &mut Child) -> io::Result<Output> {
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    // Both at once: a tool that fills one pipe while only the other is read would wait for ever.
     let (stdout, stderr) = tokio::try_join!(read(stdout), read(stderr))?;
     let status = child.wait().await?;
     Ok(Output {

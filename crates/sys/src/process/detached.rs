@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; exec "$0" "$@""#;
 
 /// Starts `program` with `arguments`, without the variables in `without`; its standard error goes to `log`. Its
-/// standard input and output are pipes to the caller. The program must call [`leave_session`] first.
+/// standard input and output are pipes to the caller. The program must call [`start_session`] first.
 ///
 /// # Errors
 /// When it cannot be started.
@@ -42,7 +42,7 @@ pub fn start(
 }
 
 /// Makes this process the leader of a new session, so that it does not get `SIGHUP` when a terminal closes.
-pub fn leave_session() {
+pub fn start_session() {
     // It fails only for the leader of a process group, which has been separated already.
     let _ = rustix::process::setsid();
 }
@@ -51,7 +51,7 @@ pub fn leave_session() {
 ///
 /// # Errors
 /// When `/dev/null` cannot be opened.
-pub fn let_go_of_output() -> io::Result<()> {
+pub fn close_stdout() -> io::Result<()> {
     let null = File::options().write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(null)?;
     Ok(())

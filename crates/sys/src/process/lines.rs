@@ -120,6 +120,7 @@ async fn read_line(
         }
         let end = bytes.iter().position(|byte| *byte == b'\n');
         let (part, used) = end.map_or((bytes, bytes.len()), |end| (&bytes[..end], end + 1));
+        // The rest of a long line is consumed, too, but not kept.
         let room = LINE_LIMIT.saturating_sub(held.0.len()).min(part.len());
         held.0.extend_from_slice(&part[..room]);
         // Bytes are consumed and kept without a wait in between, so that dropping this future loses none.

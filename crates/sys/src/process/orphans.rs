@@ -78,6 +78,7 @@ fn leftovers(group: Option<Pid>) -> Vec<Pid> {
         let ours = Some(stat.group) == group || stat.parent == us;
         (ours && !stat.dead).then(|| Pid::from_raw(pid)).flatten()
     })
+    // A process that cannot be signalled, such as another user's, cannot be ended either.
     .filter(|pid| test_kill_process(*pid).is_ok())
     .collect()
 }

@@ -42,6 +42,7 @@ impl Service {
         environment: &BTreeMap<String, OsString>,
     ) -> Result<Self, CaptureError> {
         let mut command = Command::new(program);
+        // The server inherits nothing, because this program's environment holds the job's token.
         command
             .args(arguments)
             .env_clear()
@@ -124,6 +125,7 @@ impl Drop for Service {
 
 async fn keep_tail(mut stderr: ChildStderr, tail: Arc<Mutex<Vec<u8>>>) {
     let mut bytes = [0_u8; 1024];
+    // Read to the end, though little is kept: a full pipe would stop the server.
     while let Ok(read @ 1..) = stderr.read(&mut bytes).await {
         let mut tail = tail
             .lock()

@@ -48,6 +48,7 @@ pub fn facts(env: &Env) -> Facts {
         CiProvider::OtherCi(name) => Facts::OtherCi(name.to_owned()),
         CiProvider::GitLab => Facts::Job(Box::new(gitlab::job(env))),
         CiProvider::GitHub => {
+            // A job without a readable payload is still a job: its facts are then in doubt.
             let claims = EnvClaims::from_env(env);
             let payload_file = claims.event_path.as_deref().map(event::read);
             Facts::Job(Box::new(claims.job(&payload(payload_file))))
@@ -264,6 +265,7 @@ impl EnvClaims {
             self.repository.as_ref()
         };
         let claimed = claimed.ok_or(Doubt::Missing(FactName::Repository))?;
+        // Exactly one slash, with text on both sides.
         let whole = claimed.split('/').count() == 2
             && claimed.split('/').all(|part| !part.is_empty())
             && is_plain(claimed);

@@ -168,6 +168,7 @@ impl<'de> Deserialize<'de> for Payload {
                         map.next_value::<IgnoredAny>()?;
                         continue;
                     };
+                    // Parsers disagree about which duplicate counts, so none is accepted.
                     if seen.contains(field) {
                         return Err(serde::de::Error::duplicate_field(field));
                     }

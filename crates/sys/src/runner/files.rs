@@ -90,6 +90,7 @@ fn append_pair(file: Option<&Path>, name: &str, value: &str) -> io::Result<()> {
 }
 
 fn append(file: Option<&Path>, text: &str) -> io::Result<()> {
+    // Outside of GitHub Actions there is no such file.
     let Some(file) = file else { return Ok(()) };
     OpenOptions::new()
         .append(true)

@@ -67,7 +67,7 @@ impl Workflow {
     }
 
     /// Prints a plain line of the log.
-    pub fn say(&self, line: &str) {
+    pub fn log(&self, line: &str) {
         if self.in_job {
             print_line(line);
         } else {

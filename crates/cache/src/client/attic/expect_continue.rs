@@ -110,6 +110,7 @@ impl ExpectContinue {
             request.counter.reset();
             attempt = self.attempt(request, mode, false).await;
         }
+        // A server that does not support `Expect` may refuse it (RFC 9110, 15.5.18).
         let expectation_failed =
             matches!(&attempt, Attempt::Answered { response, .. } if response.status == 417);
         // A server that responds early and closes resets the connection, and the reset can discard its response.

@@ -156,6 +156,7 @@ impl Attic {
     fn headers(&self) -> Result<HeaderMap, Error> {
         let mut headers = HeaderMap::new();
         if let Some(token) = &self.0.token {
+            // This copy of the token is wiped as well.
             let text = zeroize::Zeroizing::new(format!("Bearer {}", token.expose()));
             let mut value = HeaderValue::from_str(&text).map_err(|_| Error::Token)?;
             // Keeps the token out of debug output.
@@ -204,6 +205,7 @@ async fn read_response(
     let broken = loop {
         match response.chunk().await {
             Ok(Some(chunk)) if body.len() < limit => body.extend_from_slice(&chunk),
+            // The end, or the limit: the rest of the response is not read.
             Ok(_) => break None,
             Err(error) => break Some(error),
         }

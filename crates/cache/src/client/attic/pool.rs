@@ -80,6 +80,7 @@ impl Pool {
     /// rest of this one's response.
     pub(super) fn checkin(&self, url: &Url, connection: Connection) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // `checkout` removes expired connections of one server only; those of others would stay for ever.
         idle.retain(|idle| idle.since.elapsed() < IDLE_TIMEOUT);
         if idle.len() < MAX_IDLE {
             idle.push(Idle {
@@ -128,6 +129,7 @@ impl Pool {
         let response = timeout(within, request)
             .await
             .unwrap_or(Err(Error::timed_out(within)))?;
+        // For a failure the status is enough, even when its body is incomplete.
         Ok((response.complete || response.status >= 300).then_some(response))
     }
 

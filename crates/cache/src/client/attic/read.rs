@@ -38,6 +38,7 @@ impl Attic {
             .get(self.endpoint().read(&format!("{hash}.narinfo")))
             .await
         {
+            // Here 404 means that the path is absent, not that access is refused.
             Err(Error::Refused { status: 404, .. }) => return Ok(None),
             answer => answer?,
         };

@@ -105,6 +105,7 @@ impl ByteCounter {
     }
 
     pub(in crate::client) fn add(&self, bytes: u64) {
+        // No other memory depends on these counts, so no ordering is needed.
         self.own.fetch_add(bytes, Ordering::Relaxed);
         self.all.fetch_add(bytes, Ordering::Relaxed);
     }

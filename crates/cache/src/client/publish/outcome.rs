@@ -81,6 +81,7 @@ pub enum Final {
 impl Final {
     /// Whether paths that refer to this one may be published.
     pub(super) fn is_good(&self) -> bool {
+        // Readers of the cache have the upstream cache, too.
         matches!(
             self,
             Self::Published | Self::AlreadyThere | Self::Skipped(Skip::Upstream(_))

@@ -208,6 +208,7 @@ impl PublisherTask {
     fn is_idle(&self) -> bool {
         let nothing = self.jobs.is_empty() && self.backing_off.is_empty() && self.early.is_empty();
         let settled = self.plan.unqueried() == 0 && self.plan.ready_sizes() == (false, false);
+        // After publishing was given up, the queued paths are left as they are.
         matches!(self.health, Health::Stopped(_)) || (nothing && settled && self.probed)
     }
 

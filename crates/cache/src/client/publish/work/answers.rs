@@ -130,6 +130,7 @@ impl PublisherTask {
     }
 
     fn set_unavailable(&mut self, checks: u32, refused: u32) {
+        // The exponent is limited only to keep the shift in range.
         let wait = FIRST_CHECK
             .saturating_mul(1 << checks.min(8))
             .min(self.options.max_check_interval);
