@@ -108,7 +108,7 @@ impl ToFlakeHub {
 
 /// What is published where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct PublicationPlan {
     /// The job's own cache.
     pub attic: ToAttic,
     /// Public distribution, which has credentials of its own and needs no token here.
@@ -128,7 +128,7 @@ pub enum Lack {
 pub struct Decision {
     verdict: Verdict,
     lack: Option<Lack>,
-    plan: Plan,
+    plan: PublicationPlan,
     refused: bool,
 }
 
@@ -157,7 +157,7 @@ pub fn decide(facts: &Facts, request: &Request, token_present: bool) -> Decision
     let insisted =
         request.by_hand || (request.push_cache == PushCache::Always && *facts != Facts::Local);
     Decision {
-        plan: Plan {
+        plan: PublicationPlan {
             attic: if publishes {
                 ToAttic::All
             } else {
@@ -184,7 +184,7 @@ impl Decision {
     }
 
     /// What is published where.
-    pub fn plan(&self) -> Plan {
+    pub fn plan(&self) -> PublicationPlan {
         self.plan
     }
 

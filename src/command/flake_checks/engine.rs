@@ -26,7 +26,7 @@ use crate::nix::store::Store;
 use crate::nix::store_path::StorePath;
 use crate::nix::tool::Nix;
 use crate::process::signals::{Signals, Stop};
-use crate::report::checks::{Cause, Conclusion, State};
+use crate::report::checks::{Cause, Conclusion, OutputState};
 
 /// How often the store is queried for outputs that have become valid.
 const POLL_INTERVAL: Duration = Duration::from_millis(300);
@@ -268,7 +268,7 @@ impl<'a> Engine<'a> {
             Event::Begun(id) => {
                 self.outs[id].begin();
                 self.reporter
-                    .state(&self.outs[id].output, &State::Evaluating);
+                    .state(&self.outs[id].output, &OutputState::Evaluating);
             }
             Event::Known {
                 id,
@@ -437,8 +437,10 @@ impl<'a> Engine<'a> {
         {
             self.logs.remove(drv);
         }
-        self.reporter
-            .state(&self.outs[id].output, &State::Finished(Box::new(verdict)));
+        self.reporter.state(
+            &self.outs[id].output,
+            &OutputState::Finished(Box::new(verdict)),
+        );
     }
 }
 

@@ -9,7 +9,7 @@ use crate::command::flake_checks::output::OutputProgress;
 use crate::report::checks::board::{Aggregate, CheckRunReporter, ReportStats};
 use crate::report::checks::summary::sign;
 use crate::report::checks::text::{title, without_ansi};
-use crate::report::checks::{Conclusion, Output, State, Verdict};
+use crate::report::checks::{Conclusion, Output, OutputState, Verdict};
 use crate::runner::workflow::Workflow;
 use crate::text::{one_line, shorten};
 
@@ -48,14 +48,14 @@ impl Reporter {
     }
 
     /// Takes an output's new state.
-    pub fn state(&mut self, output: &Output, state: &State) {
+    pub fn state(&mut self, output: &Output, state: &OutputState) {
         if let Some(check_runs) = &self.check_runs {
             check_runs.update(&output.label, state.clone());
         }
         match state {
-            State::Queued | State::Evaluating => (),
-            State::Building => self.building += 1,
-            State::Finished(verdict) => self.ended(output, verdict),
+            OutputState::Queued | OutputState::Evaluating => (),
+            OutputState::Building => self.building += 1,
+            OutputState::Finished(verdict) => self.ended(output, verdict),
         }
     }
 

@@ -5,7 +5,7 @@ use crate::cache::verify::{self, Verdict, Verification};
 use crate::nix::path_info::{PathInfo, Unreadable};
 use crate::nix::scan::Finding;
 use crate::nix::store_path::StorePath;
-use crate::report::publication::{Key, Missed, Publication};
+use crate::report::publication::{KeySource, Missed, Publication};
 
 /// Sums up what was published, and what of it the cache serves. `unreadable` are valid paths that could not even be
 /// offered: those are lost too. `warned` are paths that were published although they break a rule that only warns.
@@ -41,9 +41,9 @@ pub fn summarize(
             })
             .collect(),
         key: match verification.key {
-            verify::Key::Given(_) => Key::Given,
-            verify::Key::Announced(_) => Key::Announced,
-            verify::Key::Unknown => Key::Unknown,
+            verify::Key::Given(_) => KeySource::Given,
+            verify::Key::Announced(_) => KeySource::Announced,
+            verify::Key::Unknown => KeySource::Unknown,
         },
         stopped: outcome.stopped.clone(),
     };

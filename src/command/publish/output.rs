@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::progress::{Progress, Sink};
-use crate::report::publication::{Key, Missed, Publication};
+use crate::report::publication::{KeySource, Missed, Publication};
 use crate::runner::workflow::{Level, Workflow, data};
 use crate::text;
 
@@ -93,14 +93,14 @@ pub(super) fn report(
         annotate(workflow, level, title, paths);
     }
     match publication.key {
-        Key::Given => (),
+        KeySource::Given => (),
         _ if offered == 0 => (),
-        Key::Announced => {
+        KeySource::Announced => {
             workflow.say(
                 "signatures were checked with the key that the cache itself announces: no `attic-public-key` is given",
             );
         }
-        Key::Unknown => {
+        KeySource::Unknown => {
             workflow.say("no signature was checked: no `attic-public-key` is given, and the cache announces none");
         }
     }

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::github::check_run::{self, CheckRun, CheckRuns, Error, Stage};
 use crate::progress::Sink;
 use crate::report::checks::runs::{self, Subject};
-use crate::report::checks::{Output, State};
+use crate::report::checks::{Output, OutputState};
 
 /// The limits. The defaults are GitHub's ("Rate limits for the REST API", 2026: 1,000 requests an hour for a
 /// repository's `GITHUB_TOKEN`, 80 content-generating requests a minute and 500 an hour), less a reserve for other
@@ -109,7 +109,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Wanted {
-    outputs: Vec<(Output, State)>,
+    outputs: Vec<(Output, OutputState)>,
     index: HashMap<String, usize>,
     is_announced: bool,
     aggregate: Option<Aggregate>,
@@ -137,7 +137,7 @@ impl CheckRunReporter {
             .collect();
         wanted.outputs = outputs
             .into_iter()
-            .map(|output| (output, State::Queued))
+            .map(|output| (output, OutputState::Queued))
             .collect();
         wanted.is_announced = true;
         drop(wanted);
@@ -145,10 +145,10 @@ impl CheckRunReporter {
     }
 
     /// Takes an output's new state. An output that has ended stays so.
-    pub fn update(&self, label: &str, state: State) {
+    pub fn update(&self, label: &str, state: OutputState) {
         let mut wanted = self.shared.wanted();
         if let Some(at) = wanted.index.get(label).copied()
-            && !matches!(wanted.outputs[at].1, State::Finished(_))
+            && !matches!(wanted.outputs[at].1, OutputState::Finished(_))
         {
             wanted.outputs[at].1 = state;
         }

@@ -12,7 +12,7 @@ use crate::command::flake_checks::output::{Tail, of_build};
 use crate::nix::build::log::{Event, Failure, Kind, is_download};
 use crate::nix::build::{Ended, Order};
 use crate::nix::store_path::StorePath;
-use crate::report::checks::{Cause, State};
+use crate::report::checks::{Cause, OutputState};
 
 /// Logs that are kept: those of what was begun last, and of all that failed.
 const LOGS: usize = 500;
@@ -110,7 +110,8 @@ impl Engine<'_> {
                 for id in self.by_drv.get(&drv).cloned().unwrap_or_default() {
                     if self.outs[id].verdict.is_none() {
                         self.outs[id].begin_build();
-                        self.reporter.state(&self.outs[id].output, &State::Building);
+                        self.reporter
+                            .state(&self.outs[id].output, &OutputState::Building);
                     }
                 }
                 // A derivation that is built again begins a new log.
