@@ -193,7 +193,6 @@ pub struct Inputs {
     contract: ContractInput,
 }
 
-/// An endpoint that was tried.
 struct Tried {
     about: &'static str,
     shown: String,

@@ -62,7 +62,6 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     flake_checks.session.end(ended, "nothing was checked")
 }
 
-/// One run.
 struct FlakeChecks<'a> {
     plan: &'a Plan,
     session: Session<'a>,
@@ -443,7 +442,6 @@ impl FlakeChecks<'_> {
 }
 
 impl RunResult {
-    /// How many outputs failed.
     fn failures(&self) -> usize {
         let verdicts = self.outs.iter().filter_map(|out| out.verdict.as_ref());
         verdicts

@@ -18,7 +18,6 @@ const TAIL: usize = 200;
 const FILES: usize = 20_000;
 const FILE_SIZE: u64 = 1 << 20;
 
-/// One output.
 #[derive(Debug)]
 pub(super) struct OutputProgress {
     pub name: Name,

@@ -12,7 +12,6 @@ use crate::text;
 /// How many paths of a kind the text names; JSON names all.
 const NAMED: usize = 20;
 
-/// The format of the report.
 #[derive(Clone, Copy, Default)]
 pub(super) enum Format {
     #[default]
