@@ -235,7 +235,9 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
     match event {
         Event::Push | Event::Schedule | Event::WorkflowDispatch | Event::MergeGroup => {}
         Event::PullRequest => return Err(Refusal::PullRequest),
+        // The push of the release's tag publishes already.
         Event::Release => return Err(Refusal::Release),
+        // Its payload is made by a caller outside of the repository.
         Event::RepositoryDispatch => return Err(Refusal::RepositoryDispatch),
         Event::Other(name) => return Err(Refusal::NeverTrusted(name.clone())),
     }
@@ -243,11 +245,13 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
     known(&job.repository)?;
     let default_branch = known(&job.default_branch)?;
     let git_ref = known(&job.git_ref)?;
+    // A push that removes its ref leaves no commit to vouch for.
     if *known(&job.removes_ref)? {
         return Err(Refusal::RefRemoved {
             git_ref: git_ref.clone(),
         });
     }
+    // An empty name must not make `refs/heads/` the default branch.
     let on_default_branch =
         !default_branch.is_empty() && git_ref.strip_prefix("refs/heads/") == Some(default_branch);
     match event {
@@ -256,6 +260,7 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
             event: event.clone(),
             branch: default_branch.clone(),
         }),
+        // GitHub runs schedules on the default branch only.
         Event::Schedule => Err(Refusal::OffDefaultBranch {
             git_ref: git_ref.clone(),
         }),

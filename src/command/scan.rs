@@ -145,6 +145,7 @@ async fn scan(
     sink: Sink,
 ) -> Result<(Vec<(PathBuf, Finding)>, u64), DumpError> {
     let (total, mut size) = (paths.len() as u64, 0);
+    // Reading files blocks, so it has a thread of its own.
     let looking = tokio::task::spawn_blocking(move || {
         let mut findings = Vec::new();
         for (done, path) in paths.into_iter().enumerate() {

@@ -47,6 +47,7 @@ impl FlakeEvaluation {
         let nonce = Secret::random();
         let expressions = Expressions::new(&source, &plan.attribute, nonce.expose());
         let jobs = jobs(plan, env, sink);
+        // The memory relies on our own expressions, which `nix-eval-jobs` does not evaluate.
         let memory = if jobs.is_none() {
             memory_of(plan, nix, &source, sink)
         } else {

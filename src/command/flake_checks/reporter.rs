@@ -112,6 +112,7 @@ impl Reporter {
 
     /// Logs the progress, unless it was logged a moment ago.
     pub fn progress(&mut self, outs: &[OutputProgress]) {
+        // This is called at every query of the store, several times a second.
         if self.last.elapsed() < PROGRESS_INTERVAL {
             return;
         }
