@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::inputs::Plan;
-use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, of_evaluation};
+use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, evaluation_cause};
 use crate::command::flake_checks::reporter::Reporter;
 use crate::nix::build::Ended;
 use crate::nix::build::log::{Event as BuildEvent, Failure as BuildFailure};
@@ -290,7 +290,7 @@ impl<'a> Engine<'a> {
             }
             Event::Failed(id, failure) => {
                 self.evaluating -= 1;
-                let cause = of_evaluation(&failure, &self.tree);
+                let cause = evaluation_cause(&failure, &self.tree);
                 self.end(id, cause, Vec::new());
             }
         }

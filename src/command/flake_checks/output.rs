@@ -184,7 +184,7 @@ impl Tree {
 }
 
 /// The cause of a failed evaluation.
-pub(super) fn of_evaluation(failure: &Failure, tree: &Tree) -> Cause {
+pub(super) fn evaluation_cause(failure: &Failure, tree: &Tree) -> Cause {
     match failure {
         Failure::Evaluation { text, place } => Cause::Evaluation {
             text: text.clone(),
@@ -198,7 +198,7 @@ pub(super) fn of_evaluation(failure: &Failure, tree: &Tree) -> Cause {
 }
 
 /// The cause of a failed build. `is_own`: the failed build is the output's own, and not one that it needs.
-pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
+pub(super) fn build_cause(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
     match (&failure.kind, &failure.derivation) {
         (Kind::HashMismatch { specified, got }, _) => Cause::HashMismatch {
             specified: specified.clone(),

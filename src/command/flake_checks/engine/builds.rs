@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::{Engine, EngineEvent, Lane, QUEUE};
 use crate::command::flake_checks::lanes::{self, LaneState};
-use crate::command::flake_checks::output::{Tail, of_build};
+use crate::command::flake_checks::output::{Tail, build_cause};
 use crate::nix::build::log::{Event, Failure, Kind, is_download};
 use crate::nix::build::{Ended, Order};
 use crate::nix::store_path::StorePath;
@@ -24,13 +24,13 @@ impl Engine<'_> {
                 continue;
             }
             let other = self.lanes[1 - lane].as_ref();
-            let moment = LaneState {
+            let state = LaneState {
                 waiting: self.to_build.len(),
                 all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.is_querying,
                 other: other.map(|lane| lane.jobs),
                 running: other.map(|lane| lane.since.elapsed()).unwrap_or_default(),
             };
-            let Some(jobs) = lanes::start(self.plan.max_jobs, &moment) else {
+            let Some(jobs) = lanes::start(self.plan.max_jobs, &state) else {
                 continue;
             };
             let ids = self.take_of_one_kind();
@@ -56,7 +56,7 @@ impl Engine<'_> {
             self.to_build = foreign[1..].to_vec();
             return foreign[..1].to_vec();
         }
-        let (now, later) = native.split_at(native.len().min(lanes::MOST));
+        let (now, later) = native.split_at(native.len().min(lanes::MAX_OUTPUTS));
         self.to_build = later.iter().copied().chain(foreign).collect();
         now.to_vec()
     }
@@ -272,7 +272,7 @@ impl Engine<'_> {
             log
         };
         let tree = self.tree.clone();
-        let cause = tokio::task::spawn_blocking(move || of_build(&failure, is_own, &tree)).await;
+        let cause = tokio::task::spawn_blocking(move || build_cause(&failure, is_own, &tree)).await;
         self.end(id, cause.unwrap_or(Cause::Build), log);
     }
 }
