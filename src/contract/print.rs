@@ -69,7 +69,7 @@ enum Block {
     Text(&'static str),
     List(Vec<String>),
     Table(Vec<&'static str>, Vec<Vec<String>>),
-    /// A table of the contract.
+    /// A table with a head that depends on the contract.
     Free(Vec<String>, Vec<Vec<String>>),
 }
 

@@ -127,7 +127,7 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
     }
 }
 
-/// The key that stands on a line.
+/// The key on a line.
 fn key_at(text: &str, line: u64) -> Option<String> {
     let line = text
         .lines()

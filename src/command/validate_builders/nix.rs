@@ -47,7 +47,7 @@ pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env) -> Opti
         .iter()
         .find(|check| matches!(check.verdict, Verdict::Failed { .. }));
     let why = failed
-        .map(|check| format!("it stands on `{}`", check.name))
+        .map(|check| format!("it depends on `{}`", check.name))
         .unwrap_or_default();
     for spec in ALL {
         if !list.checks.iter().any(|check| check.name == spec.name) {
