@@ -149,8 +149,8 @@ impl FlakeChecks<'_> {
     ) -> Option<Result<FlakeEvaluation, Failure>> {
         let nix = prepared.nix();
         let (plan, session) = (self.plan, &self.session);
-        // Opening evaluates about the source alone, and impurely. It has to end before the job's processes are
-        // watched, because what they evaluate impurely is not published.
+        // Opening the flake evaluates impurely, though only to learn about its source. It has to end before the job's
+        // processes are watched, because what they evaluate impurely is not published.
         let open = FlakeEvaluation::open(plan, &nix, session.env, &session.sink);
         let (opened, in_force) = tokio::select! {
             biased;
