@@ -92,6 +92,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
     let config = inputs.policy.read()?;
     let mut paths = Vec::new();
+    // All paths are resolved before the first is scanned, so that a mistyped one is found at once.
     for path in &inputs.paths {
         paths.push(
             path.canonicalize()

@@ -192,6 +192,7 @@ impl<'a> Engine<'a> {
         signals: &mut Signals,
     ) -> RunEnd {
         let mut poll = tokio::time::interval(POLL_INTERVAL);
+        // After a slow query, the next one waits a whole interval instead of following at once.
         poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             if self.evaluating == 0 {
@@ -432,6 +433,7 @@ impl<'a> Engine<'a> {
             return;
         }
         let verdict = out.end(cause, log_tail).clone();
+        // Only failures show a log.
         if verdict.conclusion() != Conclusion::Failure
             && let Some(drv) = &out.drv
         {

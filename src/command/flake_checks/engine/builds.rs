@@ -260,6 +260,7 @@ impl Engine<'_> {
             .failures
             .iter()
             .filter(|(drv, _)| needed.contains(drv))
+            // Of several failed dependencies, the same one is named in every run.
             .min_by_key(|(drv, _)| (*drv).clone());
         found.map(|(_, failure)| (failure.clone(), false))
     }
@@ -272,6 +273,7 @@ impl Engine<'_> {
             log
         };
         let tree = self.tree.clone();
+        // Finding the line of a wrong hash reads the flake's files, which blocks.
         let cause = tokio::task::spawn_blocking(move || build_cause(&failure, is_own, &tree)).await;
         self.end(id, cause.unwrap_or(Cause::Build), log);
     }
