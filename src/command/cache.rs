@@ -286,6 +286,7 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
     let listener = TcpListener::bind(address)
         .await
         .map_err(|source| ServeError::Listen { address, source })?;
+    // Before the server starts: from here on a signal lets it stop in order.
     let mut interrupts = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     let mut terminations = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
     let serving = server

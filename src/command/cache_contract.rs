@@ -192,7 +192,6 @@ pub struct Inputs {
     contract: ContractInput,
 }
 
-/// An endpoint that was tried.
 struct Tried {
     about: &'static str,
     shown: String,

@@ -91,6 +91,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
     let config = inputs.policy.read()?;
     let mut paths = Vec::new();
+    // All paths are resolved before the first is scanned, so that a mistyped one is found at once.
     for path in &inputs.paths {
         paths.push(
             path.canonicalize()
@@ -144,6 +145,7 @@ async fn scan(
     sink: Sink,
 ) -> Result<(Vec<(PathBuf, Finding)>, u64), DumpError> {
     let (total, mut size) = (paths.len() as u64, 0);
+    // Reading files blocks, so it has a thread of its own.
     let looking = tokio::task::spawn_blocking(move || {
         let mut findings = Vec::new();
         for (done, path) in paths.into_iter().enumerate() {

@@ -148,7 +148,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
             workflow.log(&format!("exports {name}={value}"));
         }
     } else {
-        data(&for_a_shell(folder.as_deref(), &exports));
+        data(&shell_exports(folder.as_deref(), &exports));
     }
     if folder.is_none() {
         let text = "there is no folder with `flywheel` in it to put on PATH: later steps must name it in full";
@@ -334,7 +334,7 @@ fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
 }
 
 /// Lines for `eval` in a POSIX shell.
-fn for_a_shell(folder: Option<&Path>, exports: &[(&'static str, String)]) -> String {
+fn shell_exports(folder: Option<&Path>, exports: &[(&'static str, String)]) -> String {
     let path = folder.map(|folder| {
         format!(
             "export PATH={}:\"$PATH\"",

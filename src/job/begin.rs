@@ -101,7 +101,6 @@ impl Explain for SignalError {
 
 /// Everything that a job holds from its beginning to its end.
 pub struct Session<'a> {
-    /// The checked inputs.
     pub plan: &'a Plan,
     pub env: &'a Env,
     pub workflow: Workflow,

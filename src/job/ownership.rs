@@ -27,11 +27,11 @@ pub(super) enum Age {
 pub(super) enum Decision {
     /// It is the job's own.
     Publish,
-    /// It may still turn out to be another job's.
+    /// No process was seen to add it, and no other job was at work so far.
     Hold,
-    /// It may be another job's.
+    /// No process was seen to add it, and another job was at work.
     Ambiguous,
-    /// It is another job's, or nothing that a cache is for.
+    /// It is another job's, or a derivation.
     LeaveOut,
 }
 

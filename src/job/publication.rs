@@ -1,6 +1,6 @@
 //! From the results of the publisher and of the verification to the publication that is reported. Pure.
 
-use crate::report::publication::{Key, Missed, Publication};
+use crate::report::publication::{KeySource, Missed, Publication};
 use flywheel_cache::client::publish::{Options, Outcome};
 use flywheel_cache::client::verify::{self, Verdict, Verification};
 use flywheel_nix::path_info::{PathInfo, Unreadable};
@@ -41,9 +41,9 @@ pub fn summarize(
             })
             .collect(),
         key: match verification.key {
-            verify::Key::Given(_) => Key::Given,
-            verify::Key::Announced(_) => Key::Announced,
-            verify::Key::Unknown => Key::Unknown,
+            verify::Key::Given(_) => KeySource::Given,
+            verify::Key::Announced(_) => KeySource::Announced,
+            verify::Key::Unknown => KeySource::Unknown,
         },
         stopped: outcome.stopped.clone(),
     };

@@ -28,7 +28,6 @@ pub struct SettingsInputs<'a> {
     pub private: &'a Path,
 }
 
-/// A job's settings.
 #[derive(Debug, Default)]
 pub struct NixSettings {
     /// The job's `NIX_CONFIG`.

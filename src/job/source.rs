@@ -18,9 +18,7 @@ pub enum Source {
     /// No input and no hint names one.
     NotNamed,
     Server(Endpoint),
-    /// Another kind of store.
     Store(StoreUrl),
-    /// The embedded cache.
     Embedded {
         folder: PathBuf,
         cache: CacheName,

@@ -34,14 +34,14 @@ pub struct Publication {
     /// Paths that went although they break a rule which only warns.
     pub warned: Vec<Missed>,
     /// The key that signatures were checked with.
-    pub key: Key,
+    pub key: KeySource,
     /// Why publishing as a whole was given up, if it was.
     pub stopped: Option<String>,
 }
 
 /// The key that signatures were checked with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Key {
+pub enum KeySource {
     /// The one that the job's Nix trusts.
     Given,
     /// The key that the cache itself announces. It proves less: a false cache would announce its own.
@@ -51,7 +51,7 @@ pub enum Key {
     Unknown,
 }
 
-impl Key {
+impl KeySource {
     /// The value in the JSON form.
     pub fn as_str(self) -> &'static str {
         match self {

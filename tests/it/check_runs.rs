@@ -7,7 +7,7 @@ use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_github::check_run::{CheckRuns, Commit, Conclusion as Ended};
 use flywheel_github::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
-use flywheel_github::checks::{Cause, Output, State, Verdict};
+use flywheel_github::checks::{Cause, Output, OutputState, Verdict};
 use flywheel_sys::http::{Clients, Roots};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -55,8 +55,8 @@ fn output(n: usize) -> Output {
     }
 }
 
-fn ended(cause: Cause) -> State {
-    State::Finished(Box::new(Verdict {
+fn ended(cause: Cause) -> OutputState {
+    OutputState::Finished(Box::new(Verdict {
         cause,
         derivation: None,
         out_paths: Vec::new(),
@@ -99,7 +99,7 @@ async fn each_output_goes_its_way_and_ends() {
     let board = board(&github, options());
     board.announce((0..3).map(output).collect());
     until("announced", || github.names().len() == 4).await;
-    board.update("x86_64-linux.0", State::Building);
+    board.update("x86_64-linux.0", OutputState::Building);
     until("begun", || {
         github.run("x86_64-linux.0")["status"] == "in_progress"
     })
@@ -110,7 +110,7 @@ async fn each_output_goes_its_way_and_ends() {
         column: Some(3),
     });
     board.update("x86_64-linux.0", ended(Cause::Built));
-    board.update("x86_64-linux.0", State::Building);
+    board.update("x86_64-linux.0", OutputState::Building);
     let wrong = Cause::HashMismatch {
         specified: "sha256-A".into(),
         got: "sha256-B".into(),
@@ -118,7 +118,7 @@ async fn each_output_goes_its_way_and_ends() {
     };
     board.update("x86_64-linux.1", ended(wrong));
     board.update("x86_64-linux.2", ended(Cause::AlreadyCached));
-    board.update("nobody", State::Building);
+    board.update("nobody", OutputState::Building);
     let told = close(board).await;
     assert_eq!((told.shown, told.missing.len()), (4, 0));
     let conclusion = |n: usize| github.run(&format!("x86_64-linux.{n}"))["conclusion"].clone();
@@ -160,7 +160,11 @@ async fn what_happens_while_github_is_away_costs_one_request() {
     });
     let board = board(&github, options());
     board.announce(vec![output(0)]);
-    for state in [State::Evaluating, State::Building, ended(Cause::Build)] {
+    for state in [
+        OutputState::Evaluating,
+        OutputState::Building,
+        ended(Cause::Build),
+    ] {
         board.update("x86_64-linux.0", state);
     }
     github.behave(|manners| manners.hangs = false);
@@ -181,7 +185,7 @@ async fn two_thousand_outputs_keep_to_the_limits_and_none_is_lost() {
     let board = board(&github, options());
     board.announce((0..2000).map(output).collect());
     for n in 0..2000 {
-        board.update(&format!("x86_64-linux.{n}"), State::Building);
+        board.update(&format!("x86_64-linux.{n}"), OutputState::Building);
         let cause = if n % 100 == 7 {
             Cause::Build
         } else {
@@ -278,7 +282,7 @@ async fn a_cancel_leaves_nothing_open() {
     board.announce((0..40).map(output).collect());
     until("announced", || github.names().len() == 41).await;
     for n in 0..20 {
-        board.update(&format!("x86_64-linux.{n}"), State::Building);
+        board.update(&format!("x86_64-linux.{n}"), OutputState::Building);
     }
     board.update("x86_64-linux.0", ended(Cause::Built));
     let told = board

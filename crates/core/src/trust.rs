@@ -101,7 +101,7 @@ impl ToFlakeHub {
 
 /// What is published where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Plan {
+pub struct PublicationPlan {
     /// The job's own cache.
     pub attic: ToAttic,
     /// Public distribution, which has credentials of its own and needs no token here.
@@ -121,7 +121,7 @@ pub enum Lack {
 pub struct Decision {
     verdict: Verdict,
     lack: Option<Lack>,
-    plan: Plan,
+    plan: PublicationPlan,
     refused: bool,
 }
 
@@ -150,7 +150,7 @@ pub fn decide(facts: &Facts, request: &Request, token_present: bool) -> Decision
     let insisted =
         request.by_hand || (request.push_cache == PushCache::Always && *facts != Facts::Local);
     Decision {
-        plan: Plan {
+        plan: PublicationPlan {
             attic: if publishes {
                 ToAttic::All
             } else {
@@ -177,7 +177,7 @@ impl Decision {
     }
 
     /// What is published where.
-    pub fn plan(&self) -> Plan {
+    pub fn plan(&self) -> PublicationPlan {
         self.plan
     }
 
@@ -228,7 +228,9 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
     match event {
         Event::Push | Event::Schedule | Event::WorkflowDispatch | Event::MergeGroup => {}
         Event::PullRequest => return Err(Refusal::PullRequest),
+        // The push of the release's tag publishes already.
         Event::Release => return Err(Refusal::Release),
+        // Its payload is made by a caller outside of the repository.
         Event::RepositoryDispatch => return Err(Refusal::RepositoryDispatch),
         Event::Other(name) => return Err(Refusal::NeverTrusted(name.clone())),
     }
@@ -236,11 +238,13 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
     known(&job.repository)?;
     let default_branch = known(&job.default_branch)?;
     let git_ref = known(&job.git_ref)?;
+    // A push that removes its ref leaves no commit to vouch for.
     if *known(&job.removes_ref)? {
         return Err(Refusal::RefRemoved {
             git_ref: git_ref.clone(),
         });
     }
+    // An empty name must not make `refs/heads/` the default branch.
     let on_default_branch =
         !default_branch.is_empty() && git_ref.strip_prefix("refs/heads/") == Some(default_branch);
     match event {
@@ -249,6 +253,7 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
             event: event.clone(),
             branch: default_branch.clone(),
         }),
+        // GitHub runs schedules on the default branch only.
         Event::Schedule => Err(Refusal::OffDefaultBranch {
             git_ref: git_ref.clone(),
         }),

@@ -15,9 +15,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::inputs::Plan;
-use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, of_evaluation};
+use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, evaluation_cause};
 use crate::command::flake_checks::reporter::Reporter;
-use flywheel_github::checks::{Cause, Conclusion, State};
+use flywheel_github::checks::{Cause, Conclusion, OutputState};
 use flywheel_nix::build::BuildResult;
 use flywheel_nix::build::log::{BuildEvent, BuildFailure};
 use flywheel_nix::build::presence::{Presence, valid};
@@ -192,6 +192,7 @@ impl<'a> Engine<'a> {
         signals: &mut Signals,
     ) -> RunEnd {
         let mut poll = tokio::time::interval(POLL_INTERVAL);
+        // After a slow query, the next one waits a whole interval instead of following at once.
         poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             if self.evaluating == 0 {
@@ -268,7 +269,7 @@ impl<'a> Engine<'a> {
             EvalEvent::Begun(id) => {
                 self.outs[id].begin();
                 self.reporter
-                    .state(&self.outs[id].output, &State::Evaluating);
+                    .state(&self.outs[id].output, &OutputState::Evaluating);
             }
             EvalEvent::Known {
                 id,
@@ -290,7 +291,7 @@ impl<'a> Engine<'a> {
             }
             EvalEvent::Failed(id, failure) => {
                 self.evaluating -= 1;
-                let cause = of_evaluation(&failure, &self.tree);
+                let cause = evaluation_cause(&failure, &self.tree);
                 self.end(id, cause, Vec::new());
             }
         }
@@ -432,13 +433,16 @@ impl<'a> Engine<'a> {
             return;
         }
         let verdict = out.end(cause, log_tail).clone();
+        // Only failures show a log.
         if verdict.conclusion() != Conclusion::Failure
             && let Some(drv) = &out.drv
         {
             self.logs.remove(drv);
         }
-        self.reporter
-            .state(&self.outs[id].output, &State::Finished(Box::new(verdict)));
+        self.reporter.state(
+            &self.outs[id].output,
+            &OutputState::Finished(Box::new(verdict)),
+        );
     }
 }
 

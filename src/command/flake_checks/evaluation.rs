@@ -44,12 +44,13 @@ pub(super) struct FlakeEvaluation {
 impl FlakeEvaluation {
     /// Fetches the flake's source, and reads what is remembered of it.
     pub async fn open(plan: &Plan, nix: &Nix, env: &Env, sink: &Sink) -> Result<Self, Failure> {
-        let source = Source::find(nix, &plan.flake, &of_lock(&plan.arguments)).await?;
+        let source = Source::find(nix, &plan.flake, &lock_arguments(&plan.arguments)).await?;
         let nonce = Secret::random();
         let expressions = Expressions::new(&source, &plan.attribute, nonce.expose());
         let jobs = jobs(plan, env, sink);
+        // The memory relies on our own expressions, which `nix-eval-jobs` does not evaluate.
         let memory = if jobs.is_none() {
-            memory_of(plan, nix, &source, sink)
+            open_memory(plan, nix, &source, sink)
         } else {
             None
         };
@@ -222,7 +223,7 @@ fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
 }
 
 /// The arguments that may change the inputs, for a call that only fetches the source.
-fn of_lock(arguments: &[String]) -> Vec<String> {
+fn lock_arguments(arguments: &[String]) -> Vec<String> {
     if allows_memory(arguments) {
         Vec::new()
     } else {
@@ -231,7 +232,7 @@ fn of_lock(arguments: &[String]) -> Vec<String> {
 }
 
 /// The evaluation memory. Where it must not be used, the log gets the reason.
-fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<EvaluationMemory> {
+fn open_memory(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<EvaluationMemory> {
     if plan.remember == Remember::Off {
         return None;
     }

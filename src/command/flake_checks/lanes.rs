@@ -5,11 +5,11 @@
 use std::time::Duration;
 
 /// The second lane waits for the end of the evaluation, for this many outputs, or this long.
-const MANY: usize = 50;
-const LONG: Duration = Duration::from_secs(10);
+const ENOUGH_OUTPUTS: usize = 50;
+const LONG_ENOUGH: Duration = Duration::from_secs(10);
 
 /// The largest number of outputs in one lane: whenever a build ends, Nix goes through all of them.
-pub(super) const MOST: usize = 256;
+pub(super) const MAX_OUTPUTS: usize = 256;
 
 /// What decides whether a free lane starts.
 #[derive(Clone, Copy, Debug)]
@@ -26,21 +26,21 @@ pub(super) struct LaneState {
 
 /// Whether a lane starts now, and with how many builds at once: `Some(None)` is Nix's own setting.
 /// `jobs`: what both may have together, if that was asked for.
-pub(super) fn start(jobs: Option<usize>, moment: &LaneState) -> Option<Option<usize>> {
-    if moment.waiting == 0 {
+pub(super) fn start(jobs: Option<usize>, state: &LaneState) -> Option<Option<usize>> {
+    if state.waiting == 0 {
         return None;
     }
-    let Some(other) = moment.other else {
+    let Some(other) = state.other else {
         // As long as more derivations may come, half of the builds is left for the second lane.
         return Some(jobs.map(|jobs| {
-            if moment.all_known {
+            if state.all_known {
                 jobs
             } else {
                 jobs.div_ceil(2)
             }
         }));
     };
-    if !(moment.all_known || moment.waiting >= MANY || moment.running >= LONG) {
+    if !(state.all_known || state.waiting >= ENOUGH_OUTPUTS || state.running >= LONG_ENOUGH) {
         return None;
     }
     match (jobs, other) {
@@ -119,11 +119,11 @@ mod tests {
                 ..beside
             },
             LaneState {
-                waiting: MANY,
+                waiting: ENOUGH_OUTPUTS,
                 ..beside
             },
             LaneState {
-                running: LONG,
+                running: LONG_ENOUGH,
                 ..beside
             },
         ] {

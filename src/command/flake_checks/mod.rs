@@ -61,7 +61,6 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     flake_checks.session.end(ended, "nothing was checked")
 }
 
-/// One run.
 struct FlakeChecks<'a> {
     plan: &'a Plan,
     session: Session<'a>,
@@ -149,8 +148,8 @@ impl FlakeChecks<'_> {
     ) -> Option<Result<FlakeEvaluation, Failure>> {
         let nix = prepared.nix();
         let (plan, session) = (self.plan, &self.session);
-        // Opening evaluates about the source alone, and impurely. It has to end before the job's processes are
-        // watched, because what they evaluate impurely is not published.
+        // Opening the flake evaluates impurely, though only to learn about its source. It has to end before the job's
+        // processes are watched, because what they evaluate impurely is not published.
         let open = FlakeEvaluation::open(plan, &nix, session.env, &session.sink);
         let (opened, in_force) = tokio::select! {
             biased;
@@ -440,7 +439,6 @@ impl FlakeChecks<'_> {
 }
 
 impl RunResult {
-    /// How many outputs failed.
     fn failures(&self) -> usize {
         let verdicts = self.outs.iter().filter_map(|out| out.verdict.as_ref());
         verdicts

@@ -18,7 +18,6 @@ const TAIL: usize = 200;
 const FILES: usize = 20_000;
 const FILE_SIZE: u64 = 1 << 20;
 
-/// One output.
 #[derive(Debug)]
 pub(super) struct OutputProgress {
     pub name: OutputName,
@@ -185,7 +184,7 @@ impl Tree {
 }
 
 /// The cause of a failed evaluation.
-pub(super) fn of_evaluation(failure: &EvalFailure, tree: &Tree) -> Cause {
+pub(super) fn evaluation_cause(failure: &EvalFailure, tree: &Tree) -> Cause {
     match failure {
         EvalFailure::Evaluation { text, location } => Cause::Evaluation {
             text: text.clone(),
@@ -199,7 +198,7 @@ pub(super) fn of_evaluation(failure: &EvalFailure, tree: &Tree) -> Cause {
 }
 
 /// The cause of a failed build. `is_own`: the failed build is the output's own, and not one that it needs.
-pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
+pub(super) fn build_cause(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
     match (&failure.kind, &failure.derivation) {
         (FailureKind::HashMismatch { specified, got }, _) => Cause::HashMismatch {
             specified: specified.clone(),

@@ -10,7 +10,7 @@ use flywheel_core::text::{one_line, shorten};
 use flywheel_github::checks::board::{Aggregate, CheckRunReporter, ReportStats};
 use flywheel_github::checks::summary::sign;
 use flywheel_github::checks::text::{title, without_ansi};
-use flywheel_github::checks::{Conclusion, Output, State, Verdict};
+use flywheel_github::checks::{Conclusion, Output, OutputState, Verdict};
 use flywheel_sys::runner::workflow::Workflow;
 
 /// How often the log gets a line about the progress.
@@ -48,14 +48,14 @@ impl Reporter {
     }
 
     /// Takes an output's new state.
-    pub fn state(&mut self, output: &Output, state: &State) {
+    pub fn state(&mut self, output: &Output, state: &OutputState) {
         if let Some(check_runs) = &self.check_runs {
             check_runs.update(&output.label, state.clone());
         }
         match state {
-            State::Queued | State::Evaluating => (),
-            State::Building => self.building += 1,
-            State::Finished(verdict) => self.ended(output, verdict),
+            OutputState::Queued | OutputState::Evaluating => (),
+            OutputState::Building => self.building += 1,
+            OutputState::Finished(verdict) => self.ended(output, verdict),
         }
     }
 
@@ -112,6 +112,7 @@ impl Reporter {
 
     /// Logs the progress, unless it was logged a moment ago.
     pub fn progress(&mut self, outs: &[OutputProgress]) {
+        // This is called at every query of the store, several times a second.
         if self.last.elapsed() < PROGRESS_INTERVAL {
             return;
         }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::report::publication::{Key, Missed, Publication};
+use crate::report::publication::{KeySource, Missed, Publication};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::text;
 use flywheel_sys::runner::workflow::{Level, Workflow, data};
@@ -12,7 +12,6 @@ use flywheel_sys::runner::workflow::{Level, Workflow, data};
 /// How many paths of a kind the text names; JSON names all.
 const NAMED: usize = 20;
 
-/// The format of the report.
 #[derive(Clone, Copy, Default)]
 pub(super) enum Format {
     #[default]
@@ -93,14 +92,14 @@ pub(super) fn report(
         annotate(workflow, level, title, paths);
     }
     match publication.key {
-        Key::Given => (),
+        KeySource::Given => (),
         _ if offered == 0 => (),
-        Key::Announced => {
+        KeySource::Announced => {
             workflow.log(
                 "signatures were checked with the key that the cache itself announces: no `attic-public-key` is given",
             );
         }
-        Key::Unknown => {
+        KeySource::Unknown => {
             workflow.log("no signature was checked: no `attic-public-key` is given, and the cache announces none");
         }
     }

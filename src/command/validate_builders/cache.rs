@@ -70,7 +70,7 @@ pub(super) async fn read(
         (Some(usable), Some(path)) => served(list, usable, path).await,
         // Without a named path, `read_any` takes one from the store, which has to be opened first.
         (Some(_), None) => {}
-        (None, _) => list.skip_all(&READ, "it stands on the layers below"),
+        (None, _) => list.skip_all(&READ, "it depends on the layers below"),
     }
     usable
 }
@@ -197,7 +197,7 @@ fn record_layers(list: &mut CheckList, endpoint: &Endpoint, probed: &Probe) {
             (_, None) if layer == Layer::Tls && endpoint.server.scheme() == "http" => {
                 list.skip(spec, "the cache is named by `http`");
             }
-            (_, None) => list.skip(spec, "it stands on the layers below"),
+            (_, None) => list.skip(spec, "it depends on the layers below"),
         }
     }
 }
@@ -206,7 +206,7 @@ fn record_layers(list: &mut CheckList, endpoint: &Endpoint, probed: &Probe) {
 async fn served(list: &mut CheckList, usable: &Usable, path: &StorePath) {
     let found = list.check(NARINFO, |_| narinfo(usable, path)).await;
     let Some(info) = found else {
-        return list.skip_all(&READ[1..], "it stands on `cache-narinfo`");
+        return list.skip_all(&READ[1..], "it depends on `cache-narinfo`");
     };
     list.check(NAR, |_| body(usable, &info)).await;
     if usable.key.is_some() {
@@ -282,7 +282,7 @@ pub(super) async fn write(
                     list.check(READ_BACK, |_| read_back(usable, path, begun))
                         .await,
                 ),
-                None => list.skip(READ_BACK, "it stands on `cache-write`"),
+                None => list.skip(READ_BACK, "it depends on `cache-write`"),
             }
             return;
         }

@@ -170,6 +170,7 @@ fn memory(wanted: Size) -> Found<()> {
         Cgroup::current().and_then(|group| group.read().limit),
         of_machine(),
     );
+    // Both have to be enough: the limit of a control group may be larger than the machine.
     let enough_machine =
         machine.is_none_or(|machine| machine as f64 >= wanted.bytes() as f64 * MACHINE_SLACK);
     let enough_group = group.is_none_or(|limit| limit >= wanted.bytes());

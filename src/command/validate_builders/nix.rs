@@ -47,7 +47,7 @@ pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env) -> Opti
         .iter()
         .find(|check| matches!(check.verdict, Verdict::Failed { .. }));
     let why = failed
-        .map(|check| format!("it stands on `{}`", check.name))
+        .map(|check| format!("it depends on `{}`", check.name))
         .unwrap_or_default();
     for spec in ALL {
         if !list.checks.iter().any(|check| check.name == spec.name) {
@@ -168,7 +168,7 @@ async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
         (false, _) if output.stderr.contains("'nix-command' is disabled") => {
             Err(CheckFailure::new("`nix-command` is off", hint))
         }
-        (false, _) => Err(of_text(
+        (false, _) => Err(failure_of_call(
             "nix eval",
             &output.stderr,
             "Look at `NIX_CONFIG` and `/etc/nix/nix.conf` on the runner.",
@@ -215,7 +215,7 @@ async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
     if output.status.success() {
         Ok(((), "a new file was added".to_owned()))
     } else {
-        Err(of_text("nix-store --add", &output.stderr, hint))
+        Err(failure_of_call("nix-store --add", &output.stderr, hint))
     }
 }
 
@@ -255,7 +255,7 @@ async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Fou
         "Run `nix eval {attribute} --apply builtins.attrNames` by hand, and mend the flake."
     );
     if !output.status.success() {
-        return Err(of_text("nix eval", &output.stderr, &hint));
+        return Err(failure_of_call("nix eval", &output.stderr, &hint));
     }
     let packages: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&output.stdout).unwrap_or_default();
@@ -305,7 +305,7 @@ async fn build(
         } else {
             "Build something small by hand on the runner: `nix build --expr …`."
         };
-        return Err(of_text("nix build", &output.stderr, hint));
+        return Err(failure_of_call("nix build", &output.stderr, hint));
     }
     let built: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
     let path = built
@@ -357,7 +357,7 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
     if output.status.success() {
         return Ok(((), format!("`{}` is built", one_line(package, 100))));
     }
-    Err(of_text(
+    Err(failure_of_call(
         "nix build",
         &output.stderr,
         "Build it by hand and mend it; `package` names it.",
@@ -365,7 +365,7 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
 }
 
 /// The failure that Nix's standard error describes, at the layer that is at fault.
-fn of_text(call: &str, stderr: &str, hint: &str) -> CheckFailure {
+fn failure_of_call(call: &str, stderr: &str, hint: &str) -> CheckFailure {
     classed(
         format!(
             "`{call}` failed: {}",

@@ -21,7 +21,6 @@ const PUSH_LIMIT: Duration = Duration::from_secs(5);
 /// How long the two or three requests to GitHub may take.
 const CHECK_RUN_LIMIT: Duration = Duration::from_secs(15);
 
-/// Reports everywhere.
 pub(super) async fn report(
     canary: &Canary,
     work: &CheckContext<'_>,

@@ -86,7 +86,7 @@ fn last_line(output: &Output) -> String {
         .lines()
         .rev()
         .find(|line| !line.trim().is_empty())
-        .unwrap_or("it said nothing");
+        .unwrap_or("it printed nothing");
     one_line(line, 300)
 }
 
@@ -104,7 +104,7 @@ pub(super) async fn container(list: &mut CheckList, plan: &Plan, env: &Env) {
             list.check(IMAGE, |limit| image(&builder, plan, env, limit))
                 .await,
         ),
-        None => list.skip(IMAGE, "it stands on `container-endpoint`"),
+        None => list.skip(IMAGE, "it depends on `container-endpoint`"),
     }
 }
 
@@ -211,7 +211,7 @@ pub(super) async fn kernel(list: &mut CheckList, plan: &Plan, env: &Env) {
             list.check(MODULE, |limit| module(&folder, plan, env, limit))
                 .await,
         ),
-        None => list.skip(MODULE, "it stands on `kernel-headers`"),
+        None => list.skip(MODULE, "it depends on `kernel-headers`"),
     }
 }
 

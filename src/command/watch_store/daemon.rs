@@ -107,6 +107,7 @@ impl Daemon<'_> {
         before: Vec<(String, String)>,
         ready: impl AsyncFnOnce(&Prepared),
     ) -> Result<JobReport, Failure> {
+        // One request ends the watch, so there is room for one.
         let (requests, mut requested) = mpsc::channel(1);
         // `status` is served from the beginning, while Nix is still being made ready.
         let _serving = AbortOnDropHandle::new(tokio::spawn(serve(

@@ -91,7 +91,6 @@ pub struct Inputs {
     job: JobInputs,
 }
 
-/// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Start,

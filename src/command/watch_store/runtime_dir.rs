@@ -127,6 +127,7 @@ fn key(env: &Env) -> String {
         "GITHUB_JOB",
         "RUNNER_NAME",
     ];
+    // `{:?}` keeps a missing variable apart from an empty one.
     let text: Vec<String> = names
         .iter()
         .map(|name| format!("{:?}", env.get(name)))

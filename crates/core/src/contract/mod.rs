@@ -307,6 +307,7 @@ fn take<T>(old: &mut Option<T>, new: Option<T>) {
     }
 }
 
+// An absent list and an empty one look alike after parsing, so an empty list cannot remove one.
 fn take_list<T>(old: &mut Vec<T>, new: Vec<T>) {
     if !new.is_empty() {
         *old = new;

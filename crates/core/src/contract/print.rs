@@ -69,7 +69,7 @@ enum Block {
     Text(&'static str),
     List(Vec<String>),
     Table(Vec<&'static str>, Vec<Vec<String>>),
-    /// A table of the contract.
+    /// A table with a head that depends on the contract.
     Free(Vec<String>, Vec<Vec<String>>),
 }
 
@@ -299,7 +299,7 @@ fn caches(contract: &Contract) -> Block {
     Block::Table(head, rows.collect())
 }
 
-fn named(contract: &Contract, cache: &str) -> String {
+fn cache_title(contract: &Contract, cache: &str) -> String {
     contract
         .caches
         .get(cache)
@@ -311,7 +311,7 @@ fn placement(contract: &Contract) -> Block {
     let rows = contract
         .placement
         .iter()
-        .map(|row| vec![row.what.clone(), named(contract, &row.cache)]);
+        .map(|row| vec![row.what.clone(), cache_title(contract, &row.cache)]);
     Block::Table(vec!["what", "where"], rows.collect())
 }
 
@@ -340,7 +340,7 @@ fn exposure(contract: &Contract) -> Block {
         columns.extend(new);
     }
     let head = std::iter::once("consumer".to_owned())
-        .chain(columns.iter().map(|cache| named(contract, cache)));
+        .chain(columns.iter().map(|cache| cache_title(contract, cache)));
     let rows = contract.exposure.iter().map(|(consumer, row)| {
         let cells = columns
             .iter()

@@ -52,6 +52,7 @@ impl Explain for ContractError {
 /// For the first thing that is wrong with it.
 pub fn contract(file: &str, text: &str) -> Result<Contract, ContractError> {
     let mut contract = Contract::built_in();
+    // A YAML document without content is `null`, which is no mapping and would be refused.
     let is_blank = text
         .lines()
         .map(str::trim)
@@ -126,7 +127,7 @@ fn explain(file: &str, text: &str, error: &Yaml) -> ContractError {
     }
 }
 
-/// The key that stands on a line.
+/// The key on a line.
 fn key_at(text: &str, line: u64) -> Option<String> {
     let line = text
         .lines()

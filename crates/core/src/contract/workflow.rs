@@ -120,6 +120,7 @@ fn check_lane(
     labels: &[String],
     add: &mut impl FnMut(Weight, String),
 ) {
+    // GitHub matches a job to a runner that has all labels; the generic ones fit any lane.
     let special: Vec<&String> = labels.iter().filter(|label| !is_generic(label)).collect();
     if special.is_empty() {
         let shown = labels.join(", ");
@@ -147,6 +148,7 @@ fn check_lane(
             format!("there is no lane `{}`: {advice}", one_line(label, 100)),
         );
     };
+    // The image is not known here, so its tools cannot be checked.
     if job.get("container").is_some() {
         return add(
             Weight::Note,

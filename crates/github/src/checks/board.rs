@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::check_run::{self, CheckRun, CheckRuns, Error, Stage};
 use crate::checks::runs::{self, Subject};
-use crate::checks::{Output, State};
+use crate::checks::{Output, OutputState};
 use flywheel_core::progress::Sink;
 
 /// The limits. The defaults are GitHub's ("Rate limits for the REST API", 2026: 1,000 requests an hour for a
@@ -109,7 +109,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Wanted {
-    outputs: Vec<(Output, State)>,
+    outputs: Vec<(Output, OutputState)>,
     index: HashMap<String, usize>,
     is_announced: bool,
     aggregate: Option<Aggregate>,
@@ -137,7 +137,7 @@ impl CheckRunReporter {
             .collect();
         wanted.outputs = outputs
             .into_iter()
-            .map(|output| (output, State::Queued))
+            .map(|output| (output, OutputState::Queued))
             .collect();
         wanted.is_announced = true;
         drop(wanted);
@@ -145,10 +145,10 @@ impl CheckRunReporter {
     }
 
     /// Takes an output's new state. An output that has ended stays so.
-    pub fn update(&self, label: &str, state: State) {
+    pub fn update(&self, label: &str, state: OutputState) {
         let mut wanted = self.shared.wanted();
         if let Some(at) = wanted.index.get(label).copied()
-            && !matches!(wanted.outputs[at].1, State::Finished(_))
+            && !matches!(wanted.outputs[at].1, OutputState::Finished(_))
         {
             wanted.outputs[at].1 = state;
         }

@@ -28,7 +28,7 @@ pub struct Output {
 
 /// The state of an output, which only ever advances.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum OutputState {
     /// Known by name.
     Queued,
     /// It is being evaluated to a derivation.

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::check_run::{Annotation, CheckRun, Stage};
 use crate::checks::board::{Aggregate, Options};
 use crate::checks::text::{annotation, summary, title};
-use crate::checks::{Conclusion, Output, State, Verdict};
+use crate::checks::{Conclusion, Output, OutputState, Verdict};
 use flywheel_core::text::{count, one_line};
 
 /// Lines of a shared run's list are cut to this many characters; a hundred of them fit GitHub's limit.
@@ -25,7 +25,7 @@ pub enum Subject {
 /// The stage that each Check Run should show now, the most urgent first. `closing`: an output without a verdict counts
 /// as cancelled.
 pub(super) fn stages(
-    outputs: &[(Output, State)],
+    outputs: &[(Output, OutputState)],
     announced: bool,
     aggregate: Option<&Aggregate>,
     options: &Options,
@@ -70,7 +70,7 @@ pub(super) fn stages(
 /// The content that a Check Run should show now.
 pub(super) fn render(
     subject: Subject,
-    outputs: &[(Output, State)],
+    outputs: &[(Output, OutputState)],
     aggregate: Option<&Aggregate>,
     options: &Options,
     closing: bool,
@@ -83,7 +83,11 @@ pub(super) fn render(
 }
 
 /// The name of a Check Run, as people see it.
-pub(super) fn name(subject: Subject, outputs: &[(Output, State)], options: &Options) -> String {
+pub(super) fn name(
+    subject: Subject,
+    outputs: &[(Output, OutputState)],
+    options: &Options,
+) -> String {
     match subject {
         Subject::Aggregate => options.name.clone(),
         Subject::Output(n) => one_line(&outputs[n].0.label, 200),
@@ -98,26 +102,26 @@ pub(super) fn name(subject: Subject, outputs: &[(Output, State)], options: &Opti
     }
 }
 
-fn stage_of(state: &State, closing: bool) -> Stage {
+fn stage_of(state: &OutputState, closing: bool) -> Stage {
     match state {
-        State::Finished(verdict) => Stage::Completed(verdict.conclusion()),
+        OutputState::Finished(verdict) => Stage::Completed(verdict.conclusion()),
         _ if closing => Stage::Completed(Conclusion::Cancelled),
-        State::Queued => Stage::Queued,
-        State::Evaluating | State::Building => Stage::InProgress,
+        OutputState::Queued => Stage::Queued,
+        OutputState::Evaluating | OutputState::Building => Stage::InProgress,
     }
 }
 
 fn part<'a>(
     first: usize,
-    outputs: &'a [(Output, State)],
+    outputs: &'a [(Output, OutputState)],
     options: &Options,
-) -> &'a [(Output, State)] {
+) -> &'a [(Output, OutputState)] {
     &outputs[first..(first + options.shared).min(outputs.len())]
 }
 
-fn ends(part: &[(Output, State)], closing: bool) -> Vec<Conclusion> {
-    let end = |(_, state): &(Output, State)| match state {
-        State::Finished(verdict) => Some(verdict.conclusion()),
+fn ends(part: &[(Output, OutputState)], closing: bool) -> Vec<Conclusion> {
+    let end = |(_, state): &(Output, OutputState)| match state {
+        OutputState::Finished(verdict) => Some(verdict.conclusion()),
         _ => closing.then_some(Conclusion::Cancelled),
     };
     part.iter().filter_map(end).collect()
@@ -146,7 +150,7 @@ fn stage_of_part(ends: &[Conclusion], outputs: usize) -> Stage {
 /// Our identifier of a Check Run, which is the same on every attempt of a job, so that the run is found again.
 pub(super) fn external_id(
     subject: Subject,
-    outputs: &[(Output, State)],
+    outputs: &[(Output, OutputState)],
     options: &Options,
 ) -> String {
     match subject {
@@ -157,13 +161,13 @@ pub(super) fn external_id(
 }
 
 fn render_aggregate(
-    outputs: &[(Output, State)],
+    outputs: &[(Output, OutputState)],
     aggregate: Option<&Aggregate>,
     options: &Options,
 ) -> CheckRun {
     let ended = outputs
         .iter()
-        .filter(|(_, state)| matches!(state, State::Finished(_)))
+        .filter(|(_, state)| matches!(state, OutputState::Finished(_)))
         .count();
     let (stage, title, summary) = match aggregate {
         Some(aggregate) => (
@@ -194,7 +198,7 @@ fn render_aggregate(
 
 fn render_output(
     n: usize,
-    outputs: &[(Output, State)],
+    outputs: &[(Output, OutputState)],
     options: &Options,
     closing: bool,
 ) -> CheckRun {
@@ -211,7 +215,7 @@ fn render_output(
     };
     let stage = stage_of(state, closing);
     match state {
-        State::Finished(verdict) => CheckRun {
+        OutputState::Finished(verdict) => CheckRun {
             stage,
             started_at: Some(verdict.started_at),
             completed_at: Some(verdict.started_at + verdict.took.as_secs()),
@@ -225,13 +229,13 @@ fn render_output(
             title: "Cancelled".to_owned(),
             ..blank
         },
-        State::Queued => blank,
-        State::Evaluating => CheckRun {
+        OutputState::Queued => blank,
+        OutputState::Evaluating => CheckRun {
             stage,
             title: "Evaluating".to_owned(),
             ..blank
         },
-        State::Building => CheckRun {
+        OutputState::Building => CheckRun {
             stage,
             title: "Building".to_owned(),
             ..blank
@@ -241,7 +245,7 @@ fn render_output(
 
 fn render_shared(
     first: usize,
-    outputs: &[(Output, State)],
+    outputs: &[(Output, OutputState)],
     options: &Options,
     closing: bool,
 ) -> CheckRun {
@@ -261,7 +265,7 @@ fn render_shared(
     );
     for (output, state) in part {
         let verdict_text = match state {
-            State::Finished(verdict) => {
+            OutputState::Finished(verdict) => {
                 format!("{}: {}", as_str(verdict.conclusion()), title(verdict))
             }
             _ if closing => as_str(Conclusion::Cancelled).to_owned(),

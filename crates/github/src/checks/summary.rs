@@ -117,6 +117,7 @@ fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     if bars.is_empty() {
         return Ok(());
     }
+    // The longest builds are chosen, and then drawn in the order in which they began.
     bars.sort_by_key(|(_, verdict)| std::cmp::Reverse(verdict.took));
     bars.truncate(BARS);
     bars.sort_by_key(|(_, verdict)| verdict.started_at);

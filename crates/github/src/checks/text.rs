@@ -92,6 +92,7 @@ pub fn annotation(verdict: &Verdict) -> Option<String> {
 /// The last lines that fit, whole ones, oldest first.
 fn log_tail(lines: &[String]) -> String {
     let (mut kept, mut size) = (Vec::new(), 0);
+    // From the end, because the cause of a failure is in the last lines.
     for line in lines.iter().rev() {
         let line = shorten(&without_ansi(line), 2_000);
         size += line.len() + 1;
@@ -144,12 +145,15 @@ pub fn without_ansi(text: &str) -> String {
 
 fn skip_sequence(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
     match chars.next() {
+        // A control sequence: parameters up to a final byte (ECMA-48, 5.4). A line end cuts it off, so that a sequence
+        // without an end does not swallow the next line.
         Some('[') => {
             while chars
                 .next_if(|c| !('@'..='~').contains(c) && *c != '\n')
                 .is_some()
             {}
         }
+        // An operating system command, such as a hyperlink or a title: up to BEL, or to ESC and a backslash.
         Some(']') => {
             while chars
                 .next_if(|c| !matches!(c, '\u{7}' | '\u{1b}' | '\n'))

@@ -8,8 +8,8 @@ use tokio::sync::mpsc;
 
 use super::{Engine, EngineEvent, Lane, QUEUE};
 use crate::command::flake_checks::lanes::{self, LaneState};
-use crate::command::flake_checks::output::{Tail, of_build};
-use flywheel_github::checks::{Cause, State};
+use crate::command::flake_checks::output::{Tail, build_cause};
+use flywheel_github::checks::{Cause, OutputState};
 use flywheel_nix::build::log::{BuildEvent, BuildFailure, FailureKind, is_download};
 use flywheel_nix::build::{BuildRequest, BuildResult};
 use flywheel_nix::store_path::StorePath;
@@ -24,13 +24,13 @@ impl Engine<'_> {
                 continue;
             }
             let other = self.lanes[1 - lane].as_ref();
-            let moment = LaneState {
+            let state = LaneState {
                 waiting: self.to_build.len(),
                 all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.is_querying,
                 other: other.map(|lane| lane.jobs),
                 running: other.map(|lane| lane.since.elapsed()).unwrap_or_default(),
             };
-            let Some(jobs) = lanes::start(self.plan.max_jobs, &moment) else {
+            let Some(jobs) = lanes::start(self.plan.max_jobs, &state) else {
                 continue;
             };
             let ids = self.take_of_one_kind();
@@ -56,7 +56,7 @@ impl Engine<'_> {
             self.to_build = foreign[1..].to_vec();
             return foreign[..1].to_vec();
         }
-        let (now, later) = native.split_at(native.len().min(lanes::MOST));
+        let (now, later) = native.split_at(native.len().min(lanes::MAX_OUTPUTS));
         self.to_build = later.iter().copied().chain(foreign).collect();
         now.to_vec()
     }
@@ -110,7 +110,8 @@ impl Engine<'_> {
                 for id in self.by_drv.get(&drv).cloned().unwrap_or_default() {
                     if self.outs[id].verdict.is_none() {
                         self.outs[id].begin_build();
-                        self.reporter.state(&self.outs[id].output, &State::Building);
+                        self.reporter
+                            .state(&self.outs[id].output, &OutputState::Building);
                     }
                 }
                 // A derivation that is built again begins a new log.
@@ -260,6 +261,7 @@ impl Engine<'_> {
             .failures
             .iter()
             .filter(|(drv, _)| needed.contains(drv))
+            // Of several failed dependencies, the same one is named in every run.
             .min_by_key(|(drv, _)| (*drv).clone());
         found.map(|(_, failure)| (failure.clone(), false))
     }
@@ -272,7 +274,8 @@ impl Engine<'_> {
             log
         };
         let tree = self.tree.clone();
-        let cause = tokio::task::spawn_blocking(move || of_build(&failure, is_own, &tree)).await;
+        // Finding the line of a wrong hash reads the flake's files, which blocks.
+        let cause = tokio::task::spawn_blocking(move || build_cause(&failure, is_own, &tree)).await;
         self.end(id, cause.unwrap_or(Cause::Build), log);
     }
 }
