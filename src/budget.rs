@@ -47,9 +47,9 @@ impl OutOfMemory {
     /// Describes what happened and what to do. `heavy_lane` names the runners to move to.
     pub fn text(&self, heavy_lane: Option<&str>) -> String {
         let who = if self.certain {
-            "the kernel killed a process of this job for want of memory"
+            "the kernel killed a process of this job because memory ran out"
         } else {
-            "the kernel killed a process of this machine for want of memory while the command failed"
+            "the kernel killed a process of this machine because memory ran out while the command failed"
         };
         let limit = self
             .limit

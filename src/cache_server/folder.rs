@@ -55,7 +55,7 @@ impl Explain for FolderError {
                     .to_owned()
             }
             Self::Unusable { .. } => {
-                "Give a folder that this user can write with `--dir`.".to_owned()
+                "Use `--dir` to name a folder that this user can write to.".to_owned()
             }
         })
     }
@@ -130,6 +130,7 @@ impl Folder {
                 entry?
                     .file_name()
                     .to_str()
+                    // A folder with an invalid name is not one of ours.
                     .and_then(|name| name.parse().ok()),
             );
         }
@@ -218,6 +219,7 @@ impl Folder {
     }
 
     fn write(&self, file: &Path, text: &str, sync: bool) -> io::Result<()> {
+        // Written elsewhere and renamed: renaming is atomic.
         let mut temporary = self.temporary()?;
         temporary.write_all(text.as_bytes())?;
         if sync {

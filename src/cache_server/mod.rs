@@ -162,7 +162,7 @@ impl Explain for OpenError {
             ),
             Self::KeyFile { .. } => None,
             Self::Key { .. } => {
-                Some("Restore the file (`nix key generate-secret` makes its format).".into())
+                Some("Restore the file; its format is that of `nix key generate-secret`.".into())
             }
         }
     }
@@ -202,6 +202,8 @@ impl Server {
                 key: open_key(&folder.key(name), name)?,
             });
         }
+        // Recovery happens before the server listens, so no client sees a path that is then
+        // removed.
         let (store, rolled_back) = Store::open(folder).map_err(|source| FolderError::Unusable {
             folder: root,
             source,
@@ -209,7 +211,7 @@ impl Server {
         if let Some(paths) = rolled_back {
             let paths = crate::text::count(paths, "path");
             let text = format!(
-                "the machine ended while the cache ran; taken back, since what came last may be torn: {paths}"
+                "the machine stopped while the cache was running; removed, since the last uploads may be incomplete: {paths}"
             );
             options.log.degraded("crash", text);
         }
@@ -239,6 +241,7 @@ impl Server {
     pub fn serve(self, listener: TcpListener) -> io::Result<Serving> {
         let address = listener.local_addr()?;
         let (public_keys, write_token) = (self.public_keys(), self.write_token().cloned());
+        // One token stops the listener, the collector and the regular sync.
         let stop = CancellationToken::new();
         let tasks = tokio::spawn(run(self.state, listener, stop.clone()));
         Ok(Serving {
@@ -339,8 +342,9 @@ async fn sync(state: &Arc<ServerState>, how: fn(&Store) -> io::Result<()>) {
         Err(error) if error.is_cancelled() => "the server had to stop at once".to_owned(),
         Err(error) => error.to_string(),
     };
-    let text =
-        format!("what came lately may not be on the disk, and would go with the machine: {broken}");
+    let text = format!(
+        "recent uploads may not be on disk, and would be lost if the machine stopped:  {broken}"
+    );
     state.options.log.degraded("disk", text);
 }
 
@@ -363,7 +367,7 @@ async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
             Err(error) => state
                 .options
                 .log
-                .degraded("gc", format!("garbage collection broke: {error}")),
+                .degraded("gc", format!("garbage collection panicked:  {error}")),
         }
     }
 }

@@ -47,6 +47,7 @@ impl Cost {
     fn slots(self) -> u32 {
         match self {
             Self::Small => 1,
+            // Of 32 slots: at most five large uploads, or three compressed ones, run at once.
             Self::Large => 6,
             Self::Compressed => 10,
         }
@@ -164,7 +165,7 @@ impl ServerState {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn brief<T, E>(
+    pub async fn run_inline<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
     ) -> Result<T, ErrorResponse>
@@ -175,6 +176,8 @@ impl ServerState {
         let store = Arc::clone(&self.store);
         let ended = self
             .brief
+            // While garbage is removed the call would wait for the lock, which must not block a
+            // runtime thread.
             .run(self.store.is_removing(), move || call(&store))
             .await;
         ended
@@ -186,7 +189,7 @@ impl ServerState {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn blocking<T, E>(
+    pub async fn run_blocking<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
     ) -> Result<T, ErrorResponse>

@@ -1,5 +1,5 @@
 //! The content of the caches: objects (narinfos), NARs, and NARs that wait for their narinfo. All
-//! calls block on the disk and belong on threads that may block, or into `ServerState::brief`.
+//! calls block on the disk and belong on threads that may block, or into `ServerState::run_inline`.
 //! Knows no HTTP.
 
 use std::fs::File;

@@ -18,7 +18,7 @@ use crate::secret::Secret;
 const TOKEN_BYTES: usize = 32;
 /// Minimum length of a token. Shorter ones can be guessed over the network, and typing `test`
 /// should be an error.
-const SHORTEST: usize = 8;
+const MIN_TOKEN_LENGTH: usize = 8;
 
 /// Why the tokens could not be loaded.
 #[derive(Debug, Error)]
@@ -143,13 +143,13 @@ impl Tokens {
             "write" => Scope::Write,
             _ => return Err("does not begin with `read` or `write`"),
         };
-        if token.len() < SHORTEST {
-            return Err("has a token of less than 8 characters");
+        if token.len() < MIN_TOKEN_LENGTH {
+            return Err("has a token shorter than 8 characters");
         }
         let cache = cache
             .map(|name| name.parse())
             .transpose()
-            .map_err(|_| "names a cache that cannot be one")?;
+            .map_err(|_| "has an invalid cache name")?;
         // Only a token for all caches serves the program that embeds the server.
         if scope == Scope::Write && cache.is_none() && self.write.is_none() {
             self.write = Secret::new(token);

@@ -30,7 +30,7 @@ const GUARDED_FOLDERS: [&str; 4] = ["/nix", "/nix/store", "/nix/var", "/nix/var/
 #[derive(Debug, Error)]
 pub enum Error {
     /// There is no Nix, and it cannot be installed here.
-    #[error("there is no `nix` on this machine, and none can be installed: {0}")]
+    #[error("Nix is not installed on this machine and cannot be installed:  {0}")]
     Missing(&'static str),
     /// The installation failed.
     #[error("Nix could not be installed: `{step}` {problem}")]
@@ -268,7 +268,7 @@ impl Host {
         let folder = folder.display();
         sink.degraded(
             "nix",
-            format!("`{folder}` is world-writable, which newer versions refuse; run `chmod o-w {folder}`"),
+            format!("`{folder}` is world-writable, which newer versions of Nix refuse;  run `chmod o-w {folder}`"),
         );
         Ok(())
     }

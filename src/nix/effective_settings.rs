@@ -66,7 +66,7 @@ impl std::fmt::Display for IgnoredSetting {
             (IgnoredReason::Overridden, _) => {
                 write!(
                     f,
-                    "`{setting}` is overridden by a later line; `extra-nix-config` should have `{line_to_add}`"
+                    "`{setting}` is overridden by a later line; `extra-nix-config` needs `{line_to_add}`"
                 )
             }
         }

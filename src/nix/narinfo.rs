@@ -13,10 +13,10 @@ use crate::nix::store_path::StorePath;
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum NarInfoError {
     /// A required field is missing.
-    #[error("narinfo has no `{0}`")]
+    #[error("the narinfo has no `{0}`")]
     Missing(&'static str),
     /// A field has an invalid value.
-    #[error("narinfo has a bad `{field}`: `{value}`")]
+    #[error("the narinfo has an invalid `{field}`: `{value}`")]
     Bad {
         /// The field's name.
         field: &'static str,
@@ -69,6 +69,7 @@ impl NarInfo {
                 .ok_or(NarInfoError::Missing(name))
         };
         let references = match field("References") {
+            // A path without references may lack the field.
             None => Vec::new(),
             Some(names) => names
                 .split_whitespace()

@@ -22,7 +22,7 @@ pub enum JsonError {
     #[error("this is not JSON")]
     Syntax(#[from] serde_json::Error),
     /// It is neither an array nor an object of path infos.
-    #[error("this is no list of store paths")]
+    #[error("this is not a list of store paths")]
     Shape,
 }
 
@@ -74,10 +74,13 @@ fn named(facts: Value) -> Result<(String, Value), JsonError> {
 }
 
 fn path_info(name: &str, facts: &Value) -> Result<PathInfo, String> {
-    let facts = facts.as_object().ok_or("it is described by no object")?;
+    let facts = facts
+        .as_object()
+        .ok_or("its description is not an object")?;
     let deriver = facts
         .get("deriver")
         .and_then(Value::as_str)
+        // Some versions print this text instead of null.
         .filter(|name| *name != "unknown-deriver");
     Ok(PathInfo {
         path: store_path(name)?,
@@ -145,7 +148,7 @@ fn hash_text(hash: &Value) -> Result<String, String> {
     let (algorithm, digits) = (part("algorithm"), part("hash"));
     match (algorithm, digits) {
         (Some(algorithm), Some(digits)) => Ok(format!("{algorithm}:{digits}")),
-        _ => Err("a hash of it is in an unknown format".to_owned()),
+        _ => Err("one of its hashes is in an unknown format".to_owned()),
     }
 }
 
@@ -180,6 +183,7 @@ fn content_address(value: &Value) -> Result<String, String> {
         Value::String(sri) => sri.replacen('-', ":", 1),
         hash => hash_text(hash)?,
     };
+    // A narinfo has base32 digits, so convert from base64.
     let (algorithm, digits) = text.split_once(':').ok_or_else(unknown)?;
     let bytes = STANDARD.decode(digits).map_err(|_| unknown())?;
     let digits = base32_encode(&bytes);

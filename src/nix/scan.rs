@@ -341,12 +341,13 @@ impl PathScan<'_> {
             Pattern::SecretFormat(format) => {
                 if let Some(what) = format
                     .identify(before, found, self.scanner.now)
+                    // Only formats are excused in examples; a real secret of the job never is.
                     .filter(|_| !self.is_example_file())
                 {
                     self.report(
                         Rule::Secret,
                         offset,
-                        format!("what has the shape of {what}"),
+                        format!("something shaped like {what}"),
                     );
                 }
             }

@@ -134,7 +134,7 @@ pub fn check_extra(text: &str) -> Result<(), UsageError> {
         "extra-nix-config",
         format!("has no `name = value` on line {number}"),
     )
-    .with_hint("Write one setting a line, such as `max-jobs = 4`."))
+    .with_hint("Write one setting per line, such as `max-jobs = 4`."))
 }
 
 /// The settings in force. They include access tokens, so never print them as a whole.

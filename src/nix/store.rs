@@ -44,7 +44,7 @@ pub enum Error {
     #[error(transparent)]
     Db(#[from] db::Error),
     /// The output of Nix was not understood.
-    #[error("what `nix path-info` printed is not understood")]
+    #[error("the output of `nix path-info` was not understood")]
     Json(#[from] JsonError),
     /// The folder with the job's result links could not be read.
     #[error("folder `{folder}` could not be read")]
@@ -56,7 +56,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// One of our threads panicked.
-    #[error("a thread that read the store died")]
+    #[error("a thread that was reading the store panicked")]
     Thread(#[source] tokio::task::JoinError),
 }
 
@@ -167,6 +167,7 @@ impl Store {
     /// When the store gives no answer.
     pub async fn mark(&self) -> Result<Mark, Error> {
         if self.db.is_ok() {
+            // An id is enough, since ids only grow.
             return Ok(Mark(MarkKind::Id(self.query(Db::last_id).await?)));
         }
         let found = self.list().await?;
@@ -375,7 +376,7 @@ pub fn open_db(state: &Path) -> Result<Db, String> {
     // A container may mount the host's store and socket but have a state folder of its own, with an
     // empty database.
     if db.last_id().map_err(|error| describe(&error))? == 0 && store_has_entries() {
-        return Err(format!("`{}` knows no path", file.display()));
+        return Err(format!("`{}` lists no paths", file.display()));
     }
     Ok(db)
 }

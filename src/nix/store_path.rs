@@ -80,6 +80,7 @@ impl StorePath {
         // Checked, since the text may have a multi-byte character at this position.
         let (hash, rest) = name.split_at_checked(HASH_LENGTH).ok_or_else(error)?;
         let rest = rest.strip_prefix('-').ok_or_else(error)?;
+        // The characters that Nix allows in names.
         let allowed = |c: u8| c.is_ascii_alphanumeric() || b"+-._?=".contains(&c);
         let named = !rest.is_empty() && rest.len() <= NAME_LIMIT && rest.bytes().all(allowed);
         // Nix rejects such names too.

@@ -358,11 +358,13 @@ pub(crate) fn error_summary(stderr: &str) -> String {
     if stderr.contains("configuration line") {
         return "NIX_CONFIG or nix.conf has a line that Nix cannot read".to_owned();
     }
+    // The message may contain terminal colours.
     let plain = strip_ansi(stderr);
     let from = plain
         .find("error:")
         .map_or(plain.as_str(), |start| &plain[start + "error:".len()..]);
     let words: Vec<&str> = from.split_whitespace().collect();
+    // An empty message would leave the reader without any hint.
     if words.is_empty() {
         "it printed nothing".to_owned()
     } else {

@@ -130,7 +130,7 @@ impl Prospect {
         let (events, heard) = mpsc::channel(QUEUE);
         let pool = match &self.jobs {
             Some(program) => {
-                let (workers, share) = Pool::fitted(plan.workers);
+                let (workers, share) = Pool::fitting_workers(plan.workers);
                 let jobs = NixEvalJobs {
                     program: program.clone(),
                     nix: nix.clone(),
@@ -234,7 +234,7 @@ fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<Eva
     } else if let Some(impurity) = impurity_in_settings(nix.config()) {
         Some(format!("the settings say `{}`", impurity.0))
     } else {
-        source.unremembered().map(str::to_owned)
+        source.memory_obstacle().map(str::to_owned)
     };
     if let Some(why) = why {
         sink.note(format!("flywheel: the evaluation is not remembered: {why}"));

@@ -125,6 +125,7 @@ impl LogReader {
 
     fn keep_line(&mut self, line: &str) {
         self.output.push_back(shorten(&strip_ansi(line), 2000));
+        // A failure is explained at the end of the output, so the oldest line goes.
         if self.output.len() > OUTPUT_LINES {
             self.output.pop_front();
         }
@@ -244,6 +245,7 @@ fn hash_mismatch(text: &str) -> Option<FailureKind> {
         rest.split_whitespace().next().map(str::to_owned)
     };
     Some(FailureKind::HashMismatch {
+        // Older versions print `wanted:`.
         specified: value("specified:").or_else(|| value("wanted:"))?,
         got: value("got:")?,
     })

@@ -64,6 +64,7 @@ pub async fn valid(
     if paths.is_empty() {
         return Ok(BTreeSet::new());
     }
+    // The database is exact and quick; looking at the folder is the fallback.
     let found = if store.database_error().is_none() {
         store
             .valid_by_hash(paths.iter().map(StorePath::hash).collect())

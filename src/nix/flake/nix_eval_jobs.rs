@@ -63,6 +63,7 @@ impl NixEvalJobs {
         events: mpsc::Sender<EvalEvent>,
         cancel: CancellationToken,
     ) {
+        // Each batch starts the program anew.
         while let Some(tasks) = tokio::select! {
             biased;
             () = cancel.cancelled() => None,
@@ -78,6 +79,7 @@ impl NixEvalJobs {
         events: &mpsc::Sender<EvalEvent>,
         cancel: &CancellationToken,
     ) {
+        // The program evaluates the whole attribute, so its objects are matched by path.
         let mut open: HashMap<AttributePath, usize> =
             tasks.into_iter().map(|task| (task.path, task.id)).collect();
         let output = match self.tool().talk() {
@@ -143,7 +145,7 @@ impl NixEvalJobs {
                 }
             }
             (_, error) => {
-                let text = error.unwrap_or_else(|| "it is no derivation".to_owned());
+                let text = error.unwrap_or_else(|| "it is not a derivation".to_owned());
                 let text = if text.contains("error:") {
                     text
                 } else {

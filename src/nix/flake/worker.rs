@@ -96,6 +96,7 @@ pub(super) fn is_for_memory(status: Option<ExitStatus>, output: &str) -> bool {
         "Cannot allocate memory",
     ];
     killed
+        // A flake may print such a text itself, so the exit status must agree.
         || (status.is_none_or(|status| !status.success())
             && messages.iter().any(|message| output.contains(message)))
 }

@@ -158,6 +158,7 @@ fn is_aws_key_id(text: &[u8]) -> bool {
     let length = prefix_length(text, |byte| {
         byte.is_ascii_uppercase() || (b'2'..=b'7').contains(byte)
     });
+    // `+` and `/` would continue a base64 text, in which the prefix is a coincidence.
     let ends = text
         .get(length)
         .is_none_or(|byte| !byte.is_ascii_alphanumeric() && *byte != b'+' && *byte != b'/');
@@ -230,6 +231,7 @@ fn is_live_jwt(text: &[u8], now: u64) -> bool {
             claims.attic.is_some() || claims.iss.as_deref() == Some("kubernetes/serviceaccount")
         }
     };
+    // A token without a signature opens nothing.
     lives
         && !header.alg.eq_ignore_ascii_case("none")
         && signature.len() >= 40
@@ -293,6 +295,7 @@ fn after_armour_headers(text: &[u8]) -> &[u8] {
         .iter()
         .skip_while(|byte| b"\r\n".contains(byte))
         .take_while(|byte| **byte != b'\n');
+    // Without headers, the key begins right away.
     if !first.into_iter().any(|byte| *byte == b':') {
         return text;
     }
