@@ -369,7 +369,7 @@ impl Work<'_> {
         let written = journal.journal.clone();
         let store = Arc::new(store);
         clients.subscribe(move |paths| {
-            written.expected(paths.iter().filter(|path| !path.is_derivation()))
+            written.expected(paths.iter().filter(|path| !path.is_derivation()));
         });
         let inspector = self.inspector(prepared, &store);
         let at_once = !self.demands_check();

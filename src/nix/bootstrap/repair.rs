@@ -97,7 +97,7 @@ async fn ping_with_retries(nix: &Nix, deadline: Instant) -> Result<Ping, Error> 
     for _ in 0..OPEN_ATTEMPTS {
         match ping_once(nix, deadline).await? {
             Ping::Failed(PingFailure::Other(_)) if Instant::now() < deadline => {
-                sleep(OPEN_RETRY_DELAY).await
+                sleep(OPEN_RETRY_DELAY).await;
             }
             answer => return Ok(answer),
         }

@@ -95,7 +95,7 @@ impl NixEvalJobs {
                     let Ok(Some(line)) = line else { break };
                     match serde_json::from_str::<JobLine>(&line) {
                         Err(_) if output.len() < OUTPUT_LIMIT => {
-                            output.push_str(&format!("{line}\n"))
+                            output.push_str(&format!("{line}\n"));
                         }
                         Err(_) => (),
                         Ok(job) => {
