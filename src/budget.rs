@@ -10,7 +10,6 @@ pub struct Observed {
     pub killed_in_group: u64,
     /// The same for the whole machine; they may belong to others.
     pub killed_on_machine: u64,
-    /// Whether the command failed.
     pub failed: bool,
     /// The limit in bytes.
     pub limit: Option<u64>,

@@ -118,7 +118,6 @@ pub enum Ruling {
     Withhold,
 }
 
-/// The policy of one job.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     modes: [RuleMode; Rule::ALL.len()],
@@ -151,7 +150,6 @@ impl Policy {
         Ok(policy)
     }
 
-    /// Adds exceptions.
     #[must_use]
     pub fn with_allowed(mut self, allowed: Vec<Allowed>) -> Self {
         self.allowed.extend(allowed);

@@ -25,18 +25,14 @@ use crate::nix::cache_name::CacheName;
 use crate::nix::hash::Sha256;
 use crate::nix::store_path::PathHash;
 
-/// Why the folder cannot be used.
 #[derive(Debug, Error)]
 pub enum FolderError {
-    /// Another process is using it.
     #[error("the folder `{}` is in use by another `flywheel cache`", .0.display())]
     InUse(PathBuf),
     /// It cannot be created, read or written.
     #[error("the folder `{}` cannot be used", folder.display())]
     Unusable {
-        /// The folder.
         folder: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -147,7 +143,6 @@ impl Folder {
         self.root.join("synced")
     }
 
-    /// The file with the tokens.
     pub fn tokens(&self) -> PathBuf {
         self.root.join("tokens")
     }

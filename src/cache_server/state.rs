@@ -54,25 +54,17 @@ impl Cost {
     }
 }
 
-/// A cache of this server.
 #[derive(Debug)]
 pub struct Cache {
-    /// Its name.
     pub name: CacheName,
-    /// Its signing key.
     pub key: SecretKey,
 }
 
-/// The server's state.
 #[derive(Debug)]
 pub struct ServerState {
-    /// The content of the caches.
     pub store: Arc<Store>,
-    /// The tokens and their permissions.
     pub tokens: Tokens,
-    /// The caches by name.
     pub caches: BTreeMap<String, Cache>,
-    /// The configuration.
     pub options: Options,
     /// Compressors for NARs that fit into memory.
     pub compressors: Arc<CompressorPool>,
@@ -81,7 +73,6 @@ pub struct ServerState {
 }
 
 impl ServerState {
-    /// Creates the state.
     pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
         let caches = caches
             .into_iter()

@@ -20,22 +20,18 @@ const TOKEN_BYTES: usize = 32;
 /// should be an error.
 const MIN_TOKEN_LENGTH: usize = 8;
 
-/// Why the tokens could not be loaded.
 #[derive(Debug, Error)]
 pub enum TokenError {
     /// The file could not be read or created.
     #[error("the tokens file `{}` could not be read or written", file.display())]
     File {
-        /// The file.
         file: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// A line is not `<scope> <token> [<cache>]`. The line is not shown: it may hold a token.
     #[error("line {line} of the tokens file `{}` {problem}", file.display())]
     Line {
-        /// The file.
         file: PathBuf,
         /// The line number, from 1.
         line: usize,
@@ -50,7 +46,6 @@ pub enum TokenError {
 /// uploads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Read a private cache.
     Read,
     /// Read and upload.
     Write,
@@ -64,7 +59,6 @@ struct Entry {
     cache: Option<CacheName>,
 }
 
-/// The tokens of a server.
 #[derive(Debug)]
 pub struct Tokens {
     entries: Vec<Entry>,

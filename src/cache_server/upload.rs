@@ -20,14 +20,12 @@ use crate::nix::path_info::PathInfo;
 /// pieces to a thread costs more. All upload slots together need 8 MiB for this.
 const SMALL_NAR: usize = 256 * 1024;
 
-/// The result of an upload.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredUpload {
     /// Its compressed file.
     pub nar: StoredNar,
     /// Whether the NAR was stored already.
     pub known: bool,
-    /// Bytes received.
     pub received: u64,
 }
 

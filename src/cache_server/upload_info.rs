@@ -11,7 +11,6 @@ use crate::nix::path_info::PathInfo;
 use crate::nix::store_path::{STORE_DIR, StorePath};
 use crate::text::one_line;
 
-/// Bytes of an ed25519 signature.
 const SIGNATURE_SIZE: usize = 64;
 /// Maximum length of a content address; no real one is as long.
 const MAX_CA_LENGTH: usize = 256;
@@ -22,7 +21,6 @@ pub enum InfoError {
     /// It is not the expected JSON.
     #[error("the upload info cannot be read: {0}")]
     Json(String),
-    /// A field has an invalid value.
     #[error("`{field}` {problem}")]
     Field {
         /// The field's name in the JSON.

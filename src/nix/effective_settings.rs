@@ -31,7 +31,6 @@ pub struct IgnoredSetting {
     pub file: Option<PathBuf>,
 }
 
-/// Why a setting is not in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IgnoredReason {
     /// A later line, usually one of `extra-nix-config`, replaces it.

@@ -10,7 +10,6 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-/// Why there is no key.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum KeyError {
     /// Not `<name>:<base64 of 32 bytes>`.
@@ -42,7 +41,6 @@ pub struct PublicKey {
 }
 
 impl PublicKey {
-    /// The name before the colon.
     pub fn name(&self) -> &str {
         &self.name
     }

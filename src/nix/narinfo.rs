@@ -9,16 +9,12 @@ use crate::nix::key::PublicKey;
 use crate::nix::path_info::fingerprint;
 use crate::nix::store_path::StorePath;
 
-/// Why a text is not a narinfo.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum NarInfoError {
-    /// A required field is missing.
     #[error("the narinfo has no `{0}`")]
     Missing(&'static str),
-    /// A field has an invalid value.
     #[error("the narinfo has an invalid `{field}`: `{value}`")]
     Bad {
-        /// The field's name.
         field: &'static str,
         /// Its value, shortened.
         value: String,
@@ -38,7 +34,6 @@ pub struct NarInfo {
     pub file_hash: Option<Sha256>,
     /// Size of the compressed file in bytes; Attic sends none.
     pub file_size: Option<u64>,
-    /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
@@ -48,7 +43,6 @@ pub struct NarInfo {
     pub deriver: Option<StorePath>,
     /// Signatures, each `<key name>:<base64>`.
     pub signatures: Vec<String>,
-    /// The content address, if it has one.
     pub ca: Option<String>,
 }
 

@@ -28,12 +28,10 @@ pub enum WriteError {
     /// Nix's download library (curl) could not parse it.
     #[error("the {what} {problem}, which its file cannot express")]
     Unspellable {
-        /// The kind of credential.
         what: &'static str,
         /// The problem: "holds white space".
         problem: &'static str,
     },
-    /// The host name is invalid.
     #[error("`{0}` is not a host name that a netrc can hold")]
     Host(String),
     /// Other users can read the folder.
@@ -45,18 +43,13 @@ pub enum WriteError {
     /// The netrc in use cannot be read, so its other machines would be lost.
     #[error("the netrc in use, `{file}`, could not be read")]
     Existing {
-        /// The file.
         file: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// The file could not be written.
     #[error("`{file}` could not be written")]
     Write {
-        /// The file.
         file: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },

@@ -15,10 +15,8 @@ use crate::nix::path_info::{PathInfo, PathInfos, Unreadable};
 use crate::nix::store_path::{STORE_DIR, StorePath};
 use crate::text::one_line;
 
-/// Why the output could not be parsed.
 #[derive(Debug, Error)]
 pub enum JsonError {
-    /// It is not JSON.
     #[error("this is not JSON")]
     Syntax(#[from] serde_json::Error),
     /// It is neither an array nor an object of path infos.
@@ -50,7 +48,6 @@ pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
     Ok(found)
 }
 
-/// Returns each path's name with its metadata.
 fn entries(whole: Value) -> Result<Vec<(String, Value)>, JsonError> {
     match whole {
         Value::Array(list) => list.into_iter().map(named).collect(),

@@ -119,7 +119,6 @@ impl fmt::Display for Finding {
     }
 }
 
-/// The result of scanning a path.
 #[derive(Clone, Debug, Default)]
 pub struct ScanResult {
     /// The findings, in the NAR's order, at most `MAX_FINDINGS`.

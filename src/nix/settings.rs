@@ -22,7 +22,6 @@ const DOWNLOAD_BOUNDS: [(&str, &str); 4] = [
     ("fallback", "true"),
 ];
 
-/// The settings that a job wants.
 #[derive(Clone, Debug, Default)]
 pub struct WantedSettings {
     /// The cache, if it is usable. An unreachable one is left out, so that no build waits for it.

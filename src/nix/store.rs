@@ -28,16 +28,12 @@ const PING_LIMIT: Duration = Duration::from_secs(20);
 const LIST_LIMIT: Duration = Duration::from_secs(180);
 /// A daemon's worker opens the database right after it was connected to.
 const WAKE_LIMIT: Duration = Duration::from_secs(2);
-/// How often to check for that.
 const WAKE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Why the store could not be read.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Nix failed.
     #[error(transparent)]
     Nix(#[from] tool::Error),
-    /// The store does not open.
     #[error("the Nix store does not open: {0}")]
     Closed(String),
     /// The database failed, and opening it again did not help.
@@ -49,9 +45,7 @@ pub enum Error {
     /// The folder with the job's result links could not be read.
     #[error("folder `{folder}` could not be read")]
     Folder {
-        /// The folder.
         folder: PathBuf,
-        /// The system's error.
         #[source]
         source: std::io::Error,
     },
@@ -96,7 +90,6 @@ enum MarkKind {
     Paths(Arc<BTreeSet<StorePath>>),
 }
 
-/// The store.
 #[derive(Clone, Debug)]
 pub struct Store {
     nix: Nix,

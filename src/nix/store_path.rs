@@ -13,7 +13,6 @@ use crate::nix::hash::is_base32;
 pub const STORE_DIR: &str = "/nix/store";
 /// Nix's limit for a name, `StorePath::MaxPathLen`.
 const NAME_LIMIT: usize = 211;
-/// Length of the hash part.
 const HASH_LENGTH: usize = 32;
 
 /// A text that is not a store path.
@@ -112,7 +111,6 @@ impl StorePath {
         &self.0
     }
 
-    /// The hash part.
     pub fn hash(&self) -> PathHash {
         PathHash(self.0[..HASH_LENGTH].to_owned())
     }

@@ -409,7 +409,6 @@ fn has_variable(pid: u32, variable: &str) -> bool {
         .any(|pair| pair == variable.as_bytes())
 }
 
-/// Iterates over a process and its ancestors.
 fn with_ancestors(pid: u32) -> impl Iterator<Item = u32> {
     let parent = |pid: &u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

@@ -59,7 +59,6 @@ impl Allowed {
         lines.map(Self::parse).collect()
     }
 
-    /// Why the exception exists.
     pub fn reason(&self) -> &str {
         &self.reason
     }

@@ -40,13 +40,11 @@ pub enum BuildEvent {
 pub struct BuildFailure {
     /// The derivation mentioned in the error, if any.
     pub derivation: Option<StorePath>,
-    /// The kind of failure.
     pub kind: FailureKind,
     /// Nix's message, without colours.
     pub text: String,
 }
 
-/// The kinds of failures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// The builder failed.
@@ -63,7 +61,6 @@ pub enum FailureKind {
     /// Not the build's fault, for example an unreachable server or builder; another attempt may
     /// succeed.
     Transient,
-    /// Anything else.
     Other,
 }
 
@@ -90,7 +87,6 @@ struct Message {
 }
 
 impl LogReader {
-    /// Parses one line.
     pub fn read(&mut self, line: &str) -> Option<BuildEvent> {
         let message: Option<Message> = line
             .strip_prefix("@nix ")
@@ -141,7 +137,6 @@ impl LogReader {
     }
 }
 
-/// Parses an error message.
 pub fn failure(message: &str) -> BuildFailure {
     let text = strip_ansi(message);
     let text = text

@@ -13,7 +13,6 @@ const QUERY_LIMIT: Duration = Duration::from_secs(300);
 /// Paths per call; the length of a command line is limited.
 const BATCH: usize = 2000;
 
-/// Where paths are available.
 #[derive(Debug, Default)]
 pub struct Presence {
     /// Paths in the store.

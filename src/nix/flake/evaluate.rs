@@ -102,7 +102,6 @@ pub enum EvalEvent {
     Failed(usize, EvalFailure),
 }
 
-/// Why the outputs could not be listed.
 #[derive(Debug, Error)]
 pub enum Error {
     /// Nix did not run.
@@ -144,7 +143,6 @@ impl Explain for Error {
 /// The list of names, or that it depends on the commit.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NameList {
-    /// The outputs.
     Found(Vec<OutputName>),
     /// Evaluating the list used something specific to the commit.
     Dependent,

@@ -25,19 +25,13 @@ const OUTPUT_LIMIT: usize = 64 * 1024;
 /// warning.
 const MERGE_STREAMS: &str = "exec \"$0\" \"$@\" 1>&2";
 
-/// The parameters of a run.
 pub struct NixEvalJobs {
-    /// The program.
     pub program: PathBuf,
     /// Nix, for its environment.
     pub nix: Nix,
-    /// The flake.
     pub source: Source,
-    /// The attribute.
     pub attribute: AttributePath,
-    /// Further arguments.
     pub arguments: Vec<String>,
-    /// The number of workers.
     pub workers: usize,
     /// The memory a worker may use before it is replaced, in bytes.
     pub share: u64,

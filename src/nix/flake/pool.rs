@@ -53,13 +53,9 @@ pub struct EvalTask {
     pub must_write: bool,
 }
 
-/// The parameters of a pool.
 pub struct Pool {
-    /// Nix.
     pub nix: Nix,
-    /// The flake.
     pub source: Source,
-    /// Its expressions.
     pub expressions: Expressions,
     /// Further arguments of Nix.
     pub arguments: Vec<String>,

@@ -29,13 +29,11 @@ pub(super) enum WorkerLine {
     Done { d: usize, f: Derivation },
 }
 
-/// An event of a worker.
 pub(super) enum WorkerEvent {
     Line(String),
     Ended(Option<ExitStatus>),
 }
 
-/// Why we ended a worker.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum EndReason {
     /// It exceeded its share of memory; its remaining attributes go to others.

@@ -12,7 +12,6 @@ pub(super) const LOOKAHEAD: usize = 8192;
 /// have less.
 const MIN_ENTROPY: f64 = 3.0;
 
-/// The format of a secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SecretFormat {
     /// GitHub's tokens and npm's: 36 characters of base62, of which the last six are a checksum.
