@@ -258,8 +258,8 @@ fn make_folder(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
 
-/// Opens a folder that nobody keeps. A process that another test is just starting holds our lock, too, until it is
-/// another program.
+/// Opens a folder once its lock is free. A process that another test is starting inherits our lock
+/// until it executes another program.
 #[cfg(test)]
 pub(super) fn when_free<T, E: std::fmt::Debug>(
     open: impl Fn() -> Result<T, E>,

@@ -345,7 +345,7 @@ mod tests {
         PathHash::parse(&letter.to_string().repeat(32)).expect("base32")
     }
 
-    /// `letter`, used so many hours ago, refers to these, has this size.
+    /// An object named `letter` with these references and this size, used this many hours ago.
     fn object(letter: char, hours: u32, references: &str, size: u64) -> Object {
         let used = now() - HOUR * hours;
         Object {
@@ -363,7 +363,7 @@ mod tests {
         SystemTime::UNIX_EPOCH + HOUR * 1000
     }
 
-    /// The letters that go, in order.
+    /// The letters of the objects to remove, in order.
     fn check(objects: &[Object], max_age_hours: Option<u32>, max_size: Option<u64>) -> String {
         let limits = Limits {
             max_age: max_age_hours.map(|hours| HOUR * hours),

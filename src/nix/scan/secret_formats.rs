@@ -398,7 +398,7 @@ pub(in crate::nix::scan) mod tests {
         )
     }
 
-    /// What has the form of a key and opens nothing.
+    /// Texts in the format of a key that open nothing.
     pub(in crate::nix::scan) fn pem() -> String {
         let mut der = vec![0x30, 0x81, 200];
         der.extend((0..200_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8));
