@@ -23,7 +23,7 @@ use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// Look into store paths, or any files and folders, for what the publication policy would keep back.
 ///
-/// Looks for the values of this environment's secrets, for what has the shape of a secret, and for places of this
+/// Looks for the values of this environment's secrets, for something shaped like a secret, and for places of this
 /// machine, as `nix-job` does before it publishes (`docs/policy.md`). Says rule, file and offset, never the secret.
 /// Looks into no compressed file. Ends with 1 if something would be kept back.
 ///

@@ -79,7 +79,7 @@ fn bad_input_is_refused_before_anything_is_made() {
             "must be an address and a port",
             "127.0.0.1:8484",
         ),
-        (&["--cache", "../x"], "is no cache name", ""),
+        (&["--cache", "../x"], "is not a cache name", ""),
         (
             &["--max-age", "3y"],
             "must be a time such as `30d`, not `3y`",
@@ -555,7 +555,8 @@ async fn a_kill_loses_nothing_and_the_end_of_the_machine_only_what_came_last() {
     assert!(served.narinfo("main", &new).await.is_some());
     let (ran, _) = served.stop();
     assert!(
-        ran.stderr.contains("what came last may be torn: 1 path\n"),
+        ran.stderr
+            .contains("the last uploads may be incomplete: 1 path\n"),
         "{}",
         ran.stderr
     );

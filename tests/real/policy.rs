@@ -111,7 +111,7 @@ fn what_breaks_a_rule_stays_and_what_refers_to_it_and_all_else_goes() {
         ),
         (
             "leaks-token",
-            "secret: what has the shape of a GitHub token in `etc/config`, at byte 11",
+            "secret: something shaped like a GitHub token in `etc/config`, at byte 11",
         ),
         (
             "names-machine",

@@ -10,7 +10,6 @@ pub struct Observed {
     pub killed_in_group: u64,
     /// The same for the whole machine; they may belong to others.
     pub killed_on_machine: u64,
-    /// Whether the command failed.
     pub failed: bool,
     /// The limit in bytes.
     pub limit: Option<u64>,
@@ -47,9 +46,9 @@ impl OutOfMemory {
     /// Describes what happened and what to do. `heavy_lane` names the runners to move to.
     pub fn text(&self, heavy_lane: Option<&str>) -> String {
         let who = if self.certain {
-            "the kernel killed a process of this job for want of memory"
+            "the kernel killed a process of this job because memory ran out"
         } else {
-            "the kernel killed a process of this machine for want of memory while the command failed"
+            "the kernel killed a process of this machine because memory ran out while the command failed"
         };
         let limit = self
             .limit

@@ -60,9 +60,7 @@ impl Rule {
             Self::Dangling => {
                 "A reader would get a path that needs another one, which the cache does not hold."
             }
-            Self::MachinePath => {
-                "A reader's machine does not have that place, or something else is there."
-            }
+            Self::MachinePath => "A reader's machine lacks that path, or has something else there.",
             Self::Secret => "Everyone who reads the cache would get it.",
         }
     }
@@ -120,7 +118,6 @@ pub enum Ruling {
     Withhold,
 }
 
-/// The policy of one job.
 #[derive(Clone, Debug, Default)]
 pub struct Policy {
     modes: [RuleMode; Rule::ALL.len()],
@@ -147,12 +144,12 @@ impl Policy {
                 )
             })?;
             let rule = parse_rule(name.trim())?;
+            // A later line overrides an earlier one.
             policy.modes[rule.index()] = parse_mode(mode.trim())?;
         }
         Ok(policy)
     }
 
-    /// Adds exceptions.
     #[must_use]
     pub fn with_allowed(mut self, allowed: Vec<Allowed>) -> Self {
         self.allowed.extend(allowed);
@@ -176,6 +173,7 @@ impl Policy {
     /// Decides about a path with this name. `breaks` is true if it breaks the rule.
     pub fn decide(&self, publishes: bool, rule: Rule, name: &str, breaks: bool) -> Ruling {
         match (publishes, self.mode(rule)) {
+            // Without a permit nothing is published, whatever the policy.
             (false, _) => Ruling::Nothing,
             (true, RuleMode::Off) => Ruling::Publish,
             // An exception counts in every mode, and silences the warning as well.

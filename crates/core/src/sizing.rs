@@ -74,6 +74,7 @@ pub fn chunk(requested: Option<usize>, waiting: usize, workers: usize) -> usize 
 /// if this saves less than it costs.
 pub fn steal(left: usize, each: f64, start: f64) -> usize {
     let saved = (left as f64 * each - start) / 2.0;
+    // Stealing must save more than the start of another worker costs.
     if saved > start {
         (saved / each) as usize
     } else {

@@ -26,13 +26,11 @@ const DAEMON_GRACE: Duration = Duration::from_secs(2);
 /// Folders in which newer versions refuse to build if they are world-writable.
 const GUARDED_FOLDERS: [&str; 4] = ["/nix", "/nix/store", "/nix/var", "/nix/var/nix"];
 
-/// Why there is no working Nix.
 #[derive(Debug, Error)]
 pub enum Error {
     /// There is no Nix, and it cannot be installed here.
-    #[error("there is no `nix` on this machine, and none can be installed: {0}")]
+    #[error("Nix is not installed on this machine and cannot be installed:  {0}")]
     Missing(&'static str),
-    /// The installation failed.
     #[error("Nix could not be installed: `{step}` {problem}")]
     Install {
         /// The command that failed.
@@ -46,7 +44,6 @@ pub enum Error {
     /// Nothing listens on the daemon's socket.
     #[error("the Nix daemon does not answer at `{socket}`: {problem}")]
     DeadDaemon {
-        /// The socket's path.
         socket: PathBuf,
         /// Nix's message, on one line.
         problem: String,
@@ -268,7 +265,7 @@ impl Host {
         let folder = folder.display();
         sink.degraded(
             "nix",
-            format!("`{folder}` is world-writable, which newer versions refuse; run `chmod o-w {folder}`"),
+            format!("`{folder}` is world-writable, which newer versions of Nix refuse;  run `chmod o-w {folder}`"),
         );
         Ok(())
     }

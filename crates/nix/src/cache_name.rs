@@ -14,7 +14,7 @@ const NAME_LIMIT: usize = 50;
 /// A text that is not a valid cache name.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
-    "`{0}` is no cache name (a letter or digit, then letters, digits, `-`, `_`, `+`, 50 in all)"
+    "`{0}` is not a cache name (a letter or digit, then letters, digits, `-`, `_` or `+`; at most 50 characters)"
 )]
 pub struct CacheNameError(String);
 

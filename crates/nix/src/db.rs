@@ -21,7 +21,6 @@ const BUSY_LIMIT: Duration = Duration::from_secs(10);
 /// The columns that `ValidPathRow::read` expects, in this order.
 const COLUMNS: &str = "id, path, hash, narSize, deriver, ultimate, sigs, ca";
 
-/// Why the database could not be read.
 #[derive(Debug, Error)]
 pub enum Error {
     /// The file is missing, belongs to another user, or is no database.
@@ -33,7 +32,6 @@ pub enum Error {
         #[source]
         source: rusqlite::Error,
     },
-    /// A query failed.
     #[error("Nix's database could not be read")]
     Read(#[source] rusqlite::Error),
 }

@@ -31,7 +31,6 @@ pub struct IgnoredSetting {
     pub file: Option<PathBuf>,
 }
 
-/// Why a setting is not in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IgnoredReason {
     /// A later line, usually one of `extra-nix-config`, replaces it.
@@ -66,7 +65,7 @@ impl std::fmt::Display for IgnoredSetting {
             (IgnoredReason::Overridden, _) => {
                 write!(
                     f,
-                    "`{setting}` is overridden by a later line; `extra-nix-config` should have `{line_to_add}`"
+                    "`{setting}` is overridden by a later line; `extra-nix-config` needs `{line_to_add}`"
                 )
             }
         }

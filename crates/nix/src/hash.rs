@@ -92,6 +92,7 @@ pub fn base32_encode(bytes: &[u8]) -> String {
 fn base32_decode(text: &str) -> Option<Vec<u8>> {
     let size = text.len() * 5 / 8;
     let mut bytes = vec![0_u8; size];
+    // Nix writes base32 from the last digit to the first.
     for (n, character) in text.bytes().rev().enumerate() {
         let digit = u16::try_from(ALPHABET.iter().position(|known| *known == character)?).ok()?;
         let (byte, shift) = (n * 5 / 8, n * 5 % 8);

@@ -10,7 +10,6 @@ use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
-/// Why there is no key.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum KeyError {
     /// Not `<name>:<base64 of 32 bytes>`.
@@ -42,7 +41,6 @@ pub struct PublicKey {
 }
 
 impl PublicKey {
-    /// The name before the colon.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -55,6 +53,7 @@ impl PublicKey {
         let Ok(bytes) = STANDARD.decode(digits) else {
             return false;
         };
+        // A signature by a key of another name is not this key's, even if the bytes match.
         name == self.name
             && UnparsedPublicKey::new(&ED25519, self.bytes)
                 .verify(text.as_bytes(), &bytes)
@@ -66,6 +65,7 @@ impl FromStr for PublicKey {
     type Err = KeyError;
 
     fn from_str(text: &str) -> Result<Self, KeyError> {
+        // A public key is no secret, so the error may quote it.
         let error = || KeyError::Public(flywheel_core::text::one_line(text, 120));
         let (name, digits) = text.trim().split_once(':').ok_or_else(error)?;
         let bytes = STANDARD
@@ -126,6 +126,7 @@ impl SecretKey {
     pub fn parse(text: &str) -> Result<Self, KeyError> {
         let (name, digits) = text.trim().split_once(':').ok_or(KeyError::Secret)?;
         let bytes = Zeroizing::new(STANDARD.decode(digits).map_err(|_| KeyError::Secret)?);
+        // Nix stores the seed and the public key, 32 bytes each.
         if bytes.len() != 64 || !is_key_name(name) {
             return Err(KeyError::Secret);
         }

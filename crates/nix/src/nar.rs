@@ -42,26 +42,20 @@ pub enum DumpError {
     #[error("`{0}` is no longer in the store")]
     Gone(PathBuf),
     /// The path contains something that a NAR cannot express: a socket, a device, a pipe.
-    #[error("`{0}` is neither file, folder nor symbolic link")]
+    #[error("`{0}` is neither a file, a folder nor a symbolic link")]
     Special(PathBuf),
-    /// The path cannot be read.
     #[error("`{path}` cannot be read")]
     Read {
         /// The file that could not be read.
         path: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// The content on disk is not what Nix registered: a corrupt or modified store path.
-    #[error("`{path}` is corrupt: on disk it is not what the store has registered ({difference})")]
-    Corrupt {
-        /// The store path.
-        path: PathBuf,
-        difference: String,
-    },
+    #[error("`{path}` is corrupt: its content is not what the store has registered ({difference})")]
+    Corrupt { path: PathBuf, difference: String },
     /// The writer or the visitor returned an error.
-    #[error("the NAR could not be handed on")]
+    #[error("the NAR could not be passed on")]
     Sink(#[source] io::Error),
 }
 
@@ -340,7 +334,6 @@ impl Fault {
 /// The source of a store path's NAR: the path on disk, and the NAR itself if it has been read.
 #[derive(Clone, Debug)]
 pub struct NarSource {
-    /// The path.
     pub file: PathBuf,
     /// The complete NAR, already checked against the registered hash and size.
     pub read: Option<Bytes>,

@@ -9,16 +9,12 @@ use crate::key::PublicKey;
 use crate::path_info::fingerprint;
 use crate::store_path::StorePath;
 
-/// Why a text is not a narinfo.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum NarInfoError {
-    /// A required field is missing.
-    #[error("narinfo has no `{0}`")]
+    #[error("the narinfo has no `{0}`")]
     Missing(&'static str),
-    /// A field has an invalid value.
-    #[error("narinfo has a bad `{field}`: `{value}`")]
+    #[error("the narinfo has an invalid `{field}`: `{value}`")]
     Bad {
-        /// The field's name.
         field: &'static str,
         /// Its value, shortened.
         value: String,
@@ -38,7 +34,6 @@ pub struct NarInfo {
     pub file_hash: Option<Sha256>,
     /// Size of the compressed file in bytes; Attic sends none.
     pub file_size: Option<u64>,
-    /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
@@ -48,7 +43,6 @@ pub struct NarInfo {
     pub deriver: Option<StorePath>,
     /// Signatures, each `<key name>:<base64>`.
     pub signatures: Vec<String>,
-    /// The content address, if it has one.
     pub ca: Option<String>,
 }
 
@@ -69,6 +63,7 @@ impl NarInfo {
                 .ok_or(NarInfoError::Missing(name))
         };
         let references = match field("References") {
+            // A path without references may lack the field.
             None => Vec::new(),
             Some(names) => names
                 .split_whitespace()

@@ -26,37 +26,30 @@ const EXISTING_LIMIT: u64 = 1024 * 1024;
 #[derive(Debug, Error)]
 pub enum WriteError {
     /// Nix's download library (curl) could not parse it.
-    #[error("the {what} {problem}, which its file cannot spell")]
+    #[error("the {what} {problem}, which its file cannot express")]
     Unspellable {
-        /// The kind of credential.
         what: &'static str,
         /// The problem: "holds white space".
         problem: &'static str,
     },
-    /// The host name is invalid.
     #[error("`{0}` is not a host name that a netrc can hold")]
     Host(String),
     /// Other users can read the folder.
     #[error("folder `{0}` is open to other users")]
     Open(PathBuf),
     /// Nix's settings cannot express the path of a file in this folder.
-    #[error("folder `{0}` has a name that Nix's settings cannot spell")]
+    #[error("folder `{0}` has a name that Nix's settings cannot express")]
     Name(PathBuf),
     /// The netrc in use cannot be read, so its other machines would be lost.
     #[error("the netrc in use, `{file}`, could not be read")]
     Existing {
-        /// The file.
         file: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// The file could not be written.
     #[error("`{file}` could not be written")]
     Write {
-        /// The file.
         file: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -158,6 +151,7 @@ pub fn write_attic_home(
     token: &Secret,
 ) -> Result<PathBuf, WriteError> {
     spellable(TOKEN, token)?;
+    // Attic's client reads `attic/config.toml` below `XDG_CONFIG_HOME`.
     let home = folder.join("attic-home");
     let own = home.join("attic");
     let made = DirBuilder::new().mode(0o700).recursive(true).create(&own);
@@ -207,6 +201,7 @@ fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
     };
     let mut bytes = Zeroizing::new(Vec::new());
     opened
+        // One byte more than allowed is enough to notice that the file is too large.
         .take(EXISTING_LIMIT + 1)
         .read_to_end(&mut bytes)
         .map_err(error)?;

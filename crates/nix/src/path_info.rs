@@ -6,7 +6,6 @@ use crate::store_path::StorePath;
 /// The registered metadata of one valid store path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathInfo {
-    /// The path.
     pub path: StorePath,
     /// The hash of its NAR.
     pub nar_hash: Sha256,
@@ -42,7 +41,6 @@ pub struct Unreadable {
     pub problem: String,
 }
 
-/// How a path entered the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Origin {
     /// This store built it.

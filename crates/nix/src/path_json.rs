@@ -15,14 +15,12 @@ use crate::path_info::{PathInfo, PathInfos, Unreadable};
 use crate::store_path::{STORE_DIR, StorePath};
 use flywheel_core::text::one_line;
 
-/// Why the output could not be parsed.
 #[derive(Debug, Error)]
 pub enum JsonError {
-    /// It is not JSON.
     #[error("this is not JSON")]
     Syntax(#[from] serde_json::Error),
     /// It is neither an array nor an object of path infos.
-    #[error("this is no list of store paths")]
+    #[error("this is not a list of store paths")]
     Shape,
 }
 
@@ -50,7 +48,6 @@ pub fn parse(json: &[u8]) -> Result<PathInfos, JsonError> {
     Ok(found)
 }
 
-/// Returns each path's name with its metadata.
 fn entries(whole: Value) -> Result<Vec<(String, Value)>, JsonError> {
     match whole {
         Value::Array(list) => list.into_iter().map(named).collect(),
@@ -74,10 +71,13 @@ fn named(facts: Value) -> Result<(String, Value), JsonError> {
 }
 
 fn path_info(name: &str, facts: &Value) -> Result<PathInfo, String> {
-    let facts = facts.as_object().ok_or("it is described by no object")?;
+    let facts = facts
+        .as_object()
+        .ok_or("its description is not an object")?;
     let deriver = facts
         .get("deriver")
         .and_then(Value::as_str)
+        // Some versions print this text instead of null.
         .filter(|name| *name != "unknown-deriver");
     Ok(PathInfo {
         path: store_path(name)?,
@@ -145,7 +145,7 @@ fn hash_text(hash: &Value) -> Result<String, String> {
     let (algorithm, digits) = (part("algorithm"), part("hash"));
     match (algorithm, digits) {
         (Some(algorithm), Some(digits)) => Ok(format!("{algorithm}:{digits}")),
-        _ => Err("a hash of it is in an unknown format".to_owned()),
+        _ => Err("one of its hashes is in an unknown format".to_owned()),
     }
 }
 
@@ -180,6 +180,7 @@ fn content_address(value: &Value) -> Result<String, String> {
         Value::String(sri) => sri.replacen('-', ":", 1),
         hash => hash_text(hash)?,
     };
+    // A narinfo has base32 digits, so convert from base64.
     let (algorithm, digits) = text.split_once(':').ok_or_else(unknown)?;
     let bytes = STANDARD.decode(digits).map_err(|_| unknown())?;
     let digits = base32_encode(&bytes);

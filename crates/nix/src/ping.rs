@@ -5,12 +5,9 @@ use std::time::Duration;
 
 use crate::tool::{Error, Nix, error_summary};
 
-/// The result of opening the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ping {
-    /// The store opens.
     Open(Opened),
-    /// The store does not open.
     Failed(PingFailure),
 }
 
@@ -36,7 +33,6 @@ pub enum PingFailure {
     NoDaemon(String),
     /// There is no daemon, and the store's files belong to another user.
     PermissionDenied(String),
-    /// Anything else.
     Other(String),
 }
 

@@ -118,7 +118,6 @@ impl fmt::Display for Finding {
     }
 }
 
-/// The result of scanning a path.
 #[derive(Clone, Debug, Default)]
 pub struct ScanResult {
     /// The findings, in the NAR's order, at most `MAX_FINDINGS`.
@@ -340,12 +339,13 @@ impl PathScan<'_> {
             Pattern::SecretFormat(format) => {
                 if let Some(what) = format
                     .identify(before, found, self.scanner.now)
+                    // Only formats are excused in examples; a real secret of the job never is.
                     .filter(|_| !self.is_example_file())
                 {
                     self.report(
                         Rule::Secret,
                         offset,
-                        format!("what has the shape of {what}"),
+                        format!("something shaped like {what}"),
                     );
                 }
             }

@@ -22,7 +22,6 @@ const DOWNLOAD_BOUNDS: [(&str, &str); 4] = [
     ("fallback", "true"),
 ];
 
-/// The settings that a job wants.
 #[derive(Clone, Debug, Default)]
 pub struct WantedSettings {
     /// The cache, if it is usable. An unreachable one is left out, so that no build waits for it.
@@ -134,7 +133,7 @@ pub fn check_extra(text: &str) -> Result<(), UsageError> {
         "extra-nix-config",
         format!("has no `name = value` on line {number}"),
     )
-    .with_hint("Write one setting a line, such as `max-jobs = 4`."))
+    .with_hint("Write one setting per line, such as `max-jobs = 4`."))
 }
 
 /// The settings in force. They include access tokens, so never print them as a whole.

@@ -28,35 +28,29 @@ const PING_LIMIT: Duration = Duration::from_secs(20);
 const LIST_LIMIT: Duration = Duration::from_secs(180);
 /// A daemon's worker opens the database right after it was connected to.
 const WAKE_LIMIT: Duration = Duration::from_secs(2);
-/// How often to check for that.
 const WAKE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Why the store could not be read.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Nix failed.
     #[error(transparent)]
     Nix(#[from] tool::Error),
-    /// The store does not open.
     #[error("the Nix store does not open: {0}")]
     Closed(String),
     /// The database failed, and opening it again did not help.
     #[error(transparent)]
     Db(#[from] db::Error),
     /// The output of Nix was not understood.
-    #[error("what `nix path-info` printed is not understood")]
+    #[error("the output of `nix path-info` was not understood")]
     Json(#[from] JsonError),
     /// The folder with the job's result links could not be read.
     #[error("folder `{folder}` could not be read")]
     Folder {
-        /// The folder.
         folder: PathBuf,
-        /// The system's error.
         #[source]
         source: std::io::Error,
     },
     /// One of our threads panicked.
-    #[error("a thread that read the store died")]
+    #[error("a thread that was reading the store panicked")]
     Thread(#[source] tokio::task::JoinError),
 }
 
@@ -96,7 +90,6 @@ enum MarkKind {
     Paths(Arc<BTreeSet<StorePath>>),
 }
 
-/// The store.
 #[derive(Clone, Debug)]
 pub struct Store {
     nix: Nix,
@@ -167,6 +160,7 @@ impl Store {
     /// When the store gives no answer.
     pub async fn mark(&self) -> Result<Mark, Error> {
         if self.db.is_ok() {
+            // An id is enough, since ids only grow.
             return Ok(Mark(MarkKind::Id(self.query(Db::last_id).await?)));
         }
         let found = self.list().await?;
@@ -375,7 +369,7 @@ pub fn open_db(state: &Path) -> Result<Db, String> {
     // A container may mount the host's store and socket but have a state folder of its own, with an
     // empty database.
     if db.last_id().map_err(|error| describe(&error))? == 0 && store_has_entries() {
-        return Err(format!("`{}` knows no path", file.display()));
+        return Err(format!("`{}` lists no paths", file.display()));
     }
     Ok(db)
 }

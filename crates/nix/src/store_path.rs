@@ -13,7 +13,6 @@ use crate::hash::is_base32;
 pub const STORE_DIR: &str = "/nix/store";
 /// Nix's limit for a name, `StorePath::MaxPathLen`.
 const NAME_LIMIT: usize = 211;
-/// Length of the hash part.
 const HASH_LENGTH: usize = 32;
 
 /// A text that is not a store path.
@@ -80,6 +79,7 @@ impl StorePath {
         // Checked, since the text may have a multi-byte character at this position.
         let (hash, rest) = name.split_at_checked(HASH_LENGTH).ok_or_else(error)?;
         let rest = rest.strip_prefix('-').ok_or_else(error)?;
+        // The characters that Nix allows in names.
         let allowed = |c: u8| c.is_ascii_alphanumeric() || b"+-._?=".contains(&c);
         let named = !rest.is_empty() && rest.len() <= NAME_LIMIT && rest.bytes().all(allowed);
         // Nix rejects such names too.
@@ -111,7 +111,6 @@ impl StorePath {
         &self.0
     }
 
-    /// The hash part.
     pub fn hash(&self) -> PathHash {
         PathHash(self.0[..HASH_LENGTH].to_owned())
     }

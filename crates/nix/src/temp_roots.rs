@@ -197,7 +197,7 @@ impl WatcherState {
         match event {
             Event::Entry(name) => {
                 if let Ok(pid) = name.parse() {
-                    self.open_file_of(pid);
+                    self.open_file(pid);
                 }
             }
             // inotify dropped events, but the folder still lists every running process.
@@ -214,12 +214,12 @@ impl WatcherState {
                 .to_str()
                 .and_then(|name| name.parse().ok())
             {
-                self.open_file_of(pid);
+                self.open_file(pid);
             }
         }
     }
 
-    fn open_file_of(&mut self, pid: u32) {
+    fn open_file(&mut self, pid: u32) {
         let file = File::open(self.folder.join(pid.to_string()));
         // The same file is already open. A different file under the same number means that the
         // process id has been reused.
@@ -409,7 +409,6 @@ fn has_variable(pid: u32, variable: &str) -> bool {
         .any(|pair| pair == variable.as_bytes())
 }
 
-/// Iterates over a process and its ancestors.
 fn with_ancestors(pid: u32) -> impl Iterator<Item = u32> {
     let parent = |pid: &u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

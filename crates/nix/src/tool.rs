@@ -30,7 +30,6 @@ const MESSAGE_LIMIT: usize = 400;
 /// Our own calls need the new command line, which an installation may not have enabled.
 pub(crate) const FEATURES: &str = "extra-experimental-features = nix-command flakes";
 
-/// Why a call of Nix failed.
 #[derive(Debug, Error)]
 pub enum Error {
     /// It did not start or did not end in time.
@@ -38,7 +37,6 @@ pub enum Error {
     Run {
         /// The call, without its options' values.
         call: String,
-        /// Why not.
         #[source]
         source: CaptureError,
     },
@@ -55,7 +53,6 @@ pub enum Error {
     UnexpectedOutput {
         /// The call, without its options' values.
         call: String,
-        /// What is wrong with it.
         problem: String,
     },
 }
@@ -69,7 +66,6 @@ impl Explain for Error {
 /// The distribution of Nix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
-    /// The original.
     Nix,
     /// Determinate Systems' distribution; `/etc/nix/nix.conf` is its own, ours to extend is `nix.custom.conf`.
     Determinate,
@@ -80,7 +76,6 @@ pub enum Flavour {
 /// A version of Nix, as parsed from `nix --version`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    /// The distribution.
     pub flavour: Flavour,
     /// First number of the Nix version: 2.
     pub major: u32,
@@ -132,7 +127,6 @@ impl fmt::Display for Version {
 pub struct Nix {
     /// The program, absolute.
     pub program: PathBuf,
-    /// Its version.
     pub version: Version,
     environment: BTreeMap<String, OsString>,
     config: String,
@@ -358,11 +352,13 @@ pub fn error_summary(stderr: &str) -> String {
     if stderr.contains("configuration line") {
         return "NIX_CONFIG or nix.conf has a line that Nix cannot read".to_owned();
     }
+    // The message may contain terminal colours.
     let plain = strip_ansi(stderr);
     let from = plain
         .find("error:")
         .map_or(plain.as_str(), |start| &plain[start + "error:".len()..]);
     let words: Vec<&str> = from.split_whitespace().collect();
+    // An empty message would leave the reader without any hint.
     if words.is_empty() {
         "it printed nothing".to_owned()
     } else {

@@ -132,7 +132,7 @@ impl FlakeEvaluation {
         let (events, receiver) = mpsc::channel(QUEUE);
         let pool = match &self.jobs {
             Some(program) => {
-                let (workers, share) = Pool::fitted(plan.workers);
+                let (workers, share) = Pool::fitting_workers(plan.workers);
                 let jobs = NixEvalJobs {
                     program: program.clone(),
                     nix: nix.clone(),
@@ -241,7 +241,7 @@ fn open_memory(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<E
     } else if let Some(impurity) = impurity_in_settings(nix.config()) {
         Some(format!("the settings have `{}`", impurity.0))
     } else {
-        source.unremembered().map(str::to_owned)
+        source.memory_obstacle().map(str::to_owned)
     };
     if let Some(why) = why {
         sink.note(format!("flywheel: the evaluation is not remembered: {why}"));

@@ -162,7 +162,7 @@ async fn a_narinfo_that_does_not_fit_its_nar_is_refused() {
         json["message"]
             .as_str()
             .unwrap()
-            .contains("was not sent before it"),
+            .contains("must be uploaded before its narinfo"),
         "{json}"
     );
     assert_eq!(put(&served, &name, bytes.clone()).await.0, 201);
@@ -193,7 +193,7 @@ async fn a_narinfo_that_does_not_fit_its_nar_is_refused() {
         (good.replace(&path.base, &"b".repeat(32)), "`StorePath`"),
         (
             good.replace(&path.base, &TestPath::new('b', b"").base),
-            "the narinfo is of",
+            "the narinfo describes",
         ),
     ];
     for (text, problem) in cases {

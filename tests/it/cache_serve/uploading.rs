@@ -196,9 +196,12 @@ fn bad_metadata(path: &TestPath) -> Vec<(Value, &'static str)> {
         ),
         (
             with("references", json!([format!("/nix/store/{}", path.base)])),
-            "`references` holds no base name",
+            "`references` contains an invalid store path name",
         ),
-        (with("deriver", json!("")), "`deriver` holds no base name"),
+        (
+            with("deriver", json!("")),
+            "`deriver` contains an invalid store path name",
+        ),
         (
             with("deriver", json!(path.base)),
             "`deriver` is not a `.drv`",
@@ -211,7 +214,10 @@ fn bad_metadata(path: &TestPath) -> Vec<(Value, &'static str)> {
             "`nar_hash` is not",
         ),
         (with("nar_size", json!(0)), "`nar_size` is 0"),
-        (with("sigs", json!(["x"])), "`sigs` holds no signature"),
+        (
+            with("sigs", json!(["x"])),
+            "`sigs` contains an invalid signature",
+        ),
         (with("ca", json!("x")), "`ca` is not a content address"),
         (
             with("nar_size", json!(path.nar.len() + 1)),
@@ -219,7 +225,7 @@ fn bad_metadata(path: &TestPath) -> Vec<(Value, &'static str)> {
         ),
         (
             with("nar_hash", json!(format!("sha256:{}", "0".repeat(64)))),
-            "Bad NAR Hash or Size: what came is",
+            "Bad NAR Hash or Size: the received NAR has",
         ),
         (without("references"), "missing field `references`"),
         (without("sigs"), "missing field `sigs`"),

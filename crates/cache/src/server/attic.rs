@@ -123,9 +123,9 @@ pub async fn get_missing_paths(
     let few = hashes.len() <= INLINE_HASHES;
     let look = move |store: &Store| store.missing(&cache, hashes);
     let missing = if few {
-        shared.brief(look).await?
+        shared.run_inline(look).await?
     } else {
-        shared.blocking(look).await?
+        shared.run_blocking(look).await?
     };
     Ok(Json(json!({ "missing_paths": missing })).into_response())
 }
@@ -174,12 +174,15 @@ async fn commit_known_nar(
     info: &UploadInfo,
 ) -> Result<bool, ErrorResponse> {
     let hash = info.path.nar_hash;
-    let Some(known) = shared.blocking(move |store| store.known_nar(&hash)).await? else {
+    let Some(known) = shared
+        .run_blocking(move |store| store.known_nar(&hash))
+        .await?
+    else {
         return Ok(false);
     };
     let (name, path) = (cache.name.clone(), info.path.clone());
     shared
-        .blocking(move |store| store.commit(&name, &path, known))
+        .run_blocking(move |store| store.commit(&name, &path, known))
         .await
 }
 

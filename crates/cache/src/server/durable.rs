@@ -419,7 +419,7 @@ mod tests {
         let (folder, durable, rolled_back) = world.open("2");
         assert_eq!((rolled_back, held(&folder).as_str()), (None, "a"));
         add(&folder, &durable, 'b');
-        // Torn by the machine's end.
+        // Torn when the machine stopped.
         std::fs::write(object(&folder, 'c'), "StorePath: /nix").expect("written");
         drop((folder, durable));
         let (folder, _, rolled_back) = world.open("3");
@@ -449,7 +449,7 @@ mod tests {
     fn after_a_failed_sync_nothing_is_called_synced() {
         let world = World(tempfile::tempdir().expect("temporary folder"));
         let (folder, durable, _) = world.open("1");
-        // A circle of links can be neither opened nor missed.
+        // A loop of links can be neither opened nor reported as missing.
         let circle = folder.nars().join("circle");
         std::os::unix::fs::symlink(&circle, &circle).expect("made");
         durable.begin().file_added(circle);

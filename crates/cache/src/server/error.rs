@@ -86,7 +86,7 @@ impl ErrorResponse {
         Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
             "MethodNotAllowed",
-            "this address does not take this method",
+            "this address does not support this method",
         )
     }
 
@@ -127,6 +127,8 @@ impl ErrorResponse {
 
     /// 500: our fault or the disk's. The cause goes to the log, not to the client.
     pub fn internal(error: &io::Error) -> Self {
+        // A full disk is for the operator to fix, and clients may know about it. Other causes could
+        // contain paths of the host.
         let message = match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "the cache's disk is full",
             _ => "the cache could not use its folder",
@@ -149,16 +151,20 @@ impl From<io::Error> for ErrorResponse {
 
 impl IntoResponse for ErrorResponse {
     fn into_response(self) -> Response {
+        // The log also shows the message that the client gets.
         let cause = self.cause.unwrap_or_else(|| self.message.clone());
         let body = serde_json::json!({"code": self.status.as_u16(), "error": self.error, "message": self.message});
         let mut response = (self.status, Json(body)).into_response();
         response.extensions_mut().insert(LoggedCause(cause));
+        // HTTP requires this header with a 401 (RFC 9110, 15.5.2), and Nix offers its netrc as
+        // `Basic`.
         if self.status == StatusCode::UNAUTHORIZED {
             let realm = HeaderValue::from_static("Basic realm=\"flywheel\"");
             response
                 .headers_mut()
                 .insert(header::WWW_AUTHENTICATE, realm);
         }
+        // The condition passes quickly: a slot becomes free, or the client sends the NAR again.
         if self.status == StatusCode::SERVICE_UNAVAILABLE {
             response
                 .headers_mut()

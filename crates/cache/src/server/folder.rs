@@ -25,18 +25,14 @@ use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::store_path::PathHash;
 
-/// Why the folder cannot be used.
 #[derive(Debug, Error)]
 pub enum FolderError {
-    /// Another process is using it.
     #[error("the folder `{}` is in use by another `flywheel cache`", .0.display())]
     InUse(PathBuf),
     /// It cannot be created, read or written.
     #[error("the folder `{}` cannot be used", folder.display())]
     Unusable {
-        /// The folder.
         folder: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
@@ -55,7 +51,7 @@ impl Explain for FolderError {
                     .to_owned()
             }
             Self::Unusable { .. } => {
-                "Give a folder that this user can write with `--dir`.".to_owned()
+                "Use `--dir` to name a folder that this user can write to.".to_owned()
             }
         })
     }
@@ -130,6 +126,7 @@ impl Folder {
                 entry?
                     .file_name()
                     .to_str()
+                    // A folder with an invalid name is not one of ours.
                     .and_then(|name| name.parse().ok()),
             );
         }
@@ -146,7 +143,6 @@ impl Folder {
         self.root.join("synced")
     }
 
-    /// The file with the tokens.
     pub fn tokens(&self) -> PathBuf {
         self.root.join("tokens")
     }
@@ -218,6 +214,7 @@ impl Folder {
     }
 
     fn write(&self, file: &Path, text: &str, sync: bool) -> io::Result<()> {
+        // Written elsewhere and renamed: renaming is atomic.
         let mut temporary = self.temporary()?;
         temporary.write_all(text.as_bytes())?;
         if sync {
@@ -261,8 +258,8 @@ fn make_folder(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
 
-/// Opens a folder that nobody keeps. A process that another test is just starting holds our lock, too, until it is
-/// another program.
+/// Opens a folder once its lock is free. A process that another test is starting inherits our lock
+/// until it executes another program.
 #[cfg(test)]
 pub(super) fn when_free<T, E: std::fmt::Debug>(
     open: impl Fn() -> Result<T, E>,

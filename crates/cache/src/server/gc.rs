@@ -18,7 +18,6 @@ use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
 
-/// The limits of a cache.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
     /// Paths not used for this long are removed.
@@ -33,9 +32,7 @@ pub struct Limits {
 /// One path of one cache, as input of the plan.
 #[derive(Clone, Debug)]
 pub struct Object {
-    /// Its cache.
     pub cache: CacheName,
-    /// The hash of the path.
     pub hash: PathHash,
     /// The hashes it refers to, in the same cache.
     pub references: Vec<PathHash>,
@@ -43,13 +40,11 @@ pub struct Object {
     pub modified: SystemTime,
     /// Time of the last use of the path or its NAR.
     pub used: SystemTime,
-    /// The hash of its NAR.
     pub nar: Sha256,
     /// Size of the compressed NAR in bytes.
     pub size: u64,
 }
 
-/// The result of a garbage collection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GcReport {
     /// Paths removed.
@@ -58,11 +53,8 @@ pub struct GcReport {
     pub nars: u64,
     /// Bytes of NARs removed.
     pub bytes: u64,
-    /// Paths kept.
     pub kept_paths: u64,
-    /// Bytes of NARs kept.
     pub kept_bytes: u64,
-    /// Its duration.
     pub took: Duration,
 }
 
@@ -353,7 +345,7 @@ mod tests {
         PathHash::parse(&letter.to_string().repeat(32)).expect("base32")
     }
 
-    /// `letter`, used so many hours ago, refers to these, has this size.
+    /// An object named `letter` with these references and this size, used this many hours ago.
     fn object(letter: char, hours: u32, references: &str, size: u64) -> Object {
         let used = now() - HOUR * hours;
         Object {
@@ -371,7 +363,7 @@ mod tests {
         SystemTime::UNIX_EPOCH + HOUR * 1000
     }
 
-    /// The letters that go, in order.
+    /// The letters of the objects to remove, in order.
     fn check(objects: &[Object], max_age_hours: Option<u32>, max_size: Option<u64>) -> String {
         let limits = Limits {
             max_age: max_age_hours.map(|hours| HOUR * hours),

@@ -27,18 +27,14 @@ const ZSTD_WINDOW_LOG: u32 = 25;
 /// The compression of an uploaded NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// Uncompressed.
     None,
     /// xz, the default of `nix copy`.
     Xz,
-    /// zstd.
     Zstd,
 }
 
-/// How to process an uploaded NAR.
 #[derive(Debug)]
 pub struct IngestOptions {
-    /// Its compression.
     pub format: Format,
     /// The NAR's announced size in bytes, if known; reading stops there.
     pub nar_size: Option<u64>,
@@ -50,7 +46,6 @@ pub struct IngestOptions {
 
 #[derive(Debug)]
 pub struct IngestedNar {
-    /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
@@ -62,14 +57,11 @@ pub struct IngestedNar {
     pub stored: Option<(NamedTempFile, StoredNar)>,
 }
 
-/// Why a NAR could not be read.
 #[derive(Debug)]
 pub enum IngestError {
-    /// It is longer than announced.
     TooLong,
     /// It cannot be decompressed.
     Corrupt(String),
-    /// The disk failed.
     Disk(io::Error),
     /// The client disconnected.
     Abandoned,

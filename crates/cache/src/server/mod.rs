@@ -59,7 +59,6 @@ pub const DEFAULT_PRIORITY: u32 = 41;
 pub const DEFAULT_LEVEL: i32 = 3;
 /// Paths used within an hour are not removed because of the size limit.
 pub const DEFAULT_GRACE: Duration = Duration::from_secs(3600);
-/// Time between two collections.
 pub const DEFAULT_GC_INTERVAL: Duration = Duration::from_secs(600);
 /// Paths signed with this key need not be uploaded, because everyone can get them from its cache.
 pub const DEFAULT_UPSTREAM_KEY: &str = "cache.nixos.org-1";
@@ -71,7 +70,6 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// Maximum length of a request's path in the log.
 const LOGGED_PATH: usize = 120;
 
-/// The configuration of a server.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The caches it serves; missing ones are created.
@@ -90,11 +88,8 @@ pub struct Options {
     pub priority: u32,
     /// Names of keys; paths signed with them need not be uploaded.
     pub upstream_keys: Vec<String>,
-    /// The limits for garbage collection.
     pub limits: Limits,
-    /// Time between two collections.
     pub gc_interval: Duration,
-    /// The sink for log lines.
     pub log: Sink,
 }
 
@@ -119,30 +114,23 @@ impl Default for Options {
     }
 }
 
-/// Why the server could not start.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// The folder cannot be used.
     #[error(transparent)]
     Folder(#[from] FolderError),
-    /// The tokens cannot be loaded.
     #[error(transparent)]
     Tokens(#[from] TokenError),
     /// A signing key could not be read or created.
     #[error("the signing key `{}` could not be read or written", file.display())]
     KeyFile {
-        /// The key's file.
         file: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// The content of a key file is not a key.
     #[error("the signing key `{}` is not a key", file.display())]
     Key {
-        /// The key's file.
         file: PathBuf,
-        /// What is wrong with it.
         #[source]
         source: KeyError,
     },
@@ -162,7 +150,7 @@ impl Explain for OpenError {
             ),
             Self::KeyFile { .. } => None,
             Self::Key { .. } => {
-                Some("Restore the file (`nix key generate-secret` makes its format).".into())
+                Some("Restore the file; its format is that of `nix key generate-secret`.".into())
             }
         }
     }
@@ -202,6 +190,8 @@ impl Server {
                 key: open_key(&folder.key(name), name)?,
             });
         }
+        // Recovery happens before the server listens, so no client sees a path that is then
+        // removed.
         let (store, rolled_back) = Store::open(folder).map_err(|source| FolderError::Unusable {
             folder: root,
             source,
@@ -209,7 +199,7 @@ impl Server {
         if let Some(paths) = rolled_back {
             let paths = flywheel_core::text::count(paths, "path");
             let text = format!(
-                "the machine ended while the cache ran; taken back, since what came last may be torn: {paths}"
+                "the machine stopped while the cache was running; removed, since the last uploads may be incomplete: {paths}"
             );
             options.log.degraded("crash", text);
         }
@@ -239,6 +229,7 @@ impl Server {
     pub fn serve(self, listener: TcpListener) -> io::Result<Serving> {
         let address = listener.local_addr()?;
         let (public_keys, write_token) = (self.public_keys(), self.write_token().cloned());
+        // One token stops the listener, the collector and the regular sync.
         let stop = CancellationToken::new();
         let tasks = tokio::spawn(run(self.state, listener, stop.clone()));
         Ok(Serving {
@@ -256,7 +247,6 @@ impl Server {
 #[derive(Debug)]
 pub struct Serving {
     address: SocketAddr,
-    /// Each cache's name and public key.
     public_keys: Vec<(String, PublicKey)>,
     write_token: Option<Secret>,
     tokens_file: PathBuf,
@@ -283,7 +273,6 @@ impl Serving {
         &self.public_keys
     }
 
-    /// The public key of one cache.
     pub fn public_key(&self, cache: &str) -> Option<&PublicKey> {
         self.public_keys
             .iter()
@@ -296,7 +285,6 @@ impl Serving {
         self.write_token.as_ref()
     }
 
-    /// The file that holds the tokens.
     pub fn tokens_file(&self) -> &Path {
         &self.tokens_file
     }
@@ -339,8 +327,9 @@ async fn sync(state: &Arc<ServerState>, how: fn(&Store) -> io::Result<()>) {
         Err(error) if error.is_cancelled() => "the server had to stop at once".to_owned(),
         Err(error) => error.to_string(),
     };
-    let text =
-        format!("what came lately may not be on the disk, and would go with the machine: {broken}");
+    let text = format!(
+        "recent uploads may not be on disk, and would be lost if the machine stopped:  {broken}"
+    );
     state.options.log.degraded("disk", text);
 }
 
@@ -363,7 +352,7 @@ async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
             Err(error) => state
                 .options
                 .log
-                .degraded("gc", format!("garbage collection broke: {error}")),
+                .degraded("gc", format!("garbage collection panicked:  {error}")),
         }
     }
 }

@@ -47,31 +47,24 @@ impl Cost {
     fn slots(self) -> u32 {
         match self {
             Self::Small => 1,
+            // Of 32 slots: at most five large uploads, or three compressed ones, run at once.
             Self::Large => 6,
             Self::Compressed => 10,
         }
     }
 }
 
-/// A cache of this server.
 #[derive(Debug)]
 pub struct Cache {
-    /// Its name.
     pub name: CacheName,
-    /// Its signing key.
     pub key: SecretKey,
 }
 
-/// The server's state.
 #[derive(Debug)]
 pub struct ServerState {
-    /// The content of the caches.
     pub store: Arc<Store>,
-    /// The tokens and their permissions.
     pub tokens: Tokens,
-    /// The caches by name.
     pub caches: BTreeMap<String, Cache>,
-    /// The configuration.
     pub options: Options,
     /// Compressors for NARs that fit into memory.
     pub compressors: Arc<CompressorPool>,
@@ -80,7 +73,6 @@ pub struct ServerState {
 }
 
 impl ServerState {
-    /// Creates the state.
     pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
         let caches = caches
             .into_iter()
@@ -164,7 +156,7 @@ impl ServerState {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn brief<T, E>(
+    pub async fn run_inline<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
     ) -> Result<T, ErrorResponse>
@@ -175,6 +167,8 @@ impl ServerState {
         let store = Arc::clone(&self.store);
         let ended = self
             .brief
+            // While garbage is removed the call would wait for the lock, which must not block a
+            // runtime thread.
             .run(self.store.is_removing(), move || call(&store))
             .await;
         ended
@@ -186,7 +180,7 @@ impl ServerState {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn blocking<T, E>(
+    pub async fn run_blocking<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
     ) -> Result<T, ErrorResponse>

@@ -1,5 +1,5 @@
 //! The content of the caches: objects (narinfos), NARs, and NARs that wait for their narinfo. All
-//! calls block on the disk and belong on threads that may block, or into `ServerState::brief`.
+//! calls block on the disk and belong on threads that may block, or into `ServerState::run_inline`.
 //! Knows no HTTP.
 
 use std::fs::File;
@@ -30,7 +30,6 @@ const RECENT_WRITE: Duration = Duration::from_secs(1);
 /// The compressed file of a NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredNar {
-    /// Hash of the file.
     pub file_hash: Sha256,
     /// Size of the file in bytes.
     pub file_size: u64,
@@ -39,7 +38,6 @@ pub struct StoredNar {
 /// Facts about a NAR that `nix copy` uploaded before its narinfo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PendingUpload {
-    /// Hash of the NAR.
     pub nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub nar_size: u64,
@@ -99,7 +97,6 @@ impl Store {
         self.durability.close(&self.folder)
     }
 
-    /// The folder.
     pub fn folder(&self) -> &Folder {
         &self.folder
     }

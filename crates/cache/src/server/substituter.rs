@@ -57,8 +57,9 @@ pub async fn get_narinfo(
     let hash = path_hash(&file)?;
     let name = cache.name.clone();
     let info = shared
-        .brief(move |store| store.object(&name, &hash))
+        .run_inline(move |store| store.object(&name, &hash))
         .await?;
+    // Signed on every read: the key may have changed since the upload.
     let info = sign(info.ok_or_else(ErrorResponse::no_object)?, cache);
     Ok(answer(
         &shared,
@@ -88,15 +89,17 @@ pub async fn get_nar(
     Path((cache, file)): Path<(String, String)>,
     request: Request,
 ) -> Result<Response, ErrorResponse> {
+    // Axum answers HEAD with this handler too, and drops the body.
     let cache = readable(&shared, request.headers(), &cache)?;
     let name = cache.name.clone();
     // The URLs in our narinfos end this way, whatever the NAR's upload was called.
     let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
     if let Some(hash) = ours
         && let Some((nar, size)) = shared
-            .brief(move |store| store.open_nar(&name, &hash))
+            .run_inline(move |store| store.open_nar(&name, &hash))
             .await?
     {
+        // Streamed from disk: a NAR may be larger than memory.
         let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(nar), READ_BUFFER);
         let mut response = answer(&shared, "application/x-nix-nar", Body::from_stream(pieces));
         response
@@ -109,7 +112,7 @@ pub async fn get_nar(
     let sent = request.method() == axum::http::Method::HEAD && parse_upload_name(&file).is_ok();
     if sent
         && shared
-            .blocking(move |store| store.pending_upload(&name, &file))
+            .run_blocking(move |store| store.pending_upload(&name, &file))
             .await?
             .is_some()
     {
@@ -133,6 +136,7 @@ pub async fn put_nar(
         .authorise(&parts.headers, &cache, Scope::Write)?
         .name
         .clone();
+    // The name decides the decoder, so an unsupported compression fails before the upload.
     let (hash, format) = parse_upload_name(&file)?;
     // The size is not announced in this protocol, but an empty body is never right.
     check_length(&parts.headers, None)?;
@@ -145,7 +149,7 @@ pub async fn put_nar(
         received_size: taken.received_size,
     };
     shared
-        .blocking(move |store| store.note_upload(&cache, &file, &upload))
+        .run_blocking(move |store| store.note_upload(&cache, &file, &upload))
         .await?;
     Ok(created(upload.received_size))
 }
@@ -164,6 +168,7 @@ pub async fn put_narinfo(
         .authorise(&parts.headers, &cache, Scope::Write)?
         .name
         .clone();
+    // Any other file in a cache is read-only.
     let hash = path_hash(&file).map_err(|_| ErrorResponse::method_not_allowed())?;
     let text = RequestBody::new(body).read_all(NARINFO_LIMIT).await?;
     let text = String::from_utf8(text)
@@ -173,7 +178,7 @@ pub async fn put_narinfo(
     // The path in the narinfo decides where it is stored, so the address must agree.
     if info.path.hash() != hash {
         return Err(ErrorResponse::bad_request(format!(
-            "the narinfo is of `{}`",
+            "the narinfo describes `{}`",
             info.path
         )));
     }
@@ -187,16 +192,17 @@ pub async fn put_narinfo(
     })?;
     let of = cache.clone();
     let upload = shared
-        .blocking(move |store| store.pending_upload(&of, &name))
+        .run_blocking(move |store| store.pending_upload(&of, &name))
         .await?;
     let upload = upload
-        .ok_or_else(|| ErrorResponse::bad_request("the narinfo's NAR was not sent before it"))?;
+        .ok_or_else(|| ErrorResponse::bad_request("the NAR must be uploaded before its narinfo"))?;
+    // Hashes and sizes in the narinfo must match what was measured during the upload.
     check_fit(&info, &upload)?;
     let path =
         check_narinfo(info).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
     let nar_hash = path.nar_hash;
     let nar = shared
-        .blocking(move |store| store.known_nar(&nar_hash))
+        .run_blocking(move |store| store.known_nar(&nar_hash))
         .await?;
     let nar = nar.ok_or_else(|| {
         ErrorResponse::unavailable("the NAR was removed before it was claimed; send it again")
@@ -208,7 +214,7 @@ pub async fn put_narinfo(
 fn check_fit(info: &NarInfo, upload: &PendingUpload) -> Result<(), ErrorResponse> {
     let wrong = |field: &str| {
         Err(ErrorResponse::bad_request(format!(
-            "the narinfo's `{field}` is not that of the NAR that came"
+            "the narinfo's `{field}` does not match the uploaded NAR"
         )))
     };
     if info.nar_hash != upload.nar_hash {
@@ -251,6 +257,7 @@ fn path_hash(file: &str) -> Result<PathHash, ErrorResponse> {
 }
 
 fn nar_hash(text: &str) -> Option<Sha256> {
+    // A SHA-256 hash in Nix's base32 has 52 characters.
     (text.len() == 52)
         .then(|| Sha256::parse(&format!("sha256:{text}")).ok())
         .flatten()
@@ -267,7 +274,7 @@ fn parse_upload_name(file: &str) -> Result<(Sha256, Format), ErrorResponse> {
         "nar.xz" => Ok((hash, Format::Xz)),
         "nar.zst" => Ok((hash, Format::Zstd)),
         _ => Err(ErrorResponse::unsupported_media_type(
-            "this cache takes NARs as they are, xz or zstd; add `?compression=zstd` to the store's URL",
+            "this cache accepts NARs uncompressed or compressed with xz or zstd; add `?compression=zstd` to the store's URL",
         )),
     }
 }

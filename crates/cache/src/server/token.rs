@@ -18,24 +18,20 @@ use flywheel_nix::cache_name::CacheName;
 const TOKEN_BYTES: usize = 32;
 /// Minimum length of a token. Shorter ones can be guessed over the network, and typing `test`
 /// should be an error.
-const SHORTEST: usize = 8;
+const MIN_TOKEN_LENGTH: usize = 8;
 
-/// Why the tokens could not be loaded.
 #[derive(Debug, Error)]
 pub enum TokenError {
     /// The file could not be read or created.
     #[error("the tokens file `{}` could not be read or written", file.display())]
     File {
-        /// The file.
         file: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// A line is not `<scope> <token> [<cache>]`. The line is not shown: it may hold a token.
     #[error("line {line} of the tokens file `{}` {problem}", file.display())]
     Line {
-        /// The file.
         file: PathBuf,
         /// The line number, from 1.
         line: usize,
@@ -50,7 +46,6 @@ pub enum TokenError {
 /// uploads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// Read a private cache.
     Read,
     /// Read and upload.
     Write,
@@ -64,7 +59,6 @@ struct Entry {
     cache: Option<CacheName>,
 }
 
-/// The tokens of a server.
 #[derive(Debug)]
 pub struct Tokens {
     entries: Vec<Entry>,
@@ -143,13 +137,13 @@ impl Tokens {
             "write" => Scope::Write,
             _ => return Err("does not begin with `read` or `write`"),
         };
-        if token.len() < SHORTEST {
-            return Err("has a token of less than 8 characters");
+        if token.len() < MIN_TOKEN_LENGTH {
+            return Err("has a token shorter than 8 characters");
         }
         let cache = cache
             .map(|name| name.parse())
             .transpose()
-            .map_err(|_| "names a cache that cannot be one")?;
+            .map_err(|_| "has an invalid cache name")?;
         // Only a token for all caches serves the program that embeds the server.
         if scope == Scope::Write && cache.is_none() && self.write.is_none() {
             self.write = Secret::new(token);

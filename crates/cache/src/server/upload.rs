@@ -20,14 +20,12 @@ use flywheel_nix::path_info::PathInfo;
 /// pieces to a thread costs more. All upload slots together need 8 MiB for this.
 const SMALL_NAR: usize = 256 * 1024;
 
-/// The result of an upload.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredUpload {
     /// Its compressed file.
     pub nar: StoredNar,
     /// Whether the NAR was stored already.
     pub known: bool,
-    /// Bytes received.
     pub received: u64,
 }
 
@@ -50,11 +48,11 @@ pub async fn receive_announced(
         // No other thread is involved until the NAR is complete.
         let (nar, compressors) = (body.up_to(size).await?, Arc::clone(&state.compressors));
         return state
-            .brief(move |store| store_small(store, &compressors, &cache, &path, &nar))
+            .run_inline(move |store| store_small(store, &compressors, &cache, &path, &nar))
             .await;
     }
     let (path, known, options) = state
-        .blocking(move |store| {
+        .run_blocking(move |store| {
             prepare(store, &path, level).map(|(known, options)| (path, known, options))
         })
         .await?;
@@ -62,7 +60,7 @@ pub async fn receive_announced(
         .await?
         .map_err(|error| refuse(error, path.nar_size))?;
     state
-        .blocking(move |store| store_ingested(store, &cache, &path, known, taken))
+        .run_blocking(move |store| store_ingested(store, &cache, &path, known, taken))
         .await
 }
 
@@ -81,6 +79,7 @@ fn store_small(
     // Checked before anything is written.
     check(path, received, Sha256(sha2::Sha256::digest(nar).into()))?;
     let known = store.known_nar(&path.nar_hash)?;
+    // Compress only what is not stored already.
     let stored = match known {
         Some(known) => known,
         None => store.publish_compressed(&compressors.compress(nar)?, &path.nar_hash)?,
@@ -155,12 +154,12 @@ fn check(path: &PathInfo, received: u64, hash: Sha256) -> Result<(), ErrorRespon
     if received != path.nar_size {
         let announced = path.nar_size;
         return Err(wrong_nar(&format!(
-            "{received} bytes received, {announced} were announced"
+            "{received} bytes were received, but {announced} were announced"
         )));
     }
     if hash != path.nar_hash {
         return Err(wrong_nar(&format!(
-            "what came is {hash}, {} was announced",
+            "the received NAR has {hash}, but {} was announced",
             path.nar_hash
         )));
     }
@@ -190,7 +189,11 @@ pub async fn receive_compressed(
     format: Format,
     received_hash: Sha256,
 ) -> Result<IngestedNar, ErrorResponse> {
-    let target = Some(state.blocking(|store| store.folder().temporary()).await?);
+    let target = Some(
+        state
+            .run_blocking(|store| store.folder().temporary())
+            .await?,
+    );
     let options = IngestOptions {
         format,
         nar_size: None,
@@ -200,9 +203,10 @@ pub async fn receive_compressed(
     let mut taken = ingest(body, options)
         .await?
         .map_err(|error| refuse(error, 0))?;
+    // Nix names an uploaded file after its hash, so this detects a damaged transfer.
     if taken.received_hash != received_hash {
         return Err(wrong_nar(&format!(
-            "what came is {}, its name says {received_hash}",
+            "the received file has {}, but its name has {received_hash}",
             taken.received_hash
         )));
     }
@@ -213,7 +217,7 @@ pub async fn receive_compressed(
     if let Some((file, nar)) = taken.stored.take() {
         let hash = taken.nar_hash;
         state
-            .blocking(move |store| store.publish_nar(file, &hash, nar))
+            .run_blocking(move |store| store.publish_nar(file, &hash, nar))
             .await?;
     }
     Ok(taken)
@@ -231,7 +235,7 @@ pub async fn commit(
 ) -> Result<(), ErrorResponse> {
     let cache = cache.clone();
     if state
-        .blocking(move |store| store.commit(&cache, &path, nar))
+        .run_blocking(move |store| store.commit(&cache, &path, nar))
         .await?
     {
         Ok(())
@@ -249,6 +253,7 @@ fn removed() -> ErrorResponse {
 /// # Errors
 /// 400 if it is empty or its announced length differs from `expected`.
 pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), ErrorResponse> {
+    // With chunked encoding the length is known only at the end.
     let Some(length) = headers.get(header::CONTENT_LENGTH) else {
         return Ok(());
     };
@@ -256,7 +261,7 @@ pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), Er
     match (length, expected) {
         (Some(0), _) => Err(ErrorResponse::bad_request("the request has no body")),
         (Some(length), Some(expected)) if length != expected => Err(wrong_nar(&format!(
-            "`Content-Length` is {length}, {expected} bytes were announced"
+            "`Content-Length` is {length}, but {expected} bytes were announced"
         ))),
         _ => Ok(()),
     }
@@ -269,11 +274,11 @@ fn wrong_nar(problem: &str) -> ErrorResponse {
 
 fn refuse(error: IngestError, announced: u64) -> ErrorResponse {
     match error {
-        IngestError::TooLong => {
-            wrong_nar(&format!("more than the announced {announced} bytes came"))
-        }
+        IngestError::TooLong => wrong_nar(&format!(
+            "more than the announced {announced} bytes were received"
+        )),
         IngestError::Corrupt(problem) => {
-            ErrorResponse::bad_request(format!("the NAR cannot be unpacked: {problem}"))
+            ErrorResponse::bad_request(format!("the NAR cannot be decompressed: {problem}"))
         }
         IngestError::Disk(error) => ErrorResponse::internal(&error),
         IngestError::Abandoned => {

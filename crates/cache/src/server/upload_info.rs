@@ -11,10 +11,9 @@ use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::{STORE_DIR, StorePath};
 
-/// Bytes of an ed25519 signature.
 const SIGNATURE_SIZE: usize = 64;
 /// Maximum length of a content address; no real one is as long.
-const LONGEST_CA: usize = 256;
+const MAX_CA_LENGTH: usize = 256;
 
 /// Why metadata is rejected; the text goes to the client.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -22,7 +21,6 @@ pub enum InfoError {
     /// It is not the expected JSON.
     #[error("the upload info cannot be read: {0}")]
     Json(String),
-    /// A field has an invalid value.
     #[error("`{field}` {problem}")]
     Field {
         /// The field's name in the JSON.
@@ -83,6 +81,7 @@ impl UploadInfo {
                 format!("is not the hash of `{path}`"),
             ));
         }
+        // Attic's clients send base names here, and a full path above.
         let deriver = raw
             .deriver
             .as_deref()
@@ -146,7 +145,7 @@ fn checked(mut info: PathInfo) -> Result<PathInfo, InfoError> {
     if let Some(bad) = info.signatures.iter().find(|text| !is_signature(text)) {
         return Err(field(
             "sigs",
-            format!("holds no signature: `{}`", one_line(bad, 120)),
+            format!("contains an invalid signature:  `{}`", one_line(bad, 120)),
         ));
     }
     if let Some(bad) = info.ca.as_ref().filter(|text| !is_content_address(text)) {
@@ -168,7 +167,7 @@ fn base_name(name: &'static str, text: &str) -> Result<StorePath, InfoError> {
         field(
             name,
             format!(
-                "holds no base name of a store path: `{}`",
+                "contains an invalid store path name:  `{}`",
                 one_line(text, 260)
             ),
         )
@@ -206,7 +205,7 @@ fn is_signature(text: &str) -> bool {
 
 /// `text:sha256:…` or `fixed:[r:|git:]<algorithm>:…`.
 fn is_content_address(text: &str) -> bool {
-    let plain = text.len() <= LONGEST_CA && text.bytes().all(|c| c.is_ascii_graphic());
+    let plain = text.len() <= MAX_CA_LENGTH && text.bytes().all(|c| c.is_ascii_graphic());
     let rest = match text.split_once(':') {
         Some(("text", rest)) => Some(rest),
         Some(("fixed", rest)) => Some(

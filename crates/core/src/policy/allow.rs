@@ -25,12 +25,14 @@ impl Allowed {
             ));
         };
         let reason = words.collect::<Vec<_>>().join(" ");
+        // An exception without a reason cannot be reviewed.
         if reason.is_empty() {
             return Err(format!(
                 "allows `{name} {}` without a reason; add one",
                 one_line(pattern, 80)
             ));
         }
+        // Paths are matched by name, so a pattern with a folder would never match.
         if pattern.contains('/') {
             let problem = "has folders in it; give the store path's name alone";
             return Err(format!(
@@ -57,7 +59,6 @@ impl Allowed {
         lines.map(Self::parse).collect()
     }
 
-    /// Why the exception exists.
     pub fn reason(&self) -> &str {
         &self.reason
     }

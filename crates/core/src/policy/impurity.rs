@@ -11,6 +11,7 @@ pub struct Impurity(pub String);
 pub fn impurity_in_command(text: &str) -> Option<Impurity> {
     let plain: String = text
         .lines()
+        // A comment may mention `--impure` without using it.
         .filter(|line| !line.trim_start().starts_with('#'))
         .map(|line| {
             line.trim_end()
@@ -71,6 +72,7 @@ fn impurity_in_tokens(tokens: &[&str]) -> Option<Impurity> {
         let rest = &tokens[at + 1..];
         match *token {
             "--impure" | "--no-pure-eval" => return Some(Impurity((*token).to_owned())),
+            // `--option pure-eval false` as well as `pure-eval = false`, split into words.
             "--option" | "pure-eval" => {
                 let value = if *token == "--option" {
                     rest.get(1).filter(|_| rest[0] == "pure-eval")

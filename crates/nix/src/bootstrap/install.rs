@@ -42,10 +42,10 @@ pub(super) async fn install(
     deadline: Instant,
 ) -> Result<(), Error> {
     if !host.root {
-        return Err(Error::Missing("that takes root"));
+        return Err(Error::Missing("that needs root"));
     }
     let apt = apt_get(host, env).ok_or(Error::Missing("this system has no `apt-get`"))?;
-    sink.note("there is no Nix here: installing Debian's package `nix-bin`");
+    sink.note("Nix is not installed: installing Debian's package `nix-bin`");
     let update = ["update", "-q"].as_slice();
     let install = ["install", "-q", "-y", "--no-install-recommends", "nix-bin"].as_slice();
     // One broken source fails the update although the others may suffice, so only the second step

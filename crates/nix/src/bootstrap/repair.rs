@@ -39,7 +39,7 @@ pub(super) struct EarlyProbe {
 
 impl EarlyProbe {
     pub async fn run(nix: &Nix, deadline: Instant) -> Self {
-        let (store, settings) = tokio::join!(ping_patiently(nix, deadline), Settings::read(nix));
+        let (store, settings) = tokio::join!(ping_with_retries(nix, deadline), Settings::read(nix));
         Self {
             store,
             settings: settings.ok(),
@@ -93,7 +93,7 @@ pub(super) async fn open_store(
 
 /// Opens the store, retrying failures of unknown kind. When two jobs open a new store at once, one
 /// of them may fail on a link that exists already, an empty schema or a busy database.
-async fn ping_patiently(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
+async fn ping_with_retries(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
     for _ in 0..OPEN_ATTEMPTS {
         match ping_once(nix, deadline).await? {
             Ping::Failed(PingFailure::Other(_)) if Instant::now() < deadline => {
@@ -176,7 +176,7 @@ async fn restart_daemon(
     // First make sure that the store works without a daemon: starting one for a broken store is
     // pointless.
     let direct = ready.nix.clone().with_variable("NIX_REMOTE", Some("local"));
-    let users = match ping_patiently(&direct, deadline).await? {
+    let users = match ping_with_retries(&direct, deadline).await? {
         Ping::Open(opened) => {
             let settings = Settings::read(&direct).await?;
             check_build_users(ready, &opened, Some(settings))
@@ -230,7 +230,7 @@ async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
         while daemon.is_alive() && UnixStream::connect(&socket).await.is_err() {
             sleep(START_POLL_INTERVAL).await;
         }
-        daemon.is_alive() && matches!(ping_patiently(nix, limit).await, Ok(Ping::Open(_)))
+        daemon.is_alive() && matches!(ping_with_retries(nix, limit).await, Ok(Ping::Open(_)))
     });
     if waited.await == Ok(true) {
         return Ok(Daemon {

@@ -1,4 +1,5 @@
-//! Bootstrap with scripted tools: what is found, repaired, installed or refused, and in which words.
+//! Bootstrap with scripted tools: what is found, repaired, installed or rejected, and the messages
+//! for it.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::{Arc, Mutex};
@@ -10,7 +11,8 @@ use flywheel_testing::script;
 /// Enough for a loaded machine; nothing here waits for it.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A machine of scripts: `nix` and friends in `bin`, what was said to the watcher.
+/// A machine made of scripts: `nix` and other programs in `bin`. It records the messages to the
+/// progress sink.
 struct World {
     folder: tempfile::TempDir,
     host: Host,
@@ -40,7 +42,8 @@ impl World {
         script(&self.folder.path().join("bin"), name, text).await;
     }
 
-    /// A `nix` of this version whose `store ping` is this script, and whose build users' group is `group`.
+    /// Installs a `nix` of this version. `store ping` runs the given script, and
+    /// `build-users-group` is `group`.
     async fn nix(&self, version: &str, group: &str, ping: &str) {
         self.script(
             "nix",

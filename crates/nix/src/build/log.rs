@@ -40,13 +40,11 @@ pub enum BuildEvent {
 pub struct BuildFailure {
     /// The derivation mentioned in the error, if any.
     pub derivation: Option<StorePath>,
-    /// The kind of failure.
     pub kind: FailureKind,
     /// Nix's message, without colours.
     pub text: String,
 }
 
-/// The kinds of failures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// The builder failed.
@@ -63,7 +61,6 @@ pub enum FailureKind {
     /// Not the build's fault, for example an unreachable server or builder; another attempt may
     /// succeed.
     Transient,
-    /// Anything else.
     Other,
 }
 
@@ -90,7 +87,6 @@ struct Message {
 }
 
 impl LogReader {
-    /// Parses one line.
     pub fn read(&mut self, line: &str) -> Option<BuildEvent> {
         let message: Option<Message> = line
             .strip_prefix("@nix ")
@@ -125,6 +121,7 @@ impl LogReader {
 
     fn keep_line(&mut self, line: &str) {
         self.output.push_back(shorten(&strip_ansi(line), 2000));
+        // A failure is explained at the end of the output, so the oldest line goes.
         if self.output.len() > OUTPUT_LINES {
             self.output.pop_front();
         }
@@ -140,7 +137,6 @@ impl LogReader {
     }
 }
 
-/// Parses an error message.
 pub fn failure(message: &str) -> BuildFailure {
     let text = strip_ansi(message);
     let text = text
@@ -244,6 +240,7 @@ fn hash_mismatch(text: &str) -> Option<FailureKind> {
         rest.split_whitespace().next().map(str::to_owned)
     };
     Some(FailureKind::HashMismatch {
+        // Older versions print `wanted:`.
         specified: value("specified:").or_else(|| value("wanted:"))?,
         got: value("got:")?,
     })

@@ -21,7 +21,6 @@ const GRACE: Duration = Duration::from_secs(2);
 /// A set of derivations to build.
 #[derive(Clone, Debug)]
 pub struct BuildRequest {
-    /// The derivations.
     pub derivations: Vec<StorePath>,
     /// Parallel builds; Nix's own setting if `None`.
     pub max_jobs: Option<usize>,
@@ -31,10 +30,8 @@ pub struct BuildRequest {
     pub arguments: Vec<String>,
 }
 
-/// How a build ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BuildResult {
-    /// Whether everything was built.
     pub complete: bool,
     /// The end of Nix's output besides events, for a failure that no event explains.
     pub output: String,

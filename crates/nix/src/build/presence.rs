@@ -13,7 +13,6 @@ const QUERY_LIMIT: Duration = Duration::from_secs(300);
 /// Paths per call; the length of a command line is limited.
 const BATCH: usize = 2000;
 
-/// Where paths are available.
 #[derive(Debug, Default)]
 pub struct Presence {
     /// Paths in the store.
@@ -64,6 +63,7 @@ pub async fn valid(
     if paths.is_empty() {
         return Ok(BTreeSet::new());
     }
+    // The database is exact and quick; looking at the folder is the fallback.
     let found = if store.database_error().is_none() {
         store
             .valid_by_hash(paths.iter().map(StorePath::hash).collect())

@@ -103,7 +103,6 @@ pub enum EvalEvent {
     Failed(usize, EvalFailure),
 }
 
-/// Why the outputs could not be listed.
 #[derive(Debug, Error)]
 pub enum Error {
     /// Nix did not run.
@@ -118,7 +117,7 @@ pub enum Error {
         location: Option<SourceLocation>,
     },
     /// The result of the function is not a list of outputs.
-    #[error("the list of outputs is not what it should be: {0}")]
+    #[error("the list of outputs is invalid: {0}")]
     List(String),
 }
 
@@ -135,7 +134,7 @@ impl Explain for Error {
             Self::Nix(error) => error.hint(),
             Self::Names { .. } => Some("Look at `nix flake show`, and at the inputs `flake` and `flake-attr`.".into()),
             Self::List(_) => Some(
-                "`flake-apply` takes the selected attribute and gives a list of `{ attr, label }`: `attr` a path below it, as text or as a list of names, `label` a text that no other has."
+                "`flake-apply` must be a function from the selected attribute to a list of `{ attr, label }`: `attr` is a path below the attribute, as text or as a list of names, and `label` is a unique text."
                     .into(),
             ),
         }
@@ -145,7 +144,6 @@ impl Explain for Error {
 /// The list of names, or that it depends on the commit.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NameList {
-    /// The outputs.
     Found(Vec<OutputName>),
     /// Evaluating the list used something specific to the commit.
     Dependent,
@@ -178,6 +176,7 @@ pub async fn names(
         return Ok(NameList::Dependent);
     }
     let text = error_text(&output.stderr);
+    // A killed `nix eval` may print nothing.
     let text = if text.is_empty() {
         format!("`nix eval` ended: {}", output.status)
     } else {
@@ -194,7 +193,7 @@ pub(super) const NO_EVAL_CACHE: [&str; 3] = ["--option", "eval-cache", "false"];
 
 fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
     let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
-    let list = value.as_array().ok_or("it is no list")?;
+    let list = value.as_array().ok_or("it is not a list")?;
     let mut labels = BTreeSet::new();
     let mut names = Vec::new();
     for (n, entry) in list.iter().enumerate() {
@@ -207,12 +206,12 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
                 .collect(),
             _ => None,
         };
-        let attr = attr.ok_or_else(|| format!("entry {} has no `attr` that is a path", n + 1))?;
+        let attr = attr.ok_or_else(|| format!("entry {} has no valid `attr`", n + 1))?;
         // A label ends up in Check Runs and logs, so it has to be one line.
         let label = match &entry["label"] {
             Value::String(label) if !label.trim().is_empty() => one_line(label, LABEL_LIMIT),
             Value::Null => one_line(&attr.join("."), LABEL_LIMIT),
-            _ => return Err(format!("entry {} has a `label` that is no text", n + 1)),
+            _ => return Err(format!("entry {} has a `label` that is not text", n + 1)),
         };
         // Labels name Check Runs and results, so they must be unique.
         if !labels.insert(label.clone()) {
@@ -257,6 +256,7 @@ pub fn allows_memory(arguments: &[String]) -> bool {
     let mut args = arguments.iter();
     while let Some(arg) = args.next() {
         match arg.as_str() {
+            // Takes a name and a value.
             "--option" => {
                 let name = args.next().map_or("", String::as_str);
                 args.next();
@@ -281,6 +281,7 @@ pub fn allows_memory(arguments: &[String]) -> bool {
 /// Returns the lines of the settings that can change the result of an evaluation, for the key of
 /// the evaluation memory.
 pub fn evaluation_settings(config: &str) -> String {
+    // Settings such as `max-jobs` change how something is built, not what.
     let matters = |line: &&str| {
         [
             "allow",
@@ -317,12 +318,12 @@ mod tests {
         );
         assert_eq!(names[1].label, "c");
         for (text, problem) in [
-            ("{}", "no list"),
+            ("{}", "not a list"),
             (
                 r#"[{"attr":"a","label":"x"},{"attr":"b","label":"x"}]"#,
                 "two entries have the label `x`",
             ),
-            (r#"[{"attr":"a..b"}]"#, "entry 1 has no `attr`"),
+            (r#"[{"attr":"a..b"}]"#, "entry 1 has no valid `attr`"),
             (r#"[{"attr":"a","label":3}]"#, "entry 1 has a `label`"),
         ] {
             let found = read_names(text).expect_err(text);

@@ -20,15 +20,12 @@ use crate::flake::evaluate::{Derivation, OutputName};
 const VERSION: u32 = 1;
 /// Files that have not been used for this long are removed.
 const MAX_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-/// Maximum number of files.
 const MAX_FILES: usize = 200;
 
 /// Everything that an evaluation depends on.
 #[derive(Debug, Serialize)]
 pub struct MemoryKey<'a> {
-    /// Nix's version.
     pub nix: &'a str,
-    /// The attribute's path.
     pub attribute: &'a [String],
     /// The user's function that lists the outputs, if there is one.
     pub function: Option<&'a str>,

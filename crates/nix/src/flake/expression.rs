@@ -92,12 +92,14 @@ impl Expressions {
             .iter()
             .map(|(id, path)| serde_json::json!({ "i": id, "p": path }))
             .collect();
+        // Lazy evaluation decides the order of the lines: the first `say` runs before the
+        // derivation is forced, the second after it.
         let function = format!(
             r#"(selected: let
   say = value: builtins.trace ({mark} + builtins.toJSON value);
   plain = text: builtins.unsafeDiscardStringContext "${{text}}";
   look = path: builtins.foldl' (set: name: set.${{name}}) selected path;
-  facts = d: if !(builtins.isAttrs d && (d.type or null) == "derivation") then throw "it is no derivation" else {{
+  facts = d: if !(builtins.isAttrs d && (d.type or null) == "derivation") then throw "it is not a derivation" else {{
     drv = plain d.drvPath;
     outs = builtins.listToAttrs (map (name: {{ inherit name; value = plain (d.${{name}}.outPath or d.outPath); }}) (d.outputs or [ "out" ]));
     system = d.system or null;
@@ -181,6 +183,7 @@ in self{attribute}"#,
     /// The source as a locked reference to its tree in the store.
     fn by_path(&self) -> String {
         let mut query = url::form_urlencoded::Serializer::new(String::new());
+        // The hash makes the reference locked, which pure evaluation requires.
         query.append_pair("narHash", &self.source.nar_hash);
         if !self.source.folder.is_empty() {
             query.append_pair("dir", &self.source.folder);
@@ -239,6 +242,7 @@ pub fn attribute_path(text: &str) -> Option<AttributePath> {
     let mut rest = text;
     loop {
         let (name, after) = match rest.strip_prefix('"') {
+            // A quoted name may contain dots.
             Some(quoted) => quoted.split_once('"')?,
             None => rest.split_at(rest.find(['.', '"']).unwrap_or(rest.len())),
         };

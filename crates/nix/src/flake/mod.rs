@@ -91,7 +91,7 @@ impl Source {
         let nar_hash = text("narHash");
         // Without the hash, the source cannot be identified.
         if nar_hash.is_empty() {
-            return Err(problem("it names no `narHash`".to_owned()));
+            return Err(problem("`narHash` is missing".to_owned()));
         }
         let mut known: Vec<String> = found.others.into_keys().collect();
         known.sort();
@@ -120,7 +120,7 @@ impl Source {
     }
 
     /// Returns the reason, if any, why the flake's inputs prevent remembering its evaluation.
-    pub fn unremembered(&self) -> Option<&'static str> {
+    pub fn memory_obstacle(&self) -> Option<&'static str> {
         let written = std::fs::read(self.flake_folder().join("flake.lock")).ok();
         let written: Option<Value> = written.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let Some(nodes) = self.locks["nodes"].as_object() else {
@@ -137,13 +137,13 @@ impl Source {
         let root = self.locks["root"].as_str().unwrap_or("root");
         nodes
             .iter()
-            .find_map(|(name, node)| unremembered_node(node, name == root))
+            .find_map(|(name, node)| memory_obstacle_of_input(node, name == root))
     }
 }
 
 /// Returns the reason, if any, why this input prevents it: an input that sees the flake itself also
 /// sees the commit.
-fn unremembered_node(node: &Value, is_root: bool) -> Option<&'static str> {
+fn memory_obstacle_of_input(node: &Value, is_root: bool) -> Option<&'static str> {
     let inputs = node["inputs"].as_object();
     let follows_root = inputs.is_some_and(|inputs| {
         inputs
@@ -199,7 +199,7 @@ mod tests {
                 path: folder.path().into(),
                 ..source(locks)
             }
-            .unremembered()
+            .memory_obstacle()
         };
         assert_eq!(remembered(json!({ "root": {} }), false), None);
         let good = json!({ "type": "path", "path": "/a", "narHash": "sha256-y" });

@@ -25,19 +25,13 @@ const OUTPUT_LIMIT: usize = 64 * 1024;
 /// warning.
 const MERGE_STREAMS: &str = "exec \"$0\" \"$@\" 1>&2";
 
-/// The parameters of a run.
 pub struct NixEvalJobs {
-    /// The program.
     pub program: PathBuf,
     /// Nix, for its environment.
     pub nix: Nix,
-    /// The flake.
     pub source: Source,
-    /// The attribute.
     pub attribute: AttributePath,
-    /// Further arguments.
     pub arguments: Vec<String>,
-    /// The number of workers.
     pub workers: usize,
     /// The memory a worker may use before it is replaced, in bytes.
     pub share: u64,
@@ -63,6 +57,7 @@ impl NixEvalJobs {
         events: mpsc::Sender<EvalEvent>,
         cancel: CancellationToken,
     ) {
+        // Each batch starts the program anew.
         while let Some(tasks) = tokio::select! {
             biased;
             () = cancel.cancelled() => None,
@@ -78,6 +73,7 @@ impl NixEvalJobs {
         events: &mpsc::Sender<EvalEvent>,
         cancel: &CancellationToken,
     ) {
+        // The program evaluates the whole attribute, so its objects are matched by path.
         let mut open: HashMap<AttributePath, usize> =
             tasks.into_iter().map(|task| (task.path, task.id)).collect();
         let output = match self.tool().stream_stderr() {
@@ -143,7 +139,7 @@ impl NixEvalJobs {
                 }
             }
             (_, error) => {
-                let text = error.unwrap_or_else(|| "it is no derivation".to_owned());
+                let text = error.unwrap_or_else(|| "it is not a derivation".to_owned());
                 let text = if text.contains("error:") {
                     text
                 } else {

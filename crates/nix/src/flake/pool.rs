@@ -53,13 +53,9 @@ pub struct EvalTask {
     pub must_write: bool,
 }
 
-/// The parameters of a pool.
 pub struct Pool {
-    /// Nix.
     pub nix: Nix,
-    /// The flake.
     pub source: Source,
-    /// Its expressions.
     pub expressions: Expressions,
     /// Further arguments of Nix.
     pub arguments: Vec<String>,
@@ -76,7 +72,7 @@ pub struct Pool {
 /// The state of a running pool.
 struct PoolState<'a> {
     pool: &'a Pool,
-    width: usize,
+    worker_slots: usize,
     waiting: VecDeque<EvalTask>,
     /// Tasks that ran out of memory beside others and run alone next.
     alone: VecDeque<EvalTask>,
@@ -87,7 +83,7 @@ struct PoolState<'a> {
     events: mpsc::Sender<EvalEvent>,
     cgroup: Option<Cgroup>,
     others: u64,
-    looks: u32,
+    memory_checks: u32,
     /// Memory in bytes above which a worker is replaced between two attributes.
     share: u64,
     /// The time to start a worker in seconds, as last measured.
@@ -99,7 +95,7 @@ struct PoolState<'a> {
 impl Pool {
     /// Returns how many workers fit on this machine now and how much memory in bytes each may use.
     /// `requested` is the number the user asked for.
-    pub fn fitted(requested: Option<usize>) -> (usize, u64) {
+    pub fn fitting_workers(requested: Option<usize>) -> (usize, u64) {
         let limit = Cgroup::current().and_then(|cgroup| cgroup.read().limit);
         let others = memory::of_descendants();
         let room = MemoryRoom {
@@ -124,9 +120,9 @@ impl Pool {
     ) {
         let (to_pool, mut worker_events) = mpsc::channel(1024);
         let cgroup = Cgroup::current();
-        let mut running = PoolState {
+        let mut state = PoolState {
             pool: &self,
-            width: 1,
+            worker_slots: 1,
             waiting: VecDeque::new(),
             alone: VecDeque::new(),
             workers: HashMap::new(),
@@ -136,24 +132,24 @@ impl Pool {
             events,
             cgroup,
             others: 0,
-            looks: 0,
+            memory_checks: 0,
             share: u64::MAX,
             start: 0.1,
             dependent: 0,
             independent: 0,
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let room = running.room();
-        running.width = sizing::workers(self.workers, cores, room);
-        running.share = sizing::share(room, running.width);
-        let mut looking = tokio::time::interval(MEMORY_POLL_INTERVAL);
-        looking.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let room = state.room();
+        state.worker_slots = sizing::workers(self.workers, cores, room);
+        state.share = sizing::share(room, state.worker_slots);
+        let mut memory_timer = tokio::time::interval(MEMORY_POLL_INTERVAL);
+        memory_timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut open = true;
         loop {
             // Every event can free a worker or bring tasks, so fill before waiting for the next
             // one.
-            running.fill().await;
-            if !open && running.is_idle() {
+            state.fill().await;
+            if !open && state.is_idle() {
                 break;
             }
             tokio::select! {
@@ -161,22 +157,22 @@ impl Pool {
                 // the check.
                 biased;
                 () = cancel.cancelled() => break,
-                _ = looking.tick(), if !running.workers.is_empty() => running.check_memory(),
-                Some((id, event)) = worker_events.recv() => running.on_event(id, event).await,
+                _ = memory_timer.tick(), if !state.workers.is_empty() => state.check_memory(),
+                Some((id, event)) = worker_events.recv() => state.on_event(id, event).await,
                 more = tasks.recv(), if open => match more {
-                    Some(more) => running.waiting.extend(more),
+                    Some(more) => state.waiting.extend(more),
                     None => open = false,
                 },
             }
         }
         // Whatever still runs is stopped, since its results are no longer wanted.
-        for worker in running.workers.values() {
+        for worker in state.workers.values() {
             worker.stop.cancel();
         }
         // Without a receiver, the tasks that follow the workers stop instead of blocking on a full
         // channel.
         drop(worker_events);
-        while running.following.join_next().await.is_some() {}
+        while state.following.join_next().await.is_some() {}
     }
 }
 
@@ -188,7 +184,7 @@ impl PoolState<'_> {
     /// Memory in bytes that all workers together may use now.
     fn room(&mut self) -> Option<u64> {
         let workers = self.workers.values().map(|worker| worker.held).sum();
-        if self.looks.is_multiple_of(OTHERS_EVERY) {
+        if self.memory_checks.is_multiple_of(OTHERS_EVERY) {
             let ours = memory::of_descendants().max(
                 self.cgroup
                     .as_ref()
@@ -198,7 +194,7 @@ impl PoolState<'_> {
             // The workers are descendants too, but are counted apart.
             self.others = ours.saturating_sub(workers);
         }
-        self.looks += 1;
+        self.memory_checks += 1;
         let limit = self.cgroup.as_ref().and_then(|cgroup| cgroup.read().limit);
         MemoryRoom {
             limit,
@@ -215,12 +211,12 @@ impl PoolState<'_> {
         while self.workers.values().all(|worker| !worker.alone) {
             // Waiting tasks first, then those that must run alone, and stealing only when nothing
             // else is left.
-            if self.workers.len() < self.width && !self.waiting.is_empty() {
+            if self.workers.len() < self.worker_slots && !self.waiting.is_empty() {
                 // Divide the waiting tasks among the free slots.
                 let count = sizing::chunk(
                     self.pool.per_worker,
                     self.waiting.len(),
-                    self.width - self.workers.len(),
+                    self.worker_slots - self.workers.len(),
                 );
                 let tasks = self.take(count);
                 self.start(tasks, false).await;
@@ -228,7 +224,7 @@ impl PoolState<'_> {
                 && let Some(task) = self.alone.pop_front()
             {
                 self.start([task].into(), true).await;
-            } else if self.workers.len() < self.width && self.alone.is_empty() {
+            } else if self.workers.len() < self.worker_slots && self.alone.is_empty() {
                 let tasks = self.steal();
                 if tasks.is_empty() {
                     return;
@@ -419,7 +415,7 @@ impl PoolState<'_> {
             }
         }
         let room = self.room();
-        self.share = sizing::share(room, self.width);
+        self.share = sizing::share(room, self.worker_slots);
         let ids: Vec<usize> = self.workers.keys().copied().collect();
         let held: Vec<u64> = ids.iter().map(|id| self.workers[id].held).collect();
         if let Some(at) = sizing::too_large(&held, room)

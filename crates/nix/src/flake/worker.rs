@@ -29,13 +29,11 @@ pub(super) enum WorkerLine {
     Done { d: usize, f: Derivation },
 }
 
-/// An event of a worker.
 pub(super) enum WorkerEvent {
     Line(String),
     Ended(Option<ExitStatus>),
 }
 
-/// Why we ended a worker.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum EndReason {
     /// It exceeded its share of memory; its remaining attributes go to others.
@@ -96,6 +94,7 @@ pub(super) fn is_for_memory(status: Option<ExitStatus>, output: &str) -> bool {
         "Cannot allocate memory",
     ];
     killed
+        // A flake may print such a text itself, so the exit status must agree.
         || (status.is_none_or(|status| !status.success())
             && messages.iter().any(|message| output.contains(message)))
 }

@@ -1,4 +1,5 @@
-//! NARs of small trees, byte for byte, and what happens to those that are not what they should be.
+//! NARs of small trees, byte for byte, and the errors for paths that differ from their
+//! registration.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 
@@ -16,7 +17,7 @@ fn hash(nar: &[u8]) -> Sha256 {
     Sha256(Hasher::digest(nar).into())
 }
 
-/// A NAR spelt by hand: each word with its length, padded.
+/// Builds a NAR by hand: each string with its length, padded.
 fn spelt(words: &[&str]) -> Vec<u8> {
     let mut nar = Vec::new();
     for word in words {

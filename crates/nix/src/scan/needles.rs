@@ -16,12 +16,10 @@ const MIN_DISTINCT: usize = 5;
 /// Minimum length of a path; a shorter one (`/root`, `/work`) exists on other machines too.
 const MIN_PLACE_LENGTH: usize = 9;
 
-/// The meaning of a needle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum NeedleKind {
     /// The value of a variable, encoded in some form.
     Value {
-        /// The variable.
         name: String,
         /// The form for reports: `as it is`, `in base64`, …
         form: &'static str,

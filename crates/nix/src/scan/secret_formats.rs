@@ -12,7 +12,6 @@ pub(super) const LOOKAHEAD: usize = 8192;
 /// have less.
 const MIN_ENTROPY: f64 = 3.0;
 
-/// The format of a secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SecretFormat {
     /// GitHub's tokens and npm's: 36 characters of base62, of which the last six are a checksum.
@@ -158,6 +157,7 @@ fn is_aws_key_id(text: &[u8]) -> bool {
     let length = prefix_length(text, |byte| {
         byte.is_ascii_uppercase() || (b'2'..=b'7').contains(byte)
     });
+    // `+` and `/` would continue a base64 text, in which the prefix is a coincidence.
     let ends = text
         .get(length)
         .is_none_or(|byte| !byte.is_ascii_alphanumeric() && *byte != b'+' && *byte != b'/');
@@ -230,6 +230,7 @@ fn is_live_jwt(text: &[u8], now: u64) -> bool {
             claims.attic.is_some() || claims.iss.as_deref() == Some("kubernetes/serviceaccount")
         }
     };
+    // A token without a signature opens nothing.
     lives
         && !header.alg.eq_ignore_ascii_case("none")
         && signature.len() >= 40
@@ -293,6 +294,7 @@ fn after_armour_headers(text: &[u8]) -> &[u8] {
         .iter()
         .skip_while(|byte| b"\r\n".contains(byte))
         .take_while(|byte| **byte != b'\n');
+    // Without headers, the key begins right away.
     if !first.into_iter().any(|byte| *byte == b':') {
         return text;
     }
@@ -396,7 +398,7 @@ pub(in crate::scan) mod tests {
         )
     }
 
-    /// What has the form of a key and opens nothing.
+    /// Texts in the format of a key that open nothing.
     pub(in crate::scan) fn pem() -> String {
         let mut der = vec![0x30, 0x81, 200];
         der.extend((0..200_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8));

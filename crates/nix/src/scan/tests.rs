@@ -1,4 +1,4 @@
-//! Looks into paths of every shape, split at every place.
+//! Scans files of every kind, split at every position.
 
 use std::os::unix::fs::symlink;
 
@@ -15,7 +15,7 @@ fn scanner() -> Scanner {
     )
 }
 
-/// Bytes that hold nothing.
+/// Bytes without anything to find.
 fn filler(length: usize) -> Vec<u8> {
     (0..length)
         .map(|n| b"lorem ipsum dolor sit amet "[n % 27])
@@ -149,7 +149,7 @@ fn a_place_that_begins_with_another_hides_it_not() {
     assert_eq!(fed(&scanner, &[b"/srv/builders/x"]), []);
 }
 
-/// As the documentation says.
+/// A documented limit of the scan.
 #[test]
 fn a_secret_in_a_compressed_file_is_not_found() {
     use std::io::Write as _;
@@ -175,7 +175,7 @@ fn a_real_path_is_looked_into_with_its_names_and_links() {
     let store =
         "/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-hello/bin/hello and /nix/store/short-x";
     std::fs::write(path.join("etc/script"), store).expect("written");
-    // A key that a test suite brings opens nothing; this job's own secret is one everywhere.
+    // A key in a test suite opens nothing; this job's own secret is a secret everywhere.
     let key = pem();
     std::fs::write(path.join("etc/tests/key.pem"), format!("{key}{VALUE}")).expect("written");
     let looked = scanner().scan(&path).expect("readable");
