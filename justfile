@@ -5,12 +5,11 @@ _menu:
 
 # The fast suite: no network, no Nix, seconds
 test-fast *filter:
-    cargo test --locked --lib --test it {{ filter }}
+    scripts/suite.sh fast {{ filter }}
 
 # The real suite: real Nix, real act, real servers; as root, one test at a time
 test-real *filter:
-    scripts/bootstrap.sh tools
-    cargo test --locked --test real {{ filter }} -- --test-threads=1
+    scripts/suite.sh real {{ filter }}
 
 # Measure beside Nix's own tools, in release, as root: `just bench publish`
 bench name:
@@ -22,8 +21,8 @@ test:
 
 # Formatting, clippy, workflows, actions, shell scripts
 lint:
-    cargo fmt --check
-    cargo clippy --locked --all-targets -- -D warnings
+    cargo fmt --all --check
+    cargo clippy --locked --workspace --all-targets -- -D warnings
     scripts/lint.sh
 
 # Build the static binary into dist/

@@ -18,6 +18,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+#[path = "../tests/it/world/folders.rs"]
+#[expect(dead_code, reason = "the tests use more of it")]
+mod folders;
 #[path = "../tests/it/world/github.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
 mod github;
@@ -150,14 +153,11 @@ in {{ checks.x86_64-linux = builtins.listToAttrs (builtins.genList (n: {{ name =
             "-c",
             "mount --bind \"$0\" /nix && exec \"$@\"",
         ]);
-        command
+        folders::isolate(&mut command, self.folder.path())
             .arg(self.path("nix"))
             .arg(program.as_ref())
             .args(arguments)
-            .env_clear();
-        command
-            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
-            .env("HOME", self.path("home"));
+            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
         let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
         command
             .env("NIX_CONFIG", config)

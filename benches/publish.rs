@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
 use sha2::Digest as _;
 
+#[path = "../tests/it/world/folders.rs"]
+#[expect(dead_code, reason = "the tests use more of it")]
+mod folders;
 #[path = "publish/phases.rs"]
 mod phases;
 #[path = "shared/table.rs"]
@@ -235,12 +238,8 @@ impl Bench {
             "127.0.0.1:0",
             "--dir",
         ]);
-        let mut child = command
-            .arg(&folder)
-            .env_clear()
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        folders::isolate(&mut command, self.folder.path());
+        let mut child = command.arg(&folder).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap())
             .lines()
             .map_while(Result::ok);
@@ -265,8 +264,6 @@ impl Bench {
     fn within(&self, nix: &Path, program: &str) -> Command {
         fs::create_dir_all(nix).unwrap();
         fs::create_dir_all("/nix").unwrap();
-        let home = self.folder.path().join("home");
-        fs::create_dir_all(&home).unwrap();
         let mut command = Command::new("unshare");
         command.args([
             "--mount",
@@ -276,12 +273,10 @@ impl Bench {
             "-c",
             "mount --bind \"$0\" /nix && exec \"$@\"",
         ]);
-        command
+        folders::isolate(&mut command, self.folder.path())
             .arg(nix)
             .arg(program)
-            .env_clear()
-            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
-            .env("HOME", home);
+            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
         command.env("TMPDIR", self.new_folder());
         let config = "build-users-group =\nsubstituters =\nsandbox = false\nexperimental-features = nix-command flakes";
         command
@@ -400,7 +395,7 @@ impl Bench {
             let out = tempfile::tempfile_in(self.folder.path()).unwrap();
             let mut both = Both(sha2::Sha256::new(), zstd::Encoder::new(out, LEVEL).unwrap());
             let file = self.nix().join(path.trim_start_matches("/nix/"));
-            flywheel::nix::nar::write(&file, &mut both).unwrap();
+            flywheel_nix::nar::write(&file, &mut both).unwrap();
             both.1.finish().unwrap();
         }
         BTreeMap::from([

@@ -15,9 +15,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use flywheel::nix::nar::{write, write_visited};
-use flywheel::nix::scan::Scanner;
-use flywheel::secret::Secret;
+use flywheel_core::secret::Secret;
+use flywheel_nix::nar::{write, write_visited};
+use flywheel_nix::scan::Scanner;
 use sha2::Digest as _;
 
 /// Hashes and counts what is written.

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Installs what is missing on a fresh Debian or Ubuntu with Rust; does nothing where all is there.
 #
-#   usage: scripts/bootstrap.sh nix     Nix and the static busybox that the example flakes build with
-#          scripts/bootstrap.sh tools   the above, and what the tests and linters need
+#   usage: scripts/bootstrap.sh nix      Nix and the static busybox that the example flakes build with
+#          scripts/bootstrap.sh runner   cargo-nextest, act and the linters; needs root only where Python lacks venv
+#          scripts/bootstrap.sh tools    all of the above, and what else the tests and linters need
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 tools=$root/target/tools
+what=${1:-nix}
 
 fail() {
   printf 'bootstrap: %s\n' "$*" >&2
@@ -23,17 +25,21 @@ need() {
   command -v "$1" >/dev/null 2>&1 || missing+=("$2")
 }
 
-need nix nix-bin
-need busybox busybox-static
-need git git
-[ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
-if [ "${1-}" = tools ]; then
+if [ "$what" != runner ]; then
+  need nix nix-bin
+  need busybox busybox-static
+  need git git
+  [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
+fi
+if [ "$what" = tools ]; then
   need gcc gcc
   need readelf binutils
   need unshare util-linux
   need make make
   need openssl openssl
   [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
+fi
+if [ "$what" != nix ]; then
   python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 fi
 
@@ -45,26 +51,29 @@ if [ ${#missing[@]} -gt 0 ]; then
   as_root apt-get install -y -qq --no-install-recommends "${missing[@]}" </dev/null >/dev/null
 fi
 
-[ "${1-}" = tools ] || exit 0
+[ "$what" != nix ] || exit 0
 
 for part in cargo cargo-clippy rustfmt; do
   command -v "$part" >/dev/null || fail "\`$part\` is missing; install Rust with clippy and rustfmt (https://rustup.rs)"
 done
 
-# Made anew when the list changes; the copy is written last, so that half an installation does not count.
+# The environment is made anew when the list changes. The copy of the list is written last, so that an installation
+# that broke off halfway does not count.
 if ! cmp --silent "$root/scripts/tools.txt" "$tools/installed.txt"; then
-  echo "bootstrap: installing act and the linters into target/tools"
+  echo "bootstrap: installing cargo-nextest, act and the linters into target/tools"
   rm -rf "$tools"
   python3 -m venv "$tools"
   "$tools/bin/python" -m pip install --quiet --no-input --no-deps --only-binary :all: -r "$root/scripts/tools.txt"
   cp "$root/scripts/tools.txt" "$tools/installed.txt"
 fi
 
+[ "$what" = tools ] || exit 0
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 refreshed=
 
-# apt-get with the lists of today; options come before the verb.
+# apt-get without output, run as this user; options come before the verb.
 apt() {
   command -v apt-get >/dev/null || fail "\`apt-get\` is missing; the tests unpack Debian packages with it"
   apt-get -qq -o APT::Sandbox::User="$(id -un)" "$@" </dev/null >/dev/null

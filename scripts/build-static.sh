@@ -16,7 +16,7 @@ cargo_home=${CARGO_HOME:-$HOME/.cargo}
 sysroot=$(rustc --print sysroot)
 commit=$(rustc -vV | sed -n 's/^commit-hash: //p')
 
-# What the caller set for other builds must not reach this one.
+# Variables that the caller set for other builds would change the bytes of this one.
 while IFS= read -r name; do
   case $name in
     RUSTFLAGS | CARGO_ENCODED_RUSTFLAGS | RUSTC_WRAPPER | RUSTC_WORKSPACE_WRAPPER | RUSTC_BOOTSTRAP | SOURCE_DATE_EPOCH | \
@@ -40,7 +40,7 @@ flags=(
 CARGO_ENCODED_RUSTFLAGS=$(IFS=$'\x1f' && printf '%s' "${flags[*]}")
 export CARGO_ENCODED_RUSTFLAGS
 
-# The C parts (SQLite, zstd, lzma, ring) name their source files too.
+# The C parts (SQLite, zstd, lzma, ring) have the names of their source files in the binary too.
 export CC_SHELL_ESCAPED_FLAGS=1
 export CFLAGS="'-ffile-prefix-map=$root=/src' '-ffile-prefix-map=$out=/target' '-ffile-prefix-map=$cargo_home=/cargo'"
 

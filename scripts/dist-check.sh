@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Proves that the binary in `dist/` is what the sources of this checkout build: builds them again in
-# another folder, under another CARGO_HOME, and compares byte for byte.
+# Proves that the sources of this checkout build the binary in `dist/`: builds them again in another folder, with
+# another CARGO_HOME, and compares the two byte for byte.
 #
-# The bytes depend on the toolchain too. Where it is not the recorded one, this says so, and proves
-# that the sources build and give the same version.
+# The bytes depend on the toolchain too. Where it is not the recorded one, this script prints the difference, and
+# proves only that the sources build and that both binaries have the same version.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 name=flywheel-x86_64-linux
 committed=$root/dist/$name
-# Docker and GitHub count in millions.
+# Every job downloads the binary. The limit is in millions of bytes, as Docker and GitHub count.
 size_limit=12000000
 
 fail() {
@@ -23,7 +23,7 @@ done
 (cd "$root/dist" && sha256sum --check --strict --quiet SHA256SUMS) || fail "\`dist/SHA256SUMS\` is not the binary's sum"
 size=$(stat -c %s "$committed")
 [ "$size" -lt "$size_limit" ] || fail "the binary has $size bytes, and $size_limit is the limit"
-# Captured first: a reader that stops early would break the pipe.
+# Captured first: a reader that stops early would end `readelf` by SIGPIPE, which `pipefail` counts as a failure.
 headers=$(readelf --program-headers --wide "$committed")
 case $headers in *INTERP*) fail "the binary asks for a dynamic loader" ;; esac
 
@@ -31,7 +31,7 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/flywheel dist check.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 
-# A clean copy: what Git does not ignore, or all but the build folder where there is no Git.
+# A clean copy: every file that Git does not ignore, or all but the build folder where there is no Git.
 mkdir "$work/sources"
 if git -C "$root" rev-parse --git-dir >/dev/null 2>&1; then
   (cd "$root" && git ls-files --cached --others --exclude-standard -z |
@@ -40,7 +40,7 @@ else
   tar --create --directory "$root" --exclude=./target --file=- . | tar --extract --directory "$work/sources"
 fi
 
-# The same downloads under another name, so that a name that got into the binary shows.
+# The same downloads in a folder of another name, so that the comparison fails if the name is in the binary.
 cargo_home=${CARGO_HOME:-$HOME/.cargo}
 (cd "$root" && cargo fetch --quiet --locked)
 mkdir "$work/cargo home"
@@ -60,5 +60,5 @@ else
     fail "the sources build $("$rebuilt" --version), and \`dist/\` holds $("$committed" --version)"
   printf 'dist-check: NOT compared byte for byte, because the toolchain is not the recorded one:\n'
   diff --label recorded --label here -U0 "$root/dist/BUILT-WITH" - <<<"$toolchain" | tail -n +3 || [ $? -eq 1 ]
-  printf 'dist-check: the sources build here, and say the same version: %s\n' "$("$rebuilt" --version)"
+  printf 'dist-check: the sources build here, and give the same version: %s\n' "$("$rebuilt" --version)"
 fi

@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 name=flywheel-x86_64-linux
 
 built=$("$root/scripts/build-static.sh")
-# Moved into place, so that a binary that is running right now is not written over.
+# Moved into place, because a binary that is running cannot be written over.
 install -m 755 "$built" "$root/dist/.$name.new"
 mv -f "$root/dist/.$name.new" "$root/dist/$name"
 cd "$root/dist"

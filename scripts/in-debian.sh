@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs a command in a clean clone of this checkout (its last commit) on a fresh Debian 12, which has this
-# host's Rust and nothing else. So the proof of `dist/` has the recorded C toolchain wherever it runs, and
-# the first steps of a new user can be tried.
+# Runs a command in a clean clone of this checkout (its last commit) on a fresh Debian 12 that has this host's Rust
+# and nothing else. There the proof of `dist/` finds the recorded C toolchain, whatever the host is, and the first
+# steps of a new user can be tried.
 #
 #   usage: sudo scripts/in-debian.sh COMMAND…      from Debian or Ubuntu
 #   such as: scripts/in-debian.sh scripts/test.sh
@@ -13,13 +13,13 @@ fail() {
   exit 69
 }
 
-[ $# -gt 0 ] || fail "which command?"
-[ "$(id -u)" = 0 ] || fail "making a Debian takes root"
+[ $# -gt 0 ] || fail "name the command to run"
+[ "$(id -u)" = 0 ] || fail "this needs root, to make a Debian and to enter it"
 command -v rustc >/dev/null || fail "\`rustc\` is not on PATH"
 command -v debootstrap >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends debootstrap; }
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/debian.XXXXXX")
-# What is mounted below goes with its namespace, so that nothing but files is left to remove.
+# The mounts below end with their namespace, so that only files are left to remove.
 trap 'rm -rf --one-file-system "$work"' EXIT
 trap 'exit 130' INT TERM
 debian=$work/debian
@@ -32,7 +32,7 @@ deb $mirror bookworm-updates main
 deb ${mirror%/}-security bookworm-security main
 LIST
 cp /etc/resolv.conf "$debian/etc/resolv.conf"
-# This host's authorities, private ones included; not where Debian's own package would write over them.
+# This host's certificate authorities, private ones included, in a place that Debian's own package does not overwrite.
 install -D --mode=644 /etc/ssl/certs/ca-certificates.crt "$debian/etc/ssl/host.crt"
 git clone --quiet "file://$root" "$debian/root/flywheel"
 
@@ -47,7 +47,7 @@ unshare --mount --propagation private bash -euc '
   mount -t proc proc "$debian/proc"
   mount -t sysfs -o ro sysfs "$debian/sys"
   mount --rbind /dev "$debian/dev"
-  # Not `chroot`: Nix enters its mount namespace anew, and would find itself outside again.
+  # Not `chroot`: Nix enters its mount namespace anew, and would then be outside of the changed root.
   cd "$debian"
   mkdir .host
   pivot_root . .host

@@ -3,11 +3,11 @@
 use clap::{Parser, Subcommand};
 
 use crate::command::{
-    Failure, cache, cache_contract, contract, explain, flake_checks, nix_job, publish, scan, setup,
+    cache, cache_contract, contract, explain, flake_checks, nix_job, publish, scan, setup,
     validate_builders, watch_store,
 };
-use crate::exit::Exit;
-use crate::runner::env::Env;
+use flywheel_core::exit::{Exit, Failure};
+use flywheel_sys::runner::env::Env;
 
 /// Nix CI for GitHub workflows: nothing is ever lost, and it says so.
 #[derive(Debug, Parser)]

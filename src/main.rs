@@ -1,23 +1,30 @@
 //! The binary: hands the command line to the library and ends with its exit code.
 
+// Layers, the lowest first: what a run says of itself, then the front door, whose modules may use each other.
+mod report;
+
+// The front door. Its modules may use each other.
+mod cli;
+mod command;
+mod job;
+
 use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::cli::Cli;
 use clap::Parser as _;
-use flywheel::cli::Cli;
-use flywheel::command::Failure;
-use flywheel::exit::Exit;
-use flywheel::host::{priority, private};
-use flywheel::runner::env::Env;
-use flywheel::runner::workflow::{Level, Workflow};
+use flywheel_core::exit::{Exit, Failure};
+use flywheel_sys::host::{priority, private};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// What blocking work gets to end once everything is done.
 const LAST_GRACE: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
     remove_private_folders_on_panic();
-    let env = Env::of_process();
+    let env = Env::from_process();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -34,14 +41,14 @@ fn main() -> ExitCode {
     };
     // The job's own work comes first. The main thread, from which its command is started, stays as it is.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // One may be held up by a disk (`host::brief`).
+    // One may be held up by a disk (`host::inline_blocking`).
     let workers = std::thread::available_parallelism()
         .map_or(1, NonZero::get)
         .max(2);
     let runtime = runtime
         .worker_threads(workers)
         .enable_all()
-        .on_thread_start(priority::yield_to_others)
+        .on_thread_start(priority::lower_priority)
         .build();
     let ended = match runtime {
         Ok(runtime) => {

@@ -10,7 +10,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use flywheel::nix::db::Db;
+use flywheel_nix::db::Db;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Several batches long, and short beside what makes a machine faster and slower.

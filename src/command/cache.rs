@@ -11,19 +11,19 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cache_server::{self, Limits, Options, Server};
 use crate::command::inputs::{Text, number};
-use crate::command::{Failure, units};
-use crate::exit::{Exit, Explain, UsageError};
-use crate::nix::cache_name::CacheName;
-use crate::progress::{Progress, Sink};
-use crate::runner::env::Env;
+use crate::command::units;
+use flywheel_cache::server::{self, Limits, Options, Server};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_sys::runner::env::Env;
 
-/// Highest zstd level whose memory a small runner can afford for several uploads at once.
+/// The highest zstd level that a small runner has the memory for in several uploads at once.
 const HIGHEST_LEVEL: i32 = 19;
-/// Beyond any that is in use.
+/// A larger number is a lower priority; no cache in use has one beyond this.
 const LOWEST_PRIORITY: u32 = 1000;
-/// This machine alone.
+/// Loopback, so that only this machine reaches the server.
 const DEFAULT_LISTEN: &str = "127.0.0.1:8484";
 
 /// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol.
@@ -231,7 +231,7 @@ impl LimitInputs {
     }
 }
 
-/// Why a server could not begin.
+/// Why the server could not be started.
 #[derive(Debug, Error)]
 enum ServeError {
     #[error("cannot listen on {address}")]
@@ -246,7 +246,7 @@ enum ServeError {
         #[source]
         source: std::io::Error,
     },
-    #[error("cannot watch for signals")]
+    #[error("the signal handlers cannot be installed")]
     Signals(#[source] std::io::Error),
 }
 
@@ -271,7 +271,7 @@ impl Explain for ServeError {
 /// Runs the verb.
 ///
 /// # Errors
-/// 64 for bad input, 69 when folder or address are not to be had.
+/// For wrong input; when the folder cannot be opened, or the address is taken.
 pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
@@ -302,7 +302,7 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
         "tokens-file {}\n",
         serving.tokens_file().display()
     ));
-    // Nobody listening is no reason to stop.
+    // A closed standard output is no reason to stop.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let _ = std::io::stdout().flush();
     if let Some(file) = inputs.ready_file.get().map(PathBuf::from) {
@@ -316,7 +316,7 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
     }
     tokio::select! {
         () = serving.stop() => (),
-        // Asked twice, we do not even wait for what is under way.
+        // A second signal ends the server at once, and with it the requests under way.
         _ = interrupts.recv() => (),
         _ = terminations.recv() => (),
     }
@@ -339,15 +339,14 @@ fn options(inputs: &Serve) -> Result<Options, UsageError> {
         public: inputs.public || !inputs.private,
         tokens: inputs.tokens.get().map(PathBuf::from),
         require_proof: !inputs.waive_proof,
-        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?
-            .unwrap_or(cache_server::DEFAULT_LEVEL),
+        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?.unwrap_or(server::DEFAULT_LEVEL),
         priority: number("priority", &inputs.priority, 0..=LOWEST_PRIORITY)?
-            .unwrap_or(cache_server::DEFAULT_PRIORITY),
+            .unwrap_or(server::DEFAULT_PRIORITY),
         limits: inputs
             .limits
-            .read(time("grace", &inputs.grace)?.unwrap_or(cache_server::DEFAULT_GRACE))?,
+            .read(time("grace", &inputs.grace)?.unwrap_or(server::DEFAULT_GRACE))?,
         gc_interval: time("gc-interval", &inputs.gc_interval)?
-            .unwrap_or(cache_server::DEFAULT_GC_INTERVAL),
+            .unwrap_or(server::DEFAULT_GC_INTERVAL),
         log: log(inputs.quiet),
         ..Options::default()
     })
@@ -363,11 +362,12 @@ fn listen_address(inputs: &Serve) -> Result<SocketAddr, UsageError> {
             "listen",
             format!(
                 "must be an address and a port, not `{}`",
-                crate::text::one_line(text, 80)
+                flywheel_core::text::one_line(text, 80)
             ),
         )
         .with_hint("Write it as `127.0.0.1:8484`.")
     })?;
+    // The server has no TLS, so on a network its tokens could be read.
     if address.ip().is_loopback() || inputs.allow_remote {
         return Ok(address);
     }
@@ -385,8 +385,8 @@ fn gc(inputs: &Gc) -> Result<Exit, Failure> {
             .with_hint("Name the folder that `flywheel cache serve` uses.")
             .into());
     }
-    let done = cache_server::collect(&inputs.dir, &limits)?;
-    // Nobody listening is no reason to fail.
+    let done = server::collect(&inputs.dir, &limits)?;
+    // A closed standard output is no reason to fail.
     let _ = writeln!(std::io::stdout(), "{done}");
     Ok(Exit::Ok)
 }
@@ -398,7 +398,7 @@ fn time(name: &str, input: &Text) -> Result<Option<Duration>, UsageError> {
         .transpose()
 }
 
-/// Plain lines on stderr, as a server's log is read by people and `grep`.
+/// A log of plain lines on stderr, for people and `grep`.
 fn log(quiet: bool) -> Sink {
     Sink::new(move |event| {
         let line = match event {
@@ -406,7 +406,7 @@ fn log(quiet: bool) -> Sink {
             Progress::Degraded { area, text } => format!("warning: {area}: {text}"),
             _ => return,
         };
-        // A log that nobody reads any more stops no server.
+        // A log that is no longer read does not stop the server.
         let _ = writeln!(std::io::stderr(), "{line}");
     })
 }
@@ -423,6 +423,7 @@ fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
+    // Whatever waits for the ready file must find all of it, so it is renamed into place.
     let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
     temporary.write_all(text.as_bytes())?;
     temporary.persist(file)?;

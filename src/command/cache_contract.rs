@@ -1,4 +1,5 @@
-//! `flywheel cache-contract`: whether the job's shared caches are what the repository declares, and answer.
+//! `flywheel cache-contract`: checks that the job's shared caches are those that the repository declares, and that they
+//! answer.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -7,28 +8,27 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use serde_json::{Value, json};
 
-use crate::cache::bazel::Asker;
-use crate::cache::endpoint::Endpoint as Cache;
-use crate::cache::probe::probe;
-use crate::command::Failure;
 use crate::command::contract::ContractInput;
 use crate::command::inputs::{Text, choice, number, push_cache, switch};
-use crate::contract::shared_cache::{
+use flywheel_cache::client::bazel::BazelProber;
+use flywheel_cache::client::endpoint::Endpoint as Cache;
+use flywheel_cache::client::probe::probe;
+use flywheel_core::contract::shared_cache::{
     Endpoint, Finding, Given, Judgement, Mode, bazelrc, judge, redact,
 };
-use crate::contract::{Contract, SharedCache};
-use crate::exit::{Exit, UsageError};
-use crate::http::{Names, Roots, client};
-use crate::nix::cache_name::CacheName;
-use crate::runner::context;
-use crate::runner::env::Env;
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::secret::Secret;
-use crate::text::{count, duration, nearest, one_line};
-use crate::trust::{Request, TrustedRefs, decide};
+use flywheel_core::contract::{Contract, SharedCache};
+use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::secret::Secret;
+use flywheel_core::text::{count, duration, nearest, one_line};
+use flywheel_core::trust::{Request, TrustedRefs, decide};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_sys::http::{Names, Roots, client};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
-/// A cache that is no farther than a job's runner answers long before this.
+/// A cache near the runner answers long before this.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The cache's name where neither input nor hint gives one.
 const DEFAULT_CACHE: &str = "main";
@@ -192,8 +192,8 @@ pub struct Inputs {
     contract: ContractInput,
 }
 
-/// What one endpoint did.
-struct Asked {
+/// An endpoint that was tried.
+struct Tried {
     about: &'static str,
     shown: String,
     result: Result<Duration, String>,
@@ -213,19 +213,19 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         by_hand: inputs.publish,
         trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
     };
-    // The cache's own credential is Bazel's business.
+    // Whether Bazel has a credential for the cache is not ours to know, so the gate decides as if it had.
     let upload = decide(&context::facts(env), &request, true).publishes();
     let timeout = number("timeout", &inputs.timeout, 1..=600)?.map_or(TIMEOUT, Duration::from_secs);
     let mut judgement = judge(&declared(&inputs, &contract)?, &given);
     let workflow = Workflow::new(env.in_github_actions());
-    let asked = ask(&judgement.endpoints, timeout, env, &workflow).await?;
-    for one in &asked {
+    let tried = try_endpoints(&judgement.endpoints, timeout, env, &workflow).await?;
+    for one in &tried {
         let problem = one
             .result
             .as_ref()
             .err()
             .map(|text| format!("{}: {text}", one.shown));
-        judgement.answered(one.about, problem, given.strict);
+        judgement.add_problem(one.about, problem, given.strict);
     }
     let written = if judgement.holds() {
         write_bazelrc(&inputs, &judgement, &given, upload)?
@@ -235,7 +235,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let report = Report {
         judgement,
         given,
-        asked,
+        tried,
         upload,
         written,
     };
@@ -244,7 +244,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     } else {
         report.text()
     });
-    report.tell(&workflow, env, as_json);
+    report.emit(&workflow, env, as_json);
     Ok(if report.judgement.holds() {
         Exit::Ok
     } else {
@@ -279,7 +279,7 @@ fn given(inputs: &Inputs, env: &Env, contract: &Contract) -> Result<Given, Usage
     })
 }
 
-/// That a class is not in the contract, with the nearest that is.
+/// The error for a class that is not in the contract. Its hint names the nearest class that is.
 pub(super) fn unknown_class(class: &str, contract: &Contract) -> UsageError {
     let known: Vec<&str> = contract.classes.iter().map(|(name, _)| name).collect();
     let error = UsageError::new(
@@ -291,7 +291,7 @@ pub(super) fn unknown_class(class: &str, contract: &Contract) -> UsageError {
         ),
     );
     match nearest(class, known.iter().copied()) {
-        Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
+        Some(name) => error.with_hint(format!("Did you mean `{name}`?")),
         None => error.with_hint("Name it under `classes` in `flywheel.yml`."),
     }
 }
@@ -315,37 +315,41 @@ fn declared(inputs: &Inputs, contract: &Contract) -> Result<SharedCache, UsageEr
     Ok(declared)
 }
 
-async fn ask(
+async fn try_endpoints(
     endpoints: &[Endpoint],
     timeout: Duration,
     env: &Env,
     workflow: &Workflow,
-) -> Result<Vec<Asked>, Failure> {
+) -> Result<Vec<Tried>, Failure> {
     let roots = Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
-    let (asker, plain) = (Asker::new(&roots)?, client(&roots)?);
+    let (asker, plain) = (BazelProber::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));
-    let asked = endpoints.iter().map(|endpoint| async {
+    let tried = endpoints.iter().map(|endpoint| async {
         let begun = Instant::now();
         let result = match endpoint.about {
-            "attic" => ask_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
-            _ => ask_bazel(endpoint, timeout, &asker).await,
+            "attic" => try_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
+            _ => try_bazel(endpoint, timeout, &asker).await,
         };
         let result = result.map(|()| begun.elapsed());
-        Asked {
+        Tried {
             about: endpoint.about,
             shown: redact(endpoint.url.as_str()),
             result,
         }
     });
-    Ok(futures_util::future::join_all(asked).await)
+    Ok(futures_util::future::join_all(tried).await)
 }
 
-async fn ask_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Result<(), String> {
+async fn try_bazel(
+    endpoint: &Endpoint,
+    timeout: Duration,
+    asker: &BazelProber,
+) -> Result<(), String> {
     let can = asker
-        .ask(&endpoint.url, timeout)
+        .probe(&endpoint.url, timeout)
         .await
         .map_err(|failure| format!("{} ({})", failure.text, failure.layer))?;
     match endpoint.about {
@@ -355,7 +359,7 @@ async fn ask_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Res
     }
 }
 
-async fn ask_attic(
+async fn try_attic(
     endpoint: &Endpoint,
     timeout: Duration,
     env: &Env,
@@ -369,7 +373,7 @@ async fn ask_attic(
     let cache = Cache::new(endpoint.url.clone(), name);
     let probed = probe(&cache, token, client, &Names::default(), timeout).await;
     probed.failed.map_or(Ok(()), |(layer, text)| {
-        Err(format!("{text} ({})", layer.word()))
+        Err(format!("{text} ({})", layer.as_str()))
     })
 }
 
@@ -400,11 +404,10 @@ fn write_bazelrc(
     Ok(Some(file.into()))
 }
 
-/// Everything that there is to say.
 struct Report {
     judgement: Judgement,
     given: Given,
-    asked: Vec<Asked>,
+    tried: Vec<Tried>,
     upload: bool,
     written: Option<PathBuf>,
 }
@@ -412,12 +415,12 @@ struct Report {
 impl Report {
     fn modes(&self) -> (&'static str, &'static str) {
         (
-            self.judgement.declared.map_or("", Mode::word),
-            self.judgement.actual.map_or("", Mode::word),
+            self.judgement.declared.map_or("", Mode::as_str),
+            self.judgement.actual.map_or("", Mode::as_str),
         )
     }
 
-    /// Every line begins with a word of ours, so that none is a command to the runner.
+    /// Every line begins with a fixed word, so that text from outside cannot be a workflow command.
     fn text(&self) -> String {
         let (declared, actual) = self.modes();
         let mut lines = vec![format!(
@@ -462,7 +465,7 @@ impl Report {
             return "none".to_owned();
         };
         match self
-            .asked
+            .tried
             .iter()
             .find(|one| one.about == about)
             .map(|one| &one.result)
@@ -493,7 +496,7 @@ impl Report {
 
     fn json(&self) -> String {
         let (declared, actual) = self.modes();
-        let endpoints = self.asked.iter().map(|one| {
+        let endpoints = self.tried.iter().map(|one| {
             let (seconds, problem) = match &one.result {
                 Ok(took) => (Some(took.as_secs_f64()), None),
                 Err(text) => (None, Some(text)),
@@ -518,8 +521,9 @@ impl Report {
         format!("{report:#}")
     }
 
-    /// Whoever reads JSON from stdout finds nothing else there.
-    fn tell(&self, workflow: &Workflow, env: &Env, as_json: bool) {
+    /// Annotates the step, and sets its outputs and summary. With JSON on stdout there are no annotations: the runner
+    /// reads those from stdout, too.
+    fn emit(&self, workflow: &Workflow, env: &Env, as_json: bool) {
         if !workflow.in_job() {
             return;
         }

@@ -4,15 +4,14 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
-use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
-use crate::contract::print::Section;
-use crate::contract::workflow::{Finding, Weight};
-use crate::contract::{Contract, FILE, print, read, workflow};
-use crate::exit::{Exit, UsageError};
-use crate::runner::env::Env;
-use crate::runner::workflow::data;
-use crate::text::{count, nearest, one_line};
+use flywheel_core::contract::print::Section;
+use flywheel_core::contract::workflow::{Finding, Weight};
+use flywheel_core::contract::{Contract, FILE, print, read, workflow};
+use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::text::{count, nearest, one_line};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::data;
 
 /// Prints the builder contract: classes of builders, caches, what goes where, who may reach what, what
 /// is published when.
@@ -71,10 +70,10 @@ pub struct ContractInput {
 }
 
 impl ContractInput {
-    /// The contract that holds here.
+    /// Reads the contract of this folder.
     ///
     /// # Errors
-    /// When the file that is named is not there, or is no contract.
+    /// When the named file cannot be read, or is no contract.
     pub fn read(&self) -> Result<Contract, Failure> {
         match self.contract_file.get() {
             Some(file) => contract(Path::new(file)),
@@ -121,8 +120,8 @@ enum Format {
 /// When an input or a file is wrong.
 pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
     match &inputs.task {
-        Some(Task::Check(check)) => checked(&inputs, check),
-        None => printed(&inputs),
+        Some(Task::Check(check)) => self::check(&inputs, check),
+        None => print_contract(&inputs),
     }
 }
 
@@ -135,7 +134,7 @@ fn format(input: &Text) -> Result<Format, UsageError> {
     Ok(choice("format", input, &words)?.unwrap_or(Format::Text))
 }
 
-fn printed(inputs: &Inputs) -> Result<Exit, Failure> {
+fn print_contract(inputs: &Inputs) -> Result<Exit, Failure> {
     let section = section(&inputs.section)?;
     let format = format(&inputs.format)?;
     let contract = inputs.file.read()?;
@@ -172,13 +171,13 @@ fn section(input: &Text) -> Result<Option<Section>, UsageError> {
     })
 }
 
-/// The whole as an object; of a section what it is made of.
+/// The contract as an object, or the value of one of its sections.
 fn json(contract: &Contract, section: Option<Section>) -> String {
     let whole = serde_json::to_value(contract).expect("a contract is made of texts and numbers");
     let part = match section {
         None => whole,
         Some(Section::Classes) => whole["classes"].clone(),
-        // What happens on a miss stands with each cache.
+        // What happens on a miss is a part of each cache.
         Some(Section::Caches | Section::OnMiss) => whole["caches"].clone(),
         Some(Section::Placement) => whole["placement"].clone(),
         Some(Section::Exposure) => whole["exposure"].clone(),
@@ -205,7 +204,7 @@ fn text(input: &str, file: &Path) -> Result<String, UsageError> {
     })
 }
 
-fn checked(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
+fn check(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
     let format = format(&inputs.format)?;
     if format == Format::Markdown {
         return Err(UsageError::new("format", "must be `text` or `json` for `check`").into());
@@ -250,12 +249,12 @@ fn report(check: &Check, findings: &[Finding], errors: usize) -> String {
     } in findings
     {
         let line = line.map(|line| format!(":{line}")).unwrap_or_default();
-        let word = if *weight == Weight::Error {
+        let weight = if *weight == Weight::Error {
             "error"
         } else {
             "note"
         };
-        text.push_str(&format!("{file}{line}: {word}: job `{job}`: {what}\n"));
+        text.push_str(&format!("{file}{line}: {weight}: job `{job}`: {what}\n"));
     }
     let workflows = count(check.workflows.len() as u64, "workflow");
     let notes = findings.len() - errors;

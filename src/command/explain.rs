@@ -1,4 +1,4 @@
-//! `flywheel explain`: what the trust gate says of this job or of a recorded event, and why.
+//! `flywheel explain`: what the trust gate decides for this job or for a recorded event, and why.
 //! Publishes nothing and touches nothing.
 
 use std::path::PathBuf;
@@ -6,13 +6,12 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use crate::command::Failure;
 use crate::command::inputs::{GateInputs, Text, choice, switch};
-use crate::exit::{Exit, UsageError};
-use crate::runner::context::{self, Recorded};
-use crate::runner::env::Env;
-use crate::runner::workflow::data;
-use crate::trust::{Decision, ToAttic, ToFlakeHub, decide};
+use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, decide};
+use flywheel_sys::runner::context::{self, Recorded};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::data;
 
 /// Say whether this job may publish, what it would publish where, and why.
 ///
@@ -136,7 +135,7 @@ enum Format {
 /// Runs the verb.
 ///
 /// # Errors
-/// Bad input only.
+/// For wrong input only.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let format = choice(
         "format",
@@ -154,7 +153,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-/// The stable machine-readable form.
+/// The JSON form. Its keys are kept stable.
 #[derive(Serialize)]
 struct Explanation {
     verdict: &'static str,
@@ -172,18 +171,18 @@ struct Plan {
 fn json(decision: &Decision) -> String {
     let plan = decision.plan();
     let explanation = Explanation {
-        verdict: decision.verdict().word(),
+        verdict: decision.verdict().as_str(),
         publishes: decision.publishes(),
         reason: decision.reason(),
         plan: Plan {
-            attic: plan.attic.word(),
-            flakehub: plan.flakehub.word(),
+            attic: plan.attic.as_str(),
+            flakehub: plan.flakehub.as_str(),
         },
     };
     serde_json::to_string_pretty(&explanation).expect("texts and a boolean are always JSON")
 }
 
-/// Every line begins with a word of ours, so that none is a command to the runner.
+/// Every line begins with a fixed word, so that text from outside cannot be a workflow command.
 fn text(decision: &Decision, must_publish: bool) -> String {
     let attic = match decision.plan().attic {
         ToAttic::All => "everything that the job builds",
@@ -195,7 +194,7 @@ fn text(decision: &Decision, must_publish: bool) -> String {
         ToFlakeHub::Nothing => "nothing",
     };
     let mut lines = vec![
-        format!("verdict    {}", decision.verdict().word()),
+        format!("verdict    {}", decision.verdict().as_str()),
         format!(
             "publishes  {}",
             if decision.publishes() { "yes" } else { "no" }

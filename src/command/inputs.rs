@@ -11,12 +11,12 @@ use std::str::FromStr;
 use clap::Args;
 use url::Url;
 
-use crate::exit::UsageError;
-use crate::nix::cache_name::CacheName;
-use crate::nix::key::PublicKey;
-use crate::runner::env::Env;
-use crate::text::{nearest, one_line};
-use crate::trust::{PushCache, Request, TrustedRefs};
+use flywheel_core::exit::UsageError;
+use flywheel_core::text::{nearest, one_line};
+use flywheel_core::trust::{PushCache, Request, TrustedRefs};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::key::PublicKey;
+use flywheel_sys::runner::env::Env;
 
 /// An input as it was typed; `None` when it was left out or empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn a_slip_of_the_finger_gets_a_hint() {
-        use crate::exit::Explain as _;
+        use flywheel_core::exit::Explain as _;
         let error = switch("attic-enabled", &text("ture"), true).expect_err("no such word");
         assert_eq!(
             error.to_string(),

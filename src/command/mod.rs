@@ -6,22 +6,10 @@ pub mod contract;
 pub mod explain;
 pub mod flake_checks;
 pub mod inputs;
-pub mod job;
 pub mod nix_job;
 pub mod publish;
 pub mod scan;
 pub mod setup;
-mod units;
-pub mod watch_store;
-
-use crate::exit::Explain;
-
-/// How a verb fails: any error that can explain itself.
-pub type Failure = Box<dyn Explain>;
-
-impl<E: Explain> From<E> for Failure {
-    fn from(error: E) -> Self {
-        Box::new(error)
-    }
-}
+pub mod units;
 pub mod validate_builders;
+pub mod watch_store;

@@ -1,7 +1,7 @@
 //! `flywheel publish`: store paths and their closures, by hand.
 
+mod output;
 mod paths;
-mod speech;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,31 +14,31 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use self::speech::Format;
-use crate::cache::attic::Attic;
-use crate::cache::endpoint::Endpoint;
-use crate::cache::probe::{self, probe};
-use crate::cache::publish::{self, Outcome, Publisher};
-use crate::cache::verify::{self, Verification, verify};
+use self::output::Format;
 use crate::command::inputs::{CacheInputs, GateInputs, Text, choice};
-use crate::command::job::policy::PolicyInputs;
-use crate::command::job::publication;
-use crate::command::{Failure, units};
-use crate::exit::{Exit, Explain, UsageError};
-use crate::http::{Clients, Names, Roots};
-use crate::nix::bootstrap;
-use crate::nix::key::PublicKey;
-use crate::nix::path_info::PathInfos;
-use crate::nix::store::Store;
-use crate::nix::store_path::StorePath;
-use crate::progress::Sink;
-use crate::runner::context;
-use crate::runner::env::Env;
-use crate::runner::workflow::{Level, Workflow};
-use crate::secret::Secret;
-use crate::trust::{Decision, decide};
+use crate::command::units;
+use crate::job::policy::PolicyInputs;
+use crate::job::publication;
+use flywheel_cache::client::attic::Attic;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_cache::client::probe::{self, Probe, probe};
+use flywheel_cache::client::publish::{self, Outcome, Publisher};
+use flywheel_cache::client::verify::{self, Verification, verify};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_core::trust::{Decision, decide};
+use flywheel_nix::bootstrap;
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::path_info::PathInfos;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
+use flywheel_sys::http::{Clients, Names, Roots};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
-/// Nix is there when store paths are; repairing its daemon takes a moment at most.
+/// A machine with store paths has Nix, so nothing has to be installed; repairing its daemon takes a moment.
 const NIX_LIMIT: Duration = Duration::from_secs(60);
 /// Looking up what was published takes no longer than this.
 const VERIFY_LIMIT: Duration = Duration::from_secs(60);
@@ -93,26 +93,22 @@ pub struct Inputs {
 /// Why nothing was published.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The gate says no.
+    /// The trust gate does not allow it.
     #[error("nothing is published: {reason}")]
     Refused {
-        /// Why.
         reason: String,
-        /// What would have to change.
+        /// What would have to change for the gate to allow it.
         remedy: Option<String>,
     },
-    /// The cache is of no use.
+    /// The cache does not work.
     #[error("the cache fails at layer `{layer}`: {text}")]
     Cache {
-        /// The layer's name.
         layer: &'static str,
-        /// How, and what to do.
+        /// What was seen, and what to do.
         text: String,
     },
-    /// The system lets us listen to no signals.
-    #[error("signals cannot be listened to")]
+    #[error("the signal handlers cannot be installed")]
     Signals(#[source] std::io::Error),
-    /// A path is not valid in the store.
     #[error("`{0}` is not valid in the store")]
     Invalid(StorePath),
 }
@@ -135,7 +131,7 @@ impl Explain for Error {
 /// Bad input; a verdict, a cache or a path that forbids publishing.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
-    let format = choice("format", &inputs.format, &Format::WORDS)?.unwrap_or_default();
+    let format = choice("format", &inputs.format, &Format::CHOICES)?.unwrap_or_default();
     let limit = units::duration("drain-timeout", &inputs.drain_timeout)?;
     let must_publish = inputs.gate.must_publish()?;
     let cache = cache(&inputs.cache, env, &workflow)?;
@@ -149,28 +145,10 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         return refused(&decision, &workflow, must_publish);
     };
     let wanted = paths::resolve(&inputs.paths)?;
-    let sink = speech::sink(&workflow);
+    let sink = output::sink(&workflow);
     let (endpoint, key) = cache;
-    let clients = Clients::new(&Roots {
-        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-    })?;
-    let names = Names::default();
-    let probing = probe(
-        &endpoint,
-        token.as_ref(),
-        &clients.asking,
-        &names,
-        probe::DEADLINE,
-    );
-    let (found, probe) = tokio::join!(Box::pin(closure(env, &sink, &wanted)), Box::pin(probing));
-    let (store, found) = found?;
-    if let Some((layer, text)) = probe.failed.filter(|_| !probe.answers) {
-        return Err(Error::Cache {
-            layer: layer.word(),
-            text,
-        }
-        .into());
-    }
+    let (clients, probe, store, found) =
+        prepare(env, &endpoint, token.as_ref(), &wanted, &sink).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
     let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
     let attic = Attic::new(endpoint, token, clients);
@@ -181,14 +159,14 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
     let (outcome, verification) = Box::pin(deliver(publisher, &attic, key, &found, limit)).await?;
-    let publication = publication::of(
+    let publication = publication::summarize(
         &outcome,
         &verification,
         &found.unreadable,
         &inspector.warned(),
     );
     let offered = (outcome.paths.len() + found.unreadable.len()) as u64;
-    let lost = speech::close(&workflow, format, &publication, offered, outcome.elapsed);
+    let lost = output::report(&workflow, format, &publication, offered, outcome.elapsed);
     let withheld = policy.fails && !publication.withheld.is_empty();
     Ok(if lost || withheld {
         Exit::Failed
@@ -197,7 +175,33 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     })
 }
 
-/// The cache that inputs or hints name, and the key by which it is trusted.
+/// Probes the cache and reads the closure of `wanted`, side by side.
+async fn prepare(
+    env: &Env,
+    endpoint: &Endpoint,
+    token: Option<&Secret>,
+    wanted: &[StorePath],
+    sink: &Sink,
+) -> Result<(Clients, Probe, Store, PathInfos), Failure> {
+    let clients = Clients::new(&Roots {
+        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    })?;
+    let names = Names::default();
+    let probing = probe(endpoint, token, &clients.api, &names, probe::DEADLINE);
+    let (found, probe) = tokio::join!(Box::pin(closure(env, sink, wanted)), Box::pin(probing));
+    let (store, found) = found?;
+    // A cache that answers may be written to even if Nix could not read from it.
+    if let Some((layer, text)) = probe.failed.as_ref().filter(|_| !probe.answers) {
+        return Err(Error::Cache {
+            layer: layer.as_str(),
+            text: text.clone(),
+        }
+        .into());
+    }
+    Ok((clients, probe, store, found))
+}
+
+/// The cache that inputs or hints name, and its public key.
 fn cache(
     inputs: &CacheInputs,
     env: &Env,
@@ -223,7 +227,7 @@ fn cache(
     Ok((Endpoint::new(server, named.name), named.key))
 }
 
-/// Calling this verb is asking; whether it may is the gate's to say.
+/// Lets the trust gate decide. Calling this verb is the request to publish.
 fn judge(gate: &GateInputs, env: &Env) -> Result<Decision, UsageError> {
     let mut request = gate.request()?;
     request.by_hand = true;
@@ -247,19 +251,20 @@ fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Resu
     Ok(Exit::Ok)
 }
 
-/// The store, and the facts of everything that is to be published.
+/// Opens the store, and reads the closure of what is to be published.
 async fn closure(
     env: &Env,
     sink: &Sink,
     wanted: &[StorePath],
 ) -> Result<(Store, PathInfos), Failure> {
+    // Reading the database directly is fast. Only if that does not answer the question is Nix called.
     if let Some(store) = bootstrap::local_store(env).await
         && let Ok(found) = store.closure(wanted).await
         && unknown(&found, wanted).is_none()
     {
         return Ok((store, found));
     }
-    let (store, found) = closure_of_mended(env, sink, wanted).await?;
+    let (store, found) = closure_after_repair(env, sink, wanted).await?;
     match unknown(&found, wanted) {
         Some(path) => Err(Error::Invalid(path.clone()).into()),
         None => Ok((store, found)),
@@ -280,8 +285,8 @@ fn unknown<'a>(found: &PathInfos, wanted: &'a [StorePath]) -> Option<&'a StorePa
         .find(|path| !known.contains(path) && !unreadable(path))
 }
 
-/// The same where Nix has to be made ready first.
-async fn closure_of_mended(
+/// Does the same where Nix has to be made ready first.
+async fn closure_after_repair(
     env: &Env,
     sink: &Sink,
     wanted: &[StorePath],
@@ -293,7 +298,7 @@ async fn closure_of_mended(
             None => Store::open(&ready.nix).await?,
         };
         let found = store.closure(wanted).await?;
-        Ok::<_, crate::nix::store::Error>((store, found))
+        Ok::<_, flywheel_nix::store::Error>((store, found))
     };
     let found = found.await;
     ready.stop().await;
@@ -328,7 +333,7 @@ async fn deliver(
     Ok((outcome, verification))
 }
 
-/// A token that SIGINT or SIGTERM cancels, for as long as the other half is kept.
+/// A token that SIGINT or SIGTERM cancels. The task that listens for them ends when the handle is dropped.
 fn until_signalled() -> Result<(CancellationToken, AbortOnDropHandle<()>), Error> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;

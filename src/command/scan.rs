@@ -8,19 +8,18 @@ use serde::Serialize;
 use serde_json::json;
 use thiserror::Error;
 
-use crate::command::Failure;
 use crate::command::inputs::{Text, choice};
-use crate::command::job::policy::{PolicyInputs, scanner};
-use crate::exit::{Exit, Explain};
-use crate::nix::nar::DumpError;
-use crate::nix::scan::{Finding, ScanResult};
-use crate::nix::store_path::StorePath;
-use crate::policy::Ruling;
-use crate::progress::Progress;
+use crate::job::policy::{PolicyInputs, scanner};
 use crate::report::screen::Screen;
-use crate::runner::env::Env;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::text::{bytes, count, duration};
+use flywheel_core::exit::{Exit, Explain, Failure};
+use flywheel_core::policy::Ruling;
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::text::{bytes, count, duration};
+use flywheel_nix::nar::DumpError;
+use flywheel_nix::scan::{Finding, ScanResult, Scanner};
+use flywheel_nix::store_path::StorePath;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// Look into store paths, or any files and folders, for what the publication policy would keep back.
 ///
@@ -52,10 +51,8 @@ pub struct Inputs {
 /// Why a path could not be looked into.
 #[derive(Debug, Error)]
 enum Error {
-    /// It is not there.
     #[error("`{0}` is not there")]
     Missing(String, #[source] std::io::Error),
-    /// It cannot be read whole.
     #[error(transparent)]
     Unread(#[from] DumpError),
 }
@@ -76,7 +73,7 @@ impl Explain for Error {
     }
 }
 
-/// A find and what follows.
+/// A finding, and what the policy makes of it.
 #[derive(Serialize)]
 struct Found {
     path: String,
@@ -92,45 +89,22 @@ struct Found {
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let as_json =
         choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
-    let kept = inputs.policy.read()?;
-    let mut real = Vec::new();
+    let config = inputs.policy.read()?;
+    let mut paths = Vec::new();
     for path in &inputs.paths {
-        real.push(
+        paths.push(
             path.canonicalize()
                 .map_err(|error| Error::Missing(path.display().to_string(), error))?,
         );
     }
     let workflow = Workflow::new(env.in_github_actions());
     let screen = Screen::new(&workflow);
-    let sink = screen.sink();
-    let scanner = scanner(env, &[]);
-    let (begun, total, mut size) = (Instant::now(), real.len() as u64, 0);
-    let looking = tokio::task::spawn_blocking(move || {
-        let mut all = Vec::new();
-        for (done, path) in real.into_iter().enumerate() {
-            let looked: ScanResult = scanner.scan(&path)?;
-            size += looked.bytes;
-            sink.send(Progress::Moved {
-                done: done as u64 + 1,
-                total,
-                bytes: size,
-            });
-            all.extend(
-                looked
-                    .findings
-                    .into_iter()
-                    .map(|finding| (path.clone(), finding)),
-            );
-        }
-        Ok::<_, DumpError>((all, size))
-    });
-    let looked = looking
-        .await
-        .map_err(|panic| DumpError::Sink(std::io::Error::other(panic)));
+    let (begun, total) = (Instant::now(), paths.len() as u64);
+    let scanned = scan(scanner(env, &[]), paths, screen.sink()).await;
     screen.finish();
-    let (all, size) = looked.and_then(|looked| looked).map_err(Error::from)?;
-    let found = all.into_iter().filter_map(|(path, finding)| {
-        let ruling = kept.policy.decide(true, finding.rule, &name(&path), true);
+    let (findings, size) = scanned.map_err(Error::from)?;
+    let found = findings.into_iter().filter_map(|(path, finding)| {
+        let ruling = config.policy.decide(true, finding.rule, &name(&path), true);
         let withheld = ruling == Ruling::Withhold;
         (ruling != Ruling::Publish).then(|| Found {
             path: path.display().to_string(),
@@ -145,7 +119,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
             json!({ "paths": total, "bytes": size, "findings": found })
         ));
     } else {
-        tell(&found, &workflow);
+        annotate(&found, &workflow);
         let (what, took) = (
             count(found.len() as u64, "finding"),
             duration(begun.elapsed()),
@@ -163,7 +137,34 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     })
 }
 
-/// The name by which exceptions know a path.
+/// Looks into the paths one after the other. Gives the findings, and the size of everything in bytes.
+async fn scan(
+    scanner: Scanner,
+    paths: Vec<PathBuf>,
+    sink: Sink,
+) -> Result<(Vec<(PathBuf, Finding)>, u64), DumpError> {
+    let (total, mut size) = (paths.len() as u64, 0);
+    let looking = tokio::task::spawn_blocking(move || {
+        let mut findings = Vec::new();
+        for (done, path) in paths.into_iter().enumerate() {
+            let looked: ScanResult = scanner.scan(&path)?;
+            size += looked.bytes;
+            sink.send(Progress::Moved {
+                done: done as u64 + 1,
+                total,
+                bytes: size,
+            });
+            let of_path = looked.findings.into_iter();
+            findings.extend(of_path.map(|finding| (path.clone(), finding)));
+        }
+        Ok((findings, size))
+    });
+    looking
+        .await
+        .unwrap_or_else(|panic| Err(DumpError::Sink(std::io::Error::other(panic))))
+}
+
+/// The name that exceptions of the policy match.
 fn name(path: &Path) -> String {
     let text = path.display().to_string();
     match text.parse::<StorePath>() {
@@ -176,7 +177,7 @@ fn name(path: &Path) -> String {
     }
 }
 
-fn tell(found: &[Found], workflow: &Workflow) {
+fn annotate(found: &[Found], workflow: &Workflow) {
     for Found {
         path,
         finding,

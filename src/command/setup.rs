@@ -9,17 +9,16 @@ use clap::Args;
 use thiserror::Error;
 use url::Url;
 
-use crate::command::Failure;
 use crate::command::inputs::{Hints, Text, address, cache_name, given, public_key, push_cache};
-use crate::exit::{Exit, Explain, UsageError};
-use crate::http::{Names, reach, redact};
-use crate::nix::cache_name::CacheName;
-use crate::nix::key::PublicKey;
-use crate::runner::context;
-use crate::runner::env::{Env, program_folder};
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::trust::{Decision, Request, TrustedRefs, decide};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::trust::{Decision, Request, TrustedRefs, decide};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::key::PublicKey;
+use flywheel_sys::http::{Names, reach, redact};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::{Env, program_folder};
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// A cache that is no farther than a job's runner answers long before this.
 const REACH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -105,12 +104,10 @@ pub struct Inputs {
 /// Why the job's environment was not set up.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// One of the runner's files takes nothing.
     #[error("the runner's file `{file}` cannot be written")]
     Write {
-        /// The variable that names it.
+        /// The variable that names the file.
         file: &'static str,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -132,7 +129,7 @@ impl Explain for Error {
 /// Runs the verb.
 ///
 /// # Errors
-/// Bad input, before anything is touched; or a runner whose files cannot be written.
+/// For wrong input, before anything is touched; when one of the runner's files cannot be written.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let request = Request {
         push_cache: push_cache(&inputs.push_cache)?,
@@ -148,7 +145,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         export_to_job(&Files::from_env(env), folder.as_deref(), &exports)?;
         set_outputs(&Files::from_env(env), &decision).map_err(write("GITHUB_OUTPUT"))?;
         for (name, value) in &exports {
-            workflow.say(&format!("exports {name}={value}"));
+            workflow.log(&format!("exports {name}={value}"));
         }
     } else {
         data(&for_a_shell(folder.as_deref(), &exports));
@@ -157,15 +154,15 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         let text = "there is no folder with `flywheel` in it to put on PATH: later steps must name it in full";
         workflow.annotate(Level::Warning, "flywheel", text);
     }
-    workflow.say(&format!(
+    workflow.log(&format!(
         "trust: {} ({})",
-        decision.verdict().word(),
+        decision.verdict().as_str(),
         decision.reason()
     ));
     Ok(Exit::Ok)
 }
 
-/// What inputs and hints name, valid but not yet tried.
+/// What inputs and hints name: well formed, and not tried yet.
 struct Wanted {
     server: Option<Endpoint>,
     cache: CacheName,
@@ -178,7 +175,7 @@ impl Wanted {
     fn read(inputs: &Inputs, env: &Env, workflow: &Workflow) -> Result<Self, UsageError> {
         let http = |text: &str| endpoint(text, &["http", "https"]);
         let bazel = |text: &str| endpoint(text, &["grpc", "grpcs", "http", "https"]);
-        // Inputs first and all of them, so that an error comes before any warning.
+        // All inputs are read before any hint, so that an error comes before any warning.
         let server = given("attic-server", &inputs.attic_server, http)?;
         let cache = given("attic-cache", &inputs.attic_cache, cache_name)?;
         let key = given("attic-public-key", &inputs.attic_public_key, public_key)?;
@@ -200,8 +197,8 @@ impl Wanted {
         Ok(wanted)
     }
 
-    /// The variables to export. Name and key of a cache that cannot be reached say nothing to anybody,
-    /// so they stand and fall with its server.
+    /// The variables to export. The name and the key of a cache are of no use without its server, so they are exported
+    /// with the server or not at all.
     async fn reachable(self, workflow: &Workflow) -> Vec<(&'static str, String)> {
         let names = Names::default();
         let (server, bazel_cache, executor) = tokio::join!(
@@ -231,7 +228,7 @@ impl Wanted {
     }
 }
 
-/// An address that a variable can hold: exported as it was written, tried as it was read.
+/// An address: the text is exported, the URL is tried.
 struct Endpoint {
     text: String,
     url: Url,
@@ -257,7 +254,7 @@ fn mode(text: &str) -> Result<(), String> {
     }
 }
 
-/// The endpoint's text, if something takes connections there.
+/// The endpoint's text, if a server accepts connections there.
 async fn answering(
     name: &str,
     endpoint: Option<Endpoint>,
@@ -265,7 +262,7 @@ async fn answering(
     workflow: &Workflow,
 ) -> Option<String> {
     let Endpoint { text, url } = endpoint?;
-    // gRPC has HTTP's ports.
+    // gRPC has no ports of its own: it is HTTP/2, on HTTP's ports.
     let by_scheme = if matches!(url.scheme(), "grpcs" | "https") {
         443
     } else {
@@ -290,13 +287,13 @@ async fn answering(
     }
 }
 
-/// The folder that has `flywheel` in it: the action's own `dist`, else the one that this program is in.
+/// The folder of `flywheel`: the action's own `dist`, else the one that this program is in.
 fn launcher_folder(env: &Env) -> Option<PathBuf> {
-    let of_the_action = env
+    let action_folder = env
         .path("GITHUB_ACTION_PATH")
         .filter(|path| path.is_absolute())
         .map(|path| path.join("dist"));
-    of_the_action
+    action_folder
         .into_iter()
         .chain(program_folder())
         .find(|folder| folder.join("flywheel").is_file())
@@ -321,7 +318,7 @@ fn export_to_job(
 }
 
 fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
-    files.set_output("trust", decision.verdict().word())?;
+    files.set_output("trust", decision.verdict().as_str())?;
     files.set_output(
         "publishes",
         if decision.publishes() {
@@ -331,8 +328,8 @@ fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
         },
     )?;
     files.set_output("reason", &decision.reason())?;
-    files.set_output("attic", decision.plan().attic.word())?;
-    files.set_output("flakehub", decision.plan().flakehub.word())?;
+    files.set_output("attic", decision.plan().attic.as_str())?;
+    files.set_output("flakehub", decision.plan().flakehub.as_str())?;
     files.set_output("version", env!("CARGO_PKG_VERSION"))
 }
 
@@ -353,7 +350,7 @@ fn for_a_shell(folder: Option<&Path>, exports: &[(&'static str, String)]) -> Str
         .join("\n")
 }
 
-/// In single quotes a POSIX shell takes everything literally but the quote itself.
+/// Quotes a text for a POSIX shell: within single quotes everything is literal but the quote itself.
 pub(super) fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }

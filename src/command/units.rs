@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::exit::UsageError;
-use crate::text::one_line;
+use flywheel_core::exit::UsageError;
+use flywheel_core::text::one_line;
 
 /// Reads `90s`, `10m`, `12h`, `30d`, `2w`; a bare number counts seconds.
 ///

@@ -1,12 +1,12 @@
-//! What the canary found, for people and machines: the table of the log and of the summary, JSON, metrics,
-//! and the words of the Check Run. Says what others found out; never finds out anything itself.
+//! What the canary found, for people and machines: the table of the log and of the summary, JSON, metrics, and the text
+//! of the Check Run. Formats only; the checks are the verb's.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::text::{one_line, shorten};
+use flywheel_core::text::{one_line, shorten};
 
 /// GitHub refuses longer texts of a Check Run (65,535 characters).
 const TEXT_LIMIT: usize = 60_000;
@@ -21,8 +21,7 @@ pub enum Severity {
 }
 
 impl Severity {
-    /// Its word.
-    pub fn word(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Required => "required",
             Self::Advisory => "advisory",
@@ -33,20 +32,17 @@ impl Severity {
 /// How a check ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It holds.
     Passed,
-    /// It does not; what to do.
     Failed {
         /// What to do about it, as a sentence.
         hint: String,
     },
-    /// There was nothing to look at, or what it stands on has failed.
+    /// There was nothing to check, or a check that this one depends on has failed.
     Skipped,
 }
 
 impl Verdict {
-    /// Its word.
-    pub fn word(&self) -> &'static str {
+    pub fn as_str(&self) -> &'static str {
         match self {
             Self::Passed => "passed",
             Self::Failed { .. } => "failed",
@@ -55,20 +51,15 @@ impl Verdict {
     }
 }
 
-/// One check.
 #[derive(Clone, Debug)]
 pub struct Check {
-    /// Its name, which never changes.
+    /// The name of the check, which never changes.
     pub name: String,
     /// The layer that is broken if it fails.
     pub layer: &'static str,
-    /// How much it counts.
     pub severity: Severity,
-    /// The time it had.
     pub limit: Duration,
-    /// The time it took.
     pub took: Duration,
-    /// How it ended.
     pub verdict: Verdict,
     /// What was found, a fragment of one line, without secrets.
     pub text: String,
@@ -79,13 +70,13 @@ pub struct Check {
 pub struct Canary {
     /// The class of the builder.
     pub class: String,
-    /// Its lane, if it is known.
+    /// The lane of the builder, if it is known.
     pub lane: Option<String>,
-    /// Every check, from the ground up.
+    /// Every check, the lowest layer first.
     pub checks: Vec<Check>,
     /// From the start to the end of the first build, if there was one.
     pub cold_start: Option<Duration>,
-    /// All of it.
+    /// The time of all checks together.
     pub took: Duration,
     /// When it ended, in seconds since 1970.
     pub ended_at: u64,
@@ -140,7 +131,7 @@ impl Canary {
         }
     }
 
-    /// The table of the log. Every line begins with a word of ours.
+    /// The table of the log. Every line begins with a fixed word, so that none can be a workflow command.
     pub fn table(&self) -> String {
         let width = self
             .checks
@@ -152,9 +143,9 @@ impl Canary {
         for check in &self.checks {
             let line = format!(
                 "{:<7}  {:<width$}  {:<8}  {:>6.3} s  {}",
-                check.verdict.word(),
+                check.verdict.as_str(),
                 check.name,
-                check.severity.word(),
+                check.severity.as_str(),
                 check.took.as_secs_f64(),
                 one_line(&check.text, 400)
             );
@@ -188,7 +179,7 @@ impl Canary {
                 format_args!(
                     "> **`{}`** ({}): {}. {}\n>\n",
                     check.layer,
-                    check.severity.word(),
+                    check.severity.as_str(),
                     cell(&check.text),
                     cell(hint)
                 ),
@@ -202,8 +193,8 @@ impl Canary {
                     "| `{}` | `{}` | {} | {} | {:.3} s | {} |\n",
                     cell(&check.name),
                     check.layer,
-                    check.severity.word(),
-                    check.verdict.word(),
+                    check.severity.as_str(),
+                    check.verdict.as_str(),
                     check.took.as_secs_f64(),
                     cell(&check.text)
                 ),
@@ -218,7 +209,7 @@ impl Canary {
         shorten(&text, TEXT_LIMIT)
     }
 
-    /// The form for machines.
+    /// The JSON form. Its keys are kept stable.
     pub fn json(&self) -> Value {
         let checks = self.checks.iter().map(|check| {
             let hint = if let Verdict::Failed { hint } = &check.verdict {
@@ -229,8 +220,8 @@ impl Canary {
             json!({
                 "name": check.name,
                 "layer": check.layer,
-                "severity": check.severity.word(),
-                "verdict": check.verdict.word(),
+                "severity": check.severity.as_str(),
+                "verdict": check.verdict.as_str(),
                 "limit-seconds": check.limit.as_secs_f64(),
                 "seconds": check.took.as_secs_f64(),
                 "text": check.text,
@@ -249,7 +240,7 @@ impl Canary {
         })
     }
 
-    /// The step's outputs by name.
+    /// The step's outputs, by name.
     pub fn outputs(&self) -> [(&'static str, String); 3] {
         [
             ("healthy", self.healthy().to_string()),
@@ -266,86 +257,82 @@ impl Canary {
         ]
     }
 
+    /// Writes a metric with its samples, each as its own labels and a value.
+    fn family(&self, text: &mut String, name: &str, help: &str, samples: &[(String, String)]) {
+        if samples.is_empty() {
+            return;
+        }
+        let class = label(&self.class);
+        let lane = label(self.lane.as_deref().unwrap_or_default());
+        push(
+            text,
+            format_args!("# HELP {name} {help}\n# TYPE {name} gauge\n"),
+        );
+        for (labels, value) in samples {
+            push(
+                text,
+                format_args!("{name}{{class=\"{class}\",lane=\"{lane}\"{labels}}} {value}\n"),
+            );
+        }
+    }
+
     /// Metrics in Prometheus's text format. A check that was skipped has no sample.
     pub fn metrics(&self) -> String {
-        let mut text = String::new();
-        let class = format!("class=\"{}\"", label(&self.class));
-        let lane = format!(
-            "lane=\"{}\"",
-            label(self.lane.as_deref().unwrap_or_default())
-        );
-        let mut family = |name: &str, help: &str, samples: &[(String, String)]| {
-            if samples.is_empty() {
-                return;
-            }
-            push(
-                &mut text,
-                format_args!("# HELP {name} {help}\n# TYPE {name} gauge\n"),
-            );
-            for (labels, value) in samples {
-                push(
-                    &mut text,
-                    format_args!("{name}{{{class},{lane}{labels}}} {value}\n"),
-                );
-            }
-        };
-        let one = |value: String| vec![(String::new(), value)];
-        let healthy = i32::from(self.healthy()).to_string();
-        family(
-            "flywheel_builder_healthy",
-            "Whether every required check of the canary holds.",
-            &one(healthy),
-        );
-        let ran: Vec<&Check> = self
+        let ran = self
             .checks
             .iter()
-            .filter(|check| check.verdict != Verdict::Skipped)
-            .collect();
-        let labels = |check: &Check| {
-            format!(
-                ",check=\"{}\",layer=\"{}\",severity=\"{}\"",
-                label(&check.name),
-                check.layer,
-                check.severity.word()
-            )
-        };
-        let success = ran.iter().map(|check| {
+            .filter(|check| check.verdict != Verdict::Skipped);
+        let single = |value: String| vec![(String::new(), value)];
+        let passed = |check: &Check| i32::from(check.verdict == Verdict::Passed).to_string();
+        let seconds = |time: Duration| format!("{:.6}", time.as_secs_f64());
+        let families = [
             (
-                labels(check),
-                i32::from(check.verdict == Verdict::Passed).to_string(),
-            )
-        });
-        family(
-            "flywheel_builder_check_success",
-            "Whether a check of the canary holds.",
-            &success.collect::<Vec<_>>(),
-        );
-        let times = ran
-            .iter()
-            .map(|check| (labels(check), format!("{:.6}", check.took.as_secs_f64())));
-        family(
-            "flywheel_builder_check_duration_seconds",
-            "How long a check took.",
-            &times.collect::<Vec<_>>(),
-        );
-        let cold: Vec<_> = self
-            .cold_start
-            .iter()
-            .map(|cold| (String::new(), format!("{:.6}", cold.as_secs_f64())))
-            .collect();
-        family(
-            "flywheel_builder_cold_start_seconds",
-            "From the start to the end of the first build.",
-            &cold,
-        );
-        let ended = one(self.ended_at.to_string());
-        family(
-            "flywheel_builder_last_run_timestamp_seconds",
-            "When the canary last ended.",
-            &ended,
-        );
+                "flywheel_builder_healthy",
+                "Whether every required check of the canary holds.",
+                single(i32::from(self.healthy()).to_string()),
+            ),
+            (
+                "flywheel_builder_check_success",
+                "Whether a check of the canary holds.",
+                ran.clone()
+                    .map(|check| (labels(check), passed(check)))
+                    .collect(),
+            ),
+            (
+                "flywheel_builder_check_duration_seconds",
+                "How long a check took.",
+                ran.map(|check| (labels(check), seconds(check.took)))
+                    .collect(),
+            ),
+            (
+                "flywheel_builder_cold_start_seconds",
+                "From the start to the end of the first build.",
+                self.cold_start
+                    .map(|cold| single(seconds(cold)))
+                    .unwrap_or_default(),
+            ),
+            (
+                "flywheel_builder_last_run_timestamp_seconds",
+                "When the canary last ended.",
+                single(self.ended_at.to_string()),
+            ),
+        ];
+        let mut text = String::new();
+        for (name, help, samples) in &families {
+            self.family(&mut text, name, help, samples);
+        }
         text
     }
+}
+
+/// The labels of a check's samples, after those of the builder.
+fn labels(check: &Check) -> String {
+    format!(
+        ",check=\"{}\",layer=\"{}\",severity=\"{}\"",
+        label(&check.name),
+        check.layer,
+        check.severity.as_str()
+    )
 }
 
 fn push(text: &mut String, line: std::fmt::Arguments<'_>) {

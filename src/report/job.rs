@@ -1,12 +1,12 @@
-//! What there is to tell of one job. Plain data, filled in by the verb.
+//! The result of one job, as plain data that the verb fills in.
 
 use std::time::Duration;
 
-use crate::budget::OutOfMemory;
 use crate::report::publication::Publication;
-use crate::text::{bytes, duration};
+use flywheel_core::budget::OutOfMemory;
+use flywheel_core::text::{bytes, duration};
 
-/// Who failed, if anybody did.
+/// How a job ended, and what failed, if anything did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The command ended with 0, and what had to be published was.
@@ -26,8 +26,8 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The word of the step output `outcome`.
-    pub fn word(self) -> &'static str {
+    /// The value of the step output `outcome`.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Success => "success",
             Self::CommandFailed => "command-failed",
@@ -40,16 +40,16 @@ impl Outcome {
     }
 }
 
-/// How the cache served this job.
+/// Whether this job used its cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CacheState {
-    /// It is among Nix's substituters.
+    /// The cache is among Nix's substituters.
     Attached,
     /// `attic-enabled: false`.
     Off,
     /// No server was named by input or hint.
     NotNamed,
-    /// It failed the probe at a layer, and was left out.
+    /// The cache failed the probe at a layer, and was left out.
     LeftOut {
         /// The layer's name (`name`, `connect`, `tls`, `http`, `authorised`, `cache`).
         layer: &'static str,
@@ -59,8 +59,8 @@ pub enum CacheState {
 }
 
 impl CacheState {
-    /// The word of the step output `cache-state`.
-    pub fn word(&self) -> String {
+    /// The value of the step output `cache-state`.
+    pub fn as_str(&self) -> String {
         match self {
             Self::Attached => "attached".into(),
             Self::Off => "off".into(),
@@ -70,7 +70,7 @@ impl CacheState {
     }
 }
 
-/// The verdict of the trust gate, in words.
+/// The verdict of the trust gate, as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trust {
     /// `may-publish` or `read-only`.
@@ -81,36 +81,32 @@ pub struct Trust {
     pub attic: &'static str,
     /// What goes to FlakeHub, `rolling`, `versioned` or `none`.
     pub flakehub: &'static str,
-    /// Why.
     pub reason: String,
 }
 
-/// What there is to tell of one job.
+/// The result of one job.
 #[derive(Clone, Debug)]
-pub struct Job {
-    /// Who failed.
+pub struct JobResult {
     pub outcome: Outcome,
     /// The step's exit code.
     pub exit_code: u8,
-    /// What Nix was used, in words (`Nix 2.8.0 at /usr/bin/nix`).
+    /// The Nix that was used, such as `Nix 2.8.0 at /usr/bin/nix`.
     pub nix: String,
-    /// The verdict of the trust gate.
     pub trust: Trust,
-    /// The cache as Nix reads it, without credentials; none where none was named.
+    /// The address at which Nix reads the cache, without credentials, if one was named.
     pub cache: Option<String>,
-    /// How the cache served.
     pub cache_state: CacheState,
-    /// Things that were worse than they should be, one line each.
+    /// What went worse than it should, one line each.
     pub degraded: Vec<String>,
     /// Paths built here by this job.
     pub built: u64,
-    /// Paths fetched from a cache by this job.
+    /// Paths that this job substituted from a cache.
     pub substituted: u64,
     /// Sources and other paths added by this job.
     pub added: u64,
-    /// What was published; none if the job does not publish.
+    /// What was published; `None` if the job does not publish.
     pub publication: Option<Publication>,
-    /// Why the job does not publish; looked at only where there is no publication.
+    /// Why the job does not publish, which is reported where there is no publication.
     pub unpublished: String,
     /// Time until Nix was ready.
     pub bootstrap: Duration,
@@ -122,14 +118,15 @@ pub struct Job {
     pub peak: Option<u64>,
     /// The job's memory limit in bytes.
     pub limit: Option<u64>,
-    /// That the command was killed for memory.
+    /// The finding that the command was killed for memory.
     pub out_of_memory: Option<OutOfMemory>,
     /// The lane to move to when memory runs out.
     pub heavy_lane: Option<String>,
 }
 
-impl Job {
-    /// The closing line: `412 built, 412 published, 412 verified, 0 lost`, and what else there is to say.
+impl JobResult {
+    /// The closing line, such as `412 built, 412 published, 412 verified, 0 lost (3 skipped)`. Other numbers than these
+    /// four are left out where they are zero.
     pub fn closing_line(&self) -> String {
         let nothing = Publication::default();
         let publication = self.publication.as_ref().unwrap_or(&nothing);
@@ -161,7 +158,7 @@ impl Job {
         )
     }
 
-    /// The clocks in one line.
+    /// The times in one line, and the memory.
     pub fn clocks(&self) -> String {
         let memory = match (self.peak, self.limit) {
             (Some(peak), Some(limit)) => {
@@ -183,8 +180,8 @@ impl Job {
 pub(super) mod tests {
     use super::*;
 
-    pub(crate) fn example() -> Job {
-        Job {
+    pub(crate) fn example() -> JobResult {
+        JobResult {
             outcome: Outcome::Success,
             exit_code: 0,
             nix: "Nix 2.8.0 at /usr/bin/nix".into(),

@@ -1,8 +1,7 @@
-//! What people and machines are told of a job: closing line, job summary, step outputs, annotations,
-//! progress. Says what others found out; never finds out anything itself.
+//! Reports for people and machines: closing line, job summary, step outputs, annotations, progress. Formats results
+//! only; never asks a server, the store or the system for one.
 
 pub mod canary;
-pub mod checks;
 pub mod job;
 pub mod outputs;
 pub mod publication;

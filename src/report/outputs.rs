@@ -1,13 +1,13 @@
-//! The step outputs of `nix-job`: their names, in one place, and their values.
+//! The step outputs of `nix-job`: the one place of their names, and their values.
 
-use crate::report::job::Job;
+use crate::report::job::JobResult;
 
 /// Every output of `nix-job`, in the order of `actions/nix-job/action.yml`, with its value.
-pub fn of_job(job: &Job) -> Vec<(&'static str, String)> {
+pub fn values(job: &JobResult) -> Vec<(&'static str, String)> {
     let publication = job.publication.clone().unwrap_or_default();
     let seconds = |time: std::time::Duration| format!("{:.3}", time.as_secs_f64());
     vec![
-        ("outcome", job.outcome.word().to_owned()),
+        ("outcome", job.outcome.as_str().to_owned()),
         ("exit-code", job.exit_code.to_string()),
         ("published", publication.published.to_string()),
         ("verified", publication.verified.to_string()),
@@ -24,7 +24,7 @@ pub fn of_job(job: &Job) -> Vec<(&'static str, String)> {
                 .map(|peak| peak.div_ceil(1 << 20).to_string())
                 .unwrap_or_default(),
         ),
-        ("cache-state", job.cache_state.word()),
+        ("cache-state", job.cache_state.as_str()),
         ("trust", job.trust.verdict.to_owned()),
         ("attic", job.trust.attic.to_owned()),
         ("flakehub", job.trust.flakehub.to_owned()),
@@ -38,7 +38,7 @@ mod tests {
 
     #[test]
     fn outputs_of_a_good_job() {
-        let outputs = of_job(&example());
+        let outputs = values(&example());
         let of = |name: &str| {
             outputs
                 .iter()

@@ -1,5 +1,5 @@
-//! What a publication came to: sums, and every path that is lost or in doubt, by name. Plain data;
-//! the same for every verb that publishes.
+//! The result of a publication: numbers, and every path that is lost or in doubt, by name. Plain data, the same for
+//! every verb that publishes.
 
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ pub struct Publication {
     pub published: u64,
     /// Paths that the cache had already.
     pub already_there: u64,
-    /// Paths left out on purpose (signed by an upstream cache, say).
+    /// Paths that were left out on purpose, for instance because an upstream cache has signed them.
     pub skipped: u64,
     /// Paths that the cache was seen to serve, whole and signed.
     pub verified: u64,
@@ -33,27 +33,27 @@ pub struct Publication {
     pub withheld: Vec<Missed>,
     /// Paths that went although they break a rule which only warns.
     pub warned: Vec<Missed>,
-    /// Whose key the signatures were checked with.
+    /// The key that signatures were checked with.
     pub key: Key,
     /// Why publishing as a whole was given up, if it was.
     pub stopped: Option<String>,
 }
 
-/// Whose key signatures were checked with.
+/// The key that signatures were checked with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Key {
     /// The one that the job's Nix trusts.
     Given,
-    /// The one that the cache says is its own, which proves less.
+    /// The key that the cache itself announces. It proves less: a false cache would announce its own.
     Announced,
-    /// None is known, so that no signature was checked.
+    /// No key is known, so that no signature was checked.
     #[default]
     Unknown,
 }
 
 impl Key {
-    /// The word of the machine-readable form.
-    pub fn word(self) -> &'static str {
+    /// The value in the JSON form.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Given => "given",
             Self::Announced => "announced",

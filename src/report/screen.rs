@@ -1,4 +1,4 @@
-//! Progress for whoever watches: a bar on a terminal, a line every few seconds in a log.
+//! Shows progress: a bar on a terminal, a line every few seconds in a log.
 
 use std::io::IsTerminal as _;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::progress::{Progress, Sink};
-use crate::runner::workflow::{Level, Workflow};
-use crate::text::bytes;
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::text::bytes;
+use flywheel_sys::runner::workflow::{Level, Workflow};
 
-/// How often a log gets a line about a publication that moves.
-const LINE_EVERY: Duration = Duration::from_secs(5);
+/// How often a log gets a line about the progress of a publication.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Where progress is drawn, and what was worse than it should be so far.
+/// Draws progress, and keeps what went worse than it should so far.
 #[derive(Clone)]
 pub struct Screen(Arc<Inner>);
 
@@ -54,24 +54,24 @@ impl Screen {
         Sink::new(move |event| screen.show(event))
     }
 
-    /// What was worse than it should be so far, one line each.
+    /// What went worse than it should so far, one line each.
     pub fn degraded(&self) -> Vec<String> {
         self.state().degraded.clone()
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         if let Some(bar) = &self.0.bar {
             bar.finish_and_clear();
         }
     }
 
-    /// From here on nothing is drawn: the command's output has the screen for itself.
+    /// Holds every event back from here on: the command's output has the screen for itself.
     pub fn hold(&self) {
         self.state().held.get_or_insert_default();
     }
 
-    /// Draws what was held, and everything that comes.
+    /// Draws the events that were held back, and from here on each as it comes.
     pub fn release(&self) {
         let held = self.state().held.take();
         for event in held.into_iter().flatten() {
@@ -88,14 +88,14 @@ impl Screen {
 
     fn show(&self, event: Progress) {
         if let Some(held) = &mut self.state().held {
-            // How far a publication has come is old news by the time it could be drawn.
+            // Progress is out of date by the time that it could be drawn.
             if !matches!(event, Progress::Moved { .. }) {
                 held.push(event);
             }
             return;
         }
         match event {
-            Progress::Note(line) => self.say(&line),
+            Progress::Note(line) => self.log(&line),
             Progress::Degraded { area, text } => self.warn(area, &text),
             Progress::Moved {
                 done,
@@ -105,10 +105,10 @@ impl Screen {
         }
     }
 
-    fn say(&self, line: &str) {
+    fn log(&self, line: &str) {
         match &self.0.bar {
-            Some(bar) => bar.suspend(|| self.0.workflow.say(line)),
-            None => self.0.workflow.say(line),
+            Some(bar) => bar.suspend(|| self.0.workflow.log(line)),
+            None => self.0.workflow.log(line),
         }
     }
 
@@ -136,10 +136,10 @@ impl Screen {
         let mut state = self.state();
         // The first line comes only after a while: a short publication needs none.
         let last = *state.last_line.get_or_insert_with(Instant::now);
-        if last.elapsed() >= LINE_EVERY {
+        if last.elapsed() >= PROGRESS_INTERVAL {
             state.last_line = Some(Instant::now());
             drop(state);
-            self.0.workflow.say(&format!(
+            self.0.workflow.log(&format!(
                 "publishing: {done} of {total} paths, {}",
                 bytes(sent)
             ));

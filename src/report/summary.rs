@@ -2,22 +2,23 @@
 
 use std::fmt::Write as _;
 
-use crate::report::job::{CacheState, Job, Outcome};
+use crate::report::job::{CacheState, JobResult, Outcome};
 use crate::report::publication::Missed;
-use crate::text::{bytes, duration, one_line};
+use flywheel_core::text::{bytes, duration, one_line};
 
-/// At most this many lost paths are listed; the log and the journal have all.
+/// At most this many lost paths are listed, because GitHub drops a summary over 1 MiB; the log and the journal have
+/// all.
 const LISTED: usize = 100;
 
 /// The summary of one job.
-pub fn of_job(job: &Job) -> String {
+pub fn render(job: &JobResult) -> String {
     let mut text = String::new();
     // Writing to a `String` cannot fail.
     let _ = write(&mut text, job);
     text
 }
 
-fn write(text: &mut String, job: &Job) -> std::fmt::Result {
+fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     let sign = match job.outcome {
         Outcome::Success => "✅",
         Outcome::Cancelled => "⚠️",
@@ -66,11 +67,11 @@ fn write(text: &mut String, job: &Job) -> std::fmt::Result {
     writeln!(text)
 }
 
-fn rows(job: &Job) -> Vec<(&'static str, String)> {
+fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
     let mut rows = vec![
         (
             "Outcome",
-            format!("`{}`, exit code {}", job.outcome.word(), job.exit_code),
+            format!("`{}`, exit code {}", job.outcome.as_str(), job.exit_code),
         ),
         ("Nix", cell(&job.nix)),
         (
@@ -119,7 +120,7 @@ fn rows(job: &Job) -> Vec<(&'static str, String)> {
     rows
 }
 
-fn cache(job: &Job) -> String {
+fn cache(job: &JobResult) -> String {
     let url = job
         .cache
         .as_deref()
@@ -166,7 +167,7 @@ mod tests {
             path: "/nix/store/x-lost".into(),
             reason: "500, five times".into(),
         });
-        let text = of_job(&job);
+        let text = render(&job);
         assert!(
             text.contains("1 lost") && text.contains("- `/nix/store/x-lost`: 500, five times"),
             "{text}"
@@ -177,7 +178,7 @@ mod tests {
     fn text_from_outside_stays_text() {
         let mut job = example();
         job.degraded.push("<img src=x>\n# title | cell".into());
-        let text = of_job(&job);
+        let text = render(&job);
         assert!(text.contains("> &lt;img src=x> # title \\| cell"), "{text}");
     }
 
@@ -188,6 +189,6 @@ mod tests {
             layer: "connect",
             text: "connection refused".into(),
         };
-        assert!(of_job(&job).contains("left out** at the layer `connect`: connection refused"));
+        assert!(render(&job).contains("left out** at the layer `connect`: connection refused"));
     }
 }

@@ -16,19 +16,19 @@ fn contract(arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
 }
 
 #[track_caller]
-fn check(arguments: &[&str], environment: &[(&str, &str)], code: i32, says: &str) {
+fn check(arguments: &[&str], environment: &[(&str, &str)], code: i32, message: &str) {
     let ran = contract(arguments, environment);
-    let said = format!("{}{}", ran.stdout, ran.stderr);
-    assert_eq!(ran.code, code, "{arguments:?} {environment:?}\n{said}");
+    let printed = format!("{}{}", ran.stdout, ran.stderr);
+    assert_eq!(ran.code, code, "{arguments:?} {environment:?}\n{printed}");
     assert!(
-        said.contains(says),
-        "{arguments:?} {environment:?}: no `{says}` in\n{said}"
+        printed.contains(message),
+        "{arguments:?} {environment:?}: no `{message}` in\n{printed}"
     );
 }
 
 #[test]
 fn every_endpoint_is_asked_in_its_own_language() {
-    for (answer, scheme, code, says) in [
+    for (answer, scheme, code, message) in [
         (
             Answer::Grpc { execution: false },
             "grpc",
@@ -62,7 +62,7 @@ fn every_endpoint_is_asked_in_its_own_language() {
             &["--strict", "--class", "general", "--allow-localhost"],
             &[("BAZEL_REMOTE_CACHE", &url)],
             code,
-            says,
+            message,
         );
     }
 }
@@ -97,7 +97,7 @@ fn an_executor_must_execute() {
         "--mode",
         "executor-backed",
     ];
-    for (execution, code, says) in [
+    for (execution, code, message) in [
         (true, 0, "mode       executor-backed"),
         (false, 1, "executes nothing"),
     ] {
@@ -109,7 +109,7 @@ fn an_executor_must_execute() {
                 ("BAZEL_REMOTE_EXECUTOR", &url),
             ],
             code,
-            says,
+            message,
         );
     }
 }

@@ -61,7 +61,6 @@ fn the_first_start_makes_private_files_and_the_second_keeps_them() {
 
     let mut second = start();
     std::mem::swap(&mut second.folder, &mut first.folder);
-    // The environment still names the first folder's neighbours, which are empty.
     let again = second.run();
     assert_eq!(again.stdout.lines().nth(1), Some(lines[1]), "the key stays");
     assert!(second.read("c/tokens").contains(&token), "the token stays");
@@ -280,7 +279,29 @@ async fn a_private_cache_answers_as_attic_does() {
         answers(&served, Some("reader-token"), "main", &path).await,
         [200, 403, 200, 403]
     );
-    // What Nix sends from a netrc line.
+    check_basic_authentication(&served, &path).await;
+    let nar = format!(
+        "{}/main/nar/{}.nar.zst",
+        served.url,
+        path.nar_hash().base32()
+    );
+    assert_eq!(served.client().get(nar).send().await.unwrap().status(), 401);
+    let (ran, _) = served.stop();
+    assert!(
+        ran.stderr.contains("PUT /_api/v1/upload-path 200 "),
+        "{}",
+        ran.stderr
+    );
+    assert!(!ran.stderr.contains("reader-token"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("warning: tokens: `"),
+        "the tests' file has no private mode: {}",
+        ran.stderr
+    );
+}
+
+/// The password is the token, whatever the user is called: so Nix sends what stands in a netrc.
+async fn check_basic_authentication(served: &Served, path: &TestPath) {
     let url = format!("{}/main/{}.narinfo", served.url, path.hash());
     let get = || served.client().get(&url);
     assert_eq!(
@@ -300,24 +321,6 @@ async fn a_private_cache_answers_as_attic_does() {
             .unwrap()
             .status(),
         401
-    );
-    let nar = format!(
-        "{}/main/nar/{}.nar.zst",
-        served.url,
-        path.nar_hash().base32()
-    );
-    assert_eq!(served.client().get(nar).send().await.unwrap().status(), 401);
-    let (ran, _) = served.stop();
-    assert!(
-        ran.stderr.contains("PUT /_api/v1/upload-path 200 "),
-        "{}",
-        ran.stderr
-    );
-    assert!(!ran.stderr.contains("reader-token"), "{}", ran.stderr);
-    assert!(
-        ran.stderr.contains("warning: tokens: `"),
-        "the tests' file has no private mode: {}",
-        ran.stderr
     );
 }
 
@@ -406,6 +409,18 @@ async fn what_is_at_no_address_is_told_in_json() {
     }
 }
 
+fn ten_thousand_hashes() -> Vec<String> {
+    let digits = "0123456789abcdfghijklmnpqrsvwxyz".as_bytes();
+    (0..10_000_usize)
+        .map(|n| {
+            let tail: String = (0..3)
+                .map(|place| char::from(digits[n >> (5 * place) & 31]))
+                .collect();
+            format!("{}{tail}", "c".repeat(29))
+        })
+        .collect()
+}
+
 #[tokio::test]
 async fn missing_paths_are_asked_for_in_one_batch() {
     let served = Served::start(&[]);
@@ -434,15 +449,8 @@ async fn missing_paths_are_asked_for_in_one_batch() {
         ask(vec![b.clone(), known.hash().into(), b.clone()]).await,
         (200, json!({"missing_paths": [b]}))
     );
-    let digits = "0123456789abcdfghijklmnpqrsvwxyz".as_bytes();
-    let many = (0..10_000).map(|n: usize| {
-        let tail: String = (0..3)
-            .map(|place| char::from(digits[n >> (5 * place) & 31]))
-            .collect();
-        format!("{}{tail}", "c".repeat(29))
-    });
     assert_eq!(
-        ask(many.collect()).await.1["missing_paths"]
+        ask(ten_thousand_hashes()).await.1["missing_paths"]
             .as_array()
             .unwrap()
             .len(),
@@ -461,7 +469,7 @@ async fn missing_paths_are_asked_for_in_one_batch() {
             .0,
         413
     );
-    // A NAR that is gone from the disk is missing, whatever the narinfo says.
+    // A NAR that is gone from the disk is missing, although its narinfo is still there.
     std::fs::remove_file(
         served
             .path("nars")
@@ -563,7 +571,7 @@ fn upload_head(path: &TestPath, token: &str, more: &str) -> String {
     )
 }
 
-/// All that a connection says until it ends.
+/// Everything that a connection sends until it ends.
 fn read_all(mut stream: &TcpStream) -> String {
     stream
         .set_read_timeout(Some(Duration::from_secs(20)))

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use flywheel::github::check_run::{CheckRuns, Commit, Conclusion as Ended};
-use flywheel::http::{Clients, Roots};
-use flywheel::progress::Sink;
-use flywheel::report::checks::board::{Aggregate, Board, Options, Told};
-use flywheel::report::checks::{Cause, Output, Place, State, Verdict};
-use flywheel::secret::Secret;
+use flywheel_core::location::SourceLocation;
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_github::check_run::{CheckRuns, Commit, Conclusion as Ended};
+use flywheel_github::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
+use flywheel_github::checks::{Cause, Output, State, Verdict};
+use flywheel_sys::http::{Clients, Roots};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +16,7 @@ use crate::world::PLANTED_TOKEN;
 use crate::world::github::{GitHub, Manners};
 
 const SHA: &str = "0123456789abcdef0123456789abcdef01234567";
-/// A minute of these tests.
+/// What these tests use in the place of a minute.
 const MINUTE: Duration = Duration::from_millis(400);
 
 fn manners() -> Manners {
@@ -34,15 +35,16 @@ fn options() -> Options {
     }
 }
 
-fn board(github: &GitHub, options: Options) -> Board {
+fn board(github: &GitHub, options: Options) -> CheckRunReporter {
     let commit = Commit {
         api: github.url.parse().unwrap(),
         repository: "octo-org/app".into(),
         sha: SHA.into(),
     };
-    let client = Clients::new(&Roots::default()).unwrap().asking;
-    let runs = CheckRuns::of(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
-    Board::start(runs, options, Sink::silent())
+    let client = Clients::new(&Roots::default()).unwrap().api;
+    let runs =
+        CheckRuns::for_commit(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
+    CheckRunReporter::start(runs, options, Sink::silent())
 }
 
 fn output(n: usize) -> Output {
@@ -73,7 +75,7 @@ fn aggregate(conclusion: Ended) -> Aggregate {
     }
 }
 
-async fn close(board: Board) -> Told {
+async fn close(board: CheckRunReporter) -> ReportStats {
     board
         .close(
             aggregate(Ended::Success),
@@ -102,7 +104,7 @@ async fn each_output_goes_its_way_and_ends() {
         github.run("x86_64-linux.0")["status"] == "in_progress"
     })
     .await;
-    let place = Some(Place {
+    let location = Some(SourceLocation {
         file: "nix/flake.nix".into(),
         line: 7,
         column: Some(3),
@@ -112,7 +114,7 @@ async fn each_output_goes_its_way_and_ends() {
     let wrong = Cause::HashMismatch {
         specified: "sha256-A".into(),
         got: "sha256-B".into(),
-        place,
+        location,
     };
     board.update("x86_64-linux.1", ended(wrong));
     board.update("x86_64-linux.2", ended(Cause::AlreadyCached));
@@ -166,10 +168,10 @@ async fn what_happens_while_github_is_away_costs_one_request() {
     assert_eq!(github.history("x86_64-linux.0"), ["completed"]);
 }
 
-/// GitHub's own bounds hold, whoever enforces them, and every verdict stands in a Check Run.
+/// The output keeps to GitHub's own limits, and every verdict stands in a Check Run.
 #[tokio::test]
 async fn two_thousand_outputs_keep_to_the_limits_and_none_is_lost() {
-    // 80 writes in a minute, and a secondary limit out of nothing now and then.
+    // 80 writes a minute, as GitHub allows, and a secondary limit for no reason now and then.
     let limits = Some((40, 429, "Retry-After: 0\r\n"));
     let github = GitHub::with(Manners {
         most: Some((80, MINUTE)),
@@ -301,7 +303,7 @@ async fn a_second_attempt_finds_the_runs_of_the_first() {
     let github = GitHub::with(manners());
     for _ in 0..2 {
         let board = board(&github, options());
-        // More than one page of them.
+        // More than fit on one page of GitHub's answer.
         board.announce((0..130).map(output).collect());
         for n in 0..130 {
             board.update(&format!("x86_64-linux.{n}"), ended(Cause::Built));

@@ -77,21 +77,21 @@ fn flags(help: &str) -> Vec<Flag> {
     flags
 }
 
-/// What a flag's help lacks: the name of its variable, what holds without it, an example.
+/// What a flag's help lacks: the name of its variable, its default, an example.
 fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
-    // Lines are wrapped anywhere.
+    // The help is wrapped to the width of a terminal.
     let text = flag.text.split_whitespace().collect::<Vec<_>>().join(" ");
     let upper = |word: &str| {
         word.trim_start_matches('-')
             .to_uppercase()
             .replace('-', "_")
     };
-    // A verb that is no action puts its own name before a flag's that says little alone (`dir`).
+    // A verb that is no action prefixes its own name to a variable that would be unclear alone (`dir`).
     let variables = [
         upper(&flag.name),
         format!("{}_{}", upper(verb), upper(&flag.name)),
     ];
-    let says = |words: &[&str]| words.iter().any(|word| text.to_lowercase().contains(word));
+    let mentions = |words: &[&str]| words.iter().any(|word| text.to_lowercase().contains(word));
     let mut missing = Vec::new();
     // With `=` and its value now, or without where the value may be long.
     let named = |variable: &String| {
@@ -102,7 +102,7 @@ fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
     if !variables.iter().any(named) {
         missing.push("its environment variable");
     }
-    if !says(&["default", "required", "either this or"]) {
+    if !mentions(&["default", "required", "either this or"]) {
         missing.push("its default (or that it is required, or what stands in for it)");
     }
     if text.matches('`').count() < 2 {
@@ -146,8 +146,9 @@ fn every_verb_says_what_it_is_for() {
     for verb in verbs() {
         let help = help(&verb);
         let first = help.lines().next().unwrap_or_default();
-        let says = first.len() > 20 && !first.starts_with("Usage") && !first.starts_with("What `");
-        assert!(says, "flywheel {}: {help}", verb.join(" "));
+        let describes =
+            first.len() > 20 && !first.starts_with("Usage") && !first.starts_with("What `");
+        assert!(describes, "flywheel {}: {help}", verb.join(" "));
         let secrets = ["--token", "--password", "--secret"];
         let leaky = flags(&help)
             .into_iter()

@@ -223,7 +223,7 @@ fn the_published_schema_accepts_what_the_binary_accepts() {
     for (name, file) in [
         (
             "the built-in contract",
-            yaml(&read("src/contract/default.yml")),
+            yaml(&read("crates/core/src/contract/default.yml")),
         ),
         ("the example", yaml(&read("examples/flywheel.yml"))),
         (

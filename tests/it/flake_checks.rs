@@ -1,4 +1,4 @@
-//! `flake-checks` through the front door: what it takes, what it says without a Nix of its own making.
+//! `flake-checks` through the front door: the inputs that it accepts, and its messages where there is no Nix.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -19,7 +19,7 @@ const NIX: &str = r#"case "$*" in
   *) echo "error: nobody expects $*" >&2; exit 1 ;;
 esac"#;
 const LIST: &str = r#"echo '[{"attr":"x86_64-linux.good","label":"good"},{"attr":["x86_64-linux","bad"],"label":"bad"},{"attr":"x86_64-linux.silent","label":"silent"},{"attr":"riscv64-linux.other","label":"other"}]'"#;
-/// Three outputs, and one that nobody asked for; one says nothing.
+/// Three outputs, and one that was not asked for; one prints nothing.
 const JOBS: &str = r#"[ "$1 $2" = "--flake .#checks" ] || exit 2
 echo 'warning: dirty' >&2
 echo '{"attr":"x","attrPath":["x86_64-linux","good"],"drvPath":"/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-good.drv","outputs":{"out":"/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-good"},"system":"x86_64-linux"}'
@@ -62,10 +62,10 @@ fn output(run: &Flywheel, name: &str) -> String {
 
 #[track_caller]
 fn check(ran: &Ran, code: i32, words: &[&str]) {
-    let said = format!("{}{}", ran.stdout, ran.stderr);
-    assert_eq!(ran.code, code, "{said}");
+    let printed = format!("{}{}", ran.stdout, ran.stderr);
+    assert_eq!(ran.code, code, "{printed}");
     for word in words {
-        assert!(said.contains(word), "`{word}` is not in:\n{said}");
+        assert!(printed.contains(word), "`{word}` is not in:\n{printed}");
     }
 }
 
@@ -237,7 +237,7 @@ fn check_runs_that_were_asked_for_and_cannot_be_are_said() {
     check(
         &run.run(),
         0,
-        &["there are no Check Runs: this is no job with a commit"],
+        &["there are no Check Runs: the job has no commit"],
     );
     let github = GitHub::start(PLANTED_TOKEN, false);
     let run = job(

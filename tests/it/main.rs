@@ -1,9 +1,6 @@
 //! The fast suite: the real binary through its front door, in a cleared environment, with the world
 //! faked at its edges only. No network but loopback, no Nix. What needs those is in `tests/real`.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that fails says why by panicking"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod world;
 

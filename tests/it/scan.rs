@@ -27,14 +27,14 @@ fn a_secret_is_named_by_its_place_and_never_said() {
     );
     let ran = run.run();
     assert_eq!(ran.code, 1, "{}{}", ran.stdout, ran.stderr);
-    let said = format!("{}{}", ran.stdout, ran.stderr);
+    let printed = format!("{}{}", ran.stdout, ran.stderr);
     assert!(
-        said.contains("secret: the value of `DEPLOY_TOKEN` as it is in `config`, at byte 6"),
-        "{said}"
+        printed.contains("secret: the value of `DEPLOY_TOKEN` as it is in `config`, at byte 6"),
+        "{printed}"
     );
     assert!(
-        said.contains("1 finding in 1 path") && !said.contains(secret),
-        "{said}"
+        printed.contains("1 finding in 1 path") && !printed.contains(secret),
+        "{printed}"
     );
 }
 
@@ -97,7 +97,7 @@ fn exceptions_and_modes_are_obeyed_and_json_says_it_all() {
 
 #[test]
 fn wrong_input_is_64_and_says_what_was_meant() {
-    for (arguments, says) in [
+    for (arguments, message) in [
         (["--policy", "secrets = off"], "Did you mean `secret`?"),
         (["--policy-allow", "secret x"], "without a reason"),
         (["--policy-allow-file", "nowhere.txt"], "`nowhere.txt`"),
@@ -105,10 +105,10 @@ fn wrong_input_is_64_and_says_what_was_meant() {
         (["--format", "xml"], "format"),
     ] {
         let ran = Flywheel::new(&["scan", ".", arguments[0], arguments[1]]).run();
-        let said = format!("{}{}", ran.stdout, ran.stderr);
+        let printed = format!("{}{}", ran.stdout, ran.stderr);
         assert!(
-            ran.code == 64 && said.contains(says),
-            "{arguments:?}: {} {said}",
+            ran.code == 64 && printed.contains(message),
+            "{arguments:?}: {} {printed}",
             ran.code
         );
     }

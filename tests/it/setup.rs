@@ -7,20 +7,16 @@ use std::time::{Duration, Instant};
 
 use serde_norway::Value;
 
-use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
+use crate::world::port::Port;
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
 
 const KEY: &str = "main:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
-/// Something that takes connections, and its address without a scheme.
+/// A socket that accepts connections into its backlog, and its address without a scheme.
 fn listener() -> (TcpListener, String) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     (listener, address)
-}
-
-/// An address where nothing listens.
-fn dead() -> String {
-    listener().1
 }
 
 fn setup() -> Flywheel {
@@ -106,8 +102,12 @@ fn the_mode_is_what_answers_and_not_what_is_said() {
         mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &executor)),
         "executor-backed"
     );
+    let closed = Port::reserve();
     assert_eq!(
-        mode(with_cache().env("BAZEL_REMOTE_EXECUTOR", &format!("grpc://{}", dead()))),
+        mode(with_cache().env(
+            "BAZEL_REMOTE_EXECUTOR",
+            &format!("grpc://{}", closed.address())
+        )),
         "shared-cache-backed"
     );
     assert_eq!(
@@ -122,8 +122,9 @@ fn the_mode_is_what_answers_and_not_what_is_said() {
 
 #[test]
 fn what_does_not_answer_is_left_out_soon_and_told() {
-    let server = format!("http://{}/", dead());
-    // A network that swallows everything (RFC 5737), or that refuses at once: both are no answer.
+    let closed = Port::reserve();
+    let server = format!("http://{}/", closed.address());
+    // An address that no host has (RFC 5737): packets are dropped, or the network refuses at once. Neither is an answer.
     let run = setup()
         .env("ATTIC_SERVER", &server)
         .env("BAZEL_REMOTE_CACHE", "grpc://192.0.2.1:9092");
@@ -243,15 +244,16 @@ fn a_laptop_gets_lines_for_its_shell() {
         "--attic-public-key",
         KEY,
     ]);
-    let ran = run.env("ATTIC_TOKEN", PLANTED_TOKEN).run();
+    let run = run.env("ATTIC_TOKEN", PLANTED_TOKEN);
+    let ran = run.run();
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let script = format!(
         "{}\nprintf '%s\\n' \"$ATTIC_SERVER\" \"$ATTIC_CACHE\" \"$ATTIC_PUBLIC_KEY\"",
         ran.stdout
     );
-    let shell = std::process::Command::new("/bin/sh")
+    let mut shell = std::process::Command::new("/bin/sh");
+    let shell = folders::isolate(&mut shell, run.folder.path())
         .args(["-eu", "-c", &script])
-        .env_clear()
         .output()
         .unwrap();
     assert_eq!(
@@ -284,7 +286,7 @@ fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
         .map(|name| name.as_str().unwrap())
         .collect();
     let help = Flywheel::new(&["setup", "--help"]).run().stdout;
-    // Lines are wrapped anywhere.
+    // The help is wrapped to the width of a terminal.
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     assert_eq!(mapped.len(), inputs.len());
     for input in inputs {

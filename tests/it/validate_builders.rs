@@ -50,7 +50,7 @@ fn with_github(run: Flywheel, github: &GitHub) -> Flywheel {
         .env("GITHUB_EVENT_NAME", "push")
 }
 
-fn said(ran: &Ran) -> String {
+fn printed(ran: &Ran) -> String {
     format!("{}{}", ran.stdout, ran.stderr)
 }
 
@@ -67,7 +67,7 @@ fn a_healthy_and_a_broken_builder_leave_their_marks() {
             healthy,
         );
         let ran = run.run();
-        assert_eq!(ran.code, code, "{}", said(&ran));
+        assert_eq!(ran.code, code, "{}", printed(&ran));
         let outputs = run.read("GITHUB_OUTPUT");
         assert!(
             outputs.contains(&format!("\n{healthy}\n")) && outputs.contains("broken-layer<<"),
@@ -128,7 +128,7 @@ fn json_on_stdout_is_nothing_but_json() {
 
 #[test]
 fn wrong_input_is_64_and_says_what_was_meant() {
-    for (arguments, says) in [
+    for (arguments, message) in [
         (["--class", "genral"], "Did you mean `general`?"),
         (["--lane", "elsewhere"], "must be a lane of `nix-builder`"),
         (["--required", "cahce"], "Did you mean `cache`?"),
@@ -143,10 +143,10 @@ fn wrong_input_is_64_and_says_what_was_meant() {
     ] {
         let ran = Flywheel::new(&["validate-builders", arguments[0], arguments[1]]).run();
         assert!(
-            ran.code == 64 && said(&ran).contains(says),
+            ran.code == 64 && printed(&ran).contains(message),
             "{arguments:?}: {} {}",
             ran.code,
-            said(&ran)
+            printed(&ran)
         );
     }
 }

@@ -1,4 +1,4 @@
-//! `flywheel watch-store` through the front door: its words, and what is said where nothing runs.
+//! `flywheel watch-store` through the front door: its messages, also where no watch runs.
 
 use crate::world::{Flywheel, PLANTED_TOKEN};
 

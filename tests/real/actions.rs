@@ -6,8 +6,9 @@ use std::time::Duration;
 use crate::world::act::{CALLER, Caller, Event, Ran};
 use crate::world::cache::Cache;
 use crate::world::flake::FLAKE;
+use crate::world::port::Port;
 
-/// The usage of the README, word for word but for the command.
+/// The usage in the README, except for the command.
 fn workflow(command: &str, push_cache: &str, more: &str) -> String {
     format!(
         r#"
@@ -175,7 +176,7 @@ fn a_pull_request_reads_and_never_publishes() {
         let step = ran.step("build", "nix");
         assert!(
             step.log.contains("::notice::"),
-            "it says why not:\n{}",
+            "the reason is printed:\n{}",
             step.log
         );
         nothing_holds(&cache.token, &ran, caller.folder());
@@ -194,7 +195,7 @@ fn a_pull_request_reads_and_never_publishes() {
 fn a_failing_command_keeps_its_code_and_its_work_is_published() {
     let cache = Cache::start(&[]);
     let command = "|\n            nix build .#lib\n            nix build .#fails || exit 37\n            echo not reached";
-    let more = "      - id: after\n        if: always()\n        run: |\n          ls -A \"$RUNNER_TEMP\" /tmp/flywheel-0 2>/dev/null || true";
+    let more = "      - id: after\n        if: always()\n        run: |\n          ls -A \"$RUNNER_TEMP\"/flywheel-* \"$TMPDIR\"/flywheel-* \"$XDG_RUNTIME_DIR\"/flywheel-* 2>/dev/null || true";
     let caller = caller(&cache, &workflow(command, "auto", more));
     let ran = run(&caller, &caller.push("refs/heads/main"));
     assert_ne!(ran.code, 0);
@@ -256,13 +257,10 @@ fn a_dead_cache_costs_seconds_and_is_named() {
     use std::net::TcpListener;
     // Accepts into its backlog and never answers.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let closed = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let closed = Port::reserve();
     let broken = crate::world::broken::server();
     let cases = [
-        (closed.to_string(), "connect"),
+        (closed.address(), "connect"),
         (silent.local_addr().unwrap().to_string(), "http"),
         (broken, "http"),
     ];

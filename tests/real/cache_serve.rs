@@ -4,14 +4,14 @@ use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 
-use flywheel::nix::hash::Sha256;
-use flywheel::nix::narinfo::NarInfo;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::narinfo::NarInfo;
 use futures_util::{StreamExt as _, stream};
 use serde_json::json;
 use sha2::Digest as _;
 use tempfile::TempDir;
 
-use crate::world::{flywheel, need, with_private_nix};
+use crate::world::{flywheel, folders, need, with_private_nix};
 
 const NIX_HOW: &str = "apt-get install nix-bin";
 const MIB: usize = 1024 * 1024;
@@ -38,10 +38,10 @@ impl Served {
             "10m",
             "--dir",
         ]);
+        folders::isolate(&mut command, folder.path());
         command
-            .arg(folder.path())
+            .arg(folder.path().join("cache"))
             .args(more)
-            .env_clear()
             .stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let lines = first_lines(child.stdout.take().unwrap());
@@ -58,8 +58,13 @@ impl Served {
         }
     }
 
+    /// A path in the cache's folder.
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("cache").join(name)
+    }
+
     fn token(&self) -> String {
-        let text = std::fs::read_to_string(self.folder.path().join("tokens")).unwrap();
+        let text = std::fs::read_to_string(self.path("tokens")).unwrap();
         text.lines()
             .find_map(|line| line.strip_prefix("write "))
             .unwrap()
@@ -132,24 +137,21 @@ impl Machine {
     /// Runs a program with this machine's store as `/nix`; its standard output if it succeeds.
     fn run(&self, program: &Path, arguments: &[&str]) -> Result<String, String> {
         let mut command = with_private_nix(&self.path("nix"), program);
-        command
-            .args(arguments)
-            .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command
-            .env("HOME", self.path("home"))
-            .env("XDG_CACHE_HOME", self.path("xdg"));
+        folders::isolate(&mut command, self.folder.path());
         let output = command
+            .args(arguments)
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .env("XDG_CACHE_HOME", self.path("xdg"))
             .env("NIX_CONFIG", &self.config)
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        println!("$ {} {}\n{said}", program.display(), arguments.join(" "));
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+        println!("$ {} {}\n{printed}", program.display(), arguments.join(" "));
         if output.status.success() {
             Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
         } else {
-            Err(said)
+            Err(printed)
         }
     }
 
@@ -232,12 +234,7 @@ fn real_nix_copies_to_it_and_substitutes_from_it() {
         assert!(refused.contains("lacks a valid signature"), "{refused}");
     }
     // Three caches, three paths, each NAR once.
-    assert_eq!(
-        std::fs::read_dir(served.folder.path().join("nars"))
-            .unwrap()
-            .count(),
-        3
-    );
+    assert_eq!(std::fs::read_dir(served.path("nars")).unwrap().count(), 3);
 }
 
 #[test]
@@ -250,12 +247,7 @@ fn real_nix_is_refused_where_it_has_no_token() {
         .nix(&["copy", "--to", &format!("{}/main", served.url), &path])
         .unwrap_err();
     assert!(refused.contains("403"), "{refused}");
-    assert_eq!(
-        std::fs::read_dir(served.folder.path().join("nars"))
-            .unwrap()
-            .count(),
-        0
-    );
+    assert_eq!(std::fs::read_dir(served.path("nars")).unwrap().count(), 0);
 }
 
 /// Blocks of 1 MiB of which an eighth is new each time and does not compress.
@@ -281,7 +273,7 @@ async fn two_gigabytes_pass_within_64_mib_of_memory() {
         "cache": "main", "store_path_hash": letters, "store_path": format!("/nix/store/{letters}-big"),
         "references": [], "sigs": [], "nar_hash": hash.to_string(), "nar_size": BLOCKS * MIB,
     });
-    let client = flywheel::http::client(&flywheel::http::Roots::default()).unwrap();
+    let client = flywheel_sys::http::client(&flywheel_sys::http::Roots::default()).unwrap();
     let body =
         reqwest::Body::wrap_stream(stream::iter(blocks(BLOCKS)).map(Ok::<_, std::io::Error>));
     let request = client

@@ -1,5 +1,5 @@
-//! Where paths go besides an Attic server by our own hand: `nix copy` into a folder and over HTTP, and
-//! Attic's own client, scripted, with the one way in which it must never be got.
+//! The other ways to publish, besides our own client of Attic: `nix copy` into a folder and over HTTP, and Attic's
+//! own client, which is scripted here and must never be compiled.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use crate::nix_job::{Job, left_nothing, output};
 use crate::world::cache::Cache;
 use crate::world::flake::FLAKE;
 use crate::world::runner::Report;
-use crate::world::{flywheel, must, need, with_private_nix};
+use crate::world::{PATH, flywheel, folders, must, need, with_private_nix};
 
 const BUILD: &str = "nix build --no-link path:.#default";
 
@@ -75,14 +75,15 @@ fn a_folder_takes_paths_by_nix_copy_and_gives_them_back() {
     ];
     let nix = need("nix", "apt-get install nix-bin");
     let private = folder.path().join("nix");
-    fs::write(&key, must(with_private_nix(&private, &nix).args(generate))).unwrap();
+    let inside = |program: &Path| {
+        let mut command = with_private_nix(&private, program);
+        folders::isolate(&mut command, folder.path()).env("PATH", PATH);
+        command
+    };
+    fs::write(&key, must(inside(&nix).args(generate))).unwrap();
     let convert =
         "nix key convert-secret-to-public --extra-experimental-features nix-command < \"$0\"";
-    let public = must(
-        with_private_nix(&private, Path::new("/bin/sh"))
-            .args(["-c", convert])
-            .arg(&key),
-    );
+    let public = must(inside(Path::new("/bin/sh")).args(["-c", convert]).arg(&key));
     let url = format!(
         "file://{}?secret-key={}",
         folder.path().join("store").display(),
@@ -132,7 +133,7 @@ fn a_store_that_does_not_open_is_left_out_and_named() {
     );
 }
 
-/// A `PATH` whose `attic` sends what it is given by our own client, and notes how it was called.
+/// A `PATH` on which `attic` is a script that sends paths by our own client, and records how it was called.
 fn scripted_client(folder: &Path) -> String {
     let at = folder.display();
     let text = format!(
@@ -214,7 +215,7 @@ fn a_client_that_would_have_to_be_compiled_is_not() {
         report.log
     );
     assert!(
-        report.log.contains("::notice") && report.log.contains("none is ever compiled"),
+        report.log.contains("::notice") && report.log.contains("never compiled"),
         "{}",
         report.log
     );

@@ -9,9 +9,9 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 
 use crate::world::act::{BINARY, put_binary};
-use crate::world::{need, root};
+use crate::world::{folders, need, root};
 
-/// What the README promises.
+/// In bytes; `scripts/dist-check.sh` has the same limit.
 const SIZE_LIMIT: u64 = 12_000_000;
 
 /// A `dist/` in a folder of its own, whose binary is a script that shows what it was given.
@@ -62,9 +62,8 @@ impl Dist {
     /// The launcher, called as `program`, in another folder and with a cleared environment.
     fn launcher(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command
+        folders::isolate(&mut command, self.folder.path())
             .args(["one", "two words", "", "*"])
-            .env_clear()
             .current_dir("/");
         command.env(
             "PATH",
@@ -100,7 +99,7 @@ fn passed_through() -> Ended {
     }
 }
 
-/// Ends with `code`, runs nothing, and says something with all of `words` in it.
+/// Ends with `code`, runs nothing, and prints a message with all of `words` in it.
 fn check_refusal(ended: &Ended, code: i32, words: &[&str]) {
     assert_eq!((ended.code, ended.stdout.as_str()), (code, ""), "{ended:?}");
     for word in words {
@@ -154,9 +153,8 @@ fn the_launcher_finds_itself_through_links() {
         );
     }
     let mut by_path = Command::new("/bin/sh");
-    by_path
+    folders::isolate(&mut by_path, dist.folder.path())
         .args(["-c", "exec flywheel one 'two words' '' '*'"])
-        .env_clear()
         .current_dir(dist.path("x y"));
     by_path
         .env("PATH", "../dist:/usr/bin:/bin")
@@ -295,7 +293,7 @@ fn any_tool_that_computes_sums_will_do_and_none_is_an_error() {
         assert_eq!(run(), passed_through(), "{tool}");
         fs::remove_file(dist.path("bin").join(tool)).unwrap();
     }
-    // Asking to skip does not skip where the sum can be computed.
+    // `FLYWHEEL_SKIP_CHECKSUM` has no effect where the sum can be computed.
     dist.fake("sha256sum", "echo 0123 -");
     let lied = ended(
         dist.launcher(&dist.path("dist/flywheel"))
@@ -332,7 +330,7 @@ fn flywheel_bin_names_another_binary() {
         64,
         &["`FLYWHEEL_BIN` names no executable file: `/nonexistent/flywheel`"],
     );
-    // Naming the launcher itself goes once around, and then checks the sum as ever.
+    // A `FLYWHEEL_BIN` that names the launcher itself starts it once more, and the sum is checked as usual.
     check_refusal(
         &run(dist.path("dist/flywheel").to_str().unwrap()),
         69,
@@ -367,10 +365,9 @@ fn the_committed_binary_is_small_static_and_alone_in_a_chroot() {
     let empty = tempfile::tempdir().unwrap();
     fs::copy(&binary, empty.path().join("flywheel")).unwrap();
     let mut chroot = Command::new(need("chroot", "apt-get install coreutils"));
-    chroot
+    folders::isolate(&mut chroot, empty.path())
         .arg(empty.path())
-        .args(["/flywheel", "--version"])
-        .env_clear();
+        .args(["/flywheel", "--version"]);
     let version = format!("flywheel {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(
         ended(&mut chroot),

@@ -1,18 +1,18 @@
-//! The two harnesses themselves, tried with steps that need neither Nix nor a cache: what they say
-//! about a step must be what it did.
+//! The two harnesses themselves, mostly tried with steps that need neither Nix nor a cache: they must report
+//! what a step really did.
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::world::PATH;
 use crate::world::act::{CALLER, Caller};
 use crate::world::runner::Step;
+use crate::world::{PATH, folders};
 
-#[test]
-fn act_runs_the_launcher_of_this_checkout() {
-    let caller = Caller::new(
-        r#"
+/// A workflow that asks the binary for its version, and shows what a step is given.
+const ASK: &str = r#"
 on: [push, pull_request]
 jobs:
   one:
@@ -35,12 +35,9 @@ jobs:
           echo "::warning title=flywheel::look"
           echo "two" >>"$GITHUB_STEP_SUMMARY"
           exit 37
-"#,
-    );
-    let caller = caller
-        .with_action(
-            "ask",
-            r#"
+"#;
+
+const ASK_ACTION: &str = r#"
 name: ask
 description: asks the binary beside it for its version
 outputs:
@@ -56,8 +53,12 @@ runs:
         echo "version=$("$GITHUB_ACTION_PATH/../../dist/flywheel" --version)" >>"$GITHUB_OUTPUT"
         echo "token of ${#ATTIC_TOKEN} letters: $ATTIC_TOKEN"
         echo "one" >>"$GITHUB_STEP_SUMMARY"
-"#,
-        )
+"#;
+
+#[test]
+fn act_runs_the_launcher_of_this_checkout() {
+    let caller = Caller::new(ASK)
+        .with_action("ask", ASK_ACTION)
         .with_secret("ATTIC_TOKEN", "a-secret-of-the-repository");
     std::fs::create_dir_all(caller.nix()).unwrap();
     std::fs::write(caller.nix().join("only-here"), "").unwrap();
@@ -121,6 +122,46 @@ jobs:
         );
         assert_eq!(ran.code, 0);
     }
+}
+
+/// The variables in the output of `env` that name no folder below `top`.
+fn shared_in(log: &str, top: &Path) -> Vec<String> {
+    let pairs = log.lines().filter_map(|line| line.split_once('='));
+    folders::shared(
+        pairs.map(|(name, value)| (OsStr::new(name), OsStr::new(value))),
+        top,
+    )
+}
+
+#[test]
+fn a_step_is_given_no_folder_of_the_machine() {
+    let step = Step::new("env");
+    let report = step.run();
+    assert_eq!(
+        shared_in(&report.log, step.folder()),
+        Vec::<String>::new(),
+        "{}",
+        report.log
+    );
+
+    let caller = Caller::new(
+        r"
+on: push
+jobs:
+  one:
+    runs-on: ubuntu-latest
+    steps:
+      - id: variables
+        run: env
+",
+    );
+    let ran = caller.run(&caller.push("refs/heads/main"));
+    let log = &ran.step("one", "variables").log;
+    assert_eq!(
+        shared_in(log, caller.folder()),
+        Vec::<String>::new(),
+        "{log}"
+    );
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::os::unix::fs::symlink;
 use std::process::Command;
 
-use crate::world::{need, root};
+use crate::world::{folders, need, root};
 
 #[test]
 fn a_missing_linter_is_a_failure_that_says_how_to_get_it() {
@@ -21,16 +21,16 @@ fn a_missing_linter_is_a_failure_that_says_how_to_get_it() {
         )
         .unwrap();
     }
-    let output = Command::new(bin.join("bash"))
+    let mut lint = Command::new(bin.join("bash"));
+    let output = folders::isolate(&mut lint, folder.path())
         .arg(scripts.join("lint.sh"))
-        .env_clear()
         .env("PATH", &bin)
-        .output();
-    let output = output.unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(69), "{said}");
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(69), "{printed}");
     assert_eq!(
-        said,
+        printed,
         "lint: `shellcheck` is missing; scripts/bootstrap.sh tools installs it\n"
     );
 }

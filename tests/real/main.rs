@@ -1,9 +1,9 @@
 //! The real suite: real Nix, real act with our real actions, real servers on loopback.
-//! Nothing is skipped: a missing tool fails the test and says how to get it.
+//! Nothing is skipped: a missing tool fails the test, with a message about how to get it.
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a test that fails says why by panicking"
+    reason = "a test fails by panicking"
 )]
 
 #[path = "../it/world/bazel.rs"]

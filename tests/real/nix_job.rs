@@ -253,7 +253,7 @@ fn no_file_holds(secret: &str, folders: &[&Path]) {
 fn out_of_memory_is_told_by_the_kernels_counters() {
     let cache = Cache::start(&[]);
     let group = MemoryGroup::new(64 << 20);
-    // `tail` keeps what it may have to print; nothing that the command prints says what became of it.
+    // `tail` holds in memory what it may have to print, and prints nothing that names the cause of its end.
     let job = Job::new(&cache, "head -c 400M /dev/zero | tail -c 300M >/dev/null")
         .with_env("FLYWHEEL_HEAVY_LANE", "nix-heavy");
     let report = group.run(&job.step);

@@ -6,7 +6,7 @@ use super::nix_job::{Job, left_nothing, output};
 use crate::world::cache::Cache;
 use crate::world::runner::Report;
 
-/// A secret of the job, under a name that says so.
+/// A secret of the job, in a variable that is named like one.
 const SECRET: &str = "x7Rk2Lm9Qs4Tv6Wz-planted";
 /// What has the shape of a token, its checksum included, in two parts: this file holds none.
 const TOKEN: [&str; 2] = ["ghp_Zk4Tq9Wm2Lx7", "Vb1Nc6Hd8Js3Fg5Rp0"];
@@ -74,7 +74,7 @@ fn job(cache: &Cache, command: &str) -> Job {
     job.with_env("GITHUB_WORKSPACE", place)
 }
 
-fn said(report: &Report) -> String {
+fn printed(report: &Report) -> String {
     format!(
         "{}\n{}\n{}",
         report.log, report.files["GITHUB_STEP_SUMMARY"], report.files["GITHUB_OUTPUT"]
@@ -103,8 +103,8 @@ fn what_breaks_a_rule_stays_and_what_refers_to_it_and_all_else_goes() {
         "{}",
         report.log
     );
-    let log = said(&report);
-    for (path, says) in [
+    let log = printed(&report);
+    for (path, reason) in [
         (
             "leaks-secret",
             "secret: the value of `DEPLOY_TOKEN` as it is in `etc/config`, at byte 11",
@@ -126,8 +126,8 @@ fn what_breaks_a_rule_stays_and_what_refers_to_it_and_all_else_goes() {
     ] {
         let named = log
             .lines()
-            .any(|line| line.contains("::warning") && line.contains(path) && line.contains(says));
-        assert!(named, "no annotation of `{path}` says `{says}`:\n{log}");
+            .any(|line| line.contains("::warning") && line.contains(path) && line.contains(reason));
+        assert!(named, "no annotation of `{path}` with `{reason}`:\n{log}");
     }
     assert!(!log.contains(SECRET) && !log.contains(&token()), "{log}");
     assert_eq!(
@@ -164,7 +164,7 @@ fn rules_are_switched_and_findings_can_fail_the_step() {
         names(&cache)
     );
     assert!(
-        said(&report).lines().any(|line| line.contains("::warning title=policy::") && line.contains("names-machine"))
+        printed(&report).lines().any(|line| line.contains("::warning title=policy::") && line.contains("names-machine"))
     );
     let strict = job.with_env("FLYWHEEL_POLICY_ALLOW", "");
     let cache = Cache::start(&[]);
@@ -217,7 +217,7 @@ fn nothing_of_an_impure_job_goes_however_it_was_asked_for() {
             report.log
         );
         assert!(
-            said(&report).contains(&format!(
+            printed(&report).contains(&format!(
                 "impure: `{}",
                 if config.is_empty() {
                     "--impure"
@@ -228,7 +228,11 @@ fn nothing_of_an_impure_job_goes_however_it_was_asked_for() {
             "{}",
             report.log
         );
-        assert!(said(&report).contains(whose), "{command}: {}", report.log);
+        assert!(
+            printed(&report).contains(whose),
+            "{command}: {}",
+            report.log
+        );
     }
 }
 
@@ -245,7 +249,7 @@ fn nothing_goes_before_the_flakes_checks_have_passed() {
         assert_eq!(report.code, 0, "{}", report.log);
         let (gone, held) = (
             names(&cache),
-            said(&report).contains("unchecked: `nix flake check` has not passed"),
+            printed(&report).contains("unchecked: `nix flake check` has not passed"),
         );
         assert_eq!(
             (gone.contains(&"other".to_owned()), held),

@@ -12,9 +12,9 @@ use serde_json::json;
 use crate::faults::{Fault, Plan, When};
 use crate::world::cache::Cache;
 use crate::world::runner::{Report, Step};
-use crate::world::{PATH, flywheel, need, processes, with_private_nix};
+use crate::world::{PATH, flywheel, folders, need, processes, with_private_nix};
 
-/// Derivations that take no time, and such as are hard to publish.
+/// Derivations that take no time, and some that are hard to publish.
 const FLAKE: &str = r#"{
   outputs = { self }: let
     system = "x86_64-linux";
@@ -106,12 +106,10 @@ impl Host {
         let mut command: Command = with_private_nix(&self.nix(), &shell);
         let home = self.folder.path().join("stranger");
         fs::create_dir_all(&home).unwrap();
-        command
+        folders::isolate(&mut command, &home)
             .args(["-euc", script])
             .current_dir(&home)
-            .env_clear()
-            .env("PATH", PATH)
-            .env("HOME", &home);
+            .env("PATH", PATH);
         command.env(
             "NIX_CONFIG",
             "build-users-group =\nsubstituters =\nsandbox = false",
@@ -321,7 +319,7 @@ fn a_server_killed_and_restarted_in_mid_build_costs_time_and_no_path() {
             }
             Some(at) if Instant::now() >= at => {
                 cache.restart();
-                // Once.
+                // Only once: the step ends long before an hour is over.
                 restart = Some(at + Duration::from_secs(3600));
             }
             _ => (),
@@ -336,7 +334,7 @@ fn a_server_killed_and_restarted_in_mid_build_costs_time_and_no_path() {
     );
 }
 
-/// What the official client's watch breaks on (`attic-protocol`, 2.1), brought about for real.
+/// The cases on which the watch of Attic's own client breaks (`attic-protocol`, 2.1), on a real store.
 #[test]
 fn what_others_miss_is_published_or_named() {
     let cache = Cache::start(&[]);

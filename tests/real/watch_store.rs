@@ -1,5 +1,5 @@
-//! `watch-store` over several steps with real Nix: what it leaves behind, what it publishes, what the
-//! next job takes up, and whose paths it publishes.
+//! `watch-store` over several steps with real Nix: what it leaves behind, which paths it publishes, and what the
+//! next job takes up.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::world::act::Caller;
 use crate::world::cache::Cache;
-use crate::world::{PATH, flake, flywheel, need, processes, with_private_nix};
+use crate::world::{PATH, flake, flywheel, folders, need, processes, with_private_nix};
 
 /// A runner host: a store and a home that outlive its jobs.
 struct Host {
@@ -58,10 +58,7 @@ impl Host {
     }
 
     fn journals(&self) -> usize {
-        let folder = self
-            .folder
-            .path()
-            .join("home/.local/state/flywheel/journal");
+        let folder = self.folder.path().join("state/flywheel/journal");
         let names = fs::read_dir(folder).into_iter().flatten().flatten();
         names
             .filter(|entry| entry.file_name().to_string_lossy().ends_with(".journal"))
@@ -70,17 +67,13 @@ impl Host {
 }
 
 impl Job<'_> {
-    /// A step, with what `GITHUB_ENV` says so far.
+    /// A step, with the variables that stand in `GITHUB_ENV` so far.
     fn step(&self, program: &Path, arguments: &[&str]) -> Command {
         let mut command = with_private_nix(&self.host.folder.path().join("nix"), program);
-        command
+        folders::isolate(&mut command, self.host.folder.path())
             .args(arguments)
             .current_dir(self.folder.join("work"))
-            .env_clear();
-        command
             .env("PATH", PATH)
-            .env("HOME", self.host.folder.path().join("home"));
-        command
             .env("RUNNER_TEMP", self.folder.join("temp"))
             .env("RUNNER_TRACKING_ID", &self.tracking);
         command
@@ -107,7 +100,7 @@ impl Job<'_> {
         command
     }
 
-    /// What the file behind `GITHUB_ENV` says.
+    /// The variables in the file behind `GITHUB_ENV`.
     fn variables(&self) -> Vec<(String, String)> {
         let text = fs::read_to_string(self.folder.join("env")).unwrap();
         let mut lines = text.lines();
@@ -190,38 +183,21 @@ fn a_job_of_several_steps_is_published_and_nothing_is_left() {
     let (host, cache) = (Host::new(), Cache::start(&["--private"]));
     let job = host.job(&cache);
     let began = Instant::now();
-    let said = job.start();
+    let printed = job.start();
     // A debug build on a busy machine; what is promised is a second.
     assert!(
         began.elapsed() < Duration::from_secs(4),
-        "{:?}\n{said}",
+        "{:?}\n{printed}",
         began.elapsed()
     );
-    assert!(said.contains("trust: may-publish"), "{said}");
+    assert!(printed.contains("trust: may-publish"), "{printed}");
     let status = job.status();
     assert_eq!(
         (&status["state"], &status["publishes"]),
         (&json!("watching"), &json!(true)),
         "{status}"
     );
-    let pid = i32::try_from(status["pid"].as_u64().unwrap()).unwrap();
-    let session = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = session
-        .rsplit_once(')')
-        .unwrap()
-        .1
-        .split_whitespace()
-        .collect();
-    assert_eq!(fields[3], pid.to_string(), "it leads a session of its own");
-    let environment = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
-    assert!(
-        environment.contains(&job.mark()),
-        "it does not hide from the runner"
-    );
-    assert!(
-        !environment.contains(&cache.token),
-        "the token is in its environment"
-    );
+    job.check_daemon(i32::try_from(status["pid"].as_u64().unwrap()).unwrap());
     let config = job
         .variables()
         .into_iter()
@@ -249,45 +225,82 @@ fn a_job_of_several_steps_is_published_and_nothing_is_left() {
             .success()
     );
 
-    let said = good(&job.watch(&["finish"]));
-    assert!(said.contains("0 lost"), "{said}");
-    assert_eq!(
-        (job.output("outcome").as_str(), job.output("lost").as_str()),
-        ("success", "0"),
-        "{said}"
-    );
-    assert_eq!(job.output("built"), "4", "{said}");
-    assert_eq!(job.output("published"), job.output("verified"), "{said}");
-    for name in ["base", "lib", "app", "good"] {
+    let printed = good(&job.watch(&["finish"]));
+    job.check_finished(&printed);
+    job.check_nothing_is_left();
+    assert!(!printed.contains(&cache.token), "the token is shown");
+}
+
+impl Job<'_> {
+    /// The process in the background is a daemon that the runner can find, and that does not show the token.
+    fn check_daemon(&self, pid: i32) {
+        let session = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = session
+            .rsplit_once(')')
+            .unwrap()
+            .1
+            .split_whitespace()
+            .collect();
+        assert_eq!(fields[3], pid.to_string(), "it leads a session of its own");
+        let environment = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
         assert!(
-            cache.names().contains(&name.to_owned()),
-            "{name}: {:?}",
-            cache.names()
+            environment.contains(&self.mark()),
+            "it does not hide from the runner"
+        );
+        assert!(
+            !environment.contains(&self.cache.token),
+            "the token is in its environment"
         );
     }
-    // It has said everything, and ends.
-    let gone = processes::wait_until(Duration::from_secs(5), || {
-        processes::with_variable(&job.mark()).is_empty()
-    });
-    assert!(gone, "{:?}", processes::with_variable(&job.mark()));
-    let temp = fs::read_dir(job.folder.join("temp/flywheel-0"))
-        .unwrap()
-        .flatten();
-    let names: Vec<_> = temp
-        .map(|entry| entry.file_name())
-        .filter(|name| name != "sweep.lock")
-        .collect();
-    assert!(names.is_empty(), "{names:?}");
-    assert_eq!(host.journals(), 0);
-    assert_eq!(
-        job.variables().last().unwrap(),
-        &("NIX_CONFIG".to_owned(), String::new()),
-        "given back"
-    );
-    assert!(!said.contains(&cache.token), "the token is shown");
-    for file in ["env", "output", "step_summary"] {
-        let text = fs::read_to_string(job.folder.join(file)).unwrap();
-        assert!(!text.contains(&cache.token), "the token is in {file}");
+
+    /// All that was built is published and verified, what a failing build needed included.
+    fn check_finished(&self, printed: &str) {
+        assert!(printed.contains("0 lost"), "{printed}");
+        assert_eq!(
+            (
+                self.output("outcome").as_str(),
+                self.output("lost").as_str()
+            ),
+            ("success", "0"),
+            "{printed}"
+        );
+        assert_eq!(self.output("built"), "4", "{printed}");
+        assert_eq!(
+            self.output("published"),
+            self.output("verified"),
+            "{printed}"
+        );
+        let names = self.cache.names();
+        for name in ["base", "lib", "app", "good"] {
+            assert!(names.contains(&name.to_owned()), "{name}: {names:?}");
+        }
+    }
+
+    /// No process, no file, no journal and no variable of the watch is there any more, and no file has the token.
+    fn check_nothing_is_left(&self) {
+        // The daemon ends by itself once `finish` has its answer.
+        let gone = processes::wait_until(Duration::from_secs(5), || {
+            processes::with_variable(&self.mark()).is_empty()
+        });
+        assert!(gone, "{:?}", processes::with_variable(&self.mark()));
+        let temp = fs::read_dir(self.folder.join("temp/flywheel-0"))
+            .unwrap()
+            .flatten();
+        let names: Vec<_> = temp
+            .map(|entry| entry.file_name())
+            .filter(|name| name != "sweep.lock")
+            .collect();
+        assert!(names.is_empty(), "{names:?}");
+        assert_eq!(self.host.journals(), 0);
+        assert_eq!(
+            self.variables().last().unwrap(),
+            &("NIX_CONFIG".to_owned(), String::new()),
+            "given back"
+        );
+        for file in ["env", "output", "step_summary"] {
+            let text = fs::read_to_string(self.folder.join(file)).unwrap();
+            assert!(!text.contains(&self.cache.token), "the token is in {file}");
+        }
     }
 }
 
@@ -473,15 +486,10 @@ fn a_drain_that_takes_too_long_names_what_is_lost_and_the_next_job_takes_it_up()
         let mut step = job.step(&flywheel(), &[&["watch-store"], words].concat());
         step.env("ATTIC_TOKEN", &cache.token).output().unwrap()
     };
+    let start = ["start", "--attic-server", &through.url];
     good(&watch(
         &job,
-        &[
-            "start",
-            "--attic-server",
-            &through.url,
-            "--push-cache",
-            "auto",
-        ],
+        &[&start[..], &["--push-cache", "auto"]].concat(),
     ));
     through.cut();
     good(&job.nix(&[
@@ -493,26 +501,21 @@ fn a_drain_that_takes_too_long_names_what_is_lost_and_the_next_job_takes_it_up()
         "false",
     ]));
     let began = Instant::now();
+    let finish = ["finish", "--drain-timeout", "2"];
     let finished = watch(
         &job,
-        &[
-            "finish",
-            "--drain-timeout",
-            "2",
-            "--require-publish",
-            "true",
-        ],
+        &[&finish[..], &["--require-publish", "true"]].concat(),
     );
     assert!(
         began.elapsed() < Duration::from_secs(8),
         "{:?}",
         began.elapsed()
     );
-    let said = String::from_utf8_lossy(&finished.stdout).into_owned();
-    assert_eq!(finished.status.code(), Some(1), "{said}");
+    let printed = String::from_utf8_lossy(&finished.stdout).into_owned();
+    assert_eq!(finished.status.code(), Some(1), "{printed}");
     assert!(
-        said.contains("title=lost::") && said.contains("-app"),
-        "{said}"
+        printed.contains("title=lost::") && printed.contains("-app"),
+        "{printed}"
     );
     assert_eq!(job.output("outcome"), "not-published");
     assert_eq!(
@@ -523,27 +526,29 @@ fn a_drain_that_takes_too_long_names_what_is_lost_and_the_next_job_takes_it_up()
     // The identity of a cache is its address; the same one, alive again.
     through.mend();
     let next = host.job(&cache);
+    let printed = good(&publish_to(&next, &through.url));
+    assert!(
+        printed.contains("of earlier jobs taken up") && cache.names().contains(&"app".to_owned()),
+        "{printed}"
+    );
+    assert_eq!((host.journals(), next.output("lost")), (0, "0".to_owned()));
+}
+
+/// A `nix-job` that builds nothing itself, with a permit for the cache at `url`.
+fn publish_to(job: &Job<'_>, url: &str) -> Output {
     let words = [
         "nix-job",
         "--attic-server",
-        &through.url,
+        url,
         "--push-cache",
         "true",
         "--command",
         "true",
     ];
-    let said = good(
-        &next
-            .step(&flywheel(), &words)
-            .env("ATTIC_TOKEN", &cache.token)
-            .output()
-            .unwrap(),
-    );
-    assert!(
-        said.contains("of earlier jobs taken up") && cache.names().contains(&"app".to_owned()),
-        "{said}"
-    );
-    assert_eq!((host.journals(), next.output("lost")), (0, "0".to_owned()));
+    job.step(&flywheel(), &words)
+        .env("ATTIC_TOKEN", &job.cache.token)
+        .output()
+        .unwrap()
 }
 
 /// Fifty quick outputs, one after the other, so that a kill hits in the middle.
@@ -602,15 +607,15 @@ fn killed_at_any_moment_the_next_job_loses_nothing() {
             &flywheel(),
             &["nix-job", "--push-cache", "true", "--command", "true"],
         );
-        let said = good(&step.env("ATTIC_TOKEN", &cache.token).output().unwrap());
+        let printed = good(&step.env("ATTIC_TOKEN", &cache.token).output().unwrap());
         let served = cache.names();
         for name in &valid {
             assert!(
                 served.contains(name),
-                "kill {seed} after {moment:?}: {name} is lost\n{said}"
+                "kill {seed} after {moment:?}: {name} is lost\n{printed}"
             );
         }
-        assert_eq!(next.output("lost"), "0", "{said}");
+        assert_eq!(next.output("lost"), "0", "{printed}");
         published_early += valid.iter().filter(|name| before.contains(name)).count();
         taken_up += valid.iter().filter(|name| !before.contains(name)).count();
         assert_eq!(host.journals(), 0, "kill {seed}");

@@ -1,62 +1,67 @@
-//! Which Check Runs this job may have, and what the one says that stands for all.
+//! Starts this job's Check Runs, if it may have any, and decides what the aggregate one shows.
 
 use std::time::{Duration, Instant};
 
-use crate::command::flake_checks::engine::End;
+use crate::command::flake_checks::RunResult;
+use crate::command::flake_checks::engine::RunEnd;
 use crate::command::flake_checks::inputs::{Checks, Plan};
-use crate::command::flake_checks::{Ran, verdict};
-use crate::command::job::{STOPPED_LIMIT, Work};
-use crate::exit::Explain;
-use crate::github::check_run::{CheckRuns, Commit, Conclusion};
-use crate::http::{Clients, Roots};
-use crate::report::checks::board::{Aggregate, Board, Options};
-use crate::report::checks::summary::{closing_line, of_all};
-use crate::report::checks::text::plain;
-use crate::runner::context::{commit, github_api};
-use crate::runner::workflow::{Level, Workflow};
-use crate::text::one_line;
+use crate::job::{STOPPED_LIMIT, Session};
+use flywheel_core::exit::Explain;
+use flywheel_core::text::one_line;
+use flywheel_github::check_run::{CheckRuns, Commit, Conclusion};
+use flywheel_github::checks::board::{Aggregate, CheckRunReporter, Options};
+use flywheel_github::checks::summary::{closing_line, render};
+use flywheel_github::checks::text::plain;
+use flywheel_sys::http::{Clients, Roots};
+use flywheel_sys::runner::context::{commit, github_api};
+use flywheel_sys::runner::workflow::Level;
 
-/// How long the last Check Runs may take, GitHub's own waits included.
+/// How long bringing the last Check Runs up to date may take, with the waits that GitHub asks for.
 const CLOSE_LIMIT: Duration = Duration::from_secs(300);
-/// After a request to stop, publishing needs the last moment for itself.
+/// After a request to stop, this much of the time is kept for publishing.
 const STOPPED_RESERVE: Duration = Duration::from_millis(700);
 
-/// Starts them, if this job may have any; says why not where they were asked for.
-pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option<Board> {
+/// Starts the Check Runs, if this job may have any. Warns with the reason where they were asked for and cannot be.
+pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReporter> {
     if plan.checks == Checks::No {
         return None;
     }
-    let lacking = |what: &str| {
+    let unavailable = |why: &str| {
         if plan.checks == Checks::Yes {
-            workflow.annotate(
+            session.workflow.annotate(
                 Level::Warning,
                 "check runs",
-                &format!("there are no Check Runs: {what}"),
+                &format!("there are no Check Runs: {why}"),
             );
         }
         None
     };
-    let Some(token) = work.secrets.github.as_ref() else {
-        return lacking("there is no `GITHUB_TOKEN` in the step's `env`");
+    let Some(token) = session.secrets.github.as_ref() else {
+        return unavailable("there is no `GITHUB_TOKEN` in the step's `env`");
     };
-    let Some((repository, sha)) = commit(work.env) else {
-        return lacking("this is no job with a commit");
+    let Some((repository, sha)) = commit(session.env) else {
+        return unavailable("the job has no commit");
     };
     let roots = Roots {
-        files: work.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+        files: session.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
     let client = match Clients::new(&roots) {
-        Ok(clients) => clients.asking,
-        Err(error) => return lacking(&error.to_string()),
+        Ok(clients) => clients.api,
+        Err(error) => return unavailable(&error.to_string()),
     };
     let commit = Commit {
-        api: github_api(work.env),
+        api: github_api(session.env),
         repository,
         sha,
     };
-    match CheckRuns::of(&commit, token, client) {
+    match CheckRuns::for_commit(&commit, token, client) {
         Ok(runs) => {
-            let job = [work.env.get("GITHUB_WORKFLOW"), work.env.get("GITHUB_JOB")];
+            let job = [
+                // Two jobs on one commit must not take each other's Check Runs, so the identifiers hold workflow and
+                // job.
+                session.env.get("GITHUB_WORKFLOW"),
+                session.env.get("GITHUB_JOB"),
+            ];
             let job = job
                 .map(|name| one_line(name.unwrap_or_default(), 60))
                 .join("/");
@@ -66,37 +71,37 @@ pub(super) fn start(plan: &Plan, work: &Work<'_>, workflow: &Workflow) -> Option
                 scope,
                 ..Options::default()
             };
-            Some(Board::start(runs, options, work.sink.clone()))
+            Some(CheckRunReporter::start(runs, options, session.sink.clone()))
         }
-        Err(error) => lacking(&error.to_string()),
+        Err(error) => unavailable(&error.to_string()),
     }
 }
 
 /// Until when the Check Runs may be brought up to date.
-pub(super) fn deadline(ran: &Ran) -> Instant {
+pub(super) fn deadline(ran: &RunResult) -> Instant {
     match ran.end {
-        End::Stopped(_, at) => at + (STOPPED_LIMIT - STOPPED_RESERVE),
-        End::Whole | End::FailedFast => Instant::now() + CLOSE_LIMIT,
+        RunEnd::Stopped(_, at) => at + (STOPPED_LIMIT - STOPPED_RESERVE),
+        RunEnd::Complete | RunEnd::FailedFast => Instant::now() + CLOSE_LIMIT,
     }
 }
 
-/// What is said of the whole.
-pub(super) fn aggregate(ran: &Ran) -> Aggregate {
+/// The aggregate of a run that has ended.
+pub(super) fn aggregate(ran: &RunResult) -> Aggregate {
     let ended = ran.ended();
-    let failed = verdict(ran).1 > 0 || !ran.wrong.is_empty();
+    let failed = ran.failures() > 0 || !ran.wrong.is_empty();
     let conclusion = match (failed, ran.end) {
-        (_, End::Stopped(..)) => Conclusion::Cancelled,
-        (true, _) | (_, End::FailedFast) => Conclusion::Failure,
-        (false, End::Whole) => Conclusion::Success,
+        (_, RunEnd::Stopped(..)) => Conclusion::Cancelled,
+        (true, _) | (_, RunEnd::FailedFast) => Conclusion::Failure,
+        (false, RunEnd::Complete) => Conclusion::Success,
     };
     Aggregate {
         conclusion,
         title: closing_line(&ended),
-        summary: of_all(&ended),
+        summary: render(&ended),
     }
 }
 
-/// The same where the run was cancelled before there was anything to check.
+/// The aggregate of a run that was cancelled before there was anything to check.
 pub(super) fn cancelled() -> Aggregate {
     let text = "Cancelled before anything was evaluated";
     Aggregate {
@@ -106,8 +111,8 @@ pub(super) fn cancelled() -> Aggregate {
     }
 }
 
-/// The same where there was nothing to check, for the flake does not evaluate.
-pub(super) fn of_failure(failure: &dyn Explain) -> Aggregate {
+/// The aggregate of a run that found nothing to check, because the flake does not evaluate.
+pub(super) fn for_failure(failure: &dyn Explain) -> Aggregate {
     let text = failure.to_string();
     Aggregate {
         conclusion: Conclusion::Failure,

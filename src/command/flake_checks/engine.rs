@@ -1,8 +1,8 @@
-//! The outputs on their way from names to verdicts. One loop owns their state; evaluation, questions to the store
-//! and builds are tasks that report to it.
+//! Brings the outputs from names to verdicts. One loop owns their state; evaluation, queries of the store and builds
+//! are tasks that report to the loop.
 //!
-//! Until it has its verdict an output is in exactly one place: with the evaluation, among those that arrived, with
-//! a question to the store, among those to build, or in a lane.
+//! Until it has its verdict, an output is in exactly one place: with the evaluation, in `arrived`, in a query of the
+//! store, in `to_build`, or in a lane.
 
 mod builds;
 
@@ -15,55 +15,54 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::inputs::Plan;
-use crate::command::flake_checks::output::{Out, Tail, Tree, of_evaluation};
-use crate::command::flake_checks::tell::Teller;
-use crate::nix::build::BuildResult;
-use crate::nix::build::log::{BuildEvent, BuildFailure};
-use crate::nix::build::presence::{Presence, valid};
-use crate::nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
-use crate::nix::flake::expression::SelfView;
-use crate::nix::store::Store;
-use crate::nix::store_path::StorePath;
-use crate::nix::tool::Nix;
-use crate::process::signals::{Signals, Stop};
-use crate::report::checks::{Cause, Conclusion, State};
+use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, of_evaluation};
+use crate::command::flake_checks::reporter::Reporter;
+use flywheel_github::checks::{Cause, Conclusion, State};
+use flywheel_nix::build::BuildResult;
+use flywheel_nix::build::log::{BuildEvent, BuildFailure};
+use flywheel_nix::build::presence::{Presence, valid};
+use flywheel_nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
+use flywheel_nix::flake::expression::SelfView;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::process::signals::{Signals, Stop};
 
-/// How often it is looked which outputs have become valid.
-const LOOK: Duration = Duration::from_millis(300);
-/// Events that may wait.
+/// How often the store is queried for outputs that have become valid.
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
+/// How many events may be queued.
 const QUEUE: usize = 4096;
-/// Looking at what failed at the end of a run that was cancelled.
-const LAST_LOOK: Duration = Duration::from_millis(500);
+/// What the last query may take in a run that is being ended.
+const FINAL_POLL_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How the evaluation is asked for.
+/// The channels to the evaluation, and its two views of the flake.
 pub(super) struct Evaluation {
-    /// Takes what is to be evaluated; closed when nothing more will come.
+    /// Takes what is to be evaluated.
     pub tasks: mpsc::Sender<Vec<EvalTask>>,
-    /// What is heard of it.
+    /// Gives what was evaluated.
     pub events: mpsc::Receiver<EvalEvent>,
-    /// Ends it.
+    /// Ends the evaluation.
     pub cancel: CancellationToken,
-    /// How the flake sees itself at first.
+    /// The flake's view of itself in the first evaluation of an output.
     pub first: Arc<SelfView>,
-    /// With the values that the commit gives, where that is another way.
+    /// The view with the commit's values, for outputs that depend on the commit.
     pub real: Arc<SelfView>,
-    /// The workers.
     pub pool: tokio::task::JoinHandle<()>,
 }
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum RunEnd {
     /// Every output has a verdict of its own.
-    Whole,
+    Complete,
     /// The first failure ended it.
     FailedFast,
-    /// The runner asked it to stop, then.
+    /// This signal ended it, at this time.
     Stopped(Stop, Instant),
 }
 
-enum Step {
-    Looked(Vec<usize>, Result<Presence, String>),
+enum EngineEvent {
+    Queried(Vec<usize>, Result<Presence, String>),
     Building(usize, BuildEvent),
     Built(usize, Result<BuildResult, String>),
 }
@@ -72,7 +71,7 @@ struct Lane {
     ids: Vec<usize>,
     jobs: Option<usize>,
     since: Instant,
-    /// Failures that this lane's build has told of.
+    /// Failures that this lane's build has reported.
     failed: Vec<BuildFailure>,
 }
 
@@ -81,25 +80,25 @@ pub(super) struct Engine<'a> {
     pub nix: Nix,
     pub store: Arc<Store>,
     pub tree: Tree,
-    pub teller: &'a mut Teller,
-    pub outs: Vec<Out>,
-    /// The systems that are built here, if that is known.
+    pub reporter: &'a mut Reporter,
+    pub outs: Vec<OutputProgress>,
+    /// The systems that this machine and its builders build for, if that is known.
     pub native: Option<BTreeSet<String>>,
     by_drv: HashMap<StorePath, Vec<usize>>,
     evaluating: usize,
     arrived: Vec<usize>,
-    looking: bool,
+    is_querying: bool,
     to_build: Vec<usize>,
     lanes: [Option<Lane>; 2],
     logs: HashMap<StorePath, Tail>,
     log_order: VecDeque<StorePath>,
     failures: HashMap<StorePath, BuildFailure>,
-    steps: mpsc::Sender<Step>,
+    events: mpsc::Sender<EngineEvent>,
     jobs: JoinSet<()>,
     cancel: CancellationToken,
-    /// A build failed, and no other is to go on.
-    is_enough: bool,
-    /// Since when the evaluation has ended.
+    /// A build failed, and without `keep-going` no other may start.
+    is_given_up: bool,
+    /// When the evaluation ended.
     pub evaluated: Option<Instant>,
 }
 
@@ -109,106 +108,119 @@ impl<'a> Engine<'a> {
         nix: Nix,
         store: Arc<Store>,
         tree: Tree,
-        teller: &'a mut Teller,
-        outs: Vec<Out>,
+        reporter: &'a mut Reporter,
+        outs: Vec<OutputProgress>,
         native: Option<BTreeSet<String>>,
-    ) -> (Self, Steps) {
-        let (steps, receiver) = mpsc::channel(QUEUE);
+    ) -> (Self, EngineEvents) {
+        let (events, receiver) = mpsc::channel(QUEUE);
         let engine = Self {
             plan,
             nix,
             store,
             tree,
-            teller,
+            reporter,
             outs,
             native,
             by_drv: HashMap::new(),
             evaluating: 0,
             arrived: Vec::new(),
-            looking: false,
+            is_querying: false,
             to_build: Vec::new(),
             lanes: [None, None],
             logs: HashMap::new(),
             log_order: VecDeque::new(),
             failures: HashMap::new(),
-            steps,
+            events,
             jobs: JoinSet::new(),
             cancel: CancellationToken::new(),
-            is_enough: false,
+            is_given_up: false,
             evaluated: None,
         };
-        (engine, Steps(receiver))
+        (engine, EngineEvents(receiver))
     }
 
-    /// Brings every output to its verdict; `known` are those whose derivations are remembered.
+    /// Brings every output to its verdict; `known` are the remembered ones.
     pub async fn run(
         &mut self,
         known: Vec<(usize, Derivation)>,
         mut evaluation: Evaluation,
-        mut steps: Steps,
+        mut events: EngineEvents,
         signals: &mut Signals,
-    ) -> End {
+    ) -> RunEnd {
         let remembered: BTreeSet<usize> = known.iter().map(|(id, _)| *id).collect();
         for (id, facts) in known {
             self.outs[id].is_remembered = true;
-            self.known(id, facts);
+            self.on_known(id, facts);
         }
         let ids: Vec<usize> = (0..self.outs.len())
             .filter(|id| !remembered.contains(id))
             .collect();
         let first = Arc::clone(&evaluation.first);
         self.evaluate(&evaluation, ids, &first).await;
-        let mut look = tokio::time::interval(LOOK);
-        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let end = loop {
-            if self.evaluating == 0 {
-                self.evaluated.get_or_insert_with(Instant::now);
-            }
-            if self.is_enough || self.plan.fail_fast && self.has_failed() {
-                break End::FailedFast;
-            }
-            self.look_at_arrived();
-            self.start_lanes();
-            if self.outs.iter().all(|out| out.verdict.is_some()) {
-                break End::Whole;
-            }
-            tokio::select! {
-                biased;
-                stop = signals.next() => break End::Stopped(stop, Instant::now()),
-                event = evaluation.events.recv(), if self.evaluating > 0 => match event {
-                    Some(event) => self.heard(event, &evaluation).await,
-                    None => self.evaluation_is_gone(),
-                },
-                Some(step) = steps.0.recv() => self.step(step, &evaluation).await,
-                _ = look.tick() => self.see_what_is_valid().await,
-            }
-        };
+        let end = self
+            .handle_events(&mut evaluation, &mut events, signals)
+            .await;
         evaluation.cancel.cancel();
         self.cancel.cancel();
-        if end != End::Whole {
-            // What was finished in the last moment is finished.
-            let _ = tokio::time::timeout(LAST_LOOK, self.see_what_is_valid()).await;
+        if end != RunEnd::Complete {
+            // An output that became valid since the last query was built, and is not cancelled.
+            let _ = tokio::time::timeout(FINAL_POLL_TIMEOUT, self.end_valid_in_lanes()).await;
             for id in 0..self.outs.len() {
                 self.end(id, Cause::Cancelled, Vec::new());
             }
         }
-        // Nobody listens any more, so that nobody waits to be heard.
+        // With the receivers gone, no task can wait for room in a channel that is no longer read.
         let Evaluation {
             tasks,
-            events,
+            events: evaluated,
             pool,
             ..
         } = evaluation;
-        drop((tasks, events, steps));
-        // It kills what it started, and a pool that panicked has said so.
+        drop((tasks, evaluated, events));
+        // The pool kills its workers. If it panicked, the panic has been printed.
         let _ = pool.await;
-        // Builds are asked to end, and killed when they do not.
+        // Cancelled builds are asked to end, and killed if they do not.
         while self.jobs.join_next().await.is_some() {}
         end
     }
 
+    /// Handles events until every output has its verdict, or the run ends before that.
+    async fn handle_events(
+        &mut self,
+        evaluation: &mut Evaluation,
+        events: &mut EngineEvents,
+        signals: &mut Signals,
+    ) -> RunEnd {
+        let mut poll = tokio::time::interval(POLL_INTERVAL);
+        poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            if self.evaluating == 0 {
+                self.evaluated.get_or_insert_with(Instant::now);
+            }
+            if self.is_given_up || self.plan.fail_fast && self.has_failed() {
+                return RunEnd::FailedFast;
+            }
+            self.query_arrived();
+            self.start_lanes();
+            if self.outs.iter().all(|out| out.verdict.is_some()) {
+                return RunEnd::Complete;
+            }
+            tokio::select! {
+                biased;
+                // First in the biased order: a steady stream of events must not keep a cancelled job alive.
+                stop = signals.next() => return RunEnd::Stopped(stop, Instant::now()),
+                event = evaluation.events.recv(), if self.evaluating > 0 => match event {
+                    Some(event) => self.on_evaluation(event, evaluation).await,
+                    None => self.evaluation_is_gone(),
+                },
+                Some(event) = events.0.recv() => self.on_event(event, evaluation).await,
+                _ = poll.tick() => self.end_valid_in_lanes().await,
+            }
+        }
+    }
+
     fn has_failed(&self) -> bool {
-        let failed = |out: &Out| {
+        let failed = |out: &OutputProgress| {
             out.verdict
                 .as_ref()
                 .is_some_and(|verdict| verdict.conclusion() == Conclusion::Failure)
@@ -233,22 +245,30 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// The pool has ended before its time; nothing may wait for it.
+    /// Fails what waits for the evaluation, when its pool has ended too early.
     fn evaluation_is_gone(&mut self) {
         self.evaluating = 0;
         for id in 0..self.outs.len() {
             if self.outs[id].facts.is_none() {
                 let text = "error: the evaluation has ended without an answer".to_owned();
-                self.end(id, Cause::Evaluation { text, place: None }, Vec::new());
+                self.end(
+                    id,
+                    Cause::Evaluation {
+                        text,
+                        location: None,
+                    },
+                    Vec::new(),
+                );
             }
         }
     }
 
-    async fn heard(&mut self, event: EvalEvent, evaluation: &Evaluation) {
+    async fn on_evaluation(&mut self, event: EvalEvent, evaluation: &Evaluation) {
         match event {
             EvalEvent::Begun(id) => {
                 self.outs[id].begin();
-                self.teller.state(&self.outs[id].output, &State::Evaluating);
+                self.reporter
+                    .state(&self.outs[id].output, &State::Evaluating);
             }
             EvalEvent::Known {
                 id,
@@ -256,12 +276,15 @@ impl<'a> Engine<'a> {
                 independent,
             } => {
                 self.evaluating -= 1;
+                // An evaluation for a build writes the derivation to the store; one without a build is read-only.
                 self.outs[id].is_written = self.plan.build;
                 self.outs[id].is_remembered = independent;
-                self.known(id, facts);
+                self.on_known(id, facts);
             }
             EvalEvent::Dependent(id) => {
                 self.evaluating -= 1;
+                // The first view hides the commit's values. An output that needs one is evaluated again, with the real
+                // view.
                 let real = Arc::clone(&evaluation.real);
                 self.evaluate(evaluation, vec![id], &real).await;
             }
@@ -273,7 +296,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn known(&mut self, id: usize, facts: Derivation) {
+    fn on_known(&mut self, id: usize, facts: Derivation) {
         let drv: Option<StorePath> = facts.drv.parse().ok();
         let out = &mut self.outs[id];
         out.facts = Some(facts);
@@ -281,7 +304,14 @@ impl<'a> Engine<'a> {
         match drv {
             None => {
                 let text = "error: its derivation is no store path".to_owned();
-                self.end(id, Cause::Evaluation { text, place: None }, Vec::new());
+                self.end(
+                    id,
+                    Cause::Evaluation {
+                        text,
+                        location: None,
+                    },
+                    Vec::new(),
+                );
             }
             Some(_) if !self.plan.build => self.end(id, Cause::Evaluated, Vec::new()),
             Some(drv) => {
@@ -291,38 +321,39 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Asks where the outputs are that have arrived, unless that is being asked already.
-    fn look_at_arrived(&mut self) {
-        if self.looking || self.arrived.is_empty() {
+    /// Queries the store for the outputs that have arrived, unless a query is under way.
+    fn query_arrived(&mut self) {
+        if self.is_querying || self.arrived.is_empty() {
             return;
         }
-        self.looking = true;
+        self.is_querying = true;
         let ids = std::mem::take(&mut self.arrived);
         let outs = ids.iter().map(|id| &self.outs[*id]);
         let paths = outs.flat_map(|out| {
+            // A remembered derivation may have been collected as garbage since, so it is queried, too.
             let drv = out.drv.clone().filter(|_| !out.is_written);
             out.paths().unwrap_or_default().into_iter().chain(drv)
         });
         let paths: Vec<StorePath> = paths.collect::<BTreeSet<_>>().into_iter().collect();
-        let (nix, store, steps) = (
+        let (nix, store, events) = (
             self.nix.clone(),
             Arc::clone(&self.store),
-            self.steps.clone(),
+            self.events.clone(),
         );
         self.jobs.spawn(async move {
             let present = Presence::find(&nix, &store, &paths)
                 .await
                 .map_err(|error| error.to_string());
-            // The engine is gone only when nobody wants to know any more.
-            let _ = steps.send(Step::Looked(ids, present)).await;
+            // The receiver is gone only once the run has ended.
+            let _ = events.send(EngineEvent::Queried(ids, present)).await;
         });
     }
 
-    async fn step(&mut self, step: Step, evaluation: &Evaluation) {
-        match step {
-            Step::Looked(ids, present) => {
-                self.looking = false;
-                // A store that gives no answer is Nix's to complain about, when it builds.
+    async fn on_event(&mut self, event: EngineEvent, evaluation: &Evaluation) {
+        match event {
+            EngineEvent::Queried(ids, present) => {
+                self.is_querying = false;
+                // If the store cannot be queried, nothing counts as present; building then shows Nix's own error.
                 let present = present.unwrap_or_default();
                 let mut again = Vec::new();
                 for id in ids {
@@ -340,12 +371,12 @@ impl<'a> Engine<'a> {
                 for id in &again {
                     self.forget(*id);
                 }
-                // It is remembered, but its derivation is not there any more.
+                // If a remembered derivation is gone from the store, the output is evaluated again.
                 let first = Arc::clone(&evaluation.first);
                 self.evaluate(evaluation, again, &first).await;
             }
-            Step::Building(lane, event) => self.building(lane, event),
-            Step::Built(lane, ended) => self.built(lane, ended).await,
+            EngineEvent::Building(lane, event) => self.on_build_event(lane, event),
+            EngineEvent::Built(lane, ended) => self.on_built(lane, ended).await,
         }
     }
 
@@ -359,19 +390,19 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Outputs in the lanes whose paths have become valid are built.
-    async fn see_what_is_valid(&mut self) {
-        self.teller.progress(&self.outs);
+    /// Ends the outputs in the lanes that have become valid.
+    async fn end_valid_in_lanes(&mut self) {
+        self.reporter.progress(&self.outs);
         let ids: Vec<usize> = self
             .lanes
             .iter()
             .flatten()
             .flat_map(|lane| lane.ids.clone())
             .collect();
-        self.see_valid_of(&ids).await;
+        self.end_valid(&ids).await;
     }
 
-    async fn see_valid_of(&mut self, ids: &[usize]) {
+    async fn end_valid(&mut self, ids: &[usize]) {
         let open: Vec<(usize, Vec<StorePath>)> = ids
             .iter()
             .filter(|id| self.outs[**id].verdict.is_none())
@@ -383,7 +414,7 @@ impl<'a> Engine<'a> {
             })
             .collect();
         let paths: Vec<StorePath> = open.iter().flat_map(|(_, paths)| paths.clone()).collect();
-        // A store that gives no answer now is asked again.
+        // A query that fails is repeated at the next tick.
         let Ok(there) = valid(&self.store, &paths).await else {
             return;
         };
@@ -394,7 +425,7 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Ends an output that has not ended yet.
+    /// Gives an output its verdict, unless it has one.
     fn end(&mut self, id: usize, cause: Cause, log_tail: Vec<String>) {
         let out = &mut self.outs[id];
         if out.verdict.is_some() {
@@ -406,10 +437,10 @@ impl<'a> Engine<'a> {
         {
             self.logs.remove(drv);
         }
-        self.teller
+        self.reporter
             .state(&self.outs[id].output, &State::Finished(Box::new(verdict)));
     }
 }
 
-/// What the engine's tasks report.
-pub(super) struct Steps(mpsc::Receiver<Step>);
+/// The events that the engine's tasks send.
+pub(super) struct EngineEvents(mpsc::Receiver<EngineEvent>);

@@ -1,4 +1,4 @@
-//! What of a flake has to be evaluated, and what is remembered of it.
+//! Which outputs of a flake have to be evaluated, and which are remembered from an earlier run.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -6,43 +6,43 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::command::Failure;
 use crate::command::flake_checks::engine::Evaluation;
 use crate::command::flake_checks::inputs::{EvaluatorKind, Plan, Remember};
-use crate::command::flake_checks::output::Out;
-use crate::nix::flake::Source;
-use crate::nix::flake::evaluate::{
+use crate::command::flake_checks::output::OutputProgress;
+use flywheel_core::exit::Failure;
+use flywheel_core::policy::impurity_in_settings;
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_nix::flake::Source;
+use flywheel_nix::flake::evaluate::{
     self, Derivation, NameList, OutputName, Pool, SelfViews, allows_memory, evaluation_settings,
     names, views,
 };
-use crate::nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered};
-use crate::nix::flake::expression::{Expressions, SelfView};
-use crate::nix::flake::nix_eval_jobs::NixEvalJobs;
-use crate::nix::tool::{Nix, on_path};
-use crate::policy::impurity_in_settings;
-use crate::progress::Sink;
-use crate::runner::env::Env;
-use crate::secret::Secret;
+use flywheel_nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered};
+use flywheel_nix::flake::expression::{Expressions, SelfView};
+use flywheel_nix::flake::nix_eval_jobs::NixEvalJobs;
+use flywheel_nix::tool::{Nix, on_path};
+use flywheel_sys::runner::env::Env;
 
-/// Events of the pool that may wait.
+/// How many tasks for the pool, and events from it, may be queued.
 const QUEUE: usize = 1024;
 
-/// A flake, and how it is to be evaluated.
-pub(super) struct Prospect {
+/// A flake, and the way it is evaluated.
+pub(super) struct FlakeEvaluation {
     pub source: Source,
     expressions: Expressions,
-    /// Where it is remembered, if it may be.
+    /// The evaluation memory, if it may be used.
     memory: Option<EvaluationMemory>,
-    /// What is remembered.
+    /// What the memory holds of this flake.
     remembered: Option<Remembered>,
-    /// How the flake sees itself; `None` where what is remembered is enough so far, or nothing is.
+    /// The flake's view of itself; `None` where the memory has everything, or where nothing may be remembered.
     views: Option<SelfViews>,
-    /// `nix-eval-jobs`, where it evaluates.
+    /// The program `nix-eval-jobs`, if that is the evaluator.
     jobs: Option<PathBuf>,
 }
 
-impl Prospect {
-    /// Finds the source, and what is remembered of it.
+impl FlakeEvaluation {
+    /// Fetches the flake's source, and reads what is remembered of it.
     pub async fn open(plan: &Plan, nix: &Nix, env: &Env, sink: &Sink) -> Result<Self, Failure> {
         let source = Source::find(nix, &plan.flake, &of_lock(&plan.arguments)).await?;
         let nonce = Secret::random();
@@ -61,7 +61,7 @@ impl Prospect {
             _ => None,
         };
         if memory.is_some() && views.is_none() && !enough {
-            sink.note("flywheel: the evaluation is not remembered: the source has changed meanwhile, or cannot be asked about");
+            sink.note("flywheel: the evaluation is not remembered: the source has just changed, or Nix does not describe it");
         }
         let memory = memory.filter(|_| views.is_some() || enough);
         let remembered = remembered.filter(|_| memory.is_some());
@@ -75,10 +75,11 @@ impl Prospect {
         })
     }
 
-    /// How the flake sees itself in the evaluation, at first and where it depends on the commit.
+    /// The flake's view of itself, in the first evaluation of an output and in the second, which an output that depends
+    /// on the commit needs.
     fn seen(&self, plan: &Plan) -> (SelfView, SelfView) {
         match &self.views {
-            // Compared with what Nix itself makes of it, and not with another reading of ours.
+            // `verify` compares the memory with what Nix itself evaluates, and not with a view that we have composed.
             Some(_) if plan.remember == Remember::Verify && self.remembered.is_some() => {
                 (SelfView::Installable, SelfView::Installable)
             }
@@ -87,7 +88,7 @@ impl Prospect {
         }
     }
 
-    /// The outputs' names, of every system. A list that depends on the commit is not remembered, and nothing with it.
+    /// Lists the outputs of every system. If the list depends on the commit, nothing of the flake is remembered.
     pub async fn names(&mut self, plan: &Plan, nix: &Nix) -> Result<Vec<OutputName>, Failure> {
         if let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) {
             return Ok(remembered.names.clone());
@@ -111,7 +112,7 @@ impl Prospect {
         Err(evaluate::Error::List("it depends on itself".to_owned()).into())
     }
 
-    /// Those whose derivations are remembered, by their place in `names`.
+    /// The remembered derivations, by index into `names`.
     pub fn known(&self, plan: &Plan, names: &[OutputName]) -> Vec<(usize, Derivation)> {
         let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) else {
             return Vec::new();
@@ -122,12 +123,12 @@ impl Prospect {
             .collect()
     }
 
-    /// Starts the workers.
+    /// Starts the workers that evaluate.
     pub fn start(&self, plan: &Plan, nix: &Nix, cancel: CancellationToken) -> Evaluation {
         let (first, real) = self.seen(plan);
         let (first, real) = (Arc::new(first), Arc::new(real));
         let (tasks, queue) = mpsc::channel(QUEUE);
-        let (events, heard) = mpsc::channel(QUEUE);
+        let (events, receiver) = mpsc::channel(QUEUE);
         let pool = match &self.jobs {
             Some(program) => {
                 let (workers, share) = Pool::fitting_workers(plan.workers);
@@ -158,7 +159,7 @@ impl Prospect {
         };
         Evaluation {
             tasks,
-            events: heard,
+            events: receiver,
             cancel,
             first,
             real,
@@ -166,8 +167,13 @@ impl Prospect {
         }
     }
 
-    /// Remembers what does not depend on the commit. Gives the labels of which something else was remembered.
-    pub fn remember(&self, outs: &[Out], names: Vec<OutputName>, sink: &Sink) -> Vec<String> {
+    /// Writes to the memory what does not depend on the commit. Gives the labels for which it held something else.
+    pub fn remember(
+        &self,
+        outs: &[OutputProgress],
+        names: Vec<OutputName>,
+        sink: &Sink,
+    ) -> Vec<String> {
         let Some(memory) = &self.memory else {
             return Vec::new();
         };
@@ -199,7 +205,7 @@ impl Prospect {
     }
 }
 
-/// `nix-eval-jobs`, where it was asked for and is there.
+/// Finds `nix-eval-jobs`, if it was asked for.
 fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
     if plan.evaluator != EvaluatorKind::NixEvalJobs {
         return None;
@@ -215,7 +221,7 @@ fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
     found
 }
 
-/// The words that are about the inputs' lock, for a call that evaluates nothing.
+/// The arguments that may change the inputs, for a call that only fetches the source.
 fn of_lock(arguments: &[String]) -> Vec<String> {
     if allows_memory(arguments) {
         Vec::new()
@@ -224,7 +230,7 @@ fn of_lock(arguments: &[String]) -> Vec<String> {
     }
 }
 
-/// Where the evaluation is remembered; `None`, and a word why, where it must not be.
+/// The evaluation memory. Where it must not be used, the log gets the reason.
 fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<EvaluationMemory> {
     if plan.remember == Remember::Off {
         return None;
@@ -232,7 +238,7 @@ fn memory_of(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<Eva
     let why = if !allows_memory(&plan.arguments) {
         Some("`nix-args` may change what the inputs are".to_owned())
     } else if let Some(impurity) = impurity_in_settings(nix.config()) {
-        Some(format!("the settings say `{}`", impurity.0))
+        Some(format!("the settings have `{}`", impurity.0))
     } else {
         source.memory_obstacle().map(str::to_owned)
     };

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::command::inputs::{Text, choice, number, switch};
-use crate::command::job::inputs::{self as job, JobInputs};
-use crate::exit::UsageError;
-use crate::nix::flake::expression::{AttributePath, attribute_path, installable_name};
-use crate::policy::impurity_in_arguments;
-use crate::runner::env::Env;
-use crate::text::one_line;
+use crate::job::inputs::{self as job, JobInputs};
+use flywheel_core::exit::UsageError;
+use flywheel_core::policy::impurity_in_arguments;
+use flywheel_core::text::one_line;
+use flywheel_nix::flake::expression::{AttributePath, attribute_path, installable_name};
+use flywheel_sys::runner::env::Env;
 
 /// More workers than this help nobody.
 const MOST_WORKERS: usize = 256;

@@ -1,24 +1,24 @@
-//! When which derivations are built: in two lanes, each one `nix build` over many, so that Nix shares what they
-//! have in common. The first starts with the first derivation; the second takes what has come meanwhile.
-//! Pure: the engine starts and ends what is decided here.
+//! When derivations are built: in two lanes, each a single `nix build` of many derivations, so that Nix builds once
+//! what they have in common. The first lane starts with the first derivation; the second takes those that arrive while
+//! the first runs. Pure: the engine starts and ends what is decided here.
 
 use std::time::Duration;
 
-/// The second lane waits for the end of the evaluation, for so many outputs, or so long.
+/// The second lane waits for the end of the evaluation, for this many outputs, or this long.
 const MANY: usize = 50;
 const LONG: Duration = Duration::from_secs(10);
 
-/// Outputs in one lane at most: each costs Nix a look at every other when a build ends.
+/// The largest number of outputs in one lane: whenever a build ends, Nix goes through all of them.
 pub(super) const MOST: usize = 256;
 
-/// What is known when a lane is free.
+/// What decides whether a free lane starts.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Moment {
+pub(super) struct LaneState {
     /// Outputs that wait to be built.
     pub waiting: usize,
     /// Whether all derivations are known.
     pub all_known: bool,
-    /// What the other lane has of the builds at once, if it runs: `Some(None)` is Nix's own setting.
+    /// How many builds at once the other lane was given, if it runs; `Some(None)` is Nix's own setting.
     pub other: Option<Option<usize>>,
     /// How long the other lane has been running.
     pub running: Duration,
@@ -26,12 +26,12 @@ pub(super) struct Moment {
 
 /// Whether a lane starts now, and with how many builds at once: `Some(None)` is Nix's own setting.
 /// `jobs`: what both may have together, if that was asked for.
-pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize>> {
+pub(super) fn start(jobs: Option<usize>, moment: &LaneState) -> Option<Option<usize>> {
     if moment.waiting == 0 {
         return None;
     }
     let Some(other) = moment.other else {
-        // Alone; half is left for the second lane, while there may be a use for it.
+        // As long as more derivations may come, half of the builds is left for the second lane.
         return Some(jobs.map(|jobs| {
             if moment.all_known {
                 jobs
@@ -45,7 +45,7 @@ pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize
     }
     match (jobs, other) {
         (None, _) => Some(None),
-        // No builds here at all: remote builders do everything, and have bounds of their own.
+        // `max-jobs = 0` means that remote builders build everything, and these have limits of their own.
         (Some(0), _) => Some(Some(0)),
         (Some(jobs), other) => Some(jobs.saturating_sub(other.unwrap_or(jobs)))
             .filter(|left| *left > 0)
@@ -57,7 +57,7 @@ pub(super) fn start(jobs: Option<usize>, moment: &Moment) -> Option<Option<usize
 mod tests {
     use super::*;
 
-    const QUIET: Moment = Moment {
+    const QUIET: LaneState = LaneState {
         waiting: 3,
         all_known: false,
         other: None,
@@ -71,7 +71,7 @@ mod tests {
         assert_eq!(
             start(
                 Some(5),
-                &Moment {
+                &LaneState {
                     all_known: true,
                     ..QUIET
                 }
@@ -81,7 +81,7 @@ mod tests {
         assert_eq!(
             start(
                 None,
-                &Moment {
+                &LaneState {
                     waiting: 0,
                     ..QUIET
                 }
@@ -96,7 +96,7 @@ mod tests {
             let first = start(Some(jobs), &QUIET).flatten().expect("starts");
             let second = start(
                 Some(jobs),
-                &Moment {
+                &LaneState {
                     all_known: true,
                     other: Some(Some(first)),
                     ..QUIET
@@ -108,21 +108,21 @@ mod tests {
 
     #[test]
     fn the_second_lane_waits_for_a_reason() {
-        let beside = Moment {
+        let beside = LaneState {
             other: Some(None),
             ..QUIET
         };
         assert_eq!(start(None, &beside), None);
         for reason in [
-            Moment {
+            LaneState {
                 all_known: true,
                 ..beside
             },
-            Moment {
+            LaneState {
                 waiting: MANY,
                 ..beside
             },
-            Moment {
+            LaneState {
                 running: LONG,
                 ..beside
             },

@@ -1,6 +1,6 @@
-//! `flywheel flake-checks`: evaluates a flake's outputs side by side, builds them as they appear, and gives each a
-//! verdict of its own. This file is the story; its parts stand beside it, and those that other verbs share in
-//! `command/job/`.
+//! `flywheel flake-checks`: evaluates a flake's outputs side by side, builds each as soon as it is evaluated, and gives
+//! each a verdict of its own. This file has the order of events; the modules below it have the parts, and
+//! `command/job/` those that other verbs share.
 
 mod check_runs;
 mod engine;
@@ -8,7 +8,9 @@ mod evaluation;
 mod inputs;
 mod lanes;
 mod output;
-mod tell;
+mod report;
+mod reporter;
+mod systems;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -21,95 +23,65 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::inputs::Inputs;
 
-use self::engine::{End, Engine};
-use self::evaluation::Prospect;
+use self::engine::{Engine, RunEnd};
+use self::evaluation::FlakeEvaluation;
 use self::inputs::{Plan, Systems};
-use self::output::{Out, Tree};
-use self::tell::Teller;
-use crate::command::Failure;
-use crate::command::job::harvest::Harvest;
-use crate::command::job::{self, Prepared, STOPPED_LIMIT, Secrets, Told, Watch, Work};
-use crate::exit::{Exit, UsageError};
-use crate::host::peak::Span;
-use crate::host::private::PrivateFolder;
-use crate::nix::flake::Source;
-use crate::nix::flake::evaluate::OutputName;
-use crate::nix::settings::Settings;
-use crate::nix::store::Store;
-use crate::nix::store_path::StorePath;
-use crate::nix::{gc, temp_roots};
-use crate::process::signals::Signals;
-use crate::report::checks::text::annotation;
-use crate::report::checks::{Cause, Conclusion, Output, board, files, summary};
-use crate::report::job::{Job, Outcome};
+use self::output::OutputProgress;
+use self::reporter::Reporter;
+use self::systems::{is_system, native, tree};
+use crate::job::added_paths::AddedPaths;
+use crate::job::{self, Prepared, STOPPED_LIMIT, Session, StoreWatch};
+use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
-use crate::report::screen::Screen;
-use crate::runner::env::Env;
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow};
-use crate::text::{count, one_line};
+use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::text::count;
+use flywheel_github::checks::{Cause, Conclusion, Output, board, summary};
+use flywheel_nix::flake::evaluate::OutputName;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::{gc, temp_roots};
+use flywheel_sys::host::peak::Span;
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::Level;
 
 /// Runs the verb.
 ///
 /// # Errors
-/// For wrong input, before anything is touched; when there is no Nix to be had, or the flake's outputs cannot be
-/// listed. An output that fails is no error: the exit code says so.
+/// For wrong input, before anything is touched; when there is no usable Nix, or the flake's outputs cannot be listed.
+/// An output that fails is no error, and shows in the exit code.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let plan = Plan::read(&inputs, env)?;
-    let workflow = Workflow::new(env.in_github_actions());
-    let secrets = Secrets::masked(env, &workflow);
-    let decision = job::judge(&plan.job, &secrets, env);
-    let screen = Screen::new(&workflow);
-    // Before anything is made that would have to be removed.
-    let mut signals = Signals::listen()
-        .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
-    let private = PrivateFolder::create(&job::private_base(env))?;
-    job::introduce(&plan.job, &decision, &workflow);
-    let work = Work {
-        plan: &plan.job,
-        env,
-        secrets: &secrets,
-        decision: &decision,
-        sink: screen.sink(),
-        screen: &screen,
-        private: private.path(),
-    };
-    let ended = FlakeChecks {
+    let (session, mut signals) = Session::begin(&plan.job, env)?;
+    let flake_checks = FlakeChecks {
         plan: &plan,
-        work,
-        workflow,
-    }
-    .run(&mut signals)
-    .await;
-    screen.finish();
-    if let Err(failure) = &ended {
-        job::tell_not_started(&**failure, env, "nothing was checked");
-    }
-    ended
+        session,
+    };
+    let ended = flake_checks.run(&mut signals).await;
+    flake_checks.session.end(ended, "nothing was checked")
 }
 
 /// One run.
 struct FlakeChecks<'a> {
     plan: &'a Plan,
-    work: Work<'a>,
-    workflow: Workflow,
+    session: Session<'a>,
 }
 
-/// What a run came to.
-struct Ran {
-    outs: Vec<Out>,
-    end: End,
+/// How a run of `flake-checks` ended.
+struct RunResult {
+    outs: Vec<OutputProgress>,
+    end: RunEnd,
     evaluation: Duration,
     build: Duration,
-    /// How many outputs were remembered.
+    /// How many outputs were taken from the evaluation memory.
     remembered: usize,
-    /// What the evaluation memory had wrong, by label.
+    /// Labels of outputs for which the evaluation memory held something else.
     wrong: Vec<String>,
 }
 
 impl FlakeChecks<'_> {
     async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
-        let Some(mut prepared) = self.work.prepare_unread(&self.workflow, signals).await? else {
+        let Some(mut prepared) = self.session.prepare_unread(signals).await? else {
             return Ok(self.cancelled_early());
         };
         let ended = self.run_prepared(&mut prepared, signals).await;
@@ -122,108 +94,132 @@ impl FlakeChecks<'_> {
         prepared: &mut Prepared,
         signals: &mut Signals,
     ) -> Result<Exit, Failure> {
-        let nix = prepared.nix();
-        let mut teller = Teller::new(
-            &self.workflow,
-            check_runs::start(self.plan, &self.work, &self.workflow),
-        );
-        // What is asked of Nix impurely, about the source alone, is asked before the job's processes are watched.
-        let open = Prospect::open(self.plan, &nix, self.work.env, &self.work.sink);
-        let opened = tokio::select! {
-            biased;
-            _ = signals.next() => None,
-            found = async { tokio::join!(open, self.work.read_back(prepared)) } => Some(found),
+        let check_runs = check_runs::start(self.plan, &self.session);
+        let mut reporter = Reporter::new(&self.session.workflow, check_runs);
+        let Some(opened) = self.open(prepared, signals).await else {
+            let at = Instant::now() + STOPPED_LIMIT;
+            reporter
+                .close(check_runs::cancelled(), at, &CancellationToken::new())
+                .await;
+            return Ok(self.cancelled_early());
         };
-        let (prospect, in_force) = match opened {
-            Some((Ok(prospect), in_force)) => (prospect, in_force),
-            Some((Err(failure), _)) => return self.give_up(teller, failure).await,
-            None => {
-                let at = Instant::now() + STOPPED_LIMIT;
-                teller
-                    .close(check_runs::cancelled(), at, &CancellationToken::new())
-                    .await;
-                return Ok(self.cancelled_early());
-            }
+        let flake_evaluation = match opened {
+            Ok(flake_evaluation) => flake_evaluation,
+            Err(failure) => return self.give_up(reporter, failure).await,
         };
-        prepared.in_force = in_force;
         let prepared = &*prepared;
         let mut watch = self
-            .work
+            .session
             .watch(prepared, temp_roots::JobScope::Descendants)
             .await;
         let store = match &watch {
             Some(watch) => Arc::clone(watch.store()),
             None => match prepared.open_store().await {
                 Ok(store) => Arc::new(store),
-                Err(error) => return self.give_up(teller, error.into()).await,
+                Err(error) => return self.give_up(reporter, error.into()).await,
             },
         };
         let span = Span::begin();
         let ran = match self
-            .check(prospect, prepared, store, &mut teller, signals)
+            .check(flake_evaluation, prepared, store, &mut reporter, signals)
             .await
         {
             Ok(ran) => ran,
-            Err(failure) => return self.give_up(teller, failure).await,
+            Err(failure) => return self.give_up(reporter, failure).await,
         };
         let spent = span.end().await;
-        let published = Instant::now();
         if let Some(watch) = &mut watch {
             watch.add_results(paths_in_store(&ran));
         }
-        if ran.end == End::Whole && verdict(&ran).1 == 0 {
-            self.work
-                .check(
-                    prepared,
-                    watch.as_ref(),
-                    Path::new(&self.plan.flake),
-                    signals,
-                )
-                .await;
-        }
-        let ((harvest, publication), told) =
-            self.finish(prepared, watch, teller, &ran, signals).await;
-        self.say_of_check_runs(told);
-        tokio::select! {
-            biased;
-            _ = signals.next() => self.work.sink.note("flywheel: the store is not collected: asked to stop"),
-            () = self.collect(prepared, &ran) => (),
-        }
-        let job = self.told(prepared, &ran, &harvest, publication);
-        let job = Job {
-            publish: published.elapsed(),
+        let job = self.publish(prepared, watch, reporter, &ran, signals).await;
+        let job = JobResult {
             peak: spent.peak,
             limit: spent.limit,
             ..job
         };
-        self.tell(&job, &ran);
+        self.report(&job, &ran);
         Ok(Exit::Command(job.exit_code))
+    }
+
+    /// Opens the flake, and reads the job's settings back beside it. `None` when a signal came first.
+    async fn open(
+        &self,
+        prepared: &mut Prepared,
+        signals: &mut Signals,
+    ) -> Option<Result<FlakeEvaluation, Failure>> {
+        let nix = prepared.nix();
+        let (plan, session) = (self.plan, &self.session);
+        // Opening evaluates about the source alone, and impurely. It has to end before the job's processes are
+        // watched, because what they evaluate impurely is not published.
+        let open = FlakeEvaluation::open(plan, &nix, session.env, &session.sink);
+        let (opened, in_force) = tokio::select! {
+            biased;
+            _ = signals.next() => return None,
+            found = async { tokio::join!(open, session.read_back(prepared)) } => found,
+        };
+        prepared.in_force = in_force;
+        Some(opened)
+    }
+
+    /// Publishes what was built, ends the Check Runs, and collects the store's garbage where that is asked for.
+    async fn publish(
+        &self,
+        prepared: &Prepared,
+        watch: Option<StoreWatch>,
+        reporter: Reporter,
+        ran: &RunResult,
+        signals: &mut Signals,
+    ) -> JobResult {
+        let began = Instant::now();
+        if ran.end == RunEnd::Complete && ran.failures() == 0 {
+            let folder = Path::new(&self.plan.flake);
+            self.session
+                .run_flake_check(prepared, watch.as_ref(), folder, signals)
+                .await;
+        }
+        let ((added_paths, publication), stats) =
+            self.finish(prepared, watch, reporter, ran, signals).await;
+        self.log_check_runs(stats);
+        // Last of all: the publisher reads the paths from the store until it has ended.
+        tokio::select! {
+            biased;
+            _ = signals.next() => self.session.sink.note("flywheel: the store is not collected: the job was asked to stop"),
+            () = self.collect(prepared, ran) => (),
+        }
+        let job = self.result(prepared, ran, &added_paths, publication);
+        JobResult {
+            publish: began.elapsed(),
+            ..job
+        }
     }
 
     /// Publishes what was built and ends the Check Runs, side by side: neither waits for the other's server.
     async fn finish(
         &self,
         prepared: &Prepared,
-        watch: Option<Watch>,
-        teller: Teller,
-        ran: &Ran,
+        watch: Option<StoreWatch>,
+        reporter: Reporter,
+        ran: &RunResult,
         signals: &mut Signals,
-    ) -> ((Harvest, Option<Publication>), Option<board::Told>) {
+    ) -> (
+        (AddedPaths, Option<Publication>),
+        Option<board::ReportStats>,
+    ) {
         let cancel = CancellationToken::new();
-        let mut closing = pin!(teller.close(
+        let mut closing = pin!(reporter.close(
             check_runs::aggregate(ran),
             check_runs::deadline(ran),
             &cancel
         ));
-        let mut told = None;
+        let mut stats = None;
         let stopped = match ran.end {
-            End::Stopped(_, at) => Some(at),
-            End::Whole | End::FailedFast => None,
+            RunEnd::Stopped(_, at) => Some(at),
+            RunEnd::Complete | RunEnd::FailedFast => None,
         };
         let published = {
-            // Links of other tools are no results of this run.
-            let folder = self.work.private;
-            let mut publishing = pin!(self.work.deliver_in_time(
+            // No result links are looked for: those in the flake's folder are other tools'.
+            let folder = self.session.private();
+            let mut publishing = pin!(self.session.deliver_in_time(
                 watch,
                 &prepared.cache,
                 folder,
@@ -234,12 +230,13 @@ impl FlakeChecks<'_> {
             loop {
                 tokio::select! {
                     published = &mut publishing => break published,
-                    all = &mut closing, if told.is_none() => told = Some(all),
+                    all = &mut closing, if stats.is_none() => stats = Some(all),
                 }
             }
         };
-        let told = match told {
-            Some(told) => told,
+        let stats = match stats {
+            Some(stats) => stats,
+            // Until here publishing has handled the signals; from here on they end the Check Runs.
             None => loop {
                 tokio::select! {
                     biased;
@@ -248,15 +245,15 @@ impl FlakeChecks<'_> {
                 }
             },
         };
-        (published, told)
+        (published, stats)
     }
 
-    /// There is nothing to check: the Check Run that stands for all says why.
-    async fn give_up(&self, teller: Teller, failure: Failure) -> Result<Exit, Failure> {
+    /// Ends a run without anything to check: the aggregate Check Run shows why.
+    async fn give_up(&self, reporter: Reporter, failure: Failure) -> Result<Exit, Failure> {
         let at = Instant::now() + STOPPED_LIMIT;
-        teller
+        reporter
             .close(
-                check_runs::of_failure(&*failure),
+                check_runs::for_failure(&*failure),
                 at,
                 &CancellationToken::new(),
             )
@@ -264,21 +261,21 @@ impl FlakeChecks<'_> {
         Err(failure)
     }
 
-    /// Names, derivations, builds.
+    /// Lists the outputs, evaluates them to derivations, and builds these.
     async fn check(
         &self,
-        mut prospect: Prospect,
+        mut flake_evaluation: FlakeEvaluation,
         prepared: &Prepared,
         store: Arc<Store>,
-        teller: &mut Teller,
+        reporter: &mut Reporter,
         signals: &mut Signals,
-    ) -> Result<Ran, Failure> {
+    ) -> Result<RunResult, Failure> {
         let began = Instant::now();
         let nix = prepared.nix();
         let all = tokio::select! {
             biased;
-            stop = signals.next() => return Ok(Ran::nothing(End::Stopped(stop, Instant::now()))),
-            names = prospect.names(self.plan, &nix) => names?,
+            stop = signals.next() => return Ok(RunResult::nothing(RunEnd::Stopped(stop, Instant::now()))),
+            names = flake_evaluation.names(self.plan, &nix) => names?,
         };
         let native = prepared
             .in_force
@@ -289,9 +286,9 @@ impl FlakeChecks<'_> {
             .filter(|name| self.wants(name, native.as_ref()))
             .cloned()
             .collect();
-        let outs: Vec<Out> = names.iter().map(|name| self.out(name)).collect();
+        let outs: Vec<OutputProgress> = names.iter().map(|name| self.out(name)).collect();
         let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
-        self.workflow.say(&format!(
+        self.session.workflow.log(&format!(
             "flywheel: {} of {}",
             count(outs.len() as u64, "output"),
             self.plan.flake
@@ -301,21 +298,23 @@ impl FlakeChecks<'_> {
                 "`{}` has no outputs for the systems asked for",
                 self.plan.installable(&[])
             );
-            self.workflow
+            self.session
+                .workflow
                 .annotate(Level::Warning, "nothing to check", &text);
         }
-        teller.announce(&outputs);
-        let tree = tree(&prospect.source, self.work.env);
-        let known = prospect.known(self.plan, &names);
+        reporter.announce(&outputs);
+        let tree = tree(&flake_evaluation.source, self.session.env);
+        let known = flake_evaluation.known(self.plan, &names);
         let remembered = known.len();
         let cancel = CancellationToken::new();
-        let evaluation = prospect.start(self.plan, &nix, cancel);
-        let (mut engine, steps) = Engine::new(self.plan, nix, store, tree, teller, outs, native);
+        let evaluation = flake_evaluation.start(self.plan, &nix, cancel);
+        let (mut engine, steps) = Engine::new(self.plan, nix, store, tree, reporter, outs, native);
         let end = engine.run(known, evaluation, steps, signals).await;
         let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
         let outs = std::mem::take(&mut engine.outs);
-        let wrong = prospect.remember(&outs, all, &self.work.sink);
-        Ok(Ran {
+        // All names are remembered, also those of systems that this run does not check.
+        let wrong = flake_evaluation.remember(&outs, all, &self.session.sink);
+        Ok(RunResult {
             outs,
             end,
             evaluation: evaluated - began,
@@ -337,7 +336,7 @@ impl FlakeChecks<'_> {
         }
     }
 
-    fn out(&self, name: &OutputName) -> Out {
+    fn out(&self, name: &OutputName) -> OutputProgress {
         let attribute: Vec<String> = self
             .plan
             .attribute
@@ -350,71 +349,71 @@ impl FlakeChecks<'_> {
             attribute: attribute.join("."),
             system: attribute.iter().find(|name| is_system(name)).cloned(),
         };
-        Out::new(name.clone(), output, self.plan.installable(&name.attr))
+        OutputProgress::new(name.clone(), output, self.plan.installable(&name.attr))
     }
 
-    fn told(
+    fn result(
         &self,
         prepared: &Prepared,
-        ran: &Ran,
-        harvest: &Harvest,
+        ran: &RunResult,
+        added_paths: &AddedPaths,
         publication: Option<Publication>,
-    ) -> Job {
-        let told = self.work.told(
+    ) -> JobResult {
+        let result = self.session.result(
             prepared,
-            harvest,
+            added_paths,
             publication,
-            self.work.plan.require_publish,
+            self.session.plan.require_publish,
         );
-        let (_, failed) = verdict(ran);
-        let (outcome, exit_code) = match (ran.end, failed > 0 || !ran.wrong.is_empty()) {
-            (End::Stopped(..), _) => (Outcome::Cancelled, 130),
-            (End::FailedFast, _) | (End::Whole, true) => (Outcome::CommandFailed, 1),
-            (End::Whole, false) => (told.outcome, told.exit_code),
+        let (outcome, exit_code) = match (ran.end, ran.failures() > 0 || !ran.wrong.is_empty()) {
+            (RunEnd::Stopped(..), _) => (Outcome::Cancelled, 130),
+            (RunEnd::FailedFast, _) | (RunEnd::Complete, true) => (Outcome::CommandFailed, 1),
+            (RunEnd::Complete, false) => (result.outcome, result.exit_code),
         };
         let command = ran.evaluation + ran.build;
-        Job {
+        JobResult {
             outcome,
             exit_code,
             command,
             heavy_lane: self.plan.heavy_lane.clone(),
-            ..told
+            ..result
         }
     }
 
-    /// Keeps the derivations of this run, and removes what else nothing needs.
-    async fn collect(&self, prepared: &Prepared, ran: &Ran) {
-        if !self.plan.gc || ran.end != End::Whole {
+    /// Collects the store's garbage, and keeps the derivations of this run from it.
+    async fn collect(&self, prepared: &Prepared, ran: &RunResult) {
+        // A run that was cut short does not know every derivation that has to be kept.
+        if !self.plan.gc || ran.end != RunEnd::Complete {
             return;
         }
         let nix = prepared.nix();
         let derivations: Vec<StorePath> =
             ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
-        let name = Sha256::digest(format!("{}\n{}", self.plan.installable(&[]), self.place()));
+        let name = Sha256::digest(format!("{}\n{}", self.plan.installable(&[]), self.origin()));
         let name: String = name[..10]
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        let kept = gc::set_roots(&nix, self.work.env.get("USER"), &name, &derivations);
+        let kept = gc::set_roots(&nix, self.session.env.get("USER"), &name, &derivations);
         let collected = match kept {
             Ok(()) => gc::collect(&nix).await.map_err(|error| error.to_string()),
             Err(error) => Err(format!("the derivations cannot be kept: {error}")),
         };
         match collected {
-            Ok(said) => self
-                .work
+            Ok(collected) => self
+                .session
                 .sink
-                .note(format!("flywheel: the store was collected: {said}")),
+                .note(format!("flywheel: the store was collected: {collected}")),
             Err(problem) => self
-                .work
+                .session
                 .sink
                 .degraded("gc", format!("the store was not collected: {problem}")),
         }
     }
 
-    /// What tells this run's flake from that of another repository on the host.
-    fn place(&self) -> String {
-        let repository = self.work.env.get("GITHUB_REPOSITORY").map(str::to_owned);
+    /// The repository or the folder, which sets this run's flake apart from others on the host.
+    fn origin(&self) -> String {
+        let repository = self.session.env.get("GITHUB_REPOSITORY").map(str::to_owned);
         let here = || {
             Path::new(".")
                 .canonicalize()
@@ -423,115 +422,14 @@ impl FlakeChecks<'_> {
         repository.unwrap_or_else(|| here().unwrap_or_default())
     }
 
-    fn say_of_check_runs(&self, told: Option<board::Told>) {
-        let Some(told) = told else { return };
-        self.workflow.say(&format!(
-            "flywheel: {} shown, in {}",
-            count(told.shown as u64, "Check Run"),
-            count(told.requests as u64, "request")
-        ));
-        if !told.missing.is_empty() {
-            let names = one_line(&told.missing.join(", "), 500);
-            let text = format!(
-                "{} could not be shown: {names}. The summary has them.",
-                told.missing.len()
-            );
-            self.work.sink.degraded("check runs", text);
-        }
-    }
-
-    fn tell(&self, job: &Job, ran: &Ran) {
-        for label in &ran.wrong {
-            let text = format!(
-                "what was remembered of `{label}` is not what it evaluates to; the memory is corrected. Please report it: this must not happen"
-            );
-            self.workflow
-                .annotate(Level::Error, "evaluation memory", &text);
-        }
-        let ended = ran.ended();
-        let files = Files::from_env(self.work.env);
-        self.mark_lines(&ended);
-        self.write_files(&ended);
-        self.workflow
-            .say(&format!("flywheel: {}", summary::closing_line(&ended)));
-        let of_run = [
-            ("evaluation-seconds", ran.evaluation),
-            ("build-seconds", ran.build),
-        ];
-        let of_run = of_run.map(|(name, time)| (name, format!("{:.3}", time.as_secs_f64())));
-        let of = |conclusion| {
-            ended
-                .iter()
-                .filter(|(_, verdict)| verdict.conclusion() == conclusion)
-                .count()
-                .to_string()
-        };
-        let counts = [
-            ("outputs", ended.len().to_string()),
-            ("succeeded", of(Conclusion::Success)),
-            ("failed", of(Conclusion::Failure)),
-            ("cached", of(Conclusion::Neutral)),
-            ("cancelled", of(Conclusion::Cancelled)),
-            ("remembered", ran.remembered.to_string()),
-        ];
-        let mut written = files.add_summary(&summary::of_all(&ended));
-        for (name, value) in counts.into_iter().chain(of_run) {
-            written = written.and_then(|()| files.set_output(name, &value));
-        }
-        if let Err(error) = written {
-            self.workflow.annotate(
-                Level::Warning,
-                "report",
-                &format!("the report could not be written: {error}"),
-            );
-        }
-        Told::of(job).tell(&self.workflow, &files);
-    }
-
-    /// Marks the lines of the sources that are wrong. GitHub shows ten of them.
-    fn mark_lines(&self, ended: &[summary::Ended<'_>]) {
-        for (output, verdict) in ended {
-            if let (Some(place), Some(text)) = (verdict.cause.place(), annotation(verdict)) {
-                let title = one_line(&output.label, 100);
-                self.workflow.annotate_line(
-                    Level::Error,
-                    &title,
-                    &text,
-                    &place.file,
-                    place.line,
-                    place.column,
-                );
-            }
-        }
-    }
-
-    /// Writes the files that other tools read. That one cannot be written is said, and changes nothing.
-    fn write_files(&self, ended: &[summary::Ended<'_>]) {
-        let junit = self
-            .plan
-            .junit
-            .as_ref()
-            .map(|file| (file, files::junit(&self.plan.check_name, ended)));
-        let lines = self
-            .plan
-            .json_lines
-            .as_ref()
-            .map(|file| (file, files::json_lines(ended)));
-        for (file, text) in junit.into_iter().chain(lines) {
-            if let Err(error) = std::fs::write(file, text) {
-                let text = format!("`{}` could not be written: {error}", file.display());
-                self.workflow.annotate(Level::Warning, "report", &text);
-            }
-        }
-    }
-
-    /// The run was cancelled before there was anything to check.
+    /// Reports a run that was cancelled before there was anything to check.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
-        self.workflow
-            .say("flywheel: cancelled before anything was evaluated; nothing is lost");
-        if let Err(error) = job::set_outcome(self.work.env, Outcome::Cancelled, exit) {
-            self.workflow.annotate(
+        self.session
+            .workflow
+            .log("flywheel: cancelled before anything was evaluated; nothing is lost");
+        if let Err(error) = job::set_outcome(self.session.env, Outcome::Cancelled, exit) {
+            self.session.workflow.annotate(
                 Level::Warning,
                 "report",
                 &format!("the outputs could not be written: {error}"),
@@ -541,7 +439,15 @@ impl FlakeChecks<'_> {
     }
 }
 
-impl Ran {
+impl RunResult {
+    /// How many outputs failed.
+    fn failures(&self) -> usize {
+        let verdicts = self.outs.iter().filter_map(|out| out.verdict.as_ref());
+        verdicts
+            .filter(|verdict| verdict.conclusion() == Conclusion::Failure)
+            .count()
+    }
+
     /// The outputs with their verdicts.
     fn ended(&self) -> Vec<summary::Ended<'_>> {
         self.outs
@@ -550,7 +456,7 @@ impl Ran {
             .collect()
     }
 
-    fn nothing(end: End) -> Self {
+    fn nothing(end: RunEnd) -> Self {
         Self {
             outs: Vec::new(),
             end,
@@ -562,91 +468,17 @@ impl Ran {
     }
 }
 
-/// How many outputs have ended, and how many of them failed.
-fn verdict(ran: &Ran) -> (usize, usize) {
-    let failed = ran.outs.iter().filter_map(|out| out.verdict.as_ref());
-    let failed = failed
-        .filter(|verdict| verdict.conclusion() == Conclusion::Failure)
-        .count();
-    (ran.outs.len(), failed)
-}
-
-/// Whether its paths may be in this store.
-fn is_there(out: &Out) -> bool {
+/// Whether the paths of an output may be in this store.
+fn is_there(out: &OutputProgress) -> bool {
     let cause = out.verdict.as_ref().map(|verdict| &verdict.cause);
     matches!(cause, Some(Cause::Built | Cause::AlreadyCached))
 }
 
 /// The paths of the outputs that succeeded, as far as they are in this store.
-fn paths_in_store(ran: &Ran) -> Vec<StorePath> {
+fn paths_in_store(ran: &RunResult) -> Vec<StorePath> {
     let there = ran.outs.iter().filter(|out| is_there(out));
-    let paths = there.filter_map(Out::paths).flatten();
+    let paths = there.filter_map(OutputProgress::paths).flatten();
     paths
         .filter(|path| path.to_path().symlink_metadata().is_ok())
         .collect()
-}
-
-/// Whether a name of an attribute path names a system.
-fn is_system(name: &str) -> bool {
-    const KERNELS: [&str; 9] = [
-        "linux", "darwin", "freebsd", "netbsd", "openbsd", "windows", "cygwin", "none", "wasi",
-    ];
-    name.rsplit_once('-').is_some_and(|(cpu, kernel)| {
-        let cpu = !cpu.is_empty()
-            && cpu
-                .chars()
-                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
-        cpu && KERNELS.iter().any(|name| kernel.starts_with(name))
-    })
-}
-
-/// The systems that this machine and its builders build; `None` where Nix does not say.
-fn native(settings: &Settings) -> Option<BTreeSet<String>> {
-    let mut systems: BTreeSet<String> = settings.list("extra-platforms").into_iter().collect();
-    systems.insert(settings.text("system")?);
-    // `ssh://host x86_64-linux,aarch64-linux key 4 …; …`, or a file of such lines behind `@` (nix.conf(5)).
-    let builders = settings.text("builders").unwrap_or_default();
-    let text = match builders.strip_prefix('@') {
-        Some(file) => std::fs::read_to_string(file.trim()).unwrap_or_default(),
-        None => builders,
-    };
-    let machines = text
-        .split([';', '\n'])
-        .map(|line| line.split('#').next().unwrap_or_default());
-    let listed = machines.filter_map(|machine| machine.split_whitespace().nth(1));
-    systems.extend(
-        listed
-            .flat_map(|list| list.split(','))
-            .filter(|word| is_system(word))
-            .map(str::to_owned),
-    );
-    Some(systems)
-}
-
-/// Where the flake's files are in the repository: a `path:` flake's tree begins at its own folder.
-fn tree(source: &Source, env: &Env) -> Tree {
-    let is_path = source.locked.get("type").is_some_and(|kind| kind == "path");
-    let workspace = env
-        .path("GITHUB_WORKSPACE")
-        .or_else(|| Path::new(".").canonicalize().ok());
-    let prefix = workspace.filter(|_| is_path).and_then(|workspace| {
-        let folder = source
-            .resolved
-            .strip_prefix("path:")?
-            .split('?')
-            .next()?
-            .to_owned();
-        let below = Path::new(&folder).canonicalize().ok()?;
-        Some(
-            below
-                .strip_prefix(workspace.canonicalize().ok()?)
-                .ok()?
-                .to_string_lossy()
-                .into_owned(),
-        )
-    });
-    Tree {
-        store: source.path.clone(),
-        prefix: prefix.unwrap_or_default(),
-    }
 }

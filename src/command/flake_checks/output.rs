@@ -1,42 +1,43 @@
-//! One output on its way: what is known of it, and how it ended.
+//! The progress of one output: what is known of it, and how it ended.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::nix::build::log::{BuildFailure, FailureKind};
-use crate::nix::flake::error::SourceLocation;
-use crate::nix::flake::evaluate::{Derivation, EvalFailure, OutputName};
-use crate::nix::hash::Sha256;
-use crate::nix::store_path::StorePath;
-use crate::report::checks::{Cause, Output, Place, Verdict};
+use flywheel_core::location::SourceLocation;
+use flywheel_github::checks::{Cause, Output, Verdict};
+use flywheel_nix::build::log::{BuildFailure, FailureKind};
+use flywheel_nix::flake::evaluate::{Derivation, EvalFailure, OutputName};
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::store_path::StorePath;
 
-/// Lines of a build's log that are kept, the last.
+/// How many of the last lines of a build's log are kept.
 const TAIL: usize = 200;
-/// Files that are looked through for a hash, and how large one may be in bytes.
+/// How many files are searched for a hash, and how large one may be in bytes: a flake's tree may hold a whole
+/// repository.
 const FILES: usize = 20_000;
 const FILE_SIZE: u64 = 1 << 20;
 
 /// One output.
 #[derive(Debug)]
-pub(super) struct Out {
+pub(super) struct OutputProgress {
     pub name: OutputName,
     pub output: Output,
     pub installable: String,
-    /// What it is, once that is known.
+    /// What evaluation found, once it has.
     pub facts: Option<Derivation>,
     pub drv: Option<StorePath>,
     /// Whether this run's evaluation wrote its derivation to the store.
     pub is_written: bool,
-    /// Whether it does not depend on the commit, as far as is known.
+    /// Whether the output may be remembered: as far as is known it does not depend on the commit.
     pub is_remembered: bool,
-    /// Builds of it that failed for reasons not its own.
+    /// How many times its build was tried again.
     pub tries: u32,
     begun: Option<(SystemTime, Instant)>,
     pub verdict: Option<Verdict>,
 }
 
-impl Out {
+impl OutputProgress {
     pub fn new(name: OutputName, output: Output, installable: String) -> Self {
         Self {
             name,
@@ -52,23 +53,23 @@ impl Out {
         }
     }
 
-    /// Work on it begins, if it has not before.
+    /// Starts the clock, if it does not run yet.
     pub fn begin(&mut self) {
         self.begun
             .get_or_insert_with(|| (SystemTime::now(), Instant::now()));
     }
 
-    /// Its build begins: that is what is timed from here on.
+    /// Starts the clock anew: from here on the build is timed, and not the evaluation.
     pub fn begin_build(&mut self) {
         self.begun = Some((SystemTime::now(), Instant::now()));
     }
 
-    /// The store paths it makes, where they are known.
+    /// The store paths that the output builds, where they are known before it is built.
     pub fn paths(&self) -> Option<Vec<StorePath>> {
         self.facts.as_ref()?.paths()
     }
 
-    /// Ends it.
+    /// Gives the output its verdict.
     pub fn end(&mut self, cause: Cause, log_tail: Vec<String>) -> &Verdict {
         let (at, since) = self
             .begun
@@ -119,23 +120,23 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// A place of the tree, as a place of the repository.
-    pub fn place(&self, at: &SourceLocation) -> Place {
+    /// A location in the tree, as a location in the repository.
+    pub fn location(&self, at: &SourceLocation) -> SourceLocation {
         let file = if self.prefix.is_empty() {
             at.file.clone()
         } else {
             format!("{}/{}", self.prefix, at.file)
         };
-        Place {
+        SourceLocation {
             file,
             line: at.line,
             column: at.column,
         }
     }
 
-    /// The line that a hash stands on, in any of the ways to write it. Reads files: not for a thread that must
-    /// not wait.
-    pub fn find_hash(&self, hash: &str) -> Option<Place> {
+    /// Finds the line of a hash, in any of the ways to write it. Reads many files, so it is not for a thread of the
+    /// runtime.
+    pub fn find_hash(&self, hash: &str) -> Option<SourceLocation> {
         let mut forms = vec![hash.to_owned()];
         if let Ok(sum) = Sha256::parse(hash) {
             forms.extend([sum.base32(), sum.base16()]);
@@ -152,7 +153,7 @@ impl Tree {
                 } else if kind.is_file() && looked < FILES {
                     looked += 1;
                     if let Some(at) = self.in_file(&entry.path(), &forms) {
-                        return Some(self.place(&at));
+                        return Some(self.location(&at));
                     }
                 }
             }
@@ -164,6 +165,7 @@ impl Tree {
         if file.metadata().ok()?.len() > FILE_SIZE {
             return None;
         }
+        // A file that is not UTF-8 is no source in which a person wrote a hash.
         let text = std::fs::read_to_string(file).ok()?;
         let (n, column) = text.lines().enumerate().find_map(|(n, line)| {
             let column = forms.iter().find_map(|form| line.find(form.as_str()))?;
@@ -182,12 +184,12 @@ impl Tree {
     }
 }
 
-/// Why an output that has no derivation failed.
+/// The cause of a failed evaluation.
 pub(super) fn of_evaluation(failure: &EvalFailure, tree: &Tree) -> Cause {
     match failure {
         EvalFailure::Evaluation { text, location } => Cause::Evaluation {
             text: text.clone(),
-            place: location.as_ref().map(|at| tree.place(at)),
+            location: location.as_ref().map(|at| tree.location(at)),
         },
         EvalFailure::OutOfMemory { needed, limit } => Cause::OutOfMemory {
             needed_bytes: *needed,
@@ -196,13 +198,13 @@ pub(super) fn of_evaluation(failure: &EvalFailure, tree: &Tree) -> Cause {
     }
 }
 
-/// Why an output failed whose own build, or one that it needs, did. `is_own`: whether it is its own.
+/// The cause of a failed build. `is_own`: the failed build is the output's own, and not one that it needs.
 pub(super) fn of_build(failure: &BuildFailure, is_own: bool, tree: &Tree) -> Cause {
     match (&failure.kind, &failure.derivation) {
         (FailureKind::HashMismatch { specified, got }, _) => Cause::HashMismatch {
             specified: specified.clone(),
             got: got.clone(),
-            place: tree.find_hash(specified),
+            location: tree.find_hash(specified),
         },
         (_, Some(derivation)) if !is_own => Cause::Dependency {
             derivation: derivation.to_string(),
@@ -232,7 +234,7 @@ mod tests {
                 format!("# x\n  hash = \"{form}\";\n"),
             )
             .expect("written");
-            let expected = Place {
+            let expected = SourceLocation {
                 file: "nix/sub/a.nix".into(),
                 line: 2,
                 column: Some(11),

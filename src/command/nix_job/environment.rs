@@ -1,19 +1,19 @@
-//! The environment of the user's command: the job's own, less what the command has no business with.
+//! The environment of the user's command: the job's own, without tokens and inputs that are for Flywheel alone.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
-use crate::runner::env::{Env, join_path, split_path};
+use flywheel_sys::runner::env::{Env, join_path, split_path};
 
-/// The cache token: it is for the publisher, and reaches Nix by the netrc.
+/// The cache's token is for the publisher; Nix gets it through the netrc.
 const TOKENS: [&str; 1] = ["ATTIC_TOKEN"];
-/// Our own inputs, the command's text among them.
-const OURS: &str = "FLYWHEEL_";
+/// The prefix of Flywheel's inputs, the command's text among them.
+const INPUT_PREFIX: &str = "FLYWHEEL_";
 
-/// The command's environment: `config` as its `NIX_CONFIG`, Nix's folder on its `PATH` if `nix_folder`
-/// says that it is not there yet, the variables that repair Nix, and none of our inputs or tokens.
-pub(super) fn impurity_in_command(
+/// The command's environment, with `config` as its `NIX_CONFIG` and the variables that repair Nix. `nix_folder` is put
+/// first on its `PATH`; it is `None` where Nix is on `PATH` already.
+pub(super) fn for_command(
     env: &Env,
     config: &str,
     nix_folder: Option<&Path>,
@@ -21,7 +21,7 @@ pub(super) fn impurity_in_command(
 ) -> BTreeMap<OsString, OsString> {
     let kept = env
         .all()
-        .filter(|(name, _)| !TOKENS.contains(name) && !name.starts_with(OURS));
+        .filter(|(name, _)| !TOKENS.contains(name) && !name.starts_with(INPUT_PREFIX));
     let mut variables: BTreeMap<OsString, OsString> = kept
         .map(|(name, value)| (OsString::from(name), value.clone()))
         .collect();
@@ -55,7 +55,7 @@ mod tests {
             ("EMPTY", ""),
             ("GITHUB_TOKEN", "put there on purpose"),
         ]);
-        let variables = impurity_in_command(
+        let variables = for_command(
             &env,
             "cores = 2",
             Some(Path::new("/opt/nix/bin")),

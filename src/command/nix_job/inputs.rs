@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::command::inputs::{Text, switch};
-use crate::command::job::inputs::{self as job, JobInputs};
-use crate::exit::UsageError;
-use crate::policy::{Impurity, impurity_in_arguments, impurity_in_command};
-use crate::runner::env::Env;
-use crate::text::one_line;
+use crate::job::inputs::{self as job, JobInputs};
+use flywheel_core::exit::UsageError;
+use flywheel_core::policy::{Impurity, impurity_in_arguments, impurity_in_command};
+use flywheel_core::text::one_line;
+use flywheel_sys::runner::env::Env;
 
 /// Runs a command with Nix ready and a binary cache attached, publishes what it built, and says so.
 ///
@@ -117,7 +117,7 @@ impl Plan {
     pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
         let folder = folder(&inputs.working_directory)?;
         let mut job = job::Plan::read(&inputs.job, env)?;
-        job.way.folder.clone_from(&folder);
+        job.destination.folder.clone_from(&folder);
         let wanted = wanted(inputs)?;
         job.impurity = wanted.impurity();
         Ok(Self {

@@ -1,6 +1,5 @@
-//! `flywheel nix-job`: makes Nix ready, attaches the cache, runs the command, publishes, verifies,
-//! reports, and leaves nothing behind. This file is the story; its parts stand beside it, and those
-//! that other verbs share in `command/job/`.
+//! `flywheel nix-job`: makes Nix ready, attaches the cache, runs the command, publishes, verifies, reports, and leaves
+//! nothing behind. This file has the order of events; `command/job/` has the parts that other verbs share.
 
 mod environment;
 mod inputs;
@@ -12,92 +11,65 @@ use tokio_util::sync::CancellationToken;
 pub use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
-use crate::budget::{self, Observed};
-use crate::command::Failure;
-use crate::command::job::harvest::Harvest;
-use crate::command::job::{self, Prepared, Secrets, Told, Work};
-use crate::exit::{Exit, UsageError};
-use crate::host::peak::{Span, Spent};
-use crate::host::private::PrivateFolder;
-use crate::nix::temp_roots;
-use crate::process::signals::Signals;
-use crate::process::supervise::{Ended, Supervised};
-use crate::report::job::{Job, Outcome};
+use crate::job::added_paths::AddedPaths;
+use crate::job::{self, JobReport, Prepared, Session};
+use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
-use crate::report::screen::Screen;
-use crate::runner::env::Env;
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow};
-use crate::secret::Secret;
+use flywheel_core::budget::{self, Observed};
+use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::secret::Secret;
+use flywheel_nix::temp_roots;
+use flywheel_sys::host::peak::{Span, Spent};
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::process::supervise::{CommandExit, Supervised};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::Level;
 
 /// Runs the verb.
 ///
 /// # Errors
-/// For wrong input, before anything is touched; when there is no Nix to be had, or the command
-/// cannot be started. A command that fails is no error: its code is the exit code.
+/// For wrong input, before anything is touched; when there is no usable Nix, or the command cannot be started. A
+/// command that fails is no error: its code is the exit code.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let plan = Plan::read(&inputs, env)?;
-    let workflow = Workflow::new(env.in_github_actions());
-    let secrets = Secrets::masked(env, &workflow);
-    let decision = job::judge(&plan.job, &secrets, env);
-    let screen = Screen::new(&workflow);
-    // Before anything is made that would have to be removed.
-    let mut signals = Signals::listen()
-        .map_err(|error| UsageError::new("signals", format!("cannot be heard: {error}")))?;
-    let private = PrivateFolder::create(&job::private_base(env))?;
-    job::introduce(&plan.job, &decision, &workflow);
-    let work = Work {
-        plan: &plan.job,
-        env,
-        secrets: &secrets,
-        decision: &decision,
-        sink: screen.sink(),
-        screen: &screen,
-        private: private.path(),
-    };
-    let ended = NixJob {
+    let (session, mut signals) = Session::begin(&plan.job, env)?;
+    let nix_job = NixJob {
         plan: &plan,
-        work,
-        workflow,
-    }
-    .run(&mut signals)
-    .await;
-    screen.finish();
-    if let Err(failure) = &ended {
-        job::tell_not_started(&**failure, env, "the command was not run");
-    }
-    ended
+        session,
+    };
+    let ended = nix_job.run(&mut signals).await;
+    nix_job.session.end(ended, "the command was not run")
 }
 
-/// One job.
 struct NixJob<'a> {
     plan: &'a Plan,
-    work: Work<'a>,
-    workflow: Workflow,
+    session: Session<'a>,
 }
 
 impl NixJob<'_> {
     async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
-        let Some(prepared) = self.work.prepare(&self.workflow, signals).await? else {
+        let Some(prepared) = self.session.prepare(signals).await? else {
             return Ok(self.cancelled_early());
         };
         let watch = self
-            .work
+            .session
             .watch(&prepared, temp_roots::JobScope::Descendants)
             .await;
         let span = Span::begin();
         let ended = self.command(&prepared, signals).await?;
         let spent = span.end().await;
-        let published = Instant::now();
+        let publish_began = Instant::now();
+        // A command that failed or was stopped leaves the required check undone, and so its paths withheld.
         if ended.code == 0 && ended.stopped.is_none() {
-            self.work
-                .check(&prepared, watch.as_ref(), &self.plan.folder, signals)
+            self.session
+                .run_flake_check(&prepared, watch.as_ref(), &self.plan.folder, signals)
                 .await;
         }
         let stopped = ended.stopped.map(|(_, at)| at);
         let folder = &self.plan.folder;
-        let (harvest, publication) = self
-            .work
+        let (added_paths, publication) = self
+            .session
             .deliver_in_time(
                 watch,
                 &prepared.cache,
@@ -107,31 +79,35 @@ impl NixJob<'_> {
                 signals,
             )
             .await;
-        let job = self.told(
+        let job = self.result(
             &prepared,
             &ended,
             &spent,
-            &harvest,
+            &added_paths,
             publication,
-            published.elapsed(),
+            publish_began.elapsed(),
         );
         prepared.stop().await;
-        Told::of(&job).tell(&self.workflow, &Files::from_env(self.work.env));
+        JobReport::new(&job).emit(&self.session.workflow, &Files::from_env(self.session.env));
         Ok(Exit::Command(job.exit_code))
     }
 
-    async fn command(&self, prepared: &Prepared, signals: &mut Signals) -> Result<Ended, Failure> {
+    async fn command(
+        &self,
+        prepared: &Prepared,
+        signals: &mut Signals,
+    ) -> Result<CommandExit, Failure> {
         let ready = &prepared.ready;
-        let environment = environment::impurity_in_command(
-            self.work.env,
-            &prepared.settled.config,
+        let environment = environment::for_command(
+            self.session.env,
+            &prepared.settings.config,
             ready.folder.as_deref(),
             &ready.variables(),
         );
         let path = environment.get(std::ffi::OsStr::new("PATH")).cloned();
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {
-                let file = self.work.private.join("command.sh");
+                let file = self.session.private().join("command.sh");
                 std::fs::write(&file, text).map_err(|error| {
                     UsageError::new("command", format!("cannot be written to a file: {error}"))
                 })?;
@@ -142,28 +118,30 @@ impl NixJob<'_> {
             }
         };
         command.environment = environment;
-        let word = Secret::random();
+        // The runner obeys no workflow command in the command's output until this random word comes.
+        let resume_word = Secret::random();
         if !self.plan.workflow_commands {
-            self.workflow.stop_commands(&word);
+            self.session.workflow.stop_commands(&resume_word);
         }
-        self.work.screen.hold();
+        // Progress lines would fall into the middle of the command's own output.
+        self.session.screen.hold();
         let ended = command.run(signals).await;
         if !self.plan.workflow_commands {
-            self.workflow.resume_commands(&word);
+            self.session.workflow.resume_commands(&resume_word);
         }
-        self.work.screen.release();
+        self.session.screen.release();
         Ok(ended?)
     }
 
-    fn told(
+    fn result(
         &self,
         prepared: &Prepared,
-        ended: &Ended,
+        ended: &CommandExit,
         spent: &Spent,
-        harvest: &Harvest,
+        added_paths: &AddedPaths,
         publication: Option<Publication>,
         publish: Duration,
-    ) -> Job {
+    ) -> JobResult {
         let observed = Observed {
             killed_in_group: spent.killed_in_group,
             killed_on_machine: spent.killed_on_machine,
@@ -172,19 +150,20 @@ impl NixJob<'_> {
             peak: spent.peak,
         };
         let out_of_memory = budget::out_of_memory(&observed);
-        let told = self.work.told(
+        let result = self.session.result(
             prepared,
-            harvest,
+            added_paths,
             publication,
-            self.work.plan.require_publish,
+            self.session.plan.require_publish,
         );
         let (outcome, exit_code) = match (ended.stopped, ended.code, &out_of_memory) {
+            // A stopped command exits with the signal's code, which is no failure of its own.
             (Some(_), code, _) => (Outcome::Cancelled, code),
-            (None, 0, _) => (told.outcome, told.exit_code),
+            (None, 0, _) => (result.outcome, result.exit_code),
             (None, code, Some(_)) => (Outcome::OutOfMemory, code),
             (None, code, None) => (Outcome::CommandFailed, code),
         };
-        Job {
+        JobResult {
             outcome,
             exit_code,
             command: ended.lasted,
@@ -193,18 +172,18 @@ impl NixJob<'_> {
             limit: spent.limit,
             out_of_memory,
             heavy_lane: self.plan.heavy_lane.clone(),
-            ..told
+            ..result
         }
     }
 
-    /// The job was cancelled before the command began.
+    /// Reports a job that was cancelled before the command began.
     fn cancelled_early(&self) -> Exit {
         let exit = Exit::Command(130);
-        self.workflow.say(
+        self.session.workflow.log(
             "flywheel: cancelled before the command began; nothing was run and nothing is lost",
         );
-        if let Err(error) = job::set_outcome(self.work.env, Outcome::Cancelled, exit) {
-            self.workflow.annotate(
+        if let Err(error) = job::set_outcome(self.session.env, Outcome::Cancelled, exit) {
+            self.session.workflow.annotate(
                 Level::Warning,
                 "report",
                 &format!("the outputs could not be written: {error}"),

@@ -1,18 +1,18 @@
-//! From what a person types to store paths: links are followed until they enter the store.
+//! Resolves the paths that a person types to store paths: links are followed until they enter the store.
 
 use std::path::{Path, PathBuf};
 
-use crate::exit::UsageError;
-use crate::nix::store_path::StorePath;
-use crate::text::one_line;
+use flywheel_core::exit::UsageError;
+use flywheel_core::text::one_line;
+use flywheel_nix::store_path::StorePath;
 
-/// Longer chains of links are loops, as the kernel sees it too.
+/// A longer chain of links is taken for a loop; the kernel has the same limit.
 const LINKS: usize = 40;
 
-/// The store paths that these are, lie in, or link to; in order, each once.
+/// The store paths that the given paths are, lie in, or link to: in their order, each once.
 ///
 /// # Errors
-/// For the first that leads to none.
+/// For the first path that leads to no store path.
 pub(super) fn resolve(paths: &[PathBuf]) -> Result<Vec<StorePath>, UsageError> {
     let mut found: Vec<StorePath> = Vec::new();
     for path in paths {
@@ -31,7 +31,7 @@ pub(super) fn resolve(paths: &[PathBuf]) -> Result<Vec<StorePath>, UsageError> {
     Ok(found)
 }
 
-/// A store path may itself be a link to another one: so links are followed one by one, and no
+/// Resolves one path. A store path may itself be a link to another one, so links are followed one by one, and no
 /// further than into the store.
 fn store_path(path: &Path) -> Option<StorePath> {
     let mut path = std::path::absolute(path).ok()?;
@@ -39,7 +39,7 @@ fn store_path(path: &Path) -> Option<StorePath> {
         if let Ok(found) = StorePath::containing(&path) {
             return Some(found);
         }
-        // Links among the folders above are followed first, then the last one by one step.
+        // Links among the parent folders are resolved at once, and the last component by a single step.
         let folder = path.parent()?.canonicalize().ok()?;
         let here = folder.join(path.file_name()?);
         if let Ok(found) = StorePath::containing(&here) {

@@ -1,50 +1,50 @@
-//! The cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves; where
-//! the trust gate allows, written to and read back. And the Bazel remote cache, if there is one.
+//! Checks of the cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves. Where
+//! the trust gate allows it, a path is written and read back. And checks of the Bazel remote cache, if there is one.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::board::{Board, Broken, Found, Spec};
+use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::cache::attic::{Attic, Body, Meter};
-use crate::cache::bazel::Asker;
-use crate::cache::endpoint::Endpoint;
-use crate::cache::probe::{Layer, probe};
-use crate::contract::shared_cache::{Given, judge};
-use crate::http::{Clients, Names};
-use crate::nix::key::PublicKey;
-use crate::nix::narinfo::NarInfo;
-use crate::nix::path_info::PathInfo;
-use crate::nix::store::Store;
-use crate::nix::store_path::StorePath;
-use crate::nix::tool::Nix;
-use crate::runner::env::Env;
-use crate::secret::Secret;
-use crate::text::count;
-use crate::trust::{Decision, PublishPermit};
+use flywheel_cache::client::attic::{Attic, BodyCheck, ByteCounter};
+use flywheel_cache::client::bazel::BazelProber;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_cache::client::probe::{Layer, Probe, probe};
+use flywheel_core::contract::shared_cache::{Given, judge};
+use flywheel_core::secret::Secret;
+use flywheel_core::text::count;
+use flywheel_core::trust::{Decision, PublishPermit};
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::narinfo::NarInfo;
+use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::http::{Clients, Names};
+use flywheel_sys::runner::env::Env;
 
-const NAME: Spec = Spec::advisory("cache-name", "cache-name", 5);
-const CONNECT: Spec = Spec::advisory("cache-connect", "cache-connect", 5);
-const TLS: Spec = Spec::advisory("cache-tls", "cache-tls", 5);
-const ANSWER: Spec = Spec::advisory("cache-answer", "cache-answer", 5);
-const AUTHORISED: Spec = Spec::advisory("cache-authorised", "cache-authorised", 5);
-const EXISTS: Spec = Spec::advisory("cache-exists", "cache-exists", 5);
-const NARINFO: Spec = Spec::advisory("cache-narinfo", "cache-narinfo", 10);
-const NAR: Spec = Spec::advisory("cache-nar", "cache-nar", 20);
-const SIGNATURE: Spec = Spec::advisory("cache-signature", "cache-signature", 5);
-const WRITE: Spec = Spec::advisory("cache-write", "cache-write", 15);
-const READ_BACK: Spec = Spec::advisory("cache-read-back", "cache-read-back", 15);
-const BAZEL_CACHE: Spec = Spec::advisory("bazel-cache", "bazel-cache", 5);
-const BAZEL_EXECUTOR: Spec = Spec::advisory("bazel-executor", "bazel-executor", 5);
-const GROUND: [Spec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
-const READ: [Spec; 3] = [NARINFO, NAR, SIGNATURE];
+const NAME: CheckSpec = CheckSpec::advisory("cache-name", "cache-name", 5);
+const CONNECT: CheckSpec = CheckSpec::advisory("cache-connect", "cache-connect", 5);
+const TLS: CheckSpec = CheckSpec::advisory("cache-tls", "cache-tls", 5);
+const ANSWER: CheckSpec = CheckSpec::advisory("cache-answer", "cache-answer", 5);
+const AUTHORISED: CheckSpec = CheckSpec::advisory("cache-authorised", "cache-authorised", 5);
+const EXISTS: CheckSpec = CheckSpec::advisory("cache-exists", "cache-exists", 5);
+const NARINFO: CheckSpec = CheckSpec::advisory("cache-narinfo", "cache-narinfo", 10);
+const NAR: CheckSpec = CheckSpec::advisory("cache-nar", "cache-nar", 20);
+const SIGNATURE: CheckSpec = CheckSpec::advisory("cache-signature", "cache-signature", 5);
+const WRITE: CheckSpec = CheckSpec::advisory("cache-write", "cache-write", 15);
+const READ_BACK: CheckSpec = CheckSpec::advisory("cache-read-back", "cache-read-back", 15);
+const BAZEL_CACHE: CheckSpec = CheckSpec::advisory("bazel-cache", "bazel-cache", 5);
+const BAZEL_EXECUTOR: CheckSpec = CheckSpec::advisory("bazel-executor", "bazel-executor", 5);
+const LAYERS: [CheckSpec; 6] = [NAME, CONNECT, TLS, ANSWER, AUTHORISED, EXISTS];
+const READ: [CheckSpec; 3] = [NARINFO, NAR, SIGNATURE];
 
-/// All layers of the probe together.
+/// How long all layers of the probe may take together.
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
 
-/// So many paths of the store are looked for in the cache …
+/// How many paths of the store are looked up in the cache, until one is found …
 const CANDIDATES: u32 = 16;
-/// … of at most so many bytes: one is read whole.
+/// … and how large each may be in bytes: the one that is found is downloaded.
 const CANDIDATE_SIZE: u64 = 32 << 20;
 
 /// A cache that can be read from.
@@ -55,29 +55,29 @@ pub(super) struct Usable {
 
 /// Probes the cache, and reads the path that the caller names from it.
 pub(super) async fn read(
-    board: &mut Board,
+    list: &mut CheckList,
     plan: &Plan,
     token: Option<&Secret>,
     clients: &Clients,
 ) -> Option<Usable> {
     let Some(endpoint) = &plan.cache else {
-        board.skip_all(&GROUND, "no cache is named");
-        board.skip_all(&READ, "no cache is named");
+        list.skip_all(&LAYERS, "no cache is named");
+        list.skip_all(&READ, "no cache is named");
         return None;
     };
-    let usable = ground(board, plan, endpoint, token, clients).await;
+    let usable = probe_layers(list, plan, endpoint, token, clients).await;
     match (&usable, &plan.cache_path) {
-        (Some(usable), Some(path)) => served(board, usable, path).await,
-        // Which paths it may have the store knows, and that has to be looked at first.
+        (Some(usable), Some(path)) => served(list, usable, path).await,
+        // Without a named path, `read_any` takes one from the store, which has to be opened first.
         (Some(_), None) => {}
-        (None, _) => board.skip_all(&READ, "it stands on the layers below"),
+        (None, _) => list.skip_all(&READ, "it stands on the layers below"),
     }
     usable
 }
 
-/// Where the caller names no path: reads the first path of the store that the cache turns out to have.
+/// Reads the first path of the store that the cache has, where the caller names none.
 pub(super) async fn read_any(
-    board: &mut Board,
+    list: &mut CheckList,
     plan: &Plan,
     usable: Option<&Usable>,
     nix: Option<&Nix>,
@@ -87,18 +87,20 @@ pub(super) async fn read_any(
     };
     let looked = tokio::time::timeout(NARINFO.limit, first_served(usable, nix)).await;
     match looked.unwrap_or_default() {
-        (Some(path), _) => served(board, usable, &path).await,
+        (Some(path), _) => served(list, usable, &path).await,
         (None, looked) => {
-            let asked = count(looked as u64, "path");
-            board.skip_all(
+            let candidates = count(looked as u64, "path");
+            list.skip_all(
                 &READ,
-                &format!("the cache has none of {asked} of this store; `cache-path` names another"),
+                &format!(
+                    "the cache has none of {candidates} of this store; `cache-path` names another"
+                ),
             );
         }
     }
 }
 
-/// The path, and how many were asked for.
+/// Finds a path of the store that the cache has. Gives how many were looked up, too.
 async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>, usize) {
     let Some(nix) = nix else { return (None, 0) };
     let Ok(store) = Store::open(nix).await else {
@@ -110,7 +112,7 @@ async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>,
         .await
         .unwrap_or_default();
     for path in &candidates {
-        // An answer that is no answer is for the check to name.
+        // A lookup that fails ends the search, too: the check of the path then reports the error.
         if !matches!(usable.attic.nar_info(&path.hash()).await, Ok(None)) {
             return (Some(path.clone()), candidates.len());
         }
@@ -118,7 +120,7 @@ async fn first_served(usable: &Usable, nix: Option<&Nix>) -> (Option<StorePath>,
     (None, candidates.len())
 }
 
-fn spec(layer: Layer) -> Spec {
+fn spec(layer: Layer) -> CheckSpec {
     match layer {
         Layer::Name => NAME,
         Layer::Connect => CONNECT,
@@ -129,8 +131,8 @@ fn spec(layer: Layer) -> Spec {
     }
 }
 
-async fn ground(
-    board: &mut Board,
+async fn probe_layers(
+    list: &mut CheckList,
     plan: &Plan,
     endpoint: &Endpoint,
     token: Option<&Secret>,
@@ -139,11 +141,25 @@ async fn ground(
     let probed = probe(
         endpoint,
         token,
-        &clients.asking,
+        &clients.api,
         &Names::default(),
         PROBE_LIMIT,
     )
     .await;
+    record_layers(list, endpoint, &probed);
+    if !probed.usable {
+        return None;
+    }
+    let announced = probed.config.and_then(|config| config.public_key);
+    let key = plan.public_key.clone().or(announced);
+    Some(Usable {
+        attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()),
+        key,
+    })
+}
+
+/// Records a check for each layer of the probe. Its time is the one since the layer below was reached.
+fn record_layers(list: &mut CheckList, endpoint: &Endpoint, probed: &Probe) {
     let mut reached = Duration::ZERO;
     for layer in [
         Layer::Name,
@@ -162,15 +178,15 @@ async fn ground(
         match (&probed.failed, at) {
             (Some((failed, text)), _) if *failed == layer => {
                 let (what, hint) = text.rsplit_once(". ").unwrap_or((text, ""));
-                board.put(
+                list.put(
                     spec,
                     PROBE_LIMIT,
                     at.unwrap_or(PROBE_LIMIT).saturating_sub(reached),
-                    Err(Broken::new(what, hint)),
+                    Err(CheckFailure::new(what, hint)),
                 );
             }
             (_, Some(at)) => {
-                board.put(
+                list.put(
                     spec,
                     PROBE_LIMIT,
                     at.saturating_sub(reached),
@@ -179,35 +195,25 @@ async fn ground(
                 reached = reached.max(at);
             }
             (_, None) if layer == Layer::Tls && endpoint.server.scheme() == "http" => {
-                board.skip(spec, "the cache is named by `http`");
+                list.skip(spec, "the cache is named by `http`");
             }
-            (_, None) => board.skip(spec, "it stands on the layers below"),
+            (_, None) => list.skip(spec, "it stands on the layers below"),
         }
     }
-    if !probed.usable {
-        return None;
-    }
-    let announced = probed.config.and_then(|config| config.public_key);
-    let key = plan.public_key.clone().or(announced);
-    Some(Usable {
-        attic: Attic::new(endpoint.clone(), token.cloned(), clients.clone()),
-        key,
-    })
 }
 
-/// What the cache serves of a path that it should have.
-async fn served(board: &mut Board, usable: &Usable, path: &StorePath) {
-    let found = board.check(NARINFO, |_| narinfo(usable, path)).await;
+/// Checks what the cache serves of a path that it should have.
+async fn served(list: &mut CheckList, usable: &Usable, path: &StorePath) {
+    let found = list.check(NARINFO, |_| narinfo(usable, path)).await;
     let Some(info) = found else {
-        return board.skip_all(&READ[1..], "it stands on `cache-narinfo`");
+        return list.skip_all(&READ[1..], "it stands on `cache-narinfo`");
     };
-    board.check(NAR, |_| body(usable, &info)).await;
+    list.check(NAR, |_| body(usable, &info)).await;
     if usable.key.is_some() {
-        board
-            .check(SIGNATURE, |_| async { signature(usable, &info) })
+        list.check(SIGNATURE, |_| async { signature(usable, &info) })
             .await;
     } else {
-        board.skip(SIGNATURE, "no key is known: give `attic-public-key`");
+        list.skip(SIGNATURE, "no key is known: give `attic-public-key`");
     }
 }
 
@@ -215,24 +221,26 @@ async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
     let hint = "Look at the cache server and at its storage, and publish the path again.";
     match usable.attic.nar_info(&path.hash()).await {
         Ok(Some(info)) if info.path == *path => Ok((info, path.to_string())),
-        Ok(Some(info)) => Err(Broken::new(
+        Ok(Some(info)) => Err(CheckFailure::new(
             format!("it describes `{}` instead of `{path}`", info.path),
             hint,
         )),
-        Ok(None) => Err(Broken::new(
+        Ok(None) => Err(CheckFailure::new(
             format!("the cache does not have `{path}`"),
             hint,
         )),
-        Err(error) => Err(Broken::new(error.to_string(), hint)),
+        Err(error) => Err(CheckFailure::new(error.to_string(), hint)),
     }
 }
 
 async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
     let hint = "The cache has lost or spoiled it: look at its storage, and publish the path again.";
     match usable.attic.check_body(info).await {
-        Ok(Body::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
-        Ok(Body::Bad(text) | Body::Unread(text)) => Err(Broken::new(text, hint)),
-        Err(error) => Err(Broken::new(error.to_string(), hint)),
+        Ok(BodyCheck::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
+        Ok(BodyCheck::Bad(text) | BodyCheck::Unsupported(text)) => {
+            Err(CheckFailure::new(text, hint))
+        }
+        Err(error) => Err(CheckFailure::new(error.to_string(), hint)),
     }
 }
 
@@ -247,15 +255,15 @@ fn signature(usable: &Usable, info: &NarInfo) -> Found<()> {
         "no good signature by `{}`, so that Nix refuses every hit",
         key.name()
     );
-    Err(Broken::new(
+    Err(CheckFailure::new(
         text,
         "Compare `attic-public-key` with what the cache says of itself (`attic cache info`).",
     ))
 }
 
-/// Writes what the canary has built, if the gate allows, and reads it back.
+/// Writes what the canary has built, if the trust gate allows it, and reads it back.
 pub(super) async fn write(
-    board: &mut Board,
+    list: &mut CheckList,
     usable: Option<&Usable>,
     built: Option<(&Nix, &StorePath)>,
     decision: &Decision,
@@ -266,24 +274,23 @@ pub(super) async fn write(
         (.., None) => decision.reason(),
         (Some(usable), Some((nix, path)), Some(permit)) => {
             let begun = Instant::now();
-            let wrote = board
+            let wrote = list
                 .check(WRITE, |_| upload(usable, nix, path, &permit))
                 .await;
             match wrote {
                 Some(()) => drop(
-                    board
-                        .check(READ_BACK, |_| read_back(usable, path, begun))
+                    list.check(READ_BACK, |_| read_back(usable, path, begun))
                         .await,
                 ),
-                None => board.skip(READ_BACK, "it stands on `cache-write`"),
+                None => list.skip(READ_BACK, "it stands on `cache-write`"),
             }
             return;
         }
     };
-    board.skip_all(&[WRITE, READ_BACK], &why);
+    list.skip_all(&[WRITE, READ_BACK], &why);
 }
 
-/// The permit says that the gate has been asked.
+/// Uploads a path. The permit is the proof that the trust gate allows it.
 async fn upload(
     usable: &Usable,
     nix: &Nix,
@@ -292,7 +299,7 @@ async fn upload(
 ) -> Found<()> {
     let hint =
         "Check the rights of `ATTIC_TOKEN` (`push` on this cache), and the cache server's log.";
-    let broken = |text: String| Broken::new(text, hint);
+    let broken = |text: String| CheckFailure::new(text, hint);
     let store = Store::open(nix)
         .await
         .map_err(|error| broken(error.to_string()).at("store"))?;
@@ -307,7 +314,7 @@ async fn upload(
     let file = PathBuf::from(path.to_string());
     usable
         .attic
-        .upload(info, &file, &Meter::default())
+        .upload(info, &file, &ByteCounter::default())
         .await
         .map_err(|error| broken(error.to_string()))?;
     Ok(((), path.to_string()))
@@ -329,7 +336,7 @@ async fn read_back(usable: &Usable, path: &StorePath, begun: Instant) -> Found<(
 }
 
 /// The Bazel remote cache and executor that the runner's hints name.
-pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Asker) {
+pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &BazelProber) {
     let hint = |name: &str| env.get(name).map(str::to_owned);
     let given = Given {
         cache: plan
@@ -353,34 +360,33 @@ pub(super) async fn bazel(board: &mut Board, plan: &Plan, env: &Env, asker: &Ask
             .iter()
             .find(|endpoint| endpoint.about == about);
         match (wrong, endpoint) {
-            _ if !is_given => board.skip(spec, "none is named"),
+            _ if !is_given => list.skip(spec, "none is named"),
             (Some(finding), _) => {
-                let broken = Broken::new(
+                let broken = CheckFailure::new(
                     finding.text.clone(),
                     "Correct the hint; `flywheel cache-contract` says more.",
                 );
-                board.put(spec, spec.limit, Duration::ZERO, Err(broken));
+                list.put(spec, spec.limit, Duration::ZERO, Err(broken));
             }
             (None, Some(endpoint)) => drop(
-                board
-                    .check(spec, |limit| asked(asker, endpoint, limit))
+                list.check(spec, |limit| try_endpoint(asker, endpoint, limit))
                     .await,
             ),
-            (None, None) => board.skip(spec, "none is named"),
+            (None, None) => list.skip(spec, "none is named"),
         }
     }
 }
 
-async fn asked(
-    asker: &Asker,
-    endpoint: &crate::contract::shared_cache::Endpoint,
+async fn try_endpoint(
+    asker: &BazelProber,
+    endpoint: &flywheel_core::contract::shared_cache::Endpoint,
     limit: Duration,
 ) -> Found<()> {
     let hint = "Check that the server is up and that the runner may reach it.";
-    let shown = crate::contract::shared_cache::redact(endpoint.url.as_str());
-    let failed = |text: String| Broken::new(format!("{shown}: {text}"), hint);
+    let shown = flywheel_core::contract::shared_cache::redact(endpoint.url.as_str());
+    let failed = |text: String| CheckFailure::new(format!("{shown}: {text}"), hint);
     let can = asker
-        .ask(&endpoint.url, limit)
+        .probe(&endpoint.url, limit)
         .await
         .map_err(|failure| failed(format!("{} ({})", failure.text, failure.layer)))?;
     match endpoint.about {

@@ -1,94 +1,90 @@
-//! The ground under every class: room on disk, a writable temporary folder, memory, the clock, and the hints
-//! that the runner gives.
+//! Checks of the host, the same for every class: room on the disk, a writable temporary folder, memory, the clock, and
+//! the hints that the runner gives.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::statvfs;
 
-use super::board::{Board, Broken, Found, Spec};
+use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::contract::Size;
-use crate::host::memory::{Cgroup, of_machine};
-use crate::nix::key::PublicKey;
-use crate::nix::settings;
-use crate::runner::env::Env;
-use crate::text::bytes;
+use flywheel_core::contract::Size;
+use flywheel_core::text::bytes;
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::settings;
+use flywheel_sys::host::memory::{Cgroup, of_machine};
+use flywheel_sys::runner::env::Env;
 
-const DISK: Spec = Spec::required("disk-space", "disk", 5);
-const INODES: Spec = Spec::required("disk-inodes", "inodes", 5);
-const TEMPORARY: Spec = Spec::required("temporary-space", "temporary-space", 10);
-const MEMORY: Spec = Spec::required("memory-envelope", "memory", 5);
-const CLOCK: Spec = Spec::required("clock", "clock", 10);
-const NIX_CONFIG: Spec = Spec::required("hint-nix-config", "hints", 5);
-const HINTS: Spec = Spec::advisory("hints", "hints", 5);
+const DISK: CheckSpec = CheckSpec::required("disk-space", "disk", 5);
+const INODES: CheckSpec = CheckSpec::required("disk-inodes", "inodes", 5);
+const TEMPORARY: CheckSpec = CheckSpec::required("temporary-space", "temporary-space", 10);
+const MEMORY: CheckSpec = CheckSpec::required("memory-envelope", "memory", 5);
+const CLOCK: CheckSpec = CheckSpec::required("clock", "clock", 10);
+const NIX_CONFIG: CheckSpec = CheckSpec::required("hint-nix-config", "hints", 5);
+const HINTS: CheckSpec = CheckSpec::advisory("hints", "hints", 5);
 
-/// A store path has hundreds of files; fewer inodes than this end in the middle of one.
+/// Store paths have hundreds or thousands of files each, so with fewer inodes than this a job soon fails.
 const LEAST_INODES: u64 = 20_000;
-/// What a job writes to its temporary folder at the least.
+/// How much is written to the temporary folder for a try.
 const PROBE_BYTES: usize = 1 << 20;
-/// A machine of 8 GiB shows a little less than that.
+/// The kernel keeps a part for itself: a machine of 8 GiB shows a little less than that.
 const MACHINE_SLACK: f64 = 0.9;
-/// 2025-01-01: before it there was no Flywheel. A clock that was never set says 1970.
+/// 2025-01-01. Flywheel is younger than that, so an earlier date is a clock that was never set (1970, as a rule).
 const EARLIEST: u64 = 1_735_689_600;
-/// Tokens and certificates are good for minutes on either side.
+/// A server accepts tokens and certificates if its clock and ours differ by minutes, and no more.
 const SKEW: Duration = Duration::from_secs(300);
 
 /// Runs the checks of the host.
-pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env, client: &reqwest::Client) {
-    let places = places(plan, env);
-    let looked = |places: Vec<PathBuf>, look: fn(&[PathBuf], u64) -> Found<()>, least: u64| {
+pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env, client: &reqwest::Client) {
+    let folders = folders(plan, env);
+    let looked = |folders: Vec<PathBuf>, look: fn(&[PathBuf], u64) -> Found<()>, least: u64| {
         move |_| async move {
-            let looked = tokio::task::spawn_blocking(move || look(&places, least)).await;
+            let looked = tokio::task::spawn_blocking(move || look(&folders, least)).await;
             looked.unwrap_or_else(|panic| {
-                Err(Broken::new(
+                Err(CheckFailure::new(
                     panic.to_string(),
                     "This is a fault of Flywheel's.",
                 ))
             })
         }
     };
-    board
-        .check(DISK, looked(places.clone(), disk, plan.min_free))
+    list.check(DISK, looked(folders.clone(), disk, plan.min_free))
         .await;
-    board
-        .check(INODES, looked(places, inodes, LEAST_INODES))
+    list.check(INODES, looked(folders, inodes, LEAST_INODES))
         .await;
     let base = plan.temporary.clone();
-    board
-        .check(TEMPORARY, looked(vec![base], temporary, 0))
+    list.check(TEMPORARY, looked(vec![base], temporary, 0))
         .await;
     match plan.memory {
-        Some(wanted) => drop(board.check(MEMORY, |_| async move { memory(wanted) }).await),
-        None => board.skip(MEMORY, "the contract names no memory for this lane"),
+        Some(wanted) => drop(list.check(MEMORY, |_| async move { memory(wanted) }).await),
+        None => list.skip(MEMORY, "the contract names no memory for this lane"),
     }
-    board.check(CLOCK, |limit| clock(plan, client, limit)).await;
+    list.check(CLOCK, |limit| clock(plan, client, limit)).await;
     let config = env.get("NIX_CONFIG").unwrap_or_default();
-    board
-        .check(NIX_CONFIG, |_| async move { nix_config(config) })
+    list.check(NIX_CONFIG, |_| async move { nix_config(config) })
         .await;
-    board.check(HINTS, |_| async move { hints(env) }).await;
+    list.check(HINTS, |_| async move { hints(env) }).await;
 }
 
-/// Where a job of the class writes.
-fn places(plan: &Plan, env: &Env) -> Vec<PathBuf> {
-    let mut places = vec![PathBuf::from("."), plan.temporary.clone()];
+/// The folders that a job of the class writes to.
+fn folders(plan: &Plan, env: &Env) -> Vec<PathBuf> {
+    let mut folders = vec![PathBuf::from("."), plan.temporary.clone()];
     if plan.class == "nix-builder" {
         let store = env
             .path("NIX_STORE_DIR")
             .unwrap_or_else(|| "/nix/store".into());
-        places.extend(
+        folders.extend(
             [store.clone(), "/nix".into()]
                 .into_iter()
                 .find(|folder| folder.is_dir()),
         );
     }
-    places.retain(|folder| folder.is_dir());
-    places
+    folders.retain(|folder| folder.is_dir());
+    folders
 }
 
-fn disk(places: &[PathBuf], least: u64) -> Found<()> {
-    let found = look(places, |stat| {
+fn disk(folders: &[PathBuf], least: u64) -> Found<()> {
+    let found = look(folders, |stat| {
         Some(stat.f_bavail.saturating_mul(stat.f_frsize))
     })?;
     let Some((folder, free)) = found else {
@@ -99,15 +95,15 @@ fn disk(places: &[PathBuf], least: u64) -> Found<()> {
         return Ok(((), text));
     }
     let hint = "Make room: collect garbage (`nix-collect-garbage`), or give the runner a bigger volume; `min-free` sets the bound.";
-    Err(Broken::new(
+    Err(CheckFailure::new(
         format!("{text}, and {} are needed", bytes(least)),
         hint,
     ))
 }
 
-fn inodes(places: &[PathBuf], least: u64) -> Found<()> {
-    // File systems that make inodes as they go say 0 of 0.
-    let found = look(places, |stat| (stat.f_files > 0).then_some(stat.f_favail))?;
+fn inodes(folders: &[PathBuf], least: u64) -> Found<()> {
+    // File systems that make inodes as they need them (Btrfs) report 0 of 0.
+    let found = look(folders, |stat| (stat.f_files > 0).then_some(stat.f_favail))?;
     let Some((folder, free)) = found else {
         return Ok(((), "this file system has no fixed number".to_owned()));
     };
@@ -115,21 +111,21 @@ fn inodes(places: &[PathBuf], least: u64) -> Found<()> {
     if free >= least {
         return Ok(((), text));
     }
-    Err(Broken::new(
+    Err(CheckFailure::new(
         format!("{text}, and {least} are needed"),
         "Remove small files, or make the file system anew with more inodes.",
     ))
 }
 
-/// The place with the least, if any place has a number.
+/// The folder with the smallest number, if any has a number.
 fn look(
-    places: &[PathBuf],
+    folders: &[PathBuf],
     number: impl Fn(&rustix::fs::StatVfs) -> Option<u64>,
-) -> Result<Option<(PathBuf, u64)>, Broken> {
+) -> Result<Option<(PathBuf, u64)>, CheckFailure> {
     let mut least: Option<(PathBuf, u64)> = None;
-    for folder in places {
+    for folder in folders {
         let stat = statvfs(folder).map_err(|error| {
-            Broken::new(
+            CheckFailure::new(
                 format!("`{}` cannot be looked at: {error}", folder.display()),
                 "Look at the runner's mounts.",
             )
@@ -143,8 +139,8 @@ fn look(
     Ok(least)
 }
 
-fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
-    let folder = places.first().map_or(Path::new("/tmp"), PathBuf::as_path);
+fn temporary(folders: &[PathBuf], _: u64) -> Found<()> {
+    let folder = folders.first().map_or(Path::new("/tmp"), PathBuf::as_path);
     let tried = || -> std::io::Result<()> {
         let file = tempfile::Builder::new()
             .prefix("flywheel-canary-")
@@ -161,7 +157,7 @@ fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
         Ok(()) => Ok(((), format!("`{}` can be written to", folder.display()))),
         Err(error) => {
             let text = format!("`{}` cannot be written to: {error}", folder.display());
-            Err(Broken::new(
+            Err(CheckFailure::new(
                 text,
                 "Point `RUNNER_TEMP` or `TMPDIR` to a folder of the runner's user, with room.",
             ))
@@ -171,7 +167,7 @@ fn temporary(places: &[PathBuf], _: u64) -> Found<()> {
 
 fn memory(wanted: Size) -> Found<()> {
     let (group, machine) = (
-        Cgroup::of_self().and_then(|group| group.read().limit),
+        Cgroup::current().and_then(|group| group.read().limit),
         of_machine(),
     );
     let enough_machine =
@@ -180,13 +176,13 @@ fn memory(wanted: Size) -> Found<()> {
     let text = match (group, machine) {
         (Some(limit), _) => format!("a limit of {}", bytes(limit)),
         (None, Some(machine)) => format!("no limit, and {} in the machine", bytes(machine)),
-        (None, None) => "the kernel says nothing of memory".to_owned(),
+        (None, None) => "the kernel does not report the memory".to_owned(),
     };
     if enough_machine && enough_group {
         return Ok(((), format!("{text}; the class has {wanted}")));
     }
     let hint = "Give the runner the memory of its lane, or correct `memory` of the lane in `flywheel.yml`.";
-    Err(Broken::new(
+    Err(CheckFailure::new(
         format!("{text}, and the class has {wanted}"),
         hint,
     ))
@@ -199,21 +195,21 @@ async fn clock(plan: &Plan, client: &reqwest::Client, limit: Duration) -> Found<
         .map_or(0, |since| since.as_secs());
     let hint = "Set the clock, or start the machine's time service.";
     if seconds < EARLIEST {
-        return Err(Broken::new(
+        return Err(CheckFailure::new(
             format!("it says {}", httpdate::fmt_http_date(now)),
             hint,
         ));
     }
-    // Any server that answers knows the time; one that does not is another check's business.
+    // The cache server's clock is the reference. A server that does not answer fails a check of its own.
     let Some(endpoint) = &plan.cache else {
         return Ok(((), "it is after the year 2024".to_owned()));
     };
-    let asked = client
+    let response = client
         .head(endpoint.read("nix-cache-info"))
         .timeout(limit.min(Duration::from_secs(3)))
         .send()
         .await;
-    let date = asked.ok().and_then(|answer| {
+    let date = response.ok().and_then(|answer| {
         httpdate::parse_http_date(answer.headers().get("date")?.to_str().ok()?).ok()
     });
     let Some(date) = date else {
@@ -227,7 +223,7 @@ async fn clock(plan: &Plan, client: &reqwest::Client, limit: Duration) -> Found<
     if skew <= SKEW {
         Ok(((), text))
     } else {
-        Err(Broken::new(text, hint))
+        Err(CheckFailure::new(text, hint))
     }
 }
 
@@ -242,7 +238,7 @@ fn nix_config(config: &str) -> Found<()> {
             }
             .to_owned(),
         )),
-        Some(line) => Err(Broken::new(
+        Some(line) => Err(CheckFailure::new(
             format!(
                 "`NIX_CONFIG` has no `name = value` on line {line}, so Nix refuses every command"
             ),
@@ -251,7 +247,7 @@ fn nix_config(config: &str) -> Found<()> {
     }
 }
 
-/// The other hints: one that is malformed is not used, and everything is slower without a word.
+/// Checks the other hints. A malformed hint is not used, which makes jobs slower without failing any.
 fn hints(env: &Env) -> Found<()> {
     let mut given = Vec::new();
     let mut wrong = Vec::new();
@@ -267,7 +263,7 @@ fn hints(env: &Env) -> Found<()> {
         _ => Some("is no http or https address".to_owned()),
     });
     look("ATTIC_CACHE", &|text| {
-        text.parse::<crate::nix::cache_name::CacheName>()
+        text.parse::<flywheel_nix::cache_name::CacheName>()
             .err()
             .map(|_| "is no name of a cache".to_owned())
     });
@@ -290,7 +286,7 @@ fn hints(env: &Env) -> Found<()> {
             },
         ));
     }
-    Err(Broken::new(
+    Err(CheckFailure::new(
         wrong.join(", "),
         "Correct it in the runner's environment; a malformed hint is not used.",
     ))

@@ -8,20 +8,19 @@ use clap::Args;
 use clap::builder::FalseyValueParser;
 use url::Url;
 
-use super::board::Weights;
-use crate::cache::endpoint::Endpoint;
-use crate::command::Failure;
+use super::check_list::Weights;
 use crate::command::cache_contract::unknown_class;
 use crate::command::contract::ContractInput;
 use crate::command::inputs::{CacheInputs, Text, choice, number, push_cache};
-use crate::command::job::private_base;
-use crate::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
-use crate::exit::UsageError;
-use crate::nix::key::PublicKey;
-use crate::nix::store_path::StorePath;
-use crate::runner::env::Env;
-use crate::text::one_line;
-use crate::trust::{Request, TrustedRefs};
+use crate::job::private_base;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_core::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
+use flywheel_core::exit::{Failure, UsageError};
+use flywheel_core::text::one_line;
+use flywheel_core::trust::{Request, TrustedRefs};
+use flywheel_nix::key::PublicKey;
+use flywheel_nix::store_path::StorePath;
+use flywheel_sys::runner::env::Env;
 
 /// The class that a deployment waits for.
 const DEFAULT_CLASS: &str = "nix-builder";
@@ -388,13 +387,13 @@ fn lane<'a>(
 }
 
 fn layers(name: &str, input: &Text) -> Result<Vec<String>, UsageError> {
-    Weights::words(input.get()).map_err(|(word, meant)| {
+    Weights::layers(input.get()).map_err(|(word, meant)| {
         let error = UsageError::new(name, format!("names `{word}`, which is no layer"));
         match meant {
             Some(meant) => error.with_hint(format!("Did you mean `{meant}`?")),
             None => error.with_hint(format!(
                 "The layers are {}.",
-                super::board::LAYERS.join(", ")
+                super::check_list::LAYERS.join(", ")
             )),
         }
     })

@@ -1,36 +1,35 @@
-//! `flywheel validate-builders`: the canary. Proves a builder, names the broken layer, and tells everybody who
-//! should know. This file is the story; its parts stand beside it.
+//! `flywheel validate-builders`: the canary. Checks a builder layer by layer, names the layer that is broken, and
+//! reports it. This file has the order of the checks; the modules below it have the checks themselves.
 
-mod board;
 mod cache;
+mod check_list;
 mod host;
 mod inputs;
 mod nix;
-mod tell;
+mod reporter;
 mod tools;
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 pub use self::inputs::Inputs;
 
-use self::board::Board;
+use self::check_list::CheckList;
 use self::inputs::Plan;
 use self::nix::Built;
-use crate::cache::bazel::Asker;
-use crate::command::Failure;
-use crate::exit::Exit;
-use crate::http::{Clients, Roots};
 use crate::report::canary::Canary;
-use crate::runner::context;
-use crate::runner::env::Env;
-use crate::runner::workflow::Workflow;
-use crate::secret::Secret;
-use crate::trust::{Decision, decide};
+use flywheel_cache::client::bazel::BazelProber;
+use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::secret::Secret;
+use flywheel_core::trust::{Decision, decide};
+use flywheel_sys::http::{Clients, Roots};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::Workflow;
 
 /// Runs the verb.
 ///
 /// # Errors
-/// For wrong input, before anything is looked at.
+/// For wrong input, before anything is checked.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let begun = Instant::now();
     let plan = Plan::read(&inputs, env)?;
@@ -45,16 +44,16 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let roots = Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
-    let work = Work {
+    let work = CheckContext {
         plan,
         env,
         clients: Clients::new(&roots)?,
-        asker: Asker::new(&roots)?,
+        asker: BazelProber::new(&roots)?,
         attic,
         decision,
     };
     let canary = work.run(begun).await;
-    tell::everybody(&canary, &work, &workflow, github.as_ref()).await;
+    reporter::report(&canary, &work, &workflow, github.as_ref()).await;
     Ok(if canary.healthy() {
         Exit::Ok
     } else {
@@ -62,23 +61,24 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     })
 }
 
-/// Everything that the parts need.
-struct Work<'a> {
+/// What the checks need.
+struct CheckContext<'a> {
     plan: Plan,
     env: &'a Env,
     clients: Clients,
-    asker: Asker,
+    asker: BazelProber,
     attic: Option<Secret>,
     decision: Decision,
 }
 
-impl Work<'_> {
+impl CheckContext<'_> {
     async fn run(&self, begun: Instant) -> Canary {
         let deadline = tokio::time::Instant::now() + self.plan.timeout;
-        let mut host = Board::new(self.plan.weights.clone(), deadline);
+        let mut host = CheckList::new(self.plan.weights.clone(), deadline);
         let (mut class, mut cache, mut bazel, mut write) =
             (host.beside(), host.beside(), host.beside(), host.beside());
         let mut first_build = None;
+        // The checks of one list run one after the other; the lists run side by side, for a canary has little time.
         let (built, usable, (), ()) = tokio::join!(
             async {
                 let built = self.class(&mut class).await;
@@ -97,7 +97,7 @@ impl Work<'_> {
                     _ => None,
                 }
             },
-            host::checks(&mut host, &self.plan, self.env, &self.clients.asking),
+            host::checks(&mut host, &self.plan, self.env, &self.clients.api),
             async {
                 if self.plan.class == "nix-builder" || self.plan.bazel_cache.is_some() {
                     cache::bazel(&mut bazel, &self.plan, self.env, &self.asker).await;
@@ -119,7 +119,7 @@ impl Work<'_> {
         }
         let checks = [host, class, cache, write, bazel]
             .into_iter()
-            .flat_map(|board| board.checks)
+            .flat_map(|list| list.checks)
             .collect();
         Canary {
             class: self.plan.class.clone(),
@@ -133,13 +133,13 @@ impl Work<'_> {
         }
     }
 
-    /// What only this class has. Another class of the contract's has its tools alone.
-    async fn class(&self, board: &mut Board) -> Option<Built> {
-        tools::tools(board, &self.plan, self.env).await;
+    /// Runs the checks of this class alone. A class that is not named here has its tools checked and nothing else.
+    async fn class(&self, list: &mut CheckList) -> Option<Built> {
+        tools::tools(list, &self.plan, self.env).await;
         match self.plan.class.as_str() {
-            "nix-builder" => return nix::checks(board, &self.plan, self.env).await,
-            "container" => tools::container(board, &self.plan, self.env).await,
-            "kernel" => tools::kernel(board, &self.plan, self.env).await,
+            "nix-builder" => return nix::checks(list, &self.plan, self.env).await,
+            "container" => tools::container(list, &self.plan, self.env).await,
+            "kernel" => tools::kernel(list, &self.plan, self.env).await,
             _ => {}
         }
         None

@@ -1,33 +1,33 @@
-//! The checks of a builder that builds with Nix: is it there, does its store answer, does it evaluate, does it
-//! build what no cache can have. Repairs nothing: the canary says what is, a job makes the best of it.
+//! Checks of a builder that builds with Nix: Nix is there, its store opens, it evaluates, and it builds what no cache
+//! can have. Repairs nothing: a job works around a fault, and the canary reports it.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::board::{Board, Broken, Found, Spec};
+use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::nix::effective_settings::untrusted_store;
-use crate::nix::ping::{Ping, PingFailure, ping};
-use crate::nix::settings::Settings;
-use crate::nix::store_path::StorePath;
-use crate::nix::tool::{Error, Nix, WELL_KNOWN, find};
-use crate::process::capture::Tool;
 use crate::report::canary::Verdict;
-use crate::runner::env::Env;
-use crate::text::{count, one_line};
+use flywheel_core::text::{count, one_line};
+use flywheel_nix::effective_settings::untrusted_store;
+use flywheel_nix::ping::{Ping, PingFailure, ping};
+use flywheel_nix::settings::Settings;
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::{Error, Nix, WELL_KNOWN, find};
+use flywheel_sys::process::capture::Tool;
+use flywheel_sys::runner::env::Env;
 
-const PRESENT: Spec = Spec::required("nix-on-path", "toolchain", 10);
-const VERSION: Spec = Spec::required("nix-version", "toolchain", 10);
-const FEATURES: Spec = Spec::required("nix-features", "toolchain", 15);
-const OPENS: Spec = Spec::required("store-opens", "store", 15);
-const TAKES: Spec = Spec::required("store-takes-files", "store", 20);
-const TRUST: Spec = Spec::required("user-trusted", "user-trust", 20);
-const SANDBOX: Spec = Spec::required("sandbox", "sandbox", 30);
-const EVALUATION: Spec = Spec::required("evaluation", "evaluation", 60);
-const BUILD: Spec = Spec::required("canary-build", "build", 30);
-const PACKAGE: Spec = Spec::required("package", "package", 120);
-/// In the order of their running; what comes after a failed one that it stands on is skipped.
-const ALL: [Spec; 10] = [
+const PRESENT: CheckSpec = CheckSpec::required("nix-on-path", "toolchain", 10);
+const VERSION: CheckSpec = CheckSpec::required("nix-version", "toolchain", 10);
+const FEATURES: CheckSpec = CheckSpec::required("nix-features", "toolchain", 15);
+const OPENS: CheckSpec = CheckSpec::required("store-opens", "store", 15);
+const TAKES: CheckSpec = CheckSpec::required("store-takes-files", "store", 20);
+const TRUST: CheckSpec = CheckSpec::required("user-trusted", "user-trust", 20);
+const SANDBOX: CheckSpec = CheckSpec::required("sandbox", "sandbox", 30);
+const EVALUATION: CheckSpec = CheckSpec::required("evaluation", "evaluation", 60);
+const BUILD: CheckSpec = CheckSpec::required("canary-build", "build", 30);
+const PACKAGE: CheckSpec = CheckSpec::required("package", "package", 120);
+/// In the order in which they run. A check is skipped when one that it depends on has failed.
+const ALL: [CheckSpec; 10] = [
     PRESENT, VERSION, OPENS, FEATURES, TAKES, TRUST, EVALUATION, BUILD, SANDBOX, PACKAGE,
 ];
 
@@ -38,11 +38,11 @@ pub(super) struct Built {
     pub path: Option<StorePath>,
 }
 
-/// Runs the checks. `None` if there is no Nix whose store opens.
-pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env) -> Option<Built> {
-    let built = run(board, plan, env).await;
-    // Where several fail, the first is the one that the others stand on.
-    let failed = board
+/// Runs the checks. `None` if no Nix with a store that opens was found.
+pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env) -> Option<Built> {
+    let built = run(list, plan, env).await;
+    // Where several fail, the others depend on the first.
+    let failed = list
         .checks
         .iter()
         .find(|check| matches!(check.verdict, Verdict::Failed { .. }));
@@ -50,59 +50,55 @@ pub(super) async fn checks(board: &mut Board, plan: &Plan, env: &Env) -> Option<
         .map(|check| format!("it stands on `{}`", check.name))
         .unwrap_or_default();
     for spec in ALL {
-        if !board.checks.iter().any(|check| check.name == spec.name) {
-            board.skip(spec, why.clone());
+        if !list.checks.iter().any(|check| check.name == spec.name) {
+            list.skip(spec, why.clone());
         }
     }
     built
 }
 
-/// Up to the first check that the others stand on.
-async fn run(board: &mut Board, plan: &Plan, env: &Env) -> Option<Built> {
-    let program = board.check(PRESENT, |_| async { present(env) }).await?;
-    let nix = board
+/// Runs the checks until one fails that all later ones depend on.
+async fn run(list: &mut CheckList, plan: &Plan, env: &Env) -> Option<Built> {
+    let program = list.check(PRESENT, |_| async { present(env) }).await?;
+    let nix = list
         .check(VERSION, |limit| version(plan, &program, env, limit))
         .await?;
-    board.check(OPENS, |limit| opens(&nix, limit)).await?;
-    board
-        .check(FEATURES, |limit| features(&nix, env, limit))
+    list.check(OPENS, |limit| opens(&nix, limit)).await?;
+    list.check(FEATURES, |limit| features(&nix, env, limit))
         .await?;
-    let taken = board.check(TAKES, |limit| takes(&nix, plan, limit)).await;
-    board.check(TRUST, |_| trusted(&nix)).await;
+    let taken = list.check(TAKES, |limit| takes(&nix, plan, limit)).await;
+    list.check(TRUST, |_| trusted(&nix)).await;
     taken?;
     let settings = Settings::read(&nix).await.unwrap_or_default();
     let system = settings.text("system").unwrap_or_default();
     match &plan.flake {
         Some(flake) => drop(
-            board
-                .check(EVALUATION, |limit| evaluates(&nix, flake, &system, limit))
+            list.check(EVALUATION, |limit| evaluates(&nix, flake, &system, limit))
                 .await,
         ),
-        None => board.skip(
+        None => list.skip(
             EVALUATION,
             "there is no `flake.nix` here; `flake` names another place",
         ),
     }
-    let path = board
+    let path = list
         .check(BUILD, |limit| build(&nix, &settings, false, limit))
         .await;
     match (settings.text("sandbox").as_deref(), &path) {
         (_, None) => {}
-        (Some("false"), _) => board.skip(SANDBOX, "`sandbox` is `false` in Nix's settings"),
+        (Some("false"), _) => list.skip(SANDBOX, "`sandbox` is `false` in Nix's settings"),
         (_, Some(_)) => drop(
-            board
-                .check(SANDBOX, |limit| build(&nix, &settings, true, limit))
+            list.check(SANDBOX, |limit| build(&nix, &settings, true, limit))
                 .await,
         ),
     }
     match (&plan.package, path.is_some()) {
         (Some(package), true) => drop(
-            board
-                .check(PACKAGE, |limit| package_builds(&nix, package, limit))
+            list.check(PACKAGE, |limit| package_builds(&nix, package, limit))
                 .await,
         ),
         (Some(_), false) => {}
-        (None, _) => board.skip(PACKAGE, "no `package` is named"),
+        (None, _) => list.skip(PACKAGE, "no `package` is named"),
     }
     Some(Built { nix, path })
 }
@@ -114,11 +110,11 @@ fn present(env: &Env) -> Found<PathBuf> {
             let text = found.program.display().to_string();
             Ok((found.program, text))
         }
-        Some(found) => Err(Broken::new(
+        Some(found) => Err(CheckFailure::new(
             format!("Nix is at `{}`, and not on `PATH`", found.program.display()),
             "Put its folder on `PATH` in the runner's image; `flywheel setup` and `nix-job` find it there.",
         )),
-        None => Err(Broken::new(
+        None => Err(CheckFailure::new(
             "there is no `nix` on `PATH`, nor where installers put it",
             "Put Nix into the runner's image (Debian and Ubuntu: `apt-get install nix-bin`).",
         )),
@@ -127,21 +123,21 @@ fn present(env: &Env) -> Found<PathBuf> {
 
 async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Duration) -> Found<Nix> {
     let hint = "Repair the installation, or take it off `PATH`.";
-    // A program that hangs is ended here, with its children, before it is asked for more.
+    // A program that hangs is killed here, with its children, so that no later call hangs.
     let path = env.path("PATH").unwrap_or_default();
-    let asked = Tool::new(program)
+    let ran = Tool::new(program)
         .arg("--version")
         .env("PATH", path)
         .run(limit)
         .await;
-    asked.map_err(|error| Broken::new(error.to_string(), hint))?;
+    ran.map_err(|error| CheckFailure::new(error.to_string(), hint))?;
     let nix = Nix::detect(program, env)
         .await
-        .map_err(|error| Broken::new(told(&error), hint))?;
+        .map_err(|error| CheckFailure::new(with_cause(&error), hint))?;
     let number = format!("{}.{}", nix.version.major, nix.version.minor);
     let line = nix.version.line.clone();
     match &plan.nix {
-        Some(wanted) if !wanted.allows(&number) => Err(Broken::new(
+        Some(wanted) if !wanted.allows(&number) => Err(CheckFailure::new(
             format!("it is {line}, and the class wants {wanted}"),
             "Install a version that the contract allows.",
         )),
@@ -149,7 +145,8 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
     }
 }
 
-/// Asked without what our own calls switch on: a job has only what the installation allows.
+/// Checks the experimental features without those that our own calls enable: a job has only what the installation
+/// enables.
 async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
     let mut variables = nix.variables();
     variables.insert(
@@ -164,12 +161,12 @@ async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
     let output = tool
         .run(limit)
         .await
-        .map_err(|error| Broken::new(error.to_string(), "Look at what Nix waits for."))?;
+        .map_err(|error| CheckFailure::new(error.to_string(), "Look at what Nix waits for."))?;
     match (output.status.success(), output.text().trim()) {
         (true, "true") => Ok(((), "`nix-command` and `flakes` are on".to_owned())),
-        (true, _) => Err(Broken::new("`flakes` is off", hint)),
+        (true, _) => Err(CheckFailure::new("`flakes` is off", hint)),
         (false, _) if output.stderr.contains("'nix-command' is disabled") => {
-            Err(Broken::new("`nix-command` is off", hint))
+            Err(CheckFailure::new("`nix-command` is off", hint))
         }
         (false, _) => Err(of_text(
             "nix eval",
@@ -182,7 +179,7 @@ async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
 async fn opens(nix: &Nix, limit: Duration) -> Found<()> {
     match ping(nix, limit).await {
         Ok(Ping::Open(opened)) => Ok(((), format!("it is `{}`", one_line(&opened.url, 100)))),
-        Ok(Ping::Failed(failure @ (PingFailure::NoDaemon(_) | PingFailure::PermissionDenied(_)))) => Err(Broken::new(
+        Ok(Ping::Failed(failure @ (PingFailure::NoDaemon(_) | PingFailure::PermissionDenied(_)))) => Err(CheckFailure::new(
             failure.text(),
             "Start the daemon on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root).",
         )
@@ -190,23 +187,23 @@ async fn opens(nix: &Nix, limit: Duration) -> Found<()> {
         Ok(Ping::Failed(failure)) => {
             Err(classed(failure.text().to_owned(), "Look at `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner."))
         }
-        // A socket that takes connections and a daemon that does not speak.
-        Err(Error::Run { source, .. }) => Err(Broken::new(
+        // The socket accepts connections, but the daemon does not answer.
+        Err(Error::Run { source, .. }) => Err(CheckFailure::new(
             source.to_string(),
             "Restart the daemon on the runner: something answers at its socket, but says nothing.",
         )
         .at("daemon")),
-        Err(error) => Err(classed(told(&error), "Look at the store on the runner.")),
+        Err(error) => Err(classed(with_cause(&error), "Look at the store on the runner.")),
     }
 }
 
-/// Adds a file that is new in every run.
+/// Adds a file with a new content to the store, which so cannot have it already.
 async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
     let hint = "Give the store room and rights on the runner.";
     let name = format!("flywheel-canary-{:032x}", fastrand::u128(..));
     let file = plan.temporary.join(&name);
     std::fs::write(&file, &name)
-        .map_err(|error| Broken::new(error.to_string(), hint).at("temporary-space"))?;
+        .map_err(|error| CheckFailure::new(error.to_string(), hint).at("temporary-space"))?;
     let tool = Tool::new(&nix.folder().join("nix-store"))
         .envs(nix.variables())
         .arg("--add")
@@ -214,7 +211,7 @@ async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
     let ran = tool.run(limit).await;
     // What cannot be removed goes with the runner's temporary folder.
     let _ = std::fs::remove_file(&file);
-    let output = ran.map_err(|error| Broken::new(error.to_string(), hint))?;
+    let output = ran.map_err(|error| CheckFailure::new(error.to_string(), hint))?;
     if output.status.success() {
         Ok(((), "a new file was added".to_owned()))
     } else {
@@ -225,18 +222,18 @@ async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
 async fn trusted(nix: &Nix) -> Found<()> {
     match untrusted_store(nix).await {
         Ok(None) => Ok(((), "the store obeys this user's settings".to_owned())),
-        Ok(Some(_)) => Err(Broken::new(
+        Ok(Some(_)) => Err(CheckFailure::new(
             "the daemon does not trust this user, so that a job's cache and keys are ignored",
             "Add the runner's user to `trusted-users` in `/etc/nix/nix.conf` and restart the daemon.",
         )),
-        Err(error) => Err(Broken::new(
-            told(&error),
+        Err(error) => Err(CheckFailure::new(
+            with_cause(&error),
             "Look at the daemon on the runner.",
         )),
     }
 }
 
-/// Every derivation of `packages.<system>`, evaluated anew.
+/// Evaluates every derivation of `packages.<system>`, without the evaluation cache.
 async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Found<()> {
     let attribute = format!("{flake}#packages.{system}");
     let apply = "p: builtins.mapAttrs (n: d: d.drvPath) p";
@@ -251,10 +248,9 @@ async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Fou
         apply,
         &attribute,
     ];
-    let output = nix
-        .run(&arguments, limit)
-        .await
-        .map_err(|error| Broken::new(told(&error), "Look at what the flake waits for."))?;
+    let output = nix.run(&arguments, limit).await.map_err(|error| {
+        CheckFailure::new(with_cause(&error), "Look at what the flake waits for.")
+    })?;
     let hint = format!(
         "Run `nix eval {attribute} --apply builtins.attrNames` by hand, and mend the flake."
     );
@@ -264,7 +260,7 @@ async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Fou
     let packages: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(&output.stdout).unwrap_or_default();
     match packages.len() {
-        0 => Err(Broken::new(
+        0 => Err(CheckFailure::new(
             format!("`packages.{system}` has nothing in it"),
             hint,
         )),
@@ -278,7 +274,7 @@ async fn evaluates(nix: &Nix, flake: &str, system: &str, limit: Duration) -> Fou
     }
 }
 
-/// Builds what no cache can have: its name and its content come from a number drawn just now.
+/// Builds what no cache can have: its name and its content are a random number.
 async fn build(
     nix: &Nix,
     settings: &Settings,
@@ -296,14 +292,13 @@ async fn build(
         "false",
     ];
     if in_sandbox {
-        // Older versions build without one where there can be none, and say nothing.
+        // Older versions fall back to a build without a sandbox, and do not report it.
         arguments.extend(["--option", "sandbox-fallback", "false"]);
     }
     arguments.extend(["--expr", &expression]);
-    let output = nix
-        .run(&arguments, limit)
-        .await
-        .map_err(|error| Broken::new(told(&error), "Look at what the build waits for."))?;
+    let output = nix.run(&arguments, limit).await.map_err(|error| {
+        CheckFailure::new(with_cause(&error), "Look at what the build waits for.")
+    })?;
     if !output.status.success() {
         let hint = if in_sandbox {
             "Allow user namespaces and mounts to the runner's container, or set `sandbox = false` in Nix's settings."
@@ -318,7 +313,7 @@ async fn build(
         .and_then(|one| one["outputs"]["out"].as_str())
         .and_then(|path| path.parse().ok());
     let path: StorePath = path.ok_or_else(|| {
-        Broken::new(
+        CheckFailure::new(
             "Nix does not say what it has built",
             "This is a fault of Flywheel's.",
         )
@@ -337,7 +332,8 @@ fn has_shell(settings: &Settings) -> bool {
             .any(|path| path.starts_with("/bin/sh"))
 }
 
-/// Without a shell, Nix's own builder, which runs in a build's process all the same.
+/// The expression of a derivation. Without a shell it uses a builder of Nix's own, which also runs in a process of
+/// its own.
 fn derivation(system: &str, shell: bool) -> String {
     let nonce = format!("{:032x}", fastrand::u128(..));
     let (system, builder) = if shell {
@@ -353,8 +349,8 @@ fn derivation(system: &str, shell: bool) -> String {
 async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> {
     let arguments = ["build", "--no-link", "--no-write-lock-file", package];
     let output = nix.run(&arguments, limit).await.map_err(|error| {
-        Broken::new(
-            told(&error),
+        CheckFailure::new(
+            with_cause(&error),
             "Raise `timeout`, or name a smaller `package`.",
         )
     })?;
@@ -368,35 +364,36 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
     ))
 }
 
-/// What Nix complained about, and whose fault it is.
-fn of_text(call: &str, stderr: &str, hint: &str) -> Broken {
+/// The failure that Nix's standard error describes, at the layer that is at fault.
+fn of_text(call: &str, stderr: &str, hint: &str) -> CheckFailure {
     classed(
         format!(
             "`{call}` failed: {}",
-            crate::nix::tool::error_summary(stderr)
+            flywheel_nix::tool::error_summary(stderr)
         ),
         hint,
     )
 }
 
-/// Some faults show wherever something is written first.
-fn classed(text: String, hint: &str) -> Broken {
-    let broken = Broken::new(text, hint);
+/// Moves a failure to another layer where its text gives that layer away: a full disk fails whichever check writes
+/// first.
+fn classed(text: String, hint: &str) -> CheckFailure {
+    let broken = CheckFailure::new(text, hint);
     if broken.text.contains("No space left on device") || broken.text.contains("disk is full") {
         return broken.at("disk");
     }
     if broken.text.contains("Read-only file system") || broken.text.contains("readonly database") {
         return broken.at("store");
     }
-    // Without a fallback there is no build at all.
+    // These come from a build that was not allowed to fall back to no sandbox.
     if broken.text.contains("cloning builder process") || broken.text.contains("sandboxed build") {
         return broken.at("sandbox");
     }
     broken
 }
 
-/// An error with what is behind it.
-fn told(error: &Error) -> String {
+/// An error with its cause.
+fn with_cause(error: &Error) -> String {
     let source = std::error::Error::source(error)
         .map(|source| format!(": {source}"))
         .unwrap_or_default();

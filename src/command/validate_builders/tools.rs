@@ -1,24 +1,23 @@
-//! The checks of the classes that do not live by Nix: tools with their versions, a container builder, a kernel
-//! builder.
+//! Checks of the classes that build without Nix: tools with their versions, a container builder, a kernel builder.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::board::{Board, Broken, Found, Spec};
+use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use crate::contract::Requirement;
-use crate::nix::tool::on_path;
-use crate::process::capture::{Output, Tool};
-use crate::runner::env::Env;
-use crate::text::one_line;
+use flywheel_core::contract::Requirement;
+use flywheel_core::text::one_line;
+use flywheel_nix::tool::on_path;
+use flywheel_sys::process::capture::{Output, Tool};
+use flywheel_sys::runner::env::Env;
 
-const TOOL: Spec = Spec::required("tool", "tools", 10);
-const ENDPOINT: Spec = Spec::required("container-endpoint", "docker", 15);
-const IMAGE: Spec = Spec::required("image-build", "image-build", 60);
-const HEADERS: Spec = Spec::required("kernel-headers", "headers", 5);
-const MODULE: Spec = Spec::required("kernel-module", "module", 60);
+const TOOL: CheckSpec = CheckSpec::required("tool", "tools", 10);
+const ENDPOINT: CheckSpec = CheckSpec::required("container-endpoint", "docker", 15);
+const IMAGE: CheckSpec = CheckSpec::required("image-build", "image-build", 60);
+const HEADERS: CheckSpec = CheckSpec::required("kernel-headers", "headers", 5);
+const MODULE: CheckSpec = CheckSpec::required("kernel-module", "module", 60);
 
-/// What a container tool finds its server by, and no secret.
+/// The variables by which a container tool finds its server. None holds a secret.
 const VARIABLES: [&str; 11] = [
     "PATH",
     "HOME",
@@ -40,13 +39,12 @@ fn tool(program: &Path, env: &Env) -> Tool {
     Tool::new(program).envs(given)
 }
 
-/// Every tool that the contract names for the class, with its version. Nix has checks of its own.
-pub(super) async fn tools(board: &mut Board, plan: &Plan, env: &Env) {
+/// Checks each tool that the contract names for the class, and its version. Nix has checks of its own.
+pub(super) async fn tools(list: &mut CheckList, plan: &Plan, env: &Env) {
     for (name, wanted) in plan.tools.iter().filter(|(name, _)| name != "nix") {
-        board
-            .check(TOOL, |limit| versioned(name, wanted, env, limit))
+        list.check(TOOL, |limit| versioned(name, wanted, env, limit))
             .await;
-        let last = board
+        let last = list
             .checks
             .last_mut()
             .expect("it has just been written down");
@@ -57,14 +55,17 @@ pub(super) async fn tools(board: &mut Board, plan: &Plan, env: &Env) {
 async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration) -> Found<()> {
     let hint = format!("Put {name} ({wanted}) into the image of this class.");
     let Some(program) = on_path(env, name) else {
-        return Err(Broken::new(format!("there is no `{name}` on `PATH`"), hint));
+        return Err(CheckFailure::new(
+            format!("there is no `{name}` on `PATH`"),
+            hint,
+        ));
     };
     let output = tool(&program, env).arg("--version").run(limit).await;
-    let output = output.map_err(|error| Broken::new(error.to_string(), hint.clone()))?;
+    let output = output.map_err(|error| CheckFailure::new(error.to_string(), hint.clone()))?;
     let text = output.text();
     let line = one_line(text.lines().next().unwrap_or_default(), 100);
     if !output.status.success() {
-        return Err(Broken::new(
+        return Err(CheckFailure::new(
             format!("`{name} --version` fails: {}", last_line(&output)),
             hint,
         ));
@@ -72,7 +73,7 @@ async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration)
     if wanted.allows(&line) {
         Ok(((), line))
     } else {
-        Err(Broken::new(
+        Err(CheckFailure::new(
             format!("it is `{line}`, and the class wants {wanted}"),
             hint,
         ))
@@ -80,62 +81,61 @@ async fn versioned(name: &str, wanted: &Requirement, env: &Env, limit: Duration)
 }
 
 fn last_line(output: &Output) -> String {
-    let said = output
+    let line = output
         .stderr
         .lines()
         .rev()
         .find(|line| !line.trim().is_empty())
         .unwrap_or("it said nothing");
-    one_line(said, 300)
+    one_line(line, 300)
 }
 
-/// By what images are built here.
+/// The program that builds images here.
 enum Builder {
     Docker(PathBuf),
     Buildctl(PathBuf, String),
 }
 
-/// An endpoint that answers, and an image from scratch that it builds.
-pub(super) async fn container(board: &mut Board, plan: &Plan, env: &Env) {
-    let builder = board.check(ENDPOINT, |limit| endpoint(env, limit)).await;
+/// Checks that the container endpoint answers, and that it builds an image from scratch.
+pub(super) async fn container(list: &mut CheckList, plan: &Plan, env: &Env) {
+    let builder = list.check(ENDPOINT, |limit| endpoint(env, limit)).await;
     match builder {
         Some(builder) => drop(
-            board
-                .check(IMAGE, |limit| image(&builder, plan, env, limit))
+            list.check(IMAGE, |limit| image(&builder, plan, env, limit))
                 .await,
         ),
-        None => board.skip(IMAGE, "it stands on `container-endpoint`"),
+        None => list.skip(IMAGE, "it stands on `container-endpoint`"),
     }
 }
 
 async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
     let hint = "Start the Docker or BuildKit daemon beside the runner, and point `DOCKER_HOST` or `BUILDKIT_HOST` to it.";
-    let (builder, asked) = match (
+    let (builder, command) = match (
         env.get("BUILDKIT_HOST"),
         on_path(env, "buildctl"),
         on_path(env, "docker"),
     ) {
         (Some(host), Some(program), _) => {
-            let asked = tool(&program, env).args(["--addr", host, "debug", "workers"]);
-            (Builder::Buildctl(program, host.to_owned()), asked)
+            let command = tool(&program, env).args(["--addr", host, "debug", "workers"]);
+            (Builder::Buildctl(program, host.to_owned()), command)
         }
         (_, _, Some(program)) => {
-            let asked = tool(&program, env).args(["version", "--format", "{{.Server.Version}}"]);
-            (Builder::Docker(program), asked)
+            let command = tool(&program, env).args(["version", "--format", "{{.Server.Version}}"]);
+            (Builder::Docker(program), command)
         }
         _ => {
-            return Err(Broken::new(
+            return Err(CheckFailure::new(
                 "there is neither `docker` nor `buildctl` with `BUILDKIT_HOST`",
                 hint,
             ));
         }
     };
-    let output = asked
+    let output = command
         .run(limit)
         .await
-        .map_err(|error| Broken::new(error.to_string(), hint))?;
+        .map_err(|error| CheckFailure::new(error.to_string(), hint))?;
     if !output.status.success() {
-        return Err(Broken::new(
+        return Err(CheckFailure::new(
             format!("it does not answer: {}", last_line(&output)),
             hint,
         ));
@@ -150,7 +150,7 @@ async fn endpoint(env: &Env, limit: Duration) -> Found<Builder> {
 /// Builds from nothing but a file that is new in every run, so that no layer can come from a cache.
 async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Found<()> {
     let hint = "Build a small image by hand on the runner, and look at the daemon's log.";
-    let broken = |text: String| Broken::new(text, hint);
+    let broken = |text: String| CheckFailure::new(text, hint);
     let nonce = format!("{:032x}", fastrand::u128(..));
     let folder = tempfile::Builder::new()
         .prefix("flywheel-canary-")
@@ -161,20 +161,20 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
         .and_then(|()| write("nonce", &nonce))
         .map_err(|error| broken(error.to_string()).at("temporary-space"))?;
     let tag = format!("flywheel-canary:{nonce}");
-    let (program, asked) = match builder {
+    let (program, command) = match builder {
         Builder::Docker(program) => {
-            let asked = tool(program, env)
+            let command = tool(program, env)
                 .args(["build", "--quiet", "--tag", &tag])
                 .arg(folder.path());
-            (program, asked)
+            (program, command)
         }
         Builder::Buildctl(program, host) => {
             let local = |name: &str| format!("{name}={}", folder.path().display());
-            let asked =
+            let command =
                 tool(program, env).args(["--addr", host, "build", "--frontend", "dockerfile.v0"]);
             (
                 program,
-                asked.args([
+                command.args([
                     "--local",
                     &local("context"),
                     "--local",
@@ -183,7 +183,7 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
             )
         }
     };
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| broken(error.to_string()))?;
@@ -191,7 +191,7 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
         return Err(broken(format!("the build fails: {}", last_line(&output))));
     }
     if matches!(builder, Builder::Docker(_)) {
-        // An image of a few bytes that stays behind does no harm.
+        // The image has a few bytes, so it does no harm if it cannot be removed.
         let _ = tool(program, env)
             .args(["image", "rm", "--force", &tag])
             .run(limit)
@@ -200,19 +200,18 @@ async fn image(builder: &Builder, plan: &Plan, env: &Env, limit: Duration) -> Fo
     Ok(((), "an image from scratch is built".to_owned()))
 }
 
-/// Headers for a kernel, and a module that compiles with them.
-pub(super) async fn kernel(board: &mut Board, plan: &Plan, env: &Env) {
+/// Checks that there are headers for a kernel, and that a module compiles with them.
+pub(super) async fn kernel(list: &mut CheckList, plan: &Plan, env: &Env) {
     let release = plan.kernel_release.clone();
-    let headers = board
+    let headers = list
         .check(HEADERS, |_| async move { headers(release.as_deref()) })
         .await;
     match headers {
         Some(folder) => drop(
-            board
-                .check(MODULE, |limit| module(&folder, plan, env, limit))
+            list.check(MODULE, |limit| module(&folder, plan, env, limit))
                 .await,
         ),
-        None => board.skip(MODULE, "it stands on `kernel-headers`"),
+        None => list.skip(MODULE, "it stands on `kernel-headers`"),
     }
 }
 
@@ -236,7 +235,7 @@ fn headers(release: Option<&str>) -> Found<PathBuf> {
             let text = format!("for {release} in `{}`", folder.display());
             Ok((folder, text))
         }
-        None => Err(Broken::new(
+        None => Err(CheckFailure::new(
             format!("there are none for {release} in {}", places.join(", ")),
             "Install the headers of that kernel, or name the kernel to build for in `kernel-release`.",
         )),
@@ -246,7 +245,7 @@ fn headers(release: Option<&str>) -> Found<PathBuf> {
 async fn module(headers: &Path, plan: &Plan, env: &Env, limit: Duration) -> Found<()> {
     const SOURCE: &str = "#include <linux/module.h>\nMODULE_LICENSE(\"GPL\");\nstatic int __init hello(void) { return 0; }\nmodule_init(hello);\n";
     let hint = "Compile a module by hand on the runner; compiler and headers must fit each other.";
-    let broken = |text: String| Broken::new(text, hint);
+    let broken = |text: String| CheckFailure::new(text, hint);
     let Some(make) = on_path(env, "make") else {
         return Err(broken("there is no `make` on `PATH`".to_owned()).at("tools"));
     };
@@ -258,12 +257,12 @@ async fn module(headers: &Path, plan: &Plan, env: &Env, limit: Duration) -> Foun
     write("hello.c", SOURCE)
         .and_then(|()| write("Makefile", "obj-m := hello.o\n"))
         .map_err(|error| broken(error.to_string()).at("temporary-space"))?;
-    let asked = tool(&make, env)
+    let command = tool(&make, env)
         .arg("-C")
         .arg(headers)
         .arg(format!("M={}", folder.path().display()))
         .arg("hello.o");
-    let output = asked
+    let output = command
         .run(limit)
         .await
         .map_err(|error| broken(error.to_string()))?;

@@ -1,10 +1,10 @@
-//! `flywheel watch-store`: publication for a job of many steps. `start` leaves a process behind that
-//! watches and publishes, `status` asks it, `finish` drains, verifies and reports; `run` is all of it in
-//! the foreground.
+//! `flywheel watch-store`: publication for a job of many steps. `start` leaves a background process behind, which
+//! watches and publishes; `status` shows what it is doing; `finish` drains, verifies and reports; `run` does all of
+//! it in the foreground.
 
-mod keeper;
-mod place;
-mod talk;
+mod daemon;
+mod ipc;
+mod runtime_dir;
 
 use std::fs::File;
 use std::io::IsTerminal as _;
@@ -15,37 +15,36 @@ use clap::Args;
 use thiserror::Error;
 use tokio::io::BufReader;
 use tokio::net::UnixStream;
+use tokio::process::Child;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 
-use self::keeper::{Board, Keeper, nix_folder, variables};
-use self::place::{Place, mark};
-use self::talk::{Ask, Begun, Finished, Hello, Status, hear, say};
-use crate::command::Failure;
+use self::daemon::{Daemon, StatusCell, nix_folder, variables};
+use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, send};
+use self::runtime_dir::{RuntimeDir, job_processes};
 use crate::command::inputs::{Text, choice};
-use crate::command::job::inputs::{JobInputs, Plan};
-use crate::command::job::{self, Prepared, Secrets, Told, Work};
 use crate::command::setup::quoted;
-use crate::exit::{Exit, Explain, UsageError};
-use crate::host::private::PrivateFolder;
-use crate::process::detached;
-use crate::process::signals::Signals;
-use crate::progress::{Progress, Sink};
+use crate::job::inputs::{JobInputs, Plan};
+use crate::job::{self, JobReport, Prepared, Secrets, Session};
 use crate::report::screen::Screen;
-use crate::runner::env::{Env, current_folder, program_and_arguments};
-use crate::runner::files::Files;
-use crate::runner::workflow::{Level, Workflow, data};
-use crate::secret::Secret;
-use crate::text;
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::secret::Secret;
+use flywheel_core::text;
+use flywheel_sys::process::detached;
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::env::{Env, current_folder, program_and_arguments};
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// Nix may have to be installed, which has its own limit of ten minutes.
 const START_LIMIT: Duration = Duration::from_secs(630);
 /// After the time to drain, the background process ends within this.
 const END_LIMIT: Duration = Duration::from_secs(30);
-/// How often a step that waits for the end says how far it is.
-const TELL_EVERY: Duration = Duration::from_secs(5);
-/// A background process answers at once, or is dead.
+/// How often a step that waits for the end logs how far the publication is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
+/// A background process that is alive answers at once.
 const STATUS_LIMIT: Duration = Duration::from_secs(5);
-/// Tokens go to the child by a pipe, and stand in no environment of a process that outlives the step.
+/// Tokens that the child gets through a pipe: the environment of a process that outlives the step holds none.
 const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN"];
 
 /// Publishes every store path of a job as it becomes valid, over many steps.
@@ -94,18 +93,18 @@ pub struct Inputs {
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Word {
+enum Mode {
     Start,
     Status,
     Finish,
     Run,
 }
 
-/// Why a word could not be obeyed.
+/// Why `watch-store` failed.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// There is one already.
-    #[error("a watch runs already in this job")]
+    /// A watch runs in this job already.
+    #[error("a watch already runs in this job")]
     Running,
     /// The background process could not be started, or ended before it was ready.
     #[error("the watch could not be started: {0}")]
@@ -113,9 +112,7 @@ pub enum Error {
     /// The background process could not prepare.
     #[error("{text}")]
     Prepare {
-        /// Why.
         text: String,
-        /// What to do.
         hint: Option<String>,
         /// Whether the host lacks something.
         is_host: bool,
@@ -123,9 +120,8 @@ pub enum Error {
     /// The watch that was to be finished is not there, and publication was required.
     #[error("no watch runs in this job, so that nothing can be published")]
     NotRunning,
-    /// The watch ended without a report.
     #[error("the watch has ended without a report")]
-    Silent,
+    NoReport,
 }
 
 impl Explain for Error {
@@ -141,7 +137,7 @@ impl Explain for Error {
         match self {
             Self::Running => Some("Call `flywheel watch-store finish` first.".into()),
             Self::Prepare { hint, .. } => hint.clone(),
-            Self::NotRunning | Self::Silent => Some(
+            Self::NotRunning | Self::NoReport => Some(
                 "What it left stands in the journal: the next job on this disk takes it up.".into(),
             ),
             Self::Start(_) => None,
@@ -152,30 +148,30 @@ impl Explain for Error {
 /// Runs the verb.
 ///
 /// # Errors
-/// For wrong input, before anything is touched; when there is no Nix to be had.
+/// For wrong input, before anything is touched; when there is no usable Nix.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let word = word(&inputs)?;
+    let mode = mode(&inputs)?;
     let as_json =
         choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
     let plan = Plan::read(&inputs.job, env)?;
-    match word {
-        Word::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
-        Word::Start => Box::pin(start(&plan, env)).await,
-        Word::Status => status(env, as_json).await,
-        Word::Finish => {
+    match mode {
+        Mode::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
+        Mode::Start => Box::pin(start(&plan, env)).await,
+        Mode::Status => status(env, as_json).await,
+        Mode::Finish => {
             let given = inputs.job.drain_timeout.get().map(|_| plan.drain_timeout);
             Box::pin(finish(&plan, given, env)).await
         }
-        Word::Run => Box::pin(in_foreground(&plan, env)).await,
+        Mode::Run => Box::pin(in_foreground(&plan, env)).await,
     }
 }
 
-fn word(inputs: &Inputs) -> Result<Word, UsageError> {
+fn mode(inputs: &Inputs) -> Result<Mode, UsageError> {
     let words = [
-        ("start", Word::Start),
-        ("status", Word::Status),
-        ("finish", Word::Finish),
-        ("run", Word::Run),
+        ("start", Mode::Start),
+        ("status", Mode::Status),
+        ("finish", Mode::Finish),
+        ("run", Mode::Run),
     ];
     let named = choice("WORD", &inputs.word, &words)?;
     let word = named.map_or_else(
@@ -188,51 +184,35 @@ fn word(inputs: &Inputs) -> Result<Word, UsageError> {
     })
 }
 
-/// Leaves the background process behind, once it is ready.
+/// Starts the background process, and returns once it is ready.
 async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
     let secrets = Secrets::masked(env, &workflow);
-    job::introduce(plan, &job::judge(plan, &secrets, env), &workflow);
-    let place = Place::of(env)?;
-    if place.connect().await.is_some() {
+    job::announce(plan, &job::judge(plan, &secrets, env), &workflow);
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    if runtime_dir.connect().await.is_some() {
         return Err(Error::Running.into());
     }
-    let broken = |error: std::io::Error| Error::Start(error.to_string());
-    let mut signals = Signals::listen().map_err(broken)?;
-    let (program, mut arguments) = program_and_arguments().map_err(broken)?;
-    arguments.push("--in-background".into());
-    let mut child = detached::start(
-        &program,
-        &arguments,
-        &TOKENS,
-        place.new_log().map_err(broken)?,
-    )
-    .map_err(broken)?;
-    let mut to = child.stdin.take().expect("it was asked for");
+    let mut signals = Signals::listen().map_err(not_started)?;
+    let mut child = spawn(&runtime_dir, &secrets).await.map_err(not_started)?;
     let mut from = BufReader::new(child.stdout.take().expect("it was asked for"));
-    let expose = |secret: &Option<Secret>| secret.as_ref().map(|secret| secret.expose().to_owned());
-    let hello = Hello {
-        attic: expose(&secrets.attic),
-        github: expose(&secrets.github),
-        folder: current_folder().map_err(broken)?,
-    };
-    say(&mut to, &hello).await.map_err(broken)?;
-    drop(to);
     let deadline = Instant::now() + START_LIMIT;
     loop {
-        let begun = tokio::select! {
+        let event = tokio::select! {
             biased;
             _ = signals.next() => {
-                // It has a session of its own, so it is told by itself.
+                // The child leads a session of its own, so the signal has not reached it.
                 let _ = child.start_kill();
                 return Ok(Exit::Command(130));
             }
-            begun = timeout_at(deadline, hear(&mut from)) => begun.ok().flatten(),
+            event = timeout_at(deadline, receive(&mut from)) => event.ok().flatten(),
         };
-        match begun {
-            Some(Begun::Note(text)) => workflow.say(&text),
-            Some(Begun::Degraded(area, text)) => workflow.annotate(Level::Warning, &area, &text),
-            Some(Begun::Ready {
+        match event {
+            Some(StartEvent::Note(text)) => workflow.log(&text),
+            Some(StartEvent::Degraded(area, text)) => {
+                workflow.annotate(Level::Warning, &area, &text);
+            }
+            Some(StartEvent::Ready {
                 secret,
                 variables,
                 folder,
@@ -240,10 +220,10 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 if let Some(secret) = secret.as_deref().and_then(Secret::new) {
                     workflow.mask(&secret);
                 }
-                hand_on(env, &workflow, &variables, folder.as_deref())?;
+                export_settings(env, &workflow, &variables, folder.as_deref())?;
                 return Ok(Exit::Ok);
             }
-            Some(Begun::Failed {
+            Some(StartEvent::Failed {
                 text,
                 hint,
                 is_host,
@@ -255,17 +235,42 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 }
                 .into());
             }
+            // The child has ended, or has been silent for too long; its log may have the reason.
             None => {
                 let _ = child.start_kill();
-                let log = std::fs::read_to_string(place.log()).unwrap_or_default();
+                let log = std::fs::read_to_string(runtime_dir.log()).unwrap_or_default();
                 return Err(Error::Start(text::one_line(&log, 600)).into());
             }
         }
     }
 }
 
-/// Settings for the later steps, or for the shell that asked.
-fn hand_on(
+/// Spawns the background process, and sends it what it needs.
+async fn spawn(runtime_dir: &RuntimeDir, secrets: &Secrets) -> std::io::Result<Child> {
+    let (program, mut arguments) = program_and_arguments()?;
+    arguments.push("--in-background".into());
+    let mut child = detached::start(&program, &arguments, &TOKENS, runtime_dir.new_log()?)?;
+    let mut to = child.stdin.take().expect("it was asked for");
+    let expose = |secret: &Option<Secret>| secret.as_ref().map(|secret| secret.expose().to_owned());
+    let config = ChildConfig {
+        attic: expose(&secrets.attic),
+        github: expose(&secrets.github),
+        folder: current_folder()?,
+    };
+    send(&mut to, &config).await?;
+    Ok(child)
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "`map_err` passes the error by value"
+)]
+fn not_started(error: std::io::Error) -> Error {
+    Error::Start(error.to_string())
+}
+
+/// Hands the settings on to the later steps of a job, or to the shell that called `start`.
+fn export_settings(
     env: &Env,
     workflow: &Workflow,
     variables: &[(String, String)],
@@ -289,80 +294,77 @@ fn hand_on(
             .map(|(name, value)| format!("export {name}={}", quoted(value)));
         data(&exports.collect::<Vec<_>>().join("\n"));
     }
-    workflow.say("flywheel: watching the store; `flywheel watch-store finish` ends it");
+    workflow.log("flywheel: watching the store; `flywheel watch-store finish` ends it");
     Ok(())
 }
 
-/// The process that `start` leaves behind. Its log is its standard error.
+/// The background process. Its log is its standard error.
 async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
-    detached::leave_session();
-    let hello: Option<Hello> = timeout(STATUS_LIMIT, hear(&mut BufReader::new(tokio::io::stdin())))
-        .await
-        .ok()
-        .flatten();
-    let hello = hello.ok_or_else(|| Error::Start("nobody said what to watch".into()))?;
+    detached::start_session();
+    let config: Option<ChildConfig> = timeout(
+        STATUS_LIMIT,
+        receive(&mut BufReader::new(tokio::io::stdin())),
+    )
+    .await
+    .ok()
+    .flatten();
+    let config = config.ok_or_else(|| Error::Start("`start` sent it no settings".into()))?;
     let secret = |text: &Option<String>| text.as_deref().and_then(Secret::new);
     let secrets = Secrets {
-        attic: secret(&hello.attic),
-        github: secret(&hello.github),
+        attic: secret(&config.attic),
+        github: secret(&config.github),
     };
-    // On a laptop and in a job alike the log is plain text.
+    // In a job, too, the log is plain text: the step that calls `finish` prints it.
     let workflow = Workflow::new(false);
     let screen = Screen::new(&workflow);
-    let begun = Sink::new(|event| match event {
-        Progress::Note(text) => data(&json(&Begun::Note(text))),
-        Progress::Degraded { area, text } => data(&json(&Begun::Degraded(area.to_owned(), text))),
-        Progress::Moved { .. } => (),
-    });
-    let both = {
-        let log = screen.sink();
-        Sink::new(move |event: Progress| {
-            begun.send(event.clone());
-            log.send(event);
-        })
-    };
+    let sink = to_start_and_log(screen.sink());
     let ready = async |prepared: &Prepared| {
         let own = prepared
             .cache
             .token
             .as_ref()
             .filter(|token| secrets.attic.as_ref() != Some(token));
-        let word = Begun::Ready {
+        let event = StartEvent::Ready {
             secret: own.map(|token| token.expose().to_owned()),
             variables: variables(prepared),
             folder: nix_folder(prepared).map(Into::into),
         };
-        data(&json(&word));
-        // From here on its words would go nowhere.
-        let _ = detached::let_go_of_output();
+        data(&json(&event));
+        // `start` ends now, and with it the reader of this process's standard output.
+        let _ = detached::close_stdout();
     };
-    let ended = keep(
-        plan,
-        env,
-        &secrets,
-        hello.folder,
-        &workflow,
-        &screen,
-        both,
-        ready,
-    )
-    .await;
+    let parts = (secrets.clone(), workflow.clone(), screen);
+    let ended = run_daemon(plan, env, parts, config.folder, sink, ready).await;
     if let Err(failure) = &ended {
         let is_host = failure.exit() == Exit::Host;
-        data(&json(&Begun::Failed {
+        data(&json(&StartEvent::Failed {
             text: failure.to_string(),
             hint: failure.hint(),
             is_host,
         }));
     }
-    ended.map(|told| {
-        told.tell(&workflow, &Files::default());
+    ended.map(|report| {
+        report.emit(&workflow, &Files::default());
         Exit::Ok
     })
 }
 
-fn json(word: &Begun) -> String {
-    serde_json::to_string(word).expect("texts and numbers are always JSON")
+/// Sends notes and warnings to `start`, and every event to the log.
+fn to_start_and_log(log: Sink) -> Sink {
+    Sink::new(move |event: Progress| {
+        match event.clone() {
+            Progress::Note(text) => data(&json(&StartEvent::Note(text))),
+            Progress::Degraded { area, text } => {
+                data(&json(&StartEvent::Degraded(area.to_owned(), text)));
+            }
+            Progress::Moved { .. } => (),
+        }
+        log.send(event);
+    })
+}
+
+fn json(event: &StartEvent) -> String {
+    serde_json::to_string(event).expect("texts and numbers are always JSON")
 }
 
 /// The same in the foreground, until it is interrupted or `finish` is called.
@@ -370,91 +372,70 @@ async fn in_foreground(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
     let secrets = Secrets::masked(env, &workflow);
     let screen = Screen::new(&workflow);
-    job::introduce(plan, &job::judge(plan, &secrets, env), &workflow);
-    let folder = current_folder().map_err(|error| Error::Start(error.to_string()))?;
-    let ready = async |_: &Prepared| workflow.say("flywheel: watching the store");
-    let told = keep(
-        plan,
-        env,
-        &secrets,
-        folder,
-        &workflow,
-        &screen,
-        screen.sink(),
-        ready,
-    )
-    .await;
+    job::announce(plan, &job::judge(plan, &secrets, env), &workflow);
+    let folder = current_folder().map_err(not_started)?;
+    let ready = async |_: &Prepared| workflow.log("flywheel: watching the store");
+    let parts = (secrets, workflow.clone(), screen.clone());
+    let ended = run_daemon(plan, env, parts, folder, screen.sink(), ready).await;
     screen.finish();
-    let told = told?;
-    told.tell(&workflow, &Files::from_env(env));
-    Ok(Exit::Command(told.exit_code))
+    let report = ended?;
+    report.emit(&workflow, &Files::from_env(env));
+    Ok(Exit::Command(report.exit_code))
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the two callers differ in each of them"
-)]
-async fn keep(
+async fn run_daemon(
     plan: &Plan,
     env: &Env,
-    secrets: &Secrets,
+    (secrets, workflow, screen): (Secrets, Workflow, Screen),
     folder: PathBuf,
-    workflow: &Workflow,
-    screen: &Screen,
     sink: Sink,
     ready: impl AsyncFnOnce(&Prepared),
-) -> Result<Told, Failure> {
-    let broken = |error: std::io::Error| Error::Start(error.to_string());
-    let mut signals = Signals::listen().map_err(broken)?;
-    let place = Place::of(env)?;
-    let _held: File = place.hold().map_err(broken)?.ok_or(Error::Running)?;
-    let listener = place.listen().map_err(broken)?;
-    let private = PrivateFolder::create(&job::private_base(env))?;
-    let decision = job::judge(plan, secrets, env);
-    let board = Board::new(Status {
+) -> Result<JobReport, Failure> {
+    let mut signals = Signals::listen().map_err(not_started)?;
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    // Of two `start`s at the same time, the second finds the folder locked.
+    let _lock: File = runtime_dir
+        .lock()
+        .map_err(not_started)?
+        .ok_or(Error::Running)?;
+    // The socket is there before Nix is made ready, which may take minutes: `status` answers from the start.
+    let listener = runtime_dir.listen().map_err(not_started)?;
+    let status_cell = StatusCell::new(Status {
         state: "preparing".into(),
         pid: std::process::id(),
-        trust: decision.verdict().word().to_owned(),
-        publishes: decision.publishes(),
-        reason: decision.reason(),
         ..Status::default()
     });
-    let work = Work {
-        plan,
-        env,
-        secrets,
-        decision: &decision,
-        sink: board.sink(sink),
-        screen,
-        private: private.path(),
-    };
-    let keeper = Keeper {
-        work,
-        workflow: workflow.clone(),
-        board,
+    let sink = status_cell.sink(sink);
+    let session = Session::from_parts(plan, env, secrets, workflow, screen, sink)?;
+    {
+        let mut status = status_cell.status();
+        session
+            .decision
+            .verdict()
+            .as_str()
+            .clone_into(&mut status.trust);
+        status.publishes = session.decision.publishes();
+        status.reason = session.decision.reason();
+    }
+    let daemon = Daemon {
+        session,
+        status_cell,
         folder,
-        whose: mark(env),
+        processes: job_processes(env),
     };
     let before = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
-    let ended = keeper
-        .keep(
-            listener,
-            &mut signals,
-            vec![("NIX_CONFIG".into(), before)],
-            ready,
-        )
-        .await;
-    drop(private);
-    place.remove();
+    let before = vec![("NIX_CONFIG".into(), before)];
+    let ended = daemon.run(listener, &mut signals, before, ready).await;
+    runtime_dir.remove();
     ended
 }
 
 /// Asks the background process to drain, verify and end, and reports.
 async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
-    let place = Place::of(env)?;
-    let Some(stream) = place.connect().await else {
-        place.leave();
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    let Some(stream) = runtime_dir.connect().await else {
+        runtime_dir.remove_if_unused();
         if plan.require_publish {
             return Err(Error::NotRunning.into());
         }
@@ -463,18 +444,18 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
         return Ok(Exit::Ok);
     };
     let mut stream = BufReader::new(stream);
-    let ask = Ask::Finish {
+    let ask = Request::Finish {
         drain_timeout: drain_timeout.map(|time| time.as_secs()),
         require_publish: plan.require_publish,
     };
-    // It is removed with the watch.
-    let log = File::open(place.log());
-    say(&mut stream, &ask).await.map_err(|_| Error::Silent)?;
-    let finished = wait(&mut stream, &place, &workflow).await?;
+    // Opened before the end, because the background process removes its log then.
+    let log = File::open(runtime_dir.log());
+    send(&mut stream, &ask).await.map_err(|_| Error::NoReport)?;
+    let finished = wait(&mut stream, &runtime_dir, &workflow).await?;
     let text = log.and_then(std::io::read_to_string).unwrap_or_default();
-    tell_log(&workflow, &text);
-    // It cleans up before it ends, and its end is the end of the connection.
-    let _ = timeout(END_LIMIT, hear::<Ask>(&mut stream)).await;
+    print_log(&workflow, &text);
+    // The background process cleans up before it ends; the connection ends with it.
+    let _ = timeout(END_LIMIT, receive::<Request>(&mut stream)).await;
     let files = Files::from_env(env);
     for (name, value) in &finished.variables {
         if let Err(error) = files.set_env(name, value) {
@@ -485,67 +466,69 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
             );
         }
     }
-    finished.told.tell(&workflow, &files);
-    Ok(Exit::Command(finished.told.exit_code))
+    finished.report.emit(&workflow, &files);
+    Ok(Exit::Command(finished.report.exit_code))
 }
 
-/// Waits for the end, says now and then how far it is, and hands a request to stop on. The time is
-/// bounded by the background process; should it hang, the runner's own limit holds.
+/// Waits for the end, logs from time to time how far the publication is, and passes a signal on. The background
+/// process bounds the time; should it hang, the runner's own limit holds.
 async fn wait(
     stream: &mut BufReader<UnixStream>,
-    place: &Place,
+    runtime_dir: &RuntimeDir,
     workflow: &Workflow,
 ) -> Result<Finished, Error> {
     let mut signals = Signals::listen().map_err(|error| Error::Start(error.to_string()))?;
-    let mut ticks = interval(TELL_EVERY);
+    let mut ticks = interval(PROGRESS_INTERVAL);
+    // The first tick of an interval comes at once, and there is no progress to log yet.
     ticks.tick().await;
-    let mut hurried = None;
+    let mut give_up_at = None;
     let (mut reading, mut writing) = stream.get_mut().split();
     let mut reading = BufReader::new(&mut reading);
-    let mut hearing = Box::pin(hear::<Finished>(&mut reading));
+    let mut receiving = Box::pin(receive::<Finished>(&mut reading));
     loop {
         tokio::select! {
             biased;
-            finished = &mut hearing => return finished.ok_or(Error::Silent),
-            _ = signals.next(), if hurried.is_none() => {
-                hurried = Some(Instant::now() + job::STOPPED_LIMIT);
-                let _ = say(&mut writing, &Ask::Hurry).await;
+            finished = &mut receiving => return finished.ok_or(Error::NoReport),
+            _ = signals.next(), if give_up_at.is_none() => {
+                // The background process has this long to stop and to send its report.
+                give_up_at = Some(Instant::now() + job::STOPPED_LIMIT);
+                let _ = send(&mut writing, &Request::Cancel).await;
             }
-            () = tokio::time::sleep_until(hurried.unwrap_or_else(Instant::now)), if hurried.is_some() => {
-                return Err(Error::Silent);
+            () = tokio::time::sleep_until(give_up_at.unwrap_or_else(Instant::now)), if give_up_at.is_some() => {
+                return Err(Error::NoReport);
             }
             _ = ticks.tick() => {
-                if let Some(status) = ask_status(place).await {
-                    workflow.say(&format!("publishing: {} of {} paths", status.settled, status.known));
+                if let Some(status) = request_status(runtime_dir).await {
+                    workflow.log(&format!("publishing: {} of {} paths", status.settled, status.known));
                 }
             }
         }
     }
 }
 
-/// The background process's own words, each on a line that can be no workflow command.
-fn tell_log(workflow: &Workflow, log: &str) {
+/// Prints the background process's log. The prefix keeps a line of it from being a workflow command.
+fn print_log(workflow: &Workflow, log: &str) {
     if !log.trim().is_empty() {
-        workflow.group("flywheel: what the watch said");
+        workflow.group("flywheel: the log of the watch");
         for line in log.lines() {
-            workflow.say(&format!("watch-store: {line}"));
+            workflow.log(&format!("watch-store: {line}"));
         }
         workflow.end_group();
     }
 }
 
-async fn ask_status(place: &Place) -> Option<Status> {
-    let mut stream = BufReader::new(place.connect().await?);
-    say(&mut stream, &Ask::Status).await.ok()?;
-    timeout(STATUS_LIMIT, hear(&mut stream)).await.ok()?
+async fn request_status(runtime_dir: &RuntimeDir) -> Option<Status> {
+    let mut stream = BufReader::new(runtime_dir.connect().await?);
+    send(&mut stream, &Request::Status).await.ok()?;
+    timeout(STATUS_LIMIT, receive(&mut stream)).await.ok()?
 }
 
-/// Says what the background process is doing.
+/// Prints what the background process is doing.
 async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
-    let place = Place::of(env)?;
-    let status = ask_status(&place).await;
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    let status = request_status(&runtime_dir).await;
     if status.is_none() {
-        place.leave();
+        runtime_dir.remove_if_unused();
     }
     let status = status.unwrap_or_else(|| Status {
         state: "none".into(),
@@ -557,23 +540,23 @@ async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
     }
     let workflow = Workflow::new(env.in_github_actions());
     if status.state == "none" {
-        workflow.say("no watch runs in this job");
+        workflow.log("no watch runs in this job");
         return Ok(Exit::Ok);
     }
     let cache = status.cache.as_deref().unwrap_or("no cache");
     let since = text::duration(Duration::from_secs(status.seconds));
-    workflow.say(&format!(
+    workflow.log(&format!(
         "{} for {since}, process {}, {cache}",
         status.state, status.pid
     ));
-    workflow.say(&format!("trust: {} ({})", status.trust, status.reason));
+    workflow.log(&format!("trust: {} ({})", status.trust, status.reason));
     let (settled, known) = (status.settled, text::count(status.known, "path"));
-    workflow.say(&format!(
+    workflow.log(&format!(
         "{settled} of {known} settled, {} sent",
         text::bytes(status.bytes)
     ));
     for line in &status.degraded {
-        workflow.say(&format!("degraded: {line}"));
+        workflow.log(&format!("degraded: {line}"));
     }
     Ok(Exit::Ok)
 }

@@ -72,19 +72,25 @@ async fn by_age_and_by_size_the_least_recently_used_go_and_no_closure_breaks() {
     let served = Served::start(&[]);
     fill(&served).await;
     let (_, folder) = served.stop();
-    let (said, folder) = gc(folder, &[]);
+    let (printed, folder) = gc(folder, &[]);
     assert!(
-        said.starts_with("gc: 0 paths and 0 NARs removed (0 B), 6 paths kept"),
-        "{said}"
+        printed.starts_with("gc: 0 paths and 0 NARs removed (0 B), 6 paths kept"),
+        "{printed}"
     );
     // `b` and `c` are older than 60 h, but `a` needs them; `d` goes from both caches.
-    let (said, folder) = gc(folder, &["--max-age", "60h"]);
-    assert!(said.starts_with("gc: 2 paths and 1 NAR removed"), "{said}");
+    let (printed, folder) = gc(folder, &["--max-age", "60h"]);
+    assert!(
+        printed.starts_with("gc: 2 paths and 1 NAR removed"),
+        "{printed}"
+    );
     let served = Served::in_folder(folder, &[]);
     assert_eq!(letters(&served), "abcf");
     let (_, folder) = served.stop();
-    let (said, folder) = gc(folder, &["--max-size", "0"]);
-    assert!(said.starts_with("gc: 4 paths and 4 NARs removed"), "{said}");
+    let (printed, folder) = gc(folder, &["--max-size", "0"]);
+    assert!(
+        printed.starts_with("gc: 4 paths and 4 NARs removed"),
+        "{printed}"
+    );
     let served = Served::in_folder(folder, &[]);
     assert_eq!(letters(&served), "");
     for folder in ["nars", "caches/main/nars", "caches/team/nars"] {
@@ -135,8 +141,11 @@ async fn reading_and_asking_count_as_use() {
         200
     );
     let (_, folder) = served.stop();
-    let (said, folder) = gc(folder, &["--max-age", "1h"]);
-    assert!(said.starts_with("gc: 3 paths and 2 NARs removed"), "{said}");
+    let (printed, folder) = gc(folder, &["--max-age", "1h"]);
+    assert!(
+        printed.starts_with("gc: 3 paths and 2 NARs removed"),
+        "{printed}"
+    );
     assert_eq!(letters(&Served::in_folder(folder, &[])), "cdf");
 }
 

@@ -89,7 +89,7 @@ async fn every_packing_becomes_the_same_zstd_file() {
 }
 
 fn foreign_signature() -> String {
-    let signature = flywheel::nix::key::SecretKey::generate("other-1")
+    let signature = flywheel_nix::key::SecretKey::generate("other-1")
         .unwrap()
         .sign("x");
     signature.split_once(':').unwrap().1.to_owned()

@@ -31,51 +31,55 @@ async fn both_carriers_and_both_framings_store_the_same_path() {
             (200, Some("Uploaded")),
             "{json}"
         );
-
-        let narinfo = served.narinfo("main", &path).await.unwrap();
-        assert_eq!(
-            (narinfo.nar_hash, narinfo.nar_size),
-            (path.nar_hash(), path.nar.len() as u64)
-        );
-        assert_eq!(
-            narinfo.url,
-            format!("nar/{}.nar.zst", path.nar_hash().base32())
-        );
-        let nar = served
-            .client()
-            .get(format!("{}/main/{}", served.url, narinfo.url))
-            .send()
-            .await
-            .unwrap();
-        assert_eq!(
-            nar.headers()["content-length"].to_str().ok(),
-            narinfo.file_size.map(|n| n.to_string()).as_deref()
-        );
-        let nar = nar.bytes().await.unwrap();
-        assert_eq!(Some(sha256(&nar)), narinfo.file_hash);
-        assert_eq!(zstd::decode_all(&*nar).unwrap(), path.nar);
-        let head = served
-            .client()
-            .head(format!("{}/main/{}.narinfo", served.url, path.hash()))
-            .send()
-            .await
-            .unwrap();
-        assert_eq!(
-            (head.status().as_u16(), head.bytes().await.unwrap().len()),
-            (200, 0)
-        );
-        let head = served
-            .client()
-            .head(format!("{}/main/{}", served.url, narinfo.url))
-            .send()
-            .await
-            .unwrap();
-        assert_eq!(
-            head.headers()["content-length"].to_str().ok(),
-            Some(nar.len().to_string().as_str())
-        );
+        check_served(&served, &path).await;
     }
     assert!(served.names("tmp").is_empty());
+}
+
+/// The server has the path: its narinfo, its NAR, and what a HEAD of either gives.
+async fn check_served(served: &Served, path: &TestPath) {
+    let narinfo = served.narinfo("main", path).await.unwrap();
+    assert_eq!(
+        (narinfo.nar_hash, narinfo.nar_size),
+        (path.nar_hash(), path.nar.len() as u64)
+    );
+    assert_eq!(
+        narinfo.url,
+        format!("nar/{}.nar.zst", path.nar_hash().base32())
+    );
+    let nar = served
+        .client()
+        .get(format!("{}/main/{}", served.url, narinfo.url))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        nar.headers()["content-length"].to_str().ok(),
+        narinfo.file_size.map(|n| n.to_string()).as_deref()
+    );
+    let nar = nar.bytes().await.unwrap();
+    assert_eq!(Some(sha256(&nar)), narinfo.file_hash);
+    assert_eq!(zstd::decode_all(&*nar).unwrap(), path.nar);
+    let head = served
+        .client()
+        .head(format!("{}/main/{}.narinfo", served.url, path.hash()))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        (head.status().as_u16(), head.bytes().await.unwrap().len()),
+        (200, 0)
+    );
+    let head = served
+        .client()
+        .head(format!("{}/main/{}", served.url, narinfo.url))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(
+        head.headers()["content-length"].to_str().ok(),
+        Some(nar.len().to_string().as_str())
+    );
 }
 
 #[tokio::test]
@@ -132,7 +136,7 @@ async fn references_are_sorted_and_the_signature_is_over_the_sorted_list() {
     let names: Vec<&str> = narinfo
         .references
         .iter()
-        .map(flywheel::nix::store_path::StorePath::base_name)
+        .map(flywheel_nix::store_path::StorePath::base_name)
         .collect();
     assert_eq!(names, [&path.base, &b.base, &c.base]);
 }
@@ -141,10 +145,10 @@ async fn references_are_sorted_and_the_signature_is_over_the_sorted_list() {
 async fn a_real_deriver_and_foreign_signatures_are_served() {
     let served = Served::start(&[]);
     let path = TestPath::new('a', b"a");
-    let foreign = flywheel::nix::key::SecretKey::generate("other-1")
+    let foreign = flywheel_nix::key::SecretKey::generate("other-1")
         .unwrap()
         .sign("whatever");
-    let stale = flywheel::nix::key::SecretKey::generate("main")
+    let stale = flywheel_nix::key::SecretKey::generate("main")
         .unwrap()
         .sign("whatever");
     let mut info = path.info("main");
@@ -169,7 +173,7 @@ async fn a_real_deriver_and_foreign_signatures_are_served() {
     assert!(narinfo.ca.unwrap().starts_with("fixed:r:sha256:"));
 }
 
-/// Upload infos that are each wrong in one thing, with what the refusal says of it.
+/// Upload infos that are each wrong in one thing, with words of the refusal.
 fn bad_metadata(path: &TestPath) -> Vec<(Value, &'static str)> {
     let with = |name: &str, value: Value| {
         let mut info = path.info("main");
@@ -276,7 +280,7 @@ async fn a_nar_that_is_longer_or_shorter_than_announced_is_refused() {
             nar.chunks(7_000).map(|piece| Ok(piece.to_vec())).collect();
         reqwest::Body::wrap_stream(futures_util::stream::iter(pieces))
     };
-    // Once for a NAR that is new, once for one that is known: Attic forgives the first.
+    // A new NAR and a known one take different ways in the server; Attic accepts the fault in a new one.
     for _ in 0..2 {
         for nar in [
             &path.nar[..path.nar.len() - 1],
@@ -314,7 +318,7 @@ async fn a_nar_is_stored_once_and_shown_only_where_it_was_sent() {
         404,
         "the other cache's NAR"
     );
-    // Whoever claims a NAR must have it, known or not.
+    // A client has to send the NAR that it names, even if the server has it: a hash alone is no proof of having it.
     let (status, _) = served
         .upload_as("team-token", &path.info("team"), "x".repeat(path.nar.len()))
         .await;
@@ -460,7 +464,7 @@ fn a_known_nar_is_asked_for_unless_its_proof_is_waived() {
             .unwrap();
         (&first).write_all(&path.nar).unwrap();
         assert!(read_answer(&first).contains("Uploaded"));
-        // The NAR is known; the client waits for leave and sends nothing of it.
+        // The server has the NAR; the client waits for `100 Continue` and sends none of it.
         let second = TcpStream::connect(served.address()).unwrap();
         let head = upload_head(
             &path,
@@ -478,7 +482,7 @@ fn a_known_nar_is_asked_for_unless_its_proof_is_waived() {
                 b"HTTP/1.1 100"
             }
         );
-        // Who may not write hears no more than before.
+        // A client that may not write learns no more than before.
         let refused = TcpStream::connect(served.address()).unwrap();
         (&refused)
             .write_all(upload_head(&path, "garbage-token", &length).as_bytes())
@@ -496,7 +500,7 @@ fn an_early_answer_announces_the_end_of_its_connection() {
     early
         .write_all(upload_head(&path, "garbage-token", &more).as_bytes())
         .unwrap();
-    // A client that has sent everything must not take the connection for one that serves again.
+    // Even a client that has sent its whole body has to see that this connection takes no further request.
     early.write_all(&path.nar).unwrap();
     let answer = read_all(&early).to_ascii_lowercase();
     assert!(
@@ -544,7 +548,7 @@ fn a_client_that_sends_before_it_listens_still_hears_the_refusal() {
 
 #[tokio::test]
 async fn a_full_disk_fails_the_upload_and_not_the_server() {
-    // No file may grow over 64 KiB: what the disk says then is an error like any other.
+    // No file may grow over 64 KiB, and the error of the disk is an error like any other.
     let served = Served::start_limited();
     // One is compressed as it comes, the other in memory.
     let large = [

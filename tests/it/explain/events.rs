@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use flywheel::runner::context::facts;
-use flywheel::runner::env::Env;
-use flywheel::trust::Facts;
+use flywheel_core::trust::Facts;
+use flywheel_sys::runner::context::facts;
+use flywheel_sys::runner::env::Env;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -75,7 +75,7 @@ pub fn event(name: &str, fields: &Value) -> Event {
     }
 }
 
-/// Payloads in files, each written once: a disk is slower than the gate.
+/// Payloads in files, each written once, because writing takes longer than the gate does.
 pub struct Files {
     folder: TempDir,
     written: HashMap<String, PathBuf>,
@@ -104,7 +104,7 @@ impl Files {
 }
 
 impl Event {
-    /// On this ref, and its payload says so where it says anything.
+    /// The same on this ref, which its payload names if an event of this kind names one.
     pub fn on(mut self, git_ref: &str) -> Self {
         if matches!(self.name.as_str(), "push" | "workflow_dispatch") {
             self.payload["ref"] = json!(git_ref);
@@ -113,7 +113,6 @@ impl Event {
         self
     }
 
-    /// With another payload.
     pub fn change(mut self, change: impl FnOnce(&mut Value)) -> Self {
         change(&mut self.payload);
         self
@@ -125,7 +124,7 @@ impl Event {
         self
     }
 
-    /// The variables of its job, whose payload stands in `file`.
+    /// The variables of its job; the payload is in `file`.
     pub fn variables(&self, file: &Path) -> Vec<(&'static str, String)> {
         vec![
             ("GITHUB_ACTIONS", "true".into()),

@@ -1,11 +1,11 @@
 //! The gate over every event of GitHub's published examples × fork × ref × protection × token ×
-//! `push-cache` × `trusted-refs`, against a second telling of the table.
+//! `push-cache` × `trusted-refs`, against a second implementation of the table.
 
 use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
-use flywheel::policy::{Policy, Rule, RuleMode, Ruling};
-use flywheel::trust::{Facts, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_core::policy::{Policy, Rule, RuleMode, Ruling};
+use flywheel_core::trust::{Facts, PushCache, Request, TrustedRefs, Verdict, decide};
 use serde_json::{Value, json};
 
 use super::events::{Event, Files, event, published, push};
@@ -25,7 +25,7 @@ fn only_the_tables_rows_publish() {
         names.insert(&job.name);
         for (wide, request, token) in &requests {
             let decision = decide(facts, request, *token);
-            let may = table_says(job, *wide);
+            let may = table_permits(job, *wide);
             let publishes = may && *token && request.push_cache != PushCache::Never;
             let judged = matches!(decision.verdict(), Verdict::MayPublish(_));
             let permitted = (decision.publishes(), decision.permit().is_some());
@@ -51,7 +51,7 @@ fn only_the_tables_rows_publish() {
 }
 
 /// The policy's table: what the gate lets through goes unless an enforced rule is broken, and nothing else goes
-/// whatever the policy says.
+/// whatever the policy is.
 #[test]
 fn the_policy_rules_what_the_gate_lets_through_and_nothing_else() {
     let requests = requests();
@@ -60,7 +60,7 @@ fn the_policy_rules_what_the_gate_lets_through_and_nothing_else() {
     let (wide, request, token) = &requests[requests.len() / 2 + 1];
     for (job, facts) in all_jobs() {
         let publishes = decide(facts, request, *token).publishes();
-        assert_eq!(publishes, *token && table_says(job, *wide), "{job:?}");
+        assert_eq!(publishes, *token && table_permits(job, *wide), "{job:?}");
         for (policy, rule, (word, mode), breaks) in &rules {
             let ruling = policy.decide(publishes, *rule, "hello-2.12", *breaks);
             let expected = match (publishes, mode, breaks) {
@@ -80,7 +80,7 @@ fn the_policy_rules_what_the_gate_lets_through_and_nothing_else() {
     );
 }
 
-/// Every rule, every mode, kept and broken; each with the policy that says so.
+/// Every rule, every mode, kept and broken; each with a policy that holds this rule alone.
 fn rules() -> impl Iterator<Item = (Policy, Rule, (&'static str, RuleMode), bool)> {
     let modes = |rule| {
         RuleMode::ALL
@@ -119,7 +119,8 @@ fn requests() -> Vec<(bool, Request, bool)> {
     requests
 }
 
-/// Every example as jobs, and the facts of each: reading them is what takes time.
+/// Every example as jobs, and the facts of each. Reading the facts takes most of the time of a test, so it is done
+/// once for a process.
 fn all_jobs() -> &'static [(Event, Facts)] {
     static JOBS: OnceLock<Vec<(Event, Facts)>> = OnceLock::new();
     JOBS.get_or_init(|| {
@@ -181,8 +182,8 @@ fn jobs(name: &str, payload: &Value) -> Vec<Event> {
     jobs
 }
 
-/// The design's table, told again from the raw payload.
-fn table_says(job: &Event, wide: bool) -> bool {
+/// The design's table, written a second time, on the raw payload.
+fn table_permits(job: &Event, wide: bool) -> bool {
     let payload = &job.payload;
     let Some(default) = payload["repository"]["default_branch"].as_str() else {
         return false;
@@ -253,7 +254,7 @@ fn no_pull_request_publishes_from_wherever_it_comes() {
             for git_ref in ["refs/pull/7/merge", "refs/heads/main", "refs/tags/v1"] {
                 check(&pull_request(name, &head).protected().on(git_ref), false);
             }
-            // The runner says `push`, the payload something else.
+            // The event is `push` by the variables, and another one by the payload.
             let lying = pull_request(name, &head).change(|payload| {
                 payload["after"] = json!("6113728f27ae82c7b1a177c8d03f9e96e0adf246");
             });

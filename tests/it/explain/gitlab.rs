@@ -1,11 +1,11 @@
 //! GitLab's jobs through the same gate: every source × ref × protection × merge request × token ×
-//! `push-cache` × `trusted-refs`, against a second telling of the table; and the page's table of them.
+//! `push-cache` × `trusted-refs`, against a second implementation of the table; and the page's table of them.
 
 use std::fmt::Write as _;
 
-use flywheel::runner::context::facts;
-use flywheel::runner::env::Env;
-use flywheel::trust::{Decision, Facts, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_core::trust::{Decision, Facts, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_sys::runner::context::facts;
+use flywheel_sys::runner::env::Env;
 
 use super::events::{Files, event, push};
 use super::gate::WIDEST;
@@ -92,8 +92,8 @@ fn answer(job: &Job, trusted: &str, push_cache: PushCache, token: bool) -> Decis
     decide(&job.facts(), &request, token)
 }
 
-/// The table, told again.
-fn table_says(job: &Job, wide: bool) -> bool {
+/// The table, written a second time and in another way.
+fn table_permits(job: &Job, wide: bool) -> bool {
     let on_default = job.git_ref == "heads/main";
     let tag = job
         .git_ref
@@ -133,7 +133,7 @@ fn only_the_tables_rows_publish() {
                     for push_cache in [PushCache::Always, PushCache::Auto, PushCache::Never] {
                         for token in [true, false] {
                             let decision = answer(&job, trusted, push_cache, token);
-                            let may = table_says(&job, wide);
+                            let may = table_permits(&job, wide);
                             let publishes = may && token && push_cache != PushCache::Never;
                             let judged = matches!(decision.verdict(), Verdict::MayPublish(_));
                             let permitted = (decision.publishes(), decision.permit().is_some());
@@ -296,7 +296,7 @@ pub fn table() -> String {
     });
     for (job, trusted, special) in rows.into_iter().chain(others) {
         let decision = answer(&job, trusted, PushCache::Always, true);
-        let (verdict, reason) = (decision.verdict().word(), decision.reason());
+        let (verdict, reason) = (decision.verdict().as_str(), decision.reason());
         writeln!(
             table,
             "| `{}` | `refs/{}` | {special} | {verdict} | {reason} |",

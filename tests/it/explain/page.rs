@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use flywheel::trust::{Decision, PushCache, Request, TrustedRefs, Verdict, decide};
+use flywheel_core::trust::{Decision, PushCache, Request, TrustedRefs, Verdict, decide};
 use serde_json::{Value, json};
 
 use super::events::{Event, Files, event, published, push};
@@ -229,9 +229,9 @@ fn cases_table(files: &mut Files) -> String {
             code(&event.git_ref),
             special.to_owned(),
             code(trusted),
-            decision.verdict().word().to_owned(),
-            plan.attic.word().to_owned(),
-            plan.flakehub.word().to_owned(),
+            decision.verdict().as_str().to_owned(),
+            plan.attic.as_str().to_owned(),
+            plan.flakehub.as_str().to_owned(),
             decision.reason(),
         ];
         writeln!(table, "| {} |", cells.join(" | ")).unwrap();
@@ -261,7 +261,7 @@ fn requests_table(files: &mut Files) -> String {
         ] {
             for (token, has) in [(true, "yes"), (false, "no")] {
                 let decision = answer(files, &event, "", push_cache, token);
-                assert_eq!(decision.verdict().word(), verdict);
+                assert_eq!(decision.verdict().as_str(), verdict);
                 let publishes = if decision.publishes() {
                     "**yes**"
                 } else {

@@ -107,7 +107,7 @@ fn an_action_is_one_step_that_becomes_the_binary() {
                     complain("a step without `shell: bash`");
                 }
             }
-            // The runner signals the entry process alone, so the shell must become the binary.
+            // The runner signals only the entry process, so the shell must `exec` the binary.
             let last = steps
                 .last()
                 .map_or("", |step| text(step, "run"))
@@ -133,7 +133,7 @@ fn an_action_is_one_step_that_becomes_the_binary() {
     );
 }
 
-/// The verb that an action is the face of.
+/// The verb that an action runs.
 fn verb(file: &Source) -> &str {
     file.name
         .strip_prefix("actions/")
@@ -141,66 +141,73 @@ fn verb(file: &Source) -> &str {
         .unwrap_or("setup")
 }
 
+/// Complaints about an action whose inputs are not handed on to its verb, or have no flag there.
+fn inputs_of(file: &Source) -> Vec<String> {
+    let mut complaints = Vec::new();
+    let action = yaml(file);
+    let help = Flywheel::new(&[verb(file), "--help"]).run().stdout;
+    // The help is wrapped to the width of a terminal.
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    let inputs = action.get("inputs").cloned().unwrap_or_default();
+    let mut mapped = Vec::new();
+    mappings(&action["runs"], &mut |mapping| {
+        mapped.extend(keys(mapping.get("env").unwrap_or(&Value::Null)));
+    });
+    let mut wanted: Vec<String> = Vec::new();
+    for input in keys(&inputs) {
+        let variable = format!("FLYWHEEL_{}", input.to_uppercase().replace('-', "_"));
+        let line = format!("{variable}: ${{{{ inputs.{input} }}}}");
+        if !file.text.contains(&line) {
+            complaints.push(format!("input `{input}` is not handed on as `{line}`"));
+        }
+        let reads = ["=", "]"]
+            .iter()
+            .any(|end| help.contains(&format!("[env: {variable}{end}")));
+        // A switch may stand alone on a command line: `--strict[=<BOOL>]`.
+        let is_flag = [" <", "[=<"]
+            .iter()
+            .any(|start| help.contains(&format!("--{input}{start}")));
+        if !is_flag || !reads {
+            complaints.push(format!(
+                "input `{input}` is no flag of `flywheel {}`",
+                verb(file)
+            ));
+        }
+        if text(&inputs[&input], "description").is_empty() {
+            complaints.push(format!("input `{input}` has no description"));
+        }
+        wanted.push(variable);
+    }
+    for variable in mapped
+        .iter()
+        .filter(|name| name.starts_with("FLYWHEEL_") && !wanted.contains(name))
+    {
+        complaints.push(format!("`{variable}` belongs to no input"));
+    }
+    complaints
+}
+
+/// Complaints about the outputs of an action.
+fn outputs_of(file: &Source) -> Vec<String> {
+    let action = yaml(file);
+    let outputs = keys(action.get("outputs").unwrap_or(&Value::Null)).into_iter();
+    outputs
+        .map(|output| action["outputs"][&output].clone())
+        .filter(|output| {
+            text(output, "description").is_empty()
+                || !text(output, "value").starts_with("${{ steps.")
+        })
+        .map(|output| format!("an output without description or value: {output:?}"))
+        .collect()
+}
+
 #[test]
 fn every_input_is_a_variable_and_a_flag() {
     let rule = |files: &[Source]| {
         let mut complaints = Vec::new();
         for file in files {
-            let action = yaml(file);
-            let help = Flywheel::new(&[verb(file), "--help"]).run().stdout;
-            // Lines are wrapped anywhere.
-            let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-            let inputs = action.get("inputs").cloned().unwrap_or_default();
-            let mut mapped = Vec::new();
-            mappings(&action["runs"], &mut |mapping| {
-                mapped.extend(keys(mapping.get("env").unwrap_or(&Value::Null)));
-            });
-            let mut wanted: Vec<String> = Vec::new();
-            for input in keys(&inputs) {
-                let variable = format!("FLYWHEEL_{}", input.to_uppercase().replace('-', "_"));
-                let line = format!("{variable}: ${{{{ inputs.{input} }}}}");
-                if !file.text.contains(&line) {
-                    complaints.push(format!(
-                        "{}: input `{input}` is not handed on as `{line}`",
-                        file.name
-                    ));
-                }
-                let reads = ["=", "]"]
-                    .iter()
-                    .any(|end| help.contains(&format!("[env: {variable}{end}")));
-                // A switch may stand alone on a command line: `--strict[=<BOOL>]`.
-                let is_flag = [" <", "[=<"]
-                    .iter()
-                    .any(|start| help.contains(&format!("--{input}{start}")));
-                if !is_flag || !reads {
-                    complaints.push(format!(
-                        "{}: input `{input}` is no flag of `flywheel {}`",
-                        file.name,
-                        verb(file)
-                    ));
-                }
-                if text(&inputs[&input], "description").is_empty() {
-                    complaints.push(format!("{}: input `{input}` has no description", file.name));
-                }
-                wanted.push(variable);
-            }
-            for variable in mapped
-                .iter()
-                .filter(|name| name.starts_with("FLYWHEEL_") && !wanted.contains(name))
-            {
-                complaints.push(format!("{}: `{variable}` belongs to no input", file.name));
-            }
-            for output in keys(action.get("outputs").unwrap_or(&Value::Null)) {
-                let output = &action["outputs"][&output];
-                if text(output, "description").is_empty()
-                    || !text(output, "value").starts_with("${{ steps.")
-                {
-                    complaints.push(format!(
-                        "{}: an output without description or value: {output:?}",
-                        file.name
-                    ));
-                }
-            }
+            let found = [inputs_of(file), outputs_of(file)].concat();
+            complaints.extend(found.iter().map(|what| format!("{}: {what}", file.name)));
         }
         complaints
     };
@@ -239,7 +246,7 @@ fn workflows_ask_for_little() {
             {
                 complain("`permissions: {}` must stand on top");
             }
-            // One that is only called runs in its caller's group; another of its own would wait for nothing.
+            // A workflow that is only called runs in the concurrency group of its caller.
             let is_called = keys(&workflow["on"]) == ["workflow_call"];
             if workflow.get("concurrency").is_none() && !is_called {
                 complain("no concurrency group");

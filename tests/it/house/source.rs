@@ -3,17 +3,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A file of the repository.
 #[derive(Clone, Debug)]
 pub struct Source {
     /// Its path below the root.
     pub name: String,
-    /// Its whole text.
     pub text: String,
 }
 
 impl Source {
-    /// A file that is not there, for showing that a rule is heard.
+    /// A file that is not there, to show that a rule complains about it.
     pub fn planted(name: &str, text: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -21,15 +19,10 @@ impl Source {
         }
     }
 
-    /// The module on the top level that it belongs to: `cache` for `src/cache/attic.rs`.
-    pub fn module(&self) -> &str {
-        let below = self.name.trim_start_matches("src/");
-        below.split(['/', '.']).next().unwrap()
-    }
-
-    /// Whether it lies in a folder (`src/runner/`) or is a module's file (`src/runner.rs`).
+    /// Whether it lies in a module's folder (`src/command/`) or is its file (`src/command.rs`).
     pub fn is_of(&self, module: &str) -> bool {
-        self.name.starts_with("src/") && self.module() == module
+        let rest = self.name.strip_prefix(module);
+        rest.is_some_and(|rest| rest.starts_with('/') || rest == ".rs")
     }
 
     /// Its code without comments, and with empty texts in the place of literal ones.
@@ -37,7 +30,7 @@ impl Source {
         strip(&self.text)
     }
 
-    /// The same without unit tests.
+    /// The same as `code`, without unit tests.
     pub fn product_code(&self) -> String {
         if self.name.ends_with("/tests.rs") || self.name.contains("/tests/") {
             return String::new();
@@ -48,7 +41,6 @@ impl Source {
     }
 }
 
-/// This checkout.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
@@ -61,7 +53,6 @@ pub fn files(folder: &str, ending: &str) -> Vec<Source> {
     found
 }
 
-/// One file.
 pub fn file(name: &str) -> Source {
     let text =
         fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -81,7 +72,7 @@ fn collect(folder: &Path, ending: &str, found: &mut Vec<Source>) {
         if path.is_dir() && name != "target" && name != ".git" {
             collect(&path, ending, found);
         } else if name.ends_with(ending) {
-            // What is not text is not ours to judge.
+            // The rules are about text, so binary files are left out.
             if let Ok(text) = fs::read_to_string(&path) {
                 found.push(Source { name, text });
             }

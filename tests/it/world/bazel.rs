@@ -13,7 +13,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 /// How an endpoint answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// gRPC: a cache, and whether it executes too.
+    /// gRPC: a cache, which is an executor as well or not.
     Grpc { execution: bool },
     /// gRPC: something that is no message.
     GrpcGarbage,
@@ -27,12 +27,10 @@ pub enum Answer {
 
 /// A server on a port of its own; it ends with the test's process.
 pub struct Server {
-    /// Its port.
     pub port: u16,
 }
 
 impl Server {
-    /// Starts one.
     pub fn start(answer: Answer) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -68,7 +66,7 @@ async fn serve(listener: tokio::net::TcpListener, answer: Answer) {
             Ok::<_, Infallible>(respond(answer, &request))
         });
         tokio::spawn(async move {
-            // A client that hangs up is no fault of the test.
+            // A client may hang up at any time; the test judges by what the client printed.
             let _ = match answer {
                 Answer::Http(..) => {
                     hyper::server::conn::http1::Builder::new()

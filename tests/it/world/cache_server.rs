@@ -5,18 +5,18 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use flywheel::nix::hash::Sha256;
-use flywheel::nix::narinfo::NarInfo;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::narinfo::NarInfo;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use sha2::Digest as _;
 use tempfile::TempDir;
 
-use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
 
-/// Anything that the tests wait for comes within this time, or never.
+/// Far longer than anything that these tests wait for takes, on a busy machine too.
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Between two looks at a condition, so that the server gets the processor.
+/// The pause between two checks of a condition, which leaves the processor to the server.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// A server with the planted token as its write token, and `reader-token` for reading.
@@ -42,12 +42,12 @@ impl Served {
     pub fn start_limited() -> Self {
         Self::launch(tempfile::tempdir().unwrap(), &[], |command| {
             let mut shell = Command::new("/bin/sh");
-            // A signal that is ignored stays ignored, and the write fails instead. The unit is 512 bytes.
+            // The binary inherits that SIGXFSZ is ignored, so a write over the limit fails instead of killing it.
+            // The unit of `ulimit -f` is 512 bytes.
             shell.args(["-c", "trap '' XFSZ; ulimit -f 128; exec \"$0\" \"$@\""]);
             shell.arg(command.get_program()).args(command.get_args());
-            shell
-                .env_clear()
-                .current_dir(command.get_current_dir().unwrap());
+            let folder = command.get_current_dir().unwrap();
+            folders::isolate(&mut shell, folder).current_dir(folder);
             shell.envs(
                 command
                     .get_envs()
@@ -88,7 +88,7 @@ impl Served {
             "team",
         ]);
         arguments.extend(more);
-        let client = flywheel::http::client(&flywheel::http::Roots::default()).unwrap();
+        let client = flywheel_sys::http::client(&flywheel_sys::http::Roots::default()).unwrap();
         let mut run = Flywheel::new(&arguments);
         run.folder = folder;
         let mut child = wrap(run.command()).spawn().unwrap();
@@ -124,7 +124,7 @@ impl Served {
         }
     }
 
-    /// A client; making one takes a while, so each server has one.
+    /// The one client of this server, because making a client takes a while.
     pub fn client(&self) -> &reqwest::Client {
         &self.client
     }
@@ -134,12 +134,11 @@ impl Served {
         self.url.trim_start_matches("http://").to_owned()
     }
 
-    /// A path in the cache's folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.run.path("cache").join(name)
     }
 
-    /// The sorted names in a folder of the cache's folder.
+    /// The sorted names in a folder of the cache.
     pub fn names(&self, folder: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.path(folder)).unwrap();
         let mut names: Vec<String> = entries
@@ -149,7 +148,6 @@ impl Served {
         names
     }
 
-    /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let id = i32::try_from(self.child.as_ref().unwrap().id()).unwrap();
         kill_process(Pid::from_raw(id).unwrap(), signal).unwrap();
@@ -178,7 +176,7 @@ impl Served {
         self.wait()
     }
 
-    /// Runs a check again and again until it holds.
+    /// Polls `holds` until it is true.
     pub fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
         let begun = Instant::now();
         while !holds() {
@@ -299,7 +297,6 @@ impl TestPath {
     }
 }
 
-/// The hash of some bytes.
 pub fn sha256(bytes: &[u8]) -> Sha256 {
     Sha256(sha2::Sha256::digest(bytes).into())
 }

@@ -1,7 +1,7 @@
 //! A front that makes a server misbehave: it stands before a real one, or alone, and does to chosen
 //! requests what networks and proxies do. Plain threads and sockets, so that every suite can use it.
 //!
-//! One request per connection: what it forwards is told to close, which a client must bear anyway.
+//! One request per connection: a forwarded request asks the server to close, which a client must bear anyway.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -11,12 +11,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// A head larger than this is nobody's.
+/// No client under test sends a head larger than this.
 const HEAD_LIMIT: usize = 1024 * 1024;
 /// After an early answer the client's body is read for this long, so that the answer arrives.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// What is done to a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The connection is closed as soon as the request's head is read.
@@ -25,7 +24,7 @@ pub enum Fault {
     Hang,
     /// This status with an error in JSON, as Attic answers.
     Status(u16),
-    /// This status with a page of HTML, as a proxy answers (413, say).
+    /// This status with a page of HTML, as a proxy answers; for example 413.
     Html(u16),
     /// 429 with `Retry-After` in seconds.
     RetryAfter(u64),
@@ -37,14 +36,13 @@ pub enum Fault {
     Slow(Duration),
 }
 
-/// Which of the requests that a rule is for.
+/// How many of the requests that match a rule get its fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
-    /// All of them.
     Always,
-    /// The first so many.
+    /// The first n.
     First(u32),
-    /// Every so-manieth, beginning with the first: 1st, 4th, 7th … for 3.
+    /// Every n-th, beginning with the first: the 1st, 4th, 7th … for 3.
     Every(u32),
 }
 
@@ -57,14 +55,13 @@ struct Rule {
     seen: u32,
 }
 
-/// The rules of a front to come.
+/// The rules of a front that is still to start.
 #[derive(Debug, Default)]
 pub struct Plan {
     rules: Vec<Rule>,
 }
 
 impl Plan {
-    /// No faults yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -85,7 +82,7 @@ impl Plan {
         Front::start(Some(upstream), self)
     }
 
-    /// Starts a front with nothing behind it: what no rule is for gets 404.
+    /// Starts a front with no server behind it: a request without a rule gets 404.
     pub fn alone(self) -> Front {
         Front::start(None, self)
     }
@@ -102,7 +99,7 @@ struct Shared {
     upstream: Option<SocketAddr>,
     plan: Mutex<Plan>,
     requests: Mutex<Vec<String>>,
-    /// Every open socket, so that the end can shut them.
+    /// Every open socket, so that dropping the front can shut them down.
     open: Mutex<BTreeMap<u64, TcpStream>>,
     ending: AtomicBool,
 }
@@ -145,7 +142,7 @@ impl Front {
 impl Drop for Front {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::SeqCst);
-        // Wakes the accepting thread, which then joins all others.
+        // One more connection wakes the thread that accepts, which then sees `ending` and joins all others.
         drop(TcpStream::connect(self.address));
         if let Some(accepting) = self.accepting.take() {
             let ended = accepting.join();
@@ -154,12 +151,6 @@ impl Drop for Front {
             }
         }
     }
-}
-
-/// A URL where nobody listens: the port was free a moment ago.
-pub fn closed_port() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
-    format!("http://{}", listener.local_addr().expect("bound"))
 }
 
 fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
@@ -178,7 +169,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
         }
         let shared = Arc::clone(shared);
         threads.push(std::thread::spawn(move || {
-            // A broken connection is what this is for.
+            // An error of a connection is what a fault looks like from here.
             let _ = answer(&stream, &shared);
             let _ = stream.shutdown(Shutdown::Both);
             shared
@@ -264,7 +255,7 @@ impl Plan {
     }
 }
 
-/// The head with its empty line, and what came behind it.
+/// The head with its empty line, and the bytes that were read after it.
 fn read_head(mut stream: &TcpStream) -> std::io::Result<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     let mut space = vec![0; 64 * 1024];
@@ -297,7 +288,7 @@ fn early(
     drain(stream, Some(LINGER))
 }
 
-/// Reads on until the client ends, or says nothing for so long.
+/// Reads on until the client closes, or sends nothing for `silence`.
 fn drain(mut stream: &TcpStream, silence: Option<Duration>) -> std::io::Result<()> {
     stream.set_read_timeout(silence)?;
     let mut space = vec![0; 64 * 1024];
@@ -364,7 +355,7 @@ fn forward(
     server.write_all(rest)?;
     let (mut from_client, mut to_server) = (client.try_clone()?, server.try_clone()?);
     let sending = std::thread::spawn(move || {
-        // The server's answer tells how this went; a client that is done leaves its side open.
+        // An error here shows in the server's answer; a client that is done leaves its side open.
         let _ = std::io::copy(&mut from_client, &mut to_server);
     });
     let copied = if back {
@@ -381,6 +372,7 @@ fn forward(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::world::port::Port;
 
     /// The status line that a request gets, empty when the connection ends without one.
     fn get(front: &str, path: &str) -> String {
@@ -447,6 +439,7 @@ mod tests {
         );
         assert_eq!(front.requests().len(), 12);
         assert_eq!(get(&Plan::new().alone().url(), "/"), "HTTP/1.1 404 Fault");
-        assert_eq!(get(&closed_port(), "/"), "refused");
+        let closed = Port::reserve();
+        assert_eq!(get(&format!("http://{}", closed.address()), "/"), "refused");
     }
 }

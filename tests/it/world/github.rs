@@ -11,33 +11,33 @@ use std::time::{Duration, Instant};
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
-/// The most that GitHub takes in these places.
+/// GitHub's own limits on the text of a Check Run, and on annotations in one request.
 const TITLE: usize = 255;
 const TEXT: usize = 65_535;
 const ANNOTATIONS: usize = 50;
 
-/// How it behaves.
+/// How this GitHub answers.
 #[derive(Clone, Debug, Default)]
 pub struct Manners {
     /// The token that it knows.
     pub token: String,
     /// The token may not write, as a fork's may not.
     pub refuses: bool,
-    /// Writes in such a time at most; more are answered with a secondary limit.
+    /// At most so many writes in so long a time; more are answered with a secondary limit.
     pub most: Option<(usize, Duration)>,
-    /// Each so-manieth write is answered so, and not done: a status, and headers.
+    /// Every n-th write gets this status with these headers, and is not done.
     pub limits: Option<(usize, u16, &'static str)>,
-    /// Each so-manieth write is done, and the connection closed without an answer.
+    /// Every n-th write is done, and the connection is closed without an answer.
     pub cuts: Option<usize>,
-    /// Each so-manieth write is answered with 502, and not done.
+    /// Every n-th write gets 502, and is not done.
     pub fails: Option<usize>,
-    /// Nothing is answered.
+    /// No request gets an answer.
     pub hangs: bool,
 }
 
 /// A running GitHub; it ends with the test's process.
 pub struct GitHub {
-    /// What `GITHUB_API_URL` should be.
+    /// The value for `GITHUB_API_URL`.
     pub url: String,
     state: Arc<Mutex<State>>,
 }
@@ -48,7 +48,7 @@ struct State {
     runs: BTreeMap<u64, Value>,
     /// Every change of a run: its name, its status, its conclusion.
     history: Vec<(String, String)>,
-    /// Each request's line and what it was answered with.
+    /// The line of each request, and the status of its answer.
     log: Vec<(String, u16)>,
     writes: usize,
     recent: VecDeque<Instant>,
@@ -88,12 +88,11 @@ impl GitHub {
         Self { url, state }
     }
 
-    /// The Check Runs that there are.
     pub fn runs(&self) -> Vec<Value> {
         self.state.lock().unwrap().runs.values().cloned().collect()
     }
 
-    /// The one Check Run of a name.
+    /// The one Check Run of this name.
     #[track_caller]
     pub fn run(&self, name: &str) -> Value {
         let mut found: Vec<Value> = self
@@ -110,7 +109,6 @@ impl GitHub {
         found.remove(0)
     }
 
-    /// The names of all.
     pub fn names(&self) -> Vec<String> {
         self.runs()
             .iter()
@@ -118,7 +116,7 @@ impl GitHub {
             .collect()
     }
 
-    /// Those that have not ended.
+    /// The names of the Check Runs that have not ended.
     pub fn open(&self) -> Vec<String> {
         let open = self
             .runs()
@@ -128,7 +126,7 @@ impl GitHub {
             .collect()
     }
 
-    /// What a run has been, one after the other: `queued`, `in_progress`, `completed`.
+    /// The statuses that a run has had, in order: `queued`, `in_progress`, `completed`.
     pub fn history(&self, name: &str) -> Vec<String> {
         let state = self.state.lock().unwrap();
         state
@@ -152,13 +150,13 @@ impl GitHub {
             .count()
     }
 
-    /// Has it behave otherwise from now on.
+    /// Changes the behaviour from now on.
     pub fn behave(&self, change: impl FnOnce(&mut Manners)) {
         change(&mut self.state.lock().unwrap().manners);
     }
 }
 
-/// The schema of a file, read once.
+/// The compiled schema of a fixture; compiling one is slow, so each is kept for the process.
 fn schema(name: &'static str) -> &'static Validator {
     static READ: Mutex<BTreeMap<&str, &Validator>> = Mutex::new(BTreeMap::new());
     READ.lock()
@@ -361,7 +359,7 @@ fn write(method: &str, path: &str, body: &Value, state: &mut State) -> Result<Do
     Ok(Done::Answered(status, "", run))
 }
 
-/// Why GitHub would answer 422: its schema, and what its schema has lost.
+/// Why GitHub would answer 422: by its published schema, and by rules that the schema leaves out.
 fn wrong(schema: &Validator, body: &Value) -> Option<String> {
     if let Some(error) = schema.iter_errors(body).next() {
         return Some(error.to_string());

@@ -3,7 +3,9 @@
 pub mod bazel;
 pub mod cache_server;
 pub mod faults;
+pub mod folders;
 pub mod github;
+pub mod port;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,21 +16,18 @@ use tempfile::TempDir;
 /// The secret planted in every run that has a token: it must appear in nothing that the run writes.
 pub const PLANTED_TOKEN: &str = "planted-token-4f1d9c2b7a";
 
-/// One run of the binary to come: a cleared environment, private folders, a planted token if asked for.
+/// A run of the binary that is still to start, in a cleared environment with folders of its own.
 pub struct Flywheel {
-    /// Everything the run may write to lies below this folder.
+    /// The folder below which everything is that the run may write to.
     pub folder: TempDir,
     arguments: Vec<String>,
     environment: BTreeMap<String, String>,
 }
 
-/// What a run did.
 pub struct Ran {
     /// Exit status, -1 for death by a signal.
     pub code: i32,
-    /// Standard output.
     pub stdout: String,
-    /// Standard error.
     pub stderr: String,
 }
 
@@ -36,26 +35,16 @@ impl Flywheel {
     /// A run with these arguments, outside of CI.
     pub fn new(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let mut environment = BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]);
-        for (name, below) in [
-            ("HOME", "home"),
-            ("TMPDIR", "tmp"),
-            ("RUNNER_TEMP", "runner-temp"),
-        ] {
-            std::fs::create_dir(folder.path().join(below)).unwrap();
-            environment.insert(
-                name.to_owned(),
-                folder.path().join(below).display().to_string(),
-            );
-        }
-        environment.remove("RUNNER_TEMP");
+        // Some tests fill the folders, or name one in an argument, before anything is started.
+        folders::variables(folder.path());
+        std::fs::create_dir(folder.path().join("runner-temp")).unwrap();
         Self {
             folder,
             arguments: arguments
                 .iter()
                 .map(|argument| (*argument).to_owned())
                 .collect(),
-            environment,
+            environment: BTreeMap::from([("PATH".to_owned(), "/usr/bin:/bin".to_owned())]),
         }
     }
 
@@ -78,7 +67,6 @@ impl Flywheel {
         run.env("RUNNER_TEMP", temp.to_str().unwrap())
     }
 
-    /// Sets a variable.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.insert(name.to_owned(), value.to_owned());
         self
@@ -97,9 +85,9 @@ impl Flywheel {
     /// The command, not yet started, for tests that talk to it while it runs.
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_flywheel"));
+        folders::isolate(&mut command, self.folder.path());
         command
             .args(&self.arguments)
-            .env_clear()
             .envs(&self.environment)
             .current_dir(self.folder.path());
         command
@@ -122,7 +110,7 @@ impl Flywheel {
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         };
         for (what, text) in [("stdout", &ran.stdout), ("stderr", &ran.stderr)] {
-            // The runner itself takes `::add-mask::` lines out of the log.
+            // These lines never reach a log: the runner removes them.
             let shown = text
                 .lines()
                 .filter(|line| !line.starts_with("::add-mask::"));

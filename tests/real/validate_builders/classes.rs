@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::{Builder, broken};
 use crate::world::processes::{signal, wait_until};
-use crate::world::{PATH, must, need, root};
+use crate::world::{PATH, folders, must, need, root};
 
 /// A Docker daemon of the test's own, with no network; it ends with this value.
 struct Docker {
@@ -62,10 +62,7 @@ impl Docker {
             "--host",
             &format!("unix://{}", at("docker.sock")),
         ]);
-        command
-            .env_clear()
-            .env("PATH", &path)
-            .env("HOME", folder.path());
+        folders::isolate(&mut command, folder.path()).env("PATH", &path);
         let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -77,17 +74,17 @@ impl Docker {
             folder,
         };
         let up = wait_until(Duration::from_secs(60), || {
-            docker.said().contains("API listen on")
+            docker.printed().contains("API listen on")
         });
         assert!(
             up,
             "dockerd does not listen (`scripts/bootstrap.sh tools` unpacks it):\n{}",
-            docker.said()
+            docker.printed()
         );
         docker
     }
 
-    fn said(&self) -> String {
+    fn printed(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap()
     }
 
@@ -139,7 +136,7 @@ fn a_docker_that_builds_an_image_is_healthy_until_it_dies() {
         (0, ""),
         "{}\n{}",
         canary.log,
-        docker.said()
+        docker.printed()
     );
     for check in ["container-endpoint", "image-build"] {
         assert_eq!(

@@ -1,16 +1,17 @@
-//! Servers that say what a test wants: a cache whose every answer is scripted, one good NAR, and a TLS server
-//! whose certificate nobody has signed.
+//! Servers for a test: a cache of which every answer is scripted, one good NAR, and a TLS server with a
+//! self-signed certificate.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 
-use flywheel::nix::hash::Sha256;
-use flywheel::nix::key::SecretKey;
-use flywheel::nix::path_info::fingerprint;
-use flywheel::nix::store_path::StorePath;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::key::SecretKey;
+use flywheel_nix::path_info::fingerprint;
+use flywheel_nix::store_path::StorePath;
 use sha2::Digest as _;
 
+use crate::world::port::Port;
 use crate::world::{must, need};
 
 /// A whole HTTP answer.
@@ -68,7 +69,6 @@ impl Scripted {
 /// A store path that a cache serves, with its signature.
 #[derive(Clone)]
 pub struct Nar {
-    /// The store path.
     pub path: String,
     /// The cache's public key.
     pub key: String,
@@ -146,16 +146,16 @@ impl Nar {
     }
 }
 
-/// A TLS server whose certificate nobody has signed; it ends with this value.
+/// A TLS server with a self-signed certificate; it ends with this value.
 pub struct Tls {
     /// `https://127.0.0.1:<port>`.
     pub url: String,
     child: Child,
+    _port: Port,
     _folder: tempfile::TempDir,
 }
 
 impl Tls {
-    /// Starts it.
     pub fn start() -> Self {
         let openssl = need("openssl", "apt-get install openssl");
         let folder = tempfile::tempdir().unwrap();
@@ -180,18 +180,13 @@ impl Tls {
             "cert.pem",
         ]);
         must(request.current_dir(folder.path()));
-        let port = TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
+        let port = Port::reserve();
+        let address = port.address();
         let mut serve = Command::new(openssl);
         serve.args([
             "s_server", "-quiet", "-www", "-key", "key.pem", "-cert", "cert.pem", "-accept",
         ]);
-        serve
-            .arg(format!("127.0.0.1:{port}"))
-            .current_dir(folder.path());
+        serve.arg(&address).current_dir(folder.path());
         let child = serve
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -200,12 +195,13 @@ impl Tls {
             .unwrap();
         let limit = std::time::Duration::from_secs(10);
         let up = crate::world::processes::wait_until(limit, || {
-            std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+            std::net::TcpStream::connect(&address).is_ok()
         });
         assert!(up, "openssl does not listen");
         Self {
-            url: format!("https://127.0.0.1:{port}"),
+            url: format!("https://{address}"),
             child,
+            _port: port,
             _folder: folder,
         }
     }
@@ -213,7 +209,7 @@ impl Tls {
 
 impl Drop for Tls {
     fn drop(&mut self) {
-        // Dead already is as good.
+        // It fails only if the server has ended by itself.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }

@@ -1,5 +1,5 @@
 //! Whole workflows under real act, in host mode and offline, with the actions of this checkout and a
-//! repository that plays the caller. What act gets wrong about a job's facts is put right here.
+//! repository that plays the caller. Here act's mistakes about the facts of a job are corrected.
 //! Act cannot cancel as GitHub does: for that there is `runner`.
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
-use super::{PATH, flywheel, must, need, processes, root, with_private_nix};
+use super::{PATH, flywheel, folders, must, need, processes, root, with_private_nix};
 
 /// The name that a workflow calls the actions of this checkout by.
 pub const ACTIONS: &str = "octo-org/flywheel";
@@ -23,8 +23,8 @@ pub const ACTIONS: &str = "octo-org/flywheel";
 pub const CALLER: &str = "octo-org/app";
 /// The binary's name in `dist/`.
 pub const BINARY: &str = "flywheel-x86_64-linux";
-/// The `bash` that act finds: it gives a step the terminals back that were taken from act (Nix needs
-/// them to build), in a mount namespace of the step's own, and steps out of the way.
+/// The `bash` that act finds. In a mount namespace of the step's own it gives back the terminals that were taken from
+/// act, because Nix needs them to build, and then becomes the real bash.
 const SHELL: &str = r#"#!/bin/sh
 PATH=${PATH#*:}
 exec unshare --mount --propagation private sh -c 'umount /dev/ptmx && exec bash "$@"' bash "$@"
@@ -73,12 +73,11 @@ pub struct Event {
     pub protected: bool,
 }
 
-/// What one step did. Keys of `Ran::steps` are `job/step`, by their ids in the workflow.
+/// The result of one step. Keys of `Ran::steps` are `job/step`, by their ids in the workflow.
 #[derive(Clone, Debug, Default)]
 pub struct Step {
     /// `success`, `failure` or `skipped`; empty if it never began.
     pub result: String,
-    /// Its outputs.
     pub outputs: BTreeMap<String, String>,
     /// What it added to the job summary.
     pub summary: String,
@@ -86,25 +85,22 @@ pub struct Step {
     pub log: String,
 }
 
-/// What a run of a workflow did.
+/// The result of a workflow.
 #[derive(Debug)]
 pub struct Ran {
     /// The exit status of act: 0 only if every job succeeded.
     pub code: i32,
     /// `success` or `failure` by job id.
     pub jobs: BTreeMap<String, String>,
-    /// What each step did.
     pub steps: BTreeMap<String, Step>,
     /// Everything that act wrote, raw: one JSON object per line.
     pub raw: String,
-    /// How long it all took.
     pub took: Duration,
     /// The command lines that lived on after the run; they have been killed.
     pub left_processes: Vec<String>,
 }
 
 impl Ran {
-    /// A step of a job.
     pub fn step(&self, job: &str, step: &str) -> &Step {
         let name = format!("{job}/{step}");
         self.steps
@@ -130,7 +126,7 @@ impl Caller {
     /// `octo-org/flywheel/actions/…@main`.
     pub fn new(workflow: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        for name in ["home", "cache", "actions-cache", "private", "tmp"] {
+        for name in ["home", "state", "cache", "actions-cache", "private"] {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
         export(&folder.path().join("export"));
@@ -202,13 +198,12 @@ impl Caller {
         self
     }
 
-    /// How long a run may take before it is killed and the test fails; three minutes unless told.
+    /// How long a run may take before it is killed and the test fails; three minutes by default.
     pub fn with_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
     }
 
-    /// The folder of the repository.
     pub fn repository(&self) -> PathBuf {
         self.folder.path().join("repository")
     }
@@ -226,7 +221,7 @@ impl Caller {
     /// Gives the next run an empty `/nix` and an empty home, as a new runner has.
     pub fn forget_store(&mut self) {
         self.store += 1;
-        for name in ["home", "cache"] {
+        for name in ["home", "state", "cache"] {
             fs::remove_dir_all(self.folder.path().join(name)).unwrap();
             fs::create_dir(self.folder.path().join(name)).unwrap();
         }
@@ -279,7 +274,6 @@ impl Caller {
         Event::new("pull_request", payload, "refs/pull/7/merge")
     }
 
-    /// Runs the workflow to its end.
     pub fn run(&self, event: &Event) -> Ran {
         self.commit();
         let private = self.folder.path().join("private");
@@ -306,7 +300,7 @@ impl Caller {
             let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
             child.wait().unwrap();
         }
-        // On GitHub the job's end is the end of every process of the job.
+        // GitHub ends every process of a job with the job.
         let left = processes::kill_with_variable(&marker);
         let mut raw = fs::read_to_string(stdout).unwrap();
         raw.push_str(&fs::read_to_string(stderr).unwrap());
@@ -335,8 +329,8 @@ impl Caller {
     fn act(&self, event: &Event, private: &Path, marker: &str) -> Command {
         let below = |name: &str| self.folder.path().join(name);
         let act = need("act", "scripts/bootstrap.sh tools installs it");
-        // Without a terminal to be had, act gives its steps plain pipes, as GitHub's runner does. With
-        // one it does not wait for the last output of a step that fails.
+        // Where act can open no terminal, it gives its steps plain pipes, as GitHub's runner does. With a terminal
+        // it does not wait for the last output of a step that fails.
         let mut command = with_private_nix(&self.nix(), Path::new("/bin/sh"));
         command
             .args([
@@ -369,15 +363,19 @@ impl Caller {
             command.arg("--env").arg(format!("{name}={value}"));
         }
         command.arg("--env").arg(marker);
+        // Act gives its steps an environment of its own making, in which these would be missing.
+        for (name, folder) in folders::variables(self.folder.path()) {
+            command
+                .arg("--env")
+                .arg(format!("{name}={}", folder.display()));
+        }
         for (name, value) in &self.environment {
             command.arg("--env").arg(format!("{name}={value}"));
         }
-        command.current_dir(self.repository()).env_clear();
-        command.env("PATH", format!("{}:{PATH}", below("shell").display()));
-        command
-            .env("HOME", below("home"))
-            .env("XDG_CACHE_HOME", below("cache"))
-            .env("TMPDIR", below("tmp"));
+        folders::isolate(&mut command, self.folder.path())
+            .current_dir(self.repository())
+            .env("PATH", format!("{}:{PATH}", below("shell").display()))
+            .env("XDG_CACHE_HOME", below("cache"));
         command
     }
 }
@@ -435,7 +433,7 @@ fn export(folder: &Path) {
     }
     let binary = flywheel();
     if fs::read(&binary).unwrap().starts_with(b"#!") {
-        // It is the launcher: the committed binary itself is under test, with the committed sum.
+        // A script is the launcher, so the committed binary itself is under test, with the committed sum.
         fs::copy(
             binary.with_file_name(BINARY),
             folder.join("dist").join(BINARY),

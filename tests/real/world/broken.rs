@@ -1,4 +1,4 @@
-//! Servers that are no good: one that answers 500 to everything, one that falls silent.
+//! Broken servers: one that answers 500 to everything, and one that stops answering.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-/// Starts it; it lives as long as the tests do. Its address.
+/// Starts a server that answers 500 to everything, until the process of the tests ends; its address.
 pub fn server() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             let mut request = [0_u8; 4096];
-            // Whoever hangs up early gets no answer.
+            // A client that hangs up early gets no answer.
             let _ = stream.read(&mut request);
             let _ = stream
                 .write_all(b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno");
@@ -30,7 +30,6 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Cuts it.
     pub fn cut(&self) {
         self.cut.store(true, Ordering::SeqCst);
     }
@@ -73,7 +72,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, stop: &AtomicBool) {
     let mut bytes = [0_u8; 16 * 1024];
     while let Ok(read @ 1..) = from.read(&mut bytes) {
         if stop.load(Ordering::SeqCst) {
-            // Swallowed; the connection stays open and says nothing more.
+            // The bytes are dropped, and the connection stays open, as behind a network that is cut.
             continue;
         }
         if to.write_all(&bytes[..read]).is_err() {

@@ -6,12 +6,14 @@ use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
-use super::flywheel;
+use super::port::Port;
+use super::{PATH, flywheel, folders};
 
 /// A running cache with one cache named `main`. It dies with this value.
 pub struct Cache {
     folder: TempDir,
     child: Child,
+    port: Port,
     more: Vec<String>,
     /// `http://127.0.0.1:<port>`.
     pub url: String,
@@ -25,7 +27,7 @@ impl Cache {
     /// Starts one in a new folder; `more` are further arguments, such as `--private`.
     pub fn start(more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let tokens = folder.path().join("tokens");
+        let tokens = folder.path().join("cache/tokens");
         Self::launch(folder, &tokens, more)
     }
 
@@ -40,7 +42,8 @@ impl Cache {
 
     fn launch(folder: TempDir, tokens: &Path, more: &[&str]) -> Self {
         let more: Vec<String> = more.iter().map(|&word| word.to_owned()).collect();
-        let (child, url, key) = serve(folder.path(), "127.0.0.1:0", &more);
+        let port = Port::reserve();
+        let (child, url, key) = serve(folder.path(), &port, &more);
         let tokens = std::fs::read_to_string(tokens).unwrap();
         let token = tokens
             .lines()
@@ -51,6 +54,7 @@ impl Cache {
         Self {
             folder,
             child,
+            port,
             more,
             url,
             key,
@@ -60,13 +64,12 @@ impl Cache {
 
     /// Starts it again after `kill`, in the same folder and on the same port.
     pub fn restart(&mut self) {
-        let address = self.url.trim_start_matches("http://").to_owned();
-        (self.child, ..) = serve(self.folder.path(), &address, &self.more);
+        (self.child, ..) = serve(self.folder.path(), &self.port, &self.more);
     }
 
     /// Kills it; the port is closed from then on.
     pub fn kill(&mut self) {
-        // Dead already is as good.
+        // It fails only if the server has ended by itself.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }
@@ -101,7 +104,7 @@ impl Cache {
     }
 }
 
-fn serve(folder: &Path, address: &str, more: &[String]) -> (Child, String, String) {
+fn serve(folder: &Path, port: &Port, more: &[String]) -> (Child, String, String) {
     let mut command = Command::new(flywheel());
     command.args([
         "cache",
@@ -110,11 +113,14 @@ fn serve(folder: &Path, address: &str, more: &[String]) -> (Child, String, Strin
         "--stop-after",
         "15m",
         "--listen",
-        address,
+        &port.address(),
         "--dir",
     ]);
-    command.arg(folder).args(more).env_remove("GITHUB_ACTIONS");
+    folders::isolate(&mut command, folder);
     let mut child = command
+        .env("PATH", PATH)
+        .arg(folder.join("cache"))
+        .args(more)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
@@ -123,7 +129,7 @@ fn serve(folder: &Path, address: &str, more: &[String]) -> (Child, String, Strin
     let mut lines = BufReader::new(child.stdout.take().unwrap())
         .lines()
         .map_while(Result::ok);
-    let url = lines.next().expect("the server says where it listens");
+    let url = lines.next().expect("the server prints where it listens");
     let key = lines
         .find_map(|line| line.strip_prefix("public-key ").map(str::to_owned))
         .expect("and its key");

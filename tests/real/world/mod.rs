@@ -1,12 +1,16 @@
-//! Real tools for the tests: found or missed loudly, and each test in a `/nix` of its own.
+//! Real tools for the tests, each in a `/nix` of its own. A missing tool fails the test.
 
 pub mod act;
 pub mod broken;
 pub mod cache;
 pub mod flake;
+#[path = "../../it/world/folders.rs"]
+pub mod folders;
 #[path = "../../it/world/github.rs"]
 #[expect(dead_code, reason = "the fast suite uses more of it")]
 pub mod github;
+#[path = "../../it/world/port.rs"]
+pub mod port;
 pub mod processes;
 pub mod runner;
 
@@ -16,12 +20,11 @@ use std::process::Command;
 /// The `PATH` of a job: what a Debian host has, and nothing of the developer's.
 pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// This checkout.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The absolute path of a tool, or a failure that says how to get it. `scripts/bootstrap.sh tools`
+/// The absolute path of a tool; a missing one panics with `how` to get it. `scripts/bootstrap.sh tools`
 /// puts its tools below `target/tools`.
 pub fn need(tool: &str, how: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -69,7 +72,7 @@ pub fn with_private_nix(nix: &Path, program: &Path) -> Command {
     command
 }
 
-/// A tool run to its end, which must succeed; what it printed.
+/// Runs a command that must succeed; its standard output.
 pub fn must(command: &mut Command) -> String {
     let output = command
         .output()

@@ -1,4 +1,4 @@
-//! Looking for processes by what their environment holds, and waiting for one with a limit.
+//! Finds processes by a variable in their environment, and waits with a limit.
 
 use std::fs;
 use std::process::{Child, ExitStatus};
@@ -6,19 +6,17 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// How often a wait looks again.
+/// The pause between two checks of a condition.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
-/// A living process.
 #[derive(Clone, Debug)]
 pub struct Process {
-    /// Its id.
     pub id: i32,
     /// Its arguments, joined by spaces.
     pub command_line: String,
 }
 
-/// The living processes whose environment holds `variable` (`NAME=value`).
+/// The living processes that have `variable` (`NAME=value`) in their environment.
 pub fn with_variable(variable: &str) -> Vec<Process> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -29,8 +27,7 @@ pub fn with_variable(variable: &str) -> Vec<Process> {
         else {
             continue;
         };
-        // A process that ends meanwhile has no environment any more; a dead one that nobody has
-        // waited for has an empty one.
+        // A process that has just ended has no environment any more, and a zombie has an empty one.
         let Ok(environment) = fs::read(entry.path().join("environ")) else {
             continue;
         };
@@ -56,7 +53,7 @@ pub fn signal(id: i32, signal: Signal) {
     }
 }
 
-/// Kills every process whose environment holds `variable`, and says which there were.
+/// Kills every process that has `variable` in its environment, and returns them.
 pub fn kill_with_variable(variable: &str) -> Vec<Process> {
     let found = with_variable(variable);
     for process in &found {
@@ -65,7 +62,7 @@ pub fn kill_with_variable(variable: &str) -> Vec<Process> {
     found
 }
 
-/// Waits for `condition` until the limit; whether it came true.
+/// Polls `condition` until the limit; whether it came true.
 pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     loop {

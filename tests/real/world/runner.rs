@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use super::{PATH, need, processes, with_private_nix};
+use super::{PATH, folders, need, processes, with_private_nix};
 
 /// From SIGINT to SIGTERM.
 const TO_TERM: Duration = Duration::from_millis(7500);
@@ -32,7 +32,7 @@ const FILES: [&str; 5] = [
     "GITHUB_STEP_SUMMARY",
 ];
 
-/// One step to come: a bash script, as `shell: bash` runs it.
+/// A step that is still to run: a bash script, as `shell: bash` runs it.
 pub struct Step {
     folder: TempDir,
     script: String,
@@ -41,14 +41,13 @@ pub struct Step {
     limit: Duration,
 }
 
-/// What the step did.
 #[derive(Debug)]
 pub struct Report {
     /// Its exit status, or 128 and the signal's number.
     pub code: i32,
     /// What it printed, without commands that mask, and with masks applied.
     pub log: String,
-    /// What was sent to the entry process, and how long after the first signal.
+    /// The signals that the entry process was sent, and the time of each since the first.
     pub signals: Vec<(Signal, Duration)>,
     /// From the first signal to the entry process's end.
     pub to_end: Option<Duration>,
@@ -83,7 +82,6 @@ impl Step {
         }
     }
 
-    /// Sets a variable.
     pub fn with_env(mut self, name: &str, value: &str) -> Self {
         self.environment.insert(name.to_owned(), value.to_owned());
         self
@@ -95,13 +93,12 @@ impl Step {
         self
     }
 
-    /// How long it may take before the test fails; three minutes unless told.
+    /// How long it may take before the test fails; three minutes by default.
     pub fn with_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
     }
 
-    /// The folder of the workspace.
     pub fn workspace(&self) -> PathBuf {
         self.folder.path().join("work")
     }
@@ -116,7 +113,6 @@ impl Step {
         self.folder.path()
     }
 
-    /// Runs it to its end.
     pub fn run(&self) -> Report {
         self.run_and(|_, _| false)
     }
@@ -132,13 +128,13 @@ impl Step {
         report
     }
 
-    /// Runs it. `cancel` is asked again and again, with the log so far and the entry process's id, until
-    /// it is true or the step has ended.
+    /// Runs it. `cancel` is polled with the log so far and the id of the entry process, until it is true or the step
+    /// has ended.
     pub fn run_and(&self, mut cancel: impl FnMut(&str, u32) -> bool) -> Report {
         let tracking = format!("RUNNER_TRACKING_ID=github_{:032x}", fastrand::u128(..));
         let mut child = self.command(&tracking).spawn().unwrap();
         drop(child.stdin.take());
-        // The step's processes are the first to go when memory runs out.
+        // As GitHub's runner does, so that the kernel kills the step and not the runner when memory runs out.
         fs::write(format!("/proc/{}/oom_score_adj", child.id()), "500").unwrap();
         let log = Log::default();
         let (done, streams) = channel();
@@ -208,10 +204,9 @@ impl Step {
         command
             .args(["--noprofile", "--norc", "-e", "-o", "pipefail"])
             .arg(script);
-        command.current_dir(self.workspace()).env_clear();
-        command.env("PATH", PATH);
-        command
-            .env("HOME", self.folder.path().join("home"))
+        folders::isolate(&mut command, self.folder.path())
+            .current_dir(self.workspace())
+            .env("PATH", PATH)
             .env("RUNNER_TEMP", self.temp());
         command
             .env("GITHUB_WORKSPACE", self.workspace())
@@ -233,7 +228,7 @@ impl Step {
     }
 }
 
-/// Signals the entry process, and nobody else, until it has ended.
+/// Signals the entry process, and no other one, until it has ended.
 fn stop(child: &mut Child, signals: &mut Vec<(Signal, Duration)>) -> std::process::ExitStatus {
     let began = Instant::now();
     let id = i32::try_from(child.id()).unwrap();

@@ -1,4 +1,4 @@
-//! The builds: which derivations go into which lane, what is heard of them, and what their failures mean for each
+//! The builds: which derivations go into which lane, what Nix reports of them, and what their failures mean for each
 //! output.
 
 use std::collections::BTreeSet;
@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
-use super::{Engine, Lane, QUEUE, Step};
-use crate::command::flake_checks::lanes::{self, Moment};
+use super::{Engine, EngineEvent, Lane, QUEUE};
+use crate::command::flake_checks::lanes::{self, LaneState};
 use crate::command::flake_checks::output::{Tail, of_build};
-use crate::nix::build::log::{BuildEvent, BuildFailure, FailureKind, is_download};
-use crate::nix::build::{BuildRequest, BuildResult};
-use crate::nix::store_path::StorePath;
-use crate::report::checks::{Cause, State};
+use flywheel_github::checks::{Cause, State};
+use flywheel_nix::build::log::{BuildEvent, BuildFailure, FailureKind, is_download};
+use flywheel_nix::build::{BuildRequest, BuildResult};
+use flywheel_nix::store_path::StorePath;
 
 /// Logs that are kept: those of what was begun last, and of all that failed.
 const LOGS: usize = 500;
@@ -24,9 +24,9 @@ impl Engine<'_> {
                 continue;
             }
             let other = self.lanes[1 - lane].as_ref();
-            let moment = Moment {
+            let moment = LaneState {
                 waiting: self.to_build.len(),
-                all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.looking,
+                all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.is_querying,
                 other: other.map(|lane| lane.jobs),
                 running: other.map(|lane| lane.since.elapsed()).unwrap_or_default(),
             };
@@ -38,7 +38,8 @@ impl Engine<'_> {
         }
     }
 
-    /// Nix gives a whole build up when a derivation is for a system that nobody builds, so those go apart, last.
+    /// Takes what the next lane builds. Nix gives up a whole build when one derivation is for a system without a
+    /// builder, so such derivations are built one by one, after the others.
     fn take_of_one_kind(&mut self) -> Vec<usize> {
         let is_native = |id: &usize| {
             let system = self.outs[*id]
@@ -65,6 +66,7 @@ impl Engine<'_> {
             .iter()
             .filter_map(|id| self.outs[*id].drv.clone())
             .collect();
+        // A failure of an earlier try must not count against this one.
         for drv in &derivations {
             self.failures.remove(drv);
         }
@@ -74,13 +76,13 @@ impl Engine<'_> {
             keep_going: self.plan.keep_going,
             arguments: self.plan.arguments.clone(),
         };
-        let (nix, steps, cancel) = (self.nix.clone(), self.steps.clone(), self.cancel.clone());
+        let (nix, sender, cancel) = (self.nix.clone(), self.events.clone(), self.cancel.clone());
         self.jobs.spawn(async move {
-            let (events, mut heard) = mpsc::channel(QUEUE);
+            let (events, mut received) = mpsc::channel(QUEUE);
             let forward = async {
-                while let Some(event) = heard.recv().await {
-                    // The engine is gone only when nobody wants to know any more.
-                    let _ = steps.send(Step::Building(lane, event)).await;
+                while let Some(event) = received.recv().await {
+                    // The receiver is gone only once the run has ended.
+                    let _ = sender.send(EngineEvent::Building(lane, event)).await;
                 }
             };
             let build = async {
@@ -92,7 +94,7 @@ impl Engine<'_> {
                 ended
             };
             let (ended, ()) = tokio::join!(build, forward);
-            let _ = steps.send(Step::Built(lane, ended)).await;
+            let _ = sender.send(EngineEvent::Built(lane, ended)).await;
         });
         self.lanes[lane] = Some(Lane {
             ids,
@@ -102,15 +104,16 @@ impl Engine<'_> {
         });
     }
 
-    pub(super) fn building(&mut self, lane: usize, event: BuildEvent) {
+    pub(super) fn on_build_event(&mut self, lane: usize, event: BuildEvent) {
         match event {
             BuildEvent::Started(drv) => {
                 for id in self.by_drv.get(&drv).cloned().unwrap_or_default() {
                     if self.outs[id].verdict.is_none() {
                         self.outs[id].begin_build();
-                        self.teller.state(&self.outs[id].output, &State::Building);
+                        self.reporter.state(&self.outs[id].output, &State::Building);
                     }
                 }
+                // A derivation that is built again begins a new log.
                 self.begin_log(drv);
             }
             BuildEvent::Line(drv, line) => self.logs.entry(drv).or_default().push(line),
@@ -130,11 +133,12 @@ impl Engine<'_> {
         }
     }
 
-    pub(super) async fn built(&mut self, lane: usize, ended: Result<BuildResult, String>) {
+    pub(super) async fn on_built(&mut self, lane: usize, ended: Result<BuildResult, String>) {
         let Some(lane) = self.lanes[lane].take() else {
             return;
         };
-        self.see_valid_of(&lane.ids).await;
+        // What became valid since the last query was built, even if others in the lane failed.
+        self.end_valid(&lane.ids).await;
         let open: Vec<usize> = lane
             .ids
             .iter()
@@ -142,60 +146,61 @@ impl Engine<'_> {
             .filter(|id| self.outs[*id].verdict.is_none())
             .collect();
         let whole = ended.as_ref().is_ok_and(|ended| ended.complete);
-        let said = ended.map_or_else(|error| error, |ended| ended.output);
+        let message = ended.map_or_else(|error| error, |ended| ended.output);
         let mut unexplained = Vec::new();
-        let mut passed = BTreeSet::new();
-        let mut settled = 0;
+        let mut retried = BTreeSet::new();
+        let mut failed = 0;
         for id in open {
             if whole {
-                // A content-addressed one, whose paths only Nix knows.
+                // A content-addressed output: which paths it has, only Nix knows.
                 self.end(id, Cause::Built, Vec::new());
                 continue;
             }
             match self.failure_of(id).await {
                 Some((failure, _))
-                    if self.is_passing(&failure) && self.outs[id].tries < self.plan.retries =>
+                    if self.is_transient(&failure) && self.outs[id].tries < self.plan.retries =>
                 {
                     self.outs[id].tries += 1;
-                    self.teller
+                    self.reporter
                         .again(&self.outs[id].output, &self.why(&failure));
                     self.to_build.push(id);
-                    passed.extend(failure.derivation);
+                    retried.extend(failure.derivation);
                 }
                 Some((failure, is_own)) => {
-                    settled += 1;
+                    failed += 1;
                     self.fail(id, failure, is_own).await;
                 }
                 None => unexplained.push(id),
             }
         }
-        // What is tried again is no reason for anything else to fail.
-        self.failures.retain(|drv, _| !passed.contains(drv));
-        if settled > 0 && !self.plan.keep_going {
-            self.is_enough = true;
+        // A failure that is tried again must not fail the outputs that depend on its derivation.
+        self.failures.retain(|drv, _| !retried.contains(drv));
+        if failed > 0 && !self.plan.keep_going {
+            self.is_given_up = true;
         }
-        let passing = lane
+        let any_transient = lane
             .failed
             .iter()
             .any(|failure| failure.kind == FailureKind::Transient);
         for id in unexplained {
-            let may_again = self.outs[id].tries < self.plan.retries;
-            if lane.ids.len() > 1 && settled > 0 {
-                // Nix gave the rest up for the sake of those that failed.
+            let may_retry = self.outs[id].tries < self.plan.retries;
+            if lane.ids.len() > 1 && failed > 0 {
+                // Nix stopped these builds because others in the lane failed.
                 self.to_build.push(id);
-            } else if (passing || lane.ids.len() > 1) && may_again {
+            } else if (any_transient || lane.ids.len() > 1) && may_retry {
+                // In a lane of many, a failure that Nix does not explain may have come from another output.
                 self.outs[id].tries += 1;
                 self.to_build.push(id);
             } else {
-                let tail = said.lines().map(str::to_owned).collect();
+                let tail = message.lines().map(str::to_owned).collect();
                 self.end(id, Cause::Build, tail);
             }
         }
         self.drop_logs();
     }
 
-    /// Whether it may go well another time.
-    fn is_passing(&self, failure: &BuildFailure) -> bool {
+    /// Whether the build may succeed when it is tried again.
+    fn is_transient(&self, failure: &BuildFailure) -> bool {
         failure.kind == FailureKind::Transient
             || failure.kind == FailureKind::Build && is_download(&self.log_of(failure))
     }
@@ -209,14 +214,14 @@ impl Engine<'_> {
             .unwrap_or_default()
     }
 
-    /// The last word on it: of its log, else of Nix.
+    /// The last line of the failed build's log, else Nix's message.
     fn why(&self, failure: &BuildFailure) -> String {
         self.log_of(failure)
             .pop()
             .unwrap_or_else(|| failure.text.clone())
     }
 
-    /// A log begins; the oldest of what has not failed is dropped for it.
+    /// Begins a log. When there are too many, the oldest of a build that has not failed is dropped.
     fn begin_log(&mut self, drv: StorePath) {
         self.log_order.retain(|other| *other != drv);
         self.log_order.push_back(drv.clone());
@@ -232,7 +237,7 @@ impl Engine<'_> {
         }
     }
 
-    /// Logs of what nobody builds any more are of no use.
+    /// Drops all logs once no lane runs: a build that is tried again begins a new one.
     fn drop_logs(&mut self) {
         if self.lanes.iter().all(Option::is_none) {
             self.logs.clear();
@@ -240,7 +245,7 @@ impl Engine<'_> {
         }
     }
 
-    /// The failure that an output failed by, and whether it is its own.
+    /// The failure that an output failed by, and whether it is of the output's own build.
     async fn failure_of(&self, id: usize) -> Option<(BuildFailure, bool)> {
         let drv = self.outs[id].drv.as_ref()?;
         if let Some(own) = self.failures.get(drv) {

@@ -1,0 +1,115 @@
+//! The trait of all stores that paths can be published to, so that one queue, one order, one way to retry and one
+//! verification serve all of them. Each store has a module of its own.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+
+use crate::client::attic::{Attic, BodyCheck, ByteCounter, CacheConfig, Error, Uploaded};
+use crate::client::endpoint::Endpoint;
+use flywheel_nix::nar::NarSource;
+use flywheel_nix::narinfo::NarInfo;
+use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store_path::StorePath;
+
+/// What the trait's asynchronous methods return.
+pub type Pending<'a, T> = BoxFuture<'a, Result<T, Error>>;
+
+/// A store that paths are published to and verified in. No implementation retries by itself.
+pub trait Destination: Send + Sync + fmt::Debug {
+    /// The address for messages, without credentials.
+    fn address(&self) -> String;
+
+    /// The address on a server that has Attic's protocol, for hints in messages; `None` for other stores.
+    fn endpoint(&self) -> Option<&Endpoint> {
+        None
+    }
+
+    /// Whether paths that an upstream cache has signed may be left out, because the readers use that cache, too.
+    /// `false` for a store that must hold complete closures.
+    fn omits_upstream_paths(&self) -> bool {
+        true
+    }
+
+    /// How many uploads should run at once, where the store prescribes it: one that works in batches needs a whole
+    /// batch under way.
+    fn concurrency(&self) -> Option<usize> {
+        None
+    }
+
+    /// The store's own description.
+    fn describe(&self) -> Pending<'_, CacheConfig>;
+
+    /// Which of these paths the store lacks. An empty query checks whether the store can be written to.
+    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>>;
+
+    /// Publishes one path; the store must already have its references. The caller may repeat it safely.
+    fn send<'a>(
+        &'a self,
+        info: &'a PathInfo,
+        source: NarSource,
+        counter: &'a ByteCounter,
+    ) -> Pending<'a, Uploaded>;
+
+    /// The narinfo of a path; `None` if the store lacks it.
+    fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>>;
+
+    /// Fetches a path's NAR and compares its hash.
+    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck>;
+}
+
+/// A destination, shared by publishing and verification.
+pub type Target = Arc<dyn Destination>;
+
+impl From<Attic> for Target {
+    fn from(attic: Attic) -> Self {
+        Arc::new(attic)
+    }
+}
+
+impl Destination for Attic {
+    fn address(&self) -> String {
+        Self::endpoint(self).to_string()
+    }
+
+    fn endpoint(&self) -> Option<&Endpoint> {
+        Some(Self::endpoint(self))
+    }
+
+    fn describe(&self) -> Pending<'_, CacheConfig> {
+        Box::pin(self.cache_config())
+    }
+
+    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>> {
+        Box::pin(async move {
+            // Attic's protocol identifies a path by its hash alone.
+            let hashes: Vec<_> = paths.iter().map(StorePath::hash).collect();
+            let missing = self.missing_paths(&hashes).await?;
+            Ok(paths
+                .iter()
+                .zip(&hashes)
+                .filter(|(_, hash)| missing.contains(*hash))
+                .map(|(path, _)| path.clone())
+                .collect())
+        })
+    }
+
+    fn send<'a>(
+        &'a self,
+        info: &'a PathInfo,
+        source: NarSource,
+        counter: &'a ByteCounter,
+    ) -> Pending<'a, Uploaded> {
+        Box::pin(self.upload(info, source, counter))
+    }
+
+    fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>> {
+        Box::pin(async move { self.nar_info(&path.hash()).await })
+    }
+
+    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
+        Box::pin(Self::check_body(self, info))
+    }
+}

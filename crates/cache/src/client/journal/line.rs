@@ -1,0 +1,184 @@
+//! The journal's lines: how they are written, and how a file is read, even one that was cut off. Pure.
+//!
+//! A line is a line break, eight bytes of the text's SHA-256 in hexadecimal, a space, and the text, which is JSON. A
+//! line with a wrong sum was torn and does not count.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use flywheel_nix::store_path::StorePath;
+
+/// The version of the format. Journals of other versions are ignored until they are too old.
+const VERSION: u32 = 1;
+
+/// The state of a path. It only rises, so the order of lines does not matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Step {
+    /// A process of the job is about to add the path.
+    Expected,
+    /// The path is valid, and wanted in the cache.
+    Seen,
+    /// The cache lacks the path, and it will be sent.
+    Planned,
+    /// The cache has the path.
+    Uploaded,
+    /// The cache was seen to serve the path, or it is left out on purpose.
+    Settled,
+}
+
+/// One line.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Entry {
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    begin: Option<Begin>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    step: Option<Step>,
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    paths: Vec<String>,
+    /// Since when a path of an earlier job is unsettled (seconds since 1970).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    since: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    end: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Begin {
+    version: u32,
+    cache: String,
+    mark: Option<i64>,
+    at: u64,
+}
+
+impl Entry {
+    pub(super) fn begin(cache: &str, mark: Option<i64>, at: u64) -> Self {
+        Self {
+            begin: Some(Begin {
+                version: VERSION,
+                cache: cache.to_owned(),
+                mark,
+                at,
+            }),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn paths(step: Step, paths: &[&str]) -> Self {
+        let paths = paths.iter().map(|path| (*path).to_owned()).collect();
+        Self {
+            step: Some(step),
+            paths,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn carried(path: &StorePath, since: u64) -> Self {
+        let paths = vec![path.base_name().to_owned()];
+        Self {
+            step: Some(Step::Seen),
+            paths,
+            since: Some(since),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn end() -> Self {
+        Self {
+            end: true,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn to_line(&self) -> String {
+        let text = serde_json::to_string(self).expect("texts and numbers are always JSON");
+        format!("\n{} {text}", sum(&text))
+    }
+
+    fn parse(line: &[u8]) -> Option<Self> {
+        let (written, text) = std::str::from_utf8(line).ok()?.split_once(' ')?;
+        (written == sum(text))
+            .then(|| serde_json::from_str(text).ok())
+            .flatten()
+    }
+}
+
+fn sum(text: &str) -> String {
+    let mut sum = String::with_capacity(16);
+    for byte in &Sha256::digest(text.as_bytes())[..8] {
+        // Writing to a `String` cannot fail.
+        let _ = write!(sum, "{byte:02x}");
+    }
+    sum
+}
+
+/// The content of a journal.
+#[derive(Debug, Default)]
+pub(super) struct JournalContent {
+    pub cache: Option<String>,
+    pub mark: Option<i64>,
+    pub begun: Option<u64>,
+    ended: bool,
+    paths: BTreeMap<StorePath, (Step, u64)>,
+}
+
+impl JournalContent {
+    pub(super) fn parse(text: &[u8]) -> Self {
+        let mut read = Self::default();
+        // Torn lines have no valid sum and are dropped here.
+        for entry in text.split(|byte| *byte == b'\n').filter_map(Entry::parse) {
+            read.take(entry);
+        }
+        read
+    }
+
+    fn take(&mut self, entry: Entry) {
+        // A journal in another version's format keeps no cache name here, so no job takes it up.
+        if let Some(begin) = entry.begin.filter(|begin| begin.version == VERSION) {
+            (self.cache, self.mark, self.begun) = (Some(begin.cache), begin.mark, Some(begin.at));
+        }
+        self.ended |= entry.end;
+        let Some(step) = entry.step else { return };
+        // A path of an earlier job keeps its date, and all others count from the beginning of this job. A date that
+        // moved with each job would keep paths that cannot be published for ever.
+        let since = entry.since.or(self.begun).unwrap_or_default();
+        for path in entry
+            .paths
+            .iter()
+            .filter_map(|name| StorePath::from_base_name(name).ok())
+        {
+            let known = self.paths.entry(path).or_insert((step, since));
+            // The highest state and the earliest date win, so the order of the lines does not matter.
+            *known = (known.0.max(step), known.1.min(since));
+        }
+    }
+
+    /// The paths that are wanted in the cache but not settled, and since when.
+    pub(super) fn seen(&self) -> impl Iterator<Item = (StorePath, u64)> {
+        let unsettled = self
+            .paths
+            .iter()
+            .filter(|(_, (step, _))| (Step::Seen..Step::Settled).contains(step));
+        unsettled.map(|(path, (_, since))| (path.clone(), *since))
+    }
+
+    /// The paths that may have become valid without being seen: none in a journal that was closed.
+    pub(super) fn expected(&self) -> impl Iterator<Item = StorePath> {
+        let expected = self
+            .paths
+            .iter()
+            .filter(|(_, (step, _))| !self.ended && *step == Step::Expected);
+        expected.map(|(path, _)| path.clone())
+    }
+
+    /// When the youngest unsettled path was seen.
+    pub(super) fn youngest(&self) -> u64 {
+        self.seen()
+            .map(|(_, since)| since)
+            .max()
+            .unwrap_or_default()
+    }
+}

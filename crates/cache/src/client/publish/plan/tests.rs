@@ -1,0 +1,281 @@
+//! The graph in small scenarios and in random walks.
+
+use super::*;
+use flywheel_nix::hash::Sha256;
+
+fn path(name: &str) -> StorePath {
+    let digest = Sha256(<sha2::Sha256 as sha2::Digest>::digest(name).into()).base32();
+    StorePath::from_base_name(&format!("{}-{name}", &digest[..32])).expect("base name")
+}
+
+fn info(name: &str, references: &[&str]) -> PathInfo {
+    PathInfo {
+        path: path(name),
+        nar_hash: Sha256([0; 32]),
+        nar_size: 100 + name.len() as u64,
+        references: references.iter().map(|name| path(name)).collect(),
+        deriver: None,
+        signatures: Vec::new(),
+        ca: None,
+        ultimate: true,
+    }
+}
+
+/// Answers every query with "missing", except for the paths named.
+fn answer(plan: &mut UploadPlan, there: &[&str]) {
+    let there: Vec<StorePath> = there.iter().map(|name| path(name)).collect();
+    for (id, _) in plan.next_query(1000) {
+        let is_missing = !there.contains(&plan.nodes[id].path);
+        plan.on_query_result(id, is_missing);
+    }
+}
+
+fn take(plan: &mut UploadPlan) -> Option<(Id, String)> {
+    plan.take(false)
+        .map(|(id, info)| (id, info.path.name().to_owned()))
+}
+
+fn ends(plan: UploadPlan) -> HashMap<String, Final> {
+    plan.finish("time", true)
+        .into_iter()
+        .map(|path| (path.info.path.name().to_owned(), path.end))
+        .collect()
+}
+
+fn failed(end: &Final) -> &str {
+    end.lost().expect("lost")
+}
+
+#[test]
+fn references_go_first() {
+    let mut plan = UploadPlan::default();
+    plan.offer(info("app", &["app", "lib", "glibc"]));
+    plan.offer(info("lib", &["glibc"]));
+    answer(&mut plan, &["glibc"]);
+    let (lib, name) = take(&mut plan).expect("ready");
+    assert_eq!((name.as_str(), take(&mut plan)), ("lib", None));
+    plan.settle(lib, Final::Published);
+    assert_eq!(take(&mut plan).expect("released").1, "app");
+    assert_eq!(plan.progress(), (1, 2));
+}
+
+#[test]
+fn a_failure_blocks_what_refers_to_it_and_nothing_else() {
+    let mut plan = UploadPlan::default();
+    for path in [
+        info("app", &["lib"]),
+        info("lib", &["base"]),
+        info("base", &[]),
+        info("other", &[]),
+    ] {
+        plan.offer(path);
+    }
+    answer(&mut plan, &[]);
+    let (base, _) = take(&mut plan).expect("ready");
+    plan.settle(
+        base,
+        Final::Failed {
+            reason: "413".into(),
+            attempts: 1,
+        },
+    );
+    let (other, _) = take(&mut plan).expect("ready");
+    plan.settle(other, Final::Published);
+    // Offered when it is too late already.
+    plan.offer(info("late", &["lib"]));
+    answer(&mut plan, &[]);
+    let ends = ends(plan);
+    for name in ["app", "lib", "late"] {
+        assert!(
+            failed(&ends[name]).contains("-base`, which could not be published"),
+            "{ends:?}"
+        );
+    }
+    assert_eq!(ends["other"], Final::Published);
+}
+
+#[test]
+fn a_blocked_path_that_is_there_is_there() {
+    let mut plan = UploadPlan::default();
+    plan.offer(info("base", &[]));
+    answer(&mut plan, &[]);
+    let (base, _) = take(&mut plan).expect("ready");
+    plan.settle(
+        base,
+        Final::Failed {
+            reason: "x".into(),
+            attempts: 1,
+        },
+    );
+    plan.offer(info("app", &["base"]));
+    answer(&mut plan, &["app"]);
+    assert_eq!(ends(plan)["app"], Final::AlreadyThere);
+}
+
+#[test]
+fn upstream_paths_are_skipped_and_block_nothing() {
+    let mut plan = UploadPlan::default();
+    plan.trust_upstream(["cache.nixos.org-1".to_owned()]);
+    let mut glibc = info("glibc", &["base"]);
+    glibc.signatures = vec!["other-1:x".into(), "cache.nixos.org-1:y".into()];
+    plan.offer(info("app", &["glibc"]));
+    plan.offer(glibc);
+    answer(&mut plan, &[]);
+    assert_eq!(take(&mut plan).expect("ready").1, "app");
+    assert_eq!(
+        ends(plan)["glibc"],
+        Final::Skipped(Skip::Upstream("cache.nixos.org-1".into()))
+    );
+}
+
+#[test]
+fn a_derivation_is_published_only_where_a_path_refers_to_it() {
+    let mut plan = UploadPlan::default();
+    for path in [
+        info("source.drv", &[]),
+        info("needed.drv", &["source.drv"]),
+        info("other.drv", &[]),
+    ] {
+        plan.offer(path);
+    }
+    assert_eq!(plan.progress(), (3, 3));
+    plan.offer(info("app", &["needed.drv"]));
+    assert_eq!(plan.progress(), (1, 4));
+    answer(&mut plan, &[]);
+    for expected in ["source.drv", "needed.drv", "app"] {
+        let (id, name) = take(&mut plan).expect("ready");
+        assert_eq!(name, expected);
+        plan.settle(id, Final::Published);
+    }
+    assert_eq!(ends(plan)["other.drv"], Final::Skipped(Skip::Derivation));
+}
+
+#[test]
+fn a_reference_that_was_never_offered_is_named() {
+    let mut plan = UploadPlan::default();
+    plan.offer(info("app", &["lost"]));
+    answer(&mut plan, &[]);
+    assert_eq!(take(&mut plan), None);
+    plan.offer(info("tool", &["late"]));
+    answer(&mut plan, &[]);
+    plan.offer(info("late", &[]));
+    assert_eq!(take(&mut plan).expect("known to be missing").1, "late");
+    let ends = ends(plan);
+    assert!(
+        failed(&ends["app"]).contains("-lost`, which is neither in the cache nor offered"),
+        "{ends:?}"
+    );
+    // `late` was taken and never settled, so `tool` waits for a path that was offered.
+    assert!(
+        failed(&ends["tool"]).starts_with("something in its closure"),
+        "{ends:?}"
+    );
+}
+
+#[test]
+fn a_path_that_is_there_after_a_lost_response_was_published() {
+    let mut plan = UploadPlan::default();
+    plan.offer(info("app", &[]));
+    answer(&mut plan, &[]);
+    let (id, _) = take(&mut plan).expect("ready");
+    plan.back_off(id, true, true);
+    plan.requery(id);
+    answer(&mut plan, &["app"]);
+    assert_eq!(ends(plan)["app"], Final::Published);
+}
+
+#[test]
+fn small_ones_come_smallest_first_and_large_ones_apart() {
+    let mut plan = UploadPlan::default();
+    for (name, size) in [("c", 300), ("a", 100), ("huge", LARGE), ("b", 200)] {
+        plan.offer(PathInfo {
+            nar_size: size,
+            ..info(name, &[])
+        });
+    }
+    answer(&mut plan, &[]);
+    assert_eq!(plan.ready_sizes(), (true, true));
+    let order: Vec<String> = std::iter::from_fn(|| take(&mut plan))
+        .map(|(_, name)| name)
+        .collect();
+    assert_eq!(order, ["a", "b", "c"]);
+    assert_eq!(plan.take(true).expect("large").1.path.name(), "huge");
+}
+
+/// Random graphs, random order of offers, random answers and failures: every path is decided,
+/// none is sent before its references, and none is sent after a reference failed.
+#[test]
+fn random_graphs_end_decided_and_in_order() {
+    for seed in 0..300 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let count = random.usize(1..40);
+        let name = |n: usize| format!("p{n}");
+        let mut offers: Vec<PathInfo> = (0..count)
+            .map(|n| {
+                let references: Vec<String> =
+                    (0..n).filter(|_| random.u8(..) < 40).map(name).collect();
+                info(
+                    &name(n),
+                    &references.iter().map(String::as_str).collect::<Vec<_>>(),
+                )
+            })
+            .collect();
+        random.shuffle(&mut offers);
+        let mut plan = UploadPlan::default();
+        let mut good: HashSet<StorePath> = HashSet::new();
+        let mut sending: Vec<(Id, PathInfo)> = Vec::new();
+        loop {
+            match random.u8(0..4) {
+                0 if !offers.is_empty() => plan.offer(offers.pop().expect("not empty")),
+                1 => {
+                    for (id, _) in plan.next_query(random.usize(1..5)) {
+                        let is_missing = random.u8(..) < 200;
+                        if !is_missing {
+                            good.insert(plan.nodes[id].path.clone());
+                        }
+                        plan.on_query_result(id, is_missing);
+                    }
+                }
+                2 => {
+                    if let Some((id, info)) = plan.take(false) {
+                        let own = info.path.clone();
+                        assert!(
+                            info.references
+                                .iter()
+                                .all(|path| *path == own || good.contains(path)),
+                            "seed {seed}"
+                        );
+                        sending.push((id, info));
+                    }
+                }
+                _ => {
+                    if let Some((id, info)) = sending.pop() {
+                        if random.u8(..) < 230 {
+                            good.insert(info.path);
+                            plan.settle(id, Final::Published);
+                        } else {
+                            plan.settle(
+                                id,
+                                Final::Failed {
+                                    reason: "x".into(),
+                                    attempts: 1,
+                                },
+                            );
+                        }
+                    }
+                }
+            }
+            let idle =
+                sending.is_empty() && plan.unqueried() == 0 && plan.ready_sizes() == (false, false);
+            if idle && offers.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(plan.progress(), (count as u64, count as u64), "seed {seed}");
+        assert!(
+            plan.finish("time", true)
+                .iter()
+                .all(|path| !matches!(path.end, Final::Left { .. }))
+        );
+    }
+}

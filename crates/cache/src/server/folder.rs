@@ -1,0 +1,277 @@
+//! The cache's folder: its lock, its layout, and how files become visible atomically.
+//!
+//! ```text
+//! lock                              held by the one process that uses the folder
+//! tokens                            who may read and write (0600)
+//! keys/<cache>.secret               signing keys in Nix's format (0600)
+//! nars/<nar hash>.nar.zst           each NAR once, for all caches
+//! caches/<cache>/<hash>.narinfo     a path's metadata; its modification time is its last use
+//! caches/<cache>/nars/<nar hash>    a link to the NAR, or empty: this cache may serve it
+//! caches/<cache>/uploads/<name>     a NAR that `nix copy` has sent and no narinfo has claimed yet
+//! synced                            the last epoch that is completely on disk, see `durable`
+//! tmp/                              unfinished files; swept at every start
+//! ```
+
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Write as _};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+use thiserror::Error;
+
+use flywheel_core::exit::{Exit, Explain};
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::store_path::PathHash;
+
+#[derive(Debug, Error)]
+pub enum FolderError {
+    #[error("the folder `{}` is in use by another `flywheel cache`", .0.display())]
+    InUse(PathBuf),
+    /// It cannot be created, read or written.
+    #[error("the folder `{}` cannot be used", folder.display())]
+    Unusable {
+        folder: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Explain for FolderError {
+    fn exit(&self) -> Exit {
+        Exit::Host
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::InUse(_) => {
+                "A folder has one server, which also collects its garbage: stop that server, or \
+                               give another folder with `--dir`."
+                    .to_owned()
+            }
+            Self::Unusable { .. } => {
+                "Use `--dir` to name a folder that this user can write to.".to_owned()
+            }
+        })
+    }
+}
+
+/// A folder that only this process uses while this value lives.
+#[derive(Debug)]
+pub struct Folder {
+    root: PathBuf,
+    _lock: File,
+}
+
+impl Folder {
+    /// Creates the folder if it is missing (0700), locks it, and removes what a killed process
+    /// left.
+    ///
+    /// # Errors
+    /// When another process holds the lock, or the folder cannot be written.
+    pub fn open(root: &Path, caches: &[CacheName]) -> Result<Self, FolderError> {
+        let unusable = |source| FolderError::Unusable {
+            folder: root.to_owned(),
+            source,
+        };
+        // The lock file lies inside the folder, so the folder must exist first.
+        make_folder(root).map_err(unusable)?;
+        let lock = OpenOptions::new()
+            .create(true)
+            // The file's content does not matter, and another process may hold its lock.
+            .truncate(false)
+            .write(true)
+            .open(root.join("lock"))
+            .map_err(unusable)?;
+        // The kernel releases the lock when the process ends, however it ends.
+        match lock.try_lock() {
+            Ok(()) => (),
+            Err(TryLockError::WouldBlock) => return Err(FolderError::InUse(root.to_owned())),
+            Err(TryLockError::Error(source)) => return Err(unusable(source)),
+        }
+        let folder = Self {
+            root: root.to_owned(),
+            _lock: lock,
+        };
+        folder.prepare(caches).map_err(unusable)?;
+        Ok(folder)
+    }
+
+    fn prepare(&self, caches: &[CacheName]) -> io::Result<()> {
+        let tmp = self.root.join("tmp");
+        // Holding the lock, so these files belong to a dead process.
+        match std::fs::remove_dir_all(&tmp) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => (),
+        }
+        make_folder(&tmp)?;
+        make_folder(&self.root.join("keys"))?;
+        make_folder(&self.nars())?;
+        for cache in caches {
+            make_folder(&self.markers(cache))?;
+            make_folder(&self.uploads(cache))?;
+        }
+        Ok(())
+    }
+
+    /// Returns the caches that have a folder here, sorted.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn caches(&self) -> io::Result<Vec<CacheName>> {
+        let mut names = Vec::new();
+        for entry in entries(&self.root.join("caches"))? {
+            names.extend(
+                entry?
+                    .file_name()
+                    .to_str()
+                    // A folder with an invalid name is not one of ours.
+                    .and_then(|name| name.parse().ok()),
+            );
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The file that names the last synced epoch.
+    pub fn synced(&self) -> PathBuf {
+        self.root.join("synced")
+    }
+
+    pub fn tokens(&self) -> PathBuf {
+        self.root.join("tokens")
+    }
+
+    /// The file with a cache's signing key.
+    pub fn key(&self, cache: &CacheName) -> PathBuf {
+        self.root.join("keys").join(format!("{cache}.secret"))
+    }
+
+    /// The folder of all NARs.
+    pub fn nars(&self) -> PathBuf {
+        self.root.join("nars")
+    }
+
+    /// The file of a compressed NAR.
+    pub fn nar(&self, hash: &Sha256) -> PathBuf {
+        self.nars().join(nar_name(hash))
+    }
+
+    /// The folder of a cache, with its narinfos and two subfolders.
+    pub fn objects(&self, cache: &CacheName) -> PathBuf {
+        self.root.join("caches").join(cache.as_str())
+    }
+
+    /// The narinfo of a path.
+    pub fn object(&self, cache: &CacheName, hash: &PathHash) -> PathBuf {
+        self.objects(cache).join(format!("{hash}.narinfo"))
+    }
+
+    /// The folder of markers for the NARs that a cache may serve.
+    pub fn markers(&self, cache: &CacheName) -> PathBuf {
+        self.objects(cache).join("nars")
+    }
+
+    /// The marker of one NAR.
+    pub fn marker(&self, cache: &CacheName, hash: &Sha256) -> PathBuf {
+        self.markers(cache).join(hash.base32())
+    }
+
+    /// The folder of NARs that were uploaded but not yet claimed by a narinfo.
+    pub fn uploads(&self, cache: &CacheName) -> PathBuf {
+        self.objects(cache).join("uploads")
+    }
+
+    /// Creates a temporary file, which is deleted when dropped.
+    ///
+    /// # Errors
+    /// When it cannot be created.
+    pub fn temporary(&self) -> io::Result<NamedTempFile> {
+        // On the same file system as its target, so that renaming works.
+        NamedTempFile::new_in(self.root.join("tmp"))
+    }
+
+    /// Writes a small file atomically: a reader sees all of it or nothing.
+    ///
+    /// # Errors
+    /// When the disk fails; then nothing has changed.
+    pub fn write_whole(&self, file: &Path, text: &str) -> io::Result<()> {
+        self.write(file, text, false)
+    }
+
+    /// Like `write_whole`, and atomic across a power cut, too.
+    ///
+    /// # Errors
+    /// When the disk fails; then nothing has changed.
+    pub fn write_synced(&self, file: &Path, text: &str) -> io::Result<()> {
+        self.write(file, text, true)?;
+        sync_parent(file)
+    }
+
+    fn write(&self, file: &Path, text: &str, sync: bool) -> io::Result<()> {
+        // Written elsewhere and renamed: renaming is atomic.
+        let mut temporary = self.temporary()?;
+        temporary.write_all(text.as_bytes())?;
+        if sync {
+            // The content must be on disk before its name is.
+            temporary.as_file().sync_all()?;
+        }
+        temporary.persist(file)?;
+        Ok(())
+    }
+}
+
+/// A NAR's file name, on disk and in URLs.
+pub fn nar_name(hash: &Sha256) -> String {
+    format!("{}.nar.zst", hash.base32())
+}
+
+/// Lists a folder; empty if it does not exist.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn entries(
+    folder: &Path,
+) -> io::Result<Box<dyn Iterator<Item = io::Result<std::fs::DirEntry>>>> {
+    match std::fs::read_dir(folder) {
+        Ok(entries) => Ok(Box::new(entries)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Box::new(std::iter::empty())),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a rename survive a power cut.
+///
+/// # Errors
+/// When the folder cannot be synced.
+pub fn sync_parent(file: &Path) -> io::Result<()> {
+    file.parent()
+        .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+}
+
+fn make_folder(folder: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)
+}
+
+/// Opens a folder once its lock is free. A process that another test is starting inherits our lock
+/// until it executes another program.
+#[cfg(test)]
+pub(super) fn when_free<T, E: std::fmt::Debug>(
+    open: impl Fn() -> Result<T, E>,
+    in_use: impl Fn(&E) -> bool,
+) -> T {
+    let begun = std::time::Instant::now();
+    loop {
+        match open() {
+            Err(error) if in_use(&error) && begun.elapsed().as_secs() < 20 => {
+                std::thread::park_timeout(std::time::Duration::from_millis(2));
+            }
+            opened => return opened.expect("nobody has it"),
+        }
+    }
+}

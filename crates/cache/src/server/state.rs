@@ -1,0 +1,201 @@
+//! The state shared by all request handlers: the store, the tokens, the caches and their keys. Also
+//! decides who may do what.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::http::{HeaderMap, header};
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::server::Options;
+use crate::server::body::IDLE_TIMEOUT;
+use crate::server::compress::CompressorPool;
+use crate::server::error::ErrorResponse;
+use crate::server::store::Store;
+use crate::server::token::{Scope, Tokens, presented};
+use flywheel_core::secret::Secret;
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::key::SecretKey;
+use flywheel_sys::host::inline_blocking::AdaptiveBlocking;
+
+/// Slots for concurrent uploads; together they cost less than 48 MiB of memory.
+const UPLOAD_SLOTS: usize = 32;
+/// NARs below this size cost little memory, since their compressors are small too.
+const SMALL_NAR: u64 = 1024 * 1024;
+
+/// The memory cost of receiving a NAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cost {
+    /// A few KiB.
+    Small,
+    /// A compressor with its full window, about 4 MiB.
+    Large,
+    /// A compressor and a decompressor, 9 MiB for the default level of `nix copy`.
+    Compressed,
+}
+
+impl Cost {
+    /// The cost of an uncompressed NAR.
+    pub fn new(nar_size: u64) -> Self {
+        if nar_size < SMALL_NAR {
+            Self::Small
+        } else {
+            Self::Large
+        }
+    }
+
+    fn slots(self) -> u32 {
+        match self {
+            Self::Small => 1,
+            // Of 32 slots: at most five large uploads, or three compressed ones, run at once.
+            Self::Large => 6,
+            Self::Compressed => 10,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Cache {
+    pub name: CacheName,
+    pub key: SecretKey,
+}
+
+#[derive(Debug)]
+pub struct ServerState {
+    pub store: Arc<Store>,
+    pub tokens: Tokens,
+    pub caches: BTreeMap<String, Cache>,
+    pub options: Options,
+    /// Compressors for NARs that fit into memory.
+    pub compressors: Arc<CompressorPool>,
+    slots: Semaphore,
+    brief: AdaptiveBlocking,
+}
+
+impl ServerState {
+    pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
+        let caches = caches
+            .into_iter()
+            .map(|cache| (cache.name.to_string(), cache))
+            .collect();
+        let compressors = Arc::new(CompressorPool::new(options.level));
+        Self {
+            store,
+            tokens,
+            caches,
+            options,
+            compressors,
+            slots: Semaphore::new(UPLOAD_SLOTS),
+            brief: AdaptiveBlocking::default(),
+        }
+    }
+
+    /// Returns the cache if the request may read it (`Scope::Read`) or write to it
+    /// (`Scope::Write`).
+    ///
+    /// # Errors
+    /// 401 if the client may not even read the cache, 403 if it may only read, and 404 if its token
+    /// covers the name but no such cache exists. Attic responds the same way, so clients learn no
+    /// more here.
+    pub fn authorise(
+        &self,
+        headers: &HeaderMap,
+        cache: &str,
+        scope: Scope,
+    ) -> Result<&Cache, ErrorResponse> {
+        let token = token(headers);
+        let granted = self.tokens.allow(token.as_ref(), cache, scope);
+        match (self.caches.get(cache), granted) {
+            (Some(cache), true) => Ok(cache),
+            (None, true) => Err(ErrorResponse::no_cache()),
+            // Without permission, a missing cache looks like a private one.
+            (None, false) => Err(ErrorResponse::unauthorized()),
+            (Some(found), false) => {
+                let readable =
+                    self.options.public || self.tokens.allow(token.as_ref(), cache, Scope::Read);
+                match scope {
+                    Scope::Read if readable => Ok(found),
+                    // The client can see the cache, so it may learn that writing is forbidden.
+                    Scope::Write if readable => Err(ErrorResponse::forbidden()),
+                    _ => Err(ErrorResponse::unauthorized()),
+                }
+            }
+        }
+    }
+
+    /// Rejects a client that may not write to any cache, before its body is read.
+    ///
+    /// # Errors
+    /// 403 if it may read some cache, otherwise 401.
+    pub fn authorise_some_write(&self, headers: &HeaderMap) -> Result<(), ErrorResponse> {
+        let token = token(headers);
+        if self.tokens.allow_somewhere(token.as_ref(), Scope::Write) {
+            Ok(())
+        } else if self.options.public || self.tokens.allow_somewhere(token.as_ref(), Scope::Read) {
+            Err(ErrorResponse::forbidden())
+        } else {
+            Err(ErrorResponse::unauthorized())
+        }
+    }
+
+    /// Waits for upload slots.
+    ///
+    /// # Errors
+    /// 503 if none becomes free within `IDLE_TIMEOUT`.
+    pub async fn upload_slot(&self, cost: Cost) -> Result<SemaphorePermit<'_>, ErrorResponse> {
+        match tokio::time::timeout(IDLE_TIMEOUT, self.slots.acquire_many(cost.slots())).await {
+            Ok(Ok(place)) => Ok(place),
+            _ => Err(ErrorResponse::unavailable(
+                "too many uploads at once; try again",
+            )),
+        }
+    }
+
+    /// Runs a store call that takes a fraction of a millisecond on the current thread if possible,
+    /// but not while garbage is being removed.
+    ///
+    /// # Errors
+    /// Whatever the call fails with.
+    pub async fn run_inline<T, E>(
+        &self,
+        call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, ErrorResponse>
+    where
+        T: Send + 'static,
+        E: Into<ErrorResponse> + Send + 'static,
+    {
+        let store = Arc::clone(&self.store);
+        let ended = self
+            .brief
+            // While garbage is removed the call would wait for the lock, which must not block a
+            // runtime thread.
+            .run(self.store.is_removing(), move || call(&store))
+            .await;
+        ended
+            .map_err(|error| ErrorResponse::internal(&std::io::Error::other(error)))?
+            .map_err(Into::into)
+    }
+
+    /// Runs a call of the store on a thread that may block.
+    ///
+    /// # Errors
+    /// Whatever the call fails with.
+    pub async fn run_blocking<T, E>(
+        &self,
+        call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, ErrorResponse>
+    where
+        T: Send + 'static,
+        E: Into<ErrorResponse> + Send + 'static,
+    {
+        let store = Arc::clone(&self.store);
+        let ended = tokio::task::spawn_blocking(move || call(&store)).await;
+        ended
+            .map_err(|error| ErrorResponse::internal(&std::io::Error::other(error)))?
+            .map_err(Into::into)
+    }
+}
+
+fn token(headers: &HeaderMap) -> Option<Secret> {
+    presented(headers.get(header::AUTHORIZATION)?.to_str().ok()?)
+}

@@ -1,0 +1,300 @@
+//! Nix's HTTP binary cache protocol: reading for substituters, and writing for `nix copy --to`.
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use tokio_util::io::ReaderStream;
+
+use crate::server::body::RequestBody;
+use crate::server::connection::BytesMoved;
+use crate::server::error::ErrorResponse;
+use crate::server::ingest::Format;
+use crate::server::state::{Cache, Cost, ServerState};
+use crate::server::store::PendingUpload;
+use crate::server::token::Scope;
+use crate::server::upload::{check_length, commit, receive_compressed};
+use crate::server::upload_info::check_narinfo;
+use flywheel_nix::hash::Sha256;
+use flywheel_nix::narinfo::NarInfo;
+use flywheel_nix::path_info::fingerprint;
+use flywheel_nix::store_path::{PathHash, STORE_DIR};
+
+/// Maximum size of a narinfo in bytes; real ones are far smaller.
+const NARINFO_LIMIT: usize = 1024 * 1024;
+/// Bytes of a served NAR to hold in memory.
+const READ_BUFFER: usize = 128 * 1024;
+
+/// Serves `nix-cache-info`.
+///
+/// # Errors
+/// 401 or 404.
+pub async fn cache_info(
+    State(shared): State<Arc<ServerState>>,
+    Path(cache): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ErrorResponse> {
+    readable(&shared, &headers, &cache)?;
+    let text = format!(
+        "WantMassQuery: 1\nStoreDir: {STORE_DIR}\nPriority: {}\n",
+        shared.options.priority
+    );
+    Ok(answer(&shared, "text/x-nix-cache-info", text.into()))
+}
+
+/// Serves `<hash>.narinfo`, signed with the cache's key on the way out.
+///
+/// # Errors
+/// 401 or 404.
+pub async fn get_narinfo(
+    State(shared): State<Arc<ServerState>>,
+    Path((cache, file)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, ErrorResponse> {
+    let cache = readable(&shared, &headers, &cache)?;
+    let hash = path_hash(&file)?;
+    let name = cache.name.clone();
+    let info = shared
+        .run_inline(move |store| store.object(&name, &hash))
+        .await?;
+    // Signed on every read: the key may have changed since the upload.
+    let info = sign(info.ok_or_else(ErrorResponse::no_object)?, cache);
+    Ok(answer(
+        &shared,
+        "text/x-nix-narinfo",
+        info.to_string().into(),
+    ))
+}
+
+/// Keeps foreign signatures and appends ours, once.
+fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
+    let text = fingerprint(&info.path, &info.nar_hash, info.nar_size, &info.references);
+    let ours = format!("{}:", cache.key.public().name());
+    info.signatures
+        // The uploader may have sent an older signature of ours.
+        .retain(|signature| !signature.starts_with(&ours));
+    info.signatures.push(cache.key.sign(&text));
+    info
+}
+
+/// Serves `nar/<hash>.nar.zst`. For `nix copy`, which checks before it uploads, pending uploads
+/// count as well.
+///
+/// # Errors
+/// 401 or 404.
+pub async fn get_nar(
+    State(shared): State<Arc<ServerState>>,
+    Path((cache, file)): Path<(String, String)>,
+    request: Request,
+) -> Result<Response, ErrorResponse> {
+    // Axum answers HEAD with this handler too, and drops the body.
+    let cache = readable(&shared, request.headers(), &cache)?;
+    let name = cache.name.clone();
+    // The URLs in our narinfos end this way, whatever the NAR's upload was called.
+    let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
+    if let Some(hash) = ours
+        && let Some((nar, size)) = shared
+            .run_inline(move |store| store.open_nar(&name, &hash))
+            .await?
+    {
+        // Streamed from disk: a NAR may be larger than memory.
+        let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(nar), READ_BUFFER);
+        let mut response = answer(&shared, "application/x-nix-nar", Body::from_stream(pieces));
+        response
+            .headers_mut()
+            // With the length, a client can tell a complete download from a broken one.
+            .insert(header::CONTENT_LENGTH, HeaderValue::from(size));
+        return Ok(response);
+    }
+    let name = cache.name.clone();
+    let sent = request.method() == axum::http::Method::HEAD && parse_upload_name(&file).is_ok();
+    if sent
+        && shared
+            .run_blocking(move |store| store.pending_upload(&name, &file))
+            .await?
+            .is_some()
+    {
+        return Ok(answer(&shared, "application/x-nix-nar", Body::empty()));
+    }
+    Err(ErrorResponse::no_object())
+}
+
+/// Receives a NAR in the compression chosen for `nix copy`, and keeps it until its narinfo arrives.
+///
+/// # Errors
+/// 401, 403 or 404 before the body is read; 400 if the file does not match its name, 415 for
+/// unsupported compressions.
+pub async fn put_nar(
+    State(shared): State<Arc<ServerState>>,
+    Path((cache, file)): Path<(String, String)>,
+    request: Request,
+) -> Result<Response, ErrorResponse> {
+    let (parts, body) = request.into_parts();
+    let cache = shared
+        .authorise(&parts.headers, &cache, Scope::Write)?
+        .name
+        .clone();
+    // The name decides the decoder, so an unsupported compression fails before the upload.
+    let (hash, format) = parse_upload_name(&file)?;
+    // The size is not announced in this protocol, but an empty body is never right.
+    check_length(&parts.headers, None)?;
+    let _slot = shared.upload_slot(Cost::Compressed).await?;
+    let taken = receive_compressed(&shared, &mut RequestBody::new(body), format, hash).await?;
+    let upload = PendingUpload {
+        nar_hash: taken.nar_hash,
+        nar_size: taken.nar_size,
+        received_hash: taken.received_hash,
+        received_size: taken.received_size,
+    };
+    shared
+        .run_blocking(move |store| store.note_upload(&cache, &file, &upload))
+        .await?;
+    Ok(created(upload.received_size))
+}
+
+/// Receives a narinfo after its NAR, and accepts it if it matches what we measured ourselves.
+///
+/// # Errors
+/// 401, 403 or 404 before the body is read; 400 if it is invalid or does not match the NAR.
+pub async fn put_narinfo(
+    State(shared): State<Arc<ServerState>>,
+    Path((cache, file)): Path<(String, String)>,
+    request: Request,
+) -> Result<Response, ErrorResponse> {
+    let (parts, body) = request.into_parts();
+    let cache = shared
+        .authorise(&parts.headers, &cache, Scope::Write)?
+        .name
+        .clone();
+    // Any other file in a cache is read-only.
+    let hash = path_hash(&file).map_err(|_| ErrorResponse::method_not_allowed())?;
+    let text = RequestBody::new(body).read_all(NARINFO_LIMIT).await?;
+    let text = String::from_utf8(text)
+        .map_err(|_| ErrorResponse::bad_request("the narinfo is not UTF-8"))?;
+    let info =
+        NarInfo::parse(&text).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
+    // The path in the narinfo decides where it is stored, so the address must agree.
+    if info.path.hash() != hash {
+        return Err(ErrorResponse::bad_request(format!(
+            "the narinfo describes `{}`",
+            info.path
+        )));
+    }
+    let name = info
+        .url
+        .strip_prefix("nar/")
+        .filter(|name| parse_upload_name(name).is_ok())
+        .map(str::to_owned);
+    let name = name.ok_or_else(|| {
+        ErrorResponse::bad_request("the narinfo's `URL` is not `nar/<file hash>.nar…`")
+    })?;
+    let of = cache.clone();
+    let upload = shared
+        .run_blocking(move |store| store.pending_upload(&of, &name))
+        .await?;
+    let upload = upload
+        .ok_or_else(|| ErrorResponse::bad_request("the NAR must be uploaded before its narinfo"))?;
+    // Hashes and sizes in the narinfo must match what was measured during the upload.
+    check_fit(&info, &upload)?;
+    let path =
+        check_narinfo(info).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
+    let nar_hash = path.nar_hash;
+    let nar = shared
+        .run_blocking(move |store| store.known_nar(&nar_hash))
+        .await?;
+    let nar = nar.ok_or_else(|| {
+        ErrorResponse::unavailable("the NAR was removed before it was claimed; send it again")
+    })?;
+    commit(&shared, &cache, path, nar).await?;
+    Ok(created(text.len() as u64))
+}
+
+fn check_fit(info: &NarInfo, upload: &PendingUpload) -> Result<(), ErrorResponse> {
+    let wrong = |field: &str| {
+        Err(ErrorResponse::bad_request(format!(
+            "the narinfo's `{field}` does not match the uploaded NAR"
+        )))
+    };
+    if info.nar_hash != upload.nar_hash {
+        wrong("NarHash")
+    } else if info.nar_size != upload.nar_size {
+        wrong("NarSize")
+    } else if info
+        .file_hash
+        .is_some_and(|hash| hash != upload.received_hash)
+    {
+        wrong("FileHash")
+    } else if info
+        .file_size
+        .is_some_and(|size| size != upload.received_size)
+    {
+        wrong("FileSize")
+    } else {
+        Ok(())
+    }
+}
+
+/// Returns the cache if the client may read it. For substituters, a missing cache is a 404 like a
+/// missing path.
+fn readable<'a>(
+    shared: &'a ServerState,
+    headers: &HeaderMap,
+    cache: &str,
+) -> Result<&'a Cache, ErrorResponse> {
+    if !shared.caches.contains_key(cache) {
+        return Err(ErrorResponse::no_cache());
+    }
+    shared.authorise(headers, cache, Scope::Read)
+}
+
+fn path_hash(file: &str) -> Result<PathHash, ErrorResponse> {
+    let hash = file
+        .strip_suffix(".narinfo")
+        .ok_or_else(ErrorResponse::not_found)?;
+    PathHash::parse(hash).map_err(|_| ErrorResponse::no_object())
+}
+
+fn nar_hash(text: &str) -> Option<Sha256> {
+    // A SHA-256 hash in Nix's base32 has 52 characters.
+    (text.len() == 52)
+        .then(|| Sha256::parse(&format!("sha256:{text}")).ok())
+        .flatten()
+}
+
+/// Parses `<file hash>.nar[.<compression>]`, the name under which Nix uploads a NAR.
+fn parse_upload_name(file: &str) -> Result<(Sha256, Format), ErrorResponse> {
+    let (stem, packing) = file.split_once('.').unwrap_or((file, ""));
+    let hash = nar_hash(stem).ok_or_else(|| {
+        ErrorResponse::bad_request("a NAR's name is `<file hash in base32>.nar…`")
+    })?;
+    match packing {
+        "nar" => Ok((hash, Format::None)),
+        "nar.xz" => Ok((hash, Format::Xz)),
+        "nar.zst" => Ok((hash, Format::Zstd)),
+        _ => Err(ErrorResponse::unsupported_media_type(
+            "this cache accepts NARs uncompressed or compressed with xz or zstd; add `?compression=zstd` to the store's URL",
+        )),
+    }
+}
+
+fn answer(shared: &ServerState, kind: &'static str, body: Body) -> Response {
+    let mut response = body.into_response();
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    if shared.options.public {
+        response.headers_mut().insert(
+            "x-attic-cache-visibility",
+            HeaderValue::from_static("public"),
+        );
+    }
+    response
+}
+
+fn created(received: u64) -> Response {
+    let mut response = StatusCode::CREATED.into_response();
+    response.extensions_mut().insert(BytesMoved(received));
+    response
+}

@@ -1,0 +1,103 @@
+//! Exit codes, and the trait by which an error gives its exit code and a hint.
+
+use std::error::Error;
+use std::fmt;
+
+/// The exit codes of Flywheel itself. `nix-job` otherwise ends with the command's own code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Ok,
+    /// The task could not be done, or `require-publish` was not met.
+    Failed,
+    /// Bad input; nothing was touched. `EX_USAGE` of `sysexits.h`.
+    Usage,
+    /// The host lacks something that Flywheel cannot replace. `EX_UNAVAILABLE`.
+    Host,
+    /// A bug in Flywheel. `EX_SOFTWARE`.
+    Bug,
+    /// The exit code of the user's command.
+    Command(u8),
+}
+
+impl Exit {
+    /// The process exit status, 0 to 255.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Ok => 0,
+            Self::Failed => 1,
+            Self::Usage => 64,
+            Self::Host => 69,
+            Self::Bug => 70,
+            Self::Command(code) => code,
+        }
+    }
+}
+
+/// An error with an exit code and a hint.
+///
+/// `Display` gives the problem as one lowercase fragment; the hint names the input or setting to change.
+pub trait Explain: Error + Send + Sync + 'static {
+    /// The exit code with which this error ends the program.
+    fn exit(&self) -> Exit {
+        Exit::Failed
+    }
+
+    /// What to do about the error, as a full sentence without `help:`.
+    fn hint(&self) -> Option<String> {
+        None
+    }
+}
+
+/// How a verb fails: any error that can explain itself.
+pub type Failure = Box<dyn Explain>;
+
+impl<E: Explain> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Box::new(error)
+    }
+}
+
+/// Bad input, found before anything was touched.
+#[derive(Debug)]
+pub struct UsageError {
+    input: String,
+    problem: String,
+    hint: Option<String>,
+}
+
+impl UsageError {
+    /// `input` is the name as the user wrote it (`attic-server`), `problem` a fragment such as
+    /// "must be an http or https URL, not `foo`".
+    pub fn new(input: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            input: input.into(),
+            problem: problem.into(),
+            hint: None,
+        }
+    }
+
+    /// Adds a hint: a sentence about what to do.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "input `{}` {}", self.input, self.problem)
+    }
+}
+
+impl Error for UsageError {}
+
+impl Explain for UsageError {
+    fn exit(&self) -> Exit {
+        Exit::Usage
+    }
+
+    fn hint(&self) -> Option<String> {
+        self.hint.clone()
+    }
+}

@@ -1,0 +1,235 @@
+//! A run's verdicts for the job summary: a table with failures first, and a timeline of the builds. Pure, and bounded,
+//! because GitHub drops summaries over 1 MiB.
+
+use std::fmt::Write as _;
+
+use super::runs::as_str;
+use super::text::{plain, title};
+use super::{Cause, Conclusion, Output, Verdict};
+use flywheel_core::text::{count, duration, one_line};
+
+/// Rows of the table at most; the log and the files have all outputs.
+const ROWS: usize = 300;
+/// Rows of the timeline at most: the builds that took longest.
+const BARS: usize = 40;
+
+/// An output and how it ended.
+pub type Ended<'a> = (&'a Output, &'a Verdict);
+
+/// One line about all: `12 outputs: 3 failure, 9 success`.
+pub fn closing_line(ended: &[Ended<'_>]) -> String {
+    let conclusions = [
+        Conclusion::Failure,
+        Conclusion::Cancelled,
+        Conclusion::Success,
+        Conclusion::Neutral,
+    ]
+    .map(|conclusion| {
+        let number = ended
+            .iter()
+            .filter(|(_, verdict)| verdict.conclusion() == conclusion)
+            .count();
+        (number > 0).then(|| format!("{number} {}", as_str(conclusion)))
+    });
+    let counts: Vec<String> = conclusions.into_iter().flatten().collect();
+    let all = count(ended.len() as u64, "output");
+    if counts.is_empty() {
+        all
+    } else {
+        format!("{all}: {}", counts.join(", "))
+    }
+}
+
+/// The Markdown of all verdicts.
+pub fn render(ended: &[Ended<'_>]) -> String {
+    let mut text = String::new();
+    // Writing to a `String` cannot fail.
+    let _ = write(&mut text, ended);
+    text
+}
+
+fn write(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
+    let failed = ended
+        .iter()
+        .any(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
+    writeln!(
+        text,
+        "### {} {}\n",
+        if failed { "❌" } else { "✅" },
+        closing_line(ended)
+    )?;
+    if ended.is_empty() {
+        return Ok(());
+    }
+    writeln!(text, "| | Output | Verdict | Time |\n|---|---|---|---|")?;
+    let mut rows: Vec<&Ended<'_>> = ended.iter().collect();
+    rows.sort_by_key(|(_, verdict)| rank(verdict.conclusion()));
+    for (output, verdict) in rows.iter().take(ROWS) {
+        let label = plain(&one_line(&output.label, 100));
+        let verdict_text = plain(&one_line(&title(verdict), 300));
+        let took = if verdict.cause == Cause::AlreadyCached {
+            String::new()
+        } else {
+            duration(verdict.took)
+        };
+        writeln!(
+            text,
+            "| {} | {label} | {verdict_text} | {took} |",
+            sign(verdict.conclusion())
+        )?;
+    }
+    if rows.len() > ROWS {
+        writeln!(text, "\n… and {} more.", rows.len() - ROWS)?;
+    }
+    timeline(text, ended)
+}
+
+fn rank(conclusion: Conclusion) -> u8 {
+    match conclusion {
+        Conclusion::Failure => 0,
+        Conclusion::Cancelled => 1,
+        Conclusion::Success => 2,
+        Conclusion::Neutral => 3,
+    }
+}
+
+/// The sign of a conclusion.
+pub fn sign(conclusion: Conclusion) -> &'static str {
+    match conclusion {
+        Conclusion::Success | Conclusion::Neutral => "✅",
+        Conclusion::Failure => "❌",
+        Conclusion::Cancelled => "⚪",
+    }
+}
+
+/// Writes the builds over time, for Mermaid to draw.
+fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
+    let is_build = |cause: &Cause| {
+        !matches!(
+            cause,
+            Cause::AlreadyCached | Cause::Evaluated | Cause::Cancelled
+        )
+    };
+    let mut bars: Vec<&Ended<'_>> = ended
+        .iter()
+        .filter(|(_, verdict)| is_build(&verdict.cause))
+        .collect();
+    if bars.is_empty() {
+        return Ok(());
+    }
+    bars.sort_by_key(|(_, verdict)| std::cmp::Reverse(verdict.took));
+    bars.truncate(BARS);
+    bars.sort_by_key(|(_, verdict)| verdict.started_at);
+    let first = bars.first().map_or(0, |(_, verdict)| verdict.started_at);
+    writeln!(
+        text,
+        "\n```mermaid\ngantt\n  dateFormat x\n  axisFormat %M:%S"
+    )?;
+    for (output, verdict) in bars {
+        let tag = if verdict.conclusion() == Conclusion::Failure {
+            "crit"
+        } else {
+            "done"
+        };
+        let from = (verdict.started_at - first) * 1000;
+        let to = from
+            + u64::try_from(verdict.took.as_millis())
+                .unwrap_or(u64::MAX - from)
+                .max(1);
+        writeln!(text, "  {} :{tag}, {from}, {to}", bar(&output.label))?;
+    }
+    writeln!(text, "```")
+}
+
+/// A label without characters that Mermaid takes for syntax.
+fn bar(label: &str) -> String {
+    let label = one_line(label, 60);
+    label
+        .chars()
+        .map(|c| {
+            if c.is_alphanumeric() || "-_. ".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn ended(label: &str, cause: Cause, at: u64) -> (Output, Verdict) {
+        let output = Output {
+            label: label.into(),
+            attribute: label.into(),
+            system: None,
+        };
+        let verdict = Verdict {
+            cause,
+            derivation: None,
+            out_paths: Vec::new(),
+            log_tail: Vec::new(),
+            started_at: 1_000 + at,
+            took: Duration::from_millis(1500),
+            reproduce: String::new(),
+        };
+        (output, verdict)
+    }
+
+    #[test]
+    fn failures_come_first_and_nothing_is_markup() {
+        let all = [
+            ended("good", Cause::Built, 1),
+            ended("a|b`<c>: #", Cause::Build, 3),
+            ended("there", Cause::AlreadyCached, 0),
+        ];
+        let all: Vec<Ended<'_>> = all
+            .iter()
+            .map(|(output, verdict)| (output, verdict))
+            .collect();
+        let text = render(&all);
+        assert!(
+            text.starts_with("### ❌ 3 outputs: 1 failure, 1 success, 1 already there\n"),
+            "{text}"
+        );
+        assert!(
+            text.find("| ❌ |").expect("failed") < text.find("| ✅ |").expect("built"),
+            "{text}"
+        );
+        assert!(text.contains("a\\|b\\`&lt;c>: \\#"), "{text}");
+        assert!(
+            text.contains("\n  good :done, 0, 1500\n  a_b__c__ _ :crit, 2000, 3500\n```"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn thousands_fit() {
+        let all: Vec<(Output, Verdict)> = (0..5000)
+            .map(|n| {
+                ended(
+                    &format!("{n}{}", "x".repeat(300)),
+                    Cause::Evaluation {
+                        text: "e".repeat(900),
+                        location: None,
+                    },
+                    n,
+                )
+            })
+            .collect();
+        let all: Vec<Ended<'_>> = all
+            .iter()
+            .map(|(output, verdict)| (output, verdict))
+            .collect();
+        let text = render(&all);
+        assert!(
+            text.len() < 900 * 1024 && text.contains("… and 4700 more."),
+            "{}",
+            text.len()
+        );
+    }
+}

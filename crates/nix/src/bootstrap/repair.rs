@@ -1,0 +1,259 @@
+//! Opens the store, and repairs what keeps it from opening: a dead daemon, or build users that do
+//! not exist.
+
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::bootstrap::{BuildUsers, Daemon, Error, Host, Ready, Repair};
+use crate::ping::{Opened, Ping, PingFailure, ping};
+use crate::settings::Settings;
+use crate::store::daemon_socket;
+use crate::tool::{self, Nix};
+use flywheel_core::text::one_line;
+use flywheel_sys::process::capture::CaptureError;
+use flywheel_sys::process::service::Service;
+
+/// Opening the store is quick; a daemon that takes longer than this counts as dead.
+const PING_LIMIT: Duration = Duration::from_secs(20);
+/// Attempts at opening a store that fails for an unknown reason, since another process may be
+/// creating it right now.
+const OPEN_ATTEMPTS: usize = 10;
+/// Pause between these attempts.
+const OPEN_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// A daemon creates its socket right after it starts, so this is ample.
+const START_LIMIT: Duration = Duration::from_secs(10);
+/// How often to check for the socket.
+const START_POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// With this line, builds run as the user that runs Nix.
+const NO_BUILD_USERS: &str = "build-users-group =";
+
+/// The queries that do not depend on Nix's version.
+pub(super) struct EarlyProbe {
+    /// The result of opening the store.
+    store: Result<Ping, Error>,
+    /// `None` where this version names the command differently.
+    settings: Option<Settings>,
+}
+
+impl EarlyProbe {
+    pub async fn run(nix: &Nix, deadline: Instant) -> Self {
+        let (store, settings) = tokio::join!(ping_with_retries(nix, deadline), Settings::read(nix));
+        Self {
+            store,
+            settings: settings.ok(),
+        }
+    }
+}
+
+/// Opens the store, repairs it where needed, and reports whether builds have users of their own.
+pub(super) async fn open_store(
+    host: &Host,
+    ready: &mut Ready,
+    early: EarlyProbe,
+    deadline: Instant,
+) -> Result<BuildUsers, Error> {
+    let opening = early.store?;
+    let settings = match early.settings {
+        Some(settings) => Some(settings),
+        // Only root needs the settings here, to check the build users; otherwise they are read when
+        // they are needed.
+        None if host.root => Some(Settings::read(&ready.nix).await?),
+        None => None,
+    };
+    ready.settings_before.clone_from(&settings);
+    match opening {
+        // Without a daemon, this process builds by itself and needs working build users.
+        Ping::Open(opened) if opened.url == "local" => {
+            let users = check_build_users(ready, &opened, settings.filter(|_| host.root));
+            ready.opened = Some(opened);
+            Ok(users)
+        }
+        // A daemon has settings of its own, which this process cannot repair.
+        Ping::Open(opened) => {
+            ready.opened = Some(opened);
+            Ok(BuildUsers::InForce)
+        }
+        // Only root can start a daemon that serves this store.
+        Ping::Failed(PingFailure::NoDaemon(problem)) if has_own_daemon(&ready.nix) => {
+            if host.root {
+                restart_daemon(ready, &problem, deadline).await
+            } else {
+                Err(Error::DeadDaemon {
+                    socket: daemon_socket(&ready.nix),
+                    problem,
+                })
+            }
+        }
+        Ping::Failed(PingFailure::PermissionDenied(problem)) => Err(Error::NoRights(problem)),
+        Ping::Failed(failure) => Err(Error::Closed(failure.text().to_owned())),
+    }
+}
+
+/// Opens the store, retrying failures of unknown kind. When two jobs open a new store at once, one
+/// of them may fail on a link that exists already, an empty schema or a busy database.
+async fn ping_with_retries(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
+    for _ in 0..OPEN_ATTEMPTS {
+        match ping_once(nix, deadline).await? {
+            Ping::Failed(PingFailure::Other(_)) if Instant::now() < deadline => {
+                sleep(OPEN_RETRY_DELAY).await;
+            }
+            answer => return Ok(answer),
+        }
+    }
+    ping_once(nix, deadline).await
+}
+
+/// Opens the store once. A store that takes too long counts as having a dead daemon.
+async fn ping_once(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
+    let limit = PING_LIMIT.min(deadline.saturating_duration_since(Instant::now()));
+    match ping(nix, limit).await {
+        Err(tool::Error::Run {
+            source: CaptureError::Deadline { limit, .. },
+            ..
+        }) => {
+            let text = format!("no answer within {} s", limit.as_secs());
+            Ok(Ping::Failed(PingFailure::NoDaemon(text)))
+        }
+        answer => Ok(answer?),
+    }
+}
+
+/// Whether the store is local, so that Flywheel may start its daemon.
+fn has_own_daemon(nix: &Nix) -> bool {
+    let remote = nix.variable("NIX_REMOTE").unwrap_or("auto");
+    matches!(remote, "auto" | "daemon") || remote.starts_with("unix://")
+}
+
+/// Checks the build users of a store that is opened without a daemon. As root, Nix builds as these
+/// users and refuses to build if there are none. `settings` is `None` for other users, who build as
+/// themselves.
+fn check_build_users(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> BuildUsers {
+    let group = settings
+        .and_then(|settings| settings.text("build-users-group"))
+        .unwrap_or_default();
+    // An empty setting means that builds run as the current user on purpose.
+    if group.is_empty() {
+        return BuildUsers::None;
+    }
+    let problem = match &opened.missing_group {
+        Some(group) => format!("the group `{group}` does not exist"),
+        None if is_empty_group(&group) => format!("the group `{group}` has no members"),
+        None => return BuildUsers::InForce,
+    };
+    let text = format!("{problem}, so builds run as root (`{NO_BUILD_USERS}`)");
+    apply(
+        ready,
+        Repair {
+            text,
+            setting: Some(NO_BUILD_USERS),
+            variable: None,
+        },
+    );
+    BuildUsers::None
+}
+
+/// Whether the group is certainly empty: listed in `/etc/group` without members. A group from
+/// another source (LDAP, say) is not judged.
+fn is_empty_group(name: &str) -> bool {
+    let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    groups.lines().any(|line| {
+        let mut fields = line.split(':');
+        fields.next() == Some(name)
+            && fields
+                .nth(2)
+                .is_some_and(|members| members.trim().is_empty())
+    })
+}
+
+/// As root: starts the missing daemon, or falls back to using the store without one.
+async fn restart_daemon(
+    ready: &mut Ready,
+    dead: &str,
+    deadline: Instant,
+) -> Result<BuildUsers, Error> {
+    // First make sure that the store works without a daemon: starting one for a broken store is
+    // pointless.
+    let direct = ready.nix.clone().with_variable("NIX_REMOTE", Some("local"));
+    let users = match ping_with_retries(&direct, deadline).await? {
+        Ping::Open(opened) => {
+            let settings = Settings::read(&direct).await?;
+            check_build_users(ready, &opened, Some(settings))
+        }
+        Ping::Failed(failure) => return Err(Error::Closed(failure.text().to_owned())),
+    };
+    match start_daemon(&ready.nix, deadline).await {
+        Ok(daemon) => {
+            // `Ready` owns the daemon, so it ends with the job.
+            ready.daemon = Some(daemon);
+            let text = format!("the Nix daemon was dead ({dead}); one was started for this job");
+            apply(
+                ready,
+                Repair {
+                    text,
+                    setting: None,
+                    variable: None,
+                },
+            );
+        }
+        Err(problem) => {
+            let text = format!(
+                "the Nix daemon is dead ({dead}) and did not start ({problem}); the job uses the store directly"
+            );
+            apply(
+                ready,
+                Repair {
+                    text,
+                    setting: None,
+                    variable: Some(("NIX_REMOTE", "local")),
+                },
+            );
+        }
+    }
+    Ok(users)
+}
+
+/// Starts the `nix-daemon` next to `nix`, and waits until the store opens through it.
+async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
+    // With `NIX_REMOTE=daemon` in its environment, the daemon would connect to itself.
+    let own = nix.clone().with_variable("NIX_REMOTE", None);
+    let socket = daemon_socket(nix);
+    let created_socket = (!socket.exists()).then(|| socket.clone());
+    let program = nix.folder().join("nix-daemon");
+    let started = Service::start(&program, &["--daemon"], &own.variables());
+    let mut daemon = started.map_err(|error| one_line(&error.to_string(), 200))?;
+    // The socket appears before the daemon can serve, so the store is pinged through it as well.
+    let limit = deadline.min(Instant::now() + START_LIMIT);
+    let waited = timeout_at(limit, async {
+        // A daemon that exits at once must not cost the whole limit.
+        while daemon.is_alive() && UnixStream::connect(&socket).await.is_err() {
+            sleep(START_POLL_INTERVAL).await;
+        }
+        daemon.is_alive() && matches!(ping_with_retries(nix, limit).await, Ok(Ping::Open(_)))
+    });
+    if waited.await == Ok(true) {
+        return Ok(Daemon {
+            service: daemon,
+            created_socket,
+        });
+    }
+    let output = one_line(&daemon.stop(super::DAEMON_GRACE).await, 200);
+    Err(if output.is_empty() {
+        "it printed nothing".to_owned()
+    } else {
+        output
+    })
+}
+
+/// Records a repair and applies it to our own calls of Nix.
+fn apply(ready: &mut Ready, repair: Repair) {
+    if let Some(line) = repair.setting {
+        let config = format!("{}\n{line}\n", ready.nix.config().trim_end());
+        ready.nix = ready.nix.clone().with_config(config.trim_start());
+    }
+    if let Some((name, value)) = repair.variable {
+        ready.nix = ready.nix.clone().with_variable(name, Some(value));
+    }
+    ready.repairs.push(repair);
+}

@@ -1,0 +1,257 @@
+//! Bootstrap with scripted tools: what is found, repaired, installed or rejected, and the messages
+//! for it.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::{Arc, Mutex};
+
+use super::*;
+use flywheel_core::progress::Progress;
+use flywheel_testing::script;
+
+/// Enough for a loaded machine; nothing here waits for it.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A machine made of scripts: `nix` and other programs in `bin`. It records the messages to the
+/// progress sink.
+struct World {
+    folder: tempfile::TempDir,
+    host: Host,
+    said: Arc<Mutex<Vec<String>>>,
+}
+
+impl World {
+    fn new(root: bool) -> Self {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        std::fs::create_dir(folder.path().join("bin")).expect("made");
+        std::fs::create_dir(folder.path().join("store")).expect("made");
+        let store = folder.path().join("store");
+        let host = Host {
+            places: Vec::new(),
+            system: Vec::new(),
+            root,
+            guarded: vec![store],
+        };
+        Self {
+            folder,
+            host,
+            said: Arc::default(),
+        }
+    }
+
+    async fn script(&self, name: &str, text: &str) {
+        script(&self.folder.path().join("bin"), name, text).await;
+    }
+
+    /// Installs a `nix` of this version. `store ping` runs the given script, and
+    /// `build-users-group` is `group`.
+    async fn nix(&self, version: &str, group: &str, ping: &str) {
+        self.script(
+            "nix",
+            &format!(
+                "case \"$*\" in\n--version) echo 'nix (Nix) {version}';;\n*'--json') \
+                 echo '{{\"build-users-group\":{{\"value\":\"{group}\",\"defaultValue\":\"\"}}}}';;\n*) {ping};;\nesac"
+            ),
+        )
+        .await;
+    }
+
+    async fn ready(&self) -> Result<Ready, Error> {
+        let said = Arc::clone(&self.said);
+        let sink = Sink::new(move |event| {
+            if let Progress::Note(text) | Progress::Degraded { text, .. } = event {
+                said.lock().expect("no panic").push(text);
+            }
+        });
+        let path = format!("{}/bin:/usr/bin:/bin", self.folder.path().display());
+        let state = self.folder.path().display().to_string();
+        let env = Env::from_pairs([
+            ("PATH", path.as_str()),
+            ("NIX_STATE_DIR", &state),
+            ("NIX_CONFIG", "cores = 1"),
+        ]);
+        self.host.ready(&env, &sink, LIMIT).await
+    }
+
+    async fn fails(&self) -> Error {
+        match self.ready().await {
+            Ok(_) => panic!("there should be no working Nix"),
+            Err(error) => error,
+        }
+    }
+}
+
+const OPEN: &str = "echo 'Store URL: local'";
+const DEAD: &str =
+    "echo \"error: cannot connect to socket at '/s': Connection refused\" >&2; exit 1";
+
+#[tokio::test]
+async fn a_working_nix_is_used_as_it_is() {
+    let world = World::new(true);
+    world.nix("2.8.0", "", OPEN).await;
+    world.script("apt-get", "exit 99").await;
+    let ready = world.ready().await.expect("works");
+    assert!(!ready.installed && ready.folder.is_none() && ready.repairs.is_empty());
+    assert_eq!(*world.said.lock().expect("no panic"), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn nix_beside_path_is_reported_with_its_folder() {
+    let mut world = World::new(false);
+    world.nix("2.8.0", "nixbld", OPEN).await;
+    let away = world.folder.path().join("away");
+    std::fs::create_dir(&away).expect("made");
+    std::fs::rename(world.folder.path().join("bin/nix"), away.join("nix")).expect("moved");
+    world.host.places = vec![away.clone()];
+    // The machine's own Nix, if it has one, must not be found first.
+    let env = Env::from_pairs([("PATH", "/nonexistent")]);
+    let ready = world
+        .host
+        .ready(&env, &Sink::silent(), LIMIT)
+        .await
+        .expect("works");
+    assert_eq!(ready.folder, Some(away));
+}
+
+#[tokio::test]
+async fn missing_build_users_are_a_setting() {
+    let world = World::new(true);
+    let warning =
+        "echo \"warning: the group 'nixbld' specified in 'build-users-group' does not exist\" >&2";
+    world
+        .nix("2.8.0", "nixbld", &format!("{warning}; {OPEN}"))
+        .await;
+    let ready = world.ready().await.expect("works");
+    assert_eq!(ready.settings(), ["build-users-group ="]);
+    assert_eq!(ready.nix.config(), "cores = 1\nbuild-users-group =\n");
+    assert!(world.said.lock().expect("no panic")[0].contains("`nixbld` does not exist"));
+}
+
+#[tokio::test]
+async fn a_dead_daemon_is_named_to_a_user_without_rights() {
+    let world = World::new(false);
+    world.nix("2.8.0", "", DEAD).await;
+    let error = world.fails().await;
+    assert!(matches!(error, Error::DeadDaemon { .. }), "{error}");
+    assert_eq!(
+        (
+            error.exit(),
+            error.hint().is_some_and(|hint| hint.contains("systemctl"))
+        ),
+        (Exit::Host, true)
+    );
+}
+
+#[tokio::test]
+async fn root_does_without_a_daemon_that_does_not_start() {
+    let world = World::new(true);
+    world
+        .nix(
+            "2.8.0",
+            "",
+            &format!("if [ \"$NIX_REMOTE\" = local ]; then {OPEN}; else {DEAD}; fi"),
+        )
+        .await;
+    world
+        .script("nix-daemon", "echo 'error: no socket for you' >&2; exit 1")
+        .await;
+    let ready = world.ready().await.expect("works without");
+    assert_eq!(ready.variables(), [("NIX_REMOTE", "local")]);
+    assert!(
+        ready.repairs[0].text.contains("no socket for you"),
+        "{:?}",
+        ready.repairs
+    );
+    assert_eq!(ready.nix.variable("NIX_REMOTE"), Some("local"));
+}
+
+#[tokio::test]
+async fn a_store_of_another_user_without_a_daemon_is_said_so() {
+    let world = World::new(false);
+    world
+        .nix("2.8.0", "", "echo \"error: opening lock file '/nix/var/nix/db/big-lock': Permission denied\" >&2; exit 1")
+        .await;
+    let error = world.fails().await;
+    assert!(
+        matches!(error, Error::NoRights(_)) && error.to_string().contains("big-lock"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_world_writable_store_is_refused_where_nix_refuses_it() {
+    let world = World::new(true);
+    let open = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(world.folder.path().join("store"), open).expect("opened");
+    world.nix("2.34.8", "nixbld-of-nobody", OPEN).await;
+    let error = world.fails().await;
+    assert!(
+        error.to_string().contains("/store` is world-writable"),
+        "{error}"
+    );
+    world.nix("2.8.0", "nixbld-of-nobody", OPEN).await;
+    world.ready().await.expect("older versions build there");
+    assert!(world.said.lock().expect("no panic")[0].contains("chmod o-w"));
+}
+
+#[tokio::test]
+async fn without_nix_root_installs_the_package() {
+    let world = World::new(true);
+    let bin = world.folder.path().join("bin");
+    world.nix("2.8.0", "", OPEN).await;
+    std::fs::rename(bin.join("nix"), bin.join("packaged")).expect("moved");
+    world.script(
+        "apt-get",
+        "cd \"${0%/*}\"; echo \"$*\" >> ../calls; case \"$*\" in *update*) exit 100;; *install*) mv packaged nix;; esac",
+    )
+    .await;
+    // Only the scripts' folder: the machine's own Nix must not be found.
+    let path = bin.display().to_string();
+    let env = Env::from_pairs([("PATH", path.as_str())]);
+    let ready = world
+        .host
+        .ready(&env, &Sink::silent(), LIMIT)
+        .await
+        .expect("installed");
+    assert!(ready.installed && ready.folder.is_none());
+    let calls = std::fs::read_to_string(world.folder.path().join("calls")).expect("called");
+    assert!(
+        calls
+            .lines()
+            .last()
+            .is_some_and(|line| line.ends_with("--no-install-recommends nix-bin")),
+        "{calls}"
+    );
+}
+
+#[tokio::test]
+async fn an_installation_that_fails_says_what_apt_said() {
+    let world = World::new(true);
+    world
+        .script(
+            "apt-get",
+            "echo 'W: noise' >&2; echo 'E: Unable to locate package nix-bin' >&2; exit 100",
+        )
+        .await;
+    let path = world.folder.path().join("bin").display().to_string();
+    let env = Env::from_pairs([("PATH", path.as_str())]);
+    let failed = world.host.ready(&env, &Sink::silent(), LIMIT).await;
+    let error = failed.err().expect("no package");
+    assert_eq!(
+        error.to_string(),
+        "Nix could not be installed: `apt-get install nix-bin` failed: E: Unable to locate package nix-bin"
+    );
+}
+
+#[tokio::test]
+async fn without_nix_and_rights_the_hint_names_the_package() {
+    let world = World::new(false);
+    let failed = world
+        .host
+        .ready(&Env::default(), &Sink::silent(), LIMIT)
+        .await;
+    let error = failed.err().expect("no rights");
+    assert!(
+        error.hint().is_some_and(|hint| hint.contains("nix-bin")),
+        "{error}"
+    );
+}

@@ -1,0 +1,119 @@
+//! Finds the store paths that need no build: those in the store, and those that a substituter
+//! serves. Fetches nothing.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::store::{self, Store};
+use crate::store_path::StorePath;
+use crate::tool::{Nix, strip_ansi};
+
+/// Querying caches about many paths may take a while.
+const QUERY_LIMIT: Duration = Duration::from_secs(300);
+/// Paths per call; the length of a command line is limited.
+const BATCH: usize = 2000;
+
+#[derive(Debug, Default)]
+pub struct Presence {
+    /// Paths in the store.
+    pub valid: BTreeSet<StorePath>,
+    /// Paths that a cache serves.
+    pub served: BTreeSet<StorePath>,
+}
+
+impl Presence {
+    /// Looks for `paths`. A cache that does not respond counts as having none of them.
+    ///
+    /// # Errors
+    /// When the store itself cannot be read.
+    pub async fn find(nix: &Nix, store: &Store, paths: &[StorePath]) -> Result<Self, store::Error> {
+        let valid = valid(store, paths).await?;
+        // Caches hold no derivations.
+        let is_missing = |path: &&StorePath| !valid.contains(path) && !path.is_derivation();
+        let missing: Vec<&StorePath> = paths.iter().filter(is_missing).collect();
+        let mut served = BTreeSet::new();
+        for batch in missing.chunks(BATCH) {
+            let names: Vec<String> = batch.iter().map(ToString::to_string).collect();
+            let mut args = vec!["build", "--dry-run", "--no-link"];
+            args.extend(names.iter().map(String::as_str));
+            // Errors of caches are ignored here: a path that none reports is built.
+            if let Ok(output) = nix.run(&args, QUERY_LIMIT).await {
+                served.extend(fetched(&output.stderr));
+            }
+        }
+        // Nix also lists the dependencies that it would fetch.
+        served.retain(|path| missing.contains(&path));
+        Ok(Self { valid, served })
+    }
+
+    /// Whether this path needs no build.
+    pub fn has(&self, path: &StorePath) -> bool {
+        self.valid.contains(path) || self.served.contains(path)
+    }
+}
+
+/// Returns those of `paths` that are in the store.
+///
+/// # Errors
+/// When the store gives no answer.
+pub async fn valid(
+    store: &Store,
+    paths: &[StorePath],
+) -> Result<BTreeSet<StorePath>, store::Error> {
+    if paths.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    // The database is exact and quick; looking at the folder is the fallback.
+    let found = if store.database_error().is_none() {
+        store
+            .valid_by_hash(paths.iter().map(StorePath::hash).collect())
+            .await?
+    } else {
+        // Nix keeps a lock file beside a path while it is being built.
+        paths
+            .iter()
+            .filter(|path| is_there(path))
+            .cloned()
+            .collect()
+    };
+    let wanted: BTreeSet<&StorePath> = paths.iter().collect();
+    Ok(found
+        .into_iter()
+        .filter(|path| wanted.contains(path))
+        .collect())
+}
+
+fn is_there(path: &StorePath) -> bool {
+    let file = path.to_path();
+    let mut lock = file.clone().into_os_string();
+    lock.push(".lock");
+    file.symlink_metadata().is_ok() && std::fs::symlink_metadata(lock).is_err()
+}
+
+/// Parses the output of `--dry-run`: the paths listed as those that "will be fetched".
+fn fetched(stderr: &str) -> Vec<StorePath> {
+    let (mut paths, mut below) = (Vec::new(), false);
+    for line in strip_ansi(stderr).lines() {
+        match line.strip_prefix("  ") {
+            Some(path) if below => paths.extend(path.trim().parse().ok()),
+            Some(_) => (),
+            None => below = line.contains("will be fetched"),
+        }
+    }
+    paths
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_cache_serves_is_fetched() {
+        let hash = "k3ncy4z5yb0jw4z7xsz96l0vkv25blcx";
+        let said = format!(
+            "these 2 derivations will be built:\n  /nix/store/{hash}-a.drv\nthis path will be fetched (0.00 MiB download, 0.01 MiB unpacked):\n  /nix/store/{hash}-b\ndon't know how to build these paths:\n  /nix/store/{hash}-c\n"
+        );
+        let paths: Vec<String> = fetched(&said).iter().map(ToString::to_string).collect();
+        assert_eq!(paths, [format!("/nix/store/{hash}-b")]);
+    }
+}

@@ -1,0 +1,292 @@
+//! The Nix expressions that evaluate a flake: one lists its outputs, another computes their
+//! derivations. Pure text; other modules run it.
+//!
+//! **Evaluation memory rests on `SelfView::AbortOnUse`.** The flake's `outputs` are called as Nix
+//! calls them (`call-flake.nix`), but every attribute of `self`'s source information aborts the
+//! evaluation when its value is used, by `builtins.abort`, which `builtins.tryEval` does not catch.
+//! The attribute names stay the same, since a flake may test for them (`self ? rev`). An evaluation
+//! that succeeds this way does not depend on the commit, only on the source tree, the attribute
+//! names and Nix itself.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use crate::flake::Source;
+
+/// The path of a derivation below the selected attribute.
+pub type AttributePath = Vec<String>;
+
+/// How the flake sees its own source information.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SelfView {
+    /// As Nix provides it for `nix eval FLAKE#ATTRIBUTE`.
+    Installable,
+    /// With these values.
+    Real(BTreeMap<String, Value>),
+    /// With these attribute names; using any value aborts the evaluation.
+    AbortOnUse(Vec<String>),
+}
+
+/// Follows the nonce in the error of an evaluation that used such a value.
+const ABORT_SUFFIX: &str = "-commit-";
+/// Attributes of a source that depend on the tree alone, not on the commit.
+pub const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
+
+/// The function that lists every attribute of every system. Whether an attribute set is divided by
+/// systems is decided from its names, so that no value is evaluated: `checks` has systems,
+/// `checks.x86_64-linux` has none.
+const LIST: &str = r#"selected: let
+  isSystem = name: builtins.match "[a-z0-9_]+-(linux|darwin|freebsd|netbsd|openbsd|windows|cygwin|none|wasi)[a-z0-9]*" name != null;
+  names = builtins.attrNames selected;
+in if names != [ ] && builtins.all isSystem names
+  then builtins.concatMap (system: map (name: { attr = [ system name ]; label = "${system}.${name}"; }) (builtins.attrNames selected.${system})) names
+  else map (name: { attr = [ name ]; label = name; }) names"#;
+
+/// The expressions for one flake.
+#[derive(Clone, Debug)]
+pub struct Expressions {
+    source: Source,
+    attribute: AttributePath,
+    nonce: String,
+}
+
+impl Expressions {
+    /// Creates the expressions. `nonce` marks our lines among the flake's own output and must be
+    /// new for each run.
+    pub fn new(source: &Source, attribute: &[String], nonce: &str) -> Self {
+        Self {
+            source: source.clone(),
+            attribute: attribute.to_owned(),
+            nonce: nonce.to_owned(),
+        }
+    }
+
+    /// The prefix of each line that we trace.
+    pub fn mark(&self) -> String {
+        format!("trace: {}", self.nonce)
+    }
+
+    /// The text that the error contains when a value of `SelfView::AbortOnUse` was used.
+    pub fn abort_marker(&self) -> String {
+        format!("{}{ABORT_SUFFIX}", self.nonce)
+    }
+
+    /// Arguments of `nix` that print the list of `{ attr, label }` as JSON. `function` is the
+    /// user's own.
+    pub fn list_args(&self, view: &SelfView, function: Option<&str>) -> Vec<String> {
+        let mut args = self.eval_args(view, &format!("({})", function.unwrap_or(LIST)));
+        args.push("--json".to_owned());
+        args
+    }
+
+    /// Arguments of `nix` that trace a line when each attribute begins, and another with its
+    /// derivation.
+    pub fn derivation_args(
+        &self,
+        view: &SelfView,
+        attributes: &[(usize, &AttributePath)],
+        read_only: bool,
+    ) -> Vec<String> {
+        let list: Vec<Value> = attributes
+            .iter()
+            .map(|(id, path)| serde_json::json!({ "i": id, "p": path }))
+            .collect();
+        // Lazy evaluation decides the order of the lines: the first `say` runs before the
+        // derivation is forced, the second after it.
+        let function = format!(
+            r#"(selected: let
+  say = value: builtins.trace ({mark} + builtins.toJSON value);
+  plain = text: builtins.unsafeDiscardStringContext "${{text}}";
+  look = path: builtins.foldl' (set: name: set.${{name}}) selected path;
+  facts = d: if !(builtins.isAttrs d && (d.type or null) == "derivation") then throw "it is not a derivation" else {{
+    drv = plain d.drvPath;
+    outs = builtins.listToAttrs (map (name: {{ inherit name; value = plain (d.${{name}}.outPath or d.outPath); }}) (d.outputs or [ "out" ]));
+    system = d.system or null;
+  }};
+  one = a: let found = facts (look a.p); in say {{ b = a.i; }} (builtins.deepSeq found (say {{ d = a.i; f = found; }} 0));
+in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"#,
+            mark = nix_string(&self.nonce),
+            list = nix_string(&Value::from(list).to_string()),
+        );
+        let mut args = self.eval_args(view, &function);
+        // Derivations are then computed but not written to the store.
+        if read_only {
+            args.push("--read-only".to_owned());
+        }
+        args
+    }
+
+    fn eval_args(&self, view: &SelfView, function: &str) -> Vec<String> {
+        match view {
+            SelfView::Installable => {
+                let attribute: Vec<String> = self
+                    .attribute
+                    .iter()
+                    .map(|name| installable_name(name))
+                    .collect();
+                let installable = format!("{}#{}", self.source.reference, attribute.join("."));
+                [
+                    "eval".to_owned(),
+                    "--no-write-lock-file".to_owned(),
+                    installable,
+                    "--apply".to_owned(),
+                    function.to_owned(),
+                ]
+                .into()
+            }
+            // `--expr` needs no installable; the source is named inside the expression.
+            _ => [
+                "eval".to_owned(),
+                "--expr".to_owned(),
+                format!("{} ({})", function, self.selected(view)),
+            ]
+            .into(),
+        }
+    }
+
+    /// The expression for the selected attribute of a flake that sees itself as given.
+    fn selected(&self, view: &SelfView) -> String {
+        // Merged over the attributes of the tree, which are always real.
+        let info = match view {
+            SelfView::Installable => "{ }".to_owned(),
+            SelfView::Real(values) => {
+                let values: serde_json::Map<String, Value> = values.clone().into_iter().collect();
+                format!(
+                    "builtins.fromJSON {}",
+                    nix_string(&Value::from(values).to_string())
+                )
+            }
+            SelfView::AbortOnUse(names) => format!(
+                "builtins.listToAttrs (map (name: {{ inherit name; value = builtins.abort ({} + name); }}) (builtins.fromJSON {}))",
+                nix_string(&self.abort_marker()),
+                nix_string(&Value::from(names.clone()).to_string()),
+            ),
+        };
+        let attribute: String = self
+            .attribute
+            .iter()
+            .map(|name| format!(".{}", nix_string(name)))
+            .collect();
+        format!(
+            r#"let
+  real = builtins.getFlake {reference};
+  kept = builtins.intersectAttrs {{ outPath = 0; narHash = 0; submodules = 0; }} real.sourceInfo;
+  info = kept // {info};
+  outputs = (import (real.outPath + "/flake.nix")).outputs (real.inputs // {{ inherit self; }});
+  self = outputs // info // {{ inherit (real) outPath inputs; inherit outputs; sourceInfo = info; _type = "flake"; }};
+in self{attribute}"#,
+            reference = nix_string(&self.by_path()),
+        )
+    }
+
+    /// The source as a locked reference to its tree in the store.
+    fn by_path(&self) -> String {
+        let mut query = url::form_urlencoded::Serializer::new(String::new());
+        // The hash makes the reference locked, which pure evaluation requires.
+        query.append_pair("narHash", &self.source.nar_hash);
+        if !self.source.folder.is_empty() {
+            query.append_pair("dir", &self.source.folder);
+        }
+        format!("path:{}?{}", self.source.path.display(), query.finish())
+    }
+
+    /// Arguments of `nix` that print, as JSON, the source information that Nix gives to the flake.
+    /// Impure, because the source may be a tree with uncommitted changes; nothing of the flake is
+    /// evaluated.
+    pub fn source_info_args(&self) -> Vec<String> {
+        let expression = format!(
+            "builtins.removeAttrs (builtins.getFlake {}).sourceInfo [ \"outPath\" ]",
+            nix_string(&self.source.url)
+        );
+        ["eval", "--impure", "--json", "--expr", &expression]
+            .map(str::to_owned)
+            .into()
+    }
+}
+
+/// Quotes a text as a Nix string.
+fn nix_string(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for c in text.chars() {
+        match c {
+            // An unescaped `$` could begin an interpolation.
+            '"' | '\\' | '$' => quoted.extend(['\\', c]),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+/// Returns a name as part of an attribute path, quoted where needed.
+pub fn installable_name(name: &str) -> String {
+    // Nix's identifiers may contain `-` and `'`, but not begin with them.
+    let plain = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && name
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "_-'".contains(c));
+    if plain {
+        name.to_owned()
+    } else {
+        format!("\"{name}\"")
+    }
+}
+
+/// Splits `checks.x86_64-linux."a.b"` into its names; `None` for anything else.
+pub fn attribute_path(text: &str) -> Option<AttributePath> {
+    let mut names = Vec::new();
+    let mut rest = text;
+    loop {
+        let (name, after) = match rest.strip_prefix('"') {
+            // A quoted name may contain dots.
+            Some(quoted) => quoted.split_once('"')?,
+            None => rest.split_at(rest.find(['.', '"']).unwrap_or(rest.len())),
+        };
+        let odd = |c: char| c.is_control() || c.is_whitespace() || "#$\"\\{}()".contains(c);
+        if name.is_empty() || name.contains(odd) {
+            return None;
+        }
+        names.push(name.to_owned());
+        match after.strip_prefix('.') {
+            Some(more) => rest = more,
+            None => return after.is_empty().then_some(names),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attribute_paths_are_read_as_nix_writes_them() {
+        let read = |text: &str| attribute_path(text).map(|names| names.join("|"));
+        assert_eq!(read("checks").as_deref(), Some("checks"));
+        assert_eq!(
+            read("checks.x86_64-linux").as_deref(),
+            Some("checks|x86_64-linux")
+        );
+        assert_eq!(read("a.\"b.c\".d").as_deref(), Some("a|b.c|d"));
+        for wrong in [
+            "", ".", "a.", ".a", "a..b", "a b", "a.\"b", "a\"b\"", "a.\"b\"c", "${x}", "a#b",
+            "a.\"\"",
+        ] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
+        for name in ["hello", "a.b", "1st", "x'"] {
+            assert_eq!(
+                attribute_path(&installable_name(name)),
+                Some(vec![name.to_owned()])
+            );
+        }
+    }
+
+    #[test]
+    fn no_text_leaves_its_string() {
+        assert_eq!(nix_string("a\"b\\${c}\n"), r#""a\"b\\\${c}\n""#);
+    }
+}

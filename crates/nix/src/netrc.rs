@@ -1,0 +1,403 @@
+//! The only code that writes a credential to disk: the job's netrc for its cache, and the include
+//! file with access tokens for fetchers. Both have mode 0600 in a folder with mode 0700 and are
+//! written completely or not at all; the folder's owner removes them.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use url::Url;
+use zeroize::Zeroizing;
+
+use flywheel_core::exit::{Exit, Explain};
+use flywheel_core::secret::Secret;
+use flywheel_core::text::one_line;
+
+/// The user name that goes with Attic's tokens; the server checks the password only.
+const LOGIN: &str = "attic";
+/// curl before 8.0 reads lines of up to 4,095 bytes, and later versions words of up to 4,096.
+const LINE_LIMIT: usize = 4000;
+/// Maximum size of an existing netrc in bytes.
+const EXISTING_LIMIT: u64 = 1024 * 1024;
+
+/// Why a credential could not be written where Nix reads it. Never shows the credential.
+#[derive(Debug, Error)]
+pub enum WriteError {
+    /// Nix's download library (curl) could not parse it.
+    #[error("the {what} {problem}, which its file cannot express")]
+    Unspellable {
+        what: &'static str,
+        /// The problem: "holds white space".
+        problem: &'static str,
+    },
+    #[error("`{0}` is not a host name that a netrc can hold")]
+    Host(String),
+    /// Other users can read the folder.
+    #[error("folder `{0}` is open to other users")]
+    Open(PathBuf),
+    /// Nix's settings cannot express the path of a file in this folder.
+    #[error("folder `{0}` has a name that Nix's settings cannot express")]
+    Name(PathBuf),
+    /// The netrc in use cannot be read, so its other machines would be lost.
+    #[error("the netrc in use, `{file}`, could not be read")]
+    Existing {
+        file: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("`{file}` could not be written")]
+    Write {
+        file: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Explain for WriteError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Unspellable { .. } => Exit::Usage,
+            Self::Host(_) | Self::Name(_) | Self::Existing { .. } | Self::Write { .. } => {
+                Exit::Host
+            }
+            Self::Open(_) => Exit::Bug,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Unspellable { what: TOKEN, .. } => Some(
+                "Check `ATTIC_TOKEN`: a token is one word of letters, digits and `.-_=+/`."
+                    .to_owned(),
+            ),
+            Self::Existing { file, .. } => {
+                Some(format!("Let the job's user read `{}`.", file.display()))
+            }
+            Self::Name(_) => Some(
+                "Set `TMPDIR` to a folder whose name has no white space and no `#` in it."
+                    .to_owned(),
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// The names of the two credentials in errors.
+const TOKEN: &str = "cache token";
+const ACCESS_TOKEN: &str = "access token";
+
+/// Writes the job's netrc into `folder` (0700): first a line for `host`, since curl takes the first
+/// match, then all of `existing`, the netrc in use so far, so that nothing stops working.
+///
+/// `host` has no port, as a netrc knows none; an IPv6 address may have brackets.
+///
+/// # Errors
+/// When the token or host cannot be expressed in a netrc, `existing` exists but cannot be read, or
+/// the file cannot be written.
+pub fn write(
+    folder: &Path,
+    host: &str,
+    token: &Secret,
+    existing: Option<&Path>,
+) -> Result<PathBuf, WriteError> {
+    // A netrc has IPv6 addresses without brackets.
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:".contains(&c);
+    if host.is_empty() || host.len() > 255 || !host.bytes().all(plain) {
+        return Err(WriteError::Host(one_line(host, 120)));
+    }
+    spellable(TOKEN, token)?;
+    let rest = existing.map(read_existing).transpose()?.unwrap_or_default();
+    // This line comes first: curl uses the first machine that matches.
+    let line = format!("machine {host} login {LOGIN} password {}\n", token.expose());
+    write_private(
+        folder,
+        "netrc",
+        Zeroizing::new([line.as_bytes(), &rest].concat()),
+    )
+}
+
+/// Writes `extra-access-tokens = HOST=TOKEN` into a file that `NIX_CONFIG` includes, so that the
+/// token is in no environment.
+///
+/// # Errors
+/// When the token cannot be expressed in a setting, or the file cannot be written.
+pub fn write_access_token(
+    folder: &Path,
+    host: &str,
+    token: &Secret,
+) -> Result<PathBuf, WriteError> {
+    spellable(ACCESS_TOKEN, token)?;
+    let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:/".contains(&c);
+    if host.is_empty() || !host.bytes().all(plain) {
+        return Err(WriteError::Host(one_line(host, 120)));
+    }
+    let line =
+        Zeroizing::new(format!("extra-access-tokens = {host}={}\n", token.expose()).into_bytes());
+    write_private(folder, "access-tokens.conf", line)
+}
+
+/// Creates a configuration home for Attic's own client in `folder` (0700), with one server and its
+/// token. Returns the folder for `XDG_CONFIG_HOME`.
+///
+/// # Errors
+/// When the token cannot be expressed there, or the file cannot be written.
+pub fn write_attic_home(
+    folder: &Path,
+    name: &str,
+    server: &Url,
+    token: &Secret,
+) -> Result<PathBuf, WriteError> {
+    spellable(TOKEN, token)?;
+    // Attic's client reads `attic/config.toml` below `XDG_CONFIG_HOME`.
+    let home = folder.join("attic-home");
+    let own = home.join("attic");
+    let made = DirBuilder::new().mode(0o700).recursive(true).create(&own);
+    made.map_err(|source| WriteError::Write {
+        file: own.clone(),
+        source,
+    })?;
+    // A URL is percent-encoded, so it contains no quote and no backslash.
+    let text = format!(
+        "default-server = \"{name}\"\n\n[servers.{name}]\nendpoint = \"{server}\"\ntoken = \"{}\"\n",
+        token.expose()
+    );
+    write_private(&own, "config.toml", Zeroizing::new(text.into_bytes()))?;
+    Ok(home)
+}
+
+/// Checks that curl and Nix parse the token as one word. curl ends a word at white space; quotes
+/// and a leading `#` have meanings that differ between its versions, and `#` begins a comment in
+/// Nix's settings.
+fn spellable(what: &'static str, token: &Secret) -> Result<(), WriteError> {
+    let text = token.expose();
+    let problem = if text.contains(char::is_whitespace) {
+        "holds white space or a line break"
+    } else if text.contains(['"', '\'', '\\', '#']) {
+        "holds a quote, a backslash or a `#`"
+    } else if !text.bytes().all(|c| c.is_ascii_graphic()) {
+        "holds characters that are not plain ASCII"
+    } else if text.len() > LINE_LIMIT - 300 {
+        "is longer than 3,700 characters"
+    } else {
+        return Ok(());
+    };
+    Err(WriteError::Unspellable { what, problem })
+}
+
+/// Reads the netrc in use, with a final line break; empty if there is none.
+fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
+    let error = |source| WriteError::Existing {
+        file: file.to_owned(),
+        source,
+    };
+    let opened = match File::open(file) {
+        Err(missing) if missing.kind() == io::ErrorKind::NotFound => {
+            return Ok(Zeroizing::default());
+        }
+        opened => opened.map_err(error)?,
+    };
+    let mut bytes = Zeroizing::new(Vec::new());
+    opened
+        // One byte more than allowed is enough to notice that the file is too large.
+        .take(EXISTING_LIMIT + 1)
+        .read_to_end(&mut bytes)
+        .map_err(error)?;
+    if bytes.len() as u64 > EXISTING_LIMIT {
+        return Err(error(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            "over 1 MiB",
+        )));
+    }
+    if bytes.last().is_some_and(|last| *last != b'\n') {
+        bytes.push(b'\n');
+    }
+    Ok(bytes)
+}
+
+/// Creates the file with mode 0600 under another name and renames it.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the credential ends here, and its memory is wiped"
+)]
+fn write_private(
+    folder: &Path,
+    name: &str,
+    bytes: Zeroizing<Vec<u8>>,
+) -> Result<PathBuf, WriteError> {
+    let file = folder.join(name);
+    let error = |source| WriteError::Write {
+        file: file.clone(),
+        source,
+    };
+    let facts = fs::metadata(folder).map_err(error)?;
+    // Others could list or replace files in such a folder, whatever the mode of the file.
+    if facts.mode() & 0o077 != 0 {
+        return Err(WriteError::Open(folder.to_owned()));
+    }
+    // An `include` line has exactly two words, and `#` begins a comment.
+    if folder
+        .to_str()
+        .is_none_or(|name| name.contains(|c: char| c.is_whitespace() || c == '#'))
+    {
+        return Err(WriteError::Name(folder.to_owned()));
+    }
+    let draft = folder.join(format!(".{name}.{:016x}", fastrand::u64(..)));
+    let written = OpenOptions::new()
+        .write(true)
+        // Fail if the name exists, which protects against a planted file or link.
+        .create_new(true)
+        .mode(0o600)
+        .open(&draft)
+        .and_then(|mut open| open.write_all(&bytes).and_then(|()| open.sync_all()))
+        .and_then(|()| fs::rename(&draft, &file));
+    if written.is_err() {
+        // The draft may not exist; what matters is that no part of a credential stays.
+        let _ = fs::remove_file(&draft);
+    }
+    written.map_err(error)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+
+    use super::*;
+
+    fn private() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).expect("private");
+        folder
+    }
+
+    fn secret(text: &str) -> Secret {
+        Secret::new(text).expect("not empty")
+    }
+
+    fn read(file: &Path) -> String {
+        fs::read_to_string(file).expect("readable")
+    }
+
+    #[test]
+    fn the_cache_comes_first_and_the_other_machines_stay() {
+        let folder = private();
+        let old = folder.path().join("old");
+        fs::write(
+            &old,
+            "machine a.example login x password y\ndefault login z password w",
+        )
+        .expect("written");
+        let file = write(
+            folder.path(),
+            "cache.example",
+            &secret("eyJh.b-c_d"),
+            Some(&old),
+        )
+        .expect("written");
+        assert_eq!(
+            read(&file),
+            "machine cache.example login attic password eyJh.b-c_d\nmachine a.example login x password y\ndefault login z password w\n"
+        );
+        assert_eq!(fs::metadata(&file).expect("there").mode() & 0o7777, 0o600);
+        let names: Vec<_> = fs::read_dir(folder.path())
+            .expect("there")
+            .flatten()
+            .map(|e| e.file_name())
+            .collect();
+        assert_eq!(names.len(), 2, "no draft stays: {names:?}");
+    }
+
+    #[test]
+    fn a_second_write_replaces_the_first_even_through_a_link() {
+        let folder = private();
+        let elsewhere = folder.path().join("elsewhere");
+        std::os::unix::fs::symlink(&elsewhere, folder.path().join("netrc")).expect("linked");
+        let missing = folder.path().join("no-such-netrc");
+        let file = write(folder.path(), "[::1]", &secret("t"), Some(&missing)).expect("written");
+        assert_eq!(read(&file), "machine ::1 login attic password t\n");
+        assert!(!elsewhere.exists() && !fs::symlink_metadata(file).expect("there").is_symlink());
+    }
+
+    #[test]
+    fn a_credential_that_cannot_be_spelt_is_refused_and_not_shown() {
+        let folder = private();
+        for text in [
+            "two words",
+            "line\nbreak",
+            "quo\"te",
+            "#comment",
+            "back\\slash",
+            "täg",
+            &"x".repeat(5000),
+        ] {
+            let error = write(folder.path(), "cache.example", &secret(text), None)
+                .expect_err("unspellable");
+            assert!(matches!(error, WriteError::Unspellable { .. }), "{error}");
+            assert!(
+                !format!("{error} {error:?} {:?}", error.hint()).contains(text),
+                "{error}"
+            );
+            assert!(write_access_token(folder.path(), "github.com", &secret(text)).is_err());
+        }
+        for host in ["", "a b", "a\nmachine b", "a\"b"] {
+            assert!(
+                matches!(
+                    write(folder.path(), host, &secret("t"), None),
+                    Err(WriteError::Host(_))
+                ),
+                "{host}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_open_folder_or_an_unreadable_netrc_is_refused() {
+        let folder = private();
+        let unreadable =
+            write(folder.path(), "c", &secret("t"), Some(folder.path())).expect_err("a folder");
+        assert!(
+            matches!(unreadable, WriteError::Existing { .. }),
+            "{unreadable}"
+        );
+        let spaced = folder.path().join("a b");
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&spaced)
+            .expect("made");
+        assert!(matches!(
+            write(&spaced, "c", &secret("t"), None),
+            Err(WriteError::Name(_))
+        ));
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("opened");
+        assert!(matches!(
+            write(folder.path(), "c", &secret("t"), None),
+            Err(WriteError::Open(_))
+        ));
+    }
+
+    #[test]
+    fn attics_client_gets_a_home_of_its_own() {
+        let folder = private();
+        let server: Url = "http://h:1/a\"b/".parse().expect("URL");
+        let home =
+            write_attic_home(folder.path(), "x", &server, &secret("eyJ.a-b")).expect("written");
+        let file = home.join("attic/config.toml");
+        let text = "default-server = \"x\"\n\n[servers.x]\nendpoint = \"http://h:1/a%22b/\"\ntoken = \"eyJ.a-b\"\n";
+        assert_eq!(read(&file), text);
+        assert_eq!(fs::metadata(&file).expect("there").mode() & 0o7777, 0o600);
+        assert_eq!(fs::metadata(&home).expect("there").mode() & 0o7777, 0o700);
+        assert!(write_attic_home(folder.path(), "x", &server, &secret("a\"b")).is_err());
+    }
+
+    #[test]
+    fn an_access_token_is_a_setting_in_a_file() {
+        let folder = private();
+        let file =
+            write_access_token(folder.path(), "github.com", &secret("ghp_x")).expect("written");
+        assert_eq!(read(&file), "extra-access-tokens = github.com=ghp_x\n");
+        assert_eq!(fs::metadata(&file).expect("there").mode() & 0o7777, 0o600);
+    }
+}

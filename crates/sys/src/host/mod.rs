@@ -1,0 +1,9 @@
+//! The machine that this program runs on: control groups and memory, private temporary folders, inotify, thread
+//! priorities, and short blocking work. It reads and keeps; `budget` decides what follows.
+
+pub mod inline_blocking;
+pub mod memory;
+pub mod notify;
+pub mod peak;
+pub mod priority;
+pub mod private;

@@ -1,0 +1,220 @@
+//! The folder for a run's temporary files: private to the user, removed however the run ends, and swept by the next
+//! start if the run was killed.
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use rustix::process::geteuid;
+use tempfile::TempDir;
+use thiserror::Error;
+
+use flywheel_core::exit::{Exit, Explain};
+
+/// The name of a file in each run's folder that stays locked for as long as the run lives.
+const ALIVE: &str = "alive";
+/// The file that is locked while a folder is created or dead ones are swept, so that a folder without its lock yet is
+/// not swept.
+const SWEEP: &str = "sweep.lock";
+const PREFIX: &str = "run-";
+
+/// The folders to remove if the program panics: a release build aborts and runs no destructors.
+static LIVING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Why there is no private folder.
+#[derive(Debug, Error)]
+pub enum PrivateError {
+    /// Another user owns the folder, or could read in it.
+    #[error("`{0}` is not a folder that belongs to this user alone")]
+    Untrusted(PathBuf),
+    #[error("no private folder could be made in `{folder}`")]
+    Make {
+        folder: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Explain for PrivateError {
+    fn exit(&self) -> Exit {
+        Exit::Host
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Untrusted(folder) => format!(
+                "Remove `{}`, or point `TMPDIR` to another folder.",
+                folder.display()
+            ),
+            Self::Make { .. } => {
+                "Point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder that can be written to."
+                    .into()
+            }
+        })
+    }
+}
+
+/// A private temporary folder (0700). Removed when dropped.
+#[derive(Debug)]
+pub struct PrivateFolder {
+    folder: TempDir,
+    /// The lock marks the run as alive. The system releases it with the process, however that ends.
+    _alive: File,
+}
+
+impl PrivateFolder {
+    /// Creates a folder below `base`, and removes the folders of dead runs there.
+    ///
+    /// # Errors
+    /// When `base` cannot be written to, or another user owns the shared folder's name in it.
+    pub fn create(base: &Path) -> Result<Self, PrivateError> {
+        let ours = Self::shared(base)?;
+        let make = |source| PrivateError::Make {
+            folder: ours.clone(),
+            source,
+        };
+        let sweep = File::create(ours.join(SWEEP)).map_err(make)?;
+        // Held until the new folder has its own lock.
+        sweep.lock().map_err(make)?;
+        sweep_dead(&ours);
+        let folder = tempfile::Builder::new()
+            .prefix(PREFIX)
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(&ours)
+            .map_err(make)?;
+        let alive = File::create(folder.path().join(ALIVE)).map_err(make)?;
+        alive.lock().map_err(make)?;
+        living().push(folder.path().to_owned());
+        Ok(Self {
+            folder,
+            _alive: alive,
+        })
+    }
+
+    /// The folder below `base` that all runs of this user share (0700). Created if it does not exist.
+    ///
+    /// # Errors
+    /// As for `create`.
+    pub fn shared(base: &Path) -> Result<PathBuf, PrivateError> {
+        let ours = base.join(format!("flywheel-{}", geteuid().as_raw()));
+        own_folder(&ours)?;
+        Ok(ours)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Drop for PrivateFolder {
+    fn drop(&mut self) {
+        living().retain(|folder| folder != self.folder.path());
+    }
+}
+
+/// Removes every private folder of this process. For the panic hook.
+pub fn remove_all() {
+    // Not `lock`: the panic may have happened while the list was locked, and the hook must not hang.
+    if let Ok(living) = LIVING.try_lock() {
+        for folder in living.iter() {
+            let _ = fs::remove_dir_all(folder);
+        }
+    }
+}
+
+fn living() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
+    LIVING
+        .lock()
+        .expect("nothing panics while it holds this lock")
+}
+
+/// Creates the shared folder, or makes sure that an existing one belongs to this user alone.
+fn own_folder(ours: &Path) -> Result<(), PrivateError> {
+    match DirBuilder::new().mode(0o700).create(ours) {
+        Ok(()) => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
+        Err(source) => {
+            return Err(PrivateError::Make {
+                folder: ours.to_owned(),
+                source,
+            });
+        }
+    }
+    // A symbolic link is not followed: it could lead to a folder of another user's choice.
+    let found = fs::symlink_metadata(ours).map_err(|source| PrivateError::Make {
+        folder: ours.to_owned(),
+        source,
+    })?;
+    // The lowest six bits of the mode are the rights of the group and of others.
+    let private =
+        found.is_dir() && found.uid() == geteuid().as_raw() && found.mode().trailing_zeros() >= 6;
+    if private {
+        Ok(())
+    } else {
+        Err(PrivateError::Untrusted(ours.to_owned()))
+    }
+}
+
+fn sweep_dead(ours: &Path) {
+    for entry in fs::read_dir(ours).into_iter().flatten().flatten() {
+        let named = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with(PREFIX));
+        let dead = File::open(entry.path().join(ALIVE)).is_ok_and(|alive| alive.try_lock().is_ok());
+        // A folder without the file belongs to a run that was killed inside `create`: living ones hold the sweep lock.
+        let unborn = !entry.path().join(ALIVE).exists();
+        if named && (dead || unborn) {
+            // A folder that cannot be removed now is tried again at the next start.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_private_and_goes_with_its_owner() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let private = PrivateFolder::create(base.path()).expect("made");
+        let path = private.path().to_owned();
+        assert_eq!(fs::metadata(&path).expect("there").mode() & 0o777, 0o700);
+        drop(private);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn the_dead_are_swept_and_the_living_are_not() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let living = PrivateFolder::create(base.path()).expect("made");
+        let dead = living.path().with_file_name("run-dead");
+        fs::create_dir(&dead).expect("made");
+        fs::write(dead.join(ALIVE), "").expect("written");
+        fs::write(dead.join("netrc"), "secret").expect("written");
+        let next = PrivateFolder::create(base.path()).expect("made");
+        assert!(!dead.exists());
+        assert!(living.path().exists() && next.path().exists());
+    }
+
+    #[test]
+    fn a_folder_that_others_can_read_is_refused() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let ours = base.path().join(format!("flywheel-{}", geteuid().as_raw()));
+        fs::create_dir(&ours).expect("made");
+        fs::set_permissions(&ours, Permissions::from_mode(0o755)).expect("set");
+        assert!(matches!(
+            PrivateFolder::create(base.path()),
+            Err(PrivateError::Untrusted(_))
+        ));
+        fs::remove_dir(&ours).expect("removed");
+        std::os::unix::fs::symlink("/tmp", &ours).expect("linked");
+        assert!(matches!(
+            PrivateFolder::create(base.path()),
+            Err(PrivateError::Untrusted(_))
+        ));
+    }
+}

@@ -1,0 +1,10 @@
+//! The child processes of this program: starting, supervising and stopping them. No other module starts any.
+
+pub mod capture;
+pub mod detached;
+pub mod lines;
+mod orphans;
+pub mod own;
+pub mod service;
+pub mod signals;
+pub mod supervise;

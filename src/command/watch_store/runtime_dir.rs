@@ -1,0 +1,197 @@
+//! The runtime folder of a job's watch, by which the job's later steps find it: it is private (0700), holds the
+//! control socket, the log and a lock, and is named after the identifiers that the CI gives the job.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::timeout;
+
+use crate::job::private_base;
+use flywheel_nix::temp_roots::JobScope;
+use flywheel_sys::host::private::{PrivateError, PrivateFolder};
+use flywheel_sys::runner::env::Env;
+
+/// A process on this machine accepts a connection at once, or never.
+const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// Which processes are the job's: those that the CI has marked in their environment; outside of CI, the user's.
+pub(super) fn job_processes(env: &Env) -> JobScope {
+    let marks = ["RUNNER_TRACKING_ID", "CI_JOB_ID", "GITHUB_RUN_ID"];
+    let found = marks
+        .iter()
+        .find_map(|name| env.get(name).map(|value| format!("{name}={value}")));
+    found.map_or(JobScope::User, JobScope::Marked)
+}
+
+/// The folder of one job's watch.
+#[derive(Debug)]
+pub(super) struct RuntimeDir(PathBuf);
+
+impl RuntimeDir {
+    /// The folder of this job's watch, which is made if it is missing.
+    pub fn from_env(env: &Env) -> Result<Self, PrivateError> {
+        let folder = PrivateFolder::shared(&private_base(env))?.join(format!("watch-{}", key(env)));
+        let made = DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&folder);
+        made.map_err(|source| PrivateError::Make {
+            folder: folder.clone(),
+            source,
+        })?;
+        Ok(Self(folder))
+    }
+
+    /// The file that the background process writes its log to.
+    pub fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+
+    /// Opens the log, emptied.
+    pub fn new_log(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(self.log())
+    }
+
+    /// Locks the folder for as long as the file is kept; `None` if a living process has locked it.
+    pub fn lock(&self) -> io::Result<Option<File>> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(self.0.join("lock"))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(fs::TryLockError::WouldBlock) => Ok(None),
+            Err(fs::TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// Listens at the control socket. To be called with the lock held: a socket that is there is a dead process's.
+    pub fn listen(&self) -> io::Result<UnixListener> {
+        let _ = fs::remove_file(self.0.join("control"));
+        let (_folder, short) = self.short()?;
+        UnixListener::bind(short)
+    }
+
+    /// Connects to the watch of this job, if one runs.
+    pub async fn connect(&self) -> Option<UnixStream> {
+        let (_folder, short) = self.short().ok()?;
+        timeout(CONNECT_LIMIT, UnixStream::connect(short))
+            .await
+            .ok()?
+            .ok()
+    }
+
+    pub fn remove(&self) {
+        // What cannot be removed goes with the runner's temporary folder, or is used again.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+
+    /// Removes the folder if no living watch has locked it.
+    pub fn remove_if_unused(&self) {
+        if let Ok(Some(_held)) = self.lock() {
+            self.remove();
+        }
+    }
+
+    /// A short path to the control socket. A socket's path may have 107 bytes, and a runner's folders are deep, so the
+    /// folder is named by its open file, which must be kept until the path has been used.
+    fn short(&self) -> io::Result<(File, PathBuf)> {
+        let folder = File::open(&self.0)?;
+        let short = Path::new("/proc/self/fd")
+            .join(folder.as_raw_fd().to_string())
+            .join("control");
+        Ok((folder, short))
+    }
+}
+
+/// A name that all steps of a job share, and no two jobs do.
+fn key(env: &Env) -> String {
+    let names = [
+        "RUNNER_TRACKING_ID",
+        "CI_JOB_ID",
+        "GITHUB_RUN_ID",
+        "GITHUB_RUN_ATTEMPT",
+        "GITHUB_JOB",
+        "RUNNER_NAME",
+    ];
+    let text: Vec<String> = names
+        .iter()
+        .map(|name| format!("{:?}", env.get(name)))
+        .collect();
+    Sha256::digest(text.join("\n"))
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_of_a_job_meet_and_jobs_do_not() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let base = base.path().to_str().expect("text");
+        let runtime_dir = |id: &str, step: &str| {
+            let env = [
+                ("RUNNER_TEMP", base),
+                ("RUNNER_TRACKING_ID", id),
+                ("GITHUB_ACTION", step),
+            ];
+            RuntimeDir::from_env(&Env::from_pairs(env)).expect("made")
+        };
+        assert_eq!(
+            runtime_dir("github_1", "a").0,
+            runtime_dir("github_1", "b").0
+        );
+        assert_ne!(
+            runtime_dir("github_1", "a").0,
+            runtime_dir("github_2", "a").0
+        );
+        let held = runtime_dir("github_1", "a")
+            .lock()
+            .expect("asked")
+            .expect("free");
+        assert!(
+            runtime_dir("github_1", "b")
+                .lock()
+                .expect("asked")
+                .is_none()
+        );
+        drop(held);
+        assert!(
+            runtime_dir("github_1", "b")
+                .lock()
+                .expect("asked")
+                .is_some()
+        );
+    }
+
+    #[test]
+    fn a_ci_marks_its_processes_and_a_laptop_has_users() {
+        let of = |pairs: &[(&str, &str)]| job_processes(&Env::from_pairs(pairs.iter().copied()));
+        assert_eq!(
+            of(&[("RUNNER_TRACKING_ID", "github_1")]),
+            JobScope::Marked("RUNNER_TRACKING_ID=github_1".into())
+        );
+        assert_eq!(
+            of(&[("CI_JOB_ID", "7")]),
+            JobScope::Marked("CI_JOB_ID=7".into())
+        );
+        assert_eq!(of(&[]), JobScope::User);
+    }
+}

@@ -1,0 +1,252 @@
+//! Attaches the cache of a job: probes a server, starts the embedded cache, and leaves out a cache that does not
+//! work.
+
+use std::path::Path;
+
+use tokio::net::TcpListener;
+use url::Url;
+
+use crate::report::job::CacheState;
+use flywheel_cache::client::copy::StoreUrl;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_cache::client::probe::{self, Probe};
+use flywheel_cache::server::{Options, Server, Serving};
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::key::PublicKey;
+use flywheel_sys::http::{Clients, Names};
+
+use super::source::Source;
+
+/// The cache of a job, and what probing it found.
+#[derive(Debug)]
+pub struct Cache {
+    /// The server's address, if one was named.
+    pub endpoint: Option<Endpoint>,
+    /// Another kind of store, if one was named in place of a server.
+    pub store: Option<StoreUrl>,
+    /// Why publication is skipped, if Attic's own client was to publish and cannot be had.
+    pub skipped: Option<String>,
+    pub state: CacheState,
+    pub probe: Probe,
+    /// The token for this cache.
+    pub token: Option<Secret>,
+    /// The key that Nix should trust.
+    pub public_key: Option<PublicKey>,
+    /// The embedded cache, while it runs.
+    pub serving: Option<Serving>,
+}
+
+impl Cache {
+    /// Whether Nix reads from this cache.
+    pub fn is_attached(&self) -> bool {
+        self.state == CacheState::Attached
+    }
+
+    /// The address that Nix uses, without credentials.
+    pub fn address(&self) -> Option<String> {
+        let store = || self.store.as_ref().map(StoreUrl::to_string);
+        self.endpoint
+            .as_ref()
+            .map(Endpoint::substituter)
+            .or_else(store)
+    }
+
+    /// Why nothing can be published, if the cache was to be used and was left out.
+    pub fn refusal(&self) -> Option<String> {
+        match &self.state {
+            CacheState::LeftOut { layer, text } => {
+                Some(format!("the cache was left out (layer `{layer}`): {text}"))
+            }
+            CacheState::Attached | CacheState::Off | CacheState::NotNamed => None,
+        }
+    }
+
+    fn none(state: CacheState) -> Self {
+        let (probe, public_key) = (Probe::default(), None);
+        Self {
+            endpoint: None,
+            store: None,
+            skipped: None,
+            state,
+            probe,
+            token: None,
+            public_key,
+            serving: None,
+        }
+    }
+
+    /// Stops the embedded cache, if it runs.
+    pub async fn stop(self) {
+        if let Some(serving) = self.serving {
+            serving.stop().await;
+        }
+    }
+}
+
+/// Attaches the cache that `source` names. Never fails and never hangs: a cache that does not work is left out.
+pub async fn attach(
+    source: &Source,
+    key: Option<&PublicKey>,
+    token: Option<&Secret>,
+    clients: &Clients,
+    sink: &Sink,
+) -> Cache {
+    let cache = match source {
+        Source::Off => Cache::none(CacheState::Off),
+        Source::NotNamed => Cache::none(CacheState::NotNamed),
+        // Whether it opens is seen later, once there is a Nix to open it with.
+        Source::Store(url) => Cache {
+            store: Some(url.clone()),
+            // Nix sends a token by the netrc, which is for HTTP alone.
+            token: token.filter(|_| url.http_host().is_some()).cloned(),
+            public_key: key.cloned(),
+            ..Cache::none(CacheState::Attached)
+        },
+        Source::Server(endpoint) => {
+            probe_server(endpoint.clone(), key.cloned(), token.cloned(), clients).await
+        }
+        Source::Embedded { folder, cache } => match embed(folder, cache).await {
+            // The embedded cache is probed like a remote one, so that a fault of it shows here and not in the build.
+            Ok(embedded) => {
+                let cache = probe_server(
+                    embedded.endpoint,
+                    Some(embedded.key),
+                    embedded.token,
+                    clients,
+                )
+                .await;
+                Cache {
+                    serving: Some(embedded.serving),
+                    ..cache
+                }
+            }
+            Err(text) => Cache::none(CacheState::LeftOut {
+                layer: "cache",
+                text,
+            }),
+        },
+    };
+    report(&cache, sink);
+    cache
+}
+
+async fn probe_server(
+    endpoint: Endpoint,
+    key: Option<PublicKey>,
+    token: Option<Secret>,
+    clients: &Clients,
+) -> Cache {
+    let names = Names::default();
+    let probe = probe::probe(
+        &endpoint,
+        token.as_ref(),
+        &clients.api,
+        &names,
+        probe::DEADLINE,
+    )
+    .await;
+    let state = match &probe.failed {
+        None => CacheState::Attached,
+        Some((layer, text)) => CacheState::LeftOut {
+            layer: layer.as_str(),
+            text: text.clone(),
+        },
+    };
+    Cache {
+        endpoint: Some(endpoint),
+        probe,
+        token,
+        public_key: key,
+        ..Cache::none(state)
+    }
+}
+
+/// Warns of what keeps Nix from using the cache.
+fn report(cache: &Cache, sink: &Sink) {
+    if let CacheState::LeftOut { layer, text } = &cache.state {
+        sink.degraded(
+            "cache",
+            format!("left out, the layer `{layer}` failed: {text}"),
+        );
+        return;
+    }
+    if !cache.is_attached() {
+        return;
+    }
+    let announced = cache
+        .probe
+        .config
+        .as_ref()
+        .and_then(|config| config.public_key.as_ref());
+    match (&cache.public_key, announced) {
+        (None, announced) => {
+            let line = announced
+                .map(|key| format!(" (`attic-public-key: {key}` is what the cache announces)"));
+            let line = line.unwrap_or_default();
+            sink.degraded(
+                "cache",
+                format!("no `attic-public-key` is set, so Nix refuses every hit and builds instead: set it{line}"),
+            );
+        }
+        (Some(given), Some(announced)) if given != announced => {
+            sink.degraded(
+                "cache",
+                format!("signs with `{announced}`, but `attic-public-key` is `{given}`: Nix refuses its hits"),
+            );
+        }
+        _ => (),
+    }
+    let foreign_hosts = match (&cache.probe.config, &cache.endpoint) {
+        (Some(config), Some(endpoint)) => config.foreign_hosts(endpoint),
+        _ => Vec::new(),
+    };
+    for host in foreign_hosts {
+        sink.note(format!(
+            "the cache names {host}; Flywheel stays on the address that you gave"
+        ));
+    }
+}
+
+/// The embedded cache with what is needed to use it.
+struct Embedded {
+    serving: Serving,
+    endpoint: Endpoint,
+    key: PublicKey,
+    token: Option<Secret>,
+}
+
+async fn embed(folder: &Path, cache: &CacheName) -> Result<Embedded, String> {
+    let (folder, options) = (
+        folder.to_owned(),
+        Options {
+            caches: vec![cache.clone()],
+            ..Options::default()
+        },
+    );
+    // Opening a folder syncs it to the disk, which can block for long.
+    let opened = tokio::task::spawn_blocking(move || Server::open(&folder, options)).await;
+    let server = opened
+        .map_err(|error| error.to_string())?
+        .map_err(|error| format!("the embedded cache: {error}"))?;
+    // Port 0 takes a free port: several jobs may run on one machine, each with a server of its own.
+    let listener = TcpListener::bind(("127.0.0.1", 0))
+        .await
+        .map_err(|error| format!("the embedded cache: {error}"))?;
+    let serving = server
+        .serve(listener)
+        .map_err(|error| format!("the embedded cache: {error}"))?;
+    let token = serving.write_token().cloned();
+    let key = serving
+        .public_key(cache.as_str())
+        .cloned()
+        .ok_or("the embedded cache has no key")?;
+    let url = Url::parse(&serving.url()).map_err(|error| error.to_string())?;
+    Ok(Embedded {
+        serving,
+        endpoint: Endpoint::new(url, cache.clone()),
+        key,
+        token,
+    })
+}

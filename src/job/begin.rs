@@ -1,0 +1,186 @@
+//! How a job begins: its secrets, the verdict of the trust gate, and the session that holds them to its end.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::inputs::Plan;
+use super::source::Source;
+use crate::report::screen::Screen;
+use flywheel_core::exit::{Exit, Explain, Failure};
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_core::trust::{Decision, decide};
+use flywheel_sys::host::private::PrivateFolder;
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::{Level, Workflow};
+
+/// After the first request to stop, publishing and verifying end within this time. GitHub kills a step 10 s after
+/// its `SIGINT`, and we promise to be done in 6.
+pub const STOPPED_LIMIT: Duration = Duration::from_millis(5200);
+
+/// The tokens that the job's environment holds.
+#[derive(Clone, Debug, Default)]
+pub struct Secrets {
+    /// `ATTIC_TOKEN`, for the cache.
+    pub attic: Option<Secret>,
+    /// `GITHUB_TOKEN`, for fetchers and Check Runs.
+    pub github: Option<Secret>,
+}
+
+impl Secrets {
+    /// Takes them from the environment, and has the runner mask them.
+    pub fn masked(env: &Env, workflow: &Workflow) -> Self {
+        let take = |name: &str| {
+            let secret = env.get(name).and_then(Secret::new);
+            secret.inspect(|secret| workflow.mask(secret))
+        };
+        Self {
+            attic: take("ATTIC_TOKEN"),
+            github: take("GITHUB_TOKEN"),
+        }
+    }
+}
+
+/// The folder below which private folders are made: the runner's temporary folder in a job, else the user's.
+pub fn private_base(env: &Env) -> PathBuf {
+    // The runner empties `RUNNER_TEMP` after each job, so even a killed job leaves no secret behind.
+    let named = ["RUNNER_TEMP", "XDG_RUNTIME_DIR", "TMPDIR"]
+        .into_iter()
+        .filter_map(|name| env.path(name));
+    named
+        .into_iter()
+        .find(|folder| folder.is_dir())
+        .unwrap_or_else(|| "/tmp".into())
+}
+
+/// Decides whether this job publishes, and why.
+pub fn judge(plan: &Plan, secrets: &Secrets, env: &Env) -> Decision {
+    // An embedded cache makes its own token; another kind of store has its credentials in the environment.
+    let has_token = secrets.attic.is_some()
+        || matches!(plan.source, Source::Embedded { .. } | Source::Store(_));
+    decide(&context::facts(env), &plan.request, has_token)
+}
+
+/// Logs the verdict of the trust gate, and why the job does not publish where it was asked to.
+pub fn announce(plan: &Plan, decision: &Decision, workflow: &Workflow) {
+    for hint in &plan.bad_hints {
+        workflow.annotate(Level::Warning, "hint", hint);
+    }
+    workflow.log(&format!(
+        "flywheel: trust: {}: {}",
+        decision.verdict().as_str(),
+        decision.reason()
+    ));
+    if decision.is_refused() {
+        let remedy = decision
+            .remedy()
+            .map(|remedy| format!(". {remedy}"))
+            .unwrap_or_default();
+        workflow.annotate(
+            Level::Notice,
+            "not publishing",
+            &format!("{}{remedy}", decision.reason()),
+        );
+    }
+}
+
+/// The system refused to install a signal handler.
+#[derive(Debug, Error)]
+#[error("the signal handlers cannot be installed")]
+struct SignalError(#[source] std::io::Error);
+
+impl Explain for SignalError {
+    fn exit(&self) -> Exit {
+        Exit::Host
+    }
+}
+
+/// Everything that a job holds from its beginning to its end.
+pub struct Session<'a> {
+    /// The checked inputs.
+    pub plan: &'a Plan,
+    pub env: &'a Env,
+    pub workflow: Workflow,
+    pub secrets: Secrets,
+    /// Whether the job publishes.
+    pub decision: Decision,
+    /// Receives progress, and what goes worse than it should.
+    pub sink: Sink,
+    /// Draws the progress, and remembers what went worse than it should.
+    pub screen: Screen,
+    /// Holds secret files, and removes them when it is dropped.
+    private: PrivateFolder,
+}
+
+impl<'a> Session<'a> {
+    /// Begins a job in the foreground: masks its secrets, lets the trust gate decide, and logs the verdict.
+    ///
+    /// # Errors
+    /// When signals cannot be handled, or no private folder can be made.
+    pub fn begin(plan: &'a Plan, env: &'a Env) -> Result<(Self, Signals), Failure> {
+        let workflow = Workflow::new(env.in_github_actions());
+        let secrets = Secrets::masked(env, &workflow);
+        let decision = judge(plan, &secrets, env);
+        let screen = Screen::new(&workflow);
+        // Before the private folder is made: from here on a signal no longer ends the process without its removal.
+        let signals = Signals::listen().map_err(SignalError)?;
+        let private = PrivateFolder::create(&private_base(env))?;
+        announce(plan, &decision, &workflow);
+        let session = Self {
+            plan,
+            env,
+            workflow,
+            secrets,
+            decision,
+            sink: screen.sink(),
+            screen,
+            private,
+        };
+        Ok((session, signals))
+    }
+
+    /// Puts a session together from its parts, for a process that has its secrets and its log from elsewhere.
+    ///
+    /// # Errors
+    /// When no private folder can be made.
+    pub fn from_parts(
+        plan: &'a Plan,
+        env: &'a Env,
+        secrets: Secrets,
+        workflow: Workflow,
+        screen: Screen,
+        sink: Sink,
+    ) -> Result<Self, Failure> {
+        let private = PrivateFolder::create(&private_base(env))?;
+        let decision = judge(plan, &secrets, env);
+        Ok(Self {
+            plan,
+            env,
+            workflow,
+            secrets,
+            decision,
+            sink,
+            screen,
+            private,
+        })
+    }
+
+    /// The folder for secret files.
+    pub fn private(&self) -> &Path {
+        self.private.path()
+    }
+
+    /// Takes the progress bar away, and reports a failure that kept the job from its work. `what` names the work
+    /// that was not done.
+    ///
+    /// # Errors
+    /// The failure that it was given.
+    pub fn end(&self, ended: Result<Exit, Failure>, what: &str) -> Result<Exit, Failure> {
+        self.screen.finish();
+        ended.inspect_err(|failure| super::report::report_not_started(&**failure, self.env, what))
+    }
+}

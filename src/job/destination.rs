@@ -1,0 +1,311 @@
+//! Where a job's paths go, and which client sends them: the built-in one, Attic's own, or `nix copy`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+
+use crate::command::inputs::{Text, choice};
+use crate::job::attach::Cache;
+use crate::report::job::CacheState;
+use flywheel_cache::client::attic::Attic;
+use flywheel_cache::client::attic_cli::{self, AtticCli, Search};
+use flywheel_cache::client::copy::{StoreCopy, StoreUrl};
+use flywheel_cache::client::destination::Target;
+use flywheel_core::exit::{Explain as _, UsageError};
+use flywheel_core::progress::Sink;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::http::Clients;
+use flywheel_sys::runner::env::Env;
+
+/// How long opening another kind of store may take before the job begins.
+pub const PING_LIMIT: Duration = Duration::from_secs(10);
+
+/// The inputs that say by whose hand paths are published, and to which other kind of store.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Destination")]
+pub struct DestinationInputs {
+    /// Another kind of store instead of an Attic cache, such as `s3://bucket?region=eu-west-1`,
+    /// `file:///var/cache/nix`, `ssh-ng://host` or `https://cache.example.org/nix`: read as a
+    /// substituter, written to by `nix copy` (default: none). Credentials come from the environment.
+    #[arg(
+        long,
+        env = "FLYWHEEL_CACHE",
+        value_name = "URL",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub cache: Text,
+
+    /// Who talks to the Attic server: `built-in`, `attic-client` (Attic's own client, never
+    /// compiled), or `auto`, the default: built-in, and Attic's own where the server does not know
+    /// the protocol.
+    #[arg(
+        long,
+        env = "FLYWHEEL_PUBLISHER",
+        value_name = "WHO",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub publisher: Text,
+
+    /// Where Attic's own client is substituted from, such as `github:NixOS/nixpkgs/nixos-24.11#attic-client`,
+    /// the default.
+    #[arg(
+        long,
+        env = "FLYWHEEL_ATTIC_CLIENT",
+        value_name = "FLAKEREF",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub attic_client: Text,
+}
+
+/// The client that publishes to an Attic server: the input `publisher`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PublisherKind {
+    /// The built-in client, or Attic's own for a server that does not know the built-in client's protocol.
+    #[default]
+    Auto,
+    BuiltIn,
+    AtticClient,
+}
+
+/// The checked inputs of a destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DestinationConfig {
+    /// Another kind of store, in place of an Attic server.
+    pub store: Option<StoreUrl>,
+    pub publisher: PublisherKind,
+    /// The flake reference that Attic's own client is substituted from.
+    pub reference: String,
+    /// The folder of a flake that may provide the client, too.
+    pub folder: PathBuf,
+}
+
+impl DestinationInputs {
+    /// Checks the inputs.
+    ///
+    /// # Errors
+    /// For the first input that is wrong.
+    pub fn read(&self) -> Result<DestinationConfig, UsageError> {
+        let store = self
+            .cache
+            .get()
+            .map(str::parse::<StoreUrl>)
+            .transpose()
+            .map_err(|error| {
+                UsageError::new("cache", format!("names no store: {error}"))
+                    .with_hint(error.hint().unwrap_or_default())
+            })?;
+        let words = [
+            ("auto", PublisherKind::Auto),
+            ("built-in", PublisherKind::BuiltIn),
+            ("attic-client", PublisherKind::AtticClient),
+        ];
+        let reference = self.attic_client.get().unwrap_or(attic_cli::REFERENCE);
+        if reference.starts_with('-') || reference.contains(char::is_whitespace) {
+            return Err(
+                UsageError::new("attic-client", "is no flake reference").with_hint(format!(
+                    "Give one with its attribute, such as `{}`.",
+                    attic_cli::REFERENCE
+                )),
+            );
+        }
+        Ok(DestinationConfig {
+            store,
+            publisher: choice("publisher", &self.publisher, &words)?.unwrap_or_default(),
+            reference: reference.to_owned(),
+            folder: ".".into(),
+        })
+    }
+}
+
+/// Opens destinations for a job.
+#[derive(Debug)]
+pub struct DestinationOpener<'a> {
+    pub env: &'a Env,
+    /// Nix with the job's settings, credentials included.
+    pub nix: &'a Nix,
+    pub http: &'a Clients,
+    /// The folder for secret files.
+    pub private: &'a Path,
+}
+
+impl DestinationOpener<'_> {
+    /// Opens the destination that `cache` is. `None` where the cache was left out, unless it is a server that answers:
+    /// such a cache can be written to although Nix does not read from it.
+    ///
+    /// # Errors
+    /// With the reason why publication is skipped, when Attic's own client cannot be had.
+    pub async fn open(
+        &self,
+        cache: &Cache,
+        config: &DestinationConfig,
+        sink: &Sink,
+    ) -> Result<Option<Target>, String> {
+        if let Some(url) = &cache.store {
+            return Ok(cache
+                .is_attached()
+                .then(|| StoreCopy::new(self.nix_for(url), url.clone()).into()));
+        }
+        let Some(endpoint) = cache
+            .endpoint
+            .clone()
+            .filter(|_| cache.probe.answers || cache.is_attached())
+        else {
+            return Ok(None);
+        };
+        let attic = Attic::new(endpoint, cache.token.clone(), self.http.clone());
+        let with_attic_cli = match config.publisher {
+            PublisherKind::BuiltIn => false,
+            PublisherKind::AtticClient => true,
+            // If the probe has read a configuration, the server speaks Attic's protocol, and no request is needed.
+            PublisherKind::Auto => {
+                cache.probe.config.is_none() && !attic_cli::has_attic_api(&attic).await
+            }
+        };
+        if with_attic_cli {
+            self.open_attic_cli(attic, cache, config, sink)
+                .await
+                .map(Some)
+        } else {
+            Ok(Some(attic.into()))
+        }
+    }
+
+    async fn open_attic_cli(
+        &self,
+        attic: Attic,
+        cache: &Cache,
+        config: &DestinationConfig,
+        sink: &Sink,
+    ) -> Result<Target, String> {
+        let (env, nix, links) = (self.env, self.nix, self.private);
+        let client = attic_cli::find(&Search {
+            env,
+            nix,
+            reference: &config.reference,
+            folder: &config.folder,
+            links,
+        })
+        .await?;
+        sink.note(format!("flywheel: publishing with {client}"));
+        let token = cache
+            .token
+            .as_ref()
+            .ok_or("Attic's own client needs a token")?;
+        AtticCli::new(&client, nix, attic, token, self.private)
+            .map(Into::into)
+            .map_err(|error| error.to_string())
+    }
+
+    /// Nix with the credentials that this store takes from the environment, which our calls of Nix lack otherwise.
+    fn nix_for(&self, url: &StoreUrl) -> Nix {
+        // Only the S3 store reads `AWS_*`, and a child that does not need a secret must not get it.
+        let is_credential =
+            |name: &str| name.starts_with("AWS_") && url.as_str().starts_with("s3:");
+        let credentials = self.env.all().filter(|(name, _)| is_credential(name));
+        credentials.fold(self.nix.clone(), |nix, (name, value)| {
+            nix.with_variable(name, value.to_str())
+        })
+    }
+
+    /// Opens another kind of store once for a try, and leaves the cache out if that fails.
+    pub async fn ping(&self, cache: &mut Cache, sink: &Sink) {
+        let Some(url) = cache.store.clone() else {
+            return;
+        };
+        if let Err(error) = StoreCopy::ping(&self.nix_for(&url), &url, PING_LIMIT).await {
+            let text = format!("`{url}` does not open: {error}");
+            sink.degraded("cache", format!("left out: {text}"));
+            cache.state = CacheState::LeftOut {
+                layer: "cache",
+                text,
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(cache: &str, publisher: &str, client: &str) -> Result<DestinationConfig, String> {
+        let text = |text: &str| text.parse::<Text>().expect("infallible");
+        let inputs = DestinationInputs {
+            cache: text(cache),
+            publisher: text(publisher),
+            attic_client: text(client),
+        };
+        inputs.read().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_not_given_is_the_built_in_client_if_the_server_knows_it() {
+        let config = DestinationConfig {
+            store: None,
+            publisher: PublisherKind::Auto,
+            reference: attic_cli::REFERENCE.to_owned(),
+            folder: ".".into(),
+        };
+        assert_eq!(read("", "", ""), Ok(config));
+        assert_eq!(
+            read("", "Attic-Client", "path:/x#attic").map(|config| config.publisher),
+            Ok(PublisherKind::AtticClient)
+        );
+        assert_eq!(
+            read("s3://b", "", "").map(|config| config.store.map(|url| url.to_string())),
+            Ok(Some("s3://b".into()))
+        );
+    }
+
+    #[tokio::test]
+    async fn a_bucket_gets_its_credentials_from_the_environment_and_nothing_else_does() {
+        let folder = tempfile::tempdir().expect("folder");
+        let program =
+            flywheel_testing::script(folder.path(), "nix", "echo 'nix (Nix) 2.24.1'").await;
+        let env = Env::from_pairs([
+            ("AWS_SECRET_ACCESS_KEY", "k"),
+            ("AWS_SESSION_TOKEN", "t"),
+            ("ATTIC_TOKEN", "x"),
+        ]);
+        let nix = Nix::detect(&program, &env).await.expect("a nix");
+        let http = Clients::new(&flywheel_sys::http::Roots::default()).expect("clients");
+        let opener = DestinationOpener {
+            env: &env,
+            nix: &nix,
+            http: &http,
+            private: folder.path(),
+        };
+        let of = |url: &str| opener.nix_for(&url.parse().expect("a store"));
+        let bucket = of("s3://bucket");
+        assert_eq!(bucket.variable("AWS_SECRET_ACCESS_KEY"), Some("k"));
+        assert_eq!(
+            (
+                bucket.variable("AWS_SESSION_TOKEN"),
+                bucket.variable("ATTIC_TOKEN")
+            ),
+            (Some("t"), None)
+        );
+        assert_eq!(
+            of("file:///srv/nix").variable("AWS_SECRET_ACCESS_KEY"),
+            None
+        );
+    }
+
+    #[test]
+    fn wrong_words_are_refused() {
+        for (cache, publisher, client) in [
+            ("main", "", ""),
+            ("", "attic", ""),
+            ("", "", "--help"),
+            ("", "", "a b"),
+        ] {
+            assert!(
+                read(cache, publisher, client).is_err(),
+                "{cache} {publisher} {client}"
+            );
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! Nix and the cache made ready for a job, side by side, and the settings that follow from both.
+
+use std::time::{Duration, Instant};
+
+use super::attach::{self, Cache};
+use super::begin::Session;
+use super::destination::DestinationOpener;
+use super::settings::{self, NixSettings, SettingsInputs};
+use flywheel_cache::client::destination::Target;
+use flywheel_core::exit::Failure;
+use flywheel_nix::bootstrap::{self, Ready};
+use flywheel_nix::effective_settings::EffectiveSettings;
+use flywheel_nix::store::{self, Store};
+use flywheel_nix::tool::Nix;
+use flywheel_sys::http::{Clients as HttpClients, Roots};
+use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::workflow::{Level, Workflow};
+
+/// Making Nix ready may include installing it.
+const BOOTSTRAP_LIMIT: Duration = Duration::from_secs(600);
+
+/// Nix and the cache, ready.
+pub struct Prepared {
+    pub ready: Ready,
+    /// The cache, attached or left out.
+    pub cache: Cache,
+    /// Where paths go, if the job publishes and the destination opened.
+    pub to: Option<Target>,
+    pub settings: NixSettings,
+    /// What Nix reports under these settings; `None` before it was asked, and where it gave no answer.
+    pub in_force: Option<EffectiveSettings>,
+    /// How long the preparation took.
+    pub took: Duration,
+}
+
+impl Prepared {
+    /// Nix with the job's settings.
+    pub fn nix(&self) -> Nix {
+        self.ready.nix.clone().with_config(&self.settings.config)
+    }
+
+    /// Opens the job's store.
+    ///
+    /// # Errors
+    /// When Nix cannot.
+    pub async fn open_store(&self) -> Result<Store, store::Error> {
+        match self
+            .in_force
+            .as_ref()
+            .and_then(|found| found.opened.as_ref())
+        {
+            // Reading the settings back has opened the store already, and one more call of Nix takes long.
+            Some(opened) => Store::from_opened(&self.nix(), opened).await,
+            None => Store::open(&self.nix()).await,
+        }
+    }
+
+    /// Ends what was started for this job: the embedded cache, a Nix daemon.
+    pub async fn stop(self) {
+        self.cache.stop().await;
+        self.ready.stop().await;
+    }
+}
+
+impl Session<'_> {
+    /// Makes Nix and the cache ready side by side, then the settings, which are read back from Nix.
+    ///
+    /// # Errors
+    /// When there is no usable Nix. A cache that fails is left out.
+    pub async fn make_ready(&self) -> Result<Prepared, Failure> {
+        let mut prepared = self.make_ready_unread().await?;
+        prepared.in_force = self.read_back(&prepared).await;
+        Ok(prepared)
+    }
+
+    /// Does the same without reading the settings back, for a caller that does so beside other calls of Nix.
+    async fn make_ready_unread(&self) -> Result<Prepared, Failure> {
+        let begun = Instant::now();
+        let sink = &self.sink;
+        let bootstrapping =
+            async { Ok(Box::pin(bootstrap::ready(self.env, sink, BOOTSTRAP_LIMIT)).await?) };
+        // Nix comes first in the join: the system's certificates are read while Nix answers.
+        let (ready, (http, mut cache)) = tokio::try_join!(bootstrapping, self.attach_cache())?;
+        // The embedded cache makes a token of its own, which the runner does not know yet.
+        if let Some(secret) = &cache.token {
+            self.workflow.mask(secret);
+        }
+        let mut settings = self.prepare_settings(&ready, &cache).await;
+        let nix = ready.nix.clone().with_config(&settings.config);
+        let opener = DestinationOpener {
+            env: self.env,
+            nix: &nix,
+            http: &http,
+            private: self.private(),
+        };
+        opener.ping(&mut cache, sink).await;
+        // A store that turned out not to open must not stay among Nix's substituters.
+        if cache.store.is_some() && !cache.is_attached() {
+            settings = self.prepare_settings(&ready, &cache).await;
+        }
+        let to = self.open_destination(&opener, &mut cache).await;
+        sink.note(format!(
+            "flywheel: {} at {}",
+            ready.nix.version,
+            ready.nix.program.display()
+        ));
+        if let Some(address) = cache.address().filter(|_| cache.is_attached()) {
+            sink.note(format!("flywheel: cache {address} attached"));
+        }
+        Ok(Prepared {
+            ready,
+            cache,
+            to,
+            settings,
+            in_force: None,
+            took: begun.elapsed(),
+        })
+    }
+
+    async fn attach_cache(&self) -> Result<(HttpClients, Cache), Failure> {
+        let roots = Roots {
+            files: self.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+        };
+        let http = HttpClients::new(&roots)?;
+        let (plan, token) = (self.plan, self.secrets.attic.as_ref());
+        let key = plan.public_key.as_ref();
+        let cache = attach::attach(&plan.source, key, token, &http, &self.sink).await;
+        Ok((http, cache))
+    }
+
+    /// Opens the destination of a job that publishes. One that cannot be opened is a notice, and `cache` keeps why.
+    async fn open_destination(
+        &self,
+        opener: &DestinationOpener<'_>,
+        cache: &mut Cache,
+    ) -> Option<Target> {
+        if !self.decision.publishes() {
+            return None;
+        }
+        match opener.open(cache, &self.plan.destination, &self.sink).await {
+            Ok(to) => to,
+            Err(reason) => {
+                self.workflow.annotate(
+                    Level::Notice,
+                    "not publishing",
+                    &format!("publication is skipped: {reason}"),
+                );
+                cache.skipped = Some(reason);
+                None
+            }
+        }
+    }
+
+    async fn prepare_settings(&self, ready: &Ready, cache: &Cache) -> NixSettings {
+        let inputs = SettingsInputs {
+            env: self.env,
+            ready,
+            cache,
+            github_token: self.secrets.github.as_ref(),
+            publishes: self.decision.publishes(),
+            extra: &self.plan.extra_nix_config,
+            private: self.private(),
+        };
+        settings::prepare(&inputs, &self.sink).await
+    }
+
+    /// Asks Nix which of the job's settings are in force, and warns of each that Nix ignores.
+    pub async fn read_back(&self, prepared: &Prepared) -> Option<EffectiveSettings> {
+        settings::report_ignored(
+            &prepared.ready,
+            &prepared.settings,
+            &self.plan.extra_nix_config,
+            &self.sink,
+        )
+        .await
+    }
+
+    /// Makes everything ready within a group of the log. `None` when a signal asked the job to stop first.
+    ///
+    /// # Errors
+    /// As `make_ready`.
+    pub async fn prepare(&self, signals: &mut Signals) -> Result<Option<Prepared>, Failure> {
+        in_group(&self.workflow, signals, self.make_ready()).await
+    }
+
+    /// Does the same for a caller that reads the settings back beside other calls of Nix.
+    ///
+    /// # Errors
+    /// As `make_ready`.
+    pub async fn prepare_unread(&self, signals: &mut Signals) -> Result<Option<Prepared>, Failure> {
+        in_group(&self.workflow, signals, self.make_ready_unread()).await
+    }
+}
+
+async fn in_group(
+    workflow: &Workflow,
+    signals: &mut Signals,
+    making: impl Future<Output = Result<Prepared, Failure>>,
+) -> Result<Option<Prepared>, Failure> {
+    workflow.group("flywheel: prepare");
+    let prepared = tokio::select! {
+        biased;
+        _ = signals.next() => Ok(None),
+        prepared = Box::pin(making) => prepared.map(Some),
+    };
+    workflow.end_group();
+    prepared
+}

@@ -1,0 +1,214 @@
+//! How a job ends: its result, and the report of it, which another process may print.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::added_paths::AddedPaths;
+use super::attach::Cache;
+use super::begin::Session;
+use super::prepare::Prepared;
+use crate::report::job::{CacheState, JobResult, Outcome, Trust};
+use crate::report::publication::{Missed, Publication};
+use crate::report::{outputs, summary};
+use flywheel_core::exit::{Exit, Explain};
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow};
+
+impl Session<'_> {
+    /// Whether everything that was to be published was.
+    pub fn is_whole(&self, publication: Option<&Publication>) -> bool {
+        // A job that the gate refused was asked to publish, so nothing published is a loss there too.
+        let asked = self.decision.is_refused() || self.decision.publishes();
+        publication.map_or(!asked, Publication::is_whole)
+    }
+
+    /// The result of a job that ended well. Its times and its memory are left empty, for the verb to fill in.
+    /// `require_publish`: whether a loss fails the step.
+    pub fn result(
+        &self,
+        prepared: &Prepared,
+        added_paths: &AddedPaths,
+        publication: Option<Publication>,
+        require_publish: bool,
+    ) -> JobResult {
+        let outcome = self.outcome(publication.as_ref(), require_publish);
+        JobResult {
+            outcome,
+            exit_code: u8::from(outcome != Outcome::Success),
+            nix: format!(
+                "{} at {}",
+                prepared.ready.nix.version,
+                prepared.ready.nix.program.display()
+            ),
+            trust: Trust {
+                verdict: self.decision.verdict().as_str(),
+                publishes: self.decision.publishes(),
+                attic: self.decision.plan().attic.as_str(),
+                flakehub: self.decision.plan().flakehub.as_str(),
+                reason: self.decision.reason(),
+            },
+            cache: prepared.cache.address(),
+            cache_state: prepared.cache.state.clone(),
+            degraded: self.screen.degraded(),
+            built: added_paths.built,
+            substituted: added_paths.substituted,
+            added: added_paths.added,
+            publication,
+            unpublished: self.unpublished(&prepared.cache),
+            bootstrap: prepared.took,
+            command: Duration::ZERO,
+            publish: Duration::ZERO,
+            peak: None,
+            limit: None,
+            out_of_memory: None,
+            heavy_lane: None,
+        }
+    }
+
+    fn outcome(&self, publication: Option<&Publication>, require_publish: bool) -> Outcome {
+        let withholds = publication.is_some_and(|found| !found.withheld.is_empty());
+        if require_publish && !self.is_whole(publication) {
+            Outcome::NotPublished
+        } else if self.plan.policy.fails && withholds {
+            Outcome::Withheld
+        } else {
+            Outcome::Success
+        }
+    }
+
+    /// Why nothing is published, where nothing is.
+    fn unpublished(&self, cache: &Cache) -> String {
+        match (self.decision.publishes(), &cache.state) {
+            (true, CacheState::NotNamed) => "no cache is named (`attic-server`)".to_owned(),
+            (true, CacheState::Off) => "the cache is switched off (`attic-enabled`)".to_owned(),
+            (true, _) if cache.skipped.is_some() => {
+                format!(
+                    "publication was skipped: {}",
+                    cache.skipped.as_deref().unwrap_or_default()
+                )
+            }
+            (true, _) => "the store could not be read".to_owned(),
+            (false, _) => self.decision.reason(),
+        }
+    }
+}
+
+/// Reports in the summary and the outputs that a job did not come to its work; the error itself is printed where the
+/// program ends. `what` names the work that was not done.
+pub(super) fn report_not_started(failure: &dyn Explain, env: &Env, what: &str) {
+    let hint = failure.hint().unwrap_or_default();
+    let text = format!("### ❌ Flywheel: {what}\n\n{failure}\n\n{hint}\n");
+    // A report that cannot be written changes nothing.
+    let _ = set_outcome(env, Outcome::NotStarted, failure.exit());
+    let _ = Files::from_env(env).add_summary(&text);
+}
+
+/// Sets the two step outputs of how a job ended.
+///
+/// # Errors
+/// When the runner's file cannot be written.
+pub fn set_outcome(env: &Env, outcome: Outcome, exit: Exit) -> std::io::Result<()> {
+    let files = Files::from_env(env);
+    files.set_output("outcome", outcome.as_str())?;
+    files.set_output("exit-code", &exit.code().to_string())
+}
+
+/// Everything that a job reports at its end. It can be serialized: the background process of `watch-store` makes
+/// it, and the step that calls `finish` prints it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct JobReport {
+    annotations: Vec<(Level, String, String)>,
+    lines: Vec<String>,
+    summary: String,
+    outputs: Vec<(String, String)>,
+    /// The step's exit code.
+    pub exit_code: u8,
+}
+
+impl JobReport {
+    pub fn new(job: &JobResult) -> Self {
+        Self {
+            annotations: annotations(job),
+            lines: vec![
+                format!("flywheel: {}", job.clocks()),
+                format!("flywheel: {}", job.closing_line()),
+            ],
+            summary: summary::render(job),
+            outputs: outputs::values(job)
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value))
+                .collect(),
+            exit_code: job.exit_code,
+        }
+    }
+
+    /// The report of a job that was cancelled before it began.
+    pub fn cancelled() -> Self {
+        Self {
+            exit_code: 130,
+            ..Self::default()
+        }
+    }
+
+    /// Writes the annotations, the log lines, the summary and the outputs. A report that cannot be written never
+    /// changes how the job ends.
+    pub fn emit(&self, workflow: &Workflow, files: &Files) {
+        for (level, title, text) in &self.annotations {
+            workflow.annotate(*level, title, text);
+        }
+        for line in &self.lines {
+            workflow.log(line);
+        }
+        let mut written = files.add_summary(&self.summary);
+        for (name, value) in &self.outputs {
+            written = written.and_then(|()| files.set_output(name, value));
+        }
+        if let Err(error) = written {
+            workflow.annotate(
+                Level::Warning,
+                "report",
+                &format!("the report could not be written: {error}"),
+            );
+        }
+    }
+}
+
+fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
+    let mut annotations = Vec::new();
+    if let Some(found) = &job.out_of_memory {
+        annotations.push((
+            Level::Error,
+            "out of memory".to_owned(),
+            found.text(job.heavy_lane.as_deref()),
+        ));
+    }
+    let Some(publication) = &job.publication else {
+        return annotations;
+    };
+    // What fails the step is an error; the same finding in a step that goes on is a warning.
+    let level_if = |outcome: Outcome| {
+        if job.outcome == outcome {
+            Level::Error
+        } else {
+            Level::Warning
+        }
+    };
+    let lost = level_if(Outcome::NotPublished);
+    let withheld = level_if(Outcome::Withheld);
+    for (level, title, missed) in [
+        (lost, "lost", &publication.lost),
+        (lost, "not verified", &publication.unverified),
+        (withheld, "withheld", &publication.withheld),
+        (Level::Warning, "policy", &publication.warned),
+    ] {
+        let text = |one: &Missed| format!("{}: {}", one.path, one.reason);
+        annotations.extend(
+            missed
+                .iter()
+                .map(|one| (level, title.to_owned(), text(one))),
+        );
+    }
+    annotations
+}

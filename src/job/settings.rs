@@ -1,0 +1,175 @@
+//! Nix's settings for a job: the netrc, the access token and `NIX_CONFIG` are composed, written to the private folder,
+//! and read back from Nix.
+
+use std::path::{Path, PathBuf};
+
+use flywheel_core::progress::Sink;
+use flywheel_core::secret::Secret;
+use flywheel_nix::bootstrap::Ready;
+use flywheel_nix::effective_settings::{EffectiveSettings, read_effective};
+use flywheel_nix::netrc;
+use flywheel_nix::settings::{CacheSettings, Settings, WantedSettings, compose, malformed, sets};
+use flywheel_sys::runner::env::Env;
+
+use super::attach::Cache;
+
+/// What a job's settings are made of.
+pub struct SettingsInputs<'a> {
+    pub env: &'a Env,
+    pub ready: &'a Ready,
+    pub cache: &'a Cache,
+    /// The token for fetchers from GitHub.
+    pub github_token: Option<&'a Secret>,
+    /// Whether the job publishes. A job that only reads a public cache needs no netrc.
+    pub publishes: bool,
+    /// The lines of the input `extra-nix-config`.
+    pub extra: &'a str,
+    /// The folder for secret files.
+    pub private: &'a Path,
+}
+
+/// A job's settings.
+#[derive(Debug, Default)]
+pub struct NixSettings {
+    /// The job's `NIX_CONFIG`.
+    pub config: String,
+    /// The settings that are about the cache.
+    cache: Option<CacheSettings>,
+}
+
+/// Composes the settings. A file that cannot be written is a warning, and its setting is left out.
+pub async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
+    let base = inputs.env.get("NIX_CONFIG").unwrap_or_default();
+    for number in malformed(base) {
+        sink.degraded(
+            "nix settings",
+            format!(
+                "line {number} of the runner's `NIX_CONFIG` is malformed, and Nix refuses all of it"
+            ),
+        );
+    }
+    let before = match &inputs.ready.settings_before {
+        Some(settings) => Ok(settings.clone()),
+        None => Settings::read(&inputs.ready.nix).await,
+    };
+    let before = before.unwrap_or_else(|error| {
+        sink.degraded(
+            "nix settings",
+            format!("the settings in force cannot be read: {error}"),
+        );
+        Settings::default()
+    });
+    let cache = inputs
+        .cache
+        .is_attached()
+        .then(|| cache_settings(inputs, &before, sink))
+        .flatten();
+    let access_tokens = access_tokens(inputs, sink);
+    let wanted = WantedSettings {
+        cache,
+        access_tokens,
+        repairs: inputs.ready.settings(),
+        extra: inputs.extra.to_owned(),
+        before,
+    };
+    NixSettings {
+        config: compose(base, &wanted),
+        cache: wanted.cache,
+    }
+}
+
+/// Reads back from Nix what is in force, and warns of each setting that Nix ignores. `extra`: the lines of the input
+/// `extra-nix-config`.
+pub async fn report_ignored(
+    ready: &Ready,
+    settings: &NixSettings,
+    extra: &str,
+    sink: &Sink,
+) -> Option<EffectiveSettings> {
+    let nix = ready.nix.clone().with_config(&settings.config);
+    // None of our lines changes how a local store opens, so what was found before holds, unless the user's lines
+    // name another store.
+    let may_change = sets(extra, "store") || extra.contains("include");
+    let opened = ready
+        .opened
+        .clone()
+        .filter(|opened| opened.url == "local" && !may_change);
+    match read_effective(&nix, settings.cache.as_ref(), opened).await {
+        Ok(found) => {
+            found
+                .ignored
+                .iter()
+                .for_each(|one| sink.degraded("nix settings", one.to_string()));
+            Some(found)
+        }
+        Err(error) => {
+            sink.degraded(
+                "nix settings",
+                format!("what Nix uses cannot be read back: {error}"),
+            );
+            None
+        }
+    }
+}
+
+fn cache_settings(
+    inputs: &SettingsInputs<'_>,
+    before: &Settings,
+    sink: &Sink,
+) -> Option<CacheSettings> {
+    // A job that only reads a public cache has no use for the token, so its command gets no file to read it from.
+    let token = inputs
+        .cache
+        .token
+        .as_ref()
+        .filter(|_| inputs.publishes || !inputs.cache.probe.public);
+    let (substituter, host) = match (&inputs.cache.endpoint, &inputs.cache.store) {
+        (Some(endpoint), _) => (endpoint.substituter(), endpoint.server.host_str()),
+        (None, Some(url)) => (url.as_str().to_owned(), url.http_host()),
+        (None, None) => return None,
+    };
+    let netrc = token.zip(host).and_then(|(token, host)| {
+        let existing = before.netrc_file().filter(|file| file.is_file());
+        let file = match netrc::write(inputs.private, host, token, existing.as_deref()) {
+            // A netrc of the user that cannot be read must not cost the job the credential of its own cache.
+            Err(error @ netrc::WriteError::Existing { .. }) => {
+                sink.degraded(
+                    "nix settings",
+                    format!("credentials for other hosts are missing in this job: {error}"),
+                );
+                netrc::write(inputs.private, host, token, None)
+            }
+            file => file,
+        };
+        or_left_out("netrc", file, sink)
+    });
+    Some(CacheSettings {
+        substituter,
+        public_key: inputs.cache.public_key.clone(),
+        netrc,
+    })
+}
+
+fn access_tokens(inputs: &SettingsInputs<'_>, sink: &Sink) -> Option<PathBuf> {
+    // Nix's `access-tokens` are by host name; GitHub Enterprise Server has one of its own.
+    let host = inputs
+        .env
+        .get("GITHUB_SERVER_URL")
+        .and_then(|url| url.strip_prefix("https://"))
+        .unwrap_or("github.com");
+    let token = inputs.github_token?;
+    or_left_out(
+        "access token",
+        netrc::write_access_token(inputs.private, host.trim_end_matches('/'), token),
+        sink,
+    )
+}
+
+fn or_left_out(
+    what: &str,
+    file: Result<PathBuf, netrc::WriteError>,
+    sink: &Sink,
+) -> Option<PathBuf> {
+    file.map_err(|error| sink.degraded("nix settings", format!("the {what} is left out: {error}")))
+        .ok()
+}

@@ -1,0 +1,116 @@
+//! Which cache a job uses: the one that an input names, else a hint of the environment, else on a laptop the embedded
+//! cache.
+
+use std::path::PathBuf;
+
+use crate::command::inputs::{NamedCache, Text};
+use flywheel_cache::client::copy::StoreUrl;
+use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_nix::cache_name::CacheName;
+use flywheel_sys::runner::context::in_ci;
+use flywheel_sys::runner::env::Env;
+
+/// The cache that a job uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// `attic-enabled: false`.
+    Off,
+    /// No input and no hint names one.
+    NotNamed,
+    Server(Endpoint),
+    /// Another kind of store.
+    Store(StoreUrl),
+    /// The embedded cache.
+    Embedded {
+        folder: PathBuf,
+        cache: CacheName,
+    },
+}
+
+impl Source {
+    /// Chooses the cache: the input `attic-server` goes before `embedded-cache`, and that before a hint. A laptop has
+    /// an embedded cache in any case.
+    pub fn find(named: &NamedCache, embedded: &Text, env: &Env) -> Self {
+        let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
+        let embed = |folder: PathBuf| Self::Embedded {
+            folder,
+            cache: named.name.clone(),
+        };
+        match (&named.given, embedded.get(), &named.hinted) {
+            _ if !named.enabled => Self::Off,
+            (Some(url), ..) => server(url),
+            (None, Some(folder), _) => embed(folder.into()),
+            (None, None, Some(url)) => server(url),
+            (None, None, None) if in_ci(env) => Self::NotNamed,
+            (None, None, None) => laptop_folder(env).map_or(Self::NotNamed, embed),
+        }
+    }
+
+    /// The name of this cache in a journal, the same in every job.
+    pub fn identity(&self) -> Option<String> {
+        match self {
+            Self::Off | Self::NotNamed => None,
+            Self::Server(endpoint) => Some(endpoint.substituter()),
+            Self::Store(url) => Some(url.as_str().to_owned()),
+            Self::Embedded { folder, cache } => {
+                Some(format!("embedded:{}#{cache}", folder.display()))
+            }
+        }
+    }
+}
+
+/// The folder of the user's data (`XDG_DATA_HOME`, freedesktop.org's base directory specification).
+fn laptop_folder(env: &Env) -> Option<PathBuf> {
+    let data = env
+        .path("XDG_DATA_HOME")
+        .or_else(|| env.path("HOME").map(|home| home.join(".local/share")));
+    data.map(|data| data.join("flywheel/cache"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::inputs::CacheInputs;
+
+    fn find(input: &str, embedded: &str, env: &[(&str, &str)]) -> Source {
+        let text = |text: &str| text.parse::<Text>().expect("infallible");
+        let env = Env::from_pairs(env.iter().copied());
+        let inputs = CacheInputs {
+            attic_server: text(input),
+            ..CacheInputs::default()
+        };
+        Source::find(
+            &inputs.named(&env).expect("well-formed"),
+            &text(embedded),
+            &env,
+        )
+    }
+
+    #[test]
+    fn an_input_goes_before_the_embedded_cache_and_that_before_a_hint() {
+        let hint = ("ATTIC_SERVER", "https://hint.example/attic");
+        let home = ("HOME", "/h");
+        let identity = |source: Source| source.identity();
+        assert_eq!(
+            identity(find("http://h:1", "/c", &[hint])).as_deref(),
+            Some("http://h:1/main")
+        );
+        assert_eq!(
+            identity(find("", "/c", &[hint])).as_deref(),
+            Some("embedded:/c#main")
+        );
+        assert_eq!(
+            identity(find("", "", &[hint, home])).as_deref(),
+            Some("https://hint.example/attic/main")
+        );
+        assert_eq!(
+            find("", "", &[home, ("GITHUB_ACTIONS", "true")]),
+            Source::NotNamed
+        );
+        let laptop = identity(find("", "", &[home]));
+        assert_eq!(
+            laptop.as_deref(),
+            Some("embedded:/h/.local/share/flywheel/cache#main")
+        );
+    }
+}

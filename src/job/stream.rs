@@ -1,0 +1,345 @@
+//! The publication of a job: streamed while the job runs, completed and drained at its end, then verified against
+//! what the cache serves. Keeps the job's journal, and takes over what the journals of dead jobs left.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::report::publication::Publication;
+use flywheel_cache::client::destination::Target;
+use flywheel_cache::client::inspect::Inspector;
+use flywheel_cache::client::journal::{Folder, Journal, Left};
+use flywheel_cache::client::publish::{Final, Options, Outcome, Publisher};
+use flywheel_cache::client::verify::{self, Key, Verdict, Verification};
+use flywheel_core::progress::Sink;
+use flywheel_core::text::count;
+use flywheel_core::trust::PublishPermit;
+use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store::{Mark, Store};
+use flywheel_nix::store_path::StorePath;
+use flywheel_nix::store_watcher::StoreWatcher;
+use flywheel_nix::temp_roots::TempRootWatcher;
+
+use super::added_paths::AddedPaths;
+use super::attach::Cache;
+use super::closure_tracker::ClosureTracker;
+use super::inputs::Plan;
+use super::ownership::OwnershipFilter;
+use super::policy::record_impurity;
+use super::publication;
+
+/// Batches from the watcher that may be queued for the feeder.
+const BATCHES: usize = 256;
+/// This share of the drain time is kept for verifying, which has more where publishing ends early.
+const VERIFY_SHARE: f64 = 0.2;
+
+/// A publication under way.
+#[derive(Debug)]
+pub struct Stream {
+    to: Target,
+    publisher: Arc<Publisher>,
+    watcher: Option<StoreWatcher>,
+    feeding: JoinHandle<()>,
+    journal: Journal,
+    inspector: Arc<Inspector>,
+    clients: Arc<TempRootWatcher>,
+}
+
+/// When an operation ends at the latest, and what ends it before.
+#[derive(Clone, Debug)]
+pub struct Deadline {
+    pub at: Instant,
+    pub cancel: CancellationToken,
+}
+
+/// Where the published paths come from.
+#[derive(Debug)]
+pub struct StreamInputs<'a> {
+    pub store: &'a Arc<Store>,
+    /// Paths that are registered after this moment may be the job's.
+    pub mark: &'a Mark,
+    /// The Nix processes that add paths, by which those of this job are known.
+    pub clients: &'a Arc<TempRootWatcher>,
+    /// Looks into each path before it is sent.
+    pub inspector: &'a Arc<Inspector>,
+    /// Whether paths are published as they become valid, and not only at the job's end.
+    pub at_once: bool,
+    /// How many paths are published at once at most, if that is asked for.
+    pub workers: Option<usize>,
+}
+
+/// The job's journal, and what dead jobs left for the same cache.
+#[derive(Debug, Default)]
+pub struct JobJournal {
+    pub journal: Journal,
+    left: Left,
+}
+
+impl JobJournal {
+    /// Opens the journal of a job that may publish. One that cannot be kept is a warning, and the job goes on
+    /// without it.
+    pub fn open(plan: &Plan, mark: &Mark, sink: &Sink) -> Option<Self> {
+        let (folder, cache) = (plan.journal.as_deref()?, plan.source.identity()?);
+        let opened = Folder::open(folder).and_then(|folder| {
+            let left = folder.left(&cache)?;
+            Ok(Self {
+                journal: folder.begin(&cache, mark.id())?,
+                left,
+            })
+        });
+        let warn = |error: &dyn std::error::Error| {
+            let cause = error
+                .source()
+                .map(|cause| format!(": {cause}"))
+                .unwrap_or_default();
+            let text = format!(
+                "{error}{cause}; what a killed job leaves is not taken up by the next (`journal`)"
+            );
+            sink.degraded("journal", text);
+        };
+        opened.inspect_err(|error| warn(error)).ok()
+    }
+}
+
+impl Stream {
+    /// Starts to publish what dead jobs left and what becomes valid from now on.
+    pub fn start(
+        permit: &PublishPermit,
+        to: Target,
+        cache: &Cache,
+        inputs: &StreamInputs<'_>,
+        journal: JobJournal,
+        sink: &Sink,
+    ) -> Self {
+        let JobJournal { journal, left } = journal;
+        let usual = Options::default();
+        let max_uploads = inputs.workers.unwrap_or(usual.max_uploads);
+        let options = Options {
+            initial_uploads: usual.initial_uploads.min(max_uploads),
+            max_uploads,
+            config: cache.probe.config.clone(),
+            journal: journal.clone(),
+            inspector: Some(Arc::clone(inputs.inspector)),
+            ..usual
+        };
+        let publisher = Arc::new(Publisher::start(
+            permit,
+            Target::clone(&to),
+            options,
+            sink.clone(),
+        ));
+        let (send, receive) = mpsc::channel(BATCHES);
+        // The watcher has a thread of its own, which may wait.
+        let watcher = inputs.store.watch(inputs.mark, move |infos| {
+            // The feeder is gone only when the publication is being taken down.
+            let _ = send.blocking_send(infos);
+        });
+        let feeder = Feeder {
+            publisher: Arc::clone(&publisher),
+            store: Arc::clone(inputs.store),
+            clients: Arc::clone(inputs.clients),
+            inspector: Arc::clone(inputs.inspector),
+            at_once: inputs.at_once,
+            journal: journal.clone(),
+            sink: sink.clone(),
+            closures: ClosureTracker::default(),
+        };
+        let feeding = tokio::spawn(feeder.feed(left, receive));
+        let (inspector, clients) = (Arc::clone(inputs.inspector), Arc::clone(inputs.clients));
+        Self {
+            to,
+            publisher,
+            watcher,
+            feeding,
+            journal,
+            inspector,
+            clients,
+        }
+    }
+
+    /// Stops watching, offers all of `added_paths`, publishes what is left and verifies, all by `deadline`.
+    pub async fn finish(
+        self,
+        cache: &Cache,
+        added_paths: &AddedPaths,
+        deadline: &Deadline,
+        sink: &Sink,
+    ) -> Publication {
+        let Self {
+            to,
+            publisher,
+            watcher,
+            feeding,
+            journal,
+            inspector,
+            clients,
+        } = self;
+        // Dropping the watcher joins its threads, one of which may be reading the database.
+        let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
+        // The feeder ends when the watcher is gone. Should it have panicked, nothing is missing: all is offered below.
+        let _ = feeding.await;
+        // The same order as in the feeder: what a kill cuts off from here on is in the journal.
+        journal.seen(added_paths.wanted.iter().map(|info| &info.path));
+        record_seen_impurity(&clients, &inspector);
+        publisher.offer(added_paths.wanted.clone()).await;
+        let publisher =
+            Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
+        let outcome = publisher
+            .drain(publish_until(deadline), deadline.cancel.clone())
+            .await;
+        if let Some(reason) = &outcome.stopped {
+            sink.degraded("publication", reason.clone());
+        }
+        let options = verify::Options {
+            key: cache.public_key.clone(),
+            ..verify::Options::default()
+        };
+        let served = outcome.served().cloned().collect();
+        let verification =
+            verify::verify(to, served, &options, deadline.at, &deadline.cancel).await;
+        if verification.key == Key::Unknown && verification.good() > 0 {
+            let text =
+                "no signature was checked: neither `attic-public-key` nor the cache names a key";
+            sink.degraded("publication", text);
+        }
+        record_settled(journal, &outcome, &verification);
+        publication::summarize(
+            &outcome,
+            &verification,
+            &added_paths.unreadable,
+            &inspector.warned(),
+        )
+    }
+}
+
+/// Records it with the inspector when a process of the job was seen to evaluate impurely. To be called before a path
+/// is offered: the process that adds the path has been seen by then.
+fn record_seen_impurity(clients: &TempRootWatcher, inspector: &Inspector) {
+    if let Some(found) = clients.impurity() {
+        record_impurity(inspector, &found, "a Nix process of the job");
+    }
+}
+
+/// Settles in the journal what needs no more care; the next job takes up the rest.
+fn record_settled(journal: Journal, outcome: &Outcome, verification: &Verification) {
+    let skipped = outcome
+        .paths
+        .iter()
+        .filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
+    journal.settled(skipped.map(|path| &path.info.path));
+    let good = verification
+        .paths
+        .iter()
+        .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
+    journal.settled(good.map(|(info, _)| &info.path));
+    journal.close();
+}
+
+/// Feeds the publisher with the paths that become valid.
+struct Feeder {
+    publisher: Arc<Publisher>,
+    store: Arc<Store>,
+    clients: Arc<TempRootWatcher>,
+    inspector: Arc<Inspector>,
+    at_once: bool,
+    journal: Journal,
+    sink: Sink,
+    closures: ClosureTracker,
+}
+
+impl Feeder {
+    /// Offers what dead jobs left, then what the watcher reports, each path with its closure. Derivations and the
+    /// paths of other jobs are left out.
+    async fn feed(mut self, left: Left, mut batches: mpsc::Receiver<Vec<PathInfo>>) {
+        if self.at_once {
+            self.adopt_leftovers(left).await;
+        }
+        let mut filter = OwnershipFilter::new(Arc::clone(&self.clients));
+        loop {
+            let infos = tokio::select! {
+                infos = batches.recv() => infos,
+                // Held paths are decided on even if no new path becomes valid.
+                () = filter.due() => Some(Vec::new()),
+            };
+            let Some(infos) = infos else { return };
+            let found = filter.accept(infos, Instant::now());
+            // The journal has a path before the publisher does: a job that is killed in between loses nothing.
+            self.journal.seen(found.iter().map(|info| &info.path));
+            if self.at_once && !found.is_empty() {
+                record_seen_impurity(&self.clients, &self.inspector);
+                self.offer(found).await;
+            }
+        }
+    }
+
+    async fn offer(&mut self, infos: Vec<PathInfo>) {
+        let (mut offers, open) = self.closures.split_ready(infos);
+        if !open.is_empty() {
+            let open: Vec<StorePath> = open.into_iter().map(|info| info.path).collect();
+            // A closure that cannot be read now is read again when the added paths are collected at the end.
+            if let Ok(found) = self.store.closure(&open).await {
+                self.closures.add(&found.infos);
+                offers.extend(found.infos);
+            }
+        }
+        if !offers.is_empty() {
+            self.publisher.offer(offers).await;
+        }
+    }
+
+    /// Offers what dead jobs left and is still valid. Their journals are removed once ours has it all.
+    async fn adopt_leftovers(&mut self, left: Left) {
+        if left.is_empty() {
+            return;
+        }
+        let mut since: BTreeMap<StorePath, Option<u64>> = left
+            .seen
+            .iter()
+            .map(|(path, since)| (path.clone(), Some(*since)))
+            .collect();
+        for (mark, expected) in &left.expected {
+            // An expected path counts if it was really added, even if another process ended up adding it.
+            let Ok(added) = self.store.added_since(&Mark::after_id(*mark)).await else {
+                return;
+            };
+            let arrived = added
+                .infos
+                .into_iter()
+                .filter(|info| expected.binary_search(&info.path).is_ok());
+            for info in arrived {
+                since.entry(info.path).or_default();
+            }
+        }
+        let all: Vec<StorePath> = since.keys().cloned().collect();
+        let Ok(valid) = self.store.infos(&all).await else {
+            return;
+        };
+        let since = |path| since.get(path).copied().flatten();
+        let carried: Vec<_> = valid
+            .infos
+            .iter()
+            .map(|info| (&info.path, since(&info.path)))
+            .collect();
+        self.journal.carried(&carried);
+        // `carried` has synced our journal, so the old ones may go now, and not earlier.
+        left.taken_up();
+        if !valid.infos.is_empty() {
+            self.sink.note(format!(
+                "flywheel: {} of earlier jobs taken up",
+                count(valid.infos.len() as u64, "path")
+            ));
+            self.offer(valid.infos).await;
+        }
+    }
+}
+
+fn publish_until(deadline: &Deadline) -> Instant {
+    // Of a long drain time, half a minute is enough for verifying.
+    let left = deadline.at.saturating_duration_since(Instant::now());
+    deadline.at - left.mul_f64(VERIFY_SHARE).min(Duration::from_secs(30))
+}
