@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
-use flywheel_cache::client::attic::{Attic, BodyCheck, ByteCounter};
+use flywheel_cache::client::attic::Attic;
 use flywheel_cache::client::bazel::BazelProber;
+use flywheel_cache::client::destination::{BodyCheck, ByteCounter};
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{Layer, Probe, probe};
 use flywheel_core::contract::shared_cache::{Given, judge};

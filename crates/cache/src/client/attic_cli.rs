@@ -10,9 +10,11 @@ use std::time::Duration;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde_json::Value;
 
-use crate::client::attic::{Attic, BodyCheck, ByteCounter, CacheConfig, Error, Uploaded};
+use crate::client::attic::Attic;
 use crate::client::batch::Batches;
-use crate::client::destination::{Destination, Pending, Target};
+use crate::client::destination::{
+    BodyCheck, ByteCounter, CacheConfig, Destination, Error, Pending, Target, Uploaded,
+};
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::client::attic::Error;
+use crate::client::destination::Error;
 
 /// Requests that arrive within this time of the first one join its batch.
 const GATHER: Duration = Duration::from_millis(20);

@@ -10,9 +10,10 @@ use std::time::Duration;
 use thiserror::Error;
 use url::Url;
 
-use crate::client::attic::{BodyCheck, ByteCounter, CacheConfig, Error, Uploaded};
 use crate::client::batch::Batches;
-use crate::client::destination::{Destination, Pending, Target};
+use crate::client::destination::{
+    BodyCheck, ByteCounter, CacheConfig, Destination, Error, Pending, Target, Uploaded,
+};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::text::one_line;
 use flywheel_nix::nar::NarSource;

@@ -9,7 +9,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
-use crate::client::attic::{CacheConfig, Error};
+use crate::client::destination::{CacheConfig, Error};
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
 use flywheel_nix::store_path::STORE_DIR;

@@ -9,8 +9,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::client::attic::{Action, BodyCheck, Error};
-use crate::client::destination::{Destination, Target};
+use crate::client::destination::{Action, BodyCheck, Destination, Error, Target};
 use flywheel_core::retry::Policy;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::narinfo::NarInfo;
@@ -315,7 +314,7 @@ fn difference(info: &PathInfo, served: &NarInfo, key: &Key) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::attic::ByteCounter;
+    use crate::client::destination::ByteCounter;
     use crate::client::fake::{Fake, GOOD, PUSH_ONLY};
     use flywheel_nix::hash::Sha256;
     use flywheel_nix::key::SecretKey;

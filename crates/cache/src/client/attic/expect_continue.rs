@@ -12,13 +12,12 @@ use futures_util::future::BoxFuture;
 use reqwest::header::HeaderValue;
 use zeroize::Zeroizing;
 
-use crate::client::attic::Error;
 use crate::client::attic::http1::{Connection, Continue, Response};
 use crate::client::attic::pool::{self, Pool};
 use crate::client::attic::send::{
-    ByteCounter, HEADER_LIMIT, RESPONSE_LIMIT, SendNar, StallTimeout, UploadRequest, Uploaded,
-    WholeBody, read_kind,
+    HEADER_LIMIT, RESPONSE_LIMIT, SendNar, StallTimeout, UploadRequest, WholeBody, read_kind,
 };
+use crate::client::destination::{ByteCounter, Error, Uploaded};
 use flywheel_nix::nar::NarStream;
 
 /// Above this NAR size, in bytes, the round trip that waits for `100 Continue` costs less than a useless body.

@@ -1,7 +1,7 @@
 //! The client of Attic's protocol: queries for missing paths, uploads, and reading back.
 //! It stays on the server that the user named, never decides what is published, and never retries by itself.
 
-mod config;
+mod destination;
 mod error;
 mod expect_continue;
 mod http1;
@@ -18,13 +18,11 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
-pub use self::config::CacheConfig;
-pub use self::error::{Action, Error};
 pub use self::expect_continue::ExpectContinue;
 pub use self::pool::Pool;
-pub use self::read::BodyCheck;
-pub use self::send::{ByteCounter, SendNar, StallTimeout, UploadRequest, Uploaded, WholeBody};
+pub use self::send::{SendNar, StallTimeout, UploadRequest, WholeBody};
 
+use crate::client::destination::{ByteCounter, CacheConfig, Error, Uploaded};
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
 use flywheel_nix::nar::NarSource;

@@ -11,8 +11,8 @@ use tokio::time::{Instant, timeout};
 use url::Url;
 use zeroize::Zeroizing;
 
-use crate::client::attic::Error;
 use crate::client::attic::http1::{Connection, Response};
+use crate::client::destination::Error;
 use flywheel_sys::http::{ConnectError, Direct, USER_AGENT};
 
 const MAX_IDLE: usize = 32;

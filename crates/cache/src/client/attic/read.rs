@@ -7,7 +7,8 @@ use reqwest::header::LOCATION;
 use sha2::{Digest as _, Sha256 as Hasher};
 use url::Url;
 
-use crate::client::attic::{Attic, Error, RESPONSE_LIMIT, read_response};
+use crate::client::attic::{Attic, RESPONSE_LIMIT, read_response};
+use crate::client::destination::{BodyCheck, Error};
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
@@ -16,17 +17,6 @@ use flywheel_nix::store_path::PathHash;
 const SLACK: u64 = 64 * 1024;
 /// Enough for the small NARs that are sampled.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// The result of checking a NAR body.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BodyCheck {
-    /// The body is the NAR that the narinfo promises.
-    Good,
-    /// The body is another one, unreadable or missing; holds the reason.
-    Bad(String),
-    /// The body has a compression that cannot be unpacked here; holds the reason.
-    Unsupported(String),
-}
 
 impl Attic {
     /// The narinfo of a path; `None` if the cache does not have it.

@@ -1,8 +1,6 @@
 //! The parts that all ways to send a NAR share, and the simplest way: one request with the whole body and its exact
 //! length, aborted when it stalls.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +11,8 @@ use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 use url::Url;
 
-use crate::client::attic::{Error, read_response};
+use crate::client::attic::read_response;
+use crate::client::destination::{ByteCounter, Error, Uploaded};
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::nar::NarSource;
 use flywheel_sys::http::Layer;
@@ -72,45 +71,6 @@ impl StallTimeout {
     }
 }
 
-/// Counts the NAR bytes of one upload as they are sent, and of all uploads together.
-#[derive(Clone, Debug, Default)]
-pub struct ByteCounter {
-    own: Arc<AtomicU64>,
-    all: Arc<AtomicU64>,
-}
-
-impl ByteCounter {
-    /// A counter for another upload that adds to the same total.
-    #[must_use]
-    pub fn next(&self) -> Self {
-        Self {
-            own: Arc::default(),
-            all: Arc::clone(&self.all),
-        }
-    }
-
-    /// NAR bytes of this upload's current try.
-    pub fn sent(&self) -> u64 {
-        self.own.load(Ordering::Relaxed)
-    }
-
-    /// NAR bytes of all uploads and all their tries.
-    pub fn total(&self) -> u64 {
-        self.all.load(Ordering::Relaxed)
-    }
-
-    /// Restarts the count of this upload, for another try. The total keeps the bytes: they did travel.
-    pub(super) fn reset(&self) {
-        self.own.store(0, Ordering::Relaxed);
-    }
-
-    pub(in crate::client) fn add(&self, bytes: u64) {
-        // No other memory depends on these counts, so no ordering is needed.
-        self.own.fetch_add(bytes, Ordering::Relaxed);
-        self.all.fetch_add(bytes, Ordering::Relaxed);
-    }
-}
-
 /// The upload of one path.
 #[derive(Clone, Debug)]
 pub struct UploadRequest {
@@ -125,14 +85,6 @@ pub struct UploadRequest {
     /// The NAR's registered size in bytes.
     pub size: u64,
     pub counter: ByteCounter,
-}
-
-/// What the server did with an upload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Uploaded {
-    Stored,
-    /// The server had the NAR already, from another path or cache.
-    Deduplicated,
 }
 
 /// A way to send a NAR.

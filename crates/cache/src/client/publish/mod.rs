@@ -21,8 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 pub use self::outcome::{Counts, Final, Outcome, PathOutcome, Skip, Withheld};
 
 use self::work::PublisherTask;
-use crate::client::attic::CacheConfig;
-use crate::client::destination::Target;
+use crate::client::destination::{CacheConfig, Target};
 use crate::client::inspect::Inspector;
 use crate::client::journal::Journal;
 use flywheel_core::progress::Sink;

@@ -10,8 +10,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::client::attic::{BATCH, ByteCounter, CacheConfig, Error, Uploaded};
-use crate::client::destination::Target;
+use crate::client::attic::BATCH;
+use crate::client::destination::{ByteCounter, CacheConfig, Error, Target, Uploaded};
 use crate::client::publish::concurrency::ConcurrencyLimit;
 use crate::client::publish::outcome::{Final, Outcome, PathOutcome, Skip};
 use crate::client::publish::plan::{Id, UploadPlan};

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::client::attic::{
-    Attic, ByteCounter, Error, ExpectContinue, Pool, SendNar, StallTimeout, Uploaded, WholeBody,
-};
+use crate::client::attic::{Attic, ExpectContinue, Pool, SendNar, StallTimeout, WholeBody};
+use crate::client::destination::{ByteCounter, Error, Uploaded};
 use crate::client::endpoint::Endpoint;
 use crate::client::fake::Fake;
 use flywheel_core::secret::Secret;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::client::attic::{Action, CacheConfig, Error, Uploaded};
+use crate::client::destination::{Action, CacheConfig, Error, Uploaded};
 use crate::client::publish::outcome::{Final, Skip, Withheld};
 use crate::client::publish::plan::{Id, LARGE};
 use crate::client::publish::work::{Health, JobResult, Missing, PublisherTask};

@@ -1,13 +1,20 @@
 //! The trait of all stores that paths can be published to, so that one queue, one order, one way to retry and one
 //! verification serve all of them. Each store has a module of its own.
 
+mod config;
+mod error;
+mod transfer;
+
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
 
-use crate::client::attic::{Attic, BodyCheck, ByteCounter, CacheConfig, Error, Uploaded};
+pub use self::config::CacheConfig;
+pub use self::error::{Action, Error};
+pub use self::transfer::{BodyCheck, ByteCounter, Uploaded};
+
 use crate::client::endpoint::Endpoint;
 use flywheel_nix::nar::NarSource;
 use flywheel_nix::narinfo::NarInfo;
@@ -62,54 +69,3 @@ pub trait Destination: Send + Sync + fmt::Debug {
 
 /// A destination, shared by publishing and verification.
 pub type Target = Arc<dyn Destination>;
-
-impl From<Attic> for Target {
-    fn from(attic: Attic) -> Self {
-        Arc::new(attic)
-    }
-}
-
-impl Destination for Attic {
-    fn address(&self) -> String {
-        Self::endpoint(self).to_string()
-    }
-
-    fn endpoint(&self) -> Option<&Endpoint> {
-        Some(Self::endpoint(self))
-    }
-
-    fn describe(&self) -> Pending<'_, CacheConfig> {
-        Box::pin(self.cache_config())
-    }
-
-    fn missing<'a>(&'a self, paths: &'a [StorePath]) -> Pending<'a, HashSet<StorePath>> {
-        Box::pin(async move {
-            // Attic's protocol identifies a path by its hash alone.
-            let hashes: Vec<_> = paths.iter().map(StorePath::hash).collect();
-            let missing = self.missing_paths(&hashes).await?;
-            Ok(paths
-                .iter()
-                .zip(&hashes)
-                .filter(|(_, hash)| missing.contains(*hash))
-                .map(|(path, _)| path.clone())
-                .collect())
-        })
-    }
-
-    fn send<'a>(
-        &'a self,
-        info: &'a PathInfo,
-        source: NarSource,
-        counter: &'a ByteCounter,
-    ) -> Pending<'a, Uploaded> {
-        Box::pin(self.upload(info, source, counter))
-    }
-
-    fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>> {
-        Box::pin(async move { self.nar_info(&path.hash()).await })
-    }
-
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
-        Box::pin(Self::check_body(self, info))
-    }
-}

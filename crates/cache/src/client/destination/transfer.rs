@@ -1,0 +1,62 @@
+//! What is reported of one transfer, the same for every destination.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counts the NAR bytes of one upload as they are sent, and of all uploads together.
+#[derive(Clone, Debug, Default)]
+pub struct ByteCounter {
+    own: Arc<AtomicU64>,
+    all: Arc<AtomicU64>,
+}
+
+impl ByteCounter {
+    /// A counter for another upload that adds to the same total.
+    #[must_use]
+    pub fn next(&self) -> Self {
+        Self {
+            own: Arc::default(),
+            all: Arc::clone(&self.all),
+        }
+    }
+
+    /// NAR bytes of this upload's current try.
+    pub fn sent(&self) -> u64 {
+        self.own.load(Ordering::Relaxed)
+    }
+
+    /// NAR bytes of all uploads and all their tries.
+    pub fn total(&self) -> u64 {
+        self.all.load(Ordering::Relaxed)
+    }
+
+    /// Restarts the count of this upload, for another try. The total keeps the bytes: they did travel.
+    pub(in crate::client) fn reset(&self) {
+        self.own.store(0, Ordering::Relaxed);
+    }
+
+    pub(in crate::client) fn add(&self, bytes: u64) {
+        // No other memory depends on these counts, so no ordering is needed.
+        self.own.fetch_add(bytes, Ordering::Relaxed);
+        self.all.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// What the server did with an upload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uploaded {
+    Stored,
+    /// The server had the NAR already, from another path or cache.
+    Deduplicated,
+}
+
+/// The result of checking a NAR body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BodyCheck {
+    /// The body is the NAR that the narinfo promises.
+    Good,
+    /// The body is another one, unreadable or missing; holds the reason.
+    Bad(String),
+    /// The body has a compression that cannot be unpacked here; holds the reason.
+    Unsupported(String),
+}
