@@ -68,6 +68,11 @@ impl UsageError {
         }
     }
 
+    /// What is wrong, without the input's name.
+    pub fn into_problem(self) -> String {
+        self.problem
+    }
+
     /// Adds the sentence that says what to do.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {

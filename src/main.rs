@@ -4,12 +4,11 @@ use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser as _;
-use flywheel::cli::Cli;
+use flywheel::cli::{Cli, Refusal};
 use flywheel::command::Failure;
 use flywheel::exit::Exit;
 use flywheel::host::{priority, private};
-use flywheel::runner::env::Env;
+use flywheel::runner::env::{Env, arguments};
 use flywheel::runner::workflow::{Level, Workflow};
 
 /// What blocking work gets to end once everything is done.
@@ -18,9 +17,12 @@ const LAST_GRACE: Duration = Duration::from_millis(300);
 fn main() -> ExitCode {
     remove_private_folders_on_panic();
     let env = Env::of_process();
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::read(arguments(), &env) {
         Ok(cli) => cli,
-        Err(error) => {
+        Err(Refusal::Usage(error)) => {
+            return ExitCode::from(explain(&Failure::from(error), &env).code());
+        }
+        Err(Refusal::Clap(error)) => {
             // Help and version are errors to clap, and go to stdout with code 0.
             let code = if error.use_stderr() {
                 Exit::Usage

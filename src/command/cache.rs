@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::builder::FalseyValueParser;
 use clap::{Args, Subcommand};
 use thiserror::Error;
 use tokio::net::TcpListener;
@@ -58,23 +57,22 @@ enum Task {
 struct Serve {
     /// The folder that holds everything: NARs, narinfos, keys, tokens. Made if it is not there; one
     /// server at a time. Required. Example: `--dir /var/lib/flywheel-cache`.
-    #[arg(long, env = "FLYWHEEL_CACHE_DIR", value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER")]
     dir: PathBuf,
 
     /// Address and port to listen on; port 0 takes any free one. Example: `--listen 127.0.0.1:0`.
-    #[arg(long, env = "FLYWHEEL_CACHE_LISTEN", value_name = "ADDRESS", default_value = DEFAULT_LISTEN)]
+    #[arg(long, value_name = "ADDRESS", default_value = DEFAULT_LISTEN)]
     listen: Text,
 
     /// Allow `--listen` to name an address that other machines reach (default: it may not). What is
     /// sent, tokens included, is not encrypted: TLS comes from a reverse proxy.
-    #[arg(long, env = "FLYWHEEL_CACHE_ALLOW_REMOTE", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     allow_remote: bool,
 
     /// Write the address to this file, whole, once the server answers. Example:
     /// `--ready-file /tmp/cache.url` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_READY_FILE",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -84,7 +82,6 @@ struct Serve {
     /// A cache to serve; may be given several times, or with commas. Example: `--cache main --cache team`.
     #[arg(
         long = "cache",
-        env = "FLYWHEEL_CACHE_CACHE",
         value_name = "NAME",
         default_value = "main",
         value_delimiter = ','
@@ -93,11 +90,11 @@ struct Serve {
 
     /// Reading needs no token. This is the default, since the server listens on this machine alone;
     /// it takes back an earlier `--private`.
-    #[arg(long, env = "FLYWHEEL_CACHE_PUBLIC", value_parser = FalseyValueParser::new(), overrides_with = "private")]
+    #[arg(long, overrides_with = "private")]
     public: bool,
 
     /// Reading needs a token with scope `read` or `write` (default: it needs none).
-    #[arg(long, env = "FLYWHEEL_CACHE_PRIVATE", value_parser = FalseyValueParser::new(), overrides_with = "public")]
+    #[arg(long, overrides_with = "public")]
     private: bool,
 
     /// File of tokens, a `<scope> <token> [<cache>]` a line; scope `read`, or `write`, which
@@ -105,7 +102,6 @@ struct Serve {
     /// (default: `tokens` in the folder, made at the first start with one write token).
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_TOKENS",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -115,26 +111,16 @@ struct Serve {
     /// Let a client that may write claim a NAR that is known already without sending it (default: it
     /// has to send it, so that nobody gets a NAR whose hash alone he knows). A client that sends
     /// `Expect: 100-continue` then sends nothing of it. Example: `--waive-proof`.
-    #[arg(long, env = "FLYWHEEL_CACHE_WAIVE_PROOF", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     waive_proof: bool,
 
     /// Level of zstd for stored NARs, 1 to 19. Example: `--level 8`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_LEVEL",
-        value_name = "LEVEL",
-        default_value = "3"
-    )]
+    #[arg(long, value_name = "LEVEL", default_value = "3")]
     level: Text,
 
     /// The cache's priority among Nix's substituters: the lower, the earlier. `cache.nixos.org` has 40.
     /// Example: `--priority 30`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_PRIORITY",
-        value_name = "NUMBER",
-        default_value = "41"
-    )]
+    #[arg(long, value_name = "NUMBER", default_value = "41")]
     priority: Text,
 
     #[command(flatten)]
@@ -142,27 +128,16 @@ struct Serve {
 
     /// What was used within this time stays, whatever `--max-size` says; so does a NAR that no path
     /// claims yet. Two minutes at least. Example: `--grace 10m`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_GRACE",
-        value_name = "TIME",
-        default_value = "1h"
-    )]
+    #[arg(long, value_name = "TIME", default_value = "1h")]
     grace: Text,
 
     /// Time between two garbage collections; the first is at the start. Example: `--gc-interval 1h`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_GC_INTERVAL",
-        value_name = "TIME",
-        default_value = "10m"
-    )]
+    #[arg(long, value_name = "TIME", default_value = "10m")]
     gc_interval: Text,
 
     /// Stop after this time, for tests and jobs. Example: `--stop-after 20m` (default: never).
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_STOP_AFTER",
         value_name = "TIME",
         default_value = "",
         hide_default_value = true
@@ -171,7 +146,7 @@ struct Serve {
 
     /// Log nothing but warnings, as with `--quiet` (default: a line for each upload, failure and
     /// collection).
-    #[arg(long, env = "FLYWHEEL_CACHE_QUIET", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     quiet: bool,
 }
 
@@ -183,7 +158,7 @@ struct Serve {
 #[command(after_help = "Example:\n  flywheel cache gc --dir ~/.cache/flywheel --max-size 10G")]
 struct Gc {
     /// The folder. Required. Example: `--dir /var/lib/flywheel-cache`.
-    #[arg(long, env = "FLYWHEEL_CACHE_DIR", value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER")]
     dir: PathBuf,
 
     #[command(flatten)]
@@ -196,7 +171,6 @@ struct LimitInputs {
     /// `--max-age 30d` (default: no limit).
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_MAX_AGE",
         value_name = "TIME",
         default_value = "",
         hide_default_value = true
@@ -207,7 +181,6 @@ struct LimitInputs {
     /// `--max-size 20G` (default: no limit).
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_MAX_SIZE",
         value_name = "SIZE",
         default_value = "",
         hide_default_value = true

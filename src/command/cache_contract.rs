@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use clap::builder::FalseyValueParser;
 use serde_json::{Value, json};
 
 use crate::cache::bazel::Asker;
@@ -48,7 +47,6 @@ pub struct Inputs {
     /// does not answer is an error too (default: `false`).
     #[arg(
         long,
-        env = "FLYWHEEL_STRICT",
         value_name = "BOOL",
         num_args = 0..=1,
         require_equals = true,
@@ -62,7 +60,6 @@ pub struct Inputs {
     /// `shared-cache-backed` (the default) or `executor-backed`.
     #[arg(
         long,
-        env = "FLYWHEEL_MODE",
         value_name = "MODE",
         default_value = "",
         hide_default_value = true
@@ -72,7 +69,6 @@ pub struct Inputs {
     /// The class of this builder, such as `nix-builder` (default: none, which `--strict` refuses).
     #[arg(
         long,
-        env = "FLYWHEEL_CLASS",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true
@@ -83,11 +79,9 @@ pub struct Inputs {
     /// `BAZEL_REMOTE_CACHE`).
     #[arg(
         long,
-        env = "FLYWHEEL_BAZEL_REMOTE_CACHE",
         value_name = "URL",
         default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
+        hide_default_value = true
     )]
     bazel_remote_cache: Text,
 
@@ -95,11 +89,9 @@ pub struct Inputs {
     /// `BAZEL_REMOTE_EXECUTOR`).
     #[arg(
         long,
-        env = "FLYWHEEL_BAZEL_REMOTE_EXECUTOR",
         value_name = "URL",
         default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
+        hide_default_value = true
     )]
     bazel_remote_executor: Text,
 
@@ -107,7 +99,6 @@ pub struct Inputs {
     /// `flywheel.yml` says, else not).
     #[arg(
         long,
-        env = "FLYWHEEL_ALLOW_LOCALHOST",
         value_name = "BOOL",
         num_args = 0..=1,
         require_equals = true,
@@ -121,7 +112,6 @@ pub struct Inputs {
     /// does (default: what it says, else not).
     #[arg(
         long,
-        env = "FLYWHEEL_ALLOW_SEPARATE_EXECUTOR",
         value_name = "BOOL",
         num_args = 0..=1,
         require_equals = true,
@@ -134,7 +124,6 @@ pub struct Inputs {
     /// How long each endpoint may take to answer, in seconds, such as `20` (default: `5`).
     #[arg(
         long,
-        env = "FLYWHEEL_TIMEOUT",
         value_name = "SECONDS",
         default_value = "",
         hide_default_value = true
@@ -145,7 +134,6 @@ pub struct Inputs {
     /// the contract holds, and without credentials (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_BAZELRC",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -156,7 +144,6 @@ pub struct Inputs {
     /// decides.
     #[arg(
         long,
-        env = "FLYWHEEL_PUSH_CACHE",
         value_name = "WHEN",
         default_value = "",
         hide_default_value = true
@@ -166,7 +153,6 @@ pub struct Inputs {
     /// Refs that may upload besides the default branch, such as `refs/tags/v*` (the default).
     #[arg(
         long,
-        env = "FLYWHEEL_TRUSTED_REFS",
         value_name = "REFS",
         default_value = "",
         hide_default_value = true
@@ -175,13 +161,12 @@ pub struct Inputs {
 
     /// Asks for uploads by hand, as in `flywheel cache-contract --publish`; outside of CI nothing else does.
     /// The default is not to ask.
-    #[arg(long, env = "FLYWHEEL_PUBLISH", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     publish: bool,
 
     /// How to report: `text`, the default, or `json`.
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
         value_name = "FORMAT",
         default_value = "",
         hide_default_value = true

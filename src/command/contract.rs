@@ -31,7 +31,6 @@ pub struct Inputs {
     /// How to print: `text`, the default, `json` or `markdown`.
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
         value_name = "FORMAT",
         default_value = "",
         hide_default_value = true,
@@ -46,7 +45,6 @@ pub struct Inputs {
     /// or `shared-cache` (default: all of it).
     #[arg(
         long,
-        env = "FLYWHEEL_SECTION",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true
@@ -61,7 +59,6 @@ pub struct ContractInput {
     /// folder, if it is there, else the built-in contract).
     #[arg(
         long,
-        env = "FLYWHEEL_CONTRACT_FILE",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true,
@@ -104,7 +101,7 @@ struct Check {
     files: Vec<PathBuf>,
 
     /// Workflows to check, such as `.github/workflows/ci.yml` (default: none).
-    #[arg(long, env = "FLYWHEEL_WORKFLOWS", value_name = "FILE", num_args = 1.., value_delimiter = ',')]
+    #[arg(long, value_name = "FILE", num_args = 1.., value_delimiter = ',')]
     workflows: Vec<PathBuf>,
 }
 

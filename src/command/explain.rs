@@ -28,7 +28,6 @@ pub struct Inputs {
     /// How to say it: `text`, the default, or `json` (keys `verdict`, `publishes`, `reason`, `plan`).
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
         value_name = "FORMAT",
         default_value = "",
         hide_default_value = true
@@ -50,7 +49,6 @@ struct EventInputs {
     /// `GITHUB_EVENT_PATH` names).
     #[arg(
         long,
-        env = "FLYWHEEL_EVENT_PATH",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -60,7 +58,6 @@ struct EventInputs {
     /// The event's name, such as `push` (default: `GITHUB_EVENT_NAME`).
     #[arg(
         long,
-        env = "FLYWHEEL_EVENT_NAME",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true
@@ -70,7 +67,6 @@ struct EventInputs {
     /// The full ref, such as `refs/heads/main` (default: `GITHUB_REF`).
     #[arg(
         long,
-        env = "FLYWHEEL_REF",
         value_name = "REF",
         default_value = "",
         hide_default_value = true
@@ -80,7 +76,6 @@ struct EventInputs {
     /// Whether a rule protects that ref, `true` or `false` (default: `GITHUB_REF_PROTECTED`).
     #[arg(
         long,
-        env = "FLYWHEEL_REF_PROTECTED",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true
@@ -91,7 +86,6 @@ struct EventInputs {
     /// `--event-path` and outside of a job the payload's own word).
     #[arg(
         long,
-        env = "FLYWHEEL_REPOSITORY",
         value_name = "OWNER/NAME",
         default_value = "",
         hide_default_value = true
@@ -102,7 +96,6 @@ struct EventInputs {
     /// payload says).
     #[arg(
         long,
-        env = "FLYWHEEL_DEFAULT_BRANCH",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true

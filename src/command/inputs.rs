@@ -114,7 +114,6 @@ pub struct CacheInputs {
     /// Whether to use the cache at all: `true`, the default, or `false`.
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_ENABLED",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true
@@ -125,7 +124,6 @@ pub struct CacheInputs {
     /// hint `ATTIC_SERVER`; there is no baked-in server.
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_SERVER",
         value_name = "URL",
         default_value = "",
         hide_default_value = true
@@ -135,7 +133,6 @@ pub struct CacheInputs {
     /// The cache's name on the server. The default is the hint `ATTIC_CACHE`, then `main`.
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_CACHE",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true
@@ -146,7 +143,6 @@ pub struct CacheInputs {
     /// `ATTIC_PUBLIC_KEY`. Without a key Nix refuses every hit.
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_PUBLIC_KEY",
         value_name = "KEY",
         default_value = "",
         hide_default_value = true
@@ -252,7 +248,6 @@ pub struct GateInputs {
     /// Whether to publish: `true`, `auto` (when the trust gate allows it) or `false`, the default.
     #[arg(
         long,
-        env = "FLYWHEEL_PUSH_CACHE",
         value_name = "WHEN",
         default_value = "",
         hide_default_value = true
@@ -261,7 +256,7 @@ pub struct GateInputs {
 
     /// Asks for publication by hand, as in `flywheel nix-job --publish`; outside of CI nothing else
     /// does. The default is not to ask.
-    #[arg(long, env = "FLYWHEEL_PUBLISH", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(long)]
     pub publish: bool,
 
     /// Refs that may publish besides the default branch, separated by white space or commas, such as
@@ -269,7 +264,6 @@ pub struct GateInputs {
     /// not. A branch must be protected, too.
     #[arg(
         long,
-        env = "FLYWHEEL_TRUSTED_REFS",
         value_name = "REFS",
         default_value = "",
         hide_default_value = true
@@ -280,7 +274,6 @@ pub struct GateInputs {
     /// step: `true` or `false`, the default.
     #[arg(
         long,
-        env = "FLYWHEEL_REQUIRE_PUBLISH",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true

@@ -12,6 +12,7 @@ pub mod publish;
 pub mod scan;
 pub mod setup;
 mod units;
+pub mod value;
 pub mod watch_store;
 
 use crate::exit::Explain;

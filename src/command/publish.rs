@@ -64,7 +64,6 @@ pub struct Inputs {
     /// How to say what became of them: `text`, the default, or `json` on stdout.
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
         value_name = "FORMAT",
         default_value = "",
         hide_default_value = true
@@ -72,12 +71,7 @@ pub struct Inputs {
     format: Text,
 
     /// How long publishing may take. Example: `--drain-timeout 10m`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_DRAIN_TIMEOUT",
-        value_name = "TIME",
-        default_value = "5m"
-    )]
+    #[arg(long, value_name = "TIME", default_value = "5m")]
     drain_timeout: String,
 
     #[command(flatten)]

@@ -38,7 +38,6 @@ pub struct Inputs {
     /// How to say what was found: `text`, the default, or `json`.
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
         value_name = "FORMAT",
         default_value = "",
         hide_default_value = true

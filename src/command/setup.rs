@@ -40,7 +40,6 @@ pub struct Inputs {
     /// `ATTIC_SERVER`; there is no baked-in server).
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_SERVER",
         value_name = "URL",
         default_value = "",
         hide_default_value = true
@@ -50,7 +49,6 @@ pub struct Inputs {
     /// The cache's name on the server (default: the hint `ATTIC_CACHE`, then `main`).
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_CACHE",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true
@@ -61,7 +59,6 @@ pub struct Inputs {
     /// `ATTIC_PUBLIC_KEY`).
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_PUBLIC_KEY",
         value_name = "KEY",
         default_value = "",
         hide_default_value = true
@@ -72,7 +69,6 @@ pub struct Inputs {
     /// hint `BAZEL_REMOTE_CACHE`).
     #[arg(
         long,
-        env = "FLYWHEEL_BAZEL_REMOTE_CACHE",
         value_name = "URL",
         default_value = "",
         hide_default_value = true
@@ -83,7 +79,6 @@ pub struct Inputs {
     /// the default.
     #[arg(
         long,
-        env = "FLYWHEEL_PUSH_CACHE",
         value_name = "WHEN",
         default_value = "",
         hide_default_value = true
@@ -94,7 +89,6 @@ pub struct Inputs {
     /// `refs/tags/v*`).
     #[arg(
         long,
-        env = "FLYWHEEL_TRUSTED_REFS",
         value_name = "REFS",
         default_value = "",
         hide_default_value = true

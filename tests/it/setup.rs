@@ -294,7 +294,7 @@ fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
             format!("${{{{ inputs.{input} }}}}")
         );
         assert!(
-            help.contains(&format!("--{input} ")) && help.contains(&format!("[env: {variable}=")),
+            help.contains(&format!("--{input} ")) && help.contains(&format!("[env: {variable}]")),
             "{input}"
         );
     }

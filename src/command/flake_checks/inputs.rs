@@ -30,7 +30,6 @@ pub struct Inputs {
     /// The flake, such as `.`, `./services` or `github:owner/repo` (default: `.`).
     #[arg(
         long,
-        env = "FLYWHEEL_FLAKE",
         value_name = "REF",
         default_value = "",
         hide_default_value = true
@@ -40,7 +39,6 @@ pub struct Inputs {
     /// The attribute whose outputs are checked, such as `packages.x86_64-linux` (default: `checks`).
     #[arg(
         long,
-        env = "FLYWHEEL_FLAKE_ATTR",
         value_name = "PATH",
         default_value = "",
         hide_default_value = true
@@ -51,7 +49,6 @@ pub struct Inputs {
     /// `c: [ { attr = "x86_64-linux.a"; label = "a"; } ]` (default: every attribute of every system).
     #[arg(
         long,
-        env = "FLYWHEEL_FLAKE_APPLY",
         value_name = "NIX",
         default_value = "",
         hide_default_value = true
@@ -62,7 +59,6 @@ pub struct Inputs {
     /// for every one (default: `auto`, those that this machine and its builders build).
     #[arg(
         long,
-        env = "FLYWHEEL_SYSTEMS",
         value_name = "LIST",
         default_value = "",
         hide_default_value = true
@@ -70,40 +66,21 @@ pub struct Inputs {
     pub systems: Text,
 
     /// How many processes evaluate at once, such as `4` (default: `auto`, by cores and memory).
-    #[arg(
-        long,
-        env = "FLYWHEEL_EVALUATION_WORKERS",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
+    #[arg(long, value_name = "N", default_value = "", hide_default_value = true)]
     pub evaluation_workers: Text,
 
     /// How many derivations one process evaluates before it is replaced, such as `50` (default: `auto`, as many
     /// as its share of the memory holds).
-    #[arg(
-        long,
-        env = "FLYWHEEL_DERIVATIONS_PER_WORKER",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
+    #[arg(long, value_name = "N", default_value = "", hide_default_value = true)]
     pub derivations_per_worker: Text,
 
     /// How many paths are published at once at most, such as `8` (default: `auto`, by how the server answers).
-    #[arg(
-        long,
-        env = "FLYWHEEL_PUBLISH_WORKERS",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
+    #[arg(long, value_name = "N", default_value = "", hide_default_value = true)]
     pub publish_workers: Text,
 
     /// More words for Nix, written as for a shell, such as `--option cores 4` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_NIX_ARGS",
         value_name = "WORDS",
         default_value = "",
         hide_default_value = true,
@@ -114,7 +91,6 @@ pub struct Inputs {
     /// Who evaluates: `nix` itself, the default, or `nix-eval-jobs` where it is on `PATH`.
     #[arg(
         long,
-        env = "FLYWHEEL_EVALUATOR",
         value_name = "WORD",
         default_value = "",
         hide_default_value = true
@@ -125,7 +101,6 @@ pub struct Inputs {
     /// evaluates anyway and fails where the memory is wrong.
     #[arg(
         long,
-        env = "FLYWHEEL_EVALUATION_MEMORY",
         value_name = "WORD",
         default_value = "",
         hide_default_value = true
@@ -136,7 +111,6 @@ pub struct Inputs {
     /// (default: `~/.cache/flywheel/evaluation`).
     #[arg(
         long,
-        env = "FLYWHEEL_EVALUATION_MEMORY_FOLDER",
         value_name = "DIR",
         default_value = "",
         hide_default_value = true
@@ -147,7 +121,6 @@ pub struct Inputs {
     /// default.
     #[arg(
         long,
-        env = "FLYWHEEL_GC",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true
@@ -158,7 +131,6 @@ pub struct Inputs {
     /// (default: `true`).
     #[arg(
         long,
-        env = "FLYWHEEL_BUILD",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true
@@ -166,19 +138,12 @@ pub struct Inputs {
     pub build: Text,
 
     /// How many builds run at once, such as `4` (default: Nix's own setting).
-    #[arg(
-        long,
-        env = "FLYWHEEL_MAX_JOBS",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
+    #[arg(long, value_name = "N", default_value = "", hide_default_value = true)]
     pub max_jobs: Text,
 
     /// Whether the first failure ends the run; the rest is cancelled. `true` or `false`, the default.
     #[arg(
         long,
-        env = "FLYWHEEL_FAIL_FAST",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true
@@ -188,7 +153,6 @@ pub struct Inputs {
     /// Whether Nix goes on with other builds when one fails, such as `false` (default: `true`).
     #[arg(
         long,
-        env = "FLYWHEEL_KEEP_GOING",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true
@@ -197,19 +161,12 @@ pub struct Inputs {
 
     /// How often a build is tried again that failed for a reason not its own, such as a server that did not
     /// answer, from `0` to `10` (default: `1`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_RETRIES",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
+    #[arg(long, value_name = "N", default_value = "", hide_default_value = true)]
     pub retries: Text,
 
     /// Whether each output gets a Check Run: `auto`, the default, in a job with a token; `true`; or `false`.
     #[arg(
         long,
-        env = "FLYWHEEL_CHECKS",
         value_name = "WORD",
         default_value = "",
         hide_default_value = true
@@ -220,7 +177,6 @@ pub struct Inputs {
     /// `flake checks`, the default.
     #[arg(
         long,
-        env = "FLYWHEEL_CHECK_NAME",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true
@@ -230,7 +186,6 @@ pub struct Inputs {
     /// A file for the verdicts as JUnit XML, such as `checks.xml` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_JUNIT",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -240,7 +195,6 @@ pub struct Inputs {
     /// A file for the verdicts as JSON, a line each, such as `checks.jsonl` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_JSON_LINES",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -250,7 +204,6 @@ pub struct Inputs {
     /// The runner label to name when memory runs out, such as `nix-heavy` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_HEAVY_LANE",
         value_name = "LABEL",
         default_value = "",
         hide_default_value = true

@@ -30,7 +30,6 @@ pub struct DestinationInputs {
     /// substituter, written to by `nix copy` (default: none). Credentials come from the environment.
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE",
         value_name = "URL",
         default_value = "",
         hide_default_value = true
@@ -42,7 +41,6 @@ pub struct DestinationInputs {
     /// the protocol.
     #[arg(
         long,
-        env = "FLYWHEEL_PUBLISHER",
         value_name = "WHO",
         default_value = "",
         hide_default_value = true
@@ -53,7 +51,6 @@ pub struct DestinationInputs {
     /// the default.
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_CLIENT",
         value_name = "FLAKEREF",
         default_value = "",
         hide_default_value = true

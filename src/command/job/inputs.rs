@@ -29,11 +29,9 @@ pub struct JobInputs {
     /// Lines to add to Nix's settings for the job alone, such as `max-jobs = 4` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_EXTRA_NIX_CONFIG",
         value_name = "LINES",
         default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
+        hide_default_value = true
     )]
     pub extra_nix_config: Text,
 
@@ -41,7 +39,6 @@ pub struct JobInputs {
     /// seconds (default: `300`).
     #[arg(
         long,
-        env = "FLYWHEEL_DRAIN_TIMEOUT",
         value_name = "TIME",
         default_value = "",
         hide_default_value = true
@@ -52,7 +49,6 @@ pub struct JobInputs {
     /// (default on a laptop: `~/.local/share/flywheel/cache`; in a job: none).
     #[arg(
         long,
-        env = "FLYWHEEL_EMBEDDED_CACHE",
         value_name = "DIR",
         default_value = "",
         hide_default_value = true
@@ -64,7 +60,6 @@ pub struct JobInputs {
     /// `~/.local/state/flywheel/journal`).
     #[arg(
         long,
-        env = "FLYWHEEL_JOURNAL",
         value_name = "DIR",
         default_value = "",
         hide_default_value = true
@@ -87,7 +82,6 @@ pub struct JobInputs {
     /// after the job's own work. `true` or `false`, the default.
     #[arg(
         long,
-        env = "FLYWHEEL_REQUIRE_FLAKE_CHECK",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true,

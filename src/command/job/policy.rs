@@ -26,7 +26,6 @@ pub struct PolicyInputs {
     /// each, such as `machine-path = warn`; `enforce` (the default), `warn` or `off`.
     #[arg(
         long,
-        env = "FLYWHEEL_POLICY",
         value_name = "LINES",
         default_value = "",
         hide_default_value = true
@@ -37,7 +36,6 @@ pub struct PolicyInputs {
     /// `secret openssl-*-doc the keys of its examples` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_POLICY_ALLOW",
         value_name = "LINES",
         default_value = "",
         hide_default_value = true
@@ -47,7 +45,6 @@ pub struct PolicyInputs {
     /// A file with more of them, such as `.github/flywheel-allow.txt` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_POLICY_ALLOW_FILE",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -58,7 +55,6 @@ pub struct PolicyInputs {
     /// `fail`.
     #[arg(
         long,
-        env = "FLYWHEEL_ON_FINDING",
         value_name = "WHAT",
         default_value = "",
         hide_default_value = true

@@ -28,18 +28,15 @@ pub struct Inputs {
     /// `nix build .#default`. Either this or a program behind `--`.
     #[arg(
         long,
-        env = "FLYWHEEL_COMMAND",
         value_name = "TEXT",
         default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
+        hide_default_value = true
     )]
     pub command: Text,
 
     /// The folder that the command runs in, such as `services/api` (default: the current one).
     #[arg(
         long,
-        env = "FLYWHEEL_WORKING_DIRECTORY",
         value_name = "DIR",
         default_value = "",
         hide_default_value = true
@@ -49,7 +46,6 @@ pub struct Inputs {
     /// The runner label to name when memory runs out, such as `nix-heavy` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_HEAVY_LANE",
         value_name = "LABEL",
         default_value = "",
         hide_default_value = true
@@ -60,7 +56,6 @@ pub struct Inputs {
     /// `true` (default: `false`, so that a build log cannot inject any).
     #[arg(
         long,
-        env = "FLYWHEEL_WORKFLOW_COMMANDS",
         value_name = "BOOL",
         default_value = "",
         hide_default_value = true

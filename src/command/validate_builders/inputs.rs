@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use clap::builder::FalseyValueParser;
 use url::Url;
 
 use super::board::Weights;
@@ -50,7 +49,6 @@ pub struct Inputs {
     /// (default: `nix-builder`).
     #[arg(
         long,
-        env = "FLYWHEEL_CLASS",
         value_name = "NAME",
         default_value = "",
         hide_default_value = true
@@ -61,7 +59,6 @@ pub struct Inputs {
     /// first lane of the class).
     #[arg(
         long,
-        env = "FLYWHEEL_LANE",
         value_name = "LABEL",
         default_value = "",
         hide_default_value = true
@@ -74,7 +71,6 @@ pub struct Inputs {
     /// The flake to evaluate, such as `.` or `path:./ci` (default: `.`, if it has a `flake.nix`).
     #[arg(
         long,
-        env = "FLYWHEEL_FLAKE",
         value_name = "FLAKE",
         default_value = "",
         hide_default_value = true
@@ -84,7 +80,6 @@ pub struct Inputs {
     /// A package to build besides the canary's own, such as `.#default` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_PACKAGE",
         value_name = "INSTALLABLE",
         default_value = "",
         hide_default_value = true
@@ -95,7 +90,6 @@ pub struct Inputs {
     /// family stands for its layers (default: those of the host, of the tools and of Nix).
     #[arg(
         long,
-        env = "FLYWHEEL_REQUIRED",
         value_name = "LAYERS",
         default_value = "",
         hide_default_value = true
@@ -105,7 +99,6 @@ pub struct Inputs {
     /// Layers that need not hold, such as `user-trust` (default: those of the caches).
     #[arg(
         long,
-        env = "FLYWHEEL_ADVISORY",
         value_name = "LAYERS",
         default_value = "",
         hide_default_value = true
@@ -115,7 +108,6 @@ pub struct Inputs {
     /// How long all checks may take together, in seconds, such as `60` (default: `120`).
     #[arg(
         long,
-        env = "FLYWHEEL_TIMEOUT",
         value_name = "SECONDS",
         default_value = "",
         hide_default_value = true
@@ -125,7 +117,6 @@ pub struct Inputs {
     /// Room that must be free where a job writes, such as `20GiB` (default: `1GiB`).
     #[arg(
         long,
-        env = "FLYWHEEL_MIN_FREE",
         value_name = "SIZE",
         default_value = "",
         hide_default_value = true
@@ -136,7 +127,6 @@ pub struct Inputs {
     /// from there (default: the start of the canary).
     #[arg(
         long,
-        env = "FLYWHEEL_STARTED_AT",
         value_name = "SECONDS",
         default_value = "",
         hide_default_value = true
@@ -146,7 +136,6 @@ pub struct Inputs {
     /// The kernel to build modules for, such as `6.12.0-1-amd64` (default: the running one).
     #[arg(
         long,
-        env = "FLYWHEEL_KERNEL_RELEASE",
         value_name = "RELEASE",
         default_value = "",
         hide_default_value = true
@@ -160,7 +149,6 @@ pub struct Inputs {
     /// signature checked (default: the first path of this store that the cache turns out to have).
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_PATH",
         value_name = "PATH",
         default_value = "",
         hide_default_value = true
@@ -171,11 +159,9 @@ pub struct Inputs {
     /// `BAZEL_REMOTE_CACHE`).
     #[arg(
         long,
-        env = "FLYWHEEL_BAZEL_REMOTE_CACHE",
         value_name = "URL",
         default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
+        hide_default_value = true
     )]
     bazel_remote_cache: Text,
 
@@ -183,7 +169,6 @@ pub struct Inputs {
     /// decides.
     #[arg(
         long,
-        env = "FLYWHEEL_PUSH_CACHE",
         value_name = "WHEN",
         default_value = "",
         hide_default_value = true
@@ -193,7 +178,6 @@ pub struct Inputs {
     /// Refs that may write besides the default branch, such as `refs/tags/v*` (the default).
     #[arg(
         long,
-        env = "FLYWHEEL_TRUSTED_REFS",
         value_name = "REFS",
         default_value = "",
         hide_default_value = true
@@ -202,13 +186,12 @@ pub struct Inputs {
 
     /// Asks for writing by hand, as in `flywheel validate-builders --publish`; outside of CI nothing else
     /// does. The default is not to ask.
-    #[arg(long, env = "FLYWHEEL_PUBLISH", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     publish: bool,
 
     /// How to report on stdout: `text`, the default, or `json`.
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
         value_name = "FORMAT",
         default_value = "",
         hide_default_value = true
@@ -218,7 +201,6 @@ pub struct Inputs {
     /// A file for the report as JSON, such as `canary.json` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_REPORT_FILE",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -228,7 +210,6 @@ pub struct Inputs {
     /// A file for the metrics in Prometheus's text format, such as `flywheel.prom` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_METRICS_FILE",
         value_name = "FILE",
         default_value = "",
         hide_default_value = true
@@ -238,7 +219,6 @@ pub struct Inputs {
     /// A Pushgateway to send the metrics to, such as `http://pushgateway.example.org:9091/` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_PUSHGATEWAY",
         value_name = "URL",
         default_value = "",
         hide_default_value = true
@@ -249,7 +229,6 @@ pub struct Inputs {
     /// default: if `GITHUB_TOKEN` is there.
     #[arg(
         long,
-        env = "FLYWHEEL_CHECK_RUN",
         value_name = "WHEN",
         default_value = "",
         hide_default_value = true

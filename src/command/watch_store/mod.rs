@@ -67,7 +67,6 @@ pub struct Inputs {
     /// The same word for the action, such as `finish` (default: none, so that one of both is needed).
     #[arg(
         long,
-        env = "FLYWHEEL_MODE",
         value_name = "WORD",
         default_value = "",
         hide_default_value = true
@@ -77,7 +76,6 @@ pub struct Inputs {
     /// How `status` says it: `text`, the default, or `json` on stdout.
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
         value_name = "FORMAT",
         default_value = "",
         hide_default_value = true
