@@ -19,14 +19,16 @@ use crate::command::{
 use crate::exit::{Exit, UsageError};
 use crate::runner::env::Env;
 
-/// Nix CI for GitHub workflows: nothing is ever lost, and it says so.
+/// The name under which users call this program.
+const PROGRAM: &str = "flywheel";
+
+/// Nix CI for GitHub workflows: every store path is published, or named with the reason why not.
 #[derive(Debug, Parser)]
 #[command(
-    name = "flywheel",
+    name = PROGRAM,
     version,
     max_term_width = 100,
-    disable_help_subcommand = true,
-    no_binary_name = true
+    disable_help_subcommand = true
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -35,27 +37,16 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Runs a command with Nix ready and a cache attached, and publishes what it added.
     NixJob(Box<nix_job::Inputs>),
-    /// Evaluates and builds a flake's outputs, with a verdict for each.
     FlakeChecks(Box<flake_checks::Inputs>),
-    /// Publishes store paths and their closures by hand.
     Publish(publish::Inputs),
-    /// Publishes while a job of many steps goes on.
     WatchStore(Box<watch_store::Inputs>),
-    /// The embedded binary cache: one process, one folder.
     Cache(cache::Inputs),
-    /// Says whether a job may publish, what it would publish, and why.
     Explain(explain::Inputs),
-    /// Proves that a builder is healthy, and names the layer that is broken.
     ValidateBuilders(Box<validate_builders::Inputs>),
-    /// Prints the builder contract, and checks a contract file and workflows against it.
     Contract(contract::Inputs),
-    /// Checks the shared-cache contract for Bazel: mode, endpoints, answers.
     CacheContract(cache_contract::Inputs),
-    /// Looks into store paths by hand for what must not be published.
     Scan(scan::Inputs),
-    /// Puts this binary on `PATH` and the cache's settings into the job's environment.
     Setup(setup::Inputs),
 }
 
@@ -111,6 +102,8 @@ fn matches(
 ) -> Result<clap::ArgMatches, Refusal> {
     let mut blank = Blank::variables_of(env);
     let arguments = blank.take_flags(&command, arguments);
+    // Usage lines name the launcher and not the file behind it, which is called after its platform.
+    let arguments: Vec<OsString> = [PROGRAM.into()].into_iter().chain(arguments).collect();
     let parsed = attach(command.clone(), &blank).try_get_matches_from(&arguments);
     parsed.map_err(|error| match error.kind() {
         // The help names every variable, those that are empty just now included.
@@ -144,8 +137,32 @@ fn input_name(shown: &str) -> &str {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use clap::Args;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Group<T: Args> {
+        #[command(flatten)]
+        inputs: T,
+    }
+
+    /// A group of inputs as the command line gives it, each with its value; environments count for nothing.
+    pub(crate) fn read<T: Args>(inputs: &[(&str, &str)]) -> Result<T, UsageError> {
+        let arguments = inputs
+            .iter()
+            .map(|(name, value)| OsString::from(format!("--{name}={value}")));
+        let matches =
+            matches(Group::<T>::command(), arguments, &Env::default()).map_err(|refusal| {
+                match refusal {
+                    Refusal::Usage(error) => error,
+                    Refusal::Clap(error) => panic!("{error}"),
+                }
+            })?;
+        let group = Group::<T>::from_arg_matches(&matches).expect("the command is the group's own");
+        Ok(group.inputs)
+    }
 
     #[test]
     fn the_definitions_are_sound() {

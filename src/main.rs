@@ -29,7 +29,7 @@ fn main() -> ExitCode {
             } else {
                 Exit::Ok
             };
-            // Nobody listening is no reason to fail.
+            // A closed stdout is no reason to fail.
             let _ = error.print();
             return ExitCode::from(code.code());
         }

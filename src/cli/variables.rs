@@ -14,7 +14,7 @@ use crate::runner::env::Env;
 
 /// What the variables of all verbs begin with.
 const PREFIX: &str = "FLYWHEEL_";
-/// The verb that is no action and whose flags (`dir`, `level`) say too little alone in an environment.
+/// The verb that is no action and whose flags (`dir`, `level`) are too general for an environment.
 const PREFIXED_VERB: (&str, &str) = ("cache", "FLYWHEEL_CACHE_");
 
 /// Flags and variables that are there and empty.
@@ -154,7 +154,6 @@ mod tests {
             .require_equals(true)
             .default_missing_value("true");
         Command::new("x")
-            .no_binary_name(true)
             .subcommand(
                 Command::new("run")
                     .arg(value("server-name"))

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 
 use crate::cache::bazel::Asker;
@@ -11,7 +11,8 @@ use crate::cache::endpoint::Endpoint as Cache;
 use crate::cache::probe::probe;
 use crate::command::Failure;
 use crate::command::contract::ContractInput;
-use crate::command::inputs::{Text, choice, number, push_cache, switch};
+use crate::command::inputs::{BazelCacheInput, ClassInput, Format, FormatInput, RequestInputs};
+use crate::command::value::{boolean, number, one_of, path, text};
 use crate::contract::shared_cache::{
     Endpoint, Finding, Given, Judgement, Mode, bazelrc, judge, redact,
 };
@@ -25,153 +26,100 @@ use crate::runner::files::Files;
 use crate::runner::workflow::{Level, Workflow, data};
 use crate::secret::Secret;
 use crate::text::{count, duration, nearest, one_line};
-use crate::trust::{Request, TrustedRefs, decide};
+use crate::trust::decide;
 
-/// A cache that is no farther than a job's runner answers long before this.
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// Seconds. A cache that is no farther than a job's runner answers long before this.
+const TIMEOUT: &str = "5";
 /// The cache's name where neither input nor hint gives one.
 const DEFAULT_CACHE: &str = "main";
 
-/// Check the shared-cache contract: that the mode of the Bazel build is the declared one, and that each
-/// endpoint, Attic's included, is well formed and answers.
+/// Check the shared-cache contract of Bazel: its mode, and that each endpoint is well formed and answers.
 ///
-/// The mode is declared by `shared-cache: mode:` in `flywheel.yml`, else by `--mode`, else it is
+/// The mode of the build must be the declared one, and Attic's endpoint counts, too. Whether the build may upload
+/// results follows from `--push-cache` and the trust gate.
+///
+/// The mode is declared by `shared-cache: mode:` in `flywheel.yml`, else by `--expected-mode`, else it is
 /// `shared-cache-backed`. Reads the runner's hints `BAZEL_REMOTE_CACHE`, `BAZEL_REMOTE_EXECUTOR`,
 /// `GF_BAZEL_SUBSTRATE_MODE`, `GF_FLYWHEEL_PROFILE_STATE`, `ATTIC_SERVER` and `ATTIC_CACHE`. Ends with 0 if the
 /// contract holds, 1 if it does not, 64 for wrong input.
 ///
 /// Example: `flywheel cache-contract --strict --class nix-builder --bazelrc .bazelrc.ci`
 #[derive(Args, Debug)]
+#[command(verbatim_doc_comment)]
 pub struct Inputs {
-    /// Whether to fail closed: with `--strict` an unknown class, an empty cache endpoint or an endpoint that
-    /// does not answer is an error too (default: `false`).
+    /// Whether to fail closed: an unknown class, an empty cache endpoint or an endpoint that does not answer is
+    /// then an error, too.
     #[arg(
         long,
         value_name = "BOOL",
+        action = ArgAction::Set,
+        value_parser = boolean(),
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "true",
-        default_value = "",
-        hide_default_value = true
+        default_value = "false"
     )]
-    strict: Text,
+    strict: bool,
 
-    /// The mode to expect where `flywheel.yml` declares none: `compatibility-local-only`,
-    /// `shared-cache-backed` (the default) or `executor-backed`.
-    #[arg(
-        long,
-        value_name = "MODE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    mode: Text,
+    /// The mode to expect where `flywheel.yml` declares none (default: `shared-cache-backed`).
+    #[arg(long, alias = "mode", value_name = "MODE", value_parser = one_of(&Mode::ALL))]
+    expected_mode: Option<Mode>,
 
-    /// The class of this builder, such as `nix-builder` (default: none, which `--strict` refuses).
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    class: Text,
+    #[command(flatten)]
+    class: ClassInput,
 
-    /// The remote cache, such as `grpcs://bazel-cache.example.org:9092` (default: the hint
-    /// `BAZEL_REMOTE_CACHE`).
-    #[arg(
-        long,
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    bazel_remote_cache: Text,
+    #[command(flatten)]
+    bazel: BazelCacheInput,
 
-    /// The remote executor, such as `grpcs://bazel.example.org` (default: the hint
+    /// The Bazel remote executor, such as `grpcs://bazel.example.org` (default: the runner's hint
     /// `BAZEL_REMOTE_EXECUTOR`).
-    #[arg(
-        long,
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    bazel_remote_executor: Text,
+    #[arg(long, value_name = "URL", value_parser = text())]
+    bazel_remote_executor: Option<String>,
 
-    /// Whether endpoints may be on the machine itself, such as `grpc://localhost:9092` (default: what
-    /// `flywheel.yml` says, else not).
+    /// Whether endpoints may be on the machine itself, such as `grpc://localhost:9092` (default: as
+    /// `flywheel.yml` has it, else `false`).
     #[arg(
         long,
         value_name = "BOOL",
+        value_parser = boolean(),
         num_args = 0..=1,
         require_equals = true,
-        default_missing_value = "true",
-        default_value = "",
-        hide_default_value = true
+        default_missing_value = "true"
     )]
-    allow_localhost: Text,
+    allow_localhost: Option<bool>,
 
     /// Whether the executor may be elsewhere than the cache, as `allow-separate-executor` in `flywheel.yml`
-    /// does (default: what it says, else not).
+    /// does (default: as the file has it, else `false`).
     #[arg(
         long,
         value_name = "BOOL",
+        value_parser = boolean(),
         num_args = 0..=1,
         require_equals = true,
-        default_missing_value = "true",
-        default_value = "",
-        hide_default_value = true
+        default_missing_value = "true"
     )]
-    allow_separate_executor: Text,
+    allow_separate_executor: Option<bool>,
 
-    /// How long each endpoint may take to answer, in seconds, such as `20` (default: `5`).
+    /// How long each endpoint may take to answer, in seconds, such as `20`.
     #[arg(
         long,
+        alias = "timeout",
         value_name = "SECONDS",
-        default_value = "",
-        hide_default_value = true
+        value_parser = number(1..=600_u64),
+        default_value = TIMEOUT
     )]
-    timeout: Text,
+    endpoint_timeout: u64,
 
     /// A file for the lines that a `.bazelrc` needs in this mode, such as `.bazelrc.ci`; written only if
     /// the contract holds, and without credentials (default: none).
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    bazelrc: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    bazelrc: Option<PathBuf>,
 
-    /// Whether the build may upload results, `true`, `auto` or `false` (the default); the trust gate
-    /// decides.
-    #[arg(
-        long,
-        value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
-    )]
-    push_cache: Text,
+    #[command(flatten)]
+    request: RequestInputs,
 
-    /// Refs that may upload besides the default branch, such as `refs/tags/v*` (the default).
-    #[arg(
-        long,
-        value_name = "REFS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    trusted_refs: Text,
-
-    /// Asks for uploads by hand, as in `flywheel cache-contract --publish`; outside of CI nothing else does.
-    /// The default is not to ask.
-    #[arg(long)]
-    publish: bool,
-
-    /// How to report: `text`, the default, or `json`.
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     #[command(flatten)]
     contract: ContractInput,
@@ -189,19 +137,14 @@ struct Asked {
 /// # Errors
 /// For wrong input.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let as_json =
-        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
+    let as_json = inputs.format.format == Format::Json;
     let contract = inputs.contract.read()?;
     let given = given(&inputs, env, &contract)?;
-    let request = Request {
-        push_cache: push_cache(&inputs.push_cache)?,
-        by_hand: inputs.publish,
-        trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
-    };
+    let request = inputs.request.request();
     // The cache's own credential is Bazel's business.
     let upload = decide(&context::facts(env), &request, true).publishes();
-    let timeout = number("timeout", &inputs.timeout, 1..=600)?.map_or(TIMEOUT, Duration::from_secs);
-    let mut judgement = judge(&declared(&inputs, &contract)?, &given);
+    let timeout = Duration::from_secs(inputs.endpoint_timeout);
+    let mut judgement = judge(&declared(&inputs, &contract), &given);
     let workflow = Workflow::new(env.in_github_actions());
     let asked = ask(&judgement.endpoints, timeout, env, &workflow).await?;
     for one in &asked {
@@ -244,23 +187,22 @@ fn given(inputs: &Inputs, env: &Env, contract: &Contract) -> Result<Given, Usage
             .filter(|text| !text.is_empty())
             .map(str::to_owned)
     };
-    let input = |text: &Text| text.get().map(str::to_owned);
-    if let Some(class) = inputs
-        .class
-        .get()
+    let class = inputs.class.class.clone();
+    if let Some(class) = class
+        .as_deref()
         .filter(|class| contract.class(class).is_none())
     {
         return Err(unknown_class(class, contract));
     }
     Ok(Given {
-        cache: input(&inputs.bazel_remote_cache).or_else(|| hint("BAZEL_REMOTE_CACHE")),
-        executor: input(&inputs.bazel_remote_executor).or_else(|| hint("BAZEL_REMOTE_EXECUTOR")),
+        cache: (inputs.bazel.bazel_remote_cache.clone()).or_else(|| hint("BAZEL_REMOTE_CACHE")),
+        executor: (inputs.bazel_remote_executor.clone()).or_else(|| hint("BAZEL_REMOTE_EXECUTOR")),
         attic: hint("ATTIC_SERVER"),
-        mode: choice("mode", &inputs.mode, &Mode::ALL)?,
+        mode: inputs.expected_mode,
         hinted_mode: hint("GF_BAZEL_SUBSTRATE_MODE"),
         state: hint("GF_FLYWHEEL_PROFILE_STATE"),
-        class: input(&inputs.class),
-        strict: switch("strict", &inputs.strict, false)?,
+        class,
+        strict: inputs.strict,
     })
 }
 
@@ -281,23 +223,20 @@ pub(super) fn unknown_class(class: &str, contract: &Contract) -> UsageError {
     }
 }
 
-fn declared(inputs: &Inputs, contract: &Contract) -> Result<SharedCache, UsageError> {
+fn declared(inputs: &Inputs, contract: &Contract) -> SharedCache {
     let mut declared = contract.shared_cache.clone();
     let (localhost, separate) = (
         &mut declared.allow_localhost,
         &mut declared.allow_separate_executor,
     );
-    *localhost = Some(switch(
-        "allow-localhost",
-        &inputs.allow_localhost,
-        localhost.unwrap_or_default(),
-    )?);
-    *separate = Some(switch(
-        "allow-separate-executor",
-        &inputs.allow_separate_executor,
-        separate.unwrap_or_default(),
-    )?);
-    Ok(declared)
+    *localhost = Some(inputs.allow_localhost.or(*localhost).unwrap_or_default());
+    *separate = Some(
+        inputs
+            .allow_separate_executor
+            .or(*separate)
+            .unwrap_or_default(),
+    );
+    declared
 }
 
 async fn ask(
@@ -364,7 +303,7 @@ fn write_bazelrc(
     given: &Given,
     upload: bool,
 ) -> Result<Option<PathBuf>, UsageError> {
-    let (Some(file), Some(mode)) = (inputs.bazelrc.get(), judgement.actual) else {
+    let (Some(file), Some(mode)) = (&inputs.bazelrc, judgement.actual) else {
         return Ok(None);
     };
     let text = bazelrc(
@@ -378,14 +317,14 @@ fn write_bazelrc(
             "bazelrc",
             format!(
                 "names `{}`, which cannot be written ({error})",
-                one_line(file, 200)
+                one_line(&file.to_string_lossy(), 200)
             ),
         )
     })?;
-    Ok(Some(file.into()))
+    Ok(Some(file.clone()))
 }
 
-/// Everything that there is to say.
+/// Everything that the outputs, the summary and stdout are made of.
 struct Report {
     judgement: Judgement,
     given: Given,

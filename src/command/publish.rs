@@ -14,16 +14,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use self::speech::Format;
 use crate::cache::attic::Attic;
 use crate::cache::endpoint::Endpoint;
 use crate::cache::probe::{self, probe};
 use crate::cache::publish::{self, Outcome, Publisher};
 use crate::cache::verify::{self, Verification, verify};
-use crate::command::inputs::{CacheInputs, GateInputs, Text, choice};
+use crate::command::Failure;
+use crate::command::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs};
 use crate::command::job::policy::PolicyInputs;
 use crate::command::job::publication;
-use crate::command::{Failure, units};
 use crate::exit::{Exit, Explain, UsageError};
 use crate::http::{Clients, Names, Roots};
 use crate::nix::bootstrap;
@@ -61,18 +60,11 @@ pub struct Inputs {
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<std::path::PathBuf>,
 
-    /// How to say what became of them: `text`, the default, or `json` on stdout.
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
-    /// How long publishing may take. Example: `--drain-timeout 10m`.
-    #[arg(long, value_name = "TIME", default_value = "5m")]
-    drain_timeout: String,
+    #[command(flatten)]
+    drain: DrainInput,
 
     #[command(flatten)]
     policy: PolicyInputs,
@@ -87,7 +79,7 @@ pub struct Inputs {
 /// Why nothing was published.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// The gate says no.
+    /// The trust gate forbids it.
     #[error("nothing is published: {reason}")]
     Refused {
         /// Why.
@@ -129,22 +121,19 @@ impl Explain for Error {
 /// Bad input; a verdict, a cache or a path that forbids publishing.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
-    let format = choice("format", &inputs.format, &Format::WORDS)?.unwrap_or_default();
-    let limit = units::duration("drain-timeout", &inputs.drain_timeout)?;
-    let must_publish = inputs.gate.must_publish()?;
-    let cache = cache(&inputs.cache, env, &workflow)?;
+    let (format, limit) = (inputs.format.format, inputs.drain.or_default());
+    let (endpoint, key) = cache(&inputs.cache, env, &workflow)?;
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     if let Some(token) = &token {
         workflow.mask(token);
     }
     let policy = inputs.policy.read()?;
-    let decision = judge(&inputs.gate, env)?;
+    let decision = judge(&inputs.gate, env);
     let Some(permit) = decision.permit() else {
-        return refused(&decision, &workflow, must_publish);
+        return refused(&decision, &workflow, inputs.gate.require_publish);
     };
     let wanted = paths::resolve(&inputs.paths)?;
     let sink = speech::sink(&workflow);
-    let (endpoint, key) = cache;
     let clients = Clients::new(&Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     })?;
@@ -197,7 +186,7 @@ fn cache(
     env: &Env,
     workflow: &Workflow,
 ) -> Result<(Endpoint, Option<PublicKey>), UsageError> {
-    let named = inputs.named(env)?;
+    let named = inputs.resolve(env);
     for hint in &named.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
@@ -217,15 +206,11 @@ fn cache(
     Ok((Endpoint::new(server, named.name), named.key))
 }
 
-/// Calling this verb is asking; whether it may is the gate's to say.
-fn judge(gate: &GateInputs, env: &Env) -> Result<Decision, UsageError> {
-    let mut request = gate.request()?;
+/// Calling this verb counts as asking for publication; the gate decides.
+fn judge(gate: &GateInputs, env: &Env) -> Decision {
+    let mut request = gate.request();
     request.by_hand = true;
-    Ok(decide(
-        &context::facts(env),
-        &request,
-        context::token_present(env),
-    ))
+    decide(&context::facts(env), &request, context::token_present(env))
 }
 
 fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Result<Exit, Failure> {

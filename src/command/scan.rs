@@ -9,14 +9,14 @@ use serde_json::json;
 use thiserror::Error;
 
 use crate::command::Failure;
-use crate::command::inputs::{Text, choice};
+use crate::command::inputs::{Format, FormatInput};
 use crate::command::job::policy::{PolicyInputs, scanner};
 use crate::exit::{Exit, Explain};
 use crate::nix::nar::DumpError;
-use crate::nix::scan::{Finding, Looked};
+use crate::nix::scan::{Finding, Looked, Scanner};
 use crate::nix::store_path::StorePath;
 use crate::policy::Ruling;
-use crate::progress::Progress;
+use crate::progress::{Progress, Sink};
 use crate::report::screen::Screen;
 use crate::runner::env::Env;
 use crate::runner::workflow::{Level, Workflow, data};
@@ -30,19 +30,14 @@ use crate::text::{bytes, count, duration};
 ///
 /// Example: `flywheel scan ./result /nix/store/…-hello-2.12`
 #[derive(Args, Debug)]
+#[command(verbatim_doc_comment)]
 pub struct Inputs {
     /// What to look into, such as `./result`; links are followed.
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<PathBuf>,
 
-    /// How to say what was found: `text`, the default, or `json`.
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     #[command(flatten)]
     policy: PolicyInputs,
@@ -89,8 +84,7 @@ struct Found {
 /// # Errors
 /// For wrong input, and for a path that cannot be read.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let as_json =
-        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
+    let as_json = inputs.format.format == Format::Json;
     let kept = inputs.policy.read()?;
     let mut real = Vec::new();
     for path in &inputs.paths {
@@ -103,26 +97,9 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let screen = Screen::new(&workflow);
     let sink = screen.sink();
     let scanner = scanner(env, &[]);
-    let (begun, total, mut size) = (Instant::now(), real.len() as u64, 0);
-    let looking = tokio::task::spawn_blocking(move || {
-        let mut all = Vec::new();
-        for (done, path) in real.into_iter().enumerate() {
-            let looked: Looked = scanner.look_into(&path)?;
-            size += looked.bytes;
-            sink.send(Progress::Moved {
-                done: done as u64 + 1,
-                total,
-                bytes: size,
-            });
-            all.extend(
-                looked
-                    .findings
-                    .into_iter()
-                    .map(|finding| (path.clone(), finding)),
-            );
-        }
-        Ok::<_, DumpError>((all, size))
-    });
+    let (begun, total) = (Instant::now(), real.len() as u64);
+    // Reading and scanning whole paths would hold up the runtime's own threads.
+    let looking = tokio::task::spawn_blocking(move || look_into_all(&scanner, real, &sink));
     let looked = looking
         .await
         .map_err(|panic| DumpError::Sink(std::io::Error::other(panic)));
@@ -160,6 +137,28 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     } else {
         Exit::Ok
     })
+}
+
+/// The findings in these paths, each with its path, and how many bytes were read.
+fn look_into_all(
+    scanner: &Scanner,
+    paths: Vec<PathBuf>,
+    sink: &Sink,
+) -> Result<(Vec<(PathBuf, Finding)>, u64), DumpError> {
+    let total = paths.len() as u64;
+    let (mut all, mut size) = (Vec::new(), 0);
+    for (done, path) in paths.into_iter().enumerate() {
+        let looked: Looked = scanner.look_into(&path)?;
+        size += looked.bytes;
+        sink.send(Progress::Moved {
+            done: done as u64 + 1,
+            total,
+            bytes: size,
+        });
+        let findings = looked.findings.into_iter();
+        all.extend(findings.map(|finding| (path.clone(), finding)));
+    }
+    Ok((all, size))
 }
 
 /// The name by which exceptions know a path.

@@ -1,4 +1,4 @@
-//! How the text of an input becomes a value: clap's value parsers, and what a refusal says.
+//! How the text of an input becomes a value: clap's value parsers and the text of a refusal.
 //!
 //! White space around a value means nothing, nor does the case of a word. An empty value never comes here:
 //! `cli` takes it for one that was not given.
@@ -102,7 +102,15 @@ pub fn number<N>(range: RangeInclusive<N>) -> impl TypedValueParser<Value = N>
 where
     N: FromStr + PartialOrd + Display + Clone + Send + Sync + 'static,
 {
-    value(move |text| match text.parse() {
+    value(move |text| number_in(text, &range))
+}
+
+/// A number within a range, for a parser that knows other words besides.
+pub fn number_in<N>(text: &str, range: &RangeInclusive<N>) -> Result<N, Invalid>
+where
+    N: FromStr + PartialOrd + Display,
+{
+    match text.parse() {
         Ok(number) if range.contains(&number) => Ok(number),
         _ => Err(Invalid::new(format!(
             "must be a number from {} to {}, not `{}`",
@@ -110,7 +118,7 @@ where
             range.end(),
             one_line(text, 40)
         ))),
-    })
+    }
 }
 
 /// A parser of `true` and `false`. GitHub's booleans arrive as `true` or `True`.

@@ -26,6 +26,17 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Every outcome, in the order of the pages.
+    pub const ALL: [Self; 7] = [
+        Self::Success,
+        Self::CommandFailed,
+        Self::OutOfMemory,
+        Self::Cancelled,
+        Self::NotPublished,
+        Self::Withheld,
+        Self::NotStarted,
+    ];
+
     /// The word of the step output `outcome`.
     pub fn word(self) -> &'static str {
         match self {

@@ -134,7 +134,7 @@ fn wrong_input_is_64() {
 
 #[test]
 fn attic_is_part_of_the_contract() {
-    let mode = [("FLYWHEEL_MODE", "compatibility-local-only")];
+    let mode = [("FLYWHEEL_EXPECTED_MODE", "compatibility-local-only")];
     check(
         &[],
         &[mode[0], ("ATTIC_SERVER", "${ATTIC_SERVER}")],

@@ -2,7 +2,7 @@
 //! that the repository gives none, and that a file which breaks the rule gives one.
 
 mod actions;
-mod source;
+pub mod source;
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use source::{Source, file, files};
 const LINES: usize = 860;
 
 /// Panics with every complaint about the repository, or if the planted file gives none.
-fn hold(rule: impl Fn(&[Source]) -> Vec<String>, mut real: Vec<Source>, planted: &[Source]) {
+pub fn hold(rule: impl Fn(&[Source]) -> Vec<String>, mut real: Vec<Source>, planted: &[Source]) {
     let complaints = rule(&real);
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
     for broken in planted {

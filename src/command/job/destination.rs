@@ -1,17 +1,17 @@
-//! Where a job's paths go, and by whose hand: the built-in client, Attic's own, or `nix copy`.
+//! Where a job's paths go, and how: with the built-in client, with Attic's own, or with `nix copy`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::cache::attic::Attic;
-use crate::cache::copy::{Copy, StoreUrl};
+use crate::cache::copy::{Copy, StoreUrl, StoreUrlError};
 use crate::cache::destination::Target;
 use crate::cache::stock::{self, Search, Stock};
-use crate::command::inputs::{Text, choice};
 use crate::command::job::attach::Cache;
-use crate::exit::{Explain as _, UsageError};
+use crate::command::value::{Invalid, value, word};
+use crate::exit::Explain as _;
 use crate::http::Clients;
 use crate::nix::tool::Nix;
 use crate::progress::Sink;
@@ -21,52 +21,40 @@ use crate::runner::env::Env;
 /// How long a store is looked at before the job begins.
 pub const PING_LIMIT: Duration = Duration::from_secs(10);
 
-/// The inputs that say by whose hand paths are published, and to which other kind of store.
-#[derive(Args, Clone, Debug, Default)]
+/// The inputs that choose the client that publishes, or another kind of store.
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Destination")]
 pub struct DestinationInputs {
     /// Another kind of store instead of an Attic cache, such as `s3://bucket?region=eu-west-1`,
     /// `file:///var/cache/nix`, `ssh-ng://host` or `https://cache.example.org/nix`: read as a
-    /// substituter, written to by `nix copy` (default: none). Credentials come from the environment.
-    #[arg(
-        long,
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub cache: Text,
+    /// substituter, written to by `nix copy`. Credentials come from the environment (default: none).
+    #[arg(long, value_name = "URL", value_parser = value(store_url))]
+    cache: Option<StoreUrl>,
 
-    /// Who talks to the Attic server: `built-in`, `attic-client` (Attic's own client, never
-    /// compiled), or `auto`, the default: built-in, and Attic's own where the server does not know
-    /// the protocol.
-    #[arg(
-        long,
-        value_name = "WHO",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub publisher: Text,
+    /// Who sends paths to the Attic server.
+    #[arg(long, value_name = "WHO", value_parser = word::<Hand>(), default_value = "auto")]
+    publisher: Hand,
 
-    /// Where Attic's own client is substituted from, such as `github:NixOS/nixpkgs/nixos-24.11#attic-client`,
-    /// the default.
+    /// Where Attic's own client is substituted from: a flake reference with an attribute, such as
+    /// `nixpkgs#attic-client`.
     #[arg(
         long,
         value_name = "FLAKEREF",
-        default_value = "",
-        hide_default_value = true
+        value_parser = value(attic_client),
+        default_value = stock::REFERENCE
     )]
-    pub attic_client: Text,
+    attic_client: String,
 }
 
 /// The input `publisher`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Hand {
-    /// Ours, unless the server does not understand it.
+    /// The built-in client, and Attic's own where the server does not know the protocol.
     #[default]
     Auto,
-    /// Ours.
+    /// The built-in client.
     BuiltIn,
-    /// Attic's own.
+    /// Attic's own client, from `PATH` or substituted, never compiled.
     AtticClient,
 }
 
@@ -84,41 +72,36 @@ pub struct Way {
 }
 
 impl DestinationInputs {
-    /// Checks them.
-    ///
-    /// # Errors
-    /// For the first that is wrong.
-    pub fn read(&self) -> Result<Way, UsageError> {
-        let store = self
-            .cache
-            .get()
-            .map(str::parse::<StoreUrl>)
-            .transpose()
-            .map_err(|error| {
-                UsageError::new("cache", format!("names no store: {error}"))
-                    .with_hint(error.hint().unwrap_or_default())
-            })?;
-        let words = [
-            ("auto", Hand::Auto),
-            ("built-in", Hand::BuiltIn),
-            ("attic-client", Hand::AtticClient),
-        ];
-        let reference = self.attic_client.get().unwrap_or(stock::REFERENCE);
-        if reference.starts_with('-') || reference.contains(char::is_whitespace) {
-            return Err(
-                UsageError::new("attic-client", "is no flake reference").with_hint(format!(
-                    "Give one with its attribute, such as `{}`.",
-                    stock::REFERENCE
-                )),
-            );
-        }
-        Ok(Way {
-            store,
-            hand: choice("publisher", &self.publisher, &words)?.unwrap_or_default(),
-            reference: reference.to_owned(),
+    /// What the inputs amount to in the current folder.
+    pub fn way(&self) -> Way {
+        Way {
+            store: self.cache.clone(),
+            hand: self.publisher,
+            reference: self.attic_client.clone(),
             folder: ".".into(),
-        })
+        }
     }
+}
+
+/// What is malformed may hold a password, and is not quoted.
+fn store_url(text: &str) -> Result<StoreUrl, Invalid> {
+    text.parse().map_err(|error: StoreUrlError| {
+        let invalid = Invalid::new(match error {
+            StoreUrlError::Malformed(_) => "names no store: it is not the URL of one".to_owned(),
+            _ => format!("names no store: {error}"),
+        });
+        invalid.with_hint(error.hint().unwrap_or_default())
+    })
+}
+
+fn attic_client(text: &str) -> Result<String, Invalid> {
+    if text.starts_with('-') || text.contains(char::is_whitespace) {
+        return Err(Invalid::new("is no flake reference").with_hint(format!(
+            "Give one with its attribute, such as `{}`.",
+            stock::REFERENCE
+        )));
+    }
+    Ok(text.to_owned())
 }
 
 /// What it takes to open a destination.
@@ -226,32 +209,33 @@ impl Opening<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::tests::read;
 
-    fn read(cache: &str, publisher: &str, client: &str) -> Result<Way, String> {
-        let text = |text: &str| text.parse::<Text>().expect("infallible");
-        let inputs = DestinationInputs {
-            cache: text(cache),
-            publisher: text(publisher),
-            attic_client: text(client),
-        };
-        inputs.read().map_err(|error| error.to_string())
+    fn way(cache: &str, publisher: &str, client: &str) -> Result<Way, String> {
+        let inputs = [
+            ("cache", cache),
+            ("publisher", publisher),
+            ("attic-client", client),
+        ];
+        let inputs = read::<DestinationInputs>(&inputs).map_err(|error| error.to_string())?;
+        Ok(inputs.way())
     }
 
     #[test]
     fn what_is_not_given_is_the_built_in_client_if_the_server_knows_it() {
-        let way = Way {
+        let default = Way {
             store: None,
             hand: Hand::Auto,
             reference: stock::REFERENCE.to_owned(),
             folder: ".".into(),
         };
-        assert_eq!(read("", "", ""), Ok(way));
+        assert_eq!(way("", "", ""), Ok(default));
         assert_eq!(
-            read("", "Attic-Client", "path:/x#attic").map(|way| way.hand),
+            way("", "Attic-Client", "path:/x#attic").map(|way| way.hand),
             Ok(Hand::AtticClient)
         );
         assert_eq!(
-            read("s3://b", "", "").map(|way| way.store.map(|url| url.to_string())),
+            way("s3://b", "", "").map(|way| way.store.map(|url| url.to_string())),
             Ok(Some("s3://b".into()))
         );
     }
@@ -299,7 +283,7 @@ mod tests {
             ("", "", "a b"),
         ] {
             assert!(
-                read(cache, publisher, client).is_err(),
+                way(cache, publisher, client).is_err(),
                 "{cache} {publisher} {client}"
             );
         }

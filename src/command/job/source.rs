@@ -1,10 +1,10 @@
 //! Which cache a job uses: input, then hint, then on a laptop a cache of its own.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::cache::copy::StoreUrl;
 use crate::cache::endpoint::Endpoint;
-use crate::command::inputs::{NamedCache, Text};
+use crate::command::inputs::NamedCache;
 use crate::nix::cache_name::CacheName;
 use crate::runner::context::in_ci;
 use crate::runner::env::Env;
@@ -31,13 +31,13 @@ pub enum Source {
 
 impl Source {
     /// Finds it: an input goes before the embedded cache, that before a hint, and a laptop has one anyway.
-    pub fn find(named: &NamedCache, embedded: &Text, env: &Env) -> Self {
+    pub fn find(named: &NamedCache, embedded: Option<&Path>, env: &Env) -> Self {
         let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
         let embed = |folder: PathBuf| Self::Embedded {
             folder,
             cache: named.name.clone(),
         };
-        match (&named.given, embedded.get(), &named.hinted) {
+        match (&named.given, embedded, &named.hinted) {
             _ if !named.enabled => Self::Off,
             (Some(url), ..) => server(url),
             (None, Some(folder), _) => embed(folder.into()),
@@ -71,20 +71,14 @@ fn laptop_folder(env: &Env) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::tests::read;
     use crate::command::inputs::CacheInputs;
 
     fn find(input: &str, embedded: &str, env: &[(&str, &str)]) -> Source {
-        let text = |text: &str| text.parse::<Text>().expect("infallible");
         let env = Env::from_pairs(env.iter().copied());
-        let inputs = CacheInputs {
-            attic_server: text(input),
-            ..CacheInputs::default()
-        };
-        Source::find(
-            &inputs.named(&env).expect("well-formed"),
-            &text(embedded),
-            &env,
-        )
+        let inputs: CacheInputs = read(&[("attic-server", input)]).expect("well-formed");
+        let embedded = (!embedded.is_empty()).then_some(Path::new(embedded));
+        Source::find(&inputs.resolve(&env), embedded, &env)
     }
 
     #[test]

@@ -1,9 +1,10 @@
-//! What `flywheel publish` says: while it works, and at its end as text or as JSON.
+//! What `flywheel publish` prints: notes while it works, and at its end a report as text or as JSON.
 
 use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::command::inputs::Format;
 use crate::progress::{Progress, Sink};
 use crate::report::publication::{Key, Missed, Publication};
 use crate::runner::workflow::{Level, Workflow, data};
@@ -11,19 +12,6 @@ use crate::text;
 
 /// So many paths are named in text; JSON has them all.
 const NAMED: usize = 20;
-
-/// How the end is told.
-#[derive(Clone, Copy, Default)]
-pub(super) enum Format {
-    #[default]
-    Text,
-    Json,
-}
-
-impl Format {
-    pub(super) const WORDS: [(&'static str, Self); 2] =
-        [("text", Self::Text), ("json", Self::Json)];
-}
 
 /// Notes are log lines, what is degraded is a warning.
 pub(super) fn sink(workflow: &Workflow) -> Sink {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use url::Url;
 
 use super::board::Weights;
@@ -12,20 +12,23 @@ use crate::cache::endpoint::Endpoint;
 use crate::command::Failure;
 use crate::command::cache_contract::unknown_class;
 use crate::command::contract::ContractInput;
-use crate::command::inputs::{CacheInputs, Text, choice, number, push_cache};
+use crate::command::inputs::{
+    BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, RequestInputs,
+};
 use crate::command::job::private_base;
+use crate::command::value::{Invalid, number, path, text, value, word};
 use crate::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
 use crate::exit::UsageError;
 use crate::nix::key::PublicKey;
 use crate::nix::store_path::StorePath;
 use crate::runner::env::Env;
 use crate::text::one_line;
-use crate::trust::{Request, TrustedRefs};
+use crate::trust::Request;
 
 /// The class that a deployment waits for.
 const DEFAULT_CLASS: &str = "nix-builder";
 /// A builder that needs longer is broken.
-const TIMEOUT: u64 = 120;
+const TIMEOUT: &str = "120";
 /// A closure that is built needs about as much.
 const MIN_FREE: &str = "1GiB";
 
@@ -33,7 +36,8 @@ const MIN_FREE: &str = "1GiB";
 ///
 /// Looks at the host (disk, inodes, temporary space, memory, clock, hints), and by class at Nix (toolchain,
 /// store, trust, sandbox, evaluation, a build that no cache can have), at tools, at a container endpoint or at
-/// a kernel compiler; then at the cache, layer by layer, and at the Bazel cache. Each check has a limit of its
+/// a kernel compiler; then at the cache, layer by layer, and at the Bazel cache. With `--push-cache`,
+/// and if the trust gate allows it, a path is written to the cache and read back. Each check has a limit of its
 /// own, and all together `--timeout`. Ends with 0 if every required check holds, 1 if one does not, 64 for
 /// wrong input.
 ///
@@ -45,202 +49,98 @@ const MIN_FREE: &str = "1GiB";
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub struct Inputs {
-    /// The class of this builder in the contract, such as `general`, `container` or `kernel`
-    /// (default: `nix-builder`).
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    class: Text,
+    #[command(flatten)]
+    class: ClassInput,
 
     /// The label of this builder's lane, such as `nix-builder-heavy`; its memory counts (default: the
     /// first lane of the class).
-    #[arg(
-        long,
-        value_name = "LABEL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    lane: Text,
+    #[arg(long, value_name = "LABEL", value_parser = text())]
+    lane: Option<String>,
 
     #[command(flatten)]
     contract: ContractInput,
 
-    /// The flake to evaluate, such as `.` or `path:./ci` (default: `.`, if it has a `flake.nix`).
-    #[arg(
-        long,
-        value_name = "FLAKE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    flake: Text,
+    #[command(flatten)]
+    flake: FlakeInput,
 
     /// A package to build besides the canary's own, such as `.#default` (default: none).
-    #[arg(
-        long,
-        value_name = "INSTALLABLE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    package: Text,
+    #[arg(long, value_name = "INSTALLABLE", value_parser = text())]
+    package: Option<String>,
 
     /// Layers that must hold, too, separated by white space or commas, such as `cache bazel-cache`; a
     /// family stands for its layers (default: those of the host, of the tools and of Nix).
-    #[arg(
-        long,
-        value_name = "LAYERS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    required: Text,
+    #[arg(long, value_name = "LAYERS", value_parser = value(layers))]
+    required: Option<Layers>,
 
     /// Layers that need not hold, such as `user-trust` (default: those of the caches).
-    #[arg(
-        long,
-        value_name = "LAYERS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    advisory: Text,
+    #[arg(long, value_name = "LAYERS", value_parser = value(layers))]
+    advisory: Option<Layers>,
 
-    /// How long all checks may take together, in seconds, such as `60` (default: `120`).
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    timeout: Text,
+    /// How long all checks may take together, in seconds, such as `60`.
+    #[arg(long, value_name = "SECONDS", value_parser = number(1..=3600_u64), default_value = TIMEOUT)]
+    timeout: u64,
 
-    /// Room that must be free where a job writes, such as `20GiB` (default: `1GiB`).
-    #[arg(
-        long,
-        value_name = "SIZE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    min_free: Text,
+    /// Room that must be free where a job writes, such as `20GiB`.
+    #[arg(long, value_name = "SIZE", value_parser = value(size), default_value = MIN_FREE)]
+    min_free: u64,
 
     /// When the runner began to start, in seconds since 1970, such as `1760000000`; the cold start counts
     /// from there (default: the start of the canary).
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    started_at: Text,
+    #[arg(long, value_name = "SECONDS", value_parser = number(0..=u64::MAX))]
+    started_at: Option<u64>,
 
     /// The kernel to build modules for, such as `6.12.0-1-amd64` (default: the running one).
-    #[arg(
-        long,
-        value_name = "RELEASE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    kernel_release: Text,
+    #[arg(long, value_name = "RELEASE", value_parser = text())]
+    kernel_release: Option<String>,
 
     #[command(flatten)]
     cache: CacheInputs,
 
     /// A store path that the cache should have, such as `/nix/store/…-hello-2.12`: it is read whole, and its
     /// signature checked (default: the first path of this store that the cache turns out to have).
-    #[arg(
-        long,
-        value_name = "PATH",
-        default_value = "",
-        hide_default_value = true
-    )]
-    cache_path: Text,
+    #[arg(long, value_name = "PATH", value_parser = value(store_path))]
+    cache_path: Option<StorePath>,
 
-    /// The Bazel remote cache, such as `grpcs://bazel-cache.example.org:9092` (default: the hint
-    /// `BAZEL_REMOTE_CACHE`).
-    #[arg(
-        long,
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    bazel_remote_cache: Text,
+    #[command(flatten)]
+    bazel: BazelCacheInput,
 
-    /// Whether to write to the cache and read back, `true`, `auto` or `false` (the default); the trust gate
-    /// decides.
-    #[arg(
-        long,
-        value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
-    )]
-    push_cache: Text,
+    #[command(flatten)]
+    request: RequestInputs,
 
-    /// Refs that may write besides the default branch, such as `refs/tags/v*` (the default).
-    #[arg(
-        long,
-        value_name = "REFS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    trusted_refs: Text,
-
-    /// Asks for writing by hand, as in `flywheel validate-builders --publish`; outside of CI nothing else
-    /// does. The default is not to ask.
-    #[arg(long)]
-    publish: bool,
-
-    /// How to report on stdout: `text`, the default, or `json`.
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     /// A file for the report as JSON, such as `canary.json` (default: none).
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    report_file: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    report_file: Option<PathBuf>,
 
     /// A file for the metrics in Prometheus's text format, such as `flywheel.prom` (default: none).
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    metrics_file: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    metrics_file: Option<PathBuf>,
 
     /// A Pushgateway to send the metrics to, such as `http://pushgateway.example.org:9091/` (default: none).
-    #[arg(
-        long,
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pushgateway: Text,
+    #[arg(long, value_name = "URL", value_parser = value(gateway))]
+    pushgateway: Option<Url>,
 
-    /// Whether to leave a Check Run "Builder health: CLASS" on the commit: `true`, `false`, or `auto`, the
-    /// default: if `GITHUB_TOKEN` is there.
-    #[arg(
-        long,
-        value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
-    )]
-    check_run: Text,
+    /// Whether to leave a Check Run "Builder health: CLASS" on the commit.
+    #[arg(long, value_name = "WHEN", value_parser = word::<CheckRun>(), default_value = "auto")]
+    check_run: CheckRun,
 }
 
-/// Whether to leave a Check Run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// For clap a `Vec` would be an input that may be given several times.
+type Layers = Vec<String>;
+
+/// The input `check-run`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum CheckRun {
+    /// Always.
+    #[value(name = "true")]
     Always,
+    /// If `GITHUB_TOKEN` is in the step's environment.
+    #[value(name = "auto")]
     IfToken,
+    /// Never.
+    #[value(name = "false")]
     Never,
 }
 
@@ -280,20 +180,14 @@ impl Plan {
     /// For the first input that is wrong; nothing has been looked at then.
     pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, Failure> {
         let contract = inputs.contract.read()?;
-        let name = inputs.class.get().unwrap_or(DEFAULT_CLASS);
+        let name = inputs.class.class.as_deref().unwrap_or(DEFAULT_CLASS);
         let class = contract
             .class(name)
             .ok_or_else(|| unknown_class(name, &contract))?;
         let lane = lane(inputs, &contract, name, class)?;
-        let text = |input: &Text| input.get().map(str::to_owned);
         // A malformed hint is the business of the check `hints`, and names no cache.
-        let named = inputs.cache.named(env)?;
+        let named = inputs.cache.resolve(env);
         let server = named.given.or(named.hinted).filter(|_| named.enabled);
-        let when = [
-            ("true", CheckRun::Always),
-            ("auto", CheckRun::IfToken),
-            ("false", CheckRun::Never),
-        ];
         Ok(Self {
             class: name.to_owned(),
             lane: lane.map(|lane| lane.label.clone()),
@@ -305,35 +199,28 @@ impl Plan {
                 .collect(),
             nix: class.tools.get("nix").cloned(),
             shared_cache: contract.shared_cache.clone(),
-            flake: text(&inputs.flake)
+            flake: (inputs.flake.flake.clone())
                 .or_else(|| Path::new("flake.nix").is_file().then(|| ".".to_owned())),
-            package: text(&inputs.package),
+            package: inputs.package.clone(),
             weights: Weights {
-                required: layers("required", &inputs.required)?,
-                advisory: layers("advisory", &inputs.advisory)?,
+                required: inputs.required.clone().unwrap_or_default(),
+                advisory: inputs.advisory.clone().unwrap_or_default(),
             },
-            timeout: Duration::from_secs(
-                number("timeout", &inputs.timeout, 1..=3600)?.unwrap_or(TIMEOUT),
-            ),
-            min_free: size(&inputs.min_free)?,
-            head_start: head_start(number("started-at", &inputs.started_at, 0..=u64::MAX)?),
-            kernel_release: text(&inputs.kernel_release),
+            timeout: Duration::from_secs(inputs.timeout),
+            min_free: inputs.min_free,
+            head_start: head_start(inputs.started_at),
+            kernel_release: inputs.kernel_release.clone(),
             temporary: private_base(env),
             cache: server.map(|server| Endpoint::new(server, named.name)),
             public_key: named.key,
-            cache_path: store_path(&inputs.cache_path)?,
-            bazel_cache: text(&inputs.bazel_remote_cache),
-            request: Request {
-                push_cache: push_cache(&inputs.push_cache)?,
-                by_hand: inputs.publish,
-                trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
-            },
-            as_json: choice("format", &inputs.format, &[("text", false), ("json", true)])?
-                .unwrap_or_default(),
-            report_file: text(&inputs.report_file).map(PathBuf::from),
-            metrics_file: text(&inputs.metrics_file).map(PathBuf::from),
-            pushgateway: inputs.pushgateway.get().map(gateway).transpose()?,
-            check_run: choice("check-run", &inputs.check_run, &when)?.unwrap_or(CheckRun::IfToken),
+            cache_path: inputs.cache_path.clone(),
+            bazel_cache: inputs.bazel.bazel_remote_cache.clone(),
+            request: inputs.request.request(),
+            as_json: inputs.format.format == Format::Json,
+            report_file: inputs.report_file.clone(),
+            metrics_file: inputs.metrics_file.clone(),
+            pushgateway: inputs.pushgateway.clone(),
+            check_run: inputs.check_run,
         })
     }
 }
@@ -344,7 +231,7 @@ fn lane<'a>(
     name: &str,
     class: &'a Class,
 ) -> Result<Option<&'a Lane>, UsageError> {
-    let Some(label) = inputs.lane.get() else {
+    let Some(label) = &inputs.lane else {
         return Ok(class.lanes().first());
     };
     match contract.lane(label) {
@@ -366,9 +253,9 @@ fn lane<'a>(
     }
 }
 
-fn layers(name: &str, input: &Text) -> Result<Vec<String>, UsageError> {
-    Weights::words(input.get()).map_err(|(word, meant)| {
-        let error = UsageError::new(name, format!("names `{word}`, which is no layer"));
+fn layers(text: &str) -> Result<Layers, Invalid> {
+    Weights::words(Some(text)).map_err(|(word, meant)| {
+        let error = Invalid::new(format!("names `{word}`, which is no layer"));
         match meant {
             Some(meant) => error.with_hint(format!("Did you mean `{meant}`?")),
             None => error.with_hint(format!(
@@ -379,11 +266,10 @@ fn layers(name: &str, input: &Text) -> Result<Vec<String>, UsageError> {
     })
 }
 
-fn size(input: &Text) -> Result<u64, UsageError> {
-    let text = input.get().unwrap_or(MIN_FREE);
+fn size(text: &str) -> Result<u64, Invalid> {
     Size::parse(text)
         .map(Size::bytes)
-        .map_err(|problem| UsageError::new("min-free", format!("is wrong: {problem}")))
+        .map_err(|problem| Invalid::new(format!("is wrong: {problem}")))
 }
 
 /// How long ago the runner began to start; a time to come is none.
@@ -394,20 +280,14 @@ fn head_start(started_at: Option<u64>) -> Duration {
         .unwrap_or_default()
 }
 
-fn store_path(input: &Text) -> Result<Option<StorePath>, UsageError> {
-    let parsed = input.get().map(|text| {
-        text.parse().map_err(|_| {
-            UsageError::new(
-                "cache-path",
-                format!("is no store path: `{}`", one_line(text, 200)),
-            )
+fn store_path(text: &str) -> Result<StorePath, Invalid> {
+    text.parse().map_err(|_| {
+        Invalid::new(format!("is no store path: `{}`", one_line(text, 200)))
             .with_hint("Give it whole, such as `/nix/store/…-hello-2.12`.")
-        })
-    });
-    parsed.transpose()
+    })
 }
 
-fn gateway(text: &str) -> Result<Url, UsageError> {
+fn gateway(text: &str) -> Result<Url, Invalid> {
     let mut url = Url::parse(text)
         .ok()
         .filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some());
@@ -416,5 +296,5 @@ fn gateway(text: &str) -> Result<Url, UsageError> {
         url.set_fragment(None);
     }
     // A password in it is allowed, so it is not shown.
-    url.ok_or_else(|| UsageError::new("pushgateway", "must be an http or https URL"))
+    url.ok_or_else(|| Invalid::new("must be an http or https URL"))
 }

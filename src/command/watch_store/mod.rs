@@ -11,7 +11,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use thiserror::Error;
 use tokio::io::BufReader;
 use tokio::net::UnixStream;
@@ -21,10 +21,11 @@ use self::keeper::{Board, Keeper, nix_folder, variables};
 use self::place::{Place, mark};
 use self::talk::{Ask, Begun, Finished, Hello, Status, hear, say};
 use crate::command::Failure;
-use crate::command::inputs::{Text, choice};
+use crate::command::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
 use crate::command::job::inputs::{JobInputs, Plan};
 use crate::command::job::{self, Prepared, Secrets, Told, Work};
 use crate::command::setup::quoted;
+use crate::command::value::word;
 use crate::exit::{Exit, Explain, UsageError};
 use crate::host::private::PrivateFolder;
 use crate::process::detached;
@@ -41,17 +42,17 @@ use crate::text;
 const START_LIMIT: Duration = Duration::from_secs(630);
 /// After the time to drain, the background process ends within this.
 const END_LIMIT: Duration = Duration::from_secs(30);
-/// How often a step that waits for the end says how far it is.
+/// How often a step that waits for the end prints how far it is.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 /// A background process answers at once, or is dead.
 const STATUS_LIMIT: Duration = Duration::from_secs(5);
 /// Tokens go to the child by a pipe, and stand in no environment of a process that outlives the step.
 const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN"];
 
-/// Publishes every store path of a job as it becomes valid, over many steps.
+/// Publish every store path of a job as it becomes valid, over many steps.
 ///
 /// `start` returns at once and leaves a process behind; the settings for the later steps travel
-/// through `GITHUB_ENV` and hold no token. `status` says what it is doing. `finish`, in a last step
+/// through `GITHUB_ENV` and hold no token. `status` prints what it is doing. `finish`, in a last step
 /// with `if: always()`, drains, verifies and reports. `run` does it all in the foreground until it
 /// is interrupted. Without `finish` the runner kills the process at the job's end; what was left
 /// stands in the journal, and the next job on the disk takes it up.
@@ -60,27 +61,21 @@ const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN
     after_help = "Example:\n  flywheel watch-store start --push-cache auto\n  flywheel watch-store finish"
 )]
 pub struct Inputs {
-    /// What to do: `start`, `status`, `finish` or `run`.
-    #[arg(value_name = "WORD", default_value = "", hide_default_value = true)]
-    word: Text,
+    /// What to do; either this or `--mode`.
+    #[arg(value_name = "TASK", value_parser = word::<Task>())]
+    task: Option<Task>,
 
-    /// The same word for the action, such as `finish` (default: none, so that one of both is needed).
+    /// What to do; required, unless a command line has it as an argument.
     #[arg(
         long,
-        value_name = "WORD",
-        default_value = "",
-        hide_default_value = true
+        value_name = "TASK",
+        value_parser = word::<Task>(),
+        group = REQUIRED_IN_ACTION
     )]
-    mode: Text,
+    mode: Option<Task>,
 
-    /// How `status` says it: `text`, the default, or `json` on stdout.
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     /// The child that `start` leaves behind.
     #[arg(long, hide = true)]
@@ -91,15 +86,19 @@ pub struct Inputs {
 }
 
 /// What to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Word {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Task {
+    /// Leave a process behind that watches the store and publishes.
     Start,
+    /// Print what that process is doing.
     Status,
+    /// Drain, verify, report, and end that process.
     Finish,
+    /// All of it in the foreground, until it is interrupted.
     Run,
 }
 
-/// Why a word could not be obeyed.
+/// Why a task could not be done.
 #[derive(Debug, Error)]
 pub enum Error {
     /// There is one already.
@@ -152,38 +151,18 @@ impl Explain for Error {
 /// # Errors
 /// For wrong input, before anything is touched; when there is no Nix to be had.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let word = word(&inputs)?;
-    let as_json =
-        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
-    let plan = Plan::read(&inputs.job, env)?;
-    match word {
-        Word::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
-        Word::Start => Box::pin(start(&plan, env)).await,
-        Word::Status => status(env, as_json).await,
-        Word::Finish => {
-            let given = inputs.job.drain_timeout.get().map(|_| plan.drain_timeout);
-            Box::pin(finish(&plan, given, env)).await
-        }
-        Word::Run => Box::pin(in_foreground(&plan, env)).await,
-    }
-}
-
-fn word(inputs: &Inputs) -> Result<Word, UsageError> {
-    let words = [
-        ("start", Word::Start),
-        ("status", Word::Status),
-        ("finish", Word::Finish),
-        ("run", Word::Run),
-    ];
-    let named = choice("WORD", &inputs.word, &words)?;
-    let word = named.map_or_else(
-        || choice("mode", &inputs.mode, &words),
-        |word| Ok(Some(word)),
-    )?;
-    word.ok_or_else(|| {
+    let task = inputs.task.or(inputs.mode).ok_or_else(|| {
         UsageError::new("mode", "is not given")
-            .with_hint("Say `start`, `status`, `finish` or `run`.")
-    })
+            .with_hint("Give `start`, `status`, `finish` or `run`.")
+    })?;
+    let plan = Plan::read(&inputs.job, env)?;
+    match task {
+        Task::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
+        Task::Start => Box::pin(start(&plan, env)).await,
+        Task::Status => status(env, inputs.format.format).await,
+        Task::Finish => Box::pin(finish(&plan, inputs.job.drain.drain_timeout, env)).await,
+        Task::Run => Box::pin(in_foreground(&plan, env)).await,
+    }
 }
 
 /// Leaves the background process behind, once it is ready.
@@ -221,7 +200,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         let begun = tokio::select! {
             biased;
             _ = signals.next() => {
-                // It has a session of its own, so it is told by itself.
+                // It has a session of its own, so the signal did not reach it.
                 let _ = child.start_kill();
                 return Ok(Exit::Command(130));
             }
@@ -304,7 +283,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         attic: secret(&hello.attic),
         github: secret(&hello.github),
     };
-    // On a laptop and in a job alike the log is plain text.
+    // The output is a log file, where workflow commands would be noise.
     let workflow = Workflow::new(false);
     let screen = Screen::new(&workflow);
     let begun = Sink::new(|event| match event {
@@ -465,7 +444,7 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
         drain_timeout: drain_timeout.map(|time| time.as_secs()),
         require_publish: plan.require_publish,
     };
-    // It is removed with the watch.
+    // The log is removed with the watch, so it is opened before.
     let log = File::open(place.log());
     say(&mut stream, &ask).await.map_err(|_| Error::Silent)?;
     let finished = wait(&mut stream, &place, &workflow).await?;
@@ -487,7 +466,7 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
     Ok(Exit::Command(finished.told.exit_code))
 }
 
-/// Waits for the end, says now and then how far it is, and hands a request to stop on. The time is
+/// Waits for the end, prints now and then how far it is, and hands a request to stop on. The time is
 /// bounded by the background process; should it hang, the runner's own limit holds.
 async fn wait(
     stream: &mut BufReader<UnixStream>,
@@ -521,7 +500,7 @@ async fn wait(
     }
 }
 
-/// The background process's own words, each on a line that can be no workflow command.
+/// The log of the background process; its lines are prefixed, so that none is a workflow command.
 fn tell_log(workflow: &Workflow, log: &str) {
     if !log.trim().is_empty() {
         workflow.group("flywheel: what the watch said");
@@ -539,7 +518,7 @@ async fn ask_status(place: &Place) -> Option<Status> {
 }
 
 /// Says what the background process is doing.
-async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
+async fn status(env: &Env, format: Format) -> Result<Exit, Failure> {
     let place = Place::of(env)?;
     let status = ask_status(&place).await;
     if status.is_none() {
@@ -549,7 +528,7 @@ async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
         state: "none".into(),
         ..Status::default()
     });
-    if as_json {
+    if format == Format::Json {
         data(&serde_json::to_string_pretty(&status).expect("texts and numbers are always JSON"));
         return Ok(Exit::Ok);
     }

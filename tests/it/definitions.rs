@@ -1,0 +1,238 @@
+//! What the command line defines, as plain data: `docs/reference.md` and the files of the actions follow
+//! from it.
+
+use std::collections::BTreeMap;
+
+use clap::{Arg, ArgAction, Command};
+use flywheel::command::inputs::{BY_HAND, REQUIRED_IN_ACTION};
+
+use crate::house::hold;
+use crate::house::source::{Source, files};
+
+/// A verb, or a verb of a verb.
+#[derive(Clone, Debug)]
+pub struct Verb {
+    /// Such as `cache serve`.
+    pub name: String,
+    pub about: String,
+    pub inputs: Vec<Input>,
+}
+
+/// A flag, or an argument without one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// Without the dashes; of an argument what stands for it.
+    pub name: String,
+    pub is_flag: bool,
+    pub value_name: Option<String>,
+    pub variable: Option<String>,
+    pub help: String,
+    pub default: Option<String>,
+    /// The words that are allowed, if there are only a few, each with its meaning.
+    pub words: Vec<(String, Option<String>)>,
+    pub is_required: bool,
+    /// Whether the action has no input for it.
+    pub is_by_hand: bool,
+    pub is_required_in_action: bool,
+    /// The names that it had before and that still work.
+    pub former_names: Vec<String>,
+    /// The type that its text is parsed to.
+    pub parsed_to: String,
+}
+
+/// Every verb that help shows.
+pub fn verbs() -> Vec<Verb> {
+    let mut verbs = Vec::new();
+    collect(&flywheel::cli::command(), "", &[], &mut verbs);
+    assert!(verbs.len() > 10, "{verbs:?}");
+    verbs
+}
+
+/// The verb of this name.
+pub fn verb(name: &str) -> Verb {
+    let mut verbs = verbs().into_iter();
+    verbs
+        .find(|verb| verb.name == name)
+        .unwrap_or_else(|| panic!("no verb `{name}`"))
+}
+
+fn collect(command: &Command, name: &str, global: &[Input], verbs: &mut Vec<Verb>) {
+    let own = command.get_arguments().filter(|arg| !arg.is_hide_set());
+    let own: Vec<(bool, Input)> = own
+        .map(|arg| (arg.is_global_set(), input(command, arg)))
+        .collect();
+    let global: Vec<Input> = own
+        .iter()
+        .filter(|(is_global, _)| *is_global)
+        .map(|(_, input)| input.clone())
+        .chain(global.iter().cloned())
+        .collect();
+    if !name.is_empty() {
+        let inherited = global
+            .iter()
+            .filter(|one| own.iter().all(|(_, own)| own.name != one.name));
+        let inputs = own.iter().map(|(_, input)| input).chain(inherited);
+        let about = command.get_long_about().or(command.get_about());
+        let examples = command.get_after_help().map(ToString::to_string);
+        verbs.push(Verb {
+            name: name.to_owned(),
+            about: [about.map(ToString::to_string), examples]
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
+                .join("\n\n"),
+            inputs: inputs.cloned().collect(),
+        });
+    }
+    for below in command.get_subcommands().filter(|one| !one.is_hide_set()) {
+        let name = format!("{name} {}", below.get_name());
+        collect(below, name.trim(), &global, verbs);
+    }
+}
+
+fn input(command: &Command, arg: &Arg) -> Input {
+    // clap fills such a group in when it builds the command.
+    let mut built = command.clone();
+    built.build();
+    let mut groups = built.get_groups();
+    let is_required_in_action = groups.any(|group| {
+        group.get_id() == REQUIRED_IN_ACTION && group.get_args().any(|id| id == arg.get_id())
+    });
+    let takes_values = arg.get_action().takes_values();
+    let value_name = arg
+        .get_value_names()
+        .and_then(|names| names.first())
+        .map(ToString::to_string);
+    let defaults = arg.get_default_values().iter();
+    let default = defaults
+        .map(|value| value.to_string_lossy().into_owned())
+        .next();
+    let words = arg.get_possible_values();
+    let help = arg.get_long_help().or(arg.get_help());
+    Input {
+        name: match arg.get_long() {
+            Some(long) => long.to_owned(),
+            None => value_name.clone().unwrap_or_default(),
+        },
+        is_flag: arg.get_long().is_some(),
+        value_name: value_name.filter(|_| takes_values),
+        variable: arg
+            .get_env()
+            .map(|name| name.to_string_lossy().into_owned()),
+        help: sentence(&help.map(ToString::to_string).unwrap_or_default()),
+        default: default.filter(|_| takes_values),
+        words: words
+            .iter()
+            .filter(|_| takes_values)
+            .map(|word| {
+                (
+                    word.get_name().to_owned(),
+                    word.get_help().map(ToString::to_string),
+                )
+            })
+            .collect(),
+        is_required: arg.is_required_set(),
+        is_by_hand: arg.get_help_heading() == Some(BY_HAND)
+            || matches!(arg.get_action(), ArgAction::SetTrue),
+        is_required_in_action,
+        former_names: arg
+            .get_aliases()
+            .unwrap_or_default()
+            .into_iter()
+            .map(str::to_owned)
+            .collect(),
+        parsed_to: format!("{:?}", arg.get_value_parser().type_id()),
+    }
+}
+
+/// clap takes the full stop of a doc comment's last sentence away.
+fn sentence(help: &str) -> String {
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    if help.ends_with(['.', '!', '?']) {
+        help
+    } else {
+        format!("{help}.")
+    }
+}
+
+#[test]
+fn a_variable_means_the_same_in_all_verbs() {
+    let complaints = conflicts(&verbs());
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+}
+
+fn conflicts(verbs: &[Verb]) -> Vec<String> {
+    let all: Vec<(&str, &Input)> = verbs
+        .iter()
+        .flat_map(|verb| verb.inputs.iter().map(|input| (verb.name.as_str(), input)))
+        .collect();
+    let mut complaints = Vec::new();
+    for (at, (verb, input)) in all.iter().enumerate() {
+        for (other_verb, other) in &all[..at] {
+            if input.variable.is_some() && input.variable == other.variable && input != other {
+                complaints.push(format!(
+                    "`{}` is declared twice: for `{other_verb}` and for `{verb}`",
+                    input.variable.as_deref().unwrap_or_default()
+                ));
+            }
+        }
+    }
+    complaints
+}
+
+#[test]
+fn a_second_meaning_of_a_variable_is_noticed() {
+    for another in [
+        |input: &mut Input| input.help.push_str(" Or so."),
+        |input: &mut Input| input.default = Some("main".to_owned()),
+        |input: &mut Input| input.parsed_to = "text".to_owned(),
+    ] {
+        let mut verbs = verbs();
+        let verb = verbs.iter_mut().find(|verb| verb.name == "publish");
+        let mut inputs = verb.unwrap().inputs.iter_mut();
+        another(inputs.find(|input| input.name == "attic-cache").unwrap());
+        assert_ne!(conflicts(&verbs), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn no_help_text_stands_twice() {
+    let rule = |files: &[Source]| {
+        let mut known: BTreeMap<String, &str> = BTreeMap::new();
+        let mut complaints = Vec::new();
+        for file in files {
+            for help in help_texts(&file.text) {
+                if let Some(other) = known.insert(help.clone(), &file.name) {
+                    complaints.push(format!(
+                        "{other} and {}: share the declaration, whose help is: {help}",
+                        file.name
+                    ));
+                }
+            }
+        }
+        complaints
+    };
+    let real = files("src/command", ".rs");
+    let texts: usize = real.iter().map(|file| help_texts(&file.text).len()).sum();
+    assert!(texts > 80, "{texts}");
+    let flag = "    /// The folder\n    /// to use.\n    #[arg(long)]\n    dir: PathBuf,\n";
+    let planted = Source::planted("src/command/x.rs", &flag.repeat(2));
+    hold(rule, real, &[planted]);
+}
+
+/// The doc comments of the flags and arguments that a file declares.
+fn help_texts(source: &str) -> Vec<String> {
+    let mut texts = Vec::new();
+    let mut lines: Vec<&str> = Vec::new();
+    for line in source.lines().map(str::trim) {
+        if let Some(line) = line.strip_prefix("///") {
+            lines.push(line.trim());
+        } else if line.starts_with("#[arg(") && !lines.is_empty() {
+            texts.push(lines.join(" "));
+            lines.clear();
+        } else if !line.starts_with("//") {
+            lines.clear();
+        }
+    }
+    texts
+}
