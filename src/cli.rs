@@ -115,7 +115,7 @@ fn matches(
     })
 }
 
-/// The same error in our words, if it is about a value. clap's own would quote the value, which may be a
+/// The error of an input, if a value is wrong. clap's own would quote the value, which may be a
 /// secret.
 fn refusal(error: clap::Error) -> Refusal {
     let invalid = error.source().and_then(|source| source.downcast_ref());
@@ -139,6 +139,7 @@ fn input_name(shown: &str) -> &str {
 #[cfg(test)]
 pub(crate) mod tests {
     use clap::Args;
+    use clap::builder::PossibleValue;
 
     use super::*;
 
@@ -167,6 +168,61 @@ pub(crate) mod tests {
     #[test]
     fn the_definitions_are_sound() {
         command().debug_assert();
+    }
+
+    /// Values of every kind that an input can have.
+    const SAMPLES: [&str; 13] = [
+        "1",
+        "true",
+        "x",
+        "127.0.0.1:1",
+        "https://host.example/",
+        "main:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
+        "/nix/store/fvchs9i3c9f4d6lcsm7q2ybxwpbnz4yc-hello",
+        "x86_64-linux",
+        "refs/heads/main",
+        "cache",
+        "secret = warn",
+        "1GiB",
+        "secret hello-* a reason",
+    ];
+
+    #[test]
+    fn each_value_arrives_as_the_type_of_its_field() {
+        // clap compares the types only when a value is taken out, and panics then.
+        let mut verbs = vec![(Vec::new(), command())];
+        while let Some((name, verb)) = verbs.pop() {
+            for below in verb.get_subcommands() {
+                verbs.push((
+                    [&name[..], &[below.get_name().to_owned()]].concat(),
+                    below.clone(),
+                ));
+            }
+            let flags = verb.get_arguments().filter(|flag| !flag.is_hide_set());
+            for flag in flags.filter(|flag| flag.get_action().takes_values()) {
+                let Some(long) = flag.get_long() else {
+                    continue;
+                };
+                let required = match name.first().map(String::as_str) {
+                    Some("publish" | "scan") => &["x"][..],
+                    Some("cache") if long != "dir" => &["--dir=x"],
+                    _ => &[],
+                };
+                let named = flag.get_possible_values();
+                let named = named.iter().map(PossibleValue::get_name);
+                let read = |value: &str| {
+                    let flag = format!("--{long}={value}");
+                    let arguments = name
+                        .iter()
+                        .map(String::as_str)
+                        .chain(required.iter().copied());
+                    let arguments = arguments.chain([flag.as_str()]).map(OsString::from);
+                    Cli::read(arguments.collect(), &Env::default()).is_ok()
+                };
+                let mut values = named.chain(SAMPLES);
+                assert!(values.any(read), "no sample is good for {name:?} --{long}");
+            }
+        }
     }
 
     #[test]

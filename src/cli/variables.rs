@@ -68,6 +68,7 @@ impl Blank {
                 kept.push(argument);
                 continue;
             };
+            // `--flake=.` and `--strict` are one argument each, `--flake .` is two.
             let is_one_argument = value.is_some() || known.is_require_equals_set();
             let value = if is_one_argument {
                 value

@@ -338,6 +338,7 @@ fn check_reach(address: SocketAddr, allow_remote: bool) -> Result<(), UsageError
 fn gc(inputs: &Gc) -> Result<Exit, Failure> {
     let limits = inputs.limits.with_grace(Duration::ZERO);
     let folder = &inputs.folder.dir;
+    // Collecting removes files, and the name may be a slip of the finger.
     if !folder.join("nars").is_dir() {
         let problem = format!("is no cache's folder: `{}`", folder.display());
         return Err(UsageError::new("dir", problem)
@@ -375,6 +376,7 @@ fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
+    // A process that waits for the file must not read half of it, so it is renamed into its place.
     let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
     temporary.write_all(text.as_bytes())?;
     temporary.persist(file)?;

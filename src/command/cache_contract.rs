@@ -42,10 +42,10 @@ const DEFAULT_CACHE: &str = "main";
 /// `shared-cache-backed`. Reads the runner's hints `BAZEL_REMOTE_CACHE`, `BAZEL_REMOTE_EXECUTOR`,
 /// `GF_BAZEL_SUBSTRATE_MODE`, `GF_FLYWHEEL_PROFILE_STATE`, `ATTIC_SERVER` and `ATTIC_CACHE`. Ends with 0 if the
 /// contract holds, 1 if it does not, 64 for wrong input.
-///
-/// Example: `flywheel cache-contract --strict --class nix-builder --bazelrc .bazelrc.ci`
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(
+    after_help = "Example:\n  flywheel cache-contract --strict --class nix-builder --bazelrc .bazelrc.ci"
+)]
 pub struct Inputs {
     /// Whether to fail closed: an unknown class, an empty cache endpoint or an endpoint that does not answer is
     /// then an error, too.
@@ -126,7 +126,7 @@ pub struct Inputs {
 }
 
 /// What one endpoint did.
-struct Asked {
+struct Probed {
     about: &'static str,
     shown: String,
     result: Result<Duration, String>,
@@ -141,13 +141,13 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let contract = inputs.contract.read()?;
     let given = given(&inputs, env, &contract)?;
     let request = inputs.request.request();
-    // The cache's own credential is Bazel's business.
+    // No token is needed here: Bazel itself has the credential of its cache.
     let upload = decide(&context::facts(env), &request, true).publishes();
     let timeout = Duration::from_secs(inputs.endpoint_timeout);
     let mut judgement = judge(&declared(&inputs, &contract), &given);
     let workflow = Workflow::new(env.in_github_actions());
-    let asked = ask(&judgement.endpoints, timeout, env, &workflow).await?;
-    for one in &asked {
+    let probed = probe_all(&judgement.endpoints, timeout, env, &workflow).await?;
+    for one in &probed {
         let problem = one
             .result
             .as_ref()
@@ -163,7 +163,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let report = Report {
         judgement,
         given,
-        asked,
+        probed,
         upload,
         written,
     };
@@ -172,7 +172,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     } else {
         report.text()
     });
-    report.tell(&workflow, env, as_json);
+    report.emit(&workflow, env, as_json);
     Ok(if report.judgement.holds() {
         Exit::Ok
     } else {
@@ -229,6 +229,7 @@ fn declared(inputs: &Inputs, contract: &Contract) -> SharedCache {
         &mut declared.allow_localhost,
         &mut declared.allow_separate_executor,
     );
+    // An input goes before `flywheel.yml`.
     *localhost = Some(inputs.allow_localhost.or(*localhost).unwrap_or_default());
     *separate = Some(
         inputs
@@ -239,35 +240,35 @@ fn declared(inputs: &Inputs, contract: &Contract) -> SharedCache {
     declared
 }
 
-async fn ask(
+async fn probe_all(
     endpoints: &[Endpoint],
     timeout: Duration,
     env: &Env,
     workflow: &Workflow,
-) -> Result<Vec<Asked>, Failure> {
+) -> Result<Vec<Probed>, Failure> {
     let roots = Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
     let (asker, plain) = (Asker::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));
-    let asked = endpoints.iter().map(|endpoint| async {
+    let probed = endpoints.iter().map(|endpoint| async {
         let begun = Instant::now();
         let result = match endpoint.about {
-            "attic" => ask_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
-            _ => ask_bazel(endpoint, timeout, &asker).await,
+            "attic" => probe_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
+            _ => probe_bazel(endpoint, timeout, &asker).await,
         };
         let result = result.map(|()| begun.elapsed());
-        Asked {
+        Probed {
             about: endpoint.about,
             shown: redact(endpoint.url.as_str()),
             result,
         }
     });
-    Ok(futures_util::future::join_all(asked).await)
+    Ok(futures_util::future::join_all(probed).await)
 }
 
-async fn ask_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Result<(), String> {
+async fn probe_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Result<(), String> {
     let can = asker
         .ask(&endpoint.url, timeout)
         .await
@@ -279,7 +280,7 @@ async fn ask_bazel(endpoint: &Endpoint, timeout: Duration, asker: &Asker) -> Res
     }
 }
 
-async fn ask_attic(
+async fn probe_attic(
     endpoint: &Endpoint,
     timeout: Duration,
     env: &Env,
@@ -328,7 +329,7 @@ fn write_bazelrc(
 struct Report {
     judgement: Judgement,
     given: Given,
-    asked: Vec<Asked>,
+    probed: Vec<Probed>,
     upload: bool,
     written: Option<PathBuf>,
 }
@@ -386,7 +387,7 @@ impl Report {
             return "none".to_owned();
         };
         match self
-            .asked
+            .probed
             .iter()
             .find(|one| one.about == about)
             .map(|one| &one.result)
@@ -417,7 +418,7 @@ impl Report {
 
     fn json(&self) -> String {
         let (declared, actual) = self.modes();
-        let endpoints = self.asked.iter().map(|one| {
+        let endpoints = self.probed.iter().map(|one| {
             let (seconds, problem) = match &one.result {
                 Ok(took) => (Some(took.as_secs_f64()), None),
                 Err(text) => (None, Some(text)),
@@ -443,7 +444,7 @@ impl Report {
     }
 
     /// Whoever reads JSON from stdout finds nothing else there.
-    fn tell(&self, workflow: &Workflow, env: &Env, as_json: bool) {
+    fn emit(&self, workflow: &Workflow, env: &Env, as_json: bool) {
         if !workflow.in_job() {
             return;
         }
@@ -467,6 +468,7 @@ impl Report {
             ("bazelrc", bazelrc),
         ];
         let sign = if self.judgement.holds() { "✅" } else { "❌" };
+        // A fence within the text would end the block.
         let summary = format!(
             "### {sign} {}\n\n```text\n{}\n```\n",
             self.closing(),

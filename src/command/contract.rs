@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand, ValueEnum};
 
 use crate::command::Failure;
-use crate::command::value::{one_of, path, word};
+use crate::command::value::{one_of, path, variant};
 use crate::contract::print::Section;
 use crate::contract::workflow::{Finding, Weight};
 use crate::contract::{Contract, FILE, print, read, workflow};
@@ -18,12 +18,10 @@ use crate::text::count;
 ///
 /// The contract names classes of builders, caches, what goes where, who may reach what, and what is published when.
 /// It is built in with neutral defaults; a `flywheel.yml` in the repository overrides it.
-///
-/// Examples:
-///   flywheel contract --section classes
-///   flywheel contract check flywheel.yml --workflows .github/workflows/*.yml
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel contract --section classes
+  flywheel contract check flywheel.yml --workflows .github/workflows/*.yml")]
 pub struct Inputs {
     #[command(subcommand)]
     task: Option<Task>,
@@ -34,7 +32,7 @@ pub struct Inputs {
         long,
         env = "FLYWHEEL_CONTRACT_FORMAT",
         value_name = "FORMAT",
-        value_parser = word::<Format>(),
+        value_parser = variant::<Format>(),
         default_value = "text",
         global = true
     )]

@@ -22,11 +22,11 @@ use crate::trust::{Decision, ToAttic, ToFlakeHub, decide};
 /// names, and whether `ATTIC_TOKEN` is there. Ends with 0 whatever the verdict. The JSON has the keys
 /// `verdict`, `publishes`, `reason` and `plan`.
 ///
-/// To try a recorded event on a laptop, give it by flags; each stands in for the job's own value:
-///
-///   flywheel explain --event-path push.json --event-name push --ref refs/heads/main --push-cache auto
+/// To try a recorded event on a laptop, give it by flags; each stands in for the job's own value.
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(
+    after_help = "Example:\n  flywheel explain --event-path push.json --event-name push --ref refs/heads/main"
+)]
 pub struct Inputs {
     #[command(flatten)]
     format: FormatInput,

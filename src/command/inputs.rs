@@ -6,7 +6,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use url::Url;
 
 use crate::command::units;
-use crate::command::value::{Invalid, boolean, name, one_of, text, value, word};
+use crate::command::value::{Invalid, boolean, name, one_of, text, value, variant};
 use crate::nix::cache_name::CacheName;
 use crate::nix::key::PublicKey;
 use crate::runner::env::Env;
@@ -31,7 +31,7 @@ pub struct FormatInput {
     #[arg(
         long,
         value_name = "FORMAT",
-        value_parser = word::<Format>(),
+        value_parser = variant::<Format>(),
         default_value = "text",
         help_heading = BY_HAND
     )]
@@ -191,10 +191,12 @@ impl CacheInputs {
         } = self.server.clone();
         NamedCache {
             enabled: self.attic_enabled,
+            // Both are kept: the embedded cache comes between an input and a hint.
             given: attic_server.map(|server| server.url),
             hinted: hints
                 .get("ATTIC_SERVER", http_address)
                 .map(|server| server.url),
+            // A hint that an input overrides is not read, so it is no bad hint either.
             name: attic_cache
                 .or_else(|| hints.get("ATTIC_CACHE", cache_name))
                 .unwrap_or_default(),
@@ -228,6 +230,7 @@ impl<'a> Hints<'a> {
             .get(name)
             .map(str::trim)
             .filter(|text| !text.is_empty())?;
+        // A job must not fail for what its runner's administrator mistyped.
         let bad = |problem: String| {
             self.bad.push(format!(
                 "the runner's hint `{name}` is not used: it {problem}"
@@ -263,7 +266,7 @@ pub struct TrustInputs {
     pub trusted_refs: TrustedRefs,
 }
 
-/// The words of the input `push-cache`.
+/// What the input `push-cache` can be.
 const PUSH_CACHE: [(&str, PushCache); 3] = [
     ("auto", PushCache::Auto),
     ("true", PushCache::Always),
@@ -281,7 +284,7 @@ impl TrustInputs {
     }
 }
 
-/// The same, and the way to ask without a workflow.
+/// The inputs of publication, with the way to ask for it outside of a workflow.
 #[derive(Args, Clone, Debug)]
 pub struct RequestInputs {
     #[command(flatten)]
@@ -303,7 +306,7 @@ impl RequestInputs {
     }
 }
 
-/// The same, and what a refusal or a loss does to the step.
+/// The inputs of publication, with what a refusal or a loss does to the step.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Publication")]
 pub struct GateInputs {
@@ -341,9 +344,11 @@ pub fn http_address(text: &str) -> Result<Address, String> {
 /// # Errors
 /// When it is not a whole URL of one of these schemes, or carries what every later step would see.
 pub fn address(text: &str, schemes: &[&str]) -> Result<Address, String> {
+    // Nothing expands a template on its way here, and a URL may hold one.
     if text.contains("${") {
         return Err("holds a literal `${…}`, which nothing expands".into());
     }
+    // `Url` drops line breaks silently, but the text itself is exported and printed.
     if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return Err("must not hold white space".into());
     }

@@ -95,8 +95,7 @@ pub enum Error {
         /// How, and what to do.
         text: String,
     },
-    /// The system lets us listen to no signals.
-    #[error("signals cannot be listened to")]
+    #[error("signals cannot be watched")]
     Signals(#[source] std::io::Error),
     /// A path is not valid in the store.
     #[error("`{0}` is not valid in the store")]
@@ -228,13 +227,14 @@ fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Resu
 
 /// The store, and the facts of everything that is to be published.
 async fn closure(env: &Env, sink: &Sink, wanted: &[StorePath]) -> Result<(Store, Found), Failure> {
+    // Where the store's database is readable, neither a daemon nor Nix itself is needed.
     if let Some(store) = bootstrap::at_hand(env).await
         && let Ok(found) = store.closure(wanted).await
         && unknown(&found, wanted).is_none()
     {
         return Ok((store, found));
     }
-    let (store, found) = closure_of_mended(env, sink, wanted).await?;
+    let (store, found) = closure_after_repair(env, sink, wanted).await?;
     match unknown(&found, wanted) {
         Some(path) => Err(Error::Invalid(path.clone()).into()),
         None => Ok((store, found)),
@@ -256,7 +256,7 @@ fn unknown<'a>(found: &Found, wanted: &'a [StorePath]) -> Option<&'a StorePath> 
 }
 
 /// The same where Nix has to be made ready first.
-async fn closure_of_mended(
+async fn closure_after_repair(
     env: &Env,
     sink: &Sink,
     wanted: &[StorePath],

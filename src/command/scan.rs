@@ -25,12 +25,10 @@ use crate::text::{bytes, count, duration};
 /// Look into store paths, or any files and folders, for what the publication policy would keep back.
 ///
 /// Looks for the values of this environment's secrets, for what has the shape of a secret, and for places of this
-/// machine, as `nix-job` does before it publishes (`docs/policy.md`). Says rule, file and offset, never the secret.
+/// machine, as `nix-job` does before it publishes (`docs/policy.md`). Prints rule, file and offset, never the secret.
 /// Looks into no compressed file. Ends with 1 if something would be kept back.
-///
-/// Example: `flywheel scan ./result /nix/store/…-hello-2.12`
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Example:\n  flywheel scan ./result /nix/store/…-hello-2.12")]
 pub struct Inputs {
     /// What to look into, such as `./result`; links are followed.
     #[arg(value_name = "PATH", required = true)]
@@ -121,7 +119,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
             json!({ "paths": total, "bytes": size, "findings": found })
         ));
     } else {
-        tell(&found, &workflow);
+        annotate(&found, &workflow);
         let (what, took) = (
             count(found.len() as u64, "finding"),
             duration(begun.elapsed()),
@@ -174,7 +172,7 @@ fn name(path: &Path) -> String {
     }
 }
 
-fn tell(found: &[Found], workflow: &Workflow) {
+fn annotate(found: &[Found], workflow: &Workflow) {
     for Found {
         path,
         finding,

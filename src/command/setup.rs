@@ -35,11 +35,11 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Nothing is published: `--push-cache` and `--trusted-refs` only decide the outputs `trust`,
 /// `publishes` and `reason`.
 ///
-/// Outside of a job it prints the exports for a shell:
-///
-///   eval "$(flywheel setup --attic-server https://attic.example.org/)"
+/// Outside of a job it prints the exports for a shell.
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(
+    after_help = "Example:\n  eval \"$(flywheel setup --attic-server https://attic.example.org/)\""
+)]
 pub struct Inputs {
     #[command(flatten)]
     server: ServerInputs,
@@ -121,6 +121,7 @@ struct Wanted {
 
 impl Wanted {
     fn read(inputs: &Inputs, env: &Env, workflow: &Workflow) -> Result<Self, UsageError> {
+        // Before the hints, so that an error comes before any warning.
         let bazel_cache = inputs
             .bazel
             .bazel_remote_cache

@@ -64,6 +64,7 @@ impl From<String> for Invalid {
 
 impl From<UsageError> for Invalid {
     fn from(error: UsageError) -> Self {
+        // A rule that knows its input's name has put it in; `cli` does it again, for all alike.
         Self {
             hint: error.hint(),
             problem: error.into_problem(),
@@ -105,7 +106,7 @@ where
     value(move |text| number_in(text, &range))
 }
 
-/// A number within a range, for a parser that knows other words besides.
+/// A number within a range, for a parser that takes other values besides.
 pub fn number_in<N>(text: &str, range: &RangeInclusive<N>) -> Result<N, Invalid>
 where
     N: FromStr + PartialOrd + Display,
@@ -126,45 +127,46 @@ pub fn boolean() -> OneOf<bool> {
     one_of(&[("true", true), ("false", false)])
 }
 
-/// A parser of the words of an enum.
-pub fn word<E: ValueEnum + Send + Sync + 'static>() -> OneOf<E> {
+/// A parser of the variants of an enum.
+pub fn variant<E: ValueEnum + Send + Sync + 'static>() -> OneOf<E> {
     let variants = E::value_variants().iter();
-    let words = variants.filter_map(|one| Some((one.to_possible_value()?, one.clone())));
-    OneOf(words.collect())
+    let values = variants.filter_map(|one| Some((one.to_possible_value()?, one.clone())));
+    OneOf(values.collect())
 }
 
-/// A parser of the words of a type that knows nothing of command lines.
-pub fn one_of<T: Clone>(words: &[(&'static str, T)]) -> OneOf<T> {
-    let words = words.iter();
+/// A parser of the values of a type that knows nothing of command lines, by their names.
+pub fn one_of<T: Clone>(values: &[(&'static str, T)]) -> OneOf<T> {
+    let values = values.iter();
     OneOf(
-        words
-            .map(|(word, value)| (PossibleValue::new(*word), value.clone()))
+        values
+            .map(|(name, value)| (PossibleValue::new(*name), value.clone()))
             .collect(),
     )
 }
 
-/// A parser of one of a few words.
+/// A parser of one of a few values, by their names.
 #[derive(Clone, Debug)]
 pub struct OneOf<T>(Vec<(PossibleValue, T)>);
 
 impl<T: Clone> OneOf<T> {
     fn read(&self, text: &str) -> Result<T, Invalid> {
-        let words = || self.0.iter().map(|(word, _)| word.get_name());
+        let names = || self.0.iter().map(|(name, _)| name.get_name());
         if let Some((_, value)) = self
             .0
             .iter()
-            .find(|(word, _)| word.get_name().eq_ignore_ascii_case(text))
+            .find(|(name, _)| name.get_name().eq_ignore_ascii_case(text))
         {
             return Ok(value.clone());
         }
-        let all: Vec<String> = words().map(|word| format!("`{word}`")).collect();
-        let error = Invalid::new(format!(
-            "must be {}, not `{}`",
-            all.join(" or "),
-            one_line(text, 80)
-        ));
-        Err(match nearest(text, words()) {
-            Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
+        let all: Vec<String> = names().map(|name| format!("`{name}`")).collect();
+        let all = match all.split_last() {
+            Some((last, [])) => last.clone(),
+            Some((last, others)) => format!("{} or {last}", others.join(", ")),
+            None => String::new(),
+        };
+        let error = Invalid::new(format!("must be {all}, not `{}`", one_line(text, 80)));
+        Err(match nearest(text, names()) {
+            Some(name) => error.with_hint(format!("Did you mean `{name}`?")),
             None => error,
         })
     }
@@ -179,12 +181,56 @@ impl<T: Clone + Send + Sync + 'static> TypedValueParser for OneOf<T> {
         flag: Option<&Arg>,
         value: &OsStr,
     ) -> Result<T, clap::Error> {
-        let words = self.clone();
-        let parser = StringValueParser::new().try_map(move |text| words.read(text.trim()));
+        // clap's own parser of names knows no white space around them, and its error no hint of ours.
+        let values = self.clone();
+        let parser = StringValueParser::new().try_map(move |text| values.read(text.trim()));
         parser.parse_ref(command, flag, value)
     }
 
     fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
-        Some(Box::new(self.0.iter().map(|(word, _)| word.clone())))
+        Some(Box::new(self.0.iter().map(|(name, _)| name.clone())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    #[command(no_binary_name = true)]
+    struct Inputs {
+        #[arg(long, value_parser = number(1..=8_u32))]
+        level: Option<u32>,
+        #[arg(long, value_parser = name())]
+        label: Option<String>,
+        #[arg(long, value_parser = one_of(&[("on", 1_u32), ("off", 2), ("verify", 3)]))]
+        how: Option<u32>,
+    }
+
+    fn read(flag: &str) -> Result<Inputs, Invalid> {
+        Inputs::try_parse_from([flag]).map_err(|error| {
+            let source = std::error::Error::source(&error);
+            let invalid = source.and_then(|source| source.downcast_ref::<Invalid>());
+            invalid.expect("a value is wrong").clone()
+        })
+    }
+
+    #[test]
+    fn white_space_and_case_mean_nothing() {
+        assert_eq!(read("--level= 8 ").expect("a number").level, Some(8));
+        assert_eq!(read("--how=\tVerify\n").expect("a name").how, Some(3));
+        let label = read("--label= a\nb ").expect("any text").label;
+        assert_eq!(label.as_deref(), Some("a b"));
+    }
+
+    #[test]
+    fn what_is_not_allowed_gets_what_is() {
+        let range = Invalid::new("must be a number from 1 to 8, not `9`");
+        assert_eq!(read("--level=9").expect_err("too high"), range);
+        let values = Invalid::new("must be `on`, `off` or `verify`, not `verfy`")
+            .with_hint("Did you mean `verify`?");
+        assert_eq!(read("--how=verfy").expect_err("a slip"), values);
     }
 }

@@ -230,7 +230,7 @@ fn an_empty_value_counts_as_not_given() {
     assert_eq!(ran.code, 64);
     assert!(
         ran.stdout
-            .starts_with("::error title=flywheel::input `push-cache` must be `auto` or"),
+            .starts_with("::error title=flywheel::input `push-cache` must be `auto`, `true` or `false`, not `nonsense`"),
         "{}",
         ran.stdout
     );

@@ -29,7 +29,7 @@ pub struct Input {
     pub help: String,
     pub default: Option<String>,
     /// The words that are allowed, if there are only a few, each with its meaning.
-    pub words: Vec<(String, Option<String>)>,
+    pub allowed: Vec<(String, Option<String>)>,
     pub is_required: bool,
     /// Whether the action has no input for it.
     pub is_by_hand: bool,
@@ -121,7 +121,7 @@ fn input(command: &Command, arg: &Arg) -> Input {
             .map(|name| name.to_string_lossy().into_owned()),
         help: sentence(&help.map(ToString::to_string).unwrap_or_default()),
         default: default.filter(|_| takes_values),
-        words: words
+        allowed: words
             .iter()
             .filter(|_| takes_values)
             .map(|word| {

@@ -101,7 +101,7 @@ fn meaning(input: &Input) -> (String, String) {
             .to_owned();
         help.replace_range(start..=start + end, "");
     }
-    let words = input.words.iter();
+    let words = input.allowed.iter();
     let words: Vec<String> = words
         .map(|(word, about)| match about {
             Some(about) => format!("<br>`{word}`: {about}."),

@@ -6,7 +6,9 @@ use clap::{ArgAction, Args, ValueEnum};
 
 use crate::command::inputs::{FlakeInput, HeavyLaneInput};
 use crate::command::job::inputs::{self as job, JobInputs};
-use crate::command::value::{Invalid, boolean, name, number, number_in, path, text, value, word};
+use crate::command::value::{
+    Invalid, boolean, name, number, number_in, path, text, value, variant,
+};
 use crate::exit::UsageError;
 use crate::nix::flake::expression::{AttributePath, attribute_path, installable_name};
 use crate::policy::of_arguments;
@@ -20,13 +22,11 @@ const MOST_WORKERS: usize = 256;
 ///
 /// In a job with `checks: write` each output gets a Check Run. Without it the summary and the step's result are
 /// the same. Publication is that of `nix-job`.
-///
-/// Examples:
-///   flywheel flake-checks
-///   flywheel flake-checks --flake ./services --flake-attr packages --systems x86_64-linux
-///   flywheel flake-checks --build false
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel flake-checks
+  flywheel flake-checks --flake ./services --flake-attr packages --systems x86_64-linux
+  flywheel flake-checks --build false")]
 pub struct Inputs {
     #[command(flatten)]
     flake: FlakeInput,
@@ -71,13 +71,13 @@ pub struct Inputs {
     #[arg(
         long,
         value_name = "PROGRAM",
-        value_parser = word::<EvaluatorKind>(),
+        value_parser = variant::<EvaluatorKind>(),
         default_value = "nix"
     )]
     evaluator: EvaluatorKind,
 
     /// Whether what an unchanged source evaluates to is remembered from run to run.
-    #[arg(long, value_name = "HOW", value_parser = word::<Remember>(), default_value = "on")]
+    #[arg(long, value_name = "HOW", value_parser = variant::<Remember>(), default_value = "on")]
     evaluation_memory: Remember,
 
     /// The folder of the evaluation memory, to be kept between runs, such as `/var/cache/flywheel/evaluation`
@@ -130,7 +130,7 @@ pub struct Inputs {
     retries: u32,
 
     /// Whether each output gets a Check Run.
-    #[arg(long, value_name = "WHEN", value_parser = word::<Checks>(), default_value = "auto")]
+    #[arg(long, value_name = "WHEN", value_parser = variant::<Checks>(), default_value = "auto")]
     checks: Checks,
 
     /// The name of the Check Run that stands for all outputs, such as `flake`; a branch's protection can
@@ -304,12 +304,14 @@ fn flake(text: &str) -> Result<String, UsageError> {
             "Give the flake alone, and the attribute in `flake-attr`.",
         );
     }
+    // Nix would take it for an option.
     if text.starts_with('-') || text.contains(char::is_whitespace) {
         return error(
             "is no flake reference",
             "Give one such as `.`, `./services` or `github:owner/repo`.",
         );
     }
+    // What a registry or a URL names, only Nix can find out.
     let is_folder = text.starts_with(['.', '/']);
     let path = Path::new(text.split('?').next().unwrap_or(text));
     if is_folder && !path.join("flake.nix").is_file() && !in_a_flake(path) {

@@ -10,7 +10,7 @@ use crate::cache::copy::{Copy, StoreUrl, StoreUrlError};
 use crate::cache::destination::Target;
 use crate::cache::stock::{self, Search, Stock};
 use crate::command::job::attach::Cache;
-use crate::command::value::{Invalid, value, word};
+use crate::command::value::{Invalid, value, variant};
 use crate::exit::Explain as _;
 use crate::http::Clients;
 use crate::nix::tool::Nix;
@@ -32,7 +32,7 @@ pub struct DestinationInputs {
     cache: Option<StoreUrl>,
 
     /// Who sends paths to the Attic server.
-    #[arg(long, value_name = "WHO", value_parser = word::<Hand>(), default_value = "auto")]
+    #[arg(long, value_name = "WHO", value_parser = variant::<Hand>(), default_value = "auto")]
     publisher: Hand,
 
     /// Where Attic's own client is substituted from: a flake reference with an attribute, such as

@@ -110,6 +110,7 @@ impl Plan {
     pub fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
         let named = inputs.cache.resolve(env);
         let way = inputs.destination.way();
+        // With `attic-enabled: false` there is no cache to choose, so that two are no error.
         let other = way
             .store
             .clone()
@@ -170,6 +171,7 @@ fn default_journal(env: &Env) -> Option<PathBuf> {
     let state = env
         .path("XDG_STATE_HOME")
         .or_else(|| env.path("HOME").map(|home| home.join(".local/state")));
+    // The specification has a relative path ignored.
     state
         .filter(|state| state.is_absolute())
         .map(|state| state.join("flywheel/journal"))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use crate::cache::inspect::Inspector;
-use crate::command::value::{path, value, word};
+use crate::command::value::{path, value, variant};
 use crate::exit::UsageError;
 use crate::nix::scan::{Scanner, is_secret_name, is_secret_value};
 use crate::nix::store::Store;
@@ -40,7 +40,7 @@ pub struct PolicyInputs {
     #[arg(
         long,
         value_name = "WHAT",
-        value_parser = word::<OnFinding>(),
+        value_parser = variant::<OnFinding>(),
         default_value = "continue"
     )]
     on_finding: OnFinding,

@@ -18,12 +18,10 @@ use crate::text::one_line;
 /// The command's output passes through untouched and its exit code is the step's. A cache problem
 /// never fails or stalls the job. The token for the cache is taken from `ATTIC_TOKEN` in the
 /// environment, never from a flag.
-///
-/// Examples:
-///   flywheel nix-job --publish --command 'nix build .#default'
-///   flywheel nix-job --attic-server https://attic.example.org/ -- nix flake check
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel nix-job --publish --command 'nix build .#default'
+  flywheel nix-job --attic-server https://attic.example.org/ -- nix flake check")]
 pub struct Inputs {
     /// The command, as shell text of one or several lines (bash with `-e -o pipefail`), such as
     /// `nix build .#default`. Required, unless a command line has a program behind `--`.
@@ -121,7 +119,7 @@ fn wanted(inputs: &Inputs) -> Result<Wanted, UsageError> {
         )
         .with_hint("Give the command once, one way or the other.")),
         (None, true) => Err(UsageError::new("command", "is empty")
-            .with_hint("Say what to run, such as `command: nix build .#default`.")),
+            .with_hint("Give the command to run, such as `command: nix build .#default`.")),
     }
 }
 

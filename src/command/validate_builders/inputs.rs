@@ -16,7 +16,7 @@ use crate::command::inputs::{
     BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, RequestInputs,
 };
 use crate::command::job::private_base;
-use crate::command::value::{Invalid, number, path, text, value, word};
+use crate::command::value::{Invalid, number, path, text, value, variant};
 use crate::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
 use crate::exit::UsageError;
 use crate::nix::key::PublicKey;
@@ -42,12 +42,10 @@ const MIN_FREE: &str = "1GiB";
 /// wrong input.
 ///
 /// The cache's token is taken from `ATTIC_TOKEN`, the Check Run's from `GITHUB_TOKEN`; neither has a flag.
-///
-/// Examples:
-///   flywheel validate-builders --class nix-builder --package .#default
-///   flywheel validate-builders --required cache --metrics-file /var/lib/node_exporter/flywheel.prom
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel validate-builders --class nix-builder --package .#default
+  flywheel validate-builders --required cache --metrics-file /var/lib/node_exporter/flywheel.prom")]
 pub struct Inputs {
     #[command(flatten)]
     class: ClassInput,
@@ -123,7 +121,7 @@ pub struct Inputs {
     pushgateway: Option<Url>,
 
     /// Whether to leave a Check Run "Builder health: CLASS" on the commit.
-    #[arg(long, value_name = "WHEN", value_parser = word::<CheckRun>(), default_value = "auto")]
+    #[arg(long, value_name = "WHEN", value_parser = variant::<CheckRun>(), default_value = "auto")]
     check_run: CheckRun,
 }
 

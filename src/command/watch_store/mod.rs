@@ -25,7 +25,7 @@ use crate::command::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
 use crate::command::job::inputs::{JobInputs, Plan};
 use crate::command::job::{self, Prepared, Secrets, Told, Work};
 use crate::command::setup::quoted;
-use crate::command::value::word;
+use crate::command::value::variant;
 use crate::exit::{Exit, Explain, UsageError};
 use crate::host::private::PrivateFolder;
 use crate::process::detached;
@@ -62,14 +62,14 @@ const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN
 )]
 pub struct Inputs {
     /// What to do; either this or `--mode`.
-    #[arg(value_name = "TASK", value_parser = word::<Task>())]
+    #[arg(value_name = "TASK", value_parser = variant::<Task>())]
     task: Option<Task>,
 
     /// What to do; required, unless a command line has it as an argument.
     #[arg(
         long,
         value_name = "TASK",
-        value_parser = word::<Task>(),
+        value_parser = variant::<Task>(),
         group = REQUIRED_IN_ACTION
     )]
     mode: Option<Task>,

@@ -203,7 +203,7 @@ fn inputs(verb: &Verb) -> String {
 
 /// Help, and what else the command line shows of a flag.
 fn about(input: &Input) -> String {
-    let words = input.words.iter();
+    let words = input.allowed.iter();
     let words: Vec<String> = words
         .map(|(word, about)| match about {
             Some(about) => format!("`{word}`: {about}"),
