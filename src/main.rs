@@ -11,7 +11,7 @@ use flywheel::host::{priority, private};
 use flywheel::runner::env::{Env, arguments};
 use flywheel::runner::workflow::{Level, Workflow};
 
-/// What blocking work gets to end once everything is done.
+/// Blocking work that is still under way at the end gets this long.
 const LAST_GRACE: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
@@ -34,9 +34,10 @@ fn main() -> ExitCode {
             return ExitCode::from(code.code());
         }
     };
-    // The job's own work comes first. The main thread, from which its command is started, stays as it is.
+    // The job's own work comes first, so these threads yield to it. The main thread, which starts the job's
+    // command, keeps its priority.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // One may be held up by a disk (`host::brief`).
+    // Two at least, since a slow disk may hold one up (`host::brief`).
     let workers = std::thread::available_parallelism()
         .map_or(1, NonZero::get)
         .max(2);
@@ -56,7 +57,7 @@ fn main() -> ExitCode {
             Workflow::new(env.in_github_actions()).annotate(
                 Level::Error,
                 "flywheel",
-                &format!("no threads: {error}"),
+                &format!("the program's threads cannot be started: {error}"),
             );
             return ExitCode::from(Exit::Host.code());
         }

@@ -262,6 +262,7 @@ fn the_report_has_a_form_for_machines_and_the_step_has_outputs() {
             && outputs.contains("\nshared-cache-backed\n"),
         "{outputs}"
     );
+    crate::reference::check_outputs("cache-contract", &run);
     assert!(
         run.read("GITHUB_STEP_SUMMARY")
             .starts_with("### ✅ the shared-cache contract holds, strict")

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, Command};
 use flywheel::command::inputs::{BY_HAND, REQUIRED_IN_ACTION};
 
 use crate::house::hold;
@@ -132,8 +132,7 @@ fn input(command: &Command, arg: &Arg) -> Input {
             })
             .collect(),
         is_required: arg.is_required_set(),
-        is_by_hand: arg.get_help_heading() == Some(BY_HAND)
-            || matches!(arg.get_action(), ArgAction::SetTrue),
+        is_by_hand: arg.get_help_heading() == Some(BY_HAND),
         is_required_in_action,
         former_names: arg
             .get_aliases()

@@ -1,11 +1,15 @@
 //! `docs/reference.md`: every verb, flag, variable, default, output and exit code, as the program defines
 //! them.
 
+use std::collections::BTreeSet;
+
 use flywheel::exit::Exit;
 use flywheel::report::outputs;
 
 use crate::definitions::{Input, Verb, verbs};
 use crate::house::source::{file, root};
+use crate::setup::entries;
+use crate::world::Flywheel;
 
 const BEFORE: &str = "\
 # Reference
@@ -87,6 +91,7 @@ fn meaning(input: &Input) -> (String, String) {
     let mut default = match &input.default {
         Some(value) => format!("`{value}`"),
         None if input.is_required => "required".to_owned(),
+        None if input.is_required_in_action => "required in the action".to_owned(),
         None => String::new(),
     };
     // A default that is no fixed value stands in the help, in brackets.
@@ -152,6 +157,15 @@ fn exit_codes() -> String {
          whatever it is.\n",
         rows.concat()
     )
+}
+
+/// Checks that a run in a job has set the outputs that the reference names, and no other.
+#[track_caller]
+pub fn check_outputs(verb: &str, run: &Flywheel) {
+    let set: BTreeSet<String> = entries(&run.read("GITHUB_OUTPUT")).into_keys().collect();
+    let named = outputs::of_verb(verb).into_iter();
+    let named: BTreeSet<String> = named.map(|output| output.name.to_owned()).collect();
+    assert_eq!(set, named, "{verb}");
 }
 
 #[test]

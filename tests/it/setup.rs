@@ -28,7 +28,7 @@ fn setup() -> Flywheel {
 }
 
 /// A runner's file of `name<<delimiter` entries.
-fn entries(text: &str) -> BTreeMap<String, String> {
+pub fn entries(text: &str) -> BTreeMap<String, String> {
     let mut lines = text.lines();
     let mut entries = BTreeMap::new();
     while let Some(line) = lines.next() {
