@@ -12,36 +12,39 @@ use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::cli::Cli;
-use clap::Parser as _;
+use crate::cli::{Cli, Refusal};
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_sys::host::{priority, private};
-use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::env::{Env, arguments};
 use flywheel_sys::runner::workflow::{Level, Workflow};
 
-/// What blocking work gets to end once everything is done.
+/// Blocking work that is still under way at the end gets this long.
 const LAST_GRACE: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
     remove_private_folders_on_panic();
     let env = Env::from_process();
-    let cli = match Cli::try_parse() {
+    let cli = match Cli::read(arguments(), &env) {
         Ok(cli) => cli,
-        Err(error) => {
+        Err(Refusal::Usage(error)) => {
+            return ExitCode::from(explain(&Failure::from(error), &env).code());
+        }
+        Err(Refusal::Clap(error)) => {
             // Help and version are errors to clap, and go to stdout with code 0.
             let code = if error.use_stderr() {
                 Exit::Usage
             } else {
                 Exit::Ok
             };
-            // Nobody listening is no reason to fail.
+            // A closed stdout is no reason to fail.
             let _ = error.print();
             return ExitCode::from(code.code());
         }
     };
-    // The job's own work comes first. The main thread, from which its command is started, stays as it is.
+    // The job's own work comes first, so these threads yield to it. The main thread, which starts the job's
+    // command, keeps its priority.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // One may be held up by a disk (`host::inline_blocking`).
+    // Two at least, since a slow disk may hold one up (`host::inline_blocking`).
     let workers = std::thread::available_parallelism()
         .map_or(1, NonZero::get)
         .max(2);
@@ -61,7 +64,7 @@ fn main() -> ExitCode {
             Workflow::new(env.in_github_actions()).annotate(
                 Level::Error,
                 "flywheel",
-                &format!("no threads: {error}"),
+                &format!("the program's threads cannot be started: {error}"),
             );
             return ExitCode::from(Exit::Host.code());
         }

@@ -5,21 +5,20 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::builder::FalseyValueParser;
 use clap::{Args, Subcommand};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::command::inputs::{Text, number};
 use crate::command::units;
+use crate::command::value::{Invalid, number, path, value};
 use flywheel_cache::server::{self, Limits, Options, Server};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_nix::cache_name::CacheName;
 use flywheel_sys::runner::env::Env;
 
-/// The highest zstd level that a small runner has the memory for in several uploads at once.
+/// Beyond this zstd level a small runner lacks the memory for several uploads at once.
 const HIGHEST_LEVEL: i32 = 19;
 /// A larger number is a lower priority; no cache in use has one beyond this.
 const LOWEST_PRIORITY: u32 = 1000;
@@ -56,123 +55,107 @@ enum Task {
     after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel --max-size 20G --max-age 30d"
 )]
 struct Serve {
-    /// The folder that holds everything: NARs, narinfos, keys, tokens. Made if it is not there; one
-    /// server at a time. Required. Example: `--dir /var/lib/flywheel-cache`.
-    #[arg(long, env = "FLYWHEEL_CACHE_DIR", value_name = "FOLDER")]
-    dir: PathBuf,
+    #[command(flatten)]
+    folder: FolderInput,
 
     /// Address and port to listen on; port 0 takes any free one. Example: `--listen 127.0.0.1:0`.
-    #[arg(long, env = "FLYWHEEL_CACHE_LISTEN", value_name = "ADDRESS", default_value = DEFAULT_LISTEN)]
-    listen: Text,
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        value_parser = value(listen_address),
+        default_value = DEFAULT_LISTEN
+    )]
+    listen: SocketAddr,
 
     /// Allow `--listen` to name an address that other machines reach (default: it may not). What is
     /// sent, tokens included, is not encrypted: TLS comes from a reverse proxy.
-    #[arg(long, env = "FLYWHEEL_CACHE_ALLOW_REMOTE", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     allow_remote: bool,
 
     /// Write the address to this file, whole, once the server answers. Example:
     /// `--ready-file /tmp/cache.url` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_READY_FILE",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    ready_file: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    ready_file: Option<PathBuf>,
 
     /// A cache to serve; may be given several times, or with commas. Example: `--cache main --cache team`.
     #[arg(
         long = "cache",
-        env = "FLYWHEEL_CACHE_CACHE",
         value_name = "NAME",
+        value_parser = value(served_cache),
         default_value = "main",
         value_delimiter = ','
     )]
-    caches: Vec<String>,
+    caches: Vec<CacheName>,
 
     /// Reading needs no token. This is the default, since the server listens on this machine alone;
     /// it takes back an earlier `--private`.
-    #[arg(long, env = "FLYWHEEL_CACHE_PUBLIC", value_parser = FalseyValueParser::new(), overrides_with = "private")]
+    #[arg(long, overrides_with = "private")]
     public: bool,
 
     /// Reading needs a token with scope `read` or `write` (default: it needs none).
-    #[arg(long, env = "FLYWHEEL_CACHE_PRIVATE", value_parser = FalseyValueParser::new(), overrides_with = "public")]
+    #[arg(long, overrides_with = "public")]
     private: bool,
 
     /// File of tokens, a `<scope> <token> [<cache>]` a line; scope `read`, or `write`, which
     /// includes reading; without a cache it is for all of them. Example: `--tokens /run/secrets/tokens`
     /// (default: `tokens` in the folder, made at the first start with one write token).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_TOKENS",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    tokens: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    tokens: Option<PathBuf>,
 
     /// Let a client that may write claim a NAR that is known already without sending it (default: it
-    /// has to send it, so that nobody gets a NAR whose hash alone he knows). A client that sends
+    /// has to send it, so that no client gets a NAR of which it knows only the hash). A client that sends
     /// `Expect: 100-continue` then sends nothing of it. Example: `--waive-proof`.
-    #[arg(long, env = "FLYWHEEL_CACHE_WAIVE_PROOF", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     waive_proof: bool,
 
     /// Level of zstd for stored NARs, 1 to 19. Example: `--level 8`.
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_LEVEL",
         value_name = "LEVEL",
-        default_value = "3"
+        value_parser = number(1..=HIGHEST_LEVEL),
+        default_value_t = server::DEFAULT_LEVEL
     )]
-    level: Text,
+    level: i32,
 
     /// The cache's priority among Nix's substituters: the lower, the earlier. `cache.nixos.org` has 40.
     /// Example: `--priority 30`.
     #[arg(
         long,
-        env = "FLYWHEEL_CACHE_PRIORITY",
         value_name = "NUMBER",
-        default_value = "41"
+        value_parser = number(0..=LOWEST_PRIORITY),
+        default_value_t = server::DEFAULT_PRIORITY
     )]
-    priority: Text,
+    priority: u32,
 
     #[command(flatten)]
     limits: LimitInputs,
 
-    /// What was used within this time stays, whatever `--max-size` says; so does a NAR that no path
+    /// What was used within this time stays, whatever `--max-size` is; so does a NAR that no path
     /// claims yet. Two minutes at least. Example: `--grace 10m`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_GRACE",
-        value_name = "TIME",
-        default_value = "1h"
-    )]
-    grace: Text,
+    #[arg(long, value_name = "TIME", value_parser = value(units::duration), default_value = "1h")]
+    grace: Duration,
 
     /// Time between two garbage collections; the first is at the start. Example: `--gc-interval 1h`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_GC_INTERVAL",
-        value_name = "TIME",
-        default_value = "10m"
-    )]
-    gc_interval: Text,
+    #[arg(long, value_name = "TIME", value_parser = value(units::duration), default_value = "10m")]
+    gc_interval: Duration,
 
     /// Stop after this time, for tests and jobs. Example: `--stop-after 20m` (default: never).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_STOP_AFTER",
-        value_name = "TIME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    stop_after: Text,
+    #[arg(long, value_name = "TIME", value_parser = value(units::duration))]
+    stop_after: Option<Duration>,
 
     /// Log nothing but warnings, as with `--quiet` (default: a line for each upload, failure and
     /// collection).
-    #[arg(long, env = "FLYWHEEL_CACHE_QUIET", value_parser = FalseyValueParser::new())]
+    #[arg(long)]
     quiet: bool,
+}
+
+/// The folder of a cache.
+#[derive(Args, Debug)]
+struct FolderInput {
+    /// The folder that holds everything: NARs, narinfos, keys, tokens. `serve` makes it if it is not there;
+    /// one server at a time. Required. Example: `--dir /var/lib/flywheel-cache`.
+    #[arg(long, value_name = "FOLDER", value_parser = path())]
+    dir: PathBuf,
 }
 
 /// Remove what the limits do not allow from a folder that no server uses.
@@ -182,9 +165,8 @@ struct Serve {
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  flywheel cache gc --dir ~/.cache/flywheel --max-size 10G")]
 struct Gc {
-    /// The folder. Required. Example: `--dir /var/lib/flywheel-cache`.
-    #[arg(long, env = "FLYWHEEL_CACHE_DIR", value_name = "FOLDER")]
-    dir: PathBuf,
+    #[command(flatten)]
+    folder: FolderInput,
 
     #[command(flatten)]
     limits: LimitInputs,
@@ -192,42 +174,24 @@ struct Gc {
 
 #[derive(Args, Debug)]
 struct LimitInputs {
-    /// Remove paths that nobody has used, nor anything that refers to them, for this long. Example:
+    /// Remove paths that have not been used, nor anything that refers to them, for this long. Example:
     /// `--max-age 30d` (default: no limit).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_MAX_AGE",
-        value_name = "TIME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    max_age: Text,
+    #[arg(long, value_name = "TIME", value_parser = value(units::duration))]
+    max_age: Option<Duration>,
 
     /// Remove the least recently used paths beyond this size of compressed NARs. Example:
     /// `--max-size 20G` (default: no limit).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_MAX_SIZE",
-        value_name = "SIZE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    max_size: Text,
+    #[arg(long, value_name = "SIZE", value_parser = value(units::size))]
+    max_size: Option<u64>,
 }
 
 impl LimitInputs {
-    fn read(&self, grace: Duration) -> Result<Limits, UsageError> {
-        let max_age = time("max-age", &self.max_age)?;
-        let max_size = self
-            .max_size
-            .get()
-            .map(|text| units::size("max-size", text))
-            .transpose()?;
-        Ok(Limits {
-            max_age,
-            max_size,
+    fn with_grace(&self, grace: Duration) -> Limits {
+        Limits {
+            max_age: self.max_age,
+            max_size: self.max_size,
             grace,
-        })
+        }
     }
 }
 
@@ -280,9 +244,9 @@ pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
 }
 
 async fn serve(inputs: Serve) -> Result<Exit, Failure> {
-    let address = listen_address(&inputs)?;
-    let stop_after = time("stop-after", &inputs.stop_after)?;
-    let server = Server::open(&inputs.dir, options(&inputs)?)?;
+    let address = inputs.listen;
+    check_reach(address, inputs.allow_remote)?;
+    let server = Server::open(&inputs.folder.dir, options(&inputs))?;
     let listener = TcpListener::bind(address)
         .await
         .map_err(|source| ServeError::Listen { address, source })?;
@@ -303,74 +267,68 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
         "tokens-file {}\n",
         serving.tokens_file().display()
     ));
-    // A closed standard output is no reason to stop.
+    // A closed stdout is no reason to stop.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let _ = std::io::stdout().flush();
-    if let Some(file) = inputs.ready_file.get().map(PathBuf::from) {
+    if let Some(file) = inputs.ready_file {
         write_whole(&file, &format!("{}\n", serving.url()))
             .map_err(|source| ServeError::Ready { file, source })?;
     }
     tokio::select! {
         _ = interrupts.recv() => (),
         _ = terminations.recv() => (),
-        () = sleep_or_never(stop_after) => (),
+        () = sleep_or_never(inputs.stop_after) => (),
     }
     tokio::select! {
         () = serving.stop() => (),
-        // A second signal ends the server at once, and with it the requests under way.
+        // A second signal ends uploads that are under way, too.
         _ = interrupts.recv() => (),
         _ = terminations.recv() => (),
     }
     Ok(Exit::Ok)
 }
 
-fn options(inputs: &Serve) -> Result<Options, UsageError> {
+fn options(inputs: &Serve) -> Options {
     let mut caches = Vec::new();
     for name in &inputs.caches {
-        let name: CacheName = name
-            .trim()
-            .parse()
-            .map_err(|error| UsageError::new("cache", format!("is wrong: {error}")))?;
-        if !caches.contains(&name) {
-            caches.push(name);
+        if !caches.contains(name) {
+            caches.push(name.clone());
         }
     }
-    Ok(Options {
+    Options {
         caches,
         public: inputs.public || !inputs.private,
-        tokens: inputs.tokens.get().map(PathBuf::from),
+        tokens: inputs.tokens.clone(),
         require_proof: !inputs.waive_proof,
-        level: number("level", &inputs.level, 1..=HIGHEST_LEVEL)?.unwrap_or(server::DEFAULT_LEVEL),
-        priority: number("priority", &inputs.priority, 0..=LOWEST_PRIORITY)?
-            .unwrap_or(server::DEFAULT_PRIORITY),
-        limits: inputs
-            .limits
-            .read(time("grace", &inputs.grace)?.unwrap_or(server::DEFAULT_GRACE))?,
-        gc_interval: time("gc-interval", &inputs.gc_interval)?
-            .unwrap_or(server::DEFAULT_GC_INTERVAL),
+        level: inputs.level,
+        priority: inputs.priority,
+        limits: inputs.limits.with_grace(inputs.grace),
+        gc_interval: inputs.gc_interval,
         log: log(inputs.quiet),
         ..Options::default()
-    })
+    }
 }
 
-fn listen_address(inputs: &Serve) -> Result<SocketAddr, UsageError> {
-    let text = inputs.listen.get().unwrap_or(DEFAULT_LISTEN);
+fn served_cache(text: &str) -> Result<CacheName, Invalid> {
+    text.parse()
+        .map_err(|error| Invalid::new(format!("is wrong: {error}")))
+}
+
+fn listen_address(text: &str) -> Result<SocketAddr, Invalid> {
+    // `SocketAddr` reads no names, and this one needs no look-up.
     let literal = text
         .strip_prefix("localhost:")
         .map(|port| format!("127.0.0.1:{port}"));
-    let address: SocketAddr = literal.as_deref().unwrap_or(text).parse().map_err(|_| {
-        UsageError::new(
-            "listen",
-            format!(
-                "must be an address and a port, not `{}`",
-                flywheel_core::text::one_line(text, 80)
-            ),
-        )
-        .with_hint("Write it as `127.0.0.1:8484`.")
-    })?;
-    // The server has no TLS, so on a network its tokens could be read.
-    if address.ip().is_loopback() || inputs.allow_remote {
-        return Ok(address);
+    literal.as_deref().unwrap_or(text).parse().map_err(|_| {
+        let shown = flywheel_core::text::one_line(text, 80);
+        Invalid::new(format!("must be an address and a port, not `{shown}`"))
+            .with_hint("Write it as `127.0.0.1:8484`.")
+    })
+}
+
+fn check_reach(address: SocketAddr, allow_remote: bool) -> Result<(), UsageError> {
+    if address.ip().is_loopback() || allow_remote {
+        return Ok(());
     }
     Err(UsageError::new("listen", format!("names {}, which other machines may reach", address.ip())).with_hint(
         "Listen on `127.0.0.1` and put a reverse proxy with TLS in front; or add `--allow-remote` to serve \
@@ -379,27 +337,22 @@ fn listen_address(inputs: &Serve) -> Result<SocketAddr, UsageError> {
 }
 
 fn gc(inputs: &Gc) -> Result<Exit, Failure> {
-    let limits = inputs.limits.read(Duration::ZERO)?;
-    if !inputs.dir.join("nars").is_dir() {
-        let problem = format!("is no cache's folder: `{}`", inputs.dir.display());
+    let limits = inputs.limits.with_grace(Duration::ZERO);
+    let folder = &inputs.folder.dir;
+    // Collecting removes files, and the name may be a slip of the finger.
+    if !folder.join("nars").is_dir() {
+        let problem = format!("is no cache's folder: `{}`", folder.display());
         return Err(UsageError::new("dir", problem)
             .with_hint("Name the folder that `flywheel cache serve` uses.")
             .into());
     }
-    let done = server::collect(&inputs.dir, &limits)?;
-    // A closed standard output is no reason to fail.
+    let done = server::collect(folder, &limits)?;
+    // A closed stdout is no reason to fail.
     let _ = writeln!(std::io::stdout(), "{done}");
     Ok(Exit::Ok)
 }
 
-fn time(name: &str, input: &Text) -> Result<Option<Duration>, UsageError> {
-    input
-        .get()
-        .map(|text| units::duration(name, text))
-        .transpose()
-}
-
-/// A log of plain lines on stderr, for people and `grep`.
+/// Plain lines on stderr, as a server's log is read by people and `grep`.
 fn log(quiet: bool) -> Sink {
     Sink::new(move |event| {
         let line = match event {
@@ -407,7 +360,7 @@ fn log(quiet: bool) -> Sink {
             Progress::Degraded { area, text } => format!("warning: {area}: {text}"),
             _ => return,
         };
-        // A log that is no longer read does not stop the server.
+        // A server goes on when the reader of its log is gone.
         let _ = writeln!(std::io::stderr(), "{line}");
     })
 }
@@ -424,7 +377,7 @@ fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
         .parent()
         .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    // Whatever waits for the ready file must find all of it, so it is renamed into place.
+    // A process that waits for the file must not read half of it, so it is renamed into its place.
     let mut temporary = tempfile::NamedTempFile::new_in(folder)?;
     temporary.write_all(text.as_bytes())?;
     temporary.persist(file)?;

@@ -4,12 +4,12 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::Args;
-use clap::builder::FalseyValueParser;
+use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 
 use crate::command::contract::ContractInput;
-use crate::command::inputs::{Text, choice, number, push_cache, switch};
+use crate::command::inputs::{BazelCacheInput, ClassInput, Format, FormatInput, RequestInputs};
+use crate::command::value::{boolean, number, one_of, path, text};
 use flywheel_cache::client::bazel::BazelProber;
 use flywheel_cache::client::endpoint::Endpoint as Cache;
 use flywheel_cache::client::probe::probe;
@@ -20,7 +20,7 @@ use flywheel_core::contract::{Contract, SharedCache};
 use flywheel_core::exit::{Exit, Failure, UsageError};
 use flywheel_core::secret::Secret;
 use flywheel_core::text::{count, duration, nearest, one_line};
-use flywheel_core::trust::{Request, TrustedRefs, decide};
+use flywheel_core::trust::decide;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_sys::http::{Names, Roots, client};
 use flywheel_sys::runner::context;
@@ -28,171 +28,105 @@ use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
-/// A cache near the runner answers long before this.
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// Seconds. A cache that is no farther than a job's runner answers long before this.
+const TIMEOUT: &str = "5";
 /// The cache's name where neither input nor hint gives one.
 const DEFAULT_CACHE: &str = "main";
 
-/// Check the shared-cache contract: that the mode of the Bazel build is the declared one, and that each
-/// endpoint, Attic's included, is well formed and answers.
+/// Check the shared-cache contract of Bazel: its mode, and that each endpoint is well formed and answers.
 ///
-/// The mode is declared by `shared-cache: mode:` in `flywheel.yml`, else by `--mode`, else it is
+/// The mode of the build must be the declared one, and Attic's endpoint counts, too. Whether the build may upload
+/// results follows from `--push-cache` and the trust gate.
+///
+/// The mode is declared by `shared-cache: mode:` in `flywheel.yml`, else by `--expected-mode`, else it is
 /// `shared-cache-backed`. Reads the runner's hints `BAZEL_REMOTE_CACHE`, `BAZEL_REMOTE_EXECUTOR`,
 /// `GF_BAZEL_SUBSTRATE_MODE`, `GF_FLYWHEEL_PROFILE_STATE`, `ATTIC_SERVER` and `ATTIC_CACHE`. Ends with 0 if the
 /// contract holds, 1 if it does not, 64 for wrong input.
-///
-/// Example: `flywheel cache-contract --strict --class nix-builder --bazelrc .bazelrc.ci`
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Example:\n  flywheel cache-contract --strict --class nix-builder --bazelrc .bazelrc.ci"
+)]
 pub struct Inputs {
-    /// Whether to fail closed: with `--strict` an unknown class, an empty cache endpoint or an endpoint that
-    /// does not answer is an error too (default: `false`).
+    /// Whether to fail closed: an unknown class, an empty cache endpoint or an endpoint that does not answer is
+    /// then an error, too.
     #[arg(
         long,
-        env = "FLYWHEEL_STRICT",
         value_name = "BOOL",
+        action = ArgAction::Set,
+        value_parser = boolean(),
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "true",
-        default_value = "",
-        hide_default_value = true
+        default_value = "false"
     )]
-    strict: Text,
+    strict: bool,
 
-    /// The mode to expect where `flywheel.yml` declares none: `compatibility-local-only`,
-    /// `shared-cache-backed` (the default) or `executor-backed`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_MODE",
-        value_name = "MODE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    mode: Text,
+    /// The mode to expect where `flywheel.yml` declares none (default: `shared-cache-backed`).
+    #[arg(long, alias = "mode", value_name = "MODE", value_parser = one_of(&Mode::ALL))]
+    expected_mode: Option<Mode>,
 
-    /// The class of this builder, such as `nix-builder` (default: none, which `--strict` refuses).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CLASS",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    class: Text,
+    #[command(flatten)]
+    class: ClassInput,
 
-    /// The remote cache, such as `grpcs://bazel-cache.example.org:9092` (default: the hint
-    /// `BAZEL_REMOTE_CACHE`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_BAZEL_REMOTE_CACHE",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
-    )]
-    bazel_remote_cache: Text,
+    #[command(flatten)]
+    bazel: BazelCacheInput,
 
-    /// The remote executor, such as `grpcs://bazel.example.org` (default: the hint
+    /// The Bazel remote executor, such as `grpcs://bazel.example.org` (default: the runner's hint
     /// `BAZEL_REMOTE_EXECUTOR`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_BAZEL_REMOTE_EXECUTOR",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
-    )]
-    bazel_remote_executor: Text,
+    #[arg(long, value_name = "URL", value_parser = text())]
+    bazel_remote_executor: Option<String>,
 
-    /// Whether endpoints may be on the machine itself, such as `grpc://localhost:9092` (default: what
-    /// `flywheel.yml` says, else not).
+    /// Whether endpoints may be on the machine itself, such as `grpc://localhost:9092` (default: as
+    /// `flywheel.yml` has it, else `false`).
     #[arg(
         long,
-        env = "FLYWHEEL_ALLOW_LOCALHOST",
         value_name = "BOOL",
+        value_parser = boolean(),
         num_args = 0..=1,
         require_equals = true,
-        default_missing_value = "true",
-        default_value = "",
-        hide_default_value = true
+        default_missing_value = "true"
     )]
-    allow_localhost: Text,
+    allow_localhost: Option<bool>,
 
     /// Whether the executor may be elsewhere than the cache, as `allow-separate-executor` in `flywheel.yml`
-    /// does (default: what it says, else not).
+    /// does (default: as the file has it, else `false`).
     #[arg(
         long,
-        env = "FLYWHEEL_ALLOW_SEPARATE_EXECUTOR",
         value_name = "BOOL",
+        value_parser = boolean(),
         num_args = 0..=1,
         require_equals = true,
-        default_missing_value = "true",
-        default_value = "",
-        hide_default_value = true
+        default_missing_value = "true"
     )]
-    allow_separate_executor: Text,
+    allow_separate_executor: Option<bool>,
 
-    /// How long each endpoint may take to answer, in seconds, such as `20` (default: `5`).
+    /// How long each endpoint may take to answer, in seconds, such as `20`.
     #[arg(
         long,
-        env = "FLYWHEEL_TIMEOUT",
+        alias = "timeout",
         value_name = "SECONDS",
-        default_value = "",
-        hide_default_value = true
+        value_parser = number(1..=600_u64),
+        default_value = TIMEOUT
     )]
-    timeout: Text,
+    endpoint_timeout: u64,
 
     /// A file for the lines that a `.bazelrc` needs in this mode, such as `.bazelrc.ci`; written only if
     /// the contract holds, and without credentials (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_BAZELRC",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    bazelrc: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    bazelrc: Option<PathBuf>,
 
-    /// Whether the build may upload results, `true`, `auto` or `false` (the default); the trust gate
-    /// decides.
-    #[arg(
-        long,
-        env = "FLYWHEEL_PUSH_CACHE",
-        value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
-    )]
-    push_cache: Text,
+    #[command(flatten)]
+    request: RequestInputs,
 
-    /// Refs that may upload besides the default branch, such as `refs/tags/v*` (the default).
-    #[arg(
-        long,
-        env = "FLYWHEEL_TRUSTED_REFS",
-        value_name = "REFS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    trusted_refs: Text,
-
-    /// Asks for uploads by hand, as in `flywheel cache-contract --publish`; outside of CI nothing else does.
-    /// The default is not to ask.
-    #[arg(long, env = "FLYWHEEL_PUBLISH", value_parser = FalseyValueParser::new())]
-    publish: bool,
-
-    /// How to report: `text`, the default, or `json`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_FORMAT",
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     #[command(flatten)]
     contract: ContractInput,
 }
 
-struct Tried {
+/// What one endpoint did.
+struct Probed {
     about: &'static str,
     shown: String,
     result: Result<Duration, String>,
@@ -203,22 +137,17 @@ struct Tried {
 /// # Errors
 /// For wrong input.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let as_json =
-        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
+    let as_json = inputs.format.format == Format::Json;
     let contract = inputs.contract.read()?;
     let given = given(&inputs, env, &contract)?;
-    let request = Request {
-        push_cache: push_cache(&inputs.push_cache)?,
-        by_hand: inputs.publish,
-        trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
-    };
-    // Whether Bazel has a credential for the cache is not ours to know, so the gate decides as if it had.
+    let request = inputs.request.request();
+    // No token is needed here: Bazel itself has the credential of its cache.
     let upload = decide(&context::facts(env), &request, true).publishes();
-    let timeout = number("timeout", &inputs.timeout, 1..=600)?.map_or(TIMEOUT, Duration::from_secs);
-    let mut judgement = judge(&declared(&inputs, &contract)?, &given);
+    let timeout = Duration::from_secs(inputs.endpoint_timeout);
+    let mut judgement = judge(&declared(&inputs, &contract), &given);
     let workflow = Workflow::new(env.in_github_actions());
-    let tried = try_endpoints(&judgement.endpoints, timeout, env, &workflow).await?;
-    for one in &tried {
+    let probed = probe_all(&judgement.endpoints, timeout, env, &workflow).await?;
+    for one in &probed {
         let problem = one
             .result
             .as_ref()
@@ -234,7 +163,7 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let report = Report {
         judgement,
         given,
-        tried,
+        probed,
         upload,
         written,
     };
@@ -258,23 +187,22 @@ fn given(inputs: &Inputs, env: &Env, contract: &Contract) -> Result<Given, Usage
             .filter(|text| !text.is_empty())
             .map(str::to_owned)
     };
-    let input = |text: &Text| text.get().map(str::to_owned);
-    if let Some(class) = inputs
-        .class
-        .get()
+    let class = inputs.class.class.clone();
+    if let Some(class) = class
+        .as_deref()
         .filter(|class| contract.class(class).is_none())
     {
         return Err(unknown_class(class, contract));
     }
     Ok(Given {
-        cache: input(&inputs.bazel_remote_cache).or_else(|| hint("BAZEL_REMOTE_CACHE")),
-        executor: input(&inputs.bazel_remote_executor).or_else(|| hint("BAZEL_REMOTE_EXECUTOR")),
+        cache: (inputs.bazel.bazel_remote_cache.clone()).or_else(|| hint("BAZEL_REMOTE_CACHE")),
+        executor: (inputs.bazel_remote_executor.clone()).or_else(|| hint("BAZEL_REMOTE_EXECUTOR")),
         attic: hint("ATTIC_SERVER"),
-        mode: choice("mode", &inputs.mode, &Mode::ALL)?,
+        mode: inputs.expected_mode,
         hinted_mode: hint("GF_BAZEL_SUBSTRATE_MODE"),
         state: hint("GF_FLYWHEEL_PROFILE_STATE"),
-        class: input(&inputs.class),
-        strict: switch("strict", &inputs.strict, false)?,
+        class,
+        strict: inputs.strict,
     })
 }
 
@@ -295,54 +223,52 @@ pub(super) fn unknown_class(class: &str, contract: &Contract) -> UsageError {
     }
 }
 
-fn declared(inputs: &Inputs, contract: &Contract) -> Result<SharedCache, UsageError> {
+fn declared(inputs: &Inputs, contract: &Contract) -> SharedCache {
     let mut declared = contract.shared_cache.clone();
     let (localhost, separate) = (
         &mut declared.allow_localhost,
         &mut declared.allow_separate_executor,
     );
-    *localhost = Some(switch(
-        "allow-localhost",
-        &inputs.allow_localhost,
-        localhost.unwrap_or_default(),
-    )?);
-    *separate = Some(switch(
-        "allow-separate-executor",
-        &inputs.allow_separate_executor,
-        separate.unwrap_or_default(),
-    )?);
-    Ok(declared)
+    // An input goes before `flywheel.yml`.
+    *localhost = Some(inputs.allow_localhost.or(*localhost).unwrap_or_default());
+    *separate = Some(
+        inputs
+            .allow_separate_executor
+            .or(*separate)
+            .unwrap_or_default(),
+    );
+    declared
 }
 
-async fn try_endpoints(
+async fn probe_all(
     endpoints: &[Endpoint],
     timeout: Duration,
     env: &Env,
     workflow: &Workflow,
-) -> Result<Vec<Tried>, Failure> {
+) -> Result<Vec<Probed>, Failure> {
     let roots = Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
     let (asker, plain) = (BazelProber::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));
-    let tried = endpoints.iter().map(|endpoint| async {
+    let probed = endpoints.iter().map(|endpoint| async {
         let begun = Instant::now();
         let result = match endpoint.about {
-            "attic" => try_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
-            _ => try_bazel(endpoint, timeout, &asker).await,
+            "attic" => probe_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
+            _ => probe_bazel(endpoint, timeout, &asker).await,
         };
         let result = result.map(|()| begun.elapsed());
-        Tried {
+        Probed {
             about: endpoint.about,
             shown: redact(endpoint.url.as_str()),
             result,
         }
     });
-    Ok(futures_util::future::join_all(tried).await)
+    Ok(futures_util::future::join_all(probed).await)
 }
 
-async fn try_bazel(
+async fn probe_bazel(
     endpoint: &Endpoint,
     timeout: Duration,
     asker: &BazelProber,
@@ -358,7 +284,7 @@ async fn try_bazel(
     }
 }
 
-async fn try_attic(
+async fn probe_attic(
     endpoint: &Endpoint,
     timeout: Duration,
     env: &Env,
@@ -382,7 +308,7 @@ fn write_bazelrc(
     given: &Given,
     upload: bool,
 ) -> Result<Option<PathBuf>, UsageError> {
-    let (Some(file), Some(mode)) = (inputs.bazelrc.get(), judgement.actual) else {
+    let (Some(file), Some(mode)) = (&inputs.bazelrc, judgement.actual) else {
         return Ok(None);
     };
     let text = bazelrc(
@@ -396,17 +322,18 @@ fn write_bazelrc(
             "bazelrc",
             format!(
                 "names `{}`, which cannot be written ({error})",
-                one_line(file, 200)
+                one_line(&file.to_string_lossy(), 200)
             ),
         )
     })?;
-    Ok(Some(file.into()))
+    Ok(Some(file.clone()))
 }
 
+/// Everything that the outputs, the summary and stdout are made of.
 struct Report {
     judgement: Judgement,
     given: Given,
-    tried: Vec<Tried>,
+    probed: Vec<Probed>,
     upload: bool,
     written: Option<PathBuf>,
 }
@@ -464,7 +391,7 @@ impl Report {
             return "none".to_owned();
         };
         match self
-            .tried
+            .probed
             .iter()
             .find(|one| one.about == about)
             .map(|one| &one.result)
@@ -495,7 +422,7 @@ impl Report {
 
     fn json(&self) -> String {
         let (declared, actual) = self.modes();
-        let endpoints = self.tried.iter().map(|one| {
+        let endpoints = self.probed.iter().map(|one| {
             let (seconds, problem) = match &one.result {
                 Ok(took) => (Some(took.as_secs_f64()), None),
                 Err(text) => (None, Some(text)),
@@ -520,8 +447,7 @@ impl Report {
         format!("{report:#}")
     }
 
-    /// Annotates the step, and sets its outputs and summary. With JSON on stdout there are no annotations: the runner
-    /// reads those from stdout, too.
+    /// Whoever reads JSON from stdout finds nothing else there.
     fn emit(&self, workflow: &Workflow, env: &Env, as_json: bool) {
         if !workflow.in_job() {
             return;
@@ -546,6 +472,7 @@ impl Report {
             ("bazelrc", bazelrc),
         ];
         let sign = if self.judgement.holds() { "✅" } else { "❌" };
+        // A fence within the text would end the block.
         let summary = format!(
             "### {sign} {}\n\n```text\n{}\n```\n",
             self.closing(),

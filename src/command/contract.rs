@@ -2,71 +2,56 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
-use crate::command::inputs::{Text, choice};
+use crate::command::value::{one_of, path, variant};
 use flywheel_core::contract::print::Section;
 use flywheel_core::contract::workflow::{Finding, Weight};
 use flywheel_core::contract::{Contract, FILE, print, read, workflow};
 use flywheel_core::exit::{Exit, Failure, UsageError};
-use flywheel_core::text::{count, nearest, one_line};
+use flywheel_core::text::count;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::data;
 
-/// Prints the builder contract: classes of builders, caches, what goes where, who may reach what, what
-/// is published when.
+/// Print the builder contract, or check a contract file and workflows against it.
 ///
+/// The contract names classes of builders, caches, what goes where, who may reach what, and what is published when.
 /// It is built in with neutral defaults; a `flywheel.yml` in the repository overrides it.
-///
-/// Examples:
-///   flywheel contract --section classes
-///   flywheel contract check flywheel.yml --workflows .github/workflows/*.yml
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel contract --section classes
+  flywheel contract check flywheel.yml --workflows .github/workflows/*.yml")]
 pub struct Inputs {
     #[command(subcommand)]
     task: Option<Task>,
 
-    /// How to print: `text`, the default, `json` or `markdown`.
+    /// How to print the contract, or what was found.
+    // The verbs that are actions know no Markdown, so that their variable is another one.
     #[arg(
         long,
-        env = "FLYWHEEL_FORMAT",
+        env = "FLYWHEEL_CONTRACT_FORMAT",
         value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true,
+        value_parser = variant::<Format>(),
+        default_value = "text",
         global = true
     )]
-    format: Text,
+    format: Format,
 
     #[command(flatten)]
     file: ContractInput,
 
-    /// The part to print, such as `classes`, `caches`, `placement`, `on-miss`, `exposure`, `publication`
-    /// or `shared-cache` (default: all of it).
-    #[arg(
-        long,
-        env = "FLYWHEEL_SECTION",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    section: Text,
+    /// The part to print, such as `classes` (default: all of it).
+    #[arg(long, value_name = "NAME", value_parser = one_of(&Section::ALL))]
+    section: Option<Section>,
 }
 
 /// Where the contract of this repository is; shared by every verb that needs it.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug)]
 pub struct ContractInput {
     /// The repository's contract, such as `ci/flywheel.yml` (default: `flywheel.yml` in the current
     /// folder, if it is there, else the built-in contract).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CONTRACT_FILE",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true,
-        global = true
-    )]
-    contract_file: Text,
+    #[arg(long, value_name = "FILE", value_parser = path(), global = true)]
+    contract_file: Option<PathBuf>,
 }
 
 impl ContractInput {
@@ -75,8 +60,8 @@ impl ContractInput {
     /// # Errors
     /// When the named file cannot be read, or is no contract.
     pub fn read(&self) -> Result<Contract, Failure> {
-        match self.contract_file.get() {
-            Some(file) => contract(Path::new(file)),
+        match &self.contract_file {
+            Some(file) => contract(file),
             None if Path::new(FILE).is_file() => contract(Path::new(FILE)),
             None => Ok(Contract::built_in()),
         }
@@ -88,7 +73,7 @@ enum Task {
     Check(Check),
 }
 
-/// Checks a contract file, and workflows against it: each `runs-on` names a lane that exists, and the lane
+/// Check a contract file, and workflows against it: each `runs-on` names a lane that exists, and the lane
 /// offers what the job uses.
 ///
 /// A label that only the run decides is a note. Ends with 0 if all is well, 1 if a workflow breaks the
@@ -103,14 +88,18 @@ struct Check {
     files: Vec<PathBuf>,
 
     /// Workflows to check, such as `.github/workflows/ci.yml` (default: none).
-    #[arg(long, env = "FLYWHEEL_WORKFLOWS", value_name = "FILE", num_args = 1.., value_delimiter = ',')]
+    #[arg(long, value_name = "FILE", num_args = 1.., value_delimiter = ',')]
     workflows: Vec<PathBuf>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// The input `format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Format {
+    /// Lines for people.
     Text,
+    /// One JSON document for programs.
     Json,
+    /// A page; only of the contract itself.
     Markdown,
 }
 
@@ -125,18 +114,8 @@ pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
     }
 }
 
-fn format(input: &Text) -> Result<Format, UsageError> {
-    let words = [
-        ("text", Format::Text),
-        ("json", Format::Json),
-        ("markdown", Format::Markdown),
-    ];
-    Ok(choice("format", input, &words)?.unwrap_or(Format::Text))
-}
-
 fn print_contract(inputs: &Inputs) -> Result<Exit, Failure> {
-    let section = section(&inputs.section)?;
-    let format = format(&inputs.format)?;
+    let (section, format) = (inputs.section, inputs.format);
     let contract = inputs.file.read()?;
     data(&match format {
         Format::Text => print::text(&contract, section),
@@ -146,32 +125,7 @@ fn print_contract(inputs: &Inputs) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-fn section(input: &Text) -> Result<Option<Section>, UsageError> {
-    let Some(word) = input.get() else {
-        return Ok(None);
-    };
-    if let Some((_, section)) = Section::ALL
-        .into_iter()
-        .find(|(known, _)| known.eq_ignore_ascii_case(word))
-    {
-        return Ok(Some(section));
-    }
-    let words = Section::ALL.map(|(word, _)| word);
-    let error = UsageError::new(
-        "section",
-        format!(
-            "must be one of {}, not `{}`",
-            words.join(", "),
-            one_line(word, 80)
-        ),
-    );
-    Err(match nearest(word, words) {
-        Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
-        None => error,
-    })
-}
-
-/// The contract as an object, or the value of one of its sections.
+/// The whole as an object; of a section what it is made of.
 fn json(contract: &Contract, section: Option<Section>) -> String {
     let whole = serde_json::to_value(contract).expect("a contract is made of texts and numbers");
     let part = match section {
@@ -205,7 +159,7 @@ fn text(input: &str, file: &Path) -> Result<String, UsageError> {
 }
 
 fn check(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
-    let format = format(&inputs.format)?;
+    let format = inputs.format;
     if format == Format::Markdown {
         return Err(UsageError::new("format", "must be `text` or `json` for `check`").into());
     }

@@ -1,4 +1,4 @@
-//! `flywheel explain`: what the trust gate decides for this job or for a recorded event, and why.
+//! `flywheel explain`: the verdict of the trust gate on this job or on a recorded event, and why.
 //! Publishes nothing and touches nothing.
 
 use std::path::PathBuf;
@@ -6,33 +6,29 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use crate::command::inputs::{GateInputs, Text, choice, switch};
-use flywheel_core::exit::{Exit, Failure, UsageError};
+use crate::command::inputs::{Format, FormatInput, GateInputs};
+use crate::command::value::{boolean, path, text};
+use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, decide};
 use flywheel_sys::runner::context::{self, Recorded};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::data;
 
-/// Say whether this job may publish, what it would publish where, and why.
+/// Explain whether this job may publish, what it would publish where, and why.
 ///
 /// Reads the facts of the job that it runs in: `GITHUB_EVENT_NAME`, `GITHUB_REF`,
 /// `GITHUB_REF_PROTECTED`, `GITHUB_REPOSITORY`, the payload in the file that `GITHUB_EVENT_PATH`
-/// names, and whether `ATTIC_TOKEN` is there. Ends with 0 whatever the verdict.
+/// names, and whether `ATTIC_TOKEN` is there. Ends with 0 whatever the verdict. The JSON has the keys
+/// `verdict`, `publishes`, `reason` and `plan`.
 ///
-/// To try a recorded event on a laptop, give it by flags; each stands in for the job's own value:
-///
-///     flywheel explain --event-path push.json --event-name push --ref refs/heads/main --push-cache auto
+/// To try a recorded event on a laptop, give it by flags; each stands in for the job's own value.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Example:\n  flywheel explain --event-path push.json --event-name push --ref refs/heads/main"
+)]
 pub struct Inputs {
-    /// How to say it: `text`, the default, or `json` (keys `verdict`, `publishes`, `reason`, `plan`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_FORMAT",
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     #[command(flatten)]
     event: EventInputs,
@@ -47,89 +43,43 @@ pub struct Inputs {
 struct EventInputs {
     /// A file with the event's payload, such as `event.json` (default: the one that
     /// `GITHUB_EVENT_PATH` names).
-    #[arg(
-        long,
-        env = "FLYWHEEL_EVENT_PATH",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    event_path: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    event_path: Option<PathBuf>,
 
     /// The event's name, such as `push` (default: `GITHUB_EVENT_NAME`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_EVENT_NAME",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    event_name: Text,
+    #[arg(long, value_name = "NAME", value_parser = text())]
+    event_name: Option<String>,
 
     /// The full ref, such as `refs/heads/main` (default: `GITHUB_REF`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_REF",
-        value_name = "REF",
-        default_value = "",
-        hide_default_value = true
-    )]
-    r#ref: Text,
+    #[arg(long, value_name = "REF", value_parser = text())]
+    r#ref: Option<String>,
 
-    /// Whether a rule protects that ref, `true` or `false` (default: `GITHUB_REF_PROTECTED`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_REF_PROTECTED",
-        value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    ref_protected: Text,
+    /// Whether a rule protects that ref (default: `GITHUB_REF_PROTECTED`).
+    #[arg(long, value_name = "BOOL", value_parser = boolean())]
+    ref_protected: Option<bool>,
 
     /// The repository, such as `octo-org/octo-repo` (default: `GITHUB_REPOSITORY`; with
-    /// `--event-path` and outside of a job the payload's own word).
-    #[arg(
-        long,
-        env = "FLYWHEEL_REPOSITORY",
-        value_name = "OWNER/NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    repository: Text,
+    /// `--event-path` and outside of a job the payload's own).
+    #[arg(long, value_name = "OWNER/NAME", value_parser = text())]
+    repository: Option<String>,
 
-    /// The default branch, such as `main`, for a payload that does not name it (default: what the
-    /// payload says).
-    #[arg(
-        long,
-        env = "FLYWHEEL_DEFAULT_BRANCH",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    default_branch: Text,
+    /// The default branch, such as `main`, for a payload that does not name it (default: the
+    /// payload's own).
+    #[arg(long, value_name = "NAME", value_parser = text())]
+    default_branch: Option<String>,
 }
 
 impl EventInputs {
-    fn recorded(&self) -> Result<Recorded, UsageError> {
-        let text = |input: &Text| input.get().map(str::to_owned);
-        Ok(Recorded {
-            event_name: text(&self.event_name),
-            event_path: self.event_path.get().map(PathBuf::from),
-            git_ref: text(&self.r#ref),
-            ref_protected: match self.ref_protected.get() {
-                Some(_) => Some(switch("ref-protected", &self.ref_protected, false)?),
-                None => None,
-            },
-            repository: text(&self.repository),
-            default_branch: text(&self.default_branch),
-        })
+    fn recorded(self) -> Recorded {
+        Recorded {
+            event_name: self.event_name,
+            event_path: self.event_path,
+            git_ref: self.r#ref,
+            ref_protected: self.ref_protected,
+            repository: self.repository,
+            default_branch: self.default_branch,
+        }
     }
-}
-
-#[derive(Clone, Copy)]
-enum Format {
-    Text,
-    Json,
 }
 
 /// Runs the verb.
@@ -137,17 +87,11 @@ enum Format {
 /// # Errors
 /// For wrong input only.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let format = choice(
-        "format",
-        &inputs.format,
-        &[("text", Format::Text), ("json", Format::Json)],
-    )?;
-    let request = inputs.gate.request()?;
-    let must_publish = inputs.gate.must_publish()?;
-    let facts = context::recorded(env, &inputs.event.recorded()?)?;
+    let facts = context::recorded(env, &inputs.event.recorded())?;
+    let request = inputs.gate.request();
     let decision = decide(&facts, &request, context::token_present(env));
-    match format.unwrap_or(Format::Text) {
-        Format::Text => data(&text(&decision, must_publish)),
+    match inputs.format.format {
+        Format::Text => data(&in_words(&decision, inputs.gate.require_publish)),
         Format::Json => data(&json(&decision)),
     }
     Ok(Exit::Ok)
@@ -182,8 +126,8 @@ fn json(decision: &Decision) -> String {
     serde_json::to_string_pretty(&explanation).expect("texts and a boolean are always JSON")
 }
 
-/// Every line begins with a fixed word, so that text from outside cannot be a workflow command.
-fn text(decision: &Decision, must_publish: bool) -> String {
+/// Every line begins with one of our own words, so that the runner takes none for a workflow command.
+fn in_words(decision: &Decision, must_publish: bool) -> String {
     let attic = match decision.plan().attic {
         ToAttic::All => "everything that the job builds",
         ToAttic::Nothing => "nothing",

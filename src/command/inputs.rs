@@ -1,157 +1,166 @@
-//! Inputs that several verbs share, and how an action's strings become values.
-//!
-//! Every input is a flag and an environment variable `FLYWHEEL_<INPUT>`. An action passes what its
-//! caller left out as the empty text, so empty always means "not given".
+//! Inputs that several verbs share, each declared once, and the runner's hints that stand in for them.
 
-use std::convert::Infallible;
-use std::fmt::{self, Display};
-use std::ops::RangeInclusive;
-use std::str::FromStr;
+use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgAction, Args, ValueEnum};
 use url::Url;
 
-use flywheel_core::exit::UsageError;
-use flywheel_core::text::{nearest, one_line};
+use crate::command::units;
+use crate::command::value::{Invalid, boolean, name, one_of, text, value, variant};
+use flywheel_core::text::one_line;
 use flywheel_core::trust::{PushCache, Request, TrustedRefs};
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::PublicKey;
 use flywheel_sys::runner::env::Env;
 
-/// An input as it was typed; `None` when it was left out or empty.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Text(Option<String>);
+/// The help heading of flags that people give by hand: an action has no input for them.
+pub const BY_HAND: &str = "By hand";
+/// The group of the flag that the callers of an action must give, although a command line has another way
+/// to the same end.
+pub const REQUIRED_IN_ACTION: &str = "required-in-action";
 
-impl Text {
-    /// The text without surrounding white space, if there is any.
-    pub fn get(&self) -> Option<&str> {
-        self.0.as_deref()
+/// How long publishing and verifying may take at the end, unless an input names another time.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
+/// No publication that takes longer than a day is waited for; GitHub ends jobs after six hours.
+const DRAIN_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// How a verb prints its result.
+#[derive(Args, Clone, Debug)]
+pub struct FormatInput {
+    /// How to print the result on stdout.
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        value_parser = variant::<Format>(),
+        default_value = "text",
+        help_heading = BY_HAND
+    )]
+    pub format: Format,
+}
+
+/// The input `format`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Lines for people.
+    Text,
+    /// One JSON document for programs.
+    Json,
+}
+
+/// The time for the end of a job.
+#[derive(Args, Clone, Debug)]
+pub struct DrainInput {
+    /// How long publishing and verifying may take at the end, such as `10m`; a bare number counts
+    /// seconds (default: `300`).
+    #[arg(long, value_name = "TIME", value_parser = value(drain_timeout))]
+    pub drain_timeout: Option<Duration>,
+}
+
+impl DrainInput {
+    /// The time that holds.
+    pub fn or_default(&self) -> Duration {
+        self.drain_timeout.unwrap_or(DRAIN_TIMEOUT)
     }
 }
 
-impl FromStr for Text {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        let text = text.trim();
-        Ok(Self((!text.is_empty()).then(|| text.to_owned())))
+fn drain_timeout(text: &str) -> Result<Duration, Invalid> {
+    let time = units::duration(text)?;
+    if (Duration::from_secs(1)..=DRAIN_LIMIT).contains(&time) {
+        return Ok(time);
     }
-}
-
-impl fmt::Display for Text {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.get().unwrap_or_default())
-    }
-}
-
-/// Reads a yes-or-no input; GitHub's booleans arrive as `true`, `True` or empty.
-///
-/// # Errors
-/// For any other word, with the nearest good one.
-pub fn switch(name: &str, input: &Text, default: bool) -> Result<bool, UsageError> {
-    let words = [("true", true), ("false", false)];
-    choice(name, input, &words).map(|value| value.unwrap_or(default))
-}
-
-/// Reads an input that is one of a few words; case does not matter.
-///
-/// # Errors
-/// For any other word, with the nearest good one.
-pub fn choice<T: Copy>(
-    name: &str,
-    input: &Text,
-    words: &[(&str, T)],
-) -> Result<Option<T>, UsageError> {
-    let Some(text) = input.get() else {
-        return Ok(None);
-    };
-    if let Some((_, value)) = words
-        .iter()
-        .find(|(word, _)| word.eq_ignore_ascii_case(text))
-    {
-        return Ok(Some(*value));
-    }
-    let all: Vec<String> = words.iter().map(|(word, _)| format!("`{word}`")).collect();
-    let error = UsageError::new(
-        name,
-        format!("must be {}, not `{}`", all.join(" or "), one_line(text, 80)),
+    let problem = format!(
+        "must be from one second to one day, not `{}`",
+        one_line(text, 40)
     );
-    Err(match nearest(text, words.iter().map(|(word, _)| *word)) {
-        Some(word) => error.with_hint(format!("Did you mean `{word}`?")),
-        None => error,
-    })
+    Err(Invalid::new(problem).with_hint("Give seconds, or a time such as `10m`."))
 }
 
-/// Reads a number within a range; none where the input is empty.
-///
-/// # Errors
-/// For anything else, with the range.
-pub fn number<N: FromStr + PartialOrd + Display>(
-    name: &str,
-    input: &Text,
-    range: RangeInclusive<N>,
-) -> Result<Option<N>, UsageError> {
-    let Some(text) = input.get() else {
-        return Ok(None);
-    };
-    match text.parse() {
-        Ok(number) if range.contains(&number) => Ok(Some(number)),
-        _ => {
-            let (from, to) = range.into_inner();
-            let shown = one_line(text, 40);
-            Err(UsageError::new(
-                name,
-                format!("must be a number from {from} to {to}, not `{shown}`"),
-            ))
-        }
-    }
+/// The runners to move to when memory runs out.
+#[derive(Args, Clone, Debug)]
+pub struct HeavyLaneInput {
+    /// The label of the runners to move to when memory runs out, such as `nix-heavy`; the report names
+    /// it (default: none).
+    #[arg(long, value_name = "LABEL", value_parser = name())]
+    pub heavy_lane: Option<String>,
+}
+
+/// The flake to evaluate.
+#[derive(Args, Clone, Debug)]
+pub struct FlakeInput {
+    /// The flake to evaluate, such as `./services` or `github:owner/repo` (default: `.`; the canary
+    /// evaluates `.` only if it has a `flake.nix`).
+    #[arg(long, value_name = "REF", value_parser = text())]
+    pub flake: Option<String>,
+}
+
+/// The class of a builder.
+#[derive(Args, Clone, Debug)]
+pub struct ClassInput {
+    /// The class of this builder in the contract, such as `general`, `container` or `kernel` (default:
+    /// `nix-builder` for the canary; `cache-contract` knows none without it).
+    #[arg(long, value_name = "NAME", value_parser = text())]
+    pub class: Option<String>,
+}
+
+/// Bazel's remote cache. `setup` takes only an address that is well formed; the checks report one that is
+/// not, so that the text is kept as it is.
+#[derive(Args, Clone, Debug)]
+pub struct BazelCacheInput {
+    /// The Bazel remote cache, a URL of `grpc`, `grpcs`, `http` or `https` such as
+    /// `grpcs://bazel-cache.example.org:9092` (default: the runner's hint `BAZEL_REMOTE_CACHE`).
+    #[arg(long, value_name = "URL", value_parser = text())]
+    pub bazel_remote_cache: Option<String>,
+}
+
+/// The inputs that name a cache, and whether to use it.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Cache")]
+pub struct CacheInputs {
+    /// Whether to use the cache at all.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "true"
+    )]
+    pub attic_enabled: bool,
+
+    #[command(flatten)]
+    pub server: ServerInputs,
 }
 
 /// The inputs that name a cache.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cache")]
-pub struct CacheInputs {
-    /// Whether to use the cache at all: `true`, the default, or `false`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_ATTIC_ENABLED",
-        value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub attic_enabled: Text,
+pub struct ServerInputs {
+    /// The cache server's address, such as `https://attic.example.org/` (default: the runner's hint
+    /// `ATTIC_SERVER`; without both there is no cache server).
+    #[arg(long, value_name = "URL", value_parser = value(|text| http_address(text).map_err(or_hint)))]
+    pub attic_server: Option<Address>,
 
-    /// The cache server's address, such as `https://attic.example.org/`. The default is the runner's
-    /// hint `ATTIC_SERVER`; there is no baked-in server.
-    #[arg(
-        long,
-        env = "FLYWHEEL_ATTIC_SERVER",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub attic_server: Text,
+    /// The cache's name on the server, such as `team` (default: the runner's hint `ATTIC_CACHE`, then `main`).
+    #[arg(long, value_name = "NAME", value_parser = value(|text| cache_name(text).map_err(or_hint)))]
+    pub attic_cache: Option<CacheName>,
 
-    /// The cache's name on the server. The default is the hint `ATTIC_CACHE`, then `main`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_ATTIC_CACHE",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub attic_cache: Text,
+    /// The cache's public key, such as `main:6NCHdD59X431…=`; without a key Nix refuses every hit
+    /// (default: the runner's hint `ATTIC_PUBLIC_KEY`).
+    #[arg(long, value_name = "KEY", value_parser = value(|text| public_key(text).map_err(or_hint)))]
+    pub attic_public_key: Option<PublicKey>,
+}
 
-    /// The cache's public key, such as `main:6NCHdD59X431…=`. The default is the hint
-    /// `ATTIC_PUBLIC_KEY`. Without a key Nix refuses every hit.
-    #[arg(
-        long,
-        env = "FLYWHEEL_ATTIC_PUBLIC_KEY",
-        value_name = "KEY",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub attic_public_key: Text,
+/// A malformed input that has a hint in the environment beside it.
+pub fn or_hint(problem: String) -> Invalid {
+    Invalid::new(problem).with_hint("Correct it, or leave it out to use the runner's own hint.")
+}
+
+/// The address of a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// As it was written: what is exported to later steps is not changed by parsing.
+    pub text: String,
+    /// As it was understood.
+    pub url: Url,
 }
 
 /// What inputs and hints name of a cache. An input goes before the hint of the same name.
@@ -172,47 +181,32 @@ pub struct NamedCache {
 }
 
 impl CacheInputs {
-    /// What inputs and hints name.
-    ///
-    /// # Errors
-    /// When an input is malformed. A hint that is malformed is not used, and said.
-    pub fn named(&self, env: &Env) -> Result<NamedCache, UsageError> {
-        let http = |text: &str| address(text, &["http", "https"]);
-        // Inputs first and all of them, so that an error comes before any warning.
-        let enabled = switch("attic-enabled", &self.attic_enabled, true)?;
-        let given_server = given("attic-server", &self.attic_server, http)?;
-        let name = given("attic-cache", &self.attic_cache, cache_name)?;
-        let key = given("attic-public-key", &self.attic_public_key, public_key)?;
-        let mut hints = Hints::of(env);
-        Ok(NamedCache {
-            enabled,
-            given: given_server,
-            hinted: hints.get("ATTIC_SERVER", http),
-            name: name
+    /// What inputs and hints name. A malformed hint is not used, and is among `bad_hints`.
+    pub fn resolve(&self, env: &Env) -> NamedCache {
+        let mut hints = Hints::from_env(env);
+        let ServerInputs {
+            attic_server,
+            attic_cache,
+            attic_public_key,
+        } = self.server.clone();
+        NamedCache {
+            enabled: self.attic_enabled,
+            // Both are kept: the embedded cache comes between an input and a hint.
+            given: attic_server.map(|server| server.url),
+            hinted: hints
+                .get("ATTIC_SERVER", http_address)
+                .map(|server| server.url),
+            // A hint that an input overrides is not read, so it is no bad hint either.
+            name: attic_cache
                 .or_else(|| hints.get("ATTIC_CACHE", cache_name))
                 .unwrap_or_default(),
-            key: key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
+            key: attic_public_key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
             bad_hints: hints.bad,
-        })
+        }
     }
 }
 
-/// A value given by input: malformed is an error.
-///
-/// # Errors
-/// With the problem that `read` finds, a fragment that goes behind "input `x`".
-pub fn given<T>(
-    name: &str,
-    input: &Text,
-    read: impl Fn(&str) -> Result<T, String>,
-) -> Result<Option<T>, UsageError> {
-    input.get().map(&read).transpose().map_err(|problem| {
-        UsageError::new(name, problem)
-            .with_hint("Correct it, or leave it out to use the runner's own hint.")
-    })
-}
-
-/// The runner's hints: malformed ones are not used, and said.
+/// The runner's hints. A malformed one is not used, and is among `bad`.
 #[derive(Debug)]
 pub struct Hints<'a> {
     env: &'a Env,
@@ -222,7 +216,7 @@ pub struct Hints<'a> {
 
 impl<'a> Hints<'a> {
     /// The hints in this environment.
-    pub fn of(env: &'a Env) -> Self {
+    pub fn from_env(env: &'a Env) -> Self {
         Self {
             env,
             bad: Vec::new(),
@@ -236,6 +230,7 @@ impl<'a> Hints<'a> {
             .get(name)
             .map(str::trim)
             .filter(|text| !text.is_empty())?;
+        // A job must not fail for what its runner's administrator mistyped.
         let bad = |problem: String| {
             self.bad.push(format!(
                 "the runner's hint `{name}` is not used: it {problem}"
@@ -245,92 +240,115 @@ impl<'a> Hints<'a> {
     }
 }
 
-/// The inputs that ask for publication. The trust gate answers them.
-#[derive(Args, Clone, Debug, Default)]
+/// The inputs that the trust gate judges a publication by.
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Publication")]
-pub struct GateInputs {
-    /// Whether to publish: `true`, `auto` (when the trust gate allows it) or `false`, the default.
+pub struct TrustInputs {
+    /// Whether to publish. `true` and `auto` ask the trust gate, which decides; a pull request never
+    /// publishes. With `true`, a refusal is reported in a notice.
     #[arg(
         long,
-        env = "FLYWHEEL_PUSH_CACHE",
         value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
+        value_parser = one_of(&PUSH_CACHE),
+        default_value = "false"
     )]
-    pub push_cache: Text,
-
-    /// Asks for publication by hand, as in `flywheel nix-job --publish`; outside of CI nothing else
-    /// does. The default is not to ask.
-    #[arg(long, env = "FLYWHEEL_PUBLISH", value_parser = clap::builder::FalseyValueParser::new())]
-    pub publish: bool,
+    pub push_cache: PushCache,
 
     /// Refs that may publish besides the default branch, separated by white space or commas, such as
-    /// `refs/tags/v* refs/heads/release/*` (default: `refs/tags/v*`). `*` stops at a `/`, `**` does
-    /// not. A branch must be protected, too.
+    /// `refs/tags/v* refs/heads/release/*`. `*` stops at a `/`, `**` does not. A branch must be
+    /// protected, too.
     #[arg(
         long,
-        env = "FLYWHEEL_TRUSTED_REFS",
         value_name = "REFS",
-        default_value = "",
-        hide_default_value = true
+        value_parser = value(TrustedRefs::parse),
+        default_value = "refs/tags/v*"
     )]
-    pub trusted_refs: Text,
+    pub trusted_refs: TrustedRefs,
+}
 
-    /// Whether a path that could not be published, or a verdict that forbids publishing, fails the
-    /// step: `true` or `false`, the default.
+/// What the input `push-cache` can be.
+const PUSH_CACHE: [(&str, PushCache); 3] = [
+    ("auto", PushCache::Auto),
+    ("true", PushCache::Always),
+    ("false", PushCache::Never),
+];
+
+impl TrustInputs {
+    /// What is asked of the trust gate.
+    pub fn request(&self) -> Request {
+        Request {
+            push_cache: self.push_cache,
+            by_hand: false,
+            trusted_refs: self.trusted_refs.clone(),
+        }
+    }
+}
+
+/// The inputs of publication, with the way to ask for it outside of a workflow.
+#[derive(Args, Clone, Debug)]
+pub struct RequestInputs {
+    #[command(flatten)]
+    trust: TrustInputs,
+
+    /// Ask for publication by hand, as in `flywheel nix-job --publish`; outside of CI nothing else does
+    /// (default: do not ask).
+    #[arg(long, help_heading = BY_HAND)]
+    publish: bool,
+}
+
+impl RequestInputs {
+    /// What is asked of the trust gate.
+    pub fn request(&self) -> Request {
+        Request {
+            by_hand: self.publish,
+            ..self.trust.request()
+        }
+    }
+}
+
+/// The inputs of publication, with what a refusal or a loss does to the step.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Publication")]
+pub struct GateInputs {
+    #[command(flatten)]
+    asked: RequestInputs,
+
+    /// Whether a path that could not be published, or a verdict that forbids publishing, fails the step.
     #[arg(
         long,
-        env = "FLYWHEEL_REQUIRE_PUBLISH",
         value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
     )]
-    pub require_publish: Text,
+    pub require_publish: bool,
 }
 
 impl GateInputs {
     /// What is asked of the trust gate.
-    ///
-    /// # Errors
-    /// For a word that `push-cache` does not know, or a pattern that `trusted-refs` cannot hold.
-    pub fn request(&self) -> Result<Request, UsageError> {
-        Ok(Request {
-            push_cache: push_cache(&self.push_cache)?,
-            by_hand: self.publish,
-            trusted_refs: TrustedRefs::parse(self.trusted_refs.get().unwrap_or_default())?,
-        })
-    }
-
-    /// Whether publication that was asked for and does not happen fails the step.
-    ///
-    /// # Errors
-    /// For a word that is neither `true` nor `false`.
-    pub fn must_publish(&self) -> Result<bool, UsageError> {
-        switch("require-publish", &self.require_publish, false)
+    pub fn request(&self) -> Request {
+        self.asked.request()
     }
 }
 
-/// Reads the input `push-cache`.
+/// An address of HTTP.
 ///
 /// # Errors
-/// For a word that it does not know.
-pub fn push_cache(input: &Text) -> Result<PushCache, UsageError> {
-    let words = [
-        ("auto", PushCache::Auto),
-        ("true", PushCache::Always),
-        ("false", PushCache::Never),
-    ];
-    Ok(choice("push-cache", input, &words)?.unwrap_or_default())
+/// As `address`.
+pub fn http_address(text: &str) -> Result<Address, String> {
+    address(text, &["http", "https"])
 }
 
 /// The address of a server. What is wrong does not quote the text: it may hold a password.
 ///
 /// # Errors
 /// When it is not a whole URL of one of these schemes, or carries what every later step would see.
-pub fn address(text: &str, schemes: &[&str]) -> Result<Url, String> {
+pub fn address(text: &str, schemes: &[&str]) -> Result<Address, String> {
+    // Nothing expands a template on its way here, and a URL may hold one.
     if text.contains("${") {
         return Err("holds a literal `${…}`, which nothing expands".into());
     }
+    // `Url` drops line breaks silently, but the text itself is exported and printed.
     if text.contains(|c: char| c.is_whitespace() || c.is_control()) {
         return Err("must not hold white space".into());
     }
@@ -346,7 +364,10 @@ pub fn address(text: &str, schemes: &[&str]) -> Result<Url, String> {
             "must not carry a user, password or query: every later step would see it".into(),
         );
     }
-    Ok(url)
+    Ok(Address {
+        text: text.to_owned(),
+        url,
+    })
 }
 
 /// A cache's name.
@@ -371,21 +392,19 @@ pub fn public_key(text: &str) -> Result<PublicKey, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn text(text: &str) -> Text {
-        text.parse().expect("infallible")
-    }
+    use crate::cli::tests::read;
 
     #[test]
     fn an_empty_input_is_one_that_was_not_given() {
-        assert!(switch("x", &text(" "), true).expect("default"));
-        assert!(!switch("x", &text("False"), true).expect("word"));
+        let read = |value| read::<CacheInputs>(&[("attic-enabled", value)]);
+        assert!(read(" ").expect("default").attic_enabled);
+        assert!(!read("False").expect("a word").attic_enabled);
     }
 
     #[test]
     fn a_slip_of_the_finger_gets_a_hint() {
         use flywheel_core::exit::Explain as _;
-        let error = switch("attic-enabled", &text("ture"), true).expect_err("no such word");
+        let error = read::<CacheInputs>(&[("attic-enabled", "ture")]).expect_err("no such word");
         assert_eq!(
             error.to_string(),
             "input `attic-enabled` must be `true` or `false`, not `ture`"
@@ -399,9 +418,7 @@ mod tests {
             ("ATTIC_SERVER", "https://u:sesame@h/"),
             ("ATTIC_CACHE", "a/b"),
         ]);
-        let named = CacheInputs::default()
-            .named(&env)
-            .expect("hints never fail");
+        let named = read::<CacheInputs>(&[]).expect("no input").resolve(&env);
         assert_eq!(
             (named.hinted, named.name.as_str(), named.bad_hints.len()),
             (None, "main", 2)
@@ -411,12 +428,7 @@ mod tests {
             "{:?}",
             named.bad_hints
         );
-        let error = CacheInputs {
-            attic_cache: text("a/b"),
-            ..Default::default()
-        }
-        .named(&env)
-        .expect_err("no name");
+        let error = read::<CacheInputs>(&[("attic-cache", "a/b")]).expect_err("no name");
         assert!(
             error
                 .to_string()

@@ -14,9 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use self::output::Format;
-use crate::command::inputs::{CacheInputs, GateInputs, Text, choice};
-use crate::command::units;
+use crate::command::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs};
 use crate::job::policy::PolicyInputs;
 use crate::job::publication;
 use flywheel_cache::client::attic::Attic;
@@ -61,24 +59,11 @@ pub struct Inputs {
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<std::path::PathBuf>,
 
-    /// How to say what became of them: `text`, the default, or `json` on stdout.
-    #[arg(
-        long,
-        env = "FLYWHEEL_FORMAT",
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
-    /// How long publishing may take. Example: `--drain-timeout 10m`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_DRAIN_TIMEOUT",
-        value_name = "TIME",
-        default_value = "5m"
-    )]
-    drain_timeout: String,
+    #[command(flatten)]
+    drain: DrainInput,
 
     #[command(flatten)]
     policy: PolicyInputs,
@@ -131,22 +116,19 @@ impl Explain for Error {
 /// Bad input; a verdict, a cache or a path that forbids publishing.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
-    let format = choice("format", &inputs.format, &Format::CHOICES)?.unwrap_or_default();
-    let limit = units::duration("drain-timeout", &inputs.drain_timeout)?;
-    let must_publish = inputs.gate.must_publish()?;
-    let cache = cache(&inputs.cache, env, &workflow)?;
+    let (format, limit) = (inputs.format.format, inputs.drain.or_default());
+    let (endpoint, key) = cache(&inputs.cache, env, &workflow)?;
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     if let Some(token) = &token {
         workflow.mask(token);
     }
     let policy = inputs.policy.read()?;
-    let decision = judge(&inputs.gate, env)?;
+    let decision = judge(&inputs.gate, env);
     let Some(permit) = decision.permit() else {
-        return refused(&decision, &workflow, must_publish);
+        return refused(&decision, &workflow, inputs.gate.require_publish);
     };
     let wanted = paths::resolve(&inputs.paths)?;
     let sink = output::sink(&workflow);
-    let (endpoint, key) = cache;
     let (clients, probe, store, found) =
         prepare(env, &endpoint, token.as_ref(), &wanted, &sink).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
@@ -207,7 +189,7 @@ fn cache(
     env: &Env,
     workflow: &Workflow,
 ) -> Result<(Endpoint, Option<PublicKey>), UsageError> {
-    let named = inputs.named(env)?;
+    let named = inputs.resolve(env);
     for hint in &named.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
@@ -228,14 +210,10 @@ fn cache(
 }
 
 /// Lets the trust gate decide. Calling this verb is the request to publish.
-fn judge(gate: &GateInputs, env: &Env) -> Result<Decision, UsageError> {
-    let mut request = gate.request()?;
+fn judge(gate: &GateInputs, env: &Env) -> Decision {
+    let mut request = gate.request();
     request.by_hand = true;
-    Ok(decide(
-        &context::facts(env),
-        &request,
-        context::token_present(env),
-    ))
+    decide(&context::facts(env), &request, context::token_present(env))
 }
 
 fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Result<Exit, Failure> {

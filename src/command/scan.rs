@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::json;
 use thiserror::Error;
 
-use crate::command::inputs::{Text, choice};
+use crate::command::inputs::{Format, FormatInput};
 use crate::job::policy::{PolicyInputs, scanner};
 use crate::report::screen::Screen;
 use flywheel_core::exit::{Exit, Explain, Failure};
@@ -24,25 +24,17 @@ use flywheel_sys::runner::workflow::{Level, Workflow, data};
 /// Look into store paths, or any files and folders, for what the publication policy would keep back.
 ///
 /// Looks for the values of this environment's secrets, for something shaped like a secret, and for places of this
-/// machine, as `nix-job` does before it publishes (`docs/policy.md`). Says rule, file and offset, never the secret.
+/// machine, as `nix-job` does before it publishes (`docs/policy.md`). Prints rule, file and offset, never the secret.
 /// Looks into no compressed file. Ends with 1 if something would be kept back.
-///
-/// Example: `flywheel scan ./result /nix/store/…-hello-2.12`
 #[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel scan ./result /nix/store/…-hello-2.12")]
 pub struct Inputs {
     /// What to look into, such as `./result`; links are followed.
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<PathBuf>,
 
-    /// How to say what was found: `text`, the default, or `json`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_FORMAT",
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     #[command(flatten)]
     policy: PolicyInputs,
@@ -87,8 +79,7 @@ struct Found {
 /// # Errors
 /// For wrong input, and for a path that cannot be read.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let as_json =
-        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
+    let as_json = inputs.format.format == Format::Json;
     let config = inputs.policy.read()?;
     let mut paths = Vec::new();
     // All paths are resolved before the first is scanned, so that a mistyped one is found at once.

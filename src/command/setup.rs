@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use clap::Args;
 use thiserror::Error;
-use url::Url;
 
-use crate::command::inputs::{Hints, Text, address, cache_name, given, public_key, push_cache};
+use crate::command::inputs::{
+    Address, BazelCacheInput, Hints, ServerInputs, TrustInputs, address, cache_name, http_address,
+    or_hint, public_key,
+};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
-use flywheel_core::trust::{Decision, Request, TrustedRefs, decide};
+use flywheel_core::trust::{Decision, decide};
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::PublicKey;
 use flywheel_sys::http::{Names, reach, redact};
@@ -29,76 +31,23 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// `GF_BAZEL_SUBSTRATE_MODE` to the job's later steps, each only if it is valid and what it names
 /// answers within two seconds. An input goes before the runner's hint of the same name. A hint that
 /// is malformed is a warning and is not used; a malformed input is an error. No token is exported.
+/// Nothing is published: `--push-cache` and `--trusted-refs` only decide the outputs `trust`,
+/// `publishes` and `reason`.
 ///
-/// Outside of a job it prints the exports for a shell:
-///
-///     eval "$(flywheel setup --attic-server https://attic.example.org/)"
+/// Outside of a job it prints the exports for a shell.
 #[derive(Args, Debug)]
+#[command(
+    after_help = "Example:\n  eval \"$(flywheel setup --attic-server https://attic.example.org/)\""
+)]
 pub struct Inputs {
-    /// The cache server's address, such as `https://attic.example.org/` (default: the runner's hint
-    /// `ATTIC_SERVER`; there is no baked-in server).
-    #[arg(
-        long,
-        env = "FLYWHEEL_ATTIC_SERVER",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    attic_server: Text,
+    #[command(flatten)]
+    server: ServerInputs,
 
-    /// The cache's name on the server (default: the hint `ATTIC_CACHE`, then `main`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_ATTIC_CACHE",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    attic_cache: Text,
+    #[command(flatten)]
+    bazel: BazelCacheInput,
 
-    /// The cache's public key, such as `main:6NCHdD59X431…=` (default: the hint
-    /// `ATTIC_PUBLIC_KEY`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_ATTIC_PUBLIC_KEY",
-        value_name = "KEY",
-        default_value = "",
-        hide_default_value = true
-    )]
-    attic_public_key: Text,
-
-    /// The Bazel remote cache, such as `grpc://bazel-cache.example.org:9092` (default: the
-    /// hint `BAZEL_REMOTE_CACHE`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_BAZEL_REMOTE_CACHE",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    bazel_remote_cache: Text,
-
-    /// For the outputs `trust`, `publishes`, `reason`: whether to publish, `true`, `auto` or `false`,
-    /// the default.
-    #[arg(
-        long,
-        env = "FLYWHEEL_PUSH_CACHE",
-        value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
-    )]
-    push_cache: Text,
-
-    /// For the same outputs: refs that may publish besides the default branch (default:
-    /// `refs/tags/v*`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_TRUSTED_REFS",
-        value_name = "REFS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    trusted_refs: Text,
+    #[command(flatten)]
+    trust: TrustInputs,
 }
 
 /// Why the job's environment was not set up.
@@ -129,13 +78,9 @@ impl Explain for Error {
 /// Runs the verb.
 ///
 /// # Errors
-/// For wrong input, before anything is touched; when one of the runner's files cannot be written.
+/// Bad input, before anything is touched; or one of the runner's files cannot be written.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let request = Request {
-        push_cache: push_cache(&inputs.push_cache)?,
-        by_hand: false,
-        trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
-    };
+    let request = inputs.trust.request();
     let workflow = Workflow::new(env.in_github_actions());
     let wanted = Wanted::read(&inputs, env, &workflow)?;
     let decision = decide(&context::facts(env), &request, context::token_present(env));
@@ -164,30 +109,33 @@ pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
 
 /// What inputs and hints name: well formed, and not tried yet.
 struct Wanted {
-    server: Option<Endpoint>,
+    server: Option<Address>,
     cache: CacheName,
     key: Option<PublicKey>,
-    bazel_cache: Option<Endpoint>,
-    bazel_executor: Option<Endpoint>,
+    bazel_cache: Option<Address>,
+    bazel_executor: Option<Address>,
 }
 
 impl Wanted {
     fn read(inputs: &Inputs, env: &Env, workflow: &Workflow) -> Result<Self, UsageError> {
-        let http = |text: &str| endpoint(text, &["http", "https"]);
-        let bazel = |text: &str| endpoint(text, &["grpc", "grpcs", "http", "https"]);
-        // All inputs are read before any hint, so that an error comes before any warning.
-        let server = given("attic-server", &inputs.attic_server, http)?;
-        let cache = given("attic-cache", &inputs.attic_cache, cache_name)?;
-        let key = given("attic-public-key", &inputs.attic_public_key, public_key)?;
-        let bazel_cache = given("bazel-remote-cache", &inputs.bazel_remote_cache, bazel)?;
-        let mut hints = Hints::of(env);
+        // Before the hints, so that an error comes before any warning.
+        let bazel_cache = inputs
+            .bazel
+            .bazel_remote_cache
+            .as_deref()
+            .map(|text| {
+                bazel(text).map_err(|problem| or_hint(problem).of_input("bazel-remote-cache"))
+            })
+            .transpose()?;
+        let server = inputs.server.clone();
+        let mut hints = Hints::from_env(env);
         hints.get("GF_BAZEL_SUBSTRATE_MODE", mode);
         let wanted = Self {
-            server: server.or_else(|| hints.get("ATTIC_SERVER", http)),
-            cache: cache
+            server: (server.attic_server).or_else(|| hints.get("ATTIC_SERVER", http_address)),
+            cache: (server.attic_cache)
                 .or_else(|| hints.get("ATTIC_CACHE", cache_name))
                 .unwrap_or_default(),
-            key: key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
+            key: (server.attic_public_key).or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
             bazel_cache: bazel_cache.or_else(|| hints.get("BAZEL_REMOTE_CACHE", bazel)),
             bazel_executor: hints.get("BAZEL_REMOTE_EXECUTOR", bazel),
         };
@@ -197,8 +145,8 @@ impl Wanted {
         Ok(wanted)
     }
 
-    /// The variables to export. The name and the key of a cache are of no use without its server, so they are exported
-    /// with the server or not at all.
+    /// The variables to export. Name and key of a cache are of no use without its server, so they are
+    /// exported only with it.
     async fn reachable(self, workflow: &Workflow) -> Vec<(&'static str, String)> {
         let names = Names::default();
         let (server, bazel_cache, executor) = tokio::join!(
@@ -228,17 +176,8 @@ impl Wanted {
     }
 }
 
-/// An address: the text is exported, the URL is tried.
-struct Endpoint {
-    text: String,
-    url: Url,
-}
-
-fn endpoint(text: &str, schemes: &[&str]) -> Result<Endpoint, String> {
-    address(text, schemes).map(|url| Endpoint {
-        text: text.to_owned(),
-        url,
-    })
+fn bazel(text: &str) -> Result<Address, String> {
+    address(text, &["grpc", "grpcs", "http", "https"])
 }
 
 fn mode(text: &str) -> Result<(), String> {
@@ -257,12 +196,12 @@ fn mode(text: &str) -> Result<(), String> {
 /// The endpoint's text, if a server accepts connections there.
 async fn answering(
     name: &str,
-    endpoint: Option<Endpoint>,
+    endpoint: Option<Address>,
     names: &Names,
     workflow: &Workflow,
 ) -> Option<String> {
-    let Endpoint { text, url } = endpoint?;
-    // gRPC has no ports of its own: it is HTTP/2, on HTTP's ports.
+    let Address { text, url } = endpoint?;
+    // gRPC has HTTP's ports.
     let by_scheme = if matches!(url.scheme(), "grpcs" | "https") {
         443
     } else {

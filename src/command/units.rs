@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use flywheel_core::exit::UsageError;
+use crate::command::value::Invalid;
 use flywheel_core::text::one_line;
 
 /// Reads `90s`, `10m`, `12h`, `30d`, `2w`; a bare number counts seconds.
 ///
 /// # Errors
 /// For anything else, with an example.
-pub fn duration(name: &str, text: &str) -> Result<Duration, UsageError> {
+pub fn duration(text: &str) -> Result<Duration, Invalid> {
     let units = [
         ("s", 1),
         ("m", 60),
@@ -18,10 +18,10 @@ pub fn duration(name: &str, text: &str) -> Result<Duration, UsageError> {
         ("w", 604_800),
     ];
     let seconds = scaled(text, "s", &units).ok_or_else(|| {
-        UsageError::new(
-            name,
-            format!("must be a time such as `30d`, not `{}`", one_line(text, 40)),
-        )
+        Invalid::new(format!(
+            "must be a time such as `30d`, not `{}`",
+            one_line(text, 40)
+        ))
         .with_hint("Write a whole number and `s`, `m`, `h`, `d` or `w`.")
     })?;
     Ok(Duration::from_secs(seconds))
@@ -31,7 +31,7 @@ pub fn duration(name: &str, text: &str) -> Result<Duration, UsageError> {
 ///
 /// # Errors
 /// For anything else, with an example.
-pub fn size(name: &str, text: &str) -> Result<u64, UsageError> {
+pub fn size(text: &str) -> Result<u64, Invalid> {
     let short = text.trim().trim_end_matches("iB").trim_end_matches('B');
     let units = [
         ("", 1),
@@ -41,10 +41,10 @@ pub fn size(name: &str, text: &str) -> Result<u64, UsageError> {
         ("T", 1 << 40),
     ];
     scaled(short, "", &units).ok_or_else(|| {
-        UsageError::new(
-            name,
-            format!("must be a size such as `20G`, not `{}`", one_line(text, 40)),
-        )
+        Invalid::new(format!(
+            "must be a size such as `20G`, not `{}`",
+            one_line(text, 40)
+        ))
         .with_hint("Write a whole number and `K`, `M`, `G` or `T` (powers of 1024).")
     })
 }
@@ -72,11 +72,11 @@ mod tests {
 
     #[test]
     fn times_and_sizes_read_as_people_write_them() {
-        let seconds = |text| duration("max-age", text).map(|time| time.as_secs()).ok();
+        let seconds = |text| duration(text).map(|time| time.as_secs()).ok();
         assert_eq!(seconds("30d"), Some(30 * 86_400));
         assert_eq!(seconds(" 90 "), Some(90));
         assert_eq!(seconds("10 M"), Some(600));
-        let bytes = |text| size("max-size", text).ok();
+        let bytes = |text| size(text).ok();
         assert_eq!(bytes("20G"), Some(20 << 30));
         assert_eq!(bytes("20 GiB"), Some(20 << 30));
         assert_eq!(bytes("1k"), Some(1024));
@@ -94,15 +94,12 @@ mod tests {
             "99999999999999999999s",
             "99999999999999w",
         ] {
-            assert!(duration("max-age", text).is_err(), "{text}");
+            assert!(duration(text).is_err(), "{text}");
         }
         for text in ["", "G", "-1", "20X", "99999999T"] {
-            assert!(size("max-size", text).is_err(), "{text}");
+            assert!(size(text).is_err(), "{text}");
         }
-        let error = size("max-size", "much").expect_err("no number").to_string();
-        assert_eq!(
-            error,
-            "input `max-size` must be a size such as `20G`, not `much`"
-        );
+        let error = size("much").expect_err("no number").to_string();
+        assert_eq!(error, "must be a size such as `20G`, not `much`");
     }
 }

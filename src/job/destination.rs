@@ -1,18 +1,18 @@
-//! Where a job's paths go, and which client sends them: the built-in one, Attic's own, or `nix copy`.
+//! Where a job's paths go, and how: with the built-in client, with Attic's own, or with `nix copy`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
-use crate::command::inputs::{Text, choice};
+use crate::command::value::{Invalid, value, variant};
 use crate::job::attach::Cache;
 use crate::report::job::CacheState;
 use flywheel_cache::client::attic::Attic;
 use flywheel_cache::client::attic_cli::{self, AtticCli, Search};
-use flywheel_cache::client::copy::{StoreCopy, StoreUrl};
+use flywheel_cache::client::copy::{StoreCopy, StoreUrl, StoreUrlError};
 use flywheel_cache::client::destination::Target;
-use flywheel_core::exit::{Explain as _, UsageError};
+use flywheel_core::exit::Explain as _;
 use flywheel_core::progress::Sink;
 use flywheel_nix::tool::Nix;
 use flywheel_sys::http::Clients;
@@ -21,53 +21,40 @@ use flywheel_sys::runner::env::Env;
 /// How long opening another kind of store may take before the job begins.
 pub const PING_LIMIT: Duration = Duration::from_secs(10);
 
-/// The inputs that say by whose hand paths are published, and to which other kind of store.
-#[derive(Args, Clone, Debug, Default)]
+/// The inputs that choose the client that publishes, or another kind of store.
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Destination")]
 pub struct DestinationInputs {
     /// Another kind of store instead of an Attic cache, such as `s3://bucket?region=eu-west-1`,
     /// `file:///var/cache/nix`, `ssh-ng://host` or `https://cache.example.org/nix`: read as a
-    /// substituter, written to by `nix copy` (default: none). Credentials come from the environment.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub cache: Text,
+    /// substituter, written to by `nix copy`. Credentials come from the environment (default: none).
+    #[arg(long, value_name = "URL", value_parser = value(store_url))]
+    cache: Option<StoreUrl>,
 
-    /// Who talks to the Attic server: `built-in`, `attic-client` (Attic's own client, never
-    /// compiled), or `auto`, the default: built-in, and Attic's own where the server does not know
-    /// the protocol.
-    #[arg(
-        long,
-        env = "FLYWHEEL_PUBLISHER",
-        value_name = "WHO",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub publisher: Text,
+    /// Who sends paths to the Attic server.
+    #[arg(long, value_name = "WHO", value_parser = variant::<PublisherKind>(), default_value = "auto")]
+    publisher: PublisherKind,
 
-    /// Where Attic's own client is substituted from, such as `github:NixOS/nixpkgs/nixos-24.11#attic-client`,
-    /// the default.
+    /// Where Attic's own client is substituted from: a flake reference with an attribute, such as
+    /// `nixpkgs#attic-client`.
     #[arg(
         long,
-        env = "FLYWHEEL_ATTIC_CLIENT",
         value_name = "FLAKEREF",
-        default_value = "",
-        hide_default_value = true
+        value_parser = value(attic_client),
+        default_value = attic_cli::REFERENCE
     )]
-    pub attic_client: Text,
+    attic_client: String,
 }
 
-/// The client that publishes to an Attic server: the input `publisher`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The input `publisher`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum PublisherKind {
-    /// The built-in client, or Attic's own for a server that does not know the built-in client's protocol.
+    /// The built-in client, and Attic's own where the server does not know the protocol.
     #[default]
     Auto,
+    /// The built-in client.
     BuiltIn,
+    /// Attic's own client, from `PATH` or substituted, never compiled.
     AtticClient,
 }
 
@@ -84,44 +71,39 @@ pub struct DestinationConfig {
 }
 
 impl DestinationInputs {
-    /// Checks the inputs.
-    ///
-    /// # Errors
-    /// For the first input that is wrong.
-    pub fn read(&self) -> Result<DestinationConfig, UsageError> {
-        let store = self
-            .cache
-            .get()
-            .map(str::parse::<StoreUrl>)
-            .transpose()
-            .map_err(|error| {
-                UsageError::new("cache", format!("names no store: {error}"))
-                    .with_hint(error.hint().unwrap_or_default())
-            })?;
-        let words = [
-            ("auto", PublisherKind::Auto),
-            ("built-in", PublisherKind::BuiltIn),
-            ("attic-client", PublisherKind::AtticClient),
-        ];
-        let reference = self.attic_client.get().unwrap_or(attic_cli::REFERENCE);
-        if reference.starts_with('-') || reference.contains(char::is_whitespace) {
-            return Err(
-                UsageError::new("attic-client", "is no flake reference").with_hint(format!(
-                    "Give one with its attribute, such as `{}`.",
-                    attic_cli::REFERENCE
-                )),
-            );
-        }
-        Ok(DestinationConfig {
-            store,
-            publisher: choice("publisher", &self.publisher, &words)?.unwrap_or_default(),
-            reference: reference.to_owned(),
+    /// What the inputs amount to in the current folder.
+    pub fn config(&self) -> DestinationConfig {
+        DestinationConfig {
+            store: self.cache.clone(),
+            publisher: self.publisher,
+            reference: self.attic_client.clone(),
             folder: ".".into(),
-        })
+        }
     }
 }
 
-/// Opens destinations for a job.
+/// What is malformed may hold a password, and is not quoted.
+fn store_url(text: &str) -> Result<StoreUrl, Invalid> {
+    text.parse().map_err(|error: StoreUrlError| {
+        let invalid = Invalid::new(match error {
+            StoreUrlError::Malformed(_) => "names no store: it is not the URL of one".to_owned(),
+            _ => format!("names no store: {error}"),
+        });
+        invalid.with_hint(error.hint().unwrap_or_default())
+    })
+}
+
+fn attic_client(text: &str) -> Result<String, Invalid> {
+    if text.starts_with('-') || text.contains(char::is_whitespace) {
+        return Err(Invalid::new("is no flake reference").with_hint(format!(
+            "Give one with its attribute, such as `{}`.",
+            attic_cli::REFERENCE
+        )));
+    }
+    Ok(text.to_owned())
+}
+
+/// What it takes to open a destination.
 #[derive(Debug)]
 pub struct DestinationOpener<'a> {
     pub env: &'a Env,
@@ -230,32 +212,33 @@ impl DestinationOpener<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::tests::read;
 
-    fn read(cache: &str, publisher: &str, client: &str) -> Result<DestinationConfig, String> {
-        let text = |text: &str| text.parse::<Text>().expect("infallible");
-        let inputs = DestinationInputs {
-            cache: text(cache),
-            publisher: text(publisher),
-            attic_client: text(client),
-        };
-        inputs.read().map_err(|error| error.to_string())
+    fn config(cache: &str, publisher: &str, client: &str) -> Result<DestinationConfig, String> {
+        let inputs = [
+            ("cache", cache),
+            ("publisher", publisher),
+            ("attic-client", client),
+        ];
+        let inputs = read::<DestinationInputs>(&inputs).map_err(|error| error.to_string())?;
+        Ok(inputs.config())
     }
 
     #[test]
     fn what_is_not_given_is_the_built_in_client_if_the_server_knows_it() {
-        let config = DestinationConfig {
+        let default = DestinationConfig {
             store: None,
             publisher: PublisherKind::Auto,
             reference: attic_cli::REFERENCE.to_owned(),
             folder: ".".into(),
         };
-        assert_eq!(read("", "", ""), Ok(config));
+        assert_eq!(config("", "", ""), Ok(default));
         assert_eq!(
-            read("", "Attic-Client", "path:/x#attic").map(|config| config.publisher),
+            config("", "Attic-Client", "path:/x#attic").map(|config| config.publisher),
             Ok(PublisherKind::AtticClient)
         );
         assert_eq!(
-            read("s3://b", "", "").map(|config| config.store.map(|url| url.to_string())),
+            config("s3://b", "", "").map(|config| config.store.map(|url| url.to_string())),
             Ok(Some("s3://b".into()))
         );
     }
@@ -303,7 +286,7 @@ mod tests {
             ("", "", "a b"),
         ] {
             assert!(
-                read(cache, publisher, client).is_err(),
+                config(cache, publisher, client).is_err(),
                 "{cache} {publisher} {client}"
             );
         }

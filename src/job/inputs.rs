@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgAction, Args};
 
-use crate::command::inputs::{CacheInputs, GateInputs, Text, switch};
-use crate::command::units;
+use crate::command::inputs::{CacheInputs, DrainInput, GateInputs};
+use crate::command::value::{Invalid, boolean, path, value};
 use crate::job::destination::{DestinationConfig, DestinationInputs};
 use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
@@ -18,82 +18,57 @@ use flywheel_nix::key::PublicKey;
 use flywheel_nix::settings::check_extra;
 use flywheel_sys::runner::env::Env;
 
-/// How long publishing and verifying may take at the end, if nobody says otherwise.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
-/// No publication that takes longer than a day is waited for; GitHub ends jobs after six hours.
-const DRAIN_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
-
 /// The inputs of a job.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug)]
 pub struct JobInputs {
     /// Lines to add to Nix's settings for the job alone, such as `max-jobs = 4` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_EXTRA_NIX_CONFIG",
-        value_name = "LINES",
-        default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
-    )]
-    pub extra_nix_config: Text,
+    #[arg(long, value_name = "LINES", value_parser = value(extra_nix_config))]
+    extra_nix_config: Option<String>,
 
-    /// How long publishing and verifying may take at the end, such as `10m`; a bare number counts
-    /// seconds (default: `300`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_DRAIN_TIMEOUT",
-        value_name = "TIME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub drain_timeout: Text,
+    #[command(flatten)]
+    pub drain: DrainInput,
 
     /// A folder for the embedded cache, used where no server is named, such as `/var/cache/flywheel`
     /// (default on a laptop: `~/.local/share/flywheel/cache`; in a job: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_EMBEDDED_CACHE",
-        value_name = "DIR",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub embedded_cache: Text,
+    #[arg(long, value_name = "DIR", value_parser = path())]
+    embedded_cache: Option<PathBuf>,
 
     /// The folder of the journal, from which the next job on this disk takes up what a killed one
     /// left, such as `/var/lib/flywheel/journal`; `off` keeps none (default:
     /// `~/.local/state/flywheel/journal`).
+    #[arg(long, value_name = "DIR", value_parser = value(journal))]
+    journal: Option<Journal>,
+
+    #[command(flatten)]
+    cache: CacheInputs,
+
+    #[command(flatten)]
+    destination: DestinationInputs,
+
+    #[command(flatten)]
+    gate: GateInputs,
+
+    #[command(flatten)]
+    policy: PolicyInputs,
+
+    /// Whether nothing is published before `nix flake check` has passed in the job's folder; Flywheel
+    /// runs it after the job's own work.
     #[arg(
         long,
-        env = "FLYWHEEL_JOURNAL",
-        value_name = "DIR",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub journal: Text,
-
-    #[command(flatten)]
-    pub(crate) cache: CacheInputs,
-
-    #[command(flatten)]
-    pub(crate) destination: DestinationInputs,
-
-    #[command(flatten)]
-    pub(crate) gate: GateInputs,
-
-    #[command(flatten)]
-    pub(crate) policy: PolicyInputs,
-
-    /// Whether nothing is published before `nix flake check` has passed in the job's folder; Flywheel runs it
-    /// after the job's own work. `true` or `false`, the default.
-    #[arg(
-        long,
-        env = "FLYWHEEL_REQUIRE_FLAKE_CHECK",
         value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true,
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false",
         help_heading = "Policy"
     )]
-    pub require_flake_check: Text,
+    require_flake_check: bool,
+}
+
+/// The input `journal`.
+#[derive(Clone, Debug)]
+enum Journal {
+    Off,
+    Folder(PathBuf),
 }
 
 /// Checked inputs of a job.
@@ -133,8 +108,9 @@ impl Plan {
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
     pub fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
-        let named = inputs.cache.named(env)?;
-        let destination = inputs.destination.read()?;
+        let named = inputs.cache.resolve(env);
+        let destination = inputs.destination.config();
+        // With `attic-enabled: false` there is no cache to choose, so that two are no error.
         let other = destination
             .store
             .clone()
@@ -146,19 +122,22 @@ impl Plan {
                     .with_hint("Give the one that the job is to use."),
             );
         }
-        let extra = inputs.extra_nix_config.get().unwrap_or_default();
-        check_extra(extra)?;
+        let embedded = inputs.embedded_cache.as_deref();
         Ok(Self {
-            request: inputs.gate.request()?,
-            extra_nix_config: extra.to_owned(),
-            drain_timeout: drain_timeout(&inputs.drain_timeout)?,
-            require_publish: inputs.gate.must_publish()?,
-            source: other.unwrap_or_else(|| Source::find(&named, &inputs.embedded_cache, env)),
+            request: inputs.gate.request(),
+            extra_nix_config: inputs.extra_nix_config.clone().unwrap_or_default(),
+            drain_timeout: inputs.drain.or_default(),
+            require_publish: inputs.gate.require_publish,
+            source: other.unwrap_or_else(|| Source::find(&named, embedded, env)),
             destination,
             public_key: named.key,
-            journal: journal(&inputs.journal, env)?,
+            journal: match &inputs.journal {
+                Some(Journal::Off) => None,
+                Some(Journal::Folder(folder)) => Some(folder.clone()),
+                None => default_journal(env),
+            },
             policy: inputs.policy.read()?,
-            require_flake_check: switch("require-flake-check", &inputs.require_flake_check, false)?,
+            require_flake_check: inputs.require_flake_check,
             impurity: None,
             publish_workers: None,
             bad_hints: named.bad_hints,
@@ -166,43 +145,34 @@ impl Plan {
     }
 }
 
-fn drain_timeout(input: &Text) -> Result<Duration, UsageError> {
-    let Some(text) = input.get() else {
-        return Ok(DRAIN_TIMEOUT);
-    };
-    let time = units::duration("drain-timeout", text)?;
-    if (Duration::from_secs(1)..=DRAIN_LIMIT).contains(&time) {
-        return Ok(time);
+fn extra_nix_config(text: &str) -> Result<String, UsageError> {
+    check_extra(text)?;
+    Ok(text.to_owned())
+}
+
+fn journal(text: &str) -> Result<Journal, Invalid> {
+    if text.eq_ignore_ascii_case("off") {
+        return Ok(Journal::Off);
+    }
+    let folder = PathBuf::from(text);
+    if folder.is_absolute() {
+        return Ok(Journal::Folder(folder));
     }
     let problem = format!(
-        "must be from one second to one day, not `{}`",
-        one_line(text, 40)
+        "must be a whole path or `off`, not `{}`",
+        one_line(text, 100)
     );
-    Err(UsageError::new("drain-timeout", problem)
-        .with_hint("Give seconds, or a time such as `10m`."))
+    Err(Invalid::new(problem).with_hint("Begin the folder's path with `/`."))
 }
 
 /// Where state of a user lies that outlives a job (`XDG_STATE_HOME`, freedesktop.org's base directory
 /// specification).
-fn journal(input: &Text, env: &Env) -> Result<Option<PathBuf>, UsageError> {
-    match input.get() {
-        Some("off") => return Ok(None),
-        Some(folder) if PathBuf::from(folder).is_absolute() => return Ok(Some(folder.into())),
-        Some(folder) => {
-            let problem = format!(
-                "must be a whole path or `off`, not `{}`",
-                one_line(folder, 100)
-            );
-            return Err(
-                UsageError::new("journal", problem).with_hint("Begin the folder's path with `/`.")
-            );
-        }
-        None => (),
-    }
+fn default_journal(env: &Env) -> Option<PathBuf> {
     let state = env
         .path("XDG_STATE_HOME")
         .or_else(|| env.path("HOME").map(|home| home.join(".local/state")));
-    Ok(state
+    // The specification has a relative path ignored.
+    state
         .filter(|state| state.is_absolute())
-        .map(|state| state.join("flywheel/journal")))
+        .map(|state| state.join("flywheel/journal"))
 }

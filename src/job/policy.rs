@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
-use crate::command::inputs::{Text, choice};
+use crate::command::value::{path, value, variant};
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::{Allowed, Impurity, Policy, Rule, RuleMode, impurity_in_settings};
@@ -19,51 +19,43 @@ use flywheel_sys::runner::env::Env;
 const LIST_LIMIT: u64 = 1 << 20;
 
 /// The inputs of the policy.
-#[derive(Args, Clone, Debug, Default)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Policy")]
 pub struct PolicyInputs {
     /// How strictly the rules `impure`, `unchecked`, `dangling`, `machine-path` and `secret` hold, a line
-    /// each, such as `machine-path = warn`; `enforce` (the default), `warn` or `off`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_POLICY",
-        value_name = "LINES",
-        default_value = "",
-        hide_default_value = true
-    )]
-    policy: Text,
+    /// each, such as `machine-path = warn`: `enforce`, `warn` or `off` (default: `enforce` for each).
+    #[arg(long, value_name = "LINES", value_parser = value(Policy::parse))]
+    policy: Option<Policy>,
 
-    /// Exceptions, a line each: rule, name of the store path (`*` stands for any text), reason; such as
-    /// `secret openssl-*-doc the keys of its examples` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_POLICY_ALLOW",
-        value_name = "LINES",
-        default_value = "",
-        hide_default_value = true
-    )]
-    policy_allow: Text,
+    /// Exceptions from the policy, a line each: rule, name of the store path (`*` stands for any text),
+    /// reason; such as `secret openssl-*-doc the keys of its examples` (default: none).
+    #[arg(long, value_name = "LINES", value_parser = value(Allowed::parse_all))]
+    policy_allow: Option<Exceptions>,
 
-    /// A file with more of them, such as `.github/flywheel-allow.txt` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_POLICY_ALLOW_FILE",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    policy_allow_file: Text,
+    /// A file with more exceptions in the same form, such as `.github/flywheel-allow.txt` (default: none).
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    policy_allow_file: Option<PathBuf>,
 
-    /// What a path that the policy withholds does to the step: `continue` with a warning, the default, or
-    /// `fail`.
+    /// What a path that the policy withholds does to the step.
     #[arg(
         long,
-        env = "FLYWHEEL_ON_FINDING",
         value_name = "WHAT",
-        default_value = "",
-        hide_default_value = true
+        value_parser = variant::<OnFinding>(),
+        default_value = "continue"
     )]
-    on_finding: Text,
+    on_finding: OnFinding,
+}
+
+/// For clap a `Vec` would be an input that may be given several times.
+type Exceptions = Vec<Allowed>;
+
+/// The input `on-finding`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OnFinding {
+    /// A warning names the path, and the step goes on.
+    Continue,
+    /// The step fails.
+    Fail,
 }
 
 /// The checked inputs of the policy.
@@ -75,32 +67,32 @@ pub struct PolicyConfig {
 }
 
 impl PolicyInputs {
-    /// Checks the inputs.
+    /// The policy, with the exceptions of the file read.
     ///
     /// # Errors
-    /// For the first input that is wrong.
+    /// For a file that cannot be read, or whose exceptions are malformed.
     pub fn read(&self) -> Result<PolicyConfig, UsageError> {
-        let wrong = |name: &str| {
-            let name = name.to_owned();
-            move |problem: String| UsageError::new(&name, problem)
-        };
-        let policy =
-            Policy::parse(self.policy.get().unwrap_or_default()).map_err(wrong("policy"))?;
-        let mut allowed = Allowed::parse_all(self.policy_allow.get().unwrap_or_default())
-            .map_err(wrong("policy-allow"))?;
-        if let Some(file) = self.policy_allow_file.get() {
-            let text = read_list(Path::new(file)).map_err(|problem| {
-                let problem = format!("names `{}`, which {problem}", one_line(file, 200));
-                UsageError::new("policy-allow-file", problem)
-                    .with_hint("Check the repository out in an earlier step.")
+        let mut allowed = self.policy_allow.clone().unwrap_or_default();
+        if let Some(file) = &self.policy_allow_file {
+            let text = read_list(file).map_err(|problem| {
+                let file = one_line(&file.to_string_lossy(), 200);
+                UsageError::new(
+                    "policy-allow-file",
+                    format!("names `{file}`, which {problem}"),
+                )
+                .with_hint("Check the repository out in an earlier step.")
             })?;
-            allowed.extend(Allowed::parse_all(&text).map_err(wrong("policy-allow-file"))?);
+            let more = Allowed::parse_all(&text)
+                .map_err(|problem| UsageError::new("policy-allow-file", problem))?;
+            allowed.extend(more);
         }
-        let words = [("continue", false), ("fail", true)];
-        let fails = choice("on-finding", &self.on_finding, &words)?.unwrap_or_default();
         Ok(PolicyConfig {
-            policy: policy.with_allowed(allowed),
-            fails,
+            policy: self
+                .policy
+                .clone()
+                .unwrap_or_default()
+                .with_allowed(allowed),
+            fails: self.on_finding == OnFinding::Fail,
         })
     }
 }

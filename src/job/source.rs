@@ -1,9 +1,9 @@
 //! Which cache a job uses: the one that an input names, else a hint of the environment, else on a laptop the embedded
 //! cache.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::command::inputs::{NamedCache, Text};
+use crate::command::inputs::NamedCache;
 use flywheel_cache::client::copy::StoreUrl;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_nix::cache_name::CacheName;
@@ -26,15 +26,14 @@ pub enum Source {
 }
 
 impl Source {
-    /// Chooses the cache: the input `attic-server` goes before `embedded-cache`, and that before a hint. A laptop has
-    /// an embedded cache in any case.
-    pub fn find(named: &NamedCache, embedded: &Text, env: &Env) -> Self {
+    /// Finds it: an input goes before the embedded cache, that before a hint, and a laptop has one anyway.
+    pub fn find(named: &NamedCache, embedded: Option<&Path>, env: &Env) -> Self {
         let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
         let embed = |folder: PathBuf| Self::Embedded {
             folder,
             cache: named.name.clone(),
         };
-        match (&named.given, embedded.get(), &named.hinted) {
+        match (&named.given, embedded, &named.hinted) {
             _ if !named.enabled => Self::Off,
             (Some(url), ..) => server(url),
             (None, Some(folder), _) => embed(folder.into()),
@@ -68,20 +67,14 @@ fn laptop_folder(env: &Env) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::tests::read;
     use crate::command::inputs::CacheInputs;
 
     fn find(input: &str, embedded: &str, env: &[(&str, &str)]) -> Source {
-        let text = |text: &str| text.parse::<Text>().expect("infallible");
         let env = Env::from_pairs(env.iter().copied());
-        let inputs = CacheInputs {
-            attic_server: text(input),
-            ..CacheInputs::default()
-        };
-        Source::find(
-            &inputs.named(&env).expect("well-formed"),
-            &text(embedded),
-            &env,
-        )
+        let inputs: CacheInputs = read(&[("attic-server", input)]).expect("well-formed");
+        let embedded = (!embedded.is_empty()).then_some(Path::new(embedded));
+        Source::find(&inputs.resolve(&env), embedded, &env)
     }
 
     #[test]

@@ -26,7 +26,18 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// The value of the step output `outcome`.
+    /// Every outcome, in the order of the pages.
+    pub const ALL: [Self; 7] = [
+        Self::Success,
+        Self::CommandFailed,
+        Self::OutOfMemory,
+        Self::Cancelled,
+        Self::NotPublished,
+        Self::Withheld,
+        Self::NotStarted,
+    ];
+
+    /// The word of the step output `outcome`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Success => "success",

@@ -134,7 +134,7 @@ fn wrong_input_is_64() {
 
 #[test]
 fn attic_is_part_of_the_contract() {
-    let mode = [("FLYWHEEL_MODE", "compatibility-local-only")];
+    let mode = [("FLYWHEEL_EXPECTED_MODE", "compatibility-local-only")];
     check(
         &[],
         &[mode[0], ("ATTIC_SERVER", "${ATTIC_SERVER}")],
@@ -262,6 +262,7 @@ fn the_report_has_a_form_for_machines_and_the_step_has_outputs() {
             && outputs.contains("\nshared-cache-backed\n"),
         "{outputs}"
     );
+    crate::reference::check_outputs("cache-contract", &run);
     assert!(
         run.read("GITHUB_STEP_SUMMARY")
             .starts_with("### ✅ the shared-cache contract holds, strict")

@@ -86,7 +86,7 @@ fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
             .to_uppercase()
             .replace('-', "_")
     };
-    // A verb that is no action prefixes its own name to a variable that would be unclear alone (`dir`).
+    // A verb that is no action puts its own name before that of a flag which is too general (`dir`).
     let variables = [
         upper(&flag.name),
         format!("{}_{}", upper(verb), upper(&flag.name)),
@@ -105,7 +105,9 @@ fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
     if !mentions(&["default", "required", "either this or"]) {
         missing.push("its default (or that it is required, or what stands in for it)");
     }
-    if text.matches('`').count() < 2 {
+    // clap lists the words where only a few are allowed.
+    let lists_words = mentions(&["possible values:"]);
+    if text.matches('`').count() < 2 && !lists_words {
         missing.push("an example in backticks");
     }
     missing
@@ -207,5 +209,52 @@ fn a_wrong_command_line_touches_nothing() {
             0,
             "{folder}"
         );
+    }
+}
+
+#[test]
+fn an_empty_value_counts_as_not_given() {
+    let explain = |arguments: &[&str], value: &str| {
+        let run = Flywheel::in_job(&[&["explain"], arguments].concat());
+        run.env("FLYWHEEL_PUSH_CACHE", value).run()
+    };
+    for (arguments, value) in [
+        (&["--require-publish", ""][..], ""),
+        (&["--require-publish="], " \n"),
+        // A flag goes before its variable even where it is empty.
+        (&["--push-cache", " "], "nonsense"),
+    ] {
+        let ran = explain(arguments, value);
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{arguments:?}");
+    }
+    let ran = explain(&[], "nonsense");
+    assert_eq!(ran.code, 64);
+    assert!(
+        ran.stdout
+            .starts_with("::error title=flywheel::input `push-cache` must be `auto`, `true` or `false`, not `nonsense`"),
+        "{}",
+        ran.stdout
+    );
+    let help = explain(&["--help"], "").stdout;
+    assert!(help.contains("[env: FLYWHEEL_PUSH_CACHE]"), "{help}");
+}
+
+#[test]
+fn a_value_that_may_hold_a_secret_is_not_quoted() {
+    let secret = crate::world::PLANTED_TOKEN;
+    let with_password = format!("https://user:{secret}@host.example/");
+    let not_whole = format!("https://user:{secret}@host example/");
+    for (arguments, value) in [
+        (&["nix-job", "--attic-server"][..], &with_password),
+        (&["nix-job", "--attic-server"], &not_whole),
+        (&["nix-job", "--attic-public-key"], &secret.to_owned()),
+        (&["nix-job", "--cache"], &with_password),
+        (&["nix-job", "--cache"], &not_whole),
+        (&["setup", "--bazel-remote-cache"], &with_password),
+        (&["validate-builders", "--pushgateway"], &not_whole),
+    ] {
+        // The run itself checks that the planted secret is in nothing that it wrote.
+        let ran = Flywheel::in_job(&[arguments, &[value]].concat()).run();
+        assert_eq!(ran.code, 64, "{arguments:?}: {}", ran.stdout);
     }
 }

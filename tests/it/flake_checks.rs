@@ -110,7 +110,7 @@ fn wrong_input_is_named_before_anything_is_touched() {
         (["--retries", "11"], ["retries", "from 0 to 10"]),
         (
             ["--checks", "maybe"],
-            ["checks", "`auto` or `true` or `false`"],
+            ["checks", "`auto`, `true` or `false`"],
         ),
         (["--build", "no"], ["build", "`true` or `false`"]),
     ] {

@@ -4,7 +4,7 @@
 mod actions;
 mod folders;
 mod layers;
-mod source;
+pub mod source;
 
 use source::{Source, file, files};
 
@@ -17,7 +17,7 @@ fn product() -> Vec<Source> {
 }
 
 /// Panics with every complaint about the repository, or if the planted file gives none.
-fn hold(rule: impl Fn(&[Source]) -> Vec<String>, mut real: Vec<Source>, planted: &[Source]) {
+pub fn hold(rule: impl Fn(&[Source]) -> Vec<String>, mut real: Vec<Source>, planted: &[Source]) {
     let complaints = rule(&real);
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
     for broken in planted {
@@ -362,7 +362,7 @@ fn names_of_verbs(files: &[Source]) -> Vec<String> {
             .and_then(|name| name.split('/').next());
         let known = |name: &str| verbs().contains(&name.replace('-', "_"));
         for name in command.into_iter().chain(action) {
-            if !["mod", "inputs", "job", "units"].contains(&name) && !known(name) {
+            if !["mod", "inputs", "units", "value"].contains(&name) && !known(name) {
                 complaints.push(format!("{}: there is no verb `{name}`", file.name));
             }
         }

@@ -24,7 +24,7 @@ fn setup() -> Flywheel {
 }
 
 /// A runner's file of `name<<delimiter` entries.
-fn entries(text: &str) -> BTreeMap<String, String> {
+pub fn entries(text: &str) -> BTreeMap<String, String> {
     let mut lines = text.lines();
     let mut entries = BTreeMap::new();
     while let Some(line) = lines.next() {
@@ -296,7 +296,7 @@ fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
             format!("${{{{ inputs.{input} }}}}")
         );
         assert!(
-            help.contains(&format!("--{input} ")) && help.contains(&format!("[env: {variable}=")),
+            help.contains(&format!("--{input} ")) && help.contains(&format!("[env: {variable}]")),
             "{input}"
         );
     }

@@ -73,6 +73,7 @@ fn a_healthy_and_a_broken_builder_leave_their_marks() {
             outputs.contains(&format!("\n{healthy}\n")) && outputs.contains("broken-layer<<"),
             "{outputs}"
         );
+        crate::reference::check_outputs("validate-builders", &run);
         let report: Value = serde_json::from_str(&run.read("canary.json")).unwrap();
         assert_eq!(report["healthy"], healthy);
         assert_eq!(report["broken-layer"].as_str().unwrap_or_default(), layer);

@@ -20,6 +20,25 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// Every exit code of Flywheel's own, with its meaning.
+    pub const OWN: [(Self, &str); 6] = [
+        (Self::Ok, "Everything was done that the call was for."),
+        (
+            Self::Failed,
+            "It could not be done; or `require-publish` or another required condition was not met.",
+        ),
+        (
+            Self::Usage,
+            "An input is wrong. Nothing has been touched, and the message names the input.",
+        ),
+        (
+            Self::Host,
+            "The host lacks something that Flywheel cannot make up for.",
+        ),
+        (Self::Bug, "A fault of Flywheel's own: please report it."),
+        (Self::Command(130), "A signal stopped the job."),
+    ];
+
     /// The process exit status, 0 to 255.
     pub fn code(self) -> u8 {
         match self {
@@ -74,6 +93,11 @@ impl UsageError {
             problem: problem.into(),
             hint: None,
         }
+    }
+
+    /// What is wrong, without the input's name.
+    pub fn into_problem(self) -> String {
+        self.problem
     }
 
     /// Adds a hint: a sentence about what to do.

@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{ArgAction, Args, ValueEnum};
 
-use crate::command::inputs::{Text, choice, number, switch};
+use crate::command::inputs::{FlakeInput, HeavyLaneInput};
+use crate::command::value::{
+    Invalid, boolean, name, number, number_in, path, text, value, variant,
+};
 use crate::job::inputs::{self as job, JobInputs};
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::impurity_in_arguments;
@@ -12,253 +15,142 @@ use flywheel_core::text::one_line;
 use flywheel_nix::flake::expression::{AttributePath, attribute_path, installable_name};
 use flywheel_sys::runner::env::Env;
 
-/// More workers than this help nobody.
+/// Far more than any machine has cores, so that a slip of the finger is found.
 const MOST_WORKERS: usize = 256;
 
-/// Evaluates a flake's outputs in parallel, builds them as they appear, and gives each a verdict of its own.
+/// Evaluate a flake's outputs in parallel, build them as they appear, and give each a verdict of its own.
 ///
-/// In a job with `checks: write` each output gets a Check Run. Whatever the token may, the summary says the same
-/// and the step's result is the same. Publication is that of `nix-job`.
-///
-/// Examples:
-///   flywheel flake-checks
-///   flywheel flake-checks --flake ./services --flake-attr packages --systems x86_64-linux
-///   flywheel flake-checks --build false
+/// In a job with `checks: write` each output gets a Check Run. Without it the summary and the step's result are
+/// the same. Publication is that of `nix-job`.
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel flake-checks
+  flywheel flake-checks --flake ./services --flake-attr packages --systems x86_64-linux
+  flywheel flake-checks --build false")]
 pub struct Inputs {
-    /// The flake, such as `.`, `./services` or `github:owner/repo` (default: `.`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_FLAKE",
-        value_name = "REF",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub flake: Text,
+    #[command(flatten)]
+    flake: FlakeInput,
 
-    /// The attribute whose outputs are checked, such as `packages.x86_64-linux` (default: `checks`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_FLAKE_ATTR",
-        value_name = "PATH",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub flake_attr: Text,
+    /// The attribute with the outputs to check, such as `packages.x86_64-linux`.
+    #[arg(long, value_name = "PATH", value_parser = value(attribute), default_value = "checks")]
+    flake_attr: AttributePath,
 
     /// A Nix function from the selected attribute to a list of `{ attr, label }`, such as
     /// `c: [ { attr = "x86_64-linux.a"; label = "a"; } ]` (default: every attribute of every system).
-    #[arg(
-        long,
-        env = "FLYWHEEL_FLAKE_APPLY",
-        value_name = "NIX",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub flake_apply: Text,
+    #[arg(long, value_name = "NIX", value_parser = text())]
+    flake_apply: Option<String>,
 
-    /// The systems whose outputs are checked, separated by white space or commas, such as `x86_64-linux`; `all`
-    /// for every one (default: `auto`, those that this machine and its builders build).
-    #[arg(
-        long,
-        env = "FLYWHEEL_SYSTEMS",
-        value_name = "LIST",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub systems: Text,
+    /// The systems to check the outputs of, separated by white space or commas, such as `x86_64-linux`;
+    /// `all` for every one, `auto` for those that this machine and its builders build.
+    #[arg(long, value_name = "LIST", value_parser = value(systems), default_value = "auto")]
+    systems: Systems,
 
-    /// How many processes evaluate at once, such as `4` (default: `auto`, by cores and memory).
-    #[arg(
-        long,
-        env = "FLYWHEEL_EVALUATION_WORKERS",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub evaluation_workers: Text,
+    /// How many processes evaluate at once, such as `4`; `auto` decides by cores and memory.
+    #[arg(long, value_name = "N", value_parser = value(amount), default_value = "auto")]
+    evaluation_workers: Amount,
 
-    /// How many derivations one process evaluates before it is replaced, such as `50` (default: `auto`, as many
-    /// as its share of the memory holds).
-    #[arg(
-        long,
-        env = "FLYWHEEL_DERIVATIONS_PER_WORKER",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub derivations_per_worker: Text,
+    /// How many derivations one process evaluates before it is replaced, such as `50`; `auto` means as many
+    /// as its share of the memory holds.
+    #[arg(long, value_name = "N", value_parser = value(amount), default_value = "auto")]
+    derivations_per_worker: Amount,
 
-    /// How many paths are published at once at most, such as `8` (default: `auto`, by how the server answers).
-    #[arg(
-        long,
-        env = "FLYWHEEL_PUBLISH_WORKERS",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub publish_workers: Text,
+    /// How many paths are published at once at most, such as `8`; `auto` decides by how the server answers.
+    #[arg(long, value_name = "N", value_parser = value(amount), default_value = "auto")]
+    publish_workers: Amount,
 
-    /// More words for Nix, written as for a shell, such as `--option cores 4` (default: none).
+    /// More arguments for Nix, written as for a shell, such as `--option cores 4` (default: none).
     #[arg(
         long,
-        env = "FLYWHEEL_NIX_ARGS",
-        value_name = "WORDS",
-        default_value = "",
-        hide_default_value = true,
+        value_name = "ARGS",
+        value_parser = value(arguments),
         allow_hyphen_values = true
     )]
-    pub nix_args: Text,
+    nix_args: Option<Arguments>,
 
-    /// Who evaluates: `nix` itself, the default, or `nix-eval-jobs` where it is on `PATH`.
+    /// Which program evaluates.
     #[arg(
         long,
-        env = "FLYWHEEL_EVALUATOR",
-        value_name = "WORD",
-        default_value = "",
-        hide_default_value = true
+        value_name = "PROGRAM",
+        value_parser = variant::<EvaluatorKind>(),
+        default_value = "nix"
     )]
-    pub evaluator: Text,
+    evaluator: EvaluatorKind,
 
-    /// Whether what an unchanged source evaluates to is remembered: `on`, the default, `off`, or `verify`, which
-    /// evaluates anyway and fails where the memory is wrong.
-    #[arg(
-        long,
-        env = "FLYWHEEL_EVALUATION_MEMORY",
-        value_name = "WORD",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub evaluation_memory: Text,
+    /// Whether what an unchanged source evaluates to is remembered from run to run.
+    #[arg(long, value_name = "HOW", value_parser = variant::<Remember>(), default_value = "on")]
+    evaluation_memory: Remember,
 
     /// The folder of the evaluation memory, to be kept between runs, such as `/var/cache/flywheel/evaluation`
     /// (default: `~/.cache/flywheel/evaluation`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_EVALUATION_MEMORY_FOLDER",
-        value_name = "DIR",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub evaluation_memory_folder: Text,
+    #[arg(long, value_name = "DIR", value_parser = path())]
+    evaluation_memory_folder: Option<PathBuf>,
 
-    /// Whether the store is collected at the end; the derivations of this run stay. `true` or `false`, the
-    /// default.
+    /// Whether the store is garbage-collected at the end; the derivations of this run stay.
     #[arg(
         long,
-        env = "FLYWHEEL_GC",
         value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
     )]
-    pub gc: Text,
+    gc: bool,
 
-    /// Whether outputs are built; `false` only evaluates them, such as for a quick look at every system
-    /// (default: `true`).
+    /// Whether outputs are built; `false` only evaluates them, such as for a quick look at every system.
     #[arg(
         long,
-        env = "FLYWHEEL_BUILD",
         value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "true"
     )]
-    pub build: Text,
+    build: bool,
 
     /// How many builds run at once, such as `4` (default: Nix's own setting).
-    #[arg(
-        long,
-        env = "FLYWHEEL_MAX_JOBS",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub max_jobs: Text,
+    #[arg(long, value_name = "N", value_parser = number(0..=1024_usize))]
+    max_jobs: Option<usize>,
 
-    /// Whether the first failure ends the run; the rest is cancelled. `true` or `false`, the default.
+    /// Whether the first failure ends the run; the rest is cancelled.
     #[arg(
         long,
-        env = "FLYWHEEL_FAIL_FAST",
         value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
     )]
-    pub fail_fast: Text,
+    fail_fast: bool,
 
-    /// Whether Nix goes on with other builds when one fails, such as `false` (default: `true`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_KEEP_GOING",
-        value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub keep_going: Text,
+    /// Whether Nix goes on with other builds when one fails (default: `true`, but `false` with
+    /// `fail-fast`).
+    #[arg(long, value_name = "BOOL", value_parser = boolean())]
+    keep_going: Option<bool>,
 
     /// How often a build is tried again that failed for a reason not its own, such as a server that did not
-    /// answer, from `0` to `10` (default: `1`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_RETRIES",
-        value_name = "N",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub retries: Text,
+    /// answer, from `0` to `10`.
+    #[arg(long, value_name = "N", value_parser = number(0..=10_u32), default_value = "1")]
+    retries: u32,
 
-    /// Whether each output gets a Check Run: `auto`, the default, in a job with a token; `true`; or `false`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CHECKS",
-        value_name = "WORD",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub checks: Text,
+    /// Whether each output gets a Check Run.
+    #[arg(long, value_name = "WHEN", value_parser = variant::<Checks>(), default_value = "auto")]
+    checks: Checks,
 
-    /// The name of the Check Run that stands for all, to be required by a branch's protection, such as
-    /// `flake checks`, the default.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CHECK_NAME",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub check_name: Text,
+    /// The name of the Check Run that stands for all outputs, such as `flake`; a branch's protection can
+    /// require it.
+    #[arg(long, value_name = "NAME", value_parser = name(), default_value = "flake checks")]
+    check_name: String,
 
     /// A file for the verdicts as JUnit XML, such as `checks.xml` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_JUNIT",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub junit: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    junit: Option<PathBuf>,
 
     /// A file for the verdicts as JSON, a line each, such as `checks.jsonl` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_JSON_LINES",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub json_lines: Text,
-
-    /// The runner label to name when memory runs out, such as `nix-heavy` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_HEAVY_LANE",
-        value_name = "LABEL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub heavy_lane: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    json_lines: Option<PathBuf>,
 
     #[command(flatten)]
-    pub(super) job: JobInputs,
+    heavy_lane: HeavyLaneInput,
+
+    #[command(flatten)]
+    job: JobInputs,
 }
 
 /// Which systems.
@@ -272,28 +164,57 @@ pub(super) enum Systems {
     These(Vec<String>),
 }
 
-/// What is made of the evaluation memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The input `evaluation-memory`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Remember {
+    /// An unchanged source is not evaluated again.
     On,
+    /// Everything is evaluated, and nothing is remembered.
     Off,
+    /// Everything is evaluated, and the run fails where the memory is wrong.
     Verify,
 }
 
-/// Who evaluates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The input `evaluator`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum EvaluatorKind {
+    /// Nix itself.
     Nix,
+    /// `nix-eval-jobs`, where it is on `PATH`; nothing is remembered then.
     NixEvalJobs,
 }
 
-/// Whether there are Check Runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The input `checks`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Checks {
+    /// In a job, if `GITHUB_TOKEN` is in the step's environment.
     Auto,
+    /// Always; a warning gives the reason where there can be none.
+    #[value(name = "true")]
     Yes,
+    /// Never.
+    #[value(name = "false")]
     No,
 }
+
+/// A number that Flywheel may choose itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Amount {
+    Auto,
+    Exactly(usize),
+}
+
+impl Amount {
+    fn exactly(self) -> Option<usize> {
+        match self {
+            Self::Auto => None,
+            Self::Exactly(number) => Some(number),
+        }
+    }
+}
+
+/// For clap a `Vec` would be an input that may be given several times.
+type Arguments = Vec<String>;
 
 /// Checked inputs.
 #[derive(Clone, Debug)]
@@ -329,59 +250,32 @@ impl Plan {
     /// For the first input that is wrong; nothing has been touched then.
     pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
         let mut job = job::Plan::read(&inputs.job, env)?;
-        let arguments = arguments(&inputs.nix_args)?;
+        let arguments = inputs.nix_args.clone().unwrap_or_default();
         job.impurity = impurity_in_arguments(&arguments);
-        job.publish_workers = at_least_one("publish-workers", &inputs.publish_workers)?;
-        let fail_fast = switch("fail-fast", &inputs.fail_fast, false)?;
+        job.publish_workers = inputs.publish_workers.exactly();
         Ok(Self {
             job,
-            flake: flake(&inputs.flake)?,
-            attribute: attribute(&inputs.flake_attr)?,
-            function: inputs.flake_apply.get().map(str::to_owned),
-            systems: systems(&inputs.systems)?,
-            workers: at_least_one("evaluation-workers", &inputs.evaluation_workers)?,
-            per_worker: at_least_one("derivations-per-worker", &inputs.derivations_per_worker)?,
+            flake: flake(inputs.flake.flake.as_deref().unwrap_or("."))?,
+            attribute: inputs.flake_attr.clone(),
+            function: inputs.flake_apply.clone(),
+            systems: inputs.systems.clone(),
+            workers: inputs.evaluation_workers.exactly(),
+            per_worker: inputs.derivations_per_worker.exactly(),
             arguments,
-            evaluator: choice(
-                "evaluator",
-                &inputs.evaluator,
-                &[
-                    ("nix", EvaluatorKind::Nix),
-                    ("nix-eval-jobs", EvaluatorKind::NixEvalJobs),
-                ],
-            )?
-            .unwrap_or(EvaluatorKind::Nix),
-            remember: choice(
-                "evaluation-memory",
-                &inputs.evaluation_memory,
-                &[
-                    ("on", Remember::On),
-                    ("off", Remember::Off),
-                    ("verify", Remember::Verify),
-                ],
-            )?
-            .unwrap_or(Remember::On),
-            memory_folder: memory_folder(&inputs.evaluation_memory_folder, env)?,
-            gc: switch("gc", &inputs.gc, false)?,
-            build: switch("build", &inputs.build, true)?,
-            max_jobs: number("max-jobs", &inputs.max_jobs, 0..=1024_usize)?,
-            fail_fast,
-            keep_going: switch("keep-going", &inputs.keep_going, !fail_fast)?,
-            retries: number("retries", &inputs.retries, 0..=10_u32)?.unwrap_or(1),
-            checks: choice(
-                "checks",
-                &inputs.checks,
-                &[
-                    ("auto", Checks::Auto),
-                    ("true", Checks::Yes),
-                    ("false", Checks::No),
-                ],
-            )?
-            .unwrap_or(Checks::Auto),
-            check_name: one_line(inputs.check_name.get().unwrap_or("flake checks"), 100),
-            junit: inputs.junit.get().map(PathBuf::from),
-            json_lines: inputs.json_lines.get().map(PathBuf::from),
-            heavy_lane: inputs.heavy_lane.get().map(|lane| one_line(lane, 100)),
+            evaluator: inputs.evaluator,
+            remember: inputs.evaluation_memory,
+            memory_folder: memory_folder(inputs.evaluation_memory_folder.as_deref(), env)?,
+            gc: inputs.gc,
+            build: inputs.build,
+            max_jobs: inputs.max_jobs,
+            fail_fast: inputs.fail_fast,
+            keep_going: inputs.keep_going.unwrap_or(!inputs.fail_fast),
+            retries: inputs.retries,
+            checks: inputs.checks,
+            check_name: inputs.check_name.clone(),
+            junit: inputs.junit.clone(),
+            json_lines: inputs.json_lines.clone(),
+            heavy_lane: inputs.heavy_lane.heavy_lane.clone(),
         })
     }
 
@@ -397,8 +291,7 @@ impl Plan {
     }
 }
 
-fn flake(input: &Text) -> Result<String, UsageError> {
-    let text = input.get().unwrap_or(".");
+fn flake(text: &str) -> Result<String, UsageError> {
     let error = |problem: &str, hint: &str| {
         Err(
             UsageError::new("flake", format!("{problem}: `{}`", one_line(text, 200)))
@@ -411,12 +304,14 @@ fn flake(input: &Text) -> Result<String, UsageError> {
             "Give the flake alone, and the attribute in `flake-attr`.",
         );
     }
+    // Nix would take it for an option.
     if text.starts_with('-') || text.contains(char::is_whitespace) {
         return error(
             "is no flake reference",
             "Give one such as `.`, `./services` or `github:owner/repo`.",
         );
     }
+    // What a registry or a URL names, only Nix can find out.
     let is_folder = text.starts_with(['.', '/']);
     let path = Path::new(text.split('?').next().unwrap_or(text));
     if is_folder && !path.join("flake.nix").is_file() && !in_a_flake(path) {
@@ -436,19 +331,14 @@ fn in_a_flake(path: &Path) -> bool {
     })
 }
 
-fn attribute(input: &Text) -> Result<AttributePath, UsageError> {
-    let text = input.get().unwrap_or("checks");
+fn attribute(text: &str) -> Result<AttributePath, Invalid> {
     attribute_path(text).ok_or_else(|| {
-        UsageError::new(
-            "flake-attr",
-            format!("is no attribute path: `{}`", one_line(text, 100)),
-        )
-        .with_hint("Give names with dots between them, such as `checks.x86_64-linux`.")
+        Invalid::new(format!("is no attribute path: `{}`", one_line(text, 100)))
+            .with_hint("Give names with dots between them, such as `checks.x86_64-linux`.")
     })
 }
 
-fn systems(input: &Text) -> Result<Systems, UsageError> {
-    let text = input.get().unwrap_or("auto");
+fn systems(text: &str) -> Result<Systems, Invalid> {
     let words: Vec<String> = text
         .split([' ', ',', '\n', '\t'])
         .filter(|word| !word.is_empty())
@@ -467,38 +357,35 @@ fn systems(input: &Text) -> Result<Systems, UsageError> {
     };
     match words.iter().find(odd) {
         None => Ok(Systems::These(words)),
-        Some(word) => Err(UsageError::new(
-            "systems",
-            format!("is no system: `{}`", one_line(word, 60)),
-        )
-        .with_hint("Give systems such as `x86_64-linux`, or `all`, or `auto`.")),
+        Some(word) => Err(
+            Invalid::new(format!("is no system: `{}`", one_line(word, 60)))
+                .with_hint("Give systems such as `x86_64-linux`, or `all`, or `auto`."),
+        ),
     }
 }
 
-fn at_least_one(name: &str, input: &Text) -> Result<Option<usize>, UsageError> {
-    if input.get() == Some("auto") {
-        return Ok(None);
+fn amount(text: &str) -> Result<Amount, Invalid> {
+    if text.eq_ignore_ascii_case("auto") {
+        return Ok(Amount::Auto);
     }
-    number(name, input, 1..=MOST_WORKERS)
+    number_in(text, &(1..=MOST_WORKERS)).map(Amount::Exactly)
 }
 
-fn arguments(input: &Text) -> Result<Vec<String>, UsageError> {
-    let text = input.get().unwrap_or_default();
+fn arguments(text: &str) -> Result<Arguments, Invalid> {
     shlex::split(text).ok_or_else(|| {
-        UsageError::new("nix-args", "has a quote that does not end")
-            .with_hint("Write the words as for a shell.")
+        Invalid::new("has a quote that does not end").with_hint("Write the words as for a shell.")
     })
 }
 
-fn memory_folder(input: &Text, env: &Env) -> Result<Option<PathBuf>, UsageError> {
-    if let Some(text) = input.get() {
-        let folder = PathBuf::from(text);
+fn memory_folder(given: Option<&Path>, env: &Env) -> Result<Option<PathBuf>, UsageError> {
+    if let Some(folder) = given {
         if folder.is_file() {
-            let problem = format!("is a file, not a folder: `{}`", one_line(text, 200));
+            let folder = one_line(&folder.to_string_lossy(), 200);
+            let problem = format!("is a file, not a folder: `{folder}`");
             return Err(UsageError::new("evaluation-memory-folder", problem)
                 .with_hint("Name a folder; it is made."));
         }
-        return Ok(Some(folder));
+        return Ok(Some(folder.to_owned()));
     }
     let cache = env
         .path("XDG_CACHE_HOME")

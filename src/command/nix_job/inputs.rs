@@ -3,76 +3,55 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{ArgAction, Args};
 
-use crate::command::inputs::{Text, switch};
+use crate::command::inputs::{HeavyLaneInput, REQUIRED_IN_ACTION};
+use crate::command::value::{boolean, path, text};
 use crate::job::inputs::{self as job, JobInputs};
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::{Impurity, impurity_in_arguments, impurity_in_command};
 use flywheel_core::text::one_line;
 use flywheel_sys::runner::env::Env;
 
-/// Runs a command with Nix ready and a binary cache attached, publishes what it built, and says so.
+/// Run a command with Nix ready and a binary cache attached, and publish what it built.
 ///
 /// The command's output passes through untouched and its exit code is the step's. A cache problem
 /// never fails or stalls the job. The token for the cache is taken from `ATTIC_TOKEN` in the
 /// environment, never from a flag.
-///
-/// Examples:
-///   flywheel nix-job --publish --command 'nix build .#default'
-///   flywheel nix-job --attic-server https://attic.example.org/ -- nix flake check
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel nix-job --publish --command 'nix build .#default'
+  flywheel nix-job --attic-server https://attic.example.org/ -- nix flake check")]
 pub struct Inputs {
     /// The command, as shell text of one or several lines (bash with `-e -o pipefail`), such as
-    /// `nix build .#default`. Either this or a program behind `--`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_COMMAND",
-        value_name = "TEXT",
-        default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
-    )]
-    pub command: Text,
+    /// `nix build .#default`. Required, unless a command line has a program behind `--`.
+    #[arg(long, value_name = "TEXT", value_parser = text(), group = REQUIRED_IN_ACTION)]
+    command: Option<String>,
 
-    /// The folder that the command runs in, such as `services/api` (default: the current one).
-    #[arg(
-        long,
-        env = "FLYWHEEL_WORKING_DIRECTORY",
-        value_name = "DIR",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub working_directory: Text,
+    /// The folder that the command runs in, such as `services/api`.
+    #[arg(long, value_name = "DIR", value_parser = path(), default_value = ".")]
+    working_directory: PathBuf,
 
-    /// The runner label to name when memory runs out, such as `nix-heavy` (default: none).
+    /// Whether the runner obeys workflow commands (`::notice::` …) that the command prints. With `false`
+    /// a build log cannot inject any.
     #[arg(
         long,
-        env = "FLYWHEEL_HEAVY_LANE",
-        value_name = "LABEL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pub heavy_lane: Text,
-
-    /// Whether the runner obeys workflow commands (`::notice::` …) that the command prints, such as
-    /// `true` (default: `false`, so that a build log cannot inject any).
-    #[arg(
-        long,
-        env = "FLYWHEEL_WORKFLOW_COMMANDS",
         value_name = "BOOL",
-        default_value = "",
-        hide_default_value = true
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
     )]
-    pub workflow_commands: Text,
+    workflow_commands: bool,
 
     #[command(flatten)]
-    pub(super) job: JobInputs,
+    heavy_lane: HeavyLaneInput,
+
+    #[command(flatten)]
+    job: JobInputs,
 
     /// The command as a program and its arguments, run without a shell.
     #[arg(last = true, value_name = "PROGRAM")]
-    pub program: Vec<OsString>,
+    program: Vec<OsString>,
 }
 
 /// What to run.
@@ -124,14 +103,14 @@ impl Plan {
             job,
             wanted,
             folder,
-            heavy_lane: inputs.heavy_lane.get().map(|lane| one_line(lane, 100)),
-            workflow_commands: switch("workflow-commands", &inputs.workflow_commands, false)?,
+            heavy_lane: inputs.heavy_lane.heavy_lane.clone(),
+            workflow_commands: inputs.workflow_commands,
         })
     }
 }
 
 fn wanted(inputs: &Inputs) -> Result<Wanted, UsageError> {
-    match (inputs.command.get(), inputs.program.is_empty()) {
+    match (&inputs.command, inputs.program.is_empty()) {
         (Some(text), true) => Ok(Wanted::Script(format!("{text}\n"))),
         (None, false) => Ok(Wanted::Program(inputs.program.clone())),
         (Some(_), false) => Err(UsageError::new(
@@ -140,12 +119,11 @@ fn wanted(inputs: &Inputs) -> Result<Wanted, UsageError> {
         )
         .with_hint("Give the command once, one way or the other.")),
         (None, true) => Err(UsageError::new("command", "is empty")
-            .with_hint("Say what to run, such as `command: nix build .#default`.")),
+            .with_hint("Give the command to run, such as `command: nix build .#default`.")),
     }
 }
 
-fn folder(input: &Text) -> Result<PathBuf, UsageError> {
-    let asked = Path::new(input.get().unwrap_or("."));
+fn folder(asked: &Path) -> Result<PathBuf, UsageError> {
     let error = |problem: &str| {
         UsageError::new(
             "working-directory",

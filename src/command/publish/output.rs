@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::command::inputs::Format;
 use crate::report::publication::{KeySource, Missed, Publication};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::text;
@@ -11,18 +12,6 @@ use flywheel_sys::runner::workflow::{Level, Workflow, data};
 
 /// How many paths of a kind the text names; JSON names all.
 const NAMED: usize = 20;
-
-#[derive(Clone, Copy, Default)]
-pub(super) enum Format {
-    #[default]
-    Text,
-    Json,
-}
-
-impl Format {
-    pub(super) const CHOICES: [(&'static str, Self); 2] =
-        [("text", Self::Text), ("json", Self::Json)];
-}
 
 /// A sink that logs notes, and annotates the step with warnings.
 pub(super) fn sink(workflow: &Workflow) -> Sink {

@@ -4,20 +4,22 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use clap::Args;
-use clap::builder::FalseyValueParser;
+use clap::{Args, ValueEnum};
 use url::Url;
 
 use super::check_list::Weights;
 use crate::command::cache_contract::unknown_class;
 use crate::command::contract::ContractInput;
-use crate::command::inputs::{CacheInputs, Text, choice, number, push_cache};
+use crate::command::inputs::{
+    BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, RequestInputs,
+};
+use crate::command::value::{Invalid, number, path, text, value, variant};
 use crate::job::private_base;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
 use flywheel_core::exit::{Failure, UsageError};
 use flywheel_core::text::one_line;
-use flywheel_core::trust::{Request, TrustedRefs};
+use flywheel_core::trust::Request;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::store_path::StorePath;
 use flywheel_sys::runner::env::Env;
@@ -25,7 +27,7 @@ use flywheel_sys::runner::env::Env;
 /// The class that a deployment waits for.
 const DEFAULT_CLASS: &str = "nix-builder";
 /// A builder that needs longer is broken.
-const TIMEOUT: u64 = 120;
+const TIMEOUT: &str = "120";
 /// A closure that is built needs about as much.
 const MIN_FREE: &str = "1GiB";
 
@@ -33,234 +35,109 @@ const MIN_FREE: &str = "1GiB";
 ///
 /// Looks at the host (disk, inodes, temporary space, memory, clock, hints), and by class at Nix (toolchain,
 /// store, trust, sandbox, evaluation, a build that no cache can have), at tools, at a container endpoint or at
-/// a kernel compiler; then at the cache, layer by layer, and at the Bazel cache. Each check has a limit of its
+/// a kernel compiler; then at the cache, layer by layer, and at the Bazel cache. With `--push-cache`,
+/// and if the trust gate allows it, a path is written to the cache and read back. Each check has a limit of its
 /// own, and all together `--timeout`. Ends with 0 if every required check holds, 1 if one does not, 64 for
 /// wrong input.
 ///
 /// The cache's token is taken from `ATTIC_TOKEN`, the Check Run's from `GITHUB_TOKEN`; neither has a flag.
-///
-/// Examples:
-///   flywheel validate-builders --class nix-builder --package .#default
-///   flywheel validate-builders --required cache --metrics-file /var/lib/node_exporter/flywheel.prom
 #[derive(Args, Debug)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  flywheel validate-builders --class nix-builder --package .#default
+  flywheel validate-builders --required cache --metrics-file /var/lib/node_exporter/flywheel.prom")]
 pub struct Inputs {
-    /// The class of this builder in the contract, such as `general`, `container` or `kernel`
-    /// (default: `nix-builder`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CLASS",
-        value_name = "NAME",
-        default_value = "",
-        hide_default_value = true
-    )]
-    class: Text,
+    #[command(flatten)]
+    class: ClassInput,
 
     /// The label of this builder's lane, such as `nix-builder-heavy`; its memory counts (default: the
     /// first lane of the class).
-    #[arg(
-        long,
-        env = "FLYWHEEL_LANE",
-        value_name = "LABEL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    lane: Text,
+    #[arg(long, value_name = "LABEL", value_parser = text())]
+    lane: Option<String>,
 
     #[command(flatten)]
     contract: ContractInput,
 
-    /// The flake to evaluate, such as `.` or `path:./ci` (default: `.`, if it has a `flake.nix`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_FLAKE",
-        value_name = "FLAKE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    flake: Text,
+    #[command(flatten)]
+    flake: FlakeInput,
 
     /// A package to build besides the canary's own, such as `.#default` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_PACKAGE",
-        value_name = "INSTALLABLE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    package: Text,
+    #[arg(long, value_name = "INSTALLABLE", value_parser = text())]
+    package: Option<String>,
 
     /// Layers that must hold, too, separated by white space or commas, such as `cache bazel-cache`; a
     /// family stands for its layers (default: those of the host, of the tools and of Nix).
-    #[arg(
-        long,
-        env = "FLYWHEEL_REQUIRED",
-        value_name = "LAYERS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    required: Text,
+    #[arg(long, value_name = "LAYERS", value_parser = value(layers))]
+    required: Option<Layers>,
 
     /// Layers that need not hold, such as `user-trust` (default: those of the caches).
-    #[arg(
-        long,
-        env = "FLYWHEEL_ADVISORY",
-        value_name = "LAYERS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    advisory: Text,
+    #[arg(long, value_name = "LAYERS", value_parser = value(layers))]
+    advisory: Option<Layers>,
 
-    /// How long all checks may take together, in seconds, such as `60` (default: `120`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_TIMEOUT",
-        value_name = "SECONDS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    timeout: Text,
+    /// How long all checks may take together, in seconds, such as `60`.
+    #[arg(long, value_name = "SECONDS", value_parser = number(1..=3600_u64), default_value = TIMEOUT)]
+    timeout: u64,
 
-    /// Room that must be free where a job writes, such as `20GiB` (default: `1GiB`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_MIN_FREE",
-        value_name = "SIZE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    min_free: Text,
+    /// Room that must be free where a job writes, such as `20GiB`.
+    #[arg(long, value_name = "SIZE", value_parser = value(size), default_value = MIN_FREE)]
+    min_free: u64,
 
     /// When the runner began to start, in seconds since 1970, such as `1760000000`; the cold start counts
     /// from there (default: the start of the canary).
-    #[arg(
-        long,
-        env = "FLYWHEEL_STARTED_AT",
-        value_name = "SECONDS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    started_at: Text,
+    #[arg(long, value_name = "SECONDS", value_parser = number(0..=u64::MAX))]
+    started_at: Option<u64>,
 
     /// The kernel to build modules for, such as `6.12.0-1-amd64` (default: the running one).
-    #[arg(
-        long,
-        env = "FLYWHEEL_KERNEL_RELEASE",
-        value_name = "RELEASE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    kernel_release: Text,
+    #[arg(long, value_name = "RELEASE", value_parser = text())]
+    kernel_release: Option<String>,
 
     #[command(flatten)]
     cache: CacheInputs,
 
     /// A store path that the cache should have, such as `/nix/store/…-hello-2.12`: it is read whole, and its
     /// signature checked (default: the first path of this store that the cache turns out to have).
-    #[arg(
-        long,
-        env = "FLYWHEEL_CACHE_PATH",
-        value_name = "PATH",
-        default_value = "",
-        hide_default_value = true
-    )]
-    cache_path: Text,
+    #[arg(long, value_name = "PATH", value_parser = value(store_path))]
+    cache_path: Option<StorePath>,
 
-    /// The Bazel remote cache, such as `grpcs://bazel-cache.example.org:9092` (default: the hint
-    /// `BAZEL_REMOTE_CACHE`).
-    #[arg(
-        long,
-        env = "FLYWHEEL_BAZEL_REMOTE_CACHE",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true,
-        hide_env_values = true
-    )]
-    bazel_remote_cache: Text,
+    #[command(flatten)]
+    bazel: BazelCacheInput,
 
-    /// Whether to write to the cache and read back, `true`, `auto` or `false` (the default); the trust gate
-    /// decides.
-    #[arg(
-        long,
-        env = "FLYWHEEL_PUSH_CACHE",
-        value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
-    )]
-    push_cache: Text,
+    #[command(flatten)]
+    request: RequestInputs,
 
-    /// Refs that may write besides the default branch, such as `refs/tags/v*` (the default).
-    #[arg(
-        long,
-        env = "FLYWHEEL_TRUSTED_REFS",
-        value_name = "REFS",
-        default_value = "",
-        hide_default_value = true
-    )]
-    trusted_refs: Text,
-
-    /// Asks for writing by hand, as in `flywheel validate-builders --publish`; outside of CI nothing else
-    /// does. The default is not to ask.
-    #[arg(long, env = "FLYWHEEL_PUBLISH", value_parser = FalseyValueParser::new())]
-    publish: bool,
-
-    /// How to report on stdout: `text`, the default, or `json`.
-    #[arg(
-        long,
-        env = "FLYWHEEL_FORMAT",
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     /// A file for the report as JSON, such as `canary.json` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_REPORT_FILE",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    report_file: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    report_file: Option<PathBuf>,
 
     /// A file for the metrics in Prometheus's text format, such as `flywheel.prom` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_METRICS_FILE",
-        value_name = "FILE",
-        default_value = "",
-        hide_default_value = true
-    )]
-    metrics_file: Text,
+    #[arg(long, value_name = "FILE", value_parser = path())]
+    metrics_file: Option<PathBuf>,
 
     /// A Pushgateway to send the metrics to, such as `http://pushgateway.example.org:9091/` (default: none).
-    #[arg(
-        long,
-        env = "FLYWHEEL_PUSHGATEWAY",
-        value_name = "URL",
-        default_value = "",
-        hide_default_value = true
-    )]
-    pushgateway: Text,
+    #[arg(long, value_name = "URL", value_parser = value(gateway))]
+    pushgateway: Option<Url>,
 
-    /// Whether to leave a Check Run "Builder health: CLASS" on the commit: `true`, `false`, or `auto`, the
-    /// default: if `GITHUB_TOKEN` is there.
-    #[arg(
-        long,
-        env = "FLYWHEEL_CHECK_RUN",
-        value_name = "WHEN",
-        default_value = "",
-        hide_default_value = true
-    )]
-    check_run: Text,
+    /// Whether to leave a Check Run "Builder health: CLASS" on the commit.
+    #[arg(long, value_name = "WHEN", value_parser = variant::<CheckRun>(), default_value = "auto")]
+    check_run: CheckRun,
 }
 
-/// Whether to leave a Check Run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// For clap a `Vec` would be an input that may be given several times.
+type Layers = Vec<String>;
+
+/// The input `check-run`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum CheckRun {
+    /// Always.
+    #[value(name = "true")]
     Always,
+    /// If `GITHUB_TOKEN` is in the step's environment.
+    #[value(name = "auto")]
     IfToken,
+    /// Never.
+    #[value(name = "false")]
     Never,
 }
 
@@ -300,20 +177,14 @@ impl Plan {
     /// For the first input that is wrong; nothing has been looked at then.
     pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, Failure> {
         let contract = inputs.contract.read()?;
-        let name = inputs.class.get().unwrap_or(DEFAULT_CLASS);
+        let name = inputs.class.class.as_deref().unwrap_or(DEFAULT_CLASS);
         let class = contract
             .class(name)
             .ok_or_else(|| unknown_class(name, &contract))?;
         let lane = lane(inputs, &contract, name, class)?;
-        let text = |input: &Text| input.get().map(str::to_owned);
         // A malformed hint is the business of the check `hints`, and names no cache.
-        let named = inputs.cache.named(env)?;
+        let named = inputs.cache.resolve(env);
         let server = named.given.or(named.hinted).filter(|_| named.enabled);
-        let when = [
-            ("true", CheckRun::Always),
-            ("auto", CheckRun::IfToken),
-            ("false", CheckRun::Never),
-        ];
         Ok(Self {
             class: name.to_owned(),
             lane: lane.map(|lane| lane.label.clone()),
@@ -325,35 +196,28 @@ impl Plan {
                 .collect(),
             nix: class.tools.get("nix").cloned(),
             shared_cache: contract.shared_cache.clone(),
-            flake: text(&inputs.flake)
+            flake: (inputs.flake.flake.clone())
                 .or_else(|| Path::new("flake.nix").is_file().then(|| ".".to_owned())),
-            package: text(&inputs.package),
+            package: inputs.package.clone(),
             weights: Weights {
-                required: layers("required", &inputs.required)?,
-                advisory: layers("advisory", &inputs.advisory)?,
+                required: inputs.required.clone().unwrap_or_default(),
+                advisory: inputs.advisory.clone().unwrap_or_default(),
             },
-            timeout: Duration::from_secs(
-                number("timeout", &inputs.timeout, 1..=3600)?.unwrap_or(TIMEOUT),
-            ),
-            min_free: size(&inputs.min_free)?,
-            head_start: head_start(number("started-at", &inputs.started_at, 0..=u64::MAX)?),
-            kernel_release: text(&inputs.kernel_release),
+            timeout: Duration::from_secs(inputs.timeout),
+            min_free: inputs.min_free,
+            head_start: head_start(inputs.started_at),
+            kernel_release: inputs.kernel_release.clone(),
             temporary: private_base(env),
             cache: server.map(|server| Endpoint::new(server, named.name)),
             public_key: named.key,
-            cache_path: store_path(&inputs.cache_path)?,
-            bazel_cache: text(&inputs.bazel_remote_cache),
-            request: Request {
-                push_cache: push_cache(&inputs.push_cache)?,
-                by_hand: inputs.publish,
-                trusted_refs: TrustedRefs::parse(inputs.trusted_refs.get().unwrap_or_default())?,
-            },
-            as_json: choice("format", &inputs.format, &[("text", false), ("json", true)])?
-                .unwrap_or_default(),
-            report_file: text(&inputs.report_file).map(PathBuf::from),
-            metrics_file: text(&inputs.metrics_file).map(PathBuf::from),
-            pushgateway: inputs.pushgateway.get().map(gateway).transpose()?,
-            check_run: choice("check-run", &inputs.check_run, &when)?.unwrap_or(CheckRun::IfToken),
+            cache_path: inputs.cache_path.clone(),
+            bazel_cache: inputs.bazel.bazel_remote_cache.clone(),
+            request: inputs.request.request(),
+            as_json: inputs.format.format == Format::Json,
+            report_file: inputs.report_file.clone(),
+            metrics_file: inputs.metrics_file.clone(),
+            pushgateway: inputs.pushgateway.clone(),
+            check_run: inputs.check_run,
         })
     }
 }
@@ -364,7 +228,7 @@ fn lane<'a>(
     name: &str,
     class: &'a Class,
 ) -> Result<Option<&'a Lane>, UsageError> {
-    let Some(label) = inputs.lane.get() else {
+    let Some(label) = &inputs.lane else {
         return Ok(class.lanes().first());
     };
     match contract.lane(label) {
@@ -386,9 +250,9 @@ fn lane<'a>(
     }
 }
 
-fn layers(name: &str, input: &Text) -> Result<Vec<String>, UsageError> {
-    Weights::layers(input.get()).map_err(|(word, meant)| {
-        let error = UsageError::new(name, format!("names `{word}`, which is no layer"));
+fn layers(text: &str) -> Result<Layers, Invalid> {
+    Weights::layers(Some(text)).map_err(|(word, meant)| {
+        let error = Invalid::new(format!("names `{word}`, which is no layer"));
         match meant {
             Some(meant) => error.with_hint(format!("Did you mean `{meant}`?")),
             None => error.with_hint(format!(
@@ -399,11 +263,10 @@ fn layers(name: &str, input: &Text) -> Result<Vec<String>, UsageError> {
     })
 }
 
-fn size(input: &Text) -> Result<u64, UsageError> {
-    let text = input.get().unwrap_or(MIN_FREE);
+fn size(text: &str) -> Result<u64, Invalid> {
     Size::parse(text)
         .map(Size::bytes)
-        .map_err(|problem| UsageError::new("min-free", format!("is wrong: {problem}")))
+        .map_err(|problem| Invalid::new(format!("is wrong: {problem}")))
 }
 
 /// How long ago the runner began to start; a time to come is none.
@@ -414,20 +277,14 @@ fn head_start(started_at: Option<u64>) -> Duration {
         .unwrap_or_default()
 }
 
-fn store_path(input: &Text) -> Result<Option<StorePath>, UsageError> {
-    let parsed = input.get().map(|text| {
-        text.parse().map_err(|_| {
-            UsageError::new(
-                "cache-path",
-                format!("is no store path: `{}`", one_line(text, 200)),
-            )
+fn store_path(text: &str) -> Result<StorePath, Invalid> {
+    text.parse().map_err(|_| {
+        Invalid::new(format!("is no store path: `{}`", one_line(text, 200)))
             .with_hint("Give it whole, such as `/nix/store/…-hello-2.12`.")
-        })
-    });
-    parsed.transpose()
+    })
 }
 
-fn gateway(text: &str) -> Result<Url, UsageError> {
+fn gateway(text: &str) -> Result<Url, Invalid> {
     let mut url = Url::parse(text)
         .ok()
         .filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some());
@@ -436,5 +293,5 @@ fn gateway(text: &str) -> Result<Url, UsageError> {
         url.set_fragment(None);
     }
     // A password in it is allowed, so it is not shown.
-    url.ok_or_else(|| UsageError::new("pushgateway", "must be an http or https URL"))
+    url.ok_or_else(|| Invalid::new("must be an http or https URL"))
 }

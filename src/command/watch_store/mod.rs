@@ -11,7 +11,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use thiserror::Error;
 use tokio::io::BufReader;
 use tokio::net::UnixStream;
@@ -21,8 +21,9 @@ use tokio::time::{Instant, interval, timeout, timeout_at};
 use self::daemon::{Daemon, StatusCell, nix_folder, variables};
 use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, send};
 use self::runtime_dir::{RuntimeDir, job_processes};
-use crate::command::inputs::{Text, choice};
+use crate::command::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
 use crate::command::setup::quoted;
+use crate::command::value::variant;
 use crate::job::inputs::{JobInputs, Plan};
 use crate::job::{self, JobReport, Prepared, Secrets, Session};
 use crate::report::screen::Screen;
@@ -47,10 +48,10 @@ const STATUS_LIMIT: Duration = Duration::from_secs(5);
 /// Tokens that the child gets through a pipe: the environment of a process that outlives the step holds none.
 const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN"];
 
-/// Publishes every store path of a job as it becomes valid, over many steps.
+/// Publish every store path of a job as it becomes valid, over many steps.
 ///
 /// `start` returns at once and leaves a process behind; the settings for the later steps travel
-/// through `GITHUB_ENV` and hold no token. `status` says what it is doing. `finish`, in a last step
+/// through `GITHUB_ENV` and hold no token. `status` prints what it is doing. `finish`, in a last step
 /// with `if: always()`, drains, verifies and reports. `run` does it all in the foreground until it
 /// is interrupted. Without `finish` the runner kills the process at the job's end; what was left
 /// stands in the journal, and the next job on the disk takes it up.
@@ -59,29 +60,21 @@ const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN
     after_help = "Example:\n  flywheel watch-store start --push-cache auto\n  flywheel watch-store finish"
 )]
 pub struct Inputs {
-    /// What to do: `start`, `status`, `finish` or `run`.
-    #[arg(value_name = "WORD", default_value = "", hide_default_value = true)]
-    word: Text,
+    /// What to do; either this or `--mode`.
+    #[arg(value_name = "TASK", value_parser = variant::<Task>())]
+    task: Option<Task>,
 
-    /// The same word for the action, such as `finish` (default: none, so that one of both is needed).
+    /// What to do; required, unless a command line has it as an argument.
     #[arg(
         long,
-        env = "FLYWHEEL_MODE",
-        value_name = "WORD",
-        default_value = "",
-        hide_default_value = true
+        value_name = "TASK",
+        value_parser = variant::<Task>(),
+        group = REQUIRED_IN_ACTION
     )]
-    mode: Text,
+    mode: Option<Task>,
 
-    /// How `status` says it: `text`, the default, or `json` on stdout.
-    #[arg(
-        long,
-        env = "FLYWHEEL_FORMAT",
-        value_name = "FORMAT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    format: Text,
+    #[command(flatten)]
+    format: FormatInput,
 
     /// The child that `start` leaves behind.
     #[arg(long, hide = true)]
@@ -91,11 +84,16 @@ pub struct Inputs {
     job: JobInputs,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Task {
+    /// Leave a process behind that watches the store and publishes.
     Start,
+    /// Print what that process is doing.
     Status,
+    /// Drain, verify, report, and end that process.
     Finish,
+    /// All of it in the foreground, until it is interrupted.
     Run,
 }
 
@@ -149,38 +147,18 @@ impl Explain for Error {
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix.
 pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let mode = mode(&inputs)?;
-    let as_json =
-        choice("format", &inputs.format, &[("text", false), ("json", true)])?.unwrap_or_default();
-    let plan = Plan::read(&inputs.job, env)?;
-    match mode {
-        Mode::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
-        Mode::Start => Box::pin(start(&plan, env)).await,
-        Mode::Status => status(env, as_json).await,
-        Mode::Finish => {
-            let given = inputs.job.drain_timeout.get().map(|_| plan.drain_timeout);
-            Box::pin(finish(&plan, given, env)).await
-        }
-        Mode::Run => Box::pin(in_foreground(&plan, env)).await,
-    }
-}
-
-fn mode(inputs: &Inputs) -> Result<Mode, UsageError> {
-    let words = [
-        ("start", Mode::Start),
-        ("status", Mode::Status),
-        ("finish", Mode::Finish),
-        ("run", Mode::Run),
-    ];
-    let named = choice("WORD", &inputs.word, &words)?;
-    let word = named.map_or_else(
-        || choice("mode", &inputs.mode, &words),
-        |word| Ok(Some(word)),
-    )?;
-    word.ok_or_else(|| {
+    let task = inputs.task.or(inputs.mode).ok_or_else(|| {
         UsageError::new("mode", "is not given")
-            .with_hint("Say `start`, `status`, `finish` or `run`.")
-    })
+            .with_hint("Give `start`, `status`, `finish` or `run`.")
+    })?;
+    let plan = Plan::read(&inputs.job, env)?;
+    match task {
+        Task::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
+        Task::Start => Box::pin(start(&plan, env)).await,
+        Task::Status => status(env, inputs.format.format).await,
+        Task::Finish => Box::pin(finish(&plan, inputs.job.drain.drain_timeout, env)).await,
+        Task::Run => Box::pin(in_foreground(&plan, env)).await,
+    }
 }
 
 /// Starts the background process, and returns once it is ready.
@@ -523,7 +501,7 @@ async fn request_status(runtime_dir: &RuntimeDir) -> Option<Status> {
 }
 
 /// Prints what the background process is doing.
-async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
+async fn status(env: &Env, format: Format) -> Result<Exit, Failure> {
     let runtime_dir = RuntimeDir::from_env(env)?;
     let status = request_status(&runtime_dir).await;
     if status.is_none() {
@@ -533,7 +511,7 @@ async fn status(env: &Env, as_json: bool) -> Result<Exit, Failure> {
         state: "none".into(),
         ..Status::default()
     });
-    if as_json {
+    if format == Format::Json {
         data(&serde_json::to_string_pretty(&status).expect("texts and numbers are always JSON"));
         return Ok(Exit::Ok);
     }

@@ -5,7 +5,7 @@ use serde_norway::Value;
 
 use super::hold;
 use super::source::{Source, file, files, root};
-use crate::world::Flywheel;
+use crate::definitions::{self, Input, Verb};
 
 /// The actions of this repository; the root's is `setup`.
 fn actions() -> Vec<Source> {
@@ -141,75 +141,156 @@ fn verb(file: &Source) -> &str {
         .unwrap_or("setup")
 }
 
-/// Complaints about an action whose inputs are not handed on to its verb, or have no flag there.
-fn inputs_of(file: &Source) -> Vec<String> {
-    let mut complaints = Vec::new();
-    let action = yaml(file);
-    let help = Flywheel::new(&[verb(file), "--help"]).run().stdout;
-    // The help is wrapped to the width of a terminal.
-    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-    let inputs = action.get("inputs").cloned().unwrap_or_default();
-    let mut mapped = Vec::new();
-    mappings(&action["runs"], &mut |mapping| {
-        mapped.extend(keys(mapping.get("env").unwrap_or(&Value::Null)));
-    });
-    let mut wanted: Vec<String> = Vec::new();
-    for input in keys(&inputs) {
-        let variable = format!("FLYWHEEL_{}", input.to_uppercase().replace('-', "_"));
-        let line = format!("{variable}: ${{{{ inputs.{input} }}}}");
-        if !file.text.contains(&line) {
-            complaints.push(format!("input `{input}` is not handed on as `{line}`"));
-        }
-        let reads = ["=", "]"]
-            .iter()
-            .any(|end| help.contains(&format!("[env: {variable}{end}")));
-        // A switch may stand alone on a command line: `--strict[=<BOOL>]`.
-        let is_flag = [" <", "[=<"]
-            .iter()
-            .any(|start| help.contains(&format!("--{input}{start}")));
-        if !is_flag || !reads {
-            complaints.push(format!(
-                "input `{input}` is no flag of `flywheel {}`",
-                verb(file)
-            ));
-        }
-        if text(&inputs[&input], "description").is_empty() {
-            complaints.push(format!("input `{input}` has no description"));
-        }
-        wanted.push(variable);
-    }
-    for variable in mapped
-        .iter()
-        .filter(|name| name.starts_with("FLYWHEEL_") && !wanted.contains(name))
-    {
-        complaints.push(format!("`{variable}` belongs to no input"));
-    }
-    complaints
+/// The file as the definitions have it: inputs, outputs and variables anew, everything else as it is.
+fn generated(text: &str, verb: &Verb) -> String {
+    let (head, rest) = text.split_once("\ninputs:\n").expect("inputs:");
+    let (_, runs) = rest.split_once("\nruns:\n").expect("runs:");
+    let (before, rest) = runs.split_once("      env:\n").expect("env:");
+    let run = rest.find("      run:").expect("run:");
+    let step: Value = serde_norway::from_str(&format!("runs:\n{runs}")).expect("YAML");
+    let step = text_of(&step["runs"]["steps"][0]["id"]);
+    format!(
+        "{head}\ninputs:\n{}\noutputs:\n{}\nruns:\n{before}      env:\n{}{}",
+        inputs(verb),
+        outputs(verb, &step),
+        variables(verb),
+        &rest[run..]
+    )
 }
 
-/// Complaints about the outputs of an action.
-fn outputs_of(file: &Source) -> Vec<String> {
-    let action = yaml(file);
-    let outputs = keys(action.get("outputs").unwrap_or(&Value::Null)).into_iter();
-    outputs
-        .map(|output| action["outputs"][&output].clone())
-        .filter(|output| {
-            text(output, "description").is_empty()
-                || !text(output, "value").starts_with("${{ steps.")
+fn text_of(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// What an action hands on to its verb.
+fn of_action(verb: &Verb) -> impl Iterator<Item = &Input> {
+    let inputs = verb.inputs.iter();
+    inputs.filter(|input| input.is_flag && !input.is_by_hand)
+}
+
+fn inputs(verb: &Verb) -> String {
+    let mut block = String::new();
+    for input in of_action(verb) {
+        block.push_str(&format!(
+            "  {}:\n{}",
+            input.name,
+            description(&about(input))
+        ));
+        // An action has no arguments, which on a command line are the other way.
+        if input.is_required || input.is_required_in_action {
+            block.push_str("    required: true\n");
+            continue;
+        }
+        // With a default of its own the new name would always win over the former one.
+        let default = input
+            .default
+            .as_deref()
+            .filter(|_| input.former_names.is_empty());
+        block.push_str(&format!(
+            "    required: false\n    default: {:?}\n",
+            default.unwrap_or_default()
+        ));
+        for former in &input.former_names {
+            let about = description(&format!("The former name of `{}`.", input.name));
+            block.push_str(&format!(
+                "  {former}:\n{about}    required: false\n    default: \"\"\n    deprecationMessage: Use `{}`.\n",
+                input.name
+            ));
+        }
+    }
+    block
+}
+
+/// Help, and what else the command line shows of a flag.
+fn about(input: &Input) -> String {
+    let words = input.allowed.iter();
+    let words: Vec<String> = words
+        .map(|(word, about)| match about {
+            Some(about) => format!("`{word}`: {about}"),
+            None => format!("`{word}`"),
         })
-        .map(|output| format!("an output without description or value: {output:?}"))
-        .collect()
+        .collect();
+    let mut about = input.help.clone();
+    match words.iter().any(|word| word.contains(": ")) {
+        _ if words.is_empty() => {}
+        true => about.push_str(&format!(" {}.", words.join("; "))),
+        false => about.push_str(&format!(" One of {}.", words.join(", "))),
+    }
+    if let Some(default) = input
+        .default
+        .as_ref()
+        .filter(|_| !input.former_names.is_empty())
+    {
+        about.push_str(&format!(" Default: `{default}`."));
+    }
+    about
+}
+
+fn outputs(verb: &Verb, step: &str) -> String {
+    let outputs = verb.outputs.iter();
+    let outputs = outputs.map(|output| {
+        format!(
+            "  {name}:\n{}    value: ${{{{ steps.{step}.outputs.{name} }}}}\n",
+            description(&output.about),
+            name = output.name
+        )
+    });
+    outputs.collect()
+}
+
+fn variables(verb: &Verb) -> String {
+    let variables = of_action(verb).map(|input| {
+        let names = [&input.name].into_iter().chain(&input.former_names);
+        let names: Vec<String> = names.map(|name| format!("inputs.{name}")).collect();
+        format!(
+            "        {}: ${{{{ {} }}}}\n",
+            input.variable.as_deref().expect("a flag has a variable"),
+            names.join(" || ")
+        )
+    });
+    variables.collect()
+}
+
+/// A description as a folded text, which takes every character literally.
+fn description(text: &str) -> String {
+    let mut lines = vec![String::new()];
+    for word in text.split_whitespace() {
+        let last = lines.last_mut().expect("one at least");
+        if last.is_empty() {
+            last.push_str(word);
+        } else if last.chars().count() + 1 + word.chars().count() <= 110 {
+            last.push(' ');
+            last.push_str(word);
+        } else {
+            lines.push(word.to_owned());
+        }
+    }
+    let lines = lines.iter().map(|line| format!("      {line}\n"));
+    format!("    description: >-\n{}", lines.collect::<String>())
 }
 
 #[test]
-fn every_input_is_a_variable_and_a_flag() {
-    let rule = |files: &[Source]| {
-        let mut complaints = Vec::new();
-        for file in files {
-            let found = [inputs_of(file), outputs_of(file)].concat();
-            complaints.extend(found.iter().map(|what| format!("{}: {what}", file.name)));
+fn each_action_is_what_its_verb_defines() {
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        for file in actions() {
+            let text = generated(&file.text, &definitions::verb(verb(&file)));
+            std::fs::write(root().join(&file.name), text).unwrap();
         }
-        complaints
+    }
+    let rule = |files: &[Source]| {
+        let differs = files.iter().filter(|file| {
+            yaml(file);
+            generated(&file.text, &definitions::verb(verb(file))) != file.text
+        });
+        differs
+            .map(|file| {
+                format!(
+                    "{}: not what `flywheel {}` defines: UPDATE_DOCS=1 cargo test --test it actions",
+                    file.name,
+                    verb(file)
+                )
+            })
+            .collect()
     };
     let real = actions();
     let action = real
@@ -225,11 +306,27 @@ fn every_input_is_a_variable_and_a_flag() {
         change("  heavy-lane:\n", "  heavy-line:\n"),
         change(
             "        FLYWHEEL_HEAVY_LANE",
-            "        FLYWHEEL_UNHEARD_OF: x\n        FLYWHEEL_HEAVY_LANE",
+            "        FLYWHEEL_UNKNOWN: x\n        FLYWHEEL_HEAVY_LANE",
         ),
-        change("    description: The command's exit code.\n", ""),
+        change(
+            "        FLYWHEEL_HEAVY_LANE: ${{ inputs.heavy-lane }}\n",
+            "",
+        ),
+        change("      The exit code of the step.\n", ""),
+        change("outputs.exit-code }}", "outputs.code }}"),
     ];
     hold(rule, real.clone(), &planted);
+    // The other direction: the program has an input less, or more, than the file.
+    let defined = definitions::verb("nix-job");
+    for at in 0..defined.inputs.len() {
+        let (mut less, mut more) = (defined.clone(), defined.clone());
+        let input = less.inputs.remove(at);
+        if of_action(&defined).any(|handed_on| *handed_on == input) {
+            more.inputs.push(input);
+            assert_ne!(generated(&action.text, &less), action.text);
+            assert_ne!(generated(&action.text, &more), action.text);
+        }
+    }
 }
 
 #[test]

@@ -63,10 +63,12 @@ pub fn program_folder() -> Option<PathBuf> {
 /// # Errors
 /// When the system does not know the file.
 pub fn program_and_arguments() -> std::io::Result<(PathBuf, Vec<OsString>)> {
-    Ok((
-        std::env::current_exe()?,
-        std::env::args_os().skip(1).collect(),
-    ))
+    Ok((std::env::current_exe()?, arguments()))
+}
+
+/// The arguments that this program was started with.
+pub fn arguments() -> Vec<OsString> {
+    std::env::args_os().skip(1).collect()
 }
 
 /// # Errors
