@@ -3,25 +3,19 @@
 //! actions and `docs/reference.md` follow from it.
 
 pub mod definitions;
-mod variables;
 
-use std::error::Error as _;
 use std::ffi::OsString;
 
-use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
-use self::variables::{Blank, attach};
-use crate::command::value::Invalid;
 use crate::command::{
     cache, cache_contract, contract, explain, flake_checks, nix_job, publish, reference, scan,
     setup, validate_builders, watch_store,
 };
-use flywheel_core::exit::{Exit, Failure, UsageError};
+use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
+use crate::inputs::variables::{Blank, attach};
+use flywheel_core::exit::{Exit, Failure};
 use flywheel_sys::runner::env::Env;
-
-/// The name under which users call this program.
-const PROGRAM: &str = "flywheel";
 
 /// Nix CI for GitHub workflows: every store path is published, or named with the reason why not.
 #[derive(Debug, Parser)]
@@ -50,15 +44,6 @@ enum Verb {
     Reference(reference::Inputs),
     Scan(scan::Inputs),
     Setup(setup::Inputs),
-}
-
-/// Why a command line is not obeyed.
-#[derive(Debug)]
-pub enum Refusal {
-    /// A value is wrong.
-    Usage(UsageError),
-    /// Flags or verbs are wrong, or help or the version were asked for: clap prints it.
-    Clap(clap::Error),
 }
 
 /// Every verb with its flags, and with the variable that each of them reads.
@@ -98,75 +83,11 @@ impl Cli {
     }
 }
 
-fn matches(
-    command: Command,
-    arguments: impl IntoIterator<Item = OsString>,
-    env: &Env,
-) -> Result<clap::ArgMatches, Refusal> {
-    let mut blank = Blank::variables_of(env);
-    let arguments = blank.take_flags(&command, arguments);
-    // Usage lines name the launcher and not the file behind it, which is called after its platform.
-    let arguments: Vec<OsString> = [PROGRAM.into()].into_iter().chain(arguments).collect();
-    let parsed = attach(command.clone(), &blank).try_get_matches_from(&arguments);
-    parsed.map_err(|error| match error.kind() {
-        // The help names every variable, those that are empty just now included.
-        ErrorKind::DisplayHelp => {
-            let whole = attach(command, &Blank::default()).try_get_matches_from(&arguments);
-            Refusal::Clap(whole.err().unwrap_or(error))
-        }
-        _ => refusal(error),
-    })
-}
-
-/// The error of an input, if a value is wrong. clap's own would quote the value, which may be a
-/// secret.
-fn refusal(error: clap::Error) -> Refusal {
-    let invalid = error.source().and_then(|source| source.downcast_ref());
-    let invalid: Option<&Invalid> = invalid;
-    match (invalid, error.get(ContextKind::InvalidArg)) {
-        (Some(invalid), Some(ContextValue::String(shown))) => {
-            Refusal::Usage(invalid.of_input(input_name(shown)))
-        }
-        _ => Refusal::Clap(error),
-    }
-}
-
-/// The name of an input as clap shows it: `--strict[=<BOOL>]`, `--flake <REF>` or `[WORD]`.
-fn input_name(shown: &str) -> &str {
-    let name = shown.trim_start_matches(['-', '[', '<']);
-    name.split([' ', '[', ']', '<', '>', '='])
-        .next()
-        .unwrap_or(name)
-}
-
 #[cfg(test)]
-pub(crate) mod tests {
-    use clap::Args;
+mod tests {
     use clap::builder::PossibleValue;
 
     use super::*;
-
-    #[derive(Parser)]
-    struct Group<T: Args> {
-        #[command(flatten)]
-        inputs: T,
-    }
-
-    /// A group of inputs as the command line gives it, each with its value; environments count for nothing.
-    pub(crate) fn read<T: Args>(inputs: &[(&str, &str)]) -> Result<T, UsageError> {
-        let arguments = inputs
-            .iter()
-            .map(|(name, value)| OsString::from(format!("--{name}={value}")));
-        let matches =
-            matches(Group::<T>::command(), arguments, &Env::default()).map_err(|refusal| {
-                match refusal {
-                    Refusal::Usage(error) => error,
-                    Refusal::Clap(error) => panic!("{error}"),
-                }
-            })?;
-        let group = Group::<T>::from_arg_matches(&matches).expect("the command is the group's own");
-        Ok(group.inputs)
-    }
 
     #[test]
     fn the_definitions_are_sound() {
@@ -225,18 +146,6 @@ pub(crate) mod tests {
                 let mut values = named.chain(SAMPLES);
                 assert!(values.any(read), "no sample is good for {name:?} --{long}");
             }
-        }
-    }
-
-    #[test]
-    fn the_name_of_an_input_is_read_from_what_clap_shows() {
-        for (shown, name) in [
-            ("--flake <REF>", "flake"),
-            ("--strict[=<BOOL>]", "strict"),
-            ("[WORD]", "WORD"),
-            ("<PATH>...", "PATH"),
-        ] {
-            assert_eq!(input_name(shown), name);
         }
     }
 }

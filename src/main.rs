@@ -1,18 +1,24 @@
-//! The binary: hands the command line to the library and ends with its exit code.
+//! The binary: hands the command line to its verb and ends with the exit code.
+//!
+//! The groups below are layers, the lowest first. `tests/it/house/layers.rs` reads them here.
 
-// Layers, the lowest first: what a run says of itself, then the front door, whose modules may use each other.
+// Shared by the verbs: what a run reports, and what it is given. Each by itself.
+mod inputs;
 mod report;
+
+// What the verbs that run a job or a part of one share.
+mod job;
 
 // The front door. Its modules may use each other.
 mod cli;
 mod command;
-mod job;
 
 use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::cli::{Cli, Refusal};
+use crate::cli::Cli;
+use crate::inputs::parse::Refusal;
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_sys::host::{priority, private};
 use flywheel_sys::runner::env::{Env, arguments};

@@ -4,7 +4,7 @@
 use clap::{Arg, Command};
 use serde::Serialize;
 
-use crate::command::inputs::{BY_HAND, REQUIRED_IN_ACTION};
+use crate::inputs::{BY_HAND, REQUIRED_IN_ACTION};
 use crate::report::outputs::{self, Output};
 
 /// A verb, or a verb of a verb.

@@ -10,8 +10,8 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::command::units;
-use crate::command::value::{Invalid, number, path, value};
+use crate::inputs::units;
+use crate::inputs::value::{Invalid, number, path, value};
 use flywheel_cache::server::{self, Limits, Options, Server};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
 use flywheel_core::progress::{Progress, Sink};

@@ -8,8 +8,8 @@ use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 
 use crate::command::contract::ContractInput;
-use crate::command::inputs::{BazelCacheInput, ClassInput, Format, FormatInput, RequestInputs};
-use crate::command::value::{boolean, number, one_of, path, text};
+use crate::inputs::value::{boolean, number, one_of, path, text};
+use crate::inputs::{BazelCacheInput, ClassInput, Format, FormatInput, RequestInputs};
 use flywheel_cache::client::bazel::BazelProber;
 use flywheel_cache::client::endpoint::Endpoint as Cache;
 use flywheel_cache::client::probe::probe;

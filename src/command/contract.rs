@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::command::value::{one_of, path, variant};
+use crate::inputs::value::{one_of, path, variant};
 use flywheel_core::contract::print::Section;
 use flywheel_core::contract::workflow::{Finding, Weight};
 use flywheel_core::contract::{Contract, FILE, print, read, workflow};

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use crate::command::inputs::{Format, FormatInput, GateInputs};
-use crate::command::value::{boolean, path, text};
+use crate::inputs::value::{boolean, path, text};
+use crate::inputs::{Format, FormatInput, GateInputs};
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, decide};
 use flywheel_sys::runner::context::{self, Recorded};

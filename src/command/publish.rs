@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::command::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs};
+use crate::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs};
 use crate::job::policy::PolicyInputs;
 use crate::job::publication;
 use flywheel_cache::client::attic::Attic;

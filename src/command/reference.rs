@@ -4,7 +4,7 @@ use clap::Args;
 
 use crate::cli;
 use crate::cli::definitions::{Input, Verb, verbs};
-use crate::command::inputs::{Format, FormatInput};
+use crate::inputs::{Format, FormatInput};
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_sys::runner::workflow::data;
 

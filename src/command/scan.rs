@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::json;
 use thiserror::Error;
 
-use crate::command::inputs::{Format, FormatInput};
+use crate::inputs::{Format, FormatInput};
 use crate::job::policy::{PolicyInputs, scanner};
 use crate::report::screen::Screen;
 use flywheel_core::exit::{Exit, Explain, Failure};

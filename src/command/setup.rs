@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use thiserror::Error;
 
-use crate::command::inputs::{
+use crate::inputs::{
     Address, BazelCacheInput, Hints, ServerInputs, TrustInputs, address, cache_name, http_address,
     or_hint, public_key,
 };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::command::value::{Invalid, value, variant};
+use crate::inputs::value::{Invalid, value, variant};
 use crate::job::attach::Cache;
 use crate::report::job::CacheState;
 use flywheel_cache::client::attic::Attic;
@@ -212,7 +212,7 @@ impl DestinationOpener<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::tests::read;
+    use crate::inputs::parse::tests::read;
 
     fn config(cache: &str, publisher: &str, client: &str) -> Result<DestinationConfig, String> {
         let inputs = [

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args};
 
-use crate::command::inputs::{CacheInputs, DrainInput, GateInputs};
-use crate::command::value::{Invalid, boolean, path, value};
+use crate::inputs::value::{Invalid, boolean, path, value};
+use crate::inputs::{CacheInputs, DrainInput, GateInputs};
 use crate::job::destination::{DestinationConfig, DestinationInputs};
 use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;

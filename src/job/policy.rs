@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 
-use crate::command::value::{path, value, variant};
+use crate::inputs::value::{path, value, variant};
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::{Allowed, Impurity, Policy, Rule, RuleMode, impurity_in_settings};

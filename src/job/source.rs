@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::command::inputs::NamedCache;
+use crate::inputs::NamedCache;
 use flywheel_cache::client::copy::StoreUrl;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_nix::cache_name::CacheName;
@@ -67,8 +67,8 @@ fn laptop_folder(env: &Env) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::tests::read;
-    use crate::command::inputs::CacheInputs;
+    use crate::inputs::CacheInputs;
+    use crate::inputs::parse::tests::read;
 
     fn find(input: &str, embedded: &str, env: &[(&str, &str)]) -> Source {
         let env = Env::from_pairs(env.iter().copied());

@@ -362,7 +362,7 @@ fn names_of_verbs(files: &[Source]) -> Vec<String> {
             .and_then(|name| name.split('/').next());
         let known = |name: &str| verbs().contains(&name.replace('-', "_"));
         for name in command.into_iter().chain(action) {
-            if !["mod", "inputs", "units", "value"].contains(&name) && !known(name) {
+            if name != "mod" && !known(name) {
                 complaints.push(format!("{}: there is no verb `{name}`", file.name));
             }
         }

@@ -4,10 +4,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use crate::command::inputs::{FlakeInput, HeavyLaneInput};
-use crate::command::value::{
-    Invalid, boolean, name, number, number_in, path, text, value, variant,
-};
+use crate::inputs::value::{Invalid, boolean, name, number, number_in, path, text, value, variant};
+use crate::inputs::{FlakeInput, HeavyLaneInput};
 use crate::job::inputs::{self as job, JobInputs};
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::impurity_in_arguments;

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args};
 
-use crate::command::inputs::{HeavyLaneInput, REQUIRED_IN_ACTION};
-use crate::command::value::{boolean, path, text};
+use crate::inputs::value::{boolean, path, text};
+use crate::inputs::{HeavyLaneInput, REQUIRED_IN_ACTION};
 use crate::job::inputs::{self as job, JobInputs};
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::{Impurity, impurity_in_arguments, impurity_in_command};

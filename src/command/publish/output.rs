@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::command::inputs::Format;
+use crate::inputs::Format;
 use crate::report::publication::{KeySource, Missed, Publication};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::text;

@@ -10,10 +10,10 @@ use url::Url;
 use super::check_list::Weights;
 use crate::command::cache_contract::unknown_class;
 use crate::command::contract::ContractInput;
-use crate::command::inputs::{
+use crate::inputs::value::{Invalid, number, path, text, value, variant};
+use crate::inputs::{
     BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, RequestInputs,
 };
-use crate::command::value::{Invalid, number, path, text, value, variant};
 use crate::job::private_base;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};

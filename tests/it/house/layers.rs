@@ -152,6 +152,8 @@ fn every_import_within_a_crate_points_down() {
         ),
         ("crates/core/src/misc.rs", ""),
         ("src/report/x.rs", "use crate::command::Failure;"),
+        ("src/inputs/x.rs", "use crate::report::job::Outcome;"),
+        ("src/job/x.rs", "use crate::{inputs, command::setup};"),
     ];
     let planted: Vec<_> = planted
         .iter()

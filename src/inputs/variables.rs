@@ -19,14 +19,14 @@ const PREFIXED_VERB: (&str, &str) = ("cache", "FLYWHEEL_CACHE_");
 
 /// Flags and variables that are there and empty.
 #[derive(Debug, Default)]
-pub(super) struct Blank {
+pub struct Blank {
     flags: BTreeSet<String>,
     variables: BTreeSet<String>,
 }
 
 impl Blank {
     /// The empty variables of an environment.
-    pub(super) fn variables_of(env: &Env) -> Self {
+    pub fn variables_of(env: &Env) -> Self {
         let blank = env
             .all()
             .filter(|(name, value)| name.starts_with(PREFIX) && is_blank(value));
@@ -38,7 +38,7 @@ impl Blank {
 
     /// Takes the flags out that are given with an empty value. Such a flag still hides its variable, as any
     /// flag does.
-    pub(super) fn take_flags(
+    pub fn take_flags(
         &mut self,
         root: &Command,
         arguments: impl IntoIterator<Item = OsString>,
@@ -108,7 +108,7 @@ fn find<'a>(verbs: &[&'a Command], name: &str) -> Option<&'a Arg> {
 
 /// Gives every flag `--x-y` the variable `FLYWHEEL_X_Y`, but for those that are blank. A definition that
 /// names a variable itself keeps it.
-pub(super) fn attach(command: Command, blank: &Blank) -> Command {
+pub fn attach(command: Command, blank: &Blank) -> Command {
     attach_below(command, PREFIX, blank)
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::command::value::Invalid;
+use crate::inputs::value::Invalid;
 use flywheel_core::text::one_line;
 
 /// Reads `90s`, `10m`, `12h`, `30d`, `2w`; a bare number counts seconds.

@@ -1,12 +1,16 @@
 //! Inputs that several verbs share, each declared once, and the runner's hints that stand in for them.
 
+pub mod parse;
+pub mod units;
+pub mod value;
+pub mod variables;
+
 use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 use url::Url;
 
-use crate::command::units;
-use crate::command::value::{Invalid, boolean, name, one_of, text, value, variant};
+use crate::inputs::value::{Invalid, boolean, name, one_of, text, value, variant};
 use flywheel_core::text::one_line;
 use flywheel_core::trust::{PushCache, Request, TrustedRefs};
 use flywheel_nix::cache_name::CacheName;
@@ -392,7 +396,7 @@ pub fn public_key(text: &str) -> Result<PublicKey, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::tests::read;
+    use crate::inputs::parse::tests::read;
 
     #[test]
     fn an_empty_input_is_one_that_was_not_given() {
