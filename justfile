@@ -25,6 +25,11 @@ lint:
     cargo clippy --locked --workspace --all-targets -- -D warnings
     scripts/lint.sh
 
+# Sizes, comments, words and visibility of the code, with their goals
+figures *options:
+    scripts/bootstrap.sh runner
+    target/tools/bin/python scripts/figures.py {{ options }}
+
 # Build the static binary into dist/
 dist:
     scripts/dist.sh

@@ -8,8 +8,8 @@ pub mod source;
 
 use source::{Source, file, files};
 
-/// Lines of code in one file. The goal is 600; four files are longer since the tree is formatted as rustfmt does.
-const LINES: usize = 860;
+/// Lines of code in one file; CONTRIBUTING asks for half of it.
+const LINES: usize = 600;
 
 /// The sources of the program: those of the binary and those of every crate.
 fn product() -> Vec<Source> {

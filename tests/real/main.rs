@@ -14,6 +14,7 @@ mod world;
 
 mod actions;
 mod cache_serve;
+mod crates;
 mod destination;
 mod dist;
 mod flake_checks;
