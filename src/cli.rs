@@ -2,7 +2,7 @@
 //! with the verb, and the definition there is the only one: variables, defaults, parsing, the inputs of the
 //! actions and `docs/reference.md` follow from it.
 
-pub mod definitions;
+pub(crate) mod definitions;
 
 use std::ffi::OsString;
 
@@ -25,7 +25,7 @@ use flywheel_sys::runner::env::Env;
     max_term_width = 100,
     disable_help_subcommand = true
 )]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     verb: Verb,
 }
@@ -47,7 +47,7 @@ enum Verb {
 }
 
 /// Every verb with its flags, and with the variable that each of them reads.
-pub fn command() -> Command {
+pub(crate) fn command() -> Command {
     attach(Cli::command(), &Blank::default())
 }
 
@@ -56,7 +56,7 @@ impl Cli {
     ///
     /// # Errors
     /// For the first value that is wrong, or for a wrong command line.
-    pub fn read(arguments: Vec<OsString>, env: &Env) -> Result<Self, Refusal> {
+    pub(crate) fn read(arguments: Vec<OsString>, env: &Env) -> Result<Self, Refusal> {
         let matches = matches(Cli::command(), arguments, env)?;
         Self::from_arg_matches(&matches).map_err(refusal)
     }
@@ -65,7 +65,7 @@ impl Cli {
     ///
     /// # Errors
     /// Whatever the verb fails with.
-    pub async fn run(self, env: &Env) -> Result<Exit, Failure> {
+    pub(crate) async fn run(self, env: &Env) -> Result<Exit, Failure> {
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
             Verb::FlakeChecks(inputs) => flake_checks::run(*inputs, env).await,

@@ -9,39 +9,39 @@ use crate::report::outputs::{self, Output};
 
 /// A verb, or a verb of a verb.
 #[derive(Debug, Serialize)]
-pub struct Verb {
+pub(crate) struct Verb {
     /// Such as `cache serve`.
-    pub name: String,
-    pub about: String,
-    pub inputs: Vec<Input>,
+    pub(crate) name: String,
+    pub(crate) about: String,
+    pub(crate) inputs: Vec<Input>,
     /// The step outputs; none for a verb that is not an action.
-    pub outputs: Vec<Output>,
+    pub(crate) outputs: Vec<Output>,
 }
 
 /// A flag, or an argument without one.
 #[derive(Clone, Debug, Serialize)]
-pub struct Input {
+pub(crate) struct Input {
     /// Without the dashes; of an argument what stands for it.
-    pub name: String,
-    pub is_flag: bool,
-    pub value_name: Option<String>,
-    pub variable: Option<String>,
-    pub help: String,
-    pub default: Option<String>,
+    pub(crate) name: String,
+    pub(crate) is_flag: bool,
+    pub(crate) value_name: Option<String>,
+    pub(crate) variable: Option<String>,
+    pub(crate) help: String,
+    pub(crate) default: Option<String>,
     /// The words that are allowed, if there are only a few, each with its meaning.
-    pub allowed: Vec<(String, Option<String>)>,
-    pub is_required: bool,
+    pub(crate) allowed: Vec<(String, Option<String>)>,
+    pub(crate) is_required: bool,
     /// Whether the action has no input for it.
-    pub is_by_hand: bool,
-    pub is_required_in_action: bool,
+    pub(crate) is_by_hand: bool,
+    pub(crate) is_required_in_action: bool,
     /// The names that it had before and that still work.
-    pub former_names: Vec<String>,
+    pub(crate) former_names: Vec<String>,
     /// The type that its text is parsed to.
-    pub parsed_to: String,
+    pub(crate) parsed_to: String,
 }
 
 /// Every verb that the help shows.
-pub fn verbs(program: &Command) -> Vec<Verb> {
+pub(crate) fn verbs(program: &Command) -> Vec<Verb> {
     let mut verbs = Vec::new();
     collect(program, "", &[], &mut verbs);
     verbs

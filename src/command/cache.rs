@@ -27,7 +27,7 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:8484";
 
 /// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol.
 #[derive(Args, Debug)]
-pub struct Inputs {
+pub(crate) struct Inputs {
     #[command(subcommand)]
     task: Task,
 }
@@ -236,7 +236,7 @@ impl Explain for ServeError {
 ///
 /// # Errors
 /// For wrong input; when the folder cannot be opened, or the address is taken.
-pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
         Task::Gc(inputs) => gc(&inputs),

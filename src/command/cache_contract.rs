@@ -46,7 +46,7 @@ const DEFAULT_CACHE: &str = "main";
 #[command(
     after_help = "Example:\n  flywheel cache-contract --strict --class nix-builder --bazelrc .bazelrc.ci"
 )]
-pub struct Inputs {
+pub(crate) struct Inputs {
     /// Whether to fail closed: an unknown class, an empty cache endpoint or an endpoint that does not answer is
     /// then an error, too.
     #[arg(
@@ -136,7 +136,7 @@ struct Probed {
 ///
 /// # Errors
 /// For wrong input.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let as_json = inputs.format.format == Format::Json;
     let contract = inputs.contract.read()?;
     let given = given(&inputs, env, &contract)?;

@@ -21,7 +21,7 @@ use flywheel_sys::runner::workflow::data;
 #[command(after_help = "Examples:
   flywheel contract --section classes
   flywheel contract check flywheel.yml --workflows .github/workflows/*.yml")]
-pub struct Inputs {
+pub(crate) struct Inputs {
     #[command(subcommand)]
     task: Option<Task>,
 
@@ -47,7 +47,7 @@ pub struct Inputs {
 
 /// Where the contract of this repository is; shared by every verb that needs it.
 #[derive(Args, Clone, Debug)]
-pub struct ContractInput {
+pub(crate) struct ContractInput {
     /// The repository's contract, such as `ci/flywheel.yml` (default: `flywheel.yml` in the current
     /// folder, if it is there, else the built-in contract).
     #[arg(long, value_name = "FILE", value_parser = path(), global = true)]
@@ -59,7 +59,7 @@ impl ContractInput {
     ///
     /// # Errors
     /// When the named file cannot be read, or is no contract.
-    pub fn read(&self) -> Result<Contract, Failure> {
+    pub(crate) fn read(&self) -> Result<Contract, Failure> {
         match &self.contract_file {
             Some(file) => contract(file),
             None if Path::new(FILE).is_file() => contract(Path::new(FILE)),
@@ -107,7 +107,7 @@ enum Format {
 ///
 /// # Errors
 /// When an input or a file is wrong.
-pub async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
     match &inputs.task {
         Some(Task::Check(check)) => self::check(&inputs, check),
         None => print_contract(&inputs),

@@ -26,7 +26,7 @@ use flywheel_sys::runner::workflow::data;
 #[command(
     after_help = "Example:\n  flywheel explain --event-path push.json --event-name push --ref refs/heads/main"
 )]
-pub struct Inputs {
+pub(crate) struct Inputs {
     #[command(flatten)]
     format: FormatInput,
 
@@ -86,7 +86,7 @@ impl EventInputs {
 ///
 /// # Errors
 /// For wrong input only.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let facts = context::recorded(env, &inputs.event.recorded())?;
     let request = inputs.gate.request();
     let decision = decide(&facts, &request, context::token_present(env));

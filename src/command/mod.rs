@@ -1,14 +1,14 @@
 //! The verbs: each reads its inputs, calls services, and decides how the program ends.
 
-pub mod cache;
-pub mod cache_contract;
-pub mod contract;
-pub mod explain;
-pub mod flake_checks;
-pub mod nix_job;
-pub mod publish;
-pub mod reference;
-pub mod scan;
-pub mod setup;
-pub mod validate_builders;
-pub mod watch_store;
+pub(crate) mod cache;
+pub(crate) mod cache_contract;
+pub(crate) mod contract;
+pub(crate) mod explain;
+pub(crate) mod flake_checks;
+pub(crate) mod nix_job;
+pub(crate) mod publish;
+pub(crate) mod reference;
+pub(crate) mod scan;
+pub(crate) mod setup;
+pub(crate) mod validate_builders;
+pub(crate) mod watch_store;

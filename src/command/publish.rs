@@ -54,7 +54,7 @@ const VERIFY_LIMIT: Duration = Duration::from_secs(60);
 #[command(
     after_help = "Example:\n  ATTIC_TOKEN=… flywheel publish --attic-server https://cache.example.org ./result"
 )]
-pub struct Inputs {
+pub(crate) struct Inputs {
     /// Store paths, or links to them such as `./result`.
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<std::path::PathBuf>,
@@ -77,7 +77,7 @@ pub struct Inputs {
 
 /// Why nothing was published.
 #[derive(Debug, Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The trust gate does not allow it.
     #[error("nothing is published: {reason}")]
     Refused {
@@ -114,7 +114,7 @@ impl Explain for Error {
 ///
 /// # Errors
 /// Bad input; a verdict, a cache or a path that forbids publishing.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(env.in_github_actions());
     let (format, limit) = (inputs.format.format, inputs.drain.or_default());
     let (endpoint, key) = cache(&inputs.cache, env, &workflow)?;

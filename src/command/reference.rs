@@ -12,7 +12,7 @@ use flywheel_sys::runner::workflow::data;
 ///
 /// As text it is a page in Markdown, which `docs/reference.md` holds. The JSON is a list of verbs with the same facts.
 #[derive(Args, Debug)]
-pub struct Inputs {
+pub(crate) struct Inputs {
     #[command(flatten)]
     format: FormatInput,
 }
@@ -21,7 +21,7 @@ pub struct Inputs {
 ///
 /// # Errors
 /// Never; it has the form that all verbs have.
-pub async fn run(inputs: Inputs) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs) -> Result<Exit, Failure> {
     let verbs = verbs(&cli::command());
     match inputs.format.format {
         Format::Text => data(page(&verbs).trim_end()),

@@ -28,7 +28,7 @@ use flywheel_sys::runner::workflow::{Level, Workflow, data};
 /// Looks into no compressed file. Ends with 1 if something would be kept back.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  flywheel scan ./result /nix/store/…-hello-2.12")]
-pub struct Inputs {
+pub(crate) struct Inputs {
     /// What to look into, such as `./result`; links are followed.
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<PathBuf>,
@@ -78,7 +78,7 @@ struct Found {
 ///
 /// # Errors
 /// For wrong input, and for a path that cannot be read.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let as_json = inputs.format.format == Format::Json;
     let config = inputs.policy.read()?;
     let mut paths = Vec::new();

@@ -39,7 +39,7 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(2);
 #[command(
     after_help = "Example:\n  eval \"$(flywheel setup --attic-server https://attic.example.org/)\""
 )]
-pub struct Inputs {
+pub(crate) struct Inputs {
     #[command(flatten)]
     server: ServerInputs,
 
@@ -52,7 +52,7 @@ pub struct Inputs {
 
 /// Why the job's environment was not set up.
 #[derive(Debug, Error)]
-pub enum Error {
+pub(crate) enum Error {
     #[error("the runner's file `{file}` cannot be written")]
     Write {
         /// The variable that names the file.
@@ -79,7 +79,7 @@ impl Explain for Error {
 ///
 /// # Errors
 /// Bad input, before anything is touched; or one of the runner's files cannot be written.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let request = inputs.trust.request();
     let workflow = Workflow::new(env.in_github_actions());
     let wanted = Wanted::read(&inputs, env, &workflow)?;

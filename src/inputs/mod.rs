@@ -1,9 +1,9 @@
 //! Inputs that several verbs share, each declared once, and the runner's hints that stand in for them.
 
-pub mod parse;
-pub mod units;
-pub mod value;
-pub mod variables;
+pub(crate) mod parse;
+pub(crate) mod units;
+pub(crate) mod value;
+pub(crate) mod variables;
 
 use std::time::Duration;
 
@@ -18,10 +18,10 @@ use flywheel_nix::key::PublicKey;
 use flywheel_sys::runner::env::Env;
 
 /// The help heading of flags that people give by hand: an action has no input for them.
-pub const BY_HAND: &str = "By hand";
+pub(crate) const BY_HAND: &str = "By hand";
 /// The group of the flag that the callers of an action must give, although a command line has another way
 /// to the same end.
-pub const REQUIRED_IN_ACTION: &str = "required-in-action";
+pub(crate) const REQUIRED_IN_ACTION: &str = "required-in-action";
 
 /// How long publishing and verifying may take at the end, unless an input names another time.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(300);
@@ -30,7 +30,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// How a verb prints its result.
 #[derive(Args, Clone, Debug)]
-pub struct FormatInput {
+pub(crate) struct FormatInput {
     /// How to print the result on stdout.
     #[arg(
         long,
@@ -39,12 +39,12 @@ pub struct FormatInput {
         default_value = "text",
         help_heading = BY_HAND
     )]
-    pub format: Format,
+    pub(crate) format: Format,
 }
 
 /// The input `format`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub(crate) enum Format {
     /// Lines for people.
     Text,
     /// One JSON document for programs.
@@ -53,16 +53,16 @@ pub enum Format {
 
 /// The time for the end of a job.
 #[derive(Args, Clone, Debug)]
-pub struct DrainInput {
+pub(crate) struct DrainInput {
     /// How long publishing and verifying may take at the end, such as `10m`; a bare number counts
     /// seconds (default: `300`).
     #[arg(long, value_name = "TIME", value_parser = value(drain_timeout))]
-    pub drain_timeout: Option<Duration>,
+    pub(crate) drain_timeout: Option<Duration>,
 }
 
 impl DrainInput {
     /// The time that holds.
-    pub fn or_default(&self) -> Duration {
+    pub(crate) fn or_default(&self) -> Duration {
         self.drain_timeout.unwrap_or(DRAIN_TIMEOUT)
     }
 }
@@ -81,45 +81,45 @@ fn drain_timeout(text: &str) -> Result<Duration, Invalid> {
 
 /// The runners to move to when memory runs out.
 #[derive(Args, Clone, Debug)]
-pub struct HeavyLaneInput {
+pub(crate) struct HeavyLaneInput {
     /// The label of the runners to move to when memory runs out, such as `nix-heavy`; the report names
     /// it (default: none).
     #[arg(long, value_name = "LABEL", value_parser = name())]
-    pub heavy_lane: Option<String>,
+    pub(crate) heavy_lane: Option<String>,
 }
 
 /// The flake to evaluate.
 #[derive(Args, Clone, Debug)]
-pub struct FlakeInput {
+pub(crate) struct FlakeInput {
     /// The flake to evaluate, such as `./services` or `github:owner/repo` (default: `.`; the canary
     /// evaluates `.` only if it has a `flake.nix`).
     #[arg(long, value_name = "REF", value_parser = text())]
-    pub flake: Option<String>,
+    pub(crate) flake: Option<String>,
 }
 
 /// The class of a builder.
 #[derive(Args, Clone, Debug)]
-pub struct ClassInput {
+pub(crate) struct ClassInput {
     /// The class of this builder in the contract, such as `general`, `container` or `kernel` (default:
     /// `nix-builder` for the canary; `cache-contract` knows none without it).
     #[arg(long, value_name = "NAME", value_parser = text())]
-    pub class: Option<String>,
+    pub(crate) class: Option<String>,
 }
 
 /// Bazel's remote cache. `setup` takes only an address that is well formed; the checks report one that is
 /// not, so that the text is kept as it is.
 #[derive(Args, Clone, Debug)]
-pub struct BazelCacheInput {
+pub(crate) struct BazelCacheInput {
     /// The Bazel remote cache, a URL of `grpc`, `grpcs`, `http` or `https` such as
     /// `grpcs://bazel-cache.example.org:9092` (default: the runner's hint `BAZEL_REMOTE_CACHE`).
     #[arg(long, value_name = "URL", value_parser = text())]
-    pub bazel_remote_cache: Option<String>,
+    pub(crate) bazel_remote_cache: Option<String>,
 }
 
 /// The inputs that name a cache, and whether to use it.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cache")]
-pub struct CacheInputs {
+pub(crate) struct CacheInputs {
     /// Whether to use the cache at all.
     #[arg(
         long,
@@ -128,65 +128,65 @@ pub struct CacheInputs {
         value_parser = boolean(),
         default_value = "true"
     )]
-    pub attic_enabled: bool,
+    pub(crate) attic_enabled: bool,
 
     #[command(flatten)]
-    pub server: ServerInputs,
+    pub(crate) server: ServerInputs,
 }
 
 /// The inputs that name a cache.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cache")]
-pub struct ServerInputs {
+pub(crate) struct ServerInputs {
     /// The cache server's address, such as `https://attic.example.org/` (default: the runner's hint
     /// `ATTIC_SERVER`; without both there is no cache server).
     #[arg(long, value_name = "URL", value_parser = value(|text| http_address(text).map_err(or_hint)))]
-    pub attic_server: Option<Address>,
+    pub(crate) attic_server: Option<Address>,
 
     /// The cache's name on the server, such as `team` (default: the runner's hint `ATTIC_CACHE`, then `main`).
     #[arg(long, value_name = "NAME", value_parser = value(|text| cache_name(text).map_err(or_hint)))]
-    pub attic_cache: Option<CacheName>,
+    pub(crate) attic_cache: Option<CacheName>,
 
     /// The cache's public key, such as `main:6NCHdD59X431…=`; without a key Nix refuses every hit
     /// (default: the runner's hint `ATTIC_PUBLIC_KEY`).
     #[arg(long, value_name = "KEY", value_parser = value(|text| public_key(text).map_err(or_hint)))]
-    pub attic_public_key: Option<PublicKey>,
+    pub(crate) attic_public_key: Option<PublicKey>,
 }
 
 /// A malformed input that has a hint in the environment beside it.
-pub fn or_hint(problem: String) -> Invalid {
+pub(crate) fn or_hint(problem: String) -> Invalid {
     Invalid::new(problem).with_hint("Correct it, or leave it out to use the runner's own hint.")
 }
 
 /// The address of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Address {
+pub(crate) struct Address {
     /// As it was written: what is exported to later steps is not changed by parsing.
-    pub text: String,
+    pub(crate) text: String,
     /// As it was understood.
-    pub url: Url,
+    pub(crate) url: Url,
 }
 
 /// What inputs and hints name of a cache. An input goes before the hint of the same name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedCache {
+pub(crate) struct NamedCache {
     /// Whether it is to be used at all.
-    pub enabled: bool,
+    pub(crate) enabled: bool,
     /// The server that the input names.
-    pub given: Option<Url>,
+    pub(crate) given: Option<Url>,
     /// The server that the hint names.
-    pub hinted: Option<Url>,
+    pub(crate) hinted: Option<Url>,
     /// The cache's name there.
-    pub name: CacheName,
+    pub(crate) name: CacheName,
     /// The key by which Nix is to trust it.
-    pub key: Option<PublicKey>,
+    pub(crate) key: Option<PublicKey>,
     /// Hints that are malformed and therefore not used: a sentence each.
-    pub bad_hints: Vec<String>,
+    pub(crate) bad_hints: Vec<String>,
 }
 
 impl CacheInputs {
     /// What inputs and hints name. A malformed hint is not used, and is among `bad_hints`.
-    pub fn resolve(&self, env: &Env) -> NamedCache {
+    pub(crate) fn resolve(&self, env: &Env) -> NamedCache {
         let mut hints = Hints::from_env(env);
         let ServerInputs {
             attic_server,
@@ -212,15 +212,15 @@ impl CacheInputs {
 
 /// The runner's hints. A malformed one is not used, and is among `bad`.
 #[derive(Debug)]
-pub struct Hints<'a> {
+pub(crate) struct Hints<'a> {
     env: &'a Env,
     /// A sentence about each malformed one.
-    pub bad: Vec<String>,
+    pub(crate) bad: Vec<String>,
 }
 
 impl<'a> Hints<'a> {
     /// The hints in this environment.
-    pub fn from_env(env: &'a Env) -> Self {
+    pub(crate) fn from_env(env: &'a Env) -> Self {
         Self {
             env,
             bad: Vec::new(),
@@ -228,7 +228,11 @@ impl<'a> Hints<'a> {
     }
 
     /// The hint of this name, if there is one and it is well-formed.
-    pub fn get<T>(&mut self, name: &str, read: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+    pub(crate) fn get<T>(
+        &mut self,
+        name: &str,
+        read: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<T> {
         let text = self
             .env
             .get(name)
@@ -247,7 +251,7 @@ impl<'a> Hints<'a> {
 /// The inputs that the trust gate judges a publication by.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Publication")]
-pub struct TrustInputs {
+pub(crate) struct TrustInputs {
     /// Whether to publish. `true` and `auto` ask the trust gate, which decides; a pull request never
     /// publishes. With `true`, a refusal is reported in a notice.
     #[arg(
@@ -256,7 +260,7 @@ pub struct TrustInputs {
         value_parser = one_of(&PUSH_CACHE),
         default_value = "false"
     )]
-    pub push_cache: PushCache,
+    pub(crate) push_cache: PushCache,
 
     /// Refs that may publish besides the default branch, separated by white space or commas, such as
     /// `refs/tags/v* refs/heads/release/*`. `*` stops at a `/`, `**` does not. A branch must be
@@ -267,7 +271,7 @@ pub struct TrustInputs {
         value_parser = value(TrustedRefs::parse),
         default_value = "refs/tags/v*"
     )]
-    pub trusted_refs: TrustedRefs,
+    pub(crate) trusted_refs: TrustedRefs,
 }
 
 /// What the input `push-cache` can be.
@@ -279,7 +283,7 @@ const PUSH_CACHE: [(&str, PushCache); 3] = [
 
 impl TrustInputs {
     /// What is asked of the trust gate.
-    pub fn request(&self) -> Request {
+    pub(crate) fn request(&self) -> Request {
         Request {
             push_cache: self.push_cache,
             by_hand: false,
@@ -290,7 +294,7 @@ impl TrustInputs {
 
 /// The inputs of publication, with the way to ask for it outside of a workflow.
 #[derive(Args, Clone, Debug)]
-pub struct RequestInputs {
+pub(crate) struct RequestInputs {
     #[command(flatten)]
     trust: TrustInputs,
 
@@ -302,7 +306,7 @@ pub struct RequestInputs {
 
 impl RequestInputs {
     /// What is asked of the trust gate.
-    pub fn request(&self) -> Request {
+    pub(crate) fn request(&self) -> Request {
         Request {
             by_hand: self.publish,
             ..self.trust.request()
@@ -313,7 +317,7 @@ impl RequestInputs {
 /// The inputs of publication, with what a refusal or a loss does to the step.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Publication")]
-pub struct GateInputs {
+pub(crate) struct GateInputs {
     #[command(flatten)]
     asked: RequestInputs,
 
@@ -325,12 +329,12 @@ pub struct GateInputs {
         value_parser = boolean(),
         default_value = "false"
     )]
-    pub require_publish: bool,
+    pub(crate) require_publish: bool,
 }
 
 impl GateInputs {
     /// What is asked of the trust gate.
-    pub fn request(&self) -> Request {
+    pub(crate) fn request(&self) -> Request {
         self.asked.request()
     }
 }
@@ -339,7 +343,7 @@ impl GateInputs {
 ///
 /// # Errors
 /// As `address`.
-pub fn http_address(text: &str) -> Result<Address, String> {
+pub(crate) fn http_address(text: &str) -> Result<Address, String> {
     address(text, &["http", "https"])
 }
 
@@ -347,7 +351,7 @@ pub fn http_address(text: &str) -> Result<Address, String> {
 ///
 /// # Errors
 /// When it is not a whole URL of one of these schemes, or carries what every later step would see.
-pub fn address(text: &str, schemes: &[&str]) -> Result<Address, String> {
+pub(crate) fn address(text: &str, schemes: &[&str]) -> Result<Address, String> {
     // Nothing expands a template on its way here, and a URL may hold one.
     if text.contains("${") {
         return Err("holds a literal `${…}`, which nothing expands".into());
@@ -378,7 +382,7 @@ pub fn address(text: &str, schemes: &[&str]) -> Result<Address, String> {
 ///
 /// # Errors
 /// When it is none.
-pub fn cache_name(text: &str) -> Result<CacheName, String> {
+pub(crate) fn cache_name(text: &str) -> Result<CacheName, String> {
     text.parse().map_err(|_| {
         "must be the name of a cache (a letter or digit, then letters, digits, `-`, `_`, `+`, 50 in all)".into()
     })
@@ -388,7 +392,7 @@ pub fn cache_name(text: &str) -> Result<CacheName, String> {
 ///
 /// # Errors
 /// When it is not one.
-pub fn public_key(text: &str) -> Result<PublicKey, String> {
+pub(crate) fn public_key(text: &str) -> Result<PublicKey, String> {
     text.parse()
         .map_err(|_| "is no public key (`<name>:<base64 of 32 bytes>`)".into())
 }

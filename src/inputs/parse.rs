@@ -13,11 +13,11 @@ use flywheel_core::exit::UsageError;
 use flywheel_sys::runner::env::Env;
 
 /// The name under which users call this program.
-pub const PROGRAM: &str = "flywheel";
+pub(crate) const PROGRAM: &str = "flywheel";
 
 /// Why a command line is not obeyed.
 #[derive(Debug)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// A value is wrong.
     Usage(UsageError),
     /// Flags or verbs are wrong, or help or the version were asked for: clap prints it.
@@ -28,7 +28,7 @@ pub enum Refusal {
 ///
 /// # Errors
 /// For the first value that is wrong, or for a wrong command line.
-pub fn matches(
+pub(crate) fn matches(
     command: Command,
     arguments: impl IntoIterator<Item = OsString>,
     env: &Env,
@@ -50,7 +50,7 @@ pub fn matches(
 
 /// The error of an input, if a value is wrong. clap's own would quote the value, which may be a
 /// secret.
-pub fn refusal(error: clap::Error) -> Refusal {
+pub(crate) fn refusal(error: clap::Error) -> Refusal {
     let invalid = error.source().and_then(|source| source.downcast_ref());
     let invalid: Option<&Invalid> = invalid;
     match (invalid, error.get(ContextKind::InvalidArg)) {
@@ -70,7 +70,7 @@ fn input_name(shown: &str) -> &str {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser};
 
     use super::*;
@@ -82,7 +82,7 @@ pub mod tests {
     }
 
     /// A group of inputs as the command line gives it, each with its value; environments count for nothing.
-    pub fn read<T: Args>(inputs: &[(&str, &str)]) -> Result<T, UsageError> {
+    pub(crate) fn read<T: Args>(inputs: &[(&str, &str)]) -> Result<T, UsageError> {
         let arguments = inputs
             .iter()
             .map(|(name, value)| OsString::from(format!("--{name}={value}")));

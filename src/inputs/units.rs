@@ -9,7 +9,7 @@ use flywheel_core::text::one_line;
 ///
 /// # Errors
 /// For anything else, with an example.
-pub fn duration(text: &str) -> Result<Duration, Invalid> {
+pub(crate) fn duration(text: &str) -> Result<Duration, Invalid> {
     let units = [
         ("s", 1),
         ("m", 60),
@@ -31,7 +31,7 @@ pub fn duration(text: &str) -> Result<Duration, Invalid> {
 ///
 /// # Errors
 /// For anything else, with an example.
-pub fn size(text: &str) -> Result<u64, Invalid> {
+pub(crate) fn size(text: &str) -> Result<u64, Invalid> {
     let short = text.trim().trim_end_matches("iB").trim_end_matches('B');
     let units = [
         ("", 1),

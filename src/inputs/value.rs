@@ -17,14 +17,14 @@ use flywheel_core::text::{nearest, one_line};
 
 /// Why a value is refused. `cli` makes a `UsageError` of it, which knows the input's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Invalid {
+pub(crate) struct Invalid {
     problem: String,
     hint: Option<String>,
 }
 
 impl Invalid {
     /// `problem` is a fragment that goes behind "input `x`", such as "must be a size such as `20G`".
-    pub fn new(problem: impl Into<String>) -> Self {
+    pub(crate) fn new(problem: impl Into<String>) -> Self {
         Self {
             problem: problem.into(),
             hint: None,
@@ -33,13 +33,13 @@ impl Invalid {
 
     /// Adds the sentence on what to do.
     #[must_use]
-    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+    pub(crate) fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
     /// The same as the error of an input.
-    pub fn of_input(&self, input: &str) -> UsageError {
+    pub(crate) fn of_input(&self, input: &str) -> UsageError {
         let error = UsageError::new(input, &self.problem);
         match &self.hint {
             Some(hint) => error.with_hint(hint),
@@ -73,7 +73,7 @@ impl From<UsageError> for Invalid {
 }
 
 /// A parser of anything that `read` reads.
-pub fn value<T, E>(
+pub(crate) fn value<T, E>(
     read: impl Fn(&str) -> Result<T, E> + Clone + Send + Sync + 'static,
 ) -> impl TypedValueParser<Value = T>
 where
@@ -84,22 +84,22 @@ where
 }
 
 /// A parser of any text.
-pub fn text() -> impl TypedValueParser<Value = String> {
+pub(crate) fn text() -> impl TypedValueParser<Value = String> {
     StringValueParser::new().map(|text| text.trim().to_owned())
 }
 
 /// A parser of a name that messages show: one line, and not a long one.
-pub fn name() -> impl TypedValueParser<Value = String> {
+pub(crate) fn name() -> impl TypedValueParser<Value = String> {
     StringValueParser::new().map(|text| one_line(text.trim(), 100))
 }
 
 /// A parser of the path of a file or a folder, which need not exist.
-pub fn path() -> impl TypedValueParser<Value = PathBuf> {
+pub(crate) fn path() -> impl TypedValueParser<Value = PathBuf> {
     StringValueParser::new().map(|text| PathBuf::from(text.trim()))
 }
 
 /// A parser of a number within a range.
-pub fn number<N>(range: RangeInclusive<N>) -> impl TypedValueParser<Value = N>
+pub(crate) fn number<N>(range: RangeInclusive<N>) -> impl TypedValueParser<Value = N>
 where
     N: FromStr + PartialOrd + Display + Clone + Send + Sync + 'static,
 {
@@ -107,7 +107,7 @@ where
 }
 
 /// A number within a range, for a parser that takes other values besides.
-pub fn number_in<N>(text: &str, range: &RangeInclusive<N>) -> Result<N, Invalid>
+pub(crate) fn number_in<N>(text: &str, range: &RangeInclusive<N>) -> Result<N, Invalid>
 where
     N: FromStr + PartialOrd + Display,
 {
@@ -123,19 +123,19 @@ where
 }
 
 /// A parser of `true` and `false`. GitHub's booleans arrive as `true` or `True`.
-pub fn boolean() -> OneOf<bool> {
+pub(crate) fn boolean() -> OneOf<bool> {
     one_of(&[("true", true), ("false", false)])
 }
 
 /// A parser of the variants of an enum.
-pub fn variant<E: ValueEnum + Send + Sync + 'static>() -> OneOf<E> {
+pub(crate) fn variant<E: ValueEnum + Send + Sync + 'static>() -> OneOf<E> {
     let variants = E::value_variants().iter();
     let values = variants.filter_map(|one| Some((one.to_possible_value()?, one.clone())));
     OneOf(values.collect())
 }
 
 /// A parser of the values of a type that knows nothing of command lines, by their names.
-pub fn one_of<T: Clone>(values: &[(&'static str, T)]) -> OneOf<T> {
+pub(crate) fn one_of<T: Clone>(values: &[(&'static str, T)]) -> OneOf<T> {
     let values = values.iter();
     OneOf(
         values
@@ -146,7 +146,7 @@ pub fn one_of<T: Clone>(values: &[(&'static str, T)]) -> OneOf<T> {
 
 /// A parser of one of a few values, by their names.
 #[derive(Clone, Debug)]
-pub struct OneOf<T>(Vec<(PossibleValue, T)>);
+pub(crate) struct OneOf<T>(Vec<(PossibleValue, T)>);
 
 impl<T: Clone> OneOf<T> {
     fn read(&self, text: &str) -> Result<T, Invalid> {

@@ -19,14 +19,14 @@ const PREFIXED_VERB: (&str, &str) = ("cache", "FLYWHEEL_CACHE_");
 
 /// Flags and variables that are there and empty.
 #[derive(Debug, Default)]
-pub struct Blank {
+pub(crate) struct Blank {
     flags: BTreeSet<String>,
     variables: BTreeSet<String>,
 }
 
 impl Blank {
     /// The empty variables of an environment.
-    pub fn variables_of(env: &Env) -> Self {
+    pub(crate) fn variables_of(env: &Env) -> Self {
         let blank = env
             .all()
             .filter(|(name, value)| name.starts_with(PREFIX) && is_blank(value));
@@ -38,7 +38,7 @@ impl Blank {
 
     /// Takes the flags out that are given with an empty value. Such a flag still hides its variable, as any
     /// flag does.
-    pub fn take_flags(
+    pub(crate) fn take_flags(
         &mut self,
         root: &Command,
         arguments: impl IntoIterator<Item = OsString>,
@@ -108,7 +108,7 @@ fn find<'a>(verbs: &[&'a Command], name: &str) -> Option<&'a Arg> {
 
 /// Gives every flag `--x-y` the variable `FLYWHEEL_X_Y`, but for those that are blank. A definition that
 /// names a variable itself keeps it.
-pub fn attach(command: Command, blank: &Blank) -> Command {
+pub(crate) fn attach(command: Command, blank: &Blank) -> Command {
     attach_below(command, PREFIX, blank)
 }
 

@@ -13,19 +13,19 @@ use flywheel_nix::temp_roots::TempRootWatcher;
 
 /// What a job added to the store, in numbers and by name.
 #[derive(Debug, Default)]
-pub struct AddedPaths {
+pub(crate) struct AddedPaths {
     /// Everything to be published: the closure of what the job added and of its results.
-    pub wanted: Vec<PathInfo>,
+    pub(crate) wanted: Vec<PathInfo>,
     /// Paths built here.
-    pub built: u64,
+    pub(crate) built: u64,
     /// Paths substituted from a cache.
-    pub substituted: u64,
+    pub(crate) substituted: u64,
     /// Sources and other paths added.
-    pub added: u64,
+    pub(crate) added: u64,
     /// Paths that were added while the job ran and may be another job's: they are left out, and named.
-    pub ambiguous: Vec<StorePath>,
+    pub(crate) ambiguous: Vec<StorePath>,
     /// Valid paths with a registration that cannot be used.
-    pub unreadable: Vec<Unreadable>,
+    pub(crate) unreadable: Vec<Unreadable>,
 }
 
 impl AddedPaths {
@@ -34,7 +34,7 @@ impl AddedPaths {
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub async fn collect(
+    pub(crate) async fn collect(
         store: &Store,
         clients: &TempRootWatcher,
         mark: &Mark,

@@ -21,31 +21,31 @@ use super::source::Source;
 
 /// The cache of a job, and what probing it found.
 #[derive(Debug)]
-pub struct Cache {
+pub(crate) struct Cache {
     /// The server's address, if one was named.
-    pub endpoint: Option<Endpoint>,
+    pub(crate) endpoint: Option<Endpoint>,
     /// Another kind of store, if one was named in place of a server.
-    pub store: Option<StoreUrl>,
+    pub(crate) store: Option<StoreUrl>,
     /// Why publication is skipped, if Attic's own client was to publish and cannot be had.
-    pub skipped: Option<String>,
-    pub state: CacheState,
-    pub probe: Probe,
+    pub(crate) skipped: Option<String>,
+    pub(crate) state: CacheState,
+    pub(crate) probe: Probe,
     /// The token for this cache.
-    pub token: Option<Secret>,
+    pub(crate) token: Option<Secret>,
     /// The key that Nix should trust.
-    pub public_key: Option<PublicKey>,
+    pub(crate) public_key: Option<PublicKey>,
     /// The embedded cache, while it runs.
-    pub serving: Option<Serving>,
+    pub(crate) serving: Option<Serving>,
 }
 
 impl Cache {
     /// Whether Nix reads from this cache.
-    pub fn is_attached(&self) -> bool {
+    pub(crate) fn is_attached(&self) -> bool {
         self.state == CacheState::Attached
     }
 
     /// The address that Nix uses, without credentials.
-    pub fn address(&self) -> Option<String> {
+    pub(crate) fn address(&self) -> Option<String> {
         let store = || self.store.as_ref().map(StoreUrl::to_string);
         self.endpoint
             .as_ref()
@@ -54,7 +54,7 @@ impl Cache {
     }
 
     /// Why nothing can be published, if the cache was to be used and was left out.
-    pub fn refusal(&self) -> Option<String> {
+    pub(crate) fn refusal(&self) -> Option<String> {
         match &self.state {
             CacheState::LeftOut { layer, text } => {
                 Some(format!("the cache was left out (layer `{layer}`): {text}"))
@@ -78,7 +78,7 @@ impl Cache {
     }
 
     /// Stops the embedded cache, if it runs.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         if let Some(serving) = self.serving {
             serving.stop().await;
         }
@@ -86,7 +86,7 @@ impl Cache {
 }
 
 /// Attaches the cache that `source` names. Never fails and never hangs: a cache that does not work is left out.
-pub async fn attach(
+pub(crate) async fn attach(
     source: &Source,
     key: Option<&PublicKey>,
     token: Option<&Secret>,

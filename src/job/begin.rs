@@ -20,20 +20,20 @@ use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// After the first request to stop, publishing and verifying end within this time. GitHub kills a step 10 s after
 /// its `SIGINT`, and we promise to be done in 6.
-pub const STOPPED_LIMIT: Duration = Duration::from_millis(5200);
+pub(crate) const STOPPED_LIMIT: Duration = Duration::from_millis(5200);
 
 /// The tokens that the job's environment holds.
 #[derive(Clone, Debug, Default)]
-pub struct Secrets {
+pub(crate) struct Secrets {
     /// `ATTIC_TOKEN`, for the cache.
-    pub attic: Option<Secret>,
+    pub(crate) attic: Option<Secret>,
     /// `GITHUB_TOKEN`, for fetchers and Check Runs.
-    pub github: Option<Secret>,
+    pub(crate) github: Option<Secret>,
 }
 
 impl Secrets {
     /// Takes them from the environment, and has the runner mask them.
-    pub fn masked(env: &Env, workflow: &Workflow) -> Self {
+    pub(crate) fn masked(env: &Env, workflow: &Workflow) -> Self {
         let take = |name: &str| {
             let secret = env.get(name).and_then(Secret::new);
             secret.inspect(|secret| workflow.mask(secret))
@@ -46,7 +46,7 @@ impl Secrets {
 }
 
 /// The folder below which private folders are made: the runner's temporary folder in a job, else the user's.
-pub fn private_base(env: &Env) -> PathBuf {
+pub(crate) fn private_base(env: &Env) -> PathBuf {
     // The runner empties `RUNNER_TEMP` after each job, so even a killed job leaves no secret behind.
     let named = ["RUNNER_TEMP", "XDG_RUNTIME_DIR", "TMPDIR"]
         .into_iter()
@@ -58,7 +58,7 @@ pub fn private_base(env: &Env) -> PathBuf {
 }
 
 /// Decides whether this job publishes, and why.
-pub fn judge(plan: &Plan, secrets: &Secrets, env: &Env) -> Decision {
+pub(crate) fn judge(plan: &Plan, secrets: &Secrets, env: &Env) -> Decision {
     // An embedded cache makes its own token; another kind of store has its credentials in the environment.
     let has_token = secrets.attic.is_some()
         || matches!(plan.source, Source::Embedded { .. } | Source::Store(_));
@@ -66,7 +66,7 @@ pub fn judge(plan: &Plan, secrets: &Secrets, env: &Env) -> Decision {
 }
 
 /// Logs the verdict of the trust gate, and why the job does not publish where it was asked to.
-pub fn announce(plan: &Plan, decision: &Decision, workflow: &Workflow) {
+pub(crate) fn announce(plan: &Plan, decision: &Decision, workflow: &Workflow) {
     for hint in &plan.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
@@ -100,17 +100,17 @@ impl Explain for SignalError {
 }
 
 /// Everything that a job holds from its beginning to its end.
-pub struct Session<'a> {
-    pub plan: &'a Plan,
-    pub env: &'a Env,
-    pub workflow: Workflow,
-    pub secrets: Secrets,
+pub(crate) struct Session<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) env: &'a Env,
+    pub(crate) workflow: Workflow,
+    pub(crate) secrets: Secrets,
     /// Whether the job publishes.
-    pub decision: Decision,
+    pub(crate) decision: Decision,
     /// Receives progress, and what goes worse than it should.
-    pub sink: Sink,
+    pub(crate) sink: Sink,
     /// Draws the progress, and remembers what went worse than it should.
-    pub screen: Screen,
+    pub(crate) screen: Screen,
     /// Holds secret files, and removes them when it is dropped.
     private: PrivateFolder,
 }
@@ -120,7 +120,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// When signals cannot be handled, or no private folder can be made.
-    pub fn begin(plan: &'a Plan, env: &'a Env) -> Result<(Self, Signals), Failure> {
+    pub(crate) fn begin(plan: &'a Plan, env: &'a Env) -> Result<(Self, Signals), Failure> {
         let workflow = Workflow::new(env.in_github_actions());
         let secrets = Secrets::masked(env, &workflow);
         let decision = judge(plan, &secrets, env);
@@ -146,7 +146,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// When no private folder can be made.
-    pub fn from_parts(
+    pub(crate) fn from_parts(
         plan: &'a Plan,
         env: &'a Env,
         secrets: Secrets,
@@ -169,7 +169,7 @@ impl<'a> Session<'a> {
     }
 
     /// The folder for secret files.
-    pub fn private(&self) -> &Path {
+    pub(crate) fn private(&self) -> &Path {
         self.private.path()
     }
 
@@ -178,7 +178,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// The failure that it was given.
-    pub fn end(&self, ended: Result<Exit, Failure>, what: &str) -> Result<Exit, Failure> {
+    pub(crate) fn end(&self, ended: Result<Exit, Failure>, what: &str) -> Result<Exit, Failure> {
         self.screen.finish();
         ended.inspect_err(|failure| super::report::report_not_started(&**failure, self.env, what))
     }

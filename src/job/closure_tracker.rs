@@ -13,14 +13,14 @@ pub(super) struct ClosureTracker(HashSet<PathHash>);
 
 impl ClosureTracker {
     /// Adds paths that are given together; every reference of theirs is among them or was given before.
-    pub fn add(&mut self, infos: &[PathInfo]) {
+    pub(crate) fn add(&mut self, infos: &[PathInfo]) {
         self.0.extend(infos.iter().map(|info| info.path.hash()));
     }
 
     /// Splits paths, in the order of their registration, into those that are ready to be given and the rest, for which
     /// the closures have to be queried. A path is ready when it refers only to itself, to paths given before, and to
     /// ready ones ahead of it; it counts as given from here on.
-    pub fn split_ready(&mut self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
+    pub(crate) fn split_ready(&mut self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
         infos.into_iter().partition(|info| {
             let is_given = |path: &StorePath| *path == info.path || self.0.contains(&path.hash());
             let is_ready = info.references.iter().all(is_given);

@@ -19,12 +19,12 @@ use flywheel_sys::http::Clients;
 use flywheel_sys::runner::env::Env;
 
 /// How long opening another kind of store may take before the job begins.
-pub const PING_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const PING_LIMIT: Duration = Duration::from_secs(10);
 
 /// The inputs that choose the client that publishes, or another kind of store.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Destination")]
-pub struct DestinationInputs {
+pub(crate) struct DestinationInputs {
     /// Another kind of store instead of an Attic cache, such as `s3://bucket?region=eu-west-1`,
     /// `file:///var/cache/nix`, `ssh-ng://host` or `https://cache.example.org/nix`: read as a
     /// substituter, written to by `nix copy`. Credentials come from the environment (default: none).
@@ -48,7 +48,7 @@ pub struct DestinationInputs {
 
 /// The input `publisher`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum PublisherKind {
+pub(crate) enum PublisherKind {
     /// The built-in client, and Attic's own where the server does not know the protocol.
     #[default]
     Auto,
@@ -60,19 +60,19 @@ pub enum PublisherKind {
 
 /// The checked inputs of a destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DestinationConfig {
+pub(crate) struct DestinationConfig {
     /// Another kind of store, in place of an Attic server.
-    pub store: Option<StoreUrl>,
-    pub publisher: PublisherKind,
+    pub(crate) store: Option<StoreUrl>,
+    pub(crate) publisher: PublisherKind,
     /// The flake reference that Attic's own client is substituted from.
-    pub reference: String,
+    pub(crate) reference: String,
     /// The folder of a flake that may provide the client, too.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
 }
 
 impl DestinationInputs {
     /// What the inputs amount to in the current folder.
-    pub fn config(&self) -> DestinationConfig {
+    pub(crate) fn config(&self) -> DestinationConfig {
         DestinationConfig {
             store: self.cache.clone(),
             publisher: self.publisher,
@@ -105,13 +105,13 @@ fn attic_client(text: &str) -> Result<String, Invalid> {
 
 /// What it takes to open a destination.
 #[derive(Debug)]
-pub struct DestinationOpener<'a> {
-    pub env: &'a Env,
+pub(crate) struct DestinationOpener<'a> {
+    pub(crate) env: &'a Env,
     /// Nix with the job's settings, credentials included.
-    pub nix: &'a Nix,
-    pub http: &'a Clients,
+    pub(crate) nix: &'a Nix,
+    pub(crate) http: &'a Clients,
     /// The folder for secret files.
-    pub private: &'a Path,
+    pub(crate) private: &'a Path,
 }
 
 impl DestinationOpener<'_> {
@@ -120,7 +120,7 @@ impl DestinationOpener<'_> {
     ///
     /// # Errors
     /// With the reason why publication is skipped, when Attic's own client cannot be had.
-    pub async fn open(
+    pub(crate) async fn open(
         &self,
         cache: &Cache,
         config: &DestinationConfig,
@@ -194,7 +194,7 @@ impl DestinationOpener<'_> {
     }
 
     /// Opens another kind of store once for a try, and leaves the cache out if that fails.
-    pub async fn ping(&self, cache: &mut Cache, sink: &Sink) {
+    pub(crate) async fn ping(&self, cache: &mut Cache, sink: &Sink) {
         let Some(url) = cache.store.clone() else {
             return;
         };

@@ -20,13 +20,13 @@ use flywheel_sys::runner::env::Env;
 
 /// The inputs of a job.
 #[derive(Args, Clone, Debug)]
-pub struct JobInputs {
+pub(crate) struct JobInputs {
     /// Lines to add to Nix's settings for the job alone, such as `max-jobs = 4` (default: none).
     #[arg(long, value_name = "LINES", value_parser = value(extra_nix_config))]
     extra_nix_config: Option<String>,
 
     #[command(flatten)]
-    pub drain: DrainInput,
+    pub(crate) drain: DrainInput,
 
     /// A folder for the embedded cache, used where no server is named, such as `/var/cache/flywheel`
     /// (default on a laptop: `~/.local/share/flywheel/cache`; in a job: none).
@@ -73,33 +73,33 @@ enum Journal {
 
 /// Checked inputs of a job.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub(crate) struct Plan {
     /// What is asked of the trust gate.
-    pub request: Request,
+    pub(crate) request: Request,
     /// Lines for Nix's settings.
-    pub extra_nix_config: String,
+    pub(crate) extra_nix_config: String,
     /// How long publishing and verifying may take.
-    pub drain_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
     /// Whether a loss fails the step.
-    pub require_publish: bool,
+    pub(crate) require_publish: bool,
     /// Which cache is used.
-    pub source: Source,
+    pub(crate) source: Source,
     /// How paths get there.
-    pub destination: DestinationConfig,
+    pub(crate) destination: DestinationConfig,
     /// The key by which it is trusted.
-    pub public_key: Option<PublicKey>,
+    pub(crate) public_key: Option<PublicKey>,
     /// The folder of the journal, if one is kept.
-    pub journal: Option<PathBuf>,
+    pub(crate) journal: Option<PathBuf>,
     /// The publication policy.
-    pub policy: PolicyConfig,
+    pub(crate) policy: PolicyConfig,
     /// Whether `nix flake check` has to pass before anything is published.
-    pub require_flake_check: bool,
+    pub(crate) require_flake_check: bool,
     /// What the command's own text asks impure evaluation with.
-    pub impurity: Option<Impurity>,
+    pub(crate) impurity: Option<Impurity>,
     /// How many paths are published at once at most, if that is asked for.
-    pub publish_workers: Option<usize>,
+    pub(crate) publish_workers: Option<usize>,
     /// Hints of the environment that are malformed and therefore not used.
-    pub bad_hints: Vec<String>,
+    pub(crate) bad_hints: Vec<String>,
 }
 
 impl Plan {
@@ -107,7 +107,7 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
+    pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
         let named = inputs.cache.resolve(env);
         let destination = inputs.destination.config();
         // With `attic-enabled: false` there is no cache to choose, so that two are no error.

@@ -2,23 +2,23 @@
 //! cache, Nix and the cache made ready, the settings, publication while the job runs, and the report at its end.
 //! Each verb decides for itself in which order these happen.
 
-pub mod added_paths;
-pub mod attach;
+pub(crate) mod added_paths;
+pub(crate) mod attach;
 mod begin;
 mod closure_tracker;
-pub mod destination;
-pub mod inputs;
+pub(crate) mod destination;
+pub(crate) mod inputs;
 mod ownership;
-pub mod policy;
+pub(crate) mod policy;
 mod prepare;
-pub mod publication;
+pub(crate) mod publication;
 mod report;
-pub mod settings;
-pub mod source;
-pub mod stream;
+pub(crate) mod settings;
+pub(crate) mod source;
+pub(crate) mod stream;
 mod watch;
 
-pub use self::begin::{STOPPED_LIMIT, Secrets, Session, announce, judge, private_base};
-pub use self::prepare::Prepared;
-pub use self::report::{JobReport, set_outcome};
-pub use self::watch::StoreWatch;
+pub(crate) use self::begin::{STOPPED_LIMIT, Secrets, Session, announce, judge, private_base};
+pub(crate) use self::prepare::Prepared;
+pub(crate) use self::report::{JobReport, set_outcome};
+pub(crate) use self::watch::StoreWatch;

@@ -72,7 +72,7 @@ pub(super) struct OwnershipFilter {
 }
 
 impl OwnershipFilter {
-    pub fn new(clients: Arc<TempRootWatcher>) -> Self {
+    pub(crate) fn new(clients: Arc<TempRootWatcher>) -> Self {
         Self {
             clients,
             held: VecDeque::new(),
@@ -81,7 +81,7 @@ impl OwnershipFilter {
 
     /// Gives the job's own of what has just become valid, and of what has waited long enough by `now`. A path that
     /// is never given here is decided on once more when the store is read at the job's end.
-    pub fn accept(&mut self, new: Vec<PathInfo>, now: Instant) -> Vec<PathInfo> {
+    pub(crate) fn accept(&mut self, new: Vec<PathInfo>, now: Instant) -> Vec<PathInfo> {
         let due = self
             .held
             .iter()
@@ -104,7 +104,7 @@ impl OwnershipFilter {
     }
 
     /// Waits until the first of the held paths has waited long enough; for ever when none is held.
-    pub async fn due(&self) {
+    pub(crate) async fn due(&self) {
         match self.held.front() {
             Some((until, _)) => tokio::time::sleep_until(*until).await,
             None => std::future::pending().await,

@@ -21,7 +21,7 @@ const LIST_LIMIT: u64 = 1 << 20;
 /// The inputs of the policy.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Policy")]
-pub struct PolicyInputs {
+pub(crate) struct PolicyInputs {
     /// How strictly the rules `impure`, `unchecked`, `dangling`, `machine-path` and `secret` hold, a line
     /// each, such as `machine-path = warn`: `enforce`, `warn` or `off` (default: `enforce` for each).
     #[arg(long, value_name = "LINES", value_parser = value(Policy::parse))]
@@ -60,10 +60,10 @@ enum OnFinding {
 
 /// The checked inputs of the policy.
 #[derive(Clone, Debug, Default)]
-pub struct PolicyConfig {
-    pub policy: Policy,
+pub(crate) struct PolicyConfig {
+    pub(crate) policy: Policy,
     /// Whether a withheld path fails the step.
-    pub fails: bool,
+    pub(crate) fails: bool,
 }
 
 impl PolicyInputs {
@@ -71,7 +71,7 @@ impl PolicyInputs {
     ///
     /// # Errors
     /// For a file that cannot be read, or whose exceptions are malformed.
-    pub fn read(&self) -> Result<PolicyConfig, UsageError> {
+    pub(crate) fn read(&self) -> Result<PolicyConfig, UsageError> {
         let mut allowed = self.policy_allow.clone().unwrap_or_default();
         if let Some(file) = &self.policy_allow_file {
             let text = read_list(file).map_err(|problem| {
@@ -108,7 +108,7 @@ fn read_list(file: &Path) -> Result<String, String> {
 impl PolicyConfig {
     /// Makes the inspector of the job's paths. It looks for the secrets and folders of this environment and for `more`
     /// secrets by name, and it knows whether `settings` ask for impure evaluation.
-    pub fn inspector(
+    pub(crate) fn inspector(
         &self,
         env: &Env,
         more: &[(&str, Option<&Secret>)],
@@ -125,14 +125,14 @@ impl PolicyConfig {
     }
 
     /// Whether the policy applies this rule.
-    pub fn looks_at(&self, rule: Rule) -> bool {
+    pub(crate) fn looks_at(&self, rule: Rule) -> bool {
         self.policy.mode(rule) != RuleMode::Off
     }
 }
 
 /// Records that the job evaluates impurely, which breaks a rule for each of its paths. `place` is where `found` was
 /// found.
-pub fn record_impurity(inspector: &Inspector, found: &Impurity, place: &str) {
+pub(crate) fn record_impurity(inspector: &Inspector, found: &Impurity, place: &str) {
     inspector.record_violation(
         Rule::Impure,
         format!("`{}` in {place}", one_line(&found.0, 60)),
@@ -140,7 +140,7 @@ pub fn record_impurity(inspector: &Inspector, found: &Impurity, place: &str) {
 }
 
 /// A scanner that looks for the secrets and folders of this environment, and for `more` secrets by name.
-pub fn scanner(env: &Env, more: &[(&str, Option<&Secret>)]) -> Scanner {
+pub(crate) fn scanner(env: &Env, more: &[(&str, Option<&Secret>)]) -> Scanner {
     let from_env = env.all().filter(|(name, _)| is_secret_name(name));
     let from_env = from_env.filter_map(|(name, value)| Some((name, Secret::new(value.to_str()?)?)));
     let given = more

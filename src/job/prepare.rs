@@ -20,22 +20,22 @@ use flywheel_sys::runner::workflow::{Level, Workflow};
 const BOOTSTRAP_LIMIT: Duration = Duration::from_secs(600);
 
 /// Nix and the cache, ready.
-pub struct Prepared {
-    pub ready: Ready,
+pub(crate) struct Prepared {
+    pub(crate) ready: Ready,
     /// The cache, attached or left out.
-    pub cache: Cache,
+    pub(crate) cache: Cache,
     /// Where paths go, if the job publishes and the destination opened.
-    pub to: Option<Target>,
-    pub settings: NixSettings,
+    pub(crate) to: Option<Target>,
+    pub(crate) settings: NixSettings,
     /// What Nix reports under these settings; `None` before it was asked, and where it gave no answer.
-    pub in_force: Option<EffectiveSettings>,
+    pub(crate) in_force: Option<EffectiveSettings>,
     /// How long the preparation took.
-    pub took: Duration,
+    pub(crate) took: Duration,
 }
 
 impl Prepared {
     /// Nix with the job's settings.
-    pub fn nix(&self) -> Nix {
+    pub(crate) fn nix(&self) -> Nix {
         self.ready.nix.clone().with_config(&self.settings.config)
     }
 
@@ -43,7 +43,7 @@ impl Prepared {
     ///
     /// # Errors
     /// When Nix cannot.
-    pub async fn open_store(&self) -> Result<Store, store::Error> {
+    pub(crate) async fn open_store(&self) -> Result<Store, store::Error> {
         match self
             .in_force
             .as_ref()
@@ -56,7 +56,7 @@ impl Prepared {
     }
 
     /// Ends what was started for this job: the embedded cache, a Nix daemon.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.cache.stop().await;
         self.ready.stop().await;
     }
@@ -67,7 +67,7 @@ impl Session<'_> {
     ///
     /// # Errors
     /// When there is no usable Nix. A cache that fails is left out.
-    pub async fn make_ready(&self) -> Result<Prepared, Failure> {
+    pub(crate) async fn make_ready(&self) -> Result<Prepared, Failure> {
         let mut prepared = self.make_ready_unread().await?;
         prepared.in_force = self.read_back(&prepared).await;
         Ok(prepared)
@@ -165,7 +165,7 @@ impl Session<'_> {
     }
 
     /// Asks Nix which of the job's settings are in force, and warns of each that Nix ignores.
-    pub async fn read_back(&self, prepared: &Prepared) -> Option<EffectiveSettings> {
+    pub(crate) async fn read_back(&self, prepared: &Prepared) -> Option<EffectiveSettings> {
         settings::report_ignored(
             &prepared.ready,
             &prepared.settings,
@@ -179,7 +179,7 @@ impl Session<'_> {
     ///
     /// # Errors
     /// As `make_ready`.
-    pub async fn prepare(&self, signals: &mut Signals) -> Result<Option<Prepared>, Failure> {
+    pub(crate) async fn prepare(&self, signals: &mut Signals) -> Result<Option<Prepared>, Failure> {
         in_group(&self.workflow, signals, self.make_ready()).await
     }
 
@@ -187,7 +187,10 @@ impl Session<'_> {
     ///
     /// # Errors
     /// As `make_ready`.
-    pub async fn prepare_unread(&self, signals: &mut Signals) -> Result<Option<Prepared>, Failure> {
+    pub(crate) async fn prepare_unread(
+        &self,
+        signals: &mut Signals,
+    ) -> Result<Option<Prepared>, Failure> {
         in_group(&self.workflow, signals, self.make_ready_unread()).await
     }
 }

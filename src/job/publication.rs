@@ -9,7 +9,7 @@ use flywheel_nix::store_path::StorePath;
 
 /// Sums up what was published, and what of it the cache serves. `unreadable` are valid paths that could not even be
 /// offered: those are lost too. `warned` are paths that were published although they break a rule that only warns.
-pub fn summarize(
+pub(crate) fn summarize(
     outcome: &Outcome,
     verification: &Verification,
     unreadable: &[Unreadable],
@@ -59,7 +59,7 @@ pub fn summarize(
 
 /// The publication to a cache that takes nothing: each path is lost, and named. Paths that an upstream cache has
 /// signed would not have been sent, so they are not lost.
-pub fn all_lost(wanted: &[PathInfo], reason: &str) -> Publication {
+pub(crate) fn all_lost(wanted: &[PathInfo], reason: &str) -> Publication {
     let upstream = Options::default().upstream_keys;
     let signed = |info: &PathInfo| {
         let keys = info

@@ -18,7 +18,7 @@ use flywheel_sys::runner::workflow::{Level, Workflow};
 
 impl Session<'_> {
     /// Whether everything that was to be published was.
-    pub fn is_whole(&self, publication: Option<&Publication>) -> bool {
+    pub(crate) fn is_whole(&self, publication: Option<&Publication>) -> bool {
         // A job that the gate refused was asked to publish, so nothing published is a loss there too.
         let asked = self.decision.is_refused() || self.decision.publishes();
         publication.map_or(!asked, Publication::is_whole)
@@ -26,7 +26,7 @@ impl Session<'_> {
 
     /// The result of a job that ended well. Its times and its memory are left empty, for the verb to fill in.
     /// `require_publish`: whether a loss fails the step.
-    pub fn result(
+    pub(crate) fn result(
         &self,
         prepared: &Prepared,
         added_paths: &AddedPaths,
@@ -109,7 +109,7 @@ pub(super) fn report_not_started(failure: &dyn Explain, env: &Env, what: &str) {
 ///
 /// # Errors
 /// When the runner's file cannot be written.
-pub fn set_outcome(env: &Env, outcome: Outcome, exit: Exit) -> std::io::Result<()> {
+pub(crate) fn set_outcome(env: &Env, outcome: Outcome, exit: Exit) -> std::io::Result<()> {
     let files = Files::from_env(env);
     files.set_output("outcome", outcome.as_str())?;
     files.set_output("exit-code", &exit.code().to_string())
@@ -118,17 +118,17 @@ pub fn set_outcome(env: &Env, outcome: Outcome, exit: Exit) -> std::io::Result<(
 /// Everything that a job reports at its end. It can be serialized: the background process of `watch-store` makes
 /// it, and the step that calls `finish` prints it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct JobReport {
+pub(crate) struct JobReport {
     annotations: Vec<(Level, String, String)>,
     lines: Vec<String>,
     summary: String,
     outputs: Vec<(String, String)>,
     /// The step's exit code.
-    pub exit_code: u8,
+    pub(crate) exit_code: u8,
 }
 
 impl JobReport {
-    pub fn new(job: &JobResult) -> Self {
+    pub(crate) fn new(job: &JobResult) -> Self {
         Self {
             annotations: annotations(job),
             lines: vec![
@@ -145,7 +145,7 @@ impl JobReport {
     }
 
     /// The report of a job that was cancelled before it began.
-    pub fn cancelled() -> Self {
+    pub(crate) fn cancelled() -> Self {
         Self {
             exit_code: 130,
             ..Self::default()
@@ -154,7 +154,7 @@ impl JobReport {
 
     /// Writes the annotations, the log lines, the summary and the outputs. A report that cannot be written never
     /// changes how the job ends.
-    pub fn emit(&self, workflow: &Workflow, files: &Files) {
+    pub(crate) fn emit(&self, workflow: &Workflow, files: &Files) {
         for (level, title, text) in &self.annotations {
             workflow.annotate(*level, title, text);
         }

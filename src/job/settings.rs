@@ -14,30 +14,30 @@ use flywheel_sys::runner::env::Env;
 use super::attach::Cache;
 
 /// What a job's settings are made of.
-pub struct SettingsInputs<'a> {
-    pub env: &'a Env,
-    pub ready: &'a Ready,
-    pub cache: &'a Cache,
+pub(crate) struct SettingsInputs<'a> {
+    pub(crate) env: &'a Env,
+    pub(crate) ready: &'a Ready,
+    pub(crate) cache: &'a Cache,
     /// The token for fetchers from GitHub.
-    pub github_token: Option<&'a Secret>,
+    pub(crate) github_token: Option<&'a Secret>,
     /// Whether the job publishes. A job that only reads a public cache needs no netrc.
-    pub publishes: bool,
+    pub(crate) publishes: bool,
     /// The lines of the input `extra-nix-config`.
-    pub extra: &'a str,
+    pub(crate) extra: &'a str,
     /// The folder for secret files.
-    pub private: &'a Path,
+    pub(crate) private: &'a Path,
 }
 
 #[derive(Debug, Default)]
-pub struct NixSettings {
+pub(crate) struct NixSettings {
     /// The job's `NIX_CONFIG`.
-    pub config: String,
+    pub(crate) config: String,
     /// The settings that are about the cache.
     cache: Option<CacheSettings>,
 }
 
 /// Composes the settings. A file that cannot be written is a warning, and its setting is left out.
-pub async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
+pub(crate) async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
     let base = inputs.env.get("NIX_CONFIG").unwrap_or_default();
     for number in malformed(base) {
         sink.degraded(
@@ -79,7 +79,7 @@ pub async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSettings {
 
 /// Reads back from Nix what is in force, and warns of each setting that Nix ignores. `extra`: the lines of the input
 /// `extra-nix-config`.
-pub async fn report_ignored(
+pub(crate) async fn report_ignored(
     ready: &Ready,
     settings: &NixSettings,
     extra: &str,

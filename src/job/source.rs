@@ -12,7 +12,7 @@ use flywheel_sys::runner::env::Env;
 
 /// The cache that a job uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// `attic-enabled: false`.
     Off,
     /// No input and no hint names one.
@@ -27,7 +27,7 @@ pub enum Source {
 
 impl Source {
     /// Finds it: an input goes before the embedded cache, that before a hint, and a laptop has one anyway.
-    pub fn find(named: &NamedCache, embedded: Option<&Path>, env: &Env) -> Self {
+    pub(crate) fn find(named: &NamedCache, embedded: Option<&Path>, env: &Env) -> Self {
         let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
         let embed = |folder: PathBuf| Self::Embedded {
             folder,
@@ -44,7 +44,7 @@ impl Source {
     }
 
     /// The name of this cache in a journal, the same in every job.
-    pub fn identity(&self) -> Option<String> {
+    pub(crate) fn identity(&self) -> Option<String> {
         match self {
             Self::Off | Self::NotNamed => None,
             Self::Server(endpoint) => Some(endpoint.substituter()),

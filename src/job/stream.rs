@@ -40,7 +40,7 @@ const VERIFY_SHARE: f64 = 0.2;
 
 /// A publication under way.
 #[derive(Debug)]
-pub struct Stream {
+pub(crate) struct Stream {
     to: Target,
     publisher: Arc<Publisher>,
     watcher: Option<StoreWatcher>,
@@ -52,38 +52,38 @@ pub struct Stream {
 
 /// When an operation ends at the latest, and what ends it before.
 #[derive(Clone, Debug)]
-pub struct Deadline {
-    pub at: Instant,
-    pub cancel: CancellationToken,
+pub(crate) struct Deadline {
+    pub(crate) at: Instant,
+    pub(crate) cancel: CancellationToken,
 }
 
 /// Where the published paths come from.
 #[derive(Debug)]
-pub struct StreamInputs<'a> {
-    pub store: &'a Arc<Store>,
+pub(crate) struct StreamInputs<'a> {
+    pub(crate) store: &'a Arc<Store>,
     /// Paths that are registered after this moment may be the job's.
-    pub mark: &'a Mark,
+    pub(crate) mark: &'a Mark,
     /// The Nix processes that add paths, by which those of this job are known.
-    pub clients: &'a Arc<TempRootWatcher>,
+    pub(crate) clients: &'a Arc<TempRootWatcher>,
     /// Looks into each path before it is sent.
-    pub inspector: &'a Arc<Inspector>,
+    pub(crate) inspector: &'a Arc<Inspector>,
     /// Whether paths are published as they become valid, and not only at the job's end.
-    pub at_once: bool,
+    pub(crate) at_once: bool,
     /// How many paths are published at once at most, if that is asked for.
-    pub workers: Option<usize>,
+    pub(crate) workers: Option<usize>,
 }
 
 /// The job's journal, and what dead jobs left for the same cache.
 #[derive(Debug, Default)]
-pub struct JobJournal {
-    pub journal: Journal,
+pub(crate) struct JobJournal {
+    pub(crate) journal: Journal,
     left: Left,
 }
 
 impl JobJournal {
     /// Opens the journal of a job that may publish. One that cannot be kept is a warning, and the job goes on
     /// without it.
-    pub fn open(plan: &Plan, mark: &Mark, sink: &Sink) -> Option<Self> {
+    pub(crate) fn open(plan: &Plan, mark: &Mark, sink: &Sink) -> Option<Self> {
         let (folder, cache) = (plan.journal.as_deref()?, plan.source.identity()?);
         let opened = Folder::open(folder).and_then(|folder| {
             let left = folder.left(&cache)?;
@@ -108,7 +108,7 @@ impl JobJournal {
 
 impl Stream {
     /// Starts to publish what dead jobs left and what becomes valid from now on.
-    pub fn start(
+    pub(crate) fn start(
         permit: &PublishPermit,
         to: Target,
         cache: &Cache,
@@ -163,7 +163,7 @@ impl Stream {
     }
 
     /// Stops watching, offers all of `added_paths`, publishes what is left and verifies, all by `deadline`.
-    pub async fn finish(
+    pub(crate) async fn finish(
         self,
         cache: &Cache,
         added_paths: &AddedPaths,

@@ -31,7 +31,7 @@ const COLLECT_LIMIT: Duration = Duration::from_secs(120);
 
 /// The store as it was before the job's work, and the publication that watches it.
 #[derive(Debug)]
-pub struct StoreWatch {
+pub(crate) struct StoreWatch {
     store: Arc<Store>,
     mark: Mark,
     clients: Arc<TempRootWatcher>,
@@ -42,12 +42,12 @@ pub struct StoreWatch {
 }
 
 impl StoreWatch {
-    pub fn store(&self) -> &Arc<Store> {
+    pub(crate) fn store(&self) -> &Arc<Store> {
         &self.store
     }
 
     /// Names paths that are the job's results whichever process built them: their closure goes to the cache.
-    pub fn add_results(&mut self, paths: impl IntoIterator<Item = StorePath>) {
+    pub(crate) fn add_results(&mut self, paths: impl IntoIterator<Item = StorePath>) {
         self.results.extend(paths);
     }
 }
@@ -55,7 +55,7 @@ impl StoreWatch {
 impl Session<'_> {
     /// Marks the store, and starts to publish if the trust gate allows it. `processes` are those of the job. `None`
     /// when the store cannot be read.
-    pub async fn watch(
+    pub(crate) async fn watch(
         &self,
         prepared: &Prepared,
         processes: temp_roots::JobScope,
@@ -105,7 +105,7 @@ impl Session<'_> {
     }
 
     /// Whether nothing may be published before the flake's checks have passed.
-    pub fn requires_flake_check(&self) -> bool {
+    pub(crate) fn requires_flake_check(&self) -> bool {
         self.plan.require_flake_check
             && self.plan.policy.looks_at(Rule::Unchecked)
             && self.decision.publishes()
@@ -139,7 +139,7 @@ impl Session<'_> {
 
     /// Runs `nix flake check` in `folder`, where the policy requires it; once it has passed, what the job built may
     /// be published. A failure is a warning, and withholds everything. To be called when the job has ended well.
-    pub async fn run_flake_check(
+    pub(crate) async fn run_flake_check(
         &self,
         prepared: &Prepared,
         watch: Option<&StoreWatch>,
@@ -175,7 +175,7 @@ impl Session<'_> {
 
     /// Collects what the job added to the store, the result links in `folder` included, publishes what is left of it
     /// and verifies, all by `deadline`.
-    pub async fn deliver(
+    pub(crate) async fn deliver(
         &self,
         watch: StoreWatch,
         cache: &Cache,
@@ -216,7 +216,7 @@ impl Session<'_> {
 
     /// Delivers within the time that is left: `STOPPED_LIMIT` from `stopped` on, when the job was asked to stop, else
     /// `drain-timeout`. A request to stop that comes now cancels `cancel`, which other tasks may wait for too.
-    pub async fn deliver_in_time(
+    pub(crate) async fn deliver_in_time(
         &self,
         watch: Option<StoreWatch>,
         cache: &Cache,

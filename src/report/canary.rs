@@ -13,7 +13,7 @@ const TEXT_LIMIT: usize = 60_000;
 
 /// How much a check counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Severity {
+pub(crate) enum Severity {
     /// Without it the builder is broken.
     Required,
     /// Without it the builder is slower or poorer.
@@ -21,7 +21,7 @@ pub enum Severity {
 }
 
 impl Severity {
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Required => "required",
             Self::Advisory => "advisory",
@@ -31,7 +31,7 @@ impl Severity {
 
 /// How a check ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     Passed,
     Failed {
         /// What to do about it, as a sentence.
@@ -42,7 +42,7 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    pub fn as_str(&self) -> &'static str {
+    pub(crate) fn as_str(&self) -> &'static str {
         match self {
             Self::Passed => "passed",
             Self::Failed { .. } => "failed",
@@ -52,39 +52,39 @@ impl Verdict {
 }
 
 #[derive(Clone, Debug)]
-pub struct Check {
+pub(crate) struct Check {
     /// The name of the check, which never changes.
-    pub name: String,
+    pub(crate) name: String,
     /// The layer that is broken if it fails.
-    pub layer: &'static str,
-    pub severity: Severity,
-    pub limit: Duration,
-    pub took: Duration,
-    pub verdict: Verdict,
+    pub(crate) layer: &'static str,
+    pub(crate) severity: Severity,
+    pub(crate) limit: Duration,
+    pub(crate) took: Duration,
+    pub(crate) verdict: Verdict,
     /// What was found, a fragment of one line, without secrets.
-    pub text: String,
+    pub(crate) text: String,
 }
 
 /// Everything that the canary found.
 #[derive(Clone, Debug)]
-pub struct Canary {
+pub(crate) struct Canary {
     /// The class of the builder.
-    pub class: String,
+    pub(crate) class: String,
     /// The lane of the builder, if it is known.
-    pub lane: Option<String>,
+    pub(crate) lane: Option<String>,
     /// Every check, the lowest layer first.
-    pub checks: Vec<Check>,
+    pub(crate) checks: Vec<Check>,
     /// From the start to the end of the first build, if there was one.
-    pub cold_start: Option<Duration>,
+    pub(crate) cold_start: Option<Duration>,
     /// The time of all checks together.
-    pub took: Duration,
+    pub(crate) took: Duration,
     /// When it ended, in seconds since 1970.
-    pub ended_at: u64,
+    pub(crate) ended_at: u64,
 }
 
 impl Canary {
     /// Whether every required check holds.
-    pub fn healthy(&self) -> bool {
+    pub(crate) fn healthy(&self) -> bool {
         self.failed(Severity::Required).next().is_none()
     }
 
@@ -97,7 +97,7 @@ impl Canary {
     }
 
     /// The layer to look at first: the lowest that is required and broken, else the lowest that is broken.
-    pub fn broken_layer(&self) -> Option<&'static str> {
+    pub(crate) fn broken_layer(&self) -> Option<&'static str> {
         self.broken().map(|check| check.layer)
     }
 
@@ -108,7 +108,7 @@ impl Canary {
     }
 
     /// One line: `nix-builder is healthy (14 checks, 1.2 s)`.
-    pub fn closing_line(&self) -> String {
+    pub(crate) fn closing_line(&self) -> String {
         let ran = self
             .checks
             .iter()
@@ -132,7 +132,7 @@ impl Canary {
     }
 
     /// The table of the log. Every line begins with a fixed word, so that none can be a workflow command.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let width = self
             .checks
             .iter()
@@ -161,7 +161,7 @@ impl Canary {
     }
 
     /// The job summary, which is also the text of the Check Run.
-    pub fn summary(&self) -> String {
+    pub(crate) fn summary(&self) -> String {
         let sign = if self.healthy() { "✅" } else { "❌" };
         let mut text = format!(
             "### {sign} Builder health: {}\n\n",
@@ -210,7 +210,7 @@ impl Canary {
     }
 
     /// The JSON form. Its keys are kept stable.
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let checks = self.checks.iter().map(|check| {
             let hint = if let Verdict::Failed { hint } = &check.verdict {
                 Some(hint)
@@ -241,7 +241,7 @@ impl Canary {
     }
 
     /// The step's outputs, by name.
-    pub fn outputs(&self) -> [(&'static str, String); 3] {
+    pub(crate) fn outputs(&self) -> [(&'static str, String); 3] {
         [
             ("healthy", self.healthy().to_string()),
             (
@@ -277,7 +277,7 @@ impl Canary {
     }
 
     /// Metrics in Prometheus's text format. A check that was skipped has no sample.
-    pub fn metrics(&self) -> String {
+    pub(crate) fn metrics(&self) -> String {
         let ran = self
             .checks
             .iter()

@@ -8,7 +8,7 @@ use flywheel_core::text::{bytes, duration};
 
 /// How a job ended, and what failed, if anything did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The command ended with 0, and what had to be published was.
     Success,
     /// The command failed.
@@ -27,7 +27,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every outcome, in the order of the pages.
-    pub const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Success,
         Self::CommandFailed,
         Self::OutOfMemory,
@@ -38,7 +38,7 @@ impl Outcome {
     ];
 
     /// The word of the step output `outcome`.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Success => "success",
             Self::CommandFailed => "command-failed",
@@ -53,7 +53,7 @@ impl Outcome {
 
 /// Whether this job used its cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum CacheState {
+pub(crate) enum CacheState {
     /// The cache is among Nix's substituters.
     Attached,
     /// `attic-enabled: false`.
@@ -71,7 +71,7 @@ pub enum CacheState {
 
 impl CacheState {
     /// The value of the step output `cache-state`.
-    pub fn as_str(&self) -> String {
+    pub(crate) fn as_str(&self) -> String {
         match self {
             Self::Attached => "attached".into(),
             Self::Off => "off".into(),
@@ -83,62 +83,62 @@ impl CacheState {
 
 /// The verdict of the trust gate, as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trust {
+pub(crate) struct Trust {
     /// `may-publish` or `read-only`.
-    pub verdict: &'static str,
+    pub(crate) verdict: &'static str,
     /// Whether this job publishes.
-    pub publishes: bool,
+    pub(crate) publishes: bool,
     /// What goes to the cache, `all` or `none`.
-    pub attic: &'static str,
+    pub(crate) attic: &'static str,
     /// What goes to FlakeHub, `rolling`, `versioned` or `none`.
-    pub flakehub: &'static str,
-    pub reason: String,
+    pub(crate) flakehub: &'static str,
+    pub(crate) reason: String,
 }
 
 /// The result of one job.
 #[derive(Clone, Debug)]
-pub struct JobResult {
-    pub outcome: Outcome,
+pub(crate) struct JobResult {
+    pub(crate) outcome: Outcome,
     /// The step's exit code.
-    pub exit_code: u8,
+    pub(crate) exit_code: u8,
     /// The Nix that was used, such as `Nix 2.8.0 at /usr/bin/nix`.
-    pub nix: String,
-    pub trust: Trust,
+    pub(crate) nix: String,
+    pub(crate) trust: Trust,
     /// The address at which Nix reads the cache, without credentials, if one was named.
-    pub cache: Option<String>,
-    pub cache_state: CacheState,
+    pub(crate) cache: Option<String>,
+    pub(crate) cache_state: CacheState,
     /// What went worse than it should, one line each.
-    pub degraded: Vec<String>,
+    pub(crate) degraded: Vec<String>,
     /// Paths built here by this job.
-    pub built: u64,
+    pub(crate) built: u64,
     /// Paths that this job substituted from a cache.
-    pub substituted: u64,
+    pub(crate) substituted: u64,
     /// Sources and other paths added by this job.
-    pub added: u64,
+    pub(crate) added: u64,
     /// What was published; `None` if the job does not publish.
-    pub publication: Option<Publication>,
+    pub(crate) publication: Option<Publication>,
     /// Why the job does not publish, which is reported where there is no publication.
-    pub unpublished: String,
+    pub(crate) unpublished: String,
     /// Time until Nix was ready.
-    pub bootstrap: Duration,
+    pub(crate) bootstrap: Duration,
     /// Time of the command itself.
-    pub command: Duration,
+    pub(crate) command: Duration,
     /// Time of publishing and verifying after the command.
-    pub publish: Duration,
+    pub(crate) publish: Duration,
     /// Peak memory of the job in bytes.
-    pub peak: Option<u64>,
+    pub(crate) peak: Option<u64>,
     /// The job's memory limit in bytes.
-    pub limit: Option<u64>,
+    pub(crate) limit: Option<u64>,
     /// The finding that the command was killed for memory.
-    pub out_of_memory: Option<OutOfMemory>,
+    pub(crate) out_of_memory: Option<OutOfMemory>,
     /// The lane to move to when memory runs out.
-    pub heavy_lane: Option<String>,
+    pub(crate) heavy_lane: Option<String>,
 }
 
 impl JobResult {
     /// The closing line, such as `412 built, 412 published, 412 verified, 0 lost (3 skipped)`. Other numbers than these
     /// four are left out where they are zero.
-    pub fn closing_line(&self) -> String {
+    pub(crate) fn closing_line(&self) -> String {
         let nothing = Publication::default();
         let publication = self.publication.as_ref().unwrap_or(&nothing);
         let mut extras = Vec::new();
@@ -170,7 +170,7 @@ impl JobResult {
     }
 
     /// The times in one line, and the memory.
-    pub fn clocks(&self) -> String {
+    pub(crate) fn clocks(&self) -> String {
         let memory = match (self.peak, self.limit) {
             (Some(peak), Some(limit)) => {
                 format!(", peak memory {} of {}", bytes(peak), bytes(limit))

@@ -6,14 +6,14 @@ use crate::report::job::{JobResult, Outcome};
 
 /// A step output.
 #[derive(Debug, Serialize)]
-pub struct Output {
-    pub name: &'static str,
-    pub about: String,
+pub(crate) struct Output {
+    pub(crate) name: &'static str,
+    pub(crate) about: String,
 }
 
 /// The outputs that a verb sets, in the order in which pages and actions name them; none for a verb that is
 /// not an action.
-pub fn of_verb(verb: &str) -> Vec<Output> {
+pub(crate) fn of_verb(verb: &str) -> Vec<Output> {
     match verb {
         "nix-job" => list(&JOB),
         "flake-checks" => list(&[&FLAKE_CHECKS[..], &JOB].concat()),
@@ -176,7 +176,7 @@ const SETUP: [(&str, &str); 6] = [
 ];
 
 /// The outputs of a job with their values.
-pub fn values(job: &JobResult) -> Vec<(&'static str, String)> {
+pub(crate) fn values(job: &JobResult) -> Vec<(&'static str, String)> {
     let publication = job.publication.clone().unwrap_or_default();
     let seconds = |time: std::time::Duration| format!("{:.3}", time.as_secs_f64());
     vec![

@@ -5,43 +5,43 @@ use serde::Serialize;
 
 /// A path that did not arrive, or is not known to have, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Missed {
+pub(crate) struct Missed {
     /// The full store path.
-    pub path: String,
+    pub(crate) path: String,
     /// Why, in one line.
-    pub reason: String,
+    pub(crate) reason: String,
 }
 
 /// Counts and lists of a publication.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Publication {
+pub(crate) struct Publication {
     /// Paths sent, and taken by the cache.
-    pub published: u64,
+    pub(crate) published: u64,
     /// Paths that the cache had already.
-    pub already_there: u64,
+    pub(crate) already_there: u64,
     /// Paths that were left out on purpose, for instance because an upstream cache has signed them.
-    pub skipped: u64,
+    pub(crate) skipped: u64,
     /// Paths that the cache was seen to serve, whole and signed.
-    pub verified: u64,
+    pub(crate) verified: u64,
     /// NAR bytes sent.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Paths that should be in the cache and are not.
-    pub lost: Vec<Missed>,
+    pub(crate) lost: Vec<Missed>,
     /// Paths that were sent, but could not be looked up.
-    pub unverified: Vec<Missed>,
+    pub(crate) unverified: Vec<Missed>,
     /// Paths that the policy keeps back, each with the rule and where it is broken.
-    pub withheld: Vec<Missed>,
+    pub(crate) withheld: Vec<Missed>,
     /// Paths that went although they break a rule which only warns.
-    pub warned: Vec<Missed>,
+    pub(crate) warned: Vec<Missed>,
     /// The key that signatures were checked with.
-    pub key: KeySource,
+    pub(crate) key: KeySource,
     /// Why publishing as a whole was given up, if it was.
-    pub stopped: Option<String>,
+    pub(crate) stopped: Option<String>,
 }
 
 /// The key that signatures were checked with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KeySource {
+pub(crate) enum KeySource {
     /// The one that the job's Nix trusts.
     Given,
     /// The key that the cache itself announces. It proves less: a false cache would announce its own.
@@ -53,7 +53,7 @@ pub enum KeySource {
 
 impl KeySource {
     /// The value in the JSON form.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Given => "given",
             Self::Announced => "announced",
@@ -64,7 +64,7 @@ impl KeySource {
 
 impl Publication {
     /// Whether everything that should be in the cache was seen there.
-    pub fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         self.lost.is_empty() && self.unverified.is_empty()
     }
 }

@@ -15,7 +15,7 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Draws progress, and keeps what went worse than it should so far.
 #[derive(Clone)]
-pub struct Screen(Arc<Inner>);
+pub(crate) struct Screen(Arc<Inner>);
 
 struct Inner {
     workflow: Workflow,
@@ -33,7 +33,7 @@ struct State {
 
 impl Screen {
     /// Draws on the terminal if stderr is one and this is no job, else in the log.
-    pub fn new(workflow: &Workflow) -> Self {
+    pub(crate) fn new(workflow: &Workflow) -> Self {
         let on_terminal = !workflow.in_job() && std::io::stderr().is_terminal();
         let bar = on_terminal.then(|| {
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} paths {msg}");
@@ -49,30 +49,30 @@ impl Screen {
     }
 
     /// A sink for events that draws them here.
-    pub fn sink(&self) -> Sink {
+    pub(crate) fn sink(&self) -> Sink {
         let screen = self.clone();
         Sink::new(move |event| screen.show(event))
     }
 
     /// What went worse than it should so far, one line each.
-    pub fn degraded(&self) -> Vec<String> {
+    pub(crate) fn degraded(&self) -> Vec<String> {
         self.state().degraded.clone()
     }
 
     /// Removes the bar.
-    pub fn finish(&self) {
+    pub(crate) fn finish(&self) {
         if let Some(bar) = &self.0.bar {
             bar.finish_and_clear();
         }
     }
 
     /// Holds every event back from here on: the command's output has the screen for itself.
-    pub fn hold(&self) {
+    pub(crate) fn hold(&self) {
         self.state().held.get_or_insert_default();
     }
 
     /// Draws the events that were held back, and from here on each as it comes.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         let held = self.state().held.take();
         for event in held.into_iter().flatten() {
             self.show(event);

@@ -11,7 +11,7 @@ use flywheel_core::text::{bytes, duration, one_line};
 const LISTED: usize = 100;
 
 /// The summary of one job.
-pub fn render(job: &JobResult) -> String {
+pub(crate) fn render(job: &JobResult) -> String {
     let mut text = String::new();
     // Writing to a `String` cannot fail.
     let _ = write(&mut text, job);

@@ -22,11 +22,11 @@ pub struct Observed {
 pub struct OutOfMemory {
     /// Whether the kill was counted in our own control group. Otherwise it was counted for the
     /// machine, while the command failed.
-    pub certain: bool,
+    pub(crate) certain: bool,
     /// The limit in bytes.
-    pub limit: Option<u64>,
+    pub(crate) limit: Option<u64>,
     /// The peak in bytes.
-    pub peak: Option<u64>,
+    pub(crate) peak: Option<u64>,
 }
 
 /// Decides from the kernel's counters, never from the command's output. A command that succeeded in

@@ -50,21 +50,6 @@ impl Rule {
         }
     }
 
-    /// Why the rule exists, as a sentence.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::Impure => {
-                "The result of an impure evaluation depends on this machine, so others cannot rebuild it."
-            }
-            Self::Unchecked => "Others should not get what the flake's own checks have not passed.",
-            Self::Dangling => {
-                "A reader would get a path that needs another one, which the cache does not hold."
-            }
-            Self::MachinePath => "A reader's machine lacks that path, or has something else there.",
-            Self::Secret => "Everyone who reads the cache would get it.",
-        }
-    }
-
     fn index(self) -> usize {
         Self::ALL
             .iter()
@@ -163,7 +148,7 @@ impl Policy {
 
     /// The reason why a path with this name (without store folder and hash) may break a rule;
     /// `None` if it may not.
-    pub fn allows(&self, rule: Rule, name: &str) -> Option<&str> {
+    pub(crate) fn allows(&self, rule: Rule, name: &str) -> Option<&str> {
         self.allowed
             .iter()
             .find(|allowed| allowed.covers(rule, name))

@@ -110,7 +110,7 @@ pub struct PublicationPlan {
 
 /// What a job that may publish lacks to do so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lack {
+pub(crate) enum Lack {
     /// It was not asked to publish.
     Request,
     Token,
@@ -126,7 +126,7 @@ pub struct Decision {
 }
 
 /// Judges a job by its facts alone, as the table of `docs/trust.md` shows it.
-pub fn judge(facts: &Facts, request: &Request) -> Verdict {
+pub(crate) fn judge(facts: &Facts, request: &Request) -> Verdict {
     let judged = match facts {
         Facts::Local if request.by_hand => Ok(Grounds::AskedLocally),
         Facts::Local => Err(Refusal::NotAskedLocally),

@@ -21,7 +21,7 @@ use flywheel_core::text::{one_line, shorten};
 const TITLE_LIMIT: usize = 255;
 const SUMMARY_LIMIT: usize = 65_000;
 /// Annotations in one request (the same).
-pub const ANNOTATIONS: usize = 50;
+pub(crate) const ANNOTATIONS: usize = 50;
 /// Check Runs on one page of a list (the same).
 const PAGE: usize = 100;
 /// At most this many pages of a list are read.
@@ -54,14 +54,14 @@ pub enum Conclusion {
 
 /// The stage of a Check Run, which only ever advances within one run of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Stage {
+pub(crate) enum Stage {
     Queued,
     InProgress,
     Completed(Conclusion),
 }
 
 impl Stage {
-    pub fn is_completed(self) -> bool {
+    pub(crate) fn is_completed(self) -> bool {
         matches!(self, Self::Completed(_))
     }
 
@@ -76,38 +76,38 @@ impl Stage {
 
 /// An annotation on lines of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Annotation {
+pub(crate) struct Annotation {
     /// The file, from the repository's root.
-    pub path: String,
+    pub(crate) path: String,
     /// The first line, from 1.
-    pub start_line: u32,
+    pub(crate) start_line: u32,
     /// The last line.
-    pub end_line: u32,
+    pub(crate) end_line: u32,
     /// `failure`, `warning` or `notice`.
-    pub annotation_level: &'static str,
+    pub(crate) annotation_level: &'static str,
     /// One line.
-    pub title: String,
-    pub message: String,
+    pub(crate) title: String,
+    pub(crate) message: String,
 }
 
 /// A Check Run as GitHub should show it.
 #[derive(Clone, Debug)]
-pub struct CheckRun {
+pub(crate) struct CheckRun {
     /// The name, by which branch protection requires it.
-    pub name: String,
+    pub(crate) name: String,
     /// Our identifier, by which we find it again.
-    pub external_id: String,
-    pub stage: Stage,
+    pub(crate) external_id: String,
+    pub(crate) stage: Stage,
     /// When it began, in seconds since 1970.
-    pub started_at: Option<u64>,
+    pub(crate) started_at: Option<u64>,
     /// When it ended, in seconds since 1970.
-    pub completed_at: Option<u64>,
+    pub(crate) completed_at: Option<u64>,
     /// One line.
-    pub title: String,
+    pub(crate) title: String,
     /// Markdown.
-    pub summary: String,
+    pub(crate) summary: String,
     /// Annotations on lines, of which the first fifty are sent.
-    pub annotations: Vec<Annotation>,
+    pub(crate) annotations: Vec<Annotation>,
 }
 
 /// A Check Run that has ended.
@@ -129,11 +129,11 @@ pub struct Finished {
 
 /// A Check Run that GitHub has.
 #[derive(Clone, Debug, Deserialize)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// GitHub's number for it.
-    pub id: u64,
+    pub(crate) id: u64,
     /// Our identifier, if it is one of ours.
-    pub external_id: Option<String>,
+    pub(crate) external_id: Option<String>,
 }
 
 /// Why a request for a Check Run failed.
@@ -258,7 +258,7 @@ impl CheckRuns {
     ///
     /// # Errors
     /// When GitHub refuses or does not answer; in the latter case the Check Run may exist.
-    pub async fn create(&self, run: &CheckRun) -> Result<u64, Error> {
+    pub(crate) async fn create(&self, run: &CheckRun) -> Result<u64, Error> {
         let route = format!("/repos/{}/check-runs", self.commit.repository);
         let body = body(run, Some(&self.commit.sha));
         // The underscored calls of octocrab return the raw response, which is needed because rate limits are in its
@@ -276,7 +276,7 @@ impl CheckRuns {
     ///
     /// # Errors
     /// When GitHub refuses or does not answer.
-    pub async fn update(&self, id: u64, run: &CheckRun) -> Result<(), Error> {
+    pub(crate) async fn update(&self, id: u64, run: &CheckRun) -> Result<(), Error> {
         let route = format!("/repos/{}/check-runs/{id}", self.commit.repository);
         let answer = self
             .github
@@ -290,7 +290,7 @@ impl CheckRuns {
     ///
     /// # Errors
     /// When GitHub refuses or does not answer.
-    pub async fn list(&self, name: Option<&str>) -> Result<Vec<Listed>, Error> {
+    pub(crate) async fn list(&self, name: Option<&str>) -> Result<Vec<Listed>, Error> {
         let Commit {
             repository, sha, ..
         } = &self.commit;

@@ -95,11 +95,11 @@ impl Explain for Error {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Repair {
     /// A sentence for the log.
-    pub text: String,
+    pub(crate) text: String,
     /// A line that the job's `NIX_CONFIG` needs.
-    pub setting: Option<&'static str>,
+    pub(crate) setting: Option<&'static str>,
     /// A variable that the command's environment needs.
-    pub variable: Option<(&'static str, &'static str)>,
+    pub(crate) variable: Option<(&'static str, &'static str)>,
 }
 
 /// A working Nix: its store opens.
@@ -181,19 +181,19 @@ pub async fn local_store(env: &Env) -> Option<Store> {
 
 /// The parts of the machine that bootstrapping depends on. Tests build their own.
 #[derive(Clone, Debug)]
-pub struct Host {
+pub(crate) struct Host {
     /// Folders where installers put Nix.
-    pub places: Vec<PathBuf>,
+    pub(crate) places: Vec<PathBuf>,
     /// Folders with system programs, besides `PATH`.
-    pub system: Vec<PathBuf>,
+    pub(crate) system: Vec<PathBuf>,
     /// Whether this process runs as root.
-    pub root: bool,
+    pub(crate) root: bool,
     /// The folders that must not be world-writable.
-    pub guarded: Vec<PathBuf>,
+    pub(crate) guarded: Vec<PathBuf>,
 }
 
 impl Host {
-    pub fn current() -> Self {
+    pub(crate) fn current() -> Self {
         Self {
             places: WELL_KNOWN.map(PathBuf::from).into(),
             system: ["/usr/bin", "/bin"].map(PathBuf::from).into(),
@@ -206,7 +206,12 @@ impl Host {
     ///
     /// # Errors
     /// As for the function `ready`.
-    pub async fn ready(&self, env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, Error> {
+    pub(crate) async fn ready(
+        &self,
+        env: &Env,
+        sink: &Sink,
+        limit: Duration,
+    ) -> Result<Ready, Error> {
         let deadline = Instant::now() + limit;
         let found = tool::find(env, &self.places);
         let installed = found.is_none();

@@ -45,13 +45,13 @@ pub struct Db {
 
 /// The paths registered after an id.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Added {
+pub(crate) struct Added {
     /// The paths with their ids, oldest first.
-    pub rows: Vec<(i64, PathInfo)>,
+    pub(crate) rows: Vec<(i64, PathInfo)>,
     /// The valid paths with unusable metadata.
-    pub unreadable: Vec<Unreadable>,
+    pub(crate) unreadable: Vec<Unreadable>,
     /// The last id seen; pass it to the next query.
-    pub last_id: i64,
+    pub(crate) last_id: i64,
 }
 
 /// A row of `ValidPaths`, not yet checked.
@@ -120,7 +120,7 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn added_after(&self, id: i64) -> Result<Added, Error> {
+    pub(crate) fn added_after(&self, id: i64) -> Result<Added, Error> {
         self.read_added_after(id).map_err(Error::Read)
     }
 
@@ -160,7 +160,7 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn valid_by_hash(&self, hashes: &[PathHash]) -> Result<Vec<StorePath>, Error> {
+    pub(crate) fn valid_by_hash(&self, hashes: &[PathHash]) -> Result<Vec<StorePath>, Error> {
         let found = || -> rusqlite::Result<Vec<String>> {
             let query = "select path from ValidPaths where path >= ?1 and path < ?2 limit 1";
             let mut statement = self.connection.prepare_cached(query)?;
@@ -187,7 +187,7 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn likely_served(
+    pub(crate) fn likely_served(
         &self,
         key: Option<&str>,
         nar_size: u64,
@@ -216,7 +216,7 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn infos(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
+    pub(crate) fn infos(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         self.look_up(paths, Reach::Themselves).map_err(Error::Read)
     }
 
@@ -225,7 +225,7 @@ impl Db {
     ///
     /// # Errors
     /// When the database cannot be read.
-    pub fn closure(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
+    pub(crate) fn closure(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         self.look_up(paths, Reach::Closure).map_err(Error::Read)
     }
 

@@ -68,12 +68,12 @@ impl fmt::Debug for Sha256 {
 }
 
 /// Whether every character is one of Nix's base32 alphabet.
-pub fn is_base32(text: &str) -> bool {
+pub(crate) fn is_base32(text: &str) -> bool {
     text.bytes().all(|byte| ALPHABET.contains(&byte))
 }
 
 /// Encodes in Nix's base32, which writes the digits from the end, least significant bits first.
-pub fn base32_encode(bytes: &[u8]) -> String {
+pub(crate) fn base32_encode(bytes: &[u8]) -> String {
     let digits = (bytes.len() * 8).div_ceil(5);
     (0..digits)
         .rev()

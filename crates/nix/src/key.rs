@@ -46,7 +46,7 @@ impl PublicKey {
     }
 
     /// Whether `signature` (`<key name>:<base64>`) is this key's signature of `text`.
-    pub fn verifies(&self, text: &str, signature: &str) -> bool {
+    pub(crate) fn verifies(&self, text: &str, signature: &str) -> bool {
         let Some((name, digits)) = signature.split_once(':') else {
             return false;
         };

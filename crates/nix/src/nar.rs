@@ -363,7 +363,7 @@ impl NarSource {
 ///
 /// # Errors
 /// As for `write_visited`, and when the NAR is not the registered one.
-pub fn read_visited(
+pub(crate) fn read_visited(
     path: &Path,
     hash: Sha256,
     size: u64,
@@ -389,7 +389,7 @@ pub struct NarStream {
 impl NarStream {
     /// Starts reading `path` on a thread that may block. Dropping the stream stops the thread at
     /// its next block.
-    pub fn open(path: PathBuf, hash: Sha256, size: u64) -> Self {
+    pub(crate) fn open(path: PathBuf, hash: Sha256, size: u64) -> Self {
         // A queue of one block bounds memory and lets reading overlap with sending.
         let (sender, blocks) = mpsc::channel(1);
         let task = tokio::task::spawn_blocking(move || {

@@ -67,11 +67,6 @@ impl PathInfo {
             Origin::Substituted
         }
     }
-
-    /// The text that a cache signs: `1;<path>;<hash>;<size>;<references>`, with full, sorted paths.
-    pub fn fingerprint(&self) -> String {
-        fingerprint(&self.path, &self.nar_hash, self.nar_size, &self.references)
-    }
 }
 
 /// The text that a cache signs. References are sorted here, because Nix verifies a sorted list.

@@ -18,11 +18,11 @@ pub struct Opened {
     pub url: String,
     /// Whether the daemon trusts this user; `None` for versions that do not report it (before
     /// 2.15).
-    pub trusted: Option<bool>,
+    pub(crate) trusted: Option<bool>,
     /// The build users' group that the settings name but the system lacks.
-    pub missing_group: Option<String>,
+    pub(crate) missing_group: Option<String>,
     /// Everything Nix printed on standard error, such as warnings about ignored settings.
-    pub stderr: String,
+    pub(crate) stderr: String,
 }
 
 /// Why a store does not open, as far as Flywheel treats the reasons differently. Each holds Nix's

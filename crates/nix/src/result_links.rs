@@ -19,7 +19,7 @@ const SLACK: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When `folder` cannot be read. Unreadable roots are skipped; the folder's own links remain.
-pub fn find(gcroots: &Path, folder: &Path, since: SystemTime) -> io::Result<Vec<StorePath>> {
+pub(crate) fn find(gcroots: &Path, folder: &Path, since: SystemTime) -> io::Result<Vec<StorePath>> {
     let since = since.checked_sub(SLACK).unwrap_or(SystemTime::UNIX_EPOCH);
     // Nix records the link's path as the user typed it, so both spellings of the folder may occur.
     let spellings = [folder.to_owned(), folder.canonicalize()?];

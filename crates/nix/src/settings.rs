@@ -189,7 +189,7 @@ impl Settings {
     }
 
     /// Whether the setting has a value other than its default.
-    pub fn is_set(&self, name: &str) -> bool {
+    pub(crate) fn is_set(&self, name: &str) -> bool {
         self.value(name).is_some()
             && self.value(name) != self.0.get(name).and_then(|entry| entry.get("defaultValue"))
     }

@@ -132,7 +132,7 @@ impl Store {
 
     /// Opens the local database alone, without running Nix and whichever store Nix would open.
     /// Returns `None` if the database cannot be read.
-    pub async fn from_database(nix: &Nix) -> Option<Self> {
+    pub(crate) async fn from_database(nix: &Nix) -> Option<Self> {
         let state = state_folder(nix);
         let folder = state.clone();
         let db = blocking(move || Ok(open_db(&folder))).await.ok()?.ok()?;
@@ -150,7 +150,7 @@ impl Store {
     }
 
     /// The database file for a watcher; `None` if it cannot be read.
-    pub fn database_file(&self) -> Option<PathBuf> {
+    pub(crate) fn database_file(&self) -> Option<PathBuf> {
         self.db.is_ok().then(|| Db::file(&self.state))
     }
 
@@ -337,7 +337,7 @@ pub fn state_folder(nix: &Nix) -> PathBuf {
 }
 
 /// The socket of the daemon for this state folder.
-pub fn daemon_socket(nix: &Nix) -> PathBuf {
+pub(crate) fn daemon_socket(nix: &Nix) -> PathBuf {
     let named = nix.variable("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
     named.unwrap_or_else(|| state_folder(nix).join("daemon-socket/socket"))
 }

@@ -40,7 +40,7 @@ impl StoreWatcher {
     /// Starts watching the database `file`. `on_added` receives every path registered after `id`,
     /// in order of registration, each once. Returns `None` when the database cannot be read; a
     /// single query at the end then finds the same paths.
-    pub fn start(
+    pub(crate) fn start(
         file: &Path,
         id: i64,
         on_added: impl FnMut(Vec<PathInfo>) + Send + 'static,

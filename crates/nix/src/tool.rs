@@ -65,7 +65,7 @@ impl Explain for Error {
 
 /// The distribution of Nix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Flavour {
+pub(crate) enum Flavour {
     Nix,
     /// Determinate Systems' distribution; `/etc/nix/nix.conf` is its own, ours to extend is `nix.custom.conf`.
     Determinate,
@@ -76,7 +76,7 @@ pub enum Flavour {
 /// A version of Nix, as parsed from `nix --version`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    pub flavour: Flavour,
+    pub(crate) flavour: Flavour,
     /// First number of the Nix version: 2.
     pub major: u32,
     /// Second number: 8 for 2.8.0.
@@ -88,7 +88,7 @@ pub struct Version {
 impl Version {
     /// Parses `nix (Nix) 2.8.0`, `nix (Determinate Nix 3.6.2) 2.29.0` or `nix (Lix, like Nix)
     /// 2.91.1`.
-    pub fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let line = text.lines().find(|line| line.starts_with("nix"))?.trim();
         let (name, number) = line.strip_prefix("nix")?.trim().rsplit_once(' ')?;
         // Pre-releases have suffixes, such as `2.19.0pre20231002`.
@@ -252,7 +252,11 @@ impl Nix {
     ///
     /// # Errors
     /// When it does not succeed within `limit`.
-    pub async fn run_checked(&self, arguments: &[&str], limit: Duration) -> Result<Output, Error> {
+    pub(crate) async fn run_checked(
+        &self,
+        arguments: &[&str],
+        limit: Duration,
+    ) -> Result<Output, Error> {
         let output = self.run(arguments, limit).await?;
         if output.status.success() {
             return Ok(output);

@@ -18,9 +18,9 @@ pub use self::direct::{ByteStream, ConnectError, Direct};
 use flywheel_core::exit::{Exit, Explain};
 
 /// The timeout of a name look-up, and of each connection attempt.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A response with no new byte for this long is aborted.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub const USER_AGENT: &str = concat!("flywheel/", env!("CARGO_PKG_VERSION"));
 

@@ -38,16 +38,16 @@ const FINAL_POLL_TIMEOUT: Duration = Duration::from_millis(500);
 /// The channels to the evaluation, and its two views of the flake.
 pub(super) struct Evaluation {
     /// Takes what is to be evaluated.
-    pub tasks: mpsc::Sender<Vec<EvalTask>>,
+    pub(crate) tasks: mpsc::Sender<Vec<EvalTask>>,
     /// Gives what was evaluated.
-    pub events: mpsc::Receiver<EvalEvent>,
+    pub(crate) events: mpsc::Receiver<EvalEvent>,
     /// Ends the evaluation.
-    pub cancel: CancellationToken,
+    pub(crate) cancel: CancellationToken,
     /// The flake's view of itself in the first evaluation of an output.
-    pub first: Arc<SelfView>,
+    pub(crate) first: Arc<SelfView>,
     /// The view with the commit's values, for outputs that depend on the commit.
-    pub real: Arc<SelfView>,
-    pub pool: tokio::task::JoinHandle<()>,
+    pub(crate) real: Arc<SelfView>,
+    pub(crate) pool: tokio::task::JoinHandle<()>,
 }
 
 /// How a run ended.
@@ -76,14 +76,14 @@ struct Lane {
 }
 
 pub(super) struct Engine<'a> {
-    pub plan: &'a Plan,
-    pub nix: Nix,
-    pub store: Arc<Store>,
-    pub tree: Tree,
-    pub reporter: &'a mut Reporter,
-    pub outs: Vec<OutputProgress>,
+    pub(crate) plan: &'a Plan,
+    pub(crate) nix: Nix,
+    pub(crate) store: Arc<Store>,
+    pub(crate) tree: Tree,
+    pub(crate) reporter: &'a mut Reporter,
+    pub(crate) outs: Vec<OutputProgress>,
     /// The systems that this machine and its builders build for, if that is known.
-    pub native: Option<BTreeSet<String>>,
+    pub(crate) native: Option<BTreeSet<String>>,
     by_drv: HashMap<StorePath, Vec<usize>>,
     evaluating: usize,
     arrived: Vec<usize>,
@@ -99,11 +99,11 @@ pub(super) struct Engine<'a> {
     /// A build failed, and without `keep-going` no other may start.
     is_given_up: bool,
     /// When the evaluation ended.
-    pub evaluated: Option<Instant>,
+    pub(crate) evaluated: Option<Instant>,
 }
 
 impl<'a> Engine<'a> {
-    pub fn new(
+    pub(crate) fn new(
         plan: &'a Plan,
         nix: Nix,
         store: Arc<Store>,
@@ -140,7 +140,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Brings every output to its verdict; `known` are the remembered ones.
-    pub async fn run(
+    pub(crate) async fn run(
         &mut self,
         known: Vec<(usize, Derivation)>,
         mut evaluation: Evaluation,

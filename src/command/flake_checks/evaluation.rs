@@ -29,7 +29,7 @@ const QUEUE: usize = 1024;
 
 /// A flake, and the way it is evaluated.
 pub(super) struct FlakeEvaluation {
-    pub source: Source,
+    pub(crate) source: Source,
     expressions: Expressions,
     /// The evaluation memory, if it may be used.
     memory: Option<EvaluationMemory>,
@@ -43,7 +43,12 @@ pub(super) struct FlakeEvaluation {
 
 impl FlakeEvaluation {
     /// Fetches the flake's source, and reads what is remembered of it.
-    pub async fn open(plan: &Plan, nix: &Nix, env: &Env, sink: &Sink) -> Result<Self, Failure> {
+    pub(crate) async fn open(
+        plan: &Plan,
+        nix: &Nix,
+        env: &Env,
+        sink: &Sink,
+    ) -> Result<Self, Failure> {
         let source = Source::find(nix, &plan.flake, &lock_arguments(&plan.arguments)).await?;
         let nonce = Secret::random();
         let expressions = Expressions::new(&source, &plan.attribute, nonce.expose());
@@ -90,7 +95,11 @@ impl FlakeEvaluation {
     }
 
     /// Lists the outputs of every system. If the list depends on the commit, nothing of the flake is remembered.
-    pub async fn names(&mut self, plan: &Plan, nix: &Nix) -> Result<Vec<OutputName>, Failure> {
+    pub(crate) async fn names(
+        &mut self,
+        plan: &Plan,
+        nix: &Nix,
+    ) -> Result<Vec<OutputName>, Failure> {
         if let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) {
             return Ok(remembered.names.clone());
         }
@@ -114,7 +123,7 @@ impl FlakeEvaluation {
     }
 
     /// The remembered derivations, by index into `names`.
-    pub fn known(&self, plan: &Plan, names: &[OutputName]) -> Vec<(usize, Derivation)> {
+    pub(crate) fn known(&self, plan: &Plan, names: &[OutputName]) -> Vec<(usize, Derivation)> {
         let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) else {
             return Vec::new();
         };
@@ -125,7 +134,7 @@ impl FlakeEvaluation {
     }
 
     /// Starts the workers that evaluate.
-    pub fn start(&self, plan: &Plan, nix: &Nix, cancel: CancellationToken) -> Evaluation {
+    pub(crate) fn start(&self, plan: &Plan, nix: &Nix, cancel: CancellationToken) -> Evaluation {
         let (first, real) = self.seen(plan);
         let (first, real) = (Arc::new(first), Arc::new(real));
         let (tasks, queue) = mpsc::channel(QUEUE);
@@ -169,7 +178,7 @@ impl FlakeEvaluation {
     }
 
     /// Writes to the memory what does not depend on the commit. Gives the labels for which it held something else.
-    pub fn remember(
+    pub(crate) fn remember(
         &self,
         outs: &[OutputProgress],
         names: Vec<OutputName>,

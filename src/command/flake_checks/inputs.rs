@@ -25,7 +25,7 @@ const MOST_WORKERS: usize = 256;
   flywheel flake-checks
   flywheel flake-checks --flake ./services --flake-attr packages --systems x86_64-linux
   flywheel flake-checks --build false")]
-pub struct Inputs {
+pub(crate) struct Inputs {
     #[command(flatten)]
     flake: FlakeInput,
 
@@ -217,28 +217,28 @@ type Arguments = Vec<String>;
 /// Checked inputs.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    pub job: job::Plan,
-    pub flake: String,
-    pub attribute: AttributePath,
-    pub function: Option<String>,
-    pub systems: Systems,
-    pub workers: Option<usize>,
-    pub per_worker: Option<usize>,
-    pub arguments: Vec<String>,
-    pub evaluator: EvaluatorKind,
-    pub remember: Remember,
-    pub memory_folder: Option<PathBuf>,
-    pub gc: bool,
-    pub build: bool,
-    pub max_jobs: Option<usize>,
-    pub fail_fast: bool,
-    pub keep_going: bool,
-    pub retries: u32,
-    pub checks: Checks,
-    pub check_name: String,
-    pub junit: Option<PathBuf>,
-    pub json_lines: Option<PathBuf>,
-    pub heavy_lane: Option<String>,
+    pub(crate) job: job::Plan,
+    pub(crate) flake: String,
+    pub(crate) attribute: AttributePath,
+    pub(crate) function: Option<String>,
+    pub(crate) systems: Systems,
+    pub(crate) workers: Option<usize>,
+    pub(crate) per_worker: Option<usize>,
+    pub(crate) arguments: Vec<String>,
+    pub(crate) evaluator: EvaluatorKind,
+    pub(crate) remember: Remember,
+    pub(crate) memory_folder: Option<PathBuf>,
+    pub(crate) gc: bool,
+    pub(crate) build: bool,
+    pub(crate) max_jobs: Option<usize>,
+    pub(crate) fail_fast: bool,
+    pub(crate) keep_going: bool,
+    pub(crate) retries: u32,
+    pub(crate) checks: Checks,
+    pub(crate) check_name: String,
+    pub(crate) junit: Option<PathBuf>,
+    pub(crate) json_lines: Option<PathBuf>,
+    pub(crate) heavy_lane: Option<String>,
 }
 
 impl Plan {
@@ -246,7 +246,7 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
+    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
         let mut job = job::Plan::read(&inputs.job, env)?;
         let arguments = inputs.nix_args.clone().unwrap_or_default();
         job.impurity = impurity_in_arguments(&arguments);
@@ -278,7 +278,7 @@ impl Plan {
     }
 
     /// The installable of an output, as one would write it in a shell.
-    pub fn installable(&self, attr: &[String]) -> String {
+    pub(crate) fn installable(&self, attr: &[String]) -> String {
         let names = self
             .attribute
             .iter()

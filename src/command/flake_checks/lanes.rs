@@ -15,13 +15,13 @@ pub(super) const MAX_OUTPUTS: usize = 256;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LaneState {
     /// Outputs that wait to be built.
-    pub waiting: usize,
+    pub(crate) waiting: usize,
     /// Whether all derivations are known.
-    pub all_known: bool,
+    pub(crate) all_known: bool,
     /// How many builds at once the other lane was given, if it runs; `Some(None)` is Nix's own setting.
-    pub other: Option<Option<usize>>,
+    pub(crate) other: Option<Option<usize>>,
     /// How long the other lane has been running.
-    pub running: Duration,
+    pub(crate) running: Duration,
 }
 
 /// Whether a lane starts now, and with how many builds at once: `Some(None)` is Nix's own setting.

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-pub use self::inputs::Inputs;
+pub(crate) use self::inputs::Inputs;
 
 use self::engine::{Engine, RunEnd};
 use self::evaluation::FlakeEvaluation;
@@ -50,7 +50,7 @@ use flywheel_sys::runner::workflow::Level;
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix, or the flake's outputs cannot be listed.
 /// An output that fails is no error, and shows in the exit code.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let plan = Plan::read(&inputs, env)?;
     let (session, mut signals) = Session::begin(&plan.job, env)?;
     let flake_checks = FlakeChecks {

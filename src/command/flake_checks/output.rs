@@ -20,24 +20,24 @@ const FILE_SIZE: u64 = 1 << 20;
 
 #[derive(Debug)]
 pub(super) struct OutputProgress {
-    pub name: OutputName,
-    pub output: Output,
-    pub installable: String,
+    pub(crate) name: OutputName,
+    pub(crate) output: Output,
+    pub(crate) installable: String,
     /// What evaluation found, once it has.
-    pub facts: Option<Derivation>,
-    pub drv: Option<StorePath>,
+    pub(crate) facts: Option<Derivation>,
+    pub(crate) drv: Option<StorePath>,
     /// Whether this run's evaluation wrote its derivation to the store.
-    pub is_written: bool,
+    pub(crate) is_written: bool,
     /// Whether the output may be remembered: as far as is known it does not depend on the commit.
-    pub is_remembered: bool,
+    pub(crate) is_remembered: bool,
     /// How many times its build was tried again.
-    pub tries: u32,
+    pub(crate) tries: u32,
     begun: Option<(SystemTime, Instant)>,
-    pub verdict: Option<Verdict>,
+    pub(crate) verdict: Option<Verdict>,
 }
 
 impl OutputProgress {
-    pub fn new(name: OutputName, output: Output, installable: String) -> Self {
+    pub(crate) fn new(name: OutputName, output: Output, installable: String) -> Self {
         Self {
             name,
             output,
@@ -53,23 +53,23 @@ impl OutputProgress {
     }
 
     /// Starts the clock, if it does not run yet.
-    pub fn begin(&mut self) {
+    pub(crate) fn begin(&mut self) {
         self.begun
             .get_or_insert_with(|| (SystemTime::now(), Instant::now()));
     }
 
     /// Starts the clock anew: from here on the build is timed, and not the evaluation.
-    pub fn begin_build(&mut self) {
+    pub(crate) fn begin_build(&mut self) {
         self.begun = Some((SystemTime::now(), Instant::now()));
     }
 
     /// The store paths that the output builds, where they are known before it is built.
-    pub fn paths(&self) -> Option<Vec<StorePath>> {
+    pub(crate) fn paths(&self) -> Option<Vec<StorePath>> {
         self.facts.as_ref()?.paths()
     }
 
     /// Gives the output its verdict.
-    pub fn end(&mut self, cause: Cause, log_tail: Vec<String>) -> &Verdict {
+    pub(crate) fn end(&mut self, cause: Cause, log_tail: Vec<String>) -> &Verdict {
         let (at, since) = self
             .begun
             .unwrap_or_else(|| (SystemTime::now(), Instant::now()));
@@ -97,14 +97,14 @@ impl OutputProgress {
 pub(super) struct Tail(VecDeque<String>);
 
 impl Tail {
-    pub fn push(&mut self, line: String) {
+    pub(crate) fn push(&mut self, line: String) {
         self.0.push_back(line);
         if self.0.len() > TAIL {
             self.0.pop_front();
         }
     }
 
-    pub fn lines(&self) -> Vec<String> {
+    pub(crate) fn lines(&self) -> Vec<String> {
         self.0.iter().cloned().collect()
     }
 }
@@ -113,14 +113,14 @@ impl Tail {
 #[derive(Clone, Debug)]
 pub(super) struct Tree {
     /// The tree in the store.
-    pub store: PathBuf,
+    pub(crate) store: PathBuf,
     /// The folder of the repository that the tree is of; empty for its root.
-    pub prefix: String,
+    pub(crate) prefix: String,
 }
 
 impl Tree {
     /// A location in the tree, as a location in the repository.
-    pub fn location(&self, at: &SourceLocation) -> SourceLocation {
+    pub(crate) fn location(&self, at: &SourceLocation) -> SourceLocation {
         let file = if self.prefix.is_empty() {
             at.file.clone()
         } else {
@@ -135,7 +135,7 @@ impl Tree {
 
     /// Finds the line of a hash, in any of the ways to write it. Reads many files, so it is not for a thread of the
     /// runtime.
-    pub fn find_hash(&self, hash: &str) -> Option<SourceLocation> {
+    pub(crate) fn find_hash(&self, hash: &str) -> Option<SourceLocation> {
         let mut forms = vec![hash.to_owned()];
         if let Ok(sum) = Sha256::parse(hash) {
             forms.extend([sum.base32(), sum.base16()]);

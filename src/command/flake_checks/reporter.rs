@@ -29,7 +29,7 @@ pub(super) struct Reporter {
 }
 
 impl Reporter {
-    pub fn new(workflow: &Workflow, check_runs: Option<CheckRunReporter>) -> Self {
+    pub(crate) fn new(workflow: &Workflow, check_runs: Option<CheckRunReporter>) -> Self {
         Self {
             workflow: workflow.clone(),
             check_runs,
@@ -40,7 +40,7 @@ impl Reporter {
     }
 
     /// Takes the list of outputs.
-    pub fn announce(&mut self, outputs: &[Output]) {
+    pub(crate) fn announce(&mut self, outputs: &[Output]) {
         self.is_quiet = outputs.len() > QUIET_ABOVE;
         if let Some(check_runs) = &self.check_runs {
             check_runs.announce(outputs.to_vec());
@@ -48,7 +48,7 @@ impl Reporter {
     }
 
     /// Takes an output's new state.
-    pub fn state(&mut self, output: &Output, state: &OutputState) {
+    pub(crate) fn state(&mut self, output: &Output, state: &OutputState) {
         if let Some(check_runs) = &self.check_runs {
             check_runs.update(&output.label, state.clone());
         }
@@ -88,7 +88,7 @@ impl Reporter {
     }
 
     /// Ends the Check Runs by `deadline`, and soon once `stop` is cancelled. `None` where there are none.
-    pub async fn close(
+    pub(crate) async fn close(
         self,
         aggregate: Aggregate,
         deadline: Instant,
@@ -102,7 +102,7 @@ impl Reporter {
     }
 
     /// Logs that a build is tried again, after a failure that was not its own fault.
-    pub fn again(&self, output: &Output, why: &str) {
+    pub(crate) fn again(&self, output: &Output, why: &str) {
         self.workflow.log(&format!(
             "↻ {}: tried again: {}",
             one_line(&output.label, 100),
@@ -111,7 +111,7 @@ impl Reporter {
     }
 
     /// Logs the progress, unless it was logged a moment ago.
-    pub fn progress(&mut self, outs: &[OutputProgress]) {
+    pub(crate) fn progress(&mut self, outs: &[OutputProgress]) {
         // This is called at every query of the store, several times a second.
         if self.last.elapsed() < PROGRESS_INTERVAL {
             return;

@@ -22,7 +22,7 @@ use flywheel_sys::runner::env::Env;
 #[command(after_help = "Examples:
   flywheel nix-job --publish --command 'nix build .#default'
   flywheel nix-job --attic-server https://attic.example.org/ -- nix flake check")]
-pub struct Inputs {
+pub(crate) struct Inputs {
     /// The command, as shell text of one or several lines (bash with `-e -o pipefail`), such as
     /// `nix build .#default`. Required, unless a command line has a program behind `--`.
     #[arg(long, value_name = "TEXT", value_parser = text(), group = REQUIRED_IN_ACTION)]
@@ -81,11 +81,11 @@ impl Wanted {
 /// Checked inputs.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    pub job: job::Plan,
-    pub wanted: Wanted,
-    pub folder: PathBuf,
-    pub heavy_lane: Option<String>,
-    pub workflow_commands: bool,
+    pub(crate) job: job::Plan,
+    pub(crate) wanted: Wanted,
+    pub(crate) folder: PathBuf,
+    pub(crate) heavy_lane: Option<String>,
+    pub(crate) workflow_commands: bool,
 }
 
 impl Plan {
@@ -93,7 +93,7 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
+    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
         let folder = folder(&inputs.working_directory)?;
         let mut job = job::Plan::read(&inputs.job, env)?;
         job.destination.folder.clone_from(&folder);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-pub use self::inputs::Inputs;
+pub(crate) use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
 use crate::job::added_paths::AddedPaths;
@@ -31,7 +31,7 @@ use flywheel_sys::runner::workflow::Level;
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix, or the command cannot be started. A
 /// command that fails is no error: its code is the exit code.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let plan = Plan::read(&inputs, env)?;
     let (session, mut signals) = Session::begin(&plan.job, env)?;
     let nix_job = NixJob {

@@ -51,14 +51,14 @@ pub(super) const LAYERS: [&str; 33] = [
 /// What a check is called, and how much it counts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CheckSpec {
-    pub name: &'static str,
-    pub layer: &'static str,
-    pub severity: Severity,
-    pub limit: Duration,
+    pub(crate) name: &'static str,
+    pub(crate) layer: &'static str,
+    pub(crate) severity: Severity,
+    pub(crate) limit: Duration,
 }
 
 impl CheckSpec {
-    pub const fn required(name: &'static str, layer: &'static str, seconds: u64) -> Self {
+    pub(crate) const fn required(name: &'static str, layer: &'static str, seconds: u64) -> Self {
         Self {
             name,
             layer,
@@ -67,7 +67,7 @@ impl CheckSpec {
         }
     }
 
-    pub const fn advisory(name: &'static str, layer: &'static str, seconds: u64) -> Self {
+    pub(crate) const fn advisory(name: &'static str, layer: &'static str, seconds: u64) -> Self {
         Self {
             name,
             layer,
@@ -81,13 +81,13 @@ impl CheckSpec {
 #[derive(Clone, Debug)]
 pub(super) struct CheckFailure {
     /// The layer at fault, where it is another than the check's own.
-    pub layer: Option<&'static str>,
-    pub text: String,
-    pub hint: String,
+    pub(crate) layer: Option<&'static str>,
+    pub(crate) text: String,
+    pub(crate) hint: String,
 }
 
 impl CheckFailure {
-    pub fn new(text: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub(crate) fn new(text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self {
             layer: None,
             text: text.into(),
@@ -95,7 +95,7 @@ impl CheckFailure {
         }
     }
 
-    pub fn at(self, layer: &'static str) -> Self {
+    pub(crate) fn at(self, layer: &'static str) -> Self {
         Self {
             layer: Some(layer),
             ..self
@@ -109,13 +109,15 @@ pub(super) type Found<T> = Result<(T, String), CheckFailure>;
 /// Layers that the caller gives another severity.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Weights {
-    pub required: Vec<String>,
-    pub advisory: Vec<String>,
+    pub(crate) required: Vec<String>,
+    pub(crate) advisory: Vec<String>,
 }
 
 impl Weights {
     /// Parses a list of layers. The error is the first word that is no layer, with the nearest layer.
-    pub fn layers(text: Option<&str>) -> Result<Vec<String>, (String, Option<&'static str>)> {
+    pub(crate) fn layers(
+        text: Option<&str>,
+    ) -> Result<Vec<String>, (String, Option<&'static str>)> {
         let parts = text
             .unwrap_or_default()
             .split(|c: char| c.is_whitespace() || c == ',');
@@ -153,11 +155,11 @@ impl Weights {
 pub(super) struct CheckList {
     weights: Weights,
     deadline: Instant,
-    pub checks: Vec<Check>,
+    pub(crate) checks: Vec<Check>,
 }
 
 impl CheckList {
-    pub fn new(weights: Weights, deadline: Instant) -> Self {
+    pub(crate) fn new(weights: Weights, deadline: Instant) -> Self {
         Self {
             weights,
             deadline,
@@ -166,7 +168,7 @@ impl CheckList {
     }
 
     /// An empty list with the same rules, for checks that run beside these.
-    pub fn beside(&self) -> Self {
+    pub(crate) fn beside(&self) -> Self {
         Self {
             checks: Vec::new(),
             ..self.clone()
@@ -174,7 +176,7 @@ impl CheckList {
     }
 
     /// Runs a check, which is given its time limit, and cuts it off if it does not end by then.
-    pub async fn check<T, F: Future<Output = Found<T>>>(
+    pub(crate) async fn check<T, F: Future<Output = Found<T>>>(
         &mut self,
         spec: CheckSpec,
         run: impl FnOnce(Duration) -> F,
@@ -210,7 +212,7 @@ impl CheckList {
     }
 
     /// Records a check that ran as part of another.
-    pub fn put(
+    pub(crate) fn put(
         &mut self,
         spec: CheckSpec,
         limit: Duration,
@@ -238,7 +240,7 @@ impl CheckList {
     }
 
     /// Records that there was nothing to check, and why.
-    pub fn skip(&mut self, spec: CheckSpec, why: impl Into<String>) {
+    pub(crate) fn skip(&mut self, spec: CheckSpec, why: impl Into<String>) {
         let severity = self.weights.severity(spec.layer, spec.severity);
         self.checks.push(Check {
             name: spec.name.to_owned(),
@@ -252,7 +254,7 @@ impl CheckList {
     }
 
     /// Skips all of these for one reason.
-    pub fn skip_all(&mut self, specs: &[CheckSpec], why: &str) {
+    pub(crate) fn skip_all(&mut self, specs: &[CheckSpec], why: &str) {
         specs.iter().for_each(|spec| self.skip(*spec, why));
     }
 }

@@ -45,7 +45,7 @@ const MIN_FREE: &str = "1GiB";
 #[command(after_help = "Examples:
   flywheel validate-builders --class nix-builder --package .#default
   flywheel validate-builders --required cache --metrics-file /var/lib/node_exporter/flywheel.prom")]
-pub struct Inputs {
+pub(crate) struct Inputs {
     #[command(flatten)]
     class: ClassInput,
 
@@ -144,30 +144,30 @@ pub(super) enum CheckRun {
 /// Checked inputs.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    pub class: String,
-    pub lane: Option<String>,
-    pub memory: Option<Size>,
-    pub tools: Vec<(String, Requirement)>,
-    pub nix: Option<Requirement>,
-    pub shared_cache: SharedCache,
-    pub flake: Option<String>,
-    pub package: Option<String>,
-    pub weights: Weights,
-    pub timeout: Duration,
-    pub min_free: u64,
-    pub head_start: Duration,
-    pub kernel_release: Option<String>,
-    pub temporary: PathBuf,
-    pub cache: Option<Endpoint>,
-    pub public_key: Option<PublicKey>,
-    pub cache_path: Option<StorePath>,
-    pub bazel_cache: Option<String>,
-    pub request: Request,
-    pub as_json: bool,
-    pub report_file: Option<PathBuf>,
-    pub metrics_file: Option<PathBuf>,
-    pub pushgateway: Option<Url>,
-    pub check_run: CheckRun,
+    pub(crate) class: String,
+    pub(crate) lane: Option<String>,
+    pub(crate) memory: Option<Size>,
+    pub(crate) tools: Vec<(String, Requirement)>,
+    pub(crate) nix: Option<Requirement>,
+    pub(crate) shared_cache: SharedCache,
+    pub(crate) flake: Option<String>,
+    pub(crate) package: Option<String>,
+    pub(crate) weights: Weights,
+    pub(crate) timeout: Duration,
+    pub(crate) min_free: u64,
+    pub(crate) head_start: Duration,
+    pub(crate) kernel_release: Option<String>,
+    pub(crate) temporary: PathBuf,
+    pub(crate) cache: Option<Endpoint>,
+    pub(crate) public_key: Option<PublicKey>,
+    pub(crate) cache_path: Option<StorePath>,
+    pub(crate) bazel_cache: Option<String>,
+    pub(crate) request: Request,
+    pub(crate) as_json: bool,
+    pub(crate) report_file: Option<PathBuf>,
+    pub(crate) metrics_file: Option<PathBuf>,
+    pub(crate) pushgateway: Option<Url>,
+    pub(crate) check_run: CheckRun,
 }
 
 impl Plan {
@@ -175,7 +175,7 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been looked at then.
-    pub fn read(inputs: &Inputs, env: &Env) -> Result<Self, Failure> {
+    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, Failure> {
         let contract = inputs.contract.read()?;
         let name = inputs.class.class.as_deref().unwrap_or(DEFAULT_CLASS);
         let class = contract

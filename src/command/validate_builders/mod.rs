@@ -11,7 +11,7 @@ mod tools;
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-pub use self::inputs::Inputs;
+pub(crate) use self::inputs::Inputs;
 
 use self::check_list::CheckList;
 use self::inputs::Plan;
@@ -30,7 +30,7 @@ use flywheel_sys::runner::workflow::Workflow;
 ///
 /// # Errors
 /// For wrong input, before anything is checked.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let begun = Instant::now();
     let plan = Plan::read(&inputs, env)?;
     let workflow = Workflow::new(env.in_github_actions());

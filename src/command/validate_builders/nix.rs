@@ -33,9 +33,9 @@ const ALL: [CheckSpec; 10] = [
 
 /// A Nix that works, and what it has built.
 pub(super) struct Built {
-    pub nix: Nix,
+    pub(crate) nix: Nix,
     /// The output of the canary build, if it was built.
-    pub path: Option<StorePath>,
+    pub(crate) path: Option<StorePath>,
 }
 
 /// Runs the checks. `None` if no Nix with a store that opens was found.

@@ -31,12 +31,12 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct StatusCell(Arc<(Mutex<Status>, Instant)>);
 
 impl StatusCell {
-    pub fn new(status: Status) -> Self {
+    pub(crate) fn new(status: Status) -> Self {
         Self(Arc::new((Mutex::new(status), Instant::now())))
     }
 
     /// A sink that keeps what the status shows and passes every event on to `next`.
-    pub fn sink(&self, next: Sink) -> Sink {
+    pub(crate) fn sink(&self, next: Sink) -> Sink {
         let cell = self.clone();
         Sink::new(move |event| {
             match &event {
@@ -57,7 +57,7 @@ impl StatusCell {
         })
     }
 
-    pub fn status(&self) -> MutexGuard<'_, Status> {
+    pub(crate) fn status(&self) -> MutexGuard<'_, Status> {
         self.0
             .0
             .lock()
@@ -80,12 +80,12 @@ struct FinishRequest {
 }
 
 pub(super) struct Daemon<'a> {
-    pub session: Session<'a>,
-    pub status_cell: StatusCell,
+    pub(crate) session: Session<'a>,
+    pub(crate) status_cell: StatusCell,
     /// The folder with the links to the job's results.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
     /// The Nix processes that count as the job's.
-    pub processes: JobScope,
+    pub(crate) processes: JobScope,
 }
 
 /// Why the watch ends.
@@ -100,7 +100,7 @@ impl Daemon<'_> {
     ///
     /// # Errors
     /// When there is no usable Nix.
-    pub async fn run(
+    pub(crate) async fn run(
         self,
         listener: UnixListener,
         signals: &mut Signals,

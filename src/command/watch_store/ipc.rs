@@ -22,10 +22,10 @@ const SEND_LIMIT: Duration = Duration::from_secs(5);
 /// From `start` to its child.
 #[derive(Serialize, Deserialize)]
 pub(super) struct ChildConfig {
-    pub attic: Option<String>,
-    pub github: Option<String>,
+    pub(crate) attic: Option<String>,
+    pub(crate) github: Option<String>,
     /// The folder with the links to the job's results.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
 }
 
 /// From the child to `start`.
@@ -68,27 +68,27 @@ pub(super) enum Request {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Status {
     /// `none`, `preparing`, `watching` or `finishing`.
-    pub state: String,
-    pub pid: u32,
-    pub seconds: u64,
-    pub cache: Option<String>,
-    pub trust: String,
-    pub publishes: bool,
-    pub reason: String,
+    pub(crate) state: String,
+    pub(crate) pid: u32,
+    pub(crate) seconds: u64,
+    pub(crate) cache: Option<String>,
+    pub(crate) trust: String,
+    pub(crate) publishes: bool,
+    pub(crate) reason: String,
     /// Paths of which it is known how they ended, out of the `known` ones.
-    pub settled: u64,
-    pub known: u64,
+    pub(crate) settled: u64,
+    pub(crate) known: u64,
     /// NAR bytes sent.
-    pub bytes: u64,
-    pub degraded: Vec<String>,
+    pub(crate) bytes: u64,
+    pub(crate) degraded: Vec<String>,
 }
 
 /// From the background process to the step that asked for the end.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Finished {
-    pub report: JobReport,
+    pub(crate) report: JobReport,
     /// Variables with the values that they had before `start`.
-    pub variables: Vec<(String, String)>,
+    pub(crate) variables: Vec<(String, String)>,
 }
 
 /// Sends one line.

@@ -59,7 +59,7 @@ const TOKENS: [&str; 3] = ["ATTIC_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN
 #[command(
     after_help = "Example:\n  flywheel watch-store start --push-cache auto\n  flywheel watch-store finish"
 )]
-pub struct Inputs {
+pub(crate) struct Inputs {
     /// What to do; either this or `--mode`.
     #[arg(value_name = "TASK", value_parser = variant::<Task>())]
     task: Option<Task>,
@@ -99,7 +99,7 @@ enum Task {
 
 /// Why `watch-store` failed.
 #[derive(Debug, Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// A watch runs in this job already.
     #[error("a watch already runs in this job")]
     Running,
@@ -146,7 +146,7 @@ impl Explain for Error {
 ///
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix.
-pub async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let task = inputs.task.or(inputs.mode).ok_or_else(|| {
         UsageError::new("mode", "is not given")
             .with_hint("Give `start`, `status`, `finish` or `run`.")

@@ -35,7 +35,7 @@ pub(super) struct RuntimeDir(PathBuf);
 
 impl RuntimeDir {
     /// The folder of this job's watch, which is made if it is missing.
-    pub fn from_env(env: &Env) -> Result<Self, PrivateError> {
+    pub(crate) fn from_env(env: &Env) -> Result<Self, PrivateError> {
         let folder = PrivateFolder::shared(&private_base(env))?.join(format!("watch-{}", key(env)));
         let made = DirBuilder::new()
             .recursive(true)
@@ -49,12 +49,12 @@ impl RuntimeDir {
     }
 
     /// The file that the background process writes its log to.
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.0.join("log")
     }
 
     /// Opens the log, emptied.
-    pub fn new_log(&self) -> io::Result<File> {
+    pub(crate) fn new_log(&self) -> io::Result<File> {
         OpenOptions::new()
             .write(true)
             .create(true)
@@ -64,7 +64,7 @@ impl RuntimeDir {
     }
 
     /// Locks the folder for as long as the file is kept; `None` if a living process has locked it.
-    pub fn lock(&self) -> io::Result<Option<File>> {
+    pub(crate) fn lock(&self) -> io::Result<Option<File>> {
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -79,14 +79,14 @@ impl RuntimeDir {
     }
 
     /// Listens at the control socket. To be called with the lock held: a socket that is there is a dead process's.
-    pub fn listen(&self) -> io::Result<UnixListener> {
+    pub(crate) fn listen(&self) -> io::Result<UnixListener> {
         let _ = fs::remove_file(self.0.join("control"));
         let (_folder, short) = self.short()?;
         UnixListener::bind(short)
     }
 
     /// Connects to the watch of this job, if one runs.
-    pub async fn connect(&self) -> Option<UnixStream> {
+    pub(crate) async fn connect(&self) -> Option<UnixStream> {
         let (_folder, short) = self.short().ok()?;
         timeout(CONNECT_LIMIT, UnixStream::connect(short))
             .await
@@ -94,13 +94,13 @@ impl RuntimeDir {
             .ok()
     }
 
-    pub fn remove(&self) {
+    pub(crate) fn remove(&self) {
         // What cannot be removed goes with the runner's temporary folder, or is used again.
         let _ = fs::remove_dir_all(&self.0);
     }
 
     /// Removes the folder if no living watch has locked it.
-    pub fn remove_if_unused(&self) {
+    pub(crate) fn remove_if_unused(&self) {
         if let Ok(Some(_held)) = self.lock() {
             self.remove();
         }

@@ -61,7 +61,7 @@ pub struct Search<'a> {
 
 /// Where the client was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
+pub(crate) enum Origin {
     Path,
     /// Substituted, by the given reference.
     Reference,
@@ -72,8 +72,8 @@ pub enum Origin {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
     /// The program's absolute path.
-    pub program: PathBuf,
-    pub origin: Origin,
+    pub(crate) program: PathBuf,
+    pub(crate) origin: Origin,
 }
 
 impl fmt::Display for Client {

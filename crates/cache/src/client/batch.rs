@@ -25,7 +25,7 @@ pub(super) struct Batches<Q, T> {
 
 impl<Q: Send + 'static, T: Send + 'static> Batches<Q, T> {
     /// Starts the task. `work` gets at most `limit` requests, and gives as many results in the same order.
-    pub fn start<F, W>(limit: usize, work: F) -> Self
+    pub(crate) fn start<F, W>(limit: usize, work: F) -> Self
     where
         F: Fn(Vec<Q>) -> W + Send + Sync + 'static,
         W: Future<Output = Vec<Result<T, Error>>> + Send,
@@ -61,7 +61,7 @@ impl<Q: Send + 'static, T: Send + 'static> Batches<Q, T> {
     }
 
     /// Adds a request to the next batch, and waits for its result.
-    pub async fn submit(&self, request: Q) -> Result<T, Error> {
+    pub(crate) async fn submit(&self, request: Q) -> Result<T, Error> {
         let (reply, result) = oneshot::channel();
         let ended = || Error::Facts("the queue of batches has ended".to_owned());
         self.queue

@@ -13,7 +13,7 @@ use flywheel_sys::http::redact;
 pub struct Endpoint {
     /// The server's URL with a slash at its end, without query or credentials.
     pub server: Url,
-    pub cache: CacheName,
+    pub(crate) cache: CacheName,
 }
 
 impl Endpoint {
@@ -36,12 +36,12 @@ impl Endpoint {
     }
 
     /// The URL of an API call, such as `get-missing-paths`.
-    pub fn api(&self, call: &str) -> Url {
+    pub(crate) fn api(&self, call: &str) -> Url {
         self.join(&format!("_api/v1/{call}"))
     }
 
     /// The URL of this cache's configuration.
-    pub fn config(&self) -> Url {
+    pub(crate) fn config(&self) -> Url {
         self.api(&format!("cache-config/{}", self.cache))
     }
 
@@ -51,12 +51,12 @@ impl Endpoint {
     }
 
     /// The URL of a NAR. A narinfo holds it relative to the cache, or absolute.
-    pub fn nar(&self, url: &str) -> Option<Url> {
+    pub(crate) fn nar(&self, url: &str) -> Option<Url> {
         self.read("").join(url).ok()
     }
 
     /// Whether this URL has the scheme, host and port that the user named, so that the token may be sent there.
-    pub fn owns(&self, url: &Url) -> bool {
+    pub(crate) fn owns(&self, url: &Url) -> bool {
         self.server.origin() == url.origin()
     }
 

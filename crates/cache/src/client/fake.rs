@@ -37,83 +37,83 @@ use flywheel_nix::store_path::StorePath;
 use flywheel_sys::http::{Clients, Roots};
 
 /// A token with all rights.
-pub const GOOD: &str = "token-good";
+pub(crate) const GOOD: &str = "token-good";
 /// A token that may push but not read.
-pub const PUSH_ONLY: &str = "token-push-only";
+pub(crate) const PUSH_ONLY: &str = "token-push-only";
 /// A token that may read but not push.
-pub const PULL_ONLY: &str = "token-pull-only";
+pub(crate) const PULL_ONLY: &str = "token-pull-only";
 
 /// NARs up to this size are kept; of larger ones only the hash is checked.
 const KEPT: usize = 16 * 1024 * 1024;
 
 /// The kinds of failure. With all of them off, the server works.
 #[derive(Default)]
-pub struct Faults {
-    pub public: bool,
-    pub unknown_cache: bool,
+pub(crate) struct Faults {
+    pub(crate) public: bool,
+    pub(crate) unknown_cache: bool,
     /// Responds with 500 to every third request.
-    pub every_third_fails: bool,
+    pub(crate) every_third_fails: bool,
     /// Responds with 429 and `Retry-After: 1` to this many uploads.
-    pub busy: u32,
+    pub(crate) busy: u32,
     /// Stores this many uploads and closes the connection without a response.
-    pub cut_after_storing: u32,
+    pub(crate) cut_after_storing: u32,
     /// Never responds to uploads.
-    pub uploads_hang: bool,
+    pub(crate) uploads_hang: bool,
     /// Never responds to anything.
-    pub hang: bool,
+    pub(crate) hang: bool,
     /// Responds to everything with this status and HTML.
-    pub html: Option<u16>,
+    pub(crate) html: Option<u16>,
     /// Responds to everything with a redirect.
-    pub redirect: bool,
+    pub(crate) redirect: bool,
     /// A proxy refuses larger uploads before their body is read.
-    pub proxy_limit: Option<u64>,
+    pub(crate) proxy_limit: Option<u64>,
     /// A query with more hashes gets a 500.
-    pub query_limit: Option<usize>,
+    pub(crate) query_limit: Option<usize>,
     /// Refuses uploads with 401 before their body is read, but responds to queries.
-    pub uploads_refused: bool,
+    pub(crate) uploads_refused: bool,
     /// Rejects this many uploads as another NAR than announced.
-    pub bad_nar: u32,
+    pub(crate) bad_nar: u32,
     /// The wait before each upload's response.
-    pub delay: Duration,
+    pub(crate) delay: Duration,
     /// Serves this instead of the NAR's true hash.
-    pub lying_hash: Option<Sha256>,
+    pub(crate) lying_hash: Option<Sha256>,
     /// Serves no NAR bodies, or empty ones.
-    pub nar_missing: bool,
-    pub nar_empty: bool,
-    pub unsigned: bool,
-    pub narinfo_missing: bool,
+    pub(crate) nar_missing: bool,
+    pub(crate) nar_empty: bool,
+    pub(crate) unsigned: bool,
+    pub(crate) narinfo_missing: bool,
     /// A Nix cache without Attic's API.
-    pub plain: bool,
+    pub(crate) plain: bool,
 }
 
 /// One stored path.
-pub struct Stored {
-    pub info: Value,
+pub(crate) struct Stored {
+    pub(crate) info: Value,
     nar: Vec<u8>,
-    pub by_header: bool,
+    pub(crate) by_header: bool,
 }
 
-pub struct Server {
-    pub faults: Mutex<Faults>,
-    pub stored: Mutex<HashMap<String, Stored>>,
+pub(crate) struct Server {
+    pub(crate) faults: Mutex<Faults>,
+    pub(crate) stored: Mutex<HashMap<String, Stored>>,
     /// Base names in the order in which they were stored.
-    pub order: Mutex<Vec<String>>,
-    pub upstream: Mutex<HashSet<String>>,
-    pub key: SecretKey,
-    pub queries: AtomicUsize,
-    pub uploads: AtomicUsize,
-    pub uploading: AtomicUsize,
-    pub max_uploading: AtomicUsize,
+    pub(crate) order: Mutex<Vec<String>>,
+    pub(crate) upstream: Mutex<HashSet<String>>,
+    pub(crate) key: SecretKey,
+    pub(crate) queries: AtomicUsize,
+    pub(crate) uploads: AtomicUsize,
+    pub(crate) uploading: AtomicUsize,
+    pub(crate) max_uploading: AtomicUsize,
     requests: AtomicUsize,
     cuts: Arc<AtomicU32>,
 }
 
 impl Server {
-    pub fn faults(&self) -> MutexGuard<'_, Faults> {
+    pub(crate) fn faults(&self) -> MutexGuard<'_, Faults> {
         self.faults.lock().expect("not poisoned")
     }
 
-    pub fn has(&self, info: &PathInfo) -> bool {
+    pub(crate) fn has(&self, info: &PathInfo) -> bool {
         self.stored
             .lock()
             .expect("not poisoned")
@@ -121,7 +121,7 @@ impl Server {
     }
 
     /// The stored paths with references that are neither stored nor upstream.
-    pub fn dangling(&self) -> Vec<String> {
+    pub(crate) fn dangling(&self) -> Vec<String> {
         let (stored, upstream) = (
             self.stored.lock().expect("lock"),
             self.upstream.lock().expect("lock"),
@@ -145,7 +145,7 @@ impl Server {
     }
 
     /// Whether no path was stored before a path that it refers to.
-    pub fn was_in_order(&self) -> bool {
+    pub(crate) fn was_in_order(&self) -> bool {
         let order = self.order.lock().expect("lock");
         let stored = self.stored.lock().expect("lock");
         order.iter().enumerate().all(|(n, name)| {
@@ -161,15 +161,15 @@ impl Server {
 }
 
 /// A fake server that runs until it is dropped, and the store folder beside it.
-pub struct Fake {
-    pub server: Arc<Server>,
-    pub address: SocketAddr,
-    pub store: TempDir,
+pub(crate) struct Fake {
+    pub(crate) server: Arc<Server>,
+    pub(crate) address: SocketAddr,
+    pub(crate) store: TempDir,
     running: Option<AbortOnDropHandle<()>>,
 }
 
 impl Fake {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let server = Arc::new(Server {
             faults: Mutex::default(),
             stored: Mutex::default(),
@@ -195,7 +195,7 @@ impl Fake {
     }
 
     /// Listens, again on the same port after `stop`.
-    pub async fn listen(&mut self) {
+    pub(crate) async fn listen(&mut self) {
         let listener = TcpListener::bind(self.address).await.expect("loopback");
         self.address = listener.local_addr().expect("bound");
         let listener = Cutting {
@@ -217,23 +217,23 @@ impl Fake {
     }
 
     /// Closes the port; open connections finish.
-    pub async fn stop(&mut self) {
+    pub(crate) async fn stop(&mut self) {
         if let Some(running) = self.running.take() {
             running.abort();
             let _ = running.await;
         }
     }
 
-    pub fn endpoint(&self) -> Endpoint {
+    pub(crate) fn endpoint(&self) -> Endpoint {
         let url: Url = format!("http://{}", self.address).parse().expect("URL");
         Endpoint::new(url, "main".parse().expect("name"))
     }
 
-    pub fn attic(&self, token: &str) -> Attic {
+    pub(crate) fn attic(&self, token: &str) -> Attic {
         self.attic_with_timeout(token, StallTimeout::default())
     }
 
-    pub fn attic_with_timeout(&self, token: &str, stall_timeout: StallTimeout) -> Attic {
+    pub(crate) fn attic_with_timeout(&self, token: &str, stall_timeout: StallTimeout) -> Attic {
         let clients = Clients::new(&Roots::default()).expect("settings hold");
         let pool = Arc::new(Pool::new(clients.direct));
         let sender = Box::new(ExpectContinue::new(
@@ -253,7 +253,7 @@ impl Fake {
     }
 
     /// Adds a path of one file to the store folder.
-    pub fn path(&self, name: &str, content: &[u8], references: &[&PathInfo]) -> PathInfo {
+    pub(crate) fn path(&self, name: &str, content: &[u8], references: &[&PathInfo]) -> PathInfo {
         let digest = Sha256(Hasher::digest(name).into()).base32();
         let path =
             StorePath::from_base_name(&format!("{}-{name}", &digest[..32])).expect("base name");
@@ -276,7 +276,7 @@ impl Fake {
         }
     }
 
-    pub fn file(&self, info: &PathInfo) -> PathBuf {
+    pub(crate) fn file(&self, info: &PathInfo) -> PathBuf {
         self.store.path().join(info.path.base_name())
     }
 }

@@ -70,7 +70,7 @@ impl Inspector {
     ///
     /// # Errors
     /// When the path cannot be read.
-    pub async fn inspect(
+    pub(crate) async fn inspect(
         self: &Arc<Self>,
         info: &PathInfo,
         source: &mut NarSource,

@@ -261,12 +261,12 @@ impl Journal {
     }
 
     /// Records paths that the cache lacks and that will be sent.
-    pub fn planned<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
+    pub(crate) fn planned<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
         self.note(Step::Planned, paths);
     }
 
     /// Records paths that the cache has, sent by this job or before it.
-    pub fn uploaded<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
+    pub(crate) fn uploaded<'a>(&self, paths: impl IntoIterator<Item = &'a StorePath>) {
         self.note(Step::Uploaded, paths);
     }
 

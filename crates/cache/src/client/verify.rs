@@ -92,24 +92,6 @@ impl Verification {
             .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }))
             .count() as u64
     }
-
-    /// The number of bodies that were unpacked and hashed.
-    pub fn bodies(&self) -> u64 {
-        self.paths
-            .iter()
-            .filter(|(_, verdict)| matches!(verdict, Verdict::Good { body: true }))
-            .count() as u64
-    }
-
-    /// The paths without a good verdict, and the reason.
-    pub fn doubtful(&self) -> impl Iterator<Item = (&PathInfo, &str)> {
-        self.paths
-            .iter()
-            .filter_map(|(info, verdict)| match verdict {
-                Verdict::Good { .. } => None,
-                Verdict::Bad(reason) | Verdict::Unverified(reason) => Some((info, reason.as_str())),
-            })
-    }
 }
 
 /// Looks every path up at the read endpoint, until `deadline` or `cancel`. Paths that were not looked up by then are
@@ -318,6 +300,28 @@ mod tests {
     use crate::client::fake::{Fake, GOOD, PUSH_ONLY};
     use flywheel_nix::hash::Sha256;
     use flywheel_nix::key::SecretKey;
+
+    impl Verification {
+        /// The number of bodies that were unpacked and hashed.
+        fn bodies(&self) -> u64 {
+            self.paths
+                .iter()
+                .filter(|(_, verdict)| matches!(verdict, Verdict::Good { body: true }))
+                .count() as u64
+        }
+
+        /// The paths without a good verdict, and the reason.
+        fn doubtful(&self) -> impl Iterator<Item = (&PathInfo, &str)> {
+            self.paths
+                .iter()
+                .filter_map(|(info, verdict)| match verdict {
+                    Verdict::Good { .. } => None,
+                    Verdict::Bad(reason) | Verdict::Unverified(reason) => {
+                        Some((info, reason.as_str()))
+                    }
+                })
+        }
+    }
 
     async fn with_three() -> (Fake, Vec<PathInfo>) {
         let fake = Fake::start().await;

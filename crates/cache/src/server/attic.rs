@@ -38,7 +38,7 @@ const PREAMBLE_SIZE: &str = "x-attic-nar-info-preamble-size";
 ///
 /// # Errors
 /// 401 or 404.
-pub async fn cache_config(
+pub(crate) async fn cache_config(
     State(shared): State<Arc<ServerState>>,
     Path(cache): Path<String>,
     headers: HeaderMap,
@@ -88,7 +88,7 @@ struct MissingPathsRequest {
 ///
 /// # Errors
 /// 401, 403 or 404; 413, 415 or 422 for an invalid body.
-pub async fn get_missing_paths(
+pub(crate) async fn get_missing_paths(
     State(shared): State<Arc<ServerState>>,
     request: Request,
 ) -> Result<Response, ErrorResponse> {
@@ -134,7 +134,7 @@ pub async fn get_missing_paths(
 ///
 /// # Errors
 /// 401, 403 or 404 before any of the NAR is read; 400 for invalid metadata or a wrong NAR.
-pub async fn upload_path(
+pub(crate) async fn upload_path(
     State(shared): State<Arc<ServerState>>,
     request: Request,
 ) -> Result<Response, ErrorResponse> {

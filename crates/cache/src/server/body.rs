@@ -18,10 +18,10 @@ use hyper::body::{Frame, SizeHint};
 use crate::server::error::ErrorResponse;
 
 /// A body from which nothing arrives for this long is abandoned.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A request body that is being read.
-pub struct RequestBody {
+pub(crate) struct RequestBody {
     stream: BodyDataStream,
     /// Bytes that have been read but not returned.
     rest: Option<Bytes>,
@@ -30,7 +30,7 @@ pub struct RequestBody {
 impl RequestBody {
     /// Wraps a body without reading from it, so a client that waits for `100 Continue` keeps
     /// waiting.
-    pub fn new(body: Body) -> Self {
+    pub(crate) fn new(body: Body) -> Self {
         Self {
             stream: body.into_data_stream(),
             rest: None,
@@ -41,7 +41,7 @@ impl RequestBody {
     ///
     /// # Errors
     /// When nothing arrives for `IDLE_TIMEOUT`, or the connection breaks.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, ErrorResponse> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, ErrorResponse> {
         // `take` may have split a piece.
         if let Some(rest) = self.rest.take() {
             return Ok(Some(rest));
@@ -60,7 +60,7 @@ impl RequestBody {
     ///
     /// # Errors
     /// When the body is shorter, or as [`RequestBody::next`].
-    pub async fn take(&mut self, size: usize) -> Result<Vec<u8>, ErrorResponse> {
+    pub(crate) async fn take(&mut self, size: usize) -> Result<Vec<u8>, ErrorResponse> {
         let mut taken = Vec::new();
         while taken.len() < size {
             let Some(mut piece) = self.next().await? else {
@@ -80,7 +80,7 @@ impl RequestBody {
     ///
     /// # Errors
     /// When it is over `limit` bytes, or as [`RequestBody::next`].
-    pub async fn read_all(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
+    pub(crate) async fn read_all(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
         let taken = self.up_to(limit).await?;
         if taken.len() > limit {
             Err(ErrorResponse::too_large(limit))
@@ -93,7 +93,7 @@ impl RequestBody {
     ///
     /// # Errors
     /// As [`RequestBody::next`].
-    pub async fn up_to(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
+    pub(crate) async fn up_to(&mut self, limit: usize) -> Result<Vec<u8>, ErrorResponse> {
         let mut taken = Vec::new();
         // One piece beyond the limit is enough to prove that the body is too large.
         while taken.len() <= limit
@@ -111,7 +111,7 @@ impl RequestBody {
 /// Such a connection has to be closed, because the amount of data still to come is unknown. Without
 /// the header, a client that has sent everything by then would keep the connection and lose its
 /// next request on it.
-pub async fn announce_close(request: Request, next: Next) -> Response {
+pub(crate) async fn announce_close(request: Request, next: Next) -> Response {
     let (parts, inner) = request.into_parts();
     let whole = Arc::new(AtomicBool::new(inner.is_end_stream()));
     let body = Body::new(EndTrackingBody {

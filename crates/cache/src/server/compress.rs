@@ -11,14 +11,14 @@ use zstd::zstd_safe::{CParameter, compress_bound};
 const MAX_SPARE: usize = 2;
 
 /// A pool of compressors, because creating one takes longer than compressing a NAR of a few KiB.
-pub struct CompressorPool {
+pub(crate) struct CompressorPool {
     level: i32,
     spare: Mutex<Vec<Compressor<'static>>>,
 }
 
 impl CompressorPool {
     /// For this level of zstd.
-    pub fn new(level: i32) -> Self {
+    pub(crate) fn new(level: i32) -> Self {
         Self {
             level,
             spare: Mutex::default(),
@@ -30,7 +30,7 @@ impl CompressorPool {
     ///
     /// # Errors
     /// When memory fails.
-    pub fn compress(&self, nar: &[u8]) -> io::Result<Vec<u8>> {
+    pub(crate) fn compress(&self, nar: &[u8]) -> io::Result<Vec<u8>> {
         let spare = self
             .spare
             .lock()
@@ -67,7 +67,7 @@ impl fmt::Debug for CompressorPool {
 
 /// Compresses what is written into frames, each from one contiguous buffer. A single streamed
 /// frame, whose window wraps all the time, would take a quarter to a half longer.
-pub struct FrameEncoder<W> {
+pub(crate) struct FrameEncoder<W> {
     compressor: Compressor<'static>,
     /// Bytes of content per frame.
     size: usize,
@@ -82,7 +82,7 @@ impl<W: Write> FrameEncoder<W> {
     ///
     /// # Errors
     /// When memory fails.
-    pub fn new(level: i32, out: W) -> io::Result<Self> {
+    pub(crate) fn new(level: i32, out: W) -> io::Result<Self> {
         // At least the window of the level, so that splitting costs little compression.
         let size = if level <= 5 { 2 << 20 } else { 8 << 20 };
         Ok(Self {
@@ -109,7 +109,7 @@ impl<W: Write> FrameEncoder<W> {
     ///
     /// # Errors
     /// When the output fails, or memory runs out.
-    pub fn finish(mut self) -> io::Result<W> {
+    pub(crate) fn finish(mut self) -> io::Result<W> {
         // An empty file would not be valid zstd.
         if !self.pending.is_empty() || !self.wrote_frame {
             self.write_frame()?;

@@ -40,10 +40,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// The number of bytes a request transferred, for the log; attached to the response as an
 /// extension.
 #[derive(Clone, Copy, Debug)]
-pub struct BytesMoved(pub u64);
+pub(crate) struct BytesMoved(pub u64);
 
 /// Serves until `stop` is cancelled, then lets open requests finish for at most `grace`.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     stop: CancellationToken,

@@ -74,7 +74,7 @@ impl std::fmt::Display for Synced {
 
 /// Tracks what is visible but perhaps not yet on disk.
 #[derive(Debug)]
-pub struct Durability {
+pub(crate) struct Durability {
     boot: String,
     /// The cache's folder, opened at the start so that no error of its file system is missed.
     root: File,
@@ -98,19 +98,19 @@ struct Pending {
 
 /// A guard: the epoch does not end while it lives.
 #[derive(Debug)]
-pub struct Epoch<'a> {
+pub(crate) struct Epoch<'a> {
     number: RwLockReadGuard<'a, u64>,
     pending: &'a Mutex<Pending>,
 }
 
 impl Epoch<'_> {
     /// The line that marks a narinfo as belonging to this epoch.
-    pub fn line(&self) -> String {
+    pub(crate) fn line(&self) -> String {
         format!("{FIELD}: {}\n", *self.number)
     }
 
     /// Records a new file to be synced.
-    pub fn file_added(&self, file: PathBuf) {
+    pub(crate) fn file_added(&self, file: PathBuf) {
         self.pending
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -119,7 +119,7 @@ impl Epoch<'_> {
     }
 
     /// Records a new hard link, whose folder is to be synced.
-    pub fn link_added(&self, name: &Path) {
+    pub(crate) fn link_added(&self, name: &Path) {
         let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(folder) = name.parent()
             // Avoid cloning the path for each of many links in one folder.
@@ -131,7 +131,7 @@ impl Epoch<'_> {
 }
 
 /// Returns the epoch line of a stored narinfo; `None` for one from before there were epochs.
-pub fn epoch_line(text: &str) -> Option<String> {
+pub(crate) fn epoch_line(text: &str) -> Option<String> {
     epoch_of(text).map(|number| format!("{FIELD}: {number}\n"))
 }
 
@@ -147,7 +147,7 @@ impl Durability {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn open(folder: &Folder) -> io::Result<(Self, Option<u64>)> {
+    pub(crate) fn open(folder: &Folder) -> io::Result<(Self, Option<u64>)> {
         // Without a boot id, a restart of the machine cannot be ruled out and is assumed.
         let boot = std::fs::read_to_string(BOOT_ID)
             .unwrap_or_default()
@@ -194,7 +194,7 @@ impl Durability {
     }
 
     /// Starts an operation that makes files visible.
-    pub fn begin(&self) -> Epoch<'_> {
+    pub(crate) fn begin(&self) -> Epoch<'_> {
         // A panic cannot leave anything half-done under these locks, so poisoning is ignored.
         Epoch {
             number: self.epoch.read().unwrap_or_else(PoisonError::into_inner),
@@ -206,7 +206,7 @@ impl Durability {
     ///
     /// # Errors
     /// When the disk fails. Nothing is recorded as synced from then on.
-    pub fn sync(&self, folder: &Folder) -> io::Result<()> {
+    pub(crate) fn sync(&self, folder: &Folder) -> io::Result<()> {
         let (ended, pending) = {
             let mut epoch = self.epoch.write().unwrap_or_else(PoisonError::into_inner);
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -235,7 +235,7 @@ impl Durability {
     ///
     /// # Errors
     /// As for `sync`.
-    pub fn close(&self, folder: &Folder) -> io::Result<()> {
+    pub(crate) fn close(&self, folder: &Folder) -> io::Result<()> {
         self.sync(folder)?;
         if self.failed.load(Ordering::Relaxed) {
             return Ok(());

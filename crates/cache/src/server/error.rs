@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 
 /// A response that reports an error.
 #[derive(Debug)]
-pub struct ErrorResponse {
+pub(crate) struct ErrorResponse {
     status: StatusCode,
     error: &'static str,
     message: String,
@@ -19,7 +19,7 @@ pub struct ErrorResponse {
 
 /// The cause for the log; attached to the response as an extension.
 #[derive(Clone, Debug)]
-pub struct LoggedCause(pub String);
+pub(crate) struct LoggedCause(pub(crate) String);
 
 impl ErrorResponse {
     fn new(status: StatusCode, error: &'static str, message: impl Into<String>) -> Self {
@@ -32,12 +32,12 @@ impl ErrorResponse {
     }
 
     /// 400: the request is invalid.
-    pub fn bad_request(message: impl Into<String>) -> Self {
+    pub(crate) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "RequestError", message)
     }
 
     /// 401: no valid token, and the cache is not public.
-    pub fn unauthorized() -> Self {
+    pub(crate) fn unauthorized() -> Self {
         Self::new(
             StatusCode::UNAUTHORIZED,
             "Unauthorized",
@@ -46,7 +46,7 @@ impl ErrorResponse {
     }
 
     /// 403: the token may read but not write.
-    pub fn forbidden() -> Self {
+    pub(crate) fn forbidden() -> Self {
         Self::new(
             StatusCode::FORBIDDEN,
             "AccessError",
@@ -55,7 +55,7 @@ impl ErrorResponse {
     }
 
     /// 404: no such cache.
-    pub fn no_cache() -> Self {
+    pub(crate) fn no_cache() -> Self {
         Self::new(
             StatusCode::NOT_FOUND,
             "NoSuchCache",
@@ -64,7 +64,7 @@ impl ErrorResponse {
     }
 
     /// 404: no such object.
-    pub fn no_object() -> Self {
+    pub(crate) fn no_object() -> Self {
         Self::new(
             StatusCode::NOT_FOUND,
             "NoSuchObject",
@@ -73,7 +73,7 @@ impl ErrorResponse {
     }
 
     /// 404: unknown address.
-    pub fn not_found() -> Self {
+    pub(crate) fn not_found() -> Self {
         Self::new(
             StatusCode::NOT_FOUND,
             "NotFound",
@@ -82,7 +82,7 @@ impl ErrorResponse {
     }
 
     /// 405: the address does not support this method.
-    pub fn method_not_allowed() -> Self {
+    pub(crate) fn method_not_allowed() -> Self {
         Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
             "MethodNotAllowed",
@@ -91,7 +91,7 @@ impl ErrorResponse {
     }
 
     /// 408: the body stopped arriving.
-    pub fn timed_out() -> Self {
+    pub(crate) fn timed_out() -> Self {
         Self::new(
             StatusCode::REQUEST_TIMEOUT,
             "RequestTimeout",
@@ -100,13 +100,13 @@ impl ErrorResponse {
     }
 
     /// 413: the body is too large.
-    pub fn too_large(limit: usize) -> Self {
+    pub(crate) fn too_large(limit: usize) -> Self {
         let message = format!("the request's body is over {limit} bytes");
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLarge", message)
     }
 
     /// 415: an unsupported format.
-    pub fn unsupported_media_type(message: impl Into<String>) -> Self {
+    pub(crate) fn unsupported_media_type(message: impl Into<String>) -> Self {
         Self::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "UnsupportedMediaType",
@@ -115,18 +115,18 @@ impl ErrorResponse {
     }
 
     /// 422: valid JSON with the wrong structure.
-    pub fn unprocessable(message: impl Into<String>) -> Self {
+    pub(crate) fn unprocessable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::UNPROCESSABLE_ENTITY, "RequestError", message)
     }
 
     /// 503: something the request depends on is gone, or the server is full; the client should
     /// retry.
-    pub fn unavailable(message: impl Into<String>) -> Self {
+    pub(crate) fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "IncompleteNar", message)
     }
 
     /// 500: our fault or the disk's. The cause goes to the log, not to the client.
-    pub fn internal(error: &io::Error) -> Self {
+    pub(crate) fn internal(error: &io::Error) -> Self {
         // A full disk is for the operator to fix, and clients may know about it. Other causes could
         // contain paths of the host.
         let message = match error.kind() {

@@ -59,7 +59,7 @@ impl Explain for FolderError {
 
 /// A folder that only this process uses while this value lives.
 #[derive(Debug)]
-pub struct Folder {
+pub(crate) struct Folder {
     root: PathBuf,
     _lock: File,
 }
@@ -70,7 +70,7 @@ impl Folder {
     ///
     /// # Errors
     /// When another process holds the lock, or the folder cannot be written.
-    pub fn open(root: &Path, caches: &[CacheName]) -> Result<Self, FolderError> {
+    pub(crate) fn open(root: &Path, caches: &[CacheName]) -> Result<Self, FolderError> {
         let unusable = |source| FolderError::Unusable {
             folder: root.to_owned(),
             source,
@@ -119,7 +119,7 @@ impl Folder {
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn caches(&self) -> io::Result<Vec<CacheName>> {
+    pub(crate) fn caches(&self) -> io::Result<Vec<CacheName>> {
         let mut names = Vec::new();
         for entry in entries(&self.root.join("caches"))? {
             names.extend(
@@ -134,56 +134,56 @@ impl Folder {
         Ok(names)
     }
 
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
     /// The file that names the last synced epoch.
-    pub fn synced(&self) -> PathBuf {
+    pub(crate) fn synced(&self) -> PathBuf {
         self.root.join("synced")
     }
 
-    pub fn tokens(&self) -> PathBuf {
+    pub(crate) fn tokens(&self) -> PathBuf {
         self.root.join("tokens")
     }
 
     /// The file with a cache's signing key.
-    pub fn key(&self, cache: &CacheName) -> PathBuf {
+    pub(crate) fn key(&self, cache: &CacheName) -> PathBuf {
         self.root.join("keys").join(format!("{cache}.secret"))
     }
 
     /// The folder of all NARs.
-    pub fn nars(&self) -> PathBuf {
+    pub(crate) fn nars(&self) -> PathBuf {
         self.root.join("nars")
     }
 
     /// The file of a compressed NAR.
-    pub fn nar(&self, hash: &Sha256) -> PathBuf {
+    pub(crate) fn nar(&self, hash: &Sha256) -> PathBuf {
         self.nars().join(nar_name(hash))
     }
 
     /// The folder of a cache, with its narinfos and two subfolders.
-    pub fn objects(&self, cache: &CacheName) -> PathBuf {
+    pub(crate) fn objects(&self, cache: &CacheName) -> PathBuf {
         self.root.join("caches").join(cache.as_str())
     }
 
     /// The narinfo of a path.
-    pub fn object(&self, cache: &CacheName, hash: &PathHash) -> PathBuf {
+    pub(crate) fn object(&self, cache: &CacheName, hash: &PathHash) -> PathBuf {
         self.objects(cache).join(format!("{hash}.narinfo"))
     }
 
     /// The folder of markers for the NARs that a cache may serve.
-    pub fn markers(&self, cache: &CacheName) -> PathBuf {
+    pub(crate) fn markers(&self, cache: &CacheName) -> PathBuf {
         self.objects(cache).join("nars")
     }
 
     /// The marker of one NAR.
-    pub fn marker(&self, cache: &CacheName, hash: &Sha256) -> PathBuf {
+    pub(crate) fn marker(&self, cache: &CacheName, hash: &Sha256) -> PathBuf {
         self.markers(cache).join(hash.base32())
     }
 
     /// The folder of NARs that were uploaded but not yet claimed by a narinfo.
-    pub fn uploads(&self, cache: &CacheName) -> PathBuf {
+    pub(crate) fn uploads(&self, cache: &CacheName) -> PathBuf {
         self.objects(cache).join("uploads")
     }
 
@@ -191,7 +191,7 @@ impl Folder {
     ///
     /// # Errors
     /// When it cannot be created.
-    pub fn temporary(&self) -> io::Result<NamedTempFile> {
+    pub(crate) fn temporary(&self) -> io::Result<NamedTempFile> {
         // On the same file system as its target, so that renaming works.
         NamedTempFile::new_in(self.root.join("tmp"))
     }
@@ -200,7 +200,7 @@ impl Folder {
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
-    pub fn write_whole(&self, file: &Path, text: &str) -> io::Result<()> {
+    pub(crate) fn write_whole(&self, file: &Path, text: &str) -> io::Result<()> {
         self.write(file, text, false)
     }
 
@@ -208,7 +208,7 @@ impl Folder {
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
-    pub fn write_synced(&self, file: &Path, text: &str) -> io::Result<()> {
+    pub(crate) fn write_synced(&self, file: &Path, text: &str) -> io::Result<()> {
         self.write(file, text, true)?;
         sync_parent(file)
     }
@@ -227,7 +227,7 @@ impl Folder {
 }
 
 /// A NAR's file name, on disk and in URLs.
-pub fn nar_name(hash: &Sha256) -> String {
+pub(crate) fn nar_name(hash: &Sha256) -> String {
     format!("{}.nar.zst", hash.base32())
 }
 
@@ -235,7 +235,7 @@ pub fn nar_name(hash: &Sha256) -> String {
 ///
 /// # Errors
 /// When it cannot be read.
-pub fn entries(
+pub(crate) fn entries(
     folder: &Path,
 ) -> io::Result<Box<dyn Iterator<Item = io::Result<std::fs::DirEntry>>>> {
     match std::fs::read_dir(folder) {
@@ -249,7 +249,7 @@ pub fn entries(
 ///
 /// # Errors
 /// When the folder cannot be synced.
-pub fn sync_parent(file: &Path) -> io::Result<()> {
+pub(crate) fn sync_parent(file: &Path) -> io::Result<()> {
     file.parent()
         .map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }

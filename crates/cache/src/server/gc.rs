@@ -31,31 +31,31 @@ pub struct Limits {
 
 /// One path of one cache, as input of the plan.
 #[derive(Clone, Debug)]
-pub struct Object {
-    pub cache: CacheName,
-    pub hash: PathHash,
+pub(crate) struct Object {
+    pub(crate) cache: CacheName,
+    pub(crate) hash: PathHash,
     /// The hashes it refers to, in the same cache.
-    pub references: Vec<PathHash>,
+    pub(crate) references: Vec<PathHash>,
     /// The modification time of its narinfo.
-    pub modified: SystemTime,
+    pub(crate) modified: SystemTime,
     /// Time of the last use of the path or its NAR.
-    pub used: SystemTime,
-    pub nar: Sha256,
+    pub(crate) used: SystemTime,
+    pub(crate) nar: Sha256,
     /// Size of the compressed NAR in bytes.
-    pub size: u64,
+    pub(crate) size: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GcReport {
     /// Paths removed.
-    pub paths: u64,
+    pub(crate) paths: u64,
     /// NARs removed.
-    pub nars: u64,
+    pub(crate) nars: u64,
     /// Bytes of NARs removed.
-    pub bytes: u64,
-    pub kept_paths: u64,
-    pub kept_bytes: u64,
-    pub took: Duration,
+    pub(crate) bytes: u64,
+    pub(crate) kept_paths: u64,
+    pub(crate) kept_bytes: u64,
+    pub(crate) took: Duration,
 }
 
 impl std::fmt::Display for GcReport {
@@ -73,7 +73,12 @@ impl std::fmt::Display for GcReport {
 /// Returns the indices of the objects to remove, referrers before what they refer to.
 ///
 /// Objects used after `fresh` are not removed because of the size limit.
-pub fn plan(objects: &[Object], limits: &Limits, now: SystemTime, fresh: SystemTime) -> Vec<usize> {
+pub(crate) fn plan(
+    objects: &[Object],
+    limits: &Limits,
+    now: SystemTime,
+    fresh: SystemTime,
+) -> Vec<usize> {
     let by_key = index(objects);
     let (order, used) = eviction_order(objects, &by_key);
     let mut users: HashMap<Sha256, usize> = HashMap::new();
@@ -187,7 +192,7 @@ fn references<'a>(
 ///
 /// # Errors
 /// When the disk fails; what has been removed by then leaves a consistent cache.
-pub fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcReport> {
+pub(crate) fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Result<GcReport> {
     let begun = Instant::now();
     let now = SystemTime::now();
     // Uses are recorded at most once a minute, so anything within two minutes may be in use now.

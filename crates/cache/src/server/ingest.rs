@@ -26,7 +26,7 @@ const ZSTD_WINDOW_LOG: u32 = 25;
 
 /// The compression of an uploaded NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum Format {
     None,
     /// xz, the default of `nix copy`.
     Xz,
@@ -34,31 +34,31 @@ pub enum Format {
 }
 
 #[derive(Debug)]
-pub struct IngestOptions {
-    pub format: Format,
+pub(crate) struct IngestOptions {
+    pub(crate) format: Format,
     /// The NAR's announced size in bytes, if known; reading stops there.
-    pub nar_size: Option<u64>,
+    pub(crate) nar_size: Option<u64>,
     /// Where to write it; `None` if it is stored already and only its hash is needed.
-    pub target: Option<NamedTempFile>,
+    pub(crate) target: Option<NamedTempFile>,
     /// The zstd level for storing it.
-    pub level: i32,
+    pub(crate) level: i32,
 }
 
 #[derive(Debug)]
-pub struct IngestedNar {
-    pub nar_hash: Sha256,
+pub(crate) struct IngestedNar {
+    pub(crate) nar_hash: Sha256,
     /// Size of the NAR in bytes.
-    pub nar_size: u64,
+    pub(crate) nar_size: u64,
     /// Hash of the bytes as received.
-    pub received_hash: Sha256,
+    pub(crate) received_hash: Sha256,
     /// Number of bytes as received.
-    pub received_size: u64,
+    pub(crate) received_size: u64,
     /// The complete compressed file; `None` if there was no target.
-    pub stored: Option<(NamedTempFile, StoredNar)>,
+    pub(crate) stored: Option<(NamedTempFile, StoredNar)>,
 }
 
 #[derive(Debug)]
-pub enum IngestError {
+pub(crate) enum IngestError {
     TooLong,
     /// It cannot be decompressed.
     Corrupt(String),
@@ -77,7 +77,7 @@ enum Message {
 ///
 /// # Errors
 /// The outer error if the body breaks or stalls, the inner one if the NAR is at fault.
-pub async fn ingest(
+pub(crate) async fn ingest(
     body: &mut RequestBody,
     options: IngestOptions,
 ) -> Result<Result<IngestedNar, IngestError>, ErrorResponse> {

@@ -58,10 +58,10 @@ pub const DEFAULT_PRIORITY: u32 = 41;
 /// zstd's own default level.
 pub const DEFAULT_LEVEL: i32 = 3;
 /// Paths used within an hour are not removed because of the size limit.
-pub const DEFAULT_GRACE: Duration = Duration::from_secs(3600);
-pub const DEFAULT_GC_INTERVAL: Duration = Duration::from_secs(600);
+pub(crate) const DEFAULT_GRACE: Duration = Duration::from_secs(3600);
+pub(crate) const DEFAULT_GC_INTERVAL: Duration = Duration::from_secs(600);
 /// Paths signed with this key need not be uploaded, because everyone can get them from its cache.
-pub const DEFAULT_UPSTREAM_KEY: &str = "cache.nixos.org-1";
+pub(crate) const DEFAULT_UPSTREAM_KEY: &str = "cache.nixos.org-1";
 /// Interval between two syncs: uploads are on disk this long after their arrival, plus the time of
 /// the sync itself.
 const SYNC_INTERVAL: Duration = Duration::from_secs(5);
@@ -258,11 +258,6 @@ pub struct Serving {
 const STOP_GRACE: Duration = Duration::from_secs(3);
 
 impl Serving {
-    /// The address it listens on.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
     /// `http://<address>`.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)

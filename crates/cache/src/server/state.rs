@@ -25,7 +25,7 @@ const SMALL_NAR: u64 = 1024 * 1024;
 
 /// The memory cost of receiving a NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cost {
+pub(crate) enum Cost {
     /// A few KiB.
     Small,
     /// A compressor with its full window, about 4 MiB.
@@ -36,7 +36,7 @@ pub enum Cost {
 
 impl Cost {
     /// The cost of an uncompressed NAR.
-    pub fn new(nar_size: u64) -> Self {
+    pub(crate) fn new(nar_size: u64) -> Self {
         if nar_size < SMALL_NAR {
             Self::Small
         } else {
@@ -55,25 +55,30 @@ impl Cost {
 }
 
 #[derive(Debug)]
-pub struct Cache {
-    pub name: CacheName,
-    pub key: SecretKey,
+pub(crate) struct Cache {
+    pub(crate) name: CacheName,
+    pub(crate) key: SecretKey,
 }
 
 #[derive(Debug)]
-pub struct ServerState {
-    pub store: Arc<Store>,
-    pub tokens: Tokens,
-    pub caches: BTreeMap<String, Cache>,
-    pub options: Options,
+pub(crate) struct ServerState {
+    pub(crate) store: Arc<Store>,
+    pub(crate) tokens: Tokens,
+    pub(crate) caches: BTreeMap<String, Cache>,
+    pub(crate) options: Options,
     /// Compressors for NARs that fit into memory.
-    pub compressors: Arc<CompressorPool>,
+    pub(crate) compressors: Arc<CompressorPool>,
     slots: Semaphore,
     brief: AdaptiveBlocking,
 }
 
 impl ServerState {
-    pub fn new(store: Arc<Store>, tokens: Tokens, caches: Vec<Cache>, options: Options) -> Self {
+    pub(crate) fn new(
+        store: Arc<Store>,
+        tokens: Tokens,
+        caches: Vec<Cache>,
+        options: Options,
+    ) -> Self {
         let caches = caches
             .into_iter()
             .map(|cache| (cache.name.to_string(), cache))
@@ -97,7 +102,7 @@ impl ServerState {
     /// 401 if the client may not even read the cache, 403 if it may only read, and 404 if its token
     /// covers the name but no such cache exists. Attic responds the same way, so clients learn no
     /// more here.
-    pub fn authorise(
+    pub(crate) fn authorise(
         &self,
         headers: &HeaderMap,
         cache: &str,
@@ -127,7 +132,7 @@ impl ServerState {
     ///
     /// # Errors
     /// 403 if it may read some cache, otherwise 401.
-    pub fn authorise_some_write(&self, headers: &HeaderMap) -> Result<(), ErrorResponse> {
+    pub(crate) fn authorise_some_write(&self, headers: &HeaderMap) -> Result<(), ErrorResponse> {
         let token = token(headers);
         if self.tokens.allow_somewhere(token.as_ref(), Scope::Write) {
             Ok(())
@@ -142,7 +147,10 @@ impl ServerState {
     ///
     /// # Errors
     /// 503 if none becomes free within `IDLE_TIMEOUT`.
-    pub async fn upload_slot(&self, cost: Cost) -> Result<SemaphorePermit<'_>, ErrorResponse> {
+    pub(crate) async fn upload_slot(
+        &self,
+        cost: Cost,
+    ) -> Result<SemaphorePermit<'_>, ErrorResponse> {
         match tokio::time::timeout(IDLE_TIMEOUT, self.slots.acquire_many(cost.slots())).await {
             Ok(Ok(place)) => Ok(place),
             _ => Err(ErrorResponse::unavailable(
@@ -156,7 +164,7 @@ impl ServerState {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn run_inline<T, E>(
+    pub(crate) async fn run_inline<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
     ) -> Result<T, ErrorResponse>
@@ -180,7 +188,7 @@ impl ServerState {
     ///
     /// # Errors
     /// Whatever the call fails with.
-    pub async fn run_blocking<T, E>(
+    pub(crate) async fn run_blocking<T, E>(
         &self,
         call: impl FnOnce(&Store) -> Result<T, E> + Send + 'static,
     ) -> Result<T, ErrorResponse>

@@ -22,34 +22,34 @@ use flywheel_nix::store_path::PathHash;
 
 /// Minimum interval between two recorded uses of a file: garbage collection needs no more
 /// precision, and this saves disk writes.
-pub const TOUCH_INTERVAL: Duration = Duration::from_secs(60);
+pub(crate) const TOUCH_INTERVAL: Duration = Duration::from_secs(60);
 
 /// A file written within this time needs no record of its use.
 const RECENT_WRITE: Duration = Duration::from_secs(1);
 
 /// The compressed file of a NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StoredNar {
-    pub file_hash: Sha256,
+pub(crate) struct StoredNar {
+    pub(crate) file_hash: Sha256,
     /// Size of the file in bytes.
-    pub file_size: u64,
+    pub(crate) file_size: u64,
 }
 
 /// Facts about a NAR that `nix copy` uploaded before its narinfo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PendingUpload {
-    pub nar_hash: Sha256,
+pub(crate) struct PendingUpload {
+    pub(crate) nar_hash: Sha256,
     /// Size of the NAR in bytes.
-    pub nar_size: u64,
+    pub(crate) nar_size: u64,
     /// Hash of the uploaded file, which may be compressed differently from ours.
-    pub received_hash: Sha256,
+    pub(crate) received_hash: Sha256,
     /// Size of the uploaded file in bytes.
-    pub received_size: u64,
+    pub(crate) received_size: u64,
 }
 
 /// The content of one folder.
 #[derive(Debug)]
-pub struct Store {
+pub(crate) struct Store {
     folder: Folder,
     durability: Durability,
     /// Write-locked while garbage is removed; read-locked while the server makes a promise that
@@ -65,7 +65,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn open(folder: Folder) -> io::Result<(Self, Option<u64>)> {
+    pub(crate) fn open(folder: Folder) -> io::Result<(Self, Option<u64>)> {
         let (durability, rolled_back) = Durability::open(&folder)?;
         let store = Self {
             folder,
@@ -85,7 +85,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn sync(&self) -> io::Result<()> {
+    pub(crate) fn sync(&self) -> io::Result<()> {
         self.durability.sync(&self.folder)
     }
 
@@ -93,11 +93,11 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn close(&self) -> io::Result<()> {
+    pub(crate) fn close(&self) -> io::Result<()> {
         self.durability.close(&self.folder)
     }
 
-    pub fn folder(&self) -> &Folder {
+    pub(crate) fn folder(&self) -> &Folder {
         &self.folder
     }
 
@@ -108,7 +108,7 @@ impl Store {
     }
 
     /// Whether calls would have to wait for the removal of garbage now.
-    pub fn is_removing(&self) -> bool {
+    pub(crate) fn is_removing(&self) -> bool {
         self.gate.try_read().is_err()
     }
 
@@ -121,7 +121,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
+    pub(crate) fn object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
         let _kept = self.prevent_removal();
         self.find_object(cache, hash)
     }
@@ -149,7 +149,11 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn missing(&self, cache: &CacheName, hashes: Vec<PathHash>) -> io::Result<Vec<PathHash>> {
+    pub(crate) fn missing(
+        &self,
+        cache: &CacheName,
+        hashes: Vec<PathHash>,
+    ) -> io::Result<Vec<PathHash>> {
         let _kept = self.prevent_removal();
         let mut missing = Vec::new();
         for hash in hashes {
@@ -164,7 +168,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn known_nar(&self, hash: &Sha256) -> io::Result<Option<StoredNar>> {
+    pub(crate) fn known_nar(&self, hash: &Sha256) -> io::Result<Option<StoredNar>> {
         let _kept = self.prevent_removal();
         let path = self.folder.nar(hash);
         let Some(file) = if_exists(File::open(&path))? else {
@@ -178,7 +182,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
-    pub fn publish_nar(
+    pub(crate) fn publish_nar(
         &self,
         file: NamedTempFile,
         hash: &Sha256,
@@ -208,7 +212,11 @@ impl Store {
     ///
     /// # Errors
     /// As for `publish_nar`.
-    pub fn publish_compressed(&self, compressed: &[u8], hash: &Sha256) -> io::Result<StoredNar> {
+    pub(crate) fn publish_compressed(
+        &self,
+        compressed: &[u8],
+        hash: &Sha256,
+    ) -> io::Result<StoredNar> {
         let file_hash = Sha256(sha2::Sha256::digest(compressed).into());
         let mut file = self.folder.temporary()?;
         file.write_all(compressed)?;
@@ -227,7 +235,12 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails; the path is then complete or invisible, and may be sent again.
-    pub fn commit(&self, cache: &CacheName, path: &PathInfo, nar: StoredNar) -> io::Result<bool> {
+    pub(crate) fn commit(
+        &self,
+        cache: &CacheName,
+        path: &PathInfo,
+        nar: StoredNar,
+    ) -> io::Result<bool> {
         let _kept = self.prevent_removal();
         let epoch = self.durability.begin();
         let nar_file = self.folder.nar(&path.nar_hash);
@@ -277,7 +290,11 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn open_nar(&self, cache: &CacheName, hash: &Sha256) -> io::Result<Option<(File, u64)>> {
+    pub(crate) fn open_nar(
+        &self,
+        cache: &CacheName,
+        hash: &Sha256,
+    ) -> io::Result<Option<(File, u64)>> {
         // Caches of different trust share NARs on disk, but may only serve what was uploaded to
         // them.
         if !self.folder.marker(cache, hash).exists() {
@@ -297,7 +314,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn note_upload(
+    pub(crate) fn note_upload(
         &self,
         cache: &CacheName,
         name: &str,
@@ -325,7 +342,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn pending_upload(
+    pub(crate) fn pending_upload(
         &self,
         cache: &CacheName,
         name: &str,

@@ -31,7 +31,7 @@ const READ_BUFFER: usize = 128 * 1024;
 ///
 /// # Errors
 /// 401 or 404.
-pub async fn cache_info(
+pub(crate) async fn cache_info(
     State(shared): State<Arc<ServerState>>,
     Path(cache): Path<String>,
     headers: HeaderMap,
@@ -48,7 +48,7 @@ pub async fn cache_info(
 ///
 /// # Errors
 /// 401 or 404.
-pub async fn get_narinfo(
+pub(crate) async fn get_narinfo(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     headers: HeaderMap,
@@ -84,7 +84,7 @@ fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
 ///
 /// # Errors
 /// 401 or 404.
-pub async fn get_nar(
+pub(crate) async fn get_nar(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     request: Request,
@@ -126,7 +126,7 @@ pub async fn get_nar(
 /// # Errors
 /// 401, 403 or 404 before the body is read; 400 if the file does not match its name, 415 for
 /// unsupported compressions.
-pub async fn put_nar(
+pub(crate) async fn put_nar(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     request: Request,
@@ -158,7 +158,7 @@ pub async fn put_nar(
 ///
 /// # Errors
 /// 401, 403 or 404 before the body is read; 400 if it is invalid or does not match the NAR.
-pub async fn put_narinfo(
+pub(crate) async fn put_narinfo(
     State(shared): State<Arc<ServerState>>,
     Path((cache, file)): Path<(String, String)>,
     request: Request,

@@ -45,7 +45,7 @@ pub enum TokenError {
 /// The permissions of a token. Writing includes reading, so that a publisher can verify its
 /// uploads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
+pub(crate) enum Scope {
     Read,
     /// Read and upload.
     Write,
@@ -60,7 +60,7 @@ struct Entry {
 }
 
 #[derive(Debug)]
-pub struct Tokens {
+pub(crate) struct Tokens {
     entries: Vec<Entry>,
     write: Option<Secret>,
 }
@@ -70,7 +70,7 @@ impl Tokens {
     ///
     /// # Errors
     /// When it can be neither read nor created, or a line is not `<scope> <token> [<cache>]`.
-    pub fn open_or_create(file: &Path) -> Result<Self, TokenError> {
+    pub(crate) fn open_or_create(file: &Path) -> Result<Self, TokenError> {
         match std::fs::read_to_string(file) {
             Ok(text) => Self::parse(&text, file),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -94,7 +94,7 @@ impl Tokens {
     ///
     /// # Errors
     /// As for [`Tokens::open_or_create`].
-    pub fn open(file: &Path) -> Result<Self, TokenError> {
+    pub(crate) fn open(file: &Path) -> Result<Self, TokenError> {
         let text = std::fs::read_to_string(file).map_err(|source| TokenError::File {
             file: file.to_owned(),
             source,
@@ -158,7 +158,7 @@ impl Tokens {
     }
 
     /// The first token that may write to every cache, for a program that embeds the server.
-    pub fn write_token(&self) -> Option<&Secret> {
+    pub(crate) fn write_token(&self) -> Option<&Secret> {
         self.write.as_ref()
     }
 
@@ -166,7 +166,7 @@ impl Tokens {
     ///
     /// Every entry is compared, by hash, whether or not an earlier one matches, so that the time
     /// taken reveals nothing about a token.
-    pub fn allow(&self, token: Option<&Secret>, cache: &str, scope: Scope) -> bool {
+    pub(crate) fn allow(&self, token: Option<&Secret>, cache: &str, scope: Scope) -> bool {
         self.any(token, scope, |entry| {
             entry
                 .cache
@@ -176,7 +176,7 @@ impl Tokens {
     }
 
     /// Whether `token` has `scope` on any cache at all.
-    pub fn allow_somewhere(&self, token: Option<&Secret>, scope: Scope) -> bool {
+    pub(crate) fn allow_somewhere(&self, token: Option<&Secret>, scope: Scope) -> bool {
         self.any(token, scope, |_| true)
     }
 
@@ -195,7 +195,7 @@ impl Tokens {
 
 /// Extracts the token from an `Authorization` header: `Bearer`, or the password of `Basic` with any
 /// user, which is what Nix makes of a netrc line. `None` if there is none or it cannot be parsed.
-pub fn presented(authorization: &str) -> Option<Secret> {
+pub(crate) fn presented(authorization: &str) -> Option<Secret> {
     let (scheme, rest) = authorization.split_once(' ')?;
     if scheme.eq_ignore_ascii_case("bearer") {
         Secret::new(rest)

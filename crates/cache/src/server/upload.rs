@@ -21,12 +21,12 @@ use flywheel_nix::path_info::PathInfo;
 const SMALL_NAR: usize = 256 * 1024;
 
 #[derive(Clone, Copy, Debug)]
-pub struct StoredUpload {
+pub(crate) struct StoredUpload {
     /// Its compressed file.
-    pub nar: StoredNar,
+    pub(crate) nar: StoredNar,
     /// Whether the NAR was stored already.
-    pub known: bool,
-    pub received: u64,
+    pub(crate) known: bool,
+    pub(crate) received: u64,
 }
 
 /// Receives a path with the announced hash and size of its NAR, and makes it visible. A NAR that is
@@ -34,7 +34,7 @@ pub struct StoredUpload {
 ///
 /// # Errors
 /// 400 if it is not what was announced, 503 if its NAR was removed during the upload.
-pub async fn receive_announced(
+pub(crate) async fn receive_announced(
     state: &ServerState,
     body: &mut RequestBody,
     cache: &CacheName,
@@ -183,7 +183,7 @@ fn finish(
 ///
 /// # Errors
 /// 400 if it does not match its name, or cannot be decompressed.
-pub async fn receive_compressed(
+pub(crate) async fn receive_compressed(
     state: &ServerState,
     body: &mut RequestBody,
     format: Format,
@@ -227,7 +227,7 @@ pub async fn receive_compressed(
 ///
 /// # Errors
 /// 503 if its NAR has been removed.
-pub async fn commit(
+pub(crate) async fn commit(
     state: &ServerState,
     cache: &CacheName,
     path: PathInfo,
@@ -252,7 +252,10 @@ fn removed() -> ErrorResponse {
 ///
 /// # Errors
 /// 400 if it is empty or its announced length differs from `expected`.
-pub fn check_length(headers: &HeaderMap, expected: Option<u64>) -> Result<(), ErrorResponse> {
+pub(crate) fn check_length(
+    headers: &HeaderMap,
+    expected: Option<u64>,
+) -> Result<(), ErrorResponse> {
     // With chunked encoding the length is known only at the end.
     let Some(length) = headers.get(header::CONTENT_LENGTH) else {
         return Ok(());

@@ -17,7 +17,7 @@ const MAX_CA_LENGTH: usize = 256;
 
 /// Why metadata is rejected; the text goes to the client.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub enum InfoError {
+pub(crate) enum InfoError {
     /// It is not the expected JSON.
     #[error("the upload info cannot be read: {0}")]
     Json(String),
@@ -51,11 +51,11 @@ struct Raw {
 
 /// The metadata of one upload in Attic's protocol.
 #[derive(Debug)]
-pub struct UploadInfo {
+pub(crate) struct UploadInfo {
     /// The cache's name as received; it may not exist here.
-    pub cache: String,
+    pub(crate) cache: String,
     /// The path's metadata, with sorted references.
-    pub path: PathInfo,
+    pub(crate) path: PathInfo,
 }
 
 impl UploadInfo {
@@ -63,7 +63,7 @@ impl UploadInfo {
     ///
     /// # Errors
     /// For whatever would make a narinfo that no Nix can use.
-    pub fn parse(json: &[u8]) -> Result<Self, InfoError> {
+    pub(crate) fn parse(json: &[u8]) -> Result<Self, InfoError> {
         let raw: Raw = serde_json::from_slice(json)
             .map_err(|error| InfoError::Json(one_line(&error.to_string(), 200)))?;
         let path: StorePath = raw.store_path.parse().map_err(|_| {
@@ -113,7 +113,7 @@ impl UploadInfo {
 ///
 /// # Errors
 /// For whatever would make a narinfo that no Nix can use.
-pub fn check_narinfo(info: NarInfo) -> Result<PathInfo, InfoError> {
+pub(crate) fn check_narinfo(info: NarInfo) -> Result<PathInfo, InfoError> {
     checked(PathInfo {
         path: info.path,
         nar_hash: info.nar_hash,

@@ -23,20 +23,20 @@ const BUILT_IN: &str = include_str!("default.yml");
 pub struct Contract {
     /// The version of the file's format, which is 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub version: Option<Version>,
+    pub(crate) version: Option<Version>,
     #[serde(default)]
     pub classes: NamedMap<Class>,
     #[serde(default)]
-    pub caches: NamedMap<Cache>,
+    pub(crate) caches: NamedMap<Cache>,
     /// What goes where.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub placement: Vec<Placement>,
+    pub(crate) placement: Vec<Placement>,
     /// Who may reach which cache.
     #[serde(default)]
-    pub exposure: NamedMap<NamedMap<Access>>,
+    pub(crate) exposure: NamedMap<NamedMap<Access>>,
     /// What is published, and when.
     #[serde(default)]
-    pub publication: Publication,
+    pub(crate) publication: Publication,
     /// The shared-cache contract for Bazel.
     #[serde(default)]
     pub shared_cache: SharedCache,
@@ -45,7 +45,7 @@ pub struct Contract {
 /// The one version of the format so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "u32", into = "u32")]
-pub struct Version;
+pub(crate) struct Version;
 
 impl TryFrom<u32> for Version {
     type Error = String;
@@ -70,25 +70,25 @@ impl From<Version> for u32 {
 pub struct Class {
     /// The lanes that its jobs run on.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub lanes: Option<Vec<Lane>>,
+    pub(crate) lanes: Option<Vec<Lane>>,
     /// The container image of its runners.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub image: Option<String>,
+    pub(crate) image: Option<String>,
     /// What it can do, as text for people.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub capabilities: Option<Vec<String>>,
+    pub(crate) capabilities: Option<Vec<String>>,
     /// What it can do, as skills that workflows are checked against.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub provides: Option<Vec<Skill>>,
+    pub(crate) provides: Option<Vec<Skill>>,
     /// What it is for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub used_for: Option<Vec<String>>,
+    pub(crate) used_for: Option<Vec<String>>,
     /// Tools that must be on `PATH`, with their versions.
     #[serde(skip_serializing_if = "NamedMap::is_empty")]
     pub tools: NamedMap<Requirement>,
     /// The memory that a job has at least, where its lane names none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub memory: Option<Size>,
+    pub(crate) memory: Option<Size>,
 }
 
 impl Class {
@@ -97,7 +97,7 @@ impl Class {
     }
 
     /// Whether a lane of this class offers a skill.
-    pub fn offers(&self, lane: &Lane, skill: Skill) -> bool {
+    pub(crate) fn offers(&self, lane: &Lane, skill: Skill) -> bool {
         self.provides
             .iter()
             .flatten()
@@ -129,22 +129,22 @@ pub struct Lane {
     pub label: String,
     /// The name of its runners, if it is not the label.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub runner: Option<String>,
+    pub(crate) runner: Option<String>,
     /// The memory of one job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory: Option<Size>,
+    pub(crate) memory: Option<Size>,
     /// How many runners there are at most.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_runners: Option<u32>,
+    pub(crate) max_runners: Option<u32>,
     /// Whether its jobs may publish at all. If so, the trust gate still decides on each.
     #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
-    pub publishes: bool,
+    pub(crate) publishes: bool,
     /// The skills that it offers beyond those of its class.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub provides: Vec<Skill>,
+    pub(crate) provides: Vec<Skill>,
     /// A note for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 fn yes() -> bool {
@@ -154,31 +154,31 @@ fn yes() -> bool {
 /// A cache: what is in it, who reads it, who fills it.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
-pub struct Cache {
+pub(crate) struct Cache {
     /// The name that people read.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub title: Option<String>,
+    pub(crate) title: Option<String>,
     /// What it is the authority for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub authority: Option<String>,
+    pub(crate) authority: Option<String>,
     /// What is in it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub content: Option<String>,
+    pub(crate) content: Option<String>,
     /// Who reads it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub consumers: Option<String>,
+    pub(crate) consumers: Option<String>,
     /// Who fills it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub filled_by: Option<String>,
+    pub(crate) filled_by: Option<String>,
     /// The credential that gives access.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub credential: Option<String>,
+    pub(crate) credential: Option<String>,
     /// What happens when it does not have something.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub on_miss: Option<String>,
+    pub(crate) on_miss: Option<String>,
     /// What that costs.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub on_miss_costs: Option<String>,
+    pub(crate) on_miss_costs: Option<String>,
 }
 
 impl Cache {
@@ -197,39 +197,39 @@ impl Cache {
 /// Which cache a kind of thing goes to.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Placement {
+pub(crate) struct Placement {
     /// A kind of thing.
-    pub what: String,
+    pub(crate) what: String,
     /// The name of the cache.
     #[serde(rename = "where")]
-    pub cache: String,
+    pub(crate) cache: String,
 }
 
 /// What is published, and when.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
-pub struct Publication {
+pub(crate) struct Publication {
     /// The conditions under which a thing is publishable.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub publishable: Vec<String>,
+    pub(crate) publishable: Vec<String>,
     /// What each event publishes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub triggers: Vec<Trigger>,
+    pub(crate) triggers: Vec<Trigger>,
     /// Further rules.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub rules: Vec<String>,
+    pub(crate) rules: Vec<String>,
 }
 
 /// What an event publishes, as a description for people. The trust gate is what decides.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Trigger {
+pub(crate) struct Trigger {
     /// The event.
-    pub event: String,
+    pub(crate) event: String,
     /// What goes to FlakeHub.
-    pub flakehub: String,
+    pub(crate) flakehub: String,
     /// What goes to Attic.
-    pub attic: String,
+    pub(crate) attic: String,
 }
 
 /// The shared-cache contract for Bazel, as a repository declares it.
@@ -238,10 +238,10 @@ pub struct Trigger {
 pub struct SharedCache {
     /// The mode that the repository's builds are in.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub mode: Option<shared_cache::Mode>,
+    pub(crate) mode: Option<shared_cache::Mode>,
     /// The schemes that an endpoint may have.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub schemes: Option<Vec<String>>,
+    pub(crate) schemes: Option<Vec<String>>,
     /// Whether an endpoint may be on the local machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_localhost: Option<bool>,
@@ -261,7 +261,7 @@ impl Contract {
     }
 
     /// Every lane with its class.
-    pub fn lanes(&self) -> impl Iterator<Item = (&str, &Class, &Lane)> {
+    pub(crate) fn lanes(&self) -> impl Iterator<Item = (&str, &Class, &Lane)> {
         self.classes
             .iter()
             .flat_map(|(name, class)| class.lanes().iter().map(move |lane| (name, class, lane)))

@@ -14,15 +14,15 @@ use crate::text::{nearest, one_line};
 #[derive(Debug, Error, PartialEq, Eq)]
 pub struct ContractError {
     /// The file's name.
-    pub file: String,
+    pub(crate) file: String,
     /// The line, from 1; `None` if the whole file is wrong.
-    pub line: Option<u64>,
+    pub(crate) line: Option<u64>,
     /// The key that is wrong, if it is one.
-    pub key: Option<String>,
+    pub(crate) key: Option<String>,
     /// What is wrong, as a fragment.
-    pub problem: String,
+    pub(crate) problem: String,
     /// The nearest known key, or what else to do.
-    pub hint: Option<String>,
+    pub(crate) hint: Option<String>,
 }
 
 impl fmt::Display for ContractError {

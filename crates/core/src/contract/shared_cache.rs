@@ -94,7 +94,7 @@ impl ProfileState {
 
 impl SharedCache {
     /// The schemes that an endpoint may have.
-    pub fn schemes(&self) -> Vec<String> {
+    pub(crate) fn schemes(&self) -> Vec<String> {
         self.schemes
             .clone()
             .unwrap_or_else(|| SCHEMES.map(str::to_owned).into())

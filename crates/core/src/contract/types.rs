@@ -32,7 +32,7 @@ impl<T> NamedMap<T> {
             .map(|(name, value)| (name.as_str(), value))
     }
 
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
@@ -210,7 +210,7 @@ impl Skill {
     ];
 
     /// The name of the skill in a file.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         Self::NAMES
             .into_iter()
             .find(|(_, skill)| *skill == self)
@@ -260,7 +260,7 @@ impl Requirement {
     ///
     /// # Errors
     /// A sentence with an example.
-    pub fn parse(text: &str) -> Result<Self, String> {
+    pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let wrong = || {
             format!("`{text}` names no versions; write them as `>=18`, `>=2.8 <3`, or `*` for any")
         };
@@ -330,9 +330,9 @@ as_text!(Requirement, "versions such as `>=18`");
 /// Whether a cache may be reached, and how, such as `yes, inside the cluster`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Access {
-    pub allowed: bool,
+    pub(crate) allowed: bool,
     /// How it may be reached, or what there is instead.
-    pub how: Option<String>,
+    pub(crate) how: Option<String>,
 }
 
 impl Access {

@@ -16,7 +16,7 @@ impl Allowed {
     ///
     /// # Errors
     /// The problem, as a fragment.
-    pub fn parse(line: &str) -> Result<Self, String> {
+    pub(crate) fn parse(line: &str) -> Result<Self, String> {
         let mut words = line.split_whitespace();
         let (Some(name), Some(pattern)) = (words.next(), words.next()) else {
             return Err(format!(
@@ -59,7 +59,7 @@ impl Allowed {
         lines.map(Self::parse).collect()
     }
 
-    pub fn reason(&self) -> &str {
+    pub(crate) fn reason(&self) -> &str {
         &self.reason
     }
 

@@ -102,7 +102,7 @@ pub enum FactName {
 
 impl FactName {
     /// The variables and options that the fact comes from: in a job, and for a recorded event.
-    pub fn source(self) -> &'static str {
+    pub(crate) fn source(self) -> &'static str {
         match self {
             Self::Event => {
                 "`GITHUB_EVENT_NAME` (GitLab: `CI_PIPELINE_SOURCE`; for a recorded event `--event-name`)"
@@ -161,7 +161,7 @@ pub enum Doubt {
 
 impl Doubt {
     /// What to do about it, as a sentence.
-    pub fn remedy(&self) -> String {
+    pub(crate) fn remedy(&self) -> String {
         match self {
             Self::Missing(_) => "Supply that fact: Flywheel never guesses one.".into(),
             Self::Unreadable { name, .. } | Self::Disagree { name, .. } => {

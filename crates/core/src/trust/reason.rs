@@ -168,7 +168,7 @@ impl fmt::Display for Refusal {
 
 impl Refusal {
     /// What would have to change, as a sentence.
-    pub fn remedy(&self) -> String {
+    pub(crate) fn remedy(&self) -> String {
         match self {
             Self::NotAskedLocally => "Say `--publish`.".into(),
             Self::OtherCi(_) => {

@@ -37,7 +37,7 @@ impl TrustedRefs {
     }
 
     /// The pattern that names this ref, if any does. Only branches and tags can be named, whatever a pattern matches.
-    pub fn naming(&self, git_ref: &str) -> Option<String> {
+    pub(crate) fn naming(&self, git_ref: &str) -> Option<String> {
         let nameable = git_ref.starts_with("refs/heads/") || git_ref.starts_with("refs/tags/");
         self.0
             .iter()

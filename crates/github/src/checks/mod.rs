@@ -87,7 +87,7 @@ pub enum Cause {
 
 impl Cause {
     /// The conclusion that follows from the cause. This is the only such rule, so that no two reports can disagree.
-    pub fn conclusion(&self) -> Conclusion {
+    pub(crate) fn conclusion(&self) -> Conclusion {
         match self {
             Self::Built | Self::Evaluated => Conclusion::Success,
             Self::AlreadyCached => Conclusion::Neutral,

@@ -13,7 +13,7 @@ const LINE: usize = 500;
 
 /// What a Check Run is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Subject {
+pub(crate) enum Subject {
     /// All outputs together.
     Aggregate,
     /// The output with this index.
@@ -307,7 +307,7 @@ fn annotations_of(verdict: &Verdict) -> Vec<Annotation> {
 }
 
 /// A conclusion, as people read it.
-pub fn as_str(conclusion: Conclusion) -> &'static str {
+pub(crate) fn as_str(conclusion: Conclusion) -> &'static str {
     match conclusion {
         Conclusion::Success => "success",
         Conclusion::Failure => "failure",

@@ -42,7 +42,7 @@ pub fn title(verdict: &Verdict) -> String {
 }
 
 /// The Markdown of an output's Check Run.
-pub fn summary(output: &Output, verdict: &Verdict) -> String {
+pub(crate) fn summary(output: &Output, verdict: &Verdict) -> String {
     let mut parts = vec![format!(
         "{} ended: {}.",
         code(&output.attribute),

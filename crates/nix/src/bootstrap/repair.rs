@@ -38,7 +38,7 @@ pub(super) struct EarlyProbe {
 }
 
 impl EarlyProbe {
-    pub async fn run(nix: &Nix, deadline: Instant) -> Self {
+    pub(crate) async fn run(nix: &Nix, deadline: Instant) -> Self {
         let (store, settings) = tokio::join!(ping_with_retries(nix, deadline), Settings::read(nix));
         Self {
             store,

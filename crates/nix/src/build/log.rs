@@ -66,7 +66,7 @@ pub enum FailureKind {
 
 /// Turns lines into events.
 #[derive(Debug, Default)]
-pub struct LogReader {
+pub(crate) struct LogReader {
     builds: HashMap<u64, StorePath>,
     output: VecDeque<String>,
 }
@@ -87,7 +87,7 @@ struct Message {
 }
 
 impl LogReader {
-    pub fn read(&mut self, line: &str) -> Option<BuildEvent> {
+    pub(crate) fn read(&mut self, line: &str) -> Option<BuildEvent> {
         let message: Option<Message> = line
             .strip_prefix("@nix ")
             .and_then(|json| serde_json::from_str(json).ok());
@@ -128,7 +128,7 @@ impl LogReader {
     }
 
     /// The end of the output besides events.
-    pub fn output(&self) -> String {
+    pub(crate) fn output(&self) -> String {
         self.output
             .iter()
             .map(String::as_str)
@@ -137,7 +137,7 @@ impl LogReader {
     }
 }
 
-pub fn failure(message: &str) -> BuildFailure {
+pub(crate) fn failure(message: &str) -> BuildFailure {
     let text = strip_ansi(message);
     let text = text
         .trim()

@@ -16,9 +16,9 @@ const BATCH: usize = 2000;
 #[derive(Debug, Default)]
 pub struct Presence {
     /// Paths in the store.
-    pub valid: BTreeSet<StorePath>,
+    pub(crate) valid: BTreeSet<StorePath>,
     /// Paths that a cache serves.
-    pub served: BTreeSet<StorePath>,
+    pub(crate) served: BTreeSet<StorePath>,
 }
 
 impl Presence {

@@ -6,7 +6,7 @@ use flywheel_core::location::SourceLocation;
 
 /// Returns the error from Nix's standard error: everything from the first `error:` on, without
 /// colours.
-pub fn error_text(stderr: &str) -> String {
+pub(crate) fn error_text(stderr: &str) -> String {
     let plain = super::super::tool::strip_ansi(stderr);
     let from = plain.find("error:").unwrap_or(0);
     let text = plain[from..].trim();
@@ -19,7 +19,7 @@ pub fn error_text(stderr: &str) -> String {
 /// Returns the last location in the flake's own tree that the error mentions, which is the
 /// innermost. Both notations are read: `at /nix/store/…-source/flake.nix:12:5:` and, in newer
 /// versions, `«…»/flake.nix:12:5`.
-pub fn location_in(text: &str, tree: &Path) -> Option<SourceLocation> {
+pub(crate) fn location_in(text: &str, tree: &Path) -> Option<SourceLocation> {
     let tree = format!("{}/", tree.display());
     let mut found = None;
     // Locations outside the flake's own tree, in nixpkgs for example, do not help its author.

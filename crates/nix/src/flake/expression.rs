@@ -31,7 +31,7 @@ pub enum SelfView {
 /// Follows the nonce in the error of an evaluation that used such a value.
 const ABORT_SUFFIX: &str = "-commit-";
 /// Attributes of a source that depend on the tree alone, not on the commit.
-pub const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
+pub(crate) const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
 
 /// The function that lists every attribute of every system. Whether an attribute set is divided by
 /// systems is decided from its names, so that no value is evaluated: `checks` has systems,
@@ -63,18 +63,18 @@ impl Expressions {
     }
 
     /// The prefix of each line that we trace.
-    pub fn mark(&self) -> String {
+    pub(crate) fn mark(&self) -> String {
         format!("trace: {}", self.nonce)
     }
 
     /// The text that the error contains when a value of `SelfView::AbortOnUse` was used.
-    pub fn abort_marker(&self) -> String {
+    pub(crate) fn abort_marker(&self) -> String {
         format!("{}{ABORT_SUFFIX}", self.nonce)
     }
 
     /// Arguments of `nix` that print the list of `{ attr, label }` as JSON. `function` is the
     /// user's own.
-    pub fn list_args(&self, view: &SelfView, function: Option<&str>) -> Vec<String> {
+    pub(crate) fn list_args(&self, view: &SelfView, function: Option<&str>) -> Vec<String> {
         let mut args = self.eval_args(view, &format!("({})", function.unwrap_or(LIST)));
         args.push("--json".to_owned());
         args
@@ -82,7 +82,7 @@ impl Expressions {
 
     /// Arguments of `nix` that trace a line when each attribute begins, and another with its
     /// derivation.
-    pub fn derivation_args(
+    pub(crate) fn derivation_args(
         &self,
         view: &SelfView,
         attributes: &[(usize, &AttributePath)],
@@ -194,7 +194,7 @@ in self{attribute}"#,
     /// Arguments of `nix` that print, as JSON, the source information that Nix gives to the flake.
     /// Impure, because the source may be a tree with uncommitted changes; nothing of the flake is
     /// evaluated.
-    pub fn source_info_args(&self) -> Vec<String> {
+    pub(crate) fn source_info_args(&self) -> Vec<String> {
         let expression = format!(
             "builtins.removeAttrs (builtins.getFlake {}).sourceInfo [ \"outPath\" ]",
             nix_string(&self.source.url)

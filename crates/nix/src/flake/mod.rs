@@ -25,23 +25,23 @@ const FETCH_LIMIT: Duration = Duration::from_secs(1800);
 #[derive(Clone, Debug, PartialEq)]
 pub struct Source {
     /// The reference as given, without a fragment.
-    pub reference: String,
+    pub(crate) reference: String,
     /// The full reference, locked if the source can be locked.
-    pub url: String,
+    pub(crate) url: String,
     /// The full reference, unlocked.
     pub resolved: String,
     /// The source tree in the store.
     pub path: PathBuf,
     /// The folder of `flake.nix` in the tree; empty for its root.
-    pub folder: String,
+    pub(crate) folder: String,
     /// The tree's hash, as Nix writes it.
-    pub nar_hash: String,
+    pub(crate) nar_hash: String,
     /// The locked attributes of the source, including those that change with the commit.
     pub locked: BTreeMap<String, Value>,
     /// The names of the other attributes in the metadata.
-    pub known: Vec<String>,
+    pub(crate) known: Vec<String>,
     /// The locked inputs.
-    pub locks: Value,
+    pub(crate) locks: Value,
 }
 
 #[derive(Deserialize)]
@@ -111,7 +111,7 @@ impl Source {
     }
 
     /// The folder of `flake.nix` in the store.
-    pub fn flake_folder(&self) -> PathBuf {
+    pub(crate) fn flake_folder(&self) -> PathBuf {
         if self.folder.is_empty() {
             self.path.clone()
         } else {

@@ -45,25 +45,25 @@ pub(super) enum EndReason {
 }
 
 pub(super) struct Worker {
-    pub process: u32,
+    pub(crate) process: u32,
     /// Its remaining attributes, without the current one.
-    pub left: VecDeque<EvalTask>,
-    pub current: Option<EvalTask>,
-    pub done: usize,
+    pub(crate) left: VecDeque<EvalTask>,
+    pub(crate) current: Option<EvalTask>,
+    pub(crate) done: usize,
     /// Whether it runs without other workers.
-    pub alone: bool,
-    pub started: Instant,
-    pub first: Option<Instant>,
-    pub held: u64,
-    pub most: u64,
-    pub output: String,
-    pub ended: Option<EndReason>,
-    pub stop: CancellationToken,
-    pub kill: CancellationToken,
+    pub(crate) alone: bool,
+    pub(crate) started: Instant,
+    pub(crate) first: Option<Instant>,
+    pub(crate) held: u64,
+    pub(crate) most: u64,
+    pub(crate) output: String,
+    pub(crate) ended: Option<EndReason>,
+    pub(crate) stop: CancellationToken,
+    pub(crate) kill: CancellationToken,
 }
 
 impl Worker {
-    pub fn end(&mut self, reason: EndReason) {
+    pub(crate) fn end(&mut self, reason: EndReason) {
         // The first reason decides what happens to the remaining tasks.
         self.ended.get_or_insert(reason);
         if reason == EndReason::TooLarge {

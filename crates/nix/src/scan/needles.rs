@@ -31,8 +31,8 @@ pub(super) enum NeedleKind {
 /// Bytes to search for.
 #[derive(Clone)]
 pub(super) struct Needle {
-    pub bytes: Vec<u8>,
-    pub kind: NeedleKind,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) kind: NeedleKind,
 }
 
 /// Whether the variable's name suggests a secret. Names of public keys do not.

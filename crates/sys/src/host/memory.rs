@@ -25,13 +25,13 @@ pub struct Memory {
     /// The lowest limit of the group and its ancestors, in bytes.
     pub limit: Option<u64>,
     /// Memory in use now, in bytes.
-    pub current: Option<u64>,
+    pub(crate) current: Option<u64>,
     /// The highest use since the group was created, in bytes.
-    pub peak: Option<u64>,
+    pub(crate) peak: Option<u64>,
     /// Processes of the group that were killed for memory, since it was created.
-    pub killed_in_group: Option<u64>,
+    pub(crate) killed_in_group: Option<u64>,
     /// Processes of the machine that were killed for memory, since it was started.
-    pub killed_on_machine: Option<u64>,
+    pub(crate) killed_on_machine: Option<u64>,
 }
 
 impl Cgroup {
@@ -134,7 +134,7 @@ fn kibibytes_in(text: &str, name: &str) -> Option<u64> {
 }
 
 /// The counts on a host without a readable control group.
-pub fn without_cgroup() -> Memory {
+pub(crate) fn without_cgroup() -> Memory {
     Memory {
         killed_on_machine: killed_on_machine(),
         ..Memory::default()

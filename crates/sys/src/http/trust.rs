@@ -21,7 +21,7 @@ pub(super) struct Verifier {
 }
 
 impl Verifier {
-    pub fn new(roots: Roots, provider: Arc<CryptoProvider>) -> Self {
+    pub(crate) fn new(roots: Roots, provider: Arc<CryptoProvider>) -> Self {
         Self {
             roots,
             provider,

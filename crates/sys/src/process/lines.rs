@@ -67,11 +67,6 @@ impl StreamedTool {
         self.child.wait().await
     }
 
-    /// Sends `SIGTERM` to the tool and its children.
-    pub fn terminate(&self) {
-        self.signal(Signal::TERM);
-    }
-
     /// Ends the tool and its children: by `SIGTERM`, and after `grace` by `SIGKILL`.
     pub async fn stop(mut self, grace: Duration) {
         self.signal(Signal::TERM);
@@ -86,7 +81,7 @@ impl StreamedTool {
     }
 
     /// Sends `SIGKILL` to the tool and its children.
-    pub fn kill(&self) {
+    pub(crate) fn kill(&self) {
         self.signal(Signal::KILL);
     }
 

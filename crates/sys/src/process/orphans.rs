@@ -16,14 +16,14 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Makes this process the parent of its descendants' orphans, so that even those that have left the command's process
 /// group can be found.
-pub fn adopt() {
+pub(crate) fn adopt() {
     // Linux has this since 3.4. Without it only the group is found, which is most of them.
     let _ = set_child_subreaper(Some(getpid()));
 }
 
 /// Ends the rest of `group` and all adopted processes, except those that this program started for itself. Returns how
 /// many there were.
-pub async fn end(group: Option<Pid>) -> usize {
+pub(crate) async fn end(group: Option<Pid>) -> usize {
     let mut left = leftovers(group);
     if left.is_empty() {
         return 0;

@@ -11,7 +11,7 @@ static STARTED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 /// One child's entry in the register. Dropping it removes the entry, so it has to live as long as the child.
 #[derive(Debug)]
-pub struct Registered(u32);
+pub(crate) struct Registered(u32);
 
 impl Drop for Registered {
     fn drop(&mut self) {
@@ -23,7 +23,7 @@ impl Drop for Registered {
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn spawn(command: &mut Command) -> io::Result<(Child, Registered)> {
+pub(crate) fn spawn(command: &mut Command) -> io::Result<(Child, Registered)> {
     // Locked before the child exists: otherwise a search for left-over processes could find it unregistered.
     let mut started = started();
     let child = command.spawn()?;

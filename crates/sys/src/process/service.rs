@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -23,7 +23,6 @@ const READ_GRACE: Duration = Duration::from_millis(500);
 
 /// A running server. Dropping it kills its group; `stop` ends it cleanly.
 pub struct Service {
-    program: PathBuf,
     child: Child,
     _registered: Registered,
     group: Option<Pid>,
@@ -66,17 +65,12 @@ impl Service {
         let stderr = child.stderr.take().expect("it was asked for above");
         let reader = tokio::spawn(keep_tail(stderr, Arc::clone(&tail)));
         Ok(Self {
-            program: program.to_owned(),
             child,
             _registered: registered,
             group,
             tail,
             reader,
         })
-    }
-
-    pub fn program(&self) -> &Path {
-        &self.program
     }
 
     pub fn is_alive(&mut self) -> bool {

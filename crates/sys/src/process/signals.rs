@@ -18,7 +18,7 @@ pub enum Stop {
 
 impl Stop {
     /// The signal to forward to a child.
-    pub fn signal(self) -> Signal {
+    pub(crate) fn signal(self) -> Signal {
         match self {
             Self::Interrupt => Signal::INT,
             Self::Terminate => Signal::TERM,

@@ -60,12 +60,12 @@ impl Explain for SuperviseError {
 #[derive(Clone, Debug)]
 pub struct Supervised {
     /// An absolute path, or a name to be found on the `PATH` of `environment`.
-    pub program: PathBuf,
-    pub arguments: Vec<OsString>,
+    pub(crate) program: PathBuf,
+    pub(crate) arguments: Vec<OsString>,
     /// The whole environment: nothing is inherited.
     pub environment: BTreeMap<OsString, OsString>,
     /// The working directory.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
 }
 
 /// How a command ended.
@@ -74,12 +74,12 @@ pub struct CommandExit {
     /// The exit code; as in shells 128 + N for a command that signal N killed.
     pub code: u8,
     /// The signal that killed the command, if one did.
-    pub signal: Option<i32>,
+    pub(crate) signal: Option<i32>,
     /// The first request to stop that came while the command ran, and its time.
     pub stopped: Option<(Stop, Instant)>,
     pub lasted: Duration,
     /// The number of processes that the command left behind and that were ended.
-    pub orphans: usize,
+    pub(crate) orphans: usize,
 }
 
 impl Supervised {

@@ -18,7 +18,7 @@ const SIZE_LIMIT: u64 = 25 * 1024 * 1024;
 
 /// Why a payload could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum PayloadError {
+pub(crate) enum PayloadError {
     /// The file does not exist, or may not be read.
     #[error("the file cannot be opened ({0})")]
     Open(String),
@@ -51,28 +51,28 @@ pub enum PayloadError {
 
 impl PayloadError {
     /// Whether the file itself is at fault, not its content.
-    pub fn is_about_the_file(&self) -> bool {
+    pub(crate) fn is_about_the_file(&self) -> bool {
         matches!(self, Self::Open(_) | Self::NotAFile | Self::TooLarge)
     }
 }
 
 /// The fields of a payload that the facts need. A field that is `null` counts as absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Payload {
+pub(crate) struct Payload {
     /// The ref of a `push`, `workflow_dispatch`, `create`, `delete`.
-    pub git_ref: Option<String>,
+    pub(crate) git_ref: Option<String>,
     /// Whether a `push` removed its ref.
-    pub deleted: Option<bool>,
+    pub(crate) deleted: Option<bool>,
     /// The commit (or tag object) that a `push` left its ref at; all zeros if it removed it.
-    pub after: Option<String>,
+    pub(crate) after: Option<String>,
     /// `owner/name` of the repository that the event belongs to.
-    pub repository: Option<String>,
+    pub(crate) repository: Option<String>,
     /// That repository's default branch, without `refs/heads/`.
-    pub default_branch: Option<String>,
+    pub(crate) default_branch: Option<String>,
     /// The merge queue's ref, in a `merge_group` event.
-    pub queue_ref: Option<String>,
+    pub(crate) queue_ref: Option<String>,
     /// The fields of `MARKS` that occur in the payload, `null` or not.
-    pub marks: Vec<&'static str>,
+    pub(crate) marks: Vec<&'static str>,
 }
 
 /// Top-level fields that show which kind of event a payload belongs to. None of them occurs in the payload of a `push`,
@@ -104,7 +104,7 @@ const FIELDS: [&str; 4] = ["ref", "deleted", "after", "repository"];
 ///
 /// # Errors
 /// When it is not a regular file, is too large, or holds anything but a payload. Never panics, whatever it holds.
-pub fn read(file: &Path) -> Result<Payload, PayloadError> {
+pub(crate) fn read(file: &Path) -> Result<Payload, PayloadError> {
     parse(&read_bounded(file)?)
 }
 

@@ -15,7 +15,7 @@ const OF_A_MERGE_REQUEST: [&str; 4] = [
 ];
 
 /// The facts of the job with these variables.
-pub fn job(env: &Env) -> Job {
+pub(crate) fn job(env: &Env) -> Job {
     Job {
         event: event(env),
         repository: repository(env),

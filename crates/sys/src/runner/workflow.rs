@@ -25,7 +25,7 @@ pub enum Level {
 
 impl Level {
     /// The command's name, which is also the prefix of the line outside of GitHub Actions.
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Notice => "notice",
             Self::Warning => "warning",
@@ -187,14 +187,14 @@ fn print_stderr(line: &str) {
 }
 
 /// Escapes a command's data, as `command.ts` in actions/toolkit does.
-pub fn escape_data(text: &str) -> String {
+pub(crate) fn escape_data(text: &str) -> String {
     text.replace('%', "%25")
         .replace('\r', "%0D")
         .replace('\n', "%0A")
 }
 
 /// Escapes a command's property, as `command.ts` in actions/toolkit does.
-pub fn escape_property(text: &str) -> String {
+pub(crate) fn escape_property(text: &str) -> String {
     escape_data(text).replace(':', "%3A").replace(',', "%2C")
 }
 

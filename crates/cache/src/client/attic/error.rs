@@ -14,7 +14,7 @@ const SHOWN_CHARACTERS: usize = 200;
 
 impl Error {
     /// For a response that is not a success. `size` is what was sent, in bytes.
-    pub fn from_response(status: u16, headers: &HeaderMap, body: &[u8], size: u64) -> Self {
+    pub(crate) fn from_response(status: u16, headers: &HeaderMap, body: &[u8], size: u64) -> Self {
         let body = ErrorBody::parse(body);
         let text = body.text;
         match status {
@@ -46,7 +46,7 @@ impl Error {
     }
 
     /// For a request without a complete response.
-    pub fn from_reqwest(error: reqwest::Error) -> Self {
+    pub(crate) fn from_reqwest(error: reqwest::Error) -> Self {
         Self::Unreachable {
             layer: http::layer(&error),
             text: http::chain(error),
@@ -54,7 +54,7 @@ impl Error {
     }
 
     /// For a connection that could not be made.
-    pub fn from_connect(error: &http::ConnectError) -> Self {
+    pub(crate) fn from_connect(error: &http::ConnectError) -> Self {
         Self::Unreachable {
             layer: error.layer(),
             text: error.to_string(),
@@ -62,7 +62,7 @@ impl Error {
     }
 
     /// For a connection that ended before the response was complete.
-    pub fn disconnected(error: &std::io::Error) -> Self {
+    pub(crate) fn disconnected(error: &std::io::Error) -> Self {
         Self::Unreachable {
             layer: Layer::Http,
             text: format!("the connection broke off: {error}"),
@@ -70,7 +70,7 @@ impl Error {
     }
 
     /// For an exchange in which no byte moved for `limit`.
-    pub fn timed_out(limit: Duration) -> Self {
+    pub(crate) fn timed_out(limit: Duration) -> Self {
         Self::Unreachable {
             layer: Layer::Http,
             text: format!("nothing moved for {} s", limit.as_secs()),

@@ -62,7 +62,11 @@ enum Attempt {
 impl ExpectContinue {
     /// `streaming` is the client for servers behind a proxy. `stall_timeout` does not cover the wait for `100
     /// Continue`, which has a timeout of its own.
-    pub fn new(pool: Arc<Pool>, streaming: reqwest::Client, stall_timeout: StallTimeout) -> Self {
+    pub(crate) fn new(
+        pool: Arc<Pool>,
+        streaming: reqwest::Client,
+        stall_timeout: StallTimeout,
+    ) -> Self {
         Self {
             pool,
             proxied: WholeBody::new(streaming, stall_timeout),

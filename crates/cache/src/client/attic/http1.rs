@@ -28,12 +28,12 @@ const RESPONSE_GRACE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub(super) struct Response {
-    pub status: u16,
-    pub headers: HeaderMap,
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
     /// At most the connection's body limit; further bytes are not read.
-    pub body: Vec<u8>,
+    pub(crate) body: Vec<u8>,
     /// Whether the body was read to the end that its own framing announces.
-    pub complete: bool,
+    pub(crate) complete: bool,
     /// Whether the body is complete and the server keeps the connection open.
     keep_alive: bool,
 }
@@ -68,7 +68,7 @@ pub(super) enum Continue {
 
 impl Connection {
     /// `body_limit`: bytes of a response's body that are read at most.
-    pub fn new(stream: Box<dyn ByteStream>, body_limit: usize) -> Self {
+    pub(crate) fn new(stream: Box<dyn ByteStream>, body_limit: usize) -> Self {
         let (half, writer) = tokio::io::split(stream);
         Self {
             reader: Reader {
@@ -81,25 +81,25 @@ impl Connection {
     }
 
     /// Reads at most this many bytes of a response's body from now on.
-    pub fn set_body_limit(&mut self, limit: usize) {
+    pub(crate) fn set_body_limit(&mut self, limit: usize) {
         self.reader.body_limit = limit;
     }
 
     /// Whether the connection is still open and in step. An idle server must send nothing: bytes would be a response
     /// to no request, and an end of file means that it has closed.
-    pub fn is_idle(&mut self) -> bool {
+    pub(crate) fn is_idle(&mut self) -> bool {
         let mut byte = [0];
         self.reader.buffer.is_empty() && self.reader.half.read(&mut byte).now_or_never().is_none()
     }
 
     /// Writes all bytes. Returns a response that arrives while they are written, or that explains why they could not
     /// be.
-    pub async fn write(&mut self, bytes: &[u8]) -> io::Result<Option<Response>> {
+    pub(crate) async fn write(&mut self, bytes: &[u8]) -> io::Result<Option<Response>> {
         self.write_both(bytes, &[]).await
     }
 
     /// As [`Self::write`], for two pieces that should leave in one packet.
-    pub async fn write_both(
+    pub(crate) async fn write_both(
         &mut self,
         first: &[u8],
         second: &[u8],
@@ -122,7 +122,7 @@ impl Connection {
     }
 
     /// Waits for `100 Continue` for at most `grace`.
-    pub async fn await_continue(&mut self, grace: Duration) -> io::Result<Continue> {
+    pub(crate) async fn await_continue(&mut self, grace: Duration) -> io::Result<Continue> {
         let reader = &mut self.reader;
         let reaction = async {
             loop {
@@ -142,12 +142,12 @@ impl Connection {
     }
 
     /// Reads the response to a request that was written completely.
-    pub async fn response(&mut self) -> io::Result<Response> {
+    pub(crate) async fn response(&mut self) -> io::Result<Response> {
         self.reader.response().await
     }
 
     /// Whether the connection can carry another request, after `response` to a completely written one.
-    pub fn is_reusable(&self, response: &Response) -> bool {
+    pub(crate) fn is_reusable(&self, response: &Response) -> bool {
         response.keep_alive && self.reader.buffer.is_empty()
     }
 }

@@ -31,7 +31,7 @@ use flywheel_nix::store_path::{PathHash, StorePath};
 use flywheel_sys::http::Clients;
 
 /// Hashes in one query. The server's own limits are far above (32,765 on SQLite, 2 MiB of body).
-pub const BATCH: usize = 1000;
+pub(crate) const BATCH: usize = 1000;
 /// For every request that carries no NAR.
 const API_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest response that is read, in bytes, apart from NARs.
@@ -64,7 +64,7 @@ impl Attic {
     }
 
     /// As [`Self::new`], with another way to send NARs and another timeout for all other requests.
-    pub fn with_sender(
+    pub(crate) fn with_sender(
         endpoint: Endpoint,
         token: Option<Secret>,
         api: reqwest::Client,
@@ -82,7 +82,7 @@ impl Attic {
         }))
     }
 
-    pub fn endpoint(&self) -> &Endpoint {
+    pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.0.endpoint
     }
 
@@ -90,7 +90,7 @@ impl Attic {
     ///
     /// # Errors
     /// As [`Error`] lists them.
-    pub async fn cache_config(&self) -> Result<CacheConfig, Error> {
+    pub(crate) async fn cache_config(&self) -> Result<CacheConfig, Error> {
         let response = self
             .request(self.0.api.get(self.endpoint().config()))
             .await?;
@@ -104,7 +104,10 @@ impl Attic {
     ///
     /// # Errors
     /// As [`Error`] lists them.
-    pub async fn missing_paths(&self, hashes: &[PathHash]) -> Result<HashSet<PathHash>, Error> {
+    pub(crate) async fn missing_paths(
+        &self,
+        hashes: &[PathHash],
+    ) -> Result<HashSet<PathHash>, Error> {
         #[derive(Serialize)]
         struct Query<'a> {
             cache: &'a str,

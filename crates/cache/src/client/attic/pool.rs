@@ -38,7 +38,7 @@ struct Idle {
 
 impl Pool {
     /// An empty pool.
-    pub fn new(direct: Direct) -> Self {
+    pub(crate) fn new(direct: Direct) -> Self {
         Self {
             direct,
             idle: Mutex::default(),
@@ -46,7 +46,7 @@ impl Pool {
     }
 
     /// Whether the environment names a proxy for this address, so that no direct connection may be made.
-    pub fn is_proxied(&self, url: &Url) -> bool {
+    pub(crate) fn is_proxied(&self, url: &Url) -> bool {
         self.direct.is_proxied(url)
     }
 

@@ -31,10 +31,10 @@ const BODY_DELAY: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug)]
 pub struct StallTimeout {
     /// The server takes no byte of the body for this long, or does not respond after the last one.
-    pub idle: Duration,
+    pub(crate) idle: Duration,
     /// Bytes per second at which the server compresses what it has received, at least: the wait for its response grows
     /// with the NAR's size.
-    pub rate: u64,
+    pub(crate) rate: u64,
 }
 
 impl Default for StallTimeout {
@@ -74,17 +74,17 @@ impl StallTimeout {
 /// The upload of one path.
 #[derive(Clone, Debug)]
 pub struct UploadRequest {
-    pub url: Url,
+    pub(crate) url: Url,
     /// The credential.
-    pub headers: HeaderMap,
+    pub(crate) headers: HeaderMap,
     /// The path's description as JSON.
-    pub info: String,
-    pub source: NarSource,
+    pub(crate) info: String,
+    pub(crate) source: NarSource,
     /// The NAR's registered hash.
-    pub hash: Sha256,
+    pub(crate) hash: Sha256,
     /// The NAR's registered size in bytes.
-    pub size: u64,
-    pub counter: ByteCounter,
+    pub(crate) size: u64,
+    pub(crate) counter: ByteCounter,
 }
 
 /// A way to send a NAR.
@@ -104,7 +104,7 @@ pub struct WholeBody {
 
 impl WholeBody {
     /// `client` must not have a read timeout of its own.
-    pub fn new(client: reqwest::Client, stall_timeout: StallTimeout) -> Self {
+    pub(crate) fn new(client: reqwest::Client, stall_timeout: StallTimeout) -> Self {
         Self {
             client,
             stall_timeout,

@@ -13,15 +13,15 @@ pub struct CacheConfig {
     /// The key with which the cache claims to sign.
     pub public_key: Option<PublicKey>,
     /// Whether everybody may read the cache without a token.
-    pub is_public: Option<bool>,
+    pub(crate) is_public: Option<bool>,
     /// Names of the keys of upstream caches: paths that they have signed need not be published.
-    pub upstream_keys: Vec<String>,
+    pub(crate) upstream_keys: Vec<String>,
     /// The whole response, for fields that later versions add.
-    pub raw: Map<String, Value>,
+    pub(crate) raw: Map<String, Value>,
 }
 
 impl CacheConfig {
-    pub fn from_json(raw: Map<String, Value>) -> Self {
+    pub(crate) fn from_json(raw: Map<String, Value>) -> Self {
         let text = |name: &str| raw.get(name).and_then(Value::as_str);
         let keys = raw
             .get("upstream_cache_key_names")

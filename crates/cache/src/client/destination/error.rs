@@ -102,7 +102,7 @@ pub enum Action {
 }
 
 impl Error {
-    pub fn action(&self) -> Action {
+    pub(crate) fn action(&self) -> Action {
         match self {
             // Above the connection the request may have arrived, and only the response be lost.
             Self::Unreachable { layer, .. } => Action::Retry {
@@ -135,7 +135,7 @@ impl Error {
     }
 
     /// Whether the server as a whole is unavailable, whatever the request.
-    pub fn is_server_unavailable(&self) -> bool {
+    pub(crate) fn is_server_unavailable(&self) -> bool {
         match self {
             Self::Unreachable { layer, .. } => *layer != Layer::Http,
             Self::Busy { status, .. } => matches!(status, 502..=504 | 520..),

@@ -22,7 +22,7 @@ use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::StorePath;
 
 /// What the trait's asynchronous methods return.
-pub type Pending<'a, T> = BoxFuture<'a, Result<T, Error>>;
+pub(crate) type Pending<'a, T> = BoxFuture<'a, Result<T, Error>>;
 
 /// A store that paths are published to and verified in. No implementation retries by itself.
 pub trait Destination: Send + Sync + fmt::Debug {

@@ -13,7 +13,7 @@ pub struct ByteCounter {
 impl ByteCounter {
     /// A counter for another upload that adds to the same total.
     #[must_use]
-    pub fn next(&self) -> Self {
+    pub(crate) fn next(&self) -> Self {
         Self {
             own: Arc::default(),
             all: Arc::clone(&self.all),
@@ -21,12 +21,12 @@ impl ByteCounter {
     }
 
     /// NAR bytes of this upload's current try.
-    pub fn sent(&self) -> u64 {
+    pub(crate) fn sent(&self) -> u64 {
         self.own.load(Ordering::Relaxed)
     }
 
     /// NAR bytes of all uploads and all their tries.
-    pub fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.all.load(Ordering::Relaxed)
     }
 

@@ -118,9 +118,9 @@ fn sum(text: &str) -> String {
 /// The content of a journal.
 #[derive(Debug, Default)]
 pub(super) struct JournalContent {
-    pub cache: Option<String>,
-    pub mark: Option<i64>,
-    pub begun: Option<u64>,
+    pub(crate) cache: Option<String>,
+    pub(crate) mark: Option<i64>,
+    pub(crate) begun: Option<u64>,
     ended: bool,
     paths: BTreeMap<StorePath, (Step, u64)>,
 }

@@ -89,19 +89,19 @@ impl Final {
     }
 
     /// Whether the cache should now serve the path.
-    pub fn is_served(&self) -> bool {
+    pub(crate) fn is_served(&self) -> bool {
         matches!(self, Self::Published | Self::AlreadyThere)
     }
 
     /// The reason, for a path that should have been published and was not.
-    pub fn lost(&self) -> Option<&str> {
+    pub(crate) fn lost(&self) -> Option<&str> {
         match self {
             Self::Failed { reason, .. } | Self::Left { reason } => Some(reason),
             _ => None,
         }
     }
 
-    pub fn withheld(&self) -> Option<&Withheld> {
+    pub(crate) fn withheld(&self) -> Option<&Withheld> {
         match self {
             Self::Withheld(why) => Some(why),
             _ => None,
@@ -137,9 +137,9 @@ pub struct Counts {
     pub published: u64,
     pub already_there: u64,
     pub skipped: u64,
-    pub withheld: u64,
-    pub failed: u64,
-    pub left: u64,
+    pub(crate) withheld: u64,
+    pub(crate) failed: u64,
+    pub(crate) left: u64,
 }
 
 impl Outcome {
