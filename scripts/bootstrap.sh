@@ -62,6 +62,8 @@ done
 if ! cmp --silent "$root/scripts/tools.txt" "$tools/installed.txt"; then
   echo "bootstrap: installing cargo-nextest, act and the linters into target/tools"
   rm -rf "$tools"
+  # The shell may remember the Python that was in that folder.
+  hash -r
   python3 -m venv "$tools"
   "$tools/bin/python" -m pip install --quiet --no-input --no-deps --only-binary :all: -r "$root/scripts/tools.txt"
   cp "$root/scripts/tools.txt" "$tools/installed.txt"
