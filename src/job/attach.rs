@@ -7,7 +7,6 @@ use tokio::net::TcpListener;
 use url::Url;
 
 use crate::report::job::CacheState;
-use flywheel_cache::client::copy::StoreUrl;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{self, Probe};
 use flywheel_cache::server::{Options, Server, Serving};
@@ -17,15 +16,14 @@ use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::PublicKey;
 use flywheel_sys::http::{Clients, Names};
 
+use super::backend::Backend;
 use super::source::Source;
 
 /// The cache of a job, and what probing it found.
 #[derive(Debug)]
 pub(crate) struct Cache {
-    /// The server's address, if one was named.
-    pub(crate) endpoint: Option<Endpoint>,
-    /// Another kind of store, if one was named in place of a server.
-    pub(crate) store: Option<StoreUrl>,
+    /// `None` where no cache was named, or none could be started.
+    pub(crate) backend: Option<Backend>,
     /// Why publication is skipped, if Attic's own client was to publish and cannot be had.
     pub(crate) skipped: Option<String>,
     pub(crate) state: CacheState,
@@ -34,8 +32,6 @@ pub(crate) struct Cache {
     pub(crate) token: Option<Secret>,
     /// The key that Nix should trust.
     pub(crate) public_key: Option<PublicKey>,
-    /// The embedded cache, while it runs.
-    pub(crate) serving: Option<Serving>,
 }
 
 impl Cache {
@@ -44,13 +40,14 @@ impl Cache {
         self.state == CacheState::Attached
     }
 
-    /// The address that Nix uses, without credentials.
+    /// The address for messages, without credentials.
     pub(crate) fn address(&self) -> Option<String> {
-        let store = || self.store.as_ref().map(StoreUrl::to_string);
-        self.endpoint
-            .as_ref()
-            .map(Endpoint::substituter)
-            .or_else(store)
+        self.backend.as_ref().map(Backend::address)
+    }
+
+    /// The address on a server that has Attic's protocol.
+    pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
+        self.backend.as_ref().and_then(Backend::endpoint)
     }
 
     /// Why nothing can be published, if the cache was to be used and was left out.
@@ -64,23 +61,20 @@ impl Cache {
     }
 
     fn none(state: CacheState) -> Self {
-        let (probe, public_key) = (Probe::default(), None);
         Self {
-            endpoint: None,
-            store: None,
+            backend: None,
             skipped: None,
             state,
-            probe,
+            probe: Probe::default(),
             token: None,
-            public_key,
-            serving: None,
+            public_key: None,
         }
     }
 
     /// Stops the embedded cache, if it runs.
     pub(crate) async fn stop(self) {
-        if let Some(serving) = self.serving {
-            serving.stop().await;
+        if let Some(backend) = self.backend {
+            backend.stop().await;
         }
     }
 }
@@ -98,29 +92,30 @@ pub(crate) async fn attach(
         Source::NotNamed => Cache::none(CacheState::NotNamed),
         // Whether it opens is seen later, once there is a Nix to open it with.
         Source::Store(url) => Cache {
-            store: Some(url.clone()),
+            backend: Some(Backend::Store(url.clone())),
             // Nix sends a token by the netrc, which is for HTTP alone.
             token: token.filter(|_| url.http_host().is_some()).cloned(),
             public_key: key.cloned(),
             ..Cache::none(CacheState::Attached)
         },
         Source::Server(endpoint) => {
-            probe_server(endpoint.clone(), key.cloned(), token.cloned(), clients).await
+            let backend = Backend::Attic(endpoint.clone());
+            probe_server(backend, endpoint, key.cloned(), token.cloned(), clients).await
         }
         Source::Embedded { folder, cache } => match embed(folder, cache).await {
             // The embedded cache is probed like a remote one, so that a fault of it shows here and not in the build.
             Ok(embedded) => {
-                let cache = probe_server(
-                    embedded.endpoint,
-                    Some(embedded.key),
-                    embedded.token,
-                    clients,
-                )
-                .await;
-                Cache {
-                    serving: Some(embedded.serving),
-                    ..cache
-                }
+                let Embedded {
+                    serving,
+                    endpoint,
+                    key,
+                    token,
+                } = embedded;
+                let backend = Backend::Embedded {
+                    endpoint: endpoint.clone(),
+                    serving,
+                };
+                probe_server(backend, &endpoint, Some(key), token, clients).await
             }
             Err(text) => Cache::none(CacheState::LeftOut {
                 layer: "cache",
@@ -133,14 +128,15 @@ pub(crate) async fn attach(
 }
 
 async fn probe_server(
-    endpoint: Endpoint,
+    backend: Backend,
+    endpoint: &Endpoint,
     key: Option<PublicKey>,
     token: Option<Secret>,
     clients: &Clients,
 ) -> Cache {
     let names = Names::default();
     let probe = probe::probe(
-        &endpoint,
+        endpoint,
         token.as_ref(),
         &clients.api,
         &names,
@@ -155,7 +151,7 @@ async fn probe_server(
         },
     };
     Cache {
-        endpoint: Some(endpoint),
+        backend: Some(backend),
         probe,
         token,
         public_key: key,
@@ -198,7 +194,7 @@ fn report(cache: &Cache, sink: &Sink) {
         }
         _ => (),
     }
-    let foreign_hosts = match (&cache.probe.config, &cache.endpoint) {
+    let foreign_hosts = match (&cache.probe.config, cache.endpoint()) {
         (Some(config), Some(endpoint)) => config.foreign_hosts(endpoint),
         _ => Vec::new(),
     };

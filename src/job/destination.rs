@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::inputs::value::{Invalid, value, variant};
 use crate::job::attach::Cache;
+use crate::job::backend::Backend;
 use crate::report::job::CacheState;
 use flywheel_cache::client::attic::Attic;
 use flywheel_cache::client::attic_cli::{self, AtticCli, Search};
@@ -126,18 +127,17 @@ impl DestinationOpener<'_> {
         config: &DestinationConfig,
         sink: &Sink,
     ) -> Result<Option<Target>, String> {
-        if let Some(url) = &cache.store {
-            return Ok(cache
-                .is_attached()
-                .then(|| StoreCopy::new(self.nix_for(url), url.clone()).into()));
-        }
-        let Some(endpoint) = cache
-            .endpoint
-            .clone()
-            .filter(|_| cache.probe.answers || cache.is_attached())
-        else {
-            return Ok(None);
+        let endpoint = match &cache.backend {
+            None => return Ok(None),
+            Some(Backend::Store(url)) => {
+                let open = || StoreCopy::new(self.nix_for(url), url.clone()).into();
+                return Ok(cache.is_attached().then(open));
+            }
+            Some(Backend::Attic(endpoint) | Backend::Embedded { endpoint, .. }) => endpoint.clone(),
         };
+        if !cache.probe.answers && !cache.is_attached() {
+            return Ok(None);
+        }
         let attic = Attic::new(endpoint, cache.token.clone(), self.http.clone());
         let with_attic_cli = match config.publisher {
             PublisherKind::BuiltIn => false,
@@ -195,10 +195,10 @@ impl DestinationOpener<'_> {
 
     /// Opens another kind of store once for a try, and leaves the cache out if that fails.
     pub(crate) async fn ping(&self, cache: &mut Cache, sink: &Sink) {
-        let Some(url) = cache.store.clone() else {
+        let Some(Backend::Store(url)) = &cache.backend else {
             return;
         };
-        if let Err(error) = StoreCopy::ping(&self.nix_for(&url), &url, PING_LIMIT).await {
+        if let Err(error) = StoreCopy::ping(&self.nix_for(url), url, PING_LIMIT).await {
             let text = format!("`{url}` does not open: {error}");
             sink.degraded("cache", format!("left out: {text}"));
             cache.state = CacheState::LeftOut {

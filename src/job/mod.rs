@@ -4,6 +4,7 @@
 
 pub(crate) mod added_paths;
 pub(crate) mod attach;
+mod backend;
 mod begin;
 mod closure_tracker;
 pub(crate) mod destination;

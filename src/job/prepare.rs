@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::attach::{self, Cache};
+use super::backend::Backend;
 use super::begin::Session;
 use super::destination::DestinationOpener;
 use super::settings::{self, NixSettings, SettingsInputs};
@@ -95,7 +96,7 @@ impl Session<'_> {
         };
         opener.ping(&mut cache, sink).await;
         // A store that turned out not to open must not stay among Nix's substituters.
-        if cache.store.is_some() && !cache.is_attached() {
+        if matches!(cache.backend, Some(Backend::Store(_))) && !cache.is_attached() {
             settings = self.prepare_settings(&ready, &cache).await;
         }
         let to = self.open_destination(&opener, &mut cache).await;

@@ -122,28 +122,26 @@ fn cache_settings(
         .token
         .as_ref()
         .filter(|_| inputs.publishes || !inputs.cache.probe.public);
-    let (substituter, host) = match (&inputs.cache.endpoint, &inputs.cache.store) {
-        (Some(endpoint), _) => (endpoint.substituter(), endpoint.server.host_str()),
-        (None, Some(url)) => (url.as_str().to_owned(), url.http_host()),
-        (None, None) => return None,
-    };
-    let netrc = token.zip(host).and_then(|(token, host)| {
-        let existing = before.netrc_file().filter(|file| file.is_file());
-        let file = match netrc::write(inputs.private, host, token, existing.as_deref()) {
-            // A netrc of the user that cannot be read must not cost the job the credential of its own cache.
-            Err(error @ netrc::WriteError::Existing { .. }) => {
-                sink.degraded(
-                    "nix settings",
-                    format!("credentials for other hosts are missing in this job: {error}"),
-                );
-                netrc::write(inputs.private, host, token, None)
-            }
-            file => file,
-        };
-        or_left_out("netrc", file, sink)
-    });
+    let backend = inputs.cache.backend.as_ref()?;
+    let netrc = token
+        .zip(backend.credential_host())
+        .and_then(|(token, host)| {
+            let existing = before.netrc_file().filter(|file| file.is_file());
+            let file = match netrc::write(inputs.private, host, token, existing.as_deref()) {
+                // A netrc of the user that cannot be read must not cost the job the credential of its own cache.
+                Err(error @ netrc::WriteError::Existing { .. }) => {
+                    sink.degraded(
+                        "nix settings",
+                        format!("credentials for other hosts are missing in this job: {error}"),
+                    );
+                    netrc::write(inputs.private, host, token, None)
+                }
+                file => file,
+            };
+            or_left_out("netrc", file, sink)
+        });
     Some(CacheSettings {
-        substituter,
+        substituter: backend.substituter(),
         public_key: inputs.cache.public_key.clone(),
         netrc,
     })

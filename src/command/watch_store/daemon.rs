@@ -121,7 +121,7 @@ impl Daemon<'_> {
             prepared = Box::pin(self.session.make_ready()) => prepared?,
         };
         let watch = self.session.watch(&prepared, self.processes.clone()).await;
-        let cache = prepared.cache.endpoint.as_ref().map(Endpoint::substituter);
+        let cache = prepared.cache.endpoint().map(Endpoint::substituter);
         {
             let mut status = self.status_cell.status();
             status.state = "watching".into();
