@@ -20,7 +20,7 @@ pub(crate) const PROGRAM: &str = "flywheel";
 pub(crate) enum Refusal {
     /// A value is wrong.
     Usage(UsageError),
-    /// Flags or verbs are wrong, or help or the version were asked for: clap prints it.
+    /// A wrong flag or verb, or a call for the help or the version; clap prints the text.
     Clap(clap::Error),
 }
 
@@ -44,8 +44,26 @@ pub(crate) fn matches(
             let whole = attach(command, &Blank::default()).try_get_matches_from(&arguments);
             Refusal::Clap(whole.err().unwrap_or(error))
         }
-        _ => refusal(error),
+        _ => help(command, &arguments).map_or_else(|| refusal(error), Refusal::Clap),
     })
+}
+
+/// The help, where it is asked for behind a wrong value, which clap reports first.
+fn help(command: Command, arguments: &[OsString]) -> Option<clap::Error> {
+    let own = arguments.iter().take_while(|argument| *argument != "--");
+    let flag = own
+        .clone()
+        .find(|flag| *flag == "--help" || *flag == "-h")?;
+    let (mut verb, mut call) = (&command, vec![OsString::from(PROGRAM)]);
+    for name in own {
+        if let Some(below) = name.to_str().and_then(|name| verb.find_subcommand(name)) {
+            verb = below;
+            call.push(name.clone());
+        }
+    }
+    call.push(flag.clone());
+    let whole = attach(command.clone(), &Blank::default());
+    whole.try_get_matches_from(call).err()
 }
 
 /// The error of an input, if a value is wrong. clap's own would quote the value, which may be a

@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::builder::{PossibleValue, StringValueParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, ValueEnum};
 
 use flywheel_core::exit::{Explain as _, UsageError};
@@ -95,7 +95,11 @@ pub(crate) fn name() -> impl TypedValueParser<Value = String> {
 
 /// A parser of the path of a file or a folder, which need not exist.
 pub(crate) fn path() -> impl TypedValueParser<Value = PathBuf> {
-    StringValueParser::new().map(|text| PathBuf::from(text.trim()))
+    OsStringValueParser::new().map(|text| match text.to_str() {
+        Some(text) => PathBuf::from(text.trim()),
+        // A file's name need not be UTF-8.
+        None => PathBuf::from(text),
+    })
 }
 
 /// A parser of a number within a range.
@@ -192,6 +196,30 @@ impl<T: Clone + Send + Sync + 'static> TypedValueParser for OneOf<T> {
     }
 }
 
+/// A parser of one of a few values that keeps a refusal as its value: for a flag that another argument overrules, so
+/// that a variable without a use does not end the run.
+#[derive(Clone, Debug)]
+pub(crate) struct Deferred<T>(pub(crate) OneOf<T>);
+
+impl<T: Clone + Send + Sync + 'static> TypedValueParser for Deferred<T> {
+    type Value = Result<T, Invalid>;
+
+    fn parse_ref(
+        &self,
+        command: &Command,
+        flag: Option<&Arg>,
+        value: &OsStr,
+    ) -> Result<Self::Value, clap::Error> {
+        let values = self.0.clone();
+        let parser = StringValueParser::new().map(move |text| values.read(text.trim()));
+        parser.parse_ref(command, flag, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        self.0.possible_values()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -207,6 +235,8 @@ mod tests {
         label: Option<String>,
         #[arg(long, value_parser = one_of(&[("on", 1_u32), ("off", 2), ("verify", 3)]))]
         how: Option<u32>,
+        #[arg(long, value_parser = path())]
+        dir: Option<PathBuf>,
     }
 
     fn read(flag: &str) -> Result<Inputs, Invalid> {
@@ -223,6 +253,16 @@ mod tests {
         assert_eq!(read("--how=\tVerify\n").expect("a name").how, Some(3));
         let label = read("--label= a\nb ").expect("any text").label;
         assert_eq!(label.as_deref(), Some("a b"));
+    }
+
+    #[test]
+    fn the_name_of_a_folder_need_not_be_text() {
+        use std::os::unix::ffi::OsStringExt as _;
+        let name = std::ffi::OsString::from_vec(vec![b'd', 0xff]);
+        let mut flag = std::ffi::OsString::from("--dir=");
+        flag.push(&name);
+        let inputs = Inputs::try_parse_from([flag]).expect("any name");
+        assert_eq!(inputs.dir, Some(PathBuf::from(name)));
     }
 
     #[test]

@@ -55,6 +55,10 @@ impl Blank {
                 kept.extend(arguments);
                 break;
             }
+            // An argument that may be left out, and is empty, counts as not given, too.
+            if is_blank(&argument) && verbs.last().is_some_and(|verb| has_optional_argument(verb)) {
+                continue;
+            }
             let Some(flag) = text.strip_prefix("--") else {
                 verbs.extend(verbs.last().and_then(|verb| verb.find_subcommand(text)));
                 kept.push(argument);
@@ -75,7 +79,11 @@ impl Blank {
             } else {
                 arguments.next()
             };
-            if value.as_ref().is_some_and(is_blank) {
+            // A flag that takes several values stays, and misses one: the next word must not become an argument.
+            let takes_several = known
+                .get_num_args()
+                .is_some_and(|count| count.max_values() > 1);
+            if value.as_ref().is_some_and(is_blank) && !takes_several {
                 self.flags.extend(known.get_long().map(str::to_owned));
                 continue;
             }
@@ -92,6 +100,11 @@ impl Blank {
 
 fn is_blank(value: &OsString) -> bool {
     value.to_str().is_some_and(|text| text.trim().is_empty())
+}
+
+fn has_optional_argument(verb: &Command) -> bool {
+    let mut arguments = verb.get_positionals();
+    arguments.any(|argument| !argument.is_required_set() && !argument.is_last_set())
 }
 
 /// The flag of this name that takes a value.
@@ -163,6 +176,11 @@ mod tests {
                     .arg(Arg::new("program").last(true).num_args(0..)),
             )
             .subcommand(Command::new("cache").arg(value("dir")))
+            .subcommand(
+                Command::new("watch")
+                    .arg(Arg::new("task"))
+                    .arg(value("files").num_args(1..)),
+            )
     }
 
     fn kept(arguments: &[&str]) -> (Vec<String>, Vec<String>) {
@@ -190,9 +208,15 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_argument_that_may_be_left_out_counts_as_not_given() {
+        assert_eq!(kept(&["watch", " "]).0, ["watch"]);
+    }
+
+    #[test]
     fn whatever_is_no_empty_flag_stays() {
         for whole in [
-            &["run", "--server-name", "x", "--publish", ""][..],
+            &["watch", "--files", "", "x"][..],
+            &["run", "--server-name", "x", "--publish", ""],
             &["run", "--server-name", "--dir", ""],
             &["run", "--strict", ""],
             &["run", "--unknown", ""],

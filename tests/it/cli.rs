@@ -114,6 +114,21 @@ fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
 }
 
 #[test]
+fn help_is_given_behind_a_wrong_value() {
+    for call in [
+        &["nix-job", "--attic-enabled=bogus", "--help"][..],
+        &["cache", "serve", "--level", "99", "-h"],
+        &["watch-store", "bogus", "--help"],
+    ] {
+        let ran = Flywheel::new(call).run();
+        assert_eq!(ran.code, 0, "{call:?}: {}", ran.stderr);
+        assert!(ran.stdout.contains("Usage: flywheel"), "{call:?}");
+    }
+    let program = Flywheel::new(&["nix-job", "--attic-enabled=bogus", "--", "x", "--help"]).run();
+    assert_eq!(program.code, 64, "the help of another program");
+}
+
+#[test]
 fn help_reads_like_documentation() {
     let mut complaints = Vec::new();
     for verb in verbs() {

@@ -269,3 +269,13 @@ fn the_published_schema_refuses_what_the_binary_refuses() {
         assert_eq!(ran.code, 64, "the binary accepts {wrong}");
     }
 }
+
+#[test]
+fn an_empty_list_of_workflows_is_no_check_that_passed() {
+    for arguments in [
+        &["check", "--workflows", ""][..],
+        &["check", "--workflows", "", "x.yml"],
+    ] {
+        assert_eq!(contract(arguments).code, 64, "{arguments:?}");
+    }
+}

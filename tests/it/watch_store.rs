@@ -32,6 +32,15 @@ fn a_word_is_needed_and_a_wrong_one_is_named() {
 }
 
 #[test]
+fn a_task_as_argument_makes_the_mode_irrelevant() {
+    let ran = watch_store(&["status"]).env("FLYWHEEL_MODE", "strat").run();
+    assert_ne!(ran.code, 64, "{}", ran.stdout);
+    // An empty argument is one that was not given.
+    let named = watch_store(&[""]).env("FLYWHEEL_MODE", "status").run();
+    assert_eq!((ran.code, ran.stdout), (named.code, named.stdout));
+}
+
+#[test]
 fn wrong_input_is_found_before_anything_is_touched() {
     for (flag, value, words) in [
         (

@@ -22,7 +22,7 @@ use self::daemon::{Daemon, StatusCell, nix_folder, variables};
 use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, send};
 use self::runtime_dir::{RuntimeDir, job_processes};
 use crate::command::setup::quoted;
-use crate::inputs::value::variant;
+use crate::inputs::value::{Deferred, Invalid, variant};
 use crate::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
 use crate::job::inputs::{JobInputs, Plan};
 use crate::job::{self, JobReport, Prepared, Secrets, Session};
@@ -68,10 +68,10 @@ pub(crate) struct Inputs {
     #[arg(
         long,
         value_name = "TASK",
-        value_parser = variant::<Task>(),
+        value_parser = Deferred(variant::<Task>()),
         group = REQUIRED_IN_ACTION
     )]
-    mode: Option<Task>,
+    mode: Option<Result<Task, Invalid>>,
 
     #[command(flatten)]
     format: FormatInput,
@@ -147,10 +147,16 @@ impl Explain for Error {
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix.
 pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    let task = inputs.task.or(inputs.mode).ok_or_else(|| {
-        UsageError::new("mode", "is not given")
-            .with_hint("Give `start`, `status`, `finish` or `run`.")
-    })?;
+    // With a task as argument, `mode` does not matter, right or wrong: its variable may be meant for another step.
+    let task = match (inputs.task, inputs.mode) {
+        (Some(task), _) => task,
+        (None, Some(mode)) => mode.map_err(|invalid| invalid.of_input("mode"))?,
+        (None, None) => {
+            return Err(UsageError::new("mode", "is not given")
+                .with_hint("Give `start`, `status`, `finish` or `run`.")
+                .into());
+        }
+    };
     let plan = Plan::read(&inputs.job, env)?;
     match task {
         Task::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,

@@ -187,7 +187,7 @@ pub fn judge(declared: &SharedCache, given: &Given) -> Judgement {
     let mut judgement = Judgement::default();
     let (mode, by) = match (declared.mode, given.mode) {
         (Some(mode), _) => (mode, "flywheel.yml"),
-        (None, Some(mode)) => (mode, "the input `mode`"),
+        (None, Some(mode)) => (mode, "the input `expected-mode`"),
         (None, None) => (Mode::SharedCacheBacked, "default"),
     };
     (judgement.declared, judgement.declared_by) = (Some(mode), by);
