@@ -67,13 +67,13 @@ struct Serve {
     )]
     listen: SocketAddr,
 
-    /// Allow `--listen` to name an address that other machines reach (default: it may not). What is
-    /// sent, tokens included, is not encrypted: TLS comes from a reverse proxy.
+    /// Allow `--listen` on an address that other machines can reach (default: refused). Traffic,
+    /// tokens included, is not encrypted; TLS comes from a reverse proxy.
     #[arg(long)]
     allow_remote: bool,
 
-    /// Write the address to this file, whole, once the server answers. Example:
-    /// `--ready-file /tmp/cache.url` (default: none).
+    /// Once the server answers, write its address to this file in one step, such as `--ready-file
+    /// /tmp/cache.url` (default: none).
     #[arg(long, value_name = "FILE", value_parser = path())]
     ready_file: Option<PathBuf>,
 
@@ -87,24 +87,25 @@ struct Serve {
     )]
     caches: Vec<CacheName>,
 
-    /// Reading needs no token. This is the default, since the server listens on this machine alone;
-    /// it takes back an earlier `--private`.
+    /// Let everyone who reaches the server read without a token (the default, with
+    /// `--allow-remote`, too). Undoes an earlier `--private`.
     #[arg(long, overrides_with = "private")]
     public: bool,
 
-    /// Reading needs a token with scope `read` or `write` (default: it needs none).
+    /// Require a token with scope `read` or `write` for reading (default: none is needed).
     #[arg(long, overrides_with = "public")]
     private: bool,
 
-    /// File of tokens, a `<scope> <token> [<cache>]` a line; scope `read`, or `write`, which
-    /// includes reading; without a cache it is for all of them. Example: `--tokens /run/secrets/tokens`
-    /// (default: `tokens` in the folder, made at the first start with one write token).
+    /// A file with one token per line, as `SCOPE TOKEN [CACHE]`. The scope is `read`, or `write`,
+    /// which includes reading; without a cache the token is valid for all. Example: `--tokens
+    /// /run/secrets/tokens` (default: `tokens` in the folder, made at the first start with one
+    /// write token).
     #[arg(long, value_name = "FILE", value_parser = path())]
     tokens: Option<PathBuf>,
 
-    /// Let a client that may write claim a NAR that is known already without sending it (default: it
-    /// has to send it, so that no client gets a NAR of which it knows only the hash). A client that sends
-    /// `Expect: 100-continue` then sends nothing of it. Example: `--waive-proof`.
+    /// Accept a path whose NAR the server already has without having it sent again. A client that
+    /// sends `Expect: 100-continue` then sends none of it. Off by default, because a client that
+    /// knows only a hash could otherwise get the NAR. Example: `--waive-proof`.
     #[arg(long)]
     waive_proof: bool,
 
@@ -130,8 +131,8 @@ struct Serve {
     #[command(flatten)]
     limits: LimitInputs,
 
-    /// What was used within this time stays, whatever `--max-size` is; so does a NAR that no path
-    /// claims yet. Two minutes at least. Example: `--grace 10m`.
+    /// Never remove what was used within this time, even beyond `--max-size`, nor a NAR that no
+    /// path uses yet. At least two minutes. Example: `--grace 10m`.
     #[arg(long, value_name = "TIME", value_parser = value(units::duration), default_value = "1h")]
     grace: Duration,
 
@@ -143,8 +144,7 @@ struct Serve {
     #[arg(long, value_name = "TIME", value_parser = value(units::duration))]
     stop_after: Option<Duration>,
 
-    /// Log nothing but warnings, as with `--quiet` (default: a line for each upload, failure and
-    /// collection).
+    /// Log only warnings when `--quiet` is given (default: a line for each upload, failure and collection).
     #[arg(long)]
     quiet: bool,
 }

@@ -249,14 +249,14 @@ async fn probe_all(
     let roots = Roots {
         files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
     };
-    let (asker, plain) = (BazelProber::new(&roots)?, client(&roots)?);
+    let (prober, plain) = (BazelProber::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));
     let probed = endpoints.iter().map(|endpoint| async {
         let begun = Instant::now();
         let result = match endpoint.about {
             "attic" => probe_attic(endpoint, timeout, env, token.as_ref(), &plain).await,
-            _ => probe_bazel(endpoint, timeout, &asker).await,
+            _ => probe_bazel(endpoint, timeout, &prober).await,
         };
         let result = result.map(|()| begun.elapsed());
         Probed {
@@ -271,9 +271,9 @@ async fn probe_all(
 async fn probe_bazel(
     endpoint: &Endpoint,
     timeout: Duration,
-    asker: &BazelProber,
+    prober: &BazelProber,
 ) -> Result<(), String> {
-    let can = asker
+    let can = prober
         .probe(&endpoint.url, timeout)
         .await
         .map_err(|failure| format!("{} ({})", failure.text, failure.layer))?;

@@ -45,10 +45,11 @@ const VERIFY_LIMIT: Duration = Duration::from_secs(60);
 ///
 /// What the cache has already, or an upstream cache has signed, is not sent again. Each path is
 /// looked up afterwards: hash, signature, and the body itself of a few. The token is read from
-/// `ATTIC_TOKEN`. Outside of CI, calling this is asking for it; in a job the trust gate judges as
-/// it does for `nix-job` (see `flywheel explain`), and a refusal is a notice.
+/// `ATTIC_TOKEN`. Calling this is the request to publish, so `--publish` and `--push-cache` change
+/// nothing; in a job the trust gate still decides, as it does for `nix-job` (see `flywheel explain`),
+/// and a refusal is a notice.
 ///
-/// What the policy withholds is named and stays (`docs/policy.md`). Ends with 1 if a path is lost, or, with
+/// Paths that the policy withholds are listed and not sent (`docs/policy.md`). Ends with 1 if a path is lost, or, with
 /// `--on-finding fail`, withheld.
 #[derive(Args, Debug)]
 #[command(

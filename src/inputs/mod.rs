@@ -120,7 +120,7 @@ pub(crate) struct BazelCacheInput {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cache")]
 pub(crate) struct CacheInputs {
-    /// Whether to use the cache at all.
+    /// Whether to use a cache at all; `false` switches off `cache` and `embedded-cache`, too.
     #[arg(
         long,
         value_name = "BOOL",
@@ -252,8 +252,9 @@ impl<'a> Hints<'a> {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Publication")]
 pub(crate) struct TrustInputs {
-    /// Whether to publish. `true` and `auto` ask the trust gate, which decides; a pull request never
-    /// publishes. With `true`, a refusal is reported in a notice.
+    /// Whether to publish, or for Bazel to upload results. `true` and `auto` do if the trust gate
+    /// allows it, which it never does for a pull request. With `true`, `nix-job` and its like show
+    /// a refusal as a notice.
     #[arg(
         long,
         value_name = "WHEN",
@@ -298,8 +299,8 @@ pub(crate) struct RequestInputs {
     #[command(flatten)]
     trust: TrustInputs,
 
-    /// Ask for publication by hand, as in `flywheel nix-job --publish`; outside of CI nothing else does
-    /// (default: do not ask).
+    /// Publish from a laptop, as in `flywheel nix-job --publish`: outside of CI nothing is
+    /// published without it (default: do not publish).
     #[arg(long, help_heading = BY_HAND)]
     publish: bool,
 }
@@ -321,7 +322,7 @@ pub(crate) struct GateInputs {
     #[command(flatten)]
     asked: RequestInputs,
 
-    /// Whether a path that could not be published, or a verdict that forbids publishing, fails the step.
+    /// Whether the step fails if a path is not published, or if publishing is not allowed.
     #[arg(
         long,
         value_name = "BOOL",

@@ -44,17 +44,17 @@ pub(crate) fn matches(
             let whole = attach(command, &Blank::default()).try_get_matches_from(&arguments);
             Refusal::Clap(whole.err().unwrap_or(error))
         }
-        _ => help(command, &arguments).map_or_else(|| refusal(error), Refusal::Clap),
+        _ => help(&command, &arguments).map_or_else(|| refusal(error), Refusal::Clap),
     })
 }
 
 /// The help, where it is asked for behind a wrong value, which clap reports first.
-fn help(command: Command, arguments: &[OsString]) -> Option<clap::Error> {
+fn help(command: &Command, arguments: &[OsString]) -> Option<clap::Error> {
     let own = arguments.iter().take_while(|argument| *argument != "--");
     let flag = own
         .clone()
         .find(|flag| *flag == "--help" || *flag == "-h")?;
-    let (mut verb, mut call) = (&command, vec![OsString::from(PROGRAM)]);
+    let (mut verb, mut call) = (command, vec![OsString::from(PROGRAM)]);
     for name in own {
         if let Some(below) = name.to_str().and_then(|name| verb.find_subcommand(name)) {
             verb = below;

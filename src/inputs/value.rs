@@ -1,7 +1,7 @@
 //! How the text of an input becomes a value: clap's value parsers and the text of a refusal.
 //!
 //! White space around a value means nothing, nor does the case of a word. An empty value never comes here:
-//! `cli` takes it for one that was not given.
+//! `variables` takes it for one that was not given.
 
 use std::ffi::OsStr;
 use std::fmt::{self, Display};
@@ -15,7 +15,7 @@ use clap::{Arg, Command, ValueEnum};
 use flywheel_core::exit::{Explain as _, UsageError};
 use flywheel_core::text::{nearest, one_line};
 
-/// Why a value is refused. `cli` makes a `UsageError` of it, which knows the input's name.
+/// Why a value is refused. `parse` makes a `UsageError` of it, which knows the input's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Invalid {
     problem: String,
@@ -64,7 +64,7 @@ impl From<String> for Invalid {
 
 impl From<UsageError> for Invalid {
     fn from(error: UsageError) -> Self {
-        // A rule that knows its input's name has put it in; `cli` does it again, for all alike.
+        // A rule that knows its input's name has put it in; `parse` does it again, for all alike.
         Self {
             hint: error.hint(),
             problem: error.into_problem(),

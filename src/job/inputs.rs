@@ -28,7 +28,8 @@ pub(crate) struct JobInputs {
     #[command(flatten)]
     pub(crate) drain: DrainInput,
 
-    /// A folder for the embedded cache, used where no server is named, such as `/var/cache/flywheel`
+    /// A folder for the embedded cache, such as `/var/cache/flywheel`; `attic-server` goes before it, and it
+    /// goes before the hint `ATTIC_SERVER`
     /// (default on a laptop: `~/.local/share/flywheel/cache`; in a job: none).
     #[arg(long, value_name = "DIR", value_parser = path())]
     embedded_cache: Option<PathBuf>,

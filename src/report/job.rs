@@ -13,7 +13,7 @@ pub(crate) enum Outcome {
     Success,
     /// The command failed.
     CommandFailed,
-    /// The command was killed for memory.
+    /// The command failed, and the kernel killed a process for want of memory while it ran.
     OutOfMemory,
     /// The job was cancelled while the command ran.
     Cancelled,
@@ -129,7 +129,7 @@ pub(crate) struct JobResult {
     pub(crate) peak: Option<u64>,
     /// The job's memory limit in bytes.
     pub(crate) limit: Option<u64>,
-    /// The finding that the command was killed for memory.
+    /// Set if the command failed and the kernel killed a process for want of memory while it ran.
     pub(crate) out_of_memory: Option<OutOfMemory>,
     /// The lane to move to when memory runs out.
     pub(crate) heavy_lane: Option<String>,

@@ -14,7 +14,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// For requests to a cache: five tries, 0.5 s to 30 s of full jitter (`attic-protocol`, section 5).
+    /// For requests to a cache: five tries, 0.5 s to 30 s of full jitter.
     pub const CACHE: Self = Self {
         attempts: 5,
         base: Duration::from_millis(500),

@@ -63,7 +63,6 @@ pub struct Request {
 pub enum ToAttic {
     /// Everything that the job built.
     All,
-    /// Nothing.
     Nothing,
 }
 
@@ -84,7 +83,6 @@ pub enum ToFlakeHub {
     Rolling,
     /// A release with the tag's version.
     Versioned,
-    /// Nothing.
     Nothing,
 }
 
@@ -125,7 +123,8 @@ pub struct Decision {
     refused: bool,
 }
 
-/// Judges a job by its facts alone, as the table of `docs/trust.md` shows it.
+/// Judges a job by its facts, by `--publish` on a laptop, and by `trusted-refs`, as the table of `docs/trust.md` shows
+/// it.
 pub(crate) fn judge(facts: &Facts, request: &Request) -> Verdict {
     let judged = match facts {
         Facts::Local if request.by_hand => Ok(Grounds::AskedLocally),
@@ -253,7 +252,7 @@ fn judge_job(job: &Job, trusted: &TrustedRefs) -> Result<Grounds, Refusal> {
             event: event.clone(),
             branch: default_branch.clone(),
         }),
-        // GitHub runs schedules on the default branch only.
+        // No `trusted-refs` opens another branch to a schedule: GitHub runs none there.
         Event::Schedule => Err(Refusal::OffDefaultBranch {
             git_ref: git_ref.clone(),
         }),

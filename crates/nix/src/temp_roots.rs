@@ -66,7 +66,7 @@ pub struct TempRootWatcher {
 struct WatcherState {
     folder: PathBuf,
     job: JobScope,
-    tell: Option<OnExpected>,
+    on_expected: Option<OnExpected>,
     open: BTreeMap<u32, RootsFile>,
     ours: HashSet<StorePath>,
     others: HashSet<StorePath>,
@@ -125,7 +125,7 @@ impl TempRootWatcher {
         let state = Arc::new(Mutex::new(WatcherState {
             folder: folder.clone(),
             job,
-            tell: None,
+            on_expected: None,
             open: BTreeMap::new(),
             ours: HashSet::new(),
             others: HashSet::new(),
@@ -158,14 +158,14 @@ impl TempRootWatcher {
     /// add, including those seen before this call. This is usually long before the paths become
     /// valid. Each path is reported immediately, because a path missing from the journal when the
     /// job is killed is lost to the next job.
-    pub fn subscribe(&self, mut tell: impl FnMut(&[StorePath]) + Send + 'static) {
+    pub fn subscribe(&self, mut on_expected: impl FnMut(&[StorePath]) + Send + 'static) {
         let mut state = lock(&self.state);
         // Paths found before this call would otherwise never be reported.
         let before: Vec<StorePath> = state.ours.iter().cloned().collect();
         if !before.is_empty() {
-            tell(&before);
+            on_expected(&before);
         }
-        state.tell = Some(Box::new(tell));
+        state.on_expected = Some(Box::new(on_expected));
     }
 
     /// How a Nix process of the job requested impure evaluation, if one has been seen doing so.
@@ -293,8 +293,8 @@ impl WatcherState {
                     .into_iter()
                     .filter(|path| !self.ours.contains(path))
                     .collect();
-                if let Some(tell) = self.tell.as_mut().filter(|_| !new.is_empty()) {
-                    tell(&new);
+                if let Some(on_expected) = self.on_expected.as_mut().filter(|_| !new.is_empty()) {
+                    on_expected(&new);
                 }
                 self.ours.extend(new);
             }
@@ -393,8 +393,8 @@ fn daemon_client(arguments: &[String]) -> Option<u32> {
         .first()
         .and_then(|name| Path::new(name).file_name()?.to_str());
     let daemon = matches!(name, Some("nix-daemon" | "nix"));
-    // The daemon overwrites its first argument with the number, which ends where that argument
-    // ended.
+    // The daemon writes the number over its own first argument, within that argument's length: a bare
+    // `nix-daemon` has no room for it.
     daemon
         .then(|| arguments.get(1)?.trim_end_matches('\0').parse().ok())
         .flatten()

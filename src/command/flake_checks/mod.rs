@@ -1,6 +1,6 @@
 //! `flywheel flake-checks`: evaluates a flake's outputs side by side, builds each as soon as it is evaluated, and gives
 //! each a verdict of its own. This file has the order of events; the modules below it have the parts, and
-//! `command/job/` those that other verbs share.
+//! `src/job/` those that other verbs share.
 
 mod check_runs;
 mod engine;

@@ -1,5 +1,5 @@
 //! `flywheel nix-job`: makes Nix ready, attaches the cache, runs the command, publishes, verifies, reports, and leaves
-//! nothing behind. This file has the order of events; `command/job/` has the parts that other verbs share.
+//! nothing behind. This file has the order of events; `src/job/` has the parts that other verbs share.
 
 mod environment;
 mod inputs;

@@ -337,7 +337,7 @@ async fn read_back(usable: &Usable, path: &StorePath, begun: Instant) -> Found<(
 }
 
 /// The Bazel remote cache and executor that the runner's hints name.
-pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &BazelProber) {
+pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, prober: &BazelProber) {
     let hint = |name: &str| env.get(name).map(str::to_owned);
     let given = Given {
         cache: plan
@@ -370,7 +370,7 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
                 list.put(spec, spec.limit, Duration::ZERO, Err(broken));
             }
             (None, Some(endpoint)) => drop(
-                list.check(spec, |limit| try_endpoint(asker, endpoint, limit))
+                list.check(spec, |limit| try_endpoint(prober, endpoint, limit))
                     .await,
             ),
             (None, None) => list.skip(spec, "none is named"),
@@ -379,14 +379,14 @@ pub(super) async fn bazel(list: &mut CheckList, plan: &Plan, env: &Env, asker: &
 }
 
 async fn try_endpoint(
-    asker: &BazelProber,
+    prober: &BazelProber,
     endpoint: &flywheel_core::contract::shared_cache::Endpoint,
     limit: Duration,
 ) -> Found<()> {
     let hint = "Check that the server is up and that the runner may reach it.";
     let shown = flywheel_core::contract::shared_cache::redact(endpoint.url.as_str());
     let failed = |text: String| CheckFailure::new(format!("{shown}: {text}"), hint);
-    let can = asker
+    let can = prober
         .probe(&endpoint.url, limit)
         .await
         .map_err(|failure| failed(format!("{} ({})", failure.text, failure.layer)))?;

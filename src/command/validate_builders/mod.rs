@@ -48,7 +48,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         plan,
         env,
         clients: Clients::new(&roots)?,
-        asker: BazelProber::new(&roots)?,
+        prober: BazelProber::new(&roots)?,
         attic,
         decision,
     };
@@ -66,7 +66,7 @@ struct CheckContext<'a> {
     plan: Plan,
     env: &'a Env,
     clients: Clients,
-    asker: BazelProber,
+    prober: BazelProber,
     attic: Option<Secret>,
     decision: Decision,
 }
@@ -100,7 +100,7 @@ impl CheckContext<'_> {
             host::checks(&mut host, &self.plan, self.env, &self.clients.api),
             async {
                 if self.plan.class == "nix-builder" || self.plan.bazel_cache.is_some() {
-                    cache::bazel(&mut bazel, &self.plan, self.env, &self.asker).await;
+                    cache::bazel(&mut bazel, &self.plan, self.env, &self.prober).await;
                 }
             },
         );

@@ -368,7 +368,7 @@ impl Calls {
         let arguments = [
             "store",
             "verify",
-            // Signatures are checked by `cache::verify`; here only the content counts.
+            // Signatures are checked by `client::verify`; here only the content counts.
             "--no-trust",
             "--store",
             self.url.as_str(),

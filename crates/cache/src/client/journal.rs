@@ -130,7 +130,8 @@ impl Folder {
             .spawn(move || {
                 while stopped.recv_timeout(SYNC) == Err(RecvTimeoutError::Timeout) {
                     if is_dirty.swap(false, Ordering::Relaxed) {
-                        // A failure cannot be handled here, and the next write fails as well.
+                        // Nothing waits for this sync. If it fails, a power cut can cost the journal its last
+                        // entries; a kill cannot.
                         let _ = syncs.sync_data();
                     }
                 }

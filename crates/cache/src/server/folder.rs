@@ -182,7 +182,7 @@ impl Folder {
         self.markers(cache).join(hash.base32())
     }
 
-    /// The folder of NARs that were uploaded but not yet claimed by a narinfo.
+    /// The folder of notes on uploaded NARs that no narinfo claims yet; the NARs themselves are in `nars`.
     pub(crate) fn uploads(&self, cache: &CacheName) -> PathBuf {
         self.objects(cache).join("uploads")
     }
@@ -207,7 +207,7 @@ impl Folder {
     /// Like `write_whole`, and atomic across a power cut, too.
     ///
     /// # Errors
-    /// When the disk fails; then nothing has changed.
+    /// When the disk fails. The file may then be the new one already, without being durable.
     pub(crate) fn write_synced(&self, file: &Path, text: &str) -> io::Result<()> {
         self.write(file, text, true)?;
         sync_parent(file)

@@ -4,8 +4,7 @@
 //! The general client (hyper, through reqwest) cannot replace it: when writing a body fails, that client reports the
 //! failed write and drops the response that explains it. Measured without `Expect`: 12 to 14 % of early responses are
 //! lost when the server closes after them. hyper can wait for `100 Continue` since 1.12
-//! (`hyper::ext::on_informational`); before, it could not. Both decide whether uploads are reliable
-//! (`attic-protocol`, 1.8).
+//! (`hyper::ext::on_informational`); before, it could not. Both decide whether uploads are reliable.
 
 use std::io;
 use std::time::Duration;

@@ -38,7 +38,7 @@ pub struct StallTimeout {
 }
 
 impl Default for StallTimeout {
-    /// 60 s and 4 MB/s (`attic-protocol`, section 5).
+    /// 60 s and 4 MB/s.
     fn default() -> Self {
         Self {
             idle: Duration::from_secs(60),

@@ -83,7 +83,7 @@ impl Explain for Error {
     }
 }
 
-/// How to react to a failure (`attic-protocol`, section 3).
+/// How to react to a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Try again later.
