@@ -87,7 +87,7 @@ impl DestinationInputs {
 fn store_url(text: &str) -> Result<StoreUrl, Invalid> {
     text.parse().map_err(|error: StoreUrlError| {
         let invalid = Invalid::new(match error {
-            StoreUrlError::Malformed(_) => "names no store: it is not the URL of one".to_owned(),
+            StoreUrlError::Malformed(_) => "is not the URL of a store".to_owned(),
             _ => format!("names no store: {error}"),
         });
         invalid.with_hint(error.hint().unwrap_or_default())
@@ -96,7 +96,7 @@ fn store_url(text: &str) -> Result<StoreUrl, Invalid> {
 
 fn attic_client(text: &str) -> Result<String, Invalid> {
     if text.starts_with('-') || text.contains(char::is_whitespace) {
-        return Err(Invalid::new("is no flake reference").with_hint(format!(
+        return Err(Invalid::new("is not a flake reference").with_hint(format!(
             "Give one with its attribute, such as `{}`.",
             attic_cli::REFERENCE
         )));
@@ -199,7 +199,7 @@ impl DestinationOpener<'_> {
             return;
         };
         if let Err(error) = StoreCopy::ping(&self.nix_for(url), url, PING_LIMIT).await {
-            let text = format!("`{url}` does not open: {error}");
+            let text = format!("Nix cannot open the store `{url}`: {error}");
             sink.degraded("cache", format!("left out: {text}"));
             cache.state = CacheState::LeftOut {
                 layer: "cache",

@@ -160,7 +160,7 @@ fn journal(text: &str) -> Result<Journal, Invalid> {
         return Ok(Journal::Folder(folder));
     }
     let problem = format!(
-        "must be a whole path or `off`, not `{}`",
+        "must be an absolute path or `off`, not `{}`",
         one_line(text, 100)
     );
     Err(Invalid::new(problem).with_hint("Begin the folder's path with `/`."))

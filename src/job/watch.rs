@@ -197,7 +197,7 @@ impl Session<'_> {
         let added_paths = match timeout_at(limit, collecting).await {
             Ok(Ok(added_paths)) => added_paths,
             Ok(Err(error)) => unread(&error.to_string(), sink),
-            Err(_) => unread("there was no time left", sink),
+            Err(_) => unread("the deadline was over (`drain-timeout`)", sink),
         };
         for path in &added_paths.ambiguous {
             let text = "was left out: another job was at work in this store, and which of the two added it cannot be read";
@@ -242,7 +242,7 @@ impl Session<'_> {
                 biased;
                 done = &mut delivering => return done,
                 stop = signals.next() => {
-                    self.sink.note(format!("flywheel: {stop:?}: publishing ends now; what is left is listed"));
+                    self.sink.note(format!("flywheel: {stop:?}: the job is cancelled and publishing stops; paths that are left are listed"));
                     deadline.cancel.cancel();
                 }
             }

@@ -77,7 +77,10 @@ fn wrong_input_is_named_before_anything_is_touched() {
             ["--flake", "/nonexistent"],
             ["has no `flake.nix`", "earlier step"],
         ),
-        (["--flake", "--impure"], ["flake", "is no flake reference"]),
+        (
+            ["--flake", "--impure"],
+            ["flake", "is not a flake reference"],
+        ),
         (
             ["--flake-attr", "checks..x"],
             ["`checks..x`", "dots between them"],

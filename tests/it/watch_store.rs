@@ -46,7 +46,7 @@ fn wrong_input_is_found_before_anything_is_touched() {
         (
             "--journal",
             "relative",
-            "input `journal` must be a whole path or `off`",
+            "input `journal` must be an absolute path or `off`",
         ),
         (
             "--drain-timeout",

@@ -50,6 +50,15 @@ impl Rule {
         }
     }
 
+    /// Whether the rule is about what a path holds, so that its content has to be scanned. The others are about how the
+    /// job made it.
+    pub fn is_about_content(self) -> bool {
+        match self {
+            Self::Dangling | Self::MachinePath | Self::Secret => true,
+            Self::Impure | Self::Unchecked => false,
+        }
+    }
+
     fn index(self) -> usize {
         Self::ALL
             .iter()

@@ -93,8 +93,7 @@ impl Finding {
     }
 
     fn has_location(&self) -> bool {
-        let everywhere = matches!(self.rule, Rule::Impure | Rule::Unchecked);
-        !everywhere && !self.what.starts_with("it refers to")
+        self.rule.is_about_content() && !self.what.starts_with("it refers to")
     }
 }
 

@@ -305,7 +305,7 @@ fn flake(text: &str) -> Result<String, UsageError> {
     // Nix would take it for an option.
     if text.starts_with('-') || text.contains(char::is_whitespace) {
         return error(
-            "is no flake reference",
+            "is not a flake reference",
             "Give one such as `.`, `./services` or `github:owner/repo`.",
         );
     }

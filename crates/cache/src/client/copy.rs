@@ -57,7 +57,7 @@ impl Explain for StoreUrlError {
         Some(match self {
             Self::Password => "Give credentials in the environment: `ATTIC_TOKEN` for HTTP, `AWS_…` for S3.".into(),
             _ => {
-                "Give an URL such as `s3://bucket?region=eu-west-1`, `file:///var/cache/nix` or `ssh-ng://host`.".into()
+                "Give a URL such as `s3://bucket?region=eu-west-1`, `file:///var/cache/nix` or `ssh-ng://host`.".into()
             }
         })
     }

@@ -120,10 +120,8 @@ impl Inspector {
 
     /// Whether any rule needs the path's content.
     fn needs_scan(&self, info: &PathInfo) -> bool {
-        let rules = [Rule::Dangling, Rule::MachinePath, Rule::Secret];
-        rules
-            .into_iter()
-            .any(|rule| self.ruling(info, rule) != Ruling::Publish)
+        let mut rules = Rule::ALL.into_iter().filter(|rule| rule.is_about_content());
+        rules.any(|rule| self.ruling(info, rule) != Ruling::Publish)
     }
 
     fn ruling(&self, info: &PathInfo, rule: Rule) -> Ruling {
