@@ -4,3 +4,8 @@ pub mod host;
 pub mod http;
 pub mod process;
 pub mod runner;
+
+/// The end of a supervised command ends every other child of this process, too. A test that supervises one holds this, and
+/// so does a test whose children must live on.
+#[cfg(test)]
+static CHILDREN_OF_TESTS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());

@@ -345,6 +345,7 @@ mod tests {
 
     #[test]
     fn children_and_their_children_are_found_either_way() {
+        let _alive = crate::CHILDREN_OF_TESTS.blocking_lock();
         let mut shell = Command::new("sh");
         // `dd` holds the whole block once it has written the first byte and cannot write the rest.
         shell

@@ -230,15 +230,11 @@ fn send(group: Option<Pid>, signal: Signal) {
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::Mutex;
-
     use super::*;
-
-    /// The end of one command also ends the processes that another command in the same process has left behind.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+    use crate::CHILDREN_OF_TESTS;
 
     async fn run(script: &str) -> CommandExit {
-        let _alone = ONE_AT_A_TIME.lock().await;
+        let _alone = CHILDREN_OF_TESTS.lock().await;
         let folder = tempfile::tempdir().expect("temporary folder");
         let file = folder.path().join("command");
         std::fs::write(&file, script).expect("written");
