@@ -37,7 +37,7 @@ Every verb with its flags, variables, defaults and outputs, and the exit codes. 
 prints this page from the program's own definitions.
 
 Each flag can be given as a variable, too; a flag goes before its variable. An empty value counts as not
-given, white space around a value means nothing, and neither does the case of a word. Every wrong value is
+given; white space around a value and the case of a word do not matter. Every wrong value is
 found before anything is touched: exit code 64, and a message that names the input.
 
 An action has an input for each flag of its verb that is not marked *by hand*, under the same name and with

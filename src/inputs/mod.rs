@@ -42,7 +42,6 @@ pub(crate) struct FormatInput {
     pub(crate) format: Format,
 }
 
-/// The input `format`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
     /// Lines for people.

@@ -138,7 +138,7 @@ pub(crate) fn variant<E: ValueEnum + Send + Sync + 'static>() -> OneOf<E> {
     OneOf(values.collect())
 }
 
-/// A parser of the values of a type that knows nothing of command lines, by their names.
+/// A parser for a type without `ValueEnum`: each value by its name.
 pub(crate) fn one_of<T: Clone>(values: &[(&'static str, T)]) -> OneOf<T> {
     let values = values.iter();
     OneOf(

@@ -36,7 +36,7 @@ impl AddedPaths {
     /// When the store cannot be read.
     pub(crate) async fn collect(
         store: &Store,
-        clients: &TempRootWatcher,
+        temp_roots: &TempRootWatcher,
         mark: &Mark,
         (folder, begun): (&Path, SystemTime),
         results: Vec<StorePath>,
@@ -52,7 +52,7 @@ impl AddedPaths {
             .await?
             .into_iter()
             .collect();
-        let (own, ambiguous) = collected.take(found.infos, clients);
+        let (own, ambiguous) = collected.take(found.infos, temp_roots);
         roots.extend(own);
         roots.extend(results);
         let roots: Vec<StorePath> = roots.into_iter().collect();
@@ -75,10 +75,10 @@ impl AddedPaths {
     fn take(
         &mut self,
         infos: Vec<PathInfo>,
-        clients: &TempRootWatcher,
+        temp_roots: &TempRootWatcher,
     ) -> (Vec<StorePath>, Vec<PathInfo>) {
         let (mut publish, mut ambiguous) = (Vec::new(), Vec::new());
-        for (info, decision) in decide(infos, Age::Waited, clients) {
+        for (info, decision) in decide(infos, Age::Waited, temp_roots) {
             match decision {
                 Decision::Publish => {
                     self.count(&info);

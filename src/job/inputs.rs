@@ -28,9 +28,8 @@ pub(crate) struct JobInputs {
     #[command(flatten)]
     pub(crate) drain: DrainInput,
 
-    /// A folder for the embedded cache, such as `/var/cache/flywheel`; `attic-server` goes before it, and it
-    /// goes before the hint `ATTIC_SERVER`
-    /// (default on a laptop: `~/.local/share/flywheel/cache`; in a job: none).
+    /// A folder for the embedded cache, such as `/var/cache/flywheel`. The input `attic-server` takes
+    /// precedence over it; it takes precedence over the hint `ATTIC_SERVER` (default on a laptop: `~/.local/share/flywheel/cache`; in a job: none).
     #[arg(long, value_name = "DIR", value_parser = path())]
     embedded_cache: Option<PathBuf>,
 
@@ -85,9 +84,9 @@ pub(crate) struct Plan {
     pub(crate) require_publish: bool,
     /// Which cache is used.
     pub(crate) source: Source,
-    /// How paths get there.
+    /// Which client publishes to that cache.
     pub(crate) destination: DestinationConfig,
-    /// The key by which it is trusted.
+    /// The key by which Nix trusts that cache.
     pub(crate) public_key: Option<PublicKey>,
     /// The folder of the journal, if one is kept.
     pub(crate) journal: Option<PathBuf>,
@@ -95,9 +94,9 @@ pub(crate) struct Plan {
     pub(crate) policy: PolicyConfig,
     /// Whether `nix flake check` has to pass before anything is published.
     pub(crate) require_flake_check: bool,
-    /// What the command's own text asks impure evaluation with.
+    /// Where the text of the command asks for impure evaluation, if it does.
     pub(crate) impurity: Option<Impurity>,
-    /// How many paths are published at once at most, if that is asked for.
+    /// The most paths to publish at the same time, if an input limits it.
     pub(crate) publish_workers: Option<usize>,
     /// Hints of the environment that are malformed and therefore not used.
     pub(crate) bad_hints: Vec<String>,
@@ -166,8 +165,8 @@ fn journal(text: &str) -> Result<Journal, Invalid> {
     Err(Invalid::new(problem).with_hint("Begin the folder's path with `/`."))
 }
 
-/// Where state of a user lies that outlives a job (`XDG_STATE_HOME`, freedesktop.org's base directory
-/// specification).
+/// The journal below the user's folder for state that outlives a job (`XDG_STATE_HOME`, freedesktop.org's base
+/// directory specification).
 fn default_journal(env: &Env) -> Option<PathBuf> {
     let state = env
         .path("XDG_STATE_HOME")

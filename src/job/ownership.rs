@@ -1,4 +1,5 @@
-//! Which of the paths added to the store are this job's. The one rule, both while the job runs and at its end.
+//! Which of the paths added to the store are this job's: the rule for each path, both while the job runs and at its
+//! end. `added_paths` adds what the job's results need, whichever job made it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -39,13 +40,13 @@ pub(super) enum Decision {
 pub(super) fn decide(
     infos: Vec<PathInfo>,
     age: Age,
-    clients: &TempRootWatcher,
+    temp_roots: &TempRootWatcher,
 ) -> Vec<(PathInfo, Decision)> {
     if infos.is_empty() {
         return Vec::new();
     }
     let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
-    let owners = clients.owners(&paths);
+    let owners = temp_roots.owners(&paths);
     let decided = infos.into_iter().zip(owners).map(|(info, owner)| {
         let decision = match (owner, age) {
             // A derivation's closure is its build-time sources, which nothing substitutes.
@@ -66,15 +67,15 @@ pub(super) fn decide(
 /// Picks the job's own paths out of those that become valid, as early as their owner can be known.
 #[derive(Debug)]
 pub(super) struct OwnershipFilter {
-    clients: Arc<TempRootWatcher>,
+    temp_roots: Arc<TempRootWatcher>,
     /// Unclaimed paths, and until when they wait; the oldest first.
     held: VecDeque<(Instant, PathInfo)>,
 }
 
 impl OwnershipFilter {
-    pub(crate) fn new(clients: Arc<TempRootWatcher>) -> Self {
+    pub(crate) fn new(temp_roots: Arc<TempRootWatcher>) -> Self {
         Self {
-            clients,
+            temp_roots,
             held: VecDeque::new(),
         }
     }
@@ -89,10 +90,10 @@ impl OwnershipFilter {
             .count();
         let waited = self.held.drain(..due).map(|(_, info)| info).collect();
         let mut accepted = Vec::new();
-        let decided = decide(waited, Age::Waited, &self.clients);
+        let decided = decide(waited, Age::Waited, &self.temp_roots);
         for (info, decision) in decided
             .into_iter()
-            .chain(decide(new, Age::New, &self.clients))
+            .chain(decide(new, Age::New, &self.temp_roots))
         {
             match decision {
                 Decision::Publish => accepted.push(info),
@@ -151,8 +152,8 @@ mod tests {
     fn watched() -> (tempfile::TempDir, OwnershipFilter) {
         let state = tempfile::tempdir().expect("temporary folder");
         fs::create_dir(state.path().join("temproots")).expect("made");
-        let clients = Arc::new(TempRootWatcher::start(state.path(), JobScope::Descendants));
-        (state, OwnershipFilter::new(clients))
+        let temp_roots = Arc::new(TempRootWatcher::start(state.path(), JobScope::Descendants));
+        (state, OwnershipFilter::new(temp_roots))
     }
 
     #[test]

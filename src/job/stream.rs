@@ -47,7 +47,7 @@ pub(crate) struct Stream {
     feeding: JoinHandle<()>,
     journal: Journal,
     inspector: Arc<Inspector>,
-    clients: Arc<TempRootWatcher>,
+    temp_roots: Arc<TempRootWatcher>,
 }
 
 /// When an operation ends at the latest, and what ends it before.
@@ -64,7 +64,7 @@ pub(crate) struct StreamInputs<'a> {
     /// Paths that are registered after this moment may be the job's.
     pub(crate) mark: &'a Mark,
     /// The Nix processes that add paths, by which those of this job are known.
-    pub(crate) clients: &'a Arc<TempRootWatcher>,
+    pub(crate) temp_roots: &'a Arc<TempRootWatcher>,
     /// Looks into each path before it is sent.
     pub(crate) inspector: &'a Arc<Inspector>,
     /// Whether paths are published as they become valid, and not only at the job's end.
@@ -142,7 +142,7 @@ impl Stream {
         let feeder = Feeder {
             publisher: Arc::clone(&publisher),
             store: Arc::clone(inputs.store),
-            clients: Arc::clone(inputs.clients),
+            temp_roots: Arc::clone(inputs.temp_roots),
             inspector: Arc::clone(inputs.inspector),
             at_once: inputs.at_once,
             journal: journal.clone(),
@@ -150,7 +150,7 @@ impl Stream {
             closures: ClosureTracker::default(),
         };
         let feeding = tokio::spawn(feeder.feed(left, receive));
-        let (inspector, clients) = (Arc::clone(inputs.inspector), Arc::clone(inputs.clients));
+        let (inspector, temp_roots) = (Arc::clone(inputs.inspector), Arc::clone(inputs.temp_roots));
         Self {
             to,
             publisher,
@@ -158,7 +158,7 @@ impl Stream {
             feeding,
             journal,
             inspector,
-            clients,
+            temp_roots,
         }
     }
 
@@ -177,7 +177,7 @@ impl Stream {
             feeding,
             journal,
             inspector,
-            clients,
+            temp_roots,
         } = self;
         // Dropping the watcher joins its threads, one of which may be reading the database.
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
@@ -185,7 +185,7 @@ impl Stream {
         let _ = feeding.await;
         // The same order as in the feeder: what a kill cuts off from here on is in the journal.
         journal.seen(added_paths.wanted.iter().map(|info| &info.path));
-        record_seen_impurity(&clients, &inspector);
+        record_seen_impurity(&temp_roots, &inspector);
         publisher.offer(added_paths.wanted.clone()).await;
         let publisher =
             Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
@@ -219,8 +219,8 @@ impl Stream {
 
 /// Records it with the inspector when a process of the job was seen to evaluate impurely. To be called before a path
 /// is offered: the process that adds the path has been seen by then.
-fn record_seen_impurity(clients: &TempRootWatcher, inspector: &Inspector) {
-    if let Some(found) = clients.impurity() {
+fn record_seen_impurity(temp_roots: &TempRootWatcher, inspector: &Inspector) {
+    if let Some(found) = temp_roots.impurity() {
         record_impurity(inspector, &found, "a Nix process of the job");
     }
 }
@@ -244,7 +244,7 @@ fn record_settled(journal: Journal, outcome: &Outcome, verification: &Verificati
 struct Feeder {
     publisher: Arc<Publisher>,
     store: Arc<Store>,
-    clients: Arc<TempRootWatcher>,
+    temp_roots: Arc<TempRootWatcher>,
     inspector: Arc<Inspector>,
     at_once: bool,
     journal: Journal,
@@ -259,7 +259,7 @@ impl Feeder {
         if self.at_once {
             self.adopt_leftovers(left).await;
         }
-        let mut filter = OwnershipFilter::new(Arc::clone(&self.clients));
+        let mut filter = OwnershipFilter::new(Arc::clone(&self.temp_roots));
         loop {
             let infos = tokio::select! {
                 infos = batches.recv() => infos,
@@ -271,7 +271,7 @@ impl Feeder {
             // The journal has a path before the publisher does: a job that is killed in between loses nothing.
             self.journal.seen(found.iter().map(|info| &info.path));
             if self.at_once && !found.is_empty() {
-                record_seen_impurity(&self.clients, &self.inspector);
+                record_seen_impurity(&self.temp_roots, &self.inspector);
                 self.offer(found).await;
             }
         }

@@ -20,7 +20,7 @@ use flywheel_core::policy::Rule;
 use flywheel_core::progress::Sink;
 use flywheel_nix::store::{self, Mark, Store, state_folder};
 use flywheel_nix::store_path::StorePath;
-use flywheel_nix::temp_roots::{self, TempRootWatcher};
+use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
 use flywheel_nix::tool::error_summary;
 use flywheel_sys::process::signals::Signals;
 
@@ -34,7 +34,7 @@ const COLLECT_LIMIT: Duration = Duration::from_secs(120);
 pub(crate) struct StoreWatch {
     store: Arc<Store>,
     mark: Mark,
-    clients: Arc<TempRootWatcher>,
+    temp_roots: Arc<TempRootWatcher>,
     inspector: Arc<Inspector>,
     begun: SystemTime,
     stream: Option<Stream>,
@@ -58,9 +58,9 @@ impl Session<'_> {
     pub(crate) async fn watch(
         &self,
         prepared: &Prepared,
-        processes: temp_roots::JobScope,
+        processes: JobScope,
     ) -> Option<StoreWatch> {
-        let (store, clients, mark) = match open_marked(prepared, processes).await {
+        let (store, temp_roots, mark) = match open_marked(prepared, processes).await {
             Ok(opened) => opened,
             Err(error) => {
                 let text = format!(
@@ -77,14 +77,14 @@ impl Session<'_> {
             .unwrap_or_default();
         // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next.
         let written = journal.journal.clone();
-        clients.subscribe(move |paths| {
+        temp_roots.subscribe(move |paths| {
             written.expected(paths.iter().filter(|path| !path.is_derivation()));
         });
         let inspector = self.inspector(prepared, &store);
         let inputs = StreamInputs {
             store: &store,
             mark: &mark,
-            clients: &clients,
+            temp_roots: &temp_roots,
             inspector: &inspector,
             // A path that may yet be withheld must not be sent: a cache takes nothing back.
             at_once: !self.requires_flake_check(),
@@ -96,7 +96,7 @@ impl Session<'_> {
         Some(StoreWatch {
             store,
             mark,
-            clients,
+            temp_roots,
             inspector,
             begun: SystemTime::now(),
             stream,
@@ -186,13 +186,13 @@ impl Session<'_> {
         let StoreWatch {
             store,
             mark,
-            clients,
+            temp_roots,
             begun,
             stream,
             results,
             ..
         } = watch;
-        let collecting = AddedPaths::collect(&store, &clients, &mark, (folder, begun), results);
+        let collecting = AddedPaths::collect(&store, &temp_roots, &mark, (folder, begun), results);
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
         let added_paths = match timeout_at(limit, collecting).await {
             Ok(Ok(added_paths)) => added_paths,
@@ -252,13 +252,13 @@ impl Session<'_> {
 
 async fn open_marked(
     prepared: &Prepared,
-    processes: temp_roots::JobScope,
+    processes: JobScope,
 ) -> Result<(Arc<Store>, Arc<TempRootWatcher>, Mark), store::Error> {
     let store = prepared.open_store().await?;
     // Before the mark: a process that was gone by now cannot have added what comes after it.
-    let clients = TempRootWatcher::start(&state_folder(&prepared.nix()), processes);
+    let temp_roots = TempRootWatcher::start(&state_folder(&prepared.nix()), processes);
     let mark = store.mark().await?;
-    Ok((Arc::new(store), Arc::new(clients), mark))
+    Ok((Arc::new(store), Arc::new(temp_roots), mark))
 }
 
 fn unread(problem: &str, sink: &Sink) -> AddedPaths {

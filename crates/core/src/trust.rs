@@ -54,7 +54,7 @@ pub struct Request {
     pub push_cache: PushCache,
     /// The flag `--publish`, which a person gives.
     pub by_hand: bool,
-    /// The input `trusted-refs`.
+    /// Refs that may publish besides the default branch.
     pub trusted_refs: TrustedRefs,
 }
 

@@ -125,7 +125,6 @@ impl StorePath {
         self.0.ends_with(".drv")
     }
 
-    /// The full path as a file-system path.
     pub fn to_path(&self) -> PathBuf {
         Path::new(STORE_DIR).join(&self.0)
     }

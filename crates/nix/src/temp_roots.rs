@@ -221,12 +221,12 @@ impl WatcherState {
 
     fn open_file(&mut self, pid: u32) {
         let file = File::open(self.folder.join(pid.to_string()));
-        // The same file is already open. A different file under the same number means that the
-        // process id has been reused.
         let known = |roots: &RootsFile, file: &File| same_file(&roots.file, file);
         if let (Some(roots), Ok(file)) = (self.open.get(&pid), &file)
             && known(roots, file)
         {
+            // This file is open already. Another file under the same number would mean that the process
+            // id was reused.
             return;
         }
         let owner = ProcessOwner::of_process(pid, &self.job);
@@ -323,7 +323,7 @@ fn same_file(one: &File, other: &File) -> bool {
     }
 }
 
-/// The job that a process belongs to.
+/// Which job a process belongs to, as far as it still lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProcessOwner {
     ThisJob,

@@ -52,7 +52,7 @@ pub(crate) struct Inputs {
     #[arg(long, value_name = "N", value_parser = value(amount), default_value = "auto")]
     derivations_per_worker: Amount,
 
-    /// How many paths are published at once at most, such as `8`; `auto` decides by how the server answers.
+    /// The most paths to publish at the same time, such as `8`; `auto` adapts to how the server answers.
     #[arg(long, value_name = "N", value_parser = value(amount), default_value = "auto")]
     publish_workers: Amount,
 

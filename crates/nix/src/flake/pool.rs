@@ -407,7 +407,7 @@ impl PoolState<'_> {
         }
     }
 
-    /// Checks the workers' memory, and kills the largest worker if it is short.
+    /// Checks the workers' memory, and ends the largest worker when memory is short.
     fn check_memory(&mut self) {
         for worker in self.workers.values_mut() {
             if let Some((held, most)) = memory::of_process(worker.process) {

@@ -82,7 +82,7 @@ impl SecretFormat {
     }
 }
 
-/// The number of leading bytes that fit the alphabet.
+/// The number of leading bytes that `fits` accepts.
 fn prefix_length(text: &[u8], fits: impl Fn(&u8) -> bool) -> usize {
     text.iter()
         .position(|byte| !fits(byte))

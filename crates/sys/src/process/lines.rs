@@ -75,7 +75,7 @@ impl StreamedTool {
             .is_err()
         {
             self.kill();
-            // After `SIGKILL` the process is dead or dying, so reaping it takes no time.
+            // A killed process is gone at once, unless it hangs in the kernel; hence the limit.
             let _ = tokio::time::timeout(REAP_TIMEOUT, self.child.wait()).await;
         }
     }

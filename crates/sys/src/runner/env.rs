@@ -47,7 +47,6 @@ impl Env {
         self.0.iter().map(|(name, value)| (name.as_str(), value))
     }
 
-    /// Whether this is a job of GitHub Actions.
     pub fn in_github_actions(&self) -> bool {
         self.get("GITHUB_ACTIONS") == Some("true")
     }

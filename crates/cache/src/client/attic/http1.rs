@@ -46,7 +46,7 @@ pub(super) struct Connection {
 struct Reader {
     half: ReadHalf<Box<dyn ByteStream>>,
     buffer: Vec<u8>,
-    /// Bytes of a response's body that are read at most.
+    /// The most bytes of a response's body that are read.
     body_limit: usize,
 }
 
@@ -145,7 +145,7 @@ impl Connection {
         self.reader.response().await
     }
 
-    /// Whether the connection can carry another request, after `response` to a completely written one.
+    /// Whether the connection can carry another request. `response` must answer a request that was written completely.
     pub(crate) fn is_reusable(&self, response: &Response) -> bool {
         response.keep_alive && self.reader.buffer.is_empty()
     }
@@ -214,7 +214,8 @@ impl Reader {
             .get(CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.trim().parse().ok());
         let mut body = Vec::new();
-        // RFC 9112, 6.3: these two have no body, chunks come before a length, and the end of the connection is last.
+        // The order of RFC 9112, 6.3: 204 and 304 have no body, chunks go before a length, and without either the body ends
+        // with the connection.
         let ended = if head.status == 204 || head.status == 304 {
             Ok(true)
         } else if has_token(&TRANSFER_ENCODING, "chunked") {

@@ -34,7 +34,7 @@ use flywheel_sys::http::Clients;
 pub(crate) const BATCH: usize = 1000;
 /// For every request that carries no NAR.
 const API_TIMEOUT: Duration = Duration::from_secs(30);
-/// The largest response that is read, in bytes, apart from NARs.
+/// How much of a response is read, in bytes, apart from NARs; the rest is dropped.
 const RESPONSE_LIMIT: usize = 4 * 1024 * 1024;
 
 /// A client for one Attic cache. Cheap to clone.
