@@ -99,6 +99,8 @@ pub struct DaemonProxy {
     environment: BTreeMap<String, OsString>,
     starter: Starter,
     running: Option<Running>,
+    /// Whether there has been a proxy.
+    started: bool,
 }
 
 #[derive(Debug)]
@@ -113,7 +115,10 @@ struct Running {
 struct Shared {
     link: SocketLink,
     named: Mutex<BTreeSet<StorePath>>,
-    complete: AtomicBool,
+    /// Whether the proxy has ended by itself, or hangs.
+    failed: AtomicBool,
+    /// Whether names may be missing for another reason.
+    lossy: AtomicBool,
     sink: Sink,
 }
 
@@ -156,13 +161,15 @@ impl DaemonProxy {
             shared: Arc::new(Shared {
                 link,
                 named: Mutex::default(),
-                complete: AtomicBool::new(false),
+                failed: AtomicBool::new(false),
+                lossy: AtomicBool::new(false),
                 sink,
             }),
             program,
             environment: kept.collect(),
             starter,
             running: None,
+            started: false,
         })
     }
 
@@ -185,21 +192,12 @@ impl DaemonProxy {
     pub async fn activate(&mut self) -> Result<(), ProxyError> {
         if self.running.is_none() {
             self.running = Some(self.start().await?);
-            self.shared.complete.store(true, Ordering::Relaxed);
+            self.started = true;
         }
-        let ended = self
-            .running
-            .as_ref()
-            .is_none_or(|running| running.requests.is_closed());
-        if ended || !self.is_complete() {
-            return Err(ProxyError::Ended);
-        }
-        self.shared
-            .link
-            .point_to_proxy()
-            .map_err(ProxyError::Link)?;
-        // It may have ended between the question and the link.
-        if !self.is_complete() {
+        let link = &self.shared.link;
+        link.point_to_proxy().map_err(ProxyError::Link)?;
+        // Asked when the link is there: whoever notes the proxy's end does it before pointing the link back.
+        if self.shared.failed.load(Ordering::SeqCst) {
             self.deactivate();
             return Err(ProxyError::Ended);
         }
@@ -225,7 +223,9 @@ impl DaemonProxy {
     /// was stopped in order, and there were not too many names. Connections from before `activate` or after
     /// `deactivate` do not pass it.
     pub fn is_complete(&self) -> bool {
-        self.shared.complete.load(Ordering::Relaxed)
+        self.started
+            && !self.shared.failed.load(Ordering::SeqCst)
+            && !self.shared.lossy.load(Ordering::SeqCst)
     }
 
     /// Waits until `named` has everything that clients have sent before this call. False if it cannot be had in time,
@@ -252,7 +252,7 @@ impl DaemonProxy {
     pub async fn stop(&mut self) {
         self.deactivate();
         if self.running.is_some() && !self.flush().await {
-            self.shared.complete.store(false, Ordering::Relaxed);
+            self.shared.lossy.store(true, Ordering::SeqCst);
         }
         if let Some(mut running) = self.running.take() {
             let stopped = async {
@@ -326,7 +326,7 @@ impl Shared {
             if named.len() < NAME_COUNT_LIMIT {
                 named.insert(path);
             } else {
-                self.complete.store(false, Ordering::Relaxed);
+                self.lossy.store(true, Ordering::SeqCst);
             }
         }
     }

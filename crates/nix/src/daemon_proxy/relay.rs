@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixStream;
+use tokio::task::coop::consume_budget;
 use tokio::time::{Instant, sleep};
 
 use crate::daemon_proxy::link::ShortPath;
@@ -112,6 +113,8 @@ async fn pass(
                     return DirectionEnd::Finished;
                 }
                 scanner.keep_tail(read);
+                // Both ends of a long upload may be ready all the time; the other connections get their turn here.
+                consume_budget().await;
             }
             Err(_) => return DirectionEnd::SenderGone,
         }
@@ -168,5 +171,170 @@ fn shut_down(stream: &UnixStream, how: Shutdown) {
     // A copy of the descriptor is the same connection. What fails is a connection that has ended already.
     if let Ok(copy) = stream.as_fd().try_clone_to_owned() {
         let _ = StdStream::from(copy).shutdown(how);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixListener;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    const NAME: &str = "fvchbymk0m4jvldpb9m5hy0bjy2lf30k-hello";
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    /// Runs a relay between what two threads do with the client's and the daemon's end; the names that passed.
+    fn between(
+        client: impl FnOnce(StdStream) + Send + 'static,
+        daemon: impl FnOnce(StdStream) + Send + 'static,
+    ) -> Vec<String> {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let socket = folder.path().join("socket");
+        let listener = UnixListener::bind(&socket).expect("listens");
+        let (ours, theirs) = StdStream::pair().expect("a pair");
+        for stream in [&ours, &theirs] {
+            stream.set_read_timeout(Some(LIMIT)).expect("set");
+        }
+        let client = std::thread::spawn(move || client(theirs));
+        let daemon = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().expect("comes");
+            stream.set_read_timeout(Some(LIMIT)).expect("set");
+            daemon(stream);
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let names = Mutex::new(Vec::new());
+        runtime.block_on(async {
+            ours.set_nonblocking(true).expect("set");
+            let ours = UnixStream::from_std(ours).expect("registered");
+            let found = |name: &[u8]| {
+                let name = String::from_utf8(name.to_vec()).expect("ASCII");
+                names.lock().expect("no panic").push(name);
+            };
+            let scanned = AtomicU64::new(0);
+            let served = relay(&ours, &scanned, &socket, &found);
+            tokio::time::timeout(LIMIT, served).await.expect("in time");
+        });
+        client.join().expect("the client's end is well");
+        daemon.join().expect("the daemon's end is well");
+        names.into_inner().expect("no panic")
+    }
+
+    fn read_all(mut stream: &StdStream) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).expect("read to the end");
+        bytes
+    }
+
+    /// Bytes in which a byte that is missing, doubled or moved shows.
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length).map(|n| (n * n / 253 % 251) as u8).collect()
+    }
+
+    #[test]
+    fn many_bytes_go_both_ways_untouched_at_once() {
+        const SIZE: usize = 5_000_003;
+        fn exchange(stream: StdStream) {
+            let copy = stream.try_clone().expect("a copy");
+            let writer = std::thread::spawn(move || {
+                (&copy).write_all(&pattern(SIZE)).expect("taken");
+                copy.shutdown(Shutdown::Write).expect("shut");
+            });
+            assert!(read_all(&stream) == pattern(SIZE), "other bytes came");
+            writer.join().expect("all was taken");
+        }
+        between(exchange, exchange);
+    }
+
+    #[test]
+    fn a_client_that_has_sent_all_still_gets_its_answer() {
+        let names = between(
+            |mut client| {
+                client.write_all(b"question").expect("taken");
+                client.shutdown(Shutdown::Write).expect("shut");
+                assert_eq!(read_all(&client), NAME.as_bytes());
+            },
+            |mut daemon| {
+                assert_eq!(read_all(&daemon), b"question");
+                daemon.write_all(NAME.as_bytes()).expect("taken");
+            },
+        );
+        assert_eq!(names, [NAME]);
+    }
+
+    /// Whether the other end is closed both ways, which a daemon takes for the end of its client.
+    fn hang_up_seen(stream: &StdStream) -> bool {
+        let mut polled = [PollFd::new(stream, PollFlags::empty())];
+        let limit = Timespec {
+            tv_sec: 20,
+            tv_nsec: 0,
+        };
+        poll(&mut polled, Some(&limit)).expect("asked") == 1
+            && polled[0].revents().contains(PollFlags::HUP)
+    }
+
+    #[test]
+    fn the_daemon_sees_that_its_client_is_gone() {
+        between(
+            |mut client| client.write_all(NAME.as_bytes()).expect("taken"),
+            |daemon| {
+                assert!(hang_up_seen(&daemon));
+                assert_eq!(read_all(&daemon), NAME.as_bytes());
+            },
+        );
+    }
+
+    #[test]
+    fn the_daemon_sees_it_too_after_one_way_was_closed_or_while_it_reads_nothing() {
+        between(
+            |client| {
+                client.shutdown(Shutdown::Write).expect("shut");
+                let mut byte = [0];
+                assert_eq!((&client).read(&mut byte).expect("an answer"), 1);
+            },
+            |mut daemon| {
+                assert_eq!(read_all(&daemon), b"");
+                daemon.write_all(b"x").expect("taken");
+                assert!(hang_up_seen(&daemon));
+            },
+        );
+        between(
+            |client| {
+                client.set_nonblocking(true).expect("set");
+                let full = || (&client).write(&[0; 65536]).is_err();
+                let deadline = std::time::Instant::now() + LIMIT;
+                // More than the daemon's end takes, so that the rest waits in the proxy.
+                let mut refused = 0;
+                while refused < 50 {
+                    refused = if full() { refused + 1 } else { 0 };
+                    assert!(std::time::Instant::now() < deadline);
+                    std::thread::park_timeout(Duration::from_millis(2));
+                }
+            },
+            |daemon| assert!(hang_up_seen(&daemon)),
+        );
+    }
+
+    #[test]
+    fn a_client_that_still_sends_gets_the_reason_of_a_daemon_that_has_ended() {
+        between(
+            |mut client| {
+                let sent = std::iter::repeat_with(|| client.write(&[0; 65536])).take(10_000);
+                assert!(
+                    sent.into_iter().any(|sent| sent.is_err()),
+                    "nobody reads it"
+                );
+                let mut reason = [0; 6];
+                client
+                    .read_exact(&mut reason)
+                    .expect("it came before the end");
+                assert_eq!(&reason, b"reason");
+            },
+            |mut daemon| daemon.write_all(b"reason").expect("taken"),
+        );
     }
 }

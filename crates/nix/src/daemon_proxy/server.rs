@@ -25,7 +25,7 @@ use crate::daemon_proxy::relay::relay;
 use crate::daemon_proxy::{ProxyError, is_root};
 
 /// How long the process stays after the link leads to the daemon again: a client may have followed it just before.
-const LAST_CLIENT_GRACE: Duration = Duration::from_millis(300);
+const LAST_CLIENT_GRACE: Duration = Duration::from_millis(50);
 /// How long an answer waits for bytes that clients have sent and the daemon does not take.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 const FLUSH_INTERVAL: Duration = Duration::from_millis(1);
@@ -144,6 +144,8 @@ impl Server {
         self.names.answer(&Report::Ready);
         loop {
             let event = tokio::select! {
+                // A client that waits comes before the end.
+                biased;
                 client = accept(&self.listener) => ServerEvent::Client(client),
                 Some(()) = work.next(), if !work.is_empty() => ServerEvent::WorkDone,
                 order = orders.order(), if connected => ServerEvent::Order(order),

@@ -83,9 +83,9 @@ impl Supervisor {
     pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
         let end = self.attend(&mut requests).await;
         if let End::Failed(cause) = end {
-            // First the link: every moment later is one in which a client is served by this process.
+            // In this order: whoever points the link to the proxy at the same time then finds the proxy failed.
+            self.shared.failed.store(true, Ordering::SeqCst);
             self.shared.point_to_daemon();
-            self.shared.complete.store(false, Ordering::Relaxed);
             self.flushes.clear();
             self.shared.sink.degraded(
                 "publication",
@@ -145,7 +145,7 @@ impl Supervisor {
             Report::Flushed(number) => self.answer(number, true),
             Report::Behind(number) => self.answer(number, false),
             Report::Pong => self.pings = 0,
-            Report::Incomplete => self.shared.complete.store(false, Ordering::Relaxed),
+            Report::Incomplete => self.shared.lossy.store(true, Ordering::SeqCst),
             Report::Ready => (),
         }
     }
