@@ -93,6 +93,8 @@ impl Scanner {
 fn scan(hay: &[u8], from: usize, found: &mut impl FnMut(&[u8])) -> usize {
     let is = |at: usize, class: u8| CLASSES[usize::from(hay[at])] & class != 0;
     let mut start = from;
+    // The first name that the next read may go on with.
+    let mut unfinished = None;
     while start + HEAD <= hay.len() {
         let dash = start + HEAD - 1;
         // Backwards, as a byte of another kind near the end rules out every start before it: where there are no
@@ -106,7 +108,7 @@ fn scan(hay: &[u8], from: usize, found: &mut impl FnMut(&[u8])) -> usize {
         let run = run.unwrap_or(hay.len());
         start = run + 1 - HEAD;
         if run == hay.len() {
-            return start;
+            break;
         }
         let dash = run;
         if hay[dash] != b'-' {
@@ -118,12 +120,12 @@ fn scan(hay: &[u8], from: usize, found: &mut impl FnMut(&[u8])) -> usize {
         let end = (name..limit).find(|at| !is(*at, NAME)).unwrap_or(limit);
         report(hay, start, end, found);
         if end == hay.len() && end - name < RUN_LIMIT {
-            return start;
+            unfinished.get_or_insert(start);
         }
         // The name may hold another hash: `builtins.path` of a store path makes such.
         start = name;
     }
-    start
+    unfinished.unwrap_or(start)
 }
 
 /// Reports the name in `start..end`, and where it may be shorter, because the protocol puts integers and texts side by

@@ -53,6 +53,9 @@ pub(super) fn run(
         .build()
         .map_err(ProxyError::Start)?;
     runtime.block_on(async {
+        // By hand these are not sockets.
+        listener.local_addr().map_err(ProxyError::Start)?;
+        control.peer_addr().map_err(ProxyError::Start)?;
         let listener = listening(listener).map_err(ProxyError::Start)?;
         control.set_nonblocking(true).map_err(ProxyError::Start)?;
         let control = UnixStream::from_std(control).map_err(ProxyError::Start)?;
