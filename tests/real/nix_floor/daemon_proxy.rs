@@ -94,19 +94,19 @@ impl Inside {
         }
     }
 
-    /// A proxy of this user's, and what it says of itself.
+    /// A proxy of this user's, and the warnings about it.
     fn proxy(&self) -> (DaemonProxy, Arc<Mutex<Vec<String>>>) {
-        let said = Arc::<Mutex<Vec<String>>>::default();
-        let heard = Arc::clone(&said);
+        let warnings = Arc::<Mutex<Vec<String>>>::default();
+        let received = Arc::clone(&warnings);
         let sink = Sink::new(move |event| {
             if let Progress::Degraded { text, .. } = event {
-                heard.lock().unwrap().push(text);
+                received.lock().unwrap().push(text);
             }
         });
         let env = self.env(&[("RUNNER_TRACKING_ID", "kept"), ("ATTIC_TOKEN", "secret")]);
         let folder = self.private("proxy");
         let proxy = DaemonProxy::prepare(Path::new(SOCKET), &folder, &env, sink).unwrap();
-        (proxy.with_program(self.folder.join("flywheel")), said)
+        (proxy.with_program(self.folder.join("flywheel")), warnings)
     }
 
     /// A command of the job's, in the folder with the expressions.
@@ -222,7 +222,7 @@ async fn names(inside: &Inside) {
 }
 
 async fn name_all(inside: &Inside) {
-    let (mut proxy, said) = inside.proxy();
+    let (mut proxy, warnings) = inside.proxy();
     let link = proxy.link().to_owned();
     assert!(!proxy.is_complete() && !proxy.flush().await);
     proxy.activate().await.unwrap();
@@ -255,8 +255,8 @@ async fn name_all(inside: &Inside) {
 
     let process = proxy.process().unwrap();
     proxy.stop().await;
-    assert!(proxy.is_complete(), "{:?}", said.lock().unwrap());
-    assert_eq!(*said.lock().unwrap(), [String::new(); 0]);
+    assert!(proxy.is_complete(), "{:?}", warnings.lock().unwrap());
+    assert!(warnings.lock().unwrap().is_empty(), "{warnings:?}");
     assert!(!runs(process), "it has ended");
     assert_eq!(std::fs::read_link(&link).unwrap(), Path::new(SOCKET));
     succeeded(&inside.quick(&link, &format!("{}-0", inside.role)));
@@ -308,7 +308,7 @@ fn a_killed_proxy_costs_the_connected_command_and_no_other() {
 async fn kill_proxies(inside: &Inside) {
     // Before, in and after a build; the next command comes at once, too soon for the link to be back.
     for (n, moment) in ["before", "in", "after"].into_iter().enumerate() {
-        let (mut proxy, said) = inside.proxy();
+        let (mut proxy, warnings) = inside.proxy();
         let link = proxy.link().to_owned();
         proxy.activate().await.unwrap();
         let through = proxy_socket(&inside.folder.join("nobody/proxy"));
@@ -323,13 +323,13 @@ async fn kill_proxies(inside: &Inside) {
             let ended = processes::ended(&mut slow, LIMIT).unwrap();
             assert!(!ended.success(), "its connection is gone");
         }
-        until_async(|| !said.lock().unwrap().is_empty()).await;
+        until_async(|| !warnings.lock().unwrap().is_empty()).await;
         assert_eq!(std::fs::read_link(&link).unwrap(), Path::new(SOCKET));
         // A client that had followed the link before is served by the process that watched the proxy.
         succeeded(&inside.quick(&through, &format!("{moment}-late")));
         assert!(!proxy.is_complete() && !proxy.flush().await);
         assert!(matches!(proxy.activate().await, Err(ProxyError::Ended)));
-        assert_eq!(said.lock().unwrap().len(), 1, "{said:?}");
+        assert_eq!(warnings.lock().unwrap().len(), 1, "{warnings:?}");
         proxy.stop().await;
         std::fs::remove_dir_all(inside.folder.join("nobody/proxy")).unwrap();
     }
@@ -341,6 +341,49 @@ async fn kill_proxies(inside: &Inside) {
     slow.wait().unwrap();
     until_async(|| builders().is_empty()).await;
     proxy.stop().await;
+}
+
+#[test]
+fn a_proxy_that_hangs_holds_no_command_up_for_ever() {
+    in_private_nix(
+        "nix_floor::daemon_proxy::a_proxy_that_hangs_holds_no_command_up_for_ever",
+        |inside| {
+            wait_for(async {
+                if !inside.role.is_empty() {
+                    return hang_proxy(inside).await;
+                }
+                let mut is_first = true;
+                inside
+                    .with_daemons(async |_| {
+                        // It takes half a minute, and does not depend on the daemon.
+                        if std::mem::take(&mut is_first) {
+                            passed(&inside.part(USER, "hangs").output().unwrap());
+                        } else {
+                            std::fs::create_dir(inside.folder.join("nobody/proxy")).unwrap();
+                        }
+                    })
+                    .await;
+            });
+        },
+    );
+}
+
+async fn hang_proxy(inside: &Inside) {
+    let (mut proxy, warnings) = inside.proxy();
+    let link = proxy.link().to_owned();
+    proxy.activate().await.unwrap();
+    let process = proxy.process().unwrap();
+    processes::signal(i32::try_from(process).unwrap(), Signal::STOP);
+    // It waits in the socket of the proxy, until this process finds that the proxy does not take it.
+    succeeded(&inside.quick(&link, "waits"));
+    assert!(!proxy.is_complete());
+    until_async(|| !warnings.lock().unwrap().is_empty()).await;
+    assert!(
+        warnings.lock().unwrap()[0].contains("hangs"),
+        "{warnings:?}"
+    );
+    assert_eq!(std::fs::read_link(&link).unwrap(), Path::new(SOCKET));
+    kill(process);
 }
 
 /// The processes that wait for the end of the slow build.

@@ -23,6 +23,8 @@ use flywheel_sys::process::companion::Companion;
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// A proxy that has left so many pings without an answer hangs.
 const PING_LIMIT: u32 = 4;
+/// What a proxy that hangs gets to recover. Its clients hang with it: an error is better than to hang for ever.
+const HANG_LIMIT: Duration = Duration::from_secs(120);
 /// An order is a few bytes: a proxy that does not take it hangs.
 const ORDER_LIMIT: Duration = Duration::from_secs(1);
 /// A process whose end of the connection is closed has ended or is about to.
@@ -96,7 +98,8 @@ impl Supervisor {
                 ),
             );
             tokio::select! {
-                () = self.serve_waiting() => (),
+                () = serve_waiting(&self.listener, &self.shared) => (),
+                () = kill_if_hung(&mut self.reports, &mut self.companion) => (),
                 () = refuse(&mut requests) => (),
             }
         }
@@ -162,26 +165,35 @@ impl Supervisor {
         let line = order.line();
         let _ = timeout(ORDER_LIMIT, self.orders.write_all(line.as_bytes())).await;
     }
+}
 
-    /// Serves the clients that still come to the socket, by themselves few. Never ends.
-    async fn serve_waiting(&self) {
-        let found = |name: &[u8]| {
-            if let Ok(name) = str::from_utf8(name) {
-                self.shared.add(name);
-            }
-        };
-        let serve = async |client: UnixStream| {
-            let scanned = AtomicU64::new(0);
-            relay(&client, &scanned, &self.shared.link.direct, &found).await;
-        };
-        let mut relays = FuturesUnordered::new();
-        loop {
-            tokio::select! {
-                client = accept(&self.listener) => relays.push(serve(client)),
-                Some(()) = relays.next(), if !relays.is_empty() => (),
-            }
+/// Serves the clients that still come to the socket, by themselves few. Never ends.
+async fn serve_waiting(listener: &UnixListener, shared: &Shared) {
+    let found = |name: &[u8]| {
+        if let Ok(name) = str::from_utf8(name) {
+            shared.add(name);
+        }
+    };
+    let serve = async |client: UnixStream| {
+        let scanned = AtomicU64::new(0);
+        relay(&client, &scanned, &shared.link.direct, &found).await;
+    };
+    let mut relays = FuturesUnordered::new();
+    loop {
+        tokio::select! {
+            client = accept(listener) => relays.push(serve(client)),
+            Some(()) = relays.next(), if !relays.is_empty() => (),
         }
     }
+}
+
+/// Ends a proxy that goes on hanging, and with it the commands that it holds up. Never ends.
+async fn kill_if_hung(reports: &mut Lines, companion: &mut Companion) {
+    // It gives a report, or its end.
+    if timeout(HANG_LIMIT, reports.report()).await.is_err() {
+        companion.kill();
+    }
+    std::future::pending().await
 }
 
 /// Answers that nothing is complete any more, until the handle is gone or wants the end.
