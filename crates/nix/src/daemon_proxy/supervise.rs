@@ -193,7 +193,7 @@ async fn kill_if_hung(reports: &mut Lines, companion: &mut Companion) {
     if timeout(HANG_LIMIT, reports.report()).await.is_err() {
         companion.kill();
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// Answers that nothing is complete any more, until the handle is gone or wants the end.
