@@ -45,6 +45,14 @@ pub(super) fn run(
         return Err(ProxyError::Root);
     }
     raise_descriptor_limit();
+    run_on_this_thread(link, listener, control)
+}
+
+fn run_on_this_thread(
+    link: SocketLink,
+    listener: StdListener,
+    control: StdStream,
+) -> Result<(), ProxyError> {
     // One thread with the priority of the process: the runtime's other threads have a lower one, and every answer of
     // the daemon goes through here.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -271,4 +279,132 @@ fn is_readable(listener: &UnixListener) -> bool {
         tv_nsec: 0,
     };
     poll(&mut polled, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+    use std::thread::JoinHandle;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    /// A proxy on a thread, between a socket of its own and a daemon that sends back what it gets.
+    struct World {
+        folder: tempfile::TempDir,
+        control: BufReader<StdStream>,
+        proxy: JoinHandle<Result<(), ProxyError>>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().expect("temporary folder");
+            let at = |name: &str| folder.path().join(name);
+            let daemon = StdListener::bind(at("daemon")).expect("listens");
+            std::thread::spawn(move || {
+                for stream in daemon.incoming() {
+                    let stream = stream.expect("comes");
+                    std::thread::spawn(move || std::io::copy(&mut &stream, &mut &stream));
+                }
+            });
+            let link = SocketLink {
+                path: at("link"),
+                direct: at("daemon"),
+                proxy: at("proxy"),
+            };
+            link.create().expect("made");
+            let listener = StdListener::bind(&link.proxy).expect("listens");
+            link.point_to_proxy().expect("pointed");
+            let (ours, theirs) = StdStream::pair().expect("a pair");
+            ours.set_read_timeout(Some(LIMIT)).expect("set");
+            let proxy = std::thread::spawn(move || run_on_this_thread(link, listener, theirs));
+            let mut world = Self {
+                folder,
+                control: BufReader::new(ours),
+                proxy,
+            };
+            assert_eq!(world.lines_until("ready"), ["ready"]);
+            world
+        }
+
+        fn connect(&self) -> StdStream {
+            let stream = StdStream::connect(self.folder.path().join("link")).expect("connects");
+            stream.set_read_timeout(Some(LIMIT)).expect("set");
+            stream
+        }
+
+        fn order(&self, order: Order) {
+            let mut control = self.control.get_ref();
+            control.write_all(order.line().as_bytes()).expect("taken");
+        }
+
+        fn lines_until(&mut self, last: &str) -> Vec<String> {
+            let mut lines = Vec::new();
+            loop {
+                let mut line = String::new();
+                self.control.read_line(&mut line).expect("in time");
+                assert!(line.ends_with('\n'), "it ended after {lines:?}");
+                lines.push(line.trim_end().to_owned());
+                if lines.last().is_some_and(|line| line == last) {
+                    return lines;
+                }
+            }
+        }
+
+        fn leads_to_daemon(&self) -> bool {
+            let target = std::fs::read_link(self.folder.path().join("link"));
+            target.expect("a link").ends_with("daemon")
+        }
+    }
+
+    #[test]
+    fn a_flush_comes_after_all_that_a_client_sent_who_is_gone() {
+        let mut world = World::new();
+        for n in 0..200 {
+            let name = format!("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-hello-{n}");
+            let mut client = world.connect();
+            client.write_all(name.as_bytes()).expect("taken");
+            drop(client);
+            world.order(Order::Flush(n));
+            let lines = world.lines_until(&format!("flushed {n}"));
+            assert!(lines.contains(&format!("named {name}")), "{lines:?}");
+        }
+        world.order(Order::Ping);
+        world.lines_until("pong");
+    }
+
+    #[test]
+    fn it_ends_with_its_last_client_when_the_job_is_gone() {
+        let world = World::new();
+        let mut client = world.connect();
+        world
+            .control
+            .get_ref()
+            .shutdown(std::net::Shutdown::Both)
+            .expect("shut");
+        let deadline = std::time::Instant::now() + LIMIT;
+        while !world.leads_to_daemon() {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        std::thread::park_timeout(2 * LAST_CLIENT_GRACE);
+        client.write_all(b"still").expect("taken");
+        let mut answer = [0; 5];
+        client.read_exact(&mut answer).expect("served");
+        assert_eq!(&answer, b"still");
+        assert!(!world.proxy.is_finished());
+        drop(client);
+        world.proxy.join().expect("no panic").expect("in order");
+        assert!(!world.folder.path().join("proxy").exists());
+    }
+
+    #[test]
+    fn it_ends_at_once_when_it_is_not_needed() {
+        let world = World::new();
+        world.order(Order::End);
+        world.proxy.join().expect("no panic").expect("in order");
+        let target = std::fs::read_link(world.folder.path().join("link"));
+        assert!(target.expect("a link").ends_with("daemon"));
+    }
 }
