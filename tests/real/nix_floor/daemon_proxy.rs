@@ -31,8 +31,8 @@ const QUICK: &str = r#"{ n }: derivation {
   args = [ "-ec" "echo $source $text > $out" ];
 }"#;
 /// A build that lasts until a file is there.
-const SLOW: &str = r#"{ folder }: derivation {
-  name = "slow"; system = builtins.currentSystem; builder = "/bin/sh";
+const SLOW: &str = r#"{ folder, n }: derivation {
+  name = "slow-${n}"; system = builtins.currentSystem; builder = "/bin/sh";
   args = [ "-ec" "echo > ${folder}/begun; until [ -e ${folder}/go ]; do /bin/sleep 0.01; done; echo slow > $out" ];
 }"#;
 
@@ -136,8 +136,11 @@ impl Inside {
             let _ = std::fs::remove_file(folder.join(file));
         }
         let folder = folder.display().to_string();
+        // Another one each time, as one that was built would not be built again.
+        let n = std::process::id().to_string();
         let arguments = ["--no-out-link", "slow.nix", "--argstr", "folder", &folder];
         let mut command = self.client(link, "nix-build", &arguments);
+        command.args(["--argstr", "n", &n]);
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         until(|| self.folder.join("nobody/begun").exists());
         child.unwrap()
