@@ -4,6 +4,7 @@
 pub mod bootstrap;
 pub mod build;
 pub mod cache_name;
+pub mod daemon_proxy;
 pub mod db;
 pub mod effective_settings;
 pub mod flake;
