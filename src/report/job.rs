@@ -149,6 +149,7 @@ impl JobResult {
         };
         extra(self.substituted, "substituted");
         extra(publication.already_there, "already there");
+        extra(publication.repaired.len() as u64, "repaired");
         extra(publication.skipped, "skipped");
         extra(publication.unverified.len() as u64, "unverified");
         extra(publication.withheld.len() as u64, "withheld");
@@ -161,10 +162,11 @@ impl JobResult {
             format!(" ({})", extras.join(", "))
         };
         format!(
-            "{} built, {} published, {} verified, {} lost{extras}",
+            "{} built, {} published, {} verified{}, {} lost{extras}",
             self.built,
             publication.published,
             publication.verified,
+            publication.coverage.suffix(),
             publication.lost.len()
         )
     }

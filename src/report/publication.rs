@@ -3,6 +3,8 @@
 
 use serde::Serialize;
 
+use flywheel_cache::client::verify::Coverage;
+
 /// A path that did not arrive, or is not known to have, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Missed {
@@ -19,10 +21,15 @@ pub(crate) struct Publication {
     pub(crate) published: u64,
     /// Paths that the cache had already.
     pub(crate) already_there: u64,
+    /// Paths that the cache had damaged, each with what was wrong; they were sent anew, and it now serves them.
+    pub(crate) repaired: Vec<Missed>,
     /// Paths that were left out on purpose, for instance because an upstream cache has signed them.
     pub(crate) skipped: u64,
-    /// Paths that the cache was seen to serve, whole and signed.
+    /// Paths that the cache was seen to serve, described as they are here and signed; `coverage` says of how many the
+    /// body was read, too.
     pub(crate) verified: u64,
+    /// What verification looked at.
+    pub(crate) coverage: Coverage,
     /// NAR bytes sent.
     pub(crate) bytes: u64,
     /// Paths that should be in the cache and are not.
@@ -75,13 +82,14 @@ impl std::fmt::Display for Publication {
         write!(f, "{} published", self.published)?;
         for (number, what) in [
             (self.already_there, "already there"),
+            (self.repaired.len() as u64, "repaired"),
             (self.skipped, "skipped"),
         ] {
             if number > 0 {
                 write!(f, ", {number} {what}")?;
             }
         }
-        write!(f, ", {} verified", self.verified)?;
+        write!(f, ", {} verified{}", self.verified, self.coverage.suffix())?;
         if !self.unverified.is_empty() {
             write!(f, ", {} unverified", self.unverified.len())?;
         }
@@ -116,6 +124,19 @@ mod tests {
             ..publication
         };
         let line = "3 published, 2 already there, 1 skipped, 3 verified, 1 unverified, 2 lost";
+        assert_eq!(publication.to_string(), line);
+        let publication = Publication {
+            published: 3,
+            repaired: vec![missed()],
+            verified: 4,
+            coverage: Coverage {
+                sent: 4,
+                sent_read: 2,
+                ..Coverage::default()
+            },
+            ..Publication::default()
+        };
+        let line = "3 published, 1 repaired, 4 verified (sample of 2 bodies), 0 lost";
         assert_eq!(publication.to_string(), line);
     }
 }

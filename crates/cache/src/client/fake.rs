@@ -238,14 +238,14 @@ impl Fake {
         let pool = Arc::new(Pool::new(clients.direct));
         let sender = Box::new(ExpectContinue::new(
             Arc::clone(&pool),
-            clients.streaming,
+            clients.streaming.clone(),
             stall_timeout,
         ));
         let api_timeout = Duration::from_secs(2);
         Attic::with_sender(
             self.endpoint(),
             Secret::new(token),
-            clients.api,
+            (clients.api, clients.streaming),
             pool,
             sender,
             api_timeout,
