@@ -84,6 +84,14 @@ pub(crate) struct Faults {
     pub(crate) narinfo_missing: bool,
     /// A Nix cache without Attic's API.
     pub(crate) plain: bool,
+    /// Narinfos of these hashes are not served, although the paths are said to be there. An upload brings them back.
+    pub(crate) hidden: HashSet<String>,
+    /// NARs of these hashes break off when they are served, as Attic's do when its storage has lost a chunk.
+    pub(crate) broken_off: HashSet<String>,
+    /// A known NAR is not stored again, so that a damaged one stays damaged.
+    pub(crate) deduplicates: bool,
+    /// Never responds to `nix-cache-info`.
+    pub(crate) info_hangs: bool,
 }
 
 /// One stored path.
@@ -104,7 +112,7 @@ pub(crate) struct Server {
     pub(crate) uploads: AtomicUsize,
     pub(crate) uploading: AtomicUsize,
     pub(crate) max_uploading: AtomicUsize,
-    requests: AtomicUsize,
+    pub(crate) requests: AtomicUsize,
     cuts: Arc<AtomicU32>,
 }
 
@@ -118,6 +126,13 @@ impl Server {
             .lock()
             .expect("not poisoned")
             .contains_key(info.path.hash().as_str())
+    }
+
+    /// Makes the server serve another body than it was given.
+    pub(crate) fn damage(&self, info: &PathInfo, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut stored = self.stored.lock().expect("lock");
+        let stored = stored.get_mut(info.path.hash().as_str()).expect("stored");
+        change(&mut stored.nar);
     }
 
     /// The stored paths with references that are neither stored nor upstream.
@@ -455,8 +470,18 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
         .next()
         .expect("name")
         .to_owned();
+    let hash = &name[..32];
+    let mut nar = nar;
+    if server.faults().deduplicates {
+        if let Some(known) = server.stored.lock().expect("lock").remove(hash) {
+            nar = known.nar;
+        }
+    } else {
+        server.faults().broken_off.remove(hash);
+    }
+    server.faults().hidden.remove(hash);
     server.stored.lock().expect("lock").insert(
-        name[..32].to_owned(),
+        hash.to_owned(),
         Stored {
             info,
             nar,
@@ -513,13 +538,18 @@ async fn read(
         return answer;
     }
     if file == "nix-cache-info" {
+        let hangs = server.faults().info_hangs;
+        if hangs {
+            std::future::pending::<()>().await;
+        }
         return "WantMassQuery: 1\nStoreDir: /nix/store\nPriority: 41\n".into_response();
     }
     let faults = server.faults();
     let stored = server.stored.lock().expect("lock");
     let stored = stored
         .get(file.trim_end_matches(".narinfo"))
-        .filter(|_| !faults.narinfo_missing);
+        .filter(|_| !faults.narinfo_missing)
+        .filter(|_| !faults.hidden.contains(file.trim_end_matches(".narinfo")));
     let Some(Stored { info, .. }) = stored else {
         return error(404, "NoSuchObject", "none");
     };
@@ -575,6 +605,12 @@ async fn body(
     {
         None => error(404, "NoSuchObject", "none"),
         Some(_) if faults.nar_empty => Response::default(),
+        Some(stored) if faults.broken_off.contains(file.trim_end_matches(".nar")) => {
+            let packed = zstd::encode_all(&stored.nar[..], 1).expect("packed");
+            let half = packed[..packed.len() / 2].to_vec();
+            let broken = io::Error::other("a chunk is missing");
+            Body::from_stream(futures_util::stream::iter([Ok(half), Err(broken)])).into_response()
+        }
         Some(stored) => zstd::encode_all(&stored.nar[..], 1)
             .expect("packed")
             .into_response(),

@@ -159,4 +159,8 @@ impl Publisher {
 }
 
 #[cfg(test)]
+mod repair_tests;
+#[cfg(test)]
+mod stall_tests;
+#[cfg(test)]
 mod tests;

@@ -240,7 +240,7 @@ impl PublisherTask {
         };
         // Aborts and joins all jobs first: no upload outlives the publisher.
         self.jobs.shutdown().await;
-        self.finish(reason, stalled)
+        self.finish(reason.as_deref(), stalled)
     }
 
     fn is_idle(&self) -> bool {
@@ -471,16 +471,16 @@ impl PublisherTask {
             .map(|progress_sent| progress_sent + PROGRESS_INTERVAL)
     }
 
-    fn finish(mut self, reason: Option<String>, stalled: bool) -> Outcome {
+    fn finish(mut self, reason: Option<&str>, stalled: bool) -> Outcome {
         self.report_progress(true);
         let stopped = match self.health {
             Health::Stopped(text) => Some(text),
-            _ => reason.clone().filter(|_| stalled),
+            _ => reason.filter(|_| stalled).map(str::to_owned),
         };
         // The message of `stopped` has the details; a hundred paths need not repeat them.
         let left = match &stopped {
             Some(_) if !stalled => Some("publishing was given up"),
-            _ => reason.as_deref(),
+            _ => reason,
         };
         let mut paths = self
             .plan
