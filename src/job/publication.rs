@@ -27,8 +27,7 @@ pub(crate) fn summarize(
         already_there: counts.already_there,
         repaired: repaired(outcome, verification),
         skipped: counts.skipped,
-        verified: verification.good()
-            + checked(outcome, |verdict| matches!(verdict, Verdict::Good { .. })),
+        verified: verification.good(),
         coverage,
         bytes: outcome.bytes,
         lost: not_sent.chain(unread).collect(),

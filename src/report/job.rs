@@ -148,7 +148,10 @@ impl JobResult {
             }
         };
         extra(self.substituted, "substituted");
-        extra(publication.already_there, "already there");
+        extra(
+            publication.already_there,
+            &format!("already there{}", publication.coverage.there_suffix()),
+        );
         extra(publication.repaired.len() as u64, "repaired");
         extra(publication.skipped, "skipped");
         extra(publication.unverified.len() as u64, "unverified");

@@ -57,7 +57,7 @@ const JOB: [(&str, &str); 18] = [
     ("published", "How many store paths were published."),
     (
         "verified",
-        "How many store paths the cache was then seen to describe with the right hash and a good signature, of those that were published or repaired and of a sample of those that were there already.",
+        "How many of the published and repaired store paths the cache was then seen to serve, with the right hash and a good signature.",
     ),
     (
         "verification",

@@ -25,8 +25,8 @@ pub(crate) struct Publication {
     pub(crate) repaired: Vec<Missed>,
     /// Paths that were left out on purpose, for instance because an upstream cache has signed them.
     pub(crate) skipped: u64,
-    /// Paths that the cache was seen to serve, described as they are here and signed; `coverage` says of how many the
-    /// body was read, too.
+    /// Of what was published or repaired, the paths that the cache was then seen to serve, described as they are here and
+    /// signed; `coverage` says of how many the body was read, too.
     pub(crate) verified: u64,
     /// What verification looked at.
     pub(crate) coverage: Coverage,
@@ -80,8 +80,15 @@ impl Publication {
 impl std::fmt::Display for Publication {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} published", self.published)?;
+        if self.already_there > 0 {
+            write!(
+                f,
+                ", {} already there{}",
+                self.already_there,
+                self.coverage.there_suffix()
+            )?;
+        }
         for (number, what) in [
-            (self.already_there, "already there"),
             (self.repaired.len() as u64, "repaired"),
             (self.skipped, "skipped"),
         ] {

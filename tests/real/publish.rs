@@ -203,7 +203,7 @@ fn what_is_published_is_substituted_on_an_emptied_store() {
     );
     let printed = success(&bench.publish(&["./result"]).output().unwrap());
     assert!(
-        printed.contains("0 published, 32 already there, 4 verified, 0 lost")
+        printed.contains("0 published, 32 already there (4 bodies read), 0 verified, 0 lost")
             && printed.contains("a sample of 4 of the 32 bodies that were already there, seed "),
         "{printed}"
     );

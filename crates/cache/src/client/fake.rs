@@ -1,14 +1,14 @@
 //! A small Attic server for tests, on loopback, with a switch for each kind of failure, and a store folder to publish
 //! from.
 
+mod cutting;
+
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -21,11 +21,11 @@ use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256 as Hasher};
 use tempfile::TempDir;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 use url::Url;
 
+use self::cutting::Cutting;
 use crate::client::attic::{Attic, ExpectContinue, Pool, StallTimeout};
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
@@ -614,72 +614,5 @@ async fn body(
         Some(stored) => zstd::encode_all(&stored.nar[..], 1)
             .expect("packed")
             .into_response(),
-    }
-}
-
-/// A listener with connections that break instead of writing, as often as `cuts` demands.
-struct Cutting {
-    listener: TcpListener,
-    cuts: Arc<AtomicU32>,
-}
-
-impl axum::serve::Listener for Cutting {
-    type Io = Connection;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
-        let (stream, address) = axum::serve::Listener::accept(&mut self.listener).await;
-        (
-            Connection {
-                stream,
-                cuts: Arc::clone(&self.cuts),
-            },
-            address,
-        )
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-struct Connection {
-    stream: TcpStream,
-    cuts: Arc<AtomicU32>,
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let cut = self
-            .cuts
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |cuts| {
-                cuts.checked_sub(1)
-            });
-        if cut.is_ok() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-        }
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -311,7 +311,8 @@ impl UploadPlan {
             let node = &mut self.nodes[id];
             node.damage = Some(reason.clone());
             node.released = node.dependents.len();
-            self.ready(id);
+            // What it refers to goes first here, too: that the path is there does not mean that its closure is.
+            self.on_missing(id);
         }
         self.nodes[id].checked = Some(verdict);
     }

@@ -37,7 +37,16 @@ impl Coverage {
         match self.mode {
             Mode::Off => " (`verify: off`)".to_owned(),
             _ if self.sent_read == self.sent => String::new(),
-            _ => format!(" (sample of {} bodies)", self.sent_read),
+            _ => format!(" (sample of {})", count_bodies(self.sent_read)),
+        }
+    }
+
+    /// What goes behind the number of paths that were already there; empty if none of their bodies was read.
+    #[must_use]
+    pub fn there_suffix(&self) -> String {
+        match self.there_read {
+            0 => String::new(),
+            read => format!(" ({} read)", count_bodies(read)),
         }
     }
 
@@ -72,6 +81,13 @@ impl Coverage {
     }
 }
 
+fn count_bodies(number: u64) -> String {
+    match number {
+        1 => "1 body".to_owned(),
+        number => format!("{number} bodies"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +109,7 @@ mod tests {
             ..all.clone()
         };
         assert_eq!(some.suffix(), " (sample of 2 bodies)");
+        assert_eq!(some.there_suffix(), " (4 bodies read)");
         assert_eq!(
             some.sentence(),
             "a sample of 2 of the 3 bodies sent, a sample of 4 of the 300 bodies that were already there, seed 00000000000000ab"
