@@ -55,7 +55,7 @@ pub(crate) enum Format {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DrainInput {
     /// How long publishing and verifying may take at the end, such as `10m`; a bare number counts
-    /// seconds (default: `300`).
+    /// seconds. Where nothing moves for 30 s they end before that (default: `300`).
     #[arg(long, value_name = "TIME", value_parser = value(drain_timeout))]
     pub(crate) drain_timeout: Option<Duration>,
 }

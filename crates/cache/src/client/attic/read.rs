@@ -177,7 +177,7 @@ impl Attic {
             .await
             .map_err(|panic| Error::Foreign(panic.to_string()))?;
         Ok(match (judged, broken) {
-            (BodyCheck::Bad(_), Some(cause)) => BodyCheck::Bad(format!(
+            (BodyCheck::Bad(_), Some(cause)) => BodyCheck::BrokenOff(format!(
                 "its NAR breaks off after {total} bytes as served ({cause})"
             )),
             (judged, _) => judged,

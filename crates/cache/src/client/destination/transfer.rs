@@ -84,6 +84,8 @@ pub enum BodyCheck {
     Good,
     /// The body is another one, unreadable or missing; holds the reason.
     Bad(String),
+    /// The body broke off before its end, which another try may reach; holds the reason.
+    BrokenOff(String),
     /// The body has a compression that cannot be unpacked here; holds the reason.
     Unsupported(String),
 }

@@ -55,10 +55,13 @@ pub(crate) struct Check<'a> {
     pub(crate) activity: &'a Activity,
 }
 
-/// A failure, and whether it came when the body was fetched.
-struct Failed {
-    error: Error,
-    in_body: bool,
+/// Why a try has failed.
+enum Failed {
+    LookUp(Error),
+    /// The narinfo is there and good, and its body could not be fetched.
+    Body(Error),
+    /// The body broke off; holds the reason.
+    BrokenOff(String),
 }
 
 impl Check<'_> {
@@ -78,13 +81,20 @@ impl Check<'_> {
                 // A cache with several replicas may need a moment until all of them have the path.
                 Ok(None) => (Verdict::Bad("the cache does not serve it".to_owned()), None),
                 Ok(Some(verdict)) => return verdict,
-                Err(Failed { error, in_body }) => match error.action() {
-                    Action::Retry { after, .. } => (unavailable(&error, in_body), after),
+                Err(Failed::BrokenOff(reason)) => (Verdict::Bad(reason), None),
+                Err(Failed::LookUp(error) | Failed::Body(error))
+                    if error.action() == Action::Stop =>
+                {
                     // A token may push without the right to read, so this is not held against the cache.
-                    Action::Stop => {
-                        return Verdict::Unverified(format!("it may not be read: {error}"));
-                    }
-                    Action::Never | Action::RereadOnce => return Verdict::Bad(error.to_string()),
+                    return Verdict::Unverified(format!("it may not be read: {error}"));
+                }
+                Err(Failed::LookUp(error)) => match error.action() {
+                    Action::Retry { after, .. } => (Verdict::Unverified(error.to_string()), after),
+                    _ => return Verdict::Bad(error.to_string()),
+                },
+                Err(Failed::Body(error)) => match error.action() {
+                    Action::Retry { after, .. } => (without_body(&error), after),
+                    _ => return Verdict::Bad(error.to_string()),
                 },
             };
             match self.policy.wait(tries, after) {
@@ -104,7 +114,10 @@ impl Check<'_> {
     ) -> Result<Option<Verdict>, Failed> {
         let served = match known {
             Some(served) => served,
-            None => match self.answered(self.from.look_up(&info.path).await, false)? {
+            None => match self
+                .answered(self.from.look_up(&info.path).await)
+                .map_err(Failed::LookUp)?
+            {
                 Some(served) => served,
                 None => return Ok(None),
             },
@@ -118,30 +131,31 @@ impl Check<'_> {
             return Ok(Some(Verdict::Good { body: false }));
         }
         let body = self.from.check_body(&served, &self.activity.bytes).await;
-        Ok(Some(match self.answered(body, true)? {
+        Ok(Some(match self.answered(body).map_err(Failed::Body)? {
             BodyCheck::Good => Verdict::Good { body: true },
             BodyCheck::Bad(reason) => Verdict::Bad(reason),
+            BodyCheck::BrokenOff(reason) => return Err(Failed::BrokenOff(reason)),
             // The narinfo was good, and nothing is known against the body.
             BodyCheck::Unsupported(_) => Verdict::Good { body: false },
         }))
     }
 
-    fn answered<T>(&self, result: Result<T, Error>, in_body: bool) -> Result<T, Failed> {
+    fn answered<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
         if !matches!(result, Err(Error::Unreachable { .. })) {
             self.activity.on_answer();
         }
-        result.map_err(|error| Failed { error, in_body })
+        result
     }
 }
 
-/// The verdict if no later try succeeds.
-fn unavailable(error: &Error, in_body: bool) -> Verdict {
+/// The verdict on a path that is described well, if no later try brings its body.
+fn without_body(error: &Error) -> Verdict {
     match error {
         // The server has just described the NAR, so that it is up: it lacks the body, or a part of it. Attic answers 500
         // for a chunk that its storage has lost, and 503 (`IncompleteNar`) for one that its database has lost.
         Error::Busy {
             status: 500 | 503, ..
-        } if in_body => Verdict::Bad(format!(
+        } => Verdict::Bad(format!(
             "its narinfo is there, but its NAR cannot be fetched: {error}"
         )),
         error => Verdict::Unverified(error.to_string()),
