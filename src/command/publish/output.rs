@@ -90,7 +90,7 @@ pub(super) fn report(
     }
     match publication.key {
         KeySource::Given => (),
-        _ if offered == 0 => (),
+        _ if publication.verified == 0 && publication.coverage.there_read == 0 => (),
         KeySource::Announced => {
             workflow.log(
                 "signatures were checked with the key that the cache itself announces: no `attic-public-key` is given",

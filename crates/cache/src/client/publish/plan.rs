@@ -97,11 +97,11 @@ impl UploadPlan {
             .find(|key| self.upstream.contains(key))
     }
 
-    /// Adds a path. Offering it again changes nothing.
-    pub(super) fn offer(&mut self, info: PathInfo) {
+    /// Adds a path. Offering it again changes nothing. Returns it if it is known already that the cache has it.
+    pub(super) fn offer(&mut self, info: PathInfo) -> Option<Id> {
         let id = self.node(&info.path);
         if self.nodes[id].info.is_some() {
-            return;
+            return None;
         }
         self.offered += 1;
         let upstream = self.upstream_key(&info);
@@ -118,6 +118,7 @@ impl UploadPlan {
         } else {
             self.add_references(id);
         }
+        self.is_already_there(id).then_some(id)
     }
 
     /// Adds the path's references to the graph; the cache is queried for those that are new.

@@ -133,6 +133,38 @@ async fn full_repairs_exactly_the_damaged_paths() {
     assert!(off.paths.iter().all(|path| path.checked.is_none()));
 }
 
+/// A path that others refer to is queried with them, and may be offered only later.
+#[tokio::test]
+async fn a_path_that_is_offered_after_its_query_is_checked_too() {
+    let fake = Fake::start().await;
+    let library = fake.path("library", b"library", &[]);
+    let tool = fake.path("tool", b"tool", &[&library]);
+    stored(&fake, &[library.clone(), tool.clone()]).await;
+    fake.server.damage(&library, |nar| nar.truncate(90));
+    let options = with_recheck(&fake, Mode::Full, 1);
+    let publisher = Publisher::start(
+        &super::tests::permit(),
+        fake.attic(GOOD),
+        options,
+        Sink::silent(),
+    );
+    publisher.offer(vec![tool]).await;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    // The preflight, and the query for both.
+    while fake.server.queries.load(Ordering::Relaxed) < 2 {
+        assert!(Instant::now() < deadline, "never queried");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    publisher.offer(vec![library]).await;
+    let outcome = publisher.drain(deadline, CancellationToken::new()).await;
+    let counts = outcome.counts();
+    assert_eq!(
+        (counts.already_there, counts.repaired),
+        (1, 1),
+        "{counts:?}"
+    );
+}
+
 /// A real atticd takes a NAR that it knows by its name alone, unless its own database knows that a chunk is missing.
 #[tokio::test]
 async fn what_no_request_repairs_is_found_bad_again() {

@@ -254,9 +254,12 @@ impl PublisherTask {
     /// The cache is queried for offered paths even before its upstream keys are known: a hash too many in a query costs
     /// less than a round trip more.
     fn on_offer(&mut self, infos: Vec<PathInfo>) {
-        for info in infos {
-            self.plan.offer(info);
-        }
+        // A path that others refer to may have been queried before its offer.
+        let there: Vec<Id> = infos
+            .into_iter()
+            .filter_map(|info| self.plan.offer(info))
+            .collect();
+        self.draw_checks(&there, Looked::new());
         self.note_arrival();
         self.report_progress(false);
     }

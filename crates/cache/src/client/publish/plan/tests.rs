@@ -230,7 +230,9 @@ fn random_graphs_end_decided_and_in_order() {
         let mut there: Vec<Id> = Vec::new();
         loop {
             match random.u8(0..5) {
-                0 if !offers.is_empty() => plan.offer(offers.pop().expect("not empty")),
+                0 if !offers.is_empty() => {
+                    there.extend(plan.offer(offers.pop().expect("not empty")));
+                }
                 1 => {
                     for (id, _) in plan.next_query(random.usize(1..5)) {
                         let is_missing = random.u8(..) < 200;
