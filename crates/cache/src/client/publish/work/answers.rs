@@ -53,7 +53,7 @@ impl PublisherTask {
             JobResult::Checked { id, verdict } => self.plan.on_checked(id, verdict),
             JobResult::Liveness(answers) => self.stall.on_liveness(answers),
             JobResult::Withheld { id, size, findings } => {
-                self.stall.end(id, None, false);
+                self.stall.withdraw(id);
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
                 self.plan

@@ -100,6 +100,12 @@ impl StallWatch {
         }
     }
 
+    /// The policy withholds the path, so that nothing of it was sent.
+    pub(super) fn withdraw(&mut self, id: Id) {
+        self.uploads.remove(&id);
+        self.since = Instant::now();
+    }
+
     /// The server has answered something that it is not asked again and again.
     pub(super) fn on_answer(&mut self) {
         self.since = Instant::now();
