@@ -11,6 +11,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use url::Url;
 
 use crate::inputs::value::{Invalid, boolean, name, one_of, text, value, variant};
+use flywheel_cache::client::verify::Mode;
 use flywheel_core::text::one_line;
 use flywheel_core::trust::{PushCache, Request, TrustedRefs};
 use flywheel_nix::cache_name::CacheName;
@@ -54,7 +55,7 @@ pub(crate) enum Format {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DrainInput {
     /// How long publishing and verifying may take at the end, such as `10m`; a bare number counts
-    /// seconds (default: `300`).
+    /// seconds. Where nothing moves for 30 s they end before that (default: `300`).
     #[arg(long, value_name = "TIME", value_parser = value(drain_timeout))]
     pub(crate) drain_timeout: Option<Duration>,
 }
@@ -77,6 +78,30 @@ fn drain_timeout(text: &str) -> Result<Duration, Invalid> {
     );
     Err(Invalid::new(problem).with_hint("Give seconds, or a time such as `10m`."))
 }
+
+/// How far verification goes.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Publication")]
+pub(crate) struct VerifyInput {
+    /// How far verification goes. `full` looks up every path in the cache and reads every body, also of paths that were
+    /// there already. `sample` looks up every path that was sent, and reads the bodies of all of them up to 256 MiB, above
+    /// that a random sample over all sizes; of the paths that were there already it reads four bodies. `off` looks up
+    /// nothing. A path that the cache has damaged is sent anew.
+    #[arg(
+        long,
+        value_name = "HOW",
+        value_parser = one_of(&VERIFY),
+        default_value = "sample"
+    )]
+    pub(crate) verify: Mode,
+}
+
+/// What the input `verify` can be.
+const VERIFY: [(&str, Mode); 3] = [
+    ("full", Mode::Full),
+    ("sample", Mode::Sample),
+    ("off", Mode::Off),
+];
 
 /// The runners to move to when memory runs out.
 #[derive(Args, Clone, Debug)]

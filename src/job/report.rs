@@ -132,10 +132,7 @@ impl JobReport {
     pub(crate) fn new(job: &JobResult) -> Self {
         Self {
             annotations: annotations(job),
-            lines: vec![
-                format!("flywheel: {}", job.clocks()),
-                format!("flywheel: {}", job.closing_line()),
-            ],
+            lines: lines(job),
             summary: summary::render(job),
             outputs: outputs::values(job)
                 .into_iter()
@@ -176,6 +173,20 @@ impl JobReport {
     }
 }
 
+/// The last lines of the log; the closing line is the last of all.
+fn lines(job: &JobResult) -> Vec<String> {
+    let verification = job.publication.as_ref().map(|publication| {
+        format!(
+            "flywheel: verification: {}",
+            publication.coverage.sentence()
+        )
+    });
+    let mut lines = vec![format!("flywheel: {}", job.clocks())];
+    lines.extend(verification);
+    lines.push(format!("flywheel: {}", job.closing_line()));
+    lines
+}
+
 fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
     let mut annotations = Vec::new();
     if let Some(found) = &job.out_of_memory {
@@ -204,6 +215,7 @@ fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
         (lost, "not verified", &publication.unverified),
         (withheld, "withheld", &publication.withheld),
         (Level::Warning, "policy", &publication.warned),
+        (Level::Warning, "repaired", &publication.repaired),
     ] {
         let text = |one: &Missed| format!("{}: {}", one.path, one.reason);
         annotations.extend(

@@ -14,8 +14,8 @@ use crate::report::publication::Publication;
 use flywheel_cache::client::destination::Target;
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_cache::client::journal::{Folder, Journal, Left};
-use flywheel_cache::client::publish::{Final, Options, Outcome, Publisher};
-use flywheel_cache::client::verify::{self, Key, Verdict, Verification};
+use flywheel_cache::client::publish::{Final, Options, Outcome, Publisher, Recheck};
+use flywheel_cache::client::verify::{self, Key, Mode, Verdict, Verification};
 use flywheel_core::progress::Sink;
 use flywheel_core::text::count;
 use flywheel_core::trust::PublishPermit;
@@ -47,6 +47,7 @@ pub(crate) struct Stream {
     journal: Journal,
     inspector: Arc<Inspector>,
     ownership: Arc<Ownership>,
+    verify: verify::Options,
 }
 
 /// When an operation ends at the latest, and what ends it before.
@@ -67,6 +68,8 @@ pub(crate) struct StreamInputs<'a> {
     pub(crate) at_once: bool,
     /// How many paths are published at once at most, if that is asked for.
     pub(crate) workers: Option<usize>,
+    /// How far verification goes.
+    pub(crate) verify: Mode,
 }
 
 /// The job's journal, and what dead jobs left for the same cache.
@@ -115,7 +118,17 @@ impl Stream {
         let JobJournal { journal, left } = journal;
         let usual = Options::default();
         let max_uploads = inputs.workers.unwrap_or(usual.max_uploads);
+        let verify = verify::Options {
+            mode: inputs.verify,
+            ..verify::Options::default()
+        };
         let options = Options {
+            recheck: Some(Recheck {
+                key: cache.public_key.clone(),
+                mode: verify.mode,
+                seed: verify.seed,
+                policy: verify.policy,
+            }),
             initial_uploads: usual.initial_uploads.min(max_uploads),
             max_uploads,
             config: cache.probe.config.clone(),
@@ -156,13 +169,13 @@ impl Stream {
             journal,
             inspector,
             ownership,
+            verify,
         }
     }
 
     /// Stops watching, offers all of `added_paths`, publishes what is left and verifies, all by `deadline`.
     pub(crate) async fn finish(
         self,
-        cache: &Cache,
         added_paths: &AddedPaths,
         deadline: &Deadline,
         sink: &Sink,
@@ -175,6 +188,7 @@ impl Stream {
             journal,
             inspector,
             ownership,
+            verify: options,
         } = self;
         // Dropping the watcher joins its threads, one of which may be reading the database.
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
@@ -190,16 +204,13 @@ impl Stream {
         let outcome = publisher
             .drain(publish_until(deadline), deadline.cancel.clone())
             .await;
-        if let Some(reason) = &outcome.stopped {
+        // The publisher itself has reported a standstill.
+        if let Some(reason) = outcome.stopped.as_ref().filter(|_| !outcome.stalled) {
             sink.degraded("publication", reason.clone());
         }
-        let options = verify::Options {
-            key: cache.public_key.clone(),
-            ..verify::Options::default()
-        };
-        let served = outcome.served().cloned().collect();
-        let verification =
-            verify::verify(to, served, &options, deadline.at, &deadline.cancel).await;
+        let options = options.following(outcome.key.clone(), outcome.stalled);
+        let sent = outcome.sent().cloned().collect();
+        let verification = verify::verify(to, sent, &options, deadline.at, &deadline.cancel).await;
         if verification.key == Key::Unknown && verification.good() > 0 {
             let text =
                 "no signature was checked: neither `attic-public-key` nor the cache names a key";
@@ -243,6 +254,14 @@ fn record_settled(journal: Journal, outcome: &Outcome, verification: &Verificati
         .iter()
         .filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
     journal.settled(skipped.map(|path| &path.info.path));
+    // The cache's word that it has a path is enough, unless a check could not be made.
+    let there = outcome
+        .already_there()
+        .filter(|path| !matches!(path.checked, Some(Verdict::Unverified(_))));
+    journal.settled(there.map(|path| &path.info.path));
+    if verification.mode == Mode::Off {
+        journal.settled(outcome.sent().map(|info| &info.path));
+    }
     let good = verification
         .paths
         .iter()

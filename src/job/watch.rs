@@ -93,6 +93,7 @@ impl Session<'_> {
             // A path that may yet be withheld must not be sent: a cache takes nothing back.
             at_once: !self.requires_flake_check(),
             workers: self.plan.publish_workers,
+            verify: self.plan.verify,
         };
         let stream = permit.map(|(permit, to)| {
             Stream::start(&permit, to, &prepared.cache, &inputs, journal, &self.sink)
@@ -237,7 +238,7 @@ impl Session<'_> {
             Err(_) => unread("the deadline was over (`drain-timeout`)", sink),
         };
         let mut publication = match (stream, self.decision.publishes()) {
-            (Some(stream), _) => Some(stream.finish(cache, &added_paths, deadline, sink).await),
+            (Some(stream), _) => Some(stream.finish(&added_paths, deadline, sink).await),
             // The job was to publish, but its cache takes nothing: each path is lost, and named.
             (None, true) => cache
                 .refusal()

@@ -150,7 +150,11 @@ impl JobResult {
             }
         };
         extra(self.substituted, "substituted");
-        extra(publication.already_there, "already there");
+        extra(
+            publication.already_there,
+            &format!("already there{}", publication.coverage.there_suffix()),
+        );
+        extra(publication.repaired.len() as u64, "repaired");
         extra(publication.skipped, "skipped");
         extra(publication.unverified.len() as u64, "unverified");
         extra(publication.withheld.len() as u64, "withheld");
@@ -163,10 +167,11 @@ impl JobResult {
             format!(" ({})", extras.join(", "))
         };
         format!(
-            "{} built, {} published, {} verified, {}{extras}",
+            "{} built, {} published, {} verified{}, {}{extras}",
             self.built,
             publication.published,
             publication.verified,
+            publication.coverage.suffix(),
             publication.losses()
         )
     }

@@ -3,6 +3,8 @@
 
 use serde::Serialize;
 
+use flywheel_cache::client::verify::Coverage;
+
 /// A path that did not arrive, or is not known to have, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Missed {
@@ -19,10 +21,15 @@ pub(crate) struct Publication {
     pub(crate) published: u64,
     /// Paths that the cache had already.
     pub(crate) already_there: u64,
+    /// Paths that the cache had damaged, each with what was wrong; they were sent anew, and it now serves them.
+    pub(crate) repaired: Vec<Missed>,
     /// Paths that were left out on purpose, for instance because an upstream cache has signed them.
     pub(crate) skipped: u64,
-    /// Paths that the cache was seen to serve, whole and signed.
+    /// Of what was published or repaired, the paths that the cache was then seen to serve, described as they are here and
+    /// signed; `coverage` says of how many the body was read, too.
     pub(crate) verified: u64,
+    /// What verification looked at.
+    pub(crate) coverage: Coverage,
     /// NAR bytes sent.
     pub(crate) bytes: u64,
     /// Paths that should be in the cache and are not.
@@ -86,15 +93,23 @@ impl Publication {
 impl std::fmt::Display for Publication {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} published", self.published)?;
+        if self.already_there > 0 {
+            write!(
+                f,
+                ", {} already there{}",
+                self.already_there,
+                self.coverage.there_suffix()
+            )?;
+        }
         for (number, what) in [
-            (self.already_there, "already there"),
+            (self.repaired.len() as u64, "repaired"),
             (self.skipped, "skipped"),
         ] {
             if number > 0 {
                 write!(f, ", {number} {what}")?;
             }
         }
-        write!(f, ", {} verified", self.verified)?;
+        write!(f, ", {} verified{}", self.verified, self.coverage.suffix())?;
         if !self.unverified.is_empty() {
             write!(f, ", {} unverified", self.unverified.len())?;
         }
@@ -137,5 +152,18 @@ mod tests {
         let line = "0 published, 0 verified, 1 ambiguous";
         assert_eq!(doubtful.to_string(), line, "that none is lost is not known");
         assert!(!doubtful.is_whole());
+        let publication = Publication {
+            published: 3,
+            repaired: vec![missed()],
+            verified: 4,
+            coverage: Coverage {
+                sent: 4,
+                sent_read: 2,
+                ..Coverage::default()
+            },
+            ..Publication::default()
+        };
+        let line = "3 published, 1 repaired, 4 verified (sample of 2 bodies), 0 lost";
+        assert_eq!(publication.to_string(), line);
     }
 }

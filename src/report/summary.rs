@@ -63,6 +63,11 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
             "Published, although a rule warns",
             &publication.warned,
         )?;
+        list(
+            text,
+            "Damaged in the cache, and repaired",
+            &publication.repaired,
+        )?;
         list(text, "Lost", &publication.lost)?;
         list(text, "Ambiguous, not published", &publication.ambiguous)?;
         list(text, "Sent, but not verified", &publication.unverified)?;
@@ -98,15 +103,17 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
     ];
     if let Some(publication) = &job.publication {
         let counts = format!(
-            "{} published ({}), {} already there, {} skipped, {} verified, {}",
+            "{} published ({}), {} already there, {} repaired, {} skipped, {} verified, {}",
             publication.published,
             bytes(publication.bytes),
             publication.already_there,
+            publication.repaired.len(),
             publication.skipped,
             publication.verified,
             publication.losses()
         );
         rows.push(("Publication", counts));
+        rows.push(("Verification", publication.coverage.sentence()));
     }
     let times = [
         ("bootstrap", job.bootstrap),

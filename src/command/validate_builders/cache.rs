@@ -236,9 +236,9 @@ async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
 
 async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
     let hint = "The cache has lost or spoiled it: look at its storage, and publish the path again.";
-    match usable.attic.check_body(info).await {
+    match usable.attic.check_body(info, &ByteCounter::default()).await {
         Ok(BodyCheck::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
-        Ok(BodyCheck::Bad(text) | BodyCheck::Unsupported(text)) => {
+        Ok(BodyCheck::Bad(text) | BodyCheck::BrokenOff(text) | BodyCheck::Unsupported(text)) => {
             Err(CheckFailure::new(text, hint))
         }
         Err(error) => Err(CheckFailure::new(error.to_string(), hint)),
