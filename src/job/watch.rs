@@ -139,29 +139,28 @@ impl Session<'_> {
 
     /// Runs `nix flake check` in `folder`, where the policy requires it; once it has passed, what the job built may
     /// be published. A failure is a warning, and withholds everything. To be called when the job has ended well.
-    pub(crate) async fn run_flake_check(
+    /// Ends early when `stop` is ready, and returns what that gave: the time for publishing is short from then on.
+    pub(crate) async fn run_flake_check<T>(
         &self,
         prepared: &Prepared,
         watch: Option<&StoreWatch>,
         folder: &Path,
-        signals: &mut Signals,
-    ) {
-        let Some(watch) = watch.filter(|_| self.requires_flake_check()) else {
-            return;
-        };
+        stop: impl Future<Output = T>,
+    ) -> Option<T> {
+        let watch = watch.filter(|_| self.requires_flake_check())?;
         self.sink
             .note("flywheel: `nix flake check` (`require-flake-check`)");
         let nix = prepared.nix();
         let flake = folder.to_string_lossy();
         let arguments = ["flake", "check", &flake];
         let checking = nix.run(&arguments, CHECK_LIMIT);
-        let ended = tokio::select! {
+        let (ended, stopped) = tokio::select! {
             biased;
-            _ = signals.next() => Err("it was cancelled".to_owned()),
+            stopped = stop => (Err("it was cancelled".to_owned()), Some(stopped)),
             output = checking => match output {
-                Ok(output) if output.status.success() => Ok(()),
-                Ok(output) => Err(error_summary(&output.stderr)),
-                Err(error) => Err(error.to_string()),
+                Ok(output) if output.status.success() => (Ok(()), None),
+                Ok(output) => (Err(error_summary(&output.stderr)), None),
+                Err(error) => (Err(error.to_string()), None),
             },
         };
         match ended {
@@ -171,6 +170,7 @@ impl Session<'_> {
                 format!("`nix flake check` did not pass: {problem}"),
             ),
         }
+        stopped
     }
 
     /// Collects what the job added to the store, the result links in `folder` included, publishes what is left of it
