@@ -11,11 +11,12 @@ use tokio_util::sync::CancellationToken;
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::{STOPPED_LIMIT, Session};
+use super::policy;
 use super::prepare::Prepared;
 use super::stream::{Deadline, JobJournal, Stream, StreamInputs};
-use super::{policy, publication};
 use crate::report::publication::Publication;
 use flywheel_cache::client::inspect::Inspector;
+use flywheel_cache::client::journal::Journal;
 use flywheel_core::policy::Rule;
 use flywheel_core::progress::Sink;
 use flywheel_nix::store::{self, Mark, Store, state_folder};
@@ -23,6 +24,7 @@ use flywheel_nix::store_path::StorePath;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
 use flywheel_nix::tool::error_summary;
 use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::context::in_ci;
 
 /// The flake's checks may build for long; the job's own limit is shorter.
 const CHECK_LIMIT: Duration = Duration::from_secs(6 * 60 * 60);
@@ -38,6 +40,8 @@ pub(crate) struct StoreWatch {
     inspector: Arc<Inspector>,
     begun: SystemTime,
     stream: Option<Stream>,
+    /// The journal of a job that does not publish, by which the others know of it.
+    presence: Option<Journal>,
     results: Vec<StorePath>,
 }
 
@@ -70,16 +74,21 @@ impl Session<'_> {
                 return None;
             }
         };
-        let permit = self.decision.permit().zip(prepared.to.clone());
-        let journal = permit
-            .as_ref()
-            .and_then(|_| JobJournal::open(self.plan, &mark, &self.sink))
-            .unwrap_or_default();
-        // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next.
-        let written = journal.journal.clone();
-        temp_roots.subscribe(move |paths| {
-            written.expected(paths.iter().filter(|path| !path.is_derivation()));
-        });
+        // Also where the cache is away: what cannot be sent now is the next job's to send.
+        let permit = self
+            .decision
+            .permit()
+            .filter(|_| self.plan.source.identity().is_some());
+        let (publishes, is_ci) = (permit.is_some(), in_ci(self.env));
+        let journal = JobJournal::open(self.plan, publishes, is_ci, &mark, &self.sink).await;
+        let presence = permit.is_none().then(|| journal.journal.clone());
+        if permit.is_some() {
+            // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next.
+            let written = journal.journal.clone();
+            temp_roots.subscribe(move |paths| {
+                written.expected(paths.iter().filter(|path| !path.is_derivation()));
+            });
+        }
         let inspector = self.inspector(prepared, &store);
         let inputs = StreamInputs {
             store: &store,
@@ -90,7 +99,8 @@ impl Session<'_> {
             at_once: !self.requires_flake_check(),
             workers: self.plan.publish_workers,
         };
-        let stream = permit.map(|(permit, to)| {
+        let stream = permit.map(|permit| {
+            let to = prepared.to.clone();
             Stream::start(&permit, to, &prepared.cache, &inputs, journal, &self.sink)
         });
         Some(StoreWatch {
@@ -100,6 +110,7 @@ impl Session<'_> {
             inspector,
             begun: SystemTime::now(),
             stream,
+            presence,
             results: Vec::new(),
         })
     }
@@ -189,28 +200,35 @@ impl Session<'_> {
             temp_roots,
             begun,
             stream,
+            presence,
             results,
             ..
         } = watch;
         let collecting = AddedPaths::collect(&store, &temp_roots, &mark, (folder, begun), results);
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
-        let added_paths = match timeout_at(limit, collecting).await {
-            Ok(Ok(added_paths)) => added_paths,
-            Ok(Err(error)) => unread(&error.to_string(), sink),
-            Err(_) => unread("the deadline was over (`drain-timeout`)", sink),
+        let (added_paths, is_complete) = match timeout_at(limit, collecting).await {
+            Ok(Ok(added_paths)) => (added_paths, true),
+            Ok(Err(error)) => (unread(&error.to_string(), sink), false),
+            Err(_) => (
+                unread("the deadline was over (`drain-timeout`)", sink),
+                false,
+            ),
         };
         for path in &added_paths.ambiguous {
             let text = "was left out: another job was at work in this store, and which of the two added it cannot be read";
             sink.degraded("publication", format!("{path} {text}"));
         }
-        let publication = match (stream, self.decision.publishes()) {
-            (Some(stream), _) => Some(stream.finish(cache, &added_paths, deadline, sink).await),
-            // The job was to publish, but its cache takes nothing: each path is lost, and named.
-            (None, true) => cache
-                .refusal()
-                .map(|reason| publication::all_lost(&added_paths.wanted, &reason)),
-            (None, false) => None,
+        let publication = match stream {
+            Some(stream) => {
+                let added_paths = (&added_paths, is_complete);
+                Some(stream.finish(cache, added_paths, deadline, sink).await)
+            }
+            // The job does not publish, or no cache is named.
+            None => None,
         };
+        if let Some(presence) = presence {
+            presence.close();
+        }
         (added_paths, publication)
     }
 
