@@ -222,6 +222,13 @@ fn cache(
     for hint in &named.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
+    let name = named.name.ok_or_else(|| {
+        UsageError::new(
+            "attic-cache",
+            "is not given, and the hint `ATTIC_CACHE` is malformed",
+        )
+        .with_hint("Give the cache's name, such as `--attic-cache main`.")
+    })?;
     let server = named
         .given
         .or(named.hinted)
@@ -235,7 +242,7 @@ fn cache(
                 "Give the server's address, such as `--attic-server https://cache.example.org/`.",
             )
         })?;
-    Ok((Endpoint::new(server, named.name), named.key))
+    Ok((Endpoint::new(server, name), named.key))
 }
 
 /// Lets the trust gate decide. Calling this verb is the request to publish.

@@ -159,11 +159,11 @@ impl JobReport {
         for line in &self.lines {
             workflow.log(line);
         }
-        let mut written = files.add_summary(&self.summary);
-        for (name, value) in &self.outputs {
-            written = written.and_then(|()| files.set_output(name, value));
-        }
-        if let Err(error) = written {
+        // Each file by itself: a summary that cannot be written must not cost the outputs.
+        let summary = files.add_summary(&self.summary);
+        let mut outputs = self.outputs.iter();
+        let outputs = outputs.try_for_each(|(name, value)| files.set_output(name, value));
+        for error in [summary, outputs].into_iter().filter_map(Result::err) {
             workflow.annotate(
                 Level::Warning,
                 "report",

@@ -20,6 +20,7 @@ mod dist;
 mod flake_checks;
 mod greedy;
 mod harness;
+mod journal;
 mod lint;
 mod nix_floor;
 mod nix_job;

@@ -170,14 +170,19 @@ impl FlakeChecks<'_> {
         signals: &mut Signals,
     ) -> JobResult {
         let began = Instant::now();
+        let mut stopped = match ran.end {
+            RunEnd::Stopped(_, at) => Some(at),
+            RunEnd::Complete | RunEnd::FailedFast => None,
+        };
         if ran.end == RunEnd::Complete && ran.failures() == 0 {
             let folder = Path::new(&self.plan.flake);
-            self.session
-                .run_flake_check(prepared, watch.as_ref(), folder, signals)
-                .await;
+            let checked =
+                self.session
+                    .run_flake_check(prepared, watch.as_ref(), folder, signals.next());
+            stopped = checked.await.map(|_| Instant::now());
         }
-        let ((added_paths, publication), stats) =
-            self.finish(prepared, watch, reporter, ran, signals).await;
+        let finishing = self.finish(prepared, watch, reporter, (ran, stopped), signals);
+        let ((added_paths, publication), stats) = finishing.await;
         self.log_check_runs(stats);
         // Last of all: the publisher reads the paths from the store until it has ended.
         tokio::select! {
@@ -198,7 +203,7 @@ impl FlakeChecks<'_> {
         prepared: &Prepared,
         watch: Option<StoreWatch>,
         reporter: Reporter,
-        ran: &RunResult,
+        (ran, stopped): (&RunResult, Option<Instant>),
         signals: &mut Signals,
     ) -> (
         (AddedPaths, Option<Publication>),
@@ -211,10 +216,6 @@ impl FlakeChecks<'_> {
             &cancel
         ));
         let mut stats = None;
-        let stopped = match ran.end {
-            RunEnd::Stopped(_, at) => Some(at),
-            RunEnd::Complete | RunEnd::FailedFast => None,
-        };
         let published = {
             // No result links are looked for: those in the flake's folder are other tools'.
             let folder = self.session.private();
