@@ -133,11 +133,13 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let (clients, probe, store, found) =
         prepare(env, &endpoint, token.as_ref(), &wanted, &sink).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
+    let folder = store.folder().to_owned();
     let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
     let attic = Attic::new(endpoint, token, clients);
     let options = publish::Options {
         config: probe.config,
         inspector: Some(Arc::clone(&inspector)),
+        store: folder,
         ..publish::Options::default()
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
@@ -272,10 +274,14 @@ async fn closure_after_repair(
 ) -> Result<(Store, PathInfos), Failure> {
     let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
     let found = async {
-        let store = match &ready.opened {
-            Some(opened) => Store::from_opened(&ready.nix, opened).await?,
-            None => Store::open(&ready.nix).await?,
+        let store = match (&ready.opened, &ready.settings_before) {
+            (Some(opened), Some(settings)) => {
+                Store::from_opened(&ready.nix, opened, settings).await?
+            }
+            _ => Store::open(&ready.nix).await?,
         };
+        // A closure that Nix lists is of no use without its files.
+        store.location().map_err(Clone::clone)?;
         let found = store.closure(wanted).await?;
         Ok::<_, flywheel_nix::store::Error>((store, found))
     };

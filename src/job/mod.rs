@@ -9,6 +9,7 @@ mod begin;
 mod closure_tracker;
 pub(crate) mod destination;
 pub(crate) mod inputs;
+mod not_watched;
 mod ownership;
 pub(crate) mod policy;
 mod prepare;

@@ -125,6 +125,7 @@ impl Stream {
             config: cache.probe.config.clone(),
             journal: journal.clone(),
             inspector: Some(Arc::clone(inputs.inspector)),
+            store: inputs.store.folder().to_owned(),
             ..usual
         };
         let publisher = Arc::new(Publisher::start(

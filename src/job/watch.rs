@@ -11,14 +11,14 @@ use tokio_util::sync::CancellationToken;
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::{STOPPED_LIMIT, Session};
+use super::not_watched::remedy;
 use super::prepare::Prepared;
 use super::stream::{Deadline, JobJournal, Stream, StreamInputs};
 use super::{policy, publication};
 use crate::report::publication::Publication;
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_core::policy::Rule;
-use flywheel_core::progress::Sink;
-use flywheel_nix::store::{self, Mark, Store, state_folder};
+use flywheel_nix::store::{self, Mark, Store};
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
 use flywheel_nix::tool::error_summary;
@@ -54,7 +54,7 @@ impl StoreWatch {
 
 impl Session<'_> {
     /// Marks the store, and starts to publish if the trust gate allows it. `processes` are those of the job. `None`
-    /// when the store cannot be read.
+    /// when the store cannot be read, which is recorded.
     pub(crate) async fn watch(
         &self,
         prepared: &Prepared,
@@ -63,13 +63,11 @@ impl Session<'_> {
         let (store, temp_roots, mark) = match open_marked(prepared, processes).await {
             Ok(opened) => opened,
             Err(error) => {
-                let text = format!(
-                    "the store cannot be read, so nothing is counted or published: {error}"
-                );
-                self.sink.degraded("publication", text);
+                self.record_unwatched_store(&error);
                 return None;
             }
         };
+        self.record_named_stores(&prepared.nix(), &store);
         let permit = self.decision.permit().zip(prepared.to.clone());
         let journal = permit
             .as_ref()
@@ -196,8 +194,8 @@ impl Session<'_> {
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
         let added_paths = match timeout_at(limit, collecting).await {
             Ok(Ok(added_paths)) => added_paths,
-            Ok(Err(error)) => unread(&error.to_string(), sink),
-            Err(_) => unread("the deadline was over (`drain-timeout`)", sink),
+            Ok(Err(error)) => self.record_unread_store(&error.to_string(), remedy(&error)),
+            Err(_) => self.record_unread_store("the deadline was over", "Raise `drain-timeout`."),
         };
         for path in &added_paths.ambiguous {
             let text = "was left out: another job was at work in this store, and which of the two added it cannot be read";
@@ -255,16 +253,9 @@ async fn open_marked(
     processes: JobScope,
 ) -> Result<(Arc<Store>, Arc<TempRootWatcher>, Mark), store::Error> {
     let store = prepared.open_store().await?;
+    store.location().map_err(Clone::clone)?;
     // Before the mark: a process that was gone by now cannot have added what comes after it.
-    let temp_roots = TempRootWatcher::start(&state_folder(&prepared.nix()), processes);
+    let temp_roots = TempRootWatcher::start(&store.state(), processes);
     let mark = store.mark().await?;
     Ok((Arc::new(store), Arc::new(temp_roots), mark))
-}
-
-fn unread(problem: &str, sink: &Sink) -> AddedPaths {
-    sink.degraded(
-        "publication",
-        format!("the store could not be read at the end: {problem}"),
-    );
-    AddedPaths::default()
 }

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::report::publication::Publication;
+use crate::report::publication::{Missed, Publication};
 use flywheel_core::budget::OutOfMemory;
-use flywheel_core::text::{bytes, duration};
+use flywheel_core::text::{bytes, count, duration};
 
 /// How a job ended, and what failed, if anything did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +115,8 @@ pub(crate) struct JobResult {
     pub(crate) substituted: u64,
     /// Sources and other paths added by this job.
     pub(crate) added: u64,
+    /// The stores that nothing could be published from, with the reasons.
+    pub(crate) not_watched: Vec<Missed>,
     /// What was published; `None` if the job does not publish.
     pub(crate) publication: Option<Publication>,
     /// Why the job does not publish, which is reported where there is no publication.
@@ -152,6 +154,12 @@ impl JobResult {
         extra(publication.skipped, "skipped");
         extra(publication.unverified.len() as u64, "unverified");
         extra(publication.withheld.len() as u64, "withheld");
+        if !self.not_watched.is_empty() {
+            extras.push(format!(
+                "{} not watched",
+                count(self.not_watched.len() as u64, "store")
+            ));
+        }
         if self.publication.is_none() {
             extras.push(format!("not publishing: {}", self.unpublished));
         }
@@ -210,6 +218,7 @@ pub(super) mod tests {
             substituted: 0,
             added: 1,
             unpublished: String::new(),
+            not_watched: Vec::new(),
             publication: Some(Publication {
                 published: 3,
                 verified: 3,
@@ -238,6 +247,15 @@ pub(super) mod tests {
             job.closing_line(),
             "3 built, 3 published, 3 verified, 0 lost (2 already there)"
         );
+        job.not_watched = vec![Missed {
+            path: "ssh-ng://host".into(),
+            reason: "why".into(),
+        }];
+        assert_eq!(
+            job.closing_line(),
+            "3 built, 3 published, 3 verified, 0 lost (2 already there, 1 store not watched)"
+        );
+        job.not_watched.clear();
         job.publication = None;
         job.unpublished = "pull requests only read".into();
         assert_eq!(

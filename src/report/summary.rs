@@ -20,6 +20,8 @@ pub(crate) fn render(job: &JobResult) -> String {
 
 fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     let sign = match job.outcome {
+        // A green heading would hide that nothing of that store was published.
+        Outcome::Success if !job.not_watched.is_empty() => "⚠️",
         Outcome::Success => "✅",
         Outcome::Cancelled => "⚠️",
         Outcome::CommandFailed
@@ -54,6 +56,7 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     for (name, value) in rows(job) {
         writeln!(text, "| {name} | {value} |")?;
     }
+    list(text, "Not watched", &job.not_watched)?;
     if let Some(publication) = &job.publication {
         list(text, "Withheld by the policy", &publication.withheld)?;
         list(
