@@ -7,7 +7,7 @@ use super::added_paths::AddedPaths;
 use super::begin::Session;
 use crate::report::publication::Missed;
 use flywheel_nix::store::{self, Store};
-use flywheel_nix::store_location::{is_same_store, shown};
+use flywheel_nix::store_location::{is_same_store, relative_remote, shown};
 use flywheel_nix::tool::Nix;
 
 /// The stores that are not watched. It is shared, since they are found at several points of a job.
@@ -54,14 +54,19 @@ impl Session<'_> {
     /// be watched from the start: often they do not exist yet.
     pub(super) fn record_named_stores(&self, nix: &Nix, own: &Store) {
         // A job that does not publish has nothing to miss in them.
-        let named = self.plan.named_stores.iter();
-        for named in named.filter(|_| self.is_to_publish()) {
+        if !self.is_to_publish() {
+            return;
+        }
+        // The command runs in a folder of its own, where a relative name is another store.
+        let remote = relative_remote(nix);
+        let named = self.plan.named_stores.iter().map(String::as_str);
+        for named in named.chain(remote) {
             let is_own = own.location().is_ok_and(|own| {
                 let folder = self.plan.destination.folder.as_path();
                 is_same_store(nix, own, named, folder)
             });
             if !is_own {
-                let reason = "the command names it, and the job's own store alone is watched";
+                let reason = "the command uses it, and the job's own store alone is watched";
                 let remedy = "Name it for the whole job: `NIX_REMOTE` in the environment, or `store` in `extra-nix-config`.";
                 self.record_not_watched(&format!("`{}`", shown(named)), reason, remedy);
             }

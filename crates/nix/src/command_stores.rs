@@ -102,7 +102,7 @@ fn search_script(text: &str, depth: usize, found: &mut Vec<String>) {
     let Some(depth) = depth.checked_sub(1) else {
         return;
     };
-    for words in Splitter::new(text).commands() {
+    for words in Splitter::new(text, depth).commands() {
         search_command(&words, depth, found);
     }
 }
@@ -246,15 +246,18 @@ struct Splitter<'a> {
     word: Option<String>,
     words: Vec<String>,
     commands: Vec<Vec<String>>,
+    depth: usize,
 }
 
 impl<'a> Splitter<'a> {
-    fn new(text: &'a str) -> Self {
+    /// Follows substitutions within quotes `depth` levels deep.
+    fn new(text: &'a str, depth: usize) -> Self {
         Self {
             rest: text.chars().peekable(),
             word: None,
             words: Vec::new(),
             commands: Vec::new(),
+            depth,
         }
     }
 
@@ -306,8 +309,10 @@ impl<'a> Splitter<'a> {
                 '$' if self.rest.peek() == Some(&'(') => {
                     self.rest.next();
                     let inside = self.until_closed();
-                    let inside = Splitter::new(&inside).commands();
-                    self.commands.extend(inside);
+                    if let Some(depth) = self.depth.checked_sub(1) {
+                        let inside = Splitter::new(&inside, depth).commands();
+                        self.commands.extend(inside);
+                    }
                 }
                 c => self.push(c),
             }
@@ -437,5 +442,8 @@ mod tests {
         ] {
             stores_in_script(text);
         }
+        // Nothing follows a script without a bound.
+        stores_in_script(&"\"$(".repeat(100_000));
+        stores_in_script(&"sh -c '".repeat(100_000));
     }
 }

@@ -188,7 +188,7 @@ fn place(nix: &Nix, kind: &Kind, reference: &StoreReference) -> StoreLocation {
 /// Whether a store that a command names (`--store`, `NIX_REMOTE=`) is the one at `own`, which `nix` uses by itself.
 /// Relative paths are below `folder`.
 pub fn is_same_store(nix: &Nix, own: &StoreLocation, named: &str, folder: &Path) -> bool {
-    if nix.variable("NIX_REMOTE") == Some(named) {
+    if nix.variable("NIX_REMOTE") == Some(named) && !is_relative(named) {
         return true;
     }
     let reference = StoreReference::parse(named);
@@ -206,6 +206,17 @@ pub fn is_same_store(nix: &Nix, own: &StoreLocation, named: &str, folder: &Path)
         || (named.state.is_some()
             && named.state.as_deref().map(lexical) == own.state.as_deref().map(lexical)
             && lexical(&named.folder) == lexical(&own.folder))
+}
+
+/// Whether a reference names a folder that depends on where Nix runs.
+fn is_relative(named: &str) -> bool {
+    matches!(StoreReference::parse(named).kind, Kind::Local(Some(root)) if root.is_relative())
+}
+
+/// The value of `NIX_REMOTE` if it depends on the folder that Nix runs in.
+pub fn relative_remote(nix: &Nix) -> Option<&str> {
+    nix.variable("NIX_REMOTE")
+        .filter(|named| is_relative(named))
 }
 
 /// The store that Nix makes in the home folder by itself (2.10 and later): for an ordinary user, where there is neither
