@@ -140,6 +140,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let probing = start_probe(&endpoint, token.as_ref(), &clients);
     let (store, found) = Box::pin(closure(env, &sink, &wanted)).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
+    let folder = store.folder().to_owned();
     let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
     let attic = Attic::new(endpoint, token, clients);
     let verify = verify::Options {
@@ -154,6 +155,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
             seed: verify.seed,
             policy: verify.policy,
         }),
+        store: folder,
         ..publish::Options::default()
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
@@ -307,10 +309,14 @@ async fn closure_after_repair(
 ) -> Result<(Store, PathInfos), Failure> {
     let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
     let found = async {
-        let store = match &ready.opened {
-            Some(opened) => Store::from_opened(&ready.nix, opened).await?,
-            None => Store::open(&ready.nix).await?,
+        let store = match (&ready.opened, &ready.settings_before) {
+            (Some(opened), Some(settings)) => {
+                Store::from_opened(&ready.nix, opened, settings).await?
+            }
+            _ => Store::open(&ready.nix).await?,
         };
+        // A closure that Nix lists is of no use without its files.
+        store.location().map_err(Clone::clone)?;
         let found = store.closure(wanted).await?;
         Ok::<_, flywheel_nix::store::Error>((store, found))
     };

@@ -10,6 +10,7 @@ mod closure_tracker;
 pub(crate) mod destination;
 pub(crate) mod inputs;
 mod leftovers;
+mod not_watched;
 mod ownership;
 pub(crate) mod policy;
 mod prepare;

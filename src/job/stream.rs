@@ -180,6 +180,7 @@ impl Stream {
             config: cache.probe.config.clone(),
             journal: journal.clone(),
             inspector: Some(Arc::clone(inputs.inspector)),
+            store: inputs.ownership.store.folder().to_owned(),
             ..usual
         };
         let sending = to.map(|to| {

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::{STOPPED_LIMIT, Session};
+use super::not_watched::remedy;
 use super::ownership::Ownership;
 use super::policy;
 use super::prepare::Prepared;
@@ -20,9 +21,8 @@ use crate::report::publication::{Missed, Publication};
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_cache::client::journal::Journal;
 use flywheel_core::policy::Rule;
-use flywheel_core::progress::Sink;
 use flywheel_core::trust::Verdict;
-use flywheel_nix::store::{self, Store, state_folder};
+use flywheel_nix::store::{self, Store};
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
 use flywheel_nix::tool::error_summary;
@@ -60,7 +60,7 @@ impl StoreWatch {
 
 impl Session<'_> {
     /// Marks the store, and starts to publish if the trust gate allows it. `processes` are those of the job. `None`
-    /// when the store cannot be read.
+    /// when the store cannot be read, which is recorded.
     pub(crate) async fn watch(
         &self,
         prepared: &Prepared,
@@ -69,13 +69,11 @@ impl Session<'_> {
         let ownership = match self.open_marked(prepared, processes).await {
             Ok(opened) => Arc::new(opened),
             Err(error) => {
-                let text = format!(
-                    "the store cannot be read, so nothing is counted or published: {error}"
-                );
-                self.sink.degraded("publication", text);
+                self.record_unwatched_store(&error);
                 return None;
             }
         };
+        self.record_named_stores(&prepared.nix(), &ownership.store);
         // Also where the cache is away: what cannot be sent now is the next job's to send.
         let permit = self
             .decision
@@ -126,7 +124,8 @@ impl Session<'_> {
         processes: JobScope,
     ) -> Result<Ownership, store::Error> {
         let store = prepared.open_store().await?;
-        let state = state_folder(&prepared.nix());
+        store.location().map_err(Clone::clone)?;
+        let state = store.state();
         let own = JobRecord {
             repository: context::repository(self.env),
             trusted: matches!(self.decision.verdict(), Verdict::MayPublish(_)),
@@ -247,9 +246,12 @@ impl Session<'_> {
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
         let (added_paths, is_complete) = match timeout_at(limit, collecting).await {
             Ok(Ok(added_paths)) => (added_paths, true),
-            Ok(Err(error)) => (unread(&error.to_string(), sink), false),
+            Ok(Err(error)) => (
+                self.record_unread_store(&error.to_string(), remedy(&error)),
+                false,
+            ),
             Err(_) => (
-                unread("the deadline was over (`drain-timeout`)", sink),
+                self.record_unread_store("the deadline was over", "Raise `drain-timeout`."),
                 false,
             ),
         };
@@ -308,12 +310,4 @@ impl Session<'_> {
             }
         }
     }
-}
-
-fn unread(problem: &str, sink: &Sink) -> AddedPaths {
-    sink.degraded(
-        "publication",
-        format!("the store could not be read at the end: {problem}"),
-    );
-    AddedPaths::default()
 }

@@ -17,6 +17,7 @@ mod cache_serve;
 mod crates;
 mod destination;
 mod dist;
+mod elsewhere;
 mod flake_checks;
 mod greedy;
 mod harness;

@@ -128,7 +128,8 @@ impl FlakeChecks<'_> {
         };
         let spent = span.end().await;
         if let Some(watch) = &mut watch {
-            watch.add_results(paths_in_store(&ran));
+            let results = paths_in_store(&ran, watch.store());
+            watch.add_results(results);
         }
         let job = self.publish(prepared, watch, reporter, &ran, signals).await;
         let job = JobResult {
@@ -394,10 +395,15 @@ impl FlakeChecks<'_> {
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        let kept = gc::set_roots(&nix, self.session.env.get("USER"), &name, &derivations);
+        let user = self.session.env.get("USER");
+        let kept = match prepared.open_store().await {
+            Ok(store) => gc::set_roots(&store.state(), user, &name, &derivations)
+                .map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
         let collected = match kept {
             Ok(()) => gc::collect(&nix).await.map_err(|error| error.to_string()),
-            Err(error) => Err(format!("the derivations cannot be kept: {error}")),
+            Err(problem) => Err(format!("the derivations cannot be kept: {problem}")),
         };
         match collected {
             Ok(collected) => self
@@ -477,10 +483,10 @@ fn is_there(out: &OutputProgress) -> bool {
 }
 
 /// The paths of the outputs that succeeded, as far as they are in this store.
-fn paths_in_store(ran: &RunResult) -> Vec<StorePath> {
+fn paths_in_store(ran: &RunResult, store: &Store) -> Vec<StorePath> {
     let there = ran.outs.iter().filter(|out| is_there(out));
     let paths = there.filter_map(OutputProgress::paths).flatten();
     paths
-        .filter(|path| path.to_path().symlink_metadata().is_ok())
+        .filter(|path| store.file_of(path).symlink_metadata().is_ok())
         .collect()
 }
