@@ -7,6 +7,7 @@ pub(crate) mod attach;
 mod backend;
 mod begin;
 mod closure_tracker;
+mod daemon_names;
 pub(crate) mod destination;
 pub(crate) mod inputs;
 mod leftovers;

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::{STOPPED_LIMIT, Session};
+use super::daemon_names::DaemonNames;
 use super::not_watched::remedy;
 use super::ownership::Ownership;
 use super::policy;
@@ -22,10 +23,12 @@ use flywheel_cache::client::inspect::Inspector;
 use flywheel_cache::client::journal::Journal;
 use flywheel_core::policy::Rule;
 use flywheel_core::trust::Verdict;
+use flywheel_nix::daemon_proxy::{DaemonProxy, ProxyError};
 use flywheel_nix::store::{self, Store};
+use flywheel_nix::store_location::daemon_socket;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
-use flywheel_nix::tool::error_summary;
+use flywheel_nix::tool::{Nix, error_summary};
 use flywheel_sys::host::job_registry::JobRecord;
 use flywheel_sys::process::signals::Signals;
 use flywheel_sys::runner::context;
@@ -50,6 +53,22 @@ pub(crate) struct StoreWatch {
 impl StoreWatch {
     pub(crate) fn store(&self) -> &Arc<Store> {
         &self.ownership.store
+    }
+
+    /// The value of `NIX_DAEMON_SOCKET_PATH` for the job's commands, if they are to have one.
+    pub(crate) fn daemon_link(&self) -> Option<&Path> {
+        let names = self.ownership.daemon_names.as_ref()?;
+        Some(names.link())
+    }
+
+    /// Nix with the job's settings, for calls whose additions are the job's.
+    pub(crate) fn nix(&self, prepared: &Prepared) -> Nix {
+        let link = self.daemon_link().and_then(Path::to_str);
+        let nix = prepared.nix();
+        match link {
+            Some(link) => nix.with_variable("NIX_DAEMON_SOCKET_PATH", Some(link)),
+            None => nix,
+        }
     }
 
     /// Names paths that are the job's results whichever process built them: their closure goes to the cache.
@@ -140,19 +159,46 @@ impl Session<'_> {
             &self.sink,
         );
         // Before the mark: a process that was gone by now cannot have added what comes after it.
+        let processes_are_ours = processes == JobScope::Descendants;
         let temp_roots = TempRootWatcher::start(&state, processes);
         let mark = store.mark().await?;
         let keys = prepared.in_force.iter().flat_map(|found| {
             let keys = found.settings.list("trusted-public-keys");
             keys.into_iter().filter_map(|key| key.parse().ok())
         });
+        let host = Arc::new(host);
+        let daemon_names = match self.daemon_proxy(prepared, processes_are_ours) {
+            Some(proxy) => {
+                let (host, sink) = (Arc::clone(&host), self.sink.clone());
+                Some(DaemonNames::start(proxy, host, sink).await)
+            }
+            None => None,
+        };
         Ok(Ownership {
             store: Arc::new(store),
             mark,
             temp_roots: Arc::new(temp_roots),
-            host: Arc::new(host),
+            host,
             trusted_keys: keys.collect(),
+            daemon_names,
         })
+    }
+
+    /// The link in front of the daemon's socket, where the job's commands are started by this process and reach the store
+    /// through a daemon. Root's commands do not, and a proxy of root's would lend its rights to every client.
+    fn daemon_proxy(&self, prepared: &Prepared, starts_commands: bool) -> Option<DaemonProxy> {
+        let opened = prepared.in_force.as_ref()?.opened.as_ref()?;
+        let is_user = !rustix::process::geteuid().is_root();
+        if !is_user || !starts_commands || opened.url != "daemon" {
+            return None;
+        }
+        let socket = daemon_socket(&prepared.nix());
+        let proxy = DaemonProxy::prepare(&socket, self.private(), self.env, self.sink.clone());
+        let failed = |error: &ProxyError| {
+            let text = format!("{error}; beside another job, paths of this one may be ambiguous");
+            self.sink.degraded("publication", text);
+        };
+        proxy.inspect_err(failed).ok()
     }
 
     /// Whether nothing may be published before the flake's checks have passed.
@@ -201,7 +247,7 @@ impl Session<'_> {
         let watch = watch.filter(|_| self.requires_flake_check())?;
         self.sink
             .note("flywheel: `nix flake check` (`require-flake-check`)");
-        let nix = prepared.nix();
+        let nix = watch.nix(prepared);
         let flake = folder.to_string_lossy();
         let arguments = ["flake", "check", &flake];
         let checking = nix.run(&arguments, CHECK_LIMIT);
@@ -272,6 +318,9 @@ impl Session<'_> {
         }
         if let Some(presence) = presence {
             presence.close();
+        }
+        if let Some(names) = &ownership.daemon_names {
+            names.stop().await;
         }
         (added_paths, publication)
     }

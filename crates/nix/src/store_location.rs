@@ -296,7 +296,7 @@ pub fn default_state(nix: &Nix) -> PathBuf {
 }
 
 /// The socket of the daemon that `nix` connects to.
-pub(crate) fn daemon_socket(nix: &Nix) -> PathBuf {
+pub fn daemon_socket(nix: &Nix) -> PathBuf {
     let named = nix.variable("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
     named.unwrap_or_else(|| socket_of(&default_state(nix)))
 }

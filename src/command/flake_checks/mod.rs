@@ -39,6 +39,7 @@ use flywheel_github::checks::{Cause, Conclusion, Output, board, summary};
 use flywheel_nix::flake::evaluate::OutputName;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::Nix;
 use flywheel_nix::{gc, temp_roots};
 use flywheel_sys::host::peak::Span;
 use flywheel_sys::process::signals::Signals;
@@ -118,9 +119,19 @@ impl FlakeChecks<'_> {
                 Err(error) => return self.give_up(reporter, error.into()).await,
             },
         };
+        let nix = match &watch {
+            Some(watch) => watch.nix(prepared),
+            None => prepared.nix(),
+        };
         let span = Span::begin();
         let ran = match self
-            .check(flake_evaluation, prepared, store, &mut reporter, signals)
+            .check(
+                flake_evaluation,
+                (prepared, nix),
+                store,
+                &mut reporter,
+                signals,
+            )
             .await
         {
             Ok(ran) => ran,
@@ -266,13 +277,12 @@ impl FlakeChecks<'_> {
     async fn check(
         &self,
         mut flake_evaluation: FlakeEvaluation,
-        prepared: &Prepared,
+        (prepared, nix): (&Prepared, Nix),
         store: Arc<Store>,
         reporter: &mut Reporter,
         signals: &mut Signals,
     ) -> Result<RunResult, Failure> {
         let began = Instant::now();
-        let nix = prepared.nix();
         let all = tokio::select! {
             biased;
             stop = signals.next() => return Ok(RunResult::nothing(RunEnd::Stopped(stop, Instant::now()))),
