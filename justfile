@@ -11,6 +11,10 @@ test-fast *filter:
 test-real *filter:
     scripts/suite.sh real {{ filter }}
 
+# Jobs on every kind of store, judged by stock Nix, as root: all 1000 runs, or `--sample`, `--cell`, `--help`
+matrix *options:
+    scripts/matrix.sh {{ options }}
+
 # Measure beside Nix's own tools, in release, as root: `just bench publish`
 bench name:
     cargo bench --locked --bench {{ name }}

@@ -123,12 +123,7 @@ struct Reported {
 impl Reported {
     fn read(log: &str, summary: &str, line: &str) -> Self {
         let mut named = Vec::new();
-        let commands = log.lines().filter(|line| {
-            ["::warning", "::error", "::notice"]
-                .iter()
-                .any(|command| line.starts_with(command))
-        });
-        for line in commands {
+        for line in own_lines(log) {
             named.extend(states(line).map(|state| (state, line.to_owned())));
         }
         // The summary lists paths below a heading.
@@ -160,6 +155,27 @@ impl Reported {
         let mut lost = self.named.iter().filter(|(state, _)| *state == "lost");
         lost.any(|(_, line)| line.contains(base(path)))
     }
+}
+
+/// The annotations of a log, and the plain lines that stand for those beyond GitHub's limit, without what the job's
+/// command has printed: it stands between `::stop-commands::TOKEN` and `::TOKEN::`.
+fn own_lines(log: &str) -> Vec<&str> {
+    let mut token: Option<String> = None;
+    let mut lines = Vec::new();
+    for line in log.lines() {
+        if let Some(end) = &token {
+            if line == end {
+                token = None;
+            }
+        } else if let Some(stop) = line.strip_prefix("::stop-commands::") {
+            token = Some(format!("::{stop}::"));
+        } else if ["warning", "error", "notice"].iter().any(|level| {
+            line.starts_with(&format!("::{level}")) || line.starts_with(&format!("{level}: "))
+        }) {
+            lines.push(line);
+        }
+    }
+    lines
 }
 
 /// The states that a line speaks of.

@@ -72,7 +72,9 @@ make_store() {
       ;;
     pidns)
       # Daemon and job have a namespace each, and neither sees the other's processes, as with containers in a pod.
-      ENCLOSURE=(unshare --pid --fork --mount-proc --kill-child)
+      # The first process of each is a shell, which ends when the other does.
+      # shellcheck disable=SC2016
+      ENCLOSURE=(unshare --pid --fork --mount-proc --kill-child bash -c '"$@"; exit' -)
       settings 'sandbox = true' 'build-users-group = nixbld'
       daemon "${ENCLOSURE[@]}" nix-daemon --daemon
       ;;

@@ -32,8 +32,8 @@ push() {
     FLYWHEEL_PUSH_CACHE=true FLYWHEEL_EMBEDDED_CACHE="$job/cache"
     FLYWHEEL_WORKING_DIRECTORY="$job/flake"
   )
-  local INTO=("${ENCLOSURE[@]}")
-  as "$USER_NAME" env "${environment[@]}" timeout -k 5 120 /fly/flywheel nix-job --command "$*" \
+  local INTO=(timeout -k 5 120 "${ENCLOSURE[@]}")
+  as "$USER_NAME" env "${environment[@]}" /fly/flywheel nix-job --command "$*" \
     </dev/null >"$out/log" 2>&1 || code=$?
   echo "$code" >"$out/exit"
 }
