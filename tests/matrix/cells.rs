@@ -22,6 +22,12 @@ pub(crate) const SHAPES: [&str; 8] = [
     "one", "twelve", "no-link", "run", "added", "ca", "gc", "two",
 ];
 
+/// Two jobs that do not trust each other, as `guest/trust.sh` makes them.
+pub(crate) const TRUST_SHAPES: [&str; 2] = ["trust-after", "trust-at-once"];
+
+/// The kinds of stores that those are tried on: without a daemon, with one that trusts the user, with one that does not.
+pub(crate) const TRUST_KINDS: [&str; 4] = ["root", "owner", "trusted", "untrusted"];
+
 /// One combination of values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Cell {
@@ -53,14 +59,12 @@ impl Cell {
 pub(crate) fn all() -> Vec<Cell> {
     let mut cells = Vec::new();
     for version in VERSIONS {
-        for kind in KINDS {
-            for shape in SHAPES {
-                cells.push(Cell {
-                    version,
-                    kind,
-                    shape,
-                });
-            }
+        for (kind, shape) in stores_and_shapes() {
+            cells.push(Cell {
+                version,
+                kind,
+                shape,
+            });
         }
     }
     cells
@@ -70,15 +74,27 @@ pub(crate) fn all() -> Vec<Cell> {
 /// along both, so that each of them meets every kind and every shape as well.
 pub(crate) fn sample() -> Vec<Cell> {
     let mut cells = Vec::new();
-    for (row, kind) in KINDS.into_iter().enumerate() {
-        for (column, shape) in SHAPES.into_iter().enumerate() {
-            let version = VERSIONS[(row + column) % VERSIONS.len()];
-            cells.push(Cell {
-                version,
-                kind,
-                shape,
-            });
-        }
+    let position = |values: &[&str], value: &str| values.iter().position(|one| *one == value);
+    for (kind, shape) in stores_and_shapes() {
+        let row = position(&KINDS, kind).expect("a kind of the matrix");
+        let column = position(&SHAPES, shape).or(position(&TRUST_SHAPES, shape));
+        let turn = row + column.expect("a shape of the matrix");
+        cells.push(Cell {
+            version: VERSIONS[turn % VERSIONS.len()],
+            kind,
+            shape,
+        });
     }
     cells
+}
+
+/// Each kind of store with each shape of job that it is tried with.
+fn stores_and_shapes() -> Vec<(&'static str, &'static str)> {
+    let pairs = |kinds: &[&'static str], shapes: &[&'static str]| -> Vec<_> {
+        let kinds = kinds.iter();
+        kinds
+            .flat_map(|kind| shapes.iter().map(move |shape| (*kind, *shape)))
+            .collect()
+    };
+    [pairs(&KINDS, &SHAPES), pairs(&TRUST_KINDS, &TRUST_SHAPES)].concat()
 }

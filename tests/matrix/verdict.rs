@@ -98,14 +98,14 @@ impl Job {
     }
 }
 
-/// `N built, N published, N verified, N lost (…)`, the last line of the log that has this form.
+/// `N built, N published, N verified, …`, the last line of the log that has this form.
 fn closing_line(log: &str) -> Option<String> {
     let lines = log
         .lines()
         .rev()
         .filter_map(|line| line.strip_prefix("flywheel: "));
     lines
-        .filter(|line| line.contains(" built, ") && line.contains(" lost"))
+        .filter(|line| line.contains(" built, ") && line.contains(" verified, "))
         .map(str::to_owned)
         .next()
 }

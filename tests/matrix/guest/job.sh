@@ -2,7 +2,7 @@
 # What a job does, by its shape. Runs as the command of `nix-job`, in the folder of its flake, as its user.
 # Names its results in OUT/attributes and OUT/added; what it does not print there is no result.
 #
-#   usage: job.sh SHAPE OUT
+#   usage: job.sh SHAPE OUT [FORGED-PATH]
 set -euo pipefail
 shape=$1 out=$2
 
@@ -67,5 +67,29 @@ case $shape in
     results one
     nix build --no-link path:.#one
     nix-store --add ./one-file >>"$out/added"
+    ;;
+  trust-after)
+    # The other job has been here, and `cold` is valid already.
+    results p0 cold
+    nix build --no-link path:.#p0
+    nix build --no-link path:.#cold
+    nix-store --add ./one-file >>"$out/added"
+    ;;
+  trust-at-once)
+    results p0 cold
+    nix build --no-link path:.#p0
+    touch /work/meet/a
+    for _ in $(seq 600); do
+      [ ! -e /work/meet/other ] || break
+      sleep 0.05
+    done
+    nix build --no-link path:.#cold
+    nix-store --add ./one-file >>"$out/added"
+    ;;
+  trust-other)
+    # Where the store does not trust its user, the import is refused; then nothing is forged.
+    nix copy --no-check-sigs --from file:///work/forged "$3" || echo refused >"$out/refused"
+    nix-store --add ./one-file >>"$out/added"
+    touch /work/meet/other
     ;;
 esac

@@ -4,47 +4,43 @@
 #   usage: run.sh VERSION KIND SHAPE SEED RUNNER
 set -euo pipefail
 VERSION=$1 KIND=$2 SHAPE=$3 SEED=$4 RUNNER=$5
+REPOSITORY=octo-org/octo-repo
 
 . /guest/kinds.sh
 . /guest/push.sh
+. /guest/trust.sh
 . /guest/judge.sh
 
-make_store "$KIND"
-
-# What an earlier job has left in the store without publishing it.
+# Leaves the output of an attribute in the store without publishing it, as an earlier job may have done.
 leave() {
-  (cd "/work/$1/flake" && shift && as "$USER_NAME" nix build --no-link "$@") >/out/leave.log 2>&1
+  (cd /work/a/flake && as "$USER_NAME" nix build --no-link "$1") >/out/leave.log 2>&1
 }
 
-date +%s.%N >/out/times
+make_store "$KIND"
 case $SHAPE in
   two)
-    prepare a
-    prepare b
+    prepare a "$USER_NAME"
+    prepare b "$USER_NAME"
     push a bash /guest/job.sh two-a /out/a &
-    first=$!
     push b bash /guest/job.sh two-b /out/b
-    wait "$first"
+    wait $!
     ;;
-  no-link)
-    prepare a
-    leave a path:.#warm
-    push a bash /guest/job.sh "$SHAPE" /out/a
-    ;;
-  run)
-    prepare a
-    leave a path:.#tool
-    push a bash /guest/job.sh "$SHAPE" /out/a
+  trust-*)
+    two_trusts
     ;;
   *)
-    prepare a
+    prepare a "$USER_NAME"
+    case $SHAPE in
+      no-link) leave path:.#warm ;;
+      run) leave path:.#tool ;;
+    esac
     push a bash /guest/job.sh "$SHAPE" /out/a
     ;;
 esac
-date +%s.%N >>/out/times
 
-for job in /out/a /out/b; do
-  [ ! -d "$job" ] || judge "${job##*/}"
-done
-date +%s.%N >>/out/times
+judge a
+case $SHAPE in
+  two) judge b ;;
+  trust-*) find_forged ;;
+esac
 echo judged >/out/done
