@@ -28,6 +28,12 @@ pub(crate) const TRUST_SHAPES: [&str; 2] = ["trust-after", "trust-at-once"];
 /// The kinds of stores that those are tried on: without a daemon, with one that trusts the user, with one that does not.
 pub(crate) const TRUST_KINDS: [&str; 4] = ["root", "owner", "trusted", "untrusted"];
 
+/// Jobs whose cache fails, as `guest/faults.sh` makes them.
+pub(crate) const FAULTS: [&str; 3] = ["down", "dies", "torn"];
+
+/// The kinds of stores that those are tried on.
+pub(crate) const FAULT_KINDS: [&str; 3] = ["root", "untrusted", "chroot"];
+
 /// One combination of values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Cell {
@@ -77,8 +83,8 @@ pub(crate) fn sample() -> Vec<Cell> {
     let position = |values: &[&str], value: &str| values.iter().position(|one| *one == value);
     for (kind, shape) in stores_and_shapes() {
         let row = position(&KINDS, kind).expect("a kind of the matrix");
-        let column = position(&SHAPES, shape).or(position(&TRUST_SHAPES, shape));
-        let turn = row + column.expect("a shape of the matrix");
+        let columns = [&SHAPES[..], &TRUST_SHAPES, &FAULTS].concat();
+        let turn = row + position(&columns, shape).expect("a shape of the matrix");
         cells.push(Cell {
             version: VERSIONS[turn % VERSIONS.len()],
             kind,
@@ -96,5 +102,10 @@ fn stores_and_shapes() -> Vec<(&'static str, &'static str)> {
             .flat_map(|kind| shapes.iter().map(move |shape| (*kind, *shape)))
             .collect()
     };
-    [pairs(&KINDS, &SHAPES), pairs(&TRUST_KINDS, &TRUST_SHAPES)].concat()
+    [
+        pairs(&KINDS, &SHAPES),
+        pairs(&TRUST_KINDS, &TRUST_SHAPES),
+        pairs(&FAULT_KINDS, &FAULTS),
+    ]
+    .concat()
 }

@@ -148,12 +148,12 @@ impl Reported {
     }
 
     fn calls(&self, path: &str) -> bool {
-        self.unwatched || self.named.iter().any(|(_, line)| line.contains(base(path)))
+        self.unwatched || self.named.iter().any(|(_, line)| is_about(line, path))
     }
 
     fn calls_lost(&self, path: &str) -> bool {
         let mut lost = self.named.iter().filter(|(state, _)| *state == "lost");
-        lost.any(|(_, line)| line.contains(base(path)))
+        lost.any(|(_, line)| is_about(line, path))
     }
 }
 
@@ -194,7 +194,16 @@ fn counts(line: &str) -> impl Iterator<Item = (usize, &str)> {
     })
 }
 
-/// The name of a store path without its folder, which another store may have elsewhere.
-fn base(path: &str) -> &str {
-    path.strip_prefix("/nix/store/").unwrap_or(path)
+/// Whether the first store path that a line names is this one; further ones belong to the reason. `path` is a whole path,
+/// or what a name has after its hash.
+fn is_about(line: &str, path: &str) -> bool {
+    let Some((_, rest)) = line.split_once("/nix/store/") else {
+        return false;
+    };
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "+-._?=".contains(c);
+    let name = &rest[..rest.find(|c| !is_name(c)).unwrap_or(rest.len())];
+    match path.strip_prefix("/nix/store/") {
+        Some(whole) => name == whole,
+        None => name.ends_with(path),
+    }
 }

@@ -40,11 +40,13 @@ expect() {
   sort -u -o "$out/expected" "$out/expected"
 }
 
-# Serves the cache of the job NAME; sets URL and KEY.
+# Serves the cache of the job NAME; sets URL and KEY, and SERVED to the process.
 serve() {
   local out=/out/$1
+  rm -f "/work/$1/url"
   as "$USER_NAME" /fly/flywheel cache serve --dir "/work/$1/cache" --listen 127.0.0.1:0 \
     --ready-file "/work/$1/url" --stop-after 10m </dev/null >"$out/serve.log" 2>&1 &
+  SERVED=$!
   local end=$((SECONDS + 20))
   until [ -s "/work/$1/url" ] && grep -q '^public-key ' "$out/serve.log"; do
     [ "$SECONDS" -lt "$end" ] || { echo 'the cache is not served after 20 s' && cat "$out/serve.log" && exit 70; }

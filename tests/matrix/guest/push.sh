@@ -24,7 +24,8 @@ prepare() {
 }
 
 # Runs `nix-job` as the job NAME of USER with the command that follows; its log is /out/NAME/log, its exit code
-# /out/NAME/exit. EVENT (push or pull_request), REPOSITORY, RUNNER and SHARED_HOST say what kind of job it is.
+# /out/NAME/exit. EVENT (push or pull_request), REPOSITORY, RUNNER and SHARED_HOST say what kind of job it is; with SERVER
+# it has that server as its cache instead of one of its own, and DRAIN is its drain timeout.
 nix_job() {
   local name=$1 user=$2 job=/work/$1 out=/out/$1 code=0 ref=refs/heads/main ref_name=main
   shift 2
@@ -39,9 +40,14 @@ nix_job() {
     GITHUB_OUTPUT="$out/OUTPUT" GITHUB_ENV="$out/ENV" GITHUB_PATH="$out/PATH" GITHUB_STATE="$out/STATE"
     GITHUB_STEP_SUMMARY="$out/STEP_SUMMARY"
     RUNNER_TEMP="$job/temp" RUNNER_OS=Linux RUNNER_ARCH=X64 RUNNER_ENVIRONMENT="$RUNNER" RUNNER_TRACKING_ID="github_$name"
-    FLYWHEEL_PUSH_CACHE=true FLYWHEEL_EMBEDDED_CACHE="$job/cache" FLYWHEEL_SHARED_HOST="$SHARED_HOST"
-    FLYWHEEL_WORKING_DIRECTORY="$job/flake"
+    FLYWHEEL_PUSH_CACHE=true FLYWHEEL_SHARED_HOST="$SHARED_HOST" FLYWHEEL_WORKING_DIRECTORY="$job/flake"
+    FLYWHEEL_DRAIN_TIMEOUT="${DRAIN-}"
   )
+  if [ -n "${SERVER-}" ]; then
+    environment+=(FLYWHEEL_ATTIC_SERVER="$SERVER" FLYWHEEL_ATTIC_PUBLIC_KEY="$KEY" ATTIC_TOKEN="$TOKEN")
+  else
+    environment+=(FLYWHEEL_EMBEDDED_CACHE="$job/cache")
+  fi
   local INTO=(timeout -k 5 120 "${ENCLOSURE[@]}")
   as "$user" env "${environment[@]}" /fly/flywheel nix-job --command "$*" </dev/null >"$out/log" 2>&1 || code=$?
   echo "$code" >"$out/exit"

@@ -10,6 +10,7 @@ REPOSITORY=octo-org/octo-repo
 . /guest/push.sh
 . /guest/trust.sh
 . /guest/judge.sh
+. /guest/faults.sh
 
 # Leaves the output of an attribute in the store without publishing it, as an earlier job may have done.
 leave() {
@@ -27,6 +28,9 @@ case $SHAPE in
     ;;
   trust-*)
     two_trusts
+    ;;
+  down | dies | torn)
+    faulty_job
     ;;
   *)
     prepare a "$USER_NAME"
