@@ -23,6 +23,8 @@ case $SHAPE in
     prepare a "$USER_NAME"
     prepare b "$USER_NAME"
     push a bash /guest/job.sh two-a /out/a &
+    # The second one comes up to 0.6 s later.
+    sleep "0.$((SEED * 37 % 60 + 10))"
     push b bash /guest/job.sh two-b /out/b
     wait $!
     ;;
