@@ -15,6 +15,10 @@ test-real *filter:
 matrix *options:
     scripts/matrix.sh {{ options }}
 
+# Kill jobs at random moments with `kill -9`, 200 times each: nothing may be lost
+kills number="200":
+    FLYWHEEL_KILLS={{ number }} scripts/suite.sh real killed_at_any_moment
+
 # Measure beside Nix's own tools, in release, as root: `just bench publish`
 bench name:
     cargo bench --locked --bench {{ name }}

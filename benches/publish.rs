@@ -1,5 +1,6 @@
 //! `just bench publish`: publishing beside `nix copy`, to the same embedded cache over HTTP and to `file://`,
-//! in one run; the lag from valid to servable and the overhead on a real build; and 50 ms more per request.
+//! in one run; the lag from valid to servable and the overhead on a real build; 50 ms more per request; and what it
+//! costs when the cache has everything already (`publish/nothing.rs`).
 //! Small paths are measured with the caches on the disk that the store is on, and in memory, for a cache's disk is
 //! seldom the build's. The overhead is what a build pays for watcher, publisher and a server on its own machine,
 //! measured from build to build and, sharper, within builds (`publish/phases.rs`); `TMPDIR` is the disk of all.
@@ -31,6 +32,8 @@ use sha2::Digest as _;
 #[path = "../tests/it/world/folders.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
 mod folders;
+#[path = "publish/nothing.rs"]
+mod nothing;
 #[path = "publish/phases.rs"]
 mod phases;
 #[path = "shared/table.rs"]
@@ -106,6 +109,11 @@ fn main() {
             "small: flywheel publish, 50 ms",
             bench.publish(&small, RTT, Place::Disk),
         );
+        nothing::measure(
+            &bench,
+            &mut table,
+            &small[..nothing::PATHS.min(small.len())],
+        );
     }
     table.print("publish");
     ratios(&table);
@@ -139,6 +147,7 @@ fn ratios(table: &Table) {
             "{name}: as fast as `{other}` times {wall:.2}, with its CPU time divided by {cpu:.2} ({goal})"
         );
     }
+    nothing::ratios(table);
     let (percent, error) = overhead(table);
     println!("{LOUD}: {percent:.1} % longer, give or take {error:.1} (none: too coarse for 2 %)");
     let (loud, error) = mean(&table.values(PHASED_LOUD, "longer %"));

@@ -4,6 +4,7 @@ mod output;
 mod paths;
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,13 +15,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs};
+use crate::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs, VerifyInput};
 use crate::job::policy::PolicyInputs;
 use crate::job::publication;
 use flywheel_cache::client::attic::Attic;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{self, Probe, probe};
-use flywheel_cache::client::publish::{self, Outcome, Publisher};
+use flywheel_cache::client::publish::{self, Outcome, Publisher, Recheck};
 use flywheel_cache::client::verify::{self, Verification, verify};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
 use flywheel_core::progress::Sink;
@@ -38,14 +39,14 @@ use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// A machine with store paths has Nix, so nothing has to be installed; repairing its daemon takes a moment.
 const NIX_LIMIT: Duration = Duration::from_secs(60);
-/// Looking up what was published takes no longer than this.
+/// Looking up what was published may take this long, even if publishing took all of its own time.
 const VERIFY_LIMIT: Duration = Duration::from_secs(60);
 
 /// Publish store paths and everything they refer to, and prove that the cache serves them.
 ///
-/// What the cache has already, or an upstream cache has signed, is not sent again. Each path is
-/// looked up afterwards: hash, signature, and the body itself of a few. The token is read from
-/// `ATTIC_TOKEN`. Calling this is the request to publish, so `--publish` and `--push-cache` change
+/// What the cache has already, or an upstream cache has signed, is not sent again. Each path that was
+/// sent is looked up afterwards: hash, signature, and the body itself as far as `--verify` says. The
+/// token is read from `ATTIC_TOKEN`. Calling this is the request to publish, so `--publish` and `--push-cache` change
 /// nothing; in a job the trust gate still decides, as it does for `nix-job` (see `flywheel explain`),
 /// and a refusal is a notice.
 ///
@@ -74,6 +75,9 @@ pub(crate) struct Inputs {
 
     #[command(flatten)]
     gate: GateInputs,
+
+    #[command(flatten)]
+    verify: VerifyInput,
 }
 
 /// Why nothing was published.
@@ -130,18 +134,33 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     };
     let wanted = paths::resolve(&inputs.paths)?;
     let sink = output::sink(&workflow);
-    let (clients, probe, store, found) =
-        prepare(env, &endpoint, token.as_ref(), &wanted, &sink).await?;
+    let clients = Clients::new(&Roots {
+        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    })?;
+    let probing = start_probe(&endpoint, token.as_ref(), &clients);
+    let (store, found) = Box::pin(closure(env, &sink, &wanted)).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
+    let folder = store.folder().to_owned();
     let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
     let attic = Attic::new(endpoint, token, clients);
+    let verify = verify::Options {
+        mode: inputs.verify.verify,
+        ..verify::Options::default()
+    };
     let options = publish::Options {
-        config: probe.config,
         inspector: Some(Arc::clone(&inspector)),
+        recheck: Some(Recheck {
+            key,
+            mode: verify.mode,
+            seed: verify.seed,
+            policy: verify.policy,
+        }),
+        store: folder,
         ..publish::Options::default()
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
-    let (outcome, verification) = Box::pin(deliver(publisher, &attic, key, &found, limit)).await?;
+    let delivering = deliver(publisher, &attic, verify, &found, limit);
+    let (outcome, verification) = Box::pin(unless_unusable(delivering, probing)).await?;
     let publication = publication::summarize(
         &outcome,
         &verification,
@@ -159,30 +178,40 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     })
 }
 
-/// Probes the cache and reads the closure of `wanted`, side by side.
-async fn prepare(
-    env: &Env,
+/// Probes the cache beside everything else: its layers name what is wrong with a cache that fails, and one that works is
+/// not kept waiting for that.
+fn start_probe(
     endpoint: &Endpoint,
     token: Option<&Secret>,
-    wanted: &[StorePath],
-    sink: &Sink,
-) -> Result<(Clients, Probe, Store, PathInfos), Failure> {
-    let clients = Clients::new(&Roots {
-        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-    })?;
-    let names = Names::default();
-    let probing = probe(endpoint, token, &clients.api, &names, probe::DEADLINE);
-    let (found, probe) = tokio::join!(Box::pin(closure(env, sink, wanted)), Box::pin(probing));
-    let (store, found) = found?;
-    // A cache that answers may be written to even if Nix could not read from it.
-    if let Some((layer, text)) = probe.failed.as_ref().filter(|_| !probe.answers) {
-        return Err(Error::Cache {
-            layer: layer.as_str(),
-            text: text.clone(),
-        }
-        .into());
+    clients: &Clients,
+) -> AbortOnDropHandle<Probe> {
+    let (endpoint, token, client) = (endpoint.clone(), token.cloned(), clients.api.clone());
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        let names = Names::default();
+        probe(&endpoint, token.as_ref(), &client, &names, probe::DEADLINE).await
+    }))
+}
+
+/// What comes of the delivery, unless the probe finds that the cache cannot be used. A cache that answers may be written
+/// to even if Nix could not read from it.
+async fn unless_unusable<T>(
+    delivering: impl Future<Output = Result<T, Failure>>,
+    mut probing: AbortOnDropHandle<Probe>,
+) -> Result<T, Failure> {
+    let mut delivering = pin!(delivering);
+    let probe = tokio::select! {
+        biased;
+        delivered = &mut delivering => return delivered,
+        probe = &mut probing => probe,
+    };
+    // A probe that panicked has found nothing.
+    if let Ok(probe) = probe
+        && let Some((layer, text)) = probe.failed.filter(|_| !probe.answers)
+    {
+        let layer = layer.as_str();
+        return Err(Error::Cache { layer, text }.into());
     }
-    Ok((clients, probe, store, found))
+    delivering.await
 }
 
 /// The cache that inputs or hints name, and its public key.
@@ -195,6 +224,13 @@ fn cache(
     for hint in &named.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
+    let name = named.name.ok_or_else(|| {
+        UsageError::new(
+            "attic-cache",
+            "is not given, and the hint `ATTIC_CACHE` is malformed",
+        )
+        .with_hint("Give the cache's name, such as `--attic-cache main`.")
+    })?;
     let server = named
         .given
         .or(named.hinted)
@@ -208,7 +244,7 @@ fn cache(
                 "Give the server's address, such as `--attic-server https://cache.example.org/`.",
             )
         })?;
-    Ok((Endpoint::new(server, named.name), named.key))
+    Ok((Endpoint::new(server, name), named.key))
 }
 
 /// Lets the trust gate decide. Calling this verb is the request to publish.
@@ -273,10 +309,14 @@ async fn closure_after_repair(
 ) -> Result<(Store, PathInfos), Failure> {
     let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
     let found = async {
-        let store = match &ready.opened {
-            Some(opened) => Store::from_opened(&ready.nix, opened).await?,
-            None => Store::open(&ready.nix).await?,
+        let store = match (&ready.opened, &ready.settings_before) {
+            (Some(opened), Some(settings)) => {
+                Store::from_opened(&ready.nix, opened, settings).await?
+            }
+            _ => Store::open(&ready.nix).await?,
         };
+        // A closure that Nix lists is of no use without its files.
+        store.location().map_err(Clone::clone)?;
         let found = store.closure(wanted).await?;
         Ok::<_, flywheel_nix::store::Error>((store, found))
     };
@@ -288,28 +328,18 @@ async fn closure_after_repair(
 async fn deliver(
     publisher: Publisher,
     attic: &Attic,
-    key: Option<PublicKey>,
+    options: verify::Options,
     found: &PathInfos,
     limit: Duration,
 ) -> Result<(Outcome, Verification), Failure> {
     let (cancel, _listening) = until_signalled()?;
     publisher.offer(found.infos.clone()).await;
-    let outcome = publisher
-        .drain(Instant::now() + limit, cancel.clone())
-        .await;
-    let served = outcome.served().cloned().collect();
-    let options = verify::Options {
-        key,
-        ..verify::Options::default()
-    };
-    let verification = verify(
-        attic.clone(),
-        served,
-        &options,
-        Instant::now() + VERIFY_LIMIT,
-        &cancel,
-    )
-    .await;
+    let deadline = Instant::now() + limit;
+    let outcome = publisher.drain(deadline, cancel.clone()).await;
+    let sent = outcome.sent().cloned().collect();
+    let options = options.following(outcome.key.clone(), outcome.stalled);
+    let until = deadline.max(Instant::now() + VERIFY_LIMIT);
+    let verification = verify(attic.clone(), sent, &options, until, &cancel).await;
     Ok((outcome, verification))
 }
 

@@ -11,6 +11,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use url::Url;
 
 use crate::inputs::value::{Invalid, boolean, name, one_of, text, value, variant};
+use flywheel_cache::client::verify::Mode;
 use flywheel_core::text::one_line;
 use flywheel_core::trust::{PushCache, Request, TrustedRefs};
 use flywheel_nix::cache_name::CacheName;
@@ -54,7 +55,7 @@ pub(crate) enum Format {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DrainInput {
     /// How long publishing and verifying may take at the end, such as `10m`; a bare number counts
-    /// seconds (default: `300`).
+    /// seconds. Where nothing moves for 30 s they end before that (default: `300`).
     #[arg(long, value_name = "TIME", value_parser = value(drain_timeout))]
     pub(crate) drain_timeout: Option<Duration>,
 }
@@ -77,6 +78,30 @@ fn drain_timeout(text: &str) -> Result<Duration, Invalid> {
     );
     Err(Invalid::new(problem).with_hint("Give seconds, or a time such as `10m`."))
 }
+
+/// How far verification goes.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Publication")]
+pub(crate) struct VerifyInput {
+    /// How far verification goes. `full` looks up every path in the cache and reads every body, also of paths that were
+    /// there already. `sample` looks up every path that was sent, and reads the bodies of all of them up to 256 MiB, above
+    /// that a random sample over all sizes; of the paths that were there already it reads four bodies. `off` looks up
+    /// nothing. A path that the cache has damaged is sent anew.
+    #[arg(
+        long,
+        value_name = "HOW",
+        value_parser = one_of(&VERIFY),
+        default_value = "sample"
+    )]
+    pub(crate) verify: Mode,
+}
+
+/// What the input `verify` can be.
+const VERIFY: [(&str, Mode); 3] = [
+    ("full", Mode::Full),
+    ("sample", Mode::Sample),
+    ("off", Mode::Off),
+];
 
 /// The runners to move to when memory runs out.
 #[derive(Args, Clone, Debug)]
@@ -175,8 +200,9 @@ pub(crate) struct NamedCache {
     pub(crate) given: Option<Url>,
     /// The server that the hint names.
     pub(crate) hinted: Option<Url>,
-    /// The cache's name there.
-    pub(crate) name: CacheName,
+    /// The cache's name there; `None` where only a malformed hint names it. Then no cache is used: the default's name
+    /// would be another cache's.
+    pub(crate) name: Option<CacheName>,
     /// The key by which Nix is to trust it.
     pub(crate) key: Option<PublicKey>,
     /// Hints that are malformed and therefore not used: a sentence each.
@@ -200,9 +226,7 @@ impl CacheInputs {
                 .get("ATTIC_SERVER", http_address)
                 .map(|server| server.url),
             // A hint that an input overrides is not read, so it is no bad hint either.
-            name: attic_cache
-                .or_else(|| hints.get("ATTIC_CACHE", cache_name))
-                .unwrap_or_default(),
+            name: attic_cache.or_else(|| hints.cache_name()),
             key: attic_public_key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
             bad_hints: hints.bad,
         }
@@ -224,6 +248,17 @@ impl<'a> Hints<'a> {
             env,
             bad: Vec::new(),
         }
+    }
+
+    /// The name of a cache on its server, by default `main`; `None` if the hint is malformed.
+    pub(crate) fn cache_name(&mut self) -> Option<CacheName> {
+        let bad_before = self.bad.len();
+        let named = self.get("ATTIC_CACHE", cache_name);
+        if let Some(bad) = self.bad.get_mut(bad_before) {
+            bad.push_str(", so no cache is used: give its name as `attic-cache`");
+            return None;
+        }
+        Some(named.unwrap_or_default())
     }
 
     /// The hint of this name, if there is one and it is well-formed.
@@ -428,8 +463,8 @@ mod tests {
         ]);
         let named = read::<CacheInputs>(&[]).expect("no input").resolve(&env);
         assert_eq!(
-            (named.hinted, named.name.as_str(), named.bad_hints.len()),
-            (None, "main", 2)
+            (named.hinted, named.name, named.bad_hints.len()),
+            (None, None, 2)
         );
         assert!(
             named.bad_hints.iter().all(|text| !text.contains("sesame")),

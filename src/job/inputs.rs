@@ -6,11 +6,12 @@ use std::time::Duration;
 use clap::{ArgAction, Args};
 
 use crate::inputs::value::{Invalid, boolean, path, value, variant};
-use crate::inputs::{CacheInputs, DrainInput, GateInputs};
+use crate::inputs::{CacheInputs, DrainInput, GateInputs, VerifyInput};
 use crate::job::destination::{DestinationConfig, DestinationInputs};
 use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
 use crate::job::store_host::SharedHost;
+use flywheel_cache::client::verify::Mode;
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::Impurity;
 use flywheel_core::text::one_line;
@@ -61,6 +62,9 @@ pub(crate) struct JobInputs {
     gate: GateInputs,
 
     #[command(flatten)]
+    verify: VerifyInput,
+
+    #[command(flatten)]
     policy: PolicyInputs,
 
     /// Whether nothing is published before `nix flake check` has passed in the job's folder; Flywheel
@@ -94,6 +98,8 @@ pub(crate) struct Plan {
     pub(crate) drain_timeout: Duration,
     /// Whether a loss fails the step.
     pub(crate) require_publish: bool,
+    /// How far verification goes.
+    pub(crate) verify: Mode,
     /// Which cache is used.
     pub(crate) source: Source,
     /// Which client publishes to that cache.
@@ -110,6 +116,8 @@ pub(crate) struct Plan {
     pub(crate) require_flake_check: bool,
     /// Where the text of the command asks for impure evaluation, if it does.
     pub(crate) impurity: Option<Impurity>,
+    /// The stores that the text of the command names for itself, as they are written there.
+    pub(crate) named_stores: Vec<String>,
     /// The most paths to publish at the same time, if an input limits it.
     pub(crate) publish_workers: Option<usize>,
     /// Hints of the environment that are malformed and therefore not used.
@@ -142,6 +150,7 @@ impl Plan {
             extra_nix_config: inputs.extra_nix_config.clone().unwrap_or_default(),
             drain_timeout: inputs.drain.or_default(),
             require_publish: inputs.gate.require_publish,
+            verify: inputs.verify.verify,
             source: other.unwrap_or_else(|| Source::find(&named, embedded, env)),
             destination,
             public_key: named.key,
@@ -154,6 +163,7 @@ impl Plan {
             policy: inputs.policy.read()?,
             require_flake_check: inputs.require_flake_check,
             impurity: None,
+            named_stores: Vec::new(),
             publish_workers: None,
             bad_hints: named.bad_hints,
         })

@@ -9,6 +9,8 @@ mod begin;
 mod closure_tracker;
 pub(crate) mod destination;
 pub(crate) mod inputs;
+mod leftovers;
+mod not_watched;
 mod ownership;
 pub(crate) mod policy;
 mod prepare;

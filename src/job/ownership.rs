@@ -115,6 +115,16 @@ impl Ownership {
     }
 }
 
+impl Ownership {
+    /// Whether the registration of a path that a dead job named shows that it is what its name says. The derivation is
+    /// not known any more, but `ultimate` cannot be set by an import.
+    pub(super) fn is_own_work(&self, info: &PathInfo) -> bool {
+        info.ultimate
+            || info.ca.is_some()
+            || self.trusted_keys.iter().any(|key| info.signed_by(key))
+    }
+}
+
 impl Evidence {
     /// Whether another repository's job, or one of lower trust, can have written the store.
     pub(super) fn is_shared(&self) -> bool {

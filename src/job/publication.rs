@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use crate::report::publication::{KeySource, Missed, Publication};
 use flywheel_cache::client::publish::{Final, Options, Outcome, Skip};
-use flywheel_cache::client::verify::{self, Verdict, Verification};
+use flywheel_cache::client::verify::{self, Coverage, Mode, Verdict, Verification};
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
@@ -19,6 +19,7 @@ pub(crate) fn summarize(
     collected: &[PathInfo],
 ) -> Publication {
     let counts = outcome.counts();
+    let coverage = coverage(outcome, verification);
     let not_sent = outcome.lost().map(|(info, reason)| missed(info, reason));
     let unread = unreadable.iter().map(|path| Missed {
         path: path.path.clone(),
@@ -27,8 +28,10 @@ pub(crate) fn summarize(
     let mut publication = Publication {
         published: counts.published,
         already_there: counts.already_there,
+        repaired: repaired(outcome, verification),
         skipped: counts.skipped,
         verified: verification.good(),
+        coverage,
         bytes: outcome.bytes,
         lost: not_sent
             .chain(unread)
@@ -57,8 +60,32 @@ pub(crate) fn summarize(
     for (info, verdict) in &verification.paths {
         match verdict {
             Verdict::Good { .. } => (),
-            Verdict::Bad(reason) => publication.lost.push(missed(info, reason)),
+            Verdict::Bad(reason) => {
+                let damage = outcome
+                    .repaired()
+                    .find(|(damaged, _)| damaged.path == info.path);
+                publication.lost.push(match damage {
+                    Some((_, damage)) => missed(
+                        info,
+                        &format!("the cache has it damaged ({damage}), and it is no better after it was sent anew: {reason}"),
+                    ),
+                    None => missed(info, reason),
+                });
+            }
             Verdict::Unverified(reason) => publication.unverified.push(missed(info, reason)),
+        }
+    }
+    for path in outcome.already_there() {
+        match &path.checked {
+            Some(Verdict::Unverified(reason)) => {
+                publication.unverified.push(missed(&path.info, reason));
+            }
+            // Every one was to be checked, and for this one there was no time.
+            None if verification.mode == Mode::Full => {
+                let reason = "it was already there, and the time for checking it was over";
+                publication.unverified.push(missed(&path.info, reason));
+            }
+            _ => (),
         }
     }
     publication
@@ -88,6 +115,38 @@ fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
             )
         })
         .collect()
+}
+
+/// The paths that the cache had damaged, and now serves.
+fn repaired(outcome: &Outcome, verification: &Verification) -> Vec<Missed> {
+    let is_bad = |info: &PathInfo| {
+        let mut verdicts = verification.paths.iter();
+        verdicts
+            .any(|(other, verdict)| other.path == info.path && matches!(verdict, Verdict::Bad(_)))
+    };
+    let mended = outcome.repaired().filter(|(info, _)| !is_bad(info));
+    mended.map(|(info, reason)| missed(info, reason)).collect()
+}
+
+/// The paths that were already there and whose check has this verdict.
+fn checked(outcome: &Outcome, wanted: impl Fn(&Verdict) -> bool) -> u64 {
+    let checked = outcome
+        .already_there()
+        .filter_map(|path| path.checked.as_ref());
+    checked.filter(|verdict| wanted(verdict)).count() as u64
+}
+
+fn coverage(outcome: &Outcome, verification: &Verification) -> Coverage {
+    Coverage {
+        mode: verification.mode,
+        sent: outcome.sent().count() as u64,
+        sent_read: verification.bodies_read(),
+        there: outcome.counts().already_there,
+        there_read: checked(outcome, |verdict| {
+            matches!(verdict, Verdict::Good { body: true })
+        }),
+        seed: verification.seed,
+    }
 }
 
 /// The publication to a cache that takes nothing: each path is lost, and named. Paths that an upstream cache has

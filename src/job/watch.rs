@@ -11,17 +11,18 @@ use tokio_util::sync::CancellationToken;
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::{STOPPED_LIMIT, Session};
+use super::not_watched::remedy;
 use super::ownership::Ownership;
+use super::policy;
 use super::prepare::Prepared;
 use super::store_host::StoreHost;
 use super::stream::{Deadline, JobJournal, Stream, StreamInputs};
-use super::{policy, publication};
 use crate::report::publication::{Missed, Publication};
 use flywheel_cache::client::inspect::Inspector;
+use flywheel_cache::client::journal::Journal;
 use flywheel_core::policy::Rule;
-use flywheel_core::progress::Sink;
 use flywheel_core::trust::Verdict;
-use flywheel_nix::store::{self, Store, state_folder};
+use flywheel_nix::store::{self, Store};
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
 use flywheel_nix::tool::error_summary;
@@ -41,6 +42,8 @@ pub(crate) struct StoreWatch {
     inspector: Arc<Inspector>,
     begun: SystemTime,
     stream: Option<Stream>,
+    /// The journal of a job that does not publish, by which the others know of it.
+    presence: Option<Journal>,
     results: Vec<StorePath>,
 }
 
@@ -57,7 +60,7 @@ impl StoreWatch {
 
 impl Session<'_> {
     /// Marks the store, and starts to publish if the trust gate allows it. `processes` are those of the job. `None`
-    /// when the store cannot be read.
+    /// when the store cannot be read, which is recorded.
     pub(crate) async fn watch(
         &self,
         prepared: &Prepared,
@@ -66,24 +69,29 @@ impl Session<'_> {
         let ownership = match self.open_marked(prepared, processes).await {
             Ok(opened) => Arc::new(opened),
             Err(error) => {
-                let text = format!(
-                    "the store cannot be read, so nothing is counted or published: {error}"
-                );
-                self.sink.degraded("publication", text);
+                self.record_unwatched_store(&error);
                 return None;
             }
         };
-        let permit = self.decision.permit().zip(prepared.to.clone());
-        let journal = permit
-            .as_ref()
-            .and_then(|_| JobJournal::open(self.plan, &ownership.mark, &self.sink))
-            .unwrap_or_default();
+        self.record_named_stores(&prepared.nix(), &ownership.store);
+        // Also where the cache is away: what cannot be sent now is the next job's to send.
+        let permit = self
+            .decision
+            .permit()
+            .filter(|_| self.plan.source.identity().is_some());
+        let (publishes, is_ci) = (permit.is_some(), context::in_ci(self.env));
+        let mark = &ownership.mark;
+        let journal = JobJournal::open(self.plan, publishes, is_ci, mark, &self.sink).await;
+        let presence = permit.is_none().then(|| journal.journal.clone());
         // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next. The
         // jobs beside this one learn of it at the same time.
-        let (written, host) = (journal.journal.clone(), Arc::clone(&ownership.host));
+        let written = permit.is_some().then(|| journal.journal.clone());
+        let host = Arc::clone(&ownership.host);
         ownership.temp_roots.subscribe(move |paths| {
             let wanted = || paths.iter().filter(|path| !path.is_derivation());
-            written.expected(wanted());
+            if let Some(journal) = &written {
+                journal.expected(wanted());
+            }
             host.claim(wanted().map(StorePath::base_name));
         });
         let inspector = self.inspector(prepared, &ownership.store);
@@ -93,8 +101,10 @@ impl Session<'_> {
             // A path that may yet be withheld must not be sent: a cache takes nothing back.
             at_once: !self.requires_flake_check(),
             workers: self.plan.publish_workers,
+            verify: self.plan.verify,
         };
-        let stream = permit.map(|(permit, to)| {
+        let stream = permit.map(|permit| {
+            let to = prepared.to.clone();
             Stream::start(&permit, to, &prepared.cache, &inputs, journal, &self.sink)
         });
         Some(StoreWatch {
@@ -102,6 +112,7 @@ impl Session<'_> {
             inspector,
             begun: SystemTime::now(),
             stream,
+            presence,
             results: Vec::new(),
         })
     }
@@ -113,7 +124,8 @@ impl Session<'_> {
         processes: JobScope,
     ) -> Result<Ownership, store::Error> {
         let store = prepared.open_store().await?;
-        let state = state_folder(&prepared.nix());
+        store.location().map_err(Clone::clone)?;
+        let state = store.state();
         let own = JobRecord {
             repository: context::repository(self.env),
             trusted: matches!(self.decision.verdict(), Verdict::MayPublish(_)),
@@ -178,29 +190,28 @@ impl Session<'_> {
 
     /// Runs `nix flake check` in `folder`, where the policy requires it; once it has passed, what the job built may
     /// be published. A failure is a warning, and withholds everything. To be called when the job has ended well.
-    pub(crate) async fn run_flake_check(
+    /// Ends early when `stop` is ready, and returns what that gave: the time for publishing is short from then on.
+    pub(crate) async fn run_flake_check<T>(
         &self,
         prepared: &Prepared,
         watch: Option<&StoreWatch>,
         folder: &Path,
-        signals: &mut Signals,
-    ) {
-        let Some(watch) = watch.filter(|_| self.requires_flake_check()) else {
-            return;
-        };
+        stop: impl Future<Output = T>,
+    ) -> Option<T> {
+        let watch = watch.filter(|_| self.requires_flake_check())?;
         self.sink
             .note("flywheel: `nix flake check` (`require-flake-check`)");
         let nix = prepared.nix();
         let flake = folder.to_string_lossy();
         let arguments = ["flake", "check", &flake];
         let checking = nix.run(&arguments, CHECK_LIMIT);
-        let ended = tokio::select! {
+        let (ended, stopped) = tokio::select! {
             biased;
-            _ = signals.next() => Err("it was cancelled".to_owned()),
+            stopped = stop => (Err("it was cancelled".to_owned()), Some(stopped)),
             output = checking => match output {
-                Ok(output) if output.status.success() => Ok(()),
-                Ok(output) => Err(error_summary(&output.stderr)),
-                Err(error) => Err(error.to_string()),
+                Ok(output) if output.status.success() => (Ok(()), None),
+                Ok(output) => (Err(error_summary(&output.stderr)), None),
+                Err(error) => (Err(error.to_string()), None),
             },
         };
         match ended {
@@ -210,6 +221,7 @@ impl Session<'_> {
                 format!("`nix flake check` did not pass: {problem}"),
             ),
         }
+        stopped
     }
 
     /// Collects what the job added to the store, the result links in `folder` included, publishes what is left of it
@@ -226,23 +238,30 @@ impl Session<'_> {
             ownership,
             begun,
             stream,
+            presence,
             results,
             ..
         } = watch;
         let collecting = AddedPaths::collect(&ownership, (folder, begun), results);
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
-        let added_paths = match timeout_at(limit, collecting).await {
-            Ok(Ok(added_paths)) => added_paths,
-            Ok(Err(error)) => unread(&error.to_string(), sink),
-            Err(_) => unread("the deadline was over (`drain-timeout`)", sink),
+        let (added_paths, is_complete) = match timeout_at(limit, collecting).await {
+            Ok(Ok(added_paths)) => (added_paths, true),
+            Ok(Err(error)) => (
+                self.record_unread_store(&error.to_string(), remedy(&error)),
+                false,
+            ),
+            Err(_) => (
+                self.record_unread_store("the deadline was over", "Raise `drain-timeout`."),
+                false,
+            ),
         };
-        let mut publication = match (stream, self.decision.publishes()) {
-            (Some(stream), _) => Some(stream.finish(cache, &added_paths, deadline, sink).await),
-            // The job was to publish, but its cache takes nothing: each path is lost, and named.
-            (None, true) => cache
-                .refusal()
-                .map(|reason| publication::all_lost(&added_paths.wanted, &reason)),
-            (None, false) => None,
+        let mut publication = match stream {
+            Some(stream) => {
+                let added_paths = (&added_paths, is_complete);
+                Some(stream.finish(cache, added_paths, deadline, sink).await)
+            }
+            // The job does not publish, or no cache is named.
+            None => None,
         };
         if let Some(publication) = &mut publication {
             let ambiguous = added_paths.ambiguous.iter().map(|(path, doubt)| Missed {
@@ -250,6 +269,9 @@ impl Session<'_> {
                 reason: doubt.to_string(),
             });
             publication.ambiguous.extend(ambiguous);
+        }
+        if let Some(presence) = presence {
+            presence.close();
         }
         (added_paths, publication)
     }
@@ -288,12 +310,4 @@ impl Session<'_> {
             }
         }
     }
-}
-
-fn unread(problem: &str, sink: &Sink) -> AddedPaths {
-    sink.degraded(
-        "publication",
-        format!("the store could not be read at the end: {problem}"),
-    );
-    AddedPaths::default()
 }

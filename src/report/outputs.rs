@@ -51,13 +51,21 @@ fn list(outputs: &[(&'static str, &str)]) -> Vec<Output> {
 }
 
 /// What a job sets at its end; `{outcomes}` stands for the words of `Outcome`.
-const JOB: [(&str, &str); 17] = [
+const JOB: [(&str, &str); 20] = [
     ("outcome", "What became of the job: {outcomes}."),
     ("exit-code", "The exit code of the step."),
     ("published", "How many store paths were published."),
     (
         "verified",
-        "How many of them the cache was then seen to serve, with the right hash and a good signature.",
+        "How many of the published and repaired store paths the cache was then seen to serve, with the right hash and a good signature.",
+    ),
+    (
+        "verification",
+        "Of how many of them the bodies were read, too, in words, with the seed of the sample if one was drawn.",
+    ),
+    (
+        "repaired",
+        "How many store paths the cache had damaged; they were sent anew.",
     ),
     (
         "lost",
@@ -70,6 +78,10 @@ const JOB: [(&str, &str); 17] = [
     (
         "withheld",
         "How many store paths the publication policy keeps back.",
+    ),
+    (
+        "not-watched",
+        "How many stores of the job could not be watched, so that nothing in them was published.",
     ),
     ("substituted", "How many store paths came from a cache."),
     ("built", "How many store paths were built by this job."),
@@ -188,9 +200,12 @@ pub(crate) fn values(job: &JobResult) -> Vec<(&'static str, String)> {
         ("exit-code", job.exit_code.to_string()),
         ("published", publication.published.to_string()),
         ("verified", publication.verified.to_string()),
+        ("verification", publication.coverage.sentence()),
+        ("repaired", publication.repaired.len().to_string()),
         ("lost", publication.lost.len().to_string()),
         ("ambiguous", publication.ambiguous.len().to_string()),
         ("withheld", publication.withheld.len().to_string()),
+        ("not-watched", job.not_watched.len().to_string()),
         ("substituted", job.substituted.to_string()),
         ("built", job.built.to_string()),
         ("bootstrap-seconds", seconds(job.bootstrap)),

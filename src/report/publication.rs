@@ -1,7 +1,10 @@
 //! The result of a publication: numbers, and every path that is lost or in doubt, by name. Plain data, the same for
 //! every verb that publishes.
 
+use flywheel_core::text::count;
 use serde::Serialize;
+
+use flywheel_cache::client::verify::Coverage;
 
 /// A path that did not arrive, or is not known to have, and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -19,10 +22,15 @@ pub(crate) struct Publication {
     pub(crate) published: u64,
     /// Paths that the cache had already.
     pub(crate) already_there: u64,
+    /// Paths that the cache had damaged, each with what was wrong; they were sent anew, and it now serves them.
+    pub(crate) repaired: Vec<Missed>,
     /// Paths that were left out on purpose, for instance because an upstream cache has signed them.
     pub(crate) skipped: u64,
-    /// Paths that the cache was seen to serve, whole and signed.
+    /// Of what was published or repaired, the paths that the cache was then seen to serve, described as they are here and
+    /// signed; `coverage` says of how many the body was read, too.
     pub(crate) verified: u64,
+    /// What verification looked at.
+    pub(crate) coverage: Coverage,
     /// NAR bytes sent.
     pub(crate) bytes: u64,
     /// Paths that should be in the cache and are not.
@@ -71,14 +79,24 @@ impl Publication {
         self.lost.is_empty() && self.unverified.is_empty() && self.ambiguous.is_empty()
     }
 
-    /// How many paths are lost. Where it is not known to which job paths belong, that none is lost is not known either.
-    pub(crate) fn losses(&self) -> String {
+    /// What is missing from the cache: `2 lost, 1 ambiguous`. That nothing is lost is said only where it is known: of
+    /// every path whose it is, and of every store what was added to it.
+    pub(crate) fn losses(&self, not_watched: usize) -> String {
         let (lost, ambiguous) = (self.lost.len(), self.ambiguous.len());
-        match (lost, ambiguous) {
-            (_, 0) => format!("{lost} lost"),
-            (0, _) => format!("{ambiguous} ambiguous"),
-            _ => format!("{lost} lost, {ambiguous} ambiguous"),
+        let mut parts = Vec::new();
+        if lost > 0 || ambiguous + not_watched == 0 {
+            parts.push(format!("{lost} lost"));
         }
+        if ambiguous > 0 {
+            parts.push(format!("{ambiguous} ambiguous"));
+        }
+        if not_watched > 0 {
+            parts.push(format!(
+                "{} not watched",
+                count(not_watched as u64, "store")
+            ));
+        }
+        parts.join(", ")
     }
 }
 
@@ -86,22 +104,30 @@ impl Publication {
 impl std::fmt::Display for Publication {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} published", self.published)?;
+        if self.already_there > 0 {
+            write!(
+                f,
+                ", {} already there{}",
+                self.already_there,
+                self.coverage.there_suffix()
+            )?;
+        }
         for (number, what) in [
-            (self.already_there, "already there"),
+            (self.repaired.len() as u64, "repaired"),
             (self.skipped, "skipped"),
         ] {
             if number > 0 {
                 write!(f, ", {number} {what}")?;
             }
         }
-        write!(f, ", {} verified", self.verified)?;
+        write!(f, ", {} verified{}", self.verified, self.coverage.suffix())?;
         if !self.unverified.is_empty() {
             write!(f, ", {} unverified", self.unverified.len())?;
         }
         if !self.withheld.is_empty() {
             write!(f, ", {} withheld", self.withheld.len())?;
         }
-        write!(f, ", {}", self.losses())
+        write!(f, ", {}", self.losses(0))
     }
 }
 
@@ -137,5 +163,18 @@ mod tests {
         let line = "0 published, 0 verified, 1 ambiguous";
         assert_eq!(doubtful.to_string(), line, "that none is lost is not known");
         assert!(!doubtful.is_whole());
+        let publication = Publication {
+            published: 3,
+            repaired: vec![missed()],
+            verified: 4,
+            coverage: Coverage {
+                sent: 4,
+                sent_read: 2,
+                ..Coverage::default()
+            },
+            ..Publication::default()
+        };
+        let line = "3 published, 1 repaired, 4 verified (sample of 2 bodies), 0 lost";
+        assert_eq!(publication.to_string(), line);
     }
 }

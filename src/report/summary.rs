@@ -56,12 +56,18 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     for (name, value) in rows(job) {
         writeln!(text, "| {name} | {value} |")?;
     }
+    list(text, "Not watched", &job.not_watched)?;
     if let Some(publication) = &job.publication {
         list(text, "Withheld by the policy", &publication.withheld)?;
         list(
             text,
             "Published, although a rule warns",
             &publication.warned,
+        )?;
+        list(
+            text,
+            "Damaged in the cache, and repaired",
+            &publication.repaired,
         )?;
         list(text, "Lost", &publication.lost)?;
         list(text, "Ambiguous, not published", &publication.ambiguous)?;
@@ -98,15 +104,17 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
     ];
     if let Some(publication) = &job.publication {
         let counts = format!(
-            "{} published ({}), {} already there, {} skipped, {} verified, {}",
+            "{} published ({}), {} already there, {} repaired, {} skipped, {} verified, {}",
             publication.published,
             bytes(publication.bytes),
             publication.already_there,
+            publication.repaired.len(),
             publication.skipped,
             publication.verified,
-            publication.losses()
+            publication.losses(job.not_watched.len())
         );
         rows.push(("Publication", counts));
+        rows.push(("Verification", publication.coverage.sentence()));
     }
     let times = [
         ("bootstrap", job.bootstrap),

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::faults::{Fault, Plan, When};
 use crate::world::{PATH, flywheel, folders, need, with_private_nix};
 
 /// A tree of everything that a NAR can hold, different for each seed.
@@ -202,7 +203,8 @@ fn what_is_published_is_substituted_on_an_emptied_store() {
     );
     let printed = success(&bench.publish(&["./result"]).output().unwrap());
     assert!(
-        printed.contains("0 published, 32 already there, 32 verified, 0 lost"),
+        printed.contains("0 published, 32 already there (4 bodies read), 0 verified, 0 lost")
+            && printed.contains("a sample of 4 of the 32 bodies that were already there, seed "),
         "{printed}"
     );
     assert!(!printed.contains(&bench.token), "the token is shown");
@@ -297,4 +299,102 @@ fn a_path_of_two_gib_is_published_in_flat_memory() {
         "{printed}"
     );
     assert!((1..64 * 1024).contains(&peak_kib), "{peak_kib} KiB");
+}
+
+/// A path of this many MiB that nothing compresses, added to the store.
+fn noise(bench: &Bench, mib: usize) -> String {
+    let file = bench.folder.path().join("noise");
+    let mut content = vec![0; mib << 20];
+    fastrand::Rng::with_seed(9).fill(&mut content);
+    std::fs::write(&file, content).unwrap();
+    let tool = need("nix-store", "apt-get install nix-bin");
+    let added = bench.command(&tool).arg("--add").arg(&file).output();
+    let printed = added.unwrap();
+    assert!(printed.status.success());
+    String::from_utf8(printed.stdout).unwrap().trim().to_owned()
+}
+
+/// The same publication through a front with faults.
+fn publish_through(bench: &Bench, front: &str, arguments: &[&str]) -> std::process::Command {
+    let mut command = bench.command(&flywheel());
+    command
+        .env("ATTIC_TOKEN", &bench.token)
+        .args(["publish", "--attic-server", front])
+        .args(["--attic-public-key", &bench.key])
+        .args(arguments);
+    command
+}
+
+/// In real time: a server may compress and store a NAR before it answers, as Attic does.
+#[test]
+fn sixty_megabytes_that_are_answered_after_eighty_seconds_are_not_lost() {
+    let bench = Bench::new();
+    let path = noise(&bench, 58);
+    let hold = Duration::from_secs(80);
+    let front = Plan::new()
+        .fault("PUT", When::Always, Fault::HoldAnswer(hold))
+        .before(bench.url.trim_start_matches("http://").parse().unwrap());
+    let begun = Instant::now();
+    let ran = publish_through(&bench, &front.url(), &[&path]).output();
+    let printed = success(&ran.unwrap());
+    assert!(begun.elapsed() > hold, "{:?}", begun.elapsed());
+    assert!(
+        printed.contains("1 published, 1 verified, 0 lost"),
+        "{printed}"
+    );
+}
+
+/// In real time: without an answer to any upload, or to anything at all after the probe, the job waits 35 s at most.
+#[test]
+fn a_server_that_leaves_uploads_unanswered_costs_half_a_minute() {
+    let bench = Bench::new();
+    success(&bench.build(TREE, "result", &[]));
+    let front = Plan::new()
+        .fault("PUT", When::Always, Fault::Hang)
+        .before(bench.url.trim_start_matches("http://").parse().unwrap());
+    let begun = Instant::now();
+    let ran = publish_through(&bench, &front.url(), &["./result"]).output();
+    let ran = ran.unwrap();
+    let printed =
+        String::from_utf8_lossy(&[&ran.stdout[..], &ran.stderr[..]].concat()).into_owned();
+    assert!(
+        begun.elapsed() < Duration::from_secs(35),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert_eq!(ran.status.code(), Some(1), "{printed}");
+    assert!(
+        printed.contains(
+            "publishing stalled: the cache has neither taken a byte nor answered for 30 s"
+        ) && printed.contains("0 published, 0 verified, 32 lost"),
+        "{printed}"
+    );
+}
+
+/// As by an Attic server whose storage has lost a chunk: it goes on saying that it has the path, and takes the NAR for
+/// known when it is sent anew.
+#[test]
+fn a_path_that_is_there_without_its_body_is_lost_and_not_already_there() {
+    let bench = Bench::new();
+    let path = noise(&bench, 9);
+    let printed = success(&bench.publish(&[&path]).output().unwrap());
+    assert!(
+        printed.contains("1 published, 1 verified, 0 lost"),
+        "{printed}"
+    );
+    let front = Plan::new()
+        .fault("GET /main/nar/", When::Always, Fault::Status(500))
+        .before(bench.url.trim_start_matches("http://").parse().unwrap());
+    // What is served stays damaged, whatever is sent: so the path is lost, and not already there.
+    let ran = publish_through(&bench, &front.url(), &[&path])
+        .output()
+        .unwrap();
+    let printed =
+        String::from_utf8_lossy(&[&ran.stdout[..], &ran.stderr[..]].concat()).into_owned();
+    assert_eq!(ran.status.code(), Some(1), "{printed}");
+    assert!(
+        printed.contains("0 published, 0 verified, 1 lost")
+            && printed.contains("it is no better after it was sent anew"),
+        "{printed}"
+    );
 }

@@ -324,6 +324,33 @@ fn a_server_that_never_answers_is_named_in_bounded_time() {
     );
 }
 
+/// In real time: whatever `drain-timeout` allows, a server that hangs after the probe costs 35 s at most.
+#[test]
+fn a_server_that_hangs_after_the_probe_costs_half_a_minute() {
+    let cache = Cache::start(&[]);
+    let address = cache.url.trim_start_matches("http://").parse().unwrap();
+    // What asks and what sends; Nix itself goes on reading.
+    let front = Plan::new()
+        .fault("P", When::Always, Fault::Hang)
+        .before(address);
+    let host = Host::new(&cache);
+    let report = host.job(&front.url(), &build("some")).run();
+    assert_eq!(report.code, 0, "{}", report.log);
+    let text = &report.files["GITHUB_OUTPUT"];
+    let mut lines = text.lines();
+    let seconds = lines
+        .find(|line| line.starts_with("publish-seconds<<"))
+        .and_then(|_| lines.next());
+    let seconds: f64 = seconds.and_then(|text| text.parse().ok()).expect(text);
+    assert!(
+        (20.0..35.0).contains(&seconds),
+        "{seconds} s\n{}",
+        report.log
+    );
+    assert!(report.log.contains("publishing stalled"), "{}", report.log);
+    assert!(output(&report, "lost") >= 13, "{}", report.log);
+}
+
 #[test]
 fn a_server_killed_and_restarted_in_mid_build_costs_time_and_no_path() {
     let mut cache = Cache::start(&[]);

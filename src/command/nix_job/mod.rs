@@ -60,14 +60,15 @@ impl NixJob<'_> {
         let ended = self.command(&prepared, signals).await?;
         let spent = span.end().await;
         let publish_began = Instant::now();
-        // A command that failed or was stopped leaves the required check undone, and so its paths withheld.
-        if ended.code == 0 && ended.stopped.is_none() {
-            self.session
-                .run_flake_check(&prepared, watch.as_ref(), &self.plan.folder, signals)
-                .await;
-        }
-        let stopped = ended.stopped.map(|(_, at)| at);
         let folder = &self.plan.folder;
+        let mut stopped = ended.stopped.map(|(_, at)| at);
+        // A command that failed or was stopped leaves the required check undone, and so its paths withheld.
+        if ended.code == 0 && stopped.is_none() {
+            let checked =
+                self.session
+                    .run_flake_check(&prepared, watch.as_ref(), folder, signals.next());
+            stopped = checked.await.map(|_| Instant::now());
+        }
         let (added_paths, publication) = self
             .session
             .deliver_in_time(

@@ -29,8 +29,11 @@ struct Report<'a> {
     offered: u64,
     published: u64,
     already_there: u64,
+    repaired: usize,
     skipped: u64,
     verified: u64,
+    /// Of how many the bodies were read, too, in words.
+    verification: String,
     unverified: usize,
     withheld: usize,
     lost: usize,
@@ -38,6 +41,7 @@ struct Report<'a> {
     /// `given`, `announced` or `unknown`.
     key: &'static str,
     stopped: Option<&'a str>,
+    repaired_paths: &'a [Missed],
     withheld_paths: &'a [Missed],
     lost_paths: &'a [Missed],
     unverified_paths: &'a [Missed],
@@ -57,14 +61,17 @@ pub(super) fn report(
             offered,
             published: publication.published,
             already_there: publication.already_there,
+            repaired: publication.repaired.len(),
             skipped: publication.skipped,
             verified: publication.verified,
+            verification: publication.coverage.sentence(),
             unverified: publication.unverified.len(),
             withheld: publication.withheld.len(),
             lost: publication.lost.len(),
             bytes: publication.bytes,
             key: publication.key.as_str(),
             stopped: publication.stopped.as_deref(),
+            repaired_paths: &publication.repaired,
             withheld_paths: &publication.withheld,
             lost_paths: &publication.lost,
             unverified_paths: &publication.unverified,
@@ -75,6 +82,7 @@ pub(super) fn report(
     for (level, title, paths) in [
         (Level::Warning, "withheld", &publication.withheld),
         (Level::Warning, "policy", &publication.warned),
+        (Level::Warning, "repaired", &publication.repaired),
         (Level::Error, "lost", &publication.lost),
         (Level::Warning, "unverified", &publication.unverified),
     ] {
@@ -82,7 +90,7 @@ pub(super) fn report(
     }
     match publication.key {
         KeySource::Given => (),
-        _ if offered == 0 => (),
+        _ if publication.verified == 0 && publication.coverage.there_read == 0 => (),
         KeySource::Announced => {
             workflow.log(
                 "signatures were checked with the key that the cache itself announces: no `attic-public-key` is given",
@@ -92,6 +100,10 @@ pub(super) fn report(
             workflow.log("no signature was checked: no `attic-public-key` is given, and the cache announces none");
         }
     }
+    workflow.log(&format!(
+        "verification: {}",
+        publication.coverage.sentence()
+    ));
     let (sent, took) = (text::bytes(publication.bytes), text::duration(elapsed));
     workflow.log(&format!("{publication} ({sent} sent in {took})"));
     is_lost

@@ -1,7 +1,6 @@
 //! Checks of the cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves. Where
 //! the trust gate allows it, a path is written and read back. And checks of the Bazel remote cache, if there is one.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
@@ -236,9 +235,9 @@ async fn narinfo(usable: &Usable, path: &StorePath) -> Found<NarInfo> {
 
 async fn body(usable: &Usable, info: &NarInfo) -> Found<()> {
     let hint = "The cache has lost or spoiled it: look at its storage, and publish the path again.";
-    match usable.attic.check_body(info).await {
+    match usable.attic.check_body(info, &ByteCounter::default()).await {
         Ok(BodyCheck::Good) => Ok(((), format!("all {} bytes, and their hash", info.nar_size))),
-        Ok(BodyCheck::Bad(text) | BodyCheck::Unsupported(text)) => {
+        Ok(BodyCheck::Bad(text) | BodyCheck::BrokenOff(text) | BodyCheck::Unsupported(text)) => {
             Err(CheckFailure::new(text, hint))
         }
         Err(error) => Err(CheckFailure::new(error.to_string(), hint)),
@@ -312,7 +311,7 @@ async fn upload(
         .infos
         .first()
         .ok_or_else(|| broken(format!("`{path}` is gone from the store")).at("store"))?;
-    let file = PathBuf::from(path.to_string());
+    let file = store.file_of(path);
     usable
         .attic
         .upload(info, &file, &ByteCounter::default())

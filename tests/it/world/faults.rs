@@ -34,6 +34,8 @@ pub enum Fault {
     CutBody,
     /// The request is held back for so long, then goes through.
     Slow(Duration),
+    /// The request goes through, and its answer is held back for so long, as by a server that stores before it answers.
+    HoldAnswer(Duration),
 }
 
 /// How many of the requests that match a rule get its fault.
@@ -224,12 +226,13 @@ fn answer(stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
             "slow down\n",
         ),
         Some(Fault::CutBody) => cut_body(stream, shared, &head, &rest),
-        Some(Fault::CutAnswer) => forward(stream, shared, &head, &rest, false),
+        Some(Fault::CutAnswer) => forward(stream, shared, &head, &rest, Back::Nothing),
+        Some(Fault::HoldAnswer(time)) => forward(stream, shared, &head, &rest, Back::After(time)),
         Some(Fault::Slow(time)) => {
             std::thread::sleep(time);
-            forward(stream, shared, &head, &rest, true)
+            forward(stream, shared, &head, &rest, Back::AtOnce)
         }
-        None => forward(stream, shared, &head, &rest, true),
+        None => forward(stream, shared, &head, &rest, Back::AtOnce),
     }
 }
 
@@ -329,12 +332,40 @@ fn cut_body(
     server.shutdown(Shutdown::Both)
 }
 
+/// What the client gets of the server's answer.
+#[derive(Clone, Copy)]
+enum Back {
+    AtOnce,
+    Nothing,
+    /// All of it, but only after this time; `100 Continue` at once.
+    After(Duration),
+}
+
+fn hold_back(
+    server: &mut TcpStream,
+    mut client: &TcpStream,
+    time: Duration,
+) -> std::io::Result<()> {
+    let (mut space, mut held) = (vec![0; 64 * 1024], false);
+    loop {
+        let read = server.read(&mut space)?;
+        if read == 0 {
+            return Ok(());
+        }
+        if !held && !space.starts_with(b"HTTP/1.1 100") {
+            std::thread::sleep(time);
+            held = true;
+        }
+        client.write_all(&space[..read])?;
+    }
+}
+
 fn forward(
     mut client: &TcpStream,
     shared: &Shared,
     head: &str,
     rest: &[u8],
-    back: bool,
+    back: Back,
 ) -> std::io::Result<()> {
     let Some(upstream) = shared.upstream else {
         return early(
@@ -358,10 +389,10 @@ fn forward(
         // An error here shows in the server's answer; a client that is done leaves its side open.
         let _ = std::io::copy(&mut from_client, &mut to_server);
     });
-    let copied = if back {
-        std::io::copy(&mut server, &mut client).map(|_| ())
-    } else {
-        std::io::copy(&mut server, &mut std::io::sink()).map(|_| ())
+    let copied = match back {
+        Back::AtOnce => std::io::copy(&mut server, &mut client).map(|_| ()),
+        Back::Nothing => std::io::copy(&mut server, &mut std::io::sink()).map(|_| ()),
+        Back::After(time) => hold_back(&mut server, client, time),
     };
     let _ = client.shutdown(Shutdown::Both);
     let _ = server.shutdown(Shutdown::Both);
@@ -411,6 +442,11 @@ mod tests {
                 Fault::Slow(Duration::from_millis(20)),
             )
             .fault("GET /half", When::Always, Fault::CutBody)
+            .fault(
+                "GET /held",
+                When::Always,
+                Fault::HoldAnswer(Duration::from_millis(20)),
+            )
             .before(behind.address);
         let statuses = |path: &str| [(); 3].map(|()| get(&front.url(), path));
         assert_eq!(get(&front.url(), "/close"), "");
@@ -427,6 +463,7 @@ mod tests {
         assert_eq!(get(&front.url(), "/cut"), "");
         assert_eq!(get(&front.url(), "/half"), "");
         assert_eq!(get(&front.url(), "/slow"), "HTTP/1.1 204 Fault");
+        assert_eq!(get(&front.url(), "/held"), "HTTP/1.1 204 Fault");
         assert_eq!(
             behind.requests(),
             [
@@ -434,10 +471,11 @@ mod tests {
                 "GET /every",
                 "GET /cut",
                 "GET /half",
-                "GET /slow"
+                "GET /slow",
+                "GET /held"
             ]
         );
-        assert_eq!(front.requests().len(), 12);
+        assert_eq!(front.requests().len(), 13);
         assert_eq!(get(&Plan::new().alone().url(), "/"), "HTTP/1.1 404 Fault");
         let closed = Port::reserve();
         assert_eq!(get(&format!("http://{}", closed.address()), "/"), "refused");

@@ -249,8 +249,16 @@ impl Destination for AtticCli {
         self.push.attic.look_up(path)
     }
 
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
-        Destination::check_body(&self.push.attic, info)
+    fn shows_progress(&self) -> bool {
+        false
+    }
+
+    fn check_body<'a>(
+        &'a self,
+        info: &'a NarInfo,
+        received: &'a ByteCounter,
+    ) -> Pending<'a, BodyCheck> {
+        Destination::check_body(&self.push.attic, info, received)
     }
 }
 

@@ -242,8 +242,20 @@ impl Destination for StoreCopy {
         Box::pin(self.looks.submit(path.clone()))
     }
 
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
-        Box::pin(self.calls.verify(&info.path))
+    fn shows_progress(&self) -> bool {
+        false
+    }
+
+    fn check_body<'a>(
+        &'a self,
+        info: &'a NarInfo,
+        received: &'a ByteCounter,
+    ) -> Pending<'a, BodyCheck> {
+        Box::pin(async move {
+            let check = self.calls.verify(&info.path).await?;
+            received.add(info.nar_size);
+            Ok(check)
+        })
     }
 }
 

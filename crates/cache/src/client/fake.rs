@@ -1,14 +1,14 @@
 //! A small Attic server for tests, on loopback, with a switch for each kind of failure, and a store folder to publish
 //! from.
 
+mod cutting;
+
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -21,11 +21,11 @@ use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256 as Hasher};
 use tempfile::TempDir;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio_util::task::AbortOnDropHandle;
 use url::Url;
 
+use self::cutting::Cutting;
 use crate::client::attic::{Attic, ExpectContinue, Pool, StallTimeout};
 use crate::client::endpoint::Endpoint;
 use flywheel_core::secret::Secret;
@@ -84,6 +84,14 @@ pub(crate) struct Faults {
     pub(crate) narinfo_missing: bool,
     /// A Nix cache without Attic's API.
     pub(crate) plain: bool,
+    /// Narinfos of these hashes are not served, although the paths are said to be there. An upload brings them back.
+    pub(crate) hidden: HashSet<String>,
+    /// NARs of these hashes break off when they are served, as Attic's do when its storage has lost a chunk.
+    pub(crate) broken_off: HashSet<String>,
+    /// A known NAR is not stored again, so that a damaged one stays damaged.
+    pub(crate) deduplicates: bool,
+    /// Never responds to `nix-cache-info`.
+    pub(crate) info_hangs: bool,
 }
 
 /// One stored path.
@@ -104,7 +112,7 @@ pub(crate) struct Server {
     pub(crate) uploads: AtomicUsize,
     pub(crate) uploading: AtomicUsize,
     pub(crate) max_uploading: AtomicUsize,
-    requests: AtomicUsize,
+    pub(crate) requests: AtomicUsize,
     cuts: Arc<AtomicU32>,
 }
 
@@ -118,6 +126,13 @@ impl Server {
             .lock()
             .expect("not poisoned")
             .contains_key(info.path.hash().as_str())
+    }
+
+    /// Makes the server serve another body than it was given.
+    pub(crate) fn damage(&self, info: &PathInfo, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut stored = self.stored.lock().expect("lock");
+        let stored = stored.get_mut(info.path.hash().as_str()).expect("stored");
+        change(&mut stored.nar);
     }
 
     /// The stored paths with references that are neither stored nor upstream.
@@ -238,14 +253,14 @@ impl Fake {
         let pool = Arc::new(Pool::new(clients.direct));
         let sender = Box::new(ExpectContinue::new(
             Arc::clone(&pool),
-            clients.streaming,
+            clients.streaming.clone(),
             stall_timeout,
         ));
         let api_timeout = Duration::from_secs(2);
         Attic::with_sender(
             self.endpoint(),
             Secret::new(token),
-            clients.api,
+            (clients.api, clients.streaming),
             pool,
             sender,
             api_timeout,
@@ -455,8 +470,18 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
         .next()
         .expect("name")
         .to_owned();
+    let hash = &name[..32];
+    let mut nar = nar;
+    if server.faults().deduplicates {
+        if let Some(known) = server.stored.lock().expect("lock").remove(hash) {
+            nar = known.nar;
+        }
+    } else {
+        server.faults().broken_off.remove(hash);
+    }
+    server.faults().hidden.remove(hash);
     server.stored.lock().expect("lock").insert(
-        name[..32].to_owned(),
+        hash.to_owned(),
         Stored {
             info,
             nar,
@@ -513,13 +538,18 @@ async fn read(
         return answer;
     }
     if file == "nix-cache-info" {
+        let hangs = server.faults().info_hangs;
+        if hangs {
+            std::future::pending::<()>().await;
+        }
         return "WantMassQuery: 1\nStoreDir: /nix/store\nPriority: 41\n".into_response();
     }
     let faults = server.faults();
     let stored = server.stored.lock().expect("lock");
     let stored = stored
         .get(file.trim_end_matches(".narinfo"))
-        .filter(|_| !faults.narinfo_missing);
+        .filter(|_| !faults.narinfo_missing)
+        .filter(|_| !faults.hidden.contains(file.trim_end_matches(".narinfo")));
     let Some(Stored { info, .. }) = stored else {
         return error(404, "NoSuchObject", "none");
     };
@@ -575,75 +605,14 @@ async fn body(
     {
         None => error(404, "NoSuchObject", "none"),
         Some(_) if faults.nar_empty => Response::default(),
+        Some(stored) if faults.broken_off.contains(file.trim_end_matches(".nar")) => {
+            let packed = zstd::encode_all(&stored.nar[..], 1).expect("packed");
+            let half = packed[..packed.len() / 2].to_vec();
+            let broken = io::Error::other("a chunk is missing");
+            Body::from_stream(futures_util::stream::iter([Ok(half), Err(broken)])).into_response()
+        }
         Some(stored) => zstd::encode_all(&stored.nar[..], 1)
             .expect("packed")
             .into_response(),
-    }
-}
-
-/// A listener with connections that break instead of writing, as often as `cuts` demands.
-struct Cutting {
-    listener: TcpListener,
-    cuts: Arc<AtomicU32>,
-}
-
-impl axum::serve::Listener for Cutting {
-    type Io = Connection;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
-        let (stream, address) = axum::serve::Listener::accept(&mut self.listener).await;
-        (
-            Connection {
-                stream,
-                cuts: Arc::clone(&self.cuts),
-            },
-            address,
-        )
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-struct Connection {
-    stream: TcpStream,
-    cuts: Arc<AtomicU32>,
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let cut = self
-            .cuts
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |cuts| {
-                cuts.checked_sub(1)
-            });
-        if cut.is_ok() {
-            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
-        }
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

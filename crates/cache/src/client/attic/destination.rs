@@ -59,7 +59,15 @@ impl Destination for Attic {
         Box::pin(async move { self.nar_info(&path.hash()).await })
     }
 
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck> {
-        Box::pin(Self::check_body(self, info))
+    fn check_body<'a>(
+        &'a self,
+        info: &'a NarInfo,
+        received: &'a ByteCounter,
+    ) -> Pending<'a, BodyCheck> {
+        Box::pin(Self::check_body(self, info, received))
+    }
+
+    fn answers(&self) -> Pending<'_, ()> {
+        Box::pin(self.cache_info())
     }
 }

@@ -16,6 +16,7 @@ use std::time::Duration;
 use reqwest::RequestBuilder;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 use url::Url;
 
 pub use self::expect_continue::ExpectContinue;
@@ -28,6 +29,7 @@ use flywheel_core::secret::Secret;
 use flywheel_nix::nar::NarSource;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::{PathHash, StorePath};
+use flywheel_sys::host::inline_blocking::AdaptiveBlocking;
 use flywheel_sys::http::Clients;
 
 /// Hashes in one query. The server's own limits are far above (32,765 on SQLite, 2 MiB of body).
@@ -36,6 +38,8 @@ pub(crate) const BATCH: usize = 1000;
 const API_TIMEOUT: Duration = Duration::from_secs(30);
 /// How much of a response is read, in bytes, apart from NARs; the rest is dropped.
 const RESPONSE_LIMIT: usize = 4 * 1024 * 1024;
+/// Large bodies that are read back at the same time.
+const LARGE_BODIES: usize = 4;
 
 /// A client for one Attic cache. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -48,7 +52,13 @@ struct Inner {
     api: reqwest::Client,
     pool: Arc<Pool>,
     sender: Box<dyn SendNar>,
+    /// For bodies, which may take longer than any fixed time.
+    streaming: reqwest::Client,
     api_timeout: Duration,
+    /// Unpacks small bodies.
+    unpacking: AdaptiveBlocking,
+    /// The bodies that are unpacked while they come.
+    large_bodies: Semaphore,
 }
 
 impl Attic {
@@ -57,17 +67,19 @@ impl Attic {
         let pool = Arc::new(Pool::new(clients.direct));
         let sender = Box::new(ExpectContinue::new(
             Arc::clone(&pool),
-            clients.streaming,
+            clients.streaming.clone(),
             StallTimeout::default(),
         ));
-        Self::with_sender(endpoint, token, clients.api, pool, sender, API_TIMEOUT)
+        let clients = (clients.api, clients.streaming);
+        Self::with_sender(endpoint, token, clients, pool, sender, API_TIMEOUT)
     }
 
-    /// As [`Self::new`], with another way to send NARs and another timeout for all other requests.
+    /// As [`Self::new`], with another way to send NARs and another timeout for all other requests. `clients`: for
+    /// requests that carry no NAR, and for bodies.
     pub(crate) fn with_sender(
         endpoint: Endpoint,
         token: Option<Secret>,
-        api: reqwest::Client,
+        (api, streaming): (reqwest::Client, reqwest::Client),
         pool: Arc<Pool>,
         sender: Box<dyn SendNar>,
         api_timeout: Duration,
@@ -78,7 +90,10 @@ impl Attic {
             api,
             pool,
             sender,
+            streaming,
             api_timeout,
+            unpacking: AdaptiveBlocking::default(),
+            large_bodies: Semaphore::new(LARGE_BODIES),
         }))
     }
 

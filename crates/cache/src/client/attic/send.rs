@@ -38,16 +38,22 @@ pub struct StallTimeout {
 }
 
 impl Default for StallTimeout {
-    /// 60 s and 4 MB/s.
+    /// 30 s, and one second more for each megabyte.
     fn default() -> Self {
         Self {
-            idle: Duration::from_secs(60),
-            rate: 4_000_000,
+            idle: Duration::from_secs(30),
+            rate: 1_000_000,
         }
     }
 }
 
 impl StallTimeout {
+    /// How long a server may take to respond after the last byte of a NAR of this size: it may compress and store what it
+    /// has received before it responds.
+    pub(crate) fn after_last_byte(&self, size: u64) -> Duration {
+        self.idle + Duration::from_secs_f64(size as f64 / self.rate.max(1) as f64)
+    }
+
     /// Ends when no byte has moved for too long, with the limit that was exceeded.
     pub(super) async fn stalled(self, counter: &ByteCounter, size: u64) -> Duration {
         let (mut seen, mut since) = (0, Instant::now());
@@ -55,8 +61,7 @@ impl StallTimeout {
             let limit = if counter.sent() < size {
                 self.idle
             } else {
-                // After the last byte the server compresses the NAR before it responds.
-                self.idle + Duration::from_secs(size / self.rate.max(1))
+                self.after_last_byte(size)
             };
             let left = limit.saturating_sub(since.elapsed());
             if left.is_zero() {

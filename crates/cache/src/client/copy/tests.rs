@@ -193,7 +193,10 @@ async fn a_body_is_fetched_and_judged_by_nix() {
         ),
     ] {
         let (folder, copy) = store("file:///srv/nix", answers).await;
-        let body = copy.check_body(&nar_info(info(1))).await.expect("judged");
+        let body = copy
+            .check_body(&nar_info(info(1)), &ByteCounter::default())
+            .await
+            .expect("judged");
         assert_eq!(body == BodyCheck::Good, good, "{body:?}");
         assert_eq!(
             calls(&folder),

@@ -63,8 +63,23 @@ pub trait Destination: Send + Sync + fmt::Debug {
     /// The narinfo of a path; `None` if the store lacks it.
     fn look_up<'a>(&'a self, path: &'a StorePath) -> Pending<'a, Option<NarInfo>>;
 
-    /// Fetches a path's NAR and compares its hash.
-    fn check_body<'a>(&'a self, info: &'a NarInfo) -> Pending<'a, BodyCheck>;
+    /// Fetches a path's NAR as the store serves it, and compares its size and its hash. `received` counts what comes.
+    fn check_body<'a>(
+        &'a self,
+        info: &'a NarInfo,
+        received: &'a ByteCounter,
+    ) -> Pending<'a, BodyCheck>;
+
+    /// Whether a transfer's counter rises while it goes on, so that one that stands still can be recognized. `false`
+    /// where another program sends the bytes, which has limits of its own.
+    fn shows_progress(&self) -> bool {
+        true
+    }
+
+    /// Succeeds if the store answers at all. For one that cannot be asked cheaply that is assumed.
+    fn answers(&self) -> Pending<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
 /// A destination, shared by publishing and verification.

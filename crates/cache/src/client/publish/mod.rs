@@ -19,8 +19,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 pub use self::outcome::{Counts, Final, Outcome, PathOutcome, Skip, Withheld};
+pub use self::work::Recheck;
 
 use self::work::PublisherTask;
+use crate::client::attic::StallTimeout;
 use crate::client::destination::{CacheConfig, Target};
 use crate::client::inspect::Inspector;
 use crate::client::journal::Journal;
@@ -63,6 +65,10 @@ pub struct Options {
     pub journal: Journal,
     /// Applies the publication policy to each path before it is sent.
     pub inspector: Option<Arc<Inspector>>,
+    /// Checks paths that the cache had already, and has them sent anew if they are damaged.
+    pub recheck: Option<Recheck>,
+    /// During the drain, publishing is given up when nothing moves for this long.
+    pub stall: StallTimeout,
 }
 
 impl Default for Options {
@@ -87,6 +93,8 @@ impl Default for Options {
             give_up_after: Duration::from_secs(60),
             journal: Journal::default(),
             inspector: None,
+            recheck: None,
+            stall: StallTimeout::default(),
         }
     }
 }
@@ -150,5 +158,9 @@ impl Publisher {
     }
 }
 
+#[cfg(test)]
+mod repair_tests;
+#[cfg(test)]
+mod stall_tests;
 #[cfg(test)]
 mod tests;

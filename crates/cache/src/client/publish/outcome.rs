@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::client::verify::{Key, Verdict};
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
@@ -62,6 +63,11 @@ pub enum Final {
     Published,
     /// The cache had the path before it was sent.
     AlreadyThere,
+    /// The cache had the path damaged, and took it anew.
+    Repaired {
+        /// What was wrong with it, in one line.
+        reason: String,
+    },
     /// The path is left out on purpose.
     Skipped(Skip),
     Withheld(Withheld),
@@ -84,13 +90,16 @@ impl Final {
         // Readers of the cache have the upstream cache, too.
         matches!(
             self,
-            Self::Published | Self::AlreadyThere | Self::Skipped(Skip::Upstream(_))
+            Self::Published
+                | Self::Repaired { .. }
+                | Self::AlreadyThere
+                | Self::Skipped(Skip::Upstream(_))
         )
     }
 
-    /// Whether the cache should now serve the path.
-    pub(crate) fn is_served(&self) -> bool {
-        matches!(self, Self::Published | Self::AlreadyThere)
+    /// Whether the path was sent, and taken.
+    pub(crate) fn is_sent(&self) -> bool {
+        matches!(self, Self::Published | Self::Repaired { .. })
     }
 
     /// The reason, for a path that should have been published and was not.
@@ -114,6 +123,8 @@ impl Final {
 pub struct PathOutcome {
     pub info: PathInfo,
     pub end: Final,
+    /// What a check found that was made because the cache had the path already.
+    pub checked: Option<Verdict>,
 }
 
 /// The outcome of publishing.
@@ -123,6 +134,10 @@ pub struct Outcome {
     pub paths: Vec<PathOutcome>,
     /// The reason, if publishing as a whole was given up.
     pub stopped: Option<String>,
+    /// Whether that was because nothing moved any more.
+    pub stalled: bool,
+    /// The key for the cache's signatures, as far as it is known.
+    pub key: Key,
     /// NAR bytes sent, retries included.
     pub bytes: u64,
     /// Requests that were retried.
@@ -136,6 +151,7 @@ pub struct Outcome {
 pub struct Counts {
     pub published: u64,
     pub already_there: u64,
+    pub repaired: u64,
     pub skipped: u64,
     pub(crate) withheld: u64,
     pub(crate) failed: u64,
@@ -149,6 +165,7 @@ impl Outcome {
             *match path.end {
                 Final::Published => &mut counts.published,
                 Final::AlreadyThere => &mut counts.already_there,
+                Final::Repaired { .. } => &mut counts.repaired,
                 Final::Skipped(_) => &mut counts.skipped,
                 Final::Withheld(_) => &mut counts.withheld,
                 Final::Failed { .. } => &mut counts.failed,
@@ -158,12 +175,27 @@ impl Outcome {
         counts
     }
 
-    /// The paths that the cache should now serve.
-    pub fn served(&self) -> impl Iterator<Item = &PathInfo> {
+    /// The paths that were sent, and that the cache should now serve.
+    pub fn sent(&self) -> impl Iterator<Item = &PathInfo> {
         self.paths
             .iter()
-            .filter(|path| path.end.is_served())
+            .filter(|path| path.end.is_sent())
             .map(|path| &path.info)
+    }
+
+    /// The paths that the cache had already.
+    pub fn already_there(&self) -> impl Iterator<Item = &PathOutcome> {
+        self.paths
+            .iter()
+            .filter(|path| path.end == Final::AlreadyThere)
+    }
+
+    /// The paths that the cache had damaged, with what was wrong.
+    pub fn repaired(&self) -> impl Iterator<Item = (&PathInfo, &str)> {
+        self.paths.iter().filter_map(|path| match &path.end {
+            Final::Repaired { reason } => Some((&path.info, reason.as_str())),
+            _ => None,
+        })
     }
 
     /// The paths that the policy withholds, with the reason.

@@ -7,6 +7,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use crate::client::publish::outcome::{Final, PathOutcome, Skip, Withheld};
+use crate::client::verify::Verdict;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::StorePath;
 
@@ -50,6 +51,12 @@ struct Node {
     response_lost: bool,
     /// The path has been read from disk a second time.
     reread: bool,
+    /// What a check of the path found that the cache had already.
+    checked: Option<Verdict>,
+    /// What is wrong with the cache's own copy, if it is sent anew for that.
+    damage: Option<String>,
+    /// The dependents that were released before the damage was found.
+    released: usize,
 }
 
 #[derive(Debug, Default)]
@@ -65,26 +72,40 @@ pub(super) struct UploadPlan {
 }
 
 impl UploadPlan {
-    /// Skips paths that are signed with one of these keys, given by name.
+    /// Skips paths that are signed with one of these keys, given by name, those included that are offered already.
     pub(super) fn trust_upstream(&mut self, keys: impl IntoIterator<Item = String>) {
         self.upstream.extend(keys);
+        for id in 0..self.nodes.len() {
+            let key = self.nodes[id]
+                .info
+                .as_ref()
+                .and_then(|info| self.upstream_key(info));
+            if let Some(key) = key {
+                self.settle(id, Final::Skipped(Skip::Upstream(key)));
+            }
+        }
     }
 
-    /// Adds a path. Offering it again changes nothing.
-    pub(super) fn offer(&mut self, info: PathInfo) {
-        let id = self.node(&info.path);
-        if self.nodes[id].info.is_some() {
-            return;
-        }
-        self.offered += 1;
-        let node = &mut self.nodes[id];
-        let upstream = info
+    /// The name of the upstream key that has signed the path, if one has.
+    fn upstream_key(&self, info: &PathInfo) -> Option<String> {
+        let names = info
             .signatures
             .iter()
             .filter_map(|signature| signature.split(':').next());
-        let upstream = upstream
+        names
             .map(str::to_owned)
-            .find(|key| self.upstream.contains(key));
+            .find(|key| self.upstream.contains(key))
+    }
+
+    /// Adds a path. Offering it again changes nothing. Returns it if it is known already that the cache has it.
+    pub(super) fn offer(&mut self, info: PathInfo) -> Option<Id> {
+        let id = self.node(&info.path);
+        if self.nodes[id].info.is_some() {
+            return None;
+        }
+        self.offered += 1;
+        let upstream = self.upstream_key(&info);
+        let node = &mut self.nodes[id];
         let derivation = info.path.is_derivation();
         node.info = Some(info);
         // Settled before its offer: a dependent had it queried, and the cache has it.
@@ -97,6 +118,7 @@ impl UploadPlan {
         } else {
             self.add_references(id);
         }
+        self.is_already_there(id).then_some(id)
     }
 
     /// Adds the path's references to the graph; the cache is queried for those that are new.
@@ -155,6 +177,9 @@ impl UploadPlan {
             attempts: 0,
             response_lost: false,
             reread: false,
+            checked: None,
+            damage: None,
+            released: 0,
         });
         self.index.insert(path.clone(), id);
         // Paths that are only referred to are queried, too: what refers to them waits until it is known to be there.
@@ -204,6 +229,9 @@ impl UploadPlan {
         }
         if is_missing {
             self.on_missing(id);
+        } else if self.is_repair(id) {
+            // The damaged copy is what is there.
+            self.ready(id);
         } else {
             let end = if self.nodes[id].response_lost {
                 Final::Published
@@ -259,6 +287,48 @@ impl UploadPlan {
         self.nodes[id].info.clone().map(|info| (id, info))
     }
 
+    /// Whether the path was offered, so that what the cache serves can be compared with the store.
+    pub(super) fn offered(&self, id: Id) -> Option<&PathInfo> {
+        self.nodes[id].info.as_ref()
+    }
+
+    /// Whether the cache had the path already, as far as is known.
+    pub(super) fn is_already_there(&self, id: Id) -> bool {
+        self.nodes[id].state == PathState::Settled(Final::AlreadyThere)
+    }
+
+    /// Whether the path is sent anew because the cache's own copy is damaged.
+    pub(super) fn is_repair(&self, id: Id) -> bool {
+        self.nodes[id].damage.is_some()
+    }
+
+    /// Records what a check of a path found that the cache had already. What is damaged is sent anew.
+    pub(super) fn on_checked(&mut self, id: Id, verdict: Verdict) {
+        if !self.is_already_there(id) || self.nodes[id].info.is_none() {
+            return;
+        }
+        if let Verdict::Bad(reason) = &verdict {
+            self.settled -= 1;
+            let node = &mut self.nodes[id];
+            node.damage = Some(reason.clone());
+            node.released = node.dependents.len();
+            // What it refers to goes first here, too: that the path is there does not mean that its closure is.
+            self.on_missing(id);
+        }
+        self.nodes[id].checked = Some(verdict);
+    }
+
+    /// Settles a path that the cache has taken.
+    pub(super) fn on_sent(&mut self, id: Id) {
+        let end = match &self.nodes[id].damage {
+            Some(reason) => Final::Repaired {
+                reason: reason.clone(),
+            },
+            None => Final::Published,
+        };
+        self.settle(id, end);
+    }
+
     pub(super) fn attempts(&self, id: Id) -> u32 {
         self.nodes[id].attempts
     }
@@ -300,9 +370,15 @@ impl UploadPlan {
             self.large.remove(&(self.size(id), id));
             // Progress counts offered paths only, not mere references.
             self.settled += u64::from(self.nodes[id].info.is_some());
+            let end = with_damage(end, self.nodes[id].damage.as_deref());
             self.nodes[id].state = PathState::Settled(end.clone());
-            for dependent in self.nodes[id].dependents.clone() {
+            let released = self.nodes[id].released;
+            for (n, dependent) in self.nodes[id].dependents.clone().into_iter().enumerate() {
                 if end.is_good() {
+                    // A path that was repaired had released these before, as one that was already there.
+                    if n < released {
+                        continue;
+                    }
                     self.release(dependent);
                 } else {
                     let end = blocked_by(&self.nodes[id].path, &end);
@@ -345,7 +421,13 @@ impl UploadPlan {
             .collect();
         let settled = self.nodes.into_iter().zip(ends);
         settled
-            .filter_map(|(node, end)| node.info.map(|info| PathOutcome { info, end }))
+            .filter_map(|(node, end)| {
+                Some(PathOutcome {
+                    info: node.info?,
+                    end,
+                    checked: node.checked,
+                })
+            })
             .collect()
     }
 
@@ -371,10 +453,36 @@ impl UploadPlan {
                     attempts: 0,
                 }
             }
-            _ => Final::Left {
-                reason: reason.to_owned(),
-            },
+            _ => with_damage(
+                Final::Left {
+                    reason: reason.to_owned(),
+                },
+                node.damage.as_deref(),
+            ),
         }
+    }
+}
+
+/// The end of a path, which names the damage of the cache's own copy where it could not be mended.
+fn with_damage(end: Final, damage: Option<&str>) -> Final {
+    let Some(damage) = damage else { return end };
+    let explain = |reason: String| {
+        format!("the cache has it damaged ({damage}), and it was not sent anew: {reason}")
+    };
+    match end {
+        Final::Failed { reason, attempts } => Final::Failed {
+            reason: explain(reason),
+            attempts,
+        },
+        Final::Left { reason } => Final::Left {
+            reason: explain(reason),
+        },
+        // Nothing is left here that could mend what the cache serves.
+        Final::Skipped(Skip::Vanished) => Final::Failed {
+            reason: explain(Skip::Vanished.to_string()),
+            attempts: 0,
+        },
+        end => end,
     }
 }
 

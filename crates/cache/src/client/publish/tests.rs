@@ -10,7 +10,7 @@ use flywheel_core::progress::Progress;
 use flywheel_core::trust::{Facts, Request, decide};
 
 /// The permit of a person who publishes by hand: the gate makes no other without a job's facts.
-fn permit() -> PublishPermit {
+pub(super) fn permit() -> PublishPermit {
     let by_hand = Request {
         by_hand: true,
         ..Request::default()
@@ -19,7 +19,7 @@ fn permit() -> PublishPermit {
     decision.permit().expect("the gate allows it by hand")
 }
 
-fn quick(fake: &Fake) -> Options {
+pub(super) fn quick(fake: &Fake) -> Options {
     Options {
         store: fake.store.path().to_owned(),
         policy: Policy {
@@ -45,7 +45,7 @@ fn with_short_timeouts(fake: &Fake, token: &str) -> Attic {
 }
 
 /// Offers all and drains, within `limit`.
-async fn publish_within(
+pub(super) async fn publish_within(
     attic: Attic,
     options: Options,
     infos: Vec<PathInfo>,
@@ -65,7 +65,7 @@ async fn publish_within(
     outcome
 }
 
-async fn publish(fake: &Fake, infos: Vec<PathInfo>) -> Outcome {
+pub(super) async fn publish(fake: &Fake, infos: Vec<PathInfo>) -> Outcome {
     publish_within(
         with_short_timeouts(fake, GOOD),
         quick(fake),
@@ -76,7 +76,7 @@ async fn publish(fake: &Fake, infos: Vec<PathInfo>) -> Outcome {
 }
 
 /// A library, and so many tools that refer to it, each offered before it.
-fn tools(fake: &Fake, count: usize) -> Vec<PathInfo> {
+pub(super) fn tools(fake: &Fake, count: usize) -> Vec<PathInfo> {
     let library = fake.path("library", b"library", &[]);
     let mut infos: Vec<PathInfo> = (0..count)
         .map(|n| {
@@ -91,7 +91,7 @@ fn tools(fake: &Fake, count: usize) -> Vec<PathInfo> {
     infos
 }
 
-fn end<'a>(outcome: &'a Outcome, info: &PathInfo) -> &'a Final {
+pub(super) fn end<'a>(outcome: &'a Outcome, info: &PathInfo) -> &'a Final {
     &outcome
         .paths
         .iter()

@@ -1,8 +1,12 @@
 //! The publisher's one task: receives offers and the results of its jobs, and starts the jobs that the plan allows.
 
 mod answers;
+mod recheck;
+mod stall;
 
 use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -16,11 +20,18 @@ use crate::client::publish::concurrency::ConcurrencyLimit;
 use crate::client::publish::outcome::{Final, Outcome, PathOutcome, Skip};
 use crate::client::publish::plan::{Id, UploadPlan};
 use crate::client::publish::{Command, Options};
+use crate::client::verify::check::Activity;
+use crate::client::verify::{Key, Verdict};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_nix::nar::NarSource;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
+
+pub use self::recheck::Recheck;
+
+use self::recheck::{Looked, Sample};
+use self::stall::StallWatch;
 
 /// This many paths are queried at once, without waiting for a pause in the offers.
 const QUERY_AT_ONCE: usize = 500;
@@ -39,7 +50,15 @@ enum JobResult {
     Queried {
         ids: Vec<(Id, StorePath)>,
         result: Result<Missing, Error>,
+        looked: Looked,
     },
+    /// A path that the cache had already was checked.
+    Checked {
+        id: Id,
+        verdict: Verdict,
+    },
+    /// Whether a server that takes its time answers.
+    Liveness(bool),
     Sent {
         id: Id,
         size: u64,
@@ -75,15 +94,14 @@ pub(super) struct PublisherTask {
     options: Options,
     sink: Sink,
     plan: UploadPlan,
-    /// Paths that were offered before the cache's configuration with the upstream keys arrived.
-    early: Vec<PathInfo>,
     /// Whether the preflight has had a definite result: success or refusal.
     probed: bool,
     health: Health,
     unavailable_since: Option<Instant>,
     concurrency: ConcurrencyLimit,
     jobs: JoinSet<JobResult>,
-    /// A preflight, server check or query is under way: at most one of them runs.
+    preflighting: bool,
+    /// A server check or query is under way: at most one of them runs.
     querying: bool,
     sending: usize,
     sending_large: usize,
@@ -107,6 +125,12 @@ pub(super) struct PublisherTask {
     draining: Option<(Instant, CancellationToken)>,
     drain_began: Option<Instant>,
     counter: ByteCounter,
+    stall: StallWatch,
+    sample: Sample,
+    /// The key that the cache's signatures are checked with.
+    key: Key,
+    /// What the checks receive.
+    activity: Arc<Activity>,
     retries: u64,
     began: Instant,
     /// When the last progress event was sent, and whether the next one is still due.
@@ -121,11 +145,14 @@ impl PublisherTask {
             plan.trust_upstream(options.upstream_keys.iter().cloned());
         }
         let width = to.concurrency();
+        let given = options
+            .recheck
+            .as_ref()
+            .and_then(|recheck| recheck.key.clone());
         Self {
             to,
             sink,
             plan,
-            early: Vec::new(),
             probed: false,
             health: Health::Available,
             unavailable_since: None,
@@ -135,6 +162,7 @@ impl PublisherTask {
             ),
             options,
             jobs: JoinSet::new(),
+            preflighting: false,
             querying: false,
             sending: 0,
             sending_large: 0,
@@ -150,6 +178,10 @@ impl PublisherTask {
             draining: None,
             drain_began: None,
             counter: ByteCounter::default(),
+            stall: StallWatch::new(),
+            sample: Sample::new(),
+            key: Key::new(given, None),
+            activity: Arc::default(),
             retries: 0,
             began: Instant::now(),
             progress_sent: None,
@@ -158,12 +190,18 @@ impl PublisherTask {
     }
 
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> Outcome {
+        let mut stalled = false;
         let reason = loop {
             let next = self.advance();
-            let wake = [next, self.progress_due()].into_iter().flatten().min();
             if self.draining.is_some() && self.is_idle() {
                 break None;
             }
+            if self.has_stalled() {
+                stalled = true;
+                break Some(self.on_stall());
+            }
+            let wakes = [next, self.progress_due(), self.stall_check_due()];
+            let wake = wakes.into_iter().flatten().min();
             // `select!` evaluates each future even where its condition is false. So before the drain there has to be a
             // token that is never cancelled, and `began` stands in for a time that is never waited for.
             let (deadline, cancel) = match &self.draining {
@@ -173,9 +211,9 @@ impl PublisherTask {
             // In this order: a cancellation or the deadline must win even while jobs keep finishing.
             tokio::select! {
                 biased;
-                () = cancel.cancelled() => break Some("publishing was cancelled"),
+                () = cancel.cancelled() => break Some("publishing was cancelled".to_owned()),
                 () = sleep_until(deadline.unwrap_or(self.began)), if deadline.is_some() => {
-                    break Some("the time for publishing was over");
+                    break Some("the time for publishing was over".to_owned());
                 }
                 // `drain` consumes the publisher, so no command can follow it.
                 command = commands.recv(), if self.draining.is_none() => match command {
@@ -185,7 +223,7 @@ impl PublisherTask {
                         self.drain_began = Some(Instant::now());
                     }
                     // The publisher was dropped.
-                    None => break Some("publishing was cancelled"),
+                    None => break Some("publishing was cancelled".to_owned()),
                 },
                 Some(result) = self.jobs.join_next(), if !self.jobs.is_empty() => {
                     // A job that panicked leaves its path undecided; the outcome then lists the path as left.
@@ -202,30 +240,26 @@ impl PublisherTask {
         };
         // Aborts and joins all jobs first: no upload outlives the publisher.
         self.jobs.shutdown().await;
-        self.finish(reason)
+        self.finish(reason.as_deref(), stalled)
     }
 
     fn is_idle(&self) -> bool {
-        let nothing = self.jobs.is_empty() && self.backing_off.is_empty() && self.early.is_empty();
+        let nothing =
+            self.jobs.is_empty() && self.backing_off.is_empty() && !self.sample.is_waiting();
         let settled = self.plan.unqueried() == 0 && self.plan.ready_sizes() == (false, false);
         // After publishing was given up, the queued paths are left as they are.
         matches!(self.health, Health::Stopped(_)) || (nothing && settled && self.probed)
     }
 
+    /// The cache is queried for offered paths even before its upstream keys are known: a hash too many in a query costs
+    /// less than a round trip more.
     fn on_offer(&mut self, infos: Vec<PathInfo>) {
-        if self.probed {
-            self.add_paths(infos);
-        } else {
-            // Until the preflight is over, the upstream keys are unknown: the paths would be queried for nothing.
-            self.early.extend(infos);
-            self.report_progress(false);
-        }
-    }
-
-    fn add_paths(&mut self, infos: Vec<PathInfo>) {
-        for info in infos {
-            self.plan.offer(info);
-        }
+        // A path that others refer to may have been queried before its offer.
+        let there: Vec<Id> = infos
+            .into_iter()
+            .filter_map(|info| self.plan.offer(info))
+            .collect();
+        self.draw_checks(&there, Looked::new());
         self.note_arrival();
         self.report_progress(false);
     }
@@ -243,8 +277,10 @@ impl PublisherTask {
         match self.health {
             Health::Stopped(_) => None,
             // A check that is under way wakes the task by its result.
-            Health::Unavailable { next, .. } if now < next => Some(next).filter(|_| !self.querying),
-            _ if !self.probed => {
+            Health::Unavailable { next, .. } if now < next => {
+                Some(next).filter(|_| !self.querying && !self.preflighting)
+            }
+            Health::Unavailable { .. } if !self.probed => {
                 self.preflight();
                 None
             }
@@ -255,7 +291,15 @@ impl PublisherTask {
             Health::Available => {
                 self.resume_backed_off(now);
                 let queried = self.query(now);
-                let sent = self.send(now);
+                // What is sent depends on the upstream keys and on the right to push, which the preflight finds out, and
+                // so does a check on the cache's own key.
+                let sent = if self.probed {
+                    self.start_checks();
+                    self.send(now)
+                } else {
+                    self.preflight();
+                    None
+                };
                 let resumed = self.backing_off.first().map(|(until, ..)| *until);
                 [queried, sent, resumed].into_iter().flatten().min()
             }
@@ -263,7 +307,7 @@ impl PublisherTask {
     }
 
     fn preflight(&mut self) {
-        if std::mem::replace(&mut self.querying, true) {
+        if std::mem::replace(&mut self.preflighting, true) {
             return;
         }
         let (to, known) = (self.to.clone(), self.options.config.clone());
@@ -330,11 +374,15 @@ impl PublisherTask {
             return None;
         }
         self.querying = true;
-        let to = self.to.clone();
+        let (to, likely) = (self.to.clone(), self.likely_checks(&ids));
         self.jobs.spawn(async move {
             let paths: Vec<StorePath> = ids.iter().map(|(_, path)| path.clone()).collect();
-            let result = to.missing(&paths).await;
-            JobResult::Queried { ids, result }
+            let (result, looked) = tokio::join!(to.missing(&paths), recheck::look_up(&to, likely));
+            JobResult::Queried {
+                ids,
+                result,
+                looked,
+            }
         });
         None
     }
@@ -352,7 +400,8 @@ impl PublisherTask {
             };
             self.sending += 1;
             self.sending_large += usize::from(large);
-            let (to, counter) = (self.to.clone(), self.counter.next());
+            let to = self.to.clone();
+            let (counter, begun) = self.stall.begin(id, info.nar_size, &self.counter);
             let mut source = NarSource::from(self.options.store.join(info.path.base_name()));
             let inspector = self.options.inspector.clone();
             self.jobs.spawn(async move {
@@ -362,6 +411,7 @@ impl PublisherTask {
                     Some(inspector) => inspector.inspect(&info, &mut source).await,
                     None => Ok(Vec::new()),
                 };
+                begun.store(true, Ordering::Relaxed);
                 // The scan does not count: the duration is a measure of the server.
                 let began = Instant::now();
                 let result = match inspected {
@@ -408,7 +458,6 @@ impl PublisherTask {
         if !self.progress_pending {
             self.progress_sent = Some(now);
             let (done, total) = self.plan.progress();
-            let total = total + self.early.len() as u64;
             self.sink.send(Progress::Moved {
                 done,
                 total,
@@ -425,30 +474,31 @@ impl PublisherTask {
             .map(|progress_sent| progress_sent + PROGRESS_INTERVAL)
     }
 
-    fn finish(mut self, reason: Option<&str>) -> Outcome {
-        // Paths that came before the preflight was over must be in the outcome, too.
-        for info in std::mem::take(&mut self.early) {
-            self.plan.offer(info);
-        }
+    fn finish(mut self, reason: Option<&str>, stalled: bool) -> Outcome {
         self.report_progress(true);
         let stopped = match self.health {
             Health::Stopped(text) => Some(text),
-            _ => None,
+            _ => reason.filter(|_| stalled).map(str::to_owned),
         };
         // The message of `stopped` has the details; a hundred paths need not repeat them.
-        let left = stopped
-            .as_ref()
-            .map(|_| "publishing was given up")
-            .or(reason);
+        let left = match &stopped {
+            Some(_) if !stalled => Some("publishing was given up"),
+            _ => reason,
+        };
         let mut paths = self
             .plan
             .finish(left.unwrap_or("publishing has ended"), left.is_none());
         for path in paths.iter_mut().filter(|path| path.end.lost().is_some()) {
-            mark_if_vanished(path, &self.options);
+            // The cache's own copy stays damaged, whether or not this store still has the path.
+            if !matches!(path.checked, Some(Verdict::Bad(_))) {
+                mark_if_vanished(path, &self.options);
+            }
         }
         Outcome {
             paths,
             stopped,
+            stalled,
+            key: self.key,
             bytes: self.counter.total(),
             retries: self.retries,
             elapsed: self.began.elapsed(),

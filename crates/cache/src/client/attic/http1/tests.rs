@@ -120,7 +120,7 @@ impl Scene {
         let attic = Attic::with_sender(
             endpoint,
             Secret::new("token"),
-            clients.api,
+            (clients.api, clients.streaming.clone()),
             pool,
             sender,
             api_timeout,

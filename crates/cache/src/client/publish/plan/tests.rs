@@ -1,6 +1,7 @@
 //! The graph in small scenarios and in random walks.
 
 use super::*;
+use crate::client::publish::outcome::Outcome;
 use flywheel_nix::hash::Sha256;
 
 fn path(name: &str) -> StorePath {
@@ -203,9 +204,11 @@ fn small_ones_come_smallest_first_and_large_ones_apart() {
 }
 
 /// Random graphs, random order of offers, random answers and failures: every path is decided,
-/// none is sent before its references, and none is sent after a reference failed.
+/// none is sent before its references, none is sent after a reference failed, and each is counted in exactly one state.
+/// Some of those that were there already turn out to be damaged.
 #[test]
 fn random_graphs_end_decided_and_in_order() {
+    let mut repairs = 0;
     for seed in 0..300 {
         let mut random = fastrand::Rng::with_seed(seed);
         let count = random.usize(1..40);
@@ -224,9 +227,12 @@ fn random_graphs_end_decided_and_in_order() {
         let mut plan = UploadPlan::default();
         let mut good: HashSet<StorePath> = HashSet::new();
         let mut sending: Vec<(Id, PathInfo)> = Vec::new();
+        let mut there: Vec<Id> = Vec::new();
         loop {
-            match random.u8(0..4) {
-                0 if !offers.is_empty() => plan.offer(offers.pop().expect("not empty")),
+            match random.u8(0..5) {
+                0 if !offers.is_empty() => {
+                    there.extend(plan.offer(offers.pop().expect("not empty")));
+                }
                 1 => {
                     for (id, _) in plan.next_query(random.usize(1..5)) {
                         let is_missing = random.u8(..) < 200;
@@ -234,6 +240,7 @@ fn random_graphs_end_decided_and_in_order() {
                             good.insert(plan.nodes[id].path.clone());
                         }
                         plan.on_query_result(id, is_missing);
+                        there.push(id);
                     }
                 }
                 2 => {
@@ -248,11 +255,22 @@ fn random_graphs_end_decided_and_in_order() {
                         sending.push((id, info));
                     }
                 }
+                3 => {
+                    // A check may come at any time, and for a path that is something else by now.
+                    if let Some(id) = there.pop() {
+                        let verdict = if random.bool() {
+                            Verdict::Bad("damaged".into())
+                        } else {
+                            Verdict::Good { body: true }
+                        };
+                        plan.on_checked(id, verdict);
+                    }
+                }
                 _ => {
                     if let Some((id, info)) = sending.pop() {
                         if random.u8(..) < 230 {
                             good.insert(info.path);
-                            plan.settle(id, Final::Published);
+                            plan.on_sent(id);
                         } else {
                             plan.settle(
                                 id,
@@ -272,10 +290,30 @@ fn random_graphs_end_decided_and_in_order() {
             }
         }
         assert_eq!(plan.progress(), (count as u64, count as u64), "seed {seed}");
-        assert!(
-            plan.finish("time", true)
-                .iter()
-                .all(|path| !matches!(path.end, Final::Left { .. }))
-        );
+        let outcome = Outcome {
+            paths: plan.finish("time", true),
+            ..Outcome::default()
+        };
+        let counts = outcome.counts();
+        let sum = counts.published
+            + counts.already_there
+            + counts.repaired
+            + counts.skipped
+            + counts.withheld
+            + counts.failed
+            + counts.left;
+        assert_eq!((sum, counts.left), (count as u64, 0), "seed {seed}");
+        let offered: HashSet<&StorePath> =
+            outcome.paths.iter().map(|path| &path.info.path).collect();
+        assert_eq!(offered.len(), count, "seed {seed}");
+        // The views that reports are made of are those states, and overlap nowhere.
+        let views = outcome.sent().count()
+            + outcome.already_there().count()
+            + outcome.withheld().count()
+            + outcome.lost().count();
+        assert_eq!(views as u64 + counts.skipped, sum, "seed {seed}");
+        assert_eq!(outcome.repaired().count() as u64, counts.repaired);
+        repairs += counts.repaired;
     }
+    assert!(repairs > 50, "{repairs} repairs in all");
 }

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use crate::client::destination::{Action, CacheConfig, Error, Uploaded};
 use crate::client::publish::outcome::{Final, Skip, Withheld};
 use crate::client::publish::plan::{Id, LARGE};
-use crate::client::publish::work::{Health, JobResult, Missing, PublisherTask};
+use crate::client::publish::work::{Health, JobResult, Looked, Missing, PublisherTask};
 use flywheel_nix::nar::DumpError;
 use flywheel_nix::store_path::StorePath;
 
@@ -27,25 +27,33 @@ impl PublisherTask {
     pub(super) fn on_result(&mut self, result: JobResult) {
         match result {
             JobResult::Preflight { config, may_push } => {
-                self.querying = false;
+                self.preflighting = false;
+                if !matches!(may_push, Err(Error::Unreachable { .. })) {
+                    self.stall.on_answer();
+                }
                 // Only a definite result counts. An unavailable server gets another preflight.
                 self.probed = !matches!(&may_push, Err(error) if matches!(error.action(), Action::Retry { .. }));
                 self.on_server_check(may_push, true);
                 if self.probed {
                     self.apply_config(config);
-                    let early = std::mem::take(&mut self.early);
-                    self.add_paths(early);
                 }
             }
             JobResult::ServerChecked(result) => {
                 self.querying = false;
                 self.on_server_check(result, false);
             }
-            JobResult::Queried { ids, result } => {
+            JobResult::Queried {
+                ids,
+                result,
+                looked,
+            } => {
                 self.querying = false;
-                self.on_query_result(ids, result);
+                self.on_query_result(ids, result, looked);
             }
+            JobResult::Checked { id, verdict } => self.plan.on_checked(id, verdict),
+            JobResult::Liveness(answers) => self.stall.on_liveness(answers),
             JobResult::Withheld { id, size, findings } => {
+                self.stall.withdraw(id);
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
                 self.plan
@@ -57,6 +65,8 @@ impl PublisherTask {
                 took,
                 result,
             } => {
+                let waited = took >= self.options.stall.idle;
+                self.stall.end(id, result.as_ref().err(), waited);
                 self.sending -= 1;
                 self.sending_large -= usize::from(size >= LARGE);
                 match result {
@@ -65,7 +75,7 @@ impl PublisherTask {
                         (self.failure_streak, self.refusals, self.any_sent) = (0, 0, true);
                         self.concurrency.on_success(took, size <= SMALL);
                         self.options.journal.uploaded([self.plan.path(id)]);
-                        self.plan.settle(id, Final::Published);
+                        self.plan.on_sent(id);
                     }
                     Err(error) => self.on_upload_failed(id, &error),
                 }
@@ -77,6 +87,7 @@ impl PublisherTask {
     /// Applies the cache's configuration. A token that may only push cannot read it, which is no error.
     fn apply_config(&mut self, config: Result<Option<CacheConfig>, Error>) {
         let Ok(Some(config)) = config else { return };
+        self.learn_key(config.public_key.clone());
         if let Some(endpoint) = self.to.endpoint() {
             let server = flywheel_sys::http::redact(&endpoint.server);
             for host in config.foreign_hosts(endpoint) {
@@ -159,6 +170,10 @@ impl PublisherTask {
 
     /// Gives up publishing, with one message that has the reason and a hint.
     fn stop(&mut self, error: &Error) {
+        // A query that ran beside the preflight may be refused, too.
+        if matches!(self.health, Health::Stopped(_)) {
+            return;
+        }
         let address = self.to.address();
         let advice = match error {
             Error::Token => "Check `ATTIC_TOKEN`: it is one line of plain characters",
@@ -180,7 +195,17 @@ impl PublisherTask {
         self.health = Health::Stopped(text);
     }
 
-    fn on_query_result(&mut self, ids: Vec<(Id, StorePath)>, result: Result<Missing, Error>) {
+    fn on_query_result(
+        &mut self,
+        ids: Vec<(Id, StorePath)>,
+        result: Result<Missing, Error>,
+        looked: Looked,
+    ) {
+        // The question whether a path has arrived after all is asked after each try, so that its answer is no news.
+        let is_first = ids.iter().any(|(id, _)| self.plan.attempts(*id) == 0);
+        if is_first && !matches!(result, Err(Error::Unreachable { .. })) {
+            self.stall.on_answer();
+        }
         match result {
             Ok(missing) => {
                 (self.failure_streak, self.failed_queries) = (0, 0);
@@ -193,9 +218,15 @@ impl PublisherTask {
                 self.options
                     .journal
                     .uploaded(there.into_iter().map(|(id, _)| self.plan.path(*id)));
+                let mut there = Vec::new();
                 for (id, path) in ids {
-                    self.plan.on_query_result(id, missing.contains(&path));
+                    let is_missing = missing.contains(&path);
+                    self.plan.on_query_result(id, is_missing);
+                    if !is_missing {
+                        there.push(id);
+                    }
                 }
+                self.draw_checks(&there, looked);
             }
             Err(error) => {
                 self.retries += 1;
@@ -278,6 +309,8 @@ impl PublisherTask {
             Action::Stop => (None, true),
             Action::Never | Action::RereadOnce => return self.fail(id, error),
         };
+        // That the path is there is known of one that is repaired, and says nothing.
+        let recheck = recheck && !self.plan.is_repair(id);
         // An unavailable server is no path's own fault, so the path keeps its tries.
         let counts = !error.is_server_unavailable();
         let attempts = self.plan.attempts(id).max(1);
