@@ -25,7 +25,7 @@ prepare() {
 
 # Runs `nix-job` as the job NAME of USER with the command that follows; its log is /out/NAME/log, its exit code
 # /out/NAME/exit. EVENT (push or pull_request), REPOSITORY, RUNNER and SHARED_HOST say what kind of job it is; with SERVER
-# it has that server as its cache instead of one of its own, and DRAIN is its drain timeout.
+# it has that server as its cache instead of one of its own, and DRAIN and VERIFY are inputs.
 nix_job() {
   local name=$1 user=$2 job=/work/$1 out=/out/$1 code=0 ref=refs/heads/main ref_name=main
   shift 2
@@ -41,7 +41,7 @@ nix_job() {
     GITHUB_STEP_SUMMARY="$out/STEP_SUMMARY"
     RUNNER_TEMP="$job/temp" RUNNER_OS=Linux RUNNER_ARCH=X64 RUNNER_ENVIRONMENT="$RUNNER" RUNNER_TRACKING_ID="github_$name"
     FLYWHEEL_PUSH_CACHE=true FLYWHEEL_SHARED_HOST="$SHARED_HOST" FLYWHEEL_WORKING_DIRECTORY="$job/flake"
-    FLYWHEEL_DRAIN_TIMEOUT="${DRAIN-}"
+    FLYWHEEL_DRAIN_TIMEOUT="${DRAIN-}" FLYWHEEL_VERIFY="${VERIFY-}"
   )
   if [ -n "${SERVER-}" ]; then
     environment+=(FLYWHEEL_ATTIC_SERVER="$SERVER" FLYWHEEL_ATTIC_PUBLIC_KEY="$KEY" ATTIC_TOKEN="$TOKEN")
