@@ -143,7 +143,7 @@ impl Reported {
                 .filter(|(_, words)| is_state(words))
                 .map(|(count, _)| count)
                 .sum(),
-            unwatched: line.contains("not watched"),
+            unwatched: line.contains("not watched") && !line.contains(" 0 not watched"),
         }
     }
 

@@ -17,7 +17,7 @@ forge() {
   echo "forged $SEED" >"$real"
   chmod 444 "$real"
   touch -d @1 "$real"
-  printf '%s\n' "$FORGED" "$(nix-hash --type sha256 --base16 "$real")" "$(rig nix-store --dump "$real" | wc -c)" \
+  printf '%s\n' "$FORGED" "$(nix-hash --type sha256 "$real")" "$(rig nix-store --dump "$real" | wc -c)" \
     "$derivation" 0 | rig nix-store --load-db
   rig nix copy --no-check-sigs --to file:///work/forged "$FORGED"
   chmod -R a+rX /work/forged
