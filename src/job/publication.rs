@@ -3,20 +3,22 @@
 use std::collections::HashMap;
 
 use crate::report::publication::{KeySource, Missed, Publication};
-use flywheel_cache::client::publish::{Final, Options, Outcome, Skip};
+use flywheel_cache::client::publish::{Final, Options, Outcome, PathOutcome, Skip};
 use flywheel_cache::client::verify::{self, Coverage, Mode, Verdict, Verification};
+use flywheel_core::text::count;
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
 
 /// Sums up what was published, and what of it the cache serves. `unreadable` are valid paths that could not even be
-/// offered: those are lost too, and so is what was built in the job and then deleted (`collected`). `warned` are paths that were published although they break a rule that only warns.
+/// offered: those are lost too. `warned` are paths that were published although they break a rule that only warns. `store`:
+/// what became of the job's paths in the store itself.
 pub(crate) fn summarize(
     outcome: &Outcome,
     verification: &Verification,
     unreadable: &[Unreadable],
     warned: &[(StorePath, Finding)],
-    collected: &[PathInfo],
+    store: &StoreAtEnd,
 ) -> Publication {
     let counts = outcome.counts();
     let coverage = coverage(outcome, verification);
@@ -35,9 +37,9 @@ pub(crate) fn summarize(
         bytes: outcome.bytes,
         lost: not_sent
             .chain(unread)
-            .chain(deleted(outcome, collected))
+            .chain(deleted(outcome, store))
             .collect(),
-        ambiguous: Vec::new(),
+        ambiguous: store.unseen(),
         unverified: Vec::new(),
         withheld: outcome
             .withheld()
@@ -88,12 +90,57 @@ pub(crate) fn summarize(
             _ => (),
         }
     }
+    for path in &store.floating {
+        let is_served = |other: &PathOutcome| {
+            other.info.path == *path
+                && matches!(
+                    other.end,
+                    Final::Published | Final::AlreadyThere | Final::Repaired { .. }
+                )
+        };
+        let is_lost = publication
+            .lost
+            .iter()
+            .any(|lost| lost.path == path.to_string());
+        if outcome.paths.iter().any(is_served) && !is_lost {
+            publication.verified = publication.verified.saturating_sub(1);
+            publication.lost.push(Missed {
+                path: path.to_string(),
+                reason: "its content is in the cache and its realisation is not, so that its content-addressed derivation is built again".to_owned(),
+            });
+        }
+    }
     publication
+}
+
+/// What became of the job's paths in the store while the job ran.
+#[derive(Debug, Default)]
+pub(crate) struct StoreAtEnd {
+    /// Paths of the job that were read and are not valid any more.
+    pub(crate) deleted: Vec<PathInfo>,
+    /// How many paths were registered and deleted before they could be read.
+    pub(crate) unread: u64,
+    /// Paths that the job named and that are not valid: those that were not read are among them.
+    pub(crate) named: Vec<StorePath>,
+    /// Valid paths that nobody can substitute without their realisations.
+    pub(crate) floating: Vec<StorePath>,
+}
+
+impl StoreAtEnd {
+    /// The paths of which nothing is known but their number, in one entry.
+    fn unseen(&self) -> Vec<Missed> {
+        let reason = "registered and deleted again while the job ran, before they could be read";
+        let one = || Missed {
+            path: count(self.unread, "path"),
+            reason: reason.to_owned(),
+        };
+        (self.unread > 0).then(one).into_iter().collect()
+    }
 }
 
 /// The paths that were deleted before the cache had them. Of a source that is gone, nothing can be rebuilt elsewhere
 /// that an evaluation does not add again, so that it is no loss.
-fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
+fn deleted(outcome: &Outcome, store: &StoreAtEnd) -> Vec<Missed> {
     let is_gone = |end: &Final| *end == Final::Skipped(Skip::Vanished);
     let ended: HashMap<&StorePath, &Final> = outcome
         .paths
@@ -101,10 +148,21 @@ fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
         .map(|path| (&path.info.path, &path.end))
         .collect();
     // What was never offered has no end; what was sent before it was deleted has a good one.
-    let unsent = collected
+    let unsent = store
+        .deleted
         .iter()
         .filter(|info| !ended.contains_key(&info.path));
     let vanished = outcome.paths.iter().filter(|path| is_gone(&path.end));
+    let unread = store
+        .named
+        .iter()
+        .filter(|path| store.unread > 0 && !ended.contains_key(path))
+        .map(|path| Missed {
+            path: path.to_string(),
+            reason: "it was deleted from the store before it could be read, if it was built at all"
+                .to_owned(),
+        });
+    let unread: Vec<Missed> = unread.collect();
     unsent
         .chain(vanished.map(|path| &path.info))
         .filter(|info| info.origin() != Origin::Added && !is_signed_upstream(info))
@@ -114,6 +172,7 @@ fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
                 "it was deleted from the store before it could be sent",
             )
         })
+        .chain(unread)
         .collect()
 }
 
