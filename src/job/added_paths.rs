@@ -5,11 +5,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::SystemTime;
 
-use super::ownership::{Age, Decision, decide};
+use super::ownership::{Decision, Doubt, Evidence, Ownership};
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
-use flywheel_nix::store::{self, Mark, Store};
+use flywheel_nix::store;
 use flywheel_nix::store_path::StorePath;
-use flywheel_nix::temp_roots::TempRootWatcher;
 
 /// What a job added to the store, in numbers and by name.
 #[derive(Debug, Default)]
@@ -22,77 +21,91 @@ pub(crate) struct AddedPaths {
     pub(crate) substituted: u64,
     /// Sources and other paths added.
     pub(crate) added: u64,
-    /// Paths that were added while the job ran and may be another job's: they are left out, and named.
-    pub(crate) ambiguous: Vec<StorePath>,
+    /// Paths that may be forged or another repository's: they are not published, and named with the reason.
+    pub(crate) ambiguous: Vec<(StorePath, Doubt)>,
+    /// Who else can have written the store, in one line; `None` if it could not be read.
+    pub(crate) store: Option<String>,
     /// Valid paths with a registration that cannot be used.
     pub(crate) unreadable: Vec<Unreadable>,
 }
 
 impl AddedPaths {
-    /// Reads the store after the command has ended: what processes of this job added since `mark`, and the results,
+    /// Reads the store after the command has ended: what was added since the mark, what the job named, and the results,
     /// which are the given ones and those that `folder` has links to since `begun`.
     ///
     /// # Errors
     /// When the store cannot be read.
-    pub(crate) async fn collect(
-        store: &Store,
-        temp_roots: &TempRootWatcher,
-        mark: &Mark,
+    pub(super) async fn collect(
+        ownership: &Ownership,
         (folder, begun): (&Path, SystemTime),
-        results: Vec<StorePath>,
+        mut results: Vec<StorePath>,
     ) -> Result<Self, store::Error> {
-        let found = store.added_since(mark).await?;
+        let store = &ownership.store;
+        let found = store.added_since(&ownership.mark).await?;
+        results.extend(store.result_links(folder, begun).await?);
+        // After the paths were read: a job that added one of them has entered the registry by now.
+        let evidence = ownership.evidence(&results).await?;
         let mut collected = Self {
             unreadable: found.unreadable,
+            store: Some(evidence.sharing.to_string()),
             ..Self::default()
         };
-        // A result that was in the store before the job is wanted, too: the cache may not have it.
-        let mut roots: BTreeSet<StorePath> = store
-            .result_links(folder, begun)
-            .await?
-            .into_iter()
-            .collect();
-        let (own, ambiguous) = collected.take(found.infos, temp_roots);
-        roots.extend(own);
-        roots.extend(results);
+        // What the job named was perhaps valid before it, and the cache may lack it all the same. So its derivations
+        // are no reason to publish.
+        let named = evidence.named.iter().filter(|path| !path.is_derivation());
+        let mut roots: BTreeSet<StorePath> = named.cloned().collect();
+        let mut doubtful = Vec::new();
+        for info in &found.infos {
+            match evidence.decide(info) {
+                Decision::Publish => _ = roots.insert(info.path.clone()),
+                Decision::Ambiguous(doubt) => doubtful.push((info.path.clone(), doubt)),
+                Decision::OtherJob | Decision::Derivation => (),
+            }
+        }
         let roots: Vec<StorePath> = roots.into_iter().collect();
         let closure = store.closure(&roots).await?;
         collected.unreadable.extend(closure.unreadable);
-        collected.wanted = closure.infos;
+        collected.publish(closure.infos, &evidence, doubtful);
         // What a result needs is published whichever job added it, and so counts as this job's.
         let wanted: BTreeSet<&StorePath> = collected.wanted.iter().map(|info| &info.path).collect();
-        let (needed, left_out): (Vec<_>, Vec<_>) = ambiguous
-            .into_iter()
-            .partition(|info| wanted.contains(&info.path));
-        for info in &needed {
-            collected.count(info);
+        let counted: Vec<Origin> = found
+            .infos
+            .iter()
+            .filter(|info| {
+                wanted.contains(&info.path) || evidence.decide(info) == Decision::Publish
+            })
+            .map(PathInfo::origin)
+            .collect();
+        for origin in counted {
+            collected.count(origin);
         }
-        collected.ambiguous = left_out.into_iter().map(|info| info.path).collect();
         Ok(collected)
     }
 
-    /// Counts the job's own paths, and divides these into those to publish and those that may be another job's.
-    fn take(
+    /// Divides the closure of what is to be published, and completes the list of what is in doubt.
+    fn publish(
         &mut self,
-        infos: Vec<PathInfo>,
-        temp_roots: &TempRootWatcher,
-    ) -> (Vec<StorePath>, Vec<PathInfo>) {
-        let (mut publish, mut ambiguous) = (Vec::new(), Vec::new());
-        for (info, decision) in decide(infos, Age::Waited, temp_roots) {
-            match decision {
-                Decision::Publish => {
-                    self.count(&info);
-                    publish.push(info.path);
-                }
-                Decision::Ambiguous => ambiguous.push(info),
-                Decision::Hold | Decision::LeaveOut => (),
-            }
-        }
-        (publish, ambiguous)
+        closure: Vec<PathInfo>,
+        evidence: &Evidence,
+        mut doubtful: Vec<(StorePath, Doubt)>,
+    ) {
+        let (wanted, refused) = evidence.divide(closure, |_| false);
+        doubtful.extend(
+            refused
+                .into_iter()
+                .filter_map(|(info, decision)| match decision {
+                    Decision::Ambiguous(doubt) => Some((info.path, doubt)),
+                    Decision::Publish | Decision::OtherJob | Decision::Derivation => None,
+                }),
+        );
+        doubtful.sort_by(|a, b| a.0.cmp(&b.0));
+        doubtful.dedup_by(|a, b| a.0 == b.0);
+        self.wanted = wanted;
+        self.ambiguous = doubtful;
     }
 
-    fn count(&mut self, info: &PathInfo) {
-        match info.origin() {
+    fn count(&mut self, origin: Origin) {
+        match origin {
             Origin::Built => self.built += 1,
             Origin::Substituted => self.substituted += 1,
             Origin::Added => self.added += 1,

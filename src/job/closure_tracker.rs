@@ -17,6 +17,11 @@ impl ClosureTracker {
         self.0.extend(infos.iter().map(|info| info.path.hash()));
     }
 
+    /// Whether the path was given together with everything that it refers to.
+    pub(crate) fn is_given(&self, path: &StorePath) -> bool {
+        self.0.contains(&path.hash())
+    }
+
     /// Splits paths, in the order of their registration, into those that are ready to be given and the rest, for which
     /// the closures have to be queried. A path is ready when it refers only to itself, to paths given before, and to
     /// ready ones ahead of it; it counts as given from here on.

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args};
 
-use crate::inputs::value::{Invalid, boolean, path, value};
+use crate::inputs::value::{Invalid, boolean, path, value, variant};
 use crate::inputs::{CacheInputs, DrainInput, GateInputs, VerifyInput};
 use crate::job::destination::{DestinationConfig, DestinationInputs};
 use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
+use crate::job::store_host::SharedHost;
 use flywheel_cache::client::verify::Mode;
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::Impurity;
@@ -39,6 +40,17 @@ pub(crate) struct JobInputs {
     /// `~/.local/state/flywheel/journal`).
     #[arg(long, value_name = "DIR", value_parser = value(journal))]
     journal: Option<Journal>,
+
+    /// Whether jobs of other repositories, or jobs that may not publish, work on this host's store. Then only those
+    /// paths are published that this job named and whose registration vouches for them; the rest is listed as
+    /// ambiguous.
+    #[arg(
+        long,
+        value_name = "WHETHER",
+        value_parser = variant::<SharedHost>(),
+        default_value = "auto"
+    )]
+    shared_host: SharedHost,
 
     #[command(flatten)]
     cache: CacheInputs,
@@ -96,6 +108,8 @@ pub(crate) struct Plan {
     pub(crate) public_key: Option<PublicKey>,
     /// The folder of the journal, if one is kept.
     pub(crate) journal: Option<PathBuf>,
+    /// Whether other jobs can have written the store.
+    pub(crate) shared_host: SharedHost,
     /// The publication policy.
     pub(crate) policy: PolicyConfig,
     /// Whether `nix flake check` has to pass before anything is published.
@@ -143,12 +157,20 @@ impl Plan {
                 Some(Journal::Folder(folder)) => Some(folder.clone()),
                 None => default_journal(env),
             },
+            shared_host: inputs.shared_host,
             policy: inputs.policy.read()?,
             require_flake_check: inputs.require_flake_check,
             impurity: None,
             publish_workers: None,
             bad_hints: named.bad_hints,
         })
+    }
+}
+
+impl Plan {
+    /// The folder of the registry of this host's jobs; `None` without a journal.
+    pub(crate) fn registry(&self) -> Option<PathBuf> {
+        self.journal.as_ref().map(|folder| folder.join("jobs"))
     }
 }
 

@@ -1,126 +1,204 @@
-//! Which of the paths added to the store are this job's: the rule for each path, both while the job runs and at its
-//! end. `added_paths` adds what the job's results need, whichever job made it.
+//! Which of the paths in the store are this job's: one rule, for the time while the job runs and for its end.
+//!
+//! Everything that was registered after the mark is the job's own, unless there is evidence that it is not. Process ids
+//! are no such evidence. Where jobs of another repository or of lower trust can have written the store, the default is
+//! the other way round: a path goes only if this job named it and its registration vouches for it. What is then left in
+//! doubt is named and counted, never dropped silently.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, HashSet};
+use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::time::Instant;
-
+use super::store_host::{Sharing, StoreHost};
+use flywheel_nix::key::PublicKey;
 use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store::{self, Mark, Store};
 use flywheel_nix::store_path::StorePath;
-use flywheel_nix::temp_roots::{Owner, TempRootWatcher};
+use flywheel_nix::temp_roots::TempRootWatcher;
 
-/// How long an unclaimed path waits for another job to come to light.
-const HOLD: Duration = Duration::from_secs(1);
-
-/// How long a path has been valid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Age {
-    /// It has just become valid.
-    New,
-    /// It has waited for `HOLD`, or the job has ended.
-    Waited,
-}
-
-/// What becomes of an added path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What becomes of a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// It is the job's own.
     Publish,
-    /// No process was seen to add it, and no other job was at work so far.
-    Hold,
-    /// No process was seen to add it, and another job was at work.
-    Ambiguous,
-    /// It is another job's, or a derivation.
-    LeaveOut,
+    /// It may be forged, or another repository's.
+    Ambiguous(Doubt),
+    /// A job beside this one has named it, and this one has not.
+    OtherJob,
+    /// Nothing substitutes a derivation: its closure is its build-time sources.
+    Derivation,
 }
 
-/// Decides which of these added paths are the job's own, in their order.
-pub(super) fn decide(
-    infos: Vec<PathInfo>,
-    age: Age,
-    temp_roots: &TempRootWatcher,
-) -> Vec<(PathInfo, Decision)> {
-    if infos.is_empty() {
-        return Vec::new();
+/// Why a path on a shared host is not published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Doubt {
+    /// No process of this job was seen to name it.
+    NotNamed {
+        /// Why the store counts as shared.
+        shared: String,
+    },
+    /// The job named it, but it may have been imported by another.
+    NotVouched {
+        /// Why the store counts as shared.
+        shared: String,
+    },
+    /// It refers to a path that is in doubt.
+    Refers(StorePath),
+}
+
+impl fmt::Display for Doubt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let remedy = "Give the job a store of its own, or set `shared-host: false` if every job on this host may publish";
+        match self {
+            Self::NotNamed { shared } => write!(
+                f,
+                "nothing shows that this job added it, and {shared}. {remedy}"
+            ),
+            Self::NotVouched { shared } => write!(
+                f,
+                "it was neither built here from a derivation of this job, nor is it content-addressed or signed by a trusted key, and {shared}. {remedy}"
+            ),
+            Self::Refers(path) => write!(f, "it refers to `{path}`, which is ambiguous"),
+        }
     }
-    let paths: Vec<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
-    let owners = temp_roots.owners(&paths);
-    let decided = infos.into_iter().zip(owners).map(|(info, owner)| {
-        let decision = match (owner, age) {
-            // A derivation's closure is its build-time sources, which nothing substitutes.
-            _ if info.path.is_derivation() => Decision::LeaveOut,
-            (Owner::ThisJob, _) => Decision::Publish,
-            (Owner::OtherJob, _) => Decision::LeaveOut,
-            (Owner::Ambiguous, _) => Decision::Ambiguous,
-            // A process can be gone before its file is read. With no other job at work, the path is this job's;
-            // another job's first file may be seen a moment later than its path.
-            (Owner::Unclaimed, Age::New) => Decision::Hold,
-            (Owner::Unclaimed, Age::Waited) => Decision::Publish,
-        };
-        (info, decision)
-    });
-    decided.collect()
 }
 
-/// Picks the job's own paths out of those that become valid, as early as their owner can be known.
+/// The rule, with what it needs to know of the job, its store and its host.
 #[derive(Debug)]
-pub(super) struct OwnershipFilter {
-    temp_roots: Arc<TempRootWatcher>,
-    /// Unclaimed paths, and until when they wait; the oldest first.
-    held: VecDeque<(Instant, PathInfo)>,
+pub(super) struct Ownership {
+    pub(super) store: Arc<Store>,
+    /// Paths that were registered later may be the job's.
+    pub(super) mark: Mark,
+    pub(super) temp_roots: Arc<TempRootWatcher>,
+    pub(super) host: Arc<StoreHost>,
+    /// The keys that Nix trusts.
+    pub(super) trusted_keys: Vec<PublicKey>,
 }
 
-impl OwnershipFilter {
-    pub(crate) fn new(temp_roots: Arc<TempRootWatcher>) -> Self {
-        Self {
-            temp_roots,
-            held: VecDeque::new(),
+/// What speaks for and against a path at one moment.
+#[derive(Debug)]
+pub(super) struct Evidence {
+    pub(super) sharing: Sharing,
+    /// The paths that processes of this job have named, and its results.
+    pub(super) named: HashSet<StorePath>,
+    /// What the named paths lead to. Empty where all paths are published by default.
+    need: BTreeSet<StorePath>,
+    /// The base names of what jobs beside this one have named.
+    claimed: BTreeSet<String>,
+    trusted_keys: Vec<PublicKey>,
+}
+
+impl Ownership {
+    /// Collects the evidence about paths that are valid by now. `results` are the job's, whoever built them.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub(super) async fn evidence(&self, results: &[StorePath]) -> Result<Evidence, store::Error> {
+        let neighbours = self.host.neighbours();
+        let mut named = self.temp_roots.named();
+        named.extend(results.iter().cloned());
+        let mut need = BTreeSet::new();
+        let mut claimed = BTreeSet::new();
+        if neighbours.are_beside() || neighbours.sharing.is_shared() {
+            let roots: Vec<StorePath> = named.iter().cloned().collect();
+            need = self.store.leads_to(roots, &self.mark).await?;
+            claimed = neighbours.claims();
+        } else {
+            named.extend(self.temp_roots.unattributed());
+        }
+        Ok(Evidence {
+            sharing: neighbours.sharing,
+            named,
+            need,
+            claimed,
+            trusted_keys: self.trusted_keys.clone(),
+        })
+    }
+}
+
+impl Evidence {
+    /// Whether another repository's job, or one of lower trust, can have written the store.
+    pub(super) fn is_shared(&self) -> bool {
+        self.sharing.is_shared()
+    }
+
+    /// Decides about a path that was added after the mark, was named by the job, or belongs to the closure of such a
+    /// path.
+    pub(super) fn decide(&self, info: &PathInfo) -> Decision {
+        let is_needed = self.need.contains(&info.path);
+        match &self.sharing {
+            _ if info.path.is_derivation() => Decision::Derivation,
+            Sharing::Alone(_) if is_needed => Decision::Publish,
+            Sharing::Shared(_) if is_needed && self.is_vouched(info) => Decision::Publish,
+            Sharing::Shared(why) if is_needed => Decision::Ambiguous(Doubt::NotVouched {
+                shared: why.clone(),
+            }),
+            _ if self.claimed.contains(info.path.base_name()) => Decision::OtherJob,
+            Sharing::Alone(_) => Decision::Publish,
+            Sharing::Shared(why) => Decision::Ambiguous(Doubt::NotNamed {
+                shared: why.clone(),
+            }),
         }
     }
 
-    /// Gives the job's own of what has just become valid, and of what has waited long enough by `now`. A path that
-    /// is never given here is decided on once more when the store is read at the job's end.
-    pub(crate) fn accept(&mut self, new: Vec<PathInfo>, now: Instant) -> Vec<PathInfo> {
-        let due = self
-            .held
-            .iter()
-            .take_while(|(until, _)| *until <= now)
-            .count();
-        let waited = self.held.drain(..due).map(|(_, info)| info).collect();
-        let mut accepted = Vec::new();
-        let decided = decide(waited, Age::Waited, &self.temp_roots);
-        for (info, decision) in decided
-            .into_iter()
-            .chain(decide(new, Age::New, &self.temp_roots))
-        {
-            match decision {
-                Decision::Publish => accepted.push(info),
-                Decision::Hold => self.held.push_back((now + HOLD, info)),
-                Decision::Ambiguous | Decision::LeaveOut => (),
+    /// Whether the registration shows that the path is what its name says. Of what an untrusted user of a daemon can
+    /// register, an import has neither `ultimate` nor a trusted signature; its deriver is as its importer claims.
+    fn is_vouched(&self, info: &PathInfo) -> bool {
+        let is_built_for_us = info.ultimate
+            && info
+                .deriver
+                .as_ref()
+                .is_some_and(|deriver| self.need.contains(deriver));
+        is_built_for_us
+            || info.ca.is_some()
+            || self.trusted_keys.iter().any(|key| info.signed_by(key))
+    }
+
+    /// Divides paths into those that may be published and those that may not, with the reason. Paths that refer to one
+    /// that may not be published may not, either; `is_published` says of a path outside of `infos` that it may.
+    pub(super) fn divide(
+        &self,
+        infos: Vec<PathInfo>,
+        is_published: impl Fn(&StorePath) -> bool,
+    ) -> (Vec<PathInfo>, Vec<(PathInfo, Decision)>) {
+        let mut refused = Vec::new();
+        let mut kept = Vec::new();
+        for info in infos {
+            match self.decide(&info) {
+                // A closure is published whole where nobody can have planted a part of it.
+                Decision::Publish => kept.push(info),
+                Decision::OtherJob | Decision::Derivation if !self.is_shared() => kept.push(info),
+                decision => refused.push((info, decision)),
             }
         }
-        accepted
-    }
-
-    /// Waits until the first of the held paths has waited long enough; for ever when none is held.
-    pub(crate) async fn due(&self) {
-        match self.held.front() {
-            Some((until, _)) => tokio::time::sleep_until(*until).await,
-            None => std::future::pending().await,
+        if refused.is_empty() {
+            return (kept, refused);
+        }
+        loop {
+            let names: HashSet<&StorePath> = kept.iter().map(|info| &info.path).collect();
+            let dangling = |info: &PathInfo| {
+                let mut references = info.references.iter();
+                let lacks = references.find(|path| !names.contains(path) && !is_published(path));
+                lacks.map(|path| (info.path.clone(), path.clone()))
+            };
+            let lacking: Vec<(StorePath, StorePath)> = kept.iter().filter_map(dangling).collect();
+            if lacking.is_empty() {
+                return (kept, refused);
+            }
+            for (path, reference) in lacking {
+                let at = kept.iter().position(|info| info.path == path);
+                let info = kept.remove(at.expect("it was found among these"));
+                refused.push((info, Decision::Ambiguous(Doubt::Refers(reference))));
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::path::Path;
-
     use super::*;
     use flywheel_nix::hash::Sha256;
-    use flywheel_nix::temp_roots::JobScope;
+    use flywheel_nix::key::SecretKey;
+    use flywheel_nix::path_info::fingerprint;
 
     fn path(name: &str) -> StorePath {
         format!("/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-{name}")
@@ -128,61 +206,127 @@ mod tests {
             .expect("valid")
     }
 
-    fn info(name: &str) -> PathInfo {
+    fn built(name: &str, deriver: &str) -> PathInfo {
         PathInfo {
             path: path(name),
             nar_hash: Sha256([0; 32]),
             nar_size: 1,
             references: Vec::new(),
-            deriver: None,
+            deriver: Some(path(deriver)),
             signatures: Vec::new(),
             ca: None,
             ultimate: true,
         }
     }
 
-    fn adds(state: &Path, pid: u32, path: &StorePath) {
-        fs::write(
-            state.join("temproots").join(pid.to_string()),
-            format!("{path}\0"),
-        )
-        .expect("written");
+    fn imported(name: &str, deriver: &str) -> PathInfo {
+        PathInfo {
+            ultimate: false,
+            ..built(name, deriver)
+        }
     }
 
-    fn watched() -> (tempfile::TempDir, OwnershipFilter) {
-        let state = tempfile::tempdir().expect("temporary folder");
-        fs::create_dir(state.path().join("temproots")).expect("made");
-        let temp_roots = Arc::new(TempRootWatcher::start(state.path(), JobScope::Descendants));
-        (state, OwnershipFilter::new(temp_roots))
+    fn alone() -> Evidence {
+        Evidence {
+            sharing: Sharing::Alone("the test".into()),
+            named: HashSet::new(),
+            need: BTreeSet::new(),
+            claimed: BTreeSet::new(),
+            trusted_keys: Vec::new(),
+        }
+    }
+
+    fn shared(need: &[&str]) -> Evidence {
+        Evidence {
+            sharing: Sharing::Shared("the test".into()),
+            need: need.iter().map(|name| path(name)).collect(),
+            ..alone()
+        }
     }
 
     #[test]
-    fn what_our_process_adds_goes_at_once() {
-        let (state, mut filter) = watched();
-        adds(state.path(), std::process::id(), &path("ours"));
+    fn where_all_jobs_may_publish_what_nobody_claims_goes() {
+        let mut evidence = alone();
+        assert_eq!(evidence.decide(&imported("x", "x.drv")), Decision::Publish);
+        assert_eq!(evidence.decide(&built("x.drv", "y")), Decision::Derivation);
+        evidence.claimed.insert(path("x").base_name().to_owned());
+        assert_eq!(evidence.decide(&built("x", "x.drv")), Decision::OtherJob);
+        evidence.need.insert(path("x"));
         assert_eq!(
-            filter.accept(vec![info("ours")], Instant::now()),
-            [info("ours")]
+            evidence.decide(&built("x", "x.drv")),
+            Decision::Publish,
+            "both want it"
         );
     }
 
     #[test]
-    fn an_unclaimed_path_goes_when_no_other_job_came_to_light() {
-        let (_state, mut filter) = watched();
-        let now = Instant::now();
-        assert!(filter.accept(vec![info("quick")], now).is_empty());
-        assert!(filter.accept(Vec::new(), now + HOLD / 2).is_empty());
-        assert_eq!(filter.accept(Vec::new(), now + HOLD), [info("quick")]);
-        assert!(filter.accept(Vec::new(), now + 2 * HOLD).is_empty(), "once");
+    fn on_a_shared_host_a_path_goes_if_it_was_named_and_is_vouched_for() {
+        let evidence = shared(&["x", "x.drv"]);
+        let is_ambiguous =
+            |info: &PathInfo| matches!(evidence.decide(info), Decision::Ambiguous(_));
+        assert_eq!(evidence.decide(&built("x", "x.drv")), Decision::Publish);
+        assert!(
+            is_ambiguous(&imported("x", "x.drv")),
+            "whoever imported it claims the deriver"
+        );
+        assert!(
+            is_ambiguous(&built("x", "other.drv")),
+            "another's derivation built it"
+        );
+        assert!(is_ambiguous(&built("y", "y.drv")), "nobody named it");
+        let addressed = |name| PathInfo {
+            ca: Some("fixed:r:sha256:x".into()),
+            deriver: None,
+            ..imported(name, "x.drv")
+        };
+        assert_eq!(evidence.decide(&addressed("x")), Decision::Publish);
+        assert!(
+            is_ambiguous(&addressed("secret")),
+            "another repository's file"
+        );
     }
 
     #[test]
-    fn an_unclaimed_path_stays_when_another_job_came_to_light() {
-        let (state, mut filter) = watched();
-        let now = Instant::now();
-        assert!(filter.accept(vec![info("strangers")], now).is_empty());
-        adds(state.path(), 1, &path("more"));
-        assert!(filter.accept(vec![info("more")], now + HOLD).is_empty());
-        assert!(filter.accept(Vec::new(), now + 2 * HOLD).is_empty());
+    fn a_trusted_signature_vouches_and_another_does_not() {
+        let (trusted, other) = (SecretKey::generate("t"), SecretKey::generate("o"));
+        let (trusted, other) = (trusted.expect("random"), other.expect("random"));
+        let evidence = Evidence {
+            trusted_keys: vec![trusted.public()],
+            ..shared(&["x"])
+        };
+        let signed = |key: &SecretKey| {
+            let info = imported("x", "x.drv");
+            let text = fingerprint(&info.path, &info.nar_hash, info.nar_size, &info.references);
+            PathInfo {
+                signatures: vec![key.sign(&text)],
+                ..info
+            }
+        };
+        assert_eq!(evidence.decide(&signed(&trusted)), Decision::Publish);
+        assert!(matches!(
+            evidence.decide(&signed(&other)),
+            Decision::Ambiguous(_)
+        ));
+    }
+
+    #[test]
+    fn what_refers_to_a_doubtful_path_is_doubtful() {
+        let evidence = shared(&["lib", "tool", "tool.drv", "lib.drv", "alone"]);
+        let refers = |name: &str, to: &str| PathInfo {
+            references: vec![path(to), path(name)],
+            ..built(name, "tool.drv")
+        };
+        let infos = vec![
+            imported("lib", "lib.drv"),
+            refers("tool", "lib"),
+            refers("alone", "given"),
+        ];
+        let (kept, refused) = evidence.divide(infos, |found| *found == path("given"));
+        assert_eq!(kept.len(), 1);
+        assert_eq!(kept[0].path, path("alone"));
+        assert_eq!(
+            refused[1].1,
+            Decision::Ambiguous(Doubt::Refers(path("lib")))
+        );
     }
 }

@@ -1,19 +1,22 @@
 //! From the results of the publisher and of the verification to the publication that is reported. Pure.
 
+use std::collections::HashMap;
+
 use crate::report::publication::{KeySource, Missed, Publication};
-use flywheel_cache::client::publish::{Options, Outcome};
+use flywheel_cache::client::publish::{Final, Options, Outcome, Skip};
 use flywheel_cache::client::verify::{self, Coverage, Mode, Verdict, Verification};
-use flywheel_nix::path_info::{PathInfo, Unreadable};
+use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
 
 /// Sums up what was published, and what of it the cache serves. `unreadable` are valid paths that could not even be
-/// offered: those are lost too. `warned` are paths that were published although they break a rule that only warns.
+/// offered: those are lost too, and so is what was built in the job and then deleted (`collected`). `warned` are paths that were published although they break a rule that only warns.
 pub(crate) fn summarize(
     outcome: &Outcome,
     verification: &Verification,
     unreadable: &[Unreadable],
     warned: &[(StorePath, Finding)],
+    collected: &[PathInfo],
 ) -> Publication {
     let counts = outcome.counts();
     let coverage = coverage(outcome, verification);
@@ -30,7 +33,11 @@ pub(crate) fn summarize(
         verified: verification.good(),
         coverage,
         bytes: outcome.bytes,
-        lost: not_sent.chain(unread).collect(),
+        lost: not_sent
+            .chain(unread)
+            .chain(deleted(outcome, collected))
+            .collect(),
+        ambiguous: Vec::new(),
         unverified: Vec::new(),
         withheld: outcome
             .withheld()
@@ -116,26 +123,52 @@ fn coverage(outcome: &Outcome, verification: &Verification) -> Coverage {
     }
 }
 
+/// The paths that were deleted before the cache had them. Of a source that is gone, nothing can be rebuilt elsewhere
+/// that an evaluation does not add again, so that it is no loss.
+fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
+    let is_gone = |end: &Final| *end == Final::Skipped(Skip::Vanished);
+    let ended: HashMap<&StorePath, &Final> = outcome
+        .paths
+        .iter()
+        .map(|path| (&path.info.path, &path.end))
+        .collect();
+    // What was never offered has no end; what was sent before it was deleted has a good one.
+    let unsent = collected
+        .iter()
+        .filter(|info| !ended.contains_key(&info.path));
+    let vanished = outcome.paths.iter().filter(|path| is_gone(&path.end));
+    unsent
+        .chain(vanished.map(|path| &path.info))
+        .filter(|info| info.origin() != Origin::Added && !is_signed_upstream(info))
+        .map(|info| {
+            missed(
+                info,
+                "it was deleted from the store before it could be sent",
+            )
+        })
+        .collect()
+}
+
 /// The publication to a cache that takes nothing: each path is lost, and named. Paths that an upstream cache has
 /// signed would not have been sent, so they are not lost.
 pub(crate) fn all_lost(wanted: &[PathInfo], reason: &str) -> Publication {
-    let upstream = Options::default().upstream_keys;
-    let signed = |info: &PathInfo| {
-        let keys = info
-            .signatures
-            .iter()
-            .filter_map(|signature| signature.split(':').next());
-        keys.into_iter()
-            .any(|key| upstream.iter().any(|known| known == key))
-    };
     let lost = wanted
         .iter()
-        .filter(|info| !signed(info))
+        .filter(|info| !is_signed_upstream(info))
         .map(|info| missed(info, reason));
     Publication {
         lost: lost.collect(),
         ..Publication::default()
     }
+}
+
+fn is_signed_upstream(info: &PathInfo) -> bool {
+    let upstream = Options::default().upstream_keys;
+    let mut keys = info
+        .signatures
+        .iter()
+        .filter_map(|signature| signature.split(':').next());
+    keys.any(|key| upstream.iter().any(|known| known == key))
 }
 
 fn missed(info: &PathInfo, reason: &str) -> Missed {

@@ -56,6 +56,7 @@ impl Session<'_> {
             substituted: added_paths.substituted,
             added: added_paths.added,
             publication,
+            store: added_paths.store.clone(),
             unpublished: self.unpublished(&prepared.cache),
             bootstrap: prepared.took,
             command: Duration::ZERO,
@@ -210,6 +211,7 @@ fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
     let withheld = level_if(Outcome::Withheld);
     for (level, title, missed) in [
         (lost, "lost", &publication.lost),
+        (lost, "ambiguous", &publication.ambiguous),
         (lost, "not verified", &publication.unverified),
         (withheld, "withheld", &publication.withheld),
         (Level::Warning, "policy", &publication.warned),

@@ -1,7 +1,7 @@
 //! The publication of a job: streamed while the job runs, completed and drained at its end, then verified against
 //! what the cache serves. Keeps the job's journal, and takes over what the journals of dead jobs left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,16 +20,15 @@ use flywheel_core::progress::Sink;
 use flywheel_core::text::count;
 use flywheel_core::trust::PublishPermit;
 use flywheel_nix::path_info::PathInfo;
-use flywheel_nix::store::{Mark, Store};
+use flywheel_nix::store::Mark;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::store_watcher::StoreWatcher;
-use flywheel_nix::temp_roots::TempRootWatcher;
 
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::closure_tracker::ClosureTracker;
 use super::inputs::Plan;
-use super::ownership::OwnershipFilter;
+use super::ownership::{Decision, Evidence, Ownership};
 use super::policy::record_impurity;
 use super::publication;
 
@@ -44,10 +43,10 @@ pub(crate) struct Stream {
     to: Target,
     publisher: Arc<Publisher>,
     watcher: Option<StoreWatcher>,
-    feeding: JoinHandle<()>,
+    feeding: JoinHandle<Vec<PathInfo>>,
     journal: Journal,
     inspector: Arc<Inspector>,
-    temp_roots: Arc<TempRootWatcher>,
+    ownership: Arc<Ownership>,
     verify: verify::Options,
 }
 
@@ -61,11 +60,8 @@ pub(crate) struct Deadline {
 /// Where the published paths come from.
 #[derive(Debug)]
 pub(crate) struct StreamInputs<'a> {
-    pub(crate) store: &'a Arc<Store>,
-    /// Paths that are registered after this moment may be the job's.
-    pub(crate) mark: &'a Mark,
-    /// The Nix processes that add paths, by which those of this job are known.
-    pub(crate) temp_roots: &'a Arc<TempRootWatcher>,
+    /// Which paths are the job's.
+    pub(super) ownership: &'a Arc<Ownership>,
     /// Looks into each path before it is sent.
     pub(crate) inspector: &'a Arc<Inspector>,
     /// Whether paths are published as they become valid, and not only at the job's end.
@@ -148,22 +144,23 @@ impl Stream {
         ));
         let (send, receive) = mpsc::channel(BATCHES);
         // The watcher has a thread of its own, which may wait.
-        let watcher = inputs.store.watch(inputs.mark, move |infos| {
+        let ownership = inputs.ownership;
+        let watcher = ownership.store.watch(&ownership.mark, move |infos| {
             // The feeder is gone only when the publication is being taken down.
             let _ = send.blocking_send(infos);
         });
         let feeder = Feeder {
             publisher: Arc::clone(&publisher),
-            store: Arc::clone(inputs.store),
-            temp_roots: Arc::clone(inputs.temp_roots),
+            ownership: Arc::clone(ownership),
             inspector: Arc::clone(inputs.inspector),
             at_once: inputs.at_once,
             journal: journal.clone(),
             sink: sink.clone(),
             closures: ClosureTracker::default(),
+            seen: Vec::new(),
         };
         let feeding = tokio::spawn(feeder.feed(left, receive));
-        let (inspector, temp_roots) = (Arc::clone(inputs.inspector), Arc::clone(inputs.temp_roots));
+        let (inspector, ownership) = (Arc::clone(inputs.inspector), Arc::clone(ownership));
         Self {
             to,
             publisher,
@@ -171,7 +168,7 @@ impl Stream {
             feeding,
             journal,
             inspector,
-            temp_roots,
+            ownership,
             verify,
         }
     }
@@ -190,16 +187,17 @@ impl Stream {
             feeding,
             journal,
             inspector,
-            temp_roots,
+            ownership,
             verify: options,
         } = self;
         // Dropping the watcher joins its threads, one of which may be reading the database.
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
         // The feeder ends when the watcher is gone. Should it have panicked, nothing is missing: all is offered below.
-        let _ = feeding.await;
+        let seen = feeding.await.unwrap_or_default();
+        let collected = collected_as_garbage(&ownership, seen).await;
         // The same order as in the feeder: what a kill cuts off from here on is in the journal.
         journal.seen(added_paths.wanted.iter().map(|info| &info.path));
-        record_seen_impurity(&temp_roots, &inspector);
+        record_seen_impurity(&ownership, &inspector);
         publisher.offer(added_paths.wanted.clone()).await;
         let publisher =
             Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
@@ -224,16 +222,29 @@ impl Stream {
             &verification,
             &added_paths.unreadable,
             &inspector.warned(),
+            &collected,
         )
     }
 }
 
 /// Records it with the inspector when a process of the job was seen to evaluate impurely. To be called before a path
 /// is offered: the process that adds the path has been seen by then.
-fn record_seen_impurity(temp_roots: &TempRootWatcher, inspector: &Inspector) {
-    if let Some(found) = temp_roots.impurity() {
+fn record_seen_impurity(ownership: &Ownership, inspector: &Inspector) {
+    if let Some(found) = ownership.temp_roots.impurity() {
         record_impurity(inspector, &found, "a Nix process of the job");
     }
+}
+
+/// The paths among those seen during the job that are not valid any more: the job, or another, has deleted them.
+async fn collected_as_garbage(ownership: &Ownership, seen: Vec<PathInfo>) -> Vec<PathInfo> {
+    let paths: Vec<StorePath> = seen.iter().map(|info| info.path.clone()).collect();
+    // A store that cannot be read now has been reported as such.
+    let Ok(valid) = ownership.store.infos(&paths).await else {
+        return Vec::new();
+    };
+    let valid: HashSet<&StorePath> = valid.infos.iter().map(|info| &info.path).collect();
+    let gone = seen.iter().filter(|info| !valid.contains(&info.path));
+    gone.cloned().collect()
 }
 
 /// Settles in the journal what needs no more care; the next job takes up the rest.
@@ -262,48 +273,61 @@ fn record_settled(journal: Journal, outcome: &Outcome, verification: &Verificati
 /// Feeds the publisher with the paths that become valid.
 struct Feeder {
     publisher: Arc<Publisher>,
-    store: Arc<Store>,
-    temp_roots: Arc<TempRootWatcher>,
+    ownership: Arc<Ownership>,
     inspector: Arc<Inspector>,
     at_once: bool,
     journal: Journal,
     sink: Sink,
     closures: ClosureTracker,
+    /// Everything that was found to be the job's.
+    seen: Vec<PathInfo>,
 }
 
 impl Feeder {
-    /// Offers what dead jobs left, then what the watcher reports, each path with its closure. Derivations and the
-    /// paths of other jobs are left out.
-    async fn feed(mut self, left: Left, mut batches: mpsc::Receiver<Vec<PathInfo>>) {
+    /// Offers what dead jobs left, then what the watcher reports, each path with its closure, and returns what was the
+    /// job's. Derivations and what may be another job's are left out; all paths are decided on once more at the end.
+    async fn feed(
+        mut self,
+        left: Left,
+        mut batches: mpsc::Receiver<Vec<PathInfo>>,
+    ) -> Vec<PathInfo> {
         if self.at_once {
             self.adopt_leftovers(left).await;
         }
-        let mut filter = OwnershipFilter::new(Arc::clone(&self.temp_roots));
-        loop {
-            let infos = tokio::select! {
-                infos = batches.recv() => infos,
-                // Held paths are decided on even if no new path becomes valid.
-                () = filter.due() => Some(Vec::new()),
+        while let Some(infos) = batches.recv().await {
+            // Evidence that cannot be read now is read again when the added paths are collected at the end.
+            let Ok(evidence) = self.ownership.evidence(&[]).await else {
+                continue;
             };
-            let Some(infos) = infos else { return };
-            let found = filter.accept(infos, Instant::now());
+            let is_own = |info: &PathInfo| evidence.decide(info) == Decision::Publish;
+            let found: Vec<PathInfo> = infos.into_iter().filter(is_own).collect();
             // The journal has a path before the publisher does: a job that is killed in between loses nothing.
             self.journal.seen(found.iter().map(|info| &info.path));
+            self.seen.extend(found.iter().cloned());
             if self.at_once && !found.is_empty() {
-                record_seen_impurity(&self.temp_roots, &self.inspector);
-                self.offer(found).await;
+                record_seen_impurity(&self.ownership, &self.inspector);
+                self.offer(found, Some(&evidence)).await;
             }
         }
+        self.seen
     }
 
-    async fn offer(&mut self, infos: Vec<PathInfo>) {
+    /// Offers these paths with their closures. On a shared host, `evidence` keeps back what may be forged, with
+    /// everything that refers to it.
+    async fn offer(&mut self, infos: Vec<PathInfo>, evidence: Option<&Evidence>) {
         let (mut offers, open) = self.closures.split_ready(infos);
         if !open.is_empty() {
             let open: Vec<StorePath> = open.into_iter().map(|info| info.path).collect();
             // A closure that cannot be read now is read again when the added paths are collected at the end.
-            if let Ok(found) = self.store.closure(&open).await {
-                self.closures.add(&found.infos);
-                offers.extend(found.infos);
+            if let Ok(found) = self.ownership.store.closure(&open).await {
+                let mut closure = found.infos;
+                closure.retain(|info| !self.closures.is_given(&info.path));
+                if let Some(evidence) = evidence {
+                    let is_given = |path: &StorePath| self.closures.is_given(path);
+                    (closure, _) = evidence.divide(closure, is_given);
+                }
+                self.closures.add(&closure);
+                offers.extend(closure);
             }
         }
         if !offers.is_empty() {
@@ -323,7 +347,12 @@ impl Feeder {
             .collect();
         for (mark, expected) in &left.expected {
             // An expected path counts if it was really added, even if another process ended up adding it.
-            let Ok(added) = self.store.added_since(&Mark::after_id(*mark)).await else {
+            let Ok(added) = self
+                .ownership
+                .store
+                .added_since(&Mark::after_id(*mark))
+                .await
+            else {
                 return;
             };
             let arrived = added
@@ -335,7 +364,7 @@ impl Feeder {
             }
         }
         let all: Vec<StorePath> = since.keys().cloned().collect();
-        let Ok(valid) = self.store.infos(&all).await else {
+        let Ok(valid) = self.ownership.store.infos(&all).await else {
             return;
         };
         let since = |path| since.get(path).copied().flatten();
@@ -352,7 +381,7 @@ impl Feeder {
                 "flywheel: {} of earlier jobs taken up",
                 count(valid.infos.len() as u64, "path")
             ));
-            self.offer(valid.infos).await;
+            self.offer(valid.infos, None).await;
         }
     }
 }

@@ -11,18 +11,23 @@ use tokio_util::sync::CancellationToken;
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::{STOPPED_LIMIT, Session};
+use super::ownership::Ownership;
 use super::prepare::Prepared;
+use super::store_host::StoreHost;
 use super::stream::{Deadline, JobJournal, Stream, StreamInputs};
 use super::{policy, publication};
-use crate::report::publication::Publication;
+use crate::report::publication::{Missed, Publication};
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_core::policy::Rule;
 use flywheel_core::progress::Sink;
-use flywheel_nix::store::{self, Mark, Store, state_folder};
+use flywheel_core::trust::Verdict;
+use flywheel_nix::store::{self, Store, state_folder};
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
 use flywheel_nix::tool::error_summary;
+use flywheel_sys::host::job_registry::JobRecord;
 use flywheel_sys::process::signals::Signals;
+use flywheel_sys::runner::context;
 
 /// The flake's checks may build for long; the job's own limit is shorter.
 const CHECK_LIMIT: Duration = Duration::from_secs(6 * 60 * 60);
@@ -32,9 +37,7 @@ const COLLECT_LIMIT: Duration = Duration::from_secs(120);
 /// The store as it was before the job's work, and the publication that watches it.
 #[derive(Debug)]
 pub(crate) struct StoreWatch {
-    store: Arc<Store>,
-    mark: Mark,
-    temp_roots: Arc<TempRootWatcher>,
+    ownership: Arc<Ownership>,
     inspector: Arc<Inspector>,
     begun: SystemTime,
     stream: Option<Stream>,
@@ -43,7 +46,7 @@ pub(crate) struct StoreWatch {
 
 impl StoreWatch {
     pub(crate) fn store(&self) -> &Arc<Store> {
-        &self.store
+        &self.ownership.store
     }
 
     /// Names paths that are the job's results whichever process built them: their closure goes to the cache.
@@ -60,8 +63,8 @@ impl Session<'_> {
         prepared: &Prepared,
         processes: JobScope,
     ) -> Option<StoreWatch> {
-        let (store, temp_roots, mark) = match open_marked(prepared, processes).await {
-            Ok(opened) => opened,
+        let ownership = match self.open_marked(prepared, processes).await {
+            Ok(opened) => Arc::new(opened),
             Err(error) => {
                 let text = format!(
                     "the store cannot be read, so nothing is counted or published: {error}"
@@ -73,18 +76,19 @@ impl Session<'_> {
         let permit = self.decision.permit().zip(prepared.to.clone());
         let journal = permit
             .as_ref()
-            .and_then(|_| JobJournal::open(self.plan, &mark, &self.sink))
+            .and_then(|_| JobJournal::open(self.plan, &ownership.mark, &self.sink))
             .unwrap_or_default();
-        // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next.
-        let written = journal.journal.clone();
-        temp_roots.subscribe(move |paths| {
-            written.expected(paths.iter().filter(|path| !path.is_derivation()));
+        // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next. The
+        // jobs beside this one learn of it at the same time.
+        let (written, host) = (journal.journal.clone(), Arc::clone(&ownership.host));
+        ownership.temp_roots.subscribe(move |paths| {
+            let wanted = || paths.iter().filter(|path| !path.is_derivation());
+            written.expected(wanted());
+            host.claim(wanted().map(StorePath::base_name));
         });
-        let inspector = self.inspector(prepared, &store);
+        let inspector = self.inspector(prepared, &ownership.store);
         let inputs = StreamInputs {
-            store: &store,
-            mark: &mark,
-            temp_roots: &temp_roots,
+            ownership: &ownership,
             inspector: &inspector,
             // A path that may yet be withheld must not be sent: a cache takes nothing back.
             at_once: !self.requires_flake_check(),
@@ -95,13 +99,48 @@ impl Session<'_> {
             Stream::start(&permit, to, &prepared.cache, &inputs, journal, &self.sink)
         });
         Some(StoreWatch {
-            store,
-            mark,
-            temp_roots,
+            ownership,
             inspector,
             begun: SystemTime::now(),
             stream,
             results: Vec::new(),
+        })
+    }
+
+    /// Opens the store, and marks it: what is registered later may be the job's.
+    async fn open_marked(
+        &self,
+        prepared: &Prepared,
+        processes: JobScope,
+    ) -> Result<Ownership, store::Error> {
+        let store = prepared.open_store().await?;
+        let state = state_folder(&prepared.nix());
+        let own = JobRecord {
+            repository: context::repository(self.env),
+            trusted: matches!(self.decision.verdict(), Verdict::MayPublish(_)),
+            store: state.display().to_string(),
+        };
+        // A job enters the registry before it adds a path, so that whoever sees the path finds the job.
+        let host = StoreHost::enter(
+            self.plan.registry().as_deref(),
+            own,
+            self.plan.shared_host,
+            context::is_hosted_runner(self.env),
+            &self.sink,
+        );
+        // Before the mark: a process that was gone by now cannot have added what comes after it.
+        let temp_roots = TempRootWatcher::start(&state, processes);
+        let mark = store.mark().await?;
+        let keys = prepared.in_force.iter().flat_map(|found| {
+            let keys = found.settings.list("trusted-public-keys");
+            keys.into_iter().filter_map(|key| key.parse().ok())
+        });
+        Ok(Ownership {
+            store: Arc::new(store),
+            mark,
+            temp_roots: Arc::new(temp_roots),
+            host: Arc::new(host),
+            trusted_keys: keys.collect(),
         })
     }
 
@@ -185,26 +224,20 @@ impl Session<'_> {
     ) -> (AddedPaths, Option<Publication>) {
         let sink = &self.sink;
         let StoreWatch {
-            store,
-            mark,
-            temp_roots,
+            ownership,
             begun,
             stream,
             results,
             ..
         } = watch;
-        let collecting = AddedPaths::collect(&store, &temp_roots, &mark, (folder, begun), results);
+        let collecting = AddedPaths::collect(&ownership, (folder, begun), results);
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
         let added_paths = match timeout_at(limit, collecting).await {
             Ok(Ok(added_paths)) => added_paths,
             Ok(Err(error)) => unread(&error.to_string(), sink),
             Err(_) => unread("the deadline was over (`drain-timeout`)", sink),
         };
-        for path in &added_paths.ambiguous {
-            let text = "was left out: another job was at work in this store, and which of the two added it cannot be read";
-            sink.degraded("publication", format!("{path} {text}"));
-        }
-        let publication = match (stream, self.decision.publishes()) {
+        let mut publication = match (stream, self.decision.publishes()) {
             (Some(stream), _) => Some(stream.finish(&added_paths, deadline, sink).await),
             // The job was to publish, but its cache takes nothing: each path is lost, and named.
             (None, true) => cache
@@ -212,6 +245,13 @@ impl Session<'_> {
                 .map(|reason| publication::all_lost(&added_paths.wanted, &reason)),
             (None, false) => None,
         };
+        if let Some(publication) = &mut publication {
+            let ambiguous = added_paths.ambiguous.iter().map(|(path, doubt)| Missed {
+                path: path.to_string(),
+                reason: doubt.to_string(),
+            });
+            publication.ambiguous.extend(ambiguous);
+        }
         (added_paths, publication)
     }
 
@@ -249,17 +289,6 @@ impl Session<'_> {
             }
         }
     }
-}
-
-async fn open_marked(
-    prepared: &Prepared,
-    processes: JobScope,
-) -> Result<(Arc<Store>, Arc<TempRootWatcher>, Mark), store::Error> {
-    let store = prepared.open_store().await?;
-    // Before the mark: a process that was gone by now cannot have added what comes after it.
-    let temp_roots = TempRootWatcher::start(&state_folder(&prepared.nix()), processes);
-    let mark = store.mark().await?;
-    Ok((Arc::new(store), Arc::new(temp_roots), mark))
 }
 
 fn unread(problem: &str, sink: &Sink) -> AddedPaths {

@@ -117,6 +117,8 @@ pub(crate) struct JobResult {
     pub(crate) added: u64,
     /// What was published; `None` if the job does not publish.
     pub(crate) publication: Option<Publication>,
+    /// Which store it was, and who else can have written it, in one line; `None` where it could not be read.
+    pub(crate) store: Option<String>,
     /// Why the job does not publish, which is reported where there is no publication.
     pub(crate) unpublished: String,
     /// Time until Nix was ready.
@@ -165,13 +167,20 @@ impl JobResult {
             format!(" ({})", extras.join(", "))
         };
         format!(
-            "{} built, {} published, {} verified{}, {} lost{extras}",
+            "{} built, {} published, {} verified{}, {}{extras}",
             self.built,
             publication.published,
             publication.verified,
             publication.coverage.suffix(),
-            publication.lost.len()
+            publication.losses()
         )
+    }
+
+    /// Whether something that should be in the cache is not known to be there.
+    pub(crate) fn has_losses(&self) -> bool {
+        self.publication
+            .as_ref()
+            .is_some_and(|publication| !publication.is_whole())
     }
 
     /// The times in one line, and the memory.
@@ -214,6 +223,7 @@ pub(super) mod tests {
             built: 3,
             substituted: 0,
             added: 1,
+            store: Some("this repository's alone".into()),
             unpublished: String::new(),
             publication: Some(Publication {
                 published: 3,

@@ -51,7 +51,7 @@ fn list(outputs: &[(&'static str, &str)]) -> Vec<Output> {
 }
 
 /// What a job sets at its end; `{outcomes}` stands for the words of `Outcome`.
-const JOB: [(&str, &str); 18] = [
+const JOB: [(&str, &str); 19] = [
     ("outcome", "What became of the job: {outcomes}."),
     ("exit-code", "The exit code of the step."),
     ("published", "How many store paths were published."),
@@ -70,6 +70,10 @@ const JOB: [(&str, &str); 18] = [
     (
         "lost",
         "How many store paths the cache does not serve although it should.",
+    ),
+    (
+        "ambiguous",
+        "How many store paths are not published because another job can have added or forged them.",
     ),
     (
         "withheld",
@@ -195,6 +199,7 @@ pub(crate) fn values(job: &JobResult) -> Vec<(&'static str, String)> {
         ("verification", publication.coverage.sentence()),
         ("repaired", publication.repaired.len().to_string()),
         ("lost", publication.lost.len().to_string()),
+        ("ambiguous", publication.ambiguous.len().to_string()),
         ("withheld", publication.withheld.len().to_string()),
         ("substituted", job.substituted.to_string()),
         ("built", job.built.to_string()),

@@ -34,6 +34,9 @@ pub(crate) struct Publication {
     pub(crate) bytes: u64,
     /// Paths that should be in the cache and are not.
     pub(crate) lost: Vec<Missed>,
+    /// Paths that this job may have added or not: another job can have forged them, or they are another's. They are not
+    /// published.
+    pub(crate) ambiguous: Vec<Missed>,
     /// Paths that were sent, but could not be looked up.
     pub(crate) unverified: Vec<Missed>,
     /// Paths that the policy keeps back, each with the rule and where it is broken.
@@ -72,7 +75,17 @@ impl KeySource {
 impl Publication {
     /// Whether everything that should be in the cache was seen there.
     pub(crate) fn is_whole(&self) -> bool {
-        self.lost.is_empty() && self.unverified.is_empty()
+        self.lost.is_empty() && self.unverified.is_empty() && self.ambiguous.is_empty()
+    }
+
+    /// How many paths are lost. Where it is not known to which job paths belong, that none is lost is not known either.
+    pub(crate) fn losses(&self) -> String {
+        let (lost, ambiguous) = (self.lost.len(), self.ambiguous.len());
+        match (lost, ambiguous) {
+            (_, 0) => format!("{lost} lost"),
+            (0, _) => format!("{ambiguous} ambiguous"),
+            _ => format!("{lost} lost, {ambiguous} ambiguous"),
+        }
     }
 }
 
@@ -103,7 +116,7 @@ impl std::fmt::Display for Publication {
         if !self.withheld.is_empty() {
             write!(f, ", {} withheld", self.withheld.len())?;
         }
-        write!(f, ", {} lost", self.lost.len())
+        write!(f, ", {}", self.losses())
     }
 }
 
@@ -145,5 +158,12 @@ mod tests {
         };
         let line = "3 published, 1 repaired, 4 verified (sample of 2 bodies), 0 lost";
         assert_eq!(publication.to_string(), line);
+        let doubtful = Publication {
+            ambiguous: vec![missed()],
+            ..Publication::default()
+        };
+        let line = "0 published, 0 verified, 1 ambiguous";
+        assert_eq!(doubtful.to_string(), line, "that none is lost is not known");
+        assert!(!doubtful.is_whole());
     }
 }

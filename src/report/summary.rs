@@ -20,6 +20,8 @@ pub(crate) fn render(job: &JobResult) -> String {
 
 fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     let sign = match job.outcome {
+        // A green sign would be read as "all is in the cache".
+        Outcome::Success if job.has_losses() => "⚠️",
         Outcome::Success => "✅",
         Outcome::Cancelled => "⚠️",
         Outcome::CommandFailed
@@ -67,6 +69,7 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
             &publication.repaired,
         )?;
         list(text, "Lost", &publication.lost)?;
+        list(text, "Ambiguous, not published", &publication.ambiguous)?;
         list(text, "Sent, but not verified", &publication.unverified)?;
     }
     writeln!(text)
@@ -85,6 +88,12 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
         ),
         ("Cache", cache(job)),
         (
+            "Store",
+            job.store
+                .as_deref()
+                .map_or_else(|| "not read".to_owned(), cell),
+        ),
+        (
             "Paths",
             format!(
                 "{} built, {} substituted, {} added",
@@ -94,14 +103,14 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
     ];
     if let Some(publication) = &job.publication {
         let counts = format!(
-            "{} published ({}), {} already there, {} repaired, {} skipped, {} verified, {} lost",
+            "{} published ({}), {} already there, {} repaired, {} skipped, {} verified, {}",
             publication.published,
             bytes(publication.bytes),
             publication.already_there,
             publication.repaired.len(),
             publication.skipped,
             publication.verified,
-            publication.lost.len()
+            publication.losses()
         );
         rows.push(("Publication", counts));
         rows.push(("Verification", publication.coverage.sentence()));
@@ -177,6 +186,26 @@ mod tests {
         let text = render(&job);
         assert!(
             text.contains("1 lost") && text.contains("- `/nix/store/x-lost`: 500, five times"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_heading_over_a_loss_is_not_green() {
+        let mut job = example();
+        assert!(render(&job).starts_with("### ✅"));
+        let publication = job.publication.as_mut().expect("publishes");
+        publication.ambiguous.push(Missed {
+            path: "/nix/store/x-whose".into(),
+            reason: "whose is it".into(),
+        });
+        let text = render(&job);
+        assert!(
+            text.starts_with("### ⚠️") && !text.contains("0 lost"),
+            "{text}"
+        );
+        assert!(
+            text.contains("- `/nix/store/x-whose`: whose is it"),
             "{text}"
         );
     }

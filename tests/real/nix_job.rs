@@ -318,6 +318,12 @@ fn two_jobs_on_one_host_do_not_publish_each_others_work() {
     let (mine, theirs) = (Cache::start(&[]), Cache::start(&[]));
     let job = Job::new(&mine, "nix build --no-link -L path:.#app");
     let other = Job::new(&theirs, "nix build --no-link -L path:.#slow");
+    // One user for both, whose folder has the journals and the registry of jobs.
+    let user = tempfile::tempdir().unwrap();
+    let journal = user.path().join("journal");
+    let journal = journal.to_str().unwrap();
+    let job = job.with_env("FLYWHEEL_JOURNAL", journal);
+    let other = other.with_env("FLYWHEEL_JOURNAL", journal);
     // One store for both; the other one's build goes on while this one's job begins and ends.
     fs::create_dir_all(&job.nix).unwrap();
     let step = other.step.with_nix(&job.nix);

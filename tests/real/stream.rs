@@ -158,6 +158,20 @@ fn is_whole(report: &Report, code: i32) {
     assert!(!report.log.contains("not verified"), "{}", report.log);
 }
 
+const DELETED: &str = "it was deleted from the store before it could be sent";
+
+/// The same, where the job itself deletes paths, perhaps before they could be sent: then each is named.
+fn is_whole_but_for_the_deleted(report: &Report, code: i32) {
+    assert_eq!(report.code, code, "{}", report.log);
+    let deleted = report.log.lines().filter(|line| line.ends_with(DELETED));
+    assert_eq!(
+        output(report, "lost"),
+        deleted.count() as u64,
+        "{}",
+        report.log
+    );
+}
+
 fn build(attribute: &str) -> String {
     format!("nix build --no-link path:.#{attribute}")
 }
@@ -188,9 +202,16 @@ fn five_hundred_paths_in_a_flood_of_others_are_all_published() {
         let host = Host::new(&cache);
         fs::create_dir_all(host.nix()).unwrap();
         let flood = host.stranger(FLOOD);
-        let report = host.job(&cache.url, &build("many")).run();
+        // The flood's jobs do not use Flywheel, so that nothing but the input shows that they are there.
+        let job = host.job(&cache.url, &build("many"));
+        let report = job.with_env("FLYWHEEL_SHARED_HOST", "true").run();
         drop(flood);
         is_whole(&report, 0);
+        assert!(output(&report, "ambiguous") > 50, "{}", report.log);
+        assert!(
+            !report.log.contains("0 lost"),
+            "whose they are is not known"
+        );
         let names = cache.names();
         let strangers: Vec<&String> = names
             .iter()
@@ -391,7 +412,7 @@ fn what_others_miss_is_published_or_named() {
     ];
     for (name, command, code, published) in rows {
         let report = host.job(&cache.url, &command).run();
-        is_whole(&report, code);
+        is_whole_but_for_the_deleted(&report, code);
         for path in published {
             assert!(
                 cache.names().contains(&(*path).to_owned()),
@@ -411,12 +432,31 @@ fn a_path_deleted_at_once_is_published_or_left_out_by_name() {
     let command = "path=$(nix build --no-link --print-out-paths path:.#once 2>/dev/null || nix-store -q --outputs \
                    \"$(nix eval --raw path:.#once.drvPath)\"); nix-store --delete \"$path\"; nix build --no-link path:.#chain";
     let report = host.job(&cache.url, command).run();
-    is_whole(&report, 0);
+    is_whole_but_for_the_deleted(&report, 0);
     assert!(
         cache.names().contains(&"link-5".to_owned()),
         "{}",
         report.log
     );
+}
+
+#[test]
+fn what_the_job_collects_before_the_upload_is_lost_by_name() {
+    let cache = Cache::start(&[]);
+    let address = cache.url.trim_start_matches("http://").parse().unwrap();
+    // The question which paths are missing is answered long after the garbage has been collected.
+    let front = Plan::new()
+        .fault("POST", When::Always, Fault::Slow(Duration::from_secs(3)))
+        .before(address);
+    let host = Host::new(&cache);
+    let command = "nix build --no-link path:.#once; nix-store --gc >/dev/null 2>&1";
+    let job = host.job(&front.url(), command);
+    let report = job.with_env("FLYWHEEL_REQUIRE_PUBLISH", "true").run();
+    assert_eq!(report.code, 1, "{}", report.log);
+    assert_eq!(output(&report, "lost"), 1, "{}", report.log);
+    let summary = &report.files["GITHUB_STEP_SUMMARY"];
+    let line = summary.lines().find(|line| line.contains("-once`: "));
+    assert!(line.is_some_and(|line| line.contains(DELETED)), "{summary}");
 }
 
 #[test]

@@ -212,6 +212,57 @@ impl Db {
             .collect())
     }
 
+    /// Returns everything that the named paths lead to: what they refer to and, for each derivation among that, its
+    /// outputs and what was built from it after `mark`. Paths that are not valid are left out.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn leads_to(
+        &self,
+        named: &[StorePath],
+        mark: i64,
+    ) -> Result<BTreeSet<StorePath>, Error> {
+        self.read_leads_to(named, mark).map_err(Error::Read)
+    }
+
+    fn read_leads_to(
+        &self,
+        named: &[StorePath],
+        mark: i64,
+    ) -> rusqlite::Result<BTreeSet<StorePath>> {
+        let snapshot = self.connection.unchecked_transaction()?;
+        // `deriver` has no index, so it is read once. A content-addressed output is found by it alone, because
+        // `DerivationOutputs` names no path for such a derivation.
+        let mut derived: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let query = "select deriver, path from ValidPaths where id > ?1 and deriver is not null";
+        let mut statement = snapshot.prepare_cached(query)?;
+        for pair in statement.query_map([mark], |row| Ok((row.get(0)?, row.get(1)?)))? {
+            let (deriver, path): (String, String) = pair?;
+            derived.entry(deriver).or_default().push(path);
+        }
+        let mut id_of = snapshot.prepare_cached("select id from ValidPaths where path = ?1")?;
+        let mut referred = snapshot.prepare_cached(
+            "select p.path from Refs r join ValidPaths p on p.id = r.reference where r.referrer = ?1",
+        )?;
+        let mut outputs =
+            snapshot.prepare_cached("select path from DerivationOutputs where drv = ?1")?;
+        let mut found = BTreeSet::new();
+        let mut seen: BTreeSet<String> = named.iter().map(ToString::to_string).collect();
+        let mut ahead: Vec<String> = seen.iter().cloned().collect();
+        while let Some(path) = ahead.pop() {
+            let id: Option<i64> = id_of.query_row([&path], |row| row.get(0)).optional()?;
+            let Some(id) = id else { continue };
+            let mut next = strings(&mut referred, id)?;
+            if path.ends_with(".drv") {
+                next.extend(strings(&mut outputs, id)?);
+                next.extend(derived.remove(&path).unwrap_or_default());
+            }
+            ahead.extend(next.into_iter().filter(|path| seen.insert(path.clone())));
+            found.extend(path.parse::<StorePath>());
+        }
+        Ok(found)
+    }
+
     /// Returns the metadata of these paths. Paths that are not valid are left out.
     ///
     /// # Errors
@@ -359,6 +410,8 @@ mod tests {
             foreign key (referrer) references ValidPaths(id) on delete cascade,
             foreign key (reference) references ValidPaths(id) on delete restrict);
         create index IndexReference on Refs(reference);
+        create table DerivationOutputs (drv integer not null, id text not null, path text not null,
+            primary key (drv, id), foreign key (drv) references ValidPaths(id) on delete cascade);
         pragma journal_mode = wal;";
     const HASH: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -447,6 +500,45 @@ mod tests {
         assert_eq!(db.added_after(mark).expect("read").rows, []);
         world.add("a", &[]);
         assert_eq!(db.added_after(mark).expect("read").rows.len(), 1);
+    }
+
+    #[test]
+    fn named_paths_lead_to_references_outputs_and_what_was_derived_from_them() {
+        let world = World::new();
+        let input = world.add("input.drv", &[]);
+        let source = world.add("source", &[]);
+        let drv = world.add("tool.drv", &[input, source]);
+        let built = world.add("tool", &[]);
+        world.add("addressed", &[]);
+        world.add("other.drv", &[source]);
+        world.add("other", &[]);
+        let run = |text: &str| world.writer.execute(text, []).expect("written");
+        run(&format!(
+            "insert into DerivationOutputs values ({drv}, 'out', '{}')",
+            path("tool")
+        ));
+        run(&format!(
+            "update ValidPaths set deriver = '{}' where path = '{}'",
+            path("input.drv"),
+            path("addressed")
+        ));
+        let db = world.open();
+        let names = |named: &str, mark| {
+            let found = db.leads_to(&[path(named)], mark).expect("read");
+            let names = found.iter().map(|path| path.name().to_owned());
+            names.collect::<Vec<_>>()
+        };
+        assert_eq!(
+            names("tool.drv", 0),
+            ["addressed", "input.drv", "source", "tool", "tool.drv"]
+        );
+        assert_eq!(
+            names("tool.drv", built + 1),
+            ["input.drv", "source", "tool", "tool.drv"],
+            "what was derived before the mark is not looked for"
+        );
+        assert_eq!(names("source", 0), ["source"]);
+        assert!(names("absent", 0).is_empty());
     }
 
     #[test]

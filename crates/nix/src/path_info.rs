@@ -1,6 +1,7 @@
 //! The metadata that Nix keeps about a valid store path. Pure; the store reads it.
 
 use crate::hash::Sha256;
+use crate::key::PublicKey;
 use crate::store_path::StorePath;
 
 /// The registered metadata of one valid store path.
@@ -66,6 +67,16 @@ impl PathInfo {
         } else {
             Origin::Substituted
         }
+    }
+}
+
+impl PathInfo {
+    /// Whether it is registered with a valid signature by `key`.
+    pub fn signed_by(&self, key: &PublicKey) -> bool {
+        let text = fingerprint(&self.path, &self.nar_hash, self.nar_size, &self.references);
+        self.signatures
+            .iter()
+            .any(|signature| key.verifies(&text, signature))
     }
 }
 

@@ -274,6 +274,23 @@ impl Store {
         Ok(closure_in(self.list().await?, paths))
     }
 
+    /// Returns everything that the named paths lead to: what they refer to and, for each derivation among that, its
+    /// outputs and what was built from it after `mark`. Paths that are not valid are left out.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn leads_to(
+        &self,
+        named: Vec<StorePath>,
+        mark: &Mark,
+    ) -> Result<BTreeSet<StorePath>, Error> {
+        if self.db.is_ok() {
+            let mark = mark.id().unwrap_or_default();
+            return self.query(move |db| db.leads_to(&named, mark)).await;
+        }
+        Ok(leads_to_in(&self.list().await?.infos, named))
+    }
+
     /// Returns the store paths that links below `folder`, made or changed since `since`, point to.
     /// These are the job's results, even where nothing had to be built. Validity is not checked.
     ///
@@ -404,6 +421,30 @@ fn describe(error: &db::Error) -> String {
         .map(ToString::to_string)
         .unwrap_or_default();
     one_line(&format!("{error}: {source}"), 300)
+}
+
+/// The same as `Db::leads_to`, for a listing of the whole store, which does not name the outputs of derivations.
+fn leads_to_in(all: &[PathInfo], named: Vec<StorePath>) -> BTreeSet<StorePath> {
+    let by_path: BTreeMap<&StorePath, &PathInfo> =
+        all.iter().map(|info| (&info.path, info)).collect();
+    let mut derived: BTreeMap<&StorePath, Vec<&StorePath>> = BTreeMap::new();
+    for info in all {
+        if let Some(deriver) = &info.deriver {
+            derived.entry(deriver).or_default().push(&info.path);
+        }
+    }
+    let mut found = BTreeSet::new();
+    let mut ahead = named;
+    while let Some(path) = ahead.pop() {
+        let Some(info) = by_path.get(&path) else {
+            continue;
+        };
+        if found.insert(path.clone()) {
+            ahead.extend(info.references.iter().cloned());
+            ahead.extend(derived.get(&path).into_iter().flatten().copied().cloned());
+        }
+    }
+    found
 }
 
 /// Returns the part of `all` that is reachable from `paths`.

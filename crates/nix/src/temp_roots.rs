@@ -1,6 +1,6 @@
-//! Decides which Nix processes on this machine belong to the job, and from that which added paths
-//! do, so that jobs sharing a store do not publish each other's work. It only reads, and makes no
-//! decision about publishing.
+//! Collects the store paths that the Nix processes of the job have named. It only reads. That a path was named by the
+//! job is evidence for it; that a path was not named, or was named by another process, is no evidence against it: a
+//! process can be gone before it is looked at, and the processes of a daemon are not the job's.
 //!
 //! Before a Nix process adds, builds or fetches a path, it writes the path's name to its own file
 //! in `temproots/`, named after its process id, so that the garbage collector spares the path
@@ -26,20 +26,6 @@ use flywheel_sys::host::notify::{Event, Notify, WatchFlags};
 /// otherwise form a loop.
 const DEPTH_LIMIT: usize = 4096;
 
-/// The job that added a path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
-    /// A process of this job added it.
-    ThisJob,
-    /// A process of another job added it.
-    OtherJob,
-    /// No process was seen adding it, and processes of another job were running.
-    Ambiguous,
-    /// No process was seen adding it, and no other job has been seen so far. The path counts as
-    /// this job's unless another job shows up.
-    Unclaimed,
-}
-
 /// The processes that belong to the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JobScope {
@@ -56,7 +42,7 @@ pub enum JobScope {
 /// Called with the paths that a process of the job is about to add.
 type OnExpected = Box<dyn FnMut(&[StorePath]) + Send>;
 
-/// Watches `temproots/` and remembers which job each path belongs to.
+/// Watches `temproots/` and remembers the paths that the job has named.
 #[derive(Debug)]
 pub struct TempRootWatcher {
     state: Arc<Mutex<WatcherState>>,
@@ -69,12 +55,8 @@ struct WatcherState {
     on_expected: Option<OnExpected>,
     open: BTreeMap<u32, RootsFile>,
     ours: HashSet<StorePath>,
-    others: HashSet<StorePath>,
-    /// Whether any process of another job has been seen. From then on, a process that exited before
-    /// it could be inspected may have belonged to that job.
-    other_jobs_seen: bool,
-    /// Whether a process of another job removed its file before the file could be opened.
-    unclear: bool,
+    /// Named by daemon workers that show no client.
+    unattributed: HashSet<StorePath>,
     /// How a process of the job requested impure evaluation, if one did.
     impurity: Option<Impurity>,
 }
@@ -128,9 +110,7 @@ impl TempRootWatcher {
             on_expected: None,
             open: BTreeMap::new(),
             ours: HashSet::new(),
-            others: HashSet::new(),
-            other_jobs_seen: false,
-            unclear: false,
+            unattributed: HashSet::new(),
             impurity: None,
         }));
         let shared_state = Arc::clone(&state);
@@ -175,14 +155,20 @@ impl TempRootWatcher {
         state.impurity.clone()
     }
 
-    /// Returns the owner of each path. Call this once the paths are valid: by then the process that
-    /// added them has written their names.
-    pub fn owners(&self, paths: &[StorePath]) -> Vec<Owner> {
+    /// The paths that processes of the job have named so far. A path that is valid has been named before, if its
+    /// process was seen at all.
+    pub fn named(&self) -> HashSet<StorePath> {
         let mut state = lock(&self.state);
-        // The inotify task may not have handled the most recent files yet.
-        state.open_all();
-        state.read_new();
-        paths.iter().map(|path| state.owner_of(path)).collect()
+        state.catch_up();
+        state.ours.clone()
+    }
+
+    /// The paths that daemon workers have named for clients that they do not show: the job's own where no other job
+    /// uses the daemon.
+    pub fn unattributed(&self) -> HashSet<StorePath> {
+        let mut state = lock(&self.state);
+        state.catch_up();
+        state.unattributed.clone()
     }
 }
 
@@ -193,6 +179,12 @@ fn lock(state: &Mutex<WatcherState>) -> MutexGuard<'_, WatcherState> {
 }
 
 impl WatcherState {
+    /// Reads what inotify's thread may not have handled yet.
+    fn catch_up(&mut self) {
+        self.open_all();
+        self.read_new();
+    }
+
     fn on_event(&mut self, event: &Event<'_>) {
         match event {
             Event::Entry(name) => {
@@ -234,10 +226,9 @@ impl WatcherState {
         if owner == ProcessOwner::ThisJob && self.impurity.is_none() {
             self.impurity = impurity_of(pid);
         }
-        // Remember this even when the file cannot be opened: it makes unclaimed paths ambiguous.
-        self.other_jobs_seen |= owner == ProcessOwner::OtherJob;
         match (file, owner) {
-            (_, ProcessOwner::Exited) => (),
+            // A file that cannot be opened names nothing: its paths are judged by the other evidence.
+            (_, ProcessOwner::Exited | ProcessOwner::OtherJob) | (Err(_), _) => (),
             (Ok(file), owner) => {
                 self.close(pid);
                 self.open.insert(
@@ -249,10 +240,6 @@ impl WatcherState {
                     },
                 );
             }
-            // The names in that file are lost, so any path may be the other job's.
-            (Err(_), ProcessOwner::OtherJob) => self.unclear = true,
-            // Its paths stay unclaimed, which counts as this job's while no other job is seen.
-            (Err(_), ProcessOwner::ThisJob) => (),
         }
     }
 
@@ -286,8 +273,7 @@ impl WatcherState {
             return;
         };
         match roots.read() {
-            None => self.unclear |= !roots.ours,
-            // Another job may want the same path; it is enough that this one does.
+            None => (),
             Some(paths) if roots.ours => {
                 let new: Vec<StorePath> = paths
                     .into_iter()
@@ -298,20 +284,7 @@ impl WatcherState {
                 }
                 self.ours.extend(new);
             }
-            Some(paths) => self.others.extend(paths),
-        }
-    }
-
-    fn owner_of(&self, path: &StorePath) -> Owner {
-        // This job's claim wins when two jobs want the same path.
-        if self.ours.contains(path) {
-            Owner::ThisJob
-        } else if self.others.contains(path) {
-            Owner::OtherJob
-        } else if self.unclear || self.other_jobs_seen {
-            Owner::Ambiguous
-        } else {
-            Owner::Unclaimed
+            Some(paths) => self.unattributed.extend(paths),
         }
     }
 }
@@ -328,6 +301,8 @@ fn same_file(one: &File, other: &File) -> bool {
 enum ProcessOwner {
     ThisJob,
     OtherJob,
+    /// A daemon worker that does not show its client.
+    Unattributed,
     Exited,
 }
 
@@ -338,7 +313,11 @@ impl ProcessOwner {
             return Self::Exited;
         };
         // A daemon worker belongs to the same job as its client.
-        let client = daemon_client(&arguments).unwrap_or(pid);
+        let client = match daemon_client(&arguments) {
+            DaemonClient::NotADaemon => pid,
+            DaemonClient::Shown(client) => client,
+            DaemonClient::NotShown => return Self::Unattributed,
+        };
         let us = std::process::id();
         // Flywheel's own descendants count, with or without the mark.
         let is_ours = match job {
@@ -361,7 +340,10 @@ impl ProcessOwner {
 /// settings in its environment.
 fn impurity_of(pid: u32) -> Option<Impurity> {
     let own = arguments(pid)?;
-    let client = daemon_client(&own);
+    let client = match daemon_client(&own) {
+        DaemonClient::Shown(client) => Some(client),
+        DaemonClient::NotShown | DaemonClient::NotADaemon => None,
+    };
     let words = match client {
         Some(client) => arguments(client)?,
         None => own,
@@ -387,17 +369,35 @@ fn arguments(pid: u32) -> Option<Vec<String>> {
     )
 }
 
-/// `nix-daemon 1234`: the process that serves client 1234 (`nix/src/nix/daemon.cc`, `daemonLoop`).
-fn daemon_client(arguments: &[String]) -> Option<u32> {
+/// What a process shows of the client that it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DaemonClient {
+    NotADaemon,
+    /// The client's process id.
+    Shown(u32),
+    NotShown,
+}
+
+/// `nix-daemon 1234` is the process that serves client 1234 (`nix/src/nix/daemon.cc`, `daemonLoop`).
+fn daemon_client(arguments: &[String]) -> DaemonClient {
     let name = arguments
         .first()
         .and_then(|name| Path::new(name).file_name()?.to_str());
-    let daemon = matches!(name, Some("nix-daemon" | "nix"));
+    let argument = arguments
+        .get(1)
+        .map_or("", |argument| argument.trim_end_matches('\0'));
+    let shown = match argument.parse() {
+        // The client is in another process namespace, where the daemon sees no id.
+        Ok(0) | Err(_) => DaemonClient::NotShown,
+        Ok(client) => DaemonClient::Shown(client),
+    };
     // The daemon writes the number over its own first argument, within that argument's length: a bare
     // `nix-daemon` has no room for it.
-    daemon
-        .then(|| arguments.get(1)?.trim_end_matches('\0').parse().ok())
-        .flatten()
+    match name {
+        Some("nix-daemon") => shown,
+        Some("nix") if argument == "daemon" || shown != DaemonClient::NotShown => shown,
+        _ => DaemonClient::NotADaemon,
+    }
 }
 
 /// Whether a process was started with this `NAME=value`. The environment of another user's process
@@ -449,54 +449,26 @@ mod tests {
         let folder = state_dir();
         let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
+        assert!(watcher.named().contains(&path()));
         fs::remove_file(
             folder
                 .path()
                 .join(format!("temproots/{}", std::process::id())),
         )
         .expect("removed");
-        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
+        assert!(watcher.named().contains(&path()));
     }
 
     #[test]
-    fn a_path_of_another_process_is_not() {
+    fn what_another_process_names_is_not_named_by_the_job() {
         let folder = state_dir();
         let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         write(folder.path(), 1, &format!("{PATH}\0/nix/store/half-writ"));
-        assert_eq!(watcher.owners(&[path()]), [Owner::OtherJob]);
-        write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob], "both want it");
-    }
-
-    #[test]
-    fn what_nobody_was_seen_to_add_is_unclaimed() {
-        let folder = state_dir();
+        // The file of a process that is gone.
         write(folder.path(), u32::MAX, &format!("{PATH}\0"));
-        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
-        assert_eq!(
-            watcher.owners(&[path()]),
-            [Owner::Unclaimed],
-            "a dead process's file tells nothing"
-        );
-    }
-
-    #[test]
-    fn what_a_process_added_that_was_gone_too_soon_is_unclear_where_others_work() {
-        let folder = state_dir();
-        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
-        let gone = u32::MAX - 1;
-        write(folder.path(), gone, &format!("{PATH}\0"));
-        lock(&watcher.state).on_event(&Event::Entry(&gone.to_string()));
-        assert_eq!(watcher.owners(&[path()]), [Owner::Unclaimed]);
-        write(folder.path(), 1, "");
-        assert_eq!(watcher.owners(&[path()]), [Owner::Ambiguous]);
+        assert!(watcher.named().is_empty() && watcher.unattributed().is_empty());
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(
-            watcher.owners(&[path()]),
-            [Owner::ThisJob],
-            "ours want it too"
-        );
+        assert!(watcher.named().contains(&path()), "both want it");
     }
 
     #[test]
@@ -505,20 +477,14 @@ mod tests {
         let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         let (us, second) = (std::process::id(), PATH.replace("hello", "world"));
         write(folder.path(), us, &format!("{PATH}\0"));
-        write(folder.path(), 1, "");
-        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
-        assert_eq!(lock(&watcher.state).open.len(), 2);
-        for pid in [us, 1] {
-            fs::remove_file(folder.path().join(format!("temproots/{pid}"))).expect("removed");
-        }
+        assert!(watcher.named().contains(&path()));
+        assert_eq!(lock(&watcher.state).open.len(), 1);
+        fs::remove_file(folder.path().join(format!("temproots/{us}"))).expect("removed");
         write(folder.path(), us, &format!("{second}\0"));
         let mut state = lock(&watcher.state);
         state.on_event(&Event::Entry(&us.to_string()));
         assert!(state.open.keys().eq(&[us]));
-        assert_eq!(
-            state.owner_of(&second.parse().expect("valid")),
-            Owner::ThisJob
-        );
+        assert!(state.ours.contains(&second.parse().expect("valid")));
     }
 
     #[test]
@@ -529,12 +495,20 @@ mod tests {
                 .map(|word| (*word).to_owned())
                 .collect::<Vec<_>>()
         };
-        assert_eq!(
-            daemon_client(&words(&["nix-daemon", "4242", ""])),
-            Some(4242)
-        );
-        assert_eq!(daemon_client(&words(&["nix-daemon", "--daemon", ""])), None);
-        assert_eq!(daemon_client(&words(&["nix", "build", ""])), None);
+        for (arguments, shown) in [
+            (&["nix-daemon", "4242", ""][..], DaemonClient::Shown(4242)),
+            (&["nix-daemon", "--daemon", ""], DaemonClient::NotShown),
+            (
+                &["nix-daemon", "0\0\0\0\0\0\0\0", ""],
+                DaemonClient::NotShown,
+            ),
+            (&["nix-daemon", ""], DaemonClient::NotShown),
+            (&["nix", "daemon", ""], DaemonClient::NotShown),
+            (&["nix", "1234", ""], DaemonClient::Shown(1234)),
+            (&["nix", "build", ""], DaemonClient::NotADaemon),
+        ] {
+            assert_eq!(daemon_client(&words(arguments)), shown, "{arguments:?}");
+        }
         let us = std::process::id();
         assert!(with_ancestors(us).any(|pid| pid == us));
         assert!(!with_ancestors(1).any(|pid| pid == us));
@@ -569,7 +543,7 @@ mod tests {
         let folder = state_dir();
         let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
-        assert_eq!(watcher.owners(&[path()]), [Owner::ThisJob]);
+        assert!(watcher.named().contains(&path()));
         let (send, receive) = std::sync::mpsc::channel();
         watcher.subscribe(move |paths| send.send(paths.to_vec()).expect("the test listens"));
         let deadline = Duration::from_secs(10);

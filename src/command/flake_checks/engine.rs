@@ -20,7 +20,7 @@ use crate::command::flake_checks::reporter::Reporter;
 use flywheel_github::checks::{Cause, Conclusion, OutputState};
 use flywheel_nix::build::BuildResult;
 use flywheel_nix::build::log::{BuildEvent, BuildFailure};
-use flywheel_nix::build::presence::{Presence, valid};
+use flywheel_nix::build::presence::{Location, Presence, valid};
 use flywheel_nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
 use flywheel_nix::flake::expression::SelfView;
 use flywheel_nix::store::Store;
@@ -359,9 +359,13 @@ impl<'a> Engine<'a> {
                 let mut again = Vec::new();
                 for id in ids {
                     let out = &self.outs[id];
-                    let paths = out.paths().filter(|paths| !paths.is_empty());
-                    if paths.is_some_and(|paths| paths.iter().all(|path| present.has(path))) {
-                        self.end(id, Cause::AlreadyCached, Vec::new());
+                    let paths = out.paths().unwrap_or_default();
+                    if let Some(at) = present.of_all(&paths) {
+                        let cause = match at {
+                            Location::Store => Cause::AlreadyInStore,
+                            Location::Cache => Cause::AlreadyCached,
+                        };
+                        self.end(id, cause, Vec::new());
                     } else if out.is_written || out.drv.as_ref().is_some_and(|drv| present.has(drv))
                     {
                         self.to_build.push(id);

@@ -469,7 +469,10 @@ impl RunResult {
 /// Whether the paths of an output may be in this store.
 fn is_there(out: &OutputProgress) -> bool {
     let cause = out.verdict.as_ref().map(|verdict| &verdict.cause);
-    matches!(cause, Some(Cause::Built | Cause::AlreadyCached))
+    matches!(
+        cause,
+        Some(Cause::Built | Cause::AlreadyCached | Cause::AlreadyInStore)
+    )
 }
 
 /// The paths of the outputs that succeeded, as far as they are in this store.

@@ -46,8 +46,10 @@ pub enum Cause {
     Built,
     /// It evaluates, and was not to be built.
     Evaluated,
-    /// The cache or the store had it.
+    /// A cache had all of it that this store lacked.
     AlreadyCached,
+    /// This store had it. Whether the cache has it as well is the publication's to say.
+    AlreadyInStore,
     /// Nix could not evaluate it.
     Evaluation {
         /// Nix's own message.
@@ -90,7 +92,7 @@ impl Cause {
     pub(crate) fn conclusion(&self) -> Conclusion {
         match self {
             Self::Built | Self::Evaluated => Conclusion::Success,
-            Self::AlreadyCached => Conclusion::Neutral,
+            Self::AlreadyCached | Self::AlreadyInStore => Conclusion::Neutral,
             Self::Cancelled => Conclusion::Cancelled,
             Self::Evaluation { .. }
             | Self::OutOfMemory { .. }

@@ -67,7 +67,7 @@ fn write(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     for (output, verdict) in rows.iter().take(ROWS) {
         let label = plain(&one_line(&output.label, 100));
         let verdict_text = plain(&one_line(&title(verdict), 300));
-        let took = if verdict.cause == Cause::AlreadyCached {
+        let took = if is_there_already(&verdict.cause) {
             String::new()
         } else {
             duration(verdict.took)
@@ -102,13 +102,15 @@ pub fn sign(conclusion: Conclusion) -> &'static str {
     }
 }
 
+/// Whether nothing was done, so that it took no time.
+fn is_there_already(cause: &Cause) -> bool {
+    matches!(cause, Cause::AlreadyCached | Cause::AlreadyInStore)
+}
+
 /// Writes the builds over time, for Mermaid to draw.
 fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     let is_build = |cause: &Cause| {
-        !matches!(
-            cause,
-            Cause::AlreadyCached | Cause::Evaluated | Cause::Cancelled
-        )
+        !is_there_already(cause) && !matches!(cause, Cause::Evaluated | Cause::Cancelled)
     };
     let mut bars: Vec<&Ended<'_>> = ended
         .iter()

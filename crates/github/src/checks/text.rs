@@ -20,6 +20,7 @@ pub fn title(verdict: &Verdict) -> String {
         Cause::Built => format!("Built in {took}"),
         Cause::Evaluated => format!("Evaluated in {took}"),
         Cause::AlreadyCached => "Already in the cache".to_owned(),
+        Cause::AlreadyInStore => "Already in this store".to_owned(),
         Cause::Evaluation { text, .. } => format!("Does not evaluate: {}", error_line(text)),
         Cause::OutOfMemory {
             needed_bytes,

@@ -21,6 +21,15 @@ pub struct Presence {
     pub(crate) served: BTreeSet<StorePath>,
 }
 
+/// Where the paths of an output are, so that it needs no build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// All of them are in the store. A cache may lack them.
+    Store,
+    /// Those that the store lacks are in a cache.
+    Cache,
+}
+
 impl Presence {
     /// Looks for `paths`. A cache that does not respond counts as having none of them.
     ///
@@ -44,6 +53,17 @@ impl Presence {
         // Nix also lists the dependencies that it would fetch.
         served.retain(|path| missing.contains(&path));
         Ok(Self { valid, served })
+    }
+
+    /// Where all of `paths` are; `None` if one of them is neither in the store nor in a cache, or if there are none.
+    pub fn of_all(&self, paths: &[StorePath]) -> Option<Location> {
+        if paths.is_empty() || !paths.iter().all(|path| self.has(path)) {
+            None
+        } else if paths.iter().all(|path| self.valid.contains(path)) {
+            Some(Location::Store)
+        } else {
+            Some(Location::Cache)
+        }
     }
 
     /// Whether this path needs no build.
@@ -115,5 +135,24 @@ mod tests {
         );
         let paths: Vec<String> = fetched(&said).iter().map(ToString::to_string).collect();
         assert_eq!(paths, [format!("/nix/store/{hash}-b")]);
+    }
+
+    #[test]
+    fn what_the_store_alone_has_is_not_in_a_cache() {
+        let path = |letter: &str| -> StorePath {
+            let text = format!("/nix/store/{}-x", letter.repeat(32));
+            text.parse().expect("valid")
+        };
+        let present = Presence {
+            valid: BTreeSet::from([path("a"), path("b")]),
+            served: BTreeSet::from([path("c")]),
+        };
+        let of = |letters: &[&str]| {
+            let paths: Vec<StorePath> = letters.iter().map(|letter| path(letter)).collect();
+            present.of_all(&paths)
+        };
+        assert_eq!(of(&["a", "b"]), Some(Location::Store));
+        assert_eq!(of(&["a", "c"]), Some(Location::Cache));
+        assert_eq!((of(&["a", "d"]), of(&[])), (None, None));
     }
 }

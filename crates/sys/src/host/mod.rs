@@ -2,6 +2,7 @@
 //! priorities, and short blocking work. It reads and keeps; `budget` decides what follows.
 
 pub mod inline_blocking;
+pub mod job_registry;
 pub mod memory;
 pub mod notify;
 pub mod peak;

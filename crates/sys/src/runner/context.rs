@@ -64,6 +64,19 @@ pub fn github_api(env: &Env) -> Url {
     named.unwrap_or_else(|| Url::parse("https://api.github.com").expect("a constant that is a URL"))
 }
 
+/// The repository that a CI's job belongs to, `owner/name`; `None` outside of CI.
+pub fn repository(env: &Env) -> Option<String> {
+    let named = ["GITHUB_REPOSITORY", "CI_PROJECT_PATH"];
+    let found = named.into_iter().find_map(|name| env.get(name));
+    found.filter(|_| in_ci(env)).map(str::to_owned)
+}
+
+/// Whether the job runs on a machine of GitHub's, which is made for one job and destroyed after it
+/// (`RUNNER_ENVIRONMENT`, "Default environment variables" in GitHub's documentation).
+pub fn is_hosted_runner(env: &Env) -> bool {
+    env.get("RUNNER_ENVIRONMENT") == Some("github-hosted")
+}
+
 /// The repository and the commit that this job's Check Runs belong to. For a pull request that is the head of its
 /// branch, because the job has checked out a merge commit. `None` outside of a job.
 pub fn commit(env: &Env) -> Option<(String, String)> {

@@ -1,0 +1,244 @@
+//! Who else can have written the store that this job works on: jobs of another repository or of lower trust, as far as
+//! the runner, the registry of this host's jobs and the input `shared-host` show.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use clap::ValueEnum;
+
+use flywheel_core::progress::Sink;
+use flywheel_sys::host::job_registry::{JobRecord, JobRegistry, OtherJob};
+
+/// The input `shared-host`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SharedHost {
+    /// As the runner and the jobs that were seen on this host show.
+    #[default]
+    Auto,
+    /// Jobs of other repositories, or of lower trust, work on this host's store.
+    True,
+    /// Every job on this host may publish what is in its store.
+    False,
+}
+
+/// Whether a path that no evidence gives to a job can be another job's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// All jobs that can have written the store are of this repository, and may publish. Holds the reason.
+    Alone(String),
+    /// Another repository's job, or one that may not publish, can have written the store. Holds the reason.
+    Shared(String),
+}
+
+impl Sharing {
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self, Self::Shared(_))
+    }
+}
+
+impl std::fmt::Display for Sharing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Alone(why) => write!(f, "this repository's alone ({why})"),
+            Self::Shared(why) => write!(f, "shared with other jobs ({why})"),
+        }
+    }
+}
+
+/// What was found of other jobs at one moment.
+#[derive(Debug)]
+pub(crate) struct Neighbours {
+    pub(crate) sharing: Sharing,
+    /// The jobs that live, or have ended since this one began.
+    beside: Vec<OtherJob>,
+}
+
+impl Neighbours {
+    /// Whether another job has been at work while this one was.
+    pub(crate) fn are_beside(&self) -> bool {
+        !self.beside.is_empty()
+    }
+
+    /// The base names of the store paths that jobs beside this one have named.
+    pub(crate) fn claims(&self) -> BTreeSet<String> {
+        self.beside.iter().flat_map(OtherJob::claims).collect()
+    }
+}
+
+/// The host and the store of one job.
+#[derive(Debug)]
+pub(crate) struct StoreHost {
+    own: JobRecord,
+    shared: SharedHost,
+    /// Whether the runner is a machine for one job.
+    is_hosted: bool,
+    registry: Registry,
+}
+
+#[derive(Debug)]
+enum Registry {
+    /// `journal: off`, or no folder for it.
+    Off,
+    Entered(JobRegistry),
+    /// It cannot be used, for this reason.
+    Unusable(String),
+}
+
+impl StoreHost {
+    /// Enters this job into the registry in `folder`, and finds out who else works on the store.
+    pub(crate) fn enter(
+        folder: Option<&Path>,
+        own: JobRecord,
+        shared: SharedHost,
+        is_hosted: bool,
+        sink: &Sink,
+    ) -> Self {
+        let registry = folder.map_or(Registry::Off, |folder| {
+            match JobRegistry::enter(folder, &own) {
+                Ok(registry) => Registry::Entered(registry),
+                Err(error) => {
+                    let text = format!("`{}` cannot be used: {error}", folder.display());
+                    sink.degraded("journal", format!("the registry of jobs in {text}"));
+                    Registry::Unusable(text)
+                }
+            }
+        });
+        Self {
+            own,
+            shared,
+            is_hosted,
+            registry,
+        }
+    }
+
+    /// Records paths that a process of this job has named, for the jobs beside it.
+    pub(crate) fn claim<'a>(&self, names: impl IntoIterator<Item = &'a str>) {
+        if let Registry::Entered(registry) = &self.registry {
+            registry.claim(names);
+        }
+    }
+
+    /// Reads the registry. To be called after the paths that are judged were found valid: a job enters the registry
+    /// before it touches the store.
+    pub(crate) fn neighbours(&self) -> Neighbours {
+        let others = match &self.registry {
+            Registry::Entered(registry) => registry.others().map_err(|error| error.to_string()),
+            Registry::Off => Ok(Vec::new()),
+            Registry::Unusable(problem) => Err(problem.clone()),
+        };
+        let (others, unread) = match others {
+            Ok(others) => (others, None),
+            Err(problem) => (Vec::new(), Some(problem)),
+        };
+        let mut here: Vec<OtherJob> = others;
+        here.retain(|job| job.record.store == self.own.store);
+        let foreign = here.iter().find_map(|job| self.foreign(&job.record));
+        let sharing = match self.shared {
+            SharedHost::False => Sharing::Alone("`shared-host: false`".into()),
+            SharedHost::True => Sharing::Shared("`shared-host: true`".into()),
+            SharedHost::Auto if self.is_hosted => {
+                Sharing::Alone("a GitHub-hosted runner has one job".into())
+            }
+            SharedHost::Auto => match foreign.or(unread) {
+                Some(why) => Sharing::Shared(why),
+                None => Sharing::Alone(
+                    "no job of another repository or of lower trust was seen on this host".into(),
+                ),
+            },
+        };
+        here.retain(|job| job.is_beside);
+        Neighbours {
+            sharing,
+            beside: here,
+        }
+    }
+
+    /// Why what this other job leaves in the store must not be published unseen, if that is so.
+    fn foreign(&self, other: &JobRecord) -> Option<String> {
+        let repository = other.repository.as_deref().unwrap_or("no repository");
+        if other.repository != self.own.repository {
+            Some(format!("a job of {repository} worked on this store"))
+        } else if self.own.trusted && !other.trusted {
+            Some("a job that may not publish worked on this store".into())
+        } else {
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(repository: &str, trusted: bool, store: &str) -> JobRecord {
+        JobRecord {
+            repository: Some(repository.into()),
+            trusted,
+            store: store.into(),
+        }
+    }
+
+    fn enter(folder: &Path, record: JobRecord, shared: SharedHost, hosted: bool) -> StoreHost {
+        StoreHost::enter(Some(folder), record, shared, hosted, &Sink::new(|_| ()))
+    }
+
+    fn is_shared(other: JobRecord, shared: SharedHost, hosted: bool) -> bool {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let folder = folder.path().join("jobs");
+        drop(enter(&folder, other, SharedHost::Auto, false));
+        let own = enter(&folder, record("o/own", true, "/s"), shared, hosted);
+        own.neighbours().sharing.is_shared()
+    }
+
+    #[test]
+    fn a_store_is_shared_with_those_who_may_not_publish_here() {
+        let other = |repository, trusted| record(repository, trusted, "/s");
+        let auto = |job| is_shared(job, SharedHost::Auto, false);
+        assert!(!auto(other("o/own", true)));
+        assert!(auto(other("o/own", false)), "a pull request");
+        assert!(auto(other("o/other", true)));
+        assert!(
+            !auto(record("o/other", true, "/elsewhere")),
+            "another store"
+        );
+        assert!(!is_shared(other("o/other", true), SharedHost::Auto, true));
+        assert!(!is_shared(
+            other("o/other", false),
+            SharedHost::False,
+            false
+        ));
+        assert!(is_shared(other("o/own", true), SharedHost::True, true));
+    }
+
+    #[test]
+    fn what_cannot_be_read_counts_as_shared() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").expect("written");
+        let own = enter(&file, record("o/own", true, "/s"), SharedHost::Auto, false);
+        assert!(own.neighbours().sharing.is_shared());
+    }
+
+    #[test]
+    fn what_a_job_beside_this_one_names_is_its_claim() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let folder = folder.path().join("jobs");
+        let own = enter(
+            &folder,
+            record("o/own", true, "/s"),
+            SharedHost::Auto,
+            false,
+        );
+        assert!(!own.neighbours().are_beside());
+        let other = enter(
+            &folder,
+            record("o/own", true, "/s"),
+            SharedHost::Auto,
+            false,
+        );
+        other.claim(["x-theirs"]);
+        let found = own.neighbours();
+        assert!(found.are_beside() && !found.sharing.is_shared());
+        assert!(found.claims().contains("x-theirs"));
+    }
+}
