@@ -11,6 +11,14 @@ test-fast *filter:
 test-real *filter:
     scripts/suite.sh real {{ filter }}
 
+# Jobs on every kind of store, judged by stock Nix, as root: all 1000 runs, or `--sample`, `--cell`, `--help`
+matrix *options:
+    scripts/matrix.sh {{ options }}
+
+# Kill jobs at random moments with `kill -9`, 200 times each: nothing may be lost
+kills number="200":
+    FLYWHEEL_KILLS={{ number }} scripts/suite.sh real killed_at_any_moment
+
 # Measure beside Nix's own tools, in release, as root: `just bench publish`
 bench name:
     cargo bench --locked --bench {{ name }}

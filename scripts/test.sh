@@ -46,6 +46,18 @@ real_suite() {
   FLYWHEEL_BIN=$root/dist/flywheel suite real
 }
 
+# The same binary on every kind of store.
+# shellcheck disable=SC2329 # `phase` calls it.
+matrix_sample() {
+  local log=$root/target/test-log-matrix.txt verdict=0
+  FLYWHEEL_BIN=$root/dist/flywheel scripts/matrix.sh --sample 2>&1 | tee "$log" || verdict=1
+  {
+    printf '\n=== matrix\n'
+    sed -n '/^Runs of each cell/,$p' "$log"
+  } >>"$results"
+  return "$verdict"
+}
+
 phase 'tools' scripts/bootstrap.sh tools || exit 1
 phase 'format' cargo fmt --all --check
 phase 'clippy' cargo clippy --locked --quiet --workspace --all-targets -- -D warnings
@@ -53,6 +65,7 @@ phase 'fast suite' suite fast
 phase 'linters' scripts/lint.sh
 phase 'dist is what the sources build' scripts/dist-check.sh
 phase 'real suite' real_suite
+phase 'matrix: each pair of values' matrix_sample
 
 printf '\n=== summary\n'
 printf '%s\n' "${table[@]}"

@@ -9,8 +9,8 @@ use std::ffi::OsString;
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::command::{
-    cache, cache_contract, contract, explain, flake_checks, nix_job, publish, reference, scan,
-    setup, validate_builders, watch_store,
+    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, nix_job, publish,
+    reference, scan, setup, validate_builders, watch_store,
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
@@ -41,6 +41,7 @@ enum Verb {
     ValidateBuilders(Box<validate_builders::Inputs>),
     Contract(contract::Inputs),
     CacheContract(cache_contract::Inputs),
+    DaemonProxy(daemon_proxy::Inputs),
     Reference(reference::Inputs),
     Scan(scan::Inputs),
     Setup(setup::Inputs),
@@ -76,6 +77,7 @@ impl Cli {
             Verb::ValidateBuilders(inputs) => validate_builders::run(*inputs, env).await,
             Verb::Contract(inputs) => contract::run(inputs, env).await,
             Verb::CacheContract(inputs) => cache_contract::run(inputs, env).await,
+            Verb::DaemonProxy(inputs) => daemon_proxy::run(inputs).await,
             Verb::Reference(inputs) => reference::run(inputs).await,
             Verb::Scan(inputs) => scan::run(inputs, env).await,
             Verb::Setup(inputs) => setup::run(inputs, env).await,

@@ -3,6 +3,7 @@
 pub(crate) mod cache;
 pub(crate) mod cache_contract;
 pub(crate) mod contract;
+pub(crate) mod daemon_proxy;
 pub(crate) mod explain;
 pub(crate) mod flake_checks;
 pub(crate) mod nix_job;

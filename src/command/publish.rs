@@ -140,6 +140,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let probing = start_probe(&endpoint, token.as_ref(), &clients);
     let (store, found) = Box::pin(closure(env, &sink, &wanted)).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];
+    let folder = store.folder().to_owned();
     let inspector = policy.inspector(env, &secrets, &[], Some(Arc::new(store)));
     let attic = Attic::new(endpoint, token, clients);
     let verify = verify::Options {
@@ -154,6 +155,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
             seed: verify.seed,
             policy: verify.policy,
         }),
+        store: folder,
         ..publish::Options::default()
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
@@ -222,6 +224,13 @@ fn cache(
     for hint in &named.bad_hints {
         workflow.annotate(Level::Warning, "hint", hint);
     }
+    let name = named.name.ok_or_else(|| {
+        UsageError::new(
+            "attic-cache",
+            "is not given, and the hint `ATTIC_CACHE` is malformed",
+        )
+        .with_hint("Give the cache's name, such as `--attic-cache main`.")
+    })?;
     let server = named
         .given
         .or(named.hinted)
@@ -235,7 +244,7 @@ fn cache(
                 "Give the server's address, such as `--attic-server https://cache.example.org/`.",
             )
         })?;
-    Ok((Endpoint::new(server, named.name), named.key))
+    Ok((Endpoint::new(server, name), named.key))
 }
 
 /// Lets the trust gate decide. Calling this verb is the request to publish.
@@ -300,10 +309,14 @@ async fn closure_after_repair(
 ) -> Result<(Store, PathInfos), Failure> {
     let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
     let found = async {
-        let store = match &ready.opened {
-            Some(opened) => Store::from_opened(&ready.nix, opened).await?,
-            None => Store::open(&ready.nix).await?,
+        let store = match (&ready.opened, &ready.settings_before) {
+            (Some(opened), Some(settings)) => {
+                Store::from_opened(&ready.nix, opened, settings).await?
+            }
+            _ => Store::open(&ready.nix).await?,
         };
+        // A closure that Nix lists is of no use without its files.
+        store.location().map_err(Clone::clone)?;
         let found = store.closure(wanted).await?;
         Ok::<_, flywheel_nix::store::Error>((store, found))
     };

@@ -162,11 +162,12 @@ fn name(path: &Path) -> String {
     let text = path.display().to_string();
     match text.parse::<StorePath>() {
         Ok(path) => path.name().to_owned(),
-        Err(_) => path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
+        Err(_) => {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            // Below another root, a store path is known by its last part alone.
+            StorePath::from_base_name(&name)
+                .map_or_else(|_| name.into_owned(), |path| path.name().to_owned())
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use clap::Args;
 use thiserror::Error;
 
 use crate::inputs::{
-    Address, BazelCacheInput, Hints, ServerInputs, TrustInputs, address, cache_name, http_address,
-    or_hint, public_key,
+    Address, BazelCacheInput, Hints, ServerInputs, TrustInputs, address, http_address, or_hint,
+    public_key,
 };
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
 use flywheel_core::trust::{Decision, decide};
@@ -110,7 +110,8 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
 /// What inputs and hints name: well formed, and not tried yet.
 struct Wanted {
     server: Option<Address>,
-    cache: CacheName,
+    /// `None` where only a malformed hint names it.
+    cache: Option<CacheName>,
     key: Option<PublicKey>,
     bazel_cache: Option<Address>,
     bazel_executor: Option<Address>,
@@ -132,9 +133,7 @@ impl Wanted {
         hints.get("GF_BAZEL_SUBSTRATE_MODE", mode);
         let wanted = Self {
             server: (server.attic_server).or_else(|| hints.get("ATTIC_SERVER", http_address)),
-            cache: (server.attic_cache)
-                .or_else(|| hints.get("ATTIC_CACHE", cache_name))
-                .unwrap_or_default(),
+            cache: server.attic_cache.or_else(|| hints.cache_name()),
             key: (server.attic_public_key).or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
             bazel_cache: bazel_cache.or_else(|| hints.get("BAZEL_REMOTE_CACHE", bazel)),
             bazel_executor: hints.get("BAZEL_REMOTE_EXECUTOR", bazel),
@@ -165,9 +164,9 @@ impl Wanted {
             (Some(_), Some(_)) => "executor-backed",
         };
         let mut exports = Vec::new();
-        if let Some(server) = server {
+        if let (Some(server), Some(cache)) = (server, self.cache) {
             exports.push(("ATTIC_SERVER", server));
-            exports.push(("ATTIC_CACHE", self.cache.to_string()));
+            exports.push(("ATTIC_CACHE", cache.to_string()));
             exports.extend(self.key.map(|key| ("ATTIC_PUBLIC_KEY", key.to_string())));
         }
         exports.extend(bazel_cache.map(|text| ("BAZEL_REMOTE_CACHE", text)));

@@ -200,8 +200,9 @@ pub(crate) struct NamedCache {
     pub(crate) given: Option<Url>,
     /// The server that the hint names.
     pub(crate) hinted: Option<Url>,
-    /// The cache's name there.
-    pub(crate) name: CacheName,
+    /// The cache's name there; `None` where only a malformed hint names it. Then no cache is used: the default's name
+    /// would be another cache's.
+    pub(crate) name: Option<CacheName>,
     /// The key by which Nix is to trust it.
     pub(crate) key: Option<PublicKey>,
     /// Hints that are malformed and therefore not used: a sentence each.
@@ -225,9 +226,7 @@ impl CacheInputs {
                 .get("ATTIC_SERVER", http_address)
                 .map(|server| server.url),
             // A hint that an input overrides is not read, so it is no bad hint either.
-            name: attic_cache
-                .or_else(|| hints.get("ATTIC_CACHE", cache_name))
-                .unwrap_or_default(),
+            name: attic_cache.or_else(|| hints.cache_name()),
             key: attic_public_key.or_else(|| hints.get("ATTIC_PUBLIC_KEY", public_key)),
             bad_hints: hints.bad,
         }
@@ -249,6 +248,17 @@ impl<'a> Hints<'a> {
             env,
             bad: Vec::new(),
         }
+    }
+
+    /// The name of a cache on its server, by default `main`; `None` if the hint is malformed.
+    pub(crate) fn cache_name(&mut self) -> Option<CacheName> {
+        let bad_before = self.bad.len();
+        let named = self.get("ATTIC_CACHE", cache_name);
+        if let Some(bad) = self.bad.get_mut(bad_before) {
+            bad.push_str(", so no cache is used: give its name as `attic-cache`");
+            return None;
+        }
+        Some(named.unwrap_or_default())
     }
 
     /// The hint of this name, if there is one and it is well-formed.
@@ -453,8 +463,8 @@ mod tests {
         ]);
         let named = read::<CacheInputs>(&[]).expect("no input").resolve(&env);
         assert_eq!(
-            (named.hinted, named.name.as_str(), named.bad_hints.len()),
-            (None, "main", 2)
+            (named.hinted, named.name, named.bad_hints.len()),
+            (None, None, 2)
         );
         assert!(
             named.bad_hints.iter().all(|text| !text.contains("sesame")),

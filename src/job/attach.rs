@@ -50,13 +50,16 @@ impl Cache {
         self.backend.as_ref().and_then(Backend::endpoint)
     }
 
-    /// Why nothing can be published, if the cache was to be used and was left out.
+    /// Why nothing can be published, if the cache was to be used and was left out, or takes no paths.
     pub(crate) fn refusal(&self) -> Option<String> {
         match &self.state {
             CacheState::LeftOut { layer, text } => {
                 Some(format!("the cache was left out (layer `{layer}`): {text}"))
             }
-            CacheState::Attached | CacheState::Off | CacheState::NotNamed => None,
+            CacheState::Attached | CacheState::Off | CacheState::NotNamed => self
+                .skipped
+                .as_ref()
+                .map(|reason| format!("publication was skipped: {reason}")),
         }
     }
 

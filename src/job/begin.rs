@@ -6,6 +6,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::inputs::Plan;
+use super::not_watched::NotWatched;
 use super::source::Source;
 use crate::report::screen::Screen;
 use flywheel_core::exit::{Exit, Explain, Failure};
@@ -111,6 +112,8 @@ pub(crate) struct Session<'a> {
     pub(crate) sink: Sink,
     /// Draws the progress, and remembers what went worse than it should.
     pub(crate) screen: Screen,
+    /// The stores that nothing can be published from.
+    pub(super) not_watched: NotWatched,
     /// Holds secret files, and removes them when it is dropped.
     private: PrivateFolder,
 }
@@ -137,6 +140,7 @@ impl<'a> Session<'a> {
             decision,
             sink: screen.sink(),
             screen,
+            not_watched: NotWatched::default(),
             private,
         };
         Ok((session, signals))
@@ -164,6 +168,7 @@ impl<'a> Session<'a> {
             decision,
             sink,
             screen,
+            not_watched: NotWatched::default(),
             private,
         })
     }

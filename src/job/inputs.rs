@@ -116,6 +116,8 @@ pub(crate) struct Plan {
     pub(crate) require_flake_check: bool,
     /// Where the text of the command asks for impure evaluation, if it does.
     pub(crate) impurity: Option<Impurity>,
+    /// The stores that the text of the command names for itself, as they are written there.
+    pub(crate) named_stores: Vec<String>,
     /// The most paths to publish at the same time, if an input limits it.
     pub(crate) publish_workers: Option<usize>,
     /// Hints of the environment that are malformed and therefore not used.
@@ -161,6 +163,7 @@ impl Plan {
             policy: inputs.policy.read()?,
             require_flake_check: inputs.require_flake_check,
             impurity: None,
+            named_stores: Vec::new(),
             publish_workers: None,
             bad_hints: named.bad_hints,
         })

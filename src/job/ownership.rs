@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
+use super::daemon_names::DaemonNames;
 use super::store_host::{Sharing, StoreHost};
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::path_info::PathInfo;
@@ -72,6 +73,8 @@ pub(super) struct Ownership {
     pub(super) host: Arc<StoreHost>,
     /// The keys that Nix trusts.
     pub(super) trusted_keys: Vec<PublicKey>,
+    /// What the job's commands name to a daemon, if they can be listened to.
+    pub(super) daemon_names: Option<DaemonNames>,
 }
 
 /// What speaks for and against a path at one moment.
@@ -99,7 +102,11 @@ impl Ownership {
         let mut need = BTreeSet::new();
         let mut claimed = BTreeSet::new();
         if neighbours.are_beside() || neighbours.sharing.is_shared() {
-            let roots: Vec<StorePath> = named.iter().cloned().collect();
+            let mut roots: Vec<StorePath> = named.iter().cloned().collect();
+            // These are more than what the job wants, so they are evidence for what was added and for nothing else.
+            if let Some(names) = &self.daemon_names {
+                roots.extend(names.named().await);
+            }
             need = self.store.leads_to(roots, &self.mark).await?;
             claimed = neighbours.claims();
         } else {
@@ -112,6 +119,16 @@ impl Ownership {
             claimed,
             trusted_keys: self.trusted_keys.clone(),
         })
+    }
+}
+
+impl Ownership {
+    /// Whether the registration of a path that a dead job named shows that it is what its name says. The derivation is
+    /// not known any more, but `ultimate` cannot be set by an import.
+    pub(super) fn is_own_work(&self, info: &PathInfo) -> bool {
+        info.ultimate
+            || info.ca.is_some()
+            || self.trusted_keys.iter().any(|key| info.signed_by(key))
     }
 }
 

@@ -45,14 +45,14 @@ impl Prepared {
     /// # Errors
     /// When Nix cannot.
     pub(crate) async fn open_store(&self) -> Result<Store, store::Error> {
-        match self
-            .in_force
-            .as_ref()
-            .and_then(|found| found.opened.as_ref())
-        {
+        match &self.in_force {
             // Reading the settings back has opened the store already, and one more call of Nix takes long.
-            Some(opened) => Store::from_opened(&self.nix(), opened).await,
-            None => Store::open(&self.nix()).await,
+            Some(EffectiveSettings {
+                opened: Some(opened),
+                settings,
+                ..
+            }) => Store::from_opened(&self.nix(), opened, settings).await,
+            _ => Store::open(&self.nix()).await,
         }
     }
 

@@ -91,6 +91,32 @@ pub(crate) fn summarize(
     publication
 }
 
+/// The paths that were deleted before the cache had them. Of a source that is gone, nothing can be rebuilt elsewhere
+/// that an evaluation does not add again, so that it is no loss.
+fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
+    let is_gone = |end: &Final| *end == Final::Skipped(Skip::Vanished);
+    let ended: HashMap<&StorePath, &Final> = outcome
+        .paths
+        .iter()
+        .map(|path| (&path.info.path, &path.end))
+        .collect();
+    // What was never offered has no end; what was sent before it was deleted has a good one.
+    let unsent = collected
+        .iter()
+        .filter(|info| !ended.contains_key(&info.path));
+    let vanished = outcome.paths.iter().filter(|path| is_gone(&path.end));
+    unsent
+        .chain(vanished.map(|path| &path.info))
+        .filter(|info| info.origin() != Origin::Added && !is_signed_upstream(info))
+        .map(|info| {
+            missed(
+                info,
+                "it was deleted from the store before it could be sent",
+            )
+        })
+        .collect()
+}
+
 /// The paths that the cache had damaged, and now serves.
 fn repaired(outcome: &Outcome, verification: &Verification) -> Vec<Missed> {
     let is_bad = |info: &PathInfo| {
@@ -121,32 +147,6 @@ fn coverage(outcome: &Outcome, verification: &Verification) -> Coverage {
         }),
         seed: verification.seed,
     }
-}
-
-/// The paths that were deleted before the cache had them. Of a source that is gone, nothing can be rebuilt elsewhere
-/// that an evaluation does not add again, so that it is no loss.
-fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
-    let is_gone = |end: &Final| *end == Final::Skipped(Skip::Vanished);
-    let ended: HashMap<&StorePath, &Final> = outcome
-        .paths
-        .iter()
-        .map(|path| (&path.info.path, &path.end))
-        .collect();
-    // What was never offered has no end; what was sent before it was deleted has a good one.
-    let unsent = collected
-        .iter()
-        .filter(|info| !ended.contains_key(&info.path));
-    let vanished = outcome.paths.iter().filter(|path| is_gone(&path.end));
-    unsent
-        .chain(vanished.map(|path| &path.info))
-        .filter(|info| info.origin() != Origin::Added && !is_signed_upstream(info))
-        .map(|info| {
-            missed(
-                info,
-                "it was deleted from the store before it could be sent",
-            )
-        })
-        .collect()
 }
 
 /// The publication to a cache that takes nothing: each path is lost, and named. Paths that an upstream cache has

@@ -55,6 +55,7 @@ impl Session<'_> {
             built: added_paths.built,
             substituted: added_paths.substituted,
             added: added_paths.added,
+            not_watched: self.not_watched(),
             publication,
             store: added_paths.store.clone(),
             unpublished: self.unpublished(&prepared.cache),
@@ -70,7 +71,7 @@ impl Session<'_> {
 
     fn outcome(&self, publication: Option<&Publication>, require_publish: bool) -> Outcome {
         let withholds = publication.is_some_and(|found| !found.withheld.is_empty());
-        if require_publish && !self.is_whole(publication) {
+        if require_publish && !(self.is_whole(publication) && self.not_watched().is_empty()) {
             Outcome::NotPublished
         } else if self.plan.policy.fails && withholds {
             Outcome::Withheld
@@ -90,7 +91,7 @@ impl Session<'_> {
                     cache.skipped.as_deref().unwrap_or_default()
                 )
             }
-            (true, _) => "the store could not be read".to_owned(),
+            (true, _) => "the store is not watched".to_owned(),
             (false, _) => self.decision.reason(),
         }
     }
@@ -159,11 +160,11 @@ impl JobReport {
         for line in &self.lines {
             workflow.log(line);
         }
-        let mut written = files.add_summary(&self.summary);
-        for (name, value) in &self.outputs {
-            written = written.and_then(|()| files.set_output(name, value));
-        }
-        if let Err(error) = written {
+        // Each file by itself: a summary that cannot be written must not cost the outputs.
+        let summary = files.add_summary(&self.summary);
+        let mut outputs = self.outputs.iter();
+        let outputs = outputs.try_for_each(|(name, value)| files.set_output(name, value));
+        for error in [summary, outputs].into_iter().filter_map(Result::err) {
             workflow.annotate(
                 Level::Warning,
                 "report",
@@ -195,6 +196,13 @@ fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
             "out of memory".to_owned(),
             found.text(job.heavy_lane.as_deref()),
         ));
+    }
+    // As a warning, it was printed when it was found.
+    if job.outcome == Outcome::NotPublished {
+        annotations.extend(job.not_watched.iter().map(|store| {
+            let text = format!("{}: {}", store.path, store.reason);
+            (Level::Error, "not watched".to_owned(), text)
+        }));
     }
     let Some(publication) = &job.publication else {
         return annotations;

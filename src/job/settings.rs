@@ -92,7 +92,7 @@ pub(crate) async fn report_ignored(
     let opened = ready
         .opened
         .clone()
-        .filter(|opened| opened.url == "local" && !may_change);
+        .filter(|opened| opened.is_local() && !may_change);
     match read_effective(&nix, settings.cache.as_ref(), opened).await {
         Ok(found) => {
             found

@@ -28,13 +28,18 @@ pub(crate) enum Source {
 impl Source {
     /// Finds it: an input goes before the embedded cache, that before a hint, and a laptop has one anyway.
     pub(crate) fn find(named: &NamedCache, embedded: Option<&Path>, env: &Env) -> Self {
-        let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), named.name.clone()));
+        if !named.enabled {
+            return Self::Off;
+        }
+        let Some(name) = &named.name else {
+            return Self::NotNamed;
+        };
+        let server = |url: &url::Url| Self::Server(Endpoint::new(url.clone(), name.clone()));
         let embed = |folder: PathBuf| Self::Embedded {
             folder,
-            cache: named.name.clone(),
+            cache: name.clone(),
         };
         match (&named.given, embedded, &named.hinted) {
-            _ if !named.enabled => Self::Off,
             (Some(url), ..) => server(url),
             (None, Some(folder), _) => embed(folder.into()),
             (None, None, Some(url)) => server(url),
@@ -75,6 +80,20 @@ mod tests {
         let inputs: CacheInputs = read(&[("attic-server", input)]).expect("well-formed");
         let embedded = (!embedded.is_empty()).then_some(Path::new(embedded));
         Source::find(&inputs.resolve(&env), embedded, &env)
+    }
+
+    #[test]
+    fn a_name_that_only_a_malformed_hint_gives_is_no_caches() {
+        let server = ("ATTIC_SERVER", "https://hint.example/attic");
+        let name = ("ATTIC_CACHE", "no/such");
+        let home = ("HOME", "/h");
+        for (input, embedded) in [("", ""), ("http://h:1", ""), ("", "/c")] {
+            assert_eq!(
+                find(input, embedded, &[server, name, home]),
+                Source::NotNamed,
+                "{input} {embedded}"
+            );
+        }
     }
 
     #[test]

@@ -153,6 +153,12 @@ impl StoreHost {
         }
     }
 
+    /// Whether it has to be told apart which job adds a path.
+    pub(crate) fn has_neighbours(&self) -> bool {
+        let found = self.neighbours();
+        found.are_beside() || found.sharing.is_shared()
+    }
+
     /// Why what this other job leaves in the store must not be published unseen, if that is so.
     fn foreign(&self, other: &JobRecord) -> Option<String> {
         let repository = other.repository.as_deref().unwrap_or("no repository");

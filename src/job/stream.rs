@@ -1,19 +1,21 @@
 //! The publication of a job: streamed while the job runs, completed and drained at its end, then verified against
 //! what the cache serves. Keeps the job's journal, and takes over what the journals of dead jobs left.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
+use std::error::Error as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::report::publication::Publication;
 use flywheel_cache::client::destination::Target;
 use flywheel_cache::client::inspect::Inspector;
-use flywheel_cache::client::journal::{Folder, Journal, Left};
+use flywheel_cache::client::journal::{self, Closed, Folder, Journal, Left, Until};
 use flywheel_cache::client::publish::{Final, Options, Outcome, Publisher, Recheck};
 use flywheel_cache::client::verify::{self, Key, Mode, Verdict, Verification};
 use flywheel_core::progress::Sink;
@@ -28,6 +30,7 @@ use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::closure_tracker::ClosureTracker;
 use super::inputs::Plan;
+use super::leftovers;
 use super::ownership::{Decision, Evidence, Ownership};
 use super::policy::record_impurity;
 use super::publication;
@@ -37,13 +40,18 @@ const BATCHES: usize = 256;
 /// This share of the drain time is kept for verifying, which has more where publishing ends early.
 const VERIFY_SHARE: f64 = 0.2;
 
+/// How long the journal may take to open. A folder on a disk that does not answer must not hold up the job.
+const OPEN_LIMIT: Duration = Duration::from_secs(5);
+/// What is added to the reason of a lost path that the journal has.
+const KEPT: &str = "kept for the next job (journal)";
+
 /// A publication under way.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    to: Target,
-    publisher: Arc<Publisher>,
+    /// `None` where nothing can be sent, and the journal alone is kept.
+    sending: Option<(Target, Arc<Publisher>)>,
     watcher: Option<StoreWatcher>,
-    feeding: JoinHandle<Vec<PathInfo>>,
+    feeding: JoinHandle<Fed>,
     journal: Journal,
     inspector: Arc<Inspector>,
     ownership: Arc<Ownership>,
@@ -68,7 +76,7 @@ pub(crate) struct StreamInputs<'a> {
     pub(crate) at_once: bool,
     /// How many paths are published at once at most, if that is asked for.
     pub(crate) workers: Option<usize>,
-    /// How far verification goes.
+    /// How much of what the cache serves is checked.
     pub(crate) verify: Mode,
 }
 
@@ -80,36 +88,74 @@ pub(crate) struct JobJournal {
 }
 
 impl JobJournal {
-    /// Opens the journal of a job that may publish. One that cannot be kept is a warning, and the job goes on
-    /// without it.
-    pub(crate) fn open(plan: &Plan, mark: &Mark, sink: &Sink) -> Option<Self> {
-        let (folder, cache) = (plan.journal.as_deref()?, plan.source.identity()?);
-        let opened = Folder::open(folder).and_then(|folder| {
-            let left = folder.left(&cache)?;
-            Ok(Self {
-                journal: folder.begin(&cache, mark.id())?,
-                left,
-            })
-        });
-        let warn = |error: &dyn std::error::Error| {
-            let cause = error
-                .source()
-                .map(|cause| format!(": {cause}"))
-                .unwrap_or_default();
+    /// Opens the journal of a job, before anything of it runs. One that cannot be kept is a warning where the job may
+    /// publish, and the job goes on without it. A job that does not publish has one as well, by which the others know
+    /// of it, and takes up nothing.
+    /// `is_ci`: outside of CI, what was added to the store after a job was killed is more likely its user's own work,
+    /// and not taken for the job's.
+    pub(crate) async fn open(
+        plan: &Plan,
+        publishes: bool,
+        is_ci: bool,
+        mark: &Mark,
+        sink: &Sink,
+    ) -> Self {
+        let Some(folder) = plan.journal.clone() else {
+            return Self::default();
+        };
+        let cache = plan.source.identity().filter(|_| publishes);
+        let (is_wanted, mark) = (cache.is_some(), mark.id());
+        let opening = spawn_blocking(move || open_in(&folder, cache.as_deref(), mark));
+        let problem = match timeout(OPEN_LIMIT, opening).await {
+            Ok(Ok(Ok(mut opened))) => {
+                if !is_ci {
+                    opened.left.unaccounted.clear();
+                }
+                for (file, reason) in &opened.left.refused {
+                    let text = format!("`{}` {reason}; it is not read", file.display());
+                    sink.degraded("journal", text);
+                }
+                return opened;
+            }
+            Ok(Ok(Err(error))) => {
+                let cause = error.source().map(|cause| format!(": {cause}"));
+                format!("{error}{}", cause.unwrap_or_default())
+            }
+            Ok(Err(panicked)) => panicked.to_string(),
+            Err(_) => "the journal's folder does not answer".to_owned(),
+        };
+        if is_wanted {
             let text = format!(
-                "{error}{cause}; what a killed job leaves is not taken up by the next (`journal`)"
+                "{problem}; what a killed job leaves is not taken up by the next (`journal`)"
             );
             sink.degraded("journal", text);
-        };
-        opened.inspect_err(|error| warn(error)).ok()
+        }
+        Self::default()
     }
 }
 
+fn open_in(
+    folder: &Path,
+    cache: Option<&str>,
+    mark: Option<i64>,
+) -> Result<JobJournal, journal::Error> {
+    let folder = Folder::open(folder)?;
+    let left = match cache {
+        Some(cache) => folder.left(cache)?,
+        None => Left::default(),
+    };
+    Ok(JobJournal {
+        journal: folder.begin(cache, mark, &left)?,
+        left,
+    })
+}
+
 impl Stream {
-    /// Starts to publish what dead jobs left and what becomes valid from now on.
+    /// Starts to publish what dead jobs left and what becomes valid from now on. Without a destination, what becomes
+    /// valid is only recorded in the journal.
     pub(crate) fn start(
         permit: &PublishPermit,
-        to: Target,
+        to: Option<Target>,
         cache: &Cache,
         inputs: &StreamInputs<'_>,
         journal: JobJournal,
@@ -134,14 +180,13 @@ impl Stream {
             config: cache.probe.config.clone(),
             journal: journal.clone(),
             inspector: Some(Arc::clone(inputs.inspector)),
+            store: inputs.ownership.store.folder().to_owned(),
             ..usual
         };
-        let publisher = Arc::new(Publisher::start(
-            permit,
-            Target::clone(&to),
-            options,
-            sink.clone(),
-        ));
+        let sending = to.map(|to| {
+            let publisher = Publisher::start(permit, Target::clone(&to), options, sink.clone());
+            (to, Arc::new(publisher))
+        });
         let (send, receive) = mpsc::channel(BATCHES);
         // The watcher has a thread of its own, which may wait.
         let ownership = inputs.ownership;
@@ -150,20 +195,19 @@ impl Stream {
             let _ = send.blocking_send(infos);
         });
         let feeder = Feeder {
-            publisher: Arc::clone(&publisher),
+            publisher: sending.as_ref().map(|(_, publisher)| Arc::clone(publisher)),
             ownership: Arc::clone(ownership),
             inspector: Arc::clone(inputs.inspector),
             at_once: inputs.at_once,
             journal: journal.clone(),
             sink: sink.clone(),
             closures: ClosureTracker::default(),
-            seen: Vec::new(),
+            fed: Fed::default(),
         };
         let feeding = tokio::spawn(feeder.feed(left, receive));
         let (inspector, ownership) = (Arc::clone(inputs.inspector), Arc::clone(ownership));
         Self {
-            to,
-            publisher,
+            sending,
             watcher,
             feeding,
             journal,
@@ -174,15 +218,16 @@ impl Stream {
     }
 
     /// Stops watching, offers all of `added_paths`, publishes what is left and verifies, all by `deadline`.
+    /// `is_complete`: whether the store could be read at the end.
     pub(crate) async fn finish(
         self,
-        added_paths: &AddedPaths,
+        cache: &Cache,
+        (added_paths, is_complete): (&AddedPaths, bool),
         deadline: &Deadline,
         sink: &Sink,
     ) -> Publication {
         let Self {
-            to,
-            publisher,
+            sending,
             watcher,
             feeding,
             journal,
@@ -193,38 +238,87 @@ impl Stream {
         // Dropping the watcher joins its threads, one of which may be reading the database.
         let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
         // The feeder ends when the watcher is gone. Should it have panicked, nothing is missing: all is offered below.
-        let seen = feeding.await.unwrap_or_default();
-        let collected = collected_as_garbage(&ownership, seen).await;
+        let fed = feeding.await.unwrap_or_default();
+        let collected = collected_as_garbage(&ownership, &fed.seen).await;
         // The same order as in the feeder: what a kill cuts off from here on is in the journal.
         journal.seen(added_paths.wanted.iter().map(|info| &info.path));
         record_seen_impurity(&ownership, &inspector);
-        publisher.offer(added_paths.wanted.clone()).await;
-        let publisher =
-            Arc::into_inner(publisher).expect("the feeder, its only other holder, has ended");
-        let outcome = publisher
-            .drain(publish_until(deadline), deadline.cancel.clone())
-            .await;
-        // The publisher itself has reported a standstill.
-        if let Some(reason) = outcome.stopped.as_ref().filter(|_| !outcome.stalled) {
-            sink.degraded("publication", reason.clone());
-        }
-        let options = options.following(outcome.key.clone(), outcome.stalled);
-        let sent = outcome.sent().cloned().collect();
-        let verification = verify::verify(to, sent, &options, deadline.at, &deadline.cancel).await;
-        if verification.key == Key::Unknown && verification.good() > 0 {
-            let text =
-                "no signature was checked: neither `attic-public-key` nor the cache names a key";
-            sink.degraded("publication", text);
-        }
-        record_settled(journal, &outcome, &verification);
-        publication::summarize(
-            &outcome,
-            &verification,
-            &added_paths.unreadable,
-            &inspector.warned(),
-            &collected,
-        )
+        let mut publication = match sending {
+            Some((to, publisher)) => {
+                publisher.offer(fed.held).await;
+                publisher.offer(added_paths.wanted.clone()).await;
+                let publisher = Arc::into_inner(publisher)
+                    .expect("the feeder, its only other holder, has ended");
+                let (outcome, verification) = drain(publisher, to, options, deadline, sink).await;
+                record_settled(&journal, &outcome, &verification);
+                publication::summarize(
+                    &outcome,
+                    &verification,
+                    &added_paths.unreadable,
+                    &inspector.warned(),
+                    &collected,
+                )
+            }
+            None => {
+                let reason = cache.refusal().unwrap_or_default();
+                publication::all_lost(&added_paths.wanted, &reason)
+            }
+        };
+        // A job that could not read the store leaves its mark to the next one, which can.
+        let closed = if is_complete {
+            journal.close()
+        } else {
+            journal.leave()
+        };
+        report_kept(&closed, &mut publication, sink);
+        publication
     }
+}
+
+/// Publishes what is left, and verifies it.
+async fn drain(
+    publisher: Publisher,
+    to: Target,
+    options: verify::Options,
+    deadline: &Deadline,
+    sink: &Sink,
+) -> (Outcome, Verification) {
+    let outcome = publisher
+        .drain(publish_until(deadline), deadline.cancel.clone())
+        .await;
+    // The publisher itself has reported a standstill.
+    if let Some(reason) = outcome.stopped.as_ref().filter(|_| !outcome.stalled) {
+        sink.degraded("publication", reason.clone());
+    }
+    let options = options.following(outcome.key.clone(), outcome.stalled);
+    let sent = outcome.sent().cloned().collect();
+    let verification = verify::verify(to, sent, &options, deadline.at, &deadline.cancel).await;
+    if verification.key == Key::Unknown && verification.good() > 0 {
+        let text = "no signature was checked: neither `attic-public-key` nor the cache names a key";
+        sink.degraded("publication", text);
+    }
+    (outcome, verification)
+}
+
+/// Adds to the lost paths that the journal has them, and warns of a journal that lacks some.
+fn report_kept(closed: &Closed, publication: &mut Publication, sink: &Sink) {
+    if let Some(problem) = &closed.problem {
+        let text = format!("{problem}; what it lacks is not taken up by the next job (`journal`)");
+        sink.degraded("journal", text);
+    }
+    if closed.kept.is_empty() {
+        return;
+    }
+    let kept: BTreeSet<String> = closed.kept.iter().map(ToString::to_string).collect();
+    for missed in &mut publication.lost {
+        if kept.contains(&missed.path) {
+            missed.reason = format!("{}; {KEPT}", missed.reason);
+        }
+    }
+    sink.degraded(
+        "publication",
+        format!("{} {KEPT}", count(kept.len() as u64, "path")),
+    );
 }
 
 /// Records it with the inspector when a process of the job was seen to evaluate impurely. To be called before a path
@@ -236,7 +330,7 @@ fn record_seen_impurity(ownership: &Ownership, inspector: &Inspector) {
 }
 
 /// The paths among those seen during the job that are not valid any more: the job, or another, has deleted them.
-async fn collected_as_garbage(ownership: &Ownership, seen: Vec<PathInfo>) -> Vec<PathInfo> {
+async fn collected_as_garbage(ownership: &Ownership, seen: &[PathInfo]) -> Vec<PathInfo> {
     let paths: Vec<StorePath> = seen.iter().map(|info| info.path.clone()).collect();
     // A store that cannot be read now has been reported as such.
     let Ok(valid) = ownership.store.infos(&paths).await else {
@@ -248,51 +342,53 @@ async fn collected_as_garbage(ownership: &Ownership, seen: Vec<PathInfo>) -> Vec
 }
 
 /// Settles in the journal what needs no more care; the next job takes up the rest.
-fn record_settled(journal: Journal, outcome: &Outcome, verification: &Verification) {
+fn record_settled(journal: &Journal, outcome: &Outcome, verification: &Verification) {
     let skipped = outcome
         .paths
         .iter()
         .filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
     journal.settled(skipped.map(|path| &path.info.path));
-    // The cache's word that it has a path is enough, unless a check could not be made.
-    let there = outcome
-        .already_there()
-        .filter(|path| !matches!(path.checked, Some(Verdict::Unverified(_))));
-    journal.settled(there.map(|path| &path.info.path));
-    if verification.mode == Mode::Off {
-        journal.settled(outcome.sent().map(|info| &info.path));
-    }
     let good = verification
         .paths
         .iter()
         .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
     journal.settled(good.map(|(info, _)| &info.path));
-    journal.close();
 }
 
 /// Feeds the publisher with the paths that become valid.
 struct Feeder {
-    publisher: Arc<Publisher>,
+    publisher: Option<Arc<Publisher>>,
     ownership: Arc<Ownership>,
     inspector: Arc<Inspector>,
     at_once: bool,
     journal: Journal,
     sink: Sink,
     closures: ClosureTracker,
+    fed: Fed,
+}
+
+/// What the feeder leaves for the job's end.
+#[derive(Debug, Default)]
+struct Fed {
+    /// Paths of dead jobs, with their closures, that may be offered at the end only.
+    held: Vec<PathInfo>,
     /// Everything that was found to be the job's.
     seen: Vec<PathInfo>,
 }
 
 impl Feeder {
-    /// Offers what dead jobs left, then what the watcher reports, each path with its closure, and returns what was the
-    /// job's. Derivations and what may be another job's are left out; all paths are decided on once more at the end.
-    async fn feed(
-        mut self,
-        left: Left,
-        mut batches: mpsc::Receiver<Vec<PathInfo>>,
-    ) -> Vec<PathInfo> {
+    /// Offers what dead jobs left, then what the watcher reports, each path with its closure, and returns what is
+    /// left for the end. Derivations and what may be another job's are left out; all paths are decided on once more at the end.
+    async fn feed(mut self, left: Left, mut batches: mpsc::Receiver<Vec<PathInfo>>) -> Fed {
+        let left = self.adopt_leftovers(left).await;
         if self.at_once {
-            self.adopt_leftovers(left).await;
+            self.offer(left, None).await;
+        } else if !left.is_empty() {
+            let paths: Vec<StorePath> = left.iter().map(|info| info.path.clone()).collect();
+            // The publisher takes closures only. One that cannot be read now stays in the journal.
+            if let Ok(found) = self.ownership.store.closure(&paths).await {
+                self.fed.held = found.infos;
+            }
         }
         while let Some(infos) = batches.recv().await {
             // Evidence that cannot be read now is read again when the added paths are collected at the end.
@@ -303,18 +399,21 @@ impl Feeder {
             let found: Vec<PathInfo> = infos.into_iter().filter(is_own).collect();
             // The journal has a path before the publisher does: a job that is killed in between loses nothing.
             self.journal.seen(found.iter().map(|info| &info.path));
-            self.seen.extend(found.iter().cloned());
+            self.fed.seen.extend(found.iter().cloned());
             if self.at_once && !found.is_empty() {
                 record_seen_impurity(&self.ownership, &self.inspector);
                 self.offer(found, Some(&evidence)).await;
             }
         }
-        self.seen
+        self.fed
     }
 
     /// Offers these paths with their closures. On a shared host, `evidence` keeps back what may be forged, with
     /// everything that refers to it.
     async fn offer(&mut self, infos: Vec<PathInfo>, evidence: Option<&Evidence>) {
+        let Some(publisher) = self.publisher.clone() else {
+            return;
+        };
         let (mut offers, open) = self.closures.split_ready(infos);
         if !open.is_empty() {
             let open: Vec<StorePath> = open.into_iter().map(|info| info.path).collect();
@@ -331,58 +430,66 @@ impl Feeder {
             }
         }
         if !offers.is_empty() {
-            self.publisher.offer(offers).await;
+            publisher.offer(offers).await;
         }
     }
 
-    /// Offers what dead jobs left and is still valid. Their journals are removed once ours has it all.
-    async fn adopt_leftovers(&mut self, left: Left) {
+    /// Finds what dead jobs left and is still valid. Their journals are removed once ours has it all; they stay where
+    /// nothing can be sent.
+    async fn adopt_leftovers(&mut self, left: Left) -> Vec<PathInfo> {
         if left.is_empty() {
-            return;
+            return Vec::new();
         }
-        let mut since: BTreeMap<StorePath, Option<u64>> = left
-            .seen
-            .iter()
-            .map(|(path, since)| (path.clone(), Some(*since)))
-            .collect();
-        for (mark, expected) in &left.expected {
-            // An expected path counts if it was really added, even if another process ended up adding it.
-            let Ok(added) = self
-                .ownership
-                .store
-                .added_since(&Mark::after_id(*mark))
-                .await
-            else {
-                return;
-            };
-            let arrived = added
-                .infos
-                .into_iter()
-                .filter(|info| expected.binary_search(&info.path).is_ok());
-            for info in arrived {
-                since.entry(info.path).or_default();
-            }
-        }
-        let all: Vec<StorePath> = since.keys().cloned().collect();
-        let Ok(valid) = self.ownership.store.infos(&all).await else {
-            return;
+        let stays = |why: &str| {
+            let text = format!("what earlier jobs left stays for the next job: {why}");
+            self.sink.degraded("journal", text);
+            Vec::new()
         };
-        let since = |path| since.get(path).copied().flatten();
-        let carried: Vec<_> = valid
-            .infos
+        if self.publisher.is_none() {
+            return stays("nothing can be sent");
+        }
+        let leftovers::Leftovers {
+            taken: found,
+            doubtful,
+        } = match leftovers::find(&self.ownership, &left).await {
+            Ok(found) => found,
+            Err(error) => return stays(&error.to_string()),
+        };
+        let carried: Vec<_> = found
             .iter()
-            .map(|info| (&info.path, since(&info.path)))
+            .map(|leftover| (&leftover.info.path, leftover.since))
             .collect();
-        self.journal.carried(&carried);
+        if let Err(problem) = self.journal.carried(&carried) {
+            return stays(&problem);
+        }
+        let is_open = |until: Until| !until.heir;
+        if left
+            .unaccounted
+            .iter()
+            .any(|job| job.until.is_some_and(is_open))
+        {
+            let text = "a job of another kind began after one that was killed: what the killed one's processes added \
+                        since then is not told apart, and not taken up";
+            self.sink.degraded("journal", text);
+        }
+        for leftover in &doubtful {
+            let path = &leftover.info.path;
+            let text = format!("{path} of an earlier job is ambiguous, and not taken up");
+            self.sink.degraded("journal", text);
+        }
         // `carried` has synced our journal, so the old ones may go now, and not earlier.
         left.taken_up();
-        if !valid.infos.is_empty() {
+        if !found.is_empty() {
+            let unnamed = found
+                .iter()
+                .filter(|leftover| leftover.evidence == leftovers::Evidence::Unaccounted);
             self.sink.note(format!(
-                "flywheel: {} of earlier jobs taken up",
-                count(valid.infos.len() as u64, "path")
+                "flywheel: {} of earlier jobs taken up, {} of them not named in a journal",
+                count(found.len() as u64, "path"),
+                unnamed.count()
             ));
-            self.offer(valid.infos, None).await;
         }
+        found.into_iter().map(|leftover| leftover.info).collect()
     }
 }
 

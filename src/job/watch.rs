@@ -11,20 +11,24 @@ use tokio_util::sync::CancellationToken;
 use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::{STOPPED_LIMIT, Session};
+use super::daemon_names::DaemonNames;
+use super::not_watched::remedy;
 use super::ownership::Ownership;
+use super::policy;
 use super::prepare::Prepared;
 use super::store_host::StoreHost;
 use super::stream::{Deadline, JobJournal, Stream, StreamInputs};
-use super::{policy, publication};
 use crate::report::publication::{Missed, Publication};
 use flywheel_cache::client::inspect::Inspector;
+use flywheel_cache::client::journal::Journal;
 use flywheel_core::policy::Rule;
-use flywheel_core::progress::Sink;
 use flywheel_core::trust::Verdict;
-use flywheel_nix::store::{self, Store, state_folder};
+use flywheel_nix::daemon_proxy::{DaemonProxy, ProxyError};
+use flywheel_nix::store::{self, Store};
+use flywheel_nix::store_location::daemon_socket;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
-use flywheel_nix::tool::error_summary;
+use flywheel_nix::tool::{Nix, error_summary};
 use flywheel_sys::host::job_registry::JobRecord;
 use flywheel_sys::process::signals::Signals;
 use flywheel_sys::runner::context;
@@ -41,12 +45,30 @@ pub(crate) struct StoreWatch {
     inspector: Arc<Inspector>,
     begun: SystemTime,
     stream: Option<Stream>,
+    /// The journal of a job that does not publish, by which the others know of it.
+    presence: Option<Journal>,
     results: Vec<StorePath>,
 }
 
 impl StoreWatch {
     pub(crate) fn store(&self) -> &Arc<Store> {
         &self.ownership.store
+    }
+
+    /// The value of `NIX_DAEMON_SOCKET_PATH` for the job's commands, if they are to have one.
+    pub(crate) fn daemon_link(&self) -> Option<&Path> {
+        let names = self.ownership.daemon_names.as_ref()?;
+        Some(names.link())
+    }
+
+    /// Nix with the job's settings, for calls whose additions are the job's.
+    pub(crate) fn nix(&self, prepared: &Prepared) -> Nix {
+        let link = self.daemon_link().and_then(Path::to_str);
+        let nix = prepared.nix();
+        match link {
+            Some(link) => nix.with_variable("NIX_DAEMON_SOCKET_PATH", Some(link)),
+            None => nix,
+        }
     }
 
     /// Names paths that are the job's results whichever process built them: their closure goes to the cache.
@@ -57,7 +79,7 @@ impl StoreWatch {
 
 impl Session<'_> {
     /// Marks the store, and starts to publish if the trust gate allows it. `processes` are those of the job. `None`
-    /// when the store cannot be read.
+    /// when the store cannot be read, which is recorded.
     pub(crate) async fn watch(
         &self,
         prepared: &Prepared,
@@ -66,24 +88,29 @@ impl Session<'_> {
         let ownership = match self.open_marked(prepared, processes).await {
             Ok(opened) => Arc::new(opened),
             Err(error) => {
-                let text = format!(
-                    "the store cannot be read, so nothing is counted or published: {error}"
-                );
-                self.sink.degraded("publication", text);
+                self.record_unwatched_store(&error);
                 return None;
             }
         };
-        let permit = self.decision.permit().zip(prepared.to.clone());
-        let journal = permit
-            .as_ref()
-            .and_then(|_| JobJournal::open(self.plan, &ownership.mark, &self.sink))
-            .unwrap_or_default();
+        self.record_named_stores(&prepared.nix(), &ownership.store);
+        // Also where the cache is away: what cannot be sent now is the next job's to send.
+        let permit = self
+            .decision
+            .permit()
+            .filter(|_| self.plan.source.identity().is_some());
+        let (publishes, is_ci) = (permit.is_some(), context::in_ci(self.env));
+        let mark = &ownership.mark;
+        let journal = JobJournal::open(self.plan, publishes, is_ci, mark, &self.sink).await;
+        let presence = permit.is_none().then(|| journal.journal.clone());
         // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next. The
         // jobs beside this one learn of it at the same time.
-        let (written, host) = (journal.journal.clone(), Arc::clone(&ownership.host));
+        let written = permit.is_some().then(|| journal.journal.clone());
+        let host = Arc::clone(&ownership.host);
         ownership.temp_roots.subscribe(move |paths| {
             let wanted = || paths.iter().filter(|path| !path.is_derivation());
-            written.expected(wanted());
+            if let Some(journal) = &written {
+                journal.expected(wanted());
+            }
             host.claim(wanted().map(StorePath::base_name));
         });
         let inspector = self.inspector(prepared, &ownership.store);
@@ -95,7 +122,8 @@ impl Session<'_> {
             workers: self.plan.publish_workers,
             verify: self.plan.verify,
         };
-        let stream = permit.map(|(permit, to)| {
+        let stream = permit.map(|permit| {
+            let to = prepared.to.clone();
             Stream::start(&permit, to, &prepared.cache, &inputs, journal, &self.sink)
         });
         Some(StoreWatch {
@@ -103,6 +131,7 @@ impl Session<'_> {
             inspector,
             begun: SystemTime::now(),
             stream,
+            presence,
             results: Vec::new(),
         })
     }
@@ -114,7 +143,8 @@ impl Session<'_> {
         processes: JobScope,
     ) -> Result<Ownership, store::Error> {
         let store = prepared.open_store().await?;
-        let state = state_folder(&prepared.nix());
+        store.location().map_err(Clone::clone)?;
+        let state = store.state();
         let own = JobRecord {
             repository: context::repository(self.env),
             trusted: matches!(self.decision.verdict(), Verdict::MayPublish(_)),
@@ -129,19 +159,46 @@ impl Session<'_> {
             &self.sink,
         );
         // Before the mark: a process that was gone by now cannot have added what comes after it.
+        let processes_are_ours = processes == JobScope::Descendants;
         let temp_roots = TempRootWatcher::start(&state, processes);
         let mark = store.mark().await?;
         let keys = prepared.in_force.iter().flat_map(|found| {
             let keys = found.settings.list("trusted-public-keys");
             keys.into_iter().filter_map(|key| key.parse().ok())
         });
+        let host = Arc::new(host);
+        let daemon_names = match self.daemon_proxy(prepared, processes_are_ours) {
+            Some(proxy) => {
+                let (host, sink) = (Arc::clone(&host), self.sink.clone());
+                Some(DaemonNames::start(proxy, host, sink).await)
+            }
+            None => None,
+        };
         Ok(Ownership {
             store: Arc::new(store),
             mark,
             temp_roots: Arc::new(temp_roots),
-            host: Arc::new(host),
+            host,
             trusted_keys: keys.collect(),
+            daemon_names,
         })
+    }
+
+    /// The link in front of the daemon's socket, where the job's commands are started by this process and reach the store
+    /// through a daemon. Root's commands do not, and a proxy of root's would lend its rights to every client.
+    fn daemon_proxy(&self, prepared: &Prepared, starts_commands: bool) -> Option<DaemonProxy> {
+        let opened = prepared.in_force.as_ref()?.opened.as_ref()?;
+        let is_user = !rustix::process::geteuid().is_root();
+        if !is_user || !starts_commands || opened.url != "daemon" {
+            return None;
+        }
+        let socket = daemon_socket(&prepared.nix());
+        let proxy = DaemonProxy::prepare(&socket, self.private(), self.env, self.sink.clone());
+        let failed = |error: &ProxyError| {
+            let text = format!("{error}; beside another job, paths of this one may be ambiguous");
+            self.sink.degraded("publication", text);
+        };
+        proxy.inspect_err(failed).ok()
     }
 
     /// Whether nothing may be published before the flake's checks have passed.
@@ -179,29 +236,28 @@ impl Session<'_> {
 
     /// Runs `nix flake check` in `folder`, where the policy requires it; once it has passed, what the job built may
     /// be published. A failure is a warning, and withholds everything. To be called when the job has ended well.
-    pub(crate) async fn run_flake_check(
+    /// Ends early when `stop` is ready, and returns what that gave: the time for publishing is short from then on.
+    pub(crate) async fn run_flake_check<T>(
         &self,
         prepared: &Prepared,
         watch: Option<&StoreWatch>,
         folder: &Path,
-        signals: &mut Signals,
-    ) {
-        let Some(watch) = watch.filter(|_| self.requires_flake_check()) else {
-            return;
-        };
+        stop: impl Future<Output = T>,
+    ) -> Option<T> {
+        let watch = watch.filter(|_| self.requires_flake_check())?;
         self.sink
             .note("flywheel: `nix flake check` (`require-flake-check`)");
-        let nix = prepared.nix();
+        let nix = watch.nix(prepared);
         let flake = folder.to_string_lossy();
         let arguments = ["flake", "check", &flake];
         let checking = nix.run(&arguments, CHECK_LIMIT);
-        let ended = tokio::select! {
+        let (ended, stopped) = tokio::select! {
             biased;
-            _ = signals.next() => Err("it was cancelled".to_owned()),
+            stopped = stop => (Err("it was cancelled".to_owned()), Some(stopped)),
             output = checking => match output {
-                Ok(output) if output.status.success() => Ok(()),
-                Ok(output) => Err(error_summary(&output.stderr)),
-                Err(error) => Err(error.to_string()),
+                Ok(output) if output.status.success() => (Ok(()), None),
+                Ok(output) => (Err(error_summary(&output.stderr)), None),
+                Err(error) => (Err(error.to_string()), None),
             },
         };
         match ended {
@@ -211,6 +267,7 @@ impl Session<'_> {
                 format!("`nix flake check` did not pass: {problem}"),
             ),
         }
+        stopped
     }
 
     /// Collects what the job added to the store, the result links in `folder` included, publishes what is left of it
@@ -227,23 +284,30 @@ impl Session<'_> {
             ownership,
             begun,
             stream,
+            presence,
             results,
             ..
         } = watch;
         let collecting = AddedPaths::collect(&ownership, (folder, begun), results);
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
-        let added_paths = match timeout_at(limit, collecting).await {
-            Ok(Ok(added_paths)) => added_paths,
-            Ok(Err(error)) => unread(&error.to_string(), sink),
-            Err(_) => unread("the deadline was over (`drain-timeout`)", sink),
+        let (added_paths, is_complete) = match timeout_at(limit, collecting).await {
+            Ok(Ok(added_paths)) => (added_paths, true),
+            Ok(Err(error)) => (
+                self.record_unread_store(&error.to_string(), remedy(&error)),
+                false,
+            ),
+            Err(_) => (
+                self.record_unread_store("the deadline was over", "Raise `drain-timeout`."),
+                false,
+            ),
         };
-        let mut publication = match (stream, self.decision.publishes()) {
-            (Some(stream), _) => Some(stream.finish(&added_paths, deadline, sink).await),
-            // The job was to publish, but its cache takes nothing: each path is lost, and named.
-            (None, true) => cache
-                .refusal()
-                .map(|reason| publication::all_lost(&added_paths.wanted, &reason)),
-            (None, false) => None,
+        let mut publication = match stream {
+            Some(stream) => {
+                let added_paths = (&added_paths, is_complete);
+                Some(stream.finish(cache, added_paths, deadline, sink).await)
+            }
+            // The job does not publish, or no cache is named.
+            None => None,
         };
         if let Some(publication) = &mut publication {
             let ambiguous = added_paths.ambiguous.iter().map(|(path, doubt)| Missed {
@@ -251,6 +315,12 @@ impl Session<'_> {
                 reason: doubt.to_string(),
             });
             publication.ambiguous.extend(ambiguous);
+        }
+        if let Some(presence) = presence {
+            presence.close();
+        }
+        if let Some(names) = &ownership.daemon_names {
+            names.stop().await;
         }
         (added_paths, publication)
     }
@@ -289,12 +359,4 @@ impl Session<'_> {
             }
         }
     }
-}
-
-fn unread(problem: &str, sink: &Sink) -> AddedPaths {
-    sink.degraded(
-        "publication",
-        format!("the store could not be read at the end: {problem}"),
-    );
-    AddedPaths::default()
 }

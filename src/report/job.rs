@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::report::publication::Publication;
+use crate::report::publication::{Missed, Publication};
 use flywheel_core::budget::OutOfMemory;
 use flywheel_core::text::{bytes, duration};
 
@@ -115,6 +115,8 @@ pub(crate) struct JobResult {
     pub(crate) substituted: u64,
     /// Sources and other paths added by this job.
     pub(crate) added: u64,
+    /// The stores that nothing could be published from, with the reasons.
+    pub(crate) not_watched: Vec<Missed>,
     /// What was published; `None` if the job does not publish.
     pub(crate) publication: Option<Publication>,
     /// Which store it was, and who else can have written it, in one line; `None` where it could not be read.
@@ -172,15 +174,14 @@ impl JobResult {
             publication.published,
             publication.verified,
             publication.coverage.suffix(),
-            publication.losses()
+            publication.losses(self.not_watched.len())
         )
     }
 
     /// Whether something that should be in the cache is not known to be there.
     pub(crate) fn has_losses(&self) -> bool {
-        self.publication
-            .as_ref()
-            .is_some_and(|publication| !publication.is_whole())
+        let lacks = |publication: &Publication| !publication.is_whole();
+        self.publication.as_ref().is_some_and(lacks) || !self.not_watched.is_empty()
     }
 
     /// The times in one line, and the memory.
@@ -225,6 +226,7 @@ pub(super) mod tests {
             added: 1,
             store: Some("this repository's alone".into()),
             unpublished: String::new(),
+            not_watched: Vec::new(),
             publication: Some(Publication {
                 published: 3,
                 verified: 3,
@@ -253,6 +255,15 @@ pub(super) mod tests {
             job.closing_line(),
             "3 built, 3 published, 3 verified, 0 lost (2 already there)"
         );
+        job.not_watched = vec![Missed {
+            path: "ssh-ng://host".into(),
+            reason: "why".into(),
+        }];
+        assert_eq!(
+            job.closing_line(),
+            "3 built, 3 published, 3 verified, 1 store not watched (2 already there)"
+        );
+        job.not_watched.clear();
         job.publication = None;
         job.unpublished = "pull requests only read".into();
         assert_eq!(

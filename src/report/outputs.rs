@@ -51,7 +51,7 @@ fn list(outputs: &[(&'static str, &str)]) -> Vec<Output> {
 }
 
 /// What a job sets at its end; `{outcomes}` stands for the words of `Outcome`.
-const JOB: [(&str, &str); 19] = [
+const JOB: [(&str, &str); 20] = [
     ("outcome", "What became of the job: {outcomes}."),
     ("exit-code", "The exit code of the step."),
     ("published", "How many store paths were published."),
@@ -78,6 +78,10 @@ const JOB: [(&str, &str); 19] = [
     (
         "withheld",
         "How many store paths the publication policy keeps back.",
+    ),
+    (
+        "not-watched",
+        "How many stores of the job could not be watched, so that nothing in them was published.",
     ),
     ("substituted", "How many store paths came from a cache."),
     ("built", "How many store paths were built by this job."),
@@ -201,6 +205,7 @@ pub(crate) fn values(job: &JobResult) -> Vec<(&'static str, String)> {
         ("lost", publication.lost.len().to_string()),
         ("ambiguous", publication.ambiguous.len().to_string()),
         ("withheld", publication.withheld.len().to_string()),
+        ("not-watched", job.not_watched.len().to_string()),
         ("substituted", job.substituted.to_string()),
         ("built", job.built.to_string()),
         ("bootstrap-seconds", seconds(job.bootstrap)),

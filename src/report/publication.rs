@@ -1,6 +1,7 @@
 //! The result of a publication: numbers, and every path that is lost or in doubt, by name. Plain data, the same for
 //! every verb that publishes.
 
+use flywheel_core::text::count;
 use serde::Serialize;
 
 use flywheel_cache::client::verify::Coverage;
@@ -78,14 +79,24 @@ impl Publication {
         self.lost.is_empty() && self.unverified.is_empty() && self.ambiguous.is_empty()
     }
 
-    /// How many paths are lost. Where it is not known to which job paths belong, that none is lost is not known either.
-    pub(crate) fn losses(&self) -> String {
+    /// What is missing from the cache: `2 lost, 1 ambiguous`. That nothing is lost is said only where it is known: of
+    /// every path whose it is, and of every store what was added to it.
+    pub(crate) fn losses(&self, not_watched: usize) -> String {
         let (lost, ambiguous) = (self.lost.len(), self.ambiguous.len());
-        match (lost, ambiguous) {
-            (_, 0) => format!("{lost} lost"),
-            (0, _) => format!("{ambiguous} ambiguous"),
-            _ => format!("{lost} lost, {ambiguous} ambiguous"),
+        let mut parts = Vec::new();
+        if lost > 0 || ambiguous + not_watched == 0 {
+            parts.push(format!("{lost} lost"));
         }
+        if ambiguous > 0 {
+            parts.push(format!("{ambiguous} ambiguous"));
+        }
+        if not_watched > 0 {
+            parts.push(format!(
+                "{} not watched",
+                count(not_watched as u64, "store")
+            ));
+        }
+        parts.join(", ")
     }
 }
 
@@ -116,7 +127,7 @@ impl std::fmt::Display for Publication {
         if !self.withheld.is_empty() {
             write!(f, ", {} withheld", self.withheld.len())?;
         }
-        write!(f, ", {}", self.losses())
+        write!(f, ", {}", self.losses(0))
     }
 }
 
@@ -145,6 +156,13 @@ mod tests {
         };
         let line = "3 published, 2 already there, 1 skipped, 3 verified, 1 unverified, 2 lost";
         assert_eq!(publication.to_string(), line);
+        let doubtful = Publication {
+            ambiguous: vec![missed()],
+            ..Publication::default()
+        };
+        let line = "0 published, 0 verified, 1 ambiguous";
+        assert_eq!(doubtful.to_string(), line, "that none is lost is not known");
+        assert!(!doubtful.is_whole());
         let publication = Publication {
             published: 3,
             repaired: vec![missed()],
@@ -158,12 +176,5 @@ mod tests {
         };
         let line = "3 published, 1 repaired, 4 verified (sample of 2 bodies), 0 lost";
         assert_eq!(publication.to_string(), line);
-        let doubtful = Publication {
-            ambiguous: vec![missed()],
-            ..Publication::default()
-        };
-        let line = "0 published, 0 verified, 1 ambiguous";
-        assert_eq!(doubtful.to_string(), line, "that none is lost is not known");
-        assert!(!doubtful.is_whole());
     }
 }

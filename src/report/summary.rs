@@ -56,6 +56,7 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     for (name, value) in rows(job) {
         writeln!(text, "| {name} | {value} |")?;
     }
+    list(text, "Not watched", &job.not_watched)?;
     if let Some(publication) = &job.publication {
         list(text, "Withheld by the policy", &publication.withheld)?;
         list(
@@ -110,7 +111,7 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
             publication.repaired.len(),
             publication.skipped,
             publication.verified,
-            publication.losses()
+            publication.losses(job.not_watched.len())
         );
         rows.push(("Publication", counts));
         rows.push(("Verification", publication.coverage.sentence()));

@@ -9,6 +9,7 @@ mod cache_serve;
 mod check_runs;
 mod cli;
 mod contract;
+mod daemon_proxy;
 mod definitions;
 mod explain;
 mod flake_checks;

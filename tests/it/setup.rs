@@ -171,6 +171,73 @@ fn a_malformed_hint_is_a_warning_that_names_it() {
     }
 }
 
+/// Its server answers, but a path that goes into the cache `main` there would go into somebody else's.
+#[test]
+fn a_malformed_hint_for_the_caches_name_exports_no_cache() {
+    let (_attic, attic) = listener();
+    let server = format!("http://{attic}/attic/");
+    let run = setup()
+        .env("ATTIC_SERVER", &server)
+        .env("ATTIC_CACHE", "no/such");
+    let (exports, ran) = exported(&run);
+    let mode = ("GF_BAZEL_SUBSTRATE_MODE", "compatibility-local-only");
+    assert_eq!(exports, map(&[mode]), "{}", ran.stdout);
+    assert!(ran.stdout.contains("so no cache is used"), "{}", ran.stdout);
+    let named = run.env("FLYWHEEL_ATTIC_CACHE", "team");
+    assert_eq!(exported(&named).0["ATTIC_CACHE"], "team");
+}
+
+/// The runner's files as a pipe, a device, a folder, a link to a pipe, and one of ten gigabytes.
+#[test]
+fn files_of_the_runner_that_are_none_are_refused_at_once() {
+    let (_attic, attic) = listener();
+    for kind in ["pipe", "device", "folder", "link", "large"] {
+        let run = setup().env("ATTIC_SERVER", &format!("http://{attic}/"));
+        let file = run.path("foreign");
+        let pipe = |file: &std::path::Path| {
+            rustix::fs::mkfifoat(rustix::fs::CWD, file, rustix::fs::Mode::from(0o600)).unwrap();
+        };
+        let said = match kind {
+            "pipe" => {
+                pipe(&file);
+                "is a named pipe"
+            }
+            "device" => {
+                std::os::unix::fs::symlink("/dev/full", &file).unwrap();
+                "is a device"
+            }
+            "folder" => {
+                std::fs::create_dir(&file).unwrap();
+                "is a folder"
+            }
+            "link" => {
+                pipe(&run.path("pipe"));
+                std::os::unix::fs::symlink(run.path("pipe"), &file).unwrap();
+                "is a named pipe"
+            }
+            _ => {
+                let large = std::fs::File::create(&file).unwrap();
+                large.set_len(10_000_000_000).unwrap();
+                "is larger than"
+            }
+        };
+        let run = run.env("GITHUB_ENV", file.to_str().unwrap());
+        let began = std::time::Instant::now();
+        let output = run.command().output().unwrap();
+        assert!(
+            began.elapsed().as_secs() < 5,
+            "{kind}: {:?}",
+            began.elapsed()
+        );
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains(said), "{kind}: {text}");
+        // What the planted secret is looked for in must not be read to its end.
+        std::fs::remove_file(&file)
+            .or_else(|_| std::fs::remove_dir(&file))
+            .unwrap();
+    }
+}
+
 #[test]
 fn a_malformed_input_is_64_and_touches_nothing() {
     for (input, value) in [

@@ -1,6 +1,7 @@
 //! The Nix floor against real Nix: what the job added, which settings are in force, what is repaired.
 //! Each test runs once more inside a mount namespace with a `/nix` of its own.
 
+mod daemon_proxy;
 mod repair;
 mod settings;
 mod store;

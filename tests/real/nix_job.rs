@@ -110,8 +110,9 @@ fn a_cancelled_job_leaves_nothing_and_loses_nothing() {
 fn a_cancelled_job_lists_what_a_silent_cache_did_not_take() {
     let mut cache = Cache::start(&[]);
     let through = crate::world::broken::forward(&cache.url);
-    let job = Job::new(&cache, "nix build --no-link -L path:.#slow")
-        .with_env("ATTIC_SERVER", &through.url);
+    // Nix itself would wait a minute for the silent cache before it builds.
+    let command = "nix build --no-link -L --option substitute false path:.#slow";
+    let job = Job::new(&cache, command).with_env("ATTIC_SERVER", &through.url);
     let report = job.step.cancel_when(|log| {
         // From the moment the command runs nothing reaches the cache any more.
         if log.contains("attached") {
@@ -133,6 +134,44 @@ fn a_cancelled_job_lists_what_a_silent_cache_did_not_take() {
         let summary = &report.files["GITHUB_STEP_SUMMARY"];
         assert!(summary.contains("-quick") || published > 0, "{summary}");
     }
+    cache.kill();
+}
+
+/// The signal comes while `nix flake check` runs for `require-flake-check`, and the cache is silent: the job ends as soon
+/// as if the command had been stopped.
+#[test]
+fn a_job_that_is_cancelled_during_the_required_check_ends_soon() {
+    let mut cache = Cache::start(&[]);
+    let through = crate::world::broken::forward(&cache.url);
+    let command = "nix build --no-link --option substitute false path:.#app";
+    let job = Job::new(&cache, command)
+        .with_env("ATTIC_SERVER", &through.url)
+        .with_env("FLYWHEEL_REQUIRE_FLAKE_CHECK", "true");
+    flake::write_slow_check(&job.step.workspace());
+    let report = job.step.cancel_when(|log| {
+        if log.contains("attached") {
+            through.cut();
+        }
+        log.contains("`nix flake check` (`require-flake-check`)")
+    });
+    left_nothing(&report);
+    assert_eq!(
+        report.signals.len(),
+        1,
+        "{:?}\n{}",
+        report.to_end,
+        report.log
+    );
+    assert!(
+        report.to_end.unwrap() < Duration::from_secs(6),
+        "{:?}",
+        report.to_end
+    );
+    assert!(
+        report.log.contains("did not pass: it was cancelled"),
+        "{}",
+        report.log
+    );
     cache.kill();
 }
 

@@ -286,10 +286,7 @@ impl Job<'_> {
         let temp = fs::read_dir(self.folder.join("temp/flywheel-0"))
             .unwrap()
             .flatten();
-        let names: Vec<_> = temp
-            .map(|entry| entry.file_name())
-            .filter(|name| name != "sweep.lock")
-            .collect();
+        let names: Vec<_> = temp.map(|entry| entry.file_name()).collect();
         assert!(names.is_empty(), "{names:?}");
         assert_eq!(self.host.journals(), 0);
         assert_eq!(
@@ -475,6 +472,47 @@ fn run_in_the_foreground_ends_within_six_seconds() {
         cache.names()
     );
     assert_eq!(job.output("lost"), "0");
+}
+
+/// `finish` is cancelled while the background process runs `nix flake check` for `require-flake-check`.
+#[test]
+fn a_finish_that_is_cancelled_during_the_required_check_ends_soon() {
+    let (host, cache) = (Host::new(), Cache::start(&[]));
+    let through = crate::world::broken::forward(&cache.url);
+    let job = host.job(&cache);
+    flake::write_slow_check(&job.folder.join("work"));
+    let watch = |words: &[&str]| {
+        let mut step = job.step(&flywheel(), &[&["watch-store"], words].concat());
+        step.env("ATTIC_TOKEN", &cache.token)
+            .env("FLYWHEEL_REQUIRE_FLAKE_CHECK", "true");
+        step
+    };
+    let mut start = watch(&["start", "--push-cache", "auto"]);
+    start.env("ATTIC_SERVER", &through.url);
+    good(&start.output().unwrap());
+    through.cut();
+    let build = ["build", "--no-link", "path:.#app"];
+    good(&job.nix(&[&build[..], &["--option", "substitute", "false"]].concat()));
+    let mut finish = watch(&["finish"]);
+    let mut finish = finish.stdout(Stdio::piped()).spawn().unwrap();
+    let checks = processes::wait_until(Duration::from_secs(20), || {
+        processes::with_variable(&job.mark())
+            .iter()
+            .any(|process| process.command_line.contains("flake check"))
+    });
+    assert!(checks, "{}", job.status());
+    let began = Instant::now();
+    processes::signal(i32::try_from(finish.id()).unwrap(), Signal::INT);
+    let ended = processes::ended(&mut finish, Duration::from_secs(7)).expect("it ends");
+    let took = began.elapsed();
+    let printed = std::io::read_to_string(finish.stdout.take().unwrap()).unwrap();
+    assert!(
+        ended.success() && took < Duration::from_secs(6),
+        "{ended} {took:?}\n{printed}"
+    );
+    let said = "did not pass: it was cancelled";
+    assert!(printed.contains(said), "{printed}");
+    assert_eq!(job.output("published"), "0", "{printed}");
 }
 
 #[test]

@@ -183,7 +183,7 @@ pub async fn untrusted_store(nix: &Nix) -> Result<Option<Opened>, Error> {
 /// Whether this store belongs to a daemon that does not trust this user.
 async fn is_untrusted(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
     // Without a daemon there is no trust to check.
-    if opened.url == "local" {
+    if opened.is_local() {
         return Ok(false);
     }
     if let Some(trusted) = opened.trusted {

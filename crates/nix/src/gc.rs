@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
 
-use crate::store::state_folder;
 use crate::store_path::StorePath;
 use crate::tool::{Error, Nix};
 
@@ -15,8 +14,8 @@ const LIMIT: Duration = Duration::from_secs(3600);
 
 /// The folder for our garbage collector roots, one that this user may write to: the system's for
 /// root, else the user's own (`nix-store(1)`).
-fn folder(nix: &Nix, user: Option<&str>) -> PathBuf {
-    let roots = state_folder(nix).join("gcroots");
+fn folder(state: &Path, user: Option<&str>) -> PathBuf {
+    let roots = state.join("gcroots");
     match user {
         Some(user) if !rustix::process::geteuid().is_root() => {
             roots.join("per-user").join(user).join("flywheel")
@@ -25,12 +24,18 @@ fn folder(nix: &Nix, user: Option<&str>) -> PathBuf {
     }
 }
 
-/// Makes `paths` the roots under a name (one per flake and attribute), replacing the previous ones.
+/// Makes `paths` the roots under a name (one per flake and attribute), replacing the previous ones. `state` is the
+/// store's state folder. The links have the logical names, which is what Nix looks for in a chroot store, too.
 ///
 /// # Errors
 /// When the links cannot be written.
-pub fn set_roots(nix: &Nix, user: Option<&str>, name: &str, paths: &[StorePath]) -> io::Result<()> {
-    set_roots_in(&folder(nix, user).join(name), paths)
+pub fn set_roots(
+    state: &Path,
+    user: Option<&str>,
+    name: &str,
+    paths: &[StorePath],
+) -> io::Result<()> {
+    set_roots_in(&folder(state, user).join(name), paths)
 }
 
 fn set_roots_in(folder: &Path, paths: &[StorePath]) -> io::Result<()> {

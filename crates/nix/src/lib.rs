@@ -4,6 +4,8 @@
 pub mod bootstrap;
 pub mod build;
 pub mod cache_name;
+pub mod command_stores;
+pub mod daemon_proxy;
 pub mod db;
 pub mod effective_settings;
 pub mod flake;
@@ -20,6 +22,7 @@ pub mod result_links;
 pub mod scan;
 pub mod settings;
 pub mod store;
+pub mod store_location;
 pub mod store_path;
 pub mod store_watcher;
 pub mod temp_roots;

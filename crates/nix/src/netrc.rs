@@ -2,8 +2,8 @@
 //! file with access tokens for fetchers. Both have mode 0600 in a folder with mode 0700 and are
 //! written completely or not at all; the folder's owner removes them.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;
+use flywheel_sys::untrusted_file::{self, Owner};
 
 /// The user name that goes with Attic's tokens; the server checks the password only.
 const LOGIN: &str = "attic";
@@ -193,24 +194,11 @@ fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
         file: file.to_owned(),
         source,
     };
-    let opened = match File::open(file) {
-        Err(missing) if missing.kind() == io::ErrorKind::NotFound => {
-            return Ok(Zeroizing::default());
-        }
-        opened => opened.map_err(error)?,
+    // The netrc in use may be the system's, which belongs to root.
+    let mut bytes = match untrusted_file::read(file, Owner::Any, EXISTING_LIMIT) {
+        Err(missing) if missing.is_absence() => return Ok(Zeroizing::default()),
+        read => Zeroizing::new(read.map_err(|refused| error(refused.into()))?),
     };
-    let mut bytes = Zeroizing::new(Vec::new());
-    opened
-        // One byte more than allowed is enough to notice that the file is too large.
-        .take(EXISTING_LIMIT + 1)
-        .read_to_end(&mut bytes)
-        .map_err(error)?;
-    if bytes.len() as u64 > EXISTING_LIMIT {
-        return Err(error(io::Error::new(
-            io::ErrorKind::FileTooLarge,
-            "over 1 MiB",
-        )));
-    }
     if bytes.last().is_some_and(|last| *last != b'\n') {
         bytes.push(b'\n');
     }
@@ -319,6 +307,22 @@ mod tests {
         let file = write(folder.path(), "[::1]", &secret("t"), Some(&missing)).expect("written");
         assert_eq!(read(&file), "machine ::1 login attic password t\n");
         assert!(!elsewhere.exists() && !fs::symlink_metadata(file).expect("there").is_symlink());
+    }
+
+    #[test]
+    fn a_netrc_in_use_that_is_a_pipe_or_huge_is_refused_at_once() {
+        let folder = private();
+        let (pipe, large) = (folder.path().join("pipe"), folder.path().join("large"));
+        let mode = rustix::fs::Mode::from(0o600);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, mode).expect("made");
+        fs::File::create(&large)
+            .and_then(|file| file.set_len(10_000_000_000))
+            .expect("a sparse file");
+        for (file, said) in [(pipe, "is a named pipe"), (large, "is larger than")] {
+            let error = write(folder.path(), "h", &secret("t"), Some(&file)).expect_err("refused");
+            let source = std::error::Error::source(&error).expect("a source");
+            assert!(source.to_string().contains(said), "{source}");
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub enum Ping {
 /// Facts about a store that opens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opened {
-    /// `local`, `daemon`, or a URL.
+    /// `local`, `daemon`, or a URL. It does not tell where a local store is: `store_location` does.
     pub url: String,
     /// Whether the daemon trusts this user; `None` for versions that do not report it (before
     /// 2.15).
@@ -23,6 +23,14 @@ pub struct Opened {
     pub(crate) missing_group: Option<String>,
     /// Everything Nix printed on standard error, such as warnings about ignored settings.
     pub(crate) stderr: String,
+}
+
+impl Opened {
+    /// Whether this process opens the store's files by itself, without a daemon.
+    pub fn is_local(&self) -> bool {
+        // Since 2.33 or so, parameters are printed as well: `local://?root=/dir`.
+        self.url == "local" || self.url.starts_with("local:") || self.url.starts_with("local?")
+    }
 }
 
 /// Why a store does not open, as far as Flywheel treats the reasons differently. Each holds Nix's

@@ -14,18 +14,20 @@ use crate::path_info::{PathInfo, PathInfos};
 use crate::path_json::{self, JsonError};
 use crate::ping::{Opened, Ping, ping};
 use crate::result_links;
+use crate::settings::Settings;
+use crate::store_location::{StoreLocation, Unwatched, default_state, locate, shown, socket_of};
 use crate::store_path::{PathHash, STORE_DIR, StorePath};
 use crate::store_watcher::StoreWatcher;
 use crate::tool::{self, Flavour, Nix};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::text::one_line;
 
-/// Nix's state folder, unless `NIX_STATE_DIR` names another.
-pub const STATE_DIR: &str = "/nix/var/nix";
 /// Opening a store is quick; a daemon that takes longer than this counts as dead.
 const PING_LIMIT: Duration = Duration::from_secs(20);
 /// Listing a big store through a daemon may take a while.
 const LIST_LIMIT: Duration = Duration::from_secs(180);
+/// How many of the paths that Nix lists are looked for in the store's folder.
+const SAMPLE: usize = 16;
 /// A daemon's worker opens the database right after it was connected to.
 const WAKE_LIMIT: Duration = Duration::from_secs(2);
 const WAKE_POLL_INTERVAL: Duration = Duration::from_millis(20);
@@ -36,6 +38,9 @@ pub enum Error {
     Nix(#[from] tool::Error),
     #[error("the Nix store does not open: {0}")]
     Closed(String),
+    /// The store opens, and its files cannot be read.
+    #[error(transparent)]
+    Unwatched(#[from] Unwatched),
     /// The database failed, and opening it again did not help.
     #[error(transparent)]
     Db(#[from] db::Error),
@@ -93,7 +98,7 @@ enum MarkKind {
 #[derive(Clone, Debug)]
 pub struct Store {
     nix: Nix,
-    state: PathBuf,
+    location: Result<StoreLocation, Unwatched>,
     db: Result<Arc<Mutex<Db>>, String>,
 }
 
@@ -103,44 +108,91 @@ impl Store {
     /// # Errors
     /// When Nix itself cannot open the store.
     pub async fn open(nix: &Nix) -> Result<Self, Error> {
-        let opened = match ping(nix, PING_LIMIT).await? {
+        let (opened, settings) = tokio::join!(ping(nix, PING_LIMIT), Settings::read(nix));
+        let opened = match opened? {
             Ping::Open(opened) => opened,
             Ping::Failed(failure) => return Err(Error::Closed(failure.text().to_owned())),
         };
-        Self::from_opened(nix, &opened).await
+        Self::from_opened(nix, &opened, &settings?).await
     }
 
-    /// Like `open`, for a store that has been pinged with this same `nix`.
+    /// Like `open`, for a store that has been pinged with this same `nix`, whose `settings` have been read.
     ///
     /// # Errors
     /// When the thread that opens the database panics.
-    pub async fn from_opened(nix: &Nix, opened: &Opened) -> Result<Self, Error> {
-        let state = state_folder(nix);
-        // The database describes this machine's store only; for any other, Nix is queried.
-        let db = if is_own(&opened.url, &state) {
-            let state = state.clone();
-            blocking(move || Ok(open_db(&state))).await?
-        } else {
-            Err(format!("the store is `{}`", one_line(&opened.url, 120)))
+    pub async fn from_opened(
+        nix: &Nix,
+        opened: &Opened,
+        settings: &Settings,
+    ) -> Result<Self, Error> {
+        let setting = settings.text("store").unwrap_or_default();
+        let location = locate(nix, &opened.url, &setting);
+        let db = match &location {
+            Ok(StoreLocation {
+                folder,
+                state: Some(state),
+            }) => {
+                let (folder, state) = (folder.clone(), state.clone());
+                blocking(move || Ok(open_db(&state, &folder))).await?
+            }
+            // The daemon may serve any store, so no database of this machine is taken for its own.
+            Ok(StoreLocation { state: None, .. }) => Err(format!(
+                "the store is `{}`, and its database is not known",
+                shown(&opened.url)
+            )),
+            Err(why) => Err(why.to_string()),
         };
         Ok(Self {
             nix: nix.clone(),
-            state,
+            location,
             db: db.map(|db| Arc::new(Mutex::new(db))),
         })
     }
 
-    /// Opens the local database alone, without running Nix and whichever store Nix would open.
+    /// Opens the usual database alone, without running Nix and whichever store Nix would open.
     /// Returns `None` if the database cannot be read.
     pub(crate) async fn from_database(nix: &Nix) -> Option<Self> {
-        let state = state_folder(nix);
-        let folder = state.clone();
-        let db = blocking(move || Ok(open_db(&folder))).await.ok()?.ok()?;
+        let (state, folder) = (default_state(nix), PathBuf::from(STORE_DIR));
+        let location = StoreLocation {
+            folder: folder.clone(),
+            state: Some(state.clone()),
+        };
+        let db = blocking(move || Ok(open_db(&state, &folder)))
+            .await
+            .ok()?
+            .ok()?;
         Some(Self {
             nix: nix.clone(),
-            state,
+            location: Ok(location),
             db: Ok(Arc::new(Mutex::new(db))),
         })
+    }
+
+    /// Where the store is, or why it can be neither watched nor read.
+    ///
+    /// # Errors
+    /// When it is not on this machine, or its paths cannot be parsed.
+    pub fn location(&self) -> Result<&StoreLocation, &Unwatched> {
+        self.location.as_ref()
+    }
+
+    /// The folder with the files of the store paths.
+    pub fn folder(&self) -> &Path {
+        self.location
+            .as_ref()
+            .map_or(Path::new(STORE_DIR), |location| &location.folder)
+    }
+
+    /// The store's state folder; the usual one where the store's own is not known.
+    pub fn state(&self) -> PathBuf {
+        let known = self.location.as_ref().ok();
+        let state = known.and_then(|location| location.state.clone());
+        state.unwrap_or_else(|| default_state(&self.nix))
+    }
+
+    /// The file or folder of a store path.
+    pub fn file_of(&self, path: &StorePath) -> PathBuf {
+        self.folder().join(path.base_name())
     }
 
     /// Why Nix is queried instead of the database, which is slower; `None` if the database is in
@@ -151,7 +203,7 @@ impl Store {
 
     /// The database file for a watcher; `None` if it cannot be read.
     pub(crate) fn database_file(&self) -> Option<PathBuf> {
-        self.db.is_ok().then(|| Db::file(&self.state))
+        self.db.is_ok().then(|| Db::file(&self.state()))
     }
 
     /// Marks the current state of the store.
@@ -164,6 +216,7 @@ impl Store {
             return Ok(Mark(MarkKind::Id(self.query(Db::last_id).await?)));
         }
         let found = self.list().await?;
+        self.check_files(&found.infos)?;
         let readable = found.infos.into_iter().map(|info| info.path);
         let unreadable = found
             .unreadable
@@ -197,6 +250,7 @@ impl Store {
         found
             .unreadable
             .retain(|path| path.path.parse().is_ok_and(|path| !before.contains(&path)));
+        self.check_files(&found.infos)?;
         Ok(found)
     }
 
@@ -301,7 +355,7 @@ impl Store {
         folder: &Path,
         since: SystemTime,
     ) -> Result<Vec<StorePath>, Error> {
-        let (gcroots, folder) = (self.state.join("gcroots"), folder.to_owned());
+        let (gcroots, folder) = (self.state().join("gcroots"), folder.to_owned());
         blocking(move || {
             result_links::find(&gcroots, &folder, since)
                 .map_err(|source| Error::Folder { folder, source })
@@ -320,7 +374,7 @@ impl Store {
             .as_ref()
             .map(Arc::clone)
             .map_err(|why| Error::Closed(why.clone()))?;
-        let file = Db::file(&self.state);
+        let file = Db::file(&self.state());
         blocking(move || {
             // A panic under this lock leaves nothing half-done, because the database is only read.
             let mut db = db.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -335,6 +389,23 @@ impl Store {
         .await
     }
 
+    /// Checks that paths which Nix lists are in the folder that the store is thought to have. Only needed without a
+    /// database, since a database lies beside its own store.
+    fn check_files(&self, listed: &[PathInfo]) -> Result<(), Unwatched> {
+        self.location.clone()?;
+        let sample: Vec<&PathInfo> = listed.iter().take(SAMPLE).collect();
+        let is_absent = |info: &&PathInfo| self.file_of(&info.path).symlink_metadata().is_err();
+        let absent: Vec<&PathInfo> = sample.iter().copied().filter(is_absent).collect();
+        // One that is absent may have been collected since, and one that is there may be in both stores.
+        match absent.first() {
+            Some(info) if 2 * absent.len() > sample.len() => Err(Unwatched::Foreign {
+                folder: self.folder().to_owned(),
+                path: info.path.to_string(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Lists every valid path by running Nix.
     async fn list(&self) -> Result<PathInfos, Error> {
         let mut arguments = vec!["path-info", "--all", "--json"];
@@ -347,33 +418,12 @@ impl Store {
     }
 }
 
-/// The folder in which this Nix keeps its state.
-pub fn state_folder(nix: &Nix) -> PathBuf {
-    nix.variable("NIX_STATE_DIR")
-        .map_or_else(|| STATE_DIR.into(), PathBuf::from)
-}
-
-/// The socket of the daemon for this state folder.
-pub(crate) fn daemon_socket(nix: &Nix) -> PathBuf {
-    let named = nix.variable("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
-    named.unwrap_or_else(|| state_folder(nix).join("daemon-socket/socket"))
-}
-
-/// Whether a store with this URL is the one that the state folder describes.
-fn is_own(url: &str, state: &Path) -> bool {
-    let socket = state.join("daemon-socket/socket");
-    matches!(url, "local" | "daemon")
-        // Some versions print the socket's URL instead of `daemon`.
-        || url
-            .strip_prefix("unix://")
-            .is_some_and(|path| Path::new(path) == socket)
-}
-
-/// Opens the database of a state folder, or returns the reason on one line. Blocking.
+/// Opens the database of a state folder, or returns the reason on one line. `store` is the folder with the files of
+/// its paths. Blocking.
 ///
 /// # Errors
 /// When it is missing, unreadable, or empty although the store is not.
-pub fn open_db(state: &Path) -> Result<Db, String> {
+pub fn open_db(state: &Path, store: &Path) -> Result<Db, String> {
     let file = Db::file(state);
     let opened = Db::open(&file).or_else(|error| {
         if file.exists() {
@@ -385,7 +435,7 @@ pub fn open_db(state: &Path) -> Result<Db, String> {
     let db = opened.map_err(|error| describe(&error))?;
     // A container may mount the host's store and socket but have a state folder of its own, with an
     // empty database.
-    if db.last_id().map_err(|error| describe(&error))? == 0 && store_has_entries() {
+    if db.last_id().map_err(|error| describe(&error))? == 0 && has_entries(store) {
         return Err(format!("`{}` lists no paths", file.display()));
     }
     Ok(db)
@@ -396,7 +446,7 @@ pub fn open_db(state: &Path) -> Result<Db, String> {
 /// daemon's worker opens it for every connection, so the connection is held until our own handle
 /// keeps it alive.
 fn open_beside_daemon(file: &Path, state: &Path) -> Option<Db> {
-    let _connection = UnixStream::connect(state.join("daemon-socket/socket")).ok()?;
+    let _connection = UnixStream::connect(socket_of(state)).ok()?;
     let deadline = Instant::now() + WAKE_LIMIT;
     loop {
         if let Ok(db) = Db::open(file) {
@@ -409,8 +459,8 @@ fn open_beside_daemon(file: &Path, state: &Path) -> Option<Db> {
     }
 }
 
-fn store_has_entries() -> bool {
-    let entries = std::fs::read_dir(STORE_DIR).into_iter().flatten().flatten();
+fn has_entries(store: &Path) -> bool {
+    let entries = std::fs::read_dir(store).into_iter().flatten().flatten();
     entries
         .into_iter()
         .any(|entry| !entry.file_name().to_string_lossy().starts_with('.'))

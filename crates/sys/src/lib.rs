@@ -1,4 +1,7 @@
-//! The doors to the outside world: the CI runner, child processes, the host, HTTP. No door uses another.
+//! The doors to the outside world: the CI runner, child processes, the host, HTTP. No door uses another; below them is
+//! what several need.
+
+pub mod untrusted_file;
 
 pub mod host;
 pub mod http;

@@ -10,6 +10,7 @@ use crate::job::inputs::{self as job, JobInputs};
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::impurity_in_arguments;
 use flywheel_core::text::one_line;
+use flywheel_nix::command_stores::stores_in_nix_arguments;
 use flywheel_nix::flake::expression::{AttributePath, attribute_path, installable_name};
 use flywheel_sys::runner::env::Env;
 
@@ -250,6 +251,7 @@ impl Plan {
         let mut job = job::Plan::read(&inputs.job, env)?;
         let arguments = inputs.nix_args.clone().unwrap_or_default();
         job.impurity = impurity_in_arguments(&arguments);
+        job.named_stores = stores_in_nix_arguments(&arguments);
         job.publish_workers = inputs.publish_workers.exactly();
         Ok(Self {
             job,

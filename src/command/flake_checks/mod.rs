@@ -39,6 +39,7 @@ use flywheel_github::checks::{Cause, Conclusion, Output, board, summary};
 use flywheel_nix::flake::evaluate::OutputName;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
+use flywheel_nix::tool::Nix;
 use flywheel_nix::{gc, temp_roots};
 use flywheel_sys::host::peak::Span;
 use flywheel_sys::process::signals::Signals;
@@ -118,9 +119,19 @@ impl FlakeChecks<'_> {
                 Err(error) => return self.give_up(reporter, error.into()).await,
             },
         };
+        let nix = match &watch {
+            Some(watch) => watch.nix(prepared),
+            None => prepared.nix(),
+        };
         let span = Span::begin();
         let ran = match self
-            .check(flake_evaluation, prepared, store, &mut reporter, signals)
+            .check(
+                flake_evaluation,
+                (prepared, nix),
+                store,
+                &mut reporter,
+                signals,
+            )
             .await
         {
             Ok(ran) => ran,
@@ -128,7 +139,8 @@ impl FlakeChecks<'_> {
         };
         let spent = span.end().await;
         if let Some(watch) = &mut watch {
-            watch.add_results(paths_in_store(&ran));
+            let results = paths_in_store(&ran, watch.store());
+            watch.add_results(results);
         }
         let job = self.publish(prepared, watch, reporter, &ran, signals).await;
         let job = JobResult {
@@ -170,14 +182,19 @@ impl FlakeChecks<'_> {
         signals: &mut Signals,
     ) -> JobResult {
         let began = Instant::now();
+        let mut stopped = match ran.end {
+            RunEnd::Stopped(_, at) => Some(at),
+            RunEnd::Complete | RunEnd::FailedFast => None,
+        };
         if ran.end == RunEnd::Complete && ran.failures() == 0 {
             let folder = Path::new(&self.plan.flake);
-            self.session
-                .run_flake_check(prepared, watch.as_ref(), folder, signals)
-                .await;
+            let checked =
+                self.session
+                    .run_flake_check(prepared, watch.as_ref(), folder, signals.next());
+            stopped = checked.await.map(|_| Instant::now());
         }
-        let ((added_paths, publication), stats) =
-            self.finish(prepared, watch, reporter, ran, signals).await;
+        let finishing = self.finish(prepared, watch, reporter, (ran, stopped), signals);
+        let ((added_paths, publication), stats) = finishing.await;
         self.log_check_runs(stats);
         // Last of all: the publisher reads the paths from the store until it has ended.
         tokio::select! {
@@ -198,7 +215,7 @@ impl FlakeChecks<'_> {
         prepared: &Prepared,
         watch: Option<StoreWatch>,
         reporter: Reporter,
-        ran: &RunResult,
+        (ran, stopped): (&RunResult, Option<Instant>),
         signals: &mut Signals,
     ) -> (
         (AddedPaths, Option<Publication>),
@@ -211,10 +228,6 @@ impl FlakeChecks<'_> {
             &cancel
         ));
         let mut stats = None;
-        let stopped = match ran.end {
-            RunEnd::Stopped(_, at) => Some(at),
-            RunEnd::Complete | RunEnd::FailedFast => None,
-        };
         let published = {
             // No result links are looked for: those in the flake's folder are other tools'.
             let folder = self.session.private();
@@ -264,13 +277,12 @@ impl FlakeChecks<'_> {
     async fn check(
         &self,
         mut flake_evaluation: FlakeEvaluation,
-        prepared: &Prepared,
+        (prepared, nix): (&Prepared, Nix),
         store: Arc<Store>,
         reporter: &mut Reporter,
         signals: &mut Signals,
     ) -> Result<RunResult, Failure> {
         let began = Instant::now();
-        let nix = prepared.nix();
         let all = tokio::select! {
             biased;
             stop = signals.next() => return Ok(RunResult::nothing(RunEnd::Stopped(stop, Instant::now()))),
@@ -393,10 +405,15 @@ impl FlakeChecks<'_> {
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
-        let kept = gc::set_roots(&nix, self.session.env.get("USER"), &name, &derivations);
+        let user = self.session.env.get("USER");
+        let kept = match prepared.open_store().await {
+            Ok(store) => gc::set_roots(&store.state(), user, &name, &derivations)
+                .map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
         let collected = match kept {
             Ok(()) => gc::collect(&nix).await.map_err(|error| error.to_string()),
-            Err(error) => Err(format!("the derivations cannot be kept: {error}")),
+            Err(problem) => Err(format!("the derivations cannot be kept: {problem}")),
         };
         match collected {
             Ok(collected) => self
@@ -476,10 +493,10 @@ fn is_there(out: &OutputProgress) -> bool {
 }
 
 /// The paths of the outputs that succeeded, as far as they are in this store.
-fn paths_in_store(ran: &RunResult) -> Vec<StorePath> {
+fn paths_in_store(ran: &RunResult, store: &Store) -> Vec<StorePath> {
     let there = ran.outs.iter().filter(|out| is_there(out));
     let paths = there.filter_map(OutputProgress::paths).flatten();
     paths
-        .filter(|path| path.to_path().symlink_metadata().is_ok())
+        .filter(|path| store.file_of(path).symlink_metadata().is_ok())
         .collect()
 }

@@ -11,6 +11,7 @@ use crate::job::inputs::{self as job, JobInputs};
 use flywheel_core::exit::UsageError;
 use flywheel_core::policy::{Impurity, impurity_in_arguments, impurity_in_command};
 use flywheel_core::text::one_line;
+use flywheel_nix::command_stores::{stores_in_script, stores_in_words};
 use flywheel_sys::runner::env::Env;
 
 /// Run a command with Nix ready and a binary cache attached, and publish what it built.
@@ -67,15 +68,24 @@ impl Wanted {
     fn impurity(&self) -> Option<Impurity> {
         match self {
             Self::Script(text) => impurity_in_command(text),
-            Self::Program(words) => {
-                let words: Vec<String> = words
-                    .iter()
-                    .map(|word| word.to_string_lossy().into_owned())
-                    .collect();
-                impurity_in_arguments(&words)
-            }
+            Self::Program(words) => impurity_in_arguments(&texts(words)),
         }
     }
+
+    /// The stores that the command names for itself.
+    fn stores(&self) -> Vec<String> {
+        match self {
+            Self::Script(text) => stores_in_script(text),
+            Self::Program(words) => stores_in_words(&texts(words)),
+        }
+    }
+}
+
+fn texts(words: &[OsString]) -> Vec<String> {
+    let words = words.iter();
+    words
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect()
 }
 
 /// Checked inputs.
@@ -99,6 +109,7 @@ impl Plan {
         job.destination.folder.clone_from(&folder);
         let wanted = wanted(inputs)?;
         job.impurity = wanted.impurity();
+        job.named_stores = wanted.stores();
         Ok(Self {
             job,
             wanted,

@@ -4,6 +4,7 @@
 mod environment;
 mod inputs;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -12,7 +13,7 @@ pub(crate) use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
 use crate::job::added_paths::AddedPaths;
-use crate::job::{self, JobReport, Prepared, Session};
+use crate::job::{self, JobReport, Prepared, Session, StoreWatch};
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use flywheel_core::budget::{self, Observed};
@@ -57,17 +58,19 @@ impl NixJob<'_> {
             .watch(&prepared, temp_roots::JobScope::Descendants)
             .await;
         let span = Span::begin();
-        let ended = self.command(&prepared, signals).await?;
+        let link = watch.as_ref().and_then(StoreWatch::daemon_link);
+        let ended = self.command(&prepared, link, signals).await?;
         let spent = span.end().await;
         let publish_began = Instant::now();
-        // A command that failed or was stopped leaves the required check undone, and so its paths withheld.
-        if ended.code == 0 && ended.stopped.is_none() {
-            self.session
-                .run_flake_check(&prepared, watch.as_ref(), &self.plan.folder, signals)
-                .await;
-        }
-        let stopped = ended.stopped.map(|(_, at)| at);
         let folder = &self.plan.folder;
+        let mut stopped = ended.stopped.map(|(_, at)| at);
+        // A command that failed or was stopped leaves the required check undone, and so its paths withheld.
+        if ended.code == 0 && stopped.is_none() {
+            let checked =
+                self.session
+                    .run_flake_check(&prepared, watch.as_ref(), folder, signals.next());
+            stopped = checked.await.map(|_| Instant::now());
+        }
         let (added_paths, publication) = self
             .session
             .deliver_in_time(
@@ -95,15 +98,19 @@ impl NixJob<'_> {
     async fn command(
         &self,
         prepared: &Prepared,
+        daemon_link: Option<&Path>,
         signals: &mut Signals,
     ) -> Result<CommandExit, Failure> {
         let ready = &prepared.ready;
-        let environment = environment::for_command(
+        let mut environment = environment::for_command(
             self.session.env,
             &prepared.settings.config,
             ready.folder.as_deref(),
             &ready.variables(),
         );
+        if let Some(link) = daemon_link {
+            environment.insert("NIX_DAEMON_SOCKET_PATH".into(), link.into());
+        }
         let path = environment.get(std::ffi::OsStr::new("PATH")).cloned();
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {

@@ -1,7 +1,6 @@
 //! Checks of the cache, layer by layer: name, connection, TLS, answer, authorisation, and what it really serves. Where
 //! the trust gate allows it, a path is written and read back. And checks of the Bazel remote cache, if there is one.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
@@ -312,7 +311,7 @@ async fn upload(
         .infos
         .first()
         .ok_or_else(|| broken(format!("`{path}` is gone from the store")).at("store"))?;
-    let file = PathBuf::from(path.to_string());
+    let file = store.file_of(path);
     usable
         .attic
         .upload(info, &file, &ByteCounter::default())

@@ -208,7 +208,9 @@ impl Plan {
             head_start: head_start(inputs.started_at),
             kernel_release: inputs.kernel_release.clone(),
             temporary: private_base(env),
-            cache: server.map(|server| Endpoint::new(server, named.name)),
+            cache: server
+                .zip(named.name)
+                .map(|(server, name)| Endpoint::new(server, name)),
             public_key: named.key,
             cache_path: inputs.cache_path.clone(),
             bazel_cache: inputs.bazel.bazel_remote_cache.clone(),

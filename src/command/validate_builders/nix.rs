@@ -9,8 +9,9 @@ use super::inputs::Plan;
 use crate::report::canary::Verdict;
 use flywheel_core::text::{count, one_line};
 use flywheel_nix::effective_settings::untrusted_store;
-use flywheel_nix::ping::{Ping, PingFailure, ping};
+use flywheel_nix::ping::{Opened, Ping, PingFailure, ping};
 use flywheel_nix::settings::Settings;
+use flywheel_nix::store_location::{locate, shown};
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::tool::{Error, Nix, WELL_KNOWN, find};
 use flywheel_sys::process::capture::Tool;
@@ -178,7 +179,10 @@ async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
 
 async fn opens(nix: &Nix, limit: Duration) -> Found<()> {
     match ping(nix, limit).await {
-        Ok(Ping::Open(opened)) => Ok(((), format!("it is `{}`", one_line(&opened.url, 100)))),
+        Ok(Ping::Open(opened)) => {
+            let place = place(nix, &opened).await;
+            Ok(((), format!("it is `{}`, {place}", shown(&opened.url))))
+        }
         Ok(Ping::Failed(failure @ (PingFailure::NoDaemon(_) | PingFailure::PermissionDenied(_)))) => Err(CheckFailure::new(
             failure.text(),
             "Start the daemon on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root).",
@@ -194,6 +198,16 @@ async fn opens(nix: &Nix, limit: Duration) -> Found<()> {
         )
         .at("daemon")),
         Err(error) => Err(classed(with_cause(&error), "Look at the store on the runner.")),
+    }
+}
+
+/// Where the store is, or why a job publishes nothing from it.
+async fn place(nix: &Nix, opened: &Opened) -> String {
+    let settings = Settings::read(nix).await.unwrap_or_default();
+    let setting = settings.text("store").unwrap_or_default();
+    match locate(nix, &opened.url, &setting) {
+        Ok(location) => format!("in `{}`", location.folder.display()),
+        Err(why) => format!("which a job cannot watch: {why}"),
     }
 }
 

@@ -77,6 +77,24 @@ struct FinishRequest {
     stream: BufReader<UnixStream>,
     drain_timeout: Option<Duration>,
     require_publish: bool,
+    /// Whether the step has cancelled the end or is gone. The connection is read once: after its end it would be ready
+    /// for ever.
+    is_read: bool,
+}
+
+impl FinishRequest {
+    /// Waits until the step is being cancelled. A step that is merely gone changes nothing: publishing goes on without
+    /// it, and this waits for ever.
+    async fn cancelled(&mut self) {
+        if !self.is_read {
+            let message = receive(&mut self.stream).await;
+            self.is_read = true;
+            if matches!(message, Some(Request::Cancel)) {
+                return;
+            }
+        }
+        std::future::pending::<()>().await;
+    }
 }
 
 pub(super) struct Daemon<'a> {
@@ -86,6 +104,14 @@ pub(super) struct Daemon<'a> {
     pub(crate) folder: PathBuf,
     /// The Nix processes that count as the job's.
     pub(crate) processes: JobScope,
+}
+
+/// Who stopped the check that was to be made before the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StopCause {
+    Signal,
+    /// The step that waits for the end.
+    Step,
 }
 
 /// Why the watch ends.
@@ -158,14 +184,23 @@ impl Daemon<'_> {
         &self,
         prepared: &Prepared,
         watch: Option<StoreWatch>,
-        shutdown: Shutdown,
+        mut shutdown: Shutdown,
         watched: Duration,
         signals: &mut Signals,
     ) -> (JobReport, Option<FinishRequest>) {
-        if matches!(shutdown, Shutdown::Requested(_)) {
-            self.session
-                .run_flake_check(prepared, watch.as_ref(), &self.folder, signals)
-                .await;
+        let mut stop = None;
+        if let Shutdown::Requested(request) = &mut shutdown {
+            let stopping = async {
+                tokio::select! {
+                    biased;
+                    _ = signals.next() => StopCause::Signal,
+                    () = request.cancelled() => StopCause::Step,
+                }
+            };
+            let checking =
+                self.session
+                    .run_flake_check(prepared, watch.as_ref(), &self.folder, stopping);
+            stop = checking.await;
         }
         let began = Instant::now();
         let plan = self.session.plan;
@@ -176,10 +211,15 @@ impl Daemon<'_> {
                 Some(request),
             ),
         };
+        let limit = stop.map_or(limit, |_| STOPPED_LIMIT);
         let deadline = Deadline {
             at: (began + limit).into(),
             cancel: CancellationToken::new(),
         };
+        // The step gives its report up after `STOPPED_LIMIT`, so nothing may take that long.
+        if stop == Some(StopCause::Step) {
+            deadline.cancel.cancel();
+        }
         let (added_paths, publication) = match watch {
             None => Default::default(),
             Some(watch) => {
@@ -211,30 +251,20 @@ impl Daemon<'_> {
             .session
             .deliver(watch, &prepared.cache, &self.folder, deadline);
         let mut delivering = Box::pin(delivering);
-        // The connection is read once: after its end it would be ready for ever, and the loop would spin.
-        let mut is_read = false;
         loop {
+            let step = async {
+                match request.as_deref_mut() {
+                    None => std::future::pending().await,
+                    Some(request) => request.cancelled().await,
+                }
+            };
             tokio::select! {
                 biased;
                 done = &mut delivering => return done,
                 _ = signals.next() => deadline.cancel.cancel(),
-                is_cancelled = is_cancelled(request.as_deref_mut()), if !is_read => {
-                    is_read = true;
-                    // A step that is merely gone changes nothing: publishing goes on without it.
-                    if is_cancelled {
-                        deadline.cancel.cancel();
-                    }
-                }
+                () = step => deadline.cancel.cancel(),
             }
         }
-    }
-}
-
-/// Waits for the step behind `request`: true when it is being cancelled, false when its connection has ended.
-async fn is_cancelled(request: Option<&mut FinishRequest>) -> bool {
-    match request {
-        None => std::future::pending().await,
-        Some(request) => matches!(receive(&mut request.stream).await, Some(Request::Cancel)),
     }
 }
 
@@ -260,6 +290,7 @@ async fn serve(
                     stream,
                     drain_timeout,
                     require_publish,
+                    is_read: false,
                 });
             }
             _ => (),

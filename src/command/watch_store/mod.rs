@@ -20,7 +20,7 @@ use tokio::time::{Instant, interval, timeout, timeout_at};
 
 use self::daemon::{Daemon, StatusCell, nix_folder, variables};
 use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, send};
-use self::runtime_dir::{RuntimeDir, job_processes};
+use self::runtime_dir::{RuntimeDir, job_processes, log_text};
 use crate::command::setup::quoted;
 use crate::inputs::value::{Deferred, Invalid, variant};
 use crate::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
@@ -221,7 +221,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
             // The child has ended, or has been silent for too long; its log may have the reason.
             None => {
                 let _ = child.start_kill();
-                let log = std::fs::read_to_string(runtime_dir.log()).unwrap_or_default();
+                let log = log_text(runtime_dir.open_log());
                 return Err(Error::Start(text::one_line(&log, 600)).into());
             }
         }
@@ -432,11 +432,10 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
         require_publish: plan.require_publish,
     };
     // Opened before the end, because the background process removes its log then.
-    let log = File::open(runtime_dir.log());
+    let log = runtime_dir.open_log();
     send(&mut stream, &ask).await.map_err(|_| Error::NoReport)?;
     let finished = wait(&mut stream, &runtime_dir, &workflow).await?;
-    let text = log.and_then(std::io::read_to_string).unwrap_or_default();
-    print_log(&workflow, &text);
+    print_log(&workflow, &log_text(log));
     // The background process cleans up before it ends; the connection ends with it.
     let _ = timeout(END_LIMIT, receive::<Request>(&mut stream)).await;
     let files = Files::from_env(env);

@@ -1,10 +1,10 @@
 //! The runtime folder of a job's watch, by which the job's later steps find it: it is private (0700), holds the
 //! control socket, the log and a lock, and is named after the identifiers that the CI gives the job.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,9 +16,12 @@ use crate::job::private_base;
 use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::host::private::{PrivateError, PrivateFolder};
 use flywheel_sys::runner::env::Env;
+use flywheel_sys::untrusted_file::{self, Owner};
 
 /// A process on this machine accepts a connection at once, or never.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// The log has a line for each event, and its bytes are printed at the end.
+const LOG_LIMIT: u64 = 64 * 1024 * 1024;
 
 /// Which processes are the job's: those that the CI has marked in their environment; outside of CI, the user's.
 pub(super) fn job_processes(env: &Env) -> JobScope {
@@ -53,24 +56,25 @@ impl RuntimeDir {
         self.0.join("log")
     }
 
+    /// Opens the log to read it with `log_text`, also after the folder has been removed.
+    pub(crate) fn open_log(&self) -> io::Result<File> {
+        Ok(untrusted_file::open(&self.log(), Owner::Own, LOG_LIMIT)?)
+    }
+
     /// Opens the log, emptied.
     pub(crate) fn new_log(&self) -> io::Result<File> {
-        OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(self.log())
+        Ok(untrusted_file::open_to_write(
+            &self.log(),
+            Owner::Own,
+            u64::MAX,
+            true,
+        )?)
     }
 
     /// Locks the folder for as long as the file is kept; `None` if a living process has locked it.
     pub(crate) fn lock(&self) -> io::Result<Option<File>> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(self.0.join("lock"))?;
+        let lock = self.0.join("lock");
+        let file = untrusted_file::open_to_write(&lock, Owner::Own, 0, false)?;
         match file.try_lock() {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
@@ -115,6 +119,12 @@ impl RuntimeDir {
             .join("control");
         Ok((folder, short))
     }
+}
+
+/// The text of a log; empty if it cannot be read.
+pub(super) fn log_text(log: io::Result<File>) -> String {
+    let bytes = log.and_then(|log| Ok(untrusted_file::read_open(&log, LOG_LIMIT)?));
+    String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
 }
 
 /// A name that all steps of a job share, and no two jobs do.

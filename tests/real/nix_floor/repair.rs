@@ -8,7 +8,9 @@ use flywheel_nix::bootstrap::{self, ready};
 use flywheel_nix::db::Db;
 use flywheel_nix::ping::{Ping, PingFailure, ping};
 use flywheel_nix::settings::{WantedSettings, compose};
-use flywheel_nix::store::{STATE_DIR, Store, open_db};
+use flywheel_nix::store::{Store, open_db};
+use flywheel_nix::store_location::STATE_DIR;
+use flywheel_nix::store_path::STORE_DIR;
 use flywheel_sys::runner::env::Env;
 
 use super::{
@@ -37,7 +39,7 @@ fn a_user_of_a_daemon_reads_the_database() {
                         "nobody has it open"
                     );
                 }
-                let opened = open_db(Path::new(STATE_DIR)).unwrap();
+                let opened = open_db(Path::new(STATE_DIR), Path::new(STORE_DIR)).unwrap();
                 assert!(opened.last_id().unwrap() > 0);
                 drop(opened);
                 let store = Store::open(&nix).await.unwrap();

@@ -39,3 +39,11 @@ pub fn write(folder: &Path) {
     )
     .unwrap();
 }
+
+/// The same with a check of the flake that takes ten minutes.
+pub fn write_slow_check(folder: &Path) {
+    write(folder);
+    let checks = "checks.${system} = { inherit slow; };\n    packages.";
+    let text = FLAKE.replacen("packages.", checks, 1);
+    fs::write(folder.join("flake.nix"), text).unwrap();
+}

@@ -87,6 +87,12 @@ impl Step {
         self
     }
 
+    /// Puts lines of shell before the script.
+    pub fn after(mut self, lines: &str) -> Self {
+        self.script = format!("{lines}\n{}", self.script);
+        self
+    }
+
     /// Runs it where `folder` is `/nix`.
     pub fn with_nix(mut self, folder: &Path) -> Self {
         self.nix = Some(folder.to_owned());

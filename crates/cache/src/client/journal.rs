@@ -7,12 +7,13 @@
 
 mod line;
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -20,19 +21,28 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::process::geteuid;
 use thiserror::Error;
 
+pub use self::line::Until;
 use self::line::{Entry, JournalContent, Step};
 use flywheel_nix::store_path::StorePath;
+use flywheel_sys::untrusted_file::{self, FileError, Owner};
 
 /// The time between two syncs to the disk.
 const SYNC: Duration = Duration::from_secs(1);
+/// How long a job waits for its journal's first sync. After a longer time it goes on: a kill still loses nothing, and
+/// the disk has the journal as soon as it comes to it.
+const FIRST_SYNC_LIMIT: Duration = Duration::from_secs(2);
 /// The largest journal, in bytes: about half a million paths.
 const SIZE_LIMIT: u64 = 64 * 1024 * 1024;
+/// The largest file that is read: the last line, and what other jobs append, may go beyond `SIZE_LIMIT`.
+const READ_LIMIT: u64 = SIZE_LIMIT + 8 * 1024 * 1024;
 /// After two weeks, paths that no job could publish are forgotten.
 const AGE_LIMIT_SECONDS: u64 = 14 * 24 * 60 * 60;
-/// The file that is locked while a journal is created or dead ones are read: a journal that its job has not locked yet
-/// would be taken for dead.
-const LOCK: &str = "lock";
 const EXTENSION: &str = "journal";
+/// The extension of a journal that its job is still making. It is locked before it is renamed, because a journal
+/// without a lock is taken for a dead job's.
+const DRAFT: &str = "draft";
+/// A draft that is older belongs to a job that was killed while it made it.
+const DRAFT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Why there is no journal.
 #[derive(Debug, Error)]
@@ -65,6 +75,28 @@ struct OpenJournal {
     /// Dropped with the journal, which ends the syncing thread.
     stop: Option<Sender<()>>,
     syncing: Option<JoinHandle<()>>,
+    /// The first line that could not be written, and why.
+    problem: Mutex<Option<String>>,
+}
+
+/// What a journal holds when its job has ended.
+#[derive(Debug, Default)]
+pub struct Closed {
+    /// The unsettled paths, which the next job takes up.
+    pub kept: BTreeSet<StorePath>,
+    /// Why the journal lacks lines, if it does.
+    pub problem: Option<String>,
+}
+
+/// The store's growth during a job that has died, for which the job did not account: what was registered after `mark`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unaccounted {
+    /// An id in Nix's database.
+    pub mark: i64,
+    /// Where another job's account begins.
+    pub until: Option<Until>,
+    /// When the job began (seconds since 1970).
+    pub since: u64,
 }
 
 /// The unsettled paths in dead jobs' journals for one cache. The files stay locked until this is dropped.
@@ -74,6 +106,10 @@ pub struct Left {
     pub seen: Vec<(StorePath, u64)>,
     /// Paths that were only expected, and an id in Nix's database: a path counts if it was registered after it.
     pub expected: Vec<(i64, Vec<StorePath>)>,
+    /// What is in no journal, because the job was killed first or what it had started lived on.
+    pub unaccounted: Vec<Unaccounted>,
+    /// Journals that are not used, each with the reason.
+    pub refused: Vec<(PathBuf, String)>,
     files: Vec<(PathBuf, File)>,
 }
 
@@ -99,55 +135,111 @@ impl Folder {
         Ok(Self(folder.to_owned()))
     }
 
-    /// Begins the journal of a job that publishes to `cache`. `mark` is the last id in Nix's database.
+    /// Begins the journal of a job that publishes to `cache`; `None` for a job that publishes nothing, of which the
+    /// others must know all the same. `mark` is the last id in Nix's database, and `left` what this job takes up. The
+    /// disk has the journal when this returns, unless it is slow.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn begin(&self, cache: &str, mark: Option<i64>) -> Result<Journal, Error> {
-        self.begin_file(cache, mark)
-            .map(|open| Journal(Some(Arc::new(open))))
-            .map_err(|source| self.system(source))
+    pub fn begin(
+        &self,
+        cache: Option<&str>,
+        mark: Option<i64>,
+        left: &Left,
+    ) -> Result<Journal, Error> {
+        let cache = cache.unwrap_or_default();
+        let open = self
+            .begin_file(cache, mark)
+            .map_err(|source| self.system(source))?;
+        if let Some(mark) = mark {
+            self.divide(&open.0, cache, mark, left);
+        }
+        let _ = open.1.recv_timeout(FIRST_SYNC_LIMIT);
+        Ok(Journal(Some(Arc::new(open.0))))
     }
 
-    fn begin_file(&self, cache: &str, mark: Option<i64>) -> io::Result<OpenJournal> {
-        let _creating = self.lock()?;
+    fn begin_file(
+        &self,
+        cache: &str,
+        mark: Option<i64>,
+    ) -> io::Result<(OpenJournal, Receiver<()>)> {
         // The random part is for jobs that start in the same second.
         let path = self
             .0
             .join(format!("{}-{:016x}.{EXTENSION}", now(), fastrand::u64(..)));
+        let draft = path.with_extension(DRAFT);
         let file = OpenOptions::new()
             .append(true)
             .create_new(true)
             .mode(0o600)
-            .open(&path)?;
-        // Before the folder's lock is released: a journal without a lock is taken for a dead job's.
-        file.lock()?;
+            .open(&draft)?;
+        // No other process has this file yet, so its lock is free.
+        file.try_lock()?;
         let dirty = Arc::new(AtomicBool::new(false));
         let (stop, stopped) = channel();
+        let (first, synced) = channel();
         let (syncs, is_dirty) = (file.try_clone()?, Arc::clone(&dirty));
-        let syncing = std::thread::Builder::new()
-            .name("journal".into())
-            .spawn(move || {
-                while stopped.recv_timeout(SYNC) == Err(RecvTimeoutError::Timeout) {
-                    if is_dirty.swap(false, Ordering::Relaxed) {
-                        // Nothing waits for this sync. If it fails, a power cut can cost the journal its last
-                        // entries; a kill cannot.
-                        let _ = syncs.sync_data();
-                    }
-                }
-            })?;
-        let open = OpenJournal {
+        let folder = File::open(&self.0)?;
+        let mut open = OpenJournal {
             file: Mutex::new(file),
             path,
             size: AtomicU64::new(0),
             dirty,
             stop: Some(stop),
-            syncing: Some(syncing),
+            syncing: None,
+            problem: Mutex::default(),
         };
         open.write(&Entry::begin(cache, mark, now()))?;
-        // A new file survives a crash only after its folder has been synced.
-        File::open(&self.0)?.sync_all()?;
-        Ok(open)
+        fs::rename(&draft, &open.path)?;
+        let sync = move || {
+            // A new file survives a crash only after its folder has been synced.
+            let _ = syncs.sync_data().and_then(|()| folder.sync_all());
+            let _ = first.send(());
+            while stopped.recv_timeout(SYNC) == Err(RecvTimeoutError::Timeout) {
+                if is_dirty.swap(false, Ordering::Relaxed) {
+                    // Nothing waits for this sync. If it fails, a power cut can cost the journal its last entries; a
+                    // kill cannot.
+                    let _ = syncs.sync_data();
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("journal".into());
+        open.syncing = Some(thread.spawn(sync)?);
+        Ok((open, synced))
+    }
+
+    /// Records in the other jobs' journals that this one accounts for what comes after its mark; and in `own`, where
+    /// another job is alive, that nothing that comes is known to be this one's by its id alone.
+    fn divide(&self, own: &OpenJournal, cache: &str, mark: i64, left: &Left) {
+        let mut shared = None;
+        for path in self.files(EXTENSION) {
+            if path == own.path {
+                continue;
+            }
+            let Ok(file) = untrusted_file::open(&path, Owner::Own, READ_LIMIT) else {
+                continue;
+            };
+            let text = untrusted_file::read_open(&file, READ_LIMIT).unwrap_or_default();
+            let is_same = JournalContent::parse(&text).cache.as_deref() == Some(cache);
+            let until = Until {
+                id: mark,
+                heir: is_same && !cache.is_empty(),
+            };
+            // The journals that this job takes up are locked by this job itself.
+            let is_taken = left.files.iter().any(|(taken, _)| *taken == path);
+            if !is_taken && file.try_lock_shared().is_err() {
+                // Of several, one that publishes elsewhere or nothing decides.
+                shared = Some(shared.map_or(until, |known: Until| known.min(until)));
+            }
+            // Without a lock, because a living job holds it: one short write at the end of the file cannot tear
+            // another one. Should it fail, the next job trusts that one's account too far, as if this job kept none.
+            let _ = untrusted_file::open_to_append(&path, Owner::Own, READ_LIMIT)
+                .map_err(io::Error::from)
+                .and_then(|mut other| other.write_all(Entry::until(until).to_line().as_bytes()));
+        }
+        if let Some(until) = shared {
+            let _ = own.write(&Entry::until(until));
+        }
     }
 
     /// What dead jobs left for `cache`. Removes journals past their age; ignores those of other caches and of living
@@ -161,60 +253,54 @@ impl Folder {
     }
 
     fn left_at(&self, cache: &str, now: u64) -> io::Result<Left> {
-        let _reading = self.lock()?;
+        fs::read_dir(&self.0)?;
+        self.sweep_drafts();
         let mut left = Left::default();
-        for entry in fs::read_dir(&self.0)?.flatten() {
-            let path = entry.path();
-            if path
-                .extension()
-                .is_none_or(|extension| extension != EXTENSION)
-            {
-                continue;
-            }
-            let Ok(file) = File::open(&path) else {
-                continue;
+        for path in self.files(EXTENSION) {
+            let file = match untrusted_file::open(&path, Owner::Own, READ_LIMIT) {
+                Ok(file) => file,
+                // Its job has ended well just now.
+                Err(error) if error.is_absence() => continue,
+                Err(error) => {
+                    left.refused.push((path, error.to_string()));
+                    continue;
+                }
             };
             // Its job is alive, or another job is reading it.
             if file.try_lock().is_err() {
                 continue;
             }
-            // A file that cannot be read now may be readable at the next start.
-            let Ok(text) = fs::read(&path) else { continue };
-            let read = JournalContent::parse(&text);
-            // Of a journal in another version's format, only the file's own time is known.
-            let begun = read
-                .begun
-                .or_else(|| file.metadata().ok()?.modified().ok().map(seconds))
-                .unwrap_or_default();
-            let is_old = begun.saturating_add(AGE_LIMIT_SECONDS) < now;
-            if is_old && read.youngest().saturating_add(AGE_LIMIT_SECONDS) < now {
-                let _ = fs::remove_file(&path);
-            } else if read.cache.as_deref() == Some(cache) {
-                left.seen.extend(
-                    read.seen()
-                        .filter(|(_, since)| since.saturating_add(AGE_LIMIT_SECONDS) >= now),
-                );
-                let expected: Vec<StorePath> = read.expected().collect();
-                left.expected.extend(
-                    read.mark
-                        .filter(|_| !expected.is_empty())
-                        .map(|mark| (mark, expected)),
-                );
-                left.files.push((path, file));
+            // Another job has taken it up between our opening and our locking it.
+            if file.metadata().is_ok_and(|found| found.nlink() == 0) {
+                continue;
+            }
+            match untrusted_file::read_open(&file, READ_LIMIT) {
+                Ok(text) => left.take((path, file), &text, cache, now),
+                // A file that cannot be read now may be readable at the next start.
+                Err(error) => left.refused.push((path, error.to_string())),
             }
         }
         Ok(left)
     }
 
-    fn lock(&self) -> io::Result<File> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(self.0.join(LOCK))?;
-        file.lock()?;
-        Ok(file)
+    /// Removes what jobs left that were killed while they made their journal: nothing of theirs had run yet.
+    fn sweep_drafts(&self) {
+        for path in self.files(DRAFT) {
+            let changed = fs::symlink_metadata(&path).and_then(|found| found.modified());
+            let age = changed.ok().and_then(|time| time.elapsed().ok());
+            if age.is_some_and(|age| age > DRAFT_LIMIT) {
+                let _ = fs::remove_file(&path);
+            }
+        }
+    }
+
+    /// The files in the folder with this extension.
+    fn files(&self, extension: &str) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        entries
+            .map(|entry| entry.path())
+            .filter(|path| path.extension().is_some_and(|found| found == extension))
+            .collect()
     }
 
     fn system(&self, source: io::Error) -> Error {
@@ -229,6 +315,40 @@ impl Left {
     /// Whether dead jobs left nothing for this cache.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
+    }
+
+    /// Takes what a dead job's journal, locked and read, has for `cache`.
+    fn take(&mut self, (path, file): (PathBuf, File), text: &[u8], cache: &str, now: u64) {
+        let read = JournalContent::parse(text);
+        // Of a journal in another version's format, only the file's own time is known.
+        let begun = read
+            .begun
+            .or_else(|| file.metadata().ok()?.modified().ok().map(seconds))
+            .unwrap_or_default();
+        let is_old = begun.saturating_add(AGE_LIMIT_SECONDS) < now;
+        let is_done = is_old && read.youngest().saturating_add(AGE_LIMIT_SECONDS) < now;
+        // A dead job that published nothing leaves nothing.
+        if is_done || read.cache.as_deref() == Some("") {
+            let _ = fs::remove_file(&path);
+        } else if read.cache.as_deref() == Some(cache) {
+            self.seen.extend(
+                read.seen()
+                    .filter(|(_, since)| since.saturating_add(AGE_LIMIT_SECONDS) >= now),
+            );
+            let expected: Vec<StorePath> = read.expected().collect();
+            self.expected.extend(
+                read.mark
+                    .filter(|_| !expected.is_empty())
+                    .map(|mark| (mark, expected)),
+            );
+            let unaccounted = read.unaccounted().filter(|_| !is_old);
+            self.unaccounted.extend(unaccounted.map(|mark| Unaccounted {
+                mark,
+                until: read.until,
+                since: begun,
+            }));
+            self.files.push((path, file));
+        }
     }
 
     /// Removes the journals. Everything in them that is still wanted must be in a living journal by now.
@@ -252,13 +372,21 @@ impl Journal {
     }
 
     /// Records paths of earlier jobs, and since when they are unsettled. The disk has them when this returns.
-    pub fn carried(&self, paths: &[(&StorePath, Option<u64>)]) {
+    ///
+    /// # Errors
+    /// With the reason, when the disk may lack some of them: then the earlier jobs' journals must stay.
+    pub fn carried(&self, paths: &[(&StorePath, Option<u64>)]) -> Result<(), String> {
+        let Some(open) = &self.0 else { return Ok(()) };
         for (path, since) in paths {
             self.write(&Entry::carried(path, since.unwrap_or_else(now)));
         }
-        if let Some(open) = &self.0 {
-            let _ = open.file().sync_data();
+        if let Some(problem) = open.problem().clone() {
+            return Err(problem);
         }
+        // Not under the journal's lock: a sync may take long, and others write meanwhile.
+        let file = open.file().try_clone();
+        file.and_then(|file| file.sync_data())
+            .map_err(|error| format!("it could not be written: {error}"))
     }
 
     /// Records paths that the cache lacks and that will be sent.
@@ -276,18 +404,42 @@ impl Journal {
         self.note(Step::Settled, paths);
     }
 
-    /// Ends the journal: expected paths can no longer become valid. Removes the file if nothing is unsettled; else
-    /// the next job reads it.
-    pub fn close(self) {
-        let Some(open) = &self.0 else { return };
+    /// Whether there is one that is written to.
+    pub fn is_kept(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Ends the journal of a job that has read the store to its end: nothing that it expected is still to come, and
+    /// nothing is unaccounted for. Removes the file if nothing is unsettled; else the next job reads it.
+    pub fn close(self) -> Closed {
         self.write(&Entry::end());
+        self.leave()
+    }
+
+    /// Leaves the journal to the next job, which reads what this job could not: all that was registered since its mark.
+    pub fn leave(self) -> Closed {
+        let Some(open) = &self.0 else {
+            return Closed::default();
+        };
         // The states are only in the file; memory keeps none of them.
-        let is_settled = fs::read(&open.path).is_ok_and(|text| {
-            let read = JournalContent::parse(&text);
-            read.seen().next().is_none()
-        });
-        if is_settled {
+        let text = match untrusted_file::read(&open.path, Owner::Own, READ_LIMIT) {
+            Ok(text) => text,
+            Err(error) => {
+                return Closed {
+                    kept: BTreeSet::new(),
+                    problem: Some(format!("it {error}")),
+                };
+            }
+        };
+        let read = JournalContent::parse(&text);
+        let kept: BTreeSet<StorePath> = read.seen().map(|(path, _)| path).collect();
+        let is_reader = read.cache.as_deref() == Some("");
+        if kept.is_empty() && (is_reader || read.unaccounted().is_none()) {
             let _ = fs::remove_file(&open.path);
+        }
+        Closed {
+            kept,
+            problem: open.problem().take(),
         }
     }
 
@@ -300,7 +452,8 @@ impl Journal {
         }
     }
 
-    /// A journal that cannot be written, for example on a full disk, must not fail the job. It then lacks lines.
+    /// A journal that cannot be written, for example on a full disk, must not fail the job. It then lacks lines, which
+    /// `Closed` reports.
     fn write(&self, entry: &Entry) {
         if let Some(open) = &self.0 {
             let _ = open.write(entry);
@@ -315,17 +468,28 @@ impl OpenJournal {
             .expect("nothing panics while it holds this lock")
     }
 
+    fn problem(&self) -> MutexGuard<'_, Option<String>> {
+        self.problem
+            .lock()
+            .expect("nothing panics while it holds this lock")
+    }
+
     /// Each line is written by one call and starts with a line break, so that a line that a full disk has cut short
     /// does not spoil the next one.
     fn write(&self, entry: &Entry) -> io::Result<()> {
         let line = entry.to_line();
         // Lines beyond the limit are dropped. Only the successor of a killed job would miss them.
-        if self.size.fetch_add(line.len() as u64, Ordering::Relaxed) > SIZE_LIMIT {
-            return Ok(());
-        }
-        let written = self.file().write_all(line.as_bytes());
+        let written = if self.size.fetch_add(line.len() as u64, Ordering::Relaxed) > SIZE_LIMIT {
+            let limit = SIZE_LIMIT;
+            Err(FileError::TooLarge { limit }.into())
+        } else {
+            self.file().write_all(line.as_bytes())
+        };
         self.dirty.store(true, Ordering::Relaxed);
-        written
+        written.inspect_err(|error: &io::Error| {
+            let mut problem = self.problem();
+            problem.get_or_insert_with(|| format!("it could not be written: {error}"));
+        })
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::bootstrap::{BuildUsers, Daemon, Error, Host, Ready, Repair};
 use crate::ping::{Opened, Ping, PingFailure, ping};
 use crate::settings::Settings;
-use crate::store::daemon_socket;
+use crate::store_location::daemon_socket;
 use crate::tool::{self, Nix};
 use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::CaptureError;
@@ -65,7 +65,7 @@ pub(super) async fn open_store(
     ready.settings_before.clone_from(&settings);
     match opening {
         // Without a daemon, this process builds by itself and needs working build users.
-        Ping::Open(opened) if opened.url == "local" => {
+        Ping::Open(opened) if opened.is_local() => {
             let users = check_build_users(ready, &opened, settings.filter(|_| host.root));
             ready.opened = Some(opened);
             Ok(users)

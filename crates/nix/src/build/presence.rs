@@ -2,6 +2,7 @@
 //! serves. Fetches nothing.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::store::{self, Store};
@@ -83,16 +84,19 @@ pub async fn valid(
     if paths.is_empty() {
         return Ok(BTreeSet::new());
     }
-    // The database is exact and quick; looking at the folder is the fallback.
+    // The database is exact and quick; looking at the folder is the fallback, where there is a folder.
     let found = if store.database_error().is_none() {
         store
             .valid_by_hash(paths.iter().map(StorePath::hash).collect())
             .await?
+    } else if store.location().is_err() {
+        let infos = store.infos(paths).await?.infos;
+        infos.into_iter().map(|info| info.path).collect()
     } else {
         // Nix keeps a lock file beside a path while it is being built.
         paths
             .iter()
-            .filter(|path| is_there(path))
+            .filter(|path| is_there(&store.file_of(path)))
             .cloned()
             .collect()
     };
@@ -103,9 +107,8 @@ pub async fn valid(
         .collect())
 }
 
-fn is_there(path: &StorePath) -> bool {
-    let file = path.to_path();
-    let mut lock = file.clone().into_os_string();
+fn is_there(file: &Path) -> bool {
+    let mut lock = file.as_os_str().to_owned();
     lock.push(".lock");
     file.symlink_metadata().is_ok() && std::fs::symlink_metadata(lock).is_err()
 }

@@ -15,12 +15,15 @@ use sha2::{Digest as _, Sha256};
 
 use crate::flake::Source;
 use crate::flake::evaluate::{Derivation, OutputName};
+use flywheel_sys::untrusted_file::{self, Owner};
 
 /// Increment this when the expressions or the stored format change their meaning.
 const VERSION: u32 = 1;
 /// Files that have not been used for this long are removed.
 const MAX_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 const MAX_FILES: usize = 200;
+/// In bytes: more than the derivations of any flake take.
+const SIZE_LIMIT: u64 = 256 * 1024 * 1024;
 
 /// Everything that an evaluation depends on.
 #[derive(Debug, Serialize)]
@@ -85,7 +88,8 @@ impl EvaluationMemory {
 
     /// Returns the stored results; `None` if there are none or the file is damaged.
     pub fn read(&self) -> Option<Remembered> {
-        let text = std::fs::read_to_string(&self.file).ok()?;
+        let bytes = untrusted_file::read(&self.file, Owner::Any, SIZE_LIMIT).ok()?;
+        let text = String::from_utf8(bytes).ok()?;
         let (sum, body) = text.split_once('\n')?;
         if sum != hexadecimal(&Sha256::digest(body)) {
             return None;

@@ -17,7 +17,10 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::tool::{Error, Nix};
+use flywheel_sys::untrusted_file::{self, Owner};
 
+/// The largest `flake.lock`, in bytes.
+const LOCK_FILE_LIMIT: u64 = 64 * 1024 * 1024;
 /// Fetching a flake with all its inputs may take a while.
 const FETCH_LIMIT: Duration = Duration::from_secs(1800);
 
@@ -121,7 +124,8 @@ impl Source {
 
     /// Returns the reason, if any, why the flake's inputs prevent remembering its evaluation.
     pub fn memory_obstacle(&self) -> Option<&'static str> {
-        let written = std::fs::read(self.flake_folder().join("flake.lock")).ok();
+        let lock = self.flake_folder().join("flake.lock");
+        let written = untrusted_file::read(&lock, Owner::Any, LOCK_FILE_LIMIT).ok();
         let written: Option<Value> = written.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let Some(nodes) = self.locks["nodes"].as_object() else {
             return Some("Nix does not report its inputs");

@@ -6,19 +6,20 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use rustix::process::geteuid;
 use tempfile::TempDir;
 use thiserror::Error;
 
+use crate::untrusted_file::{self, Owner};
 use flywheel_core::exit::{Exit, Explain};
 
 /// The name of a file in each run's folder that stays locked for as long as the run lives.
 const ALIVE: &str = "alive";
-/// The file that is locked while a folder is created or dead ones are swept, so that a folder without its lock yet is
-/// not swept.
-const SWEEP: &str = "sweep.lock";
 const PREFIX: &str = "run-";
+/// A folder that has no such file for this long belongs to a run that was killed while it made the folder.
+const UNBORN_LIMIT: Duration = Duration::from_secs(60);
 
 /// The folders to remove if the program panics: a release build aborts and runs no destructors.
 static LIVING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
@@ -75,17 +76,13 @@ impl PrivateFolder {
             folder: ours.clone(),
             source,
         };
-        let sweep = File::create(ours.join(SWEEP)).map_err(make)?;
-        // Held until the new folder has its own lock.
-        sweep.lock().map_err(make)?;
         sweep_dead(&ours);
         let folder = tempfile::Builder::new()
             .prefix(PREFIX)
             .permissions(Permissions::from_mode(0o700))
             .tempdir_in(&ours)
             .map_err(make)?;
-        let alive = File::create(folder.path().join(ALIVE)).map_err(make)?;
-        alive.lock().map_err(make)?;
+        let alive = locked_file(folder.path()).map_err(make)?;
         living().push(folder.path().to_owned());
         Ok(Self {
             folder,
@@ -157,16 +154,34 @@ fn own_folder(ours: &Path) -> Result<(), PrivateError> {
     }
 }
 
+/// Makes the file that marks the run in `folder` as alive. It has its name only once it is locked, so that no sweep takes
+/// the run for dead, and none has to be waited for.
+fn locked_file(folder: &Path) -> io::Result<File> {
+    let draft = folder.join(format!("{ALIVE}.draft"));
+    let alive = File::create_new(&draft)?;
+    // Nobody else knows this file, so its lock is free.
+    alive.try_lock()?;
+    fs::rename(&draft, folder.join(ALIVE))?;
+    Ok(alive)
+}
+
 fn sweep_dead(ours: &Path) {
     for entry in fs::read_dir(ours).into_iter().flatten().flatten() {
         let named = entry
             .file_name()
             .to_str()
             .is_some_and(|name| name.starts_with(PREFIX));
-        let dead = File::open(entry.path().join(ALIVE)).is_ok_and(|alive| alive.try_lock().is_ok());
-        // A folder without the file belongs to a run that was killed inside `create`: living ones hold the sweep lock.
-        let unborn = !entry.path().join(ALIVE).exists();
-        if named && (dead || unborn) {
+        let dead = match untrusted_file::open(&entry.path().join(ALIVE), Owner::Own, 0) {
+            Ok(alive) => alive.try_lock().is_ok(),
+            // The run that makes this folder may still be alive, and a moment away from locking it.
+            Err(error) if error.is_absence() => {
+                let changed = entry.metadata().and_then(|found| found.modified());
+                let age = changed.ok().and_then(|time| time.elapsed().ok());
+                age.is_some_and(|age| age > UNBORN_LIMIT)
+            }
+            Err(_) => false,
+        };
+        if named && dead {
             // A folder that cannot be removed now is tried again at the next start.
             let _ = fs::remove_dir_all(entry.path());
         }
@@ -195,8 +210,21 @@ mod tests {
         fs::create_dir(&dead).expect("made");
         fs::write(dead.join(ALIVE), "").expect("written");
         fs::write(dead.join("netrc"), "secret").expect("written");
+        let unborn = |age: Duration| {
+            let folder = living
+                .path()
+                .with_file_name(format!("run-unborn-{}", age.as_secs()));
+            fs::create_dir(&folder).expect("made");
+            let made = std::time::SystemTime::now() - age;
+            File::open(&folder)
+                .and_then(|open| open.set_modified(made))
+                .expect("set");
+            folder
+        };
+        let (young, old) = (unborn(Duration::ZERO), unborn(UNBORN_LIMIT * 2));
         let next = PrivateFolder::create(base.path()).expect("made");
-        assert!(!dead.exists());
+        assert!(!dead.exists() && !old.exists());
+        assert!(young.exists(), "its run may be about to lock it");
         assert!(living.path().exists() && next.path().exists());
     }
 

@@ -11,7 +11,8 @@ use tokio::process::{Child, Command};
 
 /// Closes file descriptors that the step's shell may have left open, since they would keep the step waiting. Rust's own
 /// are closed on exec.
-const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; exec "$0" "$@""#;
+pub(super) const CLOSE_AND_EXEC: &str =
+    r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-; exec "$0" "$@""#;
 
 /// Starts `program` with `arguments`, without the variables in `without`; its standard error goes to `log`. Its
 /// standard input and output are pipes to the caller. The program must call [`start_session`] first.
@@ -27,7 +28,7 @@ pub fn start(
     let mut command = Command::new("/bin/sh");
     command
         .arg("-c")
-        .arg(SCRIPT)
+        .arg(CLOSE_AND_EXEC)
         .arg(program)
         .args(arguments)
         .current_dir("/");

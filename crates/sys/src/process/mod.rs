@@ -1,6 +1,7 @@
 //! The child processes of this program: starting, supervising and stopping them. No other module starts any.
 
 pub mod capture;
+pub mod companion;
 pub mod detached;
 pub mod lines;
 mod orphans;

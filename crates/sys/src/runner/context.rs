@@ -82,7 +82,7 @@ pub fn is_hosted_runner(env: &Env) -> bool {
 pub fn commit(env: &Env) -> Option<(String, String)> {
     let repository = env.get("GITHUB_REPOSITORY")?.to_owned();
     let of_branch = || {
-        let payload = std::fs::read(env.path("GITHUB_EVENT_PATH")?).ok()?;
+        let payload = event::read_bounded(&env.path("GITHUB_EVENT_PATH")?).ok()?;
         let payload: serde_json::Value = serde_json::from_slice(&payload).ok()?;
         Some(payload["pull_request"]["head"]["sha"].as_str()?.to_owned())
     };

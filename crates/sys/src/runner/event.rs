@@ -2,16 +2,14 @@
 //! because any earlier step can write to it. Only the fields that the facts need are read, and nothing is guessed.
 
 use std::fmt;
-use std::fs::OpenOptions;
-use std::io::{self, Read as _};
 use std::marker::PhantomData;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
-use rustix::fs::OFlags;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 use thiserror::Error;
+
+use crate::untrusted_file::{self, FileError, Owner};
 
 /// GitHub's own limit for a payload is 25 MB.
 const SIZE_LIMIT: u64 = 25 * 1024 * 1024;
@@ -108,28 +106,16 @@ pub(crate) fn read(file: &Path) -> Result<Payload, PayloadError> {
     parse(&read_bounded(file)?)
 }
 
-fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
-    let unreadable = |error: io::Error| PayloadError::Open(error.kind().to_string());
-    // Opening a named pipe without a writer would block for ever.
-    let flags = OFlags::NONBLOCK.bits().cast_signed();
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags)
-        .open(file)
-        .map_err(unreadable)?;
-    if !file.metadata().map_err(unreadable)?.is_file() {
-        return Err(PayloadError::NotAFile);
-    }
-    let mut bytes = Vec::new();
-    // The size is limited while reading, because the file may grow.
-    file.take(SIZE_LIMIT + 1)
-        .read_to_end(&mut bytes)
-        .map_err(unreadable)?;
-    if bytes.len() as u64 > SIZE_LIMIT {
-        Err(PayloadError::TooLarge)
-    } else {
-        Ok(bytes)
-    }
+/// The bytes of the payload in `file`.
+///
+/// # Errors
+/// When it is not a regular file, or is too large.
+pub(crate) fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
+    untrusted_file::read(file, Owner::Any, SIZE_LIMIT).map_err(|error| match error {
+        FileError::TooLarge { .. } => PayloadError::TooLarge,
+        FileError::System(error) => PayloadError::Open(error.kind().to_string()),
+        FileError::Kind(_) | FileError::Owner(_) => PayloadError::NotAFile,
+    })
 }
 
 fn parse(bytes: &[u8]) -> Result<Payload, PayloadError> {

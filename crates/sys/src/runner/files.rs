@@ -1,14 +1,18 @@
 //! The files for a step's outputs, environment, path and summary, which GitHub's runner reads.
 
-use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use crate::runner::env::Env;
+use crate::untrusted_file::{self, Owner};
 use flywheel_core::text::shorten;
 
 /// In bytes. GitHub drops a step's whole summary over 1 MiB; the difference is for text that others add.
 const SUMMARY_LIMIT: usize = 1000 * 1024;
+
+/// In bytes. A file that has grown beyond this was not written by the steps of a job: GitHub takes 1 MiB of outputs from
+/// a step.
+const SIZE_LIMIT: u64 = 64 * 1024 * 1024;
 
 /// The runner's files; `None` for those that the environment does not name.
 #[derive(Clone, Debug, Default)]
@@ -92,11 +96,11 @@ fn append_pair(file: Option<&Path>, name: &str, value: &str) -> io::Result<()> {
 fn append(file: Option<&Path>, text: &str) -> io::Result<()> {
     // Outside of GitHub Actions there is no such file.
     let Some(file) = file else { return Ok(()) };
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(file)?
-        .write_all(text.as_bytes())
+    // In a container the runner's files belong to another user than the job.
+    untrusted_file::open_to_append(file, Owner::Any, SIZE_LIMIT)
+        .map_err(io::Error::from)
+        .and_then(|mut open| open.write_all(text.as_bytes()))
+        .map_err(|error| io::Error::new(error.kind(), format!("`{}`: {error}", file.display())))
 }
 
 #[cfg(test)]

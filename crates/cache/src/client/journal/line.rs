@@ -42,13 +42,26 @@ pub(super) struct Entry {
     /// Since when a path of an earlier job is unsettled (seconds since 1970).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     since: Option<u64>,
+    /// Where the account of this job ends, because another one began.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    until: Option<Until>,
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]
     end: bool,
+}
+
+/// The mark of another job: what was registered after it may be that job's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Until {
+    /// An id in Nix's database.
+    pub id: i64,
+    /// Whether the other job publishes to the same cache, and so accounts for what comes after.
+    pub heir: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Begin {
     version: u32,
+    /// Empty for a job that publishes nothing.
     cache: String,
     mark: Option<i64>,
     at: u64,
@@ -82,6 +95,13 @@ impl Entry {
             step: Some(Step::Seen),
             paths,
             since: Some(since),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn until(until: Until) -> Self {
+        Self {
+            until: Some(until),
             ..Self::default()
         }
     }
@@ -121,6 +141,8 @@ pub(super) struct JournalContent {
     pub(crate) cache: Option<String>,
     pub(crate) mark: Option<i64>,
     pub(crate) begun: Option<u64>,
+    /// The earliest beginning of another job.
+    pub(crate) until: Option<Until>,
     ended: bool,
     paths: BTreeMap<StorePath, (Step, u64)>,
 }
@@ -141,6 +163,7 @@ impl JournalContent {
             (self.cache, self.mark, self.begun) = (Some(begin.cache), begin.mark, Some(begin.at));
         }
         self.ended |= entry.end;
+        self.until = self.until.into_iter().chain(entry.until).min();
         let Some(step) = entry.step else { return };
         // A path of an earlier job keeps its date, and all others count from the beginning of this job. A date that
         // moved with each job would keep paths that cannot be published for ever.
@@ -172,6 +195,12 @@ impl JournalContent {
             .iter()
             .filter(|(_, (step, _))| !self.ended && *step == Step::Expected);
         expected.map(|(path, _)| path.clone())
+    }
+
+    /// The mark of a job that never came to read the store at its end: whatever was registered after it is unaccounted
+    /// for.
+    pub(super) fn unaccounted(&self) -> Option<i64> {
+        self.mark.filter(|_| !self.ended)
     }
 
     /// When the youngest unsettled path was seen.

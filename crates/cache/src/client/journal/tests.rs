@@ -133,7 +133,9 @@ fn a_line_with_one_byte_changed_does_not_count() {
 #[test]
 fn the_next_job_takes_up_what_a_killed_one_left() {
     let (_outer, folder) = folder();
-    let journal = folder.begin(CACHE, Some(41)).expect("begun");
+    let journal = folder
+        .begin(Some(CACHE), Some(41), &Left::default())
+        .expect("begun");
     journal.expected([&path(0), &path(1), &path(2)]);
     journal.seen([&path(1), &path(2), &path(3)]);
     journal.planned([&path(2)]);
@@ -156,18 +158,31 @@ fn the_next_job_takes_up_what_a_killed_one_left() {
     let left = folder.left(CACHE).expect("read");
     assert_eq!(names(&left), ["path-2", "path-3"]);
     assert_eq!(left.expected, [(41, vec![path(0)])]);
+    let unaccounted = Unaccounted {
+        since: left.unaccounted[0].since,
+        mark: 41,
+        until: None,
+    };
+    assert_eq!(left.unaccounted, [unaccounted]);
     assert!(
         folder.left(CACHE).expect("read").is_empty(),
         "two jobs do not take up the same"
     );
-    let next = folder.begin(CACHE, Some(50)).expect("begun");
+    let next = folder.begin(Some(CACHE), Some(50), &left).expect("begun");
+    let text = fs::read(&next.0.as_ref().expect("open").path).expect("there");
+    assert_eq!(
+        JournalContent::parse(&text).until,
+        None,
+        "no other job lives"
+    );
     next.carried(
         &left
             .seen
             .iter()
             .map(|(path, since)| (path, Some(*since)))
             .collect::<Vec<_>>(),
-    );
+    )
+    .expect("written");
     left.taken_up();
     assert_eq!(files(&folder).len(), 1);
     drop(next);
@@ -181,29 +196,184 @@ fn the_next_job_takes_up_what_a_killed_one_left() {
 #[test]
 fn a_job_that_ends_well_leaves_nothing_and_a_loss_is_kept() {
     let (_outer, folder) = folder();
-    let journal = folder.begin(CACHE, Some(1)).expect("begun");
+    let journal = folder
+        .begin(Some(CACHE), Some(1), &Left::default())
+        .expect("begun");
     journal.expected([&path(7)]);
     journal.seen([&path(1)]);
     journal.settled([&path(1)]);
-    journal.close();
+    assert_eq!(journal.close().kept, BTreeSet::new());
     assert_eq!(files(&folder), Vec::<PathBuf>::new());
 
-    let journal = folder.begin(CACHE, Some(1)).expect("begun");
+    let journal = folder
+        .begin(Some(CACHE), Some(1), &Left::default())
+        .expect("begun");
     journal.expected([&path(7)]);
     journal.seen([&path(1), &path(2)]);
     journal.settled([&path(1)]);
-    journal.close();
+    let closed = journal.close();
+    assert_eq!(
+        (closed.kept, closed.problem),
+        (BTreeSet::from([path(2)]), None)
+    );
     let left = folder.left(CACHE).expect("read");
     assert_eq!(
-        (names(&left), left.expected.len()),
-        (vec!["path-2".to_owned()], 0)
+        (names(&left), left.expected.len(), left.unaccounted.len()),
+        (vec!["path-2".to_owned()], 0, 0)
     );
+}
+
+/// The range of ids for which the only dead job for `CACHE` left no account.
+fn range(folder: &Folder) -> Option<(i64, Option<Until>)> {
+    let left = folder.left(CACHE).expect("read");
+    left.unaccounted.first().map(|job| (job.mark, job.until))
+}
+
+fn until(id: i64, heir: bool) -> Option<Until> {
+    Some(Until { id, heir })
+}
+
+#[test]
+fn a_job_that_could_not_read_the_store_leaves_it_to_the_next() {
+    let (_outer, folder) = folder();
+    let journal = folder
+        .begin(Some(CACHE), Some(5), &Left::default())
+        .expect("begun");
+    assert_eq!(journal.leave().kept, BTreeSet::new());
+    assert_eq!(range(&folder), Some((5, None)));
+}
+
+#[test]
+fn the_account_of_a_dead_job_ends_where_another_one_begins() {
+    let other = "http://other.example/main";
+    for (cache, is_heir) in [(None, false), (Some(other), false), (Some(CACHE), true)] {
+        let (_outer, folder) = folder();
+        // As after a kill before the first path: only its first line is there.
+        drop(
+            folder
+                .begin(Some(CACHE), Some(5), &Left::default())
+                .expect("begun"),
+        );
+        assert_eq!(range(&folder), Some((5, None)));
+        folder
+            .begin(cache, Some(8), &Left::default())
+            .expect("begun")
+            .close();
+        folder
+            .begin(cache, Some(9), &Left::default())
+            .expect("begun")
+            .close();
+        assert_eq!(range(&folder), Some((5, until(8, is_heir))), "{cache:?}");
+        assert_eq!(files(&folder).len(), 1);
+    }
+}
+
+#[test]
+fn of_jobs_at_the_same_time_none_accounts_for_what_it_did_not_name() {
+    let other = "http://other.example/main";
+    for (cache, is_heir) in [(None, false), (Some(other), false), (Some(CACHE), true)] {
+        let (_outer, folder) = folder();
+        let living = folder
+            .begin(cache, Some(3), &Left::default())
+            .expect("begun");
+        drop(
+            folder
+                .begin(Some(CACHE), Some(5), &Left::default())
+                .expect("begun"),
+        );
+        assert_eq!(range(&folder), Some((5, until(5, is_heir))), "{cache:?}");
+        let text = fs::read(&living.0.as_ref().expect("open").path).expect("there");
+        assert_eq!(JournalContent::parse(&text).until, until(5, is_heir));
+        living.close();
+    }
+    // A job that publishes nothing and was killed is forgotten.
+    let (_outer, folder) = folder();
+    drop(
+        folder
+            .begin(None, Some(3), &Left::default())
+            .expect("begun"),
+    );
+    assert_eq!(range(&folder), None);
+    assert_eq!(files(&folder), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn what_is_no_journal_is_refused_at_once_and_named() {
+    let (_outer, folder) = folder();
+    let at = |name: &str| folder.0.join(name);
+    let pipe = |name: &str| {
+        rustix::fs::mkfifoat(rustix::fs::CWD, at(name), rustix::fs::Mode::from(0o600))
+            .expect("made");
+    };
+    pipe("pipe.journal");
+    std::os::unix::fs::symlink(at("pipe.journal"), at("link.journal")).expect("linked");
+    File::create(at("large.journal"))
+        .and_then(|file| file.set_len(10_000_000_000))
+        .expect("a sparse file");
+    // Earlier versions locked a file of this name; nothing waits for it any more.
+    pipe("lock");
+    let journal = folder
+        .begin(Some(CACHE), Some(1), &Left::default())
+        .expect("begun");
+    journal.seen([&path(1)]);
+    drop(journal);
+    let began = std::time::Instant::now();
+    let left = folder.left(CACHE).expect("read");
+    assert!(began.elapsed() < SYNC, "{:?}", began.elapsed());
+    assert_eq!(names(&left), ["path-1"]);
+    let mut refused: Vec<String> = left
+        .refused
+        .iter()
+        .map(|(path, why)| format!("{} {why}", path.file_name().expect("named").display()))
+        .collect();
+    refused.sort();
+    assert_eq!(
+        refused,
+        [
+            "large.journal is larger than 72.0 MiB",
+            "link.journal is a symbolic link, not a regular file",
+            "pipe.journal is a named pipe, not a regular file",
+        ]
+    );
+}
+
+#[test]
+fn lines_that_could_not_be_written_are_a_problem() {
+    let (_outer, folder) = folder();
+    let journal = folder
+        .begin(Some(CACHE), Some(1), &Left::default())
+        .expect("begun");
+    let open = journal.0.as_ref().expect("open");
+    open.size.store(SIZE_LIMIT + 1, Ordering::Relaxed);
+    journal.seen([&path(1)]);
+    assert_eq!(
+        journal.close().problem.as_deref(),
+        Some("it could not be written: is larger than 64.0 MiB")
+    );
+}
+
+#[test]
+fn drafts_of_jobs_that_were_killed_at_once_are_swept() {
+    let (_outer, folder) = folder();
+    let draft = |name: &str, age: Duration| {
+        let file = File::create(folder.0.join(name)).expect("made");
+        file.set_modified(SystemTime::now() - age).expect("set");
+        folder.0.join(name)
+    };
+    let (young, old) = (
+        draft("young.draft", Duration::ZERO),
+        draft("old.draft", DRAFT_LIMIT * 2),
+    );
+    folder.left(CACHE).expect("read");
+    assert!(young.exists() && !old.exists());
 }
 
 #[test]
 fn age_is_bounded_and_the_folder_private() {
     let (_outer, folder) = folder();
-    let journal = folder.begin(CACHE, None).expect("begun");
+    let journal = folder
+        .begin(Some(CACHE), None, &Left::default())
+        .expect("begun");
     journal.seen([&path(1)]);
     let mode = |path: &Path| fs::metadata(path).expect("there").mode() & 0o777;
     assert_eq!((mode(&folder.0), mode(&files(&folder)[0])), (0o700, 0o600));
