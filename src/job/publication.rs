@@ -138,6 +138,28 @@ impl StoreAtEnd {
     }
 }
 
+/// The paths that need no more care; the next job takes up the rest.
+pub(crate) fn settled<'a>(
+    outcome: &'a Outcome,
+    verification: &'a Verification,
+) -> Vec<&'a StorePath> {
+    let decided = outcome.paths.iter().filter(|path| match &path.end {
+        Final::Skipped(_) | Final::Withheld(_) => true,
+        // The cache's word that it has a path is enough, unless a check could not be made.
+        Final::AlreadyThere => !matches!(path.checked, Some(Verdict::Unverified(_))),
+        Final::Published | Final::Repaired { .. } => verification.mode == Mode::Off,
+        Final::Failed { .. } | Final::Left { .. } => false,
+    });
+    let good = verification
+        .paths
+        .iter()
+        .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
+    decided
+        .map(|path| &path.info.path)
+        .chain(good.map(|(info, _)| &info.path))
+        .collect()
+}
+
 /// The paths that were deleted before the cache had them. Of a source that is gone, nothing can be rebuilt elsewhere
 /// that an evaluation does not add again, so that it is no loss.
 fn deleted(outcome: &Outcome, store: &StoreAtEnd) -> Vec<Missed> {
@@ -234,5 +256,103 @@ fn missed(info: &PathInfo, reason: &str) -> Missed {
     Missed {
         path: info.path.to_string(),
         reason: reason.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flywheel_cache::client::publish::PathOutcome;
+    use flywheel_cache::client::verify::{Key, Seed};
+    use flywheel_nix::hash::Sha256;
+
+    fn info(letter: char) -> PathInfo {
+        let base_name = format!("{}-x", letter.to_string().repeat(32));
+        PathInfo {
+            path: StorePath::from_base_name(&base_name).expect("base name"),
+            nar_hash: Sha256([0; 32]),
+            nar_size: 100,
+            references: Vec::new(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+            ultimate: true,
+        }
+    }
+
+    fn outcome(ends: &[(char, Final, Option<Verdict>)]) -> Outcome {
+        let path = |(letter, end, checked): &(char, Final, Option<Verdict>)| PathOutcome {
+            info: info(*letter),
+            end: end.clone(),
+            checked: checked.clone(),
+        };
+        Outcome {
+            paths: ends.iter().map(path).collect(),
+            ..Outcome::default()
+        }
+    }
+
+    fn verification(mode: Mode, verdicts: &[(char, Verdict)]) -> Verification {
+        let verdicts = verdicts.iter();
+        Verification {
+            paths: verdicts
+                .map(|(letter, verdict)| (info(*letter), verdict.clone()))
+                .collect(),
+            key: Key::Unknown,
+            mode,
+            seed: Seed(1),
+        }
+    }
+
+    fn repaired() -> Final {
+        Final::Repaired {
+            reason: "it was short".into(),
+        }
+    }
+
+    #[test]
+    fn the_next_job_takes_up_what_was_not_seen_to_be_well() {
+        let unread = Verdict::Unverified("silence".into());
+        let outcome = outcome(&[
+            ('a', Final::AlreadyThere, None),
+            ('b', Final::AlreadyThere, Some(Verdict::Good { body: true })),
+            ('c', Final::AlreadyThere, Some(unread.clone())),
+            ('d', Final::Published, None),
+            ('f', Final::Published, None),
+            ('g', repaired(), None),
+        ]);
+        let sample = verification(
+            Mode::Sample,
+            &[
+                ('d', Verdict::Good { body: true }),
+                ('f', unread),
+                ('g', Verdict::Bad("still short".into())),
+            ],
+        );
+        let letters = |verification: &Verification| -> String {
+            let settled = settled(&outcome, verification);
+            settled.iter().map(|path| &path.base_name()[..1]).collect()
+        };
+        assert_eq!(letters(&sample), "abd");
+        assert_eq!(letters(&verification(Mode::Off, &[])), "abdfg");
+    }
+
+    #[test]
+    fn a_repair_that_did_not_help_is_lost_and_not_counted_as_one() {
+        let outcome = outcome(&[('a', repaired(), None), ('b', repaired(), None)]);
+        let bad = Verdict::Bad("it is still short".into());
+        let seen = [('a', Verdict::Good { body: true }), ('b', bad)];
+        let verification = verification(Mode::Sample, &seen);
+        let publication = summarize(&outcome, &verification, &[], &[], &[]);
+        assert_eq!((publication.repaired.len(), publication.lost.len()), (1, 1));
+        let reason = &publication.lost[0].reason;
+        assert!(
+            reason.contains("damaged (it was short)") && reason.contains("it is still short"),
+            "{reason}"
+        );
+        assert_eq!(
+            publication.coverage.sentence(),
+            "every body of what was sent"
+        );
     }
 }

@@ -16,8 +16,8 @@ use crate::report::publication::Publication;
 use flywheel_cache::client::destination::Target;
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_cache::client::journal::{self, Closed, Folder, Journal, Left, Until};
-use flywheel_cache::client::publish::{Final, Options, Outcome, Publisher, Recheck};
-use flywheel_cache::client::verify::{self, Key, Mode, Verdict, Verification};
+use flywheel_cache::client::publish::{Options, Outcome, Publisher, Recheck};
+use flywheel_cache::client::verify::{self, Key, Mode, Verification};
 use flywheel_core::progress::Sink;
 use flywheel_core::text::count;
 use flywheel_core::trust::PublishPermit;
@@ -257,7 +257,7 @@ impl Stream {
                 let publisher = Arc::into_inner(publisher)
                     .expect("the feeder, its only other holder, has ended");
                 let (outcome, verification) = drain(publisher, to, options, deadline, sink).await;
-                record_settled(&journal, &outcome, &verification);
+                journal.settled(publication::settled(&outcome, &verification));
                 publication::summarize(
                     &outcome,
                     &verification,
@@ -369,20 +369,6 @@ async fn store_at_end(
     let gone = seen.iter().filter(|info| !valid.contains(&info.path));
     at_end.deleted = gone.cloned().collect();
     at_end
-}
-
-/// Settles in the journal what needs no more care; the next job takes up the rest.
-fn record_settled(journal: &Journal, outcome: &Outcome, verification: &Verification) {
-    let skipped = outcome
-        .paths
-        .iter()
-        .filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
-    journal.settled(skipped.map(|path| &path.info.path));
-    let good = verification
-        .paths
-        .iter()
-        .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
-    journal.settled(good.map(|(info, _)| &info.path));
 }
 
 /// Feeds the publisher with the paths that become valid.
