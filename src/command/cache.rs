@@ -50,6 +50,9 @@ enum Task {
 ///
 /// The first start makes a write token and a signing key per cache in the folder. There is no TLS
 /// here: for other machines, put a reverse proxy in front.
+///
+/// If another process of this user serves the folder, such as a job, this one uses that server, and
+/// serves the folder itself once that one ends.
 #[derive(Args, Debug)]
 #[command(
     after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel --max-size 20G --max-age 30d"
@@ -153,7 +156,7 @@ struct Serve {
 #[derive(Args, Debug)]
 struct FolderInput {
     /// The folder that holds everything: NARs, narinfos, keys, tokens. `serve` makes it if it is not there;
-    /// one server at a time. Required. Example: `--dir /var/lib/flywheel-cache`.
+    /// several processes of one user may share it. Required. Example: `--dir /var/lib/flywheel-cache`.
     #[arg(long, value_name = "FOLDER", value_parser = path())]
     dir: PathBuf,
 }
@@ -246,7 +249,7 @@ pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
 async fn serve(inputs: Serve) -> Result<Exit, Failure> {
     let address = inputs.listen;
     check_reach(address, inputs.allow_remote)?;
-    let server = Server::open(&inputs.folder.dir, options(&inputs))?;
+    let server = Server::open(&inputs.folder.dir, options(&inputs)).await?;
     let listener = TcpListener::bind(address)
         .await
         .map_err(|source| ServeError::Listen { address, source })?;

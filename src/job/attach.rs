@@ -10,7 +10,7 @@ use crate::report::job::CacheState;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{self, Probe};
 use flywheel_cache::server::{Options, Server, Serving};
-use flywheel_core::progress::Sink;
+use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::PublicKey;
@@ -105,7 +105,7 @@ pub(crate) async fn attach(
             let backend = Backend::Attic(endpoint.clone());
             probe_server(backend, endpoint, key.cloned(), token.cloned(), clients).await
         }
-        Source::Embedded { folder, cache } => match embed(folder, cache).await {
+        Source::Embedded { folder, cache } => match embed(folder, cache, sink).await {
             // The embedded cache is probed like a remote one, so that a fault of it shows here and not in the build.
             Ok(embedded) => {
                 let Embedded {
@@ -216,19 +216,27 @@ struct Embedded {
     token: Option<Secret>,
 }
 
-async fn embed(folder: &Path, cache: &CacheName) -> Result<Embedded, String> {
-    let (folder, options) = (
-        folder.to_owned(),
-        Options {
-            caches: vec![cache.clone()],
-            ..Options::default()
-        },
-    );
-    // Opening a folder syncs it to the disk, which can block for long.
-    let opened = tokio::task::spawn_blocking(move || Server::open(&folder, options)).await;
-    let server = opened
-        .map_err(|error| error.to_string())?
+async fn embed(folder: &Path, cache: &CacheName, sink: &Sink) -> Result<Embedded, String> {
+    let warnings = sink.clone();
+    let options = Options {
+        caches: vec![cache.clone()],
+        // A line for each upload is for a server's log.
+        log: Sink::new(move |event| {
+            if let Progress::Degraded { area, text } = event {
+                warnings.degraded(area, text);
+            }
+        }),
+        ..Options::default()
+    };
+    let server = Server::open(folder, options)
+        .await
         .map_err(|error| format!("the embedded cache: {error}"))?;
+    if server.is_guest() {
+        sink.note(format!(
+            "another process serves `{}`; this job uses it through that one, and takes it over if that one ends",
+            folder.display()
+        ));
+    }
     // Port 0 takes a free port: several jobs may run on one machine, each with a server of its own.
     let listener = TcpListener::bind(("127.0.0.1", 0))
         .await

@@ -27,6 +27,7 @@ mod nix_floor;
 mod nix_job;
 mod policy;
 mod publish;
+mod sharing;
 mod stream;
 mod validate_builders;
 mod watch_store;

@@ -210,7 +210,9 @@ impl DaemonProxy {
         self.shared.point_to_daemon();
     }
 
-    /// The store paths that have passed so far, and more: the caller compares them with paths that exist.
+    /// The store paths that have passed so far, and more: the caller compares them with paths that exist. What a build
+    /// needs on its way and nobody asks for by name, such as a floating content-addressed output between two others,
+    /// does not pass; the derivation that it was built from does.
     pub fn named(&self) -> BTreeSet<StorePath> {
         self.shared.named().clone()
     }

@@ -1,7 +1,7 @@
 //! A running `flywheel cache serve`, and paths to send to it.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// A server with the planted token as its write token, and `reader-token` for reading.
 pub struct Served {
     run: Flywheel,
+    /// The cache's folder.
+    dir: PathBuf,
     child: Option<Child>,
     /// `http://127.0.0.1:<port>`.
     pub url: String,
@@ -40,7 +42,7 @@ impl Served {
 
     /// Serves a new folder whose files cannot grow over 64 KiB.
     pub fn start_limited() -> Self {
-        Self::launch(tempfile::tempdir().unwrap(), &[], |command| {
+        Self::launch(tempfile::tempdir().unwrap(), None, &[], |command| {
             let mut shell = Command::new("/bin/sh");
             // The binary inherits that SIGXFSZ is ignored, so a write over the limit fails instead of killing it.
             // The unit of `ulimit -f` is 512 bytes.
@@ -63,19 +65,35 @@ impl Served {
 
     /// Serves the folder of an earlier server.
     pub fn in_folder(folder: TempDir, more: &[&str]) -> Self {
-        Self::launch(folder, more, |command| command)
+        Self::launch(folder, None, more, |command| command)
     }
 
-    fn launch(folder: TempDir, more: &[&str], wrap: impl Fn(Command) -> Command) -> Self {
+    /// Another process on the folder of this server.
+    pub fn beside(&self, more: &[&str]) -> Self {
+        Self::launch(
+            tempfile::tempdir().unwrap(),
+            Some(&self.dir),
+            more,
+            |command| command,
+        )
+    }
+
+    fn launch(
+        folder: TempDir,
+        dir: Option<&Path>,
+        more: &[&str],
+        wrap: impl Fn(Command) -> Command,
+    ) -> Self {
         let tokens = tempfile::tempdir().unwrap();
         let file = tokens.path().join("tokens");
         let text = format!("write {PLANTED_TOKEN}\nread reader-token\nwrite team-token team\n");
         std::fs::write(&file, text).unwrap();
+        let dir = dir.map_or_else(|| folder.path().join("cache"), Path::to_owned);
         let mut arguments = vec![
             "cache",
             "serve",
             "--dir",
-            "cache",
+            dir.to_str().unwrap(),
             "--listen",
             "127.0.0.1:0",
         ];
@@ -115,6 +133,7 @@ impl Served {
             .collect();
         Self {
             run,
+            dir,
             child: Some(child),
             url: lines[0].clone(),
             keys,
@@ -135,7 +154,7 @@ impl Served {
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
-        self.run.path("cache").join(name)
+        self.dir.join(name)
     }
 
     /// The sorted names in a folder of the cache.
@@ -295,6 +314,14 @@ impl TestPath {
             "nar_hash": format!("sha256:{}", self.nar_hash().base16()), "nar_size": self.nar.len(),
         })
     }
+}
+
+/// The text of a file that carries a sum of itself, with something replaced.
+pub fn resealed(file: &Path, from: &str, to: &str) -> String {
+    let text = std::fs::read_to_string(file).unwrap();
+    let (_, text) = text.split_once('\n').unwrap();
+    let text = text.replace(from, to);
+    format!("Sum: {}\n{text}", &sha256(text.as_bytes()).base16()[..16])
 }
 
 pub fn sha256(bytes: &[u8]) -> Sha256 {

@@ -269,7 +269,7 @@ fn runs(process: u32) -> bool {
     std::fs::read(format!("/proc/{process}/cmdline")).is_ok_and(|line| !line.is_empty())
 }
 
-/// The process keeps the runner's mark and no token, and has the priority of the thread that prepared it.
+/// The process keeps the runner's mark and no token, and its socket is this user's alone.
 fn check_process(proxy: &DaemonProxy, folder: &Path) {
     let process = proxy.process().unwrap();
     let environment = std::fs::read_to_string(format!("/proc/{process}/environ")).unwrap();

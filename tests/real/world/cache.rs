@@ -1,7 +1,7 @@
 //! A real `flywheel cache serve` on loopback, for jobs to read from and publish to.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
@@ -60,6 +60,11 @@ impl Cache {
             key,
             token,
         }
+    }
+
+    /// The folder that it serves.
+    pub fn dir(&self) -> PathBuf {
+        self.folder.path().join("cache")
     }
 
     /// Starts it again after `kill`, in the same folder and on the same port.

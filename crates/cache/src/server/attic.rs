@@ -31,6 +31,10 @@ const MISSING_LIMIT: usize = 2 * 1024 * 1024;
 /// Up to this many hashes are looked up on the runtime's own threads, since that is quick.
 const INLINE_HASHES: usize = 64;
 
+/// Bytes of compressed NARs to hash before a question is answered, of those that this server has not checked yet: well
+/// under a second if they are in memory. The rest is claimed by its size, and checked in the background.
+const CHECK_BUDGET: u64 = 256 * 1024 * 1024;
+
 const NAR_INFO: &str = "x-attic-nar-info";
 const PREAMBLE_SIZE: &str = "x-attic-nar-info-preamble-size";
 
@@ -122,11 +126,18 @@ pub(crate) async fn get_missing_paths(
     hashes.dedup();
     let few = hashes.len() <= INLINE_HASHES;
     let look = move |store: &Store| store.missing(&cache, hashes);
-    let missing = if few {
+    let (mut missing, unchecked) = if few {
         shared.run_inline(look).await?
     } else {
         shared.run_blocking(look).await?
     };
+    if !unchecked.is_empty() {
+        let (damaged, left) = shared
+            .run_blocking(move |store| store.confirm_within(unchecked, CHECK_BUDGET))
+            .await?;
+        missing.extend(damaged);
+        shared.unchecked.add(left);
+    }
     Ok(Json(json!({ "missing_paths": missing })).into_response())
 }
 

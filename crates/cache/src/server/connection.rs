@@ -12,7 +12,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, sleep};
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Maximum number of connections; further ones wait to be accepted. Well below the usual limit of
 /// open files.
-const CONNECTIONS: usize = 256;
+pub(crate) const CONNECTIONS: usize = 256;
 /// Time within which a request's head must arrive, also on a kept connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// A client that reads nothing of a response for this long is disconnected.
@@ -42,14 +42,39 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BytesMoved(pub u64);
 
-/// Serves until `stop` is cancelled, then lets open requests finish for at most `grace`.
-pub(crate) async fn serve(
-    listener: TcpListener,
-    router: Router,
+/// Where connections come from.
+pub(crate) trait Listener: Send + 'static {
+    type Stream: Send + 'static;
+
+    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Listener for TcpListener {
+    type Stream = TcpStream;
+
+    async fn next(&self) -> io::Result<TcpStream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<UnixStream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+/// Accepts at most `limit` connections at a time until `stop` is cancelled, then lets open requests finish for at most
+/// `grace`.
+pub(crate) async fn serve<L: Listener, F: Future<Output = ()> + Send + 'static>(
+    listener: L,
+    limit: usize,
     stop: CancellationToken,
     grace: Duration,
+    answer: impl Fn(L::Stream) -> F,
 ) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Arc::new(Semaphore::new(limit));
     let mut connections = JoinSet::new();
     loop {
         // Acquire a place before accepting: beyond the limit, clients wait in the kernel's queue.
@@ -58,13 +83,13 @@ pub(crate) async fn serve(
             () = stop.cancelled() => break,
             // Finished connections are joined here, or the set would grow for ever.
             Some(_) = connections.join_next() => continue,
-            accepted = async { (place.await, listener.accept().await) } => accepted,
+            accepted = async { (place.await, listener.next().await) } => accepted,
         };
         match accepted {
-            (Ok(place), Ok((stream, _))) => {
-                let (router, stop) = (router.clone(), stop.clone());
+            (Ok(place), Ok(stream)) => {
+                let answered = answer(stream);
                 connections.spawn(async move {
-                    connection(stream, router, stop).await;
+                    answered.await;
                     drop(place);
                 });
             }
@@ -81,9 +106,11 @@ pub(crate) async fn serve(
     connections.shutdown().await;
 }
 
-async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) {
-    // Send small responses at once instead of waiting for more data (Nagle's algorithm).
-    let _ = stream.set_nodelay(true);
+/// Answers on one connection until the client or `stop` ends it.
+pub(crate) async fn answer<S>(stream: S, router: Router, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
@@ -108,8 +135,8 @@ async fn connection(stream: TcpStream, router: Router, stop: CancellationToken) 
 
 /// A stream that times out when the client stops reading, and that closes so that the last response
 /// arrives.
-struct LingeringStream {
-    stream: TcpStream,
+struct LingeringStream<S> {
+    stream: S,
     stalled: Option<Pin<Box<Sleep>>>,
     linger: Option<Linger>,
 }
@@ -119,8 +146,8 @@ struct Linger {
     idle: Pin<Box<Sleep>>,
 }
 
-impl LingeringStream {
-    fn new(stream: TcpStream) -> Self {
+impl<S> LingeringStream<S> {
+    fn new(stream: S) -> Self {
         Self {
             stream,
             stalled: None,
@@ -146,7 +173,7 @@ impl LingeringStream {
     }
 }
 
-impl AsyncRead for LingeringStream {
+impl<S: AsyncRead + Unpin> AsyncRead for LingeringStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -156,7 +183,7 @@ impl AsyncRead for LingeringStream {
     }
 }
 
-impl AsyncWrite for LingeringStream {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for LingeringStream<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

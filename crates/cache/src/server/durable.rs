@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::server::folder::{Folder, entries};
+use crate::server::sealed::{seal, unseal};
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
 
@@ -157,9 +158,12 @@ impl Durability {
     }
 
     fn open_in(folder: &Folder, boot: String) -> io::Result<(Self, Option<u64>)> {
-        let left = match std::fs::read_to_string(folder.synced()) {
-            Ok(text) => Synced::parse(&text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        let left = match std::fs::read(folder.synced()) {
+            Ok(bytes) => match unseal(&bytes).and_then(Synced::parse) {
+                Some(synced) => Some(synced),
+                None => unknown(folder)?,
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => unknown(folder)?,
             Err(error) => return Err(error),
         };
         let same = left
@@ -272,8 +276,48 @@ impl Durability {
             clean,
         }
         .to_string();
-        folder.write_synced(&folder.synced(), &text)
+        folder.write_synced(&folder.synced(), &seal(&text))
     }
+}
+
+/// What to assume when it is not known what is on disk: everything, as the check of each NAR finds what is not; and
+/// that this was another boot, which removes torn narinfos. `None` if there is nothing at all.
+fn unknown(folder: &Folder) -> io::Result<Option<Synced>> {
+    let mut newest = None;
+    for_each_narinfo(folder, |_, text| {
+        newest = newest.max(Some(text.and_then(epoch_of).unwrap_or(0)));
+        Ok(())
+    })?;
+    Ok(newest.map(|epoch| Synced {
+        epoch,
+        boot: String::new(),
+        clean: false,
+    }))
+}
+
+/// Reads every stored narinfo. `visit` gets its file, and its text if it is whole.
+fn for_each_narinfo(
+    folder: &Folder,
+    mut visit: impl FnMut(&Path, Option<&str>) -> io::Result<()>,
+) -> io::Result<()> {
+    for cache in folder.caches()? {
+        for entry in entries(&folder.objects(&cache))? {
+            let file = entry?.path();
+            let name = file
+                .file_name()
+                .and_then(|name| name.to_str()?.strip_suffix(".narinfo"));
+            if name.is_none_or(|name| PathHash::parse(name).is_err()) {
+                continue;
+            }
+            // A file that cannot be read counts as torn.
+            let bytes = std::fs::read(&file).unwrap_or_default();
+            visit(
+                &file,
+                unseal(&bytes).filter(|text| NarInfo::parse(text).is_ok()),
+            )?;
+        }
+    }
+    Ok(())
 }
 
 /// Starts writing the file's dirty pages without waiting. This is a side effect of the advice
@@ -300,25 +344,17 @@ fn sync_file(file: &Path) -> io::Result<()> {
 /// Removes narinfos of epochs after `synced`, and torn ones; returns their number.
 fn roll_back(folder: &Folder, synced: u64) -> io::Result<u64> {
     let mut removed = 0;
-    for cache in folder.caches()? {
-        for entry in entries(&folder.objects(&cache))? {
-            let file = entry?.path();
-            let name = file
-                .file_name()
-                .and_then(|name| name.to_str()?.strip_suffix(".narinfo"));
-            if name.is_none_or(|name| PathHash::parse(name).is_err()) {
-                continue;
-            }
-            let text = String::from_utf8(std::fs::read(&file)?).unwrap_or_default();
-            // A torn file may lack its epoch, so one that does not parse goes as well.
-            if NarInfo::parse(&text).is_err() || epoch_of(&text).is_some_and(|epoch| epoch > synced)
-            {
-                std::fs::remove_file(&file)?;
-                removed += 1;
-            }
+    for_each_narinfo(folder, |file, text| {
+        let kept = text.is_some_and(|text| epoch_of(text).is_none_or(|epoch| epoch <= synced));
+        if !kept {
+            std::fs::remove_file(file)?;
+            removed += 1;
         }
-        // The removal must be on disk before a later epoch is recorded as synced, or the paths
-        // would come back as valid.
+        Ok(())
+    })?;
+    // The removal must be on disk before a later epoch is recorded as synced, or the paths
+    // would come back as valid.
+    for cache in folder.caches()? {
         sync_file(&folder.objects(&cache))?;
     }
     Ok(removed)
@@ -357,7 +393,7 @@ mod tests {
             "StorePath: {path}\nURL: nar/x\nNarHash: {hash}\nNarSize: 1\n{}",
             epoch.line()
         );
-        std::fs::write(&file, text).expect("written");
+        std::fs::write(&file, seal(&text)).expect("written");
         epoch.file_added(file);
     }
 
@@ -431,9 +467,8 @@ mod tests {
         let world = World(tempfile::tempdir().expect("temporary folder"));
         let (folder, durable, _) = world.open("1");
         let epoch = || {
-            Synced::parse(&std::fs::read_to_string(folder.synced()).expect("there"))
-                .expect("whole")
-                .epoch
+            let bytes = std::fs::read(folder.synced()).expect("there");
+            unseal(&bytes).and_then(Synced::parse).expect("whole").epoch
         };
         let before = epoch();
         durable.begin().link_added(

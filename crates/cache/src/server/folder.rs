@@ -9,12 +9,14 @@
 //! caches/<cache>/nars/<nar hash>    a link to the NAR, or empty: this cache may serve it
 //! caches/<cache>/uploads/<name>     a NAR that `nix copy` has sent and no narinfo has claimed yet
 //! synced                            the last epoch that is completely on disk, see `durable`
+//! socket                            other processes reach the one with the lock here, see `host`
 //! tmp/                              unfinished files; swept at every start
 //! ```
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write as _};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::ops::Deref;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
@@ -29,6 +31,12 @@ use flywheel_nix::store_path::PathHash;
 pub enum FolderError {
     #[error("the folder `{}` is in use by another `flywheel cache`", .0.display())]
     InUse(PathBuf),
+    /// The process that serves it cannot be joined.
+    #[error("the folder `{}` is in use by another process, {reason}", folder.display())]
+    NotJoined { folder: PathBuf, reason: String },
+    /// Its content is for another user to change, keys and tokens included.
+    #[error("the folder `{}` belongs to another user (uid {uid})", folder.display())]
+    Foreign { folder: PathBuf, uid: u32 },
     /// It cannot be created, read or written.
     #[error("the folder `{}` cannot be used", folder.display())]
     Unusable {
@@ -50,6 +58,15 @@ impl Explain for FolderError {
                                give another folder with `--dir`."
                     .to_owned()
             }
+            Self::NotJoined { .. } => {
+                "Jobs of one user share a folder. End the process that holds it, or give another \
+                               folder."
+                    .to_owned()
+            }
+            Self::Foreign { .. } => {
+                "Use a folder of this user's own, since what another user can write is no cache to trust."
+                    .to_owned()
+            }
             Self::Unusable { .. } => {
                 "Use `--dir` to name a folder that this user can write to.".to_owned()
             }
@@ -57,11 +74,25 @@ impl Explain for FolderError {
     }
 }
 
+/// Where everything in a cache's folder is. Needs no lock.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    root: PathBuf,
+}
+
 /// A folder that only this process uses while this value lives.
 #[derive(Debug)]
 pub(crate) struct Folder {
-    root: PathBuf,
+    layout: Layout,
     _lock: File,
+}
+
+impl Deref for Folder {
+    type Target = Layout;
+
+    fn deref(&self) -> &Layout {
+        &self.layout
+    }
 }
 
 impl Folder {
@@ -76,14 +107,8 @@ impl Folder {
             source,
         };
         // The lock file lies inside the folder, so the folder must exist first.
-        make_folder(root).map_err(unusable)?;
-        let lock = OpenOptions::new()
-            .create(true)
-            // The file's content does not matter, and another process may hold its lock.
-            .truncate(false)
-            .write(true)
-            .open(root.join("lock"))
-            .map_err(unusable)?;
+        let layout = Layout::open(root)?;
+        let lock = open_lock(&root.join("lock")).map_err(unusable)?;
         // The kernel releases the lock when the process ends, however it ends.
         match lock.try_lock() {
             Ok(()) => (),
@@ -91,7 +116,7 @@ impl Folder {
             Err(TryLockError::Error(source)) => return Err(unusable(source)),
         }
         let folder = Self {
-            root: root.to_owned(),
+            layout,
             _lock: lock,
         };
         folder.prepare(caches).map_err(unusable)?;
@@ -106,13 +131,33 @@ impl Folder {
             _ => (),
         }
         make_folder(&tmp)?;
-        make_folder(&self.root.join("keys"))?;
-        make_folder(&self.nars())?;
-        for cache in caches {
-            make_folder(&self.markers(cache))?;
-            make_folder(&self.uploads(cache))?;
+        prepare_caches(self, caches)
+    }
+}
+
+impl Layout {
+    /// Creates the folder if it is missing (0700).
+    ///
+    /// # Errors
+    /// When it cannot be created, or belongs to another user.
+    pub(crate) fn open(root: &Path) -> Result<Self, FolderError> {
+        let unusable = |source| FolderError::Unusable {
+            folder: root.to_owned(),
+            source,
+        };
+        make_folder(root).map_err(unusable)?;
+        let uid = std::fs::metadata(root).map_err(unusable)?.uid();
+        let own = rustix::process::geteuid();
+        // Root is allowed: in a container it often works in a folder that was mounted from outside.
+        if uid != own.as_raw() && !own.is_root() {
+            return Err(FolderError::Foreign {
+                folder: root.to_owned(),
+                uid,
+            });
         }
-        Ok(())
+        Ok(Self {
+            root: root.to_owned(),
+        })
     }
 
     /// Returns the caches that have a folder here, sorted.
@@ -136,6 +181,16 @@ impl Folder {
 
     pub(crate) fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The socket of the process that holds the lock.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.root.join("socket")
+    }
+
+    /// A name in the folder of unfinished files, for what a process makes only once.
+    pub(crate) fn unfinished(&self, name: &str) -> PathBuf {
+        self.root.join("tmp").join(name)
     }
 
     /// The file that names the last synced epoch.
@@ -223,6 +278,37 @@ impl Folder {
         }
         temporary.persist(file)?;
         Ok(())
+    }
+}
+
+/// Creates the folders of caches. Needs no lock.
+///
+/// # Errors
+/// When the disk fails.
+pub(crate) fn prepare_caches(layout: &Layout, caches: &[CacheName]) -> io::Result<()> {
+    make_folder(&layout.root.join("keys"))?;
+    make_folder(&layout.nars())?;
+    for cache in caches {
+        make_folder(&layout.markers(cache))?;
+        make_folder(&layout.uploads(cache))?;
+    }
+    Ok(())
+}
+
+fn open_lock(file: &Path) -> io::Result<File> {
+    // Without waiting, because opening a pipe would wait for a reader.
+    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let lock = OpenOptions::new()
+        .create(true)
+        // The file's content does not matter, and another process may hold its lock.
+        .truncate(false)
+        .write(true)
+        .custom_flags(nonblocking)
+        .open(file)?;
+    if lock.metadata()?.is_file() {
+        Ok(lock)
+    } else {
+        Err(io::Error::other("`lock` is not a plain file"))
     }
 }
 

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::server::folder::entries;
+use crate::server::sealed::unseal;
 use crate::server::store::{Store, TOUCH_INTERVAL};
 use flywheel_core::text::{bytes, count};
 use flywheel_nix::cache_name::CacheName;
@@ -244,8 +245,8 @@ pub(crate) fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Resul
     Ok(report)
 }
 
-/// Reads every path of every cache. A path without its NAR has size 0. Files that are no narinfo
-/// are not ours and stay.
+/// Reads every path of every cache, and takes the occasion to find damage that shows without reading the NARs. A path
+/// without its NAR has size 0.
 fn scan(store: &Store) -> io::Result<Vec<Object>> {
     let mut objects = Vec::new();
     for cache in store.folder().caches()? {
@@ -257,30 +258,37 @@ fn scan(store: &Store) -> io::Result<Vec<Object>> {
                 continue;
             };
             // A path that is being replaced exists before and after, so skipping it is safe.
-            let (Ok(text), Ok(about)) = (std::fs::read_to_string(entry.path()), entry.metadata())
-            else {
+            let (Ok(bytes), Ok(about)) = (std::fs::read(entry.path()), entry.metadata()) else {
                 continue;
             };
-            objects.extend(object(store, &cache, hash, &text, &about)?);
+            // A torn one already counts as missing, and is replaced when the path is sent again.
+            let text = unseal(&bytes);
+            let Some(info) = text.and_then(|text| NarInfo::parse(text).ok()) else {
+                continue;
+            };
+            let nar = std::fs::metadata(store.folder().nar(&info.nar_hash)).ok();
+            if nar
+                .as_ref()
+                .is_some_and(|nar| info.file_size != Some(nar.len()))
+            {
+                store.confirm(info.clone())?;
+            }
+            objects.push(object(&cache, hash, &info, &about, nar.as_ref())?);
         }
     }
     Ok(objects)
 }
 
 fn object(
-    store: &Store,
     cache: &CacheName,
     hash: PathHash,
-    text: &str,
+    info: &NarInfo,
     about: &Metadata,
-) -> io::Result<Option<Object>> {
-    let Ok(info) = NarInfo::parse(text) else {
-        return Ok(None);
-    };
+    nar: Option<&Metadata>,
+) -> io::Result<Object> {
     let modified = about.modified()?;
-    let nar = std::fs::metadata(store.folder().nar(&info.nar_hash)).ok();
-    let nar_used = nar.as_ref().and_then(|nar| nar.modified().ok());
-    Ok(Some(Object {
+    let nar_used = nar.and_then(|nar| nar.modified().ok());
+    Ok(Object {
         cache: cache.clone(),
         hash,
         references: info
@@ -292,8 +300,8 @@ fn object(
         // Reading the narinfo and downloading the NAR are recorded separately.
         used: nar_used.map_or(modified, |used| used.max(modified)),
         nar: info.nar_hash,
-        size: nar.map_or(0, |nar| nar.len()),
-    }))
+        size: nar.map_or(0, Metadata::len),
+    })
 }
 
 /// Removes the victims, except those used since the plan was made and everything these refer to.
@@ -462,7 +470,11 @@ mod tests {
         let main = CacheName::default();
         let opened =
             crate::server::folder::Folder::open(folder.path(), std::slice::from_ref(&main));
-        let (store, _) = Store::open(opened.expect("nobody has it")).expect("the disk works");
+        let (store, _) = Store::open(
+            opened.expect("nobody has it"),
+            flywheel_core::progress::Sink::silent(),
+        )
+        .expect("the disk works");
         let mut all = [
             object('a', 9, "b", 1),
             object('b', 9, "c", 1),

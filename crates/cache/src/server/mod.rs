@@ -1,7 +1,7 @@
 //! The embedded binary cache: Attic's protocol for writing, Nix's HTTP protocol for reading and `nix copy`.
 //!
-//! One process serves one folder. `Server::open` locks the folder, `serve` answers on a listener
-//! until `Serving::stop`. Owns the folder's content, including keys and tokens; never talks to
+//! One process at a time serves a folder. `Server::open` locks the folder, or joins the process that has locked it;
+//! `serve` answers on a listener until `Serving::stop`, and takes the folder over when that process ends. Owns the folder's content, including keys and tokens; never talks to
 //! another cache, and never decides who publishes what.
 
 mod attic;
@@ -12,17 +12,25 @@ mod durable;
 mod error;
 mod folder;
 mod gc;
+mod guest;
+mod host;
 mod ingest;
+mod place;
+mod records;
+mod sealed;
+mod serving;
+mod sound;
 mod state;
 mod store;
 mod substituter;
+mod terms;
 mod token;
 mod upload;
 mod upload_info;
+mod wire;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,6 +42,7 @@ use axum::response::Response;
 use axum::routing::{get, post, put};
 use thiserror::Error;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -41,17 +50,18 @@ pub use folder::FolderError;
 pub use gc::{GcReport, Limits};
 pub use token::TokenError;
 
-use crate::server::connection::BytesMoved;
+use crate::server::connection::{BytesMoved, CONNECTIONS};
 use crate::server::error::{ErrorResponse, LoggedCause};
-use crate::server::folder::Folder;
-use crate::server::state::{Cache, ServerState};
+use crate::server::folder::{Folder, Layout};
+use crate::server::place::{CLIENT_WAIT, Ends, Place, Role, STOP_GRACE, Seeker};
+use crate::server::state::ServerState;
 use crate::server::store::Store;
-use crate::server::token::Tokens;
+use crate::server::terms::Terms;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
-use flywheel_nix::key::{KeyError, PublicKey, SecretKey};
+use flywheel_nix::key::{KeyError, PublicKey};
 
 /// Attic's priority, lower than that of `cache.nixos.org` (40).
 pub const DEFAULT_PRIORITY: u32 = 41;
@@ -62,11 +72,6 @@ pub(crate) const DEFAULT_GRACE: Duration = Duration::from_secs(3600);
 pub(crate) const DEFAULT_GC_INTERVAL: Duration = Duration::from_secs(600);
 /// Paths signed with this key need not be uploaded, because everyone can get them from its cache.
 pub(crate) const DEFAULT_UPSTREAM_KEY: &str = "cache.nixos.org-1";
-/// Interval between two syncs: uploads are on disk this long after their arrival, plus the time of
-/// the sync itself.
-const SYNC_INTERVAL: Duration = Duration::from_secs(5);
-/// Time limit for the last sync when the server stops.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 /// Maximum length of a request's path in the log.
 const LOGGED_PATH: usize = 120;
 
@@ -156,82 +161,72 @@ impl Explain for OpenError {
     }
 }
 
-/// A cache server that has locked its folder but does not listen yet.
+/// A cache server that has its folder, or has joined the process that has it, and does not listen yet.
 #[derive(Debug)]
 pub struct Server {
-    state: Arc<ServerState>,
+    seeker: Seeker,
+    place: Place,
     tokens_file: PathBuf,
 }
 
 impl Server {
-    /// Locks the folder and creates what is missing in it: tokens, keys, subfolders. Blocks on the
-    /// disk for a moment.
+    /// Locks the folder and creates what is missing in it: tokens, keys, subfolders. If another process of this user
+    /// has the lock, joins that one.
     ///
     /// # Errors
-    /// When another process holds the folder, or something in it cannot be read or created.
-    pub fn open(folder: &Path, options: Options) -> Result<Self, OpenError> {
+    /// When the process that holds the folder does not answer, or something in it cannot be read or created.
+    pub async fn open(folder: &Path, options: Options) -> Result<Self, OpenError> {
         let root = folder.to_owned();
-        let folder = Folder::open(folder, &options.caches)?;
-        let (tokens_file, tokens) = match &options.tokens {
-            Some(file) => (file.clone(), Tokens::open(file)?),
-            None => (folder.tokens(), Tokens::open_or_create(&folder.tokens())?),
+        let prepare = move || {
+            let layout = Layout::open(&root)?;
+            folder::prepare_caches(&layout, &options.caches).map_err(|source| {
+                FolderError::Unusable {
+                    folder: root,
+                    source,
+                }
+            })?;
+            let (terms, tokens_file) = Terms::open(&layout, options)?;
+            Ok::<_, OpenError>((layout, terms, tokens_file))
         };
-        if is_open_to_others(&tokens_file) {
-            let text = format!(
-                "`{}` can be read by other users; `chmod 600` it",
-                tokens_file.display()
-            );
-            options.log.degraded("tokens", text);
-        }
-        let mut caches = Vec::new();
-        for name in &options.caches {
-            caches.push(Cache {
-                name: name.clone(),
-                key: open_key(&folder.key(name), name)?,
-            });
-        }
-        // Recovery happens before the server listens, so no client sees a path that is then
-        // removed.
-        let (store, rolled_back) = Store::open(folder).map_err(|source| FolderError::Unusable {
-            folder: root,
-            source,
-        })?;
-        if let Some(paths) = rolled_back {
-            let paths = flywheel_core::text::count(paths, "path");
-            let text = format!(
-                "the machine stopped while the cache was running; removed, since the last uploads may be incomplete: {paths}"
-            );
-            options.log.degraded("crash", text);
-        }
-        let store = Arc::new(store);
+        // The disk can block for long.
+        let prepared = tokio::task::spawn_blocking(prepare).await;
+        let (layout, terms, tokens_file) = prepared
+            .unwrap_or_else(|error| Err(unusable(folder, io::Error::other(error)).into()))?;
+        let seeker = Seeker {
+            layout,
+            terms,
+            router,
+        };
+        let place = seeker.start().await?;
         Ok(Self {
-            state: Arc::new(ServerState::new(store, tokens, caches, options)),
+            seeker,
+            place,
             tokens_file,
         })
     }
 
-    fn write_token(&self) -> Option<&Secret> {
-        self.state.tokens.write_token()
+    /// Whether another process serves the folder for this one.
+    pub fn is_guest(&self) -> bool {
+        matches!(self.place, Place::Joined(_))
     }
 
-    fn public_keys(&self) -> Vec<(String, PublicKey)> {
-        self.state
-            .caches
-            .iter()
-            .map(|(name, cache)| (name.clone(), cache.key.public()))
-            .collect()
-    }
-
-    /// Starts answering on a listener, and collects garbage now and at every interval.
+    /// Starts answering on a listener. While the folder is this process's, also collects garbage, now and at every
+    /// interval.
     ///
     /// # Errors
     /// When the listener has no address.
     pub fn serve(self, listener: TcpListener) -> io::Result<Serving> {
         let address = listener.local_addr()?;
-        let (public_keys, write_token) = (self.public_keys(), self.write_token().cloned());
-        // One token stops the listener, the collector and the regular sync.
-        let stop = CancellationToken::new();
-        let tasks = tokio::spawn(run(self.state, listener, stop.clone()));
+        let terms = &self.seeker.terms;
+        let public_keys = terms
+            .caches
+            .iter()
+            .map(|(name, cache)| (name.clone(), cache.key.public()))
+            .collect();
+        let write_token = terms.tokens.write_token().cloned();
+        let ends = Ends::default();
+        let stop = ends.stop.clone();
+        let tasks = tokio::spawn(run(self.seeker, self.place, listener, ends));
         Ok(Serving {
             address,
             public_keys,
@@ -253,9 +248,6 @@ pub struct Serving {
     stop: CancellationToken,
     tasks: JoinHandle<()>,
 }
-
-/// Time that open requests get to finish after `stop`.
-const STOP_GRACE: Duration = Duration::from_secs(3);
 
 impl Serving {
     /// `http://<address>`.
@@ -292,63 +284,20 @@ impl Serving {
     }
 }
 
-async fn run(state: Arc<ServerState>, listener: TcpListener, stop: CancellationToken) {
-    let collecting = tokio::spawn(collect_regularly(Arc::clone(&state), stop.clone()));
-    let syncing = tokio::spawn(sync_regularly(Arc::clone(&state), stop.clone()));
-    // The other tasks stop with the same token and are joined afterwards.
-    connection::serve(listener, router(Arc::clone(&state)), stop, STOP_GRACE).await;
-    let _ = collecting.await;
-    let _ = syncing.await;
-    // If the disk needs longer, nothing is lost: the system has all data, and the next server waits
-    // for the disk instead.
-    let _ = tokio::time::timeout(CLOSE_LIMIT, sync(&state, Store::close)).await;
+async fn run(seeker: Seeker, place: Place, listener: TcpListener, ends: Ends) {
+    let (roles, role) = watch::channel(Role::Seeking(tokio::time::Instant::now() + CLIENT_WAIT));
+    let holding = tokio::spawn(seeker.hold(place, roles, ends.clone()));
+    let stop = ends.stop.clone();
+    let answer = move |client| place::answer(client, role.clone(), stop.clone());
+    connection::serve(listener, CONNECTIONS, ends.stop, STOP_GRACE, answer).await;
+    ends.drained.cancel();
+    let _ = holding.await;
 }
 
-async fn sync_regularly(state: Arc<ServerState>, stop: CancellationToken) {
-    while stop
-        .run_until_cancelled(tokio::time::sleep(SYNC_INTERVAL))
-        .await
-        .is_some()
-    {
-        sync(&state, Store::sync).await;
-    }
-}
-
-async fn sync(state: &Arc<ServerState>, how: fn(&Store) -> io::Result<()>) {
-    let store = Arc::clone(&state.store);
-    let broken = match tokio::task::spawn_blocking(move || how(&store)).await {
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => error.to_string(),
-        Err(error) if error.is_cancelled() => "the server had to stop at once".to_owned(),
-        Err(error) => error.to_string(),
-    };
-    let text = format!(
-        "recent uploads may not be on disk, and would be lost if the machine stopped:  {broken}"
-    );
-    state.options.log.degraded("disk", text);
-}
-
-async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(state.options.gc_interval.max(Duration::from_secs(1)));
-    // After a long collection, wait a full interval before the next one.
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = ticks.tick() => (),
-        }
-        let (store, limits) = (Arc::clone(&state.store), state.options.limits);
-        match tokio::task::spawn_blocking(move || gc::collect(&store, &limits, true)).await {
-            Ok(Ok(done)) => state.options.log.note(done.to_string()),
-            Ok(Err(error)) => state
-                .options
-                .log
-                .degraded("gc", format!("garbage collection stopped: {error}")),
-            Err(error) => state
-                .options
-                .log
-                .degraded("gc", format!("garbage collection panicked:  {error}")),
-        }
+fn unusable(folder: &Path, source: io::Error) -> FolderError {
+    FolderError::Unusable {
+        folder: folder.to_owned(),
+        source,
     }
 }
 
@@ -358,39 +307,11 @@ async fn collect_regularly(state: Arc<ServerState>, stop: CancellationToken) {
 /// # Errors
 /// When a server holds the folder, or the disk fails.
 pub fn collect(folder: &Path, limits: &Limits) -> Result<GcReport, FolderError> {
-    let unusable = |source| FolderError::Unusable {
-        folder: folder.to_owned(),
-        source,
-    };
-    let (store, _) = Store::open(Folder::open(folder, &[])?).map_err(unusable)?;
+    let unusable = |source| unusable(folder, source);
+    let (store, _) = Store::open(Folder::open(folder, &[])?, Sink::silent()).map_err(unusable)?;
     let collected = gc::collect(&store, limits, false).map_err(unusable)?;
     store.close().map_err(unusable)?;
     Ok(collected)
-}
-
-fn is_open_to_others(file: &Path) -> bool {
-    std::fs::metadata(file).is_ok_and(|about| about.permissions().mode() & 0o077 != 0)
-}
-
-fn open_key(file: &Path, cache: &CacheName) -> Result<SecretKey, OpenError> {
-    let key_error = |source| OpenError::Key {
-        file: file.to_owned(),
-        source,
-    };
-    let file_error = |source| OpenError::KeyFile {
-        file: file.to_owned(),
-        source,
-    };
-    match std::fs::read_to_string(file) {
-        Ok(text) => SecretKey::parse(&text).map_err(key_error),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            // The key's name is the cache's, which clients see in signatures.
-            let key = SecretKey::generate(cache.as_str()).map_err(key_error)?;
-            token::write_private(file, key.encode().as_bytes()).map_err(file_error)?;
-            Ok(key)
-        }
-        Err(error) => Err(file_error(error)),
-    }
 }
 
 fn router(state: Arc<ServerState>) -> Router {
@@ -450,11 +371,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("temporary folder");
         let mut known = None;
         for _ in 0..2 {
-            let open = || Server::open(folder.path(), Options::default());
-            let in_use =
-                |error: &OpenError| matches!(error, OpenError::Folder(FolderError::InUse(_)));
-            let server = folder::when_free(open, in_use);
-            assert!(open().is_err_and(|error| in_use(&error)));
+            let server = Server::open(folder.path(), Options::default())
+                .await
+                .expect("a process that has just ended is waited for");
+            assert!(!server.is_guest());
+            assert!(matches!(
+                Folder::open(folder.path(), &[]),
+                Err(FolderError::InUse(_))
+            ));
             let serving = server
                 .serve(TcpListener::bind("127.0.0.1:0").await.expect("loopback"))
                 .expect("has an address");

@@ -1,27 +1,32 @@
 //! The state shared by all request handlers: the store, the tokens, the caches and their keys. Also
 //! decides who may do what.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::{HeaderMap, header};
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 
 use crate::server::Options;
 use crate::server::body::IDLE_TIMEOUT;
 use crate::server::compress::CompressorPool;
 use crate::server::error::ErrorResponse;
 use crate::server::store::Store;
+use crate::server::terms::Terms;
 use crate::server::token::{Scope, Tokens, presented};
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::SecretKey;
+use flywheel_nix::narinfo::NarInfo;
 use flywheel_sys::host::inline_blocking::AdaptiveBlocking;
 
 /// Slots for concurrent uploads; together they cost less than 48 MiB of memory.
 const UPLOAD_SLOTS: usize = 32;
 /// NARs below this size cost little memory, since their compressors are small too.
 const SMALL_NAR: u64 = 1024 * 1024;
+
+/// Maximum number of NARs that wait for a check in the background, some 10 MiB.
+const UNCHECKED: usize = 10_000;
 
 /// The memory cost of receiving a NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +59,46 @@ impl Cost {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Cache {
     pub(crate) name: CacheName,
-    pub(crate) key: SecretKey,
+    pub(crate) key: Arc<SecretKey>,
 }
 
+/// NARs that wait for a check in the background.
+#[derive(Debug, Default)]
+pub(crate) struct UncheckedNars {
+    queue: Mutex<VecDeque<NarInfo>>,
+    added: Notify,
+}
+
+impl UncheckedNars {
+    /// Beyond `UNCHECKED`, the first are forgotten: they are checked when they are asked for again, or served.
+    pub(crate) fn add(&self, paths: Vec<NarInfo>) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.extend(paths);
+        let excess = queue.len().saturating_sub(UNCHECKED);
+        queue.drain(..excess);
+        self.added.notify_one();
+    }
+
+    /// Waits for the next one. For one task at a time.
+    pub(crate) async fn next(&self) -> NarInfo {
+        loop {
+            let next = self
+                .queue
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .pop_front();
+            match next {
+                Some(info) => return info,
+                None => self.added.notified().await,
+            }
+        }
+    }
+}
+
+/// The store, and the terms under which a process's clients use it.
 #[derive(Debug)]
 pub(crate) struct ServerState {
     pub(crate) store: Arc<Store>,
@@ -68,21 +107,19 @@ pub(crate) struct ServerState {
     pub(crate) options: Options,
     /// Compressors for NARs that fit into memory.
     pub(crate) compressors: Arc<CompressorPool>,
-    slots: Semaphore,
+    /// NARs that were claimed by their size alone, to be checked in the background.
+    pub(crate) unchecked: Arc<UncheckedNars>,
+    slots: Arc<Semaphore>,
     brief: AdaptiveBlocking,
 }
 
 impl ServerState {
-    pub(crate) fn new(
-        store: Arc<Store>,
-        tokens: Tokens,
-        caches: Vec<Cache>,
-        options: Options,
-    ) -> Self {
-        let caches = caches
-            .into_iter()
-            .map(|cache| (cache.name.to_string(), cache))
-            .collect();
+    pub(crate) fn new(store: Arc<Store>, terms: Terms) -> Self {
+        let Terms {
+            tokens,
+            caches,
+            options,
+        } = terms;
         let compressors = Arc::new(CompressorPool::new(options.level));
         Self {
             store,
@@ -90,8 +127,28 @@ impl ServerState {
             caches,
             options,
             compressors,
-            slots: Semaphore::new(UPLOAD_SLOTS),
+            unchecked: Arc::default(),
+            slots: Arc::new(Semaphore::new(UPLOAD_SLOTS)),
             brief: AdaptiveBlocking::default(),
+        }
+    }
+
+    /// The same store under the terms of another process. Both share what bounds memory.
+    pub(crate) fn under(&self, terms: Terms) -> Self {
+        let Terms {
+            tokens,
+            caches,
+            options,
+        } = terms;
+        Self {
+            store: Arc::clone(&self.store),
+            tokens,
+            caches,
+            options,
+            compressors: Arc::clone(&self.compressors),
+            unchecked: Arc::clone(&self.unchecked),
+            slots: Arc::clone(&self.slots),
+            brief: self.brief.clone(),
         }
     }
 

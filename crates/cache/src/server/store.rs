@@ -3,8 +3,11 @@
 //! Knows no HTTP.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write as _};
+use std::fs::Metadata;
+use std::io::{self, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, SystemTime};
 
@@ -12,8 +15,12 @@ use sha2::Digest as _;
 use tempfile::NamedTempFile;
 
 use crate::server::durable::{Durability, epoch_line};
-use crate::server::folder::{Folder, nar_name, sync_parent};
+use crate::server::folder::{Folder, sync_parent};
 use crate::server::gc::{self, Limits};
+use crate::server::records::{PendingUpload, narinfo, read_narinfo, with_file};
+use crate::server::sealed::{seal, unseal};
+use crate::server::sound::{self, CheckedNars};
+use flywheel_core::progress::Sink;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
@@ -35,16 +42,37 @@ pub(crate) struct StoredNar {
     pub(crate) file_size: u64,
 }
 
-/// Facts about a NAR that `nix copy` uploaded before its narinfo.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PendingUpload {
-    pub(crate) nar_hash: Sha256,
-    /// Size of the NAR in bytes.
-    pub(crate) nar_size: u64,
-    /// Hash of the uploaded file, which may be compressed differently from ours.
-    pub(crate) received_hash: Sha256,
-    /// Size of the uploaded file in bytes.
-    pub(crate) received_size: u64,
+/// What the disk has of a path.
+#[derive(Debug)]
+pub(crate) enum Found {
+    Missing,
+    /// Its NAR has been checked since the server's start.
+    Checked(NarInfo),
+    Unchecked(UncheckedPath),
+}
+
+/// A path with a NAR that has not been checked since the server's start.
+#[derive(Debug)]
+pub(crate) struct UncheckedPath {
+    pub(crate) info: NarInfo,
+    /// Size of the NAR's file in bytes.
+    pub(crate) size: u64,
+}
+
+impl UncheckedPath {
+    /// Whether the file's size shows that it is another one than was written.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.info.file_size != Some(self.size)
+    }
+}
+
+/// A NAR that may be served.
+#[derive(Debug)]
+pub(crate) struct OpenNar {
+    pub(crate) file: File,
+    pub(crate) about: Metadata,
+    /// Whether it has been checked since the server's start.
+    pub(crate) checked: bool,
 }
 
 /// The content of one folder.
@@ -57,6 +85,10 @@ pub(crate) struct Store {
     gate: RwLock<()>,
     /// Held while a NAR becomes visible, so that of two equal ones the first stays.
     publishing: Mutex<()>,
+    checked: CheckedNars,
+    /// Set when the server stops: checks of NARs end early.
+    stopping: AtomicBool,
+    log: Sink,
 }
 
 impl Store {
@@ -65,13 +97,16 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub(crate) fn open(folder: Folder) -> io::Result<(Self, Option<u64>)> {
+    pub(crate) fn open(folder: Folder, log: Sink) -> io::Result<(Self, Option<u64>)> {
         let (durability, rolled_back) = Durability::open(&folder)?;
         let store = Self {
             folder,
             durability,
             gate: RwLock::default(),
             publishing: Mutex::default(),
+            checked: CheckedNars::default(),
+            stopping: AtomicBool::new(false),
+            log,
         };
         if rolled_back.is_some() {
             // The NARs of the removed paths may be torn, so they must not count as known.
@@ -89,7 +124,12 @@ impl Store {
         self.durability.sync(&self.folder)
     }
 
-    /// Does the same and records a clean stop; nothing may arrive afterwards.
+    /// Makes checks of NARs end early, with an error.
+    pub(crate) fn stop_checks(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Writes everything visible to disk and records a clean stop; nothing may arrive afterwards.
     ///
     /// # Errors
     /// When the disk fails.
@@ -121,31 +161,107 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub(crate) fn object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
+    pub(crate) fn object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Found> {
         let _kept = self.prevent_removal();
         self.find_object(cache, hash)
     }
 
-    fn find_object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
+    fn find_object(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Found> {
         let file = self.folder.object(cache, hash);
-        let Some(text) = if_exists(std::fs::read_to_string(&file))? else {
-            return Ok(None);
-        };
-        // A file that is not a narinfo was not written by us. It counts as missing, so that it gets
+        // A file that is torn, or that was not written by us, counts as missing, so that it gets
         // replaced.
-        let Ok(info) = NarInfo::parse(&text) else {
-            return Ok(None);
+        let Some(info) = read_narinfo(&file)?.filter(|info| info.path.hash() == *hash) else {
+            return Ok(Found::Missing);
         };
         // A path without its NAR would fail every download, so it counts as missing.
-        if !self.folder.nar(&info.nar_hash).exists() {
-            return Ok(None);
-        }
+        let Some(about) = if_exists(std::fs::metadata(self.folder.nar(&info.nar_hash)))? else {
+            return Ok(Found::Missing);
+        };
         touch(&file, TOUCH_INTERVAL)?;
-        Ok(Some(info))
+        Ok(match self.checked.get(&info.nar_hash, &about) {
+            Some(nar) => Found::Checked(with_file(info, nar)),
+            None => Found::Unchecked(UncheckedPath {
+                info,
+                size: about.len(),
+            }),
+        })
     }
 
-    /// Returns those of `hashes` that this cache cannot serve. The others count as used, because
-    /// the client will rely on them.
+    /// Checks a path's NAR, and removes a damaged one, so that its paths count as missing. Reads the whole file unless
+    /// it has been checked before. Returns the narinfo as it is to be served.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) fn confirm(&self, info: NarInfo) -> io::Result<Option<NarInfo>> {
+        let stated = info
+            .file_hash
+            .zip(info.file_size)
+            .map(|(file_hash, file_size)| StoredNar {
+                file_hash,
+                file_size,
+            });
+        let nar = self.check_nar(&info.nar_hash, stated)?;
+        Ok(nar.map(|nar| with_file(info, nar)))
+    }
+
+    /// Returns the size and hash of a NAR's file; `None` if there is none, or if it was damaged and has been removed.
+    fn check_nar(&self, hash: &Sha256, stated: Option<StoredNar>) -> io::Result<Option<StoredNar>> {
+        let Some(file) = if_exists(File::open(self.folder.nar(hash)))? else {
+            return Ok(None);
+        };
+        let about = file.metadata()?;
+        if let Some(nar) = self.checked.get(hash, &about) {
+            return Ok(Some(nar));
+        }
+        let found = sound::check(&file, hash, stated, &self.stopping)?;
+        match found {
+            Some(nar) => self.checked.insert(*hash, &about, nar),
+            None => self.remove_damaged(hash, &about)?,
+        }
+        Ok(found)
+    }
+
+    /// Records that a NAR has been read as a whole and is good.
+    pub(crate) fn note_checked(&self, hash: &Sha256, about: &Metadata, nar: StoredNar) {
+        self.checked.insert(*hash, about, nar);
+    }
+
+    /// Removes a NAR that was found damaged, unless it has been replaced since.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) fn remove_damaged(&self, hash: &Sha256, about: &Metadata) -> io::Result<()> {
+        let _alone = self
+            .publishing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let path = self.folder.nar(hash);
+        let Some(now) = if_exists(std::fs::metadata(&path))? else {
+            return Ok(());
+        };
+        if now.ino() != about.ino() || now.len() != about.len() {
+            return Ok(());
+        }
+        self.checked.remove(hash);
+        // Markers are links to the damaged file, and would keep its bytes.
+        for cache in self.folder.caches()? {
+            if_exists(std::fs::remove_file(self.folder.marker(&cache, hash)))?;
+        }
+        if now.is_dir() {
+            std::fs::remove_dir_all(&path)?;
+        } else {
+            std::fs::remove_file(&path)?;
+        }
+        let text = format!(
+            "the stored NAR {hash} was damaged ({} bytes) and has been removed; its paths count as missing until they are sent again",
+            about.len()
+        );
+        self.log.degraded("damage", text);
+        Ok(())
+    }
+
+    /// Returns those of `hashes` that this cache cannot serve, and those with unchecked NARs. The others
+    /// count as used, because the client will rely on them.
     ///
     /// # Errors
     /// When the disk fails.
@@ -153,15 +269,44 @@ impl Store {
         &self,
         cache: &CacheName,
         hashes: Vec<PathHash>,
-    ) -> io::Result<Vec<PathHash>> {
+    ) -> io::Result<(Vec<PathHash>, Vec<UncheckedPath>)> {
         let _kept = self.prevent_removal();
-        let mut missing = Vec::new();
+        let (mut missing, mut unchecked) = (Vec::new(), Vec::new());
         for hash in hashes {
-            if self.find_object(cache, &hash)?.is_none() {
-                missing.push(hash);
+            match self.find_object(cache, &hash)? {
+                Found::Missing => missing.push(hash),
+                Found::Unchecked(path) => unchecked.push(path),
+                Found::Checked(_) => (),
             }
         }
-        Ok(missing)
+        Ok((missing, unchecked))
+    }
+
+    /// Checks paths, the smallest first, up to `budget` bytes. Returns those that are missing since their NARs were
+    /// damaged, and the NARs that are left to check.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) fn confirm_within(
+        &self,
+        mut unchecked: Vec<UncheckedPath>,
+        budget: u64,
+    ) -> io::Result<(Vec<PathHash>, Vec<NarInfo>)> {
+        unchecked.sort_by_key(|path| path.size);
+        let (mut missing, mut left, mut read) = (Vec::new(), Vec::new(), 0_u64);
+        for path in unchecked {
+            // A wrong size must not be claimed, so its cause is always found out now.
+            if path.is_suspect() || read.saturating_add(path.size) <= budget {
+                read = read.saturating_add(path.size);
+                let hash = path.info.path.hash();
+                if self.confirm(path.info)?.is_none() {
+                    missing.push(hash);
+                }
+            } else {
+                left.push(path.info);
+            }
+        }
+        Ok((missing, left))
     }
 
     /// Returns the compressed file of a NAR that is stored already. Counts as a use.
@@ -170,15 +315,13 @@ impl Store {
     /// When the disk fails.
     pub(crate) fn known_nar(&self, hash: &Sha256) -> io::Result<Option<StoredNar>> {
         let _kept = self.prevent_removal();
-        let path = self.folder.nar(hash);
-        let Some(file) = if_exists(File::open(&path))? else {
+        if if_exists(touch(&self.folder.nar(hash), Duration::ZERO))?.is_none() {
             return Ok(None);
-        };
-        touch(&path, Duration::ZERO)?;
-        measure(file).map(Some)
+        }
+        self.check_nar(hash, None)
     }
 
-    /// Makes a NAR visible. If an equal one arrived first, that one is kept and returned.
+    /// Makes a NAR visible. If an equal one arrived first, that one is kept and returned, unless it has not been checked.
     ///
     /// # Errors
     /// When the disk fails; then nothing has changed.
@@ -196,9 +339,14 @@ impl Store {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             let path = self.folder.nar(hash);
+            let stored = if_exists(std::fs::metadata(&path))?;
             // Under the lock, no other upload can create the file in between.
-            if !path.exists() {
+            let known = stored.and_then(|about| self.checked.get(hash, &about));
+            if known.is_none() {
+                // Replaces what may be damaged. The new file is what this server has just hashed.
+                let about = file.as_file().metadata()?;
                 file.persist(&path)?;
+                self.checked.insert(*hash, &about, nar);
                 epoch.file_added(path);
                 return Ok(nar);
             }
@@ -259,10 +407,13 @@ impl Store {
         let linked = write_marker(&marker, &nar_file)?;
         let object = self.folder.object(cache, &path.path.hash());
         let text = narinfo(path, nar).to_string();
-        match if_exists(std::fs::read_to_string(&object))? {
+        let old = if_exists(std::fs::read(&object))?;
+        // A torn one counts as none.
+        match old.as_deref().and_then(unseal) {
             None => {
                 // The narinfo comes last: once it is visible, the path can be served.
-                self.folder.write_whole(&object, &(text + &epoch.line()))?;
+                self.folder
+                    .write_whole(&object, &seal(&(text + &epoch.line())))?;
                 if linked {
                     epoch.link_added(&marker);
                 } else {
@@ -273,7 +424,7 @@ impl Store {
             // Other paths may already rely on this one, so it keeps its old epoch, and everything
             // that belongs to it must be on disk now.
             Some(old) => {
-                let text = text + &epoch_line(&old).unwrap_or_default();
+                let text = seal(&(text + &epoch_line(old).unwrap_or_default()));
                 File::open(&nar_file)?.sync_all()?;
                 self.folder.write_synced(&object, &text)?;
                 // Folders last: one commit of the file system's journal covers everything before
@@ -290,11 +441,7 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub(crate) fn open_nar(
-        &self,
-        cache: &CacheName,
-        hash: &Sha256,
-    ) -> io::Result<Option<(File, u64)>> {
+    pub(crate) fn open_nar(&self, cache: &CacheName, hash: &Sha256) -> io::Result<Option<OpenNar>> {
         // Caches of different trust share NARs on disk, but may only serve what was uploaded to
         // them.
         if !self.folder.marker(cache, hash).exists() {
@@ -306,8 +453,18 @@ impl Store {
         };
         // The file may be removed at this point; the open descriptor stays readable.
         if_exists(touch(&path, TOUCH_INTERVAL))?;
-        let size = file.metadata()?.len();
-        Ok(Some((file, size)))
+        let about = file.metadata()?;
+        // An empty body ends before a check of it could break it off.
+        if about.len() == 0 || !about.is_file() {
+            self.remove_damaged(hash, &about)?;
+            return Ok(None);
+        }
+        let checked = self.checked.get(hash, &about).is_some();
+        Ok(Some(OpenNar {
+            file,
+            about,
+            checked,
+        }))
     }
 
     /// Records a NAR that waits for its narinfo. `name` must be a plain file name.
@@ -320,20 +477,11 @@ impl Store {
         name: &str,
         upload: &PendingUpload,
     ) -> io::Result<()> {
-        let PendingUpload {
-            nar_hash,
-            nar_size,
-            received_hash,
-            received_size,
-        } = upload;
-        let text = format!(
-            "NarHash: {nar_hash}\nNarSize: {nar_size}\nFileHash: {received_hash}\nFileSize: {received_size}\n"
-        );
         let (epoch, file) = (
             self.durability.begin(),
             self.folder.uploads(cache).join(name),
         );
-        self.folder.write_whole(&file, &text)?;
+        self.folder.write_whole(&file, &upload.to_record())?;
         epoch.file_added(file);
         Ok(())
     }
@@ -347,18 +495,17 @@ impl Store {
         cache: &CacheName,
         name: &str,
     ) -> io::Result<Option<PendingUpload>> {
-        let _kept = self.prevent_removal();
         let path = self.folder.uploads(cache).join(name);
-        let Some(text) = if_exists(std::fs::read_to_string(&path))? else {
+        let Some(text) = if_exists(std::fs::read(&path))? else {
             return Ok(None);
         };
-        let Some(upload) = parse_upload(&text) else {
+        let Some(upload) = PendingUpload::from_record(&text) else {
             return Ok(None);
         };
         // Counts as a use, so that the NAR survives until its narinfo arrives.
-        let nar = if_exists(touch(&self.folder.nar(&upload.nar_hash), Duration::ZERO))?;
-        touch(&path, Duration::ZERO)?;
-        Ok(nar.map(|()| upload))
+        let nar = self.known_nar(&upload.nar_hash)?;
+        if_exists(touch(&path, Duration::ZERO))?;
+        Ok(nar.map(|_| upload))
     }
 }
 
@@ -371,55 +518,6 @@ fn write_marker(marker: &Path, nar: &Path) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         // Some file systems have no hard links, and the others limit their number.
         Err(_) => File::create(marker).map(|_| false),
-    }
-}
-
-/// The narinfo as stored, without our own signature: keys may change, and signing is cheap.
-fn narinfo(path: &PathInfo, nar: StoredNar) -> NarInfo {
-    NarInfo {
-        path: path.path.clone(),
-        url: format!("nar/{}", nar_name(&path.nar_hash)),
-        compression: "zstd".to_owned(),
-        file_hash: Some(nar.file_hash),
-        file_size: Some(nar.file_size),
-        nar_hash: path.nar_hash,
-        nar_size: path.nar_size,
-        references: path.references.clone(),
-        deriver: path.deriver.clone(),
-        signatures: path.signatures.clone(),
-        ca: path.ca.clone(),
-    }
-}
-
-fn parse_upload(text: &str) -> Option<PendingUpload> {
-    let field = |name: &str| {
-        text.lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
-    };
-    Some(PendingUpload {
-        nar_hash: Sha256::parse(field("NarHash")?).ok()?,
-        nar_size: field("NarSize")?.parse().ok()?,
-        received_hash: Sha256::parse(field("FileHash")?).ok()?,
-        received_size: field("FileSize")?.parse().ok()?,
-    })
-}
-
-fn measure(mut file: File) -> io::Result<StoredNar> {
-    let (mut hash, mut file_size) = (sha2::Sha256::new(), 0);
-    let mut buffer = vec![0; 128 * 1024];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => {
-                return Ok(StoredNar {
-                    file_hash: Sha256(hash.finalize().into()),
-                    file_size,
-                });
-            }
-            read => {
-                hash.update(&buffer[..read]);
-                file_size += read as u64;
-            }
-        }
     }
 }
 
@@ -446,3 +544,6 @@ fn if_exists<T>(result: io::Result<T>) -> io::Result<Option<T>> {
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests;

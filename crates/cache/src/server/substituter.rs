@@ -6,14 +6,15 @@ use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
-use tokio_util::io::ReaderStream;
 
 use crate::server::body::RequestBody;
 use crate::server::connection::BytesMoved;
 use crate::server::error::ErrorResponse;
 use crate::server::ingest::Format;
+use crate::server::records::PendingUpload;
+use crate::server::serving;
 use crate::server::state::{Cache, Cost, ServerState};
-use crate::server::store::PendingUpload;
+use crate::server::store::Found;
 use crate::server::token::Scope;
 use crate::server::upload::{check_length, commit, receive_compressed};
 use crate::server::upload_info::check_narinfo;
@@ -24,8 +25,8 @@ use flywheel_nix::store_path::{PathHash, STORE_DIR};
 
 /// Maximum size of a narinfo in bytes; real ones are far smaller.
 const NARINFO_LIMIT: usize = 1024 * 1024;
-/// Bytes of a served NAR to hold in memory.
-const READ_BUFFER: usize = 128 * 1024;
+/// A NAR's file up to this size, in bytes, is checked before its narinfo is served for the first time.
+const CHECKED_FIRST: u64 = 64 * 1024 * 1024;
 
 /// Serves `nix-cache-info`.
 ///
@@ -56,9 +57,21 @@ pub(crate) async fn get_narinfo(
     let cache = readable(&shared, &headers, &cache)?;
     let hash = path_hash(&file)?;
     let name = cache.name.clone();
-    let info = shared
+    let found = shared
         .run_inline(move |store| store.object(&name, &hash))
         .await?;
+    let info = match found {
+        Found::Missing => None,
+        Found::Checked(info) => Some(info),
+        // Nix does not build what a cache has promised and then cannot deliver, so damage shows here if it can. What
+        // would take long to read is checked while it is served.
+        Found::Unchecked(path) if path.is_suspect() || path.size <= CHECKED_FIRST => {
+            shared
+                .run_blocking(move |store| store.confirm(path.info))
+                .await?
+        }
+        Found::Unchecked(path) => Some(path.info),
+    };
     // Signed on every read: the key may have changed since the upload.
     let info = sign(info.ok_or_else(ErrorResponse::no_object)?, cache);
     Ok(answer(
@@ -95,13 +108,13 @@ pub(crate) async fn get_nar(
     // The URLs in our narinfos end this way, whatever the NAR's upload was called.
     let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
     if let Some(hash) = ours
-        && let Some((nar, size)) = shared
+        && let Some(nar) = shared
             .run_inline(move |store| store.open_nar(&name, &hash))
             .await?
     {
-        // Streamed from disk: a NAR may be larger than memory.
-        let pieces = ReaderStream::with_capacity(tokio::fs::File::from_std(nar), READ_BUFFER);
-        let mut response = answer(&shared, "application/x-nix-nar", Body::from_stream(pieces));
+        let size = nar.about.len();
+        let body = serving::body(nar, hash, Arc::clone(&shared.store));
+        let mut response = answer(&shared, "application/x-nix-nar", body);
         response
             .headers_mut()
             // With the length, a client can tell a complete download from a broken one.

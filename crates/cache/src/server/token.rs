@@ -2,12 +2,12 @@
 //! tokens in memory, except for the one write token that an embedding program needs.
 
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ring::rand::{SecureRandom as _, SystemRandom};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 
@@ -37,9 +37,6 @@ pub enum TokenError {
         line: usize,
         problem: &'static str,
     },
-    /// The system's random source failed.
-    #[error("the system gave no random bytes")]
-    Random,
 }
 
 /// The permissions of a token. Writing includes reading, so that a publisher can verify its
@@ -51,7 +48,7 @@ pub(crate) enum Scope {
     Write,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     digest: [u8; 32],
     scope: Scope,
@@ -59,7 +56,17 @@ struct Entry {
     cache: Option<CacheName>,
 }
 
-#[derive(Debug)]
+/// A token's hash and permissions, as one process sends them to another.
+#[derive(Debug, Deserialize, Serialize)]
+pub(crate) struct WireToken {
+    /// SHA-256 in hexadecimal.
+    digest: String,
+    write: bool,
+    /// `None`: every cache.
+    cache: Option<String>,
+}
+
+#[derive(Clone, Debug)]
 pub(crate) struct Tokens {
     entries: Vec<Entry>,
     write: Option<Secret>,
@@ -71,23 +78,12 @@ impl Tokens {
     /// # Errors
     /// When it can be neither read nor created, or a line is not `<scope> <token> [<cache>]`.
     pub(crate) fn open_or_create(file: &Path) -> Result<Self, TokenError> {
-        match std::fs::read_to_string(file) {
-            Ok(text) => Self::parse(&text, file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let text = new_file_text()?;
-                write_private(file, text.expose().as_bytes()).map_err(|source| {
-                    TokenError::File {
-                        file: file.to_owned(),
-                        source,
-                    }
-                })?;
-                Self::parse(text.expose(), file)
-            }
-            Err(source) => Err(TokenError::File {
-                file: file.to_owned(),
-                source,
-            }),
-        }
+        let file_error = |source| TokenError::File {
+            file: file.to_owned(),
+            source,
+        };
+        let text = read_or_create(file, new_file_text).map_err(file_error)?;
+        Self::parse(text.expose(), file)
     }
 
     /// Reads an existing file.
@@ -157,6 +153,38 @@ impl Tokens {
         Ok(())
     }
 
+    pub(crate) fn to_wire(&self) -> Vec<WireToken> {
+        let wire = |entry: &Entry| WireToken {
+            digest: hex(&entry.digest),
+            write: entry.scope == Scope::Write,
+            cache: entry.cache.as_ref().map(ToString::to_string),
+        };
+        self.entries.iter().map(wire).collect()
+    }
+
+    /// # Errors
+    /// When a hash or a cache's name is malformed.
+    pub(crate) fn from_wire(tokens: &[WireToken]) -> Result<Self, String> {
+        let entry = |token: &WireToken| -> Option<Entry> {
+            let digest = flywheel_nix::hash::Sha256::parse(&format!("sha256:{}", token.digest));
+            let cache = token.cache.as_deref().map(str::parse).transpose();
+            Some(Entry {
+                digest: digest.ok()?.0,
+                scope: if token.write {
+                    Scope::Write
+                } else {
+                    Scope::Read
+                },
+                cache: cache.ok()?,
+            })
+        };
+        let entries: Option<Vec<Entry>> = tokens.iter().map(entry).collect();
+        Ok(Self {
+            entries: entries.ok_or("a token's hash or cache is malformed")?,
+            write: None,
+        })
+    }
+
     /// The first token that may write to every cache, for a program that embeds the server.
     pub(crate) fn write_token(&self) -> Option<&Secret> {
         self.write.as_ref()
@@ -219,36 +247,71 @@ fn equal(left: &[u8; 32], right: &[u8; 32]) -> bool {
         == 0
 }
 
-fn new_file_text() -> Result<Secret, TokenError> {
+fn new_file_text() -> io::Result<Secret> {
     let mut bytes = [0_u8; TOKEN_BYTES];
+    let no_random = || io::Error::other("the system gave no random bytes");
     SystemRandom::new()
         .fill(&mut bytes)
-        .map_err(|_| TokenError::Random)?;
-    let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        .map_err(|_| no_random())?;
+    let token = hex(&bytes);
     let text = format!(
         "# Tokens of this cache: one `<scope> <token> [<cache>]` a line, scope `read` or `write`\n\
          # (which includes reading). Restart the server after a change.\nwrite {token}\n"
     );
-    Secret::new(&text).ok_or(TokenError::Random)
+    Secret::new(&text).ok_or_else(no_random)
 }
 
-/// Writes a new file that only its owner can read, completely or not at all.
-pub(super) fn write_private(file: &Path, bytes: &[u8]) -> io::Result<()> {
-    let unfinished = file.with_extension("new");
-    // A start that was killed may have left this file.
-    match std::fs::remove_file(&unfinished) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => (),
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Reads a private file, or creates it with the text from `make`. Of several processes that create it at once, all
+/// return the first one's text. An empty file was torn by a power cut, and is made anew.
+///
+/// # Errors
+/// When it can be neither read nor created.
+pub(super) fn read_or_create(
+    file: &Path,
+    make: impl Fn() -> io::Result<Secret>,
+) -> io::Result<Secret> {
+    for replace in [false, true] {
+        match std::fs::read_to_string(file) {
+            Ok(text) => {
+                if let Some(text) = Secret::new(&text) {
+                    return Ok(text);
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (),
+            Err(error) => return Err(error),
+        }
+        let text = make()?;
+        if write_private(file, &text, replace)? {
+            return Ok(text);
+        }
     }
-    let mut out = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&unfinished)?;
-    out.write_all(bytes)?;
+    Err(io::Error::other("the file is empty, and was not replaced"))
+}
+
+/// Writes a file that only its owner can read, completely or not at all. Returns `false` if there is one already.
+fn write_private(file: &Path, text: &Secret, replace: bool) -> io::Result<bool> {
+    let folder = file
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    // Its mode is 0600 from the start.
+    let mut out = tempfile::NamedTempFile::new_in(folder)?;
+    out.write_all(text.expose().as_bytes())?;
     out.write_all(b"\n")?;
-    out.sync_all()?;
-    std::fs::rename(&unfinished, file)
+    out.as_file().sync_all()?;
+    let placed = if replace {
+        out.persist(file).map(|_| true)
+    } else {
+        out.persist_noclobber(file).map(|_| true)
+    };
+    match placed {
+        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        placed => Ok(placed?),
+    }
 }
 
 #[cfg(test)]

@@ -241,6 +241,18 @@ mod tests {
     }
 
     #[test]
+    fn the_word_at_the_end_of_an_answer_does_not_become_part_of_a_name() {
+        // `STDERR_LAST` and `STDERR_NEXT` of the worker protocol, as they stand behind a path of 48 bytes.
+        for word in [0x616c_7473_u64, 0x6f6c_6d67] {
+            let base = format!("{}-ca-b", &A[..32]);
+            for before in [&text(&path(&base))[..], path(&base).as_bytes()] {
+                let stream = [before, &word.to_le_bytes()].concat();
+                assert!(found([&stream[..]]).contains(&base), "{word:x}");
+            }
+        }
+    }
+
+    #[test]
     fn what_is_no_name_is_not_found() {
         for stream in [
             &b"/nix/store/"[..],

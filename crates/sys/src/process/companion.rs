@@ -62,7 +62,8 @@ type Request = (
 );
 
 /// A thread that keeps the priority of the thread that made it, to start a companion with that priority later. A child
-/// inherits the niceness of the thread that starts it, and the runtime's threads have a lowered one.
+/// inherits the niceness of the thread that starts it, and the runtime's threads have a lowered one
+/// (`host/priority.rs`).
 #[derive(Debug)]
 pub struct Starter {
     requests: Option<SyncSender<Request>>,
@@ -159,7 +160,8 @@ mod tests {
         let starter = Starter::new().expect("a thread");
         let full = niceness();
         let started = std::thread::spawn(move || {
-            rustix::process::nice(5).expect("niceness may always be raised");
+            // As the runtime's threads do (`host/priority.rs`).
+            rustix::process::nice(1).expect("allowed to everybody");
             assert_ne!(niceness(), full);
             let (mut ours, theirs) = UnixStream::pair().expect("a pair");
             let command = CompanionCommand {
