@@ -94,6 +94,27 @@ fn a_path_that_is_called_lost_and_is_there_is_counted() {
 }
 
 #[test]
+fn what_another_job_forged_may_not_be_published() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = folder.path().join("a");
+    fs::create_dir(&job).unwrap();
+    fs::write(folder.path().join("done"), "judged\n").unwrap();
+    fs::write(job.join("exit"), "0\n").unwrap();
+    let line = "flywheel: 1 built, 1 published, 1 verified, 1 ambiguous";
+    let named = format!("::warning title=ambiguous::{PATH}: the store is shared\n{line}\n");
+    fs::write(job.join("log"), named).unwrap();
+    fs::write(job.join("foreign"), format!("import {PATH}\n")).unwrap();
+    let verdict = Verdict::read(folder.path(), Ok(()));
+    assert!(verdict.holds());
+    let reason = verdict.jobs[0].foreign[0].reason.as_deref();
+    assert_eq!(reason, Some("ambiguous: the store is shared"));
+
+    fs::write(job.join("forged"), format!("{PATH}\n")).unwrap();
+    let verdict = Verdict::read(folder.path(), Ok(()));
+    assert!(!verdict.holds() && verdict.jobs[0].foreign[0].is_published);
+}
+
+#[test]
 fn a_run_without_an_end_has_no_good_verdict() {
     let folder = tempfile::tempdir().unwrap();
     assert!(!Verdict::read(folder.path(), Ok(())).holds());

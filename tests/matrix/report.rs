@@ -39,6 +39,29 @@ impl Table {
         fs::write(file, text).unwrap();
     }
 
+    /// What became of each path of a job of less trust, and why.
+    fn write_foreign(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let runs = self.0.iter();
+        let jobs =
+            runs.flat_map(|(run, verdict, _)| verdict.jobs.iter().map(move |job| (run, job)));
+        for (run, job) in jobs {
+            for one in &job.foreign {
+                let end = match (one.is_published, one.how.as_str()) {
+                    (true, _) => "PUBLISHED",
+                    (false, "refused") => "refused by the store, so built by the job itself",
+                    (false, _) => "not published",
+                };
+                let reason = one.reason.as_deref().unwrap_or("not named");
+                writeln!(
+                    f,
+                    "{} seed {}: {}: {end}; {reason}",
+                    run.cell, run.seed, one.how
+                )?;
+            }
+        }
+        Ok(())
+    }
+
     fn cell(&self, cell: Cell) -> String {
         let runs: Vec<_> = self.0.iter().filter(|(run, ..)| run.cell == cell).collect();
         let failed = runs
@@ -113,6 +136,7 @@ impl fmt::Display for Table {
             sum(|job| job.overclaimed.len()),
             sum(|job| job.forged.len()),
         )?;
+        self.write_foreign(f)?;
         let failed: Vec<_> = self
             .0
             .iter()

@@ -25,6 +25,18 @@ pub(crate) struct Job {
     pub(crate) overclaimed: Vec<String>,
     /// Paths that no honest job may publish, and that are in the cache.
     pub(crate) forged: Vec<String>,
+    /// What another job put into the store, and what this one says of it.
+    pub(crate) foreign: Vec<Foreign>,
+}
+
+/// A path that a job of less trust put into the store.
+#[derive(Clone, Debug)]
+pub(crate) struct Foreign {
+    /// `import` of a forged output, `refused` where the store did not take it, or `file`.
+    pub(crate) how: String,
+    pub(crate) is_published: bool,
+    /// The line in which the trusted job names it, if it does.
+    pub(crate) reason: Option<String>,
 }
 
 /// What a run came to.
@@ -86,6 +98,7 @@ impl Job {
             missing,
             silent,
             overclaimed,
+            foreign: foreign(&lines("foreign"), &lines("forged"), &reported),
             forged: lines("forged"),
         }
     }
@@ -96,6 +109,18 @@ impl Job {
             && self.exit == "0"
             && !self.line.is_empty()
     }
+}
+
+/// Takes the list of `guest/trust.sh` apart: a word and a path a line.
+fn foreign(list: &[String], forged: &[String], reported: &Reported) -> Vec<Foreign> {
+    let entries = list.iter().filter_map(|line| line.split_once(' '));
+    entries
+        .map(|(how, path)| Foreign {
+            how: how.to_owned(),
+            is_published: forged.iter().any(|one| one == path),
+            reason: reported.reason(path),
+        })
+        .collect()
 }
 
 /// `N built, N published, N verified, …`, the last line of the log that has this form.
@@ -149,6 +174,14 @@ impl Reported {
 
     fn calls(&self, path: &str) -> bool {
         self.unwatched || self.named.iter().any(|(_, line)| is_about(line, path))
+    }
+
+    /// What is said of a path, behind its name.
+    fn reason(&self, path: &str) -> Option<String> {
+        let (state, line) = self.named.iter().find(|(_, line)| is_about(line, path))?;
+        let (_, reason) = line.split_once(path)?;
+        let reason = reason.trim_start_matches(['`', ':', ' ']);
+        Some(format!("{state}: {reason}"))
     }
 
     fn calls_lost(&self, path: &str) -> bool {

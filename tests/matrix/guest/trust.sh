@@ -76,9 +76,16 @@ wait_for() {
   done
 }
 
-# Writes into /out/a/forged what job a has published and must not: the other job's file, and the forged content.
+# Writes into /out/a/forged what job a has published and must not: the other job's file, and the forged content. What the
+# other job put into the store is in /out/a/foreign, a word and a path a line.
 find_forged() {
-  local path
+  local path imported=import
+  # Where the import was refused, the path is job a's own build.
+  [ ! -e /out/other/refused ] || imported=refused
+  {
+    echo "$imported $FORGED"
+    sed 's/^/file /' /out/other/added
+  } >/out/a/foreign
   : >/out/a/forged
   for path in "$FORGED" $(cat /out/other/added); do
     fresh nix-store --realise "$path" >/dev/null 2>>/out/a/judge.log || continue
