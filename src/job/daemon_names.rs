@@ -4,6 +4,7 @@
 //! the proxy fails, the commands reach the daemon all the same.
 
 use std::collections::BTreeSet;
+use std::error::Error as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,9 +74,11 @@ impl DaemonNames {
 }
 
 fn report(error: &ProxyError, sink: &Sink) {
+    let cause = error.source().map(|cause| format!(": {cause}"));
     let hint = error.hint().map(|hint| format!(" {hint}"));
     let text = format!(
-        "what this job names to Nix's daemon is not known: a result that was in the store before is not published, and beside another job paths may be ambiguous: {error}.{}",
+        "what this job names to Nix's daemon is not known: a result that was in the store before is not published, and beside another job paths may be ambiguous: {error}{}.{}",
+        cause.unwrap_or_default(),
         hint.unwrap_or_default()
     );
     sink.degraded("publication", text);

@@ -343,7 +343,7 @@ mod tests {
         let bad = Verdict::Bad("it is still short".into());
         let seen = [('a', Verdict::Good { body: true }), ('b', bad)];
         let verification = verification(Mode::Sample, &seen);
-        let publication = summarize(&outcome, &verification, &[], &[], &[]);
+        let publication = summarize(&outcome, &verification, &[], &[], &StoreAtEnd::default());
         assert_eq!((publication.repaired.len(), publication.lost.len()), (1, 1));
         let reason = &publication.lost[0].reason;
         assert!(

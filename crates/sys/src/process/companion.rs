@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -16,6 +16,9 @@ use tokio::sync::oneshot;
 
 use crate::process::detached::CLOSE_AND_EXEC;
 use crate::process::own::{self, Registered};
+
+/// The shells that close what the step has left open. Small images have one of them; without any, nothing is closed.
+const SHELLS: [&str; 3] = ["/bin/sh", "/bin/bash", "/usr/bin/bash"];
 
 /// What a companion is started with.
 #[derive(Debug)]
@@ -122,11 +125,15 @@ impl Drop for Starter {
 
 fn start(command: CompanionCommand) -> io::Result<Companion> {
     // A descriptor that the step's shell has left open would keep the runner waiting for this process.
-    let mut started = Command::new("/bin/sh");
+    let shell = SHELLS.iter().find(|shell| Path::new(shell).exists());
+    let mut started = if let Some(shell) = shell {
+        let mut started = Command::new(shell);
+        started.arg("-c").arg(CLOSE_AND_EXEC).arg(command.program);
+        started
+    } else {
+        Command::new(command.program)
+    };
     started
-        .arg("-c")
-        .arg(CLOSE_AND_EXEC)
-        .arg(command.program)
         .args(command.arguments)
         .env_clear()
         .envs(command.environment)
