@@ -166,7 +166,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         &verification,
         &found.unreadable,
         &inspector.warned(),
-        &[],
+        &publication::StoreAtEnd::default(),
     );
     let offered = (outcome.paths.len() + found.unreadable.len()) as u64;
     let lost = output::report(&workflow, format, &publication, offered, outcome.elapsed);

@@ -1,11 +1,11 @@
 //! The paths that a job added to the store: counted, kept apart from those of other jobs, and completed by the
 //! closure of the job's results.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::time::SystemTime;
 
-use super::ownership::{Decision, Doubt, Evidence, Ownership};
+use super::ownership::{Decision, Doubt, Ownership, Registered};
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
 use flywheel_nix::store;
 use flywheel_nix::store_path::StorePath;
@@ -56,7 +56,7 @@ impl AddedPaths {
         let mut roots: BTreeSet<StorePath> = named.cloned().collect();
         let mut doubtful = Vec::new();
         for info in &found.infos {
-            match evidence.decide(info) {
+            match evidence.decide(info, Registered::AfterMark) {
                 Decision::Publish => _ = roots.insert(info.path.clone()),
                 Decision::Ambiguous(doubt) => doubtful.push((info.path.clone(), doubt)),
                 Decision::OtherJob | Decision::Derivation => (),
@@ -65,14 +65,21 @@ impl AddedPaths {
         let roots: Vec<StorePath> = roots.into_iter().collect();
         let closure = store.closure(&roots).await?;
         collected.unreadable.extend(closure.unreadable);
-        collected.publish(closure.infos, &evidence, doubtful);
+        let new: HashSet<&StorePath> = found.infos.iter().map(|info| &info.path).collect();
+        let registered = |path: &StorePath| match new.contains(path) {
+            true => Registered::AfterMark,
+            false => Registered::BeforeMark,
+        };
+        let (wanted, refused) = evidence.divide(closure.infos, registered, |_| false);
+        collected.publish(wanted, refused, doubtful);
         // What a result needs is published whichever job added it, and so counts as this job's.
         let wanted: BTreeSet<&StorePath> = collected.wanted.iter().map(|info| &info.path).collect();
         let counted: Vec<Origin> = found
             .infos
             .iter()
             .filter(|info| {
-                wanted.contains(&info.path) || evidence.decide(info) == Decision::Publish
+                wanted.contains(&info.path)
+                    || evidence.decide(info, Registered::AfterMark) == Decision::Publish
             })
             .map(PathInfo::origin)
             .collect();
@@ -82,14 +89,13 @@ impl AddedPaths {
         Ok(collected)
     }
 
-    /// Divides the closure of what is to be published, and completes the list of what is in doubt.
+    /// Takes over what is to be published, and completes the list of what is in doubt.
     fn publish(
         &mut self,
-        closure: Vec<PathInfo>,
-        evidence: &Evidence,
+        wanted: Vec<PathInfo>,
+        refused: Vec<(PathInfo, Decision)>,
         mut doubtful: Vec<(StorePath, Doubt)>,
     ) {
-        let (wanted, refused) = evidence.divide(closure, |_| false);
         doubtful.extend(
             refused
                 .into_iter()

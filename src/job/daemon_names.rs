@@ -1,5 +1,7 @@
-//! The store paths that this job's commands name to Nix's daemon, learned from a proxy in front of its socket. The proxy
-//! is in the way of every command, so it is only used while another job is at work on the store.
+//! The store paths that this job's commands name to Nix's daemon, learned from a proxy in front of its socket: another
+//! user cannot read the temporary roots of the daemon's workers. The proxy is there for the whole job, and not only
+//! while another job is at work on the store, because nothing else shows a result that was valid before the job. Where
+//! the proxy fails, the commands reach the daemon all the same.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -16,31 +18,31 @@ use flywheel_core::progress::Sink;
 use flywheel_nix::daemon_proxy::{DaemonProxy, ProxyError};
 use flywheel_nix::store_path::StorePath;
 
-/// How often the registry is read for a job that has come to the store.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// How often new names are recorded as this job's claims.
 const CLAIM_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The proxy of one job, and the task that switches it on.
+/// The proxy of one job, and the task that records what passes it as this job's claims.
 #[derive(Debug)]
 pub(crate) struct DaemonNames {
     proxy: Arc<Mutex<DaemonProxy>>,
     link: PathBuf,
-    _switching: AbortOnDropHandle<()>,
+    _claiming: AbortOnDropHandle<()>,
 }
 
 impl DaemonNames {
-    /// Lets the job's commands go through the proxy from the moment at which another job is at work on the store.
-    pub(super) async fn start(proxy: DaemonProxy, host: Arc<StoreHost>, sink: Sink) -> Self {
+    /// Lets the job's commands go through the proxy.
+    pub(super) async fn start(mut proxy: DaemonProxy, host: Arc<StoreHost>, sink: &Sink) -> Self {
         let link = proxy.link().to_owned();
+        // Before the command begins, so that nothing of it is missed.
+        if let Err(error) = proxy.activate().await {
+            report(&error, sink);
+        }
         let proxy = Arc::new(Mutex::new(proxy));
-        // The first look is taken before the command begins, so that nothing of it is missed.
-        let is_active = host.has_neighbours() && activate(&proxy, &sink).await;
-        let switching = tokio::spawn(switch(Arc::clone(&proxy), host, is_active, sink));
+        let claiming = tokio::spawn(claim(Arc::clone(&proxy), host));
         Self {
             proxy,
             link,
-            _switching: AbortOnDropHandle::new(switching),
+            _claiming: AbortOnDropHandle::new(claiming),
         }
     }
 
@@ -57,54 +59,37 @@ impl DaemonNames {
         proxy.named()
     }
 
+    /// The derivations that the commands have asked the daemon to build, whether they had to be built or not.
+    pub(super) async fn wanted(&self) -> BTreeSet<StorePath> {
+        let proxy = self.proxy.lock().await;
+        proxy.flush().await;
+        proxy.wanted()
+    }
+
     /// Points the link to the daemon again, and ends the proxy.
     pub(super) async fn stop(&self) {
         self.proxy.lock().await.stop().await;
     }
 }
 
-async fn activate(proxy: &Mutex<DaemonProxy>, sink: &Sink) -> bool {
-    match proxy.lock().await.activate().await {
-        Ok(()) => true,
-        Err(error) => {
-            report(&error, sink);
-            false
-        }
-    }
-}
-
 fn report(error: &ProxyError, sink: &Sink) {
     let hint = error.hint().map(|hint| format!(" {hint}"));
     let text = format!(
-        "what this job names to Nix's daemon is not known, so its paths may be ambiguous: {error}.{}",
+        "what this job names to Nix's daemon is not known: a result that was in the store before is not published, and beside another job paths may be ambiguous: {error}.{}",
         hint.unwrap_or_default()
     );
     sink.degraded("publication", text);
 }
 
-/// Switches the proxy on when another job comes, and records what passes it as this job's claims.
-async fn switch(
-    proxy: Arc<Mutex<DaemonProxy>>,
-    host: Arc<StoreHost>,
-    mut is_active: bool,
-    sink: Sink,
-) {
-    while !is_active {
-        sleep(LOOK_INTERVAL).await;
-        if host.has_neighbours() {
-            is_active = activate(&proxy, &sink).await;
-            if !is_active {
-                return;
-            }
-        }
-    }
+async fn claim(proxy: Arc<Mutex<DaemonProxy>>, host: Arc<StoreHost>) {
     let mut claimed = BTreeSet::new();
     loop {
         let named = proxy.lock().await.named();
-        let new = named
-            .difference(&claimed)
-            .filter(|path| !path.is_derivation());
-        host.claim(new.map(StorePath::base_name));
+        let new = named.difference(&claimed);
+        host.claim(
+            new.filter(|path| !path.is_derivation())
+                .map(StorePath::base_name),
+        );
         claimed = named;
         sleep(CLAIM_INTERVAL).await;
     }

@@ -29,6 +29,13 @@ pub(super) enum Decision {
     Derivation,
 }
 
+/// When a path was registered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Registered {
+    BeforeMark,
+    AfterMark,
+}
+
 /// Why a path on a shared host is not published.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Doubt {
@@ -85,6 +92,8 @@ pub(super) struct Evidence {
     pub(super) named: HashSet<StorePath>,
     /// What the named paths lead to. Empty where all paths are published by default.
     need: BTreeSet<StorePath>,
+    /// Whether a path that was added after the mark may be another job's.
+    others_at_work: bool,
     /// The base names of what jobs beside this one have named.
     claimed: BTreeSet<String>,
     trusted_keys: Vec<PublicKey>,
@@ -99,6 +108,10 @@ impl Ownership {
         let neighbours = self.host.neighbours();
         let mut named = self.temp_roots.named();
         named.extend(results.iter().cloned());
+        if let Some(names) = &self.daemon_names {
+            let wanted: Vec<StorePath> = names.wanted().await.into_iter().collect();
+            named.extend(self.store.outputs_of(wanted).await?);
+        }
         let mut need = BTreeSet::new();
         let mut claimed = BTreeSet::new();
         if neighbours.are_beside() || neighbours.sharing.is_shared() {
@@ -113,6 +126,7 @@ impl Ownership {
             named.extend(self.temp_roots.unattributed());
         }
         Ok(Evidence {
+            others_at_work: neighbours.are_beside() || self.host.is_declared_shared(),
             sharing: neighbours.sharing,
             named,
             need,
@@ -140,10 +154,12 @@ impl Evidence {
 
     /// Decides about a path that was added after the mark, was named by the job, or belongs to the closure of such a
     /// path.
-    pub(super) fn decide(&self, info: &PathInfo) -> Decision {
+    pub(super) fn decide(&self, info: &PathInfo, registered: Registered) -> Decision {
         let is_needed = self.need.contains(&info.path);
         match &self.sharing {
             _ if info.path.is_derivation() => Decision::Derivation,
+            // Nobody else was there to add it.
+            _ if registered == Registered::AfterMark && !self.others_at_work => Decision::Publish,
             Sharing::Alone(_) if is_needed => Decision::Publish,
             Sharing::Shared(_) if is_needed && self.is_vouched(info) => Decision::Publish,
             Sharing::Shared(why) if is_needed => Decision::Ambiguous(Doubt::NotVouched {
@@ -175,12 +191,13 @@ impl Evidence {
     pub(super) fn divide(
         &self,
         infos: Vec<PathInfo>,
+        registered: impl Fn(&StorePath) -> Registered,
         is_published: impl Fn(&StorePath) -> bool,
     ) -> (Vec<PathInfo>, Vec<(PathInfo, Decision)>) {
         let mut refused = Vec::new();
         let mut kept = Vec::new();
         for info in infos {
-            match self.decide(&info) {
+            match self.decide(&info, registered(&info.path)) {
                 // A closure is published whole where nobody can have planted a part of it.
                 Decision::Publish => kept.push(info),
                 Decision::OtherJob | Decision::Derivation if !self.is_shared() => kept.push(info),
@@ -212,6 +229,7 @@ impl Evidence {
 
 #[cfg(test)]
 mod tests {
+    use super::Registered::{AfterMark, BeforeMark};
     use super::*;
     use flywheel_nix::hash::Sha256;
     use flywheel_nix::key::SecretKey;
@@ -248,6 +266,7 @@ mod tests {
             sharing: Sharing::Alone("the test".into()),
             named: HashSet::new(),
             need: BTreeSet::new(),
+            others_at_work: true,
             claimed: BTreeSet::new(),
             trusted_keys: Vec::new(),
         }
@@ -264,13 +283,22 @@ mod tests {
     #[test]
     fn where_all_jobs_may_publish_what_nobody_claims_goes() {
         let mut evidence = alone();
-        assert_eq!(evidence.decide(&imported("x", "x.drv")), Decision::Publish);
-        assert_eq!(evidence.decide(&built("x.drv", "y")), Decision::Derivation);
+        assert_eq!(
+            evidence.decide(&imported("x", "x.drv"), AfterMark),
+            Decision::Publish
+        );
+        assert_eq!(
+            evidence.decide(&built("x.drv", "y"), AfterMark),
+            Decision::Derivation
+        );
         evidence.claimed.insert(path("x").base_name().to_owned());
-        assert_eq!(evidence.decide(&built("x", "x.drv")), Decision::OtherJob);
+        assert_eq!(
+            evidence.decide(&built("x", "x.drv"), AfterMark),
+            Decision::OtherJob
+        );
         evidence.need.insert(path("x"));
         assert_eq!(
-            evidence.decide(&built("x", "x.drv")),
+            evidence.decide(&built("x", "x.drv"), AfterMark),
             Decision::Publish,
             "both want it"
         );
@@ -280,8 +308,11 @@ mod tests {
     fn on_a_shared_host_a_path_goes_if_it_was_named_and_is_vouched_for() {
         let evidence = shared(&["x", "x.drv"]);
         let is_ambiguous =
-            |info: &PathInfo| matches!(evidence.decide(info), Decision::Ambiguous(_));
-        assert_eq!(evidence.decide(&built("x", "x.drv")), Decision::Publish);
+            |info: &PathInfo| matches!(evidence.decide(info, AfterMark), Decision::Ambiguous(_));
+        assert_eq!(
+            evidence.decide(&built("x", "x.drv"), AfterMark),
+            Decision::Publish
+        );
         assert!(
             is_ambiguous(&imported("x", "x.drv")),
             "whoever imported it claims the deriver"
@@ -296,11 +327,27 @@ mod tests {
             deriver: None,
             ..imported(name, "x.drv")
         };
-        assert_eq!(evidence.decide(&addressed("x")), Decision::Publish);
+        assert_eq!(
+            evidence.decide(&addressed("x"), AfterMark),
+            Decision::Publish
+        );
         assert!(
             is_ambiguous(&addressed("secret")),
             "another repository's file"
         );
+    }
+
+    #[test]
+    fn what_nobody_else_can_have_added_goes_and_what_was_there_before_may_be_planted() {
+        let evidence = Evidence {
+            others_at_work: false,
+            ..shared(&["planted", "planted.drv"])
+        };
+        let own = imported("own", "x.drv");
+        assert_eq!(evidence.decide(&own, AfterMark), Decision::Publish);
+        let planted = imported("planted", "planted.drv");
+        let decision = evidence.decide(&planted, BeforeMark);
+        assert!(matches!(decision, Decision::Ambiguous(_)), "{decision:?}");
     }
 
     #[test]
@@ -319,9 +366,12 @@ mod tests {
                 ..info
             }
         };
-        assert_eq!(evidence.decide(&signed(&trusted)), Decision::Publish);
+        assert_eq!(
+            evidence.decide(&signed(&trusted), AfterMark),
+            Decision::Publish
+        );
         assert!(matches!(
-            evidence.decide(&signed(&other)),
+            evidence.decide(&signed(&other), AfterMark),
             Decision::Ambiguous(_)
         ));
     }
@@ -338,7 +388,8 @@ mod tests {
             refers("tool", "lib"),
             refers("alone", "given"),
         ];
-        let (kept, refused) = evidence.divide(infos, |found| *found == path("given"));
+        let (kept, refused) =
+            evidence.divide(infos, |_| BeforeMark, |found| *found == path("given"));
         assert_eq!(kept.len(), 1);
         assert_eq!(kept[0].path, path("alone"));
         assert_eq!(

@@ -3,20 +3,22 @@
 use std::collections::HashMap;
 
 use crate::report::publication::{KeySource, Missed, Publication};
-use flywheel_cache::client::publish::{Final, Options, Outcome, Skip};
+use flywheel_cache::client::publish::{Final, Options, Outcome, PathOutcome, Skip};
 use flywheel_cache::client::verify::{self, Coverage, Mode, Verdict, Verification};
+use flywheel_core::text::count;
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
 use flywheel_nix::scan::Finding;
 use flywheel_nix::store_path::StorePath;
 
 /// Sums up what was published, and what of it the cache serves. `unreadable` are valid paths that could not even be
-/// offered: those are lost too, and so is what was built in the job and then deleted (`collected`). `warned` are paths that were published although they break a rule that only warns.
+/// offered: those are lost too. `warned` are paths that were published although they break a rule that only warns. `store`:
+/// what became of the job's paths in the store itself.
 pub(crate) fn summarize(
     outcome: &Outcome,
     verification: &Verification,
     unreadable: &[Unreadable],
     warned: &[(StorePath, Finding)],
-    collected: &[PathInfo],
+    store: &StoreAtEnd,
 ) -> Publication {
     let counts = outcome.counts();
     let coverage = coverage(outcome, verification);
@@ -35,9 +37,9 @@ pub(crate) fn summarize(
         bytes: outcome.bytes,
         lost: not_sent
             .chain(unread)
-            .chain(deleted(outcome, collected))
+            .chain(deleted(outcome, store))
             .collect(),
-        ambiguous: Vec::new(),
+        ambiguous: store.unseen(),
         unverified: Vec::new(),
         withheld: outcome
             .withheld()
@@ -88,12 +90,79 @@ pub(crate) fn summarize(
             _ => (),
         }
     }
+    for path in &store.floating {
+        let is_served = |other: &PathOutcome| {
+            other.info.path == *path
+                && matches!(
+                    other.end,
+                    Final::Published | Final::AlreadyThere | Final::Repaired { .. }
+                )
+        };
+        let is_lost = publication
+            .lost
+            .iter()
+            .any(|lost| lost.path == path.to_string());
+        if outcome.paths.iter().any(is_served) && !is_lost {
+            publication.verified = publication.verified.saturating_sub(1);
+            publication.lost.push(Missed {
+                path: path.to_string(),
+                reason: "its content is in the cache and its realisation is not, so that its content-addressed derivation is built again".to_owned(),
+            });
+        }
+    }
     publication
+}
+
+/// What became of the job's paths in the store while the job ran.
+#[derive(Debug, Default)]
+pub(crate) struct StoreAtEnd {
+    /// Paths of the job that were read and are not valid any more.
+    pub(crate) deleted: Vec<PathInfo>,
+    /// How many paths were registered and deleted before they could be read.
+    pub(crate) unread: u64,
+    /// Paths that the job named and that are not valid: those that were not read are among them.
+    pub(crate) named: Vec<StorePath>,
+    /// Valid paths that nobody can substitute without their realisations.
+    pub(crate) floating: Vec<StorePath>,
+}
+
+impl StoreAtEnd {
+    /// The paths of which nothing is known but their number, in one entry.
+    fn unseen(&self) -> Vec<Missed> {
+        let reason = "registered and deleted again while the job ran, before they could be read";
+        let one = || Missed {
+            path: count(self.unread, "path"),
+            reason: reason.to_owned(),
+        };
+        (self.unread > 0).then(one).into_iter().collect()
+    }
+}
+
+/// The paths that need no more care; the next job takes up the rest.
+pub(crate) fn settled<'a>(
+    outcome: &'a Outcome,
+    verification: &'a Verification,
+) -> Vec<&'a StorePath> {
+    let decided = outcome.paths.iter().filter(|path| match &path.end {
+        Final::Skipped(_) | Final::Withheld(_) => true,
+        // The cache's word that it has a path is enough, unless a check could not be made.
+        Final::AlreadyThere => !matches!(path.checked, Some(Verdict::Unverified(_))),
+        Final::Published | Final::Repaired { .. } => verification.mode == Mode::Off,
+        Final::Failed { .. } | Final::Left { .. } => false,
+    });
+    let good = verification
+        .paths
+        .iter()
+        .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
+    decided
+        .map(|path| &path.info.path)
+        .chain(good.map(|(info, _)| &info.path))
+        .collect()
 }
 
 /// The paths that were deleted before the cache had them. Of a source that is gone, nothing can be rebuilt elsewhere
 /// that an evaluation does not add again, so that it is no loss.
-fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
+fn deleted(outcome: &Outcome, store: &StoreAtEnd) -> Vec<Missed> {
     let is_gone = |end: &Final| *end == Final::Skipped(Skip::Vanished);
     let ended: HashMap<&StorePath, &Final> = outcome
         .paths
@@ -101,10 +170,21 @@ fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
         .map(|path| (&path.info.path, &path.end))
         .collect();
     // What was never offered has no end; what was sent before it was deleted has a good one.
-    let unsent = collected
+    let unsent = store
+        .deleted
         .iter()
         .filter(|info| !ended.contains_key(&info.path));
     let vanished = outcome.paths.iter().filter(|path| is_gone(&path.end));
+    let unread = store
+        .named
+        .iter()
+        .filter(|path| store.unread > 0 && !ended.contains_key(path))
+        .map(|path| Missed {
+            path: path.to_string(),
+            reason: "it was deleted from the store before it could be read, if it was built at all"
+                .to_owned(),
+        });
+    let unread: Vec<Missed> = unread.collect();
     unsent
         .chain(vanished.map(|path| &path.info))
         .filter(|info| info.origin() != Origin::Added && !is_signed_upstream(info))
@@ -114,6 +194,7 @@ fn deleted(outcome: &Outcome, collected: &[PathInfo]) -> Vec<Missed> {
                 "it was deleted from the store before it could be sent",
             )
         })
+        .chain(unread)
         .collect()
 }
 
@@ -175,5 +256,103 @@ fn missed(info: &PathInfo, reason: &str) -> Missed {
     Missed {
         path: info.path.to_string(),
         reason: reason.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use flywheel_cache::client::publish::PathOutcome;
+    use flywheel_cache::client::verify::{Key, Seed};
+    use flywheel_nix::hash::Sha256;
+
+    fn info(letter: char) -> PathInfo {
+        let base_name = format!("{}-x", letter.to_string().repeat(32));
+        PathInfo {
+            path: StorePath::from_base_name(&base_name).expect("base name"),
+            nar_hash: Sha256([0; 32]),
+            nar_size: 100,
+            references: Vec::new(),
+            deriver: None,
+            signatures: Vec::new(),
+            ca: None,
+            ultimate: true,
+        }
+    }
+
+    fn outcome(ends: &[(char, Final, Option<Verdict>)]) -> Outcome {
+        let path = |(letter, end, checked): &(char, Final, Option<Verdict>)| PathOutcome {
+            info: info(*letter),
+            end: end.clone(),
+            checked: checked.clone(),
+        };
+        Outcome {
+            paths: ends.iter().map(path).collect(),
+            ..Outcome::default()
+        }
+    }
+
+    fn verification(mode: Mode, verdicts: &[(char, Verdict)]) -> Verification {
+        let verdicts = verdicts.iter();
+        Verification {
+            paths: verdicts
+                .map(|(letter, verdict)| (info(*letter), verdict.clone()))
+                .collect(),
+            key: Key::Unknown,
+            mode,
+            seed: Seed(1),
+        }
+    }
+
+    fn repaired() -> Final {
+        Final::Repaired {
+            reason: "it was short".into(),
+        }
+    }
+
+    #[test]
+    fn the_next_job_takes_up_what_was_not_seen_to_be_well() {
+        let unread = Verdict::Unverified("silence".into());
+        let outcome = outcome(&[
+            ('a', Final::AlreadyThere, None),
+            ('b', Final::AlreadyThere, Some(Verdict::Good { body: true })),
+            ('c', Final::AlreadyThere, Some(unread.clone())),
+            ('d', Final::Published, None),
+            ('f', Final::Published, None),
+            ('g', repaired(), None),
+        ]);
+        let sample = verification(
+            Mode::Sample,
+            &[
+                ('d', Verdict::Good { body: true }),
+                ('f', unread),
+                ('g', Verdict::Bad("still short".into())),
+            ],
+        );
+        let letters = |verification: &Verification| -> String {
+            let settled = settled(&outcome, verification);
+            settled.iter().map(|path| &path.base_name()[..1]).collect()
+        };
+        assert_eq!(letters(&sample), "abd");
+        assert_eq!(letters(&verification(Mode::Off, &[])), "abdfg");
+    }
+
+    #[test]
+    fn a_repair_that_did_not_help_is_lost_and_not_counted_as_one() {
+        let outcome = outcome(&[('a', repaired(), None), ('b', repaired(), None)]);
+        let bad = Verdict::Bad("it is still short".into());
+        let seen = [('a', Verdict::Good { body: true }), ('b', bad)];
+        let verification = verification(Mode::Sample, &seen);
+        let publication = summarize(&outcome, &verification, &[], &[], &[]);
+        assert_eq!((publication.repaired.len(), publication.lost.len()), (1, 1));
+        let reason = &publication.lost[0].reason;
+        assert!(
+            reason.contains("damaged (it was short)") && reason.contains("it is still short"),
+            "{reason}"
+        );
+        assert_eq!(
+            publication.coverage.sentence(),
+            "every body of what was sent"
+        );
     }
 }

@@ -153,10 +153,9 @@ impl StoreHost {
         }
     }
 
-    /// Whether it has to be told apart which job adds a path.
-    pub(crate) fn has_neighbours(&self) -> bool {
-        let found = self.neighbours();
-        found.are_beside() || found.sharing.is_shared()
+    /// Whether jobs may be at work that no registry shows.
+    pub(crate) fn is_declared_shared(&self) -> bool {
+        self.shared == SharedHost::True
     }
 
     /// Why what this other job leaves in the store must not be published unseen, if that is so.

@@ -16,8 +16,8 @@ use crate::report::publication::Publication;
 use flywheel_cache::client::destination::Target;
 use flywheel_cache::client::inspect::Inspector;
 use flywheel_cache::client::journal::{self, Closed, Folder, Journal, Left, Until};
-use flywheel_cache::client::publish::{Final, Options, Outcome, Publisher, Recheck};
-use flywheel_cache::client::verify::{self, Key, Mode, Verdict, Verification};
+use flywheel_cache::client::publish::{Options, Outcome, Publisher, Recheck};
+use flywheel_cache::client::verify::{self, Key, Mode, Verification};
 use flywheel_core::progress::Sink;
 use flywheel_core::text::count;
 use flywheel_core::trust::PublishPermit;
@@ -31,9 +31,9 @@ use super::attach::Cache;
 use super::closure_tracker::ClosureTracker;
 use super::inputs::Plan;
 use super::leftovers;
-use super::ownership::{Decision, Evidence, Ownership};
+use super::ownership::{Decision, Evidence, Ownership, Registered};
 use super::policy::record_impurity;
-use super::publication;
+use super::publication::{self, StoreAtEnd};
 
 /// Batches from the watcher that may be queued for the feeder.
 const BATCHES: usize = 256;
@@ -235,11 +235,18 @@ impl Stream {
             ownership,
             verify: options,
         } = self;
-        // Dropping the watcher joins its threads, one of which may be reading the database.
-        let _ = tokio::task::spawn_blocking(move || drop(watcher)).await;
+        // Ending the watch joins its threads, one of which may be reading the database.
+        let ended = spawn_blocking(move || {
+            let mut watcher = watcher;
+            if let Some(watcher) = &mut watcher {
+                watcher.end();
+            }
+            watcher
+        });
+        let watcher = ended.await.ok().flatten();
         // The feeder ends when the watcher is gone. Should it have panicked, nothing is missing: all is offered below.
         let fed = feeding.await.unwrap_or_default();
-        let collected = collected_as_garbage(&ownership, &fed.seen).await;
+        let at_end = store_at_end(&ownership, watcher.as_ref(), &fed.seen, added_paths).await;
         // The same order as in the feeder: what a kill cuts off from here on is in the journal.
         journal.seen(added_paths.wanted.iter().map(|info| &info.path));
         record_seen_impurity(&ownership, &inspector);
@@ -250,13 +257,13 @@ impl Stream {
                 let publisher = Arc::into_inner(publisher)
                     .expect("the feeder, its only other holder, has ended");
                 let (outcome, verification) = drain(publisher, to, options, deadline, sink).await;
-                record_settled(&journal, &outcome, &verification);
+                journal.settled(publication::settled(&outcome, &verification));
                 publication::summarize(
                     &outcome,
                     &verification,
                     &added_paths.unreadable,
                     &inspector.warned(),
-                    &collected,
+                    &at_end,
                 )
             }
             None => {
@@ -329,30 +336,39 @@ fn record_seen_impurity(ownership: &Ownership, inspector: &Inspector) {
     }
 }
 
-/// The paths among those seen during the job that are not valid any more: the job, or another, has deleted them.
-async fn collected_as_garbage(ownership: &Ownership, seen: &[PathInfo]) -> Vec<PathInfo> {
-    let paths: Vec<StorePath> = seen.iter().map(|info| info.path.clone()).collect();
-    // A store that cannot be read now has been reported as such.
-    let Ok(valid) = ownership.store.infos(&paths).await else {
-        return Vec::new();
+/// Finds out what has become of the paths that the job added: which the job, or another, has deleted, and which cannot
+/// be substituted. A store that cannot be read now has been reported as such.
+async fn store_at_end(
+    ownership: &Ownership,
+    watcher: Option<&StoreWatcher>,
+    seen: &[PathInfo],
+    added_paths: &AddedPaths,
+) -> StoreAtEnd {
+    let store = &ownership.store;
+    let mut at_end = StoreAtEnd {
+        floating: store
+            .floating(&added_paths.wanted)
+            .await
+            .unwrap_or_default(),
+        ..StoreAtEnd::default()
+    };
+    if let Some(watcher) = watcher {
+        let unread = store.unseen(&ownership.mark, watcher).await;
+        at_end.unread = unread.unwrap_or_default();
+    }
+    let mut named: Vec<StorePath> = ownership.temp_roots.named().into_iter().collect();
+    named.retain(|path| !path.is_derivation());
+    let seen_paths = seen.iter().map(|info| info.path.clone());
+    let asked: Vec<StorePath> = named.iter().cloned().chain(seen_paths).collect();
+    let Ok(valid) = store.infos(&asked).await else {
+        return at_end;
     };
     let valid: HashSet<&StorePath> = valid.infos.iter().map(|info| &info.path).collect();
+    named.retain(|path| !valid.contains(path) && seen.iter().all(|info| info.path != *path));
+    at_end.named = named;
     let gone = seen.iter().filter(|info| !valid.contains(&info.path));
-    gone.cloned().collect()
-}
-
-/// Settles in the journal what needs no more care; the next job takes up the rest.
-fn record_settled(journal: &Journal, outcome: &Outcome, verification: &Verification) {
-    let skipped = outcome
-        .paths
-        .iter()
-        .filter(|path| matches!(path.end, Final::Skipped(_) | Final::Withheld(_)));
-    journal.settled(skipped.map(|path| &path.info.path));
-    let good = verification
-        .paths
-        .iter()
-        .filter(|(_, verdict)| matches!(verdict, Verdict::Good { .. }));
-    journal.settled(good.map(|(info, _)| &info.path));
+    at_end.deleted = gone.cloned().collect();
+    at_end
 }
 
 /// Feeds the publisher with the paths that become valid.
@@ -395,7 +411,8 @@ impl Feeder {
             let Ok(evidence) = self.ownership.evidence(&[]).await else {
                 continue;
             };
-            let is_own = |info: &PathInfo| evidence.decide(info) == Decision::Publish;
+            let is_own =
+                |info: &PathInfo| evidence.decide(info, Registered::AfterMark) == Decision::Publish;
             let found: Vec<PathInfo> = infos.into_iter().filter(is_own).collect();
             // The journal has a path before the publisher does: a job that is killed in between loses nothing.
             self.journal.seen(found.iter().map(|info| &info.path));
@@ -414,6 +431,7 @@ impl Feeder {
         let Some(publisher) = self.publisher.clone() else {
             return;
         };
+        let reported: HashSet<StorePath> = infos.iter().map(|info| info.path.clone()).collect();
         let (mut offers, open) = self.closures.split_ready(infos);
         if !open.is_empty() {
             let open: Vec<StorePath> = open.into_iter().map(|info| info.path).collect();
@@ -423,7 +441,12 @@ impl Feeder {
                 closure.retain(|info| !self.closures.is_given(&info.path));
                 if let Some(evidence) = evidence {
                     let is_given = |path: &StorePath| self.closures.is_given(path);
-                    (closure, _) = evidence.divide(closure, is_given);
+                    // Of these only the ones that were just reported are known to be new.
+                    let registered = |path: &StorePath| match reported.contains(path) {
+                        true => Registered::AfterMark,
+                        false => Registered::BeforeMark,
+                    };
+                    (closure, _) = evidence.divide(closure, registered, is_given);
                 }
                 self.closures.add(&closure);
                 offers.extend(closure);

@@ -168,10 +168,7 @@ impl Session<'_> {
         });
         let host = Arc::new(host);
         let daemon_names = match self.daemon_proxy(prepared, processes_are_ours) {
-            Some(proxy) => {
-                let (host, sink) = (Arc::clone(&host), self.sink.clone());
-                Some(DaemonNames::start(proxy, host, sink).await)
-            }
+            Some(proxy) => Some(DaemonNames::start(proxy, Arc::clone(&host), &self.sink).await),
             None => None,
         };
         Ok(Ownership {

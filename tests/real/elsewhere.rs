@@ -82,11 +82,12 @@ fn every_verb_reads_the_store_where_it_is() {
     let cache = Cache::start(&[]);
     let job = with(Job::new(&cache, BUILD), "NIX_REMOTE", "ROOT");
     let to = job.step.folder().join("copies");
-    let report = job
+    // The step's folder, and with it the copies, goes with the job.
+    let job = job
         .with_env("ATTIC_SERVER", "")
-        .with_env("FLYWHEEL_CACHE", &format!("file://{}", to.display()))
-        .step
-        .run();
+        .with_env("ATTIC_PUBLIC_KEY", "")
+        .with_env("FLYWHEEL_CACHE", &format!("file://{}", to.display()));
+    let report = job.step.run();
     assert_eq!(report.code, 0, "{}", report.log);
     assert_eq!(output(&report, "lost"), "0", "{}", report.log);
     let infos = fs::read_dir(&to).unwrap().flatten();
@@ -156,11 +157,18 @@ fn a_daemon_of_another_store_is_not_taken_for_the_usual_one() {
     // Where its store is may be told; otherwise what it lists is not found in `/nix/store`.
     for is_told in [true, false] {
         let cache = Cache::start(&[]);
-        let Job { step, nix } = Job::new(&cache, BUILD);
+        // Nix itself reads a flake's source from where it thinks that the store is.
+        let command = if is_told {
+            BUILD
+        } else {
+            "nix-store --add flake.nix"
+        };
+        let Job { step, nix } = Job::new(&cache, command);
         let (root, socket) = (step.folder().join("root"), step.folder().join("socket"));
         let (root, socket) = (root.display(), socket.display());
+        // From a subshell, since Flywheel ends what descends from it when the command has ended.
         let daemon = format!(
-            "NIX_DAEMON_SOCKET_PATH='{socket}' nix-daemon --daemon --store '{root}' >/dev/null 2>&1 &\n\
+            "(NIX_DAEMON_SOCKET_PATH='{socket}' nix-daemon --daemon --store '{root}' >/dev/null 2>&1 &)\n\
              until [ -S '{socket}' ]; do sleep 0.05; done"
         );
         let told = if is_told {

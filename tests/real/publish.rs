@@ -294,8 +294,9 @@ fn a_path_of_two_gib_is_published_in_flat_memory() {
         std::thread::yield_now();
     }
     let printed = success(&ended.join().unwrap());
+    // Above the budget of verification, so that its body is read back in one run of eight.
     assert!(
-        printed.contains("1 published, 1 verified, 0 lost"),
+        printed.contains("1 published, 1 verified") && printed.contains(", 0 lost"),
         "{printed}"
     );
     assert!((1..64 * 1024).contains(&peak_kib), "{peak_kib} KiB");

@@ -115,6 +115,8 @@ struct Running {
 struct Shared {
     link: SocketLink,
     named: Mutex<BTreeSet<StorePath>>,
+    /// Derivations that clients have asked to be built.
+    wanted: Mutex<BTreeSet<StorePath>>,
     /// Whether the proxy has ended by itself, or hangs.
     failed: AtomicBool,
     /// Whether names may be missing for another reason.
@@ -161,6 +163,7 @@ impl DaemonProxy {
             shared: Arc::new(Shared {
                 link,
                 named: Mutex::default(),
+                wanted: Mutex::default(),
                 failed: AtomicBool::new(false),
                 lossy: AtomicBool::new(false),
                 sink,
@@ -215,6 +218,11 @@ impl DaemonProxy {
     /// does not pass; the derivation that it was built from does.
     pub fn named(&self) -> BTreeSet<StorePath> {
         self.shared.named().clone()
+    }
+
+    /// The derivations that clients have asked the daemon to build, valid or not.
+    pub fn wanted(&self) -> BTreeSet<StorePath> {
+        self.shared.wanted().clone()
     }
 
     pub fn has_named(&self, path: &StorePath) -> bool {
@@ -323,6 +331,15 @@ impl Drop for DaemonProxy {
 
 impl Shared {
     fn add(&self, name: &str) {
+        if let Some(derivation) = name.strip_suffix('!') {
+            if let Ok(path) = StorePath::from_base_name(derivation) {
+                let mut wanted = self.wanted();
+                if wanted.len() < NAME_COUNT_LIMIT {
+                    wanted.insert(path);
+                }
+            }
+            return;
+        }
         if let Ok(path) = StorePath::from_base_name(name) {
             let mut named = self.named();
             if named.len() < NAME_COUNT_LIMIT {
@@ -335,6 +352,12 @@ impl Shared {
 
     fn named(&self) -> std::sync::MutexGuard<'_, BTreeSet<StorePath>> {
         self.named
+            .lock()
+            .expect("nothing panics while it holds this lock")
+    }
+
+    fn wanted(&self) -> std::sync::MutexGuard<'_, BTreeSet<StorePath>> {
+        self.wanted
             .lock()
             .expect("nothing panics while it holds this lock")
     }

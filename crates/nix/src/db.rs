@@ -212,6 +212,76 @@ impl Db {
             .collect())
     }
 
+    /// Returns the highest id that was ever given, and how many valid paths have a higher one than `last`.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn registered_after(&self, last: i64) -> Result<(i64, i64), Error> {
+        let read = || -> rusqlite::Result<(i64, i64)> {
+            let snapshot = self.connection.unchecked_transaction()?;
+            // A deleted row takes its id along; the sequence does not go back.
+            let query =
+                "select coalesce(max(seq), 0) from sqlite_sequence where name = 'ValidPaths'";
+            let highest = snapshot.query_row(query, [], |row| row.get(0))?;
+            let query = "select count(*) from ValidPaths where id > ?1";
+            Ok((
+                highest,
+                snapshot.query_row(query, [last], |row| row.get(0))?,
+            ))
+        };
+        read().map_err(Error::Read)
+    }
+
+    /// Returns the names of the derivations with outputs that are not known before they are built. An output's deriver
+    /// is the resolved derivation, which has the same name.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn floating_derivations(&self) -> Result<BTreeSet<String>, Error> {
+        let read = || -> rusqlite::Result<Vec<String>> {
+            let table = "select count(*) from sqlite_master where name = 'Realisations'";
+            let has_table: i64 = self.connection.query_row(table, [], |row| row.get(0))?;
+            // Without the experimental feature there are none, and the store need not be gone through.
+            if has_table == 0 {
+                return Ok(Vec::new());
+            }
+            let any = self
+                .connection
+                .query_row("select 1 from Realisations limit 1", [], |_| Ok(()));
+            if any.optional()?.is_none() {
+                return Ok(Vec::new());
+            }
+            let query = "select path from ValidPaths d where path like '%.drv'
+                and not exists (select 1 from DerivationOutputs where drv = d.id)";
+            let mut statement = self.connection.prepare_cached(query)?;
+            statement.query_map([], |row| row.get(0))?.collect()
+        };
+        let found = read().map_err(Error::Read)?;
+        let paths = found
+            .iter()
+            .filter_map(|path| path.parse::<StorePath>().ok());
+        Ok(paths.map(|path| path.name().to_owned()).collect())
+    }
+
+    /// Returns the outputs of these derivations, valid or not. Those of content-addressed derivations are not among them.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn outputs_of(&self, derivations: &[StorePath]) -> Result<Vec<StorePath>, Error> {
+        let found = || -> rusqlite::Result<Vec<String>> {
+            let query = "select o.path from DerivationOutputs o join ValidPaths d on d.id = o.drv where d.path = ?1";
+            let mut statement = self.connection.prepare_cached(query)?;
+            let mut outputs = Vec::new();
+            for derivation in derivations {
+                let found = statement.query_map([derivation.to_string()], |row| row.get(0))?;
+                outputs.extend(found.collect::<Result<Vec<String>, _>>()?);
+            }
+            Ok(outputs)
+        };
+        let found = found().map_err(Error::Read)?;
+        Ok(found.iter().filter_map(|path| path.parse().ok()).collect())
+    }
+
     /// Returns everything that the named paths lead to: what they refer to and, for each derivation among that, its
     /// outputs and what was built from it after `mark`. Paths that are not valid are left out.
     ///

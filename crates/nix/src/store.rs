@@ -328,6 +328,48 @@ impl Store {
         Ok(closure_in(self.list().await?, paths))
     }
 
+    /// How many paths were registered after `mark` and deleted before `watcher` or a query after it could read them;
+    /// nothing is known of those but their number. To be called after the watch has ended.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn unseen(&self, mark: &Mark, watcher: &StoreWatcher) -> Result<u64, Error> {
+        let Some(mark) = mark.id() else { return Ok(0) };
+        let (last, read) = watcher.rows_read();
+        let (registered, later) = self.query(move |db| db.registered_after(last)).await?;
+        Ok(u64::try_from(registered - mark - read - later).unwrap_or(0))
+    }
+
+    /// Returns those of `infos` that are made by content-addressed derivations, or by derivations that need such: they
+    /// are substituted by their realisations, which a cache of paths alone does not have.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn floating(&self, infos: &[PathInfo]) -> Result<Vec<StorePath>, Error> {
+        let derived = infos.iter().filter(|info| info.deriver.is_some());
+        let derived: Vec<(StorePath, String)> = derived
+            .filter_map(|info| Some((info.path.clone(), info.deriver.as_ref()?.name().to_owned())))
+            .collect();
+        if self.db.is_err() || derived.is_empty() {
+            return Ok(Vec::new());
+        }
+        let names = self.query(Db::floating_derivations).await?;
+        let floating = derived.into_iter().filter(|(_, name)| names.contains(name));
+        Ok(floating.map(|(path, _)| path).collect())
+    }
+
+    /// Returns the outputs of these derivations, valid or not, as far as they are known before they are built; none if
+    /// the database cannot be read.
+    ///
+    /// # Errors
+    /// When the store gives no answer.
+    pub async fn outputs_of(&self, derivations: Vec<StorePath>) -> Result<Vec<StorePath>, Error> {
+        if self.db.is_err() || derivations.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.query(move |db| db.outputs_of(&derivations)).await
+    }
+
     /// Returns everything that the named paths lead to: what they refer to and, for each derivation among that, its
     /// outputs and what was built from it after `mark`. Paths that are not valid are left out.
     ///

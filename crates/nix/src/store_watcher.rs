@@ -3,6 +3,8 @@
 //! path is not decided here.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -27,12 +29,23 @@ const DEBOUNCE: Duration = Duration::from_millis(5);
 pub struct StoreWatcher {
     stop: Option<SyncSender<Wake>>,
     thread: Option<JoinHandle<()>>,
+    read: Arc<RowsRead>,
     _notify: Option<Notify>,
+    _collecting: Option<Notify>,
+}
+
+/// How far the watch has read.
+#[derive(Debug, Default)]
+struct RowsRead {
+    last: AtomicI64,
+    count: AtomicI64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wake {
     Changed,
+    /// Garbage is about to be collected, and with a path its row goes.
+    Collecting,
     Stop,
 }
 
@@ -61,24 +74,37 @@ impl StoreWatcher {
             }
         })
         .ok();
+        let collecting = notify_of_collection(&folder, send.clone());
+        let read = Arc::new(RowsRead {
+            last: AtomicI64::new(id),
+            count: AtomicI64::new(0),
+        });
+        let counted = Arc::clone(&read);
         let thread = std::thread::Builder::new()
             .name("watch".into())
             .spawn(move || {
                 // The job's own builds come first; paths can wait a moment.
                 priority::lower_priority();
-                follow(&db, id, &receive, on_added);
+                follow(&db, &counted, &receive, on_added);
             })
             .ok()?;
         Some(Self {
             stop: Some(send),
             thread: Some(thread),
+            read,
             _notify: notify,
+            _collecting: collecting,
         })
     }
-}
 
-impl Drop for StoreWatcher {
-    fn drop(&mut self) {
+    /// The id of the last row that was read, and how many rows were. Both are final once the watch has been ended.
+    pub(crate) fn rows_read(&self) -> (i64, i64) {
+        let (last, count) = (&self.read.last, &self.read.count);
+        (last.load(Ordering::SeqCst), count.load(Ordering::SeqCst))
+    }
+
+    /// Reads what has come in the meantime, and ends the watch.
+    pub fn end(&mut self) {
         if let Some(stop) = self.stop.take() {
             // Sending fails only if the thread has already ended.
             let _ = stop.send(Wake::Stop);
@@ -90,14 +116,50 @@ impl Drop for StoreWatcher {
     }
 }
 
-fn follow(db: &Db, mut last: i64, wakes: &Receiver<Wake>, mut on_added: impl FnMut(Vec<PathInfo>)) {
+impl Drop for StoreWatcher {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Wakes the watch at the beginning of a garbage collection, which opens a socket for the roots that are added while it
+/// runs (`LocalStore::collectGarbage`, since 2.4). `database` is the folder of the database.
+fn notify_of_collection(database: &Path, wake: SyncSender<Wake>) -> Option<Notify> {
+    let state = database.parent()?;
+    let on_event = move |event: Event<'_>| {
+        if matches!(event, Event::Lost | Event::Entry("socket" | "gc-socket")) {
+            // One that waits already makes the watch read, too.
+            let _ = wake.try_send(Wake::Collecting);
+        }
+    };
+    // The first collection in a store makes the folder.
+    let folder = state.join("gc-socket");
+    let folder = if folder.is_dir() {
+        folder
+    } else {
+        state.to_owned()
+    };
+    Notify::watch(&folder, WatchFlags::CREATE, Duration::ZERO, on_event).ok()
+}
+
+fn follow(
+    db: &Db,
+    read: &RowsRead,
+    wakes: &Receiver<Wake>,
+    mut on_added: impl FnMut(Vec<PathInfo>),
+) {
     let mut wait = POLL_INTERVAL;
+    let mut last = read.last.load(Ordering::SeqCst);
     loop {
         // If the database cannot be read now, the next poll tries again with the same id.
         if let Ok(added) = db.added_after(last)
             && added.last_id > last
         {
             last = added.last_id;
+            let rows = added.rows.len() + added.unreadable.len();
+            let rows = i64::try_from(rows).unwrap_or(i64::MAX);
+            read.last.store(last, Ordering::SeqCst);
+            read.count.fetch_add(rows, Ordering::SeqCst);
             on_added(added.rows.into_iter().map(|(_, info)| info).collect());
         }
         // The query above runs before the first wait, for paths added before the watch began.
@@ -109,6 +171,7 @@ fn follow(db: &Db, mut last: i64, wakes: &Receiver<Wake>, mut on_added: impl FnM
                 // next event arrives before this timeout.
                 wait = COALESCE_WINDOW + REARM_MARGIN;
             }
+            Ok(Wake::Collecting) => (),
             Err(RecvTimeoutError::Timeout) => wait = POLL_INTERVAL,
         }
     }

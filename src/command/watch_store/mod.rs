@@ -378,7 +378,8 @@ async fn run_daemon(
     let runtime_dir = RuntimeDir::from_env(env)?;
     // Of two `start`s at the same time, the second finds the folder locked.
     let _lock: File = runtime_dir
-        .lock()
+        .lock_to_begin()
+        .await
         .map_err(not_started)?
         .ok_or(Error::Running)?;
     // The socket is there before Nix is made ready, which may take minutes: `status` answers from the start.

@@ -4,13 +4,13 @@
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::job::private_base;
 use flywheel_nix::temp_roots::JobScope;
@@ -20,6 +20,9 @@ use flywheel_sys::untrusted_file::{self, Owner};
 
 /// A process on this machine accepts a connection at once, or never.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+/// A step that only looks for a watch holds the lock for milliseconds.
+const BEGIN_LIMIT: Duration = Duration::from_secs(1);
+const LOCK_POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// The log has a line for each event, and its bytes are printed at the end.
 const LOG_LIMIT: u64 = 64 * 1024 * 1024;
 
@@ -79,6 +82,34 @@ impl RuntimeDir {
             Ok(()) => Ok(Some(file)),
             Err(fs::TryLockError::WouldBlock) => Ok(None),
             Err(fs::TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// Locks the folder for a watch that begins; `None` if another one runs. A step that looks for a watch at this moment
+    /// locks the folder, too, and removes it: that is waited for.
+    pub(crate) async fn lock_to_begin(&self) -> io::Result<Option<File>> {
+        let deadline = Instant::now() + BEGIN_LIMIT;
+        loop {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&self.0)?;
+            let locked = match self.lock() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+                locked => locked?,
+            };
+            // A lock on a file that was removed meanwhile keeps nobody out.
+            let ids = |found: fs::Metadata| (found.dev(), found.ino());
+            let there = fs::symlink_metadata(self.0.join("lock")).map(ids).ok();
+            if let Some(file) = locked
+                && there == Some(ids(file.metadata()?))
+            {
+                return Ok(Some(file));
+            }
+            if self.connect().await.is_some() || Instant::now() > deadline {
+                return Ok(None);
+            }
+            tokio::time::sleep(LOCK_POLL_INTERVAL).await;
         }
     }
 
@@ -190,6 +221,24 @@ mod tests {
                 .expect("asked")
                 .is_some()
         );
+    }
+
+    #[tokio::test]
+    async fn a_step_that_looks_for_a_watch_keeps_none_from_beginning() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let env = Env::from_pairs([("RUNNER_TEMP", base.path().to_str().expect("text"))]);
+        let runtime_dir = RuntimeDir::from_env(&env).expect("made");
+        let looking = runtime_dir.lock().expect("asked").expect("free");
+        let begin = async { runtime_dir.lock_to_begin().await.expect("asked") };
+        let look = async {
+            tokio::time::sleep(LOCK_POLL_INTERVAL * 3).await;
+            runtime_dir.remove();
+            drop(looking);
+        };
+        let (begun, ()) = tokio::join!(begin, look);
+        assert!(begun.is_some());
+        assert!(runtime_dir.0.join("lock").exists());
+        assert!(runtime_dir.lock_to_begin().await.expect("asked").is_none());
     }
 
     #[test]

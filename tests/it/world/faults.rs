@@ -202,7 +202,9 @@ fn answer(stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
         .lock()
         .expect("no panic holds it")
         .push(line.clone());
-    match shared.plan.lock().expect("no panic holds it").choose(&line) {
+    // Not within the `match`, which would hold the lock while the fault lasts, and all other requests with it.
+    let fault = shared.plan.lock().expect("no panic holds it").choose(&line);
+    match fault {
         Some(Fault::Close) => Ok(()),
         Some(Fault::Hang) => drain(stream, None),
         Some(Fault::Status(status)) => {

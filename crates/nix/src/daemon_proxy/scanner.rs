@@ -138,6 +138,11 @@ fn report(hay: &[u8], start: usize, end: usize, found: &mut impl FnMut(&[u8])) {
         }
     };
     one(start..end);
+    // `NAME.drv!OUTPUTS` is how a client asks for a derivation to be built (`DerivedPath`, in all versions).
+    if hay.get(end) == Some(&b'!') && hay[start..end].ends_with(b".drv") {
+        found(&hay[start..=end]);
+        return;
+    }
     if let Some(exact) = announced_end(hay, start) {
         // A text ends here, though characters of names follow: the length of the next one.
         if exact < end {
@@ -168,6 +173,7 @@ mod tests {
 
     use super::*;
 
+    const STORE: &str = "/nix/store";
     const A: &str = "fvchbymk0m4jvldpb9m5hy0bjy2lf30k-hello-1.0";
     const B: &str = "0c9a1y9lz2h6wfpw7bs2v3avkdbdjvjn-lib.drv";
 
@@ -187,6 +193,22 @@ mod tests {
             }
         }
         names
+    }
+
+    #[test]
+    fn a_derivation_that_is_to_be_built_is_marked() {
+        let request = text(&format!("{STORE}/{B}!out,dev"));
+        let whole = found([&request[..]]);
+        assert!(
+            whole.contains(B) && whole.contains(&format!("{B}!")),
+            "{whole:?}"
+        );
+        for cut in 0..request.len() {
+            let cut = found([&request[..cut], &request[cut..]]);
+            assert!(cut.contains(&format!("{B}!")), "{cut:?}");
+        }
+        let other = text(&format!("{STORE}/{A}!"));
+        assert!(!found([&other[..]]).contains(&format!("{A}!")));
     }
 
     /// A text as the worker protocol sends it.

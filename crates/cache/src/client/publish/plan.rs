@@ -51,6 +51,8 @@ struct Node {
     response_lost: bool,
     /// The path has been read from disk a second time.
     reread: bool,
+    /// Whether its references are in the graph.
+    is_linked: bool,
     /// What a check of the path found that the cache had already.
     checked: Option<Verdict>,
     /// What is wrong with the cache's own copy, if it is sent anew for that.
@@ -134,6 +136,7 @@ impl UploadPlan {
             .filter(|path| **path != own)
             .cloned()
             .collect();
+        self.nodes[id].is_linked = true;
         for path in references {
             let reference = self.node(&path);
             self.nodes[reference].dependents.push(id);
@@ -177,6 +180,7 @@ impl UploadPlan {
             attempts: 0,
             response_lost: false,
             reread: false,
+            is_linked: false,
             checked: None,
             damage: None,
             released: 0,
@@ -312,8 +316,14 @@ impl UploadPlan {
             let node = &mut self.nodes[id];
             node.damage = Some(reason.clone());
             node.released = node.dependents.len();
-            // What it refers to goes first here, too: that the path is there does not mean that its closure is.
-            self.on_missing(id);
+            node.state = PathState::NotOffered;
+            // What it refers to goes first here, too: that the path is there does not mean that its closure is. A path that
+            // was there before it was offered has not waited for anything so far.
+            if self.nodes[id].is_linked {
+                self.on_missing(id);
+            } else {
+                self.add_references(id);
+            }
         }
         self.nodes[id].checked = Some(verdict);
     }
@@ -448,10 +458,11 @@ impl UploadPlan {
                     None => "something in its closure is neither in the cache nor offered to it"
                         .to_owned(),
                 };
-                Final::Failed {
+                let end = Final::Failed {
                     reason,
                     attempts: 0,
-                }
+                };
+                with_damage(end, node.damage.as_deref())
             }
             _ => with_damage(
                 Final::Left {

@@ -276,22 +276,25 @@ fn five_of_a_thousand() -> (Vec<PathInfo>, HashSet<StorePath>) {
     (paths, damaged.into())
 }
 
-/// The damaged paths that are found, and the number of bodies that are read.
-async fn found(
-    paths: &[PathInfo],
-    damaged: &HashSet<StorePath>,
-    options: Options,
-) -> (HashSet<StorePath>, usize) {
-    let store = Arc::new(Damaging {
+fn damaging(paths: &[PathInfo], damaged: &HashSet<StorePath>) -> Arc<Damaging> {
+    Arc::new(Damaging {
         infos: paths
             .iter()
             .map(|info| (info.path.clone(), info.clone()))
             .collect(),
         damaged: damaged.clone(),
         read: Mutex::default(),
-    });
+    })
+}
+
+/// The damaged paths that are found, and the number of bodies that are read.
+async fn found(
+    store: &Arc<Damaging>,
+    paths: &[PathInfo],
+    options: Options,
+) -> (HashSet<StorePath>, usize) {
     let deadline = Instant::now() + Duration::from_secs(60);
-    let target: Target = Arc::<Damaging>::clone(&store);
+    let target: Target = Arc::<Damaging>::clone(store);
     let cancel = CancellationToken::new();
     let verification = verify(target, paths.to_vec(), &options, deadline, &cancel).await;
     let bad = verification
@@ -300,8 +303,8 @@ async fn found(
         .filter(|(_, verdict)| matches!(verdict, Verdict::Bad(_)))
         .map(|(info, _)| info.path)
         .collect();
-    let read = store.read.lock().expect("lock").len();
-    (bad, read)
+    let read = std::mem::take(&mut *store.read.lock().expect("lock"));
+    (bad, read.len())
 }
 
 #[tokio::test]
@@ -312,13 +315,13 @@ async fn full_names_exactly_the_damaged_bodies() {
         budget: 0,
         ..quick()
     };
-    assert_eq!(found(&paths, &damaged, options).await, (damaged, 1000));
+    let store = damaging(&paths, &damaged);
+    assert_eq!(found(&store, &paths, options).await, (damaged, 1000));
     let off = Options {
         mode: Mode::Off,
         ..quick()
     };
-    let (paths, damaged) = five_of_a_thousand();
-    assert_eq!(found(&paths, &damaged, off).await, (HashSet::new(), 0));
+    assert_eq!(found(&store, &paths, off).await, (HashSet::new(), 0));
 }
 
 /// The promise of a sample: each body is read with the chance `budget / all bytes`, whatever its size.
@@ -327,6 +330,7 @@ async fn a_sample_finds_what_its_rate_promises() {
     let (paths, damaged) = five_of_a_thousand();
     let total: u64 = paths.iter().map(|info| info.nar_size).sum();
     let (runs, share) = (200, 5);
+    let store = damaging(&paths, &damaged);
     let (mut hits, mut seeds_with_a_hit, mut large_read) = (0, 0, 0);
     let large: HashSet<&StorePath> = paths
         .iter()
@@ -344,7 +348,7 @@ async fn a_sample_finds_what_its_rate_promises() {
             .iter()
             .filter(|n| large.contains(&paths[**n].path))
             .count();
-        let (bad, read) = found(&paths, &damaged, options).await;
+        let (bad, read) = found(&store, &paths, options).await;
         assert!(bad.is_subset(&damaged));
         assert!(
             (199..=201).contains(&read),
