@@ -33,7 +33,7 @@ case $suite in
     ;;
   real)
     scripts/bootstrap.sh tools
-    exec cargo nextest run --locked --profile real --test real "$@"
+    exec cargo nextest run --locked --profile real --test real --test it "$@"
     ;;
   *)
     echo 'usage: scripts/suite.sh fast|real [FILTER…]' >&2

@@ -67,6 +67,11 @@ impl DaemonNames {
         proxy.wanted()
     }
 
+    /// Whether every name that passed is known.
+    pub(super) async fn is_complete(&self) -> bool {
+        self.proxy.lock().await.is_complete()
+    }
+
     /// Points the link to the daemon again, and ends the proxy.
     pub(super) async fn stop(&self) {
         self.proxy.lock().await.stop().await;

@@ -92,6 +92,8 @@ pub(super) struct Evidence {
     pub(super) named: HashSet<StorePath>,
     /// What the named paths lead to. Empty where all paths are published by default.
     need: BTreeSet<StorePath>,
+    /// Whether it is known of every process of this job what it named.
+    is_complete: bool,
     /// Whether a path that was added after the mark may be another job's.
     others_at_work: bool,
     /// The base names of what jobs beside this one have named.
@@ -112,6 +114,10 @@ impl Ownership {
             let wanted: Vec<StorePath> = names.wanted().await.into_iter().collect();
             named.extend(self.store.outputs_of(wanted).await?);
         }
+        let is_complete = match &self.daemon_names {
+            Some(names) => names.is_complete().await,
+            None => self.temp_roots.missed() == 0,
+        };
         let mut need = BTreeSet::new();
         let mut claimed = BTreeSet::new();
         if neighbours.are_beside() || neighbours.sharing.is_shared() {
@@ -126,6 +132,7 @@ impl Ownership {
             named.extend(self.temp_roots.unattributed());
         }
         Ok(Evidence {
+            is_complete,
             others_at_work: neighbours.are_beside() || self.host.is_declared_shared(),
             sharing: neighbours.sharing,
             named,
@@ -165,7 +172,10 @@ impl Evidence {
             Sharing::Shared(why) if is_needed => Decision::Ambiguous(Doubt::NotVouched {
                 shared: why.clone(),
             }),
-            _ if self.claimed.contains(info.path.base_name()) => Decision::OtherJob,
+            _ if self.is_complete && self.claimed.contains(info.path.base_name()) => {
+                Decision::OtherJob
+            }
+            // This job may have named it, too, by a process that was gone too soon.
             Sharing::Alone(_) => Decision::Publish,
             Sharing::Shared(why) => Decision::Ambiguous(Doubt::NotNamed {
                 shared: why.clone(),
@@ -266,6 +276,7 @@ mod tests {
             sharing: Sharing::Alone("the test".into()),
             named: HashSet::new(),
             need: BTreeSet::new(),
+            is_complete: true,
             others_at_work: true,
             claimed: BTreeSet::new(),
             trusted_keys: Vec::new(),
@@ -296,6 +307,14 @@ mod tests {
             evidence.decide(&built("x", "x.drv"), AfterMark),
             Decision::OtherJob
         );
+        evidence.is_complete = false;
+        let decision = evidence.decide(&built("x", "x.drv"), AfterMark);
+        assert_eq!(
+            decision,
+            Decision::Publish,
+            "this job may have named it, too"
+        );
+        evidence.is_complete = true;
         evidence.need.insert(path("x"));
         assert_eq!(
             evidence.decide(&built("x", "x.drv"), AfterMark),

@@ -59,6 +59,13 @@ pub(crate) fn summarize(
         },
         stopped: outcome.stopped.clone(),
     };
+    add_verdicts(&mut publication, outcome, verification);
+    add_unrealised(&mut publication, outcome, store);
+    publication
+}
+
+/// Adds what was found to be damaged or could not be checked.
+fn add_verdicts(publication: &mut Publication, outcome: &Outcome, verification: &Verification) {
     for (info, verdict) in &verification.paths {
         match verdict {
             Verdict::Good { .. } => (),
@@ -90,6 +97,10 @@ pub(crate) fn summarize(
             _ => (),
         }
     }
+}
+
+/// Calls the paths lost of which the cache has the content and nobody can find it.
+fn add_unrealised(publication: &mut Publication, outcome: &Outcome, store: &StoreAtEnd) {
     for path in &store.floating {
         let is_served = |other: &PathOutcome| {
             other.info.path == *path
@@ -110,7 +121,6 @@ pub(crate) fn summarize(
             });
         }
     }
-    publication
 }
 
 /// What became of the job's paths in the store while the job ran.

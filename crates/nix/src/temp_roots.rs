@@ -57,6 +57,11 @@ struct WatcherState {
     ours: HashSet<StorePath>,
     /// Named by daemon workers that show no client.
     unattributed: HashSet<StorePath>,
+    /// Processes that were gone before it could be read whose they were, or what they named.
+    missed: HashSet<u32>,
+    /// Processes that cannot be missed any more: their files were opened, are another job's, or were there before the
+    /// watch, left by processes long gone.
+    known: HashSet<u32>,
     /// How a process of the job requested impure evaluation, if one did.
     impurity: Option<Impurity>,
 }
@@ -111,6 +116,8 @@ impl TempRootWatcher {
             open: BTreeMap::new(),
             ours: HashSet::new(),
             unattributed: HashSet::new(),
+            missed: HashSet::new(),
+            known: HashSet::new(),
             impurity: None,
         }));
         let shared_state = Arc::clone(&state);
@@ -127,6 +134,8 @@ impl TempRootWatcher {
         let mut begun = lock(&state);
         // Processes that were already running when the watch began raise no event.
         begun.open_all();
+        let stale = std::mem::take(&mut begun.missed);
+        begun.known.extend(stale);
         drop(begun);
         Self {
             state,
@@ -161,6 +170,11 @@ impl TempRootWatcher {
         let mut state = lock(&self.state);
         state.catch_up();
         state.ours.clone()
+    }
+
+    /// How many processes, of this job or of others, have ended before what they named could be read.
+    pub fn missed(&self) -> usize {
+        lock(&self.state).missed.len()
     }
 
     /// The paths that daemon workers have named for clients that they do not show: the job's own where no other job
@@ -225,6 +239,13 @@ impl WatcherState {
         // The arguments are readable only while the process lives, so look now.
         if owner == ProcessOwner::ThisJob && self.impurity.is_none() {
             self.impurity = impurity_of(pid);
+        }
+        let is_missed =
+            owner == ProcessOwner::Exited || (owner == ProcessOwner::ThisJob && file.is_err());
+        if !is_missed {
+            self.known.insert(pid);
+        } else if !self.known.contains(&pid) {
+            self.missed.insert(pid);
         }
         match (file, owner) {
             // A file that cannot be opened names nothing: its paths are judged by the other evidence.
