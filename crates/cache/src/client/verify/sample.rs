@@ -68,7 +68,7 @@ pub(crate) fn draw(paths: &[PathInfo], seed: Seed, budget: u64) -> Vec<usize> {
     let drawn =
         expected.floor() as usize + usize::from(seed.fraction("one body more") < expected.fract());
     let mut order: Vec<usize> = (0..paths.len()).collect();
-    order.sort_unstable_by_key(|n| seed.rank(&paths[*n].path));
+    order.sort_by_cached_key(|n| seed.rank(&paths[*n].path));
     order.truncate(drawn);
     order
 }

@@ -356,7 +356,7 @@ async fn a_sample_finds_what_its_rate_promises() {
         );
         let hit: HashSet<StorePath> = damaged.intersection(&drawn).cloned().collect();
         // What is drawn is what is read, and of that the damaged ones are found.
-        if seed % 50 == 0 {
+        if seed == 0 {
             let (bad, read) = found(&store, &paths, options).await;
             assert_eq!((read, &bad), (drawn.len(), &hit), "seed {seed}");
         }
