@@ -54,6 +54,7 @@ fn an_import_that_points_up_does_not_compile() {
         "crates",
         "tests/it",
         "tests/real",
+        "tests/matrix",
         "benches",
         ".cargo",
     ] {

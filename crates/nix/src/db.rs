@@ -104,12 +104,14 @@ impl Db {
         Ok(db)
     }
 
-    /// The id of the path registered last, or 0 in an empty store.
+    /// The id of the path registered last, whether it is still valid or not; 0 in a new store. A path that is registered
+    /// later has a higher one.
     ///
     /// # Errors
     /// When the database cannot be read.
     pub fn last_id(&self) -> Result<i64, Error> {
-        let query = "select coalesce(max(id), 0) from ValidPaths";
+        let query = "select max(coalesce((select max(id) from ValidPaths), 0),
+            coalesce((select seq from sqlite_sequence where name = 'ValidPaths'), 0))";
         self.connection
             .query_row(query, [], |row| row.get(0))
             .map_err(Error::Read)
@@ -568,6 +570,7 @@ mod tests {
             .execute("delete from ValidPaths", [])
             .expect("deleted");
         assert_eq!(db.added_after(mark).expect("read").rows, []);
+        assert_eq!(db.last_id().expect("read"), mark, "an id is given once");
         world.add("a", &[]);
         assert_eq!(db.added_after(mark).expect("read").rows.len(), 1);
     }
