@@ -130,7 +130,7 @@ fn closing_line(log: &str) -> Option<String> {
         .rev()
         .filter_map(|line| line.strip_prefix("flywheel: "));
     lines
-        .filter(|line| line.contains(" built, ") && line.contains(" verified, "))
+        .filter(|line| line.contains(" built, ") && line.contains(" verified"))
         .map(str::to_owned)
         .next()
 }
