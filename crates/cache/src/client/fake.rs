@@ -470,18 +470,9 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
         .next()
         .expect("name")
         .to_owned();
-    let hash = &name[..32];
-    let mut nar = nar;
-    if server.faults().deduplicates {
-        if let Some(known) = server.stored.lock().expect("lock").remove(hash) {
-            nar = known.nar;
-        }
-    } else {
-        server.faults().broken_off.remove(hash);
-    }
-    server.faults().hidden.remove(hash);
-    server.stored.lock().expect("lock").insert(
-        hash.to_owned(),
+    store(
+        &server,
+        &name[..32],
         Stored {
             info,
             nar,
@@ -494,6 +485,23 @@ async fn upload(State(server): App, headers: HeaderMap, body: Body) -> Response 
     }
     axum::Json(json!({"kind": "Uploaded", "file_size": 1, "frac_deduplicated": null}))
         .into_response()
+}
+
+/// Stores a path, with the NAR that was there before where the server deduplicates.
+fn store(server: &Server, hash: &str, mut stored: Stored) {
+    if server.faults().deduplicates {
+        if let Some(known) = server.stored.lock().expect("lock").remove(hash) {
+            stored.nar = known.nar;
+        }
+    } else {
+        server.faults().broken_off.remove(hash);
+    }
+    server.faults().hidden.remove(hash);
+    server
+        .stored
+        .lock()
+        .expect("lock")
+        .insert(hash.to_owned(), stored);
 }
 
 /// Reads the description and the NAR; `None` if the NAR is not the one described.

@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn many_bytes_go_both_ways_untouched_at_once() {
         const SIZE: usize = 5_000_003;
-        fn exchange(stream: StdStream) {
+        let exchange = |stream: StdStream| {
             let copy = stream.try_clone().expect("a copy");
             let writer = std::thread::spawn(move || {
                 (&copy).write_all(&pattern(SIZE)).expect("taken");
@@ -246,7 +246,7 @@ mod tests {
             });
             assert!(read_all(&stream) == pattern(SIZE), "other bytes came");
             writer.join().expect("all was taken");
-        }
+        };
         between(exchange, exchange);
     }
 

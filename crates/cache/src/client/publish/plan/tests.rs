@@ -203,6 +203,53 @@ fn small_ones_come_smallest_first_and_large_ones_apart() {
     assert_eq!(plan.take(true).expect("large").1.path.name(), "huge");
 }
 
+/// Paths in random order, each of which refers to some of those before it.
+fn random_graph(random: &mut fastrand::Rng, count: usize) -> Vec<PathInfo> {
+    let name = |n: usize| format!("p{n}");
+    let mut offers: Vec<PathInfo> = (0..count)
+        .map(|n| {
+            let references: Vec<String> = (0..n).filter(|_| random.u8(..) < 40).map(name).collect();
+            info(
+                &name(n),
+                &references.iter().map(String::as_str).collect::<Vec<_>>(),
+            )
+        })
+        .collect();
+    random.shuffle(&mut offers);
+    offers
+}
+
+fn random_verdict(random: &mut fastrand::Rng) -> Verdict {
+    if random.bool() {
+        Verdict::Bad("damaged".into())
+    } else {
+        Verdict::Good { body: true }
+    }
+}
+
+/// Each of the `count` paths is in one state and in one view; returns how many were repaired.
+fn check_states(outcome: &Outcome, count: usize, seed: u64) -> u64 {
+    let counts = outcome.counts();
+    let sum = counts.published
+        + counts.already_there
+        + counts.repaired
+        + counts.skipped
+        + counts.withheld
+        + counts.failed
+        + counts.left;
+    assert_eq!((sum, counts.left), (count as u64, 0), "seed {seed}");
+    let offered: HashSet<&StorePath> = outcome.paths.iter().map(|path| &path.info.path).collect();
+    assert_eq!(offered.len(), count, "seed {seed}");
+    // The views that reports are made of are those states, and overlap nowhere.
+    let views = outcome.sent().count()
+        + outcome.already_there().count()
+        + outcome.withheld().count()
+        + outcome.lost().count();
+    assert_eq!(views as u64 + counts.skipped, sum, "seed {seed}");
+    assert_eq!(outcome.repaired().count() as u64, counts.repaired);
+    counts.repaired
+}
+
 /// Random graphs, random order of offers, random answers and failures: every path is decided,
 /// none is sent before its references, none is sent after a reference failed, and each is counted in exactly one state.
 /// Some of those that were there already turn out to be damaged.
@@ -212,18 +259,7 @@ fn random_graphs_end_decided_and_in_order() {
     for seed in 0..300 {
         let mut random = fastrand::Rng::with_seed(seed);
         let count = random.usize(1..40);
-        let name = |n: usize| format!("p{n}");
-        let mut offers: Vec<PathInfo> = (0..count)
-            .map(|n| {
-                let references: Vec<String> =
-                    (0..n).filter(|_| random.u8(..) < 40).map(name).collect();
-                info(
-                    &name(n),
-                    &references.iter().map(String::as_str).collect::<Vec<_>>(),
-                )
-            })
-            .collect();
-        random.shuffle(&mut offers);
+        let mut offers = random_graph(&mut random, count);
         let mut plan = UploadPlan::default();
         let mut good: HashSet<StorePath> = HashSet::new();
         let mut sending: Vec<(Id, PathInfo)> = Vec::new();
@@ -258,12 +294,7 @@ fn random_graphs_end_decided_and_in_order() {
                 3 => {
                     // A check may come at any time, and for a path that is something else by now.
                     if let Some(id) = there.pop() {
-                        let verdict = if random.bool() {
-                            Verdict::Bad("damaged".into())
-                        } else {
-                            Verdict::Good { body: true }
-                        };
-                        plan.on_checked(id, verdict);
+                        plan.on_checked(id, random_verdict(&mut random));
                     }
                 }
                 _ => {
@@ -294,26 +325,7 @@ fn random_graphs_end_decided_and_in_order() {
             paths: plan.finish("time", true),
             ..Outcome::default()
         };
-        let counts = outcome.counts();
-        let sum = counts.published
-            + counts.already_there
-            + counts.repaired
-            + counts.skipped
-            + counts.withheld
-            + counts.failed
-            + counts.left;
-        assert_eq!((sum, counts.left), (count as u64, 0), "seed {seed}");
-        let offered: HashSet<&StorePath> =
-            outcome.paths.iter().map(|path| &path.info.path).collect();
-        assert_eq!(offered.len(), count, "seed {seed}");
-        // The views that reports are made of are those states, and overlap nowhere.
-        let views = outcome.sent().count()
-            + outcome.already_there().count()
-            + outcome.withheld().count()
-            + outcome.lost().count();
-        assert_eq!(views as u64 + counts.skipped, sum, "seed {seed}");
-        assert_eq!(outcome.repaired().count() as u64, counts.repaired);
-        repairs += counts.repaired;
+        repairs += check_states(&outcome, count, seed);
     }
     assert!(repairs > 50, "{repairs} repairs in all");
 }
