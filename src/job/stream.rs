@@ -356,7 +356,12 @@ async fn store_at_end(
         let unread = store.unseen(&ownership.mark, watcher).await;
         at_end.unread = unread.unwrap_or_default();
     }
-    let mut named: Vec<StorePath> = ownership.temp_roots.named().into_iter().collect();
+    let mut named: BTreeSet<StorePath> = ownership.temp_roots.named().into_iter().collect();
+    if at_end.unread > 0
+        && let Some(names) = &ownership.daemon_names
+    {
+        named.extend(names.named().await);
+    }
     named.retain(|path| !path.is_derivation());
     let seen_paths = seen.iter().map(|info| info.path.clone());
     let asked: Vec<StorePath> = named.iter().cloned().chain(seen_paths).collect();
@@ -365,7 +370,10 @@ async fn store_at_end(
     };
     let valid: HashSet<&StorePath> = valid.infos.iter().map(|info| &info.path).collect();
     named.retain(|path| !valid.contains(path) && seen.iter().all(|info| info.path != *path));
-    at_end.named = named;
+    // More names than paths would be a list of what was never built.
+    if named.len() as u64 <= at_end.unread {
+        at_end.named = named.into_iter().collect();
+    }
     let gone = seen.iter().filter(|info| !valid.contains(&info.path));
     at_end.deleted = gone.cloned().collect();
     at_end
