@@ -17,21 +17,16 @@ mod nix_copy;
 mod sharing;
 mod uploading;
 
+/// A server on the folder `c` that ends as soon as it has started.
+fn served_once() -> Flywheel {
+    let mut arguments = vec!["cache", "serve", "--dir", "c"];
+    arguments.extend(["--listen", "127.0.0.1:0", "--stop-after", "0s"]);
+    Flywheel::new(&arguments)
+}
+
 #[test]
 fn the_first_start_makes_private_files_and_the_second_keeps_them() {
-    let start = || {
-        let run = Flywheel::new(&[
-            "cache",
-            "serve",
-            "--dir",
-            "c",
-            "--listen",
-            "127.0.0.1:0",
-            "--stop-after",
-            "0s",
-        ]);
-        run.env("FLYWHEEL_CACHE_READY_FILE", "ready")
-    };
+    let start = || served_once().env("FLYWHEEL_CACHE_READY_FILE", "ready");
     let mut first = start();
     let ran = first.run();
     assert_eq!(ran.code, 0, "{}", ran.stderr);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::Value;
 
-use super::{Served, TestPath, answer, answers};
+use super::{Served, TestPath, answer, answers, served_once};
 use crate::world::{Flywheel, PLANTED_TOKEN};
 
 /// Uploads until the server takes it, as a publisher does.
@@ -200,16 +200,7 @@ async fn a_server_that_freezes_costs_the_others_an_error_and_not_their_time() {
 #[test]
 fn a_folder_whose_lock_is_no_file_is_refused_at_once() {
     for name in ["lock", "socket"] {
-        let run = Flywheel::new(&[
-            "cache",
-            "serve",
-            "--dir",
-            "c",
-            "--listen",
-            "127.0.0.1:0",
-            "--stop-after",
-            "0s",
-        ]);
+        let run = served_once();
         std::fs::create_dir(run.path("c")).unwrap();
         let made = std::process::Command::new("mkfifo")
             .arg(run.path("c").join(name))
