@@ -3,14 +3,14 @@
 # the program with all that it links, bash, busybox and util-linux. Nothing is installed; what is there stays.
 #
 #   usage: scripts/nix-versions.sh
-#   env:   FLYWHEEL_DEBIAN    the Debian mirror (default: the machine's own, else deb.debian.org)
-#          FLYWHEEL_SNAPSHOT  where a version is looked for that the mirror has no longer (default: snapshot.debian.org)
+#   env:   FLYWHEEL_DEBIAN    the Debian mirror (default: the machine's own)
+#          FLYWHEEL_SNAPSHOT  an archive with what the mirror has no longer, such as a snapshot of Debian's (default: none)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 tools=$root/target/tools
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-snapshot=${FLYWHEEL_SNAPSHOT:-https://snapshot.debian.org/archive/debian/20261101T000000Z}
+snapshot=${FLYWHEEL_SNAPSHOT-}
 # Version of Nix and the release of Debian that has it. sid moves on; the snapshot keeps what it had.
 releases=(2.8.0=bookworm 2.26.3=trixie 2.34.8=sid)
 
@@ -26,7 +26,8 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 # shellcheck disable=SC2016 # They are apt's variables.
 mirror=$(apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packages' | sed -n 's/^Debian //p' | head -n 1)
-mirror=${FLYWHEEL_DEBIAN:-${mirror:-http://deb.debian.org/debian}}
+mirror=${FLYWHEEL_DEBIAN:-$mirror}
+[ -n "$mirror" ] || fail "apt names no mirror of Debian's; name one with FLYWHEEL_DEBIAN"
 
 # apt-get on the lists of one release alone, as if no package were installed, so that it takes the whole closure.
 apt() {
@@ -58,9 +59,10 @@ for pair in "${releases[@]}"; do
   [ ! -x "$into/usr/bin/nix" ] || continue
   echo "nix-versions: unpacking Nix $version of Debian $release into target/tools"
   state=$scratch/$release
-  download "$version" "$release" "$state" "$mirror" || download "$version" "$release" "$state" "$snapshot" ||
-    fail "neither $mirror nor $snapshot has nix-bin $version of $release ($(tail -n 1 "$state/errors")); name a mirror" \
-      "or a snapshot that has it with FLYWHEEL_DEBIAN or FLYWHEEL_SNAPSHOT (dates: https://snapshot.debian.org/package/nix/)"
+  download "$version" "$release" "$state" "$mirror" ||
+    { [ -n "$snapshot" ] && download "$version" "$release" "$state" "$snapshot"; } ||
+    fail "$mirror${snapshot:+ and $snapshot} lack nix-bin $version of $release ($(tail -n 1 "$state/errors")); name a" \
+      "mirror, or a snapshot of the day on which $release had it, with FLYWHEEL_DEBIAN or FLYWHEEL_SNAPSHOT"
   # The folder counts only when it is whole.
   rm -rf "$fresh"
   mkdir -p "$fresh"

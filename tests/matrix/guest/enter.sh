@@ -12,7 +12,7 @@ new=$out/root
 mkdir -p "$new"
 mount -t tmpfs -o mode=755,size=2g tmpfs "$new"
 cd "$new"
-mkdir usr etc dev proc sys tmp nix home root var run work out fly guest old
+mkdir usr etc dev proc sys tmp nix home root var run area out fly guest old
 chmod 1777 tmp
 for folder in bin sbin lib lib64; do ln -s "usr/$folder" "$folder"; done
 mount --bind "$nix/usr" usr
@@ -55,9 +55,9 @@ echo '127.0.0.1 localhost' >etc/hosts
 echo 'hosts: files' >etc/nsswitch.conf
 ln -s ../proc/self/mounts etc/mtab
 mkdir -p var/empty etc/nix home/alice home/bob
-chown 1000:1000 home/alice work
+chown 1000:1000 home/alice area
 chown 1001:1001 home/bob
-chmod 755 work
+chmod 755 area
 
 pivot_root . old
 cd /

@@ -4,21 +4,23 @@
 start_server() {
   serve a
   SERVER=${URL%/main}/
-  TOKEN=$(sed -n 's/^write \([^ ]*\).*/\1/p' /work/a/cache/tokens | head -n 1)
+  TOKEN=$(sed -n 's/^write \([^ ]*\).*/\1/p' /area/a/cache/tokens | head -n 1)
 }
 
 stop_server() {
   local -a servers
   # The server is the only child of the shell that `as` runs in.
-  read -ra servers <"/proc/$SERVED/task/$SERVED/children" || true
+  # The file ends without a line break, which `read` calls an error.
+  read -ra servers <"/proc/$SERVED/task/$SERVED/children" || [ ${#servers[@]} -gt 0 ]
   kill -9 "${servers[@]}"
-  wait "$SERVED" || true
+  # A killed process has no other end than a failure.
+  ! wait "$SERVED"
 }
 
 # Makes job a with the fault that SHAPE names.
 faulty_job() {
   local -a nars
-  mkdir -m 1777 /work/meet
+  mkdir -m 1777 /area/meet
   prepare a "$USER_NAME"
   case $SHAPE in
     down)
@@ -32,16 +34,16 @@ faulty_job() {
       start_server
       DRAIN=20
       push a bash /guest/job.sh dies /out/a &
-      wait_for /work/meet/a
+      wait_for /area/meet/a
       stop_server
-      touch /work/meet/other
+      touch /area/meet/other
       wait $!
       ;;
     torn)
       # An earlier job has published everything; then the bodies in the cache's folder are cut short. A sample of them
       # need not show it, so the job is to read all of them.
       push a bash /guest/job.sh one /out/a
-      mapfile -t nars < <(find /work/a/cache -type f -size +0 -name '*.nar*' ! -name '*.narinfo')
+      mapfile -t nars < <(find /area/a/cache -type f -size +0 -name '*.nar*' ! -name '*.narinfo')
       [ ${#nars[@]} -gt 0 ]
       truncate --size -8 "${nars[@]}"
       : >/out/a/STEP_SUMMARY

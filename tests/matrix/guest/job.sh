@@ -83,9 +83,9 @@ case $shape in
   dies)
     nix build --no-link path:.#p0
     results p0
-    touch /work/meet/a
+    touch /area/meet/a
     for _ in $(seq 600); do
-      [ ! -e /work/meet/other ] || break
+      [ ! -e /area/meet/other ] || break
       sleep 0.05
     done
     # Nix 2.8 aborts when a substituter is gone in the middle of a job; then there is no such result.
@@ -100,9 +100,9 @@ case $shape in
     ;;
   trust-at-once)
     nix build --no-link path:.#p0
-    touch /work/meet/a
+    touch /area/meet/a
     for _ in $(seq 600); do
-      [ ! -e /work/meet/other ] || break
+      [ ! -e /area/meet/other ] || break
       sleep 0.05
     done
     nix build --no-link path:.#cold
@@ -111,8 +111,8 @@ case $shape in
     ;;
   trust-other)
     # Where the store does not trust its user, the import is refused; then nothing is forged.
-    nix copy --no-check-sigs --from file:///work/forged "$3" || echo refused >"$out/refused"
+    nix copy --no-check-sigs --from file:///area/forged "$3" || echo refused >"$out/refused"
     nix-store --add ./one-file >>"$out/added"
-    touch /work/meet/other
+    touch /area/meet/other
     ;;
 esac

@@ -1,8 +1,8 @@
 # Jobs with a cache of their own, as GitHub's runner would start them. Sourced.
 
-# Prepares the job NAME of USER: the runner's files below /work/NAME, its flake, its results in /out/NAME.
+# Prepares the job NAME of USER: the runner's files below /area/NAME, its flake, its results in /out/NAME.
 prepare() {
-  local job=/work/$1 out=/out/$1 file
+  local job=/area/$1 out=/out/$1 file
   mkdir -p "$job/temp" "$job/flake/bin" "$job/flake/folder" "$out"
   for file in OUTPUT ENV PATH STEP_SUMMARY STATE; do : >"$out/$file"; done
   : >"$out/attributes"
@@ -27,7 +27,7 @@ prepare() {
 # /out/NAME/exit. EVENT (push or pull_request), REPOSITORY, RUNNER and SHARED_HOST say what kind of job it is; with SERVER
 # it has that server as its cache instead of one of its own, and DRAIN and VERIFY are inputs.
 nix_job() {
-  local name=$1 user=$2 job=/work/$1 out=/out/$1 code=0 ref=refs/heads/main ref_name=main
+  local name=$1 user=$2 job=/area/$1 out=/out/$1 code=0 ref=refs/heads/main ref_name=main
   shift 2
   if [ "$EVENT" = pull_request ]; then
     ref=refs/pull/7/merge ref_name=7/merge

@@ -14,7 +14,7 @@ REPOSITORY=octo-org/octo-repo
 
 # Leaves the output of an attribute in the store without publishing it, as an earlier job may have done.
 leave() {
-  (cd /work/a/flake && as "$USER_NAME" nix build --no-link "$1") >/out/leave.log 2>&1
+  (cd /area/a/flake && as "$USER_NAME" nix build --no-link "$1") >/out/leave.log 2>&1
 }
 
 make_store "$KIND"

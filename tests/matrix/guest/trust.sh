@@ -3,24 +3,24 @@
 # Job a is a push to main. The other one is of a pull request, or of another repository: it imports an unsigned path
 # under the name of an output that job a asks for next, and adds a file of its own. Job a may publish neither.
 
-# Prepares in /work/forged a binary cache that has wrong content for the output `cold`; sets FORGED.
+# Prepares in /area/forged a binary cache that has wrong content for the output `cold`; sets FORGED.
 forge() {
   local real derivation
-  mkdir -p /work/forge/flake
-  cp -R /work/a/flake/. /work/forge/flake/
-  rig() { env -i PATH="$PATH" HOME=/root NIX_REMOTE=/work/forge/store "$@"; }
-  cd /work/forge/flake
+  mkdir -p /area/forge/flake
+  cp -R /area/a/flake/. /area/forge/flake/
+  rig() { env -i PATH="$PATH" HOME=/root NIX_REMOTE=/area/forge/store "$@"; }
+  cd /area/forge/flake
   FORGED=$(rig nix eval --raw path:.#cold.outPath)
   derivation=$(rig nix eval --raw path:.#cold.drvPath)
-  real=/work/forge/store$FORGED
+  real=/area/forge/store$FORGED
   mkdir -p "${real%/*}"
   echo "forged $SEED" >"$real"
   chmod 444 "$real"
   touch -d @1 "$real"
   printf '%s\n' "$FORGED" "$(nix-hash --type sha256 "$real")" "$(rig nix-store --dump "$real" | wc -c)" \
     "$derivation" 0 | rig nix-store --load-db
-  rig nix copy --no-check-sigs --to file:///work/forged "$FORGED"
-  chmod -R a+rX /work/forged
+  rig nix copy --no-check-sigs --to file:///area/forged "$FORGED"
+  chmod -R a+rX /area/forged
   cd /
 }
 
@@ -51,7 +51,7 @@ two_trusts() {
   esac
   (REPOSITORY=octo-org/octo-repo && prepare a "$USER_NAME")
   forge >/out/forge.log 2>&1
-  mkdir -m 1777 /work/meet
+  mkdir -m 1777 /area/meet
   case $SHAPE in
     trust-after)
       other_job "$user"
@@ -60,7 +60,7 @@ two_trusts() {
     trust-at-once)
       trusted_job trust-at-once /out/a &
       # The other job begins when job a is at work, and job a goes on when it has done what it came for.
-      wait_for /work/meet/a
+      wait_for /area/meet/a
       other_job "$user"
       wait $!
       ;;
