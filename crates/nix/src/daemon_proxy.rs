@@ -1,6 +1,6 @@
-//! A socket of the job's own in front of Nix's daemon, to know which store paths the job's clients name: two jobs on one
-//! store can then be told apart. The commands get a symbolic link as `NIX_DAEMON_SOCKET_PATH`. It leads to the daemon,
-//! and to the proxy only between `activate` and `deactivate`, or the proxy's end.
+//! A proxy with a socket of its own in front of Nix's daemon. It records which store paths the clients of one job name,
+//! and changes nothing that passes. The job's commands get a symbolic link as `NIX_DAEMON_SOCKET_PATH`: it points to the
+//! proxy from `activate` until `deactivate` or the proxy's end, and to the daemon itself at all other times.
 //!
 //! The proxy is a process of its own, so that the end of the job's `flywheel` by a signal ends no build. The listening
 //! socket belongs to both processes: where the proxy ends, this process serves the clients that had followed the link
@@ -199,7 +199,7 @@ impl DaemonProxy {
         }
         let link = &self.shared.link;
         link.point_to_proxy().map_err(ProxyError::Link)?;
-        // Asked when the link is there: whoever notes the proxy's end does it before pointing the link back.
+        // Check only after the link was changed: the supervisor sets `failed` first and then points the link back.
         if self.shared.failed.load(Ordering::SeqCst) {
             self.deactivate();
             return Err(ProxyError::Ended);
@@ -213,9 +213,9 @@ impl DaemonProxy {
         self.shared.point_to_daemon();
     }
 
-    /// The store paths that have passed so far, and more: the caller compares them with paths that exist. What a build
-    /// needs on its way and nobody asks for by name, such as a floating content-addressed output between two others,
-    /// does not pass; the derivation that it was built from does.
+    /// The store paths that have passed so far, and more: the caller compares them with paths that exist. An intermediate
+    /// floating content-addressed output does not pass, because no client asks for it by name; the derivation that it
+    /// was built from does.
     pub fn named(&self) -> BTreeSet<StorePath> {
         self.shared.named().clone()
     }

@@ -383,7 +383,7 @@ impl Journal {
         if let Some(problem) = open.problem().clone() {
             return Err(problem);
         }
-        // Not under the journal's lock: a sync may take long, and others write meanwhile.
+        // Sync a copy of the file, without the journal's lock: a sync may take long, and other threads write in that time.
         let file = open.file().try_clone();
         file.and_then(|file| file.sync_data())
             .map_err(|error| format!("it could not be written: {error}"))

@@ -1,5 +1,5 @@
-//! The symbolic link that the job's commands have for the daemon's socket, and sockets whose path is too long for the
-//! system. A link is replaced in one step, so that a client finds one socket or the other, and never none.
+//! The symbolic link that the job's commands use as the daemon's socket, and a short path for sockets whose own path is
+//! longer than the system allows. A link is replaced in one step, so that a client finds one socket or the other, and never none.
 
 use std::fs::{self, File};
 use std::io;

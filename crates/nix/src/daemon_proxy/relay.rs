@@ -108,7 +108,7 @@ async fn pass(
                 scanner.scan(read, found);
                 scanned.fetch_add(read as u64, Ordering::Relaxed);
                 if write_all(to, scanner.fresh(read)).await.is_err() {
-                    // The sender sees that nobody takes its bytes. It may still have an answer to read: the reason.
+                    // End this direction alone: the sender may still have to read an answer that gives the reason.
                     shut_down(from, Shutdown::Read);
                     return DirectionEnd::Finished;
                 }

@@ -1,5 +1,5 @@
-//! Finds the base names of store paths in a stream of bytes, wherever the reads divide it. Finds too much rather than
-//! too little: whoever uses the names compares them with paths that exist.
+//! Finds the base names of store paths in a stream of bytes, wherever the reads divide it. It reports too much rather
+//! than too little, because the caller compares the names with paths that exist.
 
 use std::ops::Range;
 

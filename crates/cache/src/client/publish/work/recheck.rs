@@ -1,5 +1,5 @@
-//! Checks of paths that the cache had already: one query says that a thousand of them are there, and a few bodies show
-//! what that word is worth. What is damaged is sent anew, and so is a path whose narinfo is missing.
+//! Checks of paths that the cache had already. One query covers a thousand of them, and the bodies of a few are read to
+//! see whether its answer can be trusted. A damaged path is sent anew, and so is one whose narinfo is missing.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
