@@ -1,6 +1,6 @@
 //! What dead jobs left: which of the store's paths are theirs, and not yet in the cache as far as their journals know.
-//! The publication offers them beside the job's own. Each says by which evidence it is a dead job's, because whoever
-//! decides whose a path is may trust less in the one than in the other.
+//! The publication offers them beside the job's own. Each carries the evidence by which it is a dead job's, because
+//! the rule of ownership trusts one kind of evidence less than the other.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -104,7 +104,7 @@ pub(super) struct Evidence {
 }
 
 impl Ownership {
-    /// Collects the evidence about paths that are valid by now. `results` are the job's, whoever built them.
+    /// Collects the evidence about paths that are valid by now. `results` are the job's, whichever process built them.
     ///
     /// # Errors
     /// When the store cannot be read.
@@ -185,7 +185,7 @@ impl Evidence {
         let is_needed = self.need.contains(&info.path);
         match &self.sharing {
             _ if info.path.is_derivation() => Decision::Derivation,
-            // Nobody else was there to add it.
+            // No other job was there to add it.
             _ if registered == Registered::AfterMark && !self.others_at_work => Decision::Publish,
             Sharing::Alone(_) if is_needed => Decision::Publish,
             Sharing::Shared(_) if is_needed && self.is_vouched(info) => Decision::Publish,
@@ -228,7 +228,7 @@ impl Evidence {
         let mut kept = Vec::new();
         for info in infos {
             match self.decide(&info, registered(&info.path)) {
-                // A closure is published whole where nobody can have planted a part of it.
+                // A closure is published whole where no other job can have planted a part of it.
                 Decision::Publish => kept.push(info),
                 Decision::OtherJob | Decision::Derivation if !self.is_shared() => kept.push(info),
                 decision => refused.push((info, decision)),

@@ -99,7 +99,7 @@ fn add_verdicts(publication: &mut Publication, outcome: &Outcome, verification: 
     }
 }
 
-/// Calls the paths lost of which the cache has the content and nobody can find it.
+/// Adds the paths to the lost ones that are in the cache without the realisation by which they are found.
 fn add_unrealised(publication: &mut Publication, outcome: &Outcome, store: &StoreAtEnd) {
     for path in &store.floating {
         let is_served = |other: &PathOutcome| {
@@ -132,7 +132,7 @@ pub(crate) struct StoreAtEnd {
     pub(crate) unread: u64,
     /// Paths that the job named and that are not valid: those that were not read are among them.
     pub(crate) named: Vec<StorePath>,
-    /// Valid paths that nobody can substitute without their realisations.
+    /// Valid paths that cannot be substituted without their realisations.
     pub(crate) floating: Vec<StorePath>,
 }
 

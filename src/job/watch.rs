@@ -150,7 +150,7 @@ impl Session<'_> {
             trusted: matches!(self.decision.verdict(), Verdict::MayPublish(_)),
             store: state.display().to_string(),
         };
-        // A job enters the registry before it adds a path, so that whoever sees the path finds the job.
+        // A job enters the registry before it adds a path, so that a job that sees the path finds it.
         let host = StoreHost::enter(
             self.plan.registry().as_deref(),
             own,

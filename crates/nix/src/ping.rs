@@ -14,7 +14,7 @@ pub enum Ping {
 /// Facts about a store that opens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opened {
-    /// `local`, `daemon`, or a URL. It does not tell where a local store is: `store_location` does.
+    /// `local`, `daemon`, or a URL. It does not show where a local store is: `store_location` does.
     pub url: String,
     /// Whether the daemon trusts this user; `None` for versions that do not report it (before
     /// 2.15).

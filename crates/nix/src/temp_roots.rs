@@ -57,7 +57,7 @@ struct WatcherState {
     ours: HashSet<StorePath>,
     /// Named by daemon workers that show no client.
     unattributed: HashSet<StorePath>,
-    /// Processes that were gone before it could be read whose they were, or what they named.
+    /// Processes that ended before their job, or the paths that they named, could be read.
     missed: HashSet<u32>,
     /// Processes that cannot be missed any more: their files were opened, are another job's, or were there before the
     /// watch, left by processes long gone.

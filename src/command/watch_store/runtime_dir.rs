@@ -98,7 +98,7 @@ impl RuntimeDir {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => None,
                 locked => locked?,
             };
-            // A lock on a file that was removed meanwhile keeps nobody out.
+            // A lock on a file that was removed in the meantime keeps no process out.
             let ids = |found: fs::Metadata| (found.dev(), found.ino());
             let there = fs::symlink_metadata(self.0.join("lock")).map(ids).ok();
             if let Some(file) = locked

@@ -48,7 +48,7 @@ pub enum Cause {
     Evaluated,
     /// A cache had all of it that this store lacked.
     AlreadyCached,
-    /// This store had it. Whether the cache has it as well is the publication's to say.
+    /// This store had it. Only the publication finds out whether the cache has it as well.
     AlreadyInStore,
     /// Nix could not evaluate it.
     Evaluation {

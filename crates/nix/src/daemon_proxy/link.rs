@@ -38,7 +38,7 @@ impl SocketLink {
     }
 
     /// Does nothing if the link leads elsewhere. The job may have put a daemon of its own in its place, which listens
-    /// wherever `NIX_DAEMON_SOCKET_PATH` says.
+    /// wherever `NIX_DAEMON_SOCKET_PATH` points.
     fn swap(&self, from: &Path, to: &Path) -> io::Result<()> {
         match fs::read_link(&self.path) {
             Ok(now) if now == from => self.replace(to),

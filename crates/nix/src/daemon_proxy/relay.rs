@@ -42,7 +42,7 @@ pub(super) async fn relay(
     daemon_socket: &Path,
     found: &impl Fn(&[u8]),
 ) {
-    // Without a daemon the client sees its connection end, and says so.
+    // Without a daemon the client sees its connection end, and reports it.
     let Ok(daemon) = connect(daemon_socket, client).await else {
         return;
     };

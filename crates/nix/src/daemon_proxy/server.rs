@@ -194,7 +194,7 @@ impl Server {
         }
     }
 
-    /// Ends when nobody reads the lines any more.
+    /// Ends when the reader of the lines is gone.
     async fn send_lines(&self, mut to: OwnedWriteHalf) {
         loop {
             let lines = self.names.next().await;

@@ -57,7 +57,7 @@ enum Event {
 
 /// Why the proxy is no longer supervised.
 enum End {
-    /// It was told to end, or the handle is gone.
+    /// It was asked to end, or the handle is gone.
     Wanted,
     /// It has ended by itself, or hangs.
     Failed(&'static str),
@@ -155,7 +155,7 @@ impl Supervisor {
 
     fn answer(&mut self, number: u64, flushed: bool) {
         if let Some(answer) = self.flushes.remove(&number) {
-            // Nobody waits any more after its deadline.
+            // The receiver is gone once its deadline has passed.
             let _ = answer.send(flushed);
         }
     }

@@ -159,7 +159,7 @@ fn own_folder(ours: &Path) -> Result<(), PrivateError> {
 fn locked_file(folder: &Path) -> io::Result<File> {
     let draft = folder.join(format!("{ALIVE}.draft"));
     let alive = File::create_new(&draft)?;
-    // Nobody else knows this file, so its lock is free.
+    // No other process knows this file, so its lock is free.
     alive.try_lock()?;
     fs::rename(&draft, folder.join(ALIVE))?;
     Ok(alive)

@@ -85,7 +85,7 @@ impl Starter {
             .spawn(move || {
                 while let Ok((command, runtime, answer)) = received.recv() {
                     let _in_runtime = runtime.enter();
-                    // Nobody waits any more if the caller was cancelled; the companion then finds its other end closed.
+                    // The receiver is gone if the caller was cancelled; the companion then finds its other end closed.
                     let _ = answer.send(start(command));
                 }
             })?;

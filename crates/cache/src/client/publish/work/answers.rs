@@ -309,7 +309,7 @@ impl PublisherTask {
             Action::Stop => (None, true),
             Action::Never | Action::RereadOnce => return self.fail(id, error),
         };
-        // That the path is there is known of one that is repaired, and says nothing.
+        // A path that was repaired is known to be there, so that its presence proves nothing.
         let recheck = recheck && !self.plan.is_repair(id);
         // An unavailable server is no path's own fault, so the path keeps its tries.
         let counts = !error.is_server_unavailable();
