@@ -25,8 +25,8 @@ pub(crate) struct AddedPaths {
     pub(crate) ambiguous: Vec<(StorePath, Doubt)>,
     /// Who else can have written the store, in one line; `None` if it could not be read.
     pub(crate) store: Option<String>,
-    /// What is not known of the paths that the job named, as the end of that line; empty if all is known.
-    pub(crate) missed: String,
+    /// Nix processes of which it is not known what they named. A result that was valid before may be missing.
+    pub(crate) unread_processes: usize,
     /// Valid paths with a registration that cannot be used.
     pub(crate) unreadable: Vec<Unreadable>,
 }
@@ -49,8 +49,8 @@ impl AddedPaths {
         let evidence = ownership.evidence(&results).await?;
         let mut collected = Self {
             unreadable: found.unreadable,
-            store: Some(format!("{}{}", evidence.sharing, evidence.missed())),
-            missed: evidence.missed(),
+            store: Some(evidence.sharing.to_string()),
+            unread_processes: evidence.unread_processes,
             ..Self::default()
         };
         // What the job named was perhaps valid before it, and the cache may lack it all the same. So its derivations

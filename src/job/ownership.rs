@@ -94,8 +94,8 @@ pub(super) struct Evidence {
     need: BTreeSet<StorePath>,
     /// Whether it is known of every process of this job what it named.
     is_complete: bool,
-    /// How many Nix processes ended before what they named could be read, where the job uses no daemon.
-    missed: usize,
+    /// Of how many Nix processes it is not known what they named for this job, where nothing listens to its daemon.
+    pub(super) unread_processes: usize,
     /// Whether a path that was added after the mark may be another job's.
     others_at_work: bool,
     /// The base names of what jobs beside this one have named.
@@ -116,16 +116,19 @@ impl Ownership {
             let wanted: Vec<StorePath> = names.wanted().await.into_iter().collect();
             named.extend(self.store.outputs_of(wanted).await?);
         }
-        let (is_complete, missed) = match &self.daemon_names {
+        let is_alone = !(neighbours.are_beside() || neighbours.sharing.is_shared());
+        let (is_complete, unread_processes) = match &self.daemon_names {
             Some(names) => (names.is_complete().await, 0),
             None => {
-                let missed = self.temp_roots.missed();
-                (missed == 0, missed)
+                // Where no other job is, the names of a process without an owner are the job's, below.
+                let ownerless = self.temp_roots.ownerless();
+                let unread = self.temp_roots.unread() + if is_alone { 0 } else { ownerless };
+                (unread == 0, unread)
             }
         };
         let mut need = BTreeSet::new();
         let mut claimed = BTreeSet::new();
-        if neighbours.are_beside() || neighbours.sharing.is_shared() {
+        if !is_alone {
             let mut roots: Vec<StorePath> = named.iter().cloned().collect();
             // These are more than what the job wants, so they are evidence for what was added and for nothing else.
             if let Some(names) = &self.daemon_names {
@@ -138,7 +141,7 @@ impl Ownership {
         }
         Ok(Evidence {
             is_complete,
-            missed,
+            unread_processes,
             others_at_work: neighbours.are_beside() || self.host.is_declared_shared(),
             sharing: neighbours.sharing,
             named,
@@ -163,20 +166,6 @@ impl Evidence {
     /// Whether another repository's job, or one of lower trust, can have written the store.
     pub(super) fn is_shared(&self) -> bool {
         self.sharing.is_shared()
-    }
-
-    /// What is not known of the job's names, as an addition to a line; empty if all is known.
-    pub(super) fn missed(&self) -> String {
-        if self.missed == 0 {
-            return String::new();
-        }
-        let processes = match self.missed {
-            1 => "1 Nix process".to_owned(),
-            number => format!("{number} Nix processes"),
-        };
-        format!(
-            "; {processes} ended before the names of their paths could be read, so that a result that was in the store before may be missing"
-        )
     }
 
     /// Decides about a path that was added after the mark, was named by the job, or belongs to the closure of such a
@@ -297,7 +286,7 @@ mod tests {
             named: HashSet::new(),
             need: BTreeSet::new(),
             is_complete: true,
-            missed: 0,
+            unread_processes: 0,
             others_at_work: true,
             claimed: BTreeSet::new(),
             trusted_keys: Vec::new(),
@@ -342,14 +331,6 @@ mod tests {
             Decision::Publish,
             "both want it"
         );
-    }
-
-    #[test]
-    fn processes_that_were_missed_are_reported() {
-        let mut evidence = alone();
-        assert_eq!(evidence.missed(), "");
-        evidence.missed = 2;
-        assert!(evidence.missed().contains("2 Nix processes"));
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub(crate) fn summarize(
             .chain(deleted(outcome, store))
             .collect(),
         ambiguous: store.unseen(),
+        unread_processes: store.unread_processes as u64,
         unverified: Vec::new(),
         withheld: outcome
             .withheld()
@@ -134,6 +135,8 @@ pub(crate) struct StoreAtEnd {
     pub(crate) named: Vec<StorePath>,
     /// Valid paths that cannot be substituted without their realisations.
     pub(crate) floating: Vec<StorePath>,
+    /// Nix processes of which it is not known what they named.
+    pub(crate) unread_processes: usize,
 }
 
 impl StoreAtEnd {

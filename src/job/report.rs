@@ -184,6 +184,12 @@ fn lines(job: &JobResult) -> Vec<String> {
     });
     let mut lines = vec![format!("flywheel: {}", job.clocks())];
     lines.extend(verification);
+    let unread = job.publication.as_ref();
+    lines.extend(
+        unread
+            .and_then(Publication::unread_sentence)
+            .map(|text| format!("flywheel: not watched: {text}")),
+    );
     lines.push(format!("flywheel: {}", job.closing_line()));
     lines
 }

@@ -350,6 +350,7 @@ async fn store_at_end(
             .floating(&added_paths.wanted)
             .await
             .unwrap_or_default(),
+        unread_processes: added_paths.unread_processes,
         ..StoreAtEnd::default()
     };
     if let Some(watcher) = watcher {

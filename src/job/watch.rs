@@ -298,9 +298,6 @@ impl Session<'_> {
                 false,
             ),
         };
-        if stream.is_some() && !added_paths.missed.is_empty() {
-            sink.note(format!("flywheel: store{}", added_paths.missed));
-        }
         let mut publication = match stream {
             Some(stream) => {
                 let added_paths = (&added_paths, is_complete);

@@ -38,6 +38,9 @@ pub(crate) struct Publication {
     /// Paths that this job may have added or not: another job can have forged them, or they are another's. They are not
     /// published.
     pub(crate) ambiguous: Vec<Missed>,
+    /// Nix processes of which it is not known what they named. What they added is known all the same; a result that was
+    /// in the store before may be missing.
+    pub(crate) unread_processes: u64,
     /// Paths that were sent, but could not be looked up.
     pub(crate) unverified: Vec<Missed>,
     /// Paths that the policy keeps back, each with the rule and where it is broken.
@@ -79,12 +82,22 @@ impl Publication {
         self.lost.is_empty() && self.unverified.is_empty() && self.ambiguous.is_empty()
     }
 
+    /// What is not known of the paths that the job named, in a sentence; `None` if all is known.
+    pub(crate) fn unread_sentence(&self) -> Option<String> {
+        let unread = (self.unread_processes > 0).then_some(self.unread_processes)?;
+        Some(format!(
+            "{} named paths that could not be read. What they added to the store is known all the same; a result that was there before them may be missing from the cache",
+            processes(unread)
+        ))
+    }
+
     /// What is missing from the cache: `2 lost, 1 ambiguous`. That nothing is lost is said only where it is known: of
     /// every path whose it is, and of every store what was added to it.
     pub(crate) fn losses(&self, not_watched: usize) -> String {
         let (lost, ambiguous) = (self.lost.len(), self.ambiguous.len());
         let mut parts = Vec::new();
-        if lost > 0 || ambiguous + not_watched == 0 {
+        let unread = self.unread_processes;
+        if lost > 0 || (ambiguous + not_watched == 0 && unread == 0) {
             parts.push(format!("{lost} lost"));
         }
         if ambiguous > 0 {
@@ -96,7 +109,17 @@ impl Publication {
                 count(not_watched as u64, "store")
             ));
         }
+        if unread > 0 {
+            parts.push(format!("{} not watched", processes(unread)));
+        }
         parts.join(", ")
+    }
+}
+
+fn processes(number: u64) -> String {
+    match number {
+        1 => "1 process".to_owned(),
+        more => format!("{more} processes"),
     }
 }
 

@@ -115,6 +115,8 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
         );
         rows.push(("Publication", counts));
         rows.push(("Verification", publication.coverage.sentence()));
+        let unread = publication.unread_sentence();
+        rows.extend(unread.map(|text| ("Not watched", text)));
     }
     let times = [
         ("bootstrap", job.bootstrap),

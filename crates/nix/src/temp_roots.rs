@@ -8,6 +8,8 @@
 //! client's process id in its own arguments. This module opens each file when it appears and keeps
 //! it open, because the contents stay readable after the process has removed the file.
 
+mod process_owner;
+
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -16,15 +18,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use rustix::process::geteuid;
+use process_owner::{ProcessOwner, impurity_of};
 
 use crate::store_path::StorePath;
-use flywheel_core::policy::{Impurity, impurity_in_arguments, impurity_in_settings};
+use flywheel_core::policy::Impurity;
 use flywheel_sys::host::notify::{Event, Notify, WatchFlags};
-
-/// Ancestors to follow from a process. `/proc` is not read atomically, so a reused process id could
-/// otherwise form a loop.
-const DEPTH_LIMIT: usize = 4096;
 
 /// The processes that belong to the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,11 +55,15 @@ struct WatcherState {
     ours: HashSet<StorePath>,
     /// Named by daemon workers that show no client.
     unattributed: HashSet<StorePath>,
-    /// Processes that ended before their job, or the paths that they named, could be read.
-    missed: HashSet<u32>,
-    /// Processes that cannot be missed any more: their files were opened, are another job's, or were there before the
-    /// watch, left by processes long gone.
+    /// Processes whose names could not be read: they ended too soon, or their files are closed to this user.
+    unread: HashSet<u32>,
+    /// Processes whose names were read, and that ended before it was known whose they are.
+    ownerless: HashSet<u32>,
+    /// Processes that cannot be missed any more: their files were opened, or are another job's.
     known: HashSet<u32>,
+    /// Files that were there before the watch, left by processes long gone. They are kept open, so that no new file gets
+    /// the number of one of them.
+    stale: Vec<File>,
     /// How a process of the job requested impure evaluation, if one did.
     impurity: Option<Impurity>,
 }
@@ -116,8 +118,10 @@ impl TempRootWatcher {
             open: BTreeMap::new(),
             ours: HashSet::new(),
             unattributed: HashSet::new(),
-            missed: HashSet::new(),
+            unread: HashSet::new(),
+            ownerless: HashSet::new(),
             known: HashSet::new(),
+            stale: Vec::new(),
             impurity: None,
         }));
         let shared_state = Arc::clone(&state);
@@ -132,10 +136,9 @@ impl TempRootWatcher {
         )
         .ok();
         let mut begun = lock(&state);
+        begun.set_stale_aside();
         // Processes that were already running when the watch began raise no event.
         begun.open_all();
-        let stale = std::mem::take(&mut begun.missed);
-        begun.known.extend(stale);
         drop(begun);
         Self {
             state,
@@ -172,13 +175,18 @@ impl TempRootWatcher {
         state.ours.clone()
     }
 
-    /// How many processes, of this job or of others, have ended before what they named could be read.
-    pub fn missed(&self) -> usize {
-        lock(&self.state).missed.len()
+    /// How many processes, of this job or of others, have named what could not be read.
+    pub fn unread(&self) -> usize {
+        lock(&self.state).unread.len()
     }
 
-    /// The paths that daemon workers have named for clients that they do not show: the job's own where no other job
-    /// uses the daemon.
+    /// How many processes ended before it was known whose they are; [`Self::unattributed`] has what they named.
+    pub fn ownerless(&self) -> usize {
+        lock(&self.state).ownerless.len()
+    }
+
+    /// The paths that were named by daemon workers for clients that they do not show, and by processes that ended before
+    /// they were looked at: the job's own where no other job uses the store.
     pub fn unattributed(&self) -> HashSet<StorePath> {
         let mut state = lock(&self.state);
         state.catch_up();
@@ -213,14 +221,27 @@ impl WatcherState {
         self.read_new();
     }
 
+    fn pids(&self) -> Vec<u32> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+            .collect()
+    }
+
     fn open_all(&mut self) {
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            if let Some(pid) = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok())
-            {
-                self.open_file(pid);
+        for pid in self.pids() {
+            self.open_file(pid);
+        }
+    }
+
+    /// Remembers the files of processes that ended before the watch. What they named is no business of this job.
+    fn set_stale_aside(&mut self) {
+        for pid in self.pids() {
+            if ProcessOwner::of_process(pid, &self.job) == ProcessOwner::Exited {
+                self.stale
+                    .extend(File::open(self.folder.join(pid.to_string())));
+                // One that cannot be opened is known by its number alone.
+                self.known.insert(pid);
             }
         }
     }
@@ -240,17 +261,15 @@ impl WatcherState {
         if owner == ProcessOwner::ThisJob && self.impurity.is_none() {
             self.impurity = impurity_of(pid);
         }
-        let is_missed =
-            owner == ProcessOwner::Exited || (owner == ProcessOwner::ThisJob && file.is_err());
-        if !is_missed {
-            self.known.insert(pid);
-        } else if !self.known.contains(&pid) {
-            self.missed.insert(pid);
-        }
         match (file, owner) {
-            // A file that cannot be opened names nothing: its paths are judged by the other evidence.
-            (_, ProcessOwner::Exited | ProcessOwner::OtherJob) | (Err(_), _) => (),
+            (_, ProcessOwner::OtherJob) => _ = self.known.insert(pid),
+            (Ok(file), ProcessOwner::Exited) if self.is_stale(&file) => (),
             (Ok(file), owner) => {
+                // The names of a process that has ended stay readable.
+                if owner == ProcessOwner::Exited {
+                    self.ownerless.insert(pid);
+                }
+                self.known.insert(pid);
                 self.close(pid);
                 self.open.insert(
                     pid,
@@ -261,7 +280,18 @@ impl WatcherState {
                     },
                 );
             }
+            // A file that cannot be opened names nothing: its paths are judged by the other evidence.
+            (Err(_), ProcessOwner::Unattributed) => _ = self.known.insert(pid),
+            (Err(_), ProcessOwner::Exited | ProcessOwner::ThisJob) => {
+                if !self.known.contains(&pid) {
+                    self.unread.insert(pid);
+                }
+            }
         }
+    }
+
+    fn is_stale(&self, file: &File) -> bool {
+        self.stale.iter().any(|stale| same_file(stale, file))
     }
 
     /// Reads what the processes have written since the last call, and closes the files of those
@@ -317,134 +347,6 @@ fn same_file(one: &File, other: &File) -> bool {
     }
 }
 
-/// Which job a process belongs to, as far as it still lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ProcessOwner {
-    ThisJob,
-    OtherJob,
-    /// A daemon worker that does not show its client.
-    Unattributed,
-    Exited,
-}
-
-impl ProcessOwner {
-    fn of_process(pid: u32, job: &JobScope) -> Self {
-        // An exited process, or a zombie, has no command line.
-        let Some(arguments) = arguments(pid) else {
-            return Self::Exited;
-        };
-        // A daemon worker belongs to the same job as its client.
-        let client = match daemon_client(&arguments) {
-            DaemonClient::NotADaemon => pid,
-            DaemonClient::Shown(client) => client,
-            DaemonClient::NotShown => return Self::Unattributed,
-        };
-        let us = std::process::id();
-        // Flywheel's own descendants count, with or without the mark.
-        let is_ours = match job {
-            JobScope::Descendants => with_ancestors(client).any(|pid| pid == us),
-            JobScope::Marked(mark) => {
-                with_ancestors(client).any(|pid| pid == us || has_variable(pid, mark))
-            }
-            JobScope::User => fs::metadata(format!("/proc/{client}"))
-                .is_ok_and(|found| found.uid() == geteuid().as_raw()),
-        };
-        if is_ours {
-            Self::ThisJob
-        } else {
-            Self::OtherJob
-        }
-    }
-}
-
-/// How a process, or the client it serves, requests impure evaluation: by its arguments, or by the
-/// settings in its environment.
-fn impurity_of(pid: u32) -> Option<Impurity> {
-    let own = arguments(pid)?;
-    let client = match daemon_client(&own) {
-        DaemonClient::Shown(client) => Some(client),
-        DaemonClient::NotShown | DaemonClient::NotADaemon => None,
-    };
-    let words = match client {
-        Some(client) => arguments(client)?,
-        None => own,
-    };
-    let environment =
-        fs::read(format!("/proc/{}/environ", client.unwrap_or(pid))).unwrap_or_default();
-    let config = environment
-        .split(|byte| *byte == 0)
-        .find_map(|pair| pair.strip_prefix(b"NIX_CONFIG="));
-    impurity_in_arguments(&words)
-        .or_else(|| impurity_in_settings(&String::from_utf8_lossy(config?)))
-}
-
-fn arguments(pid: u32) -> Option<Vec<String>> {
-    let bytes = fs::read(format!("/proc/{pid}/cmdline"))
-        .ok()
-        .filter(|bytes| !bytes.is_empty())?;
-    Some(
-        bytes
-            .split(|byte| *byte == 0)
-            .map(|word| String::from_utf8_lossy(word).into_owned())
-            .collect(),
-    )
-}
-
-/// What a process shows of the client that it serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DaemonClient {
-    NotADaemon,
-    /// The client's process id.
-    Shown(u32),
-    NotShown,
-}
-
-/// `nix-daemon 1234` is the process that serves client 1234 (`nix/src/nix/daemon.cc`, `daemonLoop`).
-fn daemon_client(arguments: &[String]) -> DaemonClient {
-    let name = arguments
-        .first()
-        .and_then(|name| Path::new(name).file_name()?.to_str());
-    let argument = arguments
-        .get(1)
-        .map_or("", |argument| argument.trim_end_matches('\0'));
-    let shown = match argument.parse() {
-        // The client is in another process namespace, where the daemon sees no id.
-        Ok(0) | Err(_) => DaemonClient::NotShown,
-        Ok(client) => DaemonClient::Shown(client),
-    };
-    // The daemon writes the number over its own first argument, within that argument's length: a bare
-    // `nix-daemon` has no room for it.
-    match name {
-        Some("nix-daemon") => shown,
-        Some("nix") if argument == "daemon" || shown != DaemonClient::NotShown => shown,
-        _ => DaemonClient::NotADaemon,
-    }
-}
-
-/// Whether a process was started with this `NAME=value`. The environment of another user's process
-/// cannot be read and counts as empty.
-fn has_variable(pid: u32, variable: &str) -> bool {
-    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment
-        .split(|byte| *byte == 0)
-        .any(|pair| pair == variable.as_bytes())
-}
-
-fn with_ancestors(pid: u32) -> impl Iterator<Item = u32> {
-    let parent = |pid: &u32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The command name in parentheses may itself contain spaces and parentheses (`proc(5)`).
-        stat.rsplit_once(')')?
-            .1
-            .split_whitespace()
-            .nth(1)?
-            .parse::<u32>()
-            .ok()
-            .filter(|parent| *parent > 0)
-    };
-    std::iter::successors(Some(pid), parent).take(DEPTH_LIMIT)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -493,6 +395,30 @@ mod tests {
     }
 
     #[test]
+    fn what_a_process_named_is_read_after_its_end_unless_it_ended_before_the_watch() {
+        let folder = state_dir();
+        let (gone, second) = (u32::MAX, PATH.replace("hello", "world"));
+        write(folder.path(), gone - 1, &format!("{PATH}\0"));
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
+        write(folder.path(), gone, &format!("{second}\0"));
+        assert!(watcher.named().is_empty(), "whose it is, nobody knows");
+        let second: StorePath = second.parse().expect("valid");
+        assert_eq!(watcher.unattributed(), HashSet::from([second]));
+        assert_eq!((watcher.ownerless(), watcher.unread()), (1, 0));
+    }
+
+    #[test]
+    fn a_process_whose_file_was_gone_too_soon_is_counted_once() {
+        let folder = state_dir();
+        let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
+        let mut state = lock(&watcher.state);
+        state.on_event(&Event::Entry(&u32::MAX.to_string()));
+        state.on_event(&Event::Entry(&u32::MAX.to_string()));
+        drop(state);
+        assert_eq!((watcher.ownerless(), watcher.unread()), (0, 1));
+    }
+
+    #[test]
     fn a_file_that_is_gone_is_let_go_and_a_new_one_of_that_number_is_read() {
         let folder = state_dir();
         let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
@@ -506,57 +432,6 @@ mod tests {
         state.on_event(&Event::Entry(&us.to_string()));
         assert!(state.open.keys().eq(&[us]));
         assert!(state.ours.contains(&second.parse().expect("valid")));
-    }
-
-    #[test]
-    fn a_daemons_process_names_its_client() {
-        let words = |words: &[&str]| {
-            words
-                .iter()
-                .map(|word| (*word).to_owned())
-                .collect::<Vec<_>>()
-        };
-        for (arguments, shown) in [
-            (&["nix-daemon", "4242", ""][..], DaemonClient::Shown(4242)),
-            (&["nix-daemon", "--daemon", ""], DaemonClient::NotShown),
-            (
-                &["nix-daemon", "0\0\0\0\0\0\0\0", ""],
-                DaemonClient::NotShown,
-            ),
-            (&["nix-daemon", ""], DaemonClient::NotShown),
-            (&["nix", "daemon", ""], DaemonClient::NotShown),
-            (&["nix", "1234", ""], DaemonClient::Shown(1234)),
-            (&["nix", "build", ""], DaemonClient::NotADaemon),
-        ] {
-            assert_eq!(daemon_client(&words(arguments)), shown, "{arguments:?}");
-        }
-        let us = std::process::id();
-        assert!(with_ancestors(us).any(|pid| pid == us));
-        assert!(!with_ancestors(1).any(|pid| pid == us));
-    }
-
-    #[test]
-    fn a_mark_is_found_on_a_process_or_above_it() {
-        let inherited = fs::read("/proc/self/environ").expect("our own");
-        let variable = inherited
-            .split(|byte| *byte == 0)
-            .next()
-            .expect("one at least");
-        let variable = String::from_utf8_lossy(variable).into_owned();
-        // Pid 1 cannot have the mark that follows.
-        assert!(has_variable(std::process::id(), &variable), "{variable}");
-        assert!(!has_variable(1, "RUNNER_TRACKING_ID=github_of_nobody"));
-        assert_eq!(
-            ProcessOwner::of_process(
-                1,
-                &JobScope::Marked("RUNNER_TRACKING_ID=github_of_nobody".into())
-            ),
-            ProcessOwner::OtherJob
-        );
-        assert_eq!(
-            ProcessOwner::of_process(std::process::id(), &JobScope::User),
-            ProcessOwner::ThisJob
-        );
     }
 
     #[test]
