@@ -387,8 +387,6 @@ mod tests {
         let folder = state_dir();
         let watcher = TempRootWatcher::start(folder.path(), JobScope::Descendants);
         write(folder.path(), 1, &format!("{PATH}\0/nix/store/half-writ"));
-        // The file of a process that is gone.
-        write(folder.path(), u32::MAX, &format!("{PATH}\0"));
         assert!(watcher.named().is_empty() && watcher.unattributed().is_empty());
         write(folder.path(), std::process::id(), &format!("{PATH}\0"));
         assert!(watcher.named().contains(&path()), "both want it");
