@@ -8,8 +8,10 @@ use serde::Serialize;
 
 use crate::inputs::value::{boolean, path, text};
 use crate::inputs::{Format, FormatInput, GateInputs};
+use crate::job::inputs::HostInputs;
+use crate::job::store_host::survey_host;
 use flywheel_core::exit::{Exit, Failure};
-use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, decide};
+use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, Verdict, decide};
 use flywheel_sys::runner::context::{self, Recorded};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::data;
@@ -19,7 +21,8 @@ use flywheel_sys::runner::workflow::data;
 /// Reads the facts of the job that it runs in: `GITHUB_EVENT_NAME`, `GITHUB_REF`,
 /// `GITHUB_REF_PROTECTED`, `GITHUB_REPOSITORY`, the payload in the file that `GITHUB_EVENT_PATH`
 /// names, and whether `ATTIC_TOKEN` is there. Ends with 0 whatever the verdict. The JSON has the keys
-/// `verdict`, `publishes`, `reason` and `plan`.
+/// `verdict`, `publishes`, `reason`, `plan` and `host`: whether jobs of another repository, or of lower
+/// trust, work on this host, as far as the registry of its jobs shows.
 ///
 /// To try a recorded event on a laptop, give it by flags; each stands in for the job's own value.
 #[derive(Args, Debug)]
@@ -35,6 +38,9 @@ pub(crate) struct Inputs {
 
     #[command(flatten)]
     gate: GateInputs,
+
+    #[command(flatten)]
+    host: HostInputs,
 }
 
 /// The inputs that describe an event from elsewhere.
@@ -90,9 +96,11 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let facts = context::recorded(env, &inputs.event.recorded())?;
     let request = inputs.gate.request();
     let decision = decide(&facts, &request, context::token_present(env));
+    let trusted = matches!(decision.verdict(), Verdict::MayPublish(_));
+    let host = survey_host(&inputs.host, trusted, env);
     match inputs.format.format {
-        Format::Text => data(&in_words(&decision, inputs.gate.require_publish)),
-        Format::Json => data(&json(&decision)),
+        Format::Text => data(&in_words(&decision, inputs.gate.require_publish, &host)),
+        Format::Json => data(&json(&decision, host)),
     }
     Ok(Exit::Ok)
 }
@@ -104,6 +112,7 @@ struct Explanation {
     publishes: bool,
     reason: String,
     plan: Plan,
+    host: String,
 }
 
 #[derive(Serialize)]
@@ -112,7 +121,7 @@ struct Plan {
     flakehub: &'static str,
 }
 
-fn json(decision: &Decision) -> String {
+fn json(decision: &Decision, host: String) -> String {
     let plan = decision.plan();
     let explanation = Explanation {
         verdict: decision.verdict().as_str(),
@@ -122,12 +131,13 @@ fn json(decision: &Decision) -> String {
             attic: plan.attic.as_str(),
             flakehub: plan.flakehub.as_str(),
         },
+        host,
     };
     serde_json::to_string_pretty(&explanation).expect("texts and a boolean are always JSON")
 }
 
 /// Every line begins with one of our own words, so that the runner takes none for a workflow command.
-fn in_words(decision: &Decision, must_publish: bool) -> String {
+fn in_words(decision: &Decision, must_publish: bool, host: &str) -> String {
     let attic = match decision.plan().attic {
         ToAttic::All => "everything that the job builds",
         ToAttic::Nothing => "nothing",
@@ -146,6 +156,7 @@ fn in_words(decision: &Decision, must_publish: bool) -> String {
         format!("reason     {}", decision.reason()),
         format!("attic      {attic}"),
         format!("flakehub   {flakehub}"),
+        format!("host       {host}"),
     ];
     if let Some(remedy) = decision.remedy() {
         lines.push(format!(

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use super::ownership::{Decision, Doubt, Ownership, Registered};
+use super::store_host::written_by;
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
 use flywheel_nix::store;
 use flywheel_nix::store_path::StorePath;
@@ -49,7 +50,11 @@ impl AddedPaths {
         let evidence = ownership.evidence(&results).await?;
         let mut collected = Self {
             unreadable: found.unreadable,
-            store: Some(evidence.sharing.to_string()),
+            store: Some(format!(
+                "{}{}",
+                evidence.sharing,
+                written_by(ownership.writers.as_deref())
+            )),
             unread_processes: evidence.unread_processes,
             ..Self::default()
         };

@@ -1,6 +1,6 @@
 //! What every verb takes that runs a job or a part of one, checked before anything is touched.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{ArgAction, Args};
@@ -35,22 +35,8 @@ pub(crate) struct JobInputs {
     #[arg(long, value_name = "DIR", value_parser = path())]
     embedded_cache: Option<PathBuf>,
 
-    /// The folder of the journal, from which the next job on this disk takes up what a killed one
-    /// left, such as `/var/lib/flywheel/journal`; `off` keeps none (default:
-    /// `~/.local/state/flywheel/journal`).
-    #[arg(long, value_name = "DIR", value_parser = value(journal))]
-    journal: Option<Journal>,
-
-    /// Whether jobs of other repositories, or jobs that may not publish, work on this host's store. Then only those
-    /// paths are published that this job named and whose registration vouches for them; the rest is listed as
-    /// ambiguous.
-    #[arg(
-        long,
-        value_name = "WHETHER",
-        value_parser = variant::<SharedHost>(),
-        default_value = "auto"
-    )]
-    shared_host: SharedHost,
+    #[command(flatten)]
+    host: HostInputs,
 
     #[command(flatten)]
     cache: CacheInputs,
@@ -78,6 +64,47 @@ pub(crate) struct JobInputs {
         help_heading = "Policy"
     )]
     require_flake_check: bool,
+}
+
+/// What a job keeps on its host, and what it is told of the other jobs there.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct HostInputs {
+    /// The folder of the journal, from which the next job on this disk takes up what a killed one
+    /// left, such as `/var/lib/flywheel/journal`; `off` keeps none (default:
+    /// `~/.local/state/flywheel/journal`).
+    #[arg(long, value_name = "DIR", value_parser = value(journal))]
+    journal: Option<Journal>,
+
+    /// Whether jobs of other repositories, or jobs that may not publish, work on this host's store. Then only those
+    /// paths are published that this job named and whose registration vouches for them; the rest is listed as
+    /// ambiguous.
+    #[arg(
+        long,
+        value_name = "WHETHER",
+        value_parser = variant::<SharedHost>(),
+        default_value = "auto"
+    )]
+    pub(super) shared_host: SharedHost,
+}
+
+impl HostInputs {
+    /// The folder of the journal, if one is kept.
+    fn journal(&self, env: &Env) -> Option<PathBuf> {
+        match &self.journal {
+            Some(Journal::Off) => None,
+            Some(Journal::Folder(folder)) => Some(folder.clone()),
+            None => default_journal(env),
+        }
+    }
+
+    /// The folder of the registry of this host's jobs; `None` without a journal.
+    pub(super) fn registry(&self, env: &Env) -> Option<PathBuf> {
+        Some(registry(&self.journal(env)?))
+    }
+}
+
+fn registry(journal: &Path) -> PathBuf {
+    journal.join("jobs")
 }
 
 /// The input `journal`.
@@ -154,12 +181,8 @@ impl Plan {
             source: other.unwrap_or_else(|| Source::find(&named, embedded, env)),
             destination,
             public_key: named.key,
-            journal: match &inputs.journal {
-                Some(Journal::Off) => None,
-                Some(Journal::Folder(folder)) => Some(folder.clone()),
-                None => default_journal(env),
-            },
-            shared_host: inputs.shared_host,
+            journal: inputs.host.journal(env),
+            shared_host: inputs.host.shared_host,
             policy: inputs.policy.read()?,
             require_flake_check: inputs.require_flake_check,
             impurity: None,
@@ -173,7 +196,7 @@ impl Plan {
 impl Plan {
     /// The folder of the registry of this host's jobs; `None` without a journal.
     pub(crate) fn registry(&self) -> Option<PathBuf> {
-        self.journal.as_ref().map(|folder| folder.join("jobs"))
+        self.journal.as_deref().map(registry)
     }
 }
 

@@ -19,7 +19,7 @@ pub(crate) mod publication;
 mod report;
 pub(crate) mod settings;
 pub(crate) mod source;
-mod store_host;
+pub(crate) mod store_host;
 pub(crate) mod stream;
 mod watch;
 

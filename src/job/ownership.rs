@@ -78,6 +78,8 @@ pub(super) struct Ownership {
     pub(super) mark: Mark,
     pub(super) temp_roots: Arc<TempRootWatcher>,
     pub(super) host: Arc<StoreHost>,
+    /// Who else can write what they like into the store, if anybody can.
+    pub(super) writers: Option<String>,
     /// The keys that Nix trusts.
     pub(super) trusted_keys: Vec<PublicKey>,
     /// What the job's commands name to a daemon, if they can be listened to.

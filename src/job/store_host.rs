@@ -3,11 +3,23 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use clap::ValueEnum;
 
+use super::inputs::HostInputs;
 use flywheel_core::progress::Sink;
-use flywheel_sys::host::job_registry::{JobRecord, JobRegistry, OtherJob};
+use flywheel_nix::ping::{Ping, ping};
+use flywheel_nix::settings::Settings;
+use flywheel_nix::store_location::{default_state, locate};
+use flywheel_nix::store_writers::other_writers;
+use flywheel_nix::tool::Nix;
+use flywheel_sys::host::job_registry::{JobRecord, JobRegistry, OtherJob, jobs_seen};
+use flywheel_sys::runner::context;
+use flywheel_sys::runner::env::Env;
+
+/// How long Nix may take to say which store it opens.
+const PING_LIMIT: Duration = Duration::from_secs(10);
 
 /// The input `shared-host`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -33,6 +45,29 @@ pub(crate) enum Sharing {
 impl Sharing {
     pub(crate) fn is_shared(&self) -> bool {
         matches!(self, Self::Shared(_))
+    }
+
+    /// Judges by the input, the kind of runner, and the jobs of the same store; `unread` is why these are not known.
+    fn judge<'a>(
+        own: &JobRecord,
+        shared: SharedHost,
+        is_hosted: bool,
+        mut others: impl Iterator<Item = &'a JobRecord>,
+        unread: Option<String>,
+    ) -> Self {
+        match shared {
+            SharedHost::False => Self::Alone("`shared-host: false`".into()),
+            SharedHost::True => Self::Shared("`shared-host: true`".into()),
+            SharedHost::Auto if is_hosted => {
+                Self::Alone("a GitHub-hosted runner has one job".into())
+            }
+            SharedHost::Auto => match others.find_map(|other| foreign(own, other)).or(unread) {
+                Some(why) => Self::Shared(why),
+                None => Self::Alone(
+                    "no job of another repository or of lower trust was seen on this host".into(),
+                ),
+            },
+        }
     }
 }
 
@@ -132,20 +167,8 @@ impl StoreHost {
         };
         let mut here: Vec<OtherJob> = others;
         here.retain(|job| job.record.store == self.own.store);
-        let foreign = here.iter().find_map(|job| self.foreign(&job.record));
-        let sharing = match self.shared {
-            SharedHost::False => Sharing::Alone("`shared-host: false`".into()),
-            SharedHost::True => Sharing::Shared("`shared-host: true`".into()),
-            SharedHost::Auto if self.is_hosted => {
-                Sharing::Alone("a GitHub-hosted runner has one job".into())
-            }
-            SharedHost::Auto => match foreign.or(unread) {
-                Some(why) => Sharing::Shared(why),
-                None => Sharing::Alone(
-                    "no job of another repository or of lower trust was seen on this host".into(),
-                ),
-            },
-        };
+        let records = here.iter().map(|job| &job.record);
+        let sharing = Sharing::judge(&self.own, self.shared, self.is_hosted, records, unread);
         here.retain(|job| job.is_beside);
         Neighbours {
             sharing,
@@ -157,18 +180,70 @@ impl StoreHost {
     pub(crate) fn is_declared_shared(&self) -> bool {
         self.shared == SharedHost::True
     }
+}
 
-    /// Why what this other job leaves in the store must not be published unseen, if that is so.
-    fn foreign(&self, other: &JobRecord) -> Option<String> {
-        let repository = other.repository.as_deref().unwrap_or("no repository");
-        if other.repository != self.own.repository {
-            Some(format!("a job of {repository} worked on this store"))
-        } else if self.own.trusted && !other.trusted {
-            Some("a job that may not publish worked on this store".into())
-        } else {
-            None
-        }
+/// Why what this other job leaves in the store must not be published unseen by the own one, if that is so.
+fn foreign(own: &JobRecord, other: &JobRecord) -> Option<String> {
+    let repository = other.repository.as_deref().unwrap_or("no repository");
+    if other.repository != own.repository {
+        Some(format!("a job of {repository} worked on this store"))
+    } else if own.trusted && !other.trusted {
+        Some("a job that may not publish worked on this store".into())
+    } else {
+        None
     }
+}
+
+/// What is known, without Nix, of the host of a job that would begin now: who else works on it, in one line.
+pub(crate) fn survey_host(inputs: &HostInputs, trusted: bool, env: &Env) -> String {
+    sharing_seen(inputs, trusted, None, env).to_string()
+}
+
+/// What can be said of the store of a job that would begin now, and of who else can write it, in one line.
+pub(crate) async fn survey(nix: &Nix, inputs: &HostInputs, trusted: bool, env: &Env) -> String {
+    let (opened, settings) = tokio::join!(ping(nix, PING_LIMIT), Settings::read(nix));
+    let (opened, settings) = match (opened, settings) {
+        (Ok(Ping::Open(opened)), Ok(settings)) => (opened, settings),
+        (Ok(Ping::Failed(failure)), _) => return format!("it does not open: {}", failure.text()),
+        (Err(error), _) | (_, Err(error)) => return format!("it cannot be read: {error}"),
+    };
+    let setting = settings.text("store").unwrap_or_default();
+    let location = match locate(nix, &opened.url, &setting) {
+        Ok(location) => location,
+        Err(why) => return format!("not watched: {why}"),
+    };
+    let state = location.state.unwrap_or_else(|| default_state(nix));
+    let sharing = sharing_seen(inputs, trusted, Some(&state), env);
+    let user = env.get("USER");
+    let writers = other_writers(&location.folder, &opened, &settings, user);
+    format!("{sharing}{}", written_by(writers.as_deref()))
+}
+
+/// Who works on this host's stores, or on the one with this state folder. Adds nothing to the registry.
+fn sharing_seen(inputs: &HostInputs, trusted: bool, state: Option<&Path>, env: &Env) -> Sharing {
+    let own = JobRecord {
+        repository: context::repository(env),
+        trusted,
+        store: state.map_or_else(String::new, |state| state.display().to_string()),
+    };
+    let seen = inputs.registry(env).map(|folder| jobs_seen(&folder));
+    let (mut seen, unread) = match seen.transpose() {
+        Ok(seen) => (seen.unwrap_or_default(), None),
+        Err(error) => (
+            Vec::new(),
+            Some(format!("the registry of jobs cannot be read: {error}")),
+        ),
+    };
+    seen.retain(|job| state.is_none() || job.store == own.store);
+    let is_hosted = context::is_hosted_runner(env);
+    Sharing::judge(&own, inputs.shared_host, is_hosted, seen.iter(), unread)
+}
+
+/// What a line about a store adds where others can forge what is in it.
+pub(super) fn written_by(writers: Option<&str>) -> String {
+    writers.map_or_else(String::new, |writers| {
+        format!("; {writers} can write what they like into it, against which no rule of this job's helps")
+    })
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use flywheel_nix::daemon_proxy::{DaemonProxy, ProxyError};
 use flywheel_nix::store::{self, Store};
 use flywheel_nix::store_location::daemon_socket;
 use flywheel_nix::store_path::StorePath;
+use flywheel_nix::store_writers::other_writers;
 use flywheel_nix::temp_roots::{JobScope, TempRootWatcher};
 use flywheel_nix::tool::{Nix, error_summary};
 use flywheel_sys::host::job_registry::JobRecord;
@@ -171,7 +172,13 @@ impl Session<'_> {
             Some(proxy) => Some(DaemonNames::start(proxy, Arc::clone(&host), &self.sink).await),
             None => None,
         };
+        let in_force = prepared.in_force.as_ref();
+        let writers = in_force.and_then(|found| {
+            let (opened, user) = (found.opened.as_ref()?, self.env.get("USER"));
+            other_writers(store.folder(), opened, &found.settings, user)
+        });
         Ok(Ownership {
+            writers,
             store: Arc::new(store),
             mark,
             temp_roots: Arc::new(temp_roots),

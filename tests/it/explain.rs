@@ -54,9 +54,33 @@ fn json_has_the_stable_keys() {
       "plan": {
         "attic": "all",
         "flakehub": "rolling"
-      }
+      },
+      "host": "this repository's alone (no job of another repository or of lower trust was seen on this host)"
     }
     "#);
+}
+
+#[test]
+fn the_host_is_judged_by_the_jobs_that_were_seen_on_it() {
+    let host = |record: Option<&str>, shared: &str| {
+        let run = job(&push(), &["--format", "json", "--shared-host", shared]);
+        let journal = run.path("journal");
+        let jobs = std::path::Path::new(&journal).join("jobs");
+        std::fs::create_dir_all(&jobs).unwrap();
+        if let Some(record) = record {
+            std::fs::write(jobs.join("1-1.job"), format!("{record}\n")).unwrap();
+        }
+        let found = explained(&run.env("FLYWHEEL_JOURNAL", &journal.display().to_string()));
+        found["host"].as_str().unwrap().to_owned()
+    };
+    let other = r#"{"repository":"o/other","trusted":true,"store":"/nix/var/nix"}"#;
+    assert!(host(None, "auto").starts_with("this repository's alone"));
+    let found = host(Some(other), "auto");
+    assert!(
+        found.starts_with("shared with other jobs (a job of o/other"),
+        "{found}"
+    );
+    assert!(host(Some(other), "false").contains("`shared-host: false`"));
 }
 
 #[test]
@@ -67,6 +91,7 @@ fn text_says_what_would_change_it() {
     reason     `refs/heads/feature` is neither the default branch nor named by `trusted-refs`
     attic      nothing
     flakehub   nothing
+    host       this repository's alone (no job of another repository or of lower trust was seen on this host)
     to publish name the branch in `trusted-refs`, and have a rule protect it
     the job would go on with a notice
     ");

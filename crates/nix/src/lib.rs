@@ -25,5 +25,6 @@ pub mod store;
 pub mod store_location;
 pub mod store_path;
 pub mod store_watcher;
+pub mod store_writers;
 pub mod temp_roots;
 pub mod tool;

@@ -14,6 +14,7 @@ use crate::inputs::value::{Invalid, number, path, text, value, variant};
 use crate::inputs::{
     BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, RequestInputs,
 };
+use crate::job::inputs::HostInputs;
 use crate::job::private_base;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
@@ -91,6 +92,9 @@ pub(crate) struct Inputs {
     kernel_release: Option<String>,
 
     #[command(flatten)]
+    host: HostInputs,
+
+    #[command(flatten)]
     cache: CacheInputs,
 
     /// A store path that the cache should have, such as `/nix/store/…-hello-2.12`: it is read whole, and its
@@ -152,6 +156,7 @@ pub(super) struct Plan {
     pub(crate) shared_cache: SharedCache,
     pub(crate) flake: Option<String>,
     pub(crate) package: Option<String>,
+    pub(crate) host: HostInputs,
     pub(crate) weights: Weights,
     pub(crate) timeout: Duration,
     pub(crate) min_free: u64,
@@ -186,6 +191,7 @@ impl Plan {
         let named = inputs.cache.resolve(env);
         let server = named.given.or(named.hinted).filter(|_| named.enabled);
         Ok(Self {
+            host: inputs.host.clone(),
             class: name.to_owned(),
             lane: lane.map(|lane| lane.label.clone()),
             memory: class.memory(lane),

@@ -20,7 +20,7 @@ use crate::report::canary::Canary;
 use flywheel_cache::client::bazel::BazelProber;
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::secret::Secret;
-use flywheel_core::trust::{Decision, decide};
+use flywheel_core::trust::{self, Decision, decide};
 use flywheel_sys::http::{Clients, Roots};
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
@@ -72,6 +72,11 @@ struct CheckContext<'a> {
 }
 
 impl CheckContext<'_> {
+    /// Whether this builder's job runs code that may publish.
+    fn trusted(&self) -> bool {
+        matches!(self.decision.verdict(), trust::Verdict::MayPublish(_))
+    }
+
     async fn run(&self, begun: Instant) -> Canary {
         let deadline = tokio::time::Instant::now() + self.plan.timeout;
         let mut host = CheckList::new(self.plan.weights.clone(), deadline);
@@ -137,7 +142,7 @@ impl CheckContext<'_> {
     async fn class(&self, list: &mut CheckList) -> Option<Built> {
         tools::tools(list, &self.plan, self.env).await;
         match self.plan.class.as_str() {
-            "nix-builder" => return nix::checks(list, &self.plan, self.env).await,
+            "nix-builder" => return nix::checks(list, &self.plan, self.env, self.trusted()).await,
             "container" => tools::container(list, &self.plan, self.env).await,
             "kernel" => tools::kernel(list, &self.plan, self.env).await,
             _ => {}

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
+use crate::job::store_host::survey;
 use crate::report::canary::Verdict;
 use flywheel_core::text::{count, one_line};
 use flywheel_nix::effective_settings::untrusted_store;
@@ -22,14 +23,15 @@ const VERSION: CheckSpec = CheckSpec::required("nix-version", "toolchain", 10);
 const FEATURES: CheckSpec = CheckSpec::required("nix-features", "toolchain", 15);
 const OPENS: CheckSpec = CheckSpec::required("store-opens", "store", 15);
 const TAKES: CheckSpec = CheckSpec::required("store-takes-files", "store", 20);
+const WRITERS: CheckSpec = CheckSpec::advisory("store-writers", "store", 25);
 const TRUST: CheckSpec = CheckSpec::required("user-trusted", "user-trust", 20);
 const SANDBOX: CheckSpec = CheckSpec::required("sandbox", "sandbox", 30);
 const EVALUATION: CheckSpec = CheckSpec::required("evaluation", "evaluation", 60);
 const BUILD: CheckSpec = CheckSpec::required("canary-build", "build", 30);
 const PACKAGE: CheckSpec = CheckSpec::required("package", "package", 120);
 /// In the order in which they run. A check is skipped when one that it depends on has failed.
-const ALL: [CheckSpec; 10] = [
-    PRESENT, VERSION, OPENS, FEATURES, TAKES, TRUST, EVALUATION, BUILD, SANDBOX, PACKAGE,
+const ALL: [CheckSpec; 11] = [
+    PRESENT, VERSION, OPENS, FEATURES, TAKES, WRITERS, TRUST, EVALUATION, BUILD, SANDBOX, PACKAGE,
 ];
 
 /// A Nix that works, and what it has built.
@@ -40,8 +42,13 @@ pub(super) struct Built {
 }
 
 /// Runs the checks. `None` if no Nix with a store that opens was found.
-pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env) -> Option<Built> {
-    let built = run(list, plan, env).await;
+pub(super) async fn checks(
+    list: &mut CheckList,
+    plan: &Plan,
+    env: &Env,
+    publishes: bool,
+) -> Option<Built> {
+    let built = run(list, plan, env, publishes).await;
     // Where several fail, the others depend on the first.
     let failed = list
         .checks
@@ -59,7 +66,7 @@ pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env) -> Opti
 }
 
 /// Runs the checks until one fails that all later ones depend on.
-async fn run(list: &mut CheckList, plan: &Plan, env: &Env) -> Option<Built> {
+async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> Option<Built> {
     let program = list.check(PRESENT, |_| async { present(env) }).await?;
     let nix = list
         .check(VERSION, |limit| version(plan, &program, env, limit))
@@ -68,6 +75,11 @@ async fn run(list: &mut CheckList, plan: &Plan, env: &Env) -> Option<Built> {
     list.check(FEATURES, |limit| features(&nix, env, limit))
         .await?;
     let taken = list.check(TAKES, |limit| takes(&nix, plan, limit)).await;
+    // It tells which paths of a shared store can be published here, and fails nothing.
+    list.check(WRITERS, |_| async {
+        Ok(((), survey(&nix, &plan.host, publishes, env).await))
+    })
+    .await;
     list.check(TRUST, |_| trusted(&nix)).await;
     taken?;
     let settings = Settings::read(&nix).await.unwrap_or_default();

@@ -111,7 +111,8 @@ async fn fetch(served: &Served, path: &TestPath) -> Option<Vec<u8>> {
         served.url,
         path.nar_hash().base32()
     );
-    let response = served.client().get(url).send().await.unwrap();
+    // A connection that ends before the headers were sent is a NAR that does not arrive whole, too.
+    let response = served.client().get(url).send().await.ok()?;
     if response.status() != 200 {
         return None;
     }

@@ -238,6 +238,7 @@ fn explain_shows_it() {
     reason     `push` on the default branch `main`
     attic      everything that the job builds
     flakehub   a rolling release, if a workflow with FlakeHub's action asks
+    host       this repository's alone (no job of another repository or of lower trust was seen on this host)
     ");
     let merge_request = run(&Job {
         merge_request: true,

@@ -132,6 +132,13 @@ fn a_user_whom_the_daemon_does_not_trust_is_named() {
         "{}",
         canary.log
     );
+    let config = format!("{NIX_CONFIG}trusted-users = root alice\n");
+    let told = canary.check("store-writers")["text"].to_string();
+    assert!(told.contains("this repository's alone"), "{told}");
+    assert!(!told.contains("can write"), "{told}");
+    let canary = builder.env("NIX_CONFIG", &config).run();
+    let told = canary.check("store-writers")["text"].to_string();
+    assert!(told.contains("trusted users (`alice`) can write"), "{told}");
 }
 
 #[test]

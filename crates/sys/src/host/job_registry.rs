@@ -130,6 +130,20 @@ impl JobRegistry {
     }
 }
 
+/// The jobs that are or were on this host, of whichever store, for one that does not enter the registry. A folder that is
+/// missing has none.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn jobs_seen(folder: &Path) -> io::Result<Vec<JobRecord>> {
+    let files = match job_files(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        files => files?,
+    };
+    let jobs = files.iter().filter_map(|path| record(&open(path)?));
+    Ok(jobs.collect())
+}
+
 impl Drop for JobRegistry {
     fn drop(&mut self) {
         // The time of the file is when the job ended, from which others see whether it ran beside them.
