@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::fmt;
 
+use crate::secret::without_credentials;
+
 /// The exit codes of Flywheel itself. `nix-job` otherwise ends with the command's own code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -86,11 +88,11 @@ pub struct UsageError {
 
 impl UsageError {
     /// `input` is the name as the user wrote it (`attic-server`), `problem` a fragment such as
-    /// "must be an http or https URL, not `foo`".
-    pub fn new(input: impl Into<String>, problem: impl Into<String>) -> Self {
+    /// "must be an http or https URL, not `foo`". Credentials in a URL that it quotes are taken out.
+    pub fn new(input: impl Into<String>, problem: impl AsRef<str>) -> Self {
         Self {
             input: input.into(),
-            problem: problem.into(),
+            problem: without_credentials(problem.as_ref()),
             hint: None,
         }
     }

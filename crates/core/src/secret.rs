@@ -68,9 +68,48 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Text with what stands before the `@` of a URL taken out, whether or not the URL is well formed: an error quotes what
+/// somebody wrote, and that may be a URL with a password in the wrong place.
+pub fn without_credentials(text: &str) -> String {
+    let mut clean = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("://") {
+        clean.push_str(before);
+        clean.push_str("://");
+        let ends = |c: char| c.is_whitespace() || matches!(c, '/' | '?' | '#' | '`' | '"' | '\'');
+        let authority = &after[..after.find(ends).unwrap_or(after.len())];
+        // A password may hold an unescaped `@`, so the last one counts.
+        rest = match authority.rfind('@') {
+            Some(at) => {
+                clean.push_str("…@");
+                &after[at + 1..]
+            }
+            None => after,
+        };
+    }
+    clean.push_str(rest);
+    clean
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn credentials_are_taken_out_of_any_text() {
+        for (text, clean) in [
+            ("not `https://user:pw@host/a b`", "not `https://…@host/a b`"),
+            ("http://u:p@w@[::1/", "http://…@[::1/"),
+            (
+                "s3://b?endpoint=http://u:pw@h:1&x and https://t@h",
+                "s3://b?endpoint=http://…@h:1&x and https://…@h",
+            ),
+            ("https://host/@scope a@b", "https://host/@scope a@b"),
+            ("no address", "no address"),
+        ] {
+            assert_eq!(without_credentials(text), clean);
+        }
+    }
 
     #[test]
     fn debug_shows_nothing_of_it() {
