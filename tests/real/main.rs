@@ -13,6 +13,7 @@ mod faults;
 mod world;
 
 mod actions;
+mod adversary;
 mod cache_serve;
 mod crates;
 mod destination;

@@ -1,6 +1,7 @@
 //! A real `flywheel cache serve` on loopback, for jobs to read from and publish to.
 
 use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -60,6 +61,12 @@ impl Cache {
             key,
             token,
         }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        let (_, address) = self.url.split_once("://").unwrap();
+        address.trim_end_matches('/').parse().unwrap()
     }
 
     /// The folder that it serves.
