@@ -12,7 +12,7 @@ use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, decide};
 use flywheel_sys::runner::context::{self, Recorded};
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::data;
+use flywheel_sys::runner::workflow::{data, json_data};
 
 /// Explain whether this job may publish, what it would publish where, and why.
 ///
@@ -92,7 +92,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let decision = decide(&facts, &request, context::token_present(env));
     match inputs.format.format {
         Format::Text => data(&in_words(&decision, inputs.gate.require_publish)),
-        Format::Json => data(&json(&decision)),
+        Format::Json => json_data(&json(&decision)),
     }
     Ok(Exit::Ok)
 }
