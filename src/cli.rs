@@ -15,6 +15,7 @@ use crate::command::{
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
 use flywheel_core::exit::{Exit, Failure};
+use flywheel_sys::process::core_dump::Reach;
 use flywheel_sys::runner::env::Env;
 
 /// Nix CI for GitHub workflows: every store path is published, or named with the reason why not.
@@ -60,6 +61,14 @@ impl Cli {
     pub(crate) fn read(arguments: Vec<OsString>, env: &Env) -> Result<Self, Refusal> {
         let matches = matches(Cli::command(), arguments, env)?;
         Self::from_arg_matches(&matches).map_err(refusal)
+    }
+
+    /// Whether a process of this verb may be left running when its step ends.
+    pub(crate) fn reach(&self) -> Reach {
+        match self.verb {
+            Verb::WatchStore(_) | Verb::Cache(_) | Verb::DaemonProxy(_) => Reach::Job,
+            _ => Reach::Step,
+        }
     }
 
     /// Runs the verb that was asked for.

@@ -21,6 +21,7 @@ use crate::cli::Cli;
 use crate::inputs::parse::Refusal;
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_sys::host::{priority, private};
+use flywheel_sys::process::core_dump;
 use flywheel_sys::runner::env::{Env, arguments};
 use flywheel_sys::runner::workflow::{Level, Workflow};
 
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
             return ExitCode::from(code.code());
         }
     };
+    core_dump::forbid(cli.reach());
     // The job's own work comes first, so these threads yield to it. The main thread, which starts the job's
     // command, keeps its priority.
     let mut runtime = tokio::runtime::Builder::new_multi_thread();

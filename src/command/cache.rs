@@ -17,6 +17,7 @@ use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_nix::cache_name::CacheName;
 use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::without_commands;
 
 /// Beyond this zstd level a small runner lacks the memory for several uploads at once.
 const HIGHEST_LEVEL: i32 = 19;
@@ -270,6 +271,9 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
         "tokens-file {}\n",
         serving.tokens_file().display()
     ));
+    if let Some(warning) = exposure(&inputs) {
+        log(inputs.quiet).degraded("listen", &warning);
+    }
     // A closed stdout is no reason to stop.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let _ = std::io::stdout().flush();
@@ -339,6 +343,22 @@ fn check_reach(address: SocketAddr, allow_remote: bool) -> Result<(), UsageError
     ))
 }
 
+/// What everybody in the network can do with a server that other machines reach.
+fn exposure(inputs: &Serve) -> Option<String> {
+    let address = inputs.listen;
+    if address.ip().is_loopback() {
+        return None;
+    }
+    let readers = if inputs.public || !inputs.private {
+        "everybody who reaches it reads every path in every cache here, WITHOUT A TOKEN (`--private` asks for one)"
+    } else {
+        "reading takes a token"
+    };
+    Some(format!(
+        "{address} can be reached from other machines: {readers}; nothing is encrypted, tokens included"
+    ))
+}
+
 fn gc(inputs: &Gc) -> Result<Exit, Failure> {
     let limits = inputs.limits.with_grace(Duration::ZERO);
     let folder = &inputs.folder.dir;
@@ -364,7 +384,7 @@ fn log(quiet: bool) -> Sink {
             _ => return,
         };
         // A server goes on when the reader of its log is gone.
-        let _ = writeln!(std::io::stderr(), "{line}");
+        let _ = writeln!(std::io::stderr(), "{}", without_commands(&line));
     })
 }
 

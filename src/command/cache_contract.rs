@@ -26,7 +26,7 @@ use flywheel_sys::http::{Names, Roots, client};
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
-use flywheel_sys::runner::workflow::{Level, Workflow, data};
+use flywheel_sys::runner::workflow::{Level, Workflow, data, json_data};
 
 /// Seconds. A cache that is no farther than a job's runner answers long before this.
 const TIMEOUT: &str = "5";
@@ -167,11 +167,11 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         upload,
         written,
     };
-    data(&if as_json {
-        report.json()
+    if as_json {
+        json_data(&report.json());
     } else {
-        report.text()
-    });
+        data(&report.text());
+    }
     report.emit(&workflow, env, as_json);
     Ok(if report.judgement.holds() {
         Exit::Ok

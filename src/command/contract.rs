@@ -11,7 +11,11 @@ use flywheel_core::contract::{Contract, FILE, print, read, workflow};
 use flywheel_core::exit::{Exit, Failure, UsageError};
 use flywheel_core::text::count;
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::data;
+use flywheel_sys::runner::workflow::{data, json_data};
+use flywheel_sys::untrusted_file::{self, Owner};
+
+/// A contract or a workflow that a person keeps is shorter, in bytes.
+const FILE_LIMIT: u64 = 16 << 20;
 
 /// Print the builder contract, or check a contract file and workflows against it.
 ///
@@ -117,11 +121,11 @@ pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
 fn print_contract(inputs: &Inputs) -> Result<Exit, Failure> {
     let (section, format) = (inputs.section, inputs.format);
     let contract = inputs.file.read()?;
-    data(&match format {
-        Format::Text => print::text(&contract, section),
-        Format::Markdown => print::markdown(&contract, section),
-        Format::Json => json(&contract, section),
-    });
+    match format {
+        Format::Text => data(&print::text(&contract, section)),
+        Format::Markdown => data(&print::markdown(&contract, section)),
+        Format::Json => json_data(json(&contract, section).trim_end()),
+    }
     Ok(Exit::Ok)
 }
 
@@ -149,7 +153,11 @@ fn contract(file: &Path) -> Result<Contract, Failure> {
 }
 
 fn text(input: &str, file: &Path) -> Result<String, UsageError> {
-    std::fs::read_to_string(file).map_err(|error| {
+    let read = untrusted_file::read(file, Owner::Any, FILE_LIMIT);
+    let text = read
+        .map_err(|error| error.to_string())
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned()));
+    text.map_err(|error| {
         UsageError::new(
             input,
             format!("names `{}`, which cannot be read ({error})", file.display()),
@@ -183,8 +191,8 @@ fn check(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
         .filter(|finding| finding.weight == Weight::Error)
         .count();
     match format {
-        Format::Json => data(&format!(
-            "{:#}\n",
+        Format::Json => json_data(&format!(
+            "{:#}",
             serde_json::json!({ "holds": errors == 0, "findings": findings })
         )),
         Format::Text | Format::Markdown => data(&report(check, &findings, errors)),

@@ -14,7 +14,7 @@ use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, Verdict, decide};
 use flywheel_sys::runner::context::{self, Recorded};
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::data;
+use flywheel_sys::runner::workflow::{data, json_data};
 
 /// Explain whether this job may publish, what it would publish where, and why.
 ///
@@ -100,7 +100,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let host = survey_host(&inputs.host, trusted, env);
     match inputs.format.format {
         Format::Text => data(&in_words(&decision, inputs.gate.require_publish, &host)),
-        Format::Json => data(&json(&decision, host)),
+        Format::Json => json_data(&json(&decision, host)),
     }
     Ok(Exit::Ok)
 }

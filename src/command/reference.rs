@@ -6,7 +6,7 @@ use crate::cli;
 use crate::cli::definitions::{Input, Verb, verbs};
 use crate::inputs::{Format, FormatInput};
 use flywheel_core::exit::{Exit, Failure};
-use flywheel_sys::runner::workflow::data;
+use flywheel_sys::runner::workflow::{data, json_data};
 
 /// Print every verb with its flags, variables, defaults and outputs, and the exit codes.
 ///
@@ -25,7 +25,7 @@ pub(crate) async fn run(inputs: Inputs) -> Result<Exit, Failure> {
     let verbs = verbs(&cli::command());
     match inputs.format.format {
         Format::Text => data(page(&verbs).trim_end()),
-        Format::Json => data(&serde_json::json!(verbs).to_string()),
+        Format::Json => json_data(&serde_json::json!(verbs).to_string()),
     }
     Ok(Exit::Ok)
 }

@@ -19,7 +19,7 @@ use flywheel_nix::nar::DumpError;
 use flywheel_nix::scan::{Finding, ScanResult, Scanner};
 use flywheel_nix::store_path::StorePath;
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::{Level, Workflow, data};
+use flywheel_sys::runner::workflow::{Level, Workflow, data, json_data};
 
 /// Look into store paths, or any files and folders, for what the publication policy would keep back.
 ///
@@ -106,7 +106,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     });
     let found: Vec<Found> = found.collect();
     if as_json {
-        data(&format!(
+        json_data(&format!(
             "{:#}",
             json!({ "paths": total, "bytes": size, "findings": found })
         ));

@@ -298,8 +298,8 @@ pub(crate) struct TrustInputs {
     pub(crate) push_cache: PushCache,
 
     /// Refs that may publish besides the default branch, separated by white space or commas, such as
-    /// `refs/tags/v* refs/heads/release/*`. `*` stops at a `/`, `**` does not. A branch must be
-    /// protected, too.
+    /// `refs/tags/v* refs/heads/release/*`. `*` stops at a `/`, `**` does not; a pattern that no
+    /// ref can match is refused. A branch must be protected, too.
     #[arg(
         long,
         value_name = "REFS",

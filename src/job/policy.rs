@@ -14,6 +14,7 @@ use flywheel_core::text::one_line;
 use flywheel_nix::scan::{Scanner, is_secret_name, is_secret_value};
 use flywheel_nix::store::Store;
 use flywheel_sys::runner::env::Env;
+use flywheel_sys::untrusted_file::{self, Owner};
 
 /// A list of exceptions may be this long, in bytes: no list that a person keeps is longer.
 const LIST_LIMIT: u64 = 1 << 20;
@@ -98,11 +99,9 @@ impl PolicyInputs {
 }
 
 fn read_list(file: &Path) -> Result<String, String> {
-    let about = std::fs::metadata(file).map_err(|error| format!("cannot be read ({error})"))?;
-    if about.len() > LIST_LIMIT {
-        return Err(format!("is longer than {LIST_LIMIT} bytes"));
-    }
-    std::fs::read_to_string(file).map_err(|error| format!("cannot be read ({error})"))
+    let bytes = untrusted_file::read(file, Owner::Any, LIST_LIMIT)
+        .map_err(|error| format!("cannot be read ({error})"))?;
+    String::from_utf8(bytes).map_err(|_| "cannot be read (it is not UTF-8)".to_owned())
 }
 
 impl PolicyConfig {

@@ -87,6 +87,58 @@ fn an_endpoint_that_does_not_answer_breaks_only_the_strict_contract() {
     check(&["--timeout", "soon"], &[], 64, "timeout");
 }
 
+/// A process that holds the job's token leaves no core dump, and no other process of its user can read its memory or its
+/// environment.
+#[test]
+fn a_process_with_a_token_is_closed_to_others_of_its_user() {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+    use std::os::unix::process::CommandExt as _;
+
+    let url = Server::start(Answer::Silent).url("grpc");
+    let bounded = ["cache-contract", "--allow-localhost", "--timeout", "20"];
+    let run = Flywheel::new(&bounded).env("BAZEL_REMOTE_CACHE", &url);
+    let mut command = run.command();
+    let is_root = rustix::process::geteuid().is_root();
+    let program = run.path("flywheel");
+    if is_root {
+        // Root may read everything; the files of the test are another user's then.
+        std::fs::copy(command.get_program(), &program).unwrap();
+        std::fs::set_permissions(run.folder.path(), std::fs::Permissions::from_mode(0o755))
+            .unwrap();
+        chown(run.folder.path(), Some(65534), Some(65534)).unwrap();
+        let mut other = std::process::Command::new(&program);
+        other.args(command.get_args()).uid(65534).gid(65534);
+        crate::world::folders::isolate(&mut other, run.folder.path());
+        other
+            .current_dir(run.folder.path())
+            .env("BAZEL_REMOTE_CACHE", &url);
+        command = other;
+    }
+    let mut child = command.stdin(std::process::Stdio::null()).spawn().unwrap();
+    let proc = std::path::PathBuf::from(format!("/proc/{}", child.id()));
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let closed = loop {
+        let limits = std::fs::read_to_string(proc.join("limits")).unwrap_or_default();
+        let limit = limits
+            .lines()
+            .find(|line| line.starts_with("Max core file size"));
+        let soft = limit.and_then(|line| line.split_whitespace().nth(4));
+        // The system gives the files of a process that must not be traced to root.
+        let owner = std::fs::metadata(proc.join("environ")).unwrap().uid();
+        if soft == Some("0") && owner == 0 {
+            break true;
+        }
+        if std::time::Instant::now() > deadline {
+            break false;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    let can_read = !is_root && std::fs::read(proc.join("environ")).is_ok();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(closed && !can_read);
+}
+
 #[test]
 fn an_executor_must_execute() {
     let mode = [

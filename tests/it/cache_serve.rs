@@ -116,6 +116,69 @@ fn bad_input_is_refused_before_anything_is_made() {
 }
 
 #[test]
+fn a_server_that_others_reach_says_what_it_serves_them() {
+    let open = "reads every path in every cache here, WITHOUT A TOKEN";
+    for (more, said) in [
+        (&["--listen", "0.0.0.0:0", "--allow-remote"][..], Some(open)),
+        (
+            &[
+                "--listen",
+                "0.0.0.0:0",
+                "--allow-remote",
+                "--private",
+                "--quiet",
+            ],
+            Some("reading takes a token; nothing is encrypted"),
+        ),
+        (&["--listen", "127.0.0.1:0", "--allow-remote"], None),
+    ] {
+        let arguments = [
+            &["cache", "serve", "--dir", "c", "--stop-after", "1s"],
+            more,
+        ]
+        .concat();
+        let ran = Flywheel::new(&arguments).run();
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let warning = ran
+            .stderr
+            .lines()
+            .find(|line| line.starts_with("warning: listen: "));
+        assert_eq!(
+            warning.is_some(),
+            said.is_some(),
+            "{more:?}: {}",
+            ran.stderr
+        );
+        if let (Some(warning), Some(said)) = (warning, said) {
+            assert!(warning.contains(said), "{warning}");
+        }
+    }
+}
+
+#[test]
+fn a_pipe_in_place_of_a_file_of_the_folder_keeps_no_server_waiting() {
+    for name in ["tokens", "lock", "keys/main.secret"] {
+        let run = Flywheel::new(&["cache", "serve", "--dir", "c", "--listen", "127.0.0.1:0"]);
+        std::fs::create_dir_all(run.path("c/keys")).unwrap();
+        let file = run.path("c").join(name);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &file, rustix::fs::Mode::from(0o600)).unwrap();
+        let began = std::time::Instant::now();
+        let ran = run.run();
+        assert!(
+            began.elapsed().as_secs() < 10,
+            "{name}: {:?}",
+            began.elapsed()
+        );
+        assert_eq!(ran.code, 69, "{name}: {}", ran.stderr);
+        assert!(
+            ran.stderr.contains("is a named pipe"),
+            "{name}: {}",
+            ran.stderr
+        );
+    }
+}
+
+#[test]
 fn empty_inputs_are_inputs_that_were_not_given() {
     let run = Flywheel::in_job(&[
         "cache",

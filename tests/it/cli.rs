@@ -273,3 +273,52 @@ fn a_value_that_may_hold_a_secret_is_not_quoted() {
         assert_eq!(ran.code, 64, "{arguments:?}: {}", ran.stdout);
     }
 }
+
+/// Inputs whose values can carry a password, in every form that a URL has one.
+#[test]
+fn no_password_of_a_value_stands_in_help_or_errors() {
+    let secret = crate::world::PLANTED_TOKEN;
+    let urls = [
+        format!("https://me:{secret}@cache.example/"),
+        format!("s3://bucket?endpoint=https://me:{secret}@s3.example"),
+        format!("s3://bucket?endpoint=me:{secret}@s3.example"),
+        format!("s3://bucket?endpoint=https%3A%2F%2Fme%3A{secret}%40s3.example"),
+        format!("s3:/me:{secret}@bucket"),
+        format!("me:{secret}@cache.example"),
+        format!("grpcs://me:{secret}@bazel.example:8980"),
+        format!("ssh-ng://me:{secret}@host"),
+    ];
+    let names = [
+        "FLYWHEEL_CACHE",
+        "FLYWHEEL_ATTIC_SERVER",
+        "FLYWHEEL_BAZEL_CACHE",
+        "FLYWHEEL_ENDPOINT",
+        "FLYWHEEL_GATEWAY",
+        "FLYWHEEL_FLAKE",
+        "FLYWHEEL_EXTRA_NIX_CONFIG",
+        "ATTIC_SERVER",
+        "BAZEL_REMOTE_CACHE",
+        "NIX_CONFIG",
+    ];
+    for verb in [
+        "nix-job",
+        "flake-checks",
+        "publish",
+        "explain",
+        "validate-builders",
+        "cache-contract",
+        "setup",
+    ] {
+        let help = Flywheel::new(&[verb, "--help"]);
+        let help = names.iter().fold(help, |run, name| run.env(name, &urls[1]));
+        // `run` looks for the secret in all that was printed.
+        assert_eq!(help.run().code, 0, "{verb}");
+    }
+    for url in &urls {
+        for flag in ["cache", "attic-server"] {
+            let flag = format!("--{flag}={url}");
+            let ran = Flywheel::in_job(&["nix-job", &flag, "--", "true"]).run();
+            assert_eq!(ran.code, 64, "{flag}: {}", ran.stdout);
+        }
+    }
+}

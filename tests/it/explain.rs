@@ -146,6 +146,84 @@ fn a_token_and_a_request_are_both_needed() {
     );
 }
 
+/// An earlier step can write the payload, but not what the runner puts into the action's variable.
+#[test]
+fn a_forged_default_branch_contradicts_the_event_of_the_server() {
+    let forged = push()
+        .change(|payload| payload["repository"]["default_branch"] = json!("feature"))
+        .on("refs/heads/feature");
+    let json = ["--format", "json"];
+    let judged =
+        |branch: &str| explained(&job(&forged, &json).env("FLYWHEEL_EVENT_DEFAULT_BRANCH", branch));
+    let judgement = judged("main");
+    assert_eq!(judgement["publishes"], false, "{judgement}");
+    let reason = judgement["reason"].as_str().unwrap();
+    assert!(
+        reason.contains("the default branch is in doubt") && reason.contains("`main`"),
+        "{reason}"
+    );
+    // Where the binary is called by hand there is no such variable, as `docs/trust.md` states.
+    assert_eq!(judged("")["publishes"], true);
+    let honest = explained(&job(&push(), &json).env("FLYWHEEL_EVENT_DEFAULT_BRANCH", "main"));
+    assert_eq!(honest["publishes"], true, "{honest}");
+}
+
+#[test]
+fn a_trusted_ref_that_no_ref_matches_is_64() {
+    for pattern in [
+        "refs/heads/release/",
+        "/refs/heads/main",
+        "refs/heads//x",
+        "refs/heads/***",
+    ] {
+        let ran = job(&push(), &["--trusted-refs", pattern]).run();
+        assert_eq!(ran.code, 64, "{pattern}: {}", ran.stdout);
+        let printed = format!("{}{}", ran.stdout, ran.stderr);
+        assert!(printed.contains("`trusted-refs`"), "{pattern}: {printed}");
+    }
+}
+
+/// git allows these characters in the name of a branch.
+#[test]
+fn a_ref_that_turns_the_direction_of_writing_is_shown() {
+    let event = push().on("refs/heads/a\u{202e}b\u{200b}");
+    let text = job(&event, &[]).run().stdout;
+    assert!(text.contains(r"refs/heads/a\u{202e}b\u{200b}"), "{text}");
+    let json = job(&event, &["--format", "json"]).run().stdout;
+    assert!(
+        json.contains(r"a\u202eb\u200b") || json.contains(r"a\\u{202e}b"),
+        "{json}"
+    );
+    for printed in [text, json] {
+        assert!(!printed.contains(['\u{202e}', '\u{200b}']), "{printed}");
+    }
+}
+
+#[test]
+fn a_payload_that_is_a_pipe_or_huge_is_refused_at_once() {
+    for kind in ["pipe", "large"] {
+        let run = job(&push(), &["--format", "json"]);
+        let file = run.path("event.json");
+        std::fs::remove_file(&file).unwrap();
+        if kind == "pipe" {
+            rustix::fs::mkfifoat(rustix::fs::CWD, &file, rustix::fs::Mode::from(0o600)).unwrap();
+        } else {
+            let sparse = std::fs::File::create(&file).unwrap();
+            sparse.set_len(3_000_000_000).unwrap();
+        }
+        let began = std::time::Instant::now();
+        // Not `check`, which would read the file to look for the token.
+        let output = run.command().output().unwrap();
+        assert!(
+            began.elapsed().as_secs() < 5,
+            "{kind}: {:?}",
+            began.elapsed()
+        );
+        let judgement: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(judgement["publishes"], false, "{kind}: {judgement}");
+    }
+}
+
 #[test]
 fn the_jobs_protection_and_trusted_refs_count() {
     let release = push().on("refs/heads/release/1");

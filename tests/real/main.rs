@@ -26,6 +26,7 @@ mod journal;
 mod lint;
 mod nix_floor;
 mod nix_job;
+mod obedience;
 mod policy;
 mod publish;
 mod sharing;

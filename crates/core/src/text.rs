@@ -1,5 +1,6 @@
 //! Text for people: spelling suggestions, counts, sizes, durations. Pure.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// The known word that is most similar to `word`, if it is similar enough for a typing error.
@@ -62,13 +63,59 @@ pub fn shorten(text: &str, limit: usize) -> String {
     }
 }
 
-/// Makes text from outside safe for one line: control characters become spaces, and the text is shortened.
+/// Shows what a reader would not see, or see in another order than it stands, as `\u{202e}`: control characters but tab,
+/// line feed and carriage return, what turns the direction of writing, what has no width, and the line separators of
+/// Unicode.
+pub fn visible(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 8);
+    for character in text.chars() {
+        if is_hidden(character) {
+            shown.extend(character.escape_unicode());
+        } else {
+            shown.push(character);
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// Whether `visible` shows a character as its number. The variation selectors U+FE00 to U+FE0F belong to emoji and stay.
+pub fn is_hidden(character: char) -> bool {
+    match character {
+        '\t' | '\n' | '\r' => false,
+        // The soft hyphen, the combining grapheme joiner, and fillers and vowels that are drawn as nothing.
+        '\u{ad}'
+        | '\u{34f}'
+        | '\u{61c}'
+        | '\u{115f}'
+        | '\u{1160}'
+        | '\u{17b4}'
+        | '\u{17b5}'
+        | '\u{180b}'..='\u{180f}'
+        | '\u{3164}'
+        | '\u{ffa0}'
+        | '\u{feff}' => true,
+        // Zero width, marks, embeddings, overrides and isolates; both separators; invisible operators.
+        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' => true,
+        // Interlinear annotation, shorthand and musical formats, tags, further variation selectors.
+        '\u{fff0}'..='\u{fffb}'
+        | '\u{1bca0}'..='\u{1bca3}'
+        | '\u{1d173}'..='\u{1d17a}'
+        | '\u{e0000}'..='\u{e0fff}' => true,
+        other => other.is_control(),
+    }
+}
+
+/// Makes text from outside safe for one line: control characters become spaces, others that are not seen are shown, and
+/// the text is shortened.
 pub fn one_line(text: &str, limit: usize) -> String {
     let line: String = text
         .chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect();
-    shorten(line.trim(), limit)
+    shorten(&visible(line.trim()), limit)
 }
 
 #[cfg(test)]
@@ -95,5 +142,19 @@ mod tests {
     fn one_line_cannot_break_a_line() {
         assert_eq!(one_line("a\r\nb\u{1b}[31m", 10), "a  b [31m");
         assert_eq!(shorten("äöü", 2), "äö…");
+        assert_eq!(one_line("a\u{202e}b\u{2028}c", 30), "a\\u{202e}b\\u{2028}c");
+    }
+
+    #[test]
+    fn what_is_not_seen_is_shown() {
+        let plain = "Grüße, שלום, ✅ ⚠\u{fe0f}\tx\r\n";
+        assert!(matches!(visible(plain), Cow::Borrowed(same) if same == plain));
+        // Every control of the bidirectional algorithm (UAX 9), zero width, C0, C1, separators, tags.
+        let hidden = "\u{61c}\u{200e}\u{200f}\u{202a}\u{202b}\u{202c}\u{202d}\u{202e}\u{2066}\u{2067}\u{2068}\u{2069}\
+                      \u{200b}\u{200c}\u{200d}\u{2060}\u{feff}\0\u{1b}\u{7f}\u{85}\u{9b}\u{2028}\u{2029}\u{e0041}\u{ad}";
+        for character in hidden.chars() {
+            let shown = visible(&format!("a{character}b")).into_owned();
+            assert_eq!(shown, format!("a\\u{{{:x}}}b", u32::from(character)));
+        }
     }
 }

@@ -15,7 +15,7 @@ use url::Url;
 
 use flywheel_core::exit::Explain;
 use flywheel_core::secret::Secret;
-use flywheel_core::text::{one_line, shorten};
+use flywheel_core::text::{one_line, shorten, visible};
 
 /// GitHub's own limits of the texts (its documentation of 2026).
 const TITLE_LIMIT: usize = 255;
@@ -88,6 +88,17 @@ pub(crate) struct Annotation {
     /// One line.
     pub(crate) title: String,
     pub(crate) message: String,
+}
+
+impl Annotation {
+    /// The same with characters shown that nobody would see. The path has to stay the file's.
+    fn visible(&self) -> Self {
+        Self {
+            title: visible(&self.title).into_owned(),
+            message: visible(&self.message).into_owned(),
+            ..self.clone()
+        }
+    }
 }
 
 /// A Check Run as GitHub should show it.
@@ -193,15 +204,15 @@ struct Body<'a> {
     started_at: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     completed_at: Option<String>,
-    output: Output<'a>,
+    output: Output,
 }
 
 #[derive(Serialize)]
-struct Output<'a> {
+struct Output {
     title: String,
     summary: String,
-    #[serde(skip_serializing_if = "<[_]>::is_empty")]
-    annotations: &'a [Annotation],
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    annotations: Vec<Annotation>,
 }
 
 #[derive(Deserialize)]
@@ -437,9 +448,14 @@ fn body<'a>(run: &'a CheckRun, head_sha: Option<&'a str>) -> Body<'a> {
             .filter(|_| conclusion.is_some())
             .map(rfc3339),
         output: Output {
-            title: shorten(&run.title, TITLE_LIMIT - 1),
-            summary: shorten(&run.summary, SUMMARY_LIMIT),
-            annotations: &run.annotations[..run.annotations.len().min(ANNOTATIONS)],
+            title: shorten(&visible(&run.title), TITLE_LIMIT - 1),
+            summary: shorten(&visible(&run.summary), SUMMARY_LIMIT),
+            annotations: run
+                .annotations
+                .iter()
+                .take(ANNOTATIONS)
+                .map(Annotation::visible)
+                .collect(),
         },
     }
 }
@@ -483,6 +499,36 @@ fn may_have_arrived(error: &octocrab::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_seen_is_shown() {
+        let run = CheckRun {
+            name: "checks".into(),
+            external_id: "1".into(),
+            stage: Stage::InProgress,
+            started_at: None,
+            completed_at: None,
+            title: "a\u{202e}b".into(),
+            summary: "c\u{2066}\nd".into(),
+            annotations: vec![Annotation {
+                path: "flake.nix".into(),
+                start_line: 1,
+                end_line: 1,
+                annotation_level: "failure",
+                title: "e\u{200b}".into(),
+                message: "f\u{2028}g".into(),
+            }],
+        };
+        let sent = serde_json::to_string(&body(&run, None)).expect("JSON");
+        for shown in [
+            "a\\\\u{202e}b",
+            "c\\\\u{2066}\\nd",
+            "e\\\\u{200b}",
+            "f\\\\u{2028}g",
+        ] {
+            assert!(sent.contains(shown), "{shown}: {sent}");
+        }
+    }
 
     #[test]
     fn rate_limits_are_no_refusals() {

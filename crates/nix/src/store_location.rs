@@ -335,7 +335,11 @@ fn lexical(path: &Path) -> PathBuf {
 /// A store's URL for messages, without credentials and on one line.
 pub fn shown(url: &str) -> String {
     let plain = url.parse::<Url>().map_or_else(
-        |_| url.split('?').next().unwrap_or_default().to_owned(),
+        |_| {
+            let place = url.split('?').next().unwrap_or_default();
+            // What stands before an `@` may be a user with a password.
+            place.rsplit('@').next().unwrap_or_default().to_owned()
+        },
         |url| redact(&url),
     );
     one_line(&plain, 120)

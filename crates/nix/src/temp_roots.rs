@@ -23,6 +23,7 @@ use process_owner::{ProcessOwner, impurity_of};
 use crate::store_path::StorePath;
 use flywheel_core::policy::Impurity;
 use flywheel_sys::host::notify::{Event, Notify, WatchFlags};
+use flywheel_sys::untrusted_file::{self, FileError, Owner};
 
 /// The processes that belong to the job.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -239,7 +240,7 @@ impl WatcherState {
         for pid in self.pids() {
             if ProcessOwner::of_process(pid, &self.job) == ProcessOwner::Exited {
                 self.stale
-                    .extend(File::open(self.folder.join(pid.to_string())));
+                    .extend(open_roots(&self.folder.join(pid.to_string())));
                 // One that cannot be opened is known by its number alone.
                 self.known.insert(pid);
             }
@@ -247,7 +248,7 @@ impl WatcherState {
     }
 
     fn open_file(&mut self, pid: u32) {
-        let file = File::open(self.folder.join(pid.to_string()));
+        let file = open_roots(&self.folder.join(pid.to_string()));
         let known = |roots: &RootsFile, file: &File| same_file(&roots.file, file);
         if let (Some(roots), Ok(file)) = (self.open.get(&pid), &file)
             && known(roots, file)
@@ -347,6 +348,11 @@ fn same_file(one: &File, other: &File) -> bool {
     }
 }
 
+/// Opens a process's temporary roots. A pipe in their place, which this user's other processes can make, is not waited for.
+fn open_roots(file: &Path) -> Result<File, FileError> {
+    untrusted_file::open(file, Owner::Any, u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -380,6 +386,25 @@ mod tests {
         )
         .expect("removed");
         assert!(watcher.named().contains(&path()));
+    }
+
+    #[test]
+    fn a_pipe_in_place_of_a_file_is_not_waited_for() {
+        use rustix::fs::{CWD, Mode, mkfifoat};
+        let folder = state_dir();
+        for pid in [std::process::id(), 1, u32::MAX] {
+            let file = folder.path().join("temproots").join(pid.to_string());
+            mkfifoat(CWD, file, Mode::from(0o600)).expect("made");
+        }
+        // On a thread of its own, so that waiting would be seen.
+        let (done, ended) = std::sync::mpsc::channel();
+        let watched = folder.path().to_owned();
+        std::thread::spawn(move || {
+            let watcher = TempRootWatcher::start(&watched, JobScope::Descendants);
+            let _ = done.send(watcher.named().is_empty());
+        });
+        let named_nothing = ended.recv_timeout(Duration::from_secs(10));
+        assert_eq!(named_nothing, Ok(true));
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub(crate) struct Inputs {
     working_directory: PathBuf,
 
     /// Whether the runner obeys workflow commands (`::notice::` …) that the command prints. With `false`
-    /// a build log cannot inject any.
+    /// a build log cannot inject any, on stdout or stderr.
     #[arg(
         long,
         value_name = "BOOL",

@@ -18,13 +18,13 @@ use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use flywheel_core::budget::{self, Observed};
 use flywheel_core::exit::{Exit, Failure, UsageError};
-use flywheel_core::secret::Secret;
 use flywheel_nix::temp_roots;
 use flywheel_sys::host::peak::{Span, Spent};
 use flywheel_sys::process::signals::Signals;
-use flywheel_sys::process::supervise::{CommandExit, Supervised};
+use flywheel_sys::process::supervise::{CommandExit, SuperviseError, Supervised};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::guard::StoppedCommands;
 use flywheel_sys::runner::workflow::Level;
 
 /// Runs the verb.
@@ -59,7 +59,21 @@ impl NixJob<'_> {
             .await;
         let span = Span::begin();
         let link = watch.as_ref().and_then(StoreWatch::daemon_link);
-        let ended = self.command(&prepared, link, signals).await?;
+        let (ended, stopped_commands) = self.command(&prepared, link, signals).await?;
+        // It waits for the runner to read the command's last lines, while the job goes on.
+        let resuming = tokio::spawn(async {
+            if let Some(stopped) = stopped_commands {
+                stopped.resume().await;
+            }
+        });
+        let ended = match ended {
+            Ok(ended) => ended,
+            Err(error) => {
+                // The error is an annotation.
+                let _ = resuming.await;
+                return Err(error.into());
+            }
+        };
         let spent = span.end().await;
         let publish_began = Instant::now();
         let folder = &self.plan.folder;
@@ -91,6 +105,8 @@ impl NixJob<'_> {
             publish_began.elapsed(),
         );
         prepared.stop().await;
+        // It fails only with a panic, which has been reported.
+        let _ = resuming.await;
         JobReport::new(&job).emit(&self.session.workflow, &Files::from_env(self.session.env));
         Ok(Exit::Command(job.exit_code))
     }
@@ -100,7 +116,7 @@ impl NixJob<'_> {
         prepared: &Prepared,
         daemon_link: Option<&Path>,
         signals: &mut Signals,
-    ) -> Result<CommandExit, Failure> {
+    ) -> Result<(Result<CommandExit, SuperviseError>, Option<StoppedCommands>), Failure> {
         let ready = &prepared.ready;
         let mut environment = environment::for_command(
             self.session.env,
@@ -125,19 +141,16 @@ impl NixJob<'_> {
             }
         };
         command.environment = environment;
-        // The runner obeys no workflow command in the command's output until this random word comes.
-        let resume_word = Secret::random();
-        if !self.plan.workflow_commands {
-            self.session.workflow.stop_commands(&resume_word);
-        }
         // Progress lines would fall into the middle of the command's own output.
         self.session.screen.hold();
+        let stopped_commands = if self.plan.workflow_commands {
+            None
+        } else {
+            self.session.workflow.stop_commands().await
+        };
         let ended = command.run(signals).await;
-        if !self.plan.workflow_commands {
-            self.session.workflow.resume_commands(&resume_word);
-        }
         self.session.screen.release();
-        Ok(ended?)
+        Ok((ended, stopped_commands))
     }
 
     fn result(

@@ -8,7 +8,7 @@ use crate::inputs::Format;
 use crate::report::publication::{KeySource, Missed, Publication};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::text;
-use flywheel_sys::runner::workflow::{Level, Workflow, data};
+use flywheel_sys::runner::workflow::{Level, Workflow, json_data};
 
 /// How many paths of a kind the text names; JSON names all.
 const NAMED: usize = 20;
@@ -76,7 +76,9 @@ pub(super) fn report(
             lost_paths: &publication.lost,
             unverified_paths: &publication.unverified,
         };
-        data(&serde_json::to_string_pretty(&report).expect("texts and numbers are always JSON"));
+        json_data(
+            &serde_json::to_string_pretty(&report).expect("texts and numbers are always JSON"),
+        );
         return is_lost;
     }
     for (level, title, paths) in [

@@ -14,7 +14,7 @@ use flywheel_github::check_run::{self, Commit, Conclusion, Finished};
 use flywheel_sys::http::{chain, redact};
 use flywheel_sys::runner::context::{commit, github_api};
 use flywheel_sys::runner::files::Files;
-use flywheel_sys::runner::workflow::{Level, Workflow, data};
+use flywheel_sys::runner::workflow::{Level, Workflow, data, json_data};
 
 /// How long a push may take: a slow gateway must not hold the builder up.
 const PUSH_LIMIT: Duration = Duration::from_secs(5);
@@ -29,11 +29,11 @@ pub(super) async fn report(
 ) {
     let plan = &work.plan;
     let report = format!("{:#}\n", canary.json());
-    data(&if plan.as_json {
-        report.clone()
+    if plan.as_json {
+        json_data(report.trim_end());
     } else {
-        format!("{}{}", canary.table(), canary.closing_line())
-    });
+        data(&format!("{}{}", canary.table(), canary.closing_line()));
+    }
     // In a job, warnings go to stdout, which must hold the JSON alone.
     let quiet = plan.as_json && workflow.in_job();
     let warn = |area: &str, text: String| {

@@ -35,7 +35,7 @@ use flywheel_sys::process::detached;
 use flywheel_sys::process::signals::Signals;
 use flywheel_sys::runner::env::{Env, current_folder, program_and_arguments};
 use flywheel_sys::runner::files::Files;
-use flywheel_sys::runner::workflow::{Level, Workflow, data};
+use flywheel_sys::runner::workflow::{Level, Workflow, json_data, shell_data};
 
 /// Nix may have to be installed, which has its own limit of ten minutes.
 const START_LIMIT: Duration = Duration::from_secs(630);
@@ -275,7 +275,7 @@ fn export_settings(
         let exports = variables
             .iter()
             .map(|(name, value)| format!("export {name}={}", quoted(value)));
-        data(&exports.collect::<Vec<_>>().join("\n"));
+        shell_data(&exports.collect::<Vec<_>>().join("\n"));
     }
     workflow.log("flywheel: watching the store; `flywheel watch-store finish` ends it");
     Ok(())
@@ -312,7 +312,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
             variables: variables(prepared),
             folder: nix_folder(prepared).map(Into::into),
         };
-        data(&json(&event));
+        json_data(&json(&event));
         // `start` ends now, and with it the reader of this process's standard output.
         let _ = detached::close_stdout();
     };
@@ -320,7 +320,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let ended = run_daemon(plan, env, parts, config.folder, sink, ready).await;
     if let Err(failure) = &ended {
         let is_host = failure.exit() == Exit::Host;
-        data(&json(&StartEvent::Failed {
+        json_data(&json(&StartEvent::Failed {
             text: failure.to_string(),
             hint: failure.hint(),
             is_host,
@@ -336,9 +336,9 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
 fn to_start_and_log(log: Sink) -> Sink {
     Sink::new(move |event: Progress| {
         match event.clone() {
-            Progress::Note(text) => data(&json(&StartEvent::Note(text))),
+            Progress::Note(text) => json_data(&json(&StartEvent::Note(text))),
             Progress::Degraded { area, text } => {
-                data(&json(&StartEvent::Degraded(area.to_owned(), text)));
+                json_data(&json(&StartEvent::Degraded(area.to_owned(), text)));
             }
             Progress::Moved { .. } => (),
         }
@@ -518,7 +518,9 @@ async fn status(env: &Env, format: Format) -> Result<Exit, Failure> {
         ..Status::default()
     });
     if format == Format::Json {
-        data(&serde_json::to_string_pretty(&status).expect("texts and numbers are always JSON"));
+        json_data(
+            &serde_json::to_string_pretty(&status).expect("texts and numbers are always JSON"),
+        );
         return Ok(Exit::Ok);
     }
     let workflow = Workflow::new(env.in_github_actions());

@@ -248,7 +248,16 @@ fn variables(verb: &Verb) -> String {
             names.join(" || ")
         )
     });
-    variables.collect()
+    let variables: String = variables.collect();
+    // The trust gate compares the payload, which every earlier step can write, with what the server sent the runner.
+    let is_judged =
+        verb.name != "setup" && verb.inputs.iter().any(|input| input.name == "push-cache");
+    let event = if is_judged {
+        "        FLYWHEEL_EVENT_DEFAULT_BRANCH: ${{ github.event.repository.default_branch }}\n"
+    } else {
+        ""
+    };
+    format!("{variables}{event}")
 }
 
 /// A description as a folded text, which takes every character literally.

@@ -91,7 +91,7 @@ impl FromStr for StoreUrl {
             return Err(StoreUrlError::Scheme(one_line(url.scheme(), 40)));
         }
         // The URL becomes an argument of `nix`, which any user of the machine can read.
-        if url.password().is_some() {
+        if url.password().is_some() || url.query_pairs().any(|(_, value)| has_password(&value)) {
             return Err(StoreUrlError::Password);
         }
         // Nix separates a setting's values by white space, so a URL with white space would be two.
@@ -108,6 +108,13 @@ impl FromStr for StoreUrl {
             Err(malformed())
         }
     }
+}
+
+/// Whether a parameter such as `endpoint` holds a user with a password, with or without a scheme.
+fn has_password(value: &str) -> bool {
+    let authority = value.split_once("://").map_or(value, |(_, rest)| rest);
+    let user = authority.rsplit_once('@').map(|(user, _)| user);
+    user.is_some_and(|user| user.contains(':'))
 }
 
 /// Without user and parameters, which may hold keys.

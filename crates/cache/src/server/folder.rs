@@ -13,10 +13,10 @@
 //! tmp/                              unfinished files; swept at every start
 //! ```
 
-use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{self, Write as _};
 use std::ops::Deref;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
@@ -26,6 +26,7 @@ use flywheel_core::exit::{Exit, Explain};
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::store_path::PathHash;
+use flywheel_sys::untrusted_file::{self, Owner};
 
 #[derive(Debug, Error)]
 pub enum FolderError {
@@ -296,20 +297,13 @@ pub(crate) fn prepare_caches(layout: &Layout, caches: &[CacheName]) -> io::Resul
 }
 
 fn open_lock(file: &Path) -> io::Result<File> {
-    // Without waiting, because opening a pipe would wait for a reader.
-    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
-    let lock = OpenOptions::new()
-        .create(true)
-        // The file's content does not matter, and another process may hold its lock.
-        .truncate(false)
-        .write(true)
-        .custom_flags(nonblocking)
-        .open(file)?;
-    if lock.metadata()?.is_file() {
-        Ok(lock)
-    } else {
-        Err(io::Error::other("`lock` is not a plain file"))
-    }
+    // The file's content does not matter, and another process may hold its lock.
+    Ok(untrusted_file::open_to_write(
+        file,
+        Owner::Any,
+        u64::MAX,
+        false,
+    )?)
 }
 
 /// A NAR's file name, on disk and in URLs.

@@ -13,12 +13,16 @@ use thiserror::Error;
 
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
+use flywheel_sys::untrusted_file::{self, Owner};
 
 /// Random bytes in a generated token; this many cannot be guessed.
 const TOKEN_BYTES: usize = 32;
 /// Minimum length of a token. Shorter ones can be guessed over the network, and typing `test`
 /// should be an error.
 const MIN_TOKEN_LENGTH: usize = 8;
+
+/// A file with tokens or a key is shorter, in bytes.
+const FILE_LIMIT: u64 = 1 << 20;
 
 #[derive(Debug, Error)]
 pub enum TokenError {
@@ -91,7 +95,7 @@ impl Tokens {
     /// # Errors
     /// As for [`Tokens::open_or_create`].
     pub(crate) fn open(file: &Path) -> Result<Self, TokenError> {
-        let text = std::fs::read_to_string(file).map_err(|source| TokenError::File {
+        let text = read_text(file).map_err(|source| TokenError::File {
             file: file.to_owned(),
             source,
         })?;
@@ -275,7 +279,7 @@ pub(super) fn read_or_create(
     make: impl Fn() -> io::Result<Secret>,
 ) -> io::Result<Secret> {
     for replace in [false, true] {
-        match std::fs::read_to_string(file) {
+        match read_text(file) {
             Ok(text) => {
                 if let Some(text) = Secret::new(&text) {
                     return Ok(text);
@@ -312,6 +316,12 @@ fn write_private(file: &Path, text: &Secret, replace: bool) -> io::Result<bool> 
         Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         placed => Ok(placed?),
     }
+}
+
+/// Reads a file with tokens or a key, which may be mounted by another user and behind a link.
+fn read_text(file: &Path) -> io::Result<String> {
+    let bytes = untrusted_file::read(file, Owner::Any, FILE_LIMIT)?;
+    String::from_utf8(bytes).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "is not UTF-8"))
 }
 
 #[cfg(test)]

@@ -67,10 +67,35 @@ fn check(pattern: &str) -> Result<(), UsageError> {
             "A pull request never publishes, and no setting can change that: leave `refs/pull/` out.",
         );
     }
-    if !kind.contains('*') && !matches!(kind, "heads" | "tags") {
+    let names_a_kind = match kind.split_once("**") {
+        // What follows `**` need not be in the same part.
+        Some((start, _)) => ["heads/", "tags/"]
+            .iter()
+            .any(|named| matches(&format!("{start}**"), named)),
+        None => ["heads", "tags"].iter().any(|named| matches(kind, named)),
+    };
+    if !names_a_kind {
         return wrong(
             "must name branches or tags",
             "Begin it with `refs/heads/` or `refs/tags/`.",
+        );
+    }
+    if pattern.split('/').any(str::is_empty) {
+        return wrong(
+            "must hold names without empty parts",
+            "Leave out a `/` at the end and the second of two: no ref has one. `refs/heads/NAME/*` names the branches below `NAME/`.",
+        );
+    }
+    if kind == below && !kind.contains("**") {
+        return wrong(
+            "must name branches or tags",
+            "Add the name: `refs/heads/NAME` or `refs/tags/NAME`.",
+        );
+    }
+    if pattern.contains("***") {
+        return wrong(
+            "must use no other wildcards than `*` and `**`",
+            "`*` stops at a `/`, `**` does not.",
         );
     }
     // git lets no ref hold these, so such a pattern would silently match nothing.
@@ -78,6 +103,24 @@ fn check(pattern: &str) -> Result<(), UsageError> {
         return wrong(
             "must use no other wildcards than `*` and `**`",
             "`*` stops at a `/`, `**` does not.",
+        );
+    }
+    // `git check-ref-format` refuses these in every ref.
+    let is_refused = |part: &str| {
+        part.starts_with('.')
+            || part
+                .strip_suffix(".lock")
+                .is_some_and(|name| !name.ends_with('*'))
+    };
+    if pattern.split('/').any(is_refused)
+        || pattern.contains("..")
+        || pattern.contains("@{")
+        || pattern.ends_with('.')
+        || pattern.contains(|c: char| c.is_control())
+    {
+        return wrong(
+            "must hold names that git allows",
+            "No ref has a part that begins with `.` or ends in `.lock`, `..` or `@{`, or a `.` at its end.",
         );
     }
     Ok(())
@@ -220,6 +263,24 @@ mod tests {
             "refs/",
             "refs/tags/v?",
             "refs/heads/[a]",
+            "/refs/heads/main",
+            "refs/heads/main/",
+            "refs/heads/release/*/",
+            "refs/heads/",
+            "refs/heads",
+            "refs/*",
+            "refs/heads//main",
+            "refs//heads/main",
+            "refs/head*/../main",
+            "refs/x*/main",
+            "refs/x**",
+            "refs/pul*/**",
+            "refs/heads/***",
+            "refs/heads/.main",
+            "refs/heads/main.lock",
+            "refs/heads/a..b",
+            "refs/heads/main.",
+            "refs/heads/@{1}",
         ] {
             let error = TrustedRefs::parse(&format!("refs/tags/v*, {wrong}")).expect_err(wrong);
             assert_eq!(error.exit(), Exit::Usage);

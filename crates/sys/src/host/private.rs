@@ -27,9 +27,6 @@ static LIVING: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 /// Why there is no private folder.
 #[derive(Debug, Error)]
 pub enum PrivateError {
-    /// Another user owns the folder, or could read in it.
-    #[error("`{0}` is not a folder that belongs to this user alone")]
-    Untrusted(PathBuf),
     #[error("no private folder could be made in `{folder}`")]
     Make {
         folder: PathBuf,
@@ -44,16 +41,8 @@ impl Explain for PrivateError {
     }
 
     fn hint(&self) -> Option<String> {
-        Some(match self {
-            Self::Untrusted(folder) => format!(
-                "Remove `{}`, or point `TMPDIR` to another folder.",
-                folder.display()
-            ),
-            Self::Make { .. } => {
-                "Point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder that can be written to."
-                    .into()
-            }
-        })
+        let Self::Make { .. } = self;
+        Some("Point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder that can be written to.".into())
     }
 }
 
@@ -69,7 +58,7 @@ impl PrivateFolder {
     /// Creates a folder below `base`, and removes the folders of dead runs there.
     ///
     /// # Errors
-    /// When `base` cannot be written to, or another user owns the shared folder's name in it.
+    /// When `base` cannot be written to.
     pub fn create(base: &Path) -> Result<Self, PrivateError> {
         let ours = Self::shared(base)?;
         let make = |source| PrivateError::Make {
@@ -90,14 +79,39 @@ impl PrivateFolder {
         })
     }
 
-    /// The folder below `base` that all runs of this user share (0700). Created if it does not exist.
+    /// The folder below `base` that all runs of this user share (0700), `flywheel-UID`. Created if it does not exist.
+    /// Everybody can take that name where everybody can write, so another one follows it then, which later runs find by
+    /// its owner.
     ///
     /// # Errors
     /// As for `create`.
     pub fn shared(base: &Path) -> Result<PathBuf, PrivateError> {
         let ours = base.join(format!("flywheel-{}", geteuid().as_raw()));
-        own_folder(&ours)?;
-        Ok(ours)
+        let make = |source| PrivateError::Make {
+            folder: ours.clone(),
+            source,
+        };
+        match DirBuilder::new().mode(0o700).create(&ours) {
+            Ok(()) => return Ok(ours),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
+            Err(source) => return Err(make(source)),
+        }
+        if is_own(&ours).map_err(make)? {
+            return Ok(ours);
+        }
+        if let Some(found) = first_own(base) {
+            return Ok(found);
+        }
+        let made = tempfile::Builder::new()
+            .prefix(&format!("flywheel-{}-", geteuid().as_raw()))
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(base)
+            .map_err(make)?;
+        // Of two runs that make one at the same time, both take the one that later runs will find.
+        match first_own(base) {
+            Some(first) if first != made.path() => Ok(first),
+            _ => Ok(made.keep()),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -127,31 +141,26 @@ fn living() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {
         .expect("nothing panics while it holds this lock")
 }
 
-/// Creates the shared folder, or makes sure that an existing one belongs to this user alone.
-fn own_folder(ours: &Path) -> Result<(), PrivateError> {
-    match DirBuilder::new().mode(0o700).create(ours) {
-        Ok(()) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => (),
-        Err(source) => {
-            return Err(PrivateError::Make {
-                folder: ours.to_owned(),
-                source,
-            });
-        }
-    }
-    // A symbolic link is not followed: it could lead to a folder of another user's choice.
-    let found = fs::symlink_metadata(ours).map_err(|source| PrivateError::Make {
-        folder: ours.to_owned(),
-        source,
-    })?;
+/// Whether a folder belongs to this user alone. A symbolic link is not followed: it could lead to a folder of another
+/// user's choice.
+fn is_own(folder: &Path) -> io::Result<bool> {
+    let found = fs::symlink_metadata(folder)?;
     // The lowest six bits of the mode are the rights of the group and of others.
-    let private =
-        found.is_dir() && found.uid() == geteuid().as_raw() && found.mode().trailing_zeros() >= 6;
-    if private {
-        Ok(())
-    } else {
-        Err(PrivateError::Untrusted(ours.to_owned()))
-    }
+    Ok(found.is_dir() && found.uid() == geteuid().as_raw() && found.mode().trailing_zeros() >= 6)
+}
+
+/// The first folder of this user whose name follows a name that is taken.
+fn first_own(base: &Path) -> Option<PathBuf> {
+    let prefix = format!("flywheel-{}-", geteuid().as_raw());
+    let entries = fs::read_dir(base).ok()?.flatten();
+    let named = entries.filter(|entry| {
+        let name = entry.file_name();
+        name.to_str().is_some_and(|name| name.starts_with(&prefix))
+    });
+    named
+        .map(|entry| entry.path())
+        .filter(|folder| is_own(folder).unwrap_or(false))
+        .min()
 }
 
 /// Makes the file that marks the run in `folder` as alive. It has its name only once it is locked, so that no sweep takes
@@ -229,20 +238,44 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_others_can_read_is_refused() {
+    fn a_name_that_is_taken_stops_no_run_and_all_runs_meet() {
         let base = tempfile::tempdir().expect("temporary folder");
-        let ours = base.path().join(format!("flywheel-{}", geteuid().as_raw()));
-        fs::create_dir(&ours).expect("made");
-        fs::set_permissions(&ours, Permissions::from_mode(0o755)).expect("set");
-        assert!(matches!(
-            PrivateFolder::create(base.path()),
-            Err(PrivateError::Untrusted(_))
-        ));
-        fs::remove_dir(&ours).expect("removed");
-        std::os::unix::fs::symlink("/tmp", &ours).expect("linked");
-        assert!(matches!(
-            PrivateFolder::create(base.path()),
-            Err(PrivateError::Untrusted(_))
-        ));
+        let taken = base.path().join(format!("flywheel-{}", geteuid().as_raw()));
+        let prefix = format!("flywheel-{}-", geteuid().as_raw());
+        let elsewhere = tempfile::tempdir().expect("temporary folder");
+        // One that others can read stands for one of another user, which a test cannot make without being root.
+        let takers: [&dyn Fn(); 3] = [
+            &|| {
+                fs::create_dir(&taken).expect("made");
+                fs::set_permissions(&taken, Permissions::from_mode(0o755)).expect("set");
+            },
+            &|| std::os::unix::fs::symlink(elsewhere.path(), &taken).expect("linked"),
+            &|| fs::write(&taken, "").expect("written"),
+        ];
+        // A folder that is not this user's alone is none, whatever its name.
+        let open = base.path().join(format!("{prefix}0"));
+        fs::create_dir(&open).expect("made");
+        fs::set_permissions(&open, Permissions::from_mode(0o777)).expect("set");
+        let mut shared = Vec::new();
+        for take in takers {
+            take();
+            let run = PrivateFolder::create(base.path()).expect("made");
+            let parent = run.path().parent().expect("it is below one").to_owned();
+            assert!(is_own(&parent).expect("there") && parent != taken && parent != open);
+            assert_eq!(PrivateFolder::shared(base.path()).expect("found"), parent);
+            shared.push(parent);
+            let _ = fs::remove_dir(&taken).or_else(|_| fs::remove_file(&taken));
+        }
+        assert!(
+            shared.iter().all(|folder| *folder == shared[0]),
+            "{shared:?}"
+        );
+        assert!(
+            fs::read_dir(elsewhere.path())
+                .expect("there")
+                .next()
+                .is_none()
+        );
+        assert!(fs::read_dir(&open).expect("there").next().is_none());
     }
 }

@@ -9,6 +9,8 @@ use std::process::Stdio;
 
 use tokio::process::{Child, Command};
 
+use crate::process::core_dump;
+
 /// Closes file descriptors that the step's shell may have left open, since they would keep the step waiting. Rust's own
 /// are closed on exec.
 pub(super) const CLOSE_AND_EXEC: &str =
@@ -39,7 +41,7 @@ pub fn start(
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(log);
-    command.spawn()
+    core_dump::with_inherited_limit(|| command.spawn())
 }
 
 /// Makes this process the leader of a new session, so that it does not get `SIGHUP` when a terminal closes.

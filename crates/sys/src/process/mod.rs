@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod companion;
+pub mod core_dump;
 pub mod detached;
 pub mod lines;
 mod orphans;

@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard};
 
 use tokio::process::{Child, Command};
 
+use crate::process::core_dump;
+
 static STARTED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
 
 /// One child's entry in the register. Dropping it removes the entry, so it has to live as long as the child.
@@ -26,7 +28,7 @@ impl Drop for Registered {
 pub(crate) fn spawn(command: &mut Command) -> io::Result<(Child, Registered)> {
     // Locked before the child exists: otherwise a search for left-over processes could find it unregistered.
     let mut started = started();
-    let child = command.spawn()?;
+    let child = core_dump::with_inherited_limit(|| command.spawn())?;
     let id = child.id().unwrap_or_default();
     started.insert(id);
     Ok((child, Registered(id)))

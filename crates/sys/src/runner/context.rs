@@ -14,6 +14,11 @@ use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;
 use flywheel_core::trust::facts::{Doubt, Event, Fact, FactName, Facts, Job, shown};
 
+/// The default branch as the actions pass it, from `github.event.repository.default_branch`. The runner fills that in from
+/// what the server sent it, and not from the file at `GITHUB_EVENT_PATH`, which every earlier step can write. Where the
+/// binary is called by hand, it is missing.
+const DEFAULT_BRANCH_OF_THE_EVENT: &str = "FLYWHEEL_EVENT_DEFAULT_BRANCH";
+
 /// A recorded event. Each value that is given replaces the job's own.
 #[derive(Clone, Debug, Default)]
 pub struct Recorded {
@@ -211,7 +216,7 @@ impl EnvClaims {
             ref_type: text("GITHUB_REF_TYPE"),
             ref_protected: env.get("GITHUB_REF_PROTECTED") == Some("true"),
             repository: text("GITHUB_REPOSITORY"),
-            default_branch: None,
+            default_branch: text(DEFAULT_BRANCH_OF_THE_EVENT),
             payload_names_repository: false,
         }
     }
@@ -226,7 +231,10 @@ impl EnvClaims {
         self.event_name = recorded.event_name.clone().or(self.event_name);
         self.event_path = recorded.event_path.clone().or(self.event_path);
         self.repository = recorded.repository.clone().or(self.repository);
-        self.default_branch.clone_from(&recorded.default_branch);
+        // A recorded payload is another event's than the job's own.
+        if recorded.event_path.is_some() || recorded.default_branch.is_some() {
+            self.default_branch.clone_from(&recorded.default_branch);
+        }
         self.payload_names_repository = recorded.event_path.is_some() && self.repository.is_none();
         self
     }

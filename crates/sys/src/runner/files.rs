@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::runner::env::Env;
 use crate::untrusted_file::{self, Owner};
-use flywheel_core::text::shorten;
+use flywheel_core::text::{shorten, visible};
 
 /// In bytes. GitHub drops a step's whole summary over 1 MiB; the difference is for text that others add.
 const SUMMARY_LIMIT: usize = 1000 * 1024;
@@ -62,19 +62,21 @@ impl Files {
         append(self.path.as_deref(), &format!("{name}\n"))
     }
 
-    /// Adds Markdown to the job summary, cut where GitHub would drop all of it.
+    /// Adds Markdown to the job summary, cut where GitHub would drop all of it. Characters that nobody would see are
+    /// shown.
     ///
     /// # Errors
     /// When the file cannot be appended to.
     pub fn add_summary(&self, markdown: &str) -> io::Result<()> {
+        let markdown = visible(markdown);
         let cut = if markdown.len() > SUMMARY_LIMIT {
             // `shorten` counts characters, which have four bytes at most.
             format!(
                 "{}\n\n(cut: GitHub drops summaries over 1 MiB)\n",
-                shorten(markdown, SUMMARY_LIMIT / 4)
+                shorten(&markdown, SUMMARY_LIMIT / 4)
             )
         } else {
-            markdown.to_owned()
+            markdown.into_owned()
         };
         append(self.summary.as_deref(), &cut)
     }
@@ -141,5 +143,22 @@ mod tests {
             .add_summary(&"ä".repeat(SUMMARY_LIMIT))
             .expect("written");
         assert!(std::fs::metadata(file).expect("written").len() < 1024 * 1024);
+    }
+
+    #[test]
+    fn a_summary_shows_what_turns_the_direction_of_writing() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let file = folder.path().join("summary");
+        let files = Files {
+            summary: Some(file.clone()),
+            ..Files::default()
+        };
+        files
+            .add_summary("| `a\u{202e}b` |\n\u{2067}c\u{200b}\n")
+            .expect("written");
+        assert_eq!(
+            std::fs::read_to_string(file).expect("written"),
+            "| `a\\u{202e}b` |\n\\u{2067}c\\u{200b}\n"
+        );
     }
 }

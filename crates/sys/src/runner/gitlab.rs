@@ -6,13 +6,8 @@
 use crate::runner::env::Env;
 use flywheel_core::trust::facts::{Doubt, Event, Fact, FactName, Job, shown};
 
-/// Variables that only a pipeline of a merge request has, from a fork or not.
-const OF_A_MERGE_REQUEST: [&str; 4] = [
-    "CI_MERGE_REQUEST_IID",
-    "CI_MERGE_REQUEST_ID",
-    "CI_MERGE_REQUEST_REF_PATH",
-    "CI_EXTERNAL_PULL_REQUEST_IID",
-];
+/// How the variables begin that only a pipeline of a merge request has, from a fork or not.
+const OF_A_MERGE_REQUEST: [&str; 2] = ["CI_MERGE_REQUEST_", "CI_EXTERNAL_PULL_REQUEST_"];
 
 /// The facts of the job with these variables.
 pub(crate) fn job(env: &Env) -> Job {
@@ -47,15 +42,18 @@ fn event(env: &Env) -> Fact<Event> {
         event,
         Event::Push | Event::Schedule | Event::WorkflowDispatch
     );
-    match OF_A_MERGE_REQUEST
-        .iter()
-        .find(|name| trusted && env.get(name).is_some())
-    {
+    let mut of_a_merge_request = env.all().filter(|(name, value)| {
+        !value.is_empty()
+            && OF_A_MERGE_REQUEST
+                .iter()
+                .any(|prefix| name.starts_with(prefix))
+    });
+    match of_a_merge_request.next().filter(|_| trusted) {
         None => Ok(event),
-        Some(name) => Err(Doubt::Disagree {
+        Some((name, _)) => Err(Doubt::Disagree {
             name: FactName::Event,
             one: format!("`CI_PIPELINE_SOURCE` says `{}`", shown(source)),
-            other: format!("`{name}` is set, which belongs to merge requests"),
+            other: format!("`{}` is set, which belongs to merge requests", shown(name)),
         }),
     }
 }
@@ -244,9 +242,31 @@ mod tests {
             with(&[("CI_COMMIT_SHA", &"0".repeat(40))]).removes_ref,
             Ok(true)
         );
-        for name in OF_A_MERGE_REQUEST {
-            assert!(with(&[(name, "7")]).event.is_err(), "{name}");
+    }
+
+    #[test]
+    fn any_variable_of_a_merge_request_gives_it_away() {
+        let names = [
+            "CI_MERGE_REQUEST_IID",
+            "CI_MERGE_REQUEST_SOURCE_PROJECT_ID",
+            "CI_MERGE_REQUEST_DIFF_ID",
+            "CI_MERGE_REQUEST_EVENT_TYPE",
+            "CI_MERGE_REQUEST_SOURCE_BRANCH_SHA",
+            "CI_EXTERNAL_PULL_REQUEST_IID",
+            "CI_EXTERNAL_PULL_REQUEST_SOURCE_REPOSITORY",
+            "CI_EXTERNAL_PULL_REQUEST_TARGET_BRANCH_SHA",
+        ];
+        for name in names {
+            let event = with(&[(name, "7")]).event.expect_err(name);
+            assert!(event.to_string().contains(name), "{event}");
+            assert!(with(&[(name, "")]).event.is_ok(), "{name}");
         }
+        // GitLab sets this one for every pipeline.
+        assert!(
+            with(&[("CI_OPEN_MERGE_REQUESTS", "group/app!7")])
+                .event
+                .is_ok()
+        );
     }
 
     #[test]

@@ -6,4 +6,5 @@ pub mod env;
 pub mod event;
 pub mod files;
 pub mod gitlab;
+pub mod guard;
 pub mod workflow;
