@@ -5,6 +5,7 @@
 //! store, in `to_build`, or in a lane.
 
 mod builds;
+mod resolved;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use self::resolved::ResolvedDerivations;
 use crate::command::flake_checks::inputs::Plan;
 use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, evaluation_cause};
 use crate::command::flake_checks::reporter::Reporter;
@@ -85,6 +87,7 @@ pub(super) struct Engine<'a> {
     /// The systems that this machine and its builders build for, if that is known.
     pub(crate) native: Option<BTreeSet<String>>,
     by_drv: HashMap<StorePath, Vec<usize>>,
+    resolved: ResolvedDerivations,
     evaluating: usize,
     arrived: Vec<usize>,
     is_querying: bool,
@@ -122,6 +125,7 @@ impl<'a> Engine<'a> {
             outs,
             native,
             by_drv: HashMap::new(),
+            resolved: ResolvedDerivations::default(),
             evaluating: 0,
             arrived: Vec::new(),
             is_querying: false,

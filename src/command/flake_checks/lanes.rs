@@ -11,6 +11,19 @@ const LONG_ENOUGH: Duration = Duration::from_secs(10);
 /// The largest number of outputs in one lane: whenever a build ends, Nix goes through all of them.
 pub(super) const MAX_OUTPUTS: usize = 256;
 
+/// How many of the waiting outputs the next lane takes, given how many each may have in its lane.
+pub(super) fn size(limits: impl Iterator<Item = usize>) -> usize {
+    let (mut size, mut limit) = (0, MAX_OUTPUTS);
+    for next in limits {
+        limit = limit.min(next.max(1));
+        if size >= limit {
+            break;
+        }
+        size += 1;
+    }
+    size
+}
+
 /// What decides whether a free lane starts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LaneState {
@@ -104,6 +117,15 @@ mod tests {
             );
             assert_eq!(first + second.flatten().unwrap_or(0), jobs);
         }
+    }
+
+    #[test]
+    fn a_lane_is_as_small_as_each_of_its_outputs_needs() {
+        let size = |limits: &[usize]| size(limits.iter().copied());
+        assert_eq!(size(&[MAX_OUTPUTS; 300]), MAX_OUTPUTS);
+        assert_eq!(size(&[4, 4, 4, 4, 4, 4]), 4);
+        assert_eq!(size(&[256, 256, 1, 256]), 2);
+        assert_eq!((size(&[1, 256]), size(&[0]), size(&[])), (1, 1, 0));
     }
 
     #[test]
