@@ -27,8 +27,8 @@ pub(super) struct OutputProgress {
     /// What evaluation found, once it has.
     pub(crate) facts: Option<Derivation>,
     pub(crate) drv: Option<StorePath>,
-    /// Whether this run's evaluation wrote its derivation to the store.
-    pub(crate) is_written: bool,
+    /// How many times its derivation was gone from the store, and it was evaluated again.
+    pub(crate) evaluated_again: u32,
     /// Whether the output may be remembered: as far as is known it does not depend on the commit.
     pub(crate) is_remembered: bool,
     /// How many times its build was tried again.
@@ -47,7 +47,7 @@ impl OutputProgress {
             installable,
             facts: None,
             drv: None,
-            is_written: false,
+            evaluated_again: 0,
             is_remembered: false,
             tries: 0,
             lane_limit: lanes::MAX_OUTPUTS,

@@ -5,6 +5,18 @@ use crate::world::versions::{Ran, VERSIONS, run};
 /// A flake with these checks, and `flake-checks` on it. `derive` makes a derivation of a name and a script, `addressed`
 /// one that is addressed by its content, `fetched` one with a hash.
 fn flake_checks(version: &str, settings: &str, checks: &str, arguments: &str) -> Ran {
+    flake_checks_beside("", version, settings, checks, arguments)
+}
+
+/// The same while lines of bash run beside it. Afterwards `left` has the number of checks whose outputs survive a
+/// collection.
+fn flake_checks_beside(
+    beside: &str,
+    version: &str,
+    settings: &str,
+    checks: &str,
+    arguments: &str,
+) -> Ran {
     let script = format!(
         r#"
 export NIX_CONFIG="$NIX_CONFIG"$'\n'$'{settings}'
@@ -28,7 +40,12 @@ in {{
   }};
 }}; }}
 END
+{beside}
 /fly/flywheel flake-checks --flake path:. --checks false --json-lines /out/lines {arguments}
+code=$?
+nix-store --gc >/dev/null 2>&1
+ls /nix/store | grep -cE -- '-p[0-9]$' >/out/left
+exit $code
 "#
     );
     run(version, &script)
@@ -165,5 +182,58 @@ fn check_limits(version: &str) {
             let says = log.contains("has begun") && log.contains("timed out after 3 seconds");
             assert!(says, "{version}: {setting}: {name}: {log}");
         }
+    }
+}
+
+/// Another process collects all the time, as Nix itself does at `min-free`: it deletes whatever no root holds.
+#[test]
+fn a_collection_takes_nothing_that_is_yet_to_be_built_or_published() {
+    let checks: String = (0..8)
+        .map(|n| format!("p{n} = derive \"p{n}\" \"sleep 0.2; echo {n} > $out\";\n"))
+        .collect();
+    let collecting =
+        "while :; do nix-store --gc >>/out/collected 2>&1; sleep 0.02; done & trap 'kill $!' EXIT";
+    for version in VERSIONS {
+        let ran = flake_checks_beside(collecting, version, "", &checks, "");
+        assert_eq!(ran.code, 0, "{version}: {}", ran.log);
+        assert!(ran.log.contains("8 success"), "{version}: {}", ran.log);
+        // The roots are gone with the job.
+        assert_eq!(ran.file("left").trim(), "0", "{version}: {}", ran.log);
+        assert!(ran.file("collected").contains("deleted"), "{version}");
+    }
+}
+
+/// The same for an ordinary user, whose roots are those of the daemon's processes.
+const BEHIND_A_DAEMON: &str = r#"
+printf 'sandbox = false\nbuild-users-group = nixbld\nsubstituters =\nexperimental-features = nix-command flakes\n' >/etc/nix/nix.conf
+unset NIX_CONFIG
+nix-store --gc >/dev/null 2>&1
+nix-daemon >/out/daemon 2>&1 &
+for n in $(seq 200); do [ -S /nix/var/nix/daemon-socket/socket ] && break; sleep 0.05; done
+mkdir /home/alice/work
+cat >/home/alice/work/flake.nix <<'END'
+{ outputs = { self }: {
+  checks.x86_64-linux = builtins.listToAttrs (map (name: { inherit name; value = derivation {
+    inherit name; system = "x86_64-linux"; builder = "/bin/bash"; PATH = "/usr/bin"; args = [ "-euc" "sleep 0.2; echo > $out" ];
+  }; }) [ "p0" "p1" "p2" "p3" "p4" "p5" ]);
+}; }
+END
+chown -R alice /home/alice/work
+while :; do NIX_REMOTE=local nix-store --gc >>/out/collected 2>&1; sleep 0.05; done & trap 'kill $!' EXIT
+busybox su -s /bin/bash alice -c 'export HOME=/home/alice NIX_REMOTE=daemon; cd ~/work && /fly/flywheel flake-checks --flake path:. --checks false'
+code=$?
+NIX_REMOTE=local nix-store --gc >/dev/null 2>&1
+ls /nix/store | grep -cE -- '-p[0-9]$' >/out/left
+exit $code
+"#;
+
+#[test]
+fn a_collection_takes_nothing_from_an_ordinary_user_behind_a_daemon() {
+    for version in VERSIONS {
+        let ran = run(version, BEHIND_A_DAEMON);
+        assert_eq!(ran.code, 0, "{version}: {}", ran.log);
+        assert!(ran.log.contains("6 success"), "{version}: {}", ran.log);
+        assert_eq!(ran.file("left").trim(), "0", "{version}: {}", ran.log);
+        assert!(ran.file("collected").contains("deleted"), "{version}");
     }
 }
