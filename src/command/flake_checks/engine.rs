@@ -94,6 +94,8 @@ pub(super) struct Engine<'a> {
     pub(crate) native: Option<BTreeSet<String>>,
     by_drv: HashMap<StorePath, Vec<usize>>,
     resolved: ResolvedDerivations,
+    /// Whether the paths of an output are known only once it is built.
+    is_content_addressed: bool,
     evaluating: usize,
     arrived: Vec<usize>,
     is_querying: bool,
@@ -133,6 +135,7 @@ impl<'a> Engine<'a> {
             native,
             by_drv: HashMap::new(),
             resolved: ResolvedDerivations::default(),
+            is_content_addressed: false,
             evaluating: 0,
             arrived: Vec::new(),
             is_querying: false,
@@ -308,6 +311,7 @@ impl<'a> Engine<'a> {
 
     fn on_known(&mut self, id: usize, facts: Derivation) {
         let drv: Option<StorePath> = facts.drv.parse().ok();
+        self.is_content_addressed |= facts.paths().is_none();
         let out = &mut self.outs[id];
         out.facts = Some(facts);
         out.drv.clone_from(&drv);

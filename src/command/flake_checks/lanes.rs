@@ -35,6 +35,9 @@ pub(super) struct LaneState {
     pub(crate) other: Option<Option<usize>>,
     /// How long the other lane has been running.
     pub(crate) running: Duration,
+    /// Whether a derivation is addressed by its content, or needs one that is. Nix does not keep two processes from
+    /// building such a derivation at the same time, and one of them then fails.
+    pub(crate) is_content_addressed: bool,
 }
 
 /// Whether a lane starts now, and with how many builds at once: `Some(None)` is Nix's own setting.
@@ -53,6 +56,9 @@ pub(super) fn start(jobs: Option<usize>, state: &LaneState) -> Option<Option<usi
             }
         }));
     };
+    if state.is_content_addressed {
+        return None;
+    }
     if !(state.all_known || state.waiting >= ENOUGH_OUTPUTS || state.running >= LONG_ENOUGH) {
         return None;
     }
@@ -75,6 +81,7 @@ mod tests {
         all_known: false,
         other: None,
         running: Duration::ZERO,
+        is_content_addressed: false,
     };
 
     #[test]
@@ -126,6 +133,23 @@ mod tests {
         assert_eq!(size(&[4, 4, 4, 4, 4, 4]), 4);
         assert_eq!(size(&[256, 256, 1, 256]), 2);
         assert_eq!((size(&[1, 256]), size(&[0]), size(&[])), (1, 1, 0));
+    }
+
+    #[test]
+    fn what_is_addressed_by_its_content_is_built_in_one_lane() {
+        let alone = LaneState {
+            all_known: true,
+            is_content_addressed: true,
+            ..QUIET
+        };
+        let beside = LaneState {
+            other: Some(None),
+            ..alone
+        };
+        assert_eq!(
+            (start(None, &alone), start(None, &beside)),
+            (Some(None), None)
+        );
     }
 
     #[test]

@@ -29,6 +29,7 @@ impl Engine<'_> {
                 all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.is_querying,
                 other: other.map(|lane| lane.jobs),
                 running: other.map(|lane| lane.since.elapsed()).unwrap_or_default(),
+                is_content_addressed: self.is_content_addressed,
             };
             let Some(jobs) = lanes::start(self.plan.max_jobs, &state) else {
                 continue;
