@@ -215,7 +215,46 @@ async fn skip_text(tool: &mut PipedTool) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex as SyncMutex};
+
+    use flywheel_core::progress::Progress;
+    use flywheel_sys::runner::env::Env;
+    use flywheel_testing::script;
+
     use super::*;
+
+    /// What `keep` warns of when `nix` is this script; it is called twice.
+    async fn warnings(text: &str) -> Vec<String> {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        script(folder.path(), "nix", text).await;
+        let nix = Nix::unversioned(&folder.path().join("nix"), &Env::default());
+        let warnings = Arc::new(SyncMutex::new(Vec::new()));
+        let sent = Arc::clone(&warnings);
+        let sink = Sink::new(move |event| {
+            if let Progress::Degraded { text, .. } = event {
+                sent.lock().expect("no panic").push(text);
+            }
+        });
+        let path: StorePath = "/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-a"
+            .parse()
+            .expect("a path");
+        let kept = KeptPaths::new(&nix, &sink);
+        kept.keep(std::slice::from_ref(&path)).await;
+        kept.keep(&[path]).await;
+        kept.end().await;
+        warnings.lock().expect("no panic").clone()
+    }
+
+    #[tokio::test]
+    async fn where_paths_cannot_be_kept_that_is_said_once() {
+        let ends = warnings("exit 1").await;
+        assert!(ends.len() == 1 && ends[0].contains("ended"), "{ends:?}");
+        let strange = warnings("echo 'this is no daemon at all'; exec /bin/cat >/dev/null").await;
+        assert!(
+            strange.len() == 1 && strange[0].contains("unexpected"),
+            "{strange:?}"
+        );
+    }
 
     #[test]
     fn a_request_is_what_the_daemon_reads() {
