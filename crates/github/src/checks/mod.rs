@@ -3,6 +3,8 @@
 
 pub mod board;
 pub mod files;
+pub mod options;
+mod reachability;
 pub mod runs;
 pub mod summary;
 pub mod text;
