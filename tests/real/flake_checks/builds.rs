@@ -141,47 +141,47 @@ fn a_build_that_ran_into_a_limit_says_so_with_its_log() {
     // They wait most of the time.
     std::thread::scope(|scope| {
         for version in VERSIONS {
-            scope.spawn(move || check_limits(version));
+            scope.spawn(move || check_limit(version, "timeout"));
+            scope.spawn(move || check_limit(version, "max-silent-time"));
         }
     });
 }
 
-fn check_limits(version: &str) {
-    for (setting, is_silence) in [("timeout", false), ("max-silent-time", true)] {
-        let settings =
-            format!(r"extra-experimental-features = ca-derivations\nmax-jobs = 6\n{setting} = 3");
-        // In the other case it never ends by itself.
-        let checks = match is_silence {
-            true => SLOW.replace(
-                "while :; do echo x; sleep 0.5; done",
-                "for n in 1 2 3 4 5 6 7 8 9; do echo $n; sleep 0.5; done; echo > $out",
-            ),
-            false => SLOW.to_owned(),
-        };
-        let ran = flake_checks(version, &settings, &checks, "");
-        assert_eq!(ran.code, 1, "{version}: {}", ran.log);
-        check(&ran, version, "good", "success", "Built in");
-        check(&ran, version, "bad", "failure", "Build failed");
-        check(
-            &ran,
-            version,
-            "needs-slow",
-            "failure",
-            "A dependency failed: before",
-        );
-        let (conclusion, title) = match is_silence {
-            true => ("success", "Built in"),
-            false => ("failure", "Build timed out after 3 s"),
-        };
-        check(&ran, version, "slow", conclusion, title);
-        for name in ["silent", "addressed-slow"] {
-            check(&ran, version, name, "failure", "Build timed out after 3 s");
-        }
-        for name in ["silent", "addressed-slow", "needs-slow"] {
-            let log = ran.line(&format!("x86_64-linux.{name}"))["logTail"].to_string();
-            let says = log.contains("has begun") && log.contains("timed out after 3 seconds");
-            assert!(says, "{version}: {setting}: {name}: {log}");
-        }
+fn check_limit(version: &str, setting: &str) {
+    let is_silence = setting == "max-silent-time";
+    let settings =
+        format!(r"extra-experimental-features = ca-derivations\nmax-jobs = 6\n{setting} = 3");
+    // In the other case it never ends by itself.
+    let checks = match is_silence {
+        true => SLOW.replace(
+            "while :; do echo x; sleep 0.5; done",
+            "for n in 1 2 3 4 5 6 7 8 9; do echo $n; sleep 0.5; done; echo > $out",
+        ),
+        false => SLOW.to_owned(),
+    };
+    let ran = flake_checks(version, &settings, &checks, "");
+    assert_eq!(ran.code, 1, "{version}: {}", ran.log);
+    check(&ran, version, "good", "success", "Built in");
+    check(&ran, version, "bad", "failure", "Build failed");
+    check(
+        &ran,
+        version,
+        "needs-slow",
+        "failure",
+        "A dependency failed: before",
+    );
+    let (conclusion, title) = match is_silence {
+        true => ("success", "Built in"),
+        false => ("failure", "Build timed out after 3 s"),
+    };
+    check(&ran, version, "slow", conclusion, title);
+    for name in ["silent", "addressed-slow"] {
+        check(&ran, version, name, "failure", "Build timed out after 3 s");
+    }
+    for name in ["silent", "addressed-slow", "needs-slow"] {
+        let log = ran.line(&format!("x86_64-linux.{name}"))["logTail"].to_string();
+        let says = log.contains("has begun") && log.contains("timed out after 3 seconds");
+        assert!(says, "{version}: {setting}: {name}: {log}");
     }
 }
 
