@@ -11,6 +11,7 @@ pub mod effective_settings;
 pub mod flake;
 pub mod gc;
 pub mod hash;
+pub mod kept_paths;
 pub mod key;
 pub mod nar;
 pub mod narinfo;
