@@ -1,5 +1,7 @@
 //! `flywheel cache`: runs the embedded binary cache, or collects garbage in its folder.
 
+mod log;
+
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -10,11 +12,12 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::log::Log;
 use crate::inputs::units;
 use crate::inputs::value::{Invalid, number, path, value};
 use flywheel_cache::server::{self, Limits, Options, Server};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
-use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::progress::Sink;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_sys::runner::env::Env;
 
@@ -247,9 +250,18 @@ pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
 }
 
 async fn serve(inputs: Serve) -> Result<Exit, Failure> {
+    check_reach(inputs.listen, inputs.allow_remote)?;
+    let log = Log::start();
+    let sink = log.sink(inputs.quiet);
+    warn_of_reach(&inputs, &sink);
+    let ended = serve_until_stopped(inputs, sink).await;
+    log.flush().await;
+    ended
+}
+
+async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> {
     let address = inputs.listen;
-    check_reach(address, inputs.allow_remote)?;
-    let server = Server::open(&inputs.folder.dir, options(&inputs)).await?;
+    let server = Server::open(&inputs.folder.dir, options(&inputs, log)).await?;
     let listener = TcpListener::bind(address)
         .await
         .map_err(|source| ServeError::Listen { address, source })?;
@@ -291,7 +303,7 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-fn options(inputs: &Serve) -> Options {
+fn options(inputs: &Serve, log: Sink) -> Options {
     let mut caches = Vec::new();
     for name in &inputs.caches {
         if !caches.contains(name) {
@@ -307,7 +319,7 @@ fn options(inputs: &Serve) -> Options {
         priority: inputs.priority,
         limits: inputs.limits.with_grace(inputs.grace),
         gc_interval: inputs.gc_interval,
-        log: log(inputs.quiet),
+        log,
         ..Options::default()
     }
 }
@@ -339,6 +351,24 @@ fn check_reach(address: SocketAddr, allow_remote: bool) -> Result<(), UsageError
     ))
 }
 
+/// Says at the start, whatever is logged otherwise, what other machines can do here.
+fn warn_of_reach(inputs: &Serve, log: &Sink) {
+    let address = inputs.listen;
+    if address.ip().is_loopback() {
+        return;
+    }
+    if inputs.public || !inputs.private {
+        let text = format!(
+            "whoever reaches {address} can read every path of this cache without a token; add `--private` to require one"
+        );
+        log.degraded("remote", text);
+    }
+    let text = format!(
+        "what passes through {address} is not encrypted, tokens included; put a reverse proxy with TLS in front"
+    );
+    log.degraded("remote", text);
+}
+
 fn gc(inputs: &Gc) -> Result<Exit, Failure> {
     let limits = inputs.limits.with_grace(Duration::ZERO);
     let folder = &inputs.folder.dir;
@@ -353,19 +383,6 @@ fn gc(inputs: &Gc) -> Result<Exit, Failure> {
     // A closed stdout is no reason to fail.
     let _ = writeln!(std::io::stdout(), "{done}");
     Ok(Exit::Ok)
-}
-
-/// Plain lines on stderr, as a server's log is read by people and `grep`.
-fn log(quiet: bool) -> Sink {
-    Sink::new(move |event| {
-        let line = match event {
-            Progress::Note(text) if !quiet => text,
-            Progress::Degraded { area, text } => format!("warning: {area}: {text}"),
-            _ => return,
-        };
-        // A server goes on when the reader of its log is gone.
-        let _ = writeln!(std::io::stderr(), "{line}");
-    })
 }
 
 async fn sleep_or_never(time: Option<Duration>) {
