@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use thiserror::Error;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::log::Log;
@@ -262,9 +261,8 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
 async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> {
     let address = inputs.listen;
     let server = Server::open(&inputs.folder.dir, options(&inputs, log)).await?;
-    let listener = TcpListener::bind(address)
-        .await
-        .map_err(|source| ServeError::Listen { address, source })?;
+    let listener =
+        server::listen(address).map_err(|source| ServeError::Listen { address, source })?;
     // Before the server starts: from here on a signal lets it stop in order.
     let mut interrupts = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     let mut terminations = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;

@@ -2,6 +2,7 @@
 //! about caches.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -16,7 +17,7 @@ use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -45,6 +46,9 @@ const BUFFER: usize = 128 * 1024;
 const LINGER: Duration = Duration::from_secs(2);
 /// … as long as data arrives at this interval. A client on a busy machine may pause for a while.
 const LINGER_IDLE: Duration = Duration::from_secs(1);
+/// Connections that wait in the kernel's queue, as far as the system allows. Of a short queue the kernel drops some, and
+/// their clients wait a second before they try again.
+const BACKLOG: u32 = 1024;
 /// Pause after a failed `accept`, when the system is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -76,6 +80,21 @@ impl Listener for UnixListener {
         let (stream, _) = self.accept().await?;
         Ok((stream, Peer::Unknown))
     }
+}
+
+/// Listens on an address.
+///
+/// # Errors
+/// When the address is taken, or not this machine's.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    // A new server takes over the port of one that has just ended.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Accepts connections within `limit` until `stop` is cancelled, then lets open requests finish for at most `grace`.

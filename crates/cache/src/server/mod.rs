@@ -50,6 +50,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+pub use connection::listen;
 pub use folder::FolderError;
 pub use gc::{GcReport, Limits};
 pub use token::TokenError;
