@@ -13,6 +13,7 @@ mod job;
 mod cli;
 mod command;
 
+use std::io::Write as _;
 use std::num::NonZero;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,6 +21,8 @@ use std::time::Duration;
 use crate::cli::Cli;
 use crate::inputs::parse::Refusal;
 use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::secret::without_credentials;
+use flywheel_core::text::visible;
 use flywheel_sys::host::{priority, private};
 use flywheel_sys::process::core_dump;
 use flywheel_sys::runner::env::{Env, arguments};
@@ -38,14 +41,16 @@ fn main() -> ExitCode {
         }
         Err(Refusal::Clap(error)) => {
             // Help and version are errors to clap, and go to stdout with code 0.
-            let code = if error.use_stderr() {
-                Exit::Usage
-            } else {
-                Exit::Ok
-            };
+            if error.use_stderr() {
+                // clap quotes what was given as it stands.
+                let text = without_credentials(&error.render().to_string());
+                // A closed stderr is no reason to fail otherwise.
+                let _ = write!(std::io::stderr(), "{}", visible(&text));
+                return ExitCode::from(Exit::Usage.code());
+            }
             // A closed stdout is no reason to fail.
             let _ = error.print();
-            return ExitCode::from(code.code());
+            return ExitCode::from(Exit::Ok.code());
         }
     };
     core_dump::forbid(cli.reach());

@@ -1,5 +1,7 @@
 //! `flywheel cache`: runs the embedded binary cache, or collects garbage in its folder.
 
+mod log;
+
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -7,17 +9,16 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use thiserror::Error;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::log::Log;
 use crate::inputs::units;
 use crate::inputs::value::{Invalid, number, path, value};
 use flywheel_cache::server::{self, Limits, Options, Server};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
-use flywheel_core::progress::{Progress, Sink};
+use flywheel_core::progress::Sink;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::without_commands;
 
 /// Beyond this zstd level a small runner lacks the memory for several uploads at once.
 const HIGHEST_LEVEL: i32 = 19;
@@ -248,12 +249,20 @@ pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
 }
 
 async fn serve(inputs: Serve) -> Result<Exit, Failure> {
+    check_reach(inputs.listen, inputs.allow_remote)?;
+    let log = Log::start();
+    let sink = log.sink(inputs.quiet);
+    warn_of_reach(&inputs, &sink);
+    let ended = serve_until_stopped(inputs, sink).await;
+    log.flush().await;
+    ended
+}
+
+async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> {
     let address = inputs.listen;
-    check_reach(address, inputs.allow_remote)?;
-    let server = Server::open(&inputs.folder.dir, options(&inputs)).await?;
-    let listener = TcpListener::bind(address)
-        .await
-        .map_err(|source| ServeError::Listen { address, source })?;
+    let server = Server::open(&inputs.folder.dir, options(&inputs, log)).await?;
+    let listener =
+        server::listen(address).map_err(|source| ServeError::Listen { address, source })?;
     // Before the server starts: from here on a signal lets it stop in order.
     let mut interrupts = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     let mut terminations = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
@@ -271,9 +280,6 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
         "tokens-file {}\n",
         serving.tokens_file().display()
     ));
-    if let Some(warning) = exposure(&inputs) {
-        log(inputs.quiet).degraded("listen", &warning);
-    }
     // A closed stdout is no reason to stop.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let _ = std::io::stdout().flush();
@@ -295,7 +301,7 @@ async fn serve(inputs: Serve) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-fn options(inputs: &Serve) -> Options {
+fn options(inputs: &Serve, log: Sink) -> Options {
     let mut caches = Vec::new();
     for name in &inputs.caches {
         if !caches.contains(name) {
@@ -311,7 +317,7 @@ fn options(inputs: &Serve) -> Options {
         priority: inputs.priority,
         limits: inputs.limits.with_grace(inputs.grace),
         gc_interval: inputs.gc_interval,
-        log: log(inputs.quiet),
+        log,
         ..Options::default()
     }
 }
@@ -343,20 +349,22 @@ fn check_reach(address: SocketAddr, allow_remote: bool) -> Result<(), UsageError
     ))
 }
 
-/// What everybody in the network can do with a server that other machines reach.
-fn exposure(inputs: &Serve) -> Option<String> {
+/// Says at the start, whatever is logged otherwise, what other machines can do here.
+fn warn_of_reach(inputs: &Serve, log: &Sink) {
     let address = inputs.listen;
     if address.ip().is_loopback() {
-        return None;
+        return;
     }
-    let readers = if inputs.public || !inputs.private {
-        "everybody who reaches it reads every path in every cache here, WITHOUT A TOKEN (`--private` asks for one)"
-    } else {
-        "reading takes a token"
-    };
-    Some(format!(
-        "{address} can be reached from other machines: {readers}; nothing is encrypted, tokens included"
-    ))
+    if inputs.public || !inputs.private {
+        let text = format!(
+            "whoever reaches {address} can read every path of this cache without a token; add `--private` to require one"
+        );
+        log.degraded("remote", text);
+    }
+    let text = format!(
+        "what passes through {address} is not encrypted, tokens included; put a reverse proxy with TLS in front"
+    );
+    log.degraded("remote", text);
 }
 
 fn gc(inputs: &Gc) -> Result<Exit, Failure> {
@@ -373,19 +381,6 @@ fn gc(inputs: &Gc) -> Result<Exit, Failure> {
     // A closed stdout is no reason to fail.
     let _ = writeln!(std::io::stdout(), "{done}");
     Ok(Exit::Ok)
-}
-
-/// Plain lines on stderr, as a server's log is read by people and `grep`.
-fn log(quiet: bool) -> Sink {
-    Sink::new(move |event| {
-        let line = match event {
-            Progress::Note(text) if !quiet => text,
-            Progress::Degraded { area, text } => format!("warning: {area}: {text}"),
-            _ => return,
-        };
-        // A server goes on when the reader of its log is gone.
-        let _ = writeln!(std::io::stderr(), "{}", without_commands(&line));
-    })
 }
 
 async fn sleep_or_never(time: Option<Duration>) {

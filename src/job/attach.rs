@@ -1,15 +1,15 @@
 //! Attaches the cache of a job: probes a server, starts the embedded cache, and leaves out a cache that does not
 //! work.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
-use tokio::net::TcpListener;
 use url::Url;
 
 use crate::report::job::CacheState;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{self, Probe};
-use flywheel_cache::server::{Options, Server, Serving};
+use flywheel_cache::server::{Options, Server, Serving, listen};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
@@ -238,8 +238,7 @@ async fn embed(folder: &Path, cache: &CacheName, sink: &Sink) -> Result<Embedded
         ));
     }
     // Port 0 takes a free port: several jobs may run on one machine, each with a server of its own.
-    let listener = TcpListener::bind(("127.0.0.1", 0))
-        .await
+    let listener = listen(SocketAddr::from(([127, 0, 0, 1], 0)))
         .map_err(|error| format!("the embedded cache: {error}"))?;
     let serving = server
         .serve(listener)

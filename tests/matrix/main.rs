@@ -1,6 +1,7 @@
 //! The matrix: versions of Nix × kinds of stores × shapes of jobs, each run in a root of its own with an empty `/nix`,
 //! and judged by stock Nix alone. What the job's results need and an empty store cannot have from the cache must have
-//! been reported as lost, withheld, ambiguous or not watched; any other path that is missing fails the run.
+//! been reported as lost, withheld, ambiguous or not watched; any other path that is missing fails the run. Besides, each
+//! version reads back from the embedded cache what it has written to it.
 //!
 //! `just matrix` makes all 1000 runs, `just matrix --sample` those in which each pair of values meets. As root, with
 //! what `scripts/nix-versions.sh` unpacks. Without an option it only prints its usage, so that a plain `cargo test`
@@ -104,11 +105,24 @@ fn main() -> ExitCode {
         .jobs
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let started = Instant::now();
+    let read_back = options.cell.is_empty();
+    let unread: Vec<&str> = cells::VERSIONS
+        .into_iter()
+        .filter(|_| read_back)
+        .filter(|version| {
+            let ended = rig.read_back(version);
+            println!(
+                "{version}/read-back: {}",
+                ended.as_ref().err().map_or("holds", |_| "FAILS")
+            );
+            ended.inspect_err(|error| println!("{error}")).is_err()
+        })
+        .collect();
     let table = make(&rig, &runs, jobs);
     println!("\n{table}");
     println!("{} runs in {} s", runs.len(), started.elapsed().as_secs());
     table.write(&repository().join("target/matrix/results.jsonl"));
-    if table.holds() {
+    if table.holds() && unread.is_empty() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

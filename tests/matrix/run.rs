@@ -65,18 +65,44 @@ impl Rig {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
         let started = Instant::now();
-        let finished = self.enter(run, &folder);
-        (folder, started.elapsed().as_secs_f64(), finished)
-    }
-
-    fn enter(&self, run: &Run, folder: &Path) -> Result<(), String> {
-        let guest = self.repository.join("tests/matrix/guest");
-        let log = fs::File::create(folder.join("run.log")).unwrap();
         let Cell {
             version,
             kind,
             shape,
         } = run.cell;
+        let seed = run.seed.to_string();
+        let arguments = [
+            "/guest/run.sh",
+            version,
+            kind,
+            shape,
+            &seed,
+            run.environment(),
+        ];
+        let finished = self.enter(version, &folder, &arguments);
+        (folder, started.elapsed().as_secs_f64(), finished)
+    }
+
+    /// Has a version of Nix read back from the embedded cache what it has written to it.
+    ///
+    /// # Errors
+    /// With what it printed.
+    pub(crate) fn read_back(&self, version: &str) -> Result<(), String> {
+        let name = format!("read-back-{version}");
+        let folder = self.repository.join("target/matrix").join(name);
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).unwrap();
+        let arguments = ["/guest/read-back.sh", "/fly/flywheel"];
+        let finished = self.enter(version, &folder, &arguments);
+        let printed = fs::read_to_string(folder.join("run.log")).unwrap();
+        self.clean(&folder, finished.is_ok());
+        finished.map_err(|error| format!("{error}:\n{printed}"))
+    }
+
+    /// Runs a script in a root of its own.
+    fn enter(&self, version: &str, folder: &Path, arguments: &[&str]) -> Result<(), String> {
+        let guest = self.repository.join("tests/matrix/guest");
+        let log = fs::File::create(folder.join("run.log")).unwrap();
         let mut command = Command::new("unshare");
         command
             .args([
@@ -92,9 +118,8 @@ impl Rig {
             .arg(tree(&self.repository, version))
             .args([&self.binary, &guest])
             .arg(folder)
-            .args(["/bin/bash", "/guest/run.sh", version, kind, shape])
-            .arg(run.seed.to_string())
-            .arg(run.environment())
+            .arg("/bin/bash")
+            .args(arguments)
             .stdin(Stdio::null())
             .stderr(log.try_clone().unwrap())
             .stdout(log);

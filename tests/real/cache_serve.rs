@@ -11,7 +11,7 @@ use serde_json::json;
 use sha2::Digest as _;
 use tempfile::TempDir;
 
-use crate::world::{flywheel, folders, need, with_private_nix};
+use crate::world::{flywheel, folders, must, need, with_private_nix};
 
 const NIX_HOW: &str = "apt-get install nix-bin";
 const MIB: usize = 1024 * 1024;
@@ -237,6 +237,25 @@ fn real_nix_copies_to_it_and_substitutes_from_it() {
     assert_eq!(std::fs::read_dir(served.path("nars")).unwrap().count(), 3);
 }
 
+/// `just matrix` does the same with each version of Nix.
+#[test]
+fn a_writer_reads_back_what_it_sent() {
+    need("nix", NIX_HOW);
+    let folder = tempfile::tempdir().unwrap();
+    let script = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/matrix/guest/read-back.sh"
+    );
+    let mut command = with_private_nix(&folder.path().join("nix"), Path::new("/bin/bash"));
+    folders::isolate(&mut command, folder.path());
+    command
+        .arg(script)
+        .arg(flywheel())
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .stdin(Stdio::null());
+    assert_eq!(must(&mut command).trim(), "read back");
+}
+
 #[test]
 fn real_nix_is_refused_where_it_has_no_token() {
     let served = Served::start(&[]);
@@ -248,6 +267,30 @@ fn real_nix_is_refused_where_it_has_no_token() {
         .unwrap_err();
     assert!(refused.contains("403"), "{refused}");
     assert_eq!(std::fs::read_dir(served.path("nars")).unwrap().count(), 0);
+}
+
+/// The NAR of one file with these blocks, piece by piece.
+fn big_nar(count: usize) -> impl Iterator<Item = Vec<u8>> + Send {
+    let begin = [
+        spelt(&["nix-archive-1", "(", "type", "regular", "contents"]),
+        ((count * MIB) as u64).to_le_bytes().to_vec(),
+    ];
+    // The contents are a multiple of eight bytes.
+    [begin.concat()]
+        .into_iter()
+        .chain(blocks(count))
+        .chain([spelt(&[")"])])
+}
+
+/// Each word with its length, padded.
+fn spelt(words: &[&str]) -> Vec<u8> {
+    let mut nar = Vec::new();
+    for word in words {
+        nar.extend((word.len() as u64).to_le_bytes());
+        nar.extend(word.as_bytes());
+        nar.resize(nar.len().next_multiple_of(8), 0);
+    }
+    nar
 }
 
 /// Blocks of 1 MiB of which an eighth is new each time and does not compress.
@@ -266,22 +309,26 @@ async fn two_gigabytes_pass_within_64_mib_of_memory() {
     const BLOCKS: usize = 2048;
     let served = Served::start(&[]);
     let mut hash = sha2::Sha256::new();
-    blocks(BLOCKS).for_each(|block| hash.update(block));
+    let mut size = 0;
+    for piece in big_nar(BLOCKS) {
+        size += piece.len();
+        hash.update(piece);
+    }
     let hash = Sha256(hash.finalize().into());
     let letters = "a".repeat(32);
     let info = json!({
         "cache": "main", "store_path_hash": letters, "store_path": format!("/nix/store/{letters}-big"),
-        "references": [], "sigs": [], "nar_hash": hash.to_string(), "nar_size": BLOCKS * MIB,
+        "references": [], "sigs": [], "nar_hash": hash.to_string(), "nar_size": size,
     });
     let client = flywheel_sys::http::client(&flywheel_sys::http::Roots::default()).unwrap();
     let body =
-        reqwest::Body::wrap_stream(stream::iter(blocks(BLOCKS)).map(Ok::<_, std::io::Error>));
+        reqwest::Body::wrap_stream(stream::iter(big_nar(BLOCKS)).map(Ok::<_, std::io::Error>));
     let request = client
         .put(format!("{}/_api/v1/upload-path", served.url))
         .bearer_auth(served.token());
     let response = request
         .header("X-Attic-Nar-Info", info.to_string())
-        .header("Content-Length", BLOCKS * MIB)
+        .header("Content-Length", size)
         .body(body)
         .send()
         .await
@@ -312,7 +359,7 @@ async fn two_gigabytes_pass_within_64_mib_of_memory() {
     let came = decoder.finish().unwrap();
     assert_eq!(
         (Sha256(came.hash.finalize().into()), came.size),
-        (hash, (BLOCKS * MIB) as u64)
+        (hash, size as u64)
     );
     let after_download = served.peak_kib();
     println!("peak after upload {after_upload} KiB, after download {after_download} KiB");

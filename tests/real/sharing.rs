@@ -168,6 +168,8 @@ fn a_folder_of_another_user_is_refused() {
         printed.contains("belongs to another user (uid 0)"),
         "{printed}"
     );
+    fs::set_permissions(open.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    std::os::unix::fs::chown(open.path(), Some(65534), Some(65534)).unwrap();
     // Root takes an ordinary user's folder, but not a process of that user that claims to serve it.
     let lock = fs::File::create(open.path().join("lock")).unwrap();
     lock.lock().unwrap();

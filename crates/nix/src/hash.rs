@@ -30,14 +30,7 @@ impl Sha256 {
             .strip_prefix("sha256:")
             .or_else(|| text.strip_prefix("sha256-"))
             .ok_or_else(error)?;
-        // The lengths differ, so the encoding need not be named.
-        let bytes = match digits.len() {
-            64 => base16_decode(digits),
-            52 => base32_decode(digits),
-            44 => STANDARD.decode(digits).ok(),
-            _ => None,
-        };
-        bytes
+        decode(digits, 32)
             .and_then(|bytes| bytes.try_into().ok())
             .map(Self)
             .ok_or_else(error)
@@ -65,6 +58,19 @@ impl fmt::Debug for Sha256 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// Decodes the digits of a hash of `size` bytes, in base16, Nix's base32 or base64. The lengths differ, so the encoding
+/// need not be named.
+pub(crate) fn decode(digits: &str, size: usize) -> Option<Vec<u8>> {
+    let bytes = if digits.len() == size * 2 {
+        base16_decode(digits)
+    } else if digits.len() == (size * 8).div_ceil(5) {
+        base32_decode(digits)
+    } else {
+        STANDARD.decode(digits).ok()
+    };
+    bytes.filter(|bytes| bytes.len() == size)
 }
 
 /// Whether every character is one of Nix's base32 alphabet.

@@ -237,3 +237,23 @@ async fn without_a_record_of_what_is_synced_nothing_sound_is_lost() {
         assert_eq!(missing(&served, &paths).await, [""; 0]);
     }
 }
+
+#[tokio::test]
+async fn a_symbolic_link_is_no_nar() {
+    let served = Served::start(&[]);
+    let path = path(10);
+    assert_eq!(served.upload(&path).await.0, 200);
+    let file = nar_file(&served.path(""), &path);
+    let elsewhere = served.path("elsewhere");
+    std::fs::rename(&file, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
+    assert!(served.narinfo("main", &path).await.is_none());
+    assert_eq!(fetch(&served, &path).await, None);
+    assert_eq!(
+        missing(&served, std::slice::from_ref(&path)).await,
+        [path.hash()]
+    );
+    assert_eq!(served.upload(&path).await.0, 200);
+    assert_eq!(fetch(&served, &path).await.as_ref(), Some(&path.nar));
+    assert!(file.symlink_metadata().unwrap().is_file());
+}

@@ -88,6 +88,149 @@ async fn every_packing_becomes_the_same_zstd_file() {
     assert_eq!(served.names("nars").len(), 1);
 }
 
+/// What a client gets by the name that it gave a NAR.
+async fn fetch(served: &Served, cache: &str, name: &str) -> Option<Vec<u8>> {
+    let url = format!("{}/{cache}/{name}", served.url);
+    let response = served.client().get(&url).send().await.unwrap();
+    if response.status() == 404 {
+        return None;
+    }
+    assert_eq!(response.status(), 200, "{url}");
+    let head = served.client().head(&url).send().await.unwrap();
+    assert_eq!(head.status(), 200, "{url}");
+    let announced = response.content_length();
+    let bytes = response.bytes().await.unwrap();
+    // Where it is compressed anew, the length is known only at the end.
+    assert!(announced.is_none_or(|length| length == bytes.len() as u64));
+    let unpacked = match name.rsplit_once('.').unwrap().1 {
+        "xz" => {
+            let mut nar = Vec::new();
+            let mut decoder = liblzma::read::XzDecoder::new(&bytes[..]);
+            decoder.read_to_end(&mut nar).unwrap();
+            nar
+        }
+        "zst" => zstd::decode_all(&bytes[..]).unwrap(),
+        _ => bytes.to_vec(),
+    };
+    Some(unpacked)
+}
+
+#[tokio::test]
+async fn a_nar_is_served_under_every_name_that_it_came_by() {
+    let served = Served::start(&[]);
+    // Larger than what is read at once, and not worth compressing.
+    let mut random = fastrand::Rng::with_seed(3);
+    let content: Vec<u8> = (0..400_000).map(|_| random.u8(..)).collect();
+    let mut names = Vec::new();
+    for (letter, packing) in [('a', ".xz"), ('b', ".zst"), ('c', "")] {
+        let path = TestPath::new(letter, &content);
+        let (name, bytes) = packed(&path, packing);
+        assert_eq!(fetch(&served, "main", &name).await, None);
+        assert_eq!(put(&served, &name, bytes.clone()).await.0, 201);
+        let file = format!("{}.narinfo", path.hash());
+        let text = narinfo(&path, &name, &bytes);
+        assert_eq!(put(&served, &file, text).await.0, 201);
+        assert_eq!(fetch(&served, "main", &name).await, Some(path.nar.clone()));
+        assert_eq!(fetch(&served, "team", &name).await, None, "not sent there");
+        names.push((name, path));
+    }
+    // Neither a collection nor a new start takes a name away that a client may still know.
+    let (_, folder) = served.stop();
+    let old = SystemTime::now() - Duration::from_secs(86_400);
+    for (name, _) in &names {
+        let record = format!("cache/caches/main/uploads/{}", &name[4..]);
+        let record = std::fs::File::open(folder.path().join(record)).unwrap();
+        record.set_modified(old).unwrap();
+    }
+    let served = Served::in_folder(folder, &[]);
+    served.until("a collection", || {
+        served.names("caches/main/uploads").len() == names.len()
+    });
+    for (name, path) in &names {
+        assert_eq!(fetch(&served, "main", name).await.as_ref(), Some(&path.nar));
+    }
+    let (ran, folder) = served.stop();
+    assert!(ran.stderr.contains("gc: 0 paths"), "{}", ran.stderr);
+    // With its paths a NAR loses its names.
+    let mut run = Flywheel::new(&["cache", "gc", "--dir", "cache", "--max-size", "0"]);
+    run.folder = folder;
+    assert_eq!(run.run().code, 0);
+    let left = std::fs::read_dir(run.path("cache/caches/main/uploads")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[tokio::test]
+async fn our_own_narinfo_is_taken_back() {
+    let served = Served::start(&[]);
+    let path = TestPath::new('a', b"x");
+    assert_eq!(served.upload(&path).await.0, 200);
+    let file = format!("{}.narinfo", path.hash());
+    let ours = served.narinfo("main", &path).await.unwrap().to_string();
+    let signed = format!("{ours}Sig: other-1:{}\n", foreign_signature());
+    assert_eq!(put(&served, &file, signed).await.0, 201);
+    assert_eq!(
+        served
+            .narinfo("main", &path)
+            .await
+            .unwrap()
+            .signatures
+            .len(),
+        2
+    );
+    // The name alone proves nothing about a path that this cache has not.
+    let other = ours.replace(&path.base, &TestPath::new('b', b"").base);
+    let (status, json) = put(&served, &format!("{}.narinfo", "b".repeat(32)), other).await;
+    assert_eq!(status, 400, "{json}");
+    let size = format!("NarSize: {}", path.nar.len());
+    let wrong = ours.replace(&size, "NarSize: 7");
+    assert_eq!(put(&served, &file, wrong).await.0, 400);
+}
+
+#[tokio::test]
+async fn a_compression_that_its_name_does_not_say_is_named() {
+    let served = Served::start(&[]);
+    // So Nix names NARs that it compresses with gzip and with lzma.
+    for (begin, problem) in [
+        (
+            &b"\x1f\x8b\x08\0\0\0\0\0\x02\x03"[..],
+            "compressed with gzip",
+        ),
+        (
+            b"\x5d\0\0\x80\0\xff\xff\xff\xff\xff",
+            "compressed with lzma",
+        ),
+        (b"BZh91AY&SY", "compressed with bzip2"),
+    ] {
+        let bytes = [begin, &[7; 500]].concat();
+        let name = format!("nar/{}.nar", sha256(&bytes).base32());
+        let (status, json) = put(&served, &name, bytes).await;
+        let message = json["message"].as_str().unwrap();
+        assert_eq!(status, 415, "{json}");
+        assert!(
+            message.contains(problem) && message.contains("?compression=zstd"),
+            "{json}"
+        );
+    }
+    assert!(served.names("nars").is_empty());
+}
+
+#[tokio::test]
+async fn a_narinfo_with_a_wrong_content_address_replaces_no_good_one() {
+    let served = Served::start(&[]);
+    let path = TestPath::new('a', b"x");
+    let (name, bytes) = packed(&path, ".zst");
+    let good = narinfo(&path, &name, &bytes);
+    let file = format!("{}.narinfo", path.hash());
+    assert_eq!(put(&served, &name, bytes.clone()).await.0, 201);
+    assert_eq!(put(&served, &file, good.clone()).await.0, 201);
+    let wrong = format!("{good}CA: fixed:r:{}\n", path.nar_hash());
+    let (status, json) = put(&served, &file, wrong).await;
+    assert_eq!(status, 400);
+    let message = json["message"].as_str().unwrap();
+    assert!(message.contains("the content address (`CA`) of"), "{json}");
+    assert_eq!(served.narinfo("main", &path).await.unwrap().ca, None);
+}
+
 fn foreign_signature() -> String {
     let signature = flywheel_nix::key::SecretKey::generate("other-1")
         .unwrap()

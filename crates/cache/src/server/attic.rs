@@ -16,7 +16,7 @@ use crate::server::error::ErrorResponse;
 use crate::server::state::{Cache, Cost, ServerState};
 use crate::server::store::Store;
 use crate::server::token::Scope;
-use crate::server::upload::{check_length, receive_announced};
+use crate::server::upload::{check_content_address, check_length, receive_announced};
 use crate::server::upload_info::UploadInfo;
 use flywheel_nix::store_path::{PathHash, STORE_DIR};
 
@@ -82,6 +82,25 @@ fn base_url(headers: &HeaderMap) -> Option<String> {
     (!host.is_empty() && host.bytes().all(plain)).then(|| format!("{scheme}://{host}/"))
 }
 
+/// Answers `attic cache create`, `configure` and `destroy`, which are no business of clients here.
+///
+/// # Errors
+/// Always: 400 for the creation of a cache that is there, else 405.
+pub(crate) async fn refuse_change(
+    State(shared): State<Arc<ServerState>>,
+    Path(cache): Path<String>,
+    request: Request,
+) -> ErrorResponse {
+    let shown = flywheel_core::text::one_line(&cache, 60);
+    let may_know = shared
+        .authorise(request.headers(), &cache, Scope::Read)
+        .is_ok();
+    if may_know && request.method() == axum::http::Method::POST {
+        return ErrorResponse::cache_exists(&shown);
+    }
+    ErrorResponse::caches_are_fixed()
+}
+
 #[derive(Deserialize)]
 struct MissingPathsRequest {
     cache: String,
@@ -97,6 +116,8 @@ pub(crate) async fn get_missing_paths(
     request: Request,
 ) -> Result<Response, ErrorResponse> {
     let (parts, body) = request.into_parts();
+    // The cache is named in the body, so this is all that can be checked before reading it.
+    shared.authorise_some_write(&parts.headers)?;
     let json = parts
         .headers
         .get(header::CONTENT_TYPE)
@@ -106,6 +127,7 @@ pub(crate) async fn get_missing_paths(
             "the body must be `Content-Type: application/json`",
         ));
     }
+    let memory = shared.metadata_slot(&parts.headers, MISSING_LIMIT).await?;
     let body = RequestBody::new(body).read_all(MISSING_LIMIT).await?;
     let request: MissingPathsRequest = serde_json::from_slice(&body).map_err(|error| {
         let text = flywheel_core::text::one_line(&error.to_string(), 200);
@@ -120,6 +142,7 @@ pub(crate) async fn get_missing_paths(
         .authorise(&parts.headers, &request.cache, Scope::Write)?
         .name
         .clone();
+    drop((body, memory));
     let mut hashes = request.store_path_hashes;
     hashes.sort();
     // Each hash costs a look at the disk.
@@ -193,7 +216,12 @@ async fn commit_known_nar(
     };
     let (name, path) = (cache.name.clone(), info.path.clone());
     shared
-        .run_blocking(move |store| store.commit(&name, &path, known))
+        .run_blocking(move |store| {
+            check_content_address(store, &path)?;
+            store
+                .commit(&name, &path, known)
+                .map_err(ErrorResponse::from)
+        })
         .await
 }
 
@@ -237,6 +265,7 @@ async fn read_info(
                 "`{PREAMBLE_SIZE}` is not a number from 1 to {PREAMBLE_LIMIT}"
             ))
         })?;
+    let _memory = shared.metadata_slot(headers, size).await?;
     let json = body.take(size).await?;
     Ok((UploadInfo::parse(&json).map_err(refuse)?, size as u64))
 }

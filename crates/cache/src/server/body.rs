@@ -1,11 +1,10 @@
-//! Reads request bodies piece by piece, with a timeout for each piece. Owns limits and timeouts,
+//! Reads request bodies piece by piece, and gives up on those that come too slowly. Owns limits,
 //! and does not interpret the content.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use axum::body::{Body, BodyDataStream, Bytes, HttpBody};
 use axum::extract::Request;
@@ -15,16 +14,17 @@ use axum::response::Response;
 use futures_util::StreamExt as _;
 use hyper::body::{Frame, SizeHint};
 
-use crate::server::error::ErrorResponse;
+use tokio::time::{Instant, timeout};
 
-/// A body from which nothing arrives for this long is abandoned.
-pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::server::error::ErrorResponse;
+use crate::server::patience::Patience;
 
 /// A request body that is being read.
 pub(crate) struct RequestBody {
     stream: BodyDataStream,
     /// Bytes that have been read but not returned.
     rest: Option<Bytes>,
+    patience: Patience,
 }
 
 impl RequestBody {
@@ -34,22 +34,30 @@ impl RequestBody {
         Self {
             stream: body.into_data_stream(),
             rest: None,
+            patience: Patience::default(),
         }
     }
 
     /// Returns the next piece; `None` at the end.
     ///
     /// # Errors
-    /// When nothing arrives for `IDLE_TIMEOUT`, or the connection breaks.
+    /// When too little arrives, or the connection breaks.
     pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, ErrorResponse> {
         // `take` may have split a piece.
         if let Some(rest) = self.rest.take() {
             return Ok(Some(rest));
         }
-        match tokio::time::timeout(IDLE_TIMEOUT, self.stream.next()).await {
+        // Only the time that the client takes counts, not that of the disk behind this server.
+        let begun = Instant::now();
+        let next = timeout(self.patience.left(), self.stream.next()).await;
+        self.patience.waited(begun.elapsed());
+        match next {
             Err(_) => Err(ErrorResponse::timed_out()),
             Ok(None) => Ok(None),
-            Ok(Some(Ok(piece))) => Ok(Some(piece)),
+            Ok(Some(Ok(piece))) => {
+                self.patience.moved(piece.len());
+                Ok(Some(piece))
+            }
             Ok(Some(Err(_))) => Err(ErrorResponse::bad_request(
                 "the request's body ended before its announced length",
             )),
@@ -179,5 +187,17 @@ mod tests {
                 .is_err()
         );
         assert!(RequestBody::new(Body::from("12345")).take(6).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_body_that_drips_is_given_up() {
+        let drops = futures_util::stream::unfold((), async |()| {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            Some((Ok::<_, std::io::Error>(Bytes::from_static(b"x")), ()))
+        });
+        let mut body = RequestBody::new(Body::from_stream(drops));
+        body.patience
+            .waited(std::time::Duration::from_millis(59_900));
+        assert!(body.read_all(100_000).await.is_err());
     }
 }

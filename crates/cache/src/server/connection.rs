@@ -1,30 +1,42 @@
-//! Accepts connections, bounds their number and idle times, and closes them. Knows nothing about
-//! caches.
+//! Accepts connections, bounds their number, idle times and slowness, and closes them. Knows nothing
+//! about caches.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use axum::response::{IntoResponse as _, Response};
+use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// Maximum number of connections; further ones wait to be accepted. Well below the usual limit of
-/// open files.
+use crate::server::connection_limit::{Answering, ConnectionLimit, ConnectionSlot, Peer};
+use crate::server::error::ErrorResponse;
+use crate::server::patience::Patience;
+
+/// Maximum number of connections; for a further one, one without a request is closed, or it waits to be accepted. Well
+/// below the usual limit of open files.
 pub(crate) const CONNECTIONS: usize = 256;
+/// Requests of one address at a time; further ones wait. A reverse proxy has one address for all its clients.
+pub(crate) const PER_ADDRESS: usize = 192;
+/// How long a request waits while its address has as many under way as it may.
+const TURN_LIMIT: Duration = Duration::from_secs(60);
 /// Time within which a request's head must arrive, also on a kept connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// A client that reads nothing of a response for this long is disconnected.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time for the rest of a response to leave on a connection that has lost its slot.
+const EVICTED_GRACE: Duration = Duration::from_millis(250);
 /// Buffer size per connection, which limits a request's head and how much of a body is read at
 /// once.
 const BUFFER: usize = 128 * 1024;
@@ -34,6 +46,9 @@ const BUFFER: usize = 128 * 1024;
 const LINGER: Duration = Duration::from_secs(2);
 /// … as long as data arrives at this interval. A client on a busy machine may pause for a while.
 const LINGER_IDLE: Duration = Duration::from_secs(1);
+/// Connections that wait in the kernel's queue, as far as the system allows. Of a short queue the kernel drops some, and
+/// their clients wait a second before they try again.
+const BACKLOG: u32 = 1024;
 /// Pause after a failed `accept`, when the system is out of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -46,59 +61,70 @@ pub(crate) struct BytesMoved(pub u64);
 pub(crate) trait Listener: Send + 'static {
     type Stream: Send + 'static;
 
-    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, Peer)>> + Send;
 }
 
 impl Listener for TcpListener {
     type Stream = TcpStream;
 
-    async fn next(&self) -> io::Result<TcpStream> {
-        self.accept().await.map(|(stream, _)| stream)
+    async fn next(&self) -> io::Result<(TcpStream, Peer)> {
+        let (stream, address) = self.accept().await?;
+        Ok((stream, Peer::new(address.ip())))
     }
 }
 
 impl Listener for UnixListener {
     type Stream = UnixStream;
 
-    async fn next(&self) -> io::Result<UnixStream> {
-        self.accept().await.map(|(stream, _)| stream)
+    async fn next(&self) -> io::Result<(UnixStream, Peer)> {
+        let (stream, _) = self.accept().await?;
+        Ok((stream, Peer::Unknown))
     }
 }
 
-/// Accepts at most `limit` connections at a time until `stop` is cancelled, then lets open requests finish for at most
-/// `grace`.
+/// Listens on an address.
+///
+/// # Errors
+/// When the address is taken, or not this machine's.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    // A new server takes over the port of one that has just ended.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Accepts connections within `limit` until `stop` is cancelled, then lets open requests finish for at most `grace`.
 pub(crate) async fn serve<L: Listener, F: Future<Output = ()> + Send + 'static>(
     listener: L,
-    limit: usize,
+    limit: Arc<ConnectionLimit>,
     stop: CancellationToken,
     grace: Duration,
-    answer: impl Fn(L::Stream) -> F,
+    answer: impl Fn(L::Stream, Arc<ConnectionSlot>) -> F,
 ) {
-    let places = Arc::new(Semaphore::new(limit));
     let mut connections = JoinSet::new();
     loop {
-        // Acquire a place before accepting: beyond the limit, clients wait in the kernel's queue.
-        let place = Arc::clone(&places).acquire_owned();
+        // Beyond the limit, clients wait in the kernel's queue.
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
             // Finished connections are joined here, or the set would grow for ever.
             Some(_) = connections.join_next() => continue,
-            accepted = async { (place.await, listener.next().await) } => accepted,
+            accepted = async { (limit.available().await, listener.next().await) } => accepted,
         };
         match accepted {
-            (Ok(place), Ok(stream)) => {
-                let answered = answer(stream);
-                connections.spawn(async move {
-                    answered.await;
-                    drop(place);
-                });
+            (place, Ok((stream, peer))) => {
+                let slot = Arc::new(limit.take(place, peer));
+                connections.spawn(answer(stream, slot));
             }
-            _ => sleep(ACCEPT_PAUSE).await,
+            (_, Err(_)) => sleep(ACCEPT_PAUSE).await,
         }
     }
     // Refuse new connections during the grace period.
     drop(listener);
-    let _ = tokio::time::timeout(grace, async {
+    let _ = timeout(grace, async {
         while connections.join_next().await.is_some() {}
     })
     .await;
@@ -106,18 +132,39 @@ pub(crate) async fn serve<L: Listener, F: Future<Output = ()> + Send + 'static>(
     connections.shutdown().await;
 }
 
-/// Answers on one connection until the client or `stop` ends it.
-pub(crate) async fn answer<S>(stream: S, router: Router, stop: CancellationToken)
-where
+/// Answers on one connection until the client or `stop` ends it, or another one gets its slot.
+pub(crate) async fn answer<S>(
+    stream: S,
+    router: Router,
+    stop: CancellationToken,
+    slot: Arc<ConnectionSlot>,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    let router = TowerToHyperService::new(router);
+    let of = Arc::clone(&slot);
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let (router, slot) = (router.clone(), Arc::clone(&of));
+        async move {
+            match timeout(TURN_LIMIT, slot.begin()).await {
+                Ok(Some(answering)) => router
+                    .call(request)
+                    .await
+                    .map(|response| until_sent(response, answering)),
+                _ => {
+                    let text = "too many requests from this address at once; try again";
+                    Ok(ErrorResponse::unavailable(text).into_response())
+                }
+            }
+        }
+    });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(BUFFER)
         .serve_connection(
-            TokioIo::new(LingeringStream::new(stream)),
-            TowerToHyperService::new(router),
+            TokioIo::new(LingeringStream::new(stream, Arc::clone(&slot))),
+            service,
         );
     let mut served = pin!(served);
     let ended = tokio::select! {
@@ -127,18 +174,70 @@ where
             served.as_mut().graceful_shutdown();
             served.await
         }
+        () = slot.evicted() => {
+            // A client that has never completed a request loses nothing.
+            if slot.has_answered() {
+                served.as_mut().graceful_shutdown();
+                let _ = timeout(EVICTED_GRACE, served).await;
+            }
+            return;
+        }
     };
     // A client that broke its connection cannot receive an error, and the request has its own log
     // line.
     drop(ended);
 }
 
-/// A stream that times out when the client stops reading, and that closes so that the last response
+/// The response; its request counts as under way until the body has been sent.
+fn until_sent(response: Response, answering: Answering) -> Response {
+    response.map(|inner| {
+        Body::new(AnswerBody {
+            inner,
+            _answering: answering,
+        })
+    })
+}
+
+struct AnswerBody {
+    inner: Body,
+    _answering: Answering,
+}
+
+impl HttpBody for AnswerBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// A stream that ends when the client reads too little, and that closes so that the last response
 /// arrives.
 struct LingeringStream<S> {
     stream: S,
-    stalled: Option<Pin<Box<Sleep>>>,
+    slot: Arc<ConnectionSlot>,
+    patience: Patience,
+    stalled: Option<Stall>,
     linger: Option<Linger>,
+}
+
+/// The client takes nothing of what is to be sent.
+struct Stall {
+    since: Instant,
+    /// The end of the server's patience.
+    end: Pin<Box<Sleep>>,
 }
 
 struct Linger {
@@ -147,9 +246,11 @@ struct Linger {
 }
 
 impl<S> LingeringStream<S> {
-    fn new(stream: S) -> Self {
+    fn new(stream: S, slot: Arc<ConnectionSlot>) -> Self {
         Self {
             stream,
+            slot,
+            patience: Patience::default(),
             stalled: None,
             linger: None,
         }
@@ -160,15 +261,23 @@ impl<S> LingeringStream<S> {
         cx: &mut Context<'_>,
         result: Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if result.is_ready() {
-            // The client has read something, so its time starts again.
-            self.stalled = None;
+        if let Poll::Ready(written) = &result {
+            if let Some(stall) = self.stalled.take() {
+                self.patience.waited(stall.since.elapsed());
+                self.slot.stalled(None);
+            }
+            self.patience
+                .moved(written.as_ref().map_or(0, |bytes| *bytes));
             return result;
         }
-        let stalled = self
-            .stalled
-            .get_or_insert_with(|| Box::pin(sleep(WRITE_TIMEOUT)));
-        ready!(stalled.as_mut().poll(cx));
+        let (slot, left) = (&self.slot, self.patience.left());
+        let stall = self.stalled.get_or_insert_with(|| {
+            let since = Instant::now();
+            slot.stalled(Some(since));
+            let end = Box::pin(sleep(left));
+            Stall { since, end }
+        });
+        ready!(stall.end.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }

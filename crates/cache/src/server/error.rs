@@ -90,12 +90,28 @@ impl ErrorResponse {
         )
     }
 
-    /// 408: the body stopped arriving.
+    /// 400: there is such a cache already.
+    pub(crate) fn cache_exists(name: &str) -> Self {
+        let text = format!("the cache `{name}` is there already; it needs no `attic cache create`");
+        Self::new(StatusCode::BAD_REQUEST, "CacheAlreadyExists", text)
+    }
+
+    /// 405: clients neither make nor change caches.
+    pub(crate) fn caches_are_fixed() -> Self {
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "MethodNotAllowed",
+            "clients cannot make, change or remove caches here: the server makes those that it is started with, as in \
+             `flywheel cache serve --cache NAME`",
+        )
+    }
+
+    /// 408: the body stopped arriving, or arrives too slowly.
     pub(crate) fn timed_out() -> Self {
         Self::new(
             StatusCode::REQUEST_TIMEOUT,
             "RequestTimeout",
-            "the request's body stopped arriving",
+            "the request's body arrives too slowly",
         )
     }
 

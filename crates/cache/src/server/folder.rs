@@ -7,7 +7,7 @@
 //! nars/<nar hash>.nar.zst           each NAR once, for all caches
 //! caches/<cache>/<hash>.narinfo     a path's metadata; its modification time is its last use
 //! caches/<cache>/nars/<nar hash>    a link to the NAR, or empty: this cache may serve it
-//! caches/<cache>/uploads/<name>     a NAR that `nix copy` has sent and no narinfo has claimed yet
+//! caches/<cache>/uploads/<name>     which NAR `nix copy` has sent under this name
 //! synced                            the last epoch that is completely on disk, see `durable`
 //! socket                            other processes reach the one with the lock here, see `host`
 //! tmp/                              unfinished files; swept at every start
@@ -28,6 +28,9 @@ use flywheel_nix::hash::Sha256;
 use flywheel_nix::store_path::PathHash;
 use flywheel_sys::untrusted_file::{self, Owner};
 
+/// The bit of a mode that lets every user write.
+const OTHERS_WRITE: u32 = 0o002;
+
 #[derive(Debug, Error)]
 pub enum FolderError {
     #[error("the folder `{}` is in use by another `flywheel cache`", .0.display())]
@@ -38,6 +41,9 @@ pub enum FolderError {
     /// Its content is for another user to change, keys and tokens included.
     #[error("the folder `{}` belongs to another user (uid {uid})", folder.display())]
     Foreign { folder: PathBuf, uid: u32 },
+    /// Every user can put files into it.
+    #[error("the folder `{}` can be written by every user (mode {mode:o})", folder.display())]
+    Writable { folder: PathBuf, mode: u32 },
     /// It cannot be created, read or written.
     #[error("the folder `{}` cannot be used", folder.display())]
     Unusable {
@@ -67,6 +73,9 @@ impl Explain for FolderError {
             Self::Foreign { .. } => {
                 "Use a folder of this user's own, since what another user can write is no cache to trust."
                     .to_owned()
+            }
+            Self::Writable { folder, .. } => {
+                format!("Make it this user's own: `chmod 700 {}`.", folder.display())
             }
             Self::Unusable { .. } => {
                 "Use `--dir` to name a folder that this user can write to.".to_owned()
@@ -140,7 +149,7 @@ impl Layout {
     /// Creates the folder if it is missing (0700).
     ///
     /// # Errors
-    /// When it cannot be created, or belongs to another user.
+    /// When it cannot be created, belongs to another user, or is open to every user.
     pub(crate) fn open(root: &Path) -> Result<Self, FolderError> {
         let unusable = |source| FolderError::Unusable {
             folder: root.to_owned(),
@@ -156,9 +165,29 @@ impl Layout {
                 uid,
             });
         }
-        Ok(Self {
+        let layout = Self {
             root: root.to_owned(),
-        })
+        };
+        layout.check_modes()?;
+        Ok(layout)
+    }
+
+    /// Whoever can write into the folder can serve what they like, under this cache's signature.
+    fn check_modes(&self) -> Result<(), FolderError> {
+        let below = ["keys", "nars", "caches"].map(|name| self.root.join(name));
+        for folder in std::iter::once(&self.root).chain(&below) {
+            match std::fs::metadata(folder).map(|about| about.mode() & 0o7777) {
+                Ok(mode) if mode & OTHERS_WRITE != 0 => {
+                    return Err(FolderError::Writable {
+                        folder: folder.clone(),
+                        mode,
+                    });
+                }
+                // What is missing will be created.
+                Ok(_) | Err(_) => (),
+            }
+        }
+        Ok(())
     }
 
     /// Returns the caches that have a folder here, sorted.
@@ -238,7 +267,7 @@ impl Layout {
         self.markers(cache).join(hash.base32())
     }
 
-    /// The folder of notes on uploaded NARs that no narinfo claims yet; the NARs themselves are in `nars`.
+    /// The folder of notes on the names of uploaded NARs; the NARs themselves are in `nars`.
     pub(crate) fn uploads(&self, cache: &CacheName) -> PathBuf {
         self.objects(cache).join("uploads")
     }

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::server::folder::entries;
+use crate::server::records::Upload;
 use crate::server::sealed::unseal;
 use crate::server::store::{Store, TOUCH_INTERVAL};
 use flywheel_core::text::{bytes, count};
@@ -227,8 +228,14 @@ pub(crate) fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Resul
         sweep(&store.folder().markers(&cache), fresh, |name| {
             marked.contains(name)
         })?;
-        // An upload's record is needed only until its narinfo arrives.
-        sweep(&store.folder().uploads(&cache), fresh, |_| false)?;
+        // Whoever sent a NAR asks for it by the name that it gave it.
+        let uploads = store.folder().uploads(&cache);
+        sweep(&uploads, fresh, |name| {
+            let record = std::fs::read(uploads.join(name)).ok();
+            record
+                .and_then(|record| Upload::from_record(&record))
+                .is_some_and(|upload| marked.contains(&upload.nar_hash.base32()))
+        })?;
     }
     let names: HashSet<String> = claimed
         .iter()

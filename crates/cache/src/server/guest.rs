@@ -2,13 +2,17 @@
 //! connections to it, and notices when it ends or freezes. Knows no client's protocol.
 
 use std::io;
+use std::pin::pin;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional_with_sizes};
+use tokio::io::{
+    AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufReader, copy_buf,
+};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::server::connection_limit::ConnectionSlot;
 use crate::server::folder::Layout;
 use crate::server::terms::Terms;
 use crate::server::wire::{self, Hello, Reply, VERSION};
@@ -19,6 +23,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// A server that answers no ping for this long is frozen. A busy machine needs far less.
 const PING_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long what a client still sends is taken after the server has ended its connection.
+const LINGER: Duration = Duration::from_secs(2);
 /// Buffer for each direction of a forwarded connection.
 const BUFFER: usize = 32 * 1024;
 
@@ -159,18 +165,23 @@ impl Guest {
 }
 
 impl Seat {
-    /// Forwards one client's connection until either side ends it.
+    /// Forwards one client's connection until either side ends it. The server closes what is idle, and knows what is; so
+    /// `slot` is kept until then.
     ///
     /// # Errors
     /// Gives the connection back, untouched, if the server does not take it.
-    pub(crate) async fn forward(&self, mut client: TcpStream) -> Result<(), TcpStream> {
+    pub(crate) async fn forward(
+        &self,
+        client: TcpStream,
+        slot: &ConnectionSlot,
+    ) -> Result<(), TcpStream> {
         let hello = Hello::Client { guest: self.number };
         let connect = async {
             let mut server = wire::dial(&self.layout).await?;
             let reply = converse(&mut server, &hello).await?;
             Ok::<_, io::Error>((server, reply))
         };
-        let mut server = match timeout(ANSWER_TIMEOUT, connect).await {
+        let server = match timeout(ANSWER_TIMEOUT, connect).await {
             Ok(Ok((server, Reply::Ready))) => server,
             Ok(Ok(_)) => {
                 self.forgotten.cancel();
@@ -179,8 +190,35 @@ impl Seat {
             Ok(Err(_)) | Err(_) => return Err(client),
         };
         // Time limits are the server's, and a frozen server ends everything.
-        let copy = copy_bidirectional_with_sizes(&mut client, &mut server, BUFFER, BUFFER);
+        let copy = copy_both(client, server, slot);
         let _ = self.frozen.run_until_cancelled(copy).await;
         Ok(())
     }
+}
+
+async fn copy_both(mut client: TcpStream, mut server: UnixStream, slot: &ConnectionSlot) {
+    let (from_client, to_client) = client.split();
+    let (from_server, to_server) = server.split();
+    let mut requests = pin!(copy(from_client, to_server));
+    let mut responses = pin!(copy(from_server, to_client));
+    slot.keep(true);
+    tokio::select! {
+        () = responses.as_mut() => (),
+        // A client that has sent its last request may still wait for the response.
+        () = requests.as_mut() => return responses.await,
+    }
+    // The server has ended the connection. What the client still sends is taken for a moment, or it would see a reset
+    // instead of the response.
+    slot.keep(false);
+    tokio::select! {
+        _ = timeout(LINGER, requests) => (),
+        () = slot.evicted() => (),
+    }
+}
+
+/// Copies until the end, and passes the end on.
+async fn copy(from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) {
+    let mut from = BufReader::with_capacity(BUFFER, from);
+    let _ = copy_buf(&mut from, &mut to).await;
+    let _ = to.shutdown().await;
 }

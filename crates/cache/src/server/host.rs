@@ -12,6 +12,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::server::connection::{self, CONNECTIONS};
+use crate::server::connection_limit::{ConnectionLimit, ConnectionSlot, Peer};
 use crate::server::folder::Layout;
 use crate::server::state::ServerState;
 use crate::server::terms::{Terms, WireTerms};
@@ -19,6 +20,9 @@ use crate::server::wire::{self, Hello, Reply, VERSION};
 
 /// Maximum number of processes that join one folder's server; each needs a connection of its own.
 const GUESTS: usize = 64;
+/// Requests of one process's clients at a time. Fewer than the connections that it takes itself, so that idle ones are
+/// closed here before it takes no more.
+const PER_GUEST: usize = 128;
 /// Time limit for the first line of a connection.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// A guest that sends no ping for this long has gone; it may join again. Many times its interval, because a guest may
@@ -68,26 +72,37 @@ pub(crate) async fn serve(
         guests: Mutex::default(),
     });
     // The places for guests come on top, so that these never wait for clients.
-    let answer = move |stream| receive(Arc::clone(&host), stream);
-    connection::serve(listener, CONNECTIONS + GUESTS, stop, grace, answer).await;
+    let answer = move |stream, slot| receive(Arc::clone(&host), stream, slot);
+    let limit = ConnectionLimit::new(CONNECTIONS + GUESTS, PER_GUEST);
+    connection::serve(listener, limit, stop, grace, answer).await;
 }
 
-async fn receive(host: Arc<Host>, mut stream: UnixStream) {
+async fn receive(host: Arc<Host>, mut stream: UnixStream, slot: Arc<ConnectionSlot>) {
     let own = rustix::process::geteuid().as_raw();
     // Root may do anyway what it likes here.
     if !wire::peer(&stream).is_ok_and(|uid| uid == own || uid == 0) {
         return;
     }
-    match timeout(HELLO_TIMEOUT, wire::receive(&mut stream)).await {
-        Ok(Ok(Hello::Join { version, terms })) => host.welcome(stream, version, terms).await,
-        Ok(Ok(Hello::Client { guest })) => host.answer_client(stream, guest).await,
+    let hello = tokio::select! {
+        hello = timeout(HELLO_TIMEOUT, wire::receive(&mut stream)) => hello,
+        () = slot.evicted() => return,
+    };
+    match hello {
+        Ok(Ok(Hello::Join { version, terms })) => {
+            slot.keep(true);
+            host.welcome(stream, version, terms).await;
+        }
+        Ok(Ok(Hello::Client { guest })) => {
+            slot.belongs_to(Peer::Guest(guest));
+            host.answer_client(stream, guest, slot).await;
+        }
         // It broke off, or speaks another language.
         Ok(Err(_)) | Err(_) => (),
     }
 }
 
 impl Host {
-    async fn answer_client(&self, mut stream: UnixStream, number: u64) {
+    async fn answer_client(&self, mut stream: UnixStream, number: u64, slot: Arc<ConnectionSlot>) {
         let guest = self.lock().by_number.get(&number).cloned();
         let reply = match &guest {
             Some(_) => Reply::Ready,
@@ -95,7 +110,7 @@ impl Host {
         };
         let sent = wire::send(&mut stream, &reply).await;
         if let (Some(guest), Ok(())) = (guest, sent) {
-            connection::answer(stream, guest.router, guest.stop).await;
+            connection::answer(stream, guest.router, guest.stop, slot).await;
         }
     }
 

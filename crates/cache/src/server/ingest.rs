@@ -1,5 +1,5 @@
-//! Reads a NAR from the network into a temporary file: decompresses, hashes, counts and compresses
-//! it in one pass, in constant memory. Does not decide whether it is the announced NAR.
+//! Reads a NAR from the network into a temporary file: decompresses, checks its form, hashes, counts
+//! and compresses it in one pass, in constant memory. Does not decide whether it is the announced NAR.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -15,7 +15,9 @@ use crate::server::body::RequestBody;
 use crate::server::compress::FrameEncoder;
 use crate::server::error::ErrorResponse;
 use crate::server::store::StoredNar;
+use crate::server::upload_name::{self, SIGNATURE_LENGTH};
 use flywheel_nix::hash::Sha256;
+use flywheel_nix::nar_validator::{NarError, NarValidator};
 
 /// Pieces queued for the worker thread; each is at most as large as the connection's buffer.
 const QUEUE_LENGTH: usize = 4;
@@ -23,6 +25,10 @@ const QUEUE_LENGTH: usize = 4;
 const XZ_MEMORY: u64 = 72 * 1024 * 1024;
 /// Maximum window for decompressing zstd: 2^25 bytes, 32 MiB. Levels up to 19 need 8 MiB.
 const ZSTD_WINDOW_LOG: u32 = 25;
+/// A compressed NAR of unknown size may unpack to this many bytes …
+const UNPACKED_BASE: u64 = 1024 * 1024 * 1024;
+/// … and this many for each byte received. Real NARs have a tenth of it at most; one of nothing but zeros may have more.
+const UNPACKED_RATIO: u64 = 1024;
 
 /// The compression of an uploaded NAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,8 +66,14 @@ pub(crate) struct IngestedNar {
 #[derive(Debug)]
 pub(crate) enum IngestError {
     TooLong,
+    /// Its size is not announced, and it unpacks to too much for what was received.
+    OutOfProportion,
     /// It cannot be decompressed.
     Corrupt(String),
+    /// What was received, or what it unpacks to, is not a NAR.
+    NoNar(NarError),
+    /// It is compressed, in a way that was not announced.
+    Compressed(&'static str),
     Disk(io::Error),
     /// The client disconnected.
     Abandoned,
@@ -147,6 +159,10 @@ impl Ingest {
             self.received.update(bytes);
         }
         self.received_size += bytes.len() as u64;
+        if self.format != Format::None {
+            self.decoder.sink().proportion =
+                UNPACKED_BASE.saturating_add(self.received_size.saturating_mul(UNPACKED_RATIO));
+        }
         self.decoder.take(bytes)
     }
 
@@ -169,11 +185,16 @@ impl Ingest {
     }
 }
 
-/// The sink for decompressed bytes: counts and hashes them, and compresses them into the file.
+/// The sink for decompressed bytes: checks, counts and hashes them, and compresses them into the file.
 struct NarSink {
     hash: sha2::Sha256,
     size: u64,
     limit: Option<u64>,
+    /// The most bytes that are in proportion to what was received, where no limit is known.
+    proportion: u64,
+    validator: NarValidator,
+    /// The first bytes, by which a compressed file is recognised.
+    beginning: Vec<u8>,
     compressor: Option<FrameEncoder<HashingFile>>,
     /// Why a write failed, because the decoder around this sink would hide the reason.
     error: Option<IngestError>,
@@ -186,6 +207,9 @@ impl NarSink {
             hash: sha2::Sha256::new(),
             size: 0,
             limit: options.nar_size,
+            proportion: u64::MAX,
+            validator: NarValidator::default(),
+            beginning: Vec::new(),
             compressor,
             error: None,
         })
@@ -194,6 +218,9 @@ impl NarSink {
     /// Returns the NAR's hash and size, and its file.
     fn finish(self) -> Result<(Sha256, u64, Option<StoredNar>), IngestError> {
         let whole = self.limit.is_none_or(|limit| self.size == limit);
+        if whole {
+            self.validator.finish().map_err(IngestError::NoNar)?;
+        }
         let file = match self.compressor {
             // A NAR shorter than announced is not stored.
             Some(compressor) if whole => {
@@ -223,13 +250,30 @@ fn compressor(
     )
 }
 
-impl Write for NarSink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+impl NarSink {
+    /// Whether the bytes may be the next of a NAR of the right size.
+    fn check(&mut self, bytes: &[u8]) -> Result<(), IngestError> {
         self.size += bytes.len() as u64;
         // Checked on each write, so that an endless NAR is not read to its end.
-        if self.limit.is_some_and(|limit| self.size > limit) {
-            self.error = Some(IngestError::TooLong);
-            return Err(io::Error::other("longer than announced"));
+        match self.limit {
+            Some(limit) if self.size > limit => return Err(IngestError::TooLong),
+            None if self.size > self.proportion => return Err(IngestError::OutOfProportion),
+            _ => (),
+        }
+        let more = SIGNATURE_LENGTH.saturating_sub(self.beginning.len());
+        self.beginning.extend(bytes.iter().take(more));
+        self.validator.take(bytes).map_err(|error| {
+            upload_name::compression(&self.beginning)
+                .map_or(IngestError::NoNar(error), IngestError::Compressed)
+        })
+    }
+}
+
+impl Write for NarSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Err(error) = self.check(bytes) {
+            self.error = Some(error);
+            return Err(io::Error::other("the NAR is refused"));
         }
         self.hash.update(bytes);
         if let Some(compressor) = &mut self.compressor
@@ -300,14 +344,18 @@ impl Decoder {
         written.map_err(|error| self.error_from(&error))
     }
 
-    /// Finds the cause of an error: the sink has recorded its own.
-    fn error_from(&mut self, error: &io::Error) -> IngestError {
-        let sink = match self {
+    fn sink(&mut self) -> &mut NarSink {
+        match self {
             Self::None(sink) => sink,
             Self::Xz(decoder) => decoder.get_mut(),
             Self::Zstd(decoder) => decoder.get_mut(),
-        };
-        sink.error
+        }
+    }
+
+    /// Finds the cause of an error: the sink has recorded its own.
+    fn error_from(&mut self, error: &io::Error) -> IngestError {
+        self.sink()
+            .error
             .take()
             .unwrap_or_else(|| IngestError::Corrupt(error.to_string()))
     }
@@ -338,7 +386,10 @@ mod tests {
     use super::*;
     use axum::body::Body;
 
-    const NAR: &[u8] = b"not really a NAR, but bytes are bytes to this module";
+    /// A symbolic link to `target`.
+    const NAR: &[u8] = b"\x0d\0\0\0\0\0\0\0nix-archive-1\0\0\0\x01\0\0\0\0\0\0\0(\0\0\0\0\0\0\0\
+        \x04\0\0\0\0\0\0\0type\0\0\0\0\x07\0\0\0\0\0\0\0symlink\0\x06\0\0\0\0\0\0\0target\0\0\
+        \x06\0\0\0\0\0\0\0target\0\0\x01\0\0\0\0\0\0\0)\0\0\0\0\0\0\0";
 
     async fn check(
         bytes: Vec<u8>,
@@ -434,5 +485,55 @@ mod tests {
             .await
             .expect("told by its size");
         assert!(short.nar_size == NAR.len() as u64 && short.stored.is_none());
+    }
+
+    #[tokio::test]
+    async fn what_is_no_nar_is_refused_and_its_compression_named() {
+        let garbage = vec![b'x'; 5000];
+        let cut = NAR[..NAR.len() - 8].to_vec();
+        for bytes in [garbage, cut, Vec::new(), [NAR, b"more"].concat()] {
+            let zstd = zstd::encode_all(&*bytes, 3).expect("memory");
+            for (bytes, format) in [
+                (bytes.clone(), Format::None),
+                (xz(&bytes), Format::Xz),
+                (zstd, Format::Zstd),
+            ] {
+                let taken = check(bytes, format, None).await;
+                assert!(matches!(taken, Err(IngestError::NoNar(_))), "{taken:?}");
+            }
+        }
+        let gzip = b"\x1f\x8b\x08\0\0\0\0\0\x02\x03 and so on".to_vec();
+        for (bytes, name) in [(gzip, "gzip"), (xz(NAR), "xz")] {
+            let taken = check(bytes, Format::None, None).await;
+            assert!(
+                matches!(taken, Err(IngestError::Compressed(found)) if found == name),
+                "{taken:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn what_unpacks_out_of_proportion_is_not_unpacked_to_its_end() {
+        // The head of a file of 2 GiB, and as many zeros.
+        let mut nar = NAR[..56].to_vec();
+        for word in ["regular", "contents"] {
+            nar.extend((word.len() as u64).to_le_bytes());
+            nar.extend(word.as_bytes());
+            nar.resize(nar.len().next_multiple_of(8), 0);
+        }
+        nar.extend((2 * UNPACKED_BASE).to_le_bytes());
+        let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).expect("memory");
+        encoder.write_all(&nar).expect("memory");
+        let zeros = vec![0; 1024 * 1024];
+        for _ in 0..2 * UNPACKED_BASE / zeros.len() as u64 {
+            encoder.write_all(&zeros).expect("memory");
+        }
+        let bytes = encoder.finish().expect("memory");
+        assert!(bytes.len() < 512 * 1024, "{}", bytes.len());
+        let taken = check(bytes, Format::Zstd, None).await;
+        assert!(
+            matches!(taken, Err(IngestError::OutOfProportion)),
+            "{taken:?}"
+        );
     }
 }

@@ -8,6 +8,8 @@ mod attic;
 mod body;
 mod compress;
 mod connection;
+mod connection_limit;
+mod content_check;
 mod durable;
 mod error;
 mod folder;
@@ -15,6 +17,7 @@ mod gc;
 mod guest;
 mod host;
 mod ingest;
+mod patience;
 mod place;
 mod records;
 mod sealed;
@@ -27,6 +30,7 @@ mod terms;
 mod token;
 mod upload;
 mod upload_info;
+mod upload_name;
 mod wire;
 
 use std::io;
@@ -46,11 +50,13 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+pub use connection::listen;
 pub use folder::FolderError;
 pub use gc::{GcReport, Limits};
 pub use token::TokenError;
 
-use crate::server::connection::{BytesMoved, CONNECTIONS};
+use crate::server::connection::{BytesMoved, CONNECTIONS, PER_ADDRESS};
+use crate::server::connection_limit::ConnectionLimit;
 use crate::server::error::{ErrorResponse, LoggedCause};
 use crate::server::folder::{Folder, Layout};
 use crate::server::place::{CLIENT_WAIT, Ends, Place, Role, STOP_GRACE, Seeker};
@@ -288,8 +294,9 @@ async fn run(seeker: Seeker, place: Place, listener: TcpListener, ends: Ends) {
     let (roles, role) = watch::channel(Role::Seeking(tokio::time::Instant::now() + CLIENT_WAIT));
     let holding = tokio::spawn(seeker.hold(place, roles, ends.clone()));
     let stop = ends.stop.clone();
-    let answer = move |client| place::answer(client, role.clone(), stop.clone());
-    connection::serve(listener, CONNECTIONS, ends.stop, STOP_GRACE, answer).await;
+    let answer = move |client, slot| place::answer(client, role.clone(), stop.clone(), slot);
+    let limit = ConnectionLimit::new(CONNECTIONS, PER_ADDRESS);
+    connection::serve(listener, limit, ends.stop, STOP_GRACE, answer).await;
     ends.drained.cancel();
     let _ = holding.await;
 }
@@ -318,9 +325,13 @@ fn router(state: Arc<ServerState>) -> Router {
     // GET serves substituters, PUT serves `nix copy`.
     let narinfo = get(substituter::get_narinfo).put(substituter::put_narinfo);
     let nar = get(substituter::get_nar).put(substituter::put_nar);
+    let cache_config = get(attic::cache_config)
+        .post(attic::refuse_change)
+        .patch(attic::refuse_change)
+        .delete(attic::refuse_change);
     Router::new()
         .route("/", get(async || "Flywheel's binary cache\n"))
-        .route("/_api/v1/cache-config/{cache}", get(attic::cache_config))
+        .route("/_api/v1/cache-config/{cache}", cache_config)
         .route("/_api/v1/get-missing-paths", post(attic::get_missing_paths))
         .route("/_api/v1/upload-path", put(attic::upload_path))
         .route("/{cache}/attic-cache-info", get(attic::cache_config))

@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::server::connection;
+use crate::server::connection_limit::ConnectionSlot;
 use crate::server::error::ErrorResponse;
 use crate::server::folder::{Folder, FolderError, Layout};
 use crate::server::gc;
@@ -248,6 +249,7 @@ pub(crate) async fn answer(
     mut client: TcpStream,
     mut roles: watch::Receiver<Role>,
     stop: CancellationToken,
+    slot: Arc<ConnectionSlot>,
 ) {
     // Send small responses at once instead of waiting for more data (Nagle's algorithm).
     let _ = client.set_nodelay(true);
@@ -255,8 +257,10 @@ pub(crate) async fn answer(
     loop {
         let role = roles.borrow_and_update().clone();
         match role {
-            Role::Serving(router) => return connection::answer(client, router, stop).await,
-            Role::Forwarding(seat) => match seat.forward(client).await {
+            Role::Serving(router) => {
+                return connection::answer(client, router, stop, slot).await;
+            }
+            Role::Forwarding(seat) => match seat.forward(client, &slot).await {
                 Ok(()) => return,
                 // The server has ended or is frozen, which this process notices soon.
                 Err(back) => client = back,
@@ -266,6 +270,7 @@ pub(crate) async fn answer(
         let changed = tokio::select! {
             changed = timeout_at(until, roles.changed()) => changed.is_ok_and(|ended| ended.is_ok()),
             () = stop.cancelled() => false,
+            () = slot.evicted() => return,
         };
         if !changed {
             let unavailable = async || {
@@ -276,7 +281,8 @@ pub(crate) async fn answer(
                     ErrorResponse::unavailable(text),
                 )
             };
-            return connection::answer(client, Router::new().fallback(unavailable), stop).await;
+            let router = Router::new().fallback(unavailable);
+            return connection::answer(client, router, stop, slot).await;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The records in the cache's folder: narinfos as stored, and notes on uploads that no narinfo claims yet.
+//! The records in the cache's folder: narinfos as stored, and notes on what `nix copy` has uploaded under which name.
 
 use std::io;
 use std::path::Path;
@@ -11,9 +11,9 @@ use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::PathInfo;
 
-/// Facts about a NAR that `nix copy` uploaded before its narinfo.
+/// Facts about a NAR that `nix copy` has uploaded. Its narinfo follows, and the client keeps the name for a month.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct PendingUpload {
+pub(crate) struct Upload {
     pub(crate) nar_hash: Sha256,
     /// Size of the NAR in bytes.
     pub(crate) nar_size: u64,
@@ -23,7 +23,7 @@ pub(crate) struct PendingUpload {
     pub(crate) received_size: u64,
 }
 
-impl PendingUpload {
+impl Upload {
     pub(crate) fn to_record(self) -> String {
         let Self {
             nar_hash,
@@ -81,12 +81,12 @@ pub(crate) fn narinfo(path: &PathInfo, nar: StoredNar) -> NarInfo {
     }
 }
 
-fn parse_upload(text: &str) -> Option<PendingUpload> {
+fn parse_upload(text: &str) -> Option<Upload> {
     let field = |name: &str| {
         text.lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
     };
-    Some(PendingUpload {
+    Some(Upload {
         nar_hash: Sha256::parse(field("NarHash")?).ok()?,
         nar_size: field("NarSize")?.parse().ok()?,
         received_hash: Sha256::parse(field("FileHash")?).ok()?,

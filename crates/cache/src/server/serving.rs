@@ -1,4 +1,4 @@
-//! The body of a served NAR. One that has not been checked since the server's start is checked while it is sent, and
+//! The body of a served NAR, as it is stored or in the compression in which it came. One that has not been checked since the server's start is checked while it is sent, and
 //! its last piece is sent only if it is good: no client ever gets the whole of a damaged one.
 
 use std::fs::{File, Metadata};
@@ -6,14 +6,20 @@ use std::io::{self, Read as _};
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
+use liblzma::read::XzEncoder;
+use liblzma::stream::{Check, Stream};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::io::ReaderStream;
 
+use crate::server::ingest::Format;
 use crate::server::sound::{NarCheck, is_damage};
 use crate::server::store::{OpenNar, Store};
 use flywheel_nix::hash::Sha256;
 
 /// Bytes of a served NAR to hold in memory.
 const READ_BUFFER: usize = 128 * 1024;
+/// The level of xz that costs the least: nobody keeps the result.
+const XZ_LEVEL: u32 = 0;
 
 /// Streamed from disk: a NAR may be larger than memory.
 pub(crate) fn body(nar: OpenNar, hash: Sha256, store: Arc<Store>) -> Body {
@@ -40,6 +46,39 @@ pub(crate) fn body(nar: OpenNar, hash: Sha256, store: Arc<Store>) -> Body {
             .await
             .unwrap_or_else(|error| Err(io::Error::other(error)))
     }))
+}
+
+/// A NAR that has been checked, decompressed or compressed anew. `turn` is given back at its end.
+///
+/// # Errors
+/// When memory is short.
+pub(crate) fn repacked(
+    nar: impl io::Read + Send + 'static,
+    format: Format,
+    turn: OwnedSemaphorePermit,
+) -> io::Result<Body> {
+    let reader: Box<dyn io::Read + Send> = match format {
+        Format::None => Box::new(nar),
+        Format::Xz => {
+            let stream = Stream::new_easy_encoder(XZ_LEVEL, Check::Crc64)?;
+            Box::new(XzEncoder::new_stream(nar, stream))
+        }
+        Format::Zstd => Box::new(zstd::stream::read::Encoder::new(nar, 1)?),
+    };
+    let stream = futures_util::stream::try_unfold((reader, turn), async |(mut reader, turn)| {
+        // Decompressing blocks.
+        tokio::task::spawn_blocking(move || {
+            let mut piece = Vec::new();
+            let read = reader
+                .by_ref()
+                .take(READ_BUFFER as u64)
+                .read_to_end(&mut piece)?;
+            Ok((read > 0).then(|| (Bytes::from(piece), (reader, turn))))
+        })
+        .await
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
+    });
+    Ok(Body::from_stream(stream))
 }
 
 struct CheckedReader {

@@ -68,6 +68,19 @@ impl CheckedNars {
     }
 }
 
+/// Decompresses a NAR's file.
+///
+/// # Errors
+/// When memory is short.
+pub(crate) fn decoder(
+    file: File,
+) -> io::Result<zstd::stream::read::Decoder<'static, io::BufReader<File>>> {
+    let mut decoder = zstd::stream::read::Decoder::new(file)?;
+    // The header of a frame, which may be damaged, decides how much memory decoding takes.
+    decoder.window_log_max(WINDOW_LOG)?;
+    Ok(decoder)
+}
+
 /// A NAR's file that is checked piece by piece.
 pub(crate) struct NarCheck {
     decoder: zstd::stream::write::Decoder<'static, HashSink>,

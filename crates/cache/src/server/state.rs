@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use axum::http::{HeaderMap, header};
-use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use crate::server::Options;
-use crate::server::body::IDLE_TIMEOUT;
 use crate::server::compress::CompressorPool;
 use crate::server::error::ErrorResponse;
 use crate::server::store::Store;
@@ -24,6 +24,13 @@ use flywheel_sys::host::inline_blocking::AdaptiveBlocking;
 const UPLOAD_SLOTS: usize = 32;
 /// NARs below this size cost little memory, since their compressors are small too.
 const SMALL_NAR: u64 = 1024 * 1024;
+
+/// How long an upload waits for its slots.
+const SLOT_LIMIT: Duration = Duration::from_secs(60);
+/// NARs that are served in another compression than the stored one at a time. Each costs processor time and some MiB.
+const REPACKED: usize = 4;
+/// Memory for metadata that is being received, in KiB: the largest bodies of eight clients, or thousands of usual ones.
+const METADATA_KIB: usize = 16 * 1024;
 
 /// Maximum number of NARs that wait for a check in the background, some 10 MiB.
 const UNCHECKED: usize = 10_000;
@@ -110,6 +117,8 @@ pub(crate) struct ServerState {
     /// NARs that were claimed by their size alone, to be checked in the background.
     pub(crate) unchecked: Arc<UncheckedNars>,
     slots: Arc<Semaphore>,
+    metadata: Arc<Semaphore>,
+    repacked: Arc<Semaphore>,
     brief: AdaptiveBlocking,
 }
 
@@ -129,6 +138,8 @@ impl ServerState {
             compressors,
             unchecked: Arc::default(),
             slots: Arc::new(Semaphore::new(UPLOAD_SLOTS)),
+            metadata: Arc::new(Semaphore::new(METADATA_KIB)),
+            repacked: Arc::new(Semaphore::new(REPACKED)),
             brief: AdaptiveBlocking::default(),
         }
     }
@@ -148,6 +159,8 @@ impl ServerState {
             compressors: Arc::clone(&self.compressors),
             unchecked: Arc::clone(&self.unchecked),
             slots: Arc::clone(&self.slots),
+            metadata: Arc::clone(&self.metadata),
+            repacked: Arc::clone(&self.repacked),
             brief: self.brief.clone(),
         }
     }
@@ -203,15 +216,41 @@ impl ServerState {
     /// Waits for upload slots.
     ///
     /// # Errors
-    /// 503 if none becomes free within `IDLE_TIMEOUT`.
+    /// 503 if none becomes free in time.
     pub(crate) async fn upload_slot(
         &self,
         cost: Cost,
     ) -> Result<SemaphorePermit<'_>, ErrorResponse> {
-        match tokio::time::timeout(IDLE_TIMEOUT, self.slots.acquire_many(cost.slots())).await {
-            Ok(Ok(place)) => Ok(place),
+        slots(&self.slots, cost.slots()).await
+    }
+
+    /// Waits for memory for a body of metadata of at most `limit` bytes.
+    ///
+    /// # Errors
+    /// 503 if none becomes free in time.
+    pub(crate) async fn metadata_slot(
+        &self,
+        headers: &HeaderMap,
+        limit: usize,
+    ) -> Result<SemaphorePermit<'_>, ErrorResponse> {
+        let announced = headers
+            .get(header::CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok()?.parse().ok());
+        let bytes = announced.map_or(limit, |bytes: usize| bytes.min(limit));
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        slots(&self.metadata, kib).await
+    }
+
+    /// Waits for a turn to serve a NAR in another compression.
+    ///
+    /// # Errors
+    /// 503 if there is none in time.
+    pub(crate) async fn repacking_turn(&self) -> Result<OwnedSemaphorePermit, ErrorResponse> {
+        let turn = Arc::clone(&self.repacked).acquire_owned();
+        match tokio::time::timeout(SLOT_LIMIT, turn).await {
+            Ok(Ok(turn)) => Ok(turn),
             _ => Err(ErrorResponse::unavailable(
-                "too many uploads at once; try again",
+                "too many downloads in another compression than the stored one; try again",
             )),
         }
     }
@@ -258,6 +297,15 @@ impl ServerState {
         ended
             .map_err(|error| ErrorResponse::internal(&std::io::Error::other(error)))?
             .map_err(Into::into)
+    }
+}
+
+async fn slots(all: &Semaphore, count: u32) -> Result<SemaphorePermit<'_>, ErrorResponse> {
+    match tokio::time::timeout(SLOT_LIMIT, all.acquire_many(count)).await {
+        Ok(Ok(slots)) => Ok(slots),
+        _ => Err(ErrorResponse::unavailable(
+            "too many uploads at once; try again",
+        )),
     }
 }
 

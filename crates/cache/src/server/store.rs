@@ -4,8 +4,8 @@
 
 use std::fs::File;
 use std::fs::Metadata;
-use std::io::{self, Write as _};
-use std::os::unix::fs::MetadataExt as _;
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -17,7 +17,7 @@ use tempfile::NamedTempFile;
 use crate::server::durable::{Durability, epoch_line};
 use crate::server::folder::{Folder, sync_parent};
 use crate::server::gc::{self, Limits};
-use crate::server::records::{PendingUpload, narinfo, read_narinfo, with_file};
+use crate::server::records::{Upload, narinfo, read_narinfo, with_file};
 use crate::server::sealed::{seal, unseal};
 use crate::server::sound::{self, CheckedNars};
 use flywheel_core::progress::Sink;
@@ -174,7 +174,9 @@ impl Store {
             return Ok(Found::Missing);
         };
         // A path without its NAR would fail every download, so it counts as missing.
-        let Some(about) = if_exists(std::fs::metadata(self.folder.nar(&info.nar_hash)))? else {
+        let nar = if_exists(std::fs::symlink_metadata(self.folder.nar(&info.nar_hash)))?;
+        // A symbolic link may lead anywhere.
+        let Some(about) = nar.filter(Metadata::is_file) else {
             return Ok(Found::Missing);
         };
         touch(&file, TOUCH_INTERVAL)?;
@@ -206,7 +208,7 @@ impl Store {
 
     /// Returns the size and hash of a NAR's file; `None` if there is none, or if it was damaged and has been removed.
     fn check_nar(&self, hash: &Sha256, stated: Option<StoredNar>) -> io::Result<Option<StoredNar>> {
-        let Some(file) = if_exists(File::open(self.folder.nar(hash)))? else {
+        let Some(file) = self.open_stored(hash)? else {
             return Ok(None);
         };
         let about = file.metadata()?;
@@ -219,6 +221,35 @@ impl Store {
             None => self.remove_damaged(hash, &about)?,
         }
         Ok(found)
+    }
+
+    /// Opens a NAR's file. Something else under its name, such as a symbolic link, is removed.
+    fn open_stored(&self, hash: &Sha256) -> io::Result<Option<File>> {
+        let path = self.folder.nar(hash);
+        let Some(about) = if_exists(std::fs::symlink_metadata(&path))? else {
+            return Ok(None);
+        };
+        if !about.is_file() {
+            self.remove_damaged(hash, &about)?;
+            return Ok(None);
+        }
+        // Nor is a link followed that takes its place in between.
+        let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+        let flags = flags.bits().cast_signed();
+        if_exists(File::options().read(true).custom_flags(flags).open(&path))
+    }
+
+    /// A stored NAR, decompressed: at most its first `size` bytes.
+    ///
+    /// # Errors
+    /// When it is not there, or the disk fails.
+    pub(crate) fn read_nar(
+        &self,
+        hash: &Sha256,
+        size: u64,
+    ) -> io::Result<impl Read + Send + use<>> {
+        let file = self.open_stored(hash)?.ok_or(io::ErrorKind::NotFound)?;
+        Ok(sound::decoder(file)?.take(size))
     }
 
     /// Records that a NAR has been read as a whole and is good.
@@ -236,7 +267,7 @@ impl Store {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let path = self.folder.nar(hash);
-        let Some(now) = if_exists(std::fs::metadata(&path))? else {
+        let Some(now) = if_exists(std::fs::symlink_metadata(&path))? else {
             return Ok(());
         };
         if now.ino() != about.ino() || now.len() != about.len() {
@@ -315,9 +346,10 @@ impl Store {
     /// When the disk fails.
     pub(crate) fn known_nar(&self, hash: &Sha256) -> io::Result<Option<StoredNar>> {
         let _kept = self.prevent_removal();
-        if if_exists(touch(&self.folder.nar(hash), Duration::ZERO))?.is_none() {
+        let Some(file) = self.open_stored(hash)? else {
             return Ok(None);
-        }
+        };
+        file.set_modified(SystemTime::now())?;
         self.check_nar(hash, None)
     }
 
@@ -339,7 +371,7 @@ impl Store {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             let path = self.folder.nar(hash);
-            let stored = if_exists(std::fs::metadata(&path))?;
+            let stored = if_exists(std::fs::symlink_metadata(&path))?;
             // Under the lock, no other upload can create the file in between.
             let known = stored.and_then(|about| self.checked.get(hash, &about));
             if known.is_none() {
@@ -447,15 +479,19 @@ impl Store {
         if !self.folder.marker(cache, hash).exists() {
             return Ok(None);
         }
-        let path = self.folder.nar(hash);
-        let Some(file) = if_exists(File::open(&path))? else {
+        self.open_known(hash)
+    }
+
+    /// Opens a NAR that the caller may have. Counts as a use.
+    fn open_known(&self, hash: &Sha256) -> io::Result<Option<OpenNar>> {
+        let Some(file) = self.open_stored(hash)? else {
             return Ok(None);
         };
         // The file may be removed at this point; the open descriptor stays readable.
-        if_exists(touch(&path, TOUCH_INTERVAL))?;
+        if_exists(touch(&self.folder.nar(hash), TOUCH_INTERVAL))?;
         let about = file.metadata()?;
         // An empty body ends before a check of it could break it off.
-        if about.len() == 0 || !about.is_file() {
+        if about.len() == 0 {
             self.remove_damaged(hash, &about)?;
             return Ok(None);
         }
@@ -467,7 +503,34 @@ impl Store {
         }))
     }
 
-    /// Records a NAR that waits for its narinfo. `name` must be a plain file name.
+    /// Opens a NAR by the name under which it was uploaded to this cache. Counts as a use.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) fn open_upload(
+        &self,
+        cache: &CacheName,
+        name: &str,
+    ) -> io::Result<Option<(Upload, OpenNar)>> {
+        let Some(upload) = self.upload(cache, name)? else {
+            return Ok(None);
+        };
+        Ok(self.open_known(&upload.nar_hash)?.map(|nar| (upload, nar)))
+    }
+
+    /// The narinfo of a path that this cache serves.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) fn served(&self, cache: &CacheName, hash: &PathHash) -> io::Result<Option<NarInfo>> {
+        match self.object(cache, hash)? {
+            Found::Missing => Ok(None),
+            Found::Checked(info) => Ok(Some(info)),
+            Found::Unchecked(path) => self.confirm(path.info),
+        }
+    }
+
+    /// Records under which name a NAR was uploaded to a cache. `name` must be a plain file name.
     ///
     /// # Errors
     /// When the disk fails.
@@ -475,7 +538,7 @@ impl Store {
         &self,
         cache: &CacheName,
         name: &str,
-        upload: &PendingUpload,
+        upload: &Upload,
     ) -> io::Result<()> {
         let (epoch, file) = (
             self.durability.begin(),
@@ -490,16 +553,12 @@ impl Store {
     ///
     /// # Errors
     /// When the disk fails.
-    pub(crate) fn pending_upload(
-        &self,
-        cache: &CacheName,
-        name: &str,
-    ) -> io::Result<Option<PendingUpload>> {
+    pub(crate) fn upload(&self, cache: &CacheName, name: &str) -> io::Result<Option<Upload>> {
         let path = self.folder.uploads(cache).join(name);
         let Some(text) = if_exists(std::fs::read(&path))? else {
             return Ok(None);
         };
-        let Some(upload) = PendingUpload::from_record(&text) else {
+        let Some(upload) = Upload::from_record(&text) else {
             return Ok(None);
         };
         // Counts as a use, so that the NAR survives until its narinfo arrives.

@@ -11,13 +11,15 @@ use crate::server::body::RequestBody;
 use crate::server::connection::BytesMoved;
 use crate::server::error::ErrorResponse;
 use crate::server::ingest::Format;
-use crate::server::records::PendingUpload;
+use crate::server::records::Upload;
 use crate::server::serving;
 use crate::server::state::{Cache, Cost, ServerState};
-use crate::server::store::Found;
+use crate::server::store::{Found, OpenNar};
 use crate::server::token::Scope;
 use crate::server::upload::{check_length, commit, receive_compressed};
 use crate::server::upload_info::check_narinfo;
+use crate::server::upload_name::{UploadName, base32};
+use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::fingerprint;
@@ -25,6 +27,7 @@ use flywheel_nix::store_path::{PathHash, STORE_DIR};
 
 /// Maximum size of a narinfo in bytes; real ones are far smaller.
 const NARINFO_LIMIT: usize = 1024 * 1024;
+const NAR_TYPE: &str = "application/x-nix-nar";
 /// A NAR's file up to this size, in bytes, is checked before its narinfo is served for the first time.
 const CHECKED_FIRST: u64 = 64 * 1024 * 1024;
 
@@ -92,8 +95,8 @@ fn sign(mut info: NarInfo, cache: &Cache) -> NarInfo {
     info
 }
 
-/// Serves `nar/<hash>.nar.zst`. For `nix copy`, which checks before it uploads, pending uploads
-/// count as well.
+/// Serves `nar/<NAR hash>.nar.zst`, the name in our narinfos, and each NAR under the names under which `nix copy` has
+/// uploaded it: Nix keeps the narinfos that it sends for a month, and reads by them.
 ///
 /// # Errors
 /// 401 or 404.
@@ -105,33 +108,70 @@ pub(crate) async fn get_nar(
     // Axum answers HEAD with this handler too, and drops the body.
     let cache = readable(&shared, request.headers(), &cache)?;
     let name = cache.name.clone();
-    // The URLs in our narinfos end this way, whatever the NAR's upload was called.
-    let ours = file.strip_suffix(".nar.zst").and_then(nar_hash);
-    if let Some(hash) = ours
+    if let Some(hash) = our_name(&file)
         && let Some(nar) = shared
             .run_inline(move |store| store.open_nar(&name, &hash))
             .await?
     {
-        let size = nar.about.len();
-        let body = serving::body(nar, hash, Arc::clone(&shared.store));
-        let mut response = answer(&shared, "application/x-nix-nar", body);
-        response
-            .headers_mut()
-            // With the length, a client can tell a complete download from a broken one.
-            .insert(header::CONTENT_LENGTH, HeaderValue::from(size));
-        return Ok(response);
+        return Ok(stored_nar(&shared, nar, hash));
     }
+    let Ok(UploadName { format, .. }) = UploadName::parse(&file) else {
+        return Err(ErrorResponse::no_object());
+    };
     let name = cache.name.clone();
-    let sent = request.method() == axum::http::Method::HEAD && parse_upload_name(&file).is_ok();
-    if sent
-        && shared
-            .run_blocking(move |store| store.pending_upload(&name, &file))
-            .await?
-            .is_some()
-    {
-        return Ok(answer(&shared, "application/x-nix-nar", Body::empty()));
+    let (upload, nar) = shared
+        .run_blocking(move |store| store.open_upload(&name, &file))
+        .await?
+        .ok_or_else(ErrorResponse::no_object)?;
+    match format {
+        Format::Zstd => Ok(stored_nar(&shared, nar, upload.nar_hash)),
+        _ if request.method() == axum::http::Method::HEAD => {
+            let mut response = answer(&shared, NAR_TYPE, Body::empty());
+            describe_repacked(&mut response, format, &upload);
+            Ok(response)
+        }
+        _ => repacked_nar(&shared, format, &upload).await,
     }
-    Err(ErrorResponse::no_object())
+}
+
+/// The name in our narinfos, whatever the NAR's upload was called.
+fn our_name(file: &str) -> Option<Sha256> {
+    file.strip_suffix(".nar.zst").and_then(base32)
+}
+
+/// A NAR as it is stored.
+fn stored_nar(shared: &ServerState, nar: OpenNar, hash: Sha256) -> Response {
+    let size = nar.about.len();
+    let body = serving::body(nar, hash, Arc::clone(&shared.store));
+    let mut response = answer(shared, NAR_TYPE, body);
+    response
+        .headers_mut()
+        // With the length, a client can tell a complete download from a broken one.
+        .insert(header::CONTENT_LENGTH, HeaderValue::from(size));
+    response
+}
+
+/// A NAR in another compression than the stored one.
+async fn repacked_nar(
+    shared: &ServerState,
+    format: Format,
+    upload: &Upload,
+) -> Result<Response, ErrorResponse> {
+    let turn = shared.repacking_turn().await?;
+    let (hash, size) = (upload.nar_hash, upload.nar_size);
+    let body = shared
+        .run_blocking(move |store| serving::repacked(store.read_nar(&hash, size)?, format, turn))
+        .await?;
+    let mut response = answer(shared, NAR_TYPE, body);
+    describe_repacked(&mut response, format, upload);
+    Ok(response)
+}
+
+fn describe_repacked(response: &mut Response, format: Format, upload: &Upload) {
+    if format == Format::None {
+        let size = HeaderValue::from(upload.nar_size);
+        response.headers_mut().insert(header::CONTENT_LENGTH, size);
+    }
 }
 
 /// Receives a NAR in the compression chosen for `nix copy`, and keeps it until its narinfo arrives.
@@ -150,12 +190,12 @@ pub(crate) async fn put_nar(
         .name
         .clone();
     // The name decides the decoder, so an unsupported compression fails before the upload.
-    let (hash, format) = parse_upload_name(&file)?;
+    let UploadName { file_hash, format } = UploadName::parse(&file)?;
     // The size is not announced in this protocol, but an empty body is never right.
     check_length(&parts.headers, None)?;
     let _slot = shared.upload_slot(Cost::Compressed).await?;
-    let taken = receive_compressed(&shared, &mut RequestBody::new(body), format, hash).await?;
-    let upload = PendingUpload {
+    let taken = receive_compressed(&shared, &mut RequestBody::new(body), format, file_hash).await?;
+    let upload = Upload {
         nar_hash: taken.nar_hash,
         nar_size: taken.nar_size,
         received_hash: taken.received_hash,
@@ -183,6 +223,7 @@ pub(crate) async fn put_narinfo(
         .clone();
     // Any other file in a cache is read-only.
     let hash = path_hash(&file).map_err(|_| ErrorResponse::method_not_allowed())?;
+    let memory = shared.metadata_slot(&parts.headers, NARINFO_LIMIT).await?;
     let text = RequestBody::new(body).read_all(NARINFO_LIMIT).await?;
     let text = String::from_utf8(text)
         .map_err(|_| ErrorResponse::bad_request("the narinfo is not UTF-8"))?;
@@ -195,22 +236,8 @@ pub(crate) async fn put_narinfo(
             info.path
         )));
     }
-    let name = info
-        .url
-        .strip_prefix("nar/")
-        .filter(|name| parse_upload_name(name).is_ok())
-        .map(str::to_owned);
-    let name = name.ok_or_else(|| {
-        ErrorResponse::bad_request("the narinfo's `URL` is not `nar/<file hash>.nar…`")
-    })?;
-    let of = cache.clone();
-    let upload = shared
-        .run_blocking(move |store| store.pending_upload(&of, &name))
-        .await?;
-    let upload = upload
-        .ok_or_else(|| ErrorResponse::bad_request("the NAR must be uploaded before its narinfo"))?;
-    // Hashes and sizes in the narinfo must match what was measured during the upload.
-    check_fit(&info, &upload)?;
+    drop(memory);
+    check_claim(&shared, &cache, &info).await?;
     let path =
         check_narinfo(info).map_err(|error| ErrorResponse::bad_request(error.to_string()))?;
     let nar_hash = path.nar_hash;
@@ -224,7 +251,42 @@ pub(crate) async fn put_narinfo(
     Ok(created(text.len() as u64))
 }
 
-fn check_fit(info: &NarInfo, upload: &PendingUpload) -> Result<(), ErrorResponse> {
+/// Checks that the NAR of a narinfo is one that this cache was sent: by the name under which it was uploaded, or, in a
+/// narinfo of our own that comes back with another signature, by the name that we gave it.
+async fn check_claim(
+    shared: &ServerState,
+    cache: &CacheName,
+    info: &NarInfo,
+) -> Result<(), ErrorResponse> {
+    let name = info
+        .url
+        .strip_prefix("nar/")
+        .filter(|name| UploadName::parse(name).is_ok())
+        .map(str::to_owned);
+    let name = name.ok_or_else(|| {
+        ErrorResponse::bad_request("the narinfo's `URL` is not `nar/<file hash>.nar…`")
+    })?;
+    let (of, hash) = (cache.clone(), info.path.hash());
+    if our_name(&name) == Some(info.nar_hash) {
+        let served = shared
+            .run_blocking(move |store| store.served(&of, &hash))
+            .await?;
+        if served.is_some_and(|served| {
+            (served.nar_hash, served.nar_size) == (info.nar_hash, info.nar_size)
+        }) {
+            return Ok(());
+        }
+    }
+    let of = cache.clone();
+    let upload = shared
+        .run_blocking(move |store| store.upload(&of, &name))
+        .await?
+        .ok_or_else(|| ErrorResponse::bad_request("the NAR must be uploaded before its narinfo"))?;
+    // Hashes and sizes in the narinfo must match what was measured during the upload.
+    check_fit(info, &upload)
+}
+
+fn check_fit(info: &NarInfo, upload: &Upload) -> Result<(), ErrorResponse> {
     let wrong = |field: &str| {
         Err(ErrorResponse::bad_request(format!(
             "the narinfo's `{field}` does not match the uploaded NAR"
@@ -267,29 +329,6 @@ fn path_hash(file: &str) -> Result<PathHash, ErrorResponse> {
         .strip_suffix(".narinfo")
         .ok_or_else(ErrorResponse::not_found)?;
     PathHash::parse(hash).map_err(|_| ErrorResponse::no_object())
-}
-
-fn nar_hash(text: &str) -> Option<Sha256> {
-    // A SHA-256 hash in Nix's base32 has 52 characters.
-    (text.len() == 52)
-        .then(|| Sha256::parse(&format!("sha256:{text}")).ok())
-        .flatten()
-}
-
-/// Parses `<file hash>.nar[.<compression>]`, the name under which Nix uploads a NAR.
-fn parse_upload_name(file: &str) -> Result<(Sha256, Format), ErrorResponse> {
-    let (stem, packing) = file.split_once('.').unwrap_or((file, ""));
-    let hash = nar_hash(stem).ok_or_else(|| {
-        ErrorResponse::bad_request("a NAR's name is `<file hash in base32>.nar…`")
-    })?;
-    match packing {
-        "nar" => Ok((hash, Format::None)),
-        "nar.xz" => Ok((hash, Format::Xz)),
-        "nar.zst" => Ok((hash, Format::Zstd)),
-        _ => Err(ErrorResponse::unsupported_media_type(
-            "this cache accepts NARs uncompressed or compressed with xz or zstd; add `?compression=zstd` to the store's URL",
-        )),
-    }
 }
 
 fn answer(shared: &ServerState, kind: &'static str, body: Body) -> Response {

@@ -8,12 +8,15 @@ use sha2::Digest as _;
 
 use crate::server::body::RequestBody;
 use crate::server::compress::CompressorPool;
+use crate::server::content_check::contradiction;
 use crate::server::error::ErrorResponse;
 use crate::server::ingest::{Format, IngestError, IngestOptions, IngestedNar, ingest};
 use crate::server::state::ServerState;
 use crate::server::store::{Store, StoredNar};
+use crate::server::upload_name;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
+use flywheel_nix::nar_validator::NarValidator;
 use flywheel_nix::path_info::PathInfo;
 
 /// NARs up to this size, in bytes, are read completely before they are processed, because handing
@@ -78,6 +81,7 @@ fn store_small(
     }
     // Checked before anything is written.
     check(path, received, Sha256(sha2::Sha256::digest(nar).into()))?;
+    NarValidator::check(nar).map_err(|error| refuse(IngestError::NoNar(error), path.nar_size))?;
     let known = store.known_nar(&path.nar_hash)?;
     // Compress only what is not stored already.
     let stored = match known {
@@ -172,10 +176,34 @@ fn finish(
     path: &PathInfo,
     stored: StoredUpload,
 ) -> Result<StoredUpload, ErrorResponse> {
-    if store.commit(cache, path, stored.nar)? {
-        Ok(stored)
+    claim(store, cache, path, stored.nar)?;
+    Ok(stored)
+}
+
+/// Makes a path visible whose NAR is stored.
+fn claim(
+    store: &Store,
+    cache: &CacheName,
+    path: &PathInfo,
+    nar: StoredNar,
+) -> Result<(), ErrorResponse> {
+    check_content_address(store, path)?;
+    if store.commit(cache, path, nar)? {
+        Ok(())
     } else {
         Err(removed())
+    }
+}
+
+/// # Errors
+/// 400 if the path's content address contradicts its stored NAR, its name or its references.
+pub(crate) fn check_content_address(store: &Store, path: &PathInfo) -> Result<(), ErrorResponse> {
+    match contradiction(store, path)? {
+        Some(problem) => Err(ErrorResponse::bad_request(format!(
+            "the content address (`CA`) of `{}` {problem}",
+            path.path
+        ))),
+        None => Ok(()),
     }
 }
 
@@ -210,10 +238,6 @@ pub(crate) async fn receive_compressed(
             taken.received_hash
         )));
     }
-    // Even an empty file has a NAR of more than 100 bytes.
-    if taken.nar_size == 0 {
-        return Err(wrong_nar("it is empty"));
-    }
     if let Some((file, nar)) = taken.stored.take() {
         let hash = taken.nar_hash;
         state
@@ -226,7 +250,7 @@ pub(crate) async fn receive_compressed(
 /// Makes a path visible.
 ///
 /// # Errors
-/// 503 if its NAR has been removed.
+/// 400 if its content address is wrong, 503 if its NAR has been removed.
 pub(crate) async fn commit(
     state: &ServerState,
     cache: &CacheName,
@@ -234,14 +258,9 @@ pub(crate) async fn commit(
     nar: StoredNar,
 ) -> Result<(), ErrorResponse> {
     let cache = cache.clone();
-    if state
-        .run_blocking(move |store| store.commit(&cache, &path, nar))
-        .await?
-    {
-        Ok(())
-    } else {
-        Err(removed())
-    }
+    state
+        .run_blocking(move |store| claim(store, &cache, &path, nar))
+        .await
 }
 
 fn removed() -> ErrorResponse {
@@ -283,6 +302,12 @@ fn refuse(error: IngestError, announced: u64) -> ErrorResponse {
         IngestError::Corrupt(problem) => {
             ErrorResponse::bad_request(format!("the NAR cannot be decompressed: {problem}"))
         }
+        IngestError::OutOfProportion => ErrorResponse::bad_request(
+            "the NAR unpacks to a thousand times what was received, and its size was not announced; add \
+             `?compression=none` to the store's URL",
+        ),
+        IngestError::NoNar(error) => wrong_nar(&format!("what was received is no NAR: {error}")),
+        IngestError::Compressed(name) => upload_name::unsupported(Some(name)),
         IngestError::Disk(error) => ErrorResponse::internal(&error),
         IngestError::Abandoned => {
             ErrorResponse::bad_request("the request's body ended before its announced length")

@@ -6,14 +6,15 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use flywheel_core::text::one_line;
+use flywheel_nix::content_address::ContentAddress;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::{STORE_DIR, StorePath};
 
 const SIGNATURE_SIZE: usize = 64;
-/// Maximum length of a content address; no real one is as long.
-const MAX_CA_LENGTH: usize = 256;
+/// A NAR mentions each path that it refers to by at least the hash in its name, which has as many bytes.
+const MENTION_SIZE: u64 = 32;
 
 /// Why metadata is rejected; the text goes to the client.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -148,7 +149,11 @@ fn checked(mut info: PathInfo) -> Result<PathInfo, InfoError> {
             format!("contains an invalid signature:  `{}`", one_line(bad, 120)),
         ));
     }
-    if let Some(bad) = info.ca.as_ref().filter(|text| !is_content_address(text)) {
+    if let Some(bad) = info
+        .ca
+        .as_ref()
+        .filter(|text| ContentAddress::parse(text).is_none())
+    {
         return Err(field(
             "ca",
             format!("is not a content address: `{}`", one_line(bad, 120)),
@@ -157,6 +162,15 @@ fn checked(mut info: PathInfo) -> Result<PathInfo, InfoError> {
     // The signature covers a sorted list, and readers verify it against the list as served.
     info.references.sort();
     info.references.dedup();
+    // Where there is a content address, the path's name depends on the references.
+    let mentions = info.references.len() as u64 * MENTION_SIZE;
+    if info.ca.is_none() && mentions > info.nar_size {
+        let (count, size) = (info.references.len(), info.nar_size);
+        return Err(field(
+            "references",
+            format!("has {count} paths, more than a NAR of {size} bytes can mention"),
+        ));
+    }
     info.signatures.sort();
     info.signatures.dedup();
     Ok(info)
@@ -201,27 +215,6 @@ fn is_signature(text: &str) -> bool {
                 .decode(digits)
                 .is_ok_and(|bytes| bytes.len() == SIGNATURE_SIZE)
     })
-}
-
-/// `text:sha256:…` or `fixed:[r:|git:]<algorithm>:…`.
-fn is_content_address(text: &str) -> bool {
-    let plain = text.len() <= MAX_CA_LENGTH && text.bytes().all(|c| c.is_ascii_graphic());
-    let rest = match text.split_once(':') {
-        Some(("text", rest)) => Some(rest),
-        Some(("fixed", rest)) => Some(
-            rest.strip_prefix("r:")
-                .or_else(|| rest.strip_prefix("git:"))
-                .unwrap_or(rest),
-        ),
-        _ => None,
-    };
-    plain
-        && rest
-            .and_then(|rest| rest.split_once(':'))
-            .is_some_and(|(algorithm, digits)| {
-                matches!(algorithm, "md5" | "sha1" | "sha256" | "sha512" | "blake3")
-                    && !digits.is_empty()
-            })
 }
 
 #[cfg(test)]
@@ -302,13 +295,25 @@ mod tests {
 
     #[test]
     fn known_content_addresses_pass() {
+        let digits = "0".repeat(52);
         for ca in [
-            "text:sha256:abc",
-            "fixed:sha256:abc",
-            "fixed:r:sha1:abc",
-            "fixed:git:sha1:abc",
+            "text:sha256",
+            "fixed:sha256",
+            "fixed:r:sha256",
+            "fixed:git:sha256",
         ] {
+            let ca = format!("{ca}:{digits}");
             assert!(check("ca", json!(ca)).is_ok(), "{ca}");
         }
+    }
+
+    #[test]
+    fn a_nar_cannot_mention_more_than_it_has_room_for() {
+        let names = |count: usize| -> Vec<String> {
+            (0..count).map(|n| format!("{}-{n}", &A[..32])).collect()
+        };
+        // The NAR has 120 bytes.
+        assert!(check("references", json!(names(3))).is_ok());
+        assert!(check("references", json!(names(4))).is_err());
     }
 }

@@ -5,6 +5,7 @@ use std::io::{self, BufRead as _, BufReader, Read};
 use std::time::Duration;
 
 use bytes::Bytes;
+use liblzma::stream::{CONCATENATED, Stream};
 use reqwest::header::LOCATION;
 use sha2::{Digest as _, Sha256 as Hasher};
 use tokio::sync::mpsc;
@@ -30,6 +31,9 @@ const BODY_IDLE: Duration = Duration::from_secs(30);
 /// Blocks of a body, each of some kilobytes, between the connection and the thread that unpacks.
 const BLOCKS: usize = 16;
 const BUFFER: usize = 64 * 1024;
+/// Memory for unpacking xz, whose header decides how much it takes: `xz -9` needs 65 MiB. Of zstd, the library itself
+/// refuses windows over 128 MiB.
+const XZ_MEMORY: u64 = 128 * 1024 * 1024;
 
 impl Attic {
     /// The narinfo of a path; `None` if the cache does not have it.
@@ -262,7 +266,14 @@ fn judge(packed: impl Read, compression: &str, hash: Sha256, size: u64) -> BodyC
         "zstd" => {
             zstd::stream::read::Decoder::with_buffer(packed).and_then(|reader| digest(reader, size))
         }
-        "xz" => digest(liblzma::bufread::XzDecoder::new(packed), size),
+        "xz" => Stream::new_stream_decoder(XZ_MEMORY, CONCATENATED)
+            .map_err(io::Error::from)
+            .and_then(|stream| {
+                digest(
+                    liblzma::bufread::XzDecoder::new_stream(packed, stream),
+                    size,
+                )
+            }),
         other => {
             return BodyCheck::Unsupported(format!(
                 "its NAR is compressed with `{other}`, which is not unpacked here"
@@ -344,5 +355,30 @@ mod tests {
             judge(&b"x"[..], "br", hash, size),
             BodyCheck::Unsupported(_)
         ));
+    }
+
+    #[test]
+    fn a_body_that_takes_too_much_memory_to_unpack_is_bad() {
+        use liblzma::stream::{Check, Filters, LzmaOptions};
+        use std::io::Write as _;
+
+        let nar = vec![b'n'; 100_000];
+        let (hash, size) = (Sha256(Hasher::digest(&nar).into()), nar.len() as u64);
+        for (dictionary, good) in [(64, true), (192, false)] {
+            let mut options = LzmaOptions::new_preset(0).expect("a preset");
+            options.dict_size(dictionary * 1024 * 1024);
+            let mut filters = Filters::new();
+            filters.lzma2(&options);
+            let stream = Stream::new_stream_encoder(&filters, Check::Crc32).expect("memory");
+            let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
+            encoder.write_all(&nar).expect("memory");
+            let packed = encoder.finish().expect("memory");
+            let judged = judge(&packed[..], "xz", hash, size);
+            assert_eq!(
+                judged == BodyCheck::Good,
+                good,
+                "{dictionary} MiB: {judged:?}"
+            );
+        }
     }
 }

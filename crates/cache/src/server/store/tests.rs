@@ -117,7 +117,7 @@ fn a_nar_that_is_compressed_otherwise_stays_and_is_described_as_it_is() {
 #[test]
 fn a_torn_note_of_an_upload_is_none() {
     let world = World::new();
-    let upload = PendingUpload {
+    let upload = Upload {
         nar_hash: world.path.nar_hash,
         nar_size: world.path.nar_size,
         received_hash: world.path.nar_hash,
@@ -127,7 +127,7 @@ fn a_torn_note_of_an_upload_is_none() {
     store
         .note_upload(cache, "x", &upload)
         .expect("the disk works");
-    let found = || store.pending_upload(cache, "x").expect("the disk works");
+    let found = || store.upload(cache, "x").expect("the disk works");
     assert_eq!(found(), Some(upload));
     let file = store.folder().uploads(cache).join("x");
     let bytes = std::fs::read(&file).expect("there");
