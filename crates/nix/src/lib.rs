@@ -8,6 +8,7 @@ pub mod command_stores;
 pub mod daemon_proxy;
 pub mod db;
 pub mod effective_settings;
+mod error_message;
 pub mod flake;
 pub mod gc;
 pub mod hash;

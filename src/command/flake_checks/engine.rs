@@ -19,6 +19,7 @@ use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, evaluatio
 use crate::command::flake_checks::reporter::Reporter;
 use flywheel_github::checks::{Cause, Conclusion, OutputState};
 use flywheel_nix::build::BuildResult;
+use flywheel_nix::build::cache_trust::CacheTrust;
 use flywheel_nix::build::log::{BuildEvent, BuildFailure};
 use flywheel_nix::build::presence::{Location, Presence, valid};
 use flywheel_nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
@@ -75,6 +76,15 @@ struct Lane {
     failed: Vec<BuildFailure>,
 }
 
+/// What the settings in force say about builds and caches.
+#[derive(Debug, Default)]
+pub(super) struct SettingsFacts {
+    /// The systems that this machine and its builders build for, if that is known.
+    pub(crate) native: Option<BTreeSet<String>>,
+    /// Which caches there are, and what makes them believed.
+    pub(crate) caches: CacheTrust,
+}
+
 pub(super) struct Engine<'a> {
     pub(crate) plan: &'a Plan,
     pub(crate) nix: Nix,
@@ -82,8 +92,7 @@ pub(super) struct Engine<'a> {
     pub(crate) tree: Tree,
     pub(crate) reporter: &'a mut Reporter,
     pub(crate) outs: Vec<OutputProgress>,
-    /// The systems that this machine and its builders build for, if that is known.
-    pub(crate) native: Option<BTreeSet<String>>,
+    settings: SettingsFacts,
     by_drv: HashMap<StorePath, Vec<usize>>,
     evaluating: usize,
     arrived: Vec<usize>,
@@ -110,7 +119,7 @@ impl<'a> Engine<'a> {
         tree: Tree,
         reporter: &'a mut Reporter,
         outs: Vec<OutputProgress>,
-        native: Option<BTreeSet<String>>,
+        settings: SettingsFacts,
     ) -> (Self, EngineEvents) {
         let (events, receiver) = mpsc::channel(QUEUE);
         let engine = Self {
@@ -120,7 +129,7 @@ impl<'a> Engine<'a> {
             tree,
             reporter,
             outs,
-            native,
+            settings,
             by_drv: HashMap::new(),
             evaluating: 0,
             arrived: Vec::new(),
@@ -341,10 +350,15 @@ impl<'a> Engine<'a> {
             Arc::clone(&self.store),
             self.events.clone(),
         );
+        let (caches, cancel) = (self.settings.caches.clone(), self.cancel.clone());
         self.jobs.spawn(async move {
-            let present = Presence::find(&nix, &store, &paths)
-                .await
-                .map_err(|error| error.to_string());
+            let present = tokio::select! {
+                biased;
+                // A cache that hangs must not hold up a run that is being ended.
+                () = cancel.cancelled() => return,
+                present = Presence::find(&nix, &store, &caches, &paths) => present,
+            };
+            let present = present.map_err(|error| error.to_string());
             // The receiver is gone only once the run has ended.
             let _ = events.send(EngineEvent::Queried(ids, present)).await;
         });
@@ -356,14 +370,18 @@ impl<'a> Engine<'a> {
                 self.is_querying = false;
                 // If the store cannot be queried, nothing counts as present; building then shows Nix's own error.
                 let present = present.unwrap_or_default();
-                let mut again = Vec::new();
+                let (mut again, mut doubted) = (Vec::new(), Vec::new());
                 for id in ids {
                     let out = &self.outs[id];
                     let paths = out.paths().unwrap_or_default();
+                    if present.is_doubted(&paths) {
+                        doubted.push(out.output.label.clone());
+                    }
                     if let Some(at) = present.of_all(&paths) {
                         let cause = match at {
                             Location::Store => Cause::AlreadyInStore,
                             Location::Cache => Cause::AlreadyCached,
+                            Location::UnsignedCache => Cause::AlreadyCachedUnsigned,
                         };
                         self.end(id, cause, Vec::new());
                     } else if out.is_written || out.drv.as_ref().is_some_and(|drv| present.has(drv))
@@ -373,6 +391,7 @@ impl<'a> Engine<'a> {
                         again.push(id);
                     }
                 }
+                self.reporter.doubted(&doubted);
                 for id in &again {
                     self.forget(*id);
                 }

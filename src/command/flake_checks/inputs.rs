@@ -11,7 +11,7 @@ use flywheel_core::exit::UsageError;
 use flywheel_core::policy::impurity_in_arguments;
 use flywheel_core::text::one_line;
 use flywheel_nix::command_stores::stores_in_nix_arguments;
-use flywheel_nix::flake::expression::{AttributePath, attribute_path, installable_name};
+use flywheel_nix::flake::expression::{AttributePath, attribute_path, installable};
 use flywheel_sys::runner::env::Env;
 
 /// Far more than any machine has cores, so that a slip of the finger is found.
@@ -279,15 +279,9 @@ impl Plan {
         })
     }
 
-    /// The installable of an output, as one would write it in a shell.
-    pub(crate) fn installable(&self, attr: &[String]) -> String {
-        let names = self
-            .attribute
-            .iter()
-            .chain(attr)
-            .map(|name| installable_name(name))
-            .collect::<Vec<_>>();
-        format!("{}#{}", self.flake, names.join("."))
+    /// The installable of the selected attribute.
+    pub(crate) fn installable(&self) -> String {
+        installable(&self.flake, &self.attribute).expect("`attribute_path` gives no other names")
     }
 }
 
