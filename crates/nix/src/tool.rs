@@ -516,6 +516,13 @@ mod tests {
             error.to_string(),
             "`nix path-info` failed: path is not valid"
         );
+        // From 2.20 on the trace comes first.
+        let traced =
+            "error:\n       … while calling the 'throw' builtin\n\n       error: no\n       way\n";
+        assert_eq!(
+            error_summary(traced),
+            "no way … while calling the 'throw' builtin"
+        );
     }
 
     #[test]

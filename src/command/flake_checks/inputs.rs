@@ -40,7 +40,8 @@ pub(crate) struct Inputs {
     flake_apply: Option<String>,
 
     /// The systems to check the outputs of, separated by white space or commas, such as `x86_64-linux`;
-    /// `all` for every one, `auto` for those that this machine and its builders build.
+    /// `all` for every one, `auto` for those that this machine and its builders build. Of others, nothing is
+    /// evaluated.
     #[arg(long, value_name = "LIST", value_parser = value(systems), default_value = "auto")]
     systems: Systems,
 
@@ -75,12 +76,13 @@ pub(crate) struct Inputs {
     )]
     evaluator: EvaluatorKind,
 
-    /// Whether what an unchanged source evaluates to is remembered from run to run.
+    /// Whether what an unchanged source evaluates to is remembered from run to run. A job that may publish
+    /// believes only what its `ATTIC_TOKEN` has sealed.
     #[arg(long, value_name = "HOW", value_parser = variant::<Remember>(), default_value = "on")]
     evaluation_memory: Remember,
 
-    /// The folder of the evaluation memory, to be kept between runs, such as `/var/cache/flywheel/evaluation`
-    /// (default: `~/.cache/flywheel/evaluation`).
+    /// The folder of the evaluation memory, to be kept between runs, such as `/var/cache/flywheel/evaluation`;
+    /// it must be this user's, and nobody else may write to it (default: `~/.cache/flywheel/evaluation`).
     #[arg(long, value_name = "DIR", value_parser = path())]
     evaluation_memory_folder: Option<PathBuf>,
 

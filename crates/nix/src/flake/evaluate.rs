@@ -289,7 +289,7 @@ fn read_names(text: &str, is_own: bool) -> Result<Names, String> {
         // Labels name Check Runs and results, so they must be unique. Those of our own list are names on one line, and
         // two names may be the same line.
         let label = if is_own {
-            unique(label, &labels)
+            unique(&label, &labels)
         } else {
             label
         };
@@ -302,8 +302,8 @@ fn read_names(text: &str, is_own: bool) -> Result<Names, String> {
 }
 
 /// The label with a number behind it, if it is taken.
-fn unique(label: String, taken: &BTreeSet<String>) -> String {
-    let mut free = label.clone();
+fn unique(label: &str, taken: &BTreeSet<String>) -> String {
+    let mut free = label.to_owned();
     let mut number = 1;
     while taken.contains(&free) {
         number += 1;
