@@ -117,7 +117,11 @@ impl CacheTrust {
 async fn infos(nix: &Nix, url: &str, paths: Vec<StorePath>) -> Vec<PathInfo> {
     let (mut found, mut ahead) = (Vec::new(), vec![paths]);
     // Not as an argument, which every user of the machine could read: the address may hold a password.
-    let config = format!("{}\nsubstitute = false\nstore = {url}", nix.config());
+    // That a path was absent, Nix remembers for an hour; here another cache may have made it known as present since.
+    let config = format!(
+        "{}\nsubstitute = false\nnarinfo-cache-negative-ttl = 0\nstore = {url}",
+        nix.config()
+    );
     let nix = nix.clone().with_config(&config);
     // In some versions this variable has precedence over the setting.
     let nix = nix.with_variable("NIX_REMOTE", None);
