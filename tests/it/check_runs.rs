@@ -1,12 +1,15 @@
 //! The Check Runs of `flake-checks` against a GitHub that refuses what the real one refuses.
 
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use flywheel_core::location::SourceLocation;
-use flywheel_core::progress::Sink;
+use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::secret::Secret;
 use flywheel_github::check_run::{CheckRuns, Commit, Conclusion as Ended};
-use flywheel_github::checks::board::{Aggregate, CheckRunReporter, Options, ReportStats};
+use flywheel_github::checks::board::{Aggregate, CheckRunReporter, ReportStats};
+use flywheel_github::checks::options::Options;
 use flywheel_github::checks::{Cause, Output, OutputState, Verdict};
 use flywheel_sys::http::{Clients, Roots};
 use tokio::time::Instant;
@@ -36,15 +39,31 @@ fn options() -> Options {
 }
 
 fn board(github: &GitHub, options: Options) -> CheckRunReporter {
+    board_at(&github.url, options, Sink::silent())
+}
+
+fn board_at(url: &str, options: Options, sink: Sink) -> CheckRunReporter {
     let commit = Commit {
-        api: github.url.parse().unwrap(),
+        api: url.parse().unwrap(),
         repository: "octo-org/app".into(),
         sha: SHA.into(),
     };
     let client = Clients::new(&Roots::default()).unwrap().api;
     let runs =
         CheckRuns::for_commit(&commit, &Secret::new(PLANTED_TOKEN).unwrap(), client).unwrap();
-    CheckRunReporter::start(runs, options, Sink::silent())
+    CheckRunReporter::start(runs, options, sink)
+}
+
+/// A sink, and the warnings that it was sent.
+fn warnings() -> (Sink, Arc<Mutex<Vec<String>>>) {
+    let warnings = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&warnings);
+    let sink = Sink::new(move |event| {
+        if let Progress::Degraded { text, .. } = event {
+            kept.lock().unwrap().push(text);
+        }
+    });
+    (sink, warnings)
 }
 
 fn output(n: usize) -> Output {
@@ -390,4 +409,142 @@ async fn a_request_to_stop_while_github_wants_to_be_left_alone_ends_it() {
         began.elapsed()
     );
     assert_eq!((told.shown, told.missing.len()), (0, 2));
+}
+
+/// Nothing is shown, nobody waits for long, few requests are sent, and there is one warning.
+async fn is_given_up(kind: &str, url: &str, said: &str) {
+    let (sink, warnings) = warnings();
+    let patience = Duration::from_millis(600);
+    let board = board_at(
+        url,
+        Options {
+            patience,
+            request: patience,
+            ..options()
+        },
+        sink,
+    );
+    board.announce((0..50).map(output).collect());
+    let began = Instant::now();
+    while warnings.lock().unwrap().is_empty() && began.elapsed() < 2 * patience {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // The run goes on for long after that.
+    for n in 0..50 {
+        board.update(&format!("x86_64-linux.{n}"), ended(Cause::Built));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let closing = Instant::now();
+    let stats = close(board).await;
+    assert!(
+        closing.elapsed() < 3 * patience,
+        "{kind}: {:?}",
+        closing.elapsed()
+    );
+    assert_eq!((stats.shown, stats.missing.len()), (0, 51), "{kind}");
+    assert!(
+        stats.requests <= 40 && stats.is_explained,
+        "{kind}: {stats:?}"
+    );
+    let warnings = warnings.lock().unwrap();
+    assert!(
+        warnings.len() == 1 && warnings[0].contains(said),
+        "{kind}: {warnings:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_github_that_is_away_is_given_up_and_that_is_said_once() {
+    let away = "GitHub has not answered for";
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    is_given_up("refused", &format!("http://{closed}"), away).await;
+    // The kernel takes the connection, and nobody answers.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("http://{}", silent.local_addr().unwrap());
+    let hangs = GitHub::with(Manners {
+        hangs: true,
+        ..manners()
+    });
+    is_given_up("silent", &hangs.url, away).await;
+    is_given_up("silent before HTTP", &silent, away).await;
+    let plain = GitHub::with(manners());
+    is_given_up("no TLS", &plain.url.replace("http:", "https:"), away).await;
+    let failing = GitHub::with(Manners {
+        fails: Some(1),
+        ..manners()
+    });
+    is_given_up("502", &failing.url, away).await;
+    let stranger = GitHub::with(Manners {
+        token: "another".into(),
+        ..manners()
+    });
+    is_given_up("401", &stranger.url, "GitHub answered 401").await;
+    let refusing = GitHub::with(Manners {
+        refuses: true,
+        ..manners()
+    });
+    is_given_up("403", &refusing.url, "GitHub answered 403").await;
+}
+
+/// What GitHub showed as open when it went away must not stay so.
+#[tokio::test]
+async fn a_github_that_is_back_at_the_end_shows_everything() {
+    let github = GitHub::with(manners());
+    let (sink, warnings) = warnings();
+    let patience = Duration::from_millis(300);
+    let board = board_at(
+        &github.url,
+        Options {
+            patience,
+            ..options()
+        },
+        sink,
+    );
+    board.announce((0..20).map(output).collect());
+    until("announced", || github.names().len() == 21).await;
+    github.behave(|manners| manners.fails = Some(1));
+    board.update("x86_64-linux.0", OutputState::Building);
+    until("given up", || !warnings.lock().unwrap().is_empty()).await;
+    let requests = github.log().len();
+    for n in 0..20 {
+        board.update(&format!("x86_64-linux.{n}"), ended(Cause::Built));
+    }
+    github.behave(|manners| manners.fails = None);
+    // A second is long beside the waits between requests, and nothing is sent.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(
+        github.log().len(),
+        requests,
+        "it is asked no more before the end"
+    );
+    let stats = close(board).await;
+    assert_eq!((stats.shown, stats.missing.len()), (21, 0), "{stats:?}");
+    assert_eq!(github.open(), Vec::<String>::new());
+    assert_eq!(warnings.lock().unwrap().len(), 1);
+}
+
+/// Where GitHub wants to be left alone for longer than there is time, nobody waits for the time to pass.
+#[tokio::test]
+async fn a_rate_limit_that_lasts_for_longer_ends_the_run_at_once() {
+    let github = GitHub::with(Manners {
+        limits: Some((1, 403, "Retry-After: 600\r\n")),
+        ..manners()
+    });
+    let board = board(&github, options());
+    board.announce(vec![output(0)]);
+    until("refused", || {
+        github.log().iter().any(|(_, status)| *status == 403)
+    })
+    .await;
+    let began = Instant::now();
+    let stats = close(board).await;
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
+    assert_eq!((stats.shown, stats.missing.len()), (0, 2));
 }

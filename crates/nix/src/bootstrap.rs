@@ -3,6 +3,7 @@
 //! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
 mod install;
+mod interrupted;
 mod repair;
 
 use std::os::unix::fs::MetadataExt as _;
@@ -186,6 +187,8 @@ pub(crate) struct Host {
     pub(crate) places: Vec<PathBuf>,
     /// Folders with system programs, besides `PATH`.
     pub(crate) system: Vec<PathBuf>,
+    /// The folder in which `dpkg` keeps the state of the packages.
+    pub(crate) packages: PathBuf,
     /// Whether this process runs as root.
     pub(crate) root: bool,
     /// The folders that must not be world-writable.
@@ -197,6 +200,7 @@ impl Host {
         Self {
             places: WELL_KNOWN.map(PathBuf::from).into(),
             system: ["/usr/bin", "/bin"].map(PathBuf::from).into(),
+            packages: "/var/lib/dpkg".into(),
             root: rustix::process::geteuid().is_root(),
             guarded: GUARDED_FOLDERS.map(PathBuf::from).into(),
         }
@@ -213,6 +217,19 @@ impl Host {
         limit: Duration,
     ) -> Result<Ready, Error> {
         let deadline = Instant::now() + limit;
+        let error = match self.ready_by(env, sink, deadline).await {
+            Err(error) if self.root && interrupted::is_interrupted(&self.packages) => error,
+            ended => return ended,
+        };
+        // A cancelled job may have ended the installer half-way, and a Nix that is half there does not run either.
+        sink.note(format!(
+            "an installation of packages was interrupted on this machine ({error}): it is completed"
+        ));
+        interrupted::complete(self, env, sink, deadline).await;
+        self.ready_by(env, sink, deadline).await
+    }
+
+    async fn ready_by(&self, env: &Env, sink: &Sink, deadline: Instant) -> Result<Ready, Error> {
         let found = tool::find(env, &self.places);
         let installed = found.is_none();
         // Never install where a Nix exists, even a broken one.

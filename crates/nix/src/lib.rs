@@ -12,6 +12,7 @@ mod error_message;
 pub mod flake;
 pub mod gc;
 pub mod hash;
+pub mod kept_paths;
 pub mod key;
 pub mod nar;
 pub mod narinfo;

@@ -5,6 +5,7 @@
 //! store, in `to_build`, or in a lane.
 
 mod builds;
+mod resolved;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use self::resolved::ResolvedDerivations;
 use crate::command::flake_checks::inputs::Plan;
 use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, evaluation_cause};
 use crate::command::flake_checks::reporter::Reporter;
@@ -24,6 +26,7 @@ use flywheel_nix::build::log::{BuildEvent, BuildFailure};
 use flywheel_nix::build::presence::{Location, Presence, valid};
 use flywheel_nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
 use flywheel_nix::flake::expression::SelfView;
+use flywheel_nix::kept_paths::KeptPaths;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::tool::Nix;
@@ -35,6 +38,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(300);
 const QUEUE: usize = 4096;
 /// What the last query may take in a run that is being ended.
 const FINAL_POLL_TIMEOUT: Duration = Duration::from_millis(500);
+/// How often an output whose derivation is gone from the store is evaluated again. After that it is built all the
+/// same, so that Nix says what is wrong.
+const EVALUATIONS: u32 = 3;
 
 /// The channels to the evaluation, and its two views of the flake.
 pub(super) struct Evaluation {
@@ -89,11 +95,16 @@ pub(super) struct Engine<'a> {
     pub(crate) plan: &'a Plan,
     pub(crate) nix: Nix,
     pub(crate) store: Arc<Store>,
+    /// What no garbage collection may take before it was built and published.
+    kept: Arc<KeptPaths>,
     pub(crate) tree: Tree,
     pub(crate) reporter: &'a mut Reporter,
     pub(crate) outs: Vec<OutputProgress>,
     settings: SettingsFacts,
     by_drv: HashMap<StorePath, Vec<usize>>,
+    resolved: ResolvedDerivations,
+    /// Whether the paths of an output are known only once it is built.
+    is_content_addressed: bool,
     evaluating: usize,
     arrived: Vec<usize>,
     is_querying: bool,
@@ -115,7 +126,7 @@ impl<'a> Engine<'a> {
     pub(crate) fn new(
         plan: &'a Plan,
         nix: Nix,
-        store: Arc<Store>,
+        (store, kept): (Arc<Store>, Arc<KeptPaths>),
         tree: Tree,
         reporter: &'a mut Reporter,
         outs: Vec<OutputProgress>,
@@ -126,11 +137,14 @@ impl<'a> Engine<'a> {
             plan,
             nix,
             store,
+            kept,
             tree,
             reporter,
             outs,
             settings,
             by_drv: HashMap::new(),
+            resolved: ResolvedDerivations::default(),
+            is_content_addressed: false,
             evaluating: 0,
             arrived: Vec::new(),
             is_querying: false,
@@ -286,8 +300,6 @@ impl<'a> Engine<'a> {
                 independent,
             } => {
                 self.evaluating -= 1;
-                // An evaluation for a build writes the derivation to the store; one without a build is read-only.
-                self.outs[id].is_written = self.plan.build;
                 self.outs[id].is_remembered = independent;
                 self.on_known(id, facts);
             }
@@ -308,6 +320,7 @@ impl<'a> Engine<'a> {
 
     fn on_known(&mut self, id: usize, facts: Derivation) {
         let drv: Option<StorePath> = facts.drv.parse().ok();
+        self.is_content_addressed |= facts.paths().is_none();
         let out = &mut self.outs[id];
         out.facts = Some(facts);
         out.drv.clone_from(&drv);
@@ -331,7 +344,8 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Queries the store for the outputs that have arrived, unless a query is under way.
+    /// Keeps the outputs that have arrived, and their derivations, from being collected as garbage, and queries the store
+    /// for them, unless a query is under way.
     fn query_arrived(&mut self) {
         if self.is_querying || self.arrived.is_empty() {
             return;
@@ -340,8 +354,8 @@ impl<'a> Engine<'a> {
         let ids = std::mem::take(&mut self.arrived);
         let outs = ids.iter().map(|id| &self.outs[*id]);
         let paths = outs.flat_map(|out| {
-            // A remembered derivation may have been collected as garbage since, so it is queried, too.
-            let drv = out.drv.clone().filter(|_| !out.is_written);
+            // The derivation may have been collected since it was evaluated, in this run or in an earlier one.
+            let drv = out.drv.clone();
             out.paths().unwrap_or_default().into_iter().chain(drv)
         });
         let paths: Vec<StorePath> = paths.collect::<BTreeSet<_>>().into_iter().collect();
@@ -351,12 +365,18 @@ impl<'a> Engine<'a> {
             self.events.clone(),
         );
         let (caches, cancel) = (self.settings.caches.clone(), self.cancel.clone());
+        let kept = Arc::clone(&self.kept);
         self.jobs.spawn(async move {
+            let query = async {
+                // Before the query: what it finds then stays.
+                kept.keep(&paths).await;
+                Presence::find(&nix, &store, &caches, &paths).await
+            };
             let present = tokio::select! {
                 biased;
                 // A cache that hangs must not hold up a run that is being ended.
                 () = cancel.cancelled() => return,
-                present = Presence::find(&nix, &store, &caches, &paths) => present,
+                present = query => present,
             };
             let present = present.map_err(|error| error.to_string());
             // The receiver is gone only once the run has ended.
@@ -368,7 +388,8 @@ impl<'a> Engine<'a> {
         match event {
             EngineEvent::Queried(ids, present) => {
                 self.is_querying = false;
-                // If the store cannot be queried, nothing counts as present; building then shows Nix's own error.
+                // If the store cannot be queried, no output counts as present; building then shows Nix's own error.
+                let is_unknown = present.is_err();
                 let present = present.unwrap_or_default();
                 let (mut again, mut doubted) = (Vec::new(), Vec::new());
                 for id in ids {
@@ -384,7 +405,9 @@ impl<'a> Engine<'a> {
                             Location::UnsignedCache => Cause::AlreadyCachedUnsigned,
                         };
                         self.end(id, cause, Vec::new());
-                    } else if out.is_written || out.drv.as_ref().is_some_and(|drv| present.has(drv))
+                    } else if is_unknown
+                        || out.evaluated_again >= EVALUATIONS
+                        || out.drv.as_ref().is_some_and(|drv| present.has(drv))
                     {
                         self.to_build.push(id);
                     } else {
@@ -395,7 +418,7 @@ impl<'a> Engine<'a> {
                 for id in &again {
                     self.forget(*id);
                 }
-                // If a remembered derivation is gone from the store, the output is evaluated again.
+                // If a derivation is gone from the store, the output is evaluated again.
                 let first = Arc::clone(&evaluation.first);
                 self.evaluate(evaluation, again, &first).await;
             }
@@ -406,6 +429,7 @@ impl<'a> Engine<'a> {
 
     fn forget(&mut self, id: usize) {
         let out = &mut self.outs[id];
+        out.evaluated_again += 1;
         out.facts = None;
         if let Some(drv) = out.drv.take()
             && let Some(ids) = self.by_drv.get_mut(&drv)

@@ -15,6 +15,7 @@ use flywheel_core::policy::impurity_in_settings;
 use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::Verdict;
+use flywheel_nix::build::presence::valid;
 use flywheel_nix::flake::Source;
 use flywheel_nix::flake::evaluate::{
     self, Derivation, Listing, NameList, Names, OutputName, Pool, SelfViews, allows_memory,
@@ -23,12 +24,17 @@ use flywheel_nix::flake::evaluate::{
 use flywheel_nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered, Seal};
 use flywheel_nix::flake::expression::{Expressions, SelfView};
 use flywheel_nix::flake::nix_eval_jobs::NixEvalJobs;
+use flywheel_nix::kept_paths::KeptPaths;
+use flywheel_nix::store::Store;
+use flywheel_nix::store_path::StorePath;
 use flywheel_nix::tool::{Nix, on_path};
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 
 /// How many tasks for the pool, and events from it, may be queued.
 const QUEUE: usize = 1024;
+/// How often the flake's source is copied to the store again, when a collection was quicker than we.
+const SOURCE_TRIES: usize = 3;
 
 /// A flake, and the way it is evaluated.
 pub(super) struct FlakeEvaluation {
@@ -93,6 +99,33 @@ impl FlakeEvaluation {
             remembered,
             views,
             jobs,
+        }
+    }
+
+    /// Keeps the flake's source in the store from being collected as garbage. If it is gone already, Nix copies it again.
+    pub(crate) async fn keep_source(
+        &self,
+        plan: &Plan,
+        nix: &Nix,
+        store: &Store,
+        kept: &KeptPaths,
+    ) {
+        let Ok(source) = StorePath::containing(&self.source.path) else {
+            return;
+        };
+        let source = [source];
+        for _ in 0..SOURCE_TRIES {
+            kept.keep(&source).await;
+            // A store that cannot be queried counts as having it; without its source the evaluation fails with Nix's words.
+            if valid(store, &source)
+                .await
+                .is_ok_and(|found| found.is_empty())
+            {
+                let arguments = lock_arguments(&plan.arguments);
+                let _ = Source::find(nix, &plan.flake, &arguments).await;
+            } else {
+                return;
+            }
         }
     }
 

@@ -11,6 +11,19 @@ const LONG_ENOUGH: Duration = Duration::from_secs(10);
 /// The largest number of outputs in one lane: whenever a build ends, Nix goes through all of them.
 pub(super) const MAX_OUTPUTS: usize = 256;
 
+/// How many of the waiting outputs the next lane takes, given how many each may have in its lane.
+pub(super) fn size(limits: impl Iterator<Item = usize>) -> usize {
+    let (mut size, mut limit) = (0, MAX_OUTPUTS);
+    for next in limits {
+        limit = limit.min(next.max(1));
+        if size >= limit {
+            break;
+        }
+        size += 1;
+    }
+    size
+}
+
 /// What decides whether a free lane starts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LaneState {
@@ -22,6 +35,9 @@ pub(super) struct LaneState {
     pub(crate) other: Option<Option<usize>>,
     /// How long the other lane has been running.
     pub(crate) running: Duration,
+    /// Whether a derivation is addressed by its content, or needs one that is. Nix does not keep two processes from
+    /// building such a derivation at the same time, and one of them then fails.
+    pub(crate) is_content_addressed: bool,
 }
 
 /// Whether a lane starts now, and with how many builds at once: `Some(None)` is Nix's own setting.
@@ -40,6 +56,9 @@ pub(super) fn start(jobs: Option<usize>, state: &LaneState) -> Option<Option<usi
             }
         }));
     };
+    if state.is_content_addressed {
+        return None;
+    }
     if !(state.all_known || state.waiting >= ENOUGH_OUTPUTS || state.running >= LONG_ENOUGH) {
         return None;
     }
@@ -62,6 +81,7 @@ mod tests {
         all_known: false,
         other: None,
         running: Duration::ZERO,
+        is_content_addressed: false,
     };
 
     #[test]
@@ -104,6 +124,32 @@ mod tests {
             );
             assert_eq!(first + second.flatten().unwrap_or(0), jobs);
         }
+    }
+
+    #[test]
+    fn a_lane_is_as_small_as_each_of_its_outputs_needs() {
+        let size = |limits: &[usize]| size(limits.iter().copied());
+        assert_eq!(size(&[MAX_OUTPUTS; 300]), MAX_OUTPUTS);
+        assert_eq!(size(&[4, 4, 4, 4, 4, 4]), 4);
+        assert_eq!(size(&[256, 256, 1, 256]), 2);
+        assert_eq!((size(&[1, 256]), size(&[0]), size(&[])), (1, 1, 0));
+    }
+
+    #[test]
+    fn what_is_addressed_by_its_content_is_built_in_one_lane() {
+        let alone = LaneState {
+            all_known: true,
+            is_content_addressed: true,
+            ..QUIET
+        };
+        let beside = LaneState {
+            other: Some(None),
+            ..alone
+        };
+        assert_eq!(
+            (start(None, &alone), start(None, &beside)),
+            (Some(None), None)
+        );
     }
 
     #[test]

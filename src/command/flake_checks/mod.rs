@@ -40,6 +40,7 @@ use flywheel_nix::build::cache_trust::CacheTrust;
 use flywheel_nix::flake::Source;
 use flywheel_nix::flake::evaluate::OutputName;
 use flywheel_nix::flake::expression::build_command;
+use flywheel_nix::kept_paths::KeptPaths;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::tool::Nix;
@@ -129,11 +130,13 @@ impl FlakeChecks<'_> {
             None => prepared.nix(),
         };
         let span = Span::begin();
+        // Not through the link of the job's commands: what is kept here is named to no proxy.
+        let kept = Arc::new(KeptPaths::new(&prepared.nix(), &self.session.sink));
         let ran = match self
             .check(
                 flake_evaluation,
                 (prepared, nix),
-                store,
+                (store, Arc::clone(&kept)),
                 &mut reporter,
                 signals,
             )
@@ -147,7 +150,9 @@ impl FlakeChecks<'_> {
             let results = paths_in_store(&ran, watch.store());
             watch.add_results(results);
         }
-        let job = self.publish(prepared, watch, reporter, &ran, signals).await;
+        let job = self
+            .publish(prepared, watch, reporter, (&ran, &kept), signals)
+            .await;
         let job = JobResult {
             peak: spent.peak,
             limit: spent.limit,
@@ -213,7 +218,7 @@ impl FlakeChecks<'_> {
         prepared: &Prepared,
         watch: Option<StoreWatch>,
         reporter: Reporter,
-        ran: &RunResult,
+        (ran, kept): (&RunResult, &KeptPaths),
         signals: &mut Signals,
     ) -> JobResult {
         let began = Instant::now();
@@ -231,6 +236,7 @@ impl FlakeChecks<'_> {
         let finishing = self.finish(prepared, watch, reporter, (ran, stopped), signals);
         let ((added_paths, publication), stats) = finishing.await;
         self.log_check_runs(stats);
+        kept.end().await;
         // Last of all: the publisher reads the paths from the store until it has ended.
         tokio::select! {
             biased;
@@ -313,15 +319,20 @@ impl FlakeChecks<'_> {
         &self,
         mut flake_evaluation: FlakeEvaluation,
         (prepared, nix): (&Prepared, Nix),
-        store: Arc<Store>,
+        (store, kept): (Arc<Store>, Arc<KeptPaths>),
         reporter: &mut Reporter,
         signals: &mut Signals,
     ) -> Result<RunResult, Failure> {
         let began = Instant::now();
+        let naming = async {
+            let source = flake_evaluation.keep_source(self.plan, &nix, &store, &kept);
+            source.await;
+            flake_evaluation.names(self.plan, &nix).await
+        };
         let all = tokio::select! {
             biased;
             stop = signals.next() => return Ok(RunResult::nothing(RunEnd::Stopped(stop, Instant::now()))),
-            names = flake_evaluation.names(self.plan, &nix) => names?,
+            names = naming => names?,
         };
         let settings = self.settings(prepared);
         let systems = self.systems(settings.native.as_ref());
@@ -362,8 +373,15 @@ impl FlakeChecks<'_> {
         let remembered = known.len();
         let cancel = CancellationToken::new();
         let evaluation = flake_evaluation.start(self.plan, &nix, cancel);
-        let (mut engine, steps) =
-            Engine::new(self.plan, nix, store, tree, reporter, outs, settings);
+        let (mut engine, steps) = Engine::new(
+            self.plan,
+            nix,
+            (store, kept),
+            tree,
+            reporter,
+            outs,
+            settings,
+        );
         let end = engine.run(known, evaluation, steps, signals).await;
         let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
         let outs = std::mem::take(&mut engine.outs);

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use crate::command::flake_checks::lanes;
 use flywheel_core::location::SourceLocation;
 use flywheel_github::checks::{Cause, Output, Verdict};
 use flywheel_nix::build::log::{BuildFailure, FailureKind};
@@ -27,12 +28,14 @@ pub(super) struct OutputProgress {
     /// What evaluation found, once it has.
     pub(crate) facts: Option<Derivation>,
     pub(crate) drv: Option<StorePath>,
-    /// Whether this run's evaluation wrote its derivation to the store.
-    pub(crate) is_written: bool,
+    /// How many times its derivation was gone from the store, and it was evaluated again.
+    pub(crate) evaluated_again: u32,
     /// Whether the output may be remembered: as far as is known it does not depend on the commit.
     pub(crate) is_remembered: bool,
     /// How many times its build was tried again.
     pub(crate) tries: u32,
+    /// How many outputs may be in a lane with it: fewer each time when a lane failed and Nix did not say by which.
+    pub(crate) lane_limit: usize,
     begun: Option<(SystemTime, Instant)>,
     pub(crate) verdict: Option<Verdict>,
 }
@@ -45,9 +48,10 @@ impl OutputProgress {
             reproduce,
             facts: None,
             drv: None,
-            is_written: false,
+            evaluated_again: 0,
             is_remembered: false,
             tries: 0,
+            lane_limit: lanes::MAX_OUTPUTS,
             begun: None,
             verdict: None,
         }
@@ -205,6 +209,16 @@ pub(super) fn build_cause(failure: &BuildFailure, is_own: bool, tree: &Tree) -> 
         },
         (_, Some(derivation)) if !is_own => Cause::Dependency {
             derivation: derivation.to_string(),
+        },
+        (
+            FailureKind::TimedOut {
+                seconds,
+                of_silence,
+            },
+            _,
+        ) => Cause::TimedOut {
+            seconds: *seconds,
+            of_silence: *of_silence,
         },
         _ => Cause::Build,
     }

@@ -24,7 +24,12 @@ impl FlakeChecks<'_> {
                 "{} could not be shown: {names}. The summary has them.",
                 stats.missing.len()
             );
-            self.session.sink.degraded("check runs", text);
+            // One warning is enough.
+            if stats.is_explained {
+                self.session.sink.note(format!("flywheel: {text}"));
+            } else {
+                self.session.sink.degraded("check runs", text);
+            }
         }
     }
 

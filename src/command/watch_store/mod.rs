@@ -4,6 +4,7 @@
 
 mod daemon;
 mod ipc;
+mod killed;
 mod runtime_dir;
 
 use std::fs::File;
@@ -419,6 +420,9 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
     let workflow = Workflow::new(env.in_github_actions());
     let runtime_dir = RuntimeDir::from_env(env)?;
     let Some(stream) = runtime_dir.connect().await else {
+        if runtime_dir.has_killed_watch() {
+            return finish_killed(plan, &runtime_dir, &workflow, env).await;
+        }
         runtime_dir.remove_if_unused();
         if plan.require_publish {
             return Err(Error::NotRunning.into());
@@ -434,8 +438,17 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
     };
     // Opened before the end, because the background process removes its log then.
     let log = runtime_dir.open_log();
-    send(&mut stream, &ask).await.map_err(|_| Error::NoReport)?;
-    let finished = wait(&mut stream, &runtime_dir, &workflow).await?;
+    let finished = match send(&mut stream, &ask).await {
+        Ok(()) => wait(&mut stream, &runtime_dir, &workflow).await?,
+        Err(_) => None,
+    };
+    let Some(finished) = finished else {
+        // It was killed while it finished; or it hangs, and is none to take anything from.
+        if runtime_dir.has_killed_watch() {
+            return finish_killed(plan, &runtime_dir, &workflow, env).await;
+        }
+        return Err(Error::NoReport.into());
+    };
     print_log(&workflow, &log_text(log));
     // The background process cleans up before it ends; the connection ends with it.
     let _ = timeout(END_LIMIT, receive::<Request>(&mut stream)).await;
@@ -453,13 +466,26 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
     Ok(Exit::Command(finished.report.exit_code))
 }
 
+/// Does what the watch would have done, had it not been killed.
+async fn finish_killed(
+    plan: &Plan,
+    runtime_dir: &RuntimeDir,
+    workflow: &Workflow,
+    env: &Env,
+) -> Result<Exit, Failure> {
+    print_log(workflow, &log_text(runtime_dir.open_log()));
+    let ended = Box::pin(killed::finish(plan, env)).await;
+    runtime_dir.remove_if_unused();
+    ended
+}
+
 /// Waits for the end, logs from time to time how far the publication is, and passes a signal on. The background
-/// process bounds the time; should it hang, the runner's own limit holds.
+/// process bounds the time; should it hang, the runner's own limit holds. `None` when it has ended without a report.
 async fn wait(
     stream: &mut BufReader<UnixStream>,
     runtime_dir: &RuntimeDir,
     workflow: &Workflow,
-) -> Result<Finished, Error> {
+) -> Result<Option<Finished>, Error> {
     let mut signals = Signals::listen().map_err(|error| Error::Start(error.to_string()))?;
     let mut ticks = interval(PROGRESS_INTERVAL);
     // The first tick of an interval comes at once, and there is no progress to log yet.
@@ -471,7 +497,10 @@ async fn wait(
     loop {
         tokio::select! {
             biased;
-            finished = &mut receiving => return finished.ok_or(Error::NoReport),
+            finished = &mut receiving => return match (finished, give_up_at) {
+                (None, Some(_)) => Err(Error::NoReport),
+                (finished, _) => Ok(finished),
+            },
             _ = signals.next(), if give_up_at.is_none() => {
                 // The background process has this long to stop and to send its report.
                 give_up_at = Some(Instant::now() + job::STOPPED_LIMIT);
@@ -510,7 +539,8 @@ async fn request_status(runtime_dir: &RuntimeDir) -> Option<Status> {
 async fn status(env: &Env, format: Format) -> Result<Exit, Failure> {
     let runtime_dir = RuntimeDir::from_env(env)?;
     let status = request_status(&runtime_dir).await;
-    if status.is_none() {
+    // What a killed watch has left is for `finish`.
+    if status.is_none() && !runtime_dir.has_killed_watch() {
         runtime_dir.remove_if_unused();
     }
     let status = status.unwrap_or_else(|| Status {

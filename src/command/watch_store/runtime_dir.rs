@@ -129,6 +129,12 @@ impl RuntimeDir {
             .ok()
     }
 
+    /// Whether a watch of this job has ended without removing its folder: it has listened, and no process has the lock.
+    pub(crate) fn has_killed_watch(&self) -> bool {
+        let has_listened = fs::symlink_metadata(self.0.join("control")).is_ok();
+        has_listened && matches!(self.lock(), Ok(Some(_)))
+    }
+
     pub(crate) fn remove(&self) {
         // What cannot be removed goes with the runner's temporary folder, or is used again.
         let _ = fs::remove_dir_all(&self.0);

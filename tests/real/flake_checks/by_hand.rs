@@ -10,6 +10,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+use crate::world::versions::{Ran, VERSIONS, run};
 use crate::world::{PATH, flywheel, folders, must, need, with_private_nix};
 use flywheel_nix::hash::Sha256 as Hash;
 use flywheel_nix::key::SecretKey;
@@ -17,7 +18,7 @@ use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::fingerprint;
 use flywheel_nix::store_path::StorePath;
 
-const CONFIG: &str = "experimental-features = nix-command flakes\nsandbox = false\nbuild-users-group =\nsubstituters =\n";
+const CONFIG: &str = "experimental-features = nix-command flakes\nsandbox = false\nbuild-users-group =\nsubstituters =";
 
 /// A flake in a folder of its own, with a store of its own.
 struct Flake {
@@ -54,7 +55,7 @@ impl Flake {
 
     /// A flake whose checks for this system are these attributes.
     fn of_checks(checks: &str) -> Self {
-        let builder = r#"run = name: script: derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" script ]; };"#;
+        let builder = r#"run = name: script: derivation { inherit name; system = "x86_64-linux"; builder = "/bin/bash"; args = [ "-c" script ]; };"#;
         Self::new(&format!(
             "{{ outputs = {{ self }}: let {builder} in {{ checks.x86_64-linux = {{ {checks} }}; }}; }}"
         ))
@@ -64,25 +65,25 @@ impl Flake {
         self.folder.path().join(name)
     }
 
-    fn command(&self, program: &Path, config: &str) -> Command {
+    fn command(&self, program: &Path) -> Command {
         let mut command = with_private_nix(&self.path("nix"), program);
         folders::isolate(&mut command, self.folder.path())
             .current_dir(self.path("app"))
             .env("PATH", PATH)
-            .env("NIX_CONFIG", format!("{CONFIG}{config}"));
+            .env("NIX_CONFIG", CONFIG);
         command
     }
 
     fn nix(&self, arguments: &[&str]) -> String {
         let nix = need("nix", "apt-get install nix-bin");
-        must(self.command(&nix, "").args(arguments))
+        must(self.command(&nix).args(arguments))
     }
 
-    /// Runs `flake-checks` under these further settings of Nix.
-    fn checked(&self, config: &str, arguments: &[&str]) -> Checked {
+    /// Runs `flake-checks`.
+    fn checked(&self, arguments: &[&str]) -> Checked {
         let lines = self.path("lines");
         let _ = fs::remove_file(&lines);
-        let mut command = self.command(&flywheel(), config);
+        let mut command = self.command(&flywheel());
         command.args(["flake-checks", "--flake", "path:.", "--checks", "false"]);
         command.args(["--json-lines", lines.to_str().unwrap()]);
         let output = command.args(arguments).output().unwrap();
@@ -124,10 +125,52 @@ fn narinfo(path: &str, sign: impl FnOnce(&str) -> Option<String>) -> (String, St
     (name, info.to_string())
 }
 
+/// Lines of bash that write a file.
+fn write(name: &str, text: &str) -> String {
+    format!("cat > '{name}' <<'END OF FILE'\n{text}\nEND OF FILE\n")
+}
+
+/// Lines of bash that run `flake-checks` on the flake of this folder, with further arguments. Its exit code and the file
+/// of its verdicts are below `/out` by this name.
+fn check(name: &str, arguments: &str) -> String {
+    format!(
+        "/fly/flywheel flake-checks --flake path:. --checks false --json-lines /out/{name} {arguments}\necho $? > /out/{name}-code\n"
+    )
+}
+
+/// The exit code of a check of this name, and the kind of each verdict by label.
+fn kinds(ran: &Ran, name: &str) -> (String, BTreeMap<String, String>) {
+    let text = ran.file(name);
+    let lines = text.lines().map(|line| {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        (
+            text(&line["label"]).replace("x86_64-linux.", ""),
+            text(&line["cause"]["kind"]),
+        )
+    });
+    let code = ran.file(&format!("{name}-code")).trim().to_owned();
+    (code, lines.collect())
+}
+
+#[track_caller]
+fn assert_kinds(ran: &Ran, name: &str, code: &str, wanted: &[(&str, &str)]) {
+    let wanted: BTreeMap<String, String> = wanted
+        .iter()
+        .map(|(label, kind)| ((*label).to_owned(), (*kind).to_owned()))
+        .collect();
+    assert_eq!(
+        kinds(ran, name),
+        (code.to_owned(), wanted),
+        "{name}\n{}",
+        ran.log
+    );
+}
+
 /// A cache claims to have the result of each of these checks, all of which fail.
 #[test]
 fn a_cache_is_believed_only_with_a_signature_of_a_trusted_key() {
-    let names = ["unsigned", "forged", "foreign", "moved", "signed"];
+    let names = ["forged", "foreign", "moved", "signed", "unsigned"];
     let checks = names.map(|name| format!("{name} = run \"{name}\" \"exit 1\";"));
     let flake = Flake::of_checks(&checks.concat());
     let outs = flake.nix(&[
@@ -143,9 +186,12 @@ fn a_cache_is_believed_only_with_a_signature_of_a_trusted_key() {
         SecretKey::generate("main").unwrap(),
         SecretKey::generate("other").unwrap(),
     );
-    let cache = flake.path("cache");
-    fs::create_dir(&cache).unwrap();
-    fs::write(cache.join("nix-cache-info"), "StoreDir: /nix/store\n").unwrap();
+    let mut script = write(
+        "flake.nix",
+        &fs::read_to_string(flake.path("app/flake.nix")).unwrap(),
+    );
+    script.push_str("mkdir /root/cache\n");
+    script.push_str(&write("/root/cache/nix-cache-info", "StoreDir: /nix/store"));
     for (name, path) in &outs {
         let (file, text) = narinfo(path, |text| match name.as_str() {
             "unsigned" => None,
@@ -154,96 +200,99 @@ fn a_cache_is_believed_only_with_a_signature_of_a_trusted_key() {
             "moved" => Some(trusted.sign(&text.replace("-moved;", "-signed;"))),
             _ => Some(trusted.sign(text)),
         });
-        fs::write(cache.join(file), text).unwrap();
+        script.push_str(&write(&format!("/root/cache/{file}"), text.trim_end()));
     }
-    let key = format!("trusted-public-keys = {}\n", trusted.public());
-    let with = |parameters: &str, more: &str| {
-        let url = format!("file://{}{parameters}", cache.display());
-        flake.checked(&format!("substituters = {url}\n{key}{more}"), &[])
-    };
-
-    let checked = with("", "");
-    assert_eq!(checked.code, 1, "{}", checked.printed);
-    for name in &names[..4] {
-        assert_eq!(checked.kind(name), "build", "{name}: {}", checked.printed);
-    }
-    assert_eq!(checked.kind("signed"), "already-cached");
-    assert!(
-        checked
-            .printed
-            .contains("without a valid signature of a key in `trusted-public-keys`; built instead"),
-        "{}",
-        checked.printed
-    );
-    // Without any key nothing is believed, and what the settings choose to take is, by other words.
-    let untrusting = format!(
-        "substituters = file://{}\ntrusted-public-keys =\n",
-        cache.display()
-    );
-    let checked = flake.checked(&untrusting, &[]);
-    assert_eq!(checked.kind("signed"), "build", "{}", checked.printed);
-    for checked in [
-        with("?trusted=true", ""),
-        with("", "require-sigs = false\n"),
+    let key = format!("trusted-public-keys = {}", trusted.public());
+    for (name, parameters, more) in [
+        ("with-key", "", key.as_str()),
+        ("without-key", "", "trusted-public-keys ="),
+        ("trusted", "?trusted=true", &key),
+        ("careless", "", &format!("{key}\nrequire-sigs = false")),
     ] {
-        assert_eq!(checked.code, 0, "{}", checked.printed);
-        for name in &names[..4] {
-            assert_eq!(checked.kind(name), "already-cached-unsigned", "{name}");
-        }
-        assert_eq!(checked.kind("signed"), "already-cached");
+        let config = format!("substituters = file:///root/cache{parameters}\n{more}");
+        script.push_str(&format!(
+            "NIX_CONFIG=\"$BASE\n{config}\"\n{}",
+            check(name, "")
+        ));
+    }
+    let script = format!("BASE=$NIX_CONFIG\n{script}");
+
+    let failed = names.map(|name| (name, "build"));
+    let unsigned = names.map(|name| (name, "already-cached-unsigned"));
+    let but_signed = |kinds: [(&'static str, &'static str); 5]| {
+        kinds.map(|(name, kind)| match name {
+            "signed" => (name, "already-cached"),
+            _ => (name, kind),
+        })
+    };
+    for version in VERSIONS {
+        let ran = run(version, &script);
+        assert_kinds(&ran, "with-key", "1", &but_signed(failed));
+        assert_kinds(&ran, "without-key", "1", &failed);
+        assert_kinds(&ran, "trusted", "0", &but_signed(unsigned));
+        assert_kinds(&ran, "careless", "0", &but_signed(unsigned));
+        let words = "without a valid signature of a key in `trusted-public-keys`; built instead";
+        assert!(ran.log.contains(words), "{version}: {}", ran.log);
     }
 }
 
 #[test]
 fn only_the_systems_that_are_asked_for_are_touched() {
-    let flake = Flake::new(
-        r#"{ outputs = { self }: let
-      run = system: derivation { name = "x"; inherit system; builder = "/bin/sh"; args = [ "-c" "echo > $out" ]; };
+    let flake = r#"{ outputs = { self }: let
+      run = system: derivation { name = "x"; inherit system; builder = "/bin/bash"; args = [ "-c" "echo > $out" ]; };
     in { checks = {
       x86_64-linux.ok = run "x86_64-linux";
       aarch64-darwin = throw "no darwin here";
       riscv64-linux = import (run "riscv64-linux");
-    }; }; }"#,
-    );
-    for systems in ["auto", "x86_64-linux"] {
-        let checked = flake.checked("", &["--systems", systems]);
-        assert_eq!(checked.code, 0, "{}", checked.printed);
-        assert_eq!(checked.lines.len(), 1, "{}", checked.printed);
-        let others = "the outputs of aarch64-darwin, riscv64-linux";
-        assert!(
-            checked.printed.contains("not looked at") && checked.printed.contains(others),
-            "{}",
-            checked.printed
-        );
+    }; }; }"#;
+    let script = [
+        write("flake.nix", flake),
+        check("auto", ""),
+        check("one", "--systems x86_64-linux"),
+        // Of those that are asked for, a broken one hides no other.
+        check("two", "--systems 'x86_64-linux aarch64-darwin'"),
+    ];
+    for version in VERSIONS {
+        let ran = run(version, &script.concat());
+        assert_kinds(&ran, "auto", "0", &[("ok", "built")]);
+        assert_kinds(&ran, "one", "0", &[("ok", "already-in-store")]);
+        let both = [("ok", "already-in-store"), ("aarch64-darwin", "evaluation")];
+        assert_kinds(&ran, "two", "1", &both);
+        for words in [
+            "not looked at, because `systems` does not ask for them: the outputs of aarch64-darwin, riscv64-linux",
+            "aarch64-darwin: Does not evaluate: no darwin here",
+        ] {
+            assert!(ran.log.contains(words), "{version}: {words}\n{}", ran.log);
+        }
     }
-    // Of those that are asked for, a broken one hides no other.
-    let checked = flake.checked("", &["--systems", "x86_64-linux aarch64-darwin"]);
-    assert_eq!(checked.code, 1, "{}", checked.printed);
-    assert_eq!(checked.kind("ok"), "already-in-store");
-    assert_eq!(checked.kind("aarch64-darwin"), "evaluation");
-    assert!(
-        checked
-            .printed
-            .contains("aarch64-darwin: Does not evaluate: no darwin here"),
-        "{}",
-        checked.printed
-    );
 }
 
 #[test]
 fn the_reason_of_an_error_comes_before_its_trace() {
-    let flake = Flake::new(
-        r#"{ outputs = { self }: { checks.x86_64-linux = builtins.foldl' (a: b: a // b) { } [ (throw "the needle") ]; }; }"#,
-    );
-    let checked = flake.checked("", &[]);
-    assert_eq!(checked.code, 1, "{}", checked.printed);
-    assert!(
-        checked
-            .printed
-            .contains("the outputs cannot be listed: error: the needle"),
-        "{}",
-        checked.printed
-    );
+    let listed = r#"{ outputs = { self }: { checks.x86_64-linux = builtins.foldl' (a: b: a // b) { } [ (throw "the needle") ]; }; }"#;
+    let one = r#"{ outputs = { self }: { checks.x86_64-linux.a = derivation {
+      name = "a"; system = "x86_64-linux"; builder = "/bin/bash"; args = [ (throw "the pin") ];
+    }; }; }"#;
+    let syntax = "{ outputs = { self }: the-fork; }";
+    let script = [listed, one, syntax].map(|flake| write("flake.nix", flake) + &check("lines", ""));
+    for version in VERSIONS {
+        let ran = run(version, &script.concat());
+        for words in [
+            "the outputs cannot be listed: error: the needle",
+            "x86_64-linux.a: Does not evaluate: the pin",
+            "failed: undefined variable 'the-fork'",
+        ] {
+            assert!(ran.log.contains(words), "{version}: {words}\n{}", ran.log);
+        }
+        let text = error_text(&ran);
+        assert!(text.starts_with("error: the pin"), "{version}: {text}");
+    }
+}
+
+/// The text of the only verdict's cause.
+fn error_text(ran: &Ran) -> String {
+    let line = ran.line("x86_64-linux.a");
+    line["cause"]["text"].as_str().unwrap().to_owned()
 }
 
 /// A text as a string of Nix's.
@@ -305,10 +354,11 @@ fn the_command_by_hand_works_for_odd_names() {
         .map(|name| format!("{} = run \"odd\" \"echo > $out\";", quoted(name)))
         .collect();
     let flake = Flake::of_checks(&checks.concat());
-    let checked = flake.checked("", &[]);
+    let checked = flake.checked(&[]);
     assert_eq!(checked.code, 0, "{}", checked.printed);
     assert_eq!(checked.lines.len(), names.len(), "{}", checked.printed);
-    let mut script = String::new();
+    let text = fs::read_to_string(flake.path("app/flake.nix")).unwrap();
+    let mut script = write("flake.nix", &text);
     for line in checked.lines.values() {
         let command = line["reproduce"].as_str().unwrap();
         let dry = if command.starts_with("nix build ") {
@@ -316,14 +366,17 @@ fn the_command_by_hand_works_for_odd_names() {
         } else {
             ""
         };
-        script.push_str(&format!("{command} {dry} || echo \"failed: $_\"\n"));
+        script.push_str(&format!(
+            "{command} {dry} || echo \"failed: {}\"\n",
+            line["label"]
+                .to_string()
+                .replace(['"', '`', '$', '\\'], "_")
+        ));
     }
-    let output = must(
-        flake
-            .command(Path::new("/bin/bash"), "")
-            .args(["-c", &script]),
-    );
-    assert!(!output.contains("failed:"), "{output}\n{script}");
+    for version in VERSIONS {
+        let ran = run(version, &script);
+        assert!(!ran.log.contains("failed:"), "{version}: {}", ran.log);
+    }
 }
 
 /// Somebody puts the derivation of a check that passes in the place of one that fails.
@@ -333,7 +386,7 @@ fn a_memory_that_others_may_write_to_is_not_believed() {
         Flake::of_checks("good = run \"good\" \"echo > $out\"; bad = run \"bad\" \"exit 1\";");
     let memory = flake.path("memory");
     let arguments = ["--evaluation-memory-folder", memory.to_str().unwrap()];
-    let checked = flake.checked("", &arguments);
+    let checked = flake.checked(&arguments);
     assert_eq!(checked.kind("bad"), "build", "{}", checked.printed);
     let file = fs::read_dir(&memory)
         .unwrap()
@@ -344,7 +397,7 @@ fn a_memory_that_others_may_write_to_is_not_believed() {
     forge(&file, &|body| hexadecimal(&Sha256::digest(body)));
 
     fs::set_permissions(&memory, fs::Permissions::from_mode(0o777)).unwrap();
-    let checked = flake.checked("", &arguments);
+    let checked = flake.checked(&arguments);
     assert_eq!(
         (checked.code, checked.kind("bad")),
         (1, "build"),
@@ -358,7 +411,7 @@ fn a_memory_that_others_may_write_to_is_not_believed() {
     );
     fs::set_permissions(&memory, fs::Permissions::from_mode(0o700)).unwrap();
     std::os::unix::fs::chown(&file, Some(1), None).unwrap();
-    let checked = flake.checked("", &arguments);
+    let checked = flake.checked(&arguments);
     assert_eq!(
         (checked.code, checked.kind("bad")),
         (1, "build"),

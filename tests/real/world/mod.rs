@@ -13,6 +13,7 @@ pub mod github;
 pub mod port;
 pub mod processes;
 pub mod runner;
+pub mod versions;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -15,56 +15,11 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::check_run::{self, CheckRun, CheckRuns, Error, Stage};
+use crate::checks::options::Options;
+use crate::checks::reachability::Reachability;
 use crate::checks::runs::{self, Subject};
 use crate::checks::{Output, OutputState};
 use flywheel_core::progress::Sink;
-
-/// The limits. The defaults are GitHub's ("Rate limits for the REST API", 2026: 1,000 requests an hour for a
-/// repository's `GITHUB_TOKEN`, 80 content-generating requests a minute and 500 an hour), less a reserve for other
-/// users of the token.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// The aggregate's name.
-    pub name: String,
-    /// The prefix of our identifiers, so that two jobs of one commit do not take each other's Check Runs.
-    pub scope: String,
-    /// Up to this many outputs have a Check Run each; of more outputs only those that fail.
-    pub alone: usize,
-    /// How many outputs share a Check Run.
-    pub shared: usize,
-    /// How many failures have a Check Run each beside the shared ones.
-    pub failures: usize,
-    /// How many writes a minute may have.
-    pub per_minute: usize,
-    /// How many writes the whole run may have. The last ones are kept for Check Runs that must not stay open.
-    pub in_all: usize,
-    /// How many requests may be under way at once.
-    pub at_once: usize,
-    /// The length of a minute, which tests shorten.
-    pub minute: Duration,
-    /// The first wait after a request that failed; it doubles up to sixteen times this.
-    pub base: Duration,
-    /// How long one request may take.
-    pub request: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            name: "flake checks".to_owned(),
-            scope: "flywheel/flake-checks".to_owned(),
-            alone: 150,
-            shared: 100,
-            failures: 100,
-            per_minute: 75,
-            in_all: 450,
-            at_once: 6,
-            minute: Duration::from_secs(60),
-            base: Duration::from_secs(1),
-            request: Duration::from_secs(15),
-        }
-    }
-}
 
 /// The aggregate ends this long before the deadline, whatever else is still open.
 const AGGREGATE_RESERVE: Duration = Duration::from_secs(2);
@@ -92,6 +47,8 @@ pub struct ReportStats {
     pub missing: Vec<String>,
     /// How many requests were sent.
     pub requests: usize,
+    /// Whether the log has the reason why some are missing.
+    pub is_explained: bool,
 }
 
 /// A handle to the task. Every method but `close` returns at once.
@@ -217,18 +174,24 @@ struct Worker {
     /// GitHub's numbers of Check Runs of an earlier attempt, by our identifiers.
     earlier: HashMap<String, u64>,
     is_listed: bool,
+    is_listing: bool,
     writes: VecDeque<Instant>,
     all_writes: usize,
     requests: usize,
     jobs: JoinSet<Response>,
     blocked: Option<Instant>,
-    failures_in_a_row: u32,
-    /// Whether nothing more is sent, because the token has no rights.
+    reachability: Reachability,
+    /// Whether nothing more is sent: the token has no rights, or GitHub was away at the end.
     stopped: bool,
+    /// Whether the log says why Check Runs are missing. It is said once.
+    is_explained: bool,
+    /// Why the last request had no answer.
+    last_error: String,
 }
 
 impl Worker {
     fn new(shared: Arc<Shared>, runs: CheckRuns, options: Options, sink: Sink) -> Self {
+        let reachability = Reachability::new(options.patience, options.base);
         Self {
             shared,
             runs,
@@ -237,37 +200,49 @@ impl Worker {
             records: HashMap::new(),
             earlier: HashMap::new(),
             is_listed: false,
+            is_listing: false,
             writes: VecDeque::new(),
             all_writes: 0,
             requests: 0,
             jobs: JoinSet::new(),
             blocked: None,
-            failures_in_a_row: 0,
+            reachability,
             stopped: false,
+            is_explained: false,
+            last_error: String::new(),
         }
     }
 
     async fn run(mut self) -> ReportStats {
-        self.list();
         loop {
-            let (close, busy) = (self.shared.wanted().close, !self.jobs.is_empty());
+            let close = self.shared.wanted().close;
             let now = Instant::now();
+            if self.reachability.away_at().is_some_and(|at| at <= now) {
+                self.give_up(close.is_some()).await;
+            }
+            let busy = !self.jobs.is_empty();
             if close.is_some_and(|deadline| deadline <= now)
                 || self.stopped && close.is_some() && !busy
             {
                 break;
             }
             let wake = self.send(now, close);
-            if close.is_some() && self.jobs.is_empty() && wake.is_none() {
+            // Nothing is left to send, or GitHub wants to be left alone until it is too late.
+            let is_too_late = |deadline| {
+                let blocked = self.blocked.filter(|_| !self.reachability.is_away());
+                wake.is_none() || blocked.is_some_and(|until| until >= deadline)
+            };
+            if self.jobs.is_empty() && close.is_some_and(is_too_late) {
                 break;
             }
-            let until = [wake, close].into_iter().flatten().min();
+            let away = self.reachability.away_at();
+            let until = [wake, close, away].into_iter().flatten().min();
             tokio::select! {
                 biased;
                 Some(answer) = self.jobs.join_next(), if !self.jobs.is_empty() => {
                     // A request that panicked has printed why, and its Check Run counts as missing.
                     if let Ok(answer) = answer {
-                        self.on_response(answer);
+                        self.on_response(answer, close.is_some());
                     }
                 }
                 () = self.shared.changed.notified() => (),
@@ -279,9 +254,35 @@ impl Worker {
         self.stats()
     }
 
+    /// GitHub is away. Until the run ends it is asked no more, and then once: it may be back, and Check Runs that it
+    /// shows as open would stay so for ever.
+    async fn give_up(&mut self, is_closing: bool) {
+        self.reachability.set_away();
+        self.stopped |= is_closing;
+        self.jobs.shutdown().await;
+        self.is_listing = false;
+        for record in self.records.values_mut().filter(|record| record.sending) {
+            record.sending = false;
+            record.may_exist |= record.id.is_none();
+        }
+        let text = format!(
+            "GitHub has not answered for {} s, so Check Runs are late or missing. The summary has every verdict. {}",
+            self.options.patience.as_secs(),
+            self.last_error
+        );
+        self.explain(text);
+    }
+
+    fn explain(&mut self, text: String) {
+        if !std::mem::replace(&mut self.is_explained, true) {
+            self.sink.degraded("check runs", text);
+        }
+    }
+
     fn stats(&self) -> ReportStats {
         let mut stats = ReportStats {
             requests: self.requests,
+            is_explained: self.is_explained,
             ..ReportStats::default()
         };
         for (subject, stage) in self.stages(true) {
@@ -301,9 +302,11 @@ impl Worker {
     }
 
     /// Lists the Check Runs of an earlier attempt, which are updated: new ones beside them would leave them open.
-    fn list(&mut self) {
+    fn list(&mut self, now: Instant) {
         let (runs, limit) = (self.runs.clone(), self.options.request);
+        self.is_listing = true;
         self.requests += 1;
+        self.reachability.on_request(now);
         self.jobs
             .spawn(async move { Response::Listed(bounded(limit, runs.list(None)).await) });
     }
@@ -336,9 +339,17 @@ impl Worker {
 
     /// Starts the requests that may be sent now. Returns when to call this again; `None` when nothing is left to send.
     fn send(&mut self, now: Instant, close: Option<Instant>) -> Option<Instant> {
-        // Nothing is created before the Check Runs of an earlier attempt are known.
-        if self.stopped || !self.is_listed {
+        let is_away = self.reachability.is_away();
+        if self.stopped || is_away && (close.is_none() || !self.jobs.is_empty()) {
             return None;
+        }
+        // Nothing is created before the Check Runs of an earlier attempt are known.
+        if !self.is_listed {
+            let blocked = self.blocked.filter(|until| *until > now && !is_away);
+            if blocked.is_none() && !self.is_listing {
+                self.list(now);
+            }
+            return blocked;
         }
         while self
             .writes
@@ -376,7 +387,10 @@ impl Worker {
                 continue;
             }
             open = true;
-            if self.jobs.len() >= self.options.at_once {
+            // One request is enough to find out whether GitHub is back.
+            let is_failing = self.reachability.is_failing();
+            let at_once = if is_failing { 1 } else { self.options.at_once };
+            if self.jobs.len() >= at_once {
                 // This is called again when a request has ended.
                 continue;
             }
@@ -421,7 +435,9 @@ impl Worker {
 
     /// Until when nothing may be sent, if so.
     fn blocked_until(&self, now: Instant, close: Option<Instant>) -> Option<Instant> {
-        if let Some(until) = self.blocked.filter(|until| *until > now) {
+        // Where GitHub is away, the one request at the end waits for nothing.
+        let blocked = self.blocked.filter(|_| !self.reachability.is_away());
+        if let Some(until) = blocked.filter(|until| *until > now) {
             return Some(until);
         }
         let full = self.writes.len() >= self.options.per_minute;
@@ -447,6 +463,7 @@ impl Worker {
         }
         let (runs, limit, stage) = (self.runs.clone(), self.options.request, run.stage);
         self.requests += 1;
+        self.reachability.on_request(now);
         // The request without a response may have succeeded. Creating another Check Run would leave two, so look first.
         if record.id.is_none() && record.may_exist {
             self.jobs.spawn(async move {
@@ -470,94 +487,101 @@ impl Worker {
         }
     }
 
-    fn on_response(&mut self, response: Response) {
-        match response {
+    fn on_response(&mut self, response: Response, is_closing: bool) {
+        let is_read = matches!(response, Response::Listed(_) | Response::Looked(..));
+        let (subject, result) = match response {
             Response::Listed(found) => {
-                self.is_listed = true;
-                // A token that may write but not read creates new Check Runs, which is better than none.
-                let found = found.unwrap_or_default();
-                self.earlier = found
-                    .into_iter()
-                    .filter_map(|run| Some((run.external_id?, run.id)))
-                    .collect();
+                self.is_listing = false;
+                (None, self.on_listed(found))
             }
             Response::Looked(subject, found) => {
-                let name = runs::external_id(subject, &self.shared.wanted().outputs, &self.options);
-                let Some(record) = self.records.get_mut(&subject) else {
-                    return;
-                };
-                record.sending = false;
-                match found {
-                    Ok(found) => {
-                        let ours = found
-                            .into_iter()
-                            .find(|run| run.external_id.as_deref() == Some(name.as_str()));
-                        record.id = ours.map(|run| run.id);
-                        record.may_exist = false;
-                    }
-                    Err(error) => self.on_failure(&subject, &error),
-                }
+                let found = found.map(|found| self.on_found(subject, found));
+                (Some(subject), found)
             }
-            Response::Made(subject, stage, Ok(id)) => self.on_shown(subject, stage, Some(id)),
-            Response::Updated(subject, stage, Ok(())) => self.on_shown(subject, stage, None),
-            Response::Made(subject, _, Err(error)) => {
-                if let Some(record) = self.records.get_mut(&subject) {
-                    record.may_exist |= matches!(error, Error::Request(_));
+            Response::Made(subject, stage, made) => {
+                let made = made.map(|id| self.on_shown(subject, stage, Some(id)));
+                if let (Err(Error::Request(_)), Some(record)) =
+                    (&made, self.records.get_mut(&subject))
+                {
+                    record.may_exist = true;
                 }
-                self.on_failure(&subject, &error);
+                (Some(subject), made)
             }
-            Response::Updated(subject, _, Err(error)) => self.on_failure(&subject, &error),
+            Response::Updated(subject, stage, updated) => {
+                let updated = updated.map(|()| self.on_shown(subject, stage, None));
+                (Some(subject), updated)
+            }
+        };
+        if let Some(record) = subject.and_then(|subject| self.records.get_mut(&subject)) {
+            record.sending = false;
+        }
+        if !matches!(result, Err(Error::Request(_))) {
+            let is_waiting = !self.jobs.is_empty();
+            self.reachability
+                .on_answer(Instant::now(), is_read, is_waiting);
+        }
+        if let Err(error) = result {
+            self.on_failure(subject, &error, is_closing);
+        }
+    }
+
+    fn on_listed(&mut self, found: Result<Vec<check_run::Listed>, Error>) -> Result<(), Error> {
+        let found = match found {
+            Ok(found) => found,
+            // A token that may write but not read creates new Check Runs, which is better than none.
+            Err(Error::Refused { .. } | Error::Invalid { .. }) => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        self.is_listed = true;
+        self.earlier = found
+            .into_iter()
+            .filter_map(|run| Some((run.external_id?, run.id)))
+            .collect();
+        Ok(())
+    }
+
+    /// Takes what GitHub has after a request to create a Check Run that had no answer.
+    fn on_found(&mut self, subject: Subject, found: Vec<check_run::Listed>) {
+        let name = runs::external_id(subject, &self.shared.wanted().outputs, &self.options);
+        if let Some(record) = self.records.get_mut(&subject) {
+            let ours = found
+                .into_iter()
+                .find(|run| run.external_id.as_deref() == Some(name.as_str()));
+            record.id = ours.map(|run| run.id);
+            record.may_exist = false;
         }
     }
 
     fn on_shown(&mut self, subject: Subject, stage: Stage, id: Option<u64>) {
-        self.failures_in_a_row = 0;
         if let Some(record) = self.records.get_mut(&subject) {
-            record.sending = false;
             record.shown = Some(stage);
             record.id = id.or(record.id);
         }
     }
 
-    fn on_failure(&mut self, subject: &Subject, error: &Error) {
-        let Some(record) = self.records.get_mut(subject) else {
-            return;
-        };
-        record.sending = false;
+    fn on_failure(&mut self, subject: Option<Subject>, error: &Error, is_closing: bool) {
         let now = Instant::now();
         match error {
             Error::Refused { .. } => {
-                if !std::mem::replace(&mut self.stopped, true) {
-                    let hint = flywheel_core::exit::Explain::hint(error).unwrap_or_default();
-                    let text = format!(
-                        "there are no Check Runs: {error}. {hint} The summary has every verdict."
-                    );
-                    self.sink.degraded("check runs", text);
-                }
+                self.stopped = true;
+                let hint = flywheel_core::exit::Explain::hint(error).unwrap_or_default();
+                let text = format!(
+                    "there are no Check Runs: {error}. {hint} The summary has every verdict."
+                );
+                self.explain(text);
             }
             Error::Invalid { .. } => {
-                record.refused = true;
-                self.sink.degraded(
-                    "check runs",
-                    format!("GitHub does not take a Check Run: {error}"),
-                );
-            }
-            Error::Limited { wait, .. } => {
-                self.wait(now, (*wait).max(self.options.base));
-            }
-            Error::Request(_) => {
-                self.failures_in_a_row += 1;
-                let wait = self
-                    .options
-                    .base
-                    .saturating_mul(1 << self.failures_in_a_row.clamp(1, 5).saturating_sub(1));
-                // A short outage is worth no warning, and a long one is worth a single one.
-                if self.failures_in_a_row == 5 {
-                    let text = format!(
-                        "GitHub does not answer, so Check Runs are late or missing: {error}"
-                    );
-                    self.sink.degraded("check runs", text);
+                if let Some(record) = subject.and_then(|subject| self.records.get_mut(&subject)) {
+                    record.refused = true;
                 }
+                self.explain(format!("GitHub does not take a Check Run: {error}"));
+            }
+            Error::Limited { wait, .. } => self.wait(now, (*wait).max(self.options.base)),
+            Error::Request(_) => {
+                // It was away before, and this was the one request at the end.
+                self.stopped |= self.reachability.is_away() && is_closing;
+                let wait = self.reachability.on_failure();
+                self.last_error = error.to_string();
                 self.wait(now, wait);
             }
         }

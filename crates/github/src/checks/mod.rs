@@ -3,6 +3,8 @@
 
 pub mod board;
 pub mod files;
+pub mod options;
+mod reachability;
 pub mod runs;
 pub mod summary;
 pub mod text;
@@ -70,6 +72,13 @@ pub enum Cause {
     },
     /// Its own build failed.
     Build,
+    /// Its own build was killed at Nix's setting `timeout` or `max-silent-time`.
+    TimedOut {
+        /// The limit.
+        seconds: u64,
+        /// Whether it had printed nothing for so long, instead of having run for so long.
+        of_silence: bool,
+    },
     /// A build that it needs failed.
     Dependency {
         /// The derivation that failed.
@@ -101,6 +110,7 @@ impl Cause {
             Self::Evaluation { .. }
             | Self::OutOfMemory { .. }
             | Self::Build
+            | Self::TimedOut { .. }
             | Self::Dependency { .. }
             | Self::HashMismatch { .. } => Conclusion::Failure,
         }

@@ -3,7 +3,8 @@
 use std::fmt::Write as _;
 
 use crate::check_run::{Annotation, CheckRun, Stage};
-use crate::checks::board::{Aggregate, Options};
+use crate::checks::board::Aggregate;
+use crate::checks::options::Options;
 use crate::checks::text::{annotation, summary, title};
 use crate::checks::{Conclusion, Output, OutputState, Verdict};
 use flywheel_core::text::{count, one_line};

@@ -36,6 +36,13 @@ pub fn title(verdict: &Verdict) -> String {
             )
         }
         Cause::Build => format!("Build failed after {took}"),
+        Cause::TimedOut {
+            seconds,
+            of_silence,
+        } => {
+            let of_silence = if *of_silence { " of silence" } else { "" };
+            format!("Build timed out after {seconds} s{of_silence}")
+        }
         Cause::Dependency { derivation } => {
             format!("A dependency failed: {}", short_name(derivation))
         }

@@ -15,7 +15,8 @@ use flywheel_sys::runner::env::Env;
 /// Interval for log lines while a long step runs.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
 /// Wait this long for another installation on the machine, and retry downloads.
-const APT_OPTIONS: [&str; 4] = ["-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Retries=2"];
+pub(super) const APT_OPTIONS: [&str; 4] =
+    ["-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Retries=2"];
 /// The folders that package scripts expect on `PATH`.
 const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Variables of the job that downloads may need; `apt` gets no others.
@@ -44,7 +45,8 @@ pub(super) async fn install(
     if !host.root {
         return Err(Error::Missing("that needs root"));
     }
-    let apt = apt_get(host, env).ok_or(Error::Missing("this system has no `apt-get`"))?;
+    let apt =
+        program("apt-get", host, env).ok_or(Error::Missing("this system has no `apt-get`"))?;
     sink.note("Nix is not installed: installing Debian's package `nix-bin`");
     let update = ["update", "-q"].as_slice();
     let install = ["install", "-q", "-y", "--no-install-recommends", "nix-bin"].as_slice();
@@ -53,7 +55,7 @@ pub(super) async fn install(
     // The package lists of a fresh container are often empty.
     let updated = step(
         "apt-get update",
-        tool(&apt, env).args(update),
+        tool(&apt, env).args(APT_OPTIONS).args(update),
         sink,
         deadline,
     )
@@ -63,24 +65,26 @@ pub(super) async fn install(
     }
     step(
         "apt-get install nix-bin",
-        tool(&apt, env).args(install),
+        tool(&apt, env).args(APT_OPTIONS).args(install),
         sink,
         deadline,
     )
     .await
 }
 
-fn apt_get(host: &Host, env: &Env) -> Option<PathBuf> {
+/// A program of the package manager.
+pub(super) fn program(name: &str, host: &Host, env: &Env) -> Option<PathBuf> {
     let beside = || {
         host.system
             .iter()
-            .map(|folder| folder.join("apt-get"))
+            .map(|folder| folder.join(name))
             .find(|file| file.is_file())
     };
-    tool::on_path(env, "apt-get").or_else(beside)
+    tool::on_path(env, name).or_else(beside)
 }
 
-fn tool(apt: &std::path::Path, env: &Env) -> Tool {
+/// A call of such a program, in its environment.
+pub(super) fn tool(program: &std::path::Path, env: &Env) -> Tool {
     // Package scripts need the system's folders even where the job's `PATH` lacks them.
     let path = env.get("PATH").map_or_else(
         || SYSTEM_PATH.to_owned(),
@@ -89,17 +93,21 @@ fn tool(apt: &std::path::Path, env: &Env) -> Tool {
     let kept = PASSED_VARIABLES
         .iter()
         .filter_map(|name| Some((name, env.get(name)?)));
-    let tool = Tool::new(apt)
+    let tool = Tool::new(program)
         .envs(kept)
         .env("PATH", path)
         // Messages end up in our errors, so they should be in English.
         .env("LC_ALL", "C");
     tool.env("DEBIAN_FRONTEND", "noninteractive")
-        .args(APT_OPTIONS)
 }
 
 /// Runs one step and logs its progress.
-async fn step(name: &'static str, tool: Tool, sink: &Sink, deadline: Instant) -> Result<(), Error> {
+pub(super) async fn step(
+    name: &'static str,
+    tool: Tool,
+    sink: &Sink,
+    deadline: Instant,
+) -> Result<(), Error> {
     let started = Instant::now();
     let mut progress = interval(PROGRESS_INTERVAL);
     progress.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -28,6 +28,7 @@ impl World {
         let host = Host {
             places: Vec::new(),
             system: Vec::new(),
+            packages: folder.path().join("packages"),
             root,
             guarded: vec![store],
         };
@@ -221,6 +222,79 @@ async fn without_nix_root_installs_the_package() {
             .is_some_and(|line| line.ends_with("--no-install-recommends nix-bin")),
         "{calls}"
     );
+}
+
+/// What a job left that was cancelled while it installed Nix: `apt-get` refuses until `dpkg` has ended its run, which
+/// another process still holds the lock of.
+#[tokio::test]
+async fn an_interrupted_installation_is_completed() {
+    let world = World::new(true);
+    let bin = world.folder.path().join("bin");
+    std::fs::create_dir_all(world.folder.path().join("packages/updates")).expect("made");
+    std::fs::write(world.folder.path().join("packages/updates/0001"), "").expect("written");
+    world.nix("2.8.0", "", OPEN).await;
+    std::fs::rename(bin.join("nix"), bin.join("packaged")).expect("moved");
+    let log = "cd \"${0%/*}/..\"; echo \"${0##*/} $*\" >>calls";
+    let refuses =
+        "if [ -e packages/updates/0001 ]; then echo 'E: dpkg was interrupted' >&2; exit 100; fi";
+    world
+        .script(
+            "apt-get",
+            &format!(
+                "{log}; {refuses}; case \"$*\" in *nix-bin) /bin/mv bin/packaged bin/nix;; esac"
+            ),
+        )
+        .await;
+    let locked = "if [ ! -e waited ]; then : >waited; echo 'dpkg: error: dpkg frontend lock was locked by another process' >&2; exit 2; fi";
+    world
+        .script(
+            "dpkg",
+            &format!("{log}; {locked}; /bin/rm packages/updates/0001"),
+        )
+        .await;
+    let env = Env::from_pairs([("PATH", bin.display().to_string().as_str())]);
+    let ready = world.host.ready(&env, &Sink::silent(), LIMIT).await;
+    let calls = std::fs::read_to_string(world.folder.path().join("calls")).expect("called");
+    assert!(ready.is_ok_and(|ready| ready.installed), "{calls}");
+    assert_eq!(calls.matches("dpkg --configure -a").count(), 2, "{calls}");
+    assert_eq!(calls.matches("nix-bin").count(), 2, "{calls}");
+}
+
+/// What is half installed may be there, and not run.
+#[tokio::test]
+async fn a_half_installed_nix_is_completed() {
+    let world = World::new(true);
+    let packages = world.folder.path().join("packages");
+    std::fs::create_dir(&packages).expect("made");
+    let status = |state: &str| {
+        let text = format!("Package: nix-bin\nStatus: install ok {state}\n");
+        std::fs::write(packages.join("status"), text).expect("written");
+    };
+    status("unpacked");
+    world.nix("2.8.0", "", OPEN).await;
+    let bin = world.folder.path().join("bin");
+    std::fs::rename(bin.join("nix"), bin.join("whole")).expect("moved");
+    world
+        .script(
+            "nix",
+            "echo 'error while loading shared libraries' >&2; exit 127",
+        )
+        .await;
+    world.script("dpkg", "exit 1").await;
+    world
+        .script(
+            "apt-get",
+            "cd \"${0%/*}\"; case \"$*\" in *-f*) mv whole nix;; esac",
+        )
+        .await;
+    let ready = world.ready().await.expect("repaired");
+    assert!(!ready.installed);
+    // Where nothing was interrupted, no installer is started.
+    status("installed");
+    world.script("nix", "exit 127").await;
+    world.script("apt-get", ": >\"${0%/*}/../called\"").await;
+    assert!(matches!(world.fails().await, Error::Nix(_)));
+    assert!(!world.folder.path().join("called").exists());
 }
 
 #[tokio::test]

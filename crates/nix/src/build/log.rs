@@ -3,6 +3,7 @@
 //! versions.
 
 use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -13,19 +14,32 @@ use flywheel_core::text::shorten;
 
 /// Numbers of Nix's `logging.hh`.
 const ACTIVITY_BUILD: u64 = 105;
+/// A derivation waits for its resolved one: the same with the store paths of its content-addressed inputs filled in.
+const ACTIVITY_BUILD_WAITING: u64 = 111;
 const RESULT_LOG_LINE: u64 = 101;
 /// The level of errors.
 const ERROR: u64 = 0;
+/// In what Nix prints of an error that it goes on after.
+const IGNORED: &str = "(ignored)";
 /// Lines at the end of a build log that may show why the build failed.
 const LAST_LINES: usize = 6;
 /// Lines to keep of the output besides events.
 const OUTPUT_LINES: usize = 50;
+/// Builds that have ended to keep, for a timeout that does not name its derivation.
+const ENDED_BUILDS: usize = 4096;
+/// How much sooner than its limit a build may seem to have ended, since its events are read later than they occur.
+const TIMEOUT_TOLERANCE: Duration = Duration::from_secs(1);
 
 /// An event of a build.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BuildEvent {
     /// A derivation is being built.
     Started(StorePath),
+    /// Nix builds another derivation in the place of this one, and names only that one in all that follows.
+    Resolved {
+        original: StorePath,
+        resolved: StorePath,
+    },
     /// A line of its log.
     Line(StorePath, String),
     /// Its build has ended, successfully or not. Some versions report this only when all builds
@@ -56,7 +70,13 @@ pub enum FailureKind {
         /// The hash of the content.
         got: String,
     },
-    /// A dependency failed. Its error is reported separately.
+    /// The builder was killed at Nix's setting `timeout` or `max-silent-time`.
+    TimedOut {
+        seconds: u64,
+        /// Whether it had printed nothing for so long, instead of having run for so long.
+        of_silence: bool,
+    },
+    /// A dependency or the resolved derivation failed. Its error is reported separately.
     Dependency,
     /// Not the build's fault, for example an unreachable server or builder; another attempt may
     /// succeed.
@@ -67,8 +87,24 @@ pub enum FailureKind {
 /// Turns lines into events.
 #[derive(Debug, Default)]
 pub(crate) struct LogReader {
-    builds: HashMap<u64, StorePath>,
+    builds: HashMap<u64, RunningBuild>,
+    /// The builds that have ended, and whose failure Nix has not reported (yet).
+    ended: VecDeque<EndedBuild>,
     output: VecDeque<String>,
+}
+
+#[derive(Debug)]
+struct RunningBuild {
+    path: StorePath,
+    since: Instant,
+    last_line: Instant,
+}
+
+#[derive(Debug)]
+struct EndedBuild {
+    path: StorePath,
+    ran: Duration,
+    was_silent: Duration,
 }
 
 #[derive(Deserialize)]
@@ -88,6 +124,10 @@ struct Message {
 
 impl LogReader {
     pub(crate) fn read(&mut self, line: &str) -> Option<BuildEvent> {
+        self.read_at(line, Instant::now())
+    }
+
+    fn read_at(&mut self, line: &str, now: Instant) -> Option<BuildEvent> {
         let message: Option<Message> = line
             .strip_prefix("@nix ")
             .and_then(|json| serde_json::from_str(json).ok());
@@ -97,26 +137,82 @@ impl LogReader {
         };
         match (message.action.as_str(), message.kind) {
             ("start", ACTIVITY_BUILD) => {
-                let path: StorePath = message.fields.first()?.as_str()?.parse().ok()?;
-                self.builds.insert(message.id, path.clone());
+                let path = message.path(0)?;
+                let build = RunningBuild {
+                    path: path.clone(),
+                    since: now,
+                    last_line: now,
+                };
+                self.builds.insert(message.id, build);
                 Some(BuildEvent::Started(path))
             }
+            ("start", ACTIVITY_BUILD_WAITING) => Some(BuildEvent::Resolved {
+                original: message.path(0)?,
+                resolved: message.path(1)?,
+            }),
             // Other activities (downloads, say) stop too; only builds are in the map.
-            ("stop", _) => self.builds.remove(&message.id).map(BuildEvent::Stopped),
+            ("stop", _) => {
+                let build = self.builds.remove(&message.id)?;
+                self.keep_ended(&build, now);
+                Some(BuildEvent::Stopped(build.path))
+            }
             ("result", RESULT_LOG_LINE) => {
-                let path = self.builds.get(&message.id)?;
-                Some(BuildEvent::Line(
-                    path.clone(),
-                    message.fields.first()?.as_str()?.to_owned(),
-                ))
+                let build = self.builds.get_mut(&message.id)?;
+                build.last_line = now;
+                let line = message.fields.first()?.as_str()?.to_owned();
+                Some(BuildEvent::Line(build.path.clone(), line))
             }
             ("msg", _) => {
                 // Kept for the case that no event explains a failure.
                 self.keep_line(&message.msg);
-                (message.level == ERROR).then(|| BuildEvent::Failed(failure(&message.msg)))
+                let is_error = message.level == ERROR && !message.msg.contains(IGNORED);
+                is_error.then(|| BuildEvent::Failed(self.named(failure(&message.msg))))
             }
             _ => None,
         }
+    }
+
+    fn keep_ended(&mut self, build: &RunningBuild, now: Instant) {
+        self.ended.push_back(EndedBuild {
+            path: build.path.clone(),
+            ran: now - build.since,
+            was_silent: now - build.last_line,
+        });
+        if self.ended.len() > ENDED_BUILDS {
+            self.ended.pop_front();
+        }
+    }
+
+    /// Adds the derivation to a timeout that does not name one, as those of Nix 2.34 do not: of the builds that ended
+    /// without another error, it is the one that ran, or was silent, for a time closest to the limit.
+    fn named(&mut self, mut failure: BuildFailure) -> BuildFailure {
+        if let (None, FailureKind::TimedOut { seconds, .. }) = (&failure.derivation, &failure.kind)
+        {
+            let seconds = *seconds;
+            let limit = Duration::from_secs(seconds);
+            let excess = |time: Duration| (time + TIMEOUT_TOLERANCE).checked_sub(limit);
+            let fit = |build: &EndedBuild| {
+                let fits = [(build.ran, false), (build.was_silent, true)];
+                let fits = fits.map(|(time, of_silence)| Some((excess(time)?, of_silence)));
+                fits.into_iter().flatten().min()
+            };
+            let closest = self
+                .ended
+                .iter()
+                .filter_map(|build| Some((fit(build)?, &build.path)))
+                .min();
+            if let Some(((_, of_silence), path)) = closest {
+                failure.derivation = Some(path.clone());
+                failure.kind = FailureKind::TimedOut {
+                    seconds,
+                    of_silence,
+                };
+            }
+        }
+        if let Some(path) = &failure.derivation {
+            self.ended.retain(|build| build.path != *path);
+        }
+        failure
     }
 
     fn keep_line(&mut self, line: &str) {
@@ -137,6 +233,12 @@ impl LogReader {
     }
 }
 
+impl Message {
+    fn path(&self, field: usize) -> Option<StorePath> {
+        self.fields.get(field)?.as_str()?.parse().ok()
+    }
+}
+
 pub(crate) fn failure(message: &str) -> BuildFailure {
     let text = strip_ansi(message);
     let text = text
@@ -145,19 +247,21 @@ pub(crate) fn failure(message: &str) -> BuildFailure {
         .unwrap_or(&text)
         .trim()
         .to_owned();
+    let own = without_log(&text);
     // The final error of a failed build lists everything that was requested, not the culprit.
-    let derivation = if text.starts_with("build of '") {
+    let derivation = if own.starts_with("build of '") {
         None
     } else {
-        derivation(&text)
+        derivation(own)
     };
-    let lower = text.to_lowercase();
+    let lower = own.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| lower.contains(word));
     // From the most specific to the most general, since messages may contain several of these
     // texts.
-    let kind = if let Some(kind) = hash_mismatch(&text) {
+    let kind = if let Some(kind) = hash_mismatch(own).or_else(|| timed_out(own)) {
         kind
     } else if has(&[
+        "build of resolved derivation",
         "dependencies of derivation",
         "dependency failed",
         "dependencies failed",
@@ -233,6 +337,33 @@ fn derivation(text: &str) -> Option<StorePath> {
     None
 }
 
+/// The message without the end of the build's log, which some versions append: what a build prints decides nothing.
+fn without_log(text: &str) -> &str {
+    let is_heading = |line: &str| {
+        let rest = line.trim_start().strip_prefix(['l', 'L']);
+        rest.is_some_and(|rest| {
+            rest.starts_with("ast ") && rest.trim_end().ends_with(" log lines:")
+        })
+    };
+    let mut end = 0;
+    for line in text.split_inclusive('\n') {
+        if is_heading(line) {
+            return text[..end].trim_end();
+        }
+        end += line.len();
+    }
+    text
+}
+
+fn timed_out(text: &str) -> Option<FailureKind> {
+    let (_, rest) = text.rsplit_once("timed out after ")?;
+    let (number, rest) = rest.split_once(" second")?;
+    Some(FailureKind::TimedOut {
+        seconds: number.parse().ok()?,
+        of_silence: rest.contains("of silence"),
+    })
+}
+
 fn hash_mismatch(text: &str) -> Option<FailureKind> {
     text.contains("hash mismatch").then_some(())?;
     let value = |name: &str| {
@@ -274,9 +405,90 @@ mod tests {
             Some(BuildEvent::Stopped(bad))
         );
         assert_eq!(reader.read(line), None, "nobody's line");
+        let ignored = r#"@nix {"action":"msg","level":0,"msg":"error (ignored): error: closing file descriptor 19"}"#;
+        assert_eq!(reader.read(ignored), None);
         assert_eq!(reader.read("@nix {torn"), None);
         assert_eq!(reader.read("warning: x"), None);
-        assert_eq!(reader.output(), "@nix {torn\nwarning: x");
+        assert!(reader.output().ends_with("\n@nix {torn\nwarning: x"));
+    }
+
+    #[test]
+    fn a_resolved_derivation_is_named_with_its_original() {
+        let resolved = BAD.replace("k3nc", "wwiy");
+        let line = format!(
+            r#"@nix {{"action":"start","fields":["{BAD}","{resolved}"],"id":8,"level":3,"parent":0,"text":"x","type":111}}"#
+        );
+        assert_eq!(
+            LogReader::default().read(&line),
+            Some(BuildEvent::Resolved {
+                original: BAD.parse().expect("a path"),
+                resolved: resolved.parse().expect("a path"),
+            })
+        );
+    }
+
+    /// The names of the derivations that time out after two seconds, and whether it was for their silence. `builds`:
+    /// the name, and at which seconds the build begins, prints and ends.
+    fn timed_out_of(builds: &[(&str, u64, u64, u64)], timeouts: usize) -> Vec<(String, bool)> {
+        let (mut reader, began) = (LogReader::default(), Instant::now());
+        let mut events: Vec<(u64, String)> = Vec::new();
+        for (id, (name, begins, prints, ends)) in builds.iter().enumerate() {
+            let drv = BAD.replace("bad", name);
+            events.push((
+                *begins,
+                format!(r#"@nix {{"action":"start","fields":["{drv}"],"id":{id},"type":105}}"#),
+            ));
+            events.push((
+                *prints,
+                format!(r#"@nix {{"action":"result","fields":["x"],"id":{id},"type":101}}"#),
+            ));
+            events.push((*ends, format!(r#"@nix {{"action":"stop","id":{id}}}"#)));
+        }
+        events.sort_by_key(|(at, _)| *at);
+        for (at, line) in events {
+            reader.read_at(&line, began + Duration::from_secs(at));
+        }
+        let message =
+            r#"@nix {"action":"msg","level":0,"msg":"error: timed out after 20 seconds"}"#;
+        let failed = (0..timeouts).filter_map(|_| match reader.read(message)? {
+            BuildEvent::Failed(BuildFailure {
+                derivation: Some(path),
+                kind: FailureKind::TimedOut { of_silence, .. },
+                ..
+            }) => Some((path.name().to_owned(), of_silence)),
+            _ => None,
+        });
+        failed.collect()
+    }
+
+    #[test]
+    fn a_timeout_without_a_name_is_of_the_build_that_reached_the_limit() {
+        let quick = ("quick", 0, 1, 3);
+        let slow = ("slow", 3, 22, 23);
+        let silent = ("silent", 0, 40, 61);
+        // It printed all the time, so the limit is one of silence.
+        let long = ("long", 0, 119, 120);
+        let name = |name: &str, of_silence| (format!("{name}.drv"), of_silence);
+        assert_eq!(timed_out_of(&[quick, slow], 1), [name("slow", false)]);
+        assert_eq!(
+            timed_out_of(&[long, silent, quick], 1),
+            [name("silent", true)]
+        );
+        assert_eq!(
+            timed_out_of(&[silent, quick, slow], 2),
+            [name("slow", false), name("silent", true)]
+        );
+        assert_eq!(timed_out_of(&[quick], 1), []);
+    }
+
+    #[test]
+    fn what_a_build_prints_does_not_change_the_kind_of_its_failure() {
+        for heading in ["last 2 log lines:", "Last 2 log lines:"] {
+            let text = format!(
+                "error: builder for '{BAD}' failed with exit code 1;\n       {heading}\n       > hash mismatch specified: a got: b\n       > 1 dependency failed, connection refused, timed out after 3 seconds"
+            );
+            assert_eq!(failure(&text).kind, FailureKind::Build, "{heading}");
+        }
     }
 
     #[test]
@@ -345,5 +557,28 @@ mod tests {
             got: "sha256-B=".into(),
         };
         assert_eq!(kind(&mismatch), expected);
+        let timed_out = |of_silence| FailureKind::TimedOut {
+            seconds: 3,
+            of_silence,
+        };
+        let late = failure(&format!(
+            "error: building of '{BAD}^*' from .drv file timed out after 3 seconds"
+        ));
+        assert_eq!(
+            late.derivation.map(|path| path.to_string()).as_deref(),
+            Some(BAD)
+        );
+        assert_eq!(late.kind, timed_out(false));
+        let silent = format!(
+            "error: building of '{BAD}!out' from .drv file timed out after 3 seconds of silence"
+        );
+        assert_eq!(kind(&silent), timed_out(true));
+        assert_eq!(kind("error: timed out after 3 seconds"), timed_out(false));
+        assert_eq!(
+            kind(&format!(
+                "error: build of resolved derivation '{BAD}' failed"
+            )),
+            FailureKind::Dependency
+        );
     }
 }

@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 
 use crate::process::lines::StreamedTool;
 use crate::process::own;
+use crate::process::piped::PipedTool;
 
 /// The rest of a longer output is dropped. The list of all paths of a large store fits easily. In bytes.
 const OUTPUT_LIMIT: u64 = 256 * 1024 * 1024;
@@ -130,6 +131,23 @@ impl Tool {
         };
         let (child, registered) = own::spawn(&mut command).map_err(start)?;
         Ok(StreamedTool::new(child, registered))
+    }
+
+    /// Starts the tool in a process group of its own, with pipes for its standard input and output, and with its
+    /// standard error dropped. `name` is the name that it sees itself started by.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn pipe(self, name: &str) -> Result<PipedTool, CaptureError> {
+        let mut command = self.command();
+        command.arg0(name);
+        command.stdin(Stdio::piped()).stderr(Stdio::null());
+        let start = |source| CaptureError::Start {
+            program: self.program,
+            source,
+        };
+        let (child, registered) = own::spawn(&mut command).map_err(start)?;
+        Ok(PipedTool::new(child, registered))
     }
 
     fn command(&self) -> Command {

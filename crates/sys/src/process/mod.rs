@@ -6,6 +6,7 @@ pub mod detached;
 pub mod lines;
 mod orphans;
 pub mod own;
+pub mod piped;
 pub mod service;
 pub mod signals;
 pub mod supervise;

@@ -29,6 +29,7 @@ impl Engine<'_> {
                 all_known: self.evaluating == 0 && self.arrived.is_empty() && !self.is_querying,
                 other: other.map(|lane| lane.jobs),
                 running: other.map(|lane| lane.since.elapsed()).unwrap_or_default(),
+                is_content_addressed: self.is_content_addressed,
             };
             let Some(jobs) = lanes::start(self.plan.max_jobs, &state) else {
                 continue;
@@ -56,7 +57,8 @@ impl Engine<'_> {
             self.to_build = foreign[1..].to_vec();
             return foreign[..1].to_vec();
         }
-        let (now, later) = native.split_at(native.len().min(lanes::MAX_OUTPUTS));
+        let limits = native.iter().map(|id| self.outs[*id].lane_limit);
+        let (now, later) = native.split_at(lanes::size(limits));
         self.to_build = later.iter().copied().chain(foreign).collect();
         now.to_vec()
     }
@@ -67,8 +69,11 @@ impl Engine<'_> {
             .filter_map(|id| self.outs[*id].drv.clone())
             .collect();
         // A failure of an earlier try must not count against this one.
-        for drv in &derivations {
-            self.failures.remove(drv);
+        for name in derivations
+            .iter()
+            .flat_map(|drv| self.resolved.names_of(drv))
+        {
+            self.failures.remove(name);
         }
         let order = BuildRequest {
             derivations: derivations.into_iter().collect(),
@@ -107,7 +112,13 @@ impl Engine<'_> {
     pub(super) fn on_build_event(&mut self, lane: usize, event: BuildEvent) {
         match event {
             BuildEvent::Started(drv) => {
-                for id in self.by_drv.get(&drv).cloned().unwrap_or_default() {
+                let built_for = self.resolved.built_for(&drv);
+                let ids: Vec<usize> = built_for
+                    .filter_map(|drv| self.by_drv.get(drv))
+                    .flatten()
+                    .copied()
+                    .collect();
+                for id in ids {
                     if self.outs[id].verdict.is_none() {
                         self.outs[id].begin_build();
                         self.reporter
@@ -116,6 +127,9 @@ impl Engine<'_> {
                 }
                 // A derivation that is built again begins a new log.
                 self.begin_log(drv);
+            }
+            BuildEvent::Resolved { original, resolved } => {
+                self.resolved.insert(original, resolved);
             }
             BuildEvent::Line(drv, line) => self.logs.entry(drv).or_default().push(line),
             BuildEvent::Stopped(_) => (),
@@ -176,28 +190,45 @@ impl Engine<'_> {
         }
         // A failure that is tried again must not fail the outputs that depend on its derivation.
         self.failures.retain(|drv, _| !retried.contains(drv));
+        for id in unexplained {
+            failed += usize::from(self.end_unexplained(id, &lane, failed > 0, &message));
+        }
         if failed > 0 && !self.plan.keep_going {
             self.is_given_up = true;
         }
-        let any_transient = lane
+        self.drop_logs();
+    }
+
+    /// Handles an output that has not been built, and for which Nix has reported no failure: it gets a verdict once it
+    /// was built alone, and until then is built again beside fewer others. Returns whether it has failed.
+    fn end_unexplained(
+        &mut self,
+        id: usize,
+        lane: &Lane,
+        is_any_failed: bool,
+        message: &str,
+    ) -> bool {
+        let is_any_transient = lane
             .failed
             .iter()
             .any(|failure| failure.kind == FailureKind::Transient);
-        for id in unexplained {
-            let may_retry = self.outs[id].tries < self.plan.retries;
-            if lane.ids.len() > 1 && failed > 0 {
-                // Nix stopped these builds because others in the lane failed.
-                self.to_build.push(id);
-            } else if (any_transient || lane.ids.len() > 1) && may_retry {
-                // In a lane of many, a failure that Nix does not explain may have come from another output.
-                self.outs[id].tries += 1;
-                self.to_build.push(id);
-            } else {
-                let tail = message.lines().map(str::to_owned).collect();
-                self.end(id, Cause::Build, tail);
-            }
+        let out = &mut self.outs[id];
+        let may_retry = out.tries < self.plan.retries;
+        if is_any_transient && !is_any_failed && may_retry {
+            out.tries += 1;
+        } else if lane.ids.len() > 1 {
+            // One failure may have ended the whole lane, or Nix has built the output and only Nix knows its paths.
+            out.lane_limit = lane.ids.len() / 2;
+        } else if lane.failed.is_empty() && may_retry {
+            // Without an error, Nix itself has crashed.
+            out.tries += 1;
+        } else {
+            let tail = message.lines().map(str::to_owned).collect();
+            self.end(id, Cause::Build, tail);
+            return true;
         }
-        self.drop_logs();
+        self.to_build.push(id);
+        false
     }
 
     /// Whether the build may succeed when it is tried again.
@@ -246,33 +277,37 @@ impl Engine<'_> {
         }
     }
 
+    /// The failure of a derivation, under whichever name Nix reported it.
+    fn failure_under_any_name(&self, drv: &StorePath) -> Option<&BuildFailure> {
+        let mut names = self.resolved.names_of(drv);
+        names.find_map(|name| self.failures.get(name))
+    }
+
     /// The failure that an output failed by, and whether it is of the output's own build.
     async fn failure_of(&self, id: usize) -> Option<(BuildFailure, bool)> {
         let drv = self.outs[id].drv.as_ref()?;
-        if let Some(own) = self.failures.get(drv) {
+        if let Some(own) = self.failure_under_any_name(drv) {
             return Some((own.clone(), true));
         }
         if self.failures.is_empty() {
             return None;
         }
         let closure = self.store.closure(std::slice::from_ref(drv)).await.ok()?;
-        let needed: BTreeSet<&StorePath> = closure.infos.iter().map(|info| &info.path).collect();
-        let found = self
-            .failures
+        let found = closure
+            .infos
             .iter()
-            .filter(|(drv, _)| needed.contains(drv))
+            .filter_map(|info| Some((&info.path, self.failure_under_any_name(&info.path)?)))
             // Of several failed dependencies, the same one is named in every run.
-            .min_by_key(|(drv, _)| (*drv).clone());
+            .min_by_key(|(drv, _)| *drv);
         found.map(|(_, failure)| (failure.clone(), false))
     }
 
     async fn fail(&mut self, id: usize, failure: BuildFailure, is_own: bool) {
-        let log = self.log_of(&failure);
-        let log = if log.is_empty() {
-            failure.text.lines().map(str::to_owned).collect()
-        } else {
-            log
-        };
+        let mut log = self.log_of(&failure);
+        // The log of a build that was killed does not say so.
+        if log.is_empty() || matches!(failure.kind, FailureKind::TimedOut { .. }) {
+            log.extend(failure.text.lines().map(str::to_owned));
+        }
         let tree = self.tree.clone();
         // Finding the line of a wrong hash reads the flake's files, which blocks.
         let cause = tokio::task::spawn_blocking(move || build_cause(&failure, is_own, &tree)).await;
