@@ -20,10 +20,10 @@ const NIX: &str = r#"case "$*" in
 esac"#;
 const LIST: &str = r#"echo '[{"attr":"x86_64-linux.good","label":"good"},{"attr":["x86_64-linux","bad"],"label":"bad"},{"attr":"x86_64-linux.silent","label":"silent"},{"attr":"riscv64-linux.other","label":"other"}]'"#;
 /// Three outputs, and one that was not asked for; one prints nothing.
-const JOBS: &str = r#"[ "$1 $2" = "--flake .#checks" ] || exit 2
+const JOBS: &str = r#"[ "$1 $2" = "--flake .#checks.x86_64-linux" ] || exit 2
 echo 'warning: dirty' >&2
-echo '{"attr":"x","attrPath":["x86_64-linux","good"],"drvPath":"/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-good.drv","outputs":{"out":"/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-good"},"system":"x86_64-linux"}'
-echo '{"attr":"x","attrPath":["x86_64-linux","bad"],"error":"error: no way"}'
+echo '{"attr":"x","attrPath":["good"],"drvPath":"/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-good.drv","outputs":{"out":"/nix/store/fvchbymk0m4jvldpb9m5hy0bjy2lf30k-good"},"system":"x86_64-linux"}'
+echo '{"attr":"x","attrPath":["bad"],"error":"error: no way"}'
 echo '{"attr":"x","attrPath":["unasked"],"error":"error: no way"}'"#;
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 

@@ -1,6 +1,7 @@
 //! `flake-checks` with real Nix: each kind of verdict, a cancel, memory, and what is remembered of an evaluation.
 
 mod builds;
+mod by_hand;
 mod evaluation;
 mod memory;
 mod verdicts;

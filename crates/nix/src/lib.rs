@@ -9,6 +9,7 @@ pub mod content_address;
 pub mod daemon_proxy;
 pub mod db;
 pub mod effective_settings;
+mod error_message;
 pub mod flake;
 pub mod gc;
 pub mod hash;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::error_message::ErrorMessage;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::{CaptureError, Output, Tool};
@@ -350,17 +351,17 @@ fn display_call(arguments: &[&str]) -> String {
     words.fold("nix".to_owned(), |call, word| format!("{call} {word}"))
 }
 
-/// Nix's error message on one line: the text after its first `error:`, without colours.
+/// Nix's error message on one line: the text after its `error:`, then the trace, without colours.
 pub fn error_summary(stderr: &str) -> String {
     // This message of Nix quotes the whole line, which may hold an access token.
     if stderr.contains("configuration line") {
         return "NIX_CONFIG or nix.conf has a line that Nix cannot read".to_owned();
     }
     // The message may contain terminal colours.
-    let plain = strip_ansi(stderr);
-    let from = plain
+    let error = ErrorMessage::parse(&strip_ansi(stderr)).to_string();
+    let from = error
         .find("error:")
-        .map_or(plain.as_str(), |start| &plain[start + "error:".len()..]);
+        .map_or(error.as_str(), |start| &error[start + "error:".len()..]);
     let words: Vec<&str> = from.split_whitespace().collect();
     // An empty message would leave the reader without any hint.
     if words.is_empty() {
@@ -514,6 +515,13 @@ mod tests {
         assert_eq!(
             error.to_string(),
             "`nix path-info` failed: path is not valid"
+        );
+        // From 2.20 on the trace comes first.
+        let traced =
+            "error:\n       … while calling the 'throw' builtin\n\n       error: no\n       way\n";
+        assert_eq!(
+            error_summary(traced),
+            "no way … while calling the 'throw' builtin"
         );
     }
 

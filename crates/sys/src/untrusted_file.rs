@@ -22,6 +22,11 @@ pub enum FileError {
     /// The owner's user id.
     #[error("belongs to another user (id {0})")]
     Owner(u32),
+    /// Its permission bits.
+    #[error("can be written by other users (mode {0:04o})")]
+    Shared(u32),
+    #[error("is no folder")]
+    NoFolder,
     #[error("is larger than {}", text::bytes(*.limit))]
     TooLarge {
         /// In bytes.
@@ -55,6 +60,8 @@ pub enum Owner {
     Any,
     /// This user's alone, and not behind a symbolic link.
     Own,
+    /// As `Own`, and no other user may write to them: for what is believed because this user wrote it.
+    Exclusive,
 }
 
 /// Opens a file to read from it. `limit` is the largest size in bytes; the file may grow beyond it later.
@@ -128,7 +135,7 @@ fn open_with(
 ) -> Result<File, FileError> {
     let found = match owner {
         Owner::Any => fs::metadata(file),
-        Owner::Own => fs::symlink_metadata(file),
+        Owner::Own | Owner::Exclusive => fs::symlink_metadata(file),
     };
     // Opening some devices has an effect of its own, so the kind is looked at before.
     match found {
@@ -138,7 +145,7 @@ fn open_with(
     }
     // The file may have been replaced since: `NONBLOCK` opens a named pipe without waiting for its other end.
     let mut flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    if owner == Owner::Own {
+    if owner != Owner::Any {
         flags |= OFlags::NOFOLLOW;
     }
     let opened = options
@@ -163,17 +170,39 @@ fn check(found: &Metadata, owner: Owner, limit: u64) -> Result<(), FileError> {
             "a device"
         }));
     }
-    if owner == Owner::Own && found.uid() != geteuid().as_raw() {
-        return Err(FileError::Owner(found.uid()));
-    }
+    check_owner(found, owner)?;
     if found.len() > limit {
         return Err(FileError::TooLarge { limit });
     }
     Ok(())
 }
 
+fn check_owner(found: &Metadata, owner: Owner) -> Result<(), FileError> {
+    if owner != Owner::Any && found.uid() != geteuid().as_raw() {
+        return Err(FileError::Owner(found.uid()));
+    }
+    // Others who may write to it, by its permission bits; an access list shows there as well, as the group's.
+    if owner == Owner::Exclusive && found.mode() & 0o022 != 0 {
+        return Err(FileError::Shared(found.mode() & 0o7777));
+    }
+    Ok(())
+}
+
+/// Makes sure that a folder is this user's, that no other user may write to it, and that it is behind no symbolic link.
+///
+/// # Errors
+/// When it is not so, or there is none.
+pub fn check_exclusive_folder(folder: &Path) -> Result<(), FileError> {
+    let found = fs::symlink_metadata(folder)?;
+    if !found.is_dir() {
+        return Err(FileError::NoFolder);
+    }
+    check_owner(&found, Owner::Exclusive)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
     use std::os::unix::net::UnixListener;
     use std::time::{Duration, Instant};
 
@@ -255,6 +284,55 @@ mod tests {
         assert!(open(&foreign, Owner::Any, 1 << 20).is_ok());
         assert!(
             open(&folder.path().join("none"), Owner::Own, 1).is_err_and(|error| error.is_absence())
+        );
+    }
+
+    #[test]
+    fn what_others_may_write_is_not_exclusive() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let set = |path: &Path, mode: u32| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("changed");
+        };
+        let file = folder.path().join("file");
+        fs::write(&file, "text").expect("written");
+        for (mode, file_said, folder_said) in [
+            (0o600, "opened", "exclusive"),
+            (0o755, "opened", "exclusive"),
+            (
+                0o620,
+                "can be written by other users (mode 0620)",
+                "can be written by other users (mode 0720)",
+            ),
+            (
+                0o777,
+                "can be written by other users (mode 0777)",
+                "can be written by other users (mode 0777)",
+            ),
+        ] {
+            set(&file, mode);
+            assert_eq!(
+                refusals(&file, Owner::Exclusive),
+                [file_said; 3],
+                "{mode:o}"
+            );
+            assert_eq!(refusals(&file, Owner::Own), ["opened"; 3], "{mode:o}");
+            set(folder.path(), mode | 0o100);
+            let said = check_exclusive_folder(folder.path());
+            let said = said.map_or_else(|error| error.to_string(), |()| "exclusive".to_owned());
+            assert_eq!(said, folder_said, "{mode:o}");
+        }
+        set(folder.path(), 0o700);
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(folder.path(), &link).expect("linked");
+        for no_folder in [&link, &file] {
+            assert!(matches!(
+                check_exclusive_folder(no_folder),
+                Err(FileError::NoFolder)
+            ));
+        }
+        assert!(
+            check_exclusive_folder(&folder.path().join("none"))
+                .is_err_and(|error| error.is_absence())
         );
     }
 

@@ -98,7 +98,7 @@ pub(super) fn aggregate(ran: &RunResult) -> Aggregate {
     Aggregate {
         conclusion,
         title: closing_line(&ended),
-        summary: render(&ended),
+        summary: render(&ended, &ran.not_looked_at),
     }
 }
 

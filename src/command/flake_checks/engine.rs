@@ -21,6 +21,7 @@ use crate::command::flake_checks::output::{OutputProgress, Tail, Tree, evaluatio
 use crate::command::flake_checks::reporter::Reporter;
 use flywheel_github::checks::{Cause, Conclusion, OutputState};
 use flywheel_nix::build::BuildResult;
+use flywheel_nix::build::cache_trust::CacheTrust;
 use flywheel_nix::build::log::{BuildEvent, BuildFailure};
 use flywheel_nix::build::presence::{Location, Presence, valid};
 use flywheel_nix::flake::evaluate::{Derivation, EvalEvent, EvalTask};
@@ -81,6 +82,15 @@ struct Lane {
     failed: Vec<BuildFailure>,
 }
 
+/// What the settings in force say about builds and caches.
+#[derive(Debug, Default)]
+pub(super) struct SettingsFacts {
+    /// The systems that this machine and its builders build for, if that is known.
+    pub(crate) native: Option<BTreeSet<String>>,
+    /// Which caches there are, and what makes them believed.
+    pub(crate) caches: CacheTrust,
+}
+
 pub(super) struct Engine<'a> {
     pub(crate) plan: &'a Plan,
     pub(crate) nix: Nix,
@@ -90,8 +100,7 @@ pub(super) struct Engine<'a> {
     pub(crate) tree: Tree,
     pub(crate) reporter: &'a mut Reporter,
     pub(crate) outs: Vec<OutputProgress>,
-    /// The systems that this machine and its builders build for, if that is known.
-    pub(crate) native: Option<BTreeSet<String>>,
+    settings: SettingsFacts,
     by_drv: HashMap<StorePath, Vec<usize>>,
     resolved: ResolvedDerivations,
     /// Whether the paths of an output are known only once it is built.
@@ -121,7 +130,7 @@ impl<'a> Engine<'a> {
         tree: Tree,
         reporter: &'a mut Reporter,
         outs: Vec<OutputProgress>,
-        native: Option<BTreeSet<String>>,
+        settings: SettingsFacts,
     ) -> (Self, EngineEvents) {
         let (events, receiver) = mpsc::channel(QUEUE);
         let engine = Self {
@@ -132,7 +141,7 @@ impl<'a> Engine<'a> {
             tree,
             reporter,
             outs,
-            native,
+            settings,
             by_drv: HashMap::new(),
             resolved: ResolvedDerivations::default(),
             is_content_addressed: false,
@@ -355,13 +364,21 @@ impl<'a> Engine<'a> {
             Arc::clone(&self.store),
             self.events.clone(),
         );
+        let (caches, cancel) = (self.settings.caches.clone(), self.cancel.clone());
         let kept = Arc::clone(&self.kept);
         self.jobs.spawn(async move {
-            // Before the query: what it finds then stays.
-            kept.keep(&paths).await;
-            let present = Presence::find(&nix, &store, &paths)
-                .await
-                .map_err(|error| error.to_string());
+            let query = async {
+                // Before the query: what it finds then stays.
+                kept.keep(&paths).await;
+                Presence::find(&nix, &store, &caches, &paths).await
+            };
+            let present = tokio::select! {
+                biased;
+                // A cache that hangs must not hold up a run that is being ended.
+                () = cancel.cancelled() => return,
+                present = query => present,
+            };
+            let present = present.map_err(|error| error.to_string());
             // The receiver is gone only once the run has ended.
             let _ = events.send(EngineEvent::Queried(ids, present)).await;
         });
@@ -374,14 +391,18 @@ impl<'a> Engine<'a> {
                 // If the store cannot be queried, no output counts as present; building then shows Nix's own error.
                 let is_unknown = present.is_err();
                 let present = present.unwrap_or_default();
-                let mut again = Vec::new();
+                let (mut again, mut doubted) = (Vec::new(), Vec::new());
                 for id in ids {
                     let out = &self.outs[id];
                     let paths = out.paths().unwrap_or_default();
+                    if present.is_doubted(&paths) {
+                        doubted.push(out.output.label.clone());
+                    }
                     if let Some(at) = present.of_all(&paths) {
                         let cause = match at {
                             Location::Store => Cause::AlreadyInStore,
                             Location::Cache => Cause::AlreadyCached,
+                            Location::UnsignedCache => Cause::AlreadyCachedUnsigned,
                         };
                         self.end(id, cause, Vec::new());
                     } else if is_unknown
@@ -393,6 +414,7 @@ impl<'a> Engine<'a> {
                         again.push(id);
                     }
                 }
+                self.reporter.doubted(&doubted);
                 for id in &again {
                     self.forget(*id);
                 }

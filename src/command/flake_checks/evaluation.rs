@@ -9,23 +9,26 @@ use tokio_util::sync::CancellationToken;
 use crate::command::flake_checks::engine::Evaluation;
 use crate::command::flake_checks::inputs::{EvaluatorKind, Plan, Remember};
 use crate::command::flake_checks::output::OutputProgress;
+use crate::job::Session;
 use flywheel_core::exit::Failure;
 use flywheel_core::policy::impurity_in_settings;
 use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
+use flywheel_core::trust::Verdict;
 use flywheel_nix::build::presence::valid;
 use flywheel_nix::flake::Source;
 use flywheel_nix::flake::evaluate::{
-    self, Derivation, NameList, OutputName, Pool, SelfViews, allows_memory, evaluation_settings,
-    names, views,
+    self, Derivation, Listing, NameList, Names, OutputName, Pool, SelfViews, allows_memory,
+    evaluation_settings, views,
 };
-use flywheel_nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered};
+use flywheel_nix::flake::evaluation_memory::{EvaluationMemory, MemoryKey, Remembered, Seal};
 use flywheel_nix::flake::expression::{Expressions, SelfView};
 use flywheel_nix::flake::nix_eval_jobs::NixEvalJobs;
 use flywheel_nix::kept_paths::KeptPaths;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::tool::{Nix, on_path};
+use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 
 /// How many tasks for the pool, and events from it, may be queued.
@@ -37,6 +40,8 @@ const SOURCE_TRIES: usize = 3;
 pub(super) struct FlakeEvaluation {
     pub(crate) source: Source,
     expressions: Expressions,
+    /// The systems whose outputs are listed; `None` for all.
+    systems: Option<Vec<String>>,
     /// The evaluation memory, if it may be used.
     memory: Option<EvaluationMemory>,
     /// What the memory holds of this flake.
@@ -48,24 +53,33 @@ pub(super) struct FlakeEvaluation {
 }
 
 impl FlakeEvaluation {
-    /// Fetches the flake's source, and reads what is remembered of it.
+    /// Reads what is remembered of a flake. `systems`: those whose outputs are listed, `None` for all.
     pub(crate) async fn open(
         plan: &Plan,
         nix: &Nix,
-        env: &Env,
-        sink: &Sink,
-    ) -> Result<Self, Failure> {
-        let source = Source::find(nix, &plan.flake, &lock_arguments(&plan.arguments)).await?;
+        source: Source,
+        systems: Option<Vec<String>>,
+        session: &Session<'_>,
+    ) -> Self {
+        let sink = &session.sink;
         let nonce = Secret::random();
         let expressions = Expressions::new(&source, &plan.attribute, nonce.expose());
-        let jobs = jobs(plan, env, sink);
+        let jobs = jobs(plan, session.env, sink);
         // The memory relies on our own expressions, which `nix-eval-jobs` does not evaluate.
         let memory = if jobs.is_none() {
-            open_memory(plan, nix, &source, sink)
+            open_memory(plan, nix, &source, systems.as_deref(), session)
         } else {
             None
         };
-        let remembered = memory.as_ref().and_then(EvaluationMemory::read);
+        let remembered = memory.as_ref().and_then(|memory| match memory.read() {
+            Ok(remembered) => remembered,
+            Err(error) => {
+                sink.note(format!(
+                    "flywheel: what is remembered of the evaluation is not believed: {error}"
+                ));
+                None
+            }
+        });
         let enough =
             plan.remember == Remember::On && remembered.as_ref().is_some_and(Remembered::is_whole);
         let views = match &memory {
@@ -77,14 +91,15 @@ impl FlakeEvaluation {
         }
         let memory = memory.filter(|_| views.is_some() || enough);
         let remembered = remembered.filter(|_| memory.is_some());
-        Ok(Self {
+        Self {
             source,
             expressions,
+            systems,
             memory,
             remembered,
             views,
             jobs,
-        })
+        }
     }
 
     /// Keeps the flake's source in the store from being collected as garbage. If it is gone already, Nix copies it again.
@@ -127,27 +142,26 @@ impl FlakeEvaluation {
         }
     }
 
-    /// Lists the outputs of every system. If the list depends on the commit, nothing of the flake is remembered.
-    pub(crate) async fn names(
-        &mut self,
-        plan: &Plan,
-        nix: &Nix,
-    ) -> Result<Vec<OutputName>, Failure> {
+    /// Lists the outputs. If the list depends on the commit, or is not whole, nothing of the flake is remembered.
+    pub(crate) async fn names(&mut self, plan: &Plan, nix: &Nix) -> Result<Names, Failure> {
         if let (Some(remembered), Remember::On) = (&self.remembered, plan.remember) {
             return Ok(remembered.names.clone());
         }
         let (first, real) = self.seen(plan);
-        for seen in [first, real] {
-            let found = names(
+        for view in [first, real] {
+            let listing = Listing {
                 nix,
-                &self.source,
-                &self.expressions,
-                &seen,
-                plan.function.as_deref(),
-                &plan.arguments,
-            )
-            .await?;
-            if let NameList::Found(found) = found {
+                source: &self.source,
+                expressions: &self.expressions,
+                view: &view,
+                function: plan.function.as_deref(),
+                systems: self.systems.as_deref(),
+                arguments: &plan.arguments,
+            };
+            if let NameList::Found(found) = listing.names().await? {
+                if found.is_partial {
+                    self.memory = None;
+                }
                 return Ok(found);
             }
             self.memory = None;
@@ -180,6 +194,7 @@ impl FlakeEvaluation {
                     nix: nix.clone(),
                     source: self.source.clone(),
                     attribute: plan.attribute.clone(),
+                    systems: self.systems.clone(),
                     arguments: plan.arguments.clone(),
                     workers,
                     share,
@@ -214,7 +229,7 @@ impl FlakeEvaluation {
     pub(crate) fn remember(
         &self,
         outs: &[OutputProgress],
-        names: Vec<OutputName>,
+        names: Names,
         sink: &Sink,
     ) -> Vec<String> {
         let Some(memory) = &self.memory else {
@@ -265,7 +280,7 @@ fn jobs(plan: &Plan, env: &Env, sink: &Sink) -> Option<PathBuf> {
 }
 
 /// The arguments that may change the inputs, for a call that only fetches the source.
-fn lock_arguments(arguments: &[String]) -> Vec<String> {
+pub(super) fn lock_arguments(arguments: &[String]) -> Vec<String> {
     if allows_memory(arguments) {
         Vec::new()
     } else {
@@ -274,19 +289,30 @@ fn lock_arguments(arguments: &[String]) -> Vec<String> {
 }
 
 /// The evaluation memory. Where it must not be used, the log gets the reason.
-fn open_memory(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<EvaluationMemory> {
+fn open_memory(
+    plan: &Plan,
+    nix: &Nix,
+    source: &Source,
+    systems: Option<&[String]>,
+    session: &Session<'_>,
+) -> Option<EvaluationMemory> {
     if plan.remember == Remember::Off {
         return None;
     }
+    let seal = seal(session);
     let why = if !allows_memory(&plan.arguments) {
         Some("`nix-args` may change what the inputs are".to_owned())
     } else if let Some(impurity) = impurity_in_settings(nix.config()) {
         Some(format!("the settings have `{}`", impurity.0))
+    } else if seal.is_none() {
+        Some("a job that may publish believes only what is sealed with its `ATTIC_TOKEN`, and it has none".to_owned())
     } else {
         source.memory_obstacle().map(str::to_owned)
     };
     if let Some(why) = why {
-        sink.note(format!("flywheel: the evaluation is not remembered: {why}"));
+        session
+            .sink
+            .note(format!("flywheel: the evaluation is not remembered: {why}"));
         return None;
     }
     let settings = evaluation_settings(nix.config());
@@ -294,6 +320,7 @@ fn open_memory(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<E
         nix: &nix.version.line,
         attribute: &plan.attribute,
         function: plan.function.as_deref(),
+        systems,
         arguments: &plan.arguments,
         settings: &settings,
     };
@@ -301,5 +328,19 @@ fn open_memory(plan: &Plan, nix: &Nix, source: &Source, sink: &Sink) -> Option<E
         plan.memory_folder.as_deref()?,
         source,
         &key,
+        seal?,
     ))
+}
+
+/// What makes the evaluation memory believed in this job; `None` if nothing does. Others rely on a job that may publish,
+/// and another job, of a pull request for example, can have written the folder as the same user. What both cannot have is
+/// the token to publish with; who has that can make a check look passed without any memory, by publishing its result.
+fn seal(session: &Session<'_>) -> Option<Seal> {
+    let is_relied_on =
+        context::in_ci(session.env) && matches!(session.decision.verdict(), Verdict::MayPublish(_));
+    if is_relied_on {
+        session.secrets.attic.clone().map(Seal::Secret)
+    } else {
+        Some(Seal::Owner)
+    }
 }

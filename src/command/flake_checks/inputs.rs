@@ -11,7 +11,7 @@ use flywheel_core::exit::UsageError;
 use flywheel_core::policy::impurity_in_arguments;
 use flywheel_core::text::one_line;
 use flywheel_nix::command_stores::stores_in_nix_arguments;
-use flywheel_nix::flake::expression::{AttributePath, attribute_path, installable_name};
+use flywheel_nix::flake::expression::{AttributePath, attribute_path, installable};
 use flywheel_sys::runner::env::Env;
 
 /// Far more than any machine has cores, so that a slip of the finger is found.
@@ -40,7 +40,8 @@ pub(crate) struct Inputs {
     flake_apply: Option<String>,
 
     /// The systems to check the outputs of, separated by white space or commas, such as `x86_64-linux`;
-    /// `all` for every one, `auto` for those that this machine and its builders build.
+    /// `all` for every one, `auto` for those that this machine and its builders build. Of others, nothing is
+    /// evaluated.
     #[arg(long, value_name = "LIST", value_parser = value(systems), default_value = "auto")]
     systems: Systems,
 
@@ -75,12 +76,13 @@ pub(crate) struct Inputs {
     )]
     evaluator: EvaluatorKind,
 
-    /// Whether what an unchanged source evaluates to is remembered from run to run.
+    /// Whether what an unchanged source evaluates to is remembered from run to run. A job that may publish
+    /// believes only what its `ATTIC_TOKEN` has sealed.
     #[arg(long, value_name = "HOW", value_parser = variant::<Remember>(), default_value = "on")]
     evaluation_memory: Remember,
 
-    /// The folder of the evaluation memory, to be kept between runs, such as `/var/cache/flywheel/evaluation`
-    /// (default: `~/.cache/flywheel/evaluation`).
+    /// The folder of the evaluation memory, to be kept between runs, such as `/var/cache/flywheel/evaluation`;
+    /// it must be this user's, and nobody else may write to it (default: `~/.cache/flywheel/evaluation`).
     #[arg(long, value_name = "DIR", value_parser = path())]
     evaluation_memory_folder: Option<PathBuf>,
 
@@ -279,15 +281,9 @@ impl Plan {
         })
     }
 
-    /// The installable of an output, as one would write it in a shell.
-    pub(crate) fn installable(&self, attr: &[String]) -> String {
-        let names = self
-            .attribute
-            .iter()
-            .chain(attr)
-            .map(|name| installable_name(name))
-            .collect::<Vec<_>>();
-        format!("{}#{}", self.flake, names.join("."))
+    /// The installable of the selected attribute.
+    pub(crate) fn installable(&self) -> String {
+        installable(&self.flake, &self.attribute).expect("`attribute_path` gives no other names")
     }
 }
 

@@ -23,8 +23,8 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::inputs::Inputs;
 
-use self::engine::{Engine, RunEnd};
-use self::evaluation::FlakeEvaluation;
+use self::engine::{Engine, RunEnd, SettingsFacts};
+use self::evaluation::{FlakeEvaluation, lock_arguments};
 use self::inputs::{Plan, Systems};
 use self::output::OutputProgress;
 use self::reporter::Reporter;
@@ -36,7 +36,10 @@ use crate::report::publication::Publication;
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::text::count;
 use flywheel_github::checks::{Cause, Conclusion, Output, board, summary};
+use flywheel_nix::build::cache_trust::CacheTrust;
+use flywheel_nix::flake::Source;
 use flywheel_nix::flake::evaluate::OutputName;
+use flywheel_nix::flake::expression::build_command;
 use flywheel_nix::kept_paths::KeptPaths;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
@@ -71,6 +74,8 @@ struct FlakeChecks<'a> {
 /// How a run of `flake-checks` ended.
 struct RunResult {
     outs: Vec<OutputProgress>,
+    /// Systems that were not asked for, and of whose outputs nothing was evaluated or built.
+    not_looked_at: BTreeSet<String>,
     end: RunEnd,
     evaluation: Duration,
     build: Duration,
@@ -167,14 +172,44 @@ impl FlakeChecks<'_> {
         let (plan, session) = (self.plan, &self.session);
         // Opening the flake evaluates impurely, though only to learn about its source. It has to end before the job's
         // processes are watched, because what they evaluate impurely is not published.
-        let open = FlakeEvaluation::open(plan, &nix, session.env, &session.sink);
-        let (opened, in_force) = tokio::select! {
+        let arguments = lock_arguments(&plan.arguments);
+        let find = Source::find(&nix, &plan.flake, &arguments);
+        let (found, in_force) = tokio::select! {
             biased;
             _ = signals.next() => return None,
-            found = async { tokio::join!(open, session.read_back(prepared)) } => found,
+            found = async { tokio::join!(find, session.read_back(prepared)) } => found,
         };
         prepared.in_force = in_force;
-        Some(opened)
+        let source = match found {
+            Ok(source) => source,
+            Err(error) => return Some(Err(error.into())),
+        };
+        let systems = self.systems(self.settings(prepared).native.as_ref());
+        let open = FlakeEvaluation::open(plan, &nix, source, systems, session);
+        tokio::select! {
+            biased;
+            _ = signals.next() => None,
+            opened = open => Some(Ok(opened)),
+        }
+    }
+
+    /// What the settings in force say; nothing where they could not be read.
+    fn settings(&self, prepared: &Prepared) -> SettingsFacts {
+        let in_force = prepared.in_force.as_ref().map(|found| &found.settings);
+        SettingsFacts {
+            native: in_force.and_then(native),
+            caches: in_force.map(CacheTrust::from_settings).unwrap_or_default(),
+        }
+    }
+
+    /// The systems that are asked for; `None` for all.
+    fn systems(&self, native: Option<&BTreeSet<String>>) -> Option<Vec<String>> {
+        let asked: BTreeSet<String> = match &self.plan.systems {
+            Systems::All => return None,
+            Systems::These(systems) => systems.iter().cloned().collect(),
+            Systems::Auto => native?.clone(),
+        };
+        Some(asked.into_iter().collect())
     }
 
     /// Publishes what was built, ends the Check Runs, and collects the store's garbage where that is asked for.
@@ -299,15 +334,23 @@ impl FlakeChecks<'_> {
             stop = signals.next() => return Ok(RunResult::nothing(RunEnd::Stopped(stop, Instant::now()))),
             names = naming => names?,
         };
-        let native = prepared
-            .in_force
-            .as_ref()
-            .and_then(|found| native(&found.settings));
-        let names: Vec<OutputName> = all
+        let settings = self.settings(prepared);
+        let systems = self.systems(settings.native.as_ref());
+        // Our own list names only what is asked for; that of a function of the user's may name more.
+        let (names, others): (Vec<OutputName>, Vec<OutputName>) = all
+            .outputs
             .iter()
-            .filter(|name| self.wants(name, native.as_ref()))
             .cloned()
-            .collect();
+            .partition(|name| self.wants(name, systems.as_deref()));
+        let others = others.iter().filter_map(|name| self.system_of(name));
+        let not_looked_at: BTreeSet<String> =
+            all.not_looked_at.iter().cloned().chain(others).collect();
+        if !not_looked_at.is_empty() {
+            self.session.workflow.log(&format!(
+                "flywheel: {}",
+                summary::not_looked_at(&not_looked_at)
+            ));
+        }
         let outs: Vec<OutputProgress> = names.iter().map(|name| self.out(name)).collect();
         let outputs: Vec<Output> = outs.iter().map(|out| out.output.clone()).collect();
         self.session.workflow.log(&format!(
@@ -318,7 +361,7 @@ impl FlakeChecks<'_> {
         if outs.is_empty() {
             let text = format!(
                 "`{}` has no outputs for the systems asked for",
-                self.plan.installable(&[])
+                self.plan.installable()
             );
             self.session
                 .workflow
@@ -330,15 +373,23 @@ impl FlakeChecks<'_> {
         let remembered = known.len();
         let cancel = CancellationToken::new();
         let evaluation = flake_evaluation.start(self.plan, &nix, cancel);
-        let (mut engine, steps) =
-            Engine::new(self.plan, nix, (store, kept), tree, reporter, outs, native);
+        let (mut engine, steps) = Engine::new(
+            self.plan,
+            nix,
+            (store, kept),
+            tree,
+            reporter,
+            outs,
+            settings,
+        );
         let end = engine.run(known, evaluation, steps, signals).await;
         let evaluated = engine.evaluated.unwrap_or_else(Instant::now);
         let outs = std::mem::take(&mut engine.outs);
-        // All names are remembered, also those of systems that this run does not check.
+        // All names are remembered, also those that a function of the user's lists and this run does not check.
         let wrong = flake_evaluation.remember(&outs, all, &self.session.sink);
         Ok(RunResult {
             outs,
+            not_looked_at,
             end,
             evaluation: evaluated - began,
             build: evaluated.elapsed(),
@@ -347,16 +398,17 @@ impl FlakeChecks<'_> {
         })
     }
 
-    fn wants(&self, name: &OutputName, native: Option<&BTreeSet<String>>) -> bool {
+    /// Whether the output is of one of these systems, if it is of any.
+    fn wants(&self, name: &OutputName, systems: Option<&[String]>) -> bool {
+        let system = self.system_of(name);
+        systems
+            .zip(system)
+            .is_none_or(|(systems, system)| systems.contains(&system))
+    }
+
+    fn system_of(&self, name: &OutputName) -> Option<String> {
         let mut path = self.plan.attribute.iter().chain(&name.attr);
-        let Some(system) = path.find(|name| is_system(name)) else {
-            return true;
-        };
-        match &self.plan.systems {
-            Systems::All => true,
-            Systems::These(systems) => systems.contains(system),
-            Systems::Auto => native.is_none_or(|native| native.contains(system)),
-        }
+        path.find(|name| is_system(name)).cloned()
     }
 
     fn out(&self, name: &OutputName) -> OutputProgress {
@@ -372,7 +424,8 @@ impl FlakeChecks<'_> {
             attribute: attribute.join("."),
             system: attribute.iter().find(|name| is_system(name)).cloned(),
         };
-        OutputProgress::new(name.clone(), output, self.plan.installable(&name.attr))
+        let reproduce = build_command(&self.plan.flake, &attribute);
+        OutputProgress::new(name.clone(), output, reproduce)
     }
 
     fn result(
@@ -412,7 +465,7 @@ impl FlakeChecks<'_> {
         let nix = prepared.nix();
         let derivations: Vec<StorePath> =
             ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
-        let name = Sha256::digest(format!("{}\n{}", self.plan.installable(&[]), self.origin()));
+        let name = Sha256::digest(format!("{}\n{}", self.plan.installable(), self.origin()));
         let name: String = name[..10]
             .iter()
             .map(|byte| format!("{byte:02x}"))
@@ -486,6 +539,7 @@ impl RunResult {
     fn nothing(end: RunEnd) -> Self {
         Self {
             outs: Vec::new(),
+            not_looked_at: BTreeSet::new(),
             end,
             evaluation: Duration::ZERO,
             build: Duration::ZERO,
@@ -500,7 +554,12 @@ fn is_there(out: &OutputProgress) -> bool {
     let cause = out.verdict.as_ref().map(|verdict| &verdict.cause);
     matches!(
         cause,
-        Some(Cause::Built | Cause::AlreadyCached | Cause::AlreadyInStore)
+        Some(
+            Cause::Built
+                | Cause::AlreadyCached
+                | Cause::AlreadyCachedUnsigned
+                | Cause::AlreadyInStore
+        )
     )
 }
 

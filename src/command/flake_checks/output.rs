@@ -23,7 +23,8 @@ const FILE_SIZE: u64 = 1 << 20;
 pub(super) struct OutputProgress {
     pub(crate) name: OutputName,
     pub(crate) output: Output,
-    pub(crate) installable: String,
+    /// The command that builds it by hand.
+    reproduce: String,
     /// What evaluation found, once it has.
     pub(crate) facts: Option<Derivation>,
     pub(crate) drv: Option<StorePath>,
@@ -40,11 +41,11 @@ pub(super) struct OutputProgress {
 }
 
 impl OutputProgress {
-    pub(crate) fn new(name: OutputName, output: Output, installable: String) -> Self {
+    pub(crate) fn new(name: OutputName, output: Output, reproduce: String) -> Self {
         Self {
             name,
             output,
-            installable,
+            reproduce,
             facts: None,
             drv: None,
             evaluated_again: 0,
@@ -88,10 +89,7 @@ impl OutputProgress {
             log_tail,
             started_at: at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             took: since.elapsed(),
-            reproduce: format!(
-                "nix build {}",
-                shlex::try_quote(&self.installable).unwrap_or_default()
-            ),
+            reproduce: self.reproduce.clone(),
         })
     }
 }

@@ -70,7 +70,7 @@ impl FlakeChecks<'_> {
             ("cancelled", number(Conclusion::Cancelled)),
             ("remembered", ran.remembered.to_string()),
         ];
-        let mut written = files.add_summary(&summary::render(&ended));
+        let mut written = files.add_summary(&summary::render(&ended, &ran.not_looked_at));
         for (name, value) in counts.into_iter().chain(times) {
             written = written.and_then(|()| files.set_output(name, &value));
         }

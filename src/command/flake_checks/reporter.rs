@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::output::OutputProgress;
-use flywheel_core::text::{one_line, shorten};
+use flywheel_core::text::{count, one_line, shorten};
 use flywheel_github::checks::board::{Aggregate, CheckRunReporter, ReportStats};
 use flywheel_github::checks::summary::sign;
 use flywheel_github::checks::text::{title, without_ansi};
@@ -107,6 +107,18 @@ impl Reporter {
             "↻ {}: tried again: {}",
             one_line(&output.label, 100),
             one_line(&without_ansi(why), 300)
+        ));
+    }
+
+    /// Logs which outputs are built although a cache says that it has them.
+    pub(crate) fn doubted(&self, labels: &[String]) {
+        if labels.is_empty() {
+            return;
+        }
+        self.workflow.log(&format!(
+            "flywheel: a cache claims {} without a valid signature of a key in `trusted-public-keys`; built instead: {}",
+            count(labels.len() as u64, "output"),
+            one_line(&labels.join(", "), 300)
         ));
     }
 

@@ -6,7 +6,13 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 
+use super::by_hand::{forge, hexadecimal};
+use super::{TOKEN, job};
+use crate::nix_job::{Job, output};
+use crate::world::cache::Cache;
+use crate::world::github::GitHub;
 use crate::world::{PATH, flywheel, folders, must, need, with_private_nix};
 
 /// A repository whose outputs depend on each kind of thing that an evaluation can depend on.
@@ -232,5 +238,52 @@ fn the_evaluation_memory_is_never_stale() {
     assert_eq!(
         repository.checked(&["--evaluation-memory", "verify"]),
         (repository.truth(), 0)
+    );
+}
+
+/// A job that may publish believes only what carries a seal by its token, which a job of a pull request lacks.
+#[test]
+fn a_job_that_others_rely_on_believes_only_its_own_seal() {
+    let flake = r#"{ outputs = { self }: let
+      run = name: script: derivation { inherit name; system = "x86_64-linux"; builder = "/bin/sh"; args = [ "-c" script ]; };
+    in { checks.x86_64-linux = { good = run "good" "echo > $out"; bad = run "bad" "exit 1"; }; }; }"#;
+    let (cache, github) = (Cache::start(&["--private"]), GitHub::start(TOKEN, false));
+    let job = job(&cache, &github, flake)
+        .with_env("FLYWHEEL_CHECKS", "false")
+        .with_env(
+            "NIX_CONFIG",
+            "sandbox = false\nbuild-users-group =\nsubstituters =",
+        );
+    let memory = job.step.folder().join("memory");
+    let job = job.with_env(
+        "FLYWHEEL_EVALUATION_MEMORY_FOLDER",
+        memory.to_str().unwrap(),
+    );
+    let run = |job: &Job| {
+        let report = job.step.run();
+        assert_eq!(report.code, 1, "{}", report.log);
+        assert_eq!(output(&report, "failed"), "1", "{}", report.log);
+        (output(&report, "remembered"), report.log)
+    };
+    assert_eq!(run(&job).0, "0");
+    assert_eq!(run(&job).0, "2", "what it wrote itself is believed");
+    let file = fs::read_dir(&memory)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
+    forge(&file, &|body| hexadecimal(&Sha256::digest(body)));
+    let (remembered, log) = run(&job);
+    assert_eq!(remembered, "0", "{log}");
+    assert!(
+        log.contains("was not written by a job with this job's `ATTIC_TOKEN`"),
+        "{log}"
+    );
+    let (remembered, log) = run(&job.with_env("ATTIC_TOKEN", ""));
+    assert_eq!(remembered, "0", "{log}");
+    assert!(
+        log.contains("believes only what is sealed with its `ATTIC_TOKEN`"),
+        "{log}"
     );
 }

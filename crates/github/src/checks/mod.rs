@@ -48,8 +48,10 @@ pub enum Cause {
     Built,
     /// It evaluates, and was not to be built.
     Evaluated,
-    /// A cache had all of it that this store lacked.
+    /// A cache had all of it that this store lacked, with a valid signature of a key that the job trusts.
     AlreadyCached,
+    /// A cache had all of it that this store lacked, and the job's settings take it without a signature.
+    AlreadyCachedUnsigned,
     /// This store had it. Only the publication finds out whether the cache has it as well.
     AlreadyInStore,
     /// Nix could not evaluate it.
@@ -101,7 +103,9 @@ impl Cause {
     pub(crate) fn conclusion(&self) -> Conclusion {
         match self {
             Self::Built | Self::Evaluated => Conclusion::Success,
-            Self::AlreadyCached | Self::AlreadyInStore => Conclusion::Neutral,
+            Self::AlreadyCached | Self::AlreadyCachedUnsigned | Self::AlreadyInStore => {
+                Conclusion::Neutral
+            }
             Self::Cancelled => Conclusion::Cancelled,
             Self::Evaluation { .. }
             | Self::OutOfMemory { .. }

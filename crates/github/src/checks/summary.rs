@@ -1,6 +1,7 @@
 //! A run's verdicts for the job summary: a table with failures first, and a timeline of the builds. Pure, and bounded,
 //! because GitHub drops summaries over 1 MiB.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use super::runs::as_str;
@@ -40,15 +41,22 @@ pub fn closing_line(ended: &[Ended<'_>]) -> String {
     }
 }
 
-/// The Markdown of all verdicts.
-pub fn render(ended: &[Ended<'_>]) -> String {
+/// One line about the systems that were left out.
+pub fn not_looked_at(systems: &BTreeSet<String>) -> String {
+    let systems: Vec<&str> = systems.iter().map(String::as_str).collect();
+    let names = one_line(&systems.join(", "), 300);
+    format!("not looked at, because `systems` does not ask for them: the outputs of {names}")
+}
+
+/// The Markdown of all verdicts. `others`: the systems that were left out.
+pub fn render(ended: &[Ended<'_>], others: &BTreeSet<String>) -> String {
     let mut text = String::new();
     // Writing to a `String` cannot fail.
-    let _ = write(&mut text, ended);
+    let _ = write(&mut text, ended, others);
     text
 }
 
-fn write(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
+fn write(text: &mut String, ended: &[Ended<'_>], others: &BTreeSet<String>) -> std::fmt::Result {
     let failed = ended
         .iter()
         .any(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
@@ -58,6 +66,9 @@ fn write(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
         if failed { "❌" } else { "✅" },
         closing_line(ended)
     )?;
+    if !others.is_empty() {
+        writeln!(text, "{}\n", plain(&not_looked_at(others)))?;
+    }
     if ended.is_empty() {
         return Ok(());
     }
@@ -104,7 +115,10 @@ pub fn sign(conclusion: Conclusion) -> &'static str {
 
 /// Whether nothing was done, so that it took no time.
 fn is_there_already(cause: &Cause) -> bool {
-    matches!(cause, Cause::AlreadyCached | Cause::AlreadyInStore)
+    matches!(
+        cause,
+        Cause::AlreadyCached | Cause::AlreadyCachedUnsigned | Cause::AlreadyInStore
+    )
 }
 
 /// Writes the builds over time, for Mermaid to draw.
@@ -194,9 +208,13 @@ mod tests {
             .iter()
             .map(|(output, verdict)| (output, verdict))
             .collect();
-        let text = render(&all);
+        let text = render(&all, &BTreeSet::from(["aarch64-darwin".to_owned()]));
         assert!(
             text.starts_with("### ❌ 3 outputs: 1 failure, 1 success, 1 already there\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("does not ask for them: the outputs of aarch64-darwin\n"),
             "{text}"
         );
         assert!(
@@ -228,7 +246,7 @@ mod tests {
             .iter()
             .map(|(output, verdict)| (output, verdict))
             .collect();
-        let text = render(&all);
+        let text = render(&all, &BTreeSet::new());
         assert!(
             text.len() < 900 * 1024 && text.contains("… and 4700 more."),
             "{}",

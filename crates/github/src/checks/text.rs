@@ -20,6 +20,9 @@ pub fn title(verdict: &Verdict) -> String {
         Cause::Built => format!("Built in {took}"),
         Cause::Evaluated => format!("Evaluated in {took}"),
         Cause::AlreadyCached => "Already in the cache".to_owned(),
+        Cause::AlreadyCachedUnsigned => {
+            "Already in a cache that the settings trust without a signature".to_owned()
+        }
         Cause::AlreadyInStore => "Already in this store".to_owned(),
         Cause::Evaluation { text, .. } => format!("Does not evaluate: {}", error_line(text)),
         Cause::OutOfMemory {
@@ -114,19 +117,14 @@ fn log_tail(lines: &[String]) -> String {
     kept.join("\n")
 }
 
-/// The line of Nix's error with the cause: the last one with `error:`, since Nix prints the trace before it.
+/// The first line of Nix's error, whose message comes before the trace.
 fn error_line(text: &str) -> String {
     let clean = without_ansi(text);
-    let mut last = clean.lines().map(str::trim).filter(|line| !line.is_empty());
-    let found = clean
-        .lines()
-        .rev()
-        .find_map(|line| line.trim().strip_prefix("error:").map(str::trim));
-    found
-        .filter(|line| !line.is_empty())
-        .or_else(|| last.next_back())
-        .unwrap_or("no reason was given")
-        .to_owned()
+    let from = clean
+        .find("error:")
+        .map_or(clean.as_str(), |at| &clean[at + "error:".len()..]);
+    let mut lines = from.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.next().unwrap_or("no reason was given").to_owned()
 }
 
 /// `/nix/store/<hash>-hello.drv` as `hello`.
@@ -294,13 +292,16 @@ mod tests {
     }
 
     #[test]
-    fn the_title_is_the_last_error_and_one_line() {
-        let text =
-            "error:\n  … while calling\n\u{1b}[31;1merror:\u{1b}[0m attribute 'x' missing\n  at /x:1:2".to_owned();
-        let title = title(&verdict(Cause::Evaluation {
-            text,
-            location: None,
-        }));
-        assert_eq!(title, "Does not evaluate: attribute 'x' missing");
+    fn the_title_is_the_first_line_of_the_error() {
+        let title_of = |text: &str| {
+            title(&verdict(Cause::Evaluation {
+                text: text.to_owned(),
+                location: None,
+            }))
+        };
+        let traced = "\u{1b}[31;1merror:\u{1b}[0m attribute 'x' missing\n  at /x:1:2\n\n… while calling\n  error: in a trace";
+        assert_eq!(title_of(traced), "Does not evaluate: attribute 'x' missing");
+        assert_eq!(title_of("error:\n  two\n  lines"), "Does not evaluate: two");
+        assert_eq!(title_of("error:"), "Does not evaluate: no reason was given");
     }
 }

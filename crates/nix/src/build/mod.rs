@@ -1,6 +1,7 @@
 //! Builds derivations with `nix build` and reports its events. Knows nothing about flakes or the
 //! purpose of a build.
 
+pub mod cache_trust;
 pub mod log;
 pub mod presence;
 

@@ -1,10 +1,11 @@
 //! Finds the store paths that need no build: those in the store, and those that a substituter
-//! serves. Fetches nothing.
+//! can be believed to serve. Fetches nothing.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::build::cache_trust::{Believed, CacheTrust};
 use crate::store::{self, Store};
 use crate::store_path::StorePath;
 use crate::tool::{Nix, strip_ansi};
@@ -18,8 +19,9 @@ const BATCH: usize = 2000;
 pub struct Presence {
     /// Paths in the store.
     pub(crate) valid: BTreeSet<StorePath>,
-    /// Paths that a cache serves.
-    pub(crate) served: BTreeSet<StorePath>,
+    /// Paths that a cache says it serves, and which of these it can be believed to serve.
+    offered: BTreeSet<StorePath>,
+    believed: Believed,
 }
 
 /// Where the paths of an output are, so that it needs no build.
@@ -27,8 +29,10 @@ pub struct Presence {
 pub enum Location {
     /// All of them are in the store. A cache may lack them.
     Store,
-    /// Those that the store lacks are in a cache.
+    /// Those that the store lacks are in a cache, each with a valid signature of a trusted key.
     Cache,
+    /// Those that the store lacks are in a cache, and the settings take them without a signature.
+    UnsignedCache,
 }
 
 impl Presence {
@@ -36,40 +40,63 @@ impl Presence {
     ///
     /// # Errors
     /// When the store itself cannot be read.
-    pub async fn find(nix: &Nix, store: &Store, paths: &[StorePath]) -> Result<Self, store::Error> {
+    pub async fn find(
+        nix: &Nix,
+        store: &Store,
+        trust: &CacheTrust,
+        paths: &[StorePath],
+    ) -> Result<Self, store::Error> {
         let valid = valid(store, paths).await?;
         // Caches hold no derivations.
         let is_missing = |path: &&StorePath| !valid.contains(path) && !path.is_derivation();
         let missing: Vec<&StorePath> = paths.iter().filter(is_missing).collect();
-        let mut served = BTreeSet::new();
+        let mut offered = BTreeSet::new();
         for batch in missing.chunks(BATCH) {
             let names: Vec<String> = batch.iter().map(ToString::to_string).collect();
             let mut args = vec!["build", "--dry-run", "--no-link"];
             args.extend(names.iter().map(String::as_str));
             // Errors of caches are ignored here: a path that none reports is built.
             if let Ok(output) = nix.run(&args, QUERY_LIMIT).await {
-                served.extend(fetched(&output.stderr));
+                offered.extend(fetched(&output.stderr));
             }
         }
         // Nix also lists the dependencies that it would fetch.
-        served.retain(|path| missing.contains(&path));
-        Ok(Self { valid, served })
+        offered.retain(|path| missing.contains(&path));
+        let believed = trust.believed(nix, &offered).await;
+        Ok(Self {
+            valid,
+            offered,
+            believed,
+        })
     }
 
-    /// Where all of `paths` are; `None` if one of them is neither in the store nor in a cache, or if there are none.
+    /// Where all of `paths` are; `None` if one of them is neither in the store nor in a cache that can be believed, or if
+    /// there are none.
     pub fn of_all(&self, paths: &[StorePath]) -> Option<Location> {
-        if paths.is_empty() || !paths.iter().all(|path| self.has(path)) {
+        let is_signed = |path: &StorePath| self.has(path) || self.believed.signed.contains(path);
+        let is_there = |path: &StorePath| is_signed(path) || self.believed.unsigned.contains(path);
+        if paths.is_empty() || !paths.iter().all(is_there) {
             None
-        } else if paths.iter().all(|path| self.valid.contains(path)) {
+        } else if paths.iter().all(|path| self.has(path)) {
             Some(Location::Store)
-        } else {
+        } else if paths.iter().all(is_signed) {
             Some(Location::Cache)
+        } else {
+            Some(Location::UnsignedCache)
         }
     }
 
-    /// Whether this path needs no build.
+    /// Whether the store has this path.
     pub fn has(&self, path: &StorePath) -> bool {
-        self.valid.contains(path) || self.served.contains(path)
+        self.valid.contains(path)
+    }
+
+    /// Whether a cache says that it has one of `paths`, and cannot be believed.
+    pub fn is_doubted(&self, paths: &[StorePath]) -> bool {
+        let Believed { signed, unsigned } = &self.believed;
+        paths.iter().any(|path| {
+            self.offered.contains(path) && !signed.contains(path) && !unsigned.contains(path)
+        })
     }
 }
 
@@ -146,16 +173,30 @@ mod tests {
             let text = format!("/nix/store/{}-x", letter.repeat(32));
             text.parse().expect("valid")
         };
+        let set = |letters: &[&str]| letters.iter().map(|letter| path(letter)).collect();
         let present = Presence {
-            valid: BTreeSet::from([path("a"), path("b")]),
-            served: BTreeSet::from([path("c")]),
+            valid: set(&["a", "b"]),
+            offered: set(&["c", "d", "f"]),
+            believed: Believed {
+                signed: set(&["c"]),
+                unsigned: set(&["d"]),
+            },
         };
-        let of = |letters: &[&str]| {
-            let paths: Vec<StorePath> = letters.iter().map(|letter| path(letter)).collect();
-            present.of_all(&paths)
+        let paths = |letters: &[&str]| {
+            letters
+                .iter()
+                .map(|letter| path(letter))
+                .collect::<Vec<_>>()
         };
+        let of = |letters: &[&str]| present.of_all(&paths(letters));
         assert_eq!(of(&["a", "b"]), Some(Location::Store));
         assert_eq!(of(&["a", "c"]), Some(Location::Cache));
-        assert_eq!((of(&["a", "d"]), of(&[])), (None, None));
+        assert_eq!(of(&["a", "c", "d"]), Some(Location::UnsignedCache));
+        assert_eq!(
+            (of(&["a", "f"]), of(&["a", "g"]), of(&[])),
+            (None, None, None)
+        );
+        assert!(present.is_doubted(&paths(&["a", "f"])));
+        assert!(!present.is_doubted(&paths(&["a", "c", "d", "g"])));
     }
 }

@@ -11,7 +11,7 @@ use thiserror::Error;
 pub use crate::flake::pool::{EvalTask, Pool};
 
 use crate::flake::Source;
-use crate::flake::error::{error_text, location_in};
+use crate::flake::error::{location_in, parse};
 use crate::flake::expression::{
     AttributePath, Expressions, SelfView, TREE_ATTRIBUTES, attribute_path,
 };
@@ -78,9 +78,11 @@ pub enum EvalFailure {
 impl EvalFailure {
     /// Parses Nix's standard error.
     pub(super) fn from_stderr(stderr: &str, source: &Source) -> Self {
-        let text = error_text(stderr);
-        let location = location_in(&text, &source.path);
-        Self::Evaluation { text, location }
+        let error = parse(stderr);
+        Self::Evaluation {
+            text: error.to_string(),
+            location: location_in(&error, &source.path),
+        }
     }
 }
 
@@ -141,62 +143,133 @@ impl Explain for Error {
     }
 }
 
+/// The outputs of a flake by their names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Names {
+    pub outputs: Vec<OutputName>,
+    /// The systems that were not asked for. Nothing of their outputs was evaluated.
+    pub not_looked_at: Vec<String>,
+    /// Whether the outputs of a system could not be listed. One output with the system's name stands for them then; its
+    /// own evaluation fails, with the reason.
+    #[serde(skip)]
+    pub is_partial: bool,
+}
+
 /// The list of names, or that it depends on the commit.
 #[derive(Debug, PartialEq, Eq)]
 pub enum NameList {
-    Found(Vec<OutputName>),
+    Found(Names),
     /// Evaluating the list used something specific to the commit.
     Dependent,
 }
 
 /// Lists the outputs of a flake.
-///
-/// # Errors
-/// When the flake does not evaluate so far, or the result is not a list of outputs.
-pub async fn names(
-    nix: &Nix,
-    source: &Source,
-    expressions: &Expressions,
-    view: &SelfView,
-    function: Option<&str>,
-    arguments: &[String],
-) -> Result<NameList, Error> {
-    let mut call = expressions.list_args(view, function);
-    call.extend(NO_EVAL_CACHE.map(str::to_owned));
-    call.extend(arguments.iter().cloned());
-    let call: Vec<&str> = call.iter().map(String::as_str).collect();
-    let output = nix.run(&call, NAMES_LIMIT).await?;
-    if output.status.success() {
-        return read_names(&output.text())
-            .map(NameList::Found)
-            .map_err(Error::List);
+pub struct Listing<'a> {
+    pub nix: &'a Nix,
+    pub source: &'a Source,
+    pub expressions: &'a Expressions,
+    pub view: &'a SelfView,
+    /// The user's function, in place of our own.
+    pub function: Option<&'a str>,
+    /// The systems whose outputs our own function lists; `None` for all.
+    pub systems: Option<&'a [String]>,
+    /// Further arguments of Nix.
+    pub arguments: &'a [String],
+}
+
+impl Listing<'_> {
+    /// Lists the outputs. Where those of one system of several cannot be listed, it hides no other.
+    ///
+    /// # Errors
+    /// When the flake does not evaluate so far, or the result is not a list of outputs.
+    pub async fn names(&self) -> Result<NameList, Error> {
+        match self.names_of(self.systems).await {
+            Err(error @ Error::Names { .. }) if self.function.is_none() => {
+                self.names_by_system(error).await
+            }
+            listed => listed,
+        }
     }
-    // The list used a value of the commit, which is not an error of the flake.
-    if output.stderr.contains(&expressions.abort_marker()) {
-        return Ok(NameList::Dependent);
+
+    /// Lists the outputs of each system by itself. `error`: why that failed for all at once.
+    async fn names_by_system(&self, error: Error) -> Result<NameList, Error> {
+        // While no system is asked for, only the names of the systems are evaluated.
+        let Ok(NameList::Found(all)) = self.names_of(Some(&[])).await else {
+            return Err(error);
+        };
+        let is_asked_for =
+            |system: &String| self.systems.is_none_or(|systems| systems.contains(system));
+        let (asked, not_looked_at): (Vec<String>, Vec<String>) =
+            all.not_looked_at.into_iter().partition(is_asked_for);
+        if asked.len() < 2 {
+            return Err(error);
+        }
+        let mut names = Names {
+            not_looked_at,
+            ..Names::default()
+        };
+        for system in asked {
+            match self.names_of(Some(std::slice::from_ref(&system))).await {
+                Ok(NameList::Found(found)) => names.outputs.extend(found.outputs),
+                Ok(NameList::Dependent) => return Ok(NameList::Dependent),
+                Err(Error::Names { .. }) => {
+                    names.is_partial = true;
+                    names.outputs.push(OutputName {
+                        attr: vec![system.clone()],
+                        label: system,
+                    });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(NameList::Found(names))
     }
-    let text = error_text(&output.stderr);
-    // A killed `nix eval` may print nothing.
-    let text = if text.is_empty() {
-        format!("`nix eval` ended: {}", output.status)
-    } else {
-        text
-    };
-    Err(Error::Names {
-        location: location_in(&text, &source.path),
-        text,
-    })
+
+    async fn names_of(&self, systems: Option<&[String]>) -> Result<NameList, Error> {
+        let mut call = self
+            .expressions
+            .list_args(self.view, self.function, systems);
+        call.extend(NO_EVAL_CACHE.map(str::to_owned));
+        call.extend(self.arguments.iter().cloned());
+        let call: Vec<&str> = call.iter().map(String::as_str).collect();
+        let output = self.nix.run(&call, NAMES_LIMIT).await?;
+        if output.status.success() {
+            return read_names(&output.text(), self.function.is_none())
+                .map(NameList::Found)
+                .map_err(Error::List);
+        }
+        // The list used a value of the commit, which is not an error of the flake.
+        if output.stderr.contains(&self.expressions.abort_marker()) {
+            return Ok(NameList::Dependent);
+        }
+        // A killed `nix eval` may print nothing.
+        let stderr = if output.stderr.trim().is_empty() {
+            format!("`nix eval` ended: {}", output.status)
+        } else {
+            output.stderr
+        };
+        let error = parse(&stderr);
+        Err(Error::Names {
+            location: location_in(&error, &self.source.path),
+            text: error.to_string(),
+        })
+    }
 }
 
 /// Arguments that turn off Nix's evaluation cache, for which concurrent calls would contend.
 pub(super) const NO_EVAL_CACHE: [&str; 3] = ["--option", "eval-cache", "false"];
 
-fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
+/// `is_own`: whether our own function made the list, and may name systems that it did not look at.
+fn read_names(text: &str, is_own: bool) -> Result<Names, String> {
     let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let list = value.as_array().ok_or("it is not a list")?;
     let mut labels = BTreeSet::new();
-    let mut names = Vec::new();
+    let mut names = Names::default();
     for (n, entry) in list.iter().enumerate() {
+        if let (true, Some(system)) = (is_own, entry["notLookedAt"].as_str()) {
+            names.not_looked_at.push(system.to_owned());
+            continue;
+        }
         // A user's function may return a path as text or as a list of names.
         let attr = match &entry["attr"] {
             Value::String(text) => attribute_path(text),
@@ -213,13 +286,30 @@ fn read_names(text: &str) -> Result<Vec<OutputName>, String> {
             Value::Null => one_line(&attr.join("."), LABEL_LIMIT),
             _ => return Err(format!("entry {} has a `label` that is not text", n + 1)),
         };
-        // Labels name Check Runs and results, so they must be unique.
+        // Labels name Check Runs and results, so they must be unique. Those of our own list are names on one line, and
+        // two names may be the same line.
+        let label = if is_own {
+            unique(&label, &labels)
+        } else {
+            label
+        };
         if !labels.insert(label.clone()) {
             return Err(format!("two entries have the label `{label}`"));
         }
-        names.push(OutputName { attr, label });
+        names.outputs.push(OutputName { attr, label });
     }
     Ok(names)
+}
+
+/// The label with a number behind it, if it is taken.
+fn unique(label: &str, taken: &BTreeSet<String>) -> String {
+    let mut free = label.to_owned();
+    let mut number = 1;
+    while taken.contains(&free) {
+        number += 1;
+        free = format!("{label} ({number})");
+    }
+    free
 }
 
 /// The two ways in which a flake may see itself when its evaluation may be remembered.
@@ -307,8 +397,11 @@ mod tests {
 
     #[test]
     fn lists_are_read_and_wrong_ones_named() {
-        let names = read_names(r#"[{"attr":"x86_64-linux.\"a.b\"","label":"ab"},{"attr":["c"]}]"#)
-            .expect("a list");
+        let text =
+            r#"[{"attr":"x86_64-linux.\"a.b\"","label":"ab"},{"notLookedAt":"x"},{"attr":["c"]}]"#;
+        let listed = read_names(text, true).expect("a list");
+        assert_eq!(listed.not_looked_at, ["x"]);
+        let names = listed.outputs;
         assert_eq!(
             names[0],
             OutputName {
@@ -317,6 +410,10 @@ mod tests {
             }
         );
         assert_eq!(names[1].label, "c");
+        let text = r#"[{"attr":["a"],"label":"x."},{"attr":["b"],"label":"x. "},{"attr":["c"],"label":"x.\n"}]"#;
+        let listed = read_names(text, true).expect("a list").outputs;
+        let labels: Vec<&str> = listed.iter().map(|name| name.label.as_str()).collect();
+        assert_eq!(labels, ["x.", "x. (2)", "x. (3)"]);
         for (text, problem) in [
             ("{}", "not a list"),
             (
@@ -325,8 +422,9 @@ mod tests {
             ),
             (r#"[{"attr":"a..b"}]"#, "entry 1 has no valid `attr`"),
             (r#"[{"attr":"a","label":3}]"#, "entry 1 has a `label`"),
+            (r#"[{"notLookedAt":"x"}]"#, "entry 1 has no valid `attr`"),
         ] {
-            let found = read_names(text).expect_err(text);
+            let found = read_names(text, false).expect_err(text);
             assert!(found.contains(problem), "{found}");
         }
     }

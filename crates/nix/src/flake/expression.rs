@@ -33,14 +33,18 @@ const ABORT_SUFFIX: &str = "-commit-";
 /// Attributes of a source that depend on the tree alone, not on the commit.
 pub(crate) const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
 
-/// The function that lists every attribute of every system. Whether an attribute set is divided by
-/// systems is decided from its names, so that no value is evaluated: `checks` has systems,
-/// `checks.x86_64-linux` has none.
+/// The function that lists every attribute of every system that is asked for, after `wanted`, which is a list of systems
+/// or null for all. Whether an attribute set is divided by systems is decided from its names, so that no value is
+/// evaluated: `checks` has systems, `checks.x86_64-linux` has none. Of a system that is not asked for no value is
+/// evaluated either, because it may throw, or need a machine of that system.
 const LIST: &str = r#"selected: let
   isSystem = name: builtins.match "[a-z0-9_]+-(linux|darwin|freebsd|netbsd|openbsd|windows|cygwin|none|wasi)[a-z0-9]*" name != null;
   names = builtins.attrNames selected;
+  ofSystem = system: if wanted == null || builtins.elem system wanted
+    then map (name: { attr = [ system name ]; label = "${system}.${name}"; }) (builtins.attrNames selected.${system})
+    else [ { notLookedAt = system; } ];
 in if names != [ ] && builtins.all isSystem names
-  then builtins.concatMap (system: map (name: { attr = [ system name ]; label = "${system}.${name}"; }) (builtins.attrNames selected.${system})) names
+  then builtins.concatMap ofSystem names
   else map (name: { attr = [ name ]; label = name; }) names"#;
 
 /// The expressions for one flake.
@@ -73,9 +77,22 @@ impl Expressions {
     }
 
     /// Arguments of `nix` that print the list of `{ attr, label }` as JSON. `function` is the
-    /// user's own.
-    pub(crate) fn list_args(&self, view: &SelfView, function: Option<&str>) -> Vec<String> {
-        let mut args = self.eval_args(view, &format!("({})", function.unwrap_or(LIST)));
+    /// user's own; ours lists the outputs of these systems alone, and names the others as `{ notLookedAt }`.
+    pub(crate) fn list_args(
+        &self,
+        view: &SelfView,
+        function: Option<&str>,
+        systems: Option<&[String]>,
+    ) -> Vec<String> {
+        let function = match function {
+            Some(function) => format!("({function})"),
+            None => {
+                let wanted = serde_json::json!(systems).to_string();
+                let wanted = nix_string(&wanted);
+                format!("(let wanted = builtins.fromJSON {wanted}; in {LIST})")
+            }
+        };
+        let mut args = self.eval_args(view, &function);
         args.push("--json".to_owned());
         args
     }
@@ -120,12 +137,8 @@ in builtins.foldl' (n: a: builtins.seq (one a) n) 0 (builtins.fromJSON {list}))"
     fn eval_args(&self, view: &SelfView, function: &str) -> Vec<String> {
         match view {
             SelfView::Installable => {
-                let attribute: Vec<String> = self
-                    .attribute
-                    .iter()
-                    .map(|name| installable_name(name))
-                    .collect();
-                let installable = format!("{}#{}", self.source.reference, attribute.join("."));
+                let installable = installable(&self.source.reference, &self.attribute)
+                    .expect("`attribute_path` gives no other names");
                 [
                     "eval".to_owned(),
                     "--no-write-lock-file".to_owned(),
@@ -222,18 +235,62 @@ fn nix_string(text: &str) -> String {
     quoted
 }
 
-/// Returns a name as part of an attribute path, quoted where needed.
-pub fn installable_name(name: &str) -> String {
+/// Returns the installable of an attribute of a flake, such as `.#checks."a%7Cb"`; `None` if Nix has no way to write one
+/// of the names, because it is empty or holds a quote.
+pub fn installable(reference: &str, path: &[String]) -> Option<String> {
+    let names: Option<Vec<String>> = path.iter().map(|name| fragment_name(name)).collect();
+    Some(format!("{reference}#{}", names?.join(".")))
+}
+
+/// A name in the fragment of a flake reference, quoted and percent-encoded where needed.
+fn fragment_name(name: &str) -> Option<String> {
     // Nix's identifiers may contain `-` and `'`, but not begin with them.
     let plain = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
         && name
             .chars()
             .all(|c| c.is_ascii_alphanumeric() || "_-'".contains(c));
     if plain {
-        name.to_owned()
-    } else {
-        format!("\"{name}\"")
+        return Some(name.to_owned());
     }
+    if name.is_empty() || name.contains('"') {
+        return None;
+    }
+    // Nix decodes the fragment before it reads the path, and refuses it where it holds a character that no URL has.
+    let mut quoted = String::from("\"");
+    for byte in name.bytes() {
+        // The characters that mean themselves everywhere in a URL (RFC 3986, 2.3).
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            quoted.push(char::from(byte));
+        } else {
+            quoted.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    quoted.push('"');
+    Some(quoted)
+}
+
+/// The command that builds an attribute of a flake by hand, for a shell.
+pub fn build_command(reference: &str, path: &[String]) -> String {
+    // Only text with a NUL cannot be quoted, and Nix's strings hold none.
+    let quote = |text: &str| shlex::try_quote(text).unwrap_or_default().into_owned();
+    if let Some(whole) = installable(reference, path) {
+        return format!("nix build {}", quote(&whole));
+    }
+    // A function reaches the names that cannot be written behind the `#`.
+    let written = path
+        .iter()
+        .take_while(|name| fragment_name(name).is_some())
+        .count();
+    let parent = installable(reference, &path[..written]).unwrap_or_default();
+    let rest: String = path[written..]
+        .iter()
+        .map(|name| format!(".{}", nix_string(name)))
+        .collect();
+    format!(
+        "nix-store --realise \"$(nix eval --raw {} --apply {})\"",
+        quote(&parent),
+        quote(&format!("set: set{rest}.drvPath"))
+    )
 }
 
 /// Splits `checks.x86_64-linux."a.b"` into its names; `None` for anything else.
@@ -277,11 +334,41 @@ mod tests {
         ] {
             assert_eq!(read(wrong), None, "{wrong}");
         }
-        for name in ["hello", "a.b", "1st", "x'"] {
-            assert_eq!(
-                attribute_path(&installable_name(name)),
-                Some(vec![name.to_owned()])
-            );
+    }
+
+    #[test]
+    fn an_installable_can_be_written_for_every_name_but_two_kinds() {
+        let of = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            (installable(".", &names), build_command(".", &names))
+        };
+        for (name, written) in [
+            ("hello", ".#c.hello"),
+            ("x'", ".#c.x'"),
+            ("a.b", ".#c.\"a.b\""),
+            ("1st", ".#c.\"1st\""),
+            ("a|b", ".#c.\"a%7Cb\""),
+            ("per%20cent", ".#c.\"per%2520cent\""),
+            ("^ü\n", ".#c.\"%5E%C3%BC%0A\""),
+        ] {
+            let (installable, command) = of(&["c", name]);
+            assert_eq!(installable.as_deref(), Some(written));
+            let words = shlex::split(&command).expect("whole words");
+            assert_eq!(words, ["nix", "build", written]);
+        }
+        for (names, inner) in [
+            (
+                ["c", "a\"b"],
+                r#"nix eval --raw '.#c' --apply "set: set.\"a\\\"b\".drvPath""#,
+            ),
+            (
+                ["c", ""],
+                "nix eval --raw '.#c' --apply 'set: set.\"\".drvPath'",
+            ),
+        ] {
+            let (installable, command) = of(&names);
+            assert_eq!(installable, None);
+            assert_eq!(command, format!("nix-store --realise \"$({inner})\""));
         }
     }
 

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::flake::Source;
 use crate::flake::evaluate::{Derivation, EvalEvent, EvalFailure};
-use crate::flake::expression::{AttributePath, installable_name};
+use crate::flake::expression::{AttributePath, installable};
 use crate::flake::pool::EvalTask;
 use crate::tool::Nix;
 use flywheel_sys::process::capture::Tool;
@@ -31,6 +31,8 @@ pub struct NixEvalJobs {
     pub nix: Nix,
     pub source: Source,
     pub attribute: AttributePath,
+    /// The systems that are asked for; `None` for all.
+    pub systems: Option<Vec<String>>,
     pub arguments: Vec<String>,
     pub workers: usize,
     /// The memory a worker may use before it is replaced, in bytes.
@@ -63,20 +65,44 @@ impl NixEvalJobs {
             () = cancel.cancelled() => None,
             tasks = tasks.recv() => tasks,
         } {
-            self.evaluate(tasks, &events, &cancel).await;
+            for (prefix, open) in self.by_system(tasks) {
+                self.evaluate(&prefix, open, &events, &cancel).await;
+            }
         }
     }
 
-    async fn evaluate(
+    /// Divides tasks by the system below the selected attribute, so that the program touches no other. The paths of the
+    /// result are those below its prefix.
+    fn by_system(
         &self,
         tasks: Vec<EvalTask>,
+    ) -> BTreeMap<AttributePath, HashMap<AttributePath, usize>> {
+        let mut groups: BTreeMap<AttributePath, HashMap<AttributePath, usize>> = BTreeMap::new();
+        for task in tasks {
+            let is_system = task.path.len() > 1
+                && self
+                    .systems
+                    .as_ref()
+                    .is_some_and(|systems| systems.contains(&task.path[0]));
+            let (prefix, path) = task.path.split_at(usize::from(is_system));
+            let group = groups.entry(prefix.to_vec()).or_default();
+            group.insert(path.to_vec(), task.id);
+        }
+        groups
+    }
+
+    /// Evaluates everything below `prefix`; the program's objects are matched by their paths.
+    async fn evaluate(
+        &self,
+        prefix: &[String],
+        mut open: HashMap<AttributePath, usize>,
         events: &mpsc::Sender<EvalEvent>,
         cancel: &CancellationToken,
     ) {
-        // The program evaluates the whole attribute, so its objects are matched by path.
-        let mut open: HashMap<AttributePath, usize> =
-            tasks.into_iter().map(|task| (task.path, task.id)).collect();
-        let output = match self.tool().stream_stderr() {
+        if cancel.is_cancelled() {
+            return;
+        }
+        let output = match self.tool(prefix).stream_stderr() {
             Err(error) => format!("error: {error}"),
             Ok(mut tool) => {
                 let (mut held, mut output) = (PartialLine::default(), String::new());
@@ -150,13 +176,10 @@ impl NixEvalJobs {
         }
     }
 
-    fn tool(&self) -> Tool {
-        let attribute: Vec<String> = self
-            .attribute
-            .iter()
-            .map(|name| installable_name(name))
-            .collect();
-        let flake = format!("{}#{}", self.source.reference, attribute.join("."));
+    fn tool(&self, prefix: &[String]) -> Tool {
+        let attribute = [self.attribute.as_slice(), prefix].concat();
+        let flake = installable(&self.source.reference, &attribute)
+            .expect("neither `attribute_path` nor a system has other names");
         // The option is in MiB.
         let memory = (self.share >> 20).clamp(512, 1 << 20).to_string();
         let workers = self.workers.to_string();

@@ -114,7 +114,9 @@ pub(crate) fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
     untrusted_file::read(file, Owner::Any, SIZE_LIMIT).map_err(|error| match error {
         FileError::TooLarge { .. } => PayloadError::TooLarge,
         FileError::System(error) => PayloadError::Open(error.kind().to_string()),
-        FileError::Kind(_) | FileError::Owner(_) => PayloadError::NotAFile,
+        FileError::Kind(_) | FileError::NoFolder | FileError::Owner(_) | FileError::Shared(_) => {
+            PayloadError::NotAFile
+        }
     })
 }
 

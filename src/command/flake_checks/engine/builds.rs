@@ -48,7 +48,7 @@ impl Engine<'_> {
                 .as_ref()
                 .and_then(|facts| facts.system.as_ref());
             system
-                .zip(self.native.as_ref())
+                .zip(self.settings.native.as_ref())
                 .is_none_or(|(system, native)| native.contains(system))
         };
         let (native, foreign): (Vec<usize>, Vec<usize>) =
