@@ -63,7 +63,7 @@ pub(crate) async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSett
         .is_attached()
         .then(|| cache_settings(inputs, &before, sink))
         .flatten();
-    let access_tokens = access_tokens(inputs, sink);
+    let access_tokens = access_tokens(inputs, &before, sink);
     let wanted = WantedSettings {
         cache,
         access_tokens,
@@ -141,25 +141,30 @@ fn cache_settings(
             or_left_out("netrc", file, sink)
         });
     Some(CacheSettings {
-        substituter: backend.substituter(),
+        substituter: inputs.cache.substituter()?,
+        address: backend.substituter(),
         public_key: inputs.cache.public_key.clone(),
         netrc,
     })
 }
 
-fn access_tokens(inputs: &SettingsInputs<'_>, sink: &Sink) -> Option<PathBuf> {
+fn access_tokens(inputs: &SettingsInputs<'_>, before: &Settings, sink: &Sink) -> Option<PathBuf> {
     // Nix's `access-tokens` are by host name; GitHub Enterprise Server has one of its own.
     let host = inputs
         .env
         .get("GITHUB_SERVER_URL")
         .and_then(|url| url.strip_prefix("https://"))
         .unwrap_or("github.com");
+    let host = host.trim_end_matches('/');
     let token = inputs.github_token?;
-    or_left_out(
-        "access token",
-        netrc::write_access_token(inputs.private, host.trim_end_matches('/'), token),
-        sink,
-    )
+    let present = before.access_tokens();
+    if present.get(host).is_some_and(|other| other != token) {
+        sink.note(format!(
+            "Nix's `access-tokens` has another token for `{host}`; this job uses its own `GITHUB_TOKEN` (`access-tokens` in `extra-nix-config` goes before it)"
+        ));
+    }
+    let file = netrc::write_access_token(inputs.private, host, token, &present);
+    or_left_out("access token", file, sink)
 }
 
 fn or_left_out(

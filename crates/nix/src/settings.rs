@@ -1,6 +1,7 @@
 //! Composes `NIX_CONFIG` for the user's command from the runner's lines, ours and the user's.
 //! Writes no configuration file, and never drops or reorders a given line.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::key::PublicKey;
 use crate::tool::{Error, FEATURES, Flavour, Nix};
 use flywheel_core::exit::UsageError;
+use flywheel_core::secret::Secret;
 
 /// Printing the settings opens no store, so this is ample.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -39,12 +41,39 @@ pub struct WantedSettings {
 /// How Nix reaches the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheSettings {
-    /// `<server>/<cache>`.
+    /// What Nix reads: `<server>/<cache>`, or a proxy before it.
     pub substituter: String,
+    /// The cache's own address.
+    pub address: String,
     /// Its public key, without which Nix refuses every hit.
     pub public_key: Option<PublicKey>,
     /// The netrc with its token.
     pub netrc: Option<PathBuf>,
+}
+
+impl CacheSettings {
+    fn is_behind_proxy(&self) -> bool {
+        self.substituter != self.address
+    }
+}
+
+/// Whether two URLs of stores mean the same one: a slash at the end and the order of the parameters make no difference.
+pub(crate) fn is_same_store(one: &str, other: &str) -> bool {
+    fn parts(url: &str) -> (&str, Vec<&str>) {
+        let (address, parameters) = url.split_once('?').unwrap_or((url, ""));
+        let mut parameters: Vec<&str> = parameters
+            .split('&')
+            .filter(|one| !one.is_empty())
+            .collect();
+        parameters.sort_unstable();
+        (address.trim_end_matches('/'), parameters)
+    }
+    parts(one) == parts(other)
+}
+
+/// Whether this store is among those that are listed.
+pub(crate) fn lists_store(list: &[String], url: &str) -> bool {
+    list.iter().any(|listed| is_same_store(listed, url))
 }
 
 /// Returns `base` (the runner's `NIX_CONFIG`) unchanged, followed by our lines and then the user's.
@@ -64,6 +93,15 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
         line(repair);
     }
     if let Some(cache) = &wanted.cache {
+        let listed = wanted.before.list("substituters");
+        if cache.is_behind_proxy() && lists_store(&listed, &cache.address) {
+            // Otherwise Nix would go round the proxy.
+            let others = listed
+                .iter()
+                .filter(|url| !is_same_store(url, &cache.address));
+            let others: Vec<&str> = others.map(String::as_str).collect();
+            line(&format!("substituters = {}", others.join(" ")));
+        }
         line(&format!("extra-substituters = {}", cache.substituter));
         if let Some(key) = &cache.public_key {
             line(&format!("extra-trusted-public-keys = {key}"));
@@ -188,6 +226,27 @@ impl Settings {
         }
     }
 
+    /// The tokens for fetchers, by host or by a part of it (`github.com/owner`).
+    pub fn access_tokens(&self) -> BTreeMap<String, Secret> {
+        let pairs: Vec<(String, String)> = match self.value("access-tokens") {
+            Some(Value::Object(map)) => map
+                .iter()
+                .filter_map(|(host, token)| Some((host.clone(), token.as_str()?.to_owned())))
+                .collect(),
+            // Some versions print such settings as text.
+            _ => self
+                .list("access-tokens")
+                .iter()
+                .filter_map(|word| word.split_once('='))
+                .map(|(host, token)| (host.to_owned(), token.to_owned()))
+                .collect(),
+        };
+        pairs
+            .into_iter()
+            .filter_map(|(host, token)| Some((host, Secret::new(&token)?)))
+            .collect()
+    }
+
     /// Whether the setting has a value other than its default.
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.value(name).is_some()
@@ -223,6 +282,7 @@ mod tests {
         WantedSettings {
             cache: Some(CacheSettings {
                 substituter: "https://cache.example/main".to_owned(),
+                address: "https://cache.example/main".to_owned(),
                 public_key: Some(KEY.parse().expect("a key")),
                 netrc: Some("/private/netrc".into()),
             }),
@@ -247,6 +307,36 @@ mod tests {
              download-attempts = 2\nfallback = true\n!include /private/access-tokens.conf\nmax-jobs = 4\n"
         );
         assert_eq!(compose(base, &wanted()), expected);
+    }
+
+    #[test]
+    fn a_cache_that_is_read_through_a_proxy_is_read_in_no_other_way() {
+        let mut wanted = wanted();
+        wanted.before = settings(
+            r#"{"substituters":{"value":["https://a?x=1","https://cache.example/main/"],"defaultValue":["https://a"]}}"#,
+        );
+        if let Some(cache) = &mut wanted.cache {
+            cache.substituter = "http://127.0.0.1:1/k/main".to_owned();
+        }
+        let text = compose("", &wanted);
+        assert!(
+            text.contains(
+                "\nsubstituters = https://a?x=1\nextra-substituters = http://127.0.0.1:1/k/main\n"
+            ),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn urls_of_stores_are_compared_by_what_they_mean() {
+        let url = "https://h/main?trusted=true&priority=10";
+        assert!(is_same_store(
+            url,
+            "https://h/main/?priority=10&trusted=true"
+        ));
+        for other in ["https://h/main", "https://h/other?trusted=true&priority=10"] {
+            assert!(!is_same_store(url, other), "{other}");
+        }
     }
 
     #[test]
@@ -310,5 +400,6 @@ mod tests {
         assert_eq!(settings.netrc_file(), Some("/etc/nix/netrc".into()));
         assert_eq!(settings.text("no-such-setting"), None);
         assert!(!format!("{settings:?}").contains("s3cr3t"));
+        assert_eq!(settings.access_tokens()["github.com"].expose(), "s3cr3t");
     }
 }

@@ -181,7 +181,7 @@ fn record_layers(list: &mut CheckList, endpoint: &Endpoint, probed: &Probe) {
                 list.put(
                     spec,
                     PROBE_LIMIT,
-                    at.unwrap_or(PROBE_LIMIT).saturating_sub(reached),
+                    at.unwrap_or(probed.took).saturating_sub(reached),
                     Err(CheckFailure::new(what, hint)),
                 );
             }
