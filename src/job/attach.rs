@@ -2,6 +2,7 @@
 //! work.
 
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use url::Url;
@@ -61,11 +62,12 @@ impl Cache {
         self.reading.as_ref().map(ReadProxy::key)
     }
 
-    /// Whether the job has stopped reading from the cache, because that cost too much time.
-    pub(super) fn is_given_up(&self) -> bool {
+    /// How much of the job's time reads have taken that failed.
+    pub(super) fn spent_on_reads(&self) -> Duration {
         self.reading
             .as_ref()
-            .is_some_and(|proxy| proxy.given_up().is_some())
+            .map(ReadProxy::spent)
+            .unwrap_or_default()
     }
 
     /// Whether it was left out because its certificate, or something else of TLS, was refused.

@@ -28,6 +28,7 @@ mod nix_job;
 mod policy;
 mod publish;
 mod sharing;
+mod slow_cache;
 mod stream;
 mod validate_builders;
 mod watch_store;

@@ -1,6 +1,8 @@
 //! `watch-store` over several steps with real Nix: what it leaves behind, which paths it publishes, and what the
 //! next job takes up.
 
+mod faults;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

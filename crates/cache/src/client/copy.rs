@@ -421,7 +421,7 @@ impl Calls {
         if output.status.success() {
             Ok(output.stdout)
         } else {
-            Err(failed(error_summary(&output.stderr)))
+            Err(Error::from_tool(call, error_summary(&output.stderr)))
         }
     }
 }
@@ -436,6 +436,10 @@ fn clone_error(error: &Error) -> Error {
     match error {
         Error::Tool { call, text } => Error::Tool {
             call,
+            text: text.clone(),
+        },
+        Error::Rejected { status, text } => Error::Rejected {
+            status: *status,
             text: text.clone(),
         },
         other => Error::Foreign(other.to_string()),

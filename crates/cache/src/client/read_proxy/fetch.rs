@@ -16,7 +16,7 @@ use url::Url;
 use zeroize::Zeroizing;
 
 use super::Shared;
-use super::health::{Ended, Patience};
+use super::health::{Ended, Patience, Progress};
 use crate::client::destination::{Action, Error};
 use flywheel_core::retry::Policy;
 use flywheel_sys::http;
@@ -51,8 +51,7 @@ pub(super) struct Rest {
     /// How much has been passed on.
     offset: u64,
     attempt: u32,
-    /// How long the body has kept the job waiting since something came.
-    waited: Duration,
+    progress: Progress,
 }
 
 /// Why a try failed.
@@ -90,7 +89,7 @@ impl Shared {
                 Err(failure) => failure,
             };
             if let Next::Fail(why) = next(failure, attempt, &mut patience).await {
-                self.fail(url, patience.waited, &why);
+                self.fail(url, patience.progress.waited, &why);
                 return None;
             }
         }
@@ -104,6 +103,7 @@ impl Shared {
         attempt: u32,
     ) -> Result<Found, Failure> {
         let mut response = self.open(method, url, HeaderMap::new(), patience).await?;
+        patience.begin_at(0);
         let (status, headers) = (response.status(), response.headers().clone());
         if !status.is_success() {
             return Ok(Found {
@@ -136,7 +136,7 @@ impl Shared {
             etag: headers.get("etag").cloned(),
             offset: first.len() as u64,
             attempt,
-            waited: Duration::ZERO,
+            progress: patience.progress,
             response: Some(response),
         });
         Ok(Found {
@@ -209,13 +209,13 @@ impl Shared {
     ) -> impl Stream<Item = io::Result<Bytes>> + Send + use<> {
         let shared = Arc::clone(self);
         try_unfold((shared, rest), async |(shared, mut rest)| {
-            let mut patience = Patience::resume(&shared.health, rest.waited);
+            let mut patience = Patience::resume(&shared.health, rest.progress);
             loop {
                 let failure = match shared.more(&mut rest, &mut patience).await {
                     Ok(Some(bytes)) => {
                         rest.offset += bytes.len() as u64;
                         rest.attempt = 0;
-                        rest.waited = patience.waited;
+                        rest.progress = patience.progress;
                         return Ok(Some((bytes, (shared.clone(), rest))));
                     }
                     Ok(None) => return Ok(None),
@@ -224,7 +224,7 @@ impl Shared {
                 rest.response = None;
                 rest.attempt += 1;
                 if let Next::Fail(why) = next(failure, rest.attempt, &mut patience).await {
-                    shared.fail(&rest.url, patience.waited, &why);
+                    shared.fail(&rest.url, patience.progress.waited, &why);
                     return Err(io::Error::other(why));
                 }
             }
@@ -271,6 +271,7 @@ impl Shared {
             .await?;
         match response.status() {
             StatusCode::PARTIAL_CONTENT => {
+                patience.begin_at(offset);
                 let begins = format!("bytes {offset}-");
                 let range = response.headers().get(CONTENT_RANGE);
                 let fits =
@@ -279,6 +280,7 @@ impl Shared {
             }
             // It does not know ranges, so that the first part comes again.
             StatusCode::OK if response.headers().get("etag") == etag => {
+                patience.begin_at(0);
                 let mut skip = offset;
                 let mut bytes = Bytes::new();
                 while skip > 0 {
@@ -318,7 +320,12 @@ async fn chunk(
 
 /// Waits before the next try, if there is one.
 async fn next(failure: Failure, attempt: u32, patience: &mut Patience<'_>) -> Next {
-    let silent = || format!("no answer for {:.0} s", patience.waited.as_secs_f64());
+    let silent = || {
+        format!(
+            "no answer for {:.0} s",
+            patience.progress.waited.as_secs_f64()
+        )
+    };
     let (why, after) = match failure {
         // The time was spent by waiting; another pause would only add to it.
         Failure::Ended(Ended::Slow) if attempt < TRIES.attempts => return Next::Again,

@@ -102,20 +102,35 @@ impl Health {
         is_first.then_some(reason)
     }
 
+    /// How much time reads have taken that failed.
+    pub(super) fn sum(&self) -> Duration {
+        self.spent().sum
+    }
+
     /// Why the cache was given up.
     pub(super) fn given_up(&self) -> Option<String> {
         self.given_up.borrow().clone()
     }
 }
 
-/// The waits of one read.
-#[derive(Debug)]
-pub(super) struct Patience<'a> {
-    health: &'a Health,
+/// How far a read has come.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Progress {
     /// How long it has waited since something came.
     pub(super) waited: Duration,
     /// What has come since then, too little to count.
     bytes: u64,
+    /// Up to where in the body this try has come …
+    at: u64,
+    /// … and any try. What comes a second time is no progress: a server may hang at the same byte each time.
+    furthest: u64,
+}
+
+/// The waits of one read.
+#[derive(Debug)]
+pub(super) struct Patience<'a> {
+    health: &'a Health,
+    pub(super) progress: Progress,
     /// When the wait began that is under way.
     since: Option<Instant>,
 }
@@ -124,7 +139,7 @@ pub(super) struct Patience<'a> {
 impl Drop for Patience<'_> {
     fn drop(&mut self) {
         if let Some(since) = self.since {
-            let waited = self.waited + since.elapsed();
+            let waited = self.progress.waited + since.elapsed();
             if waited >= ABANDONED {
                 self.health.count(waited);
             }
@@ -134,15 +149,14 @@ impl Drop for Patience<'_> {
 
 impl<'a> Patience<'a> {
     pub(super) fn new(health: &'a Health) -> Self {
-        Self::resume(health, Duration::ZERO)
+        Self::resume(health, Progress::default())
     }
 
-    /// Goes on after so much waiting.
-    pub(super) fn resume(health: &'a Health, waited: Duration) -> Self {
+    /// Goes on where another one has ended.
+    pub(super) fn resume(health: &'a Health, progress: Progress) -> Self {
         Self {
             health,
-            waited,
-            bytes: 0,
+            progress,
             since: None,
         }
     }
@@ -154,7 +168,7 @@ impl<'a> Patience<'a> {
         result: impl Future<Output = T>,
     ) -> Result<T, Ended> {
         let mut given_up = self.health.given_up.subscribe();
-        let left = self.health.left().saturating_sub(self.waited);
+        let left = self.health.left().saturating_sub(self.progress.waited);
         let began = Instant::now();
         self.since = Some(began);
         let ended = tokio::select! {
@@ -163,18 +177,26 @@ impl<'a> Patience<'a> {
             result = timeout(limit.min(left), result) => result.map_err(|_| Ended::Slow),
         };
         self.since = None;
-        self.waited += began.elapsed();
+        self.progress.waited += began.elapsed();
         match ended {
-            Err(Ended::Slow) if self.waited >= self.health.left() => Err(Ended::Spent),
+            Err(Ended::Slow) if self.progress.waited >= self.health.left() => Err(Ended::Spent),
             ended => ended,
         }
     }
 
+    /// A try begins at this place in the body.
+    pub(super) fn begin_at(&mut self, at: u64) {
+        self.progress.at = at;
+    }
+
     /// The server has sent this much of a body. A head alone is no progress: it comes again with each try.
     pub(super) fn on_bytes(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
-        if self.bytes >= LEAST_PROGRESS {
-            (self.waited, self.bytes) = (Duration::ZERO, 0);
+        let progress = &mut self.progress;
+        progress.at += bytes as u64;
+        progress.bytes += progress.at.saturating_sub(progress.furthest);
+        progress.furthest = progress.furthest.max(progress.at);
+        if progress.bytes >= LEAST_PROGRESS {
+            (progress.waited, progress.bytes) = (Duration::ZERO, 0);
         }
     }
 }
@@ -210,6 +232,24 @@ mod tests {
         health.on_success();
         tokio::time::sleep(10 * SECOND).await;
         assert!(health.on_failure(10 * SECOND, "x").is_some());
+    }
+
+    #[tokio::test]
+    async fn what_comes_a_second_time_is_no_progress() {
+        let health = Health::new(10 * SECOND);
+        let mut patience = Patience::new(&health);
+        let ended = loop {
+            patience.begin_at(0);
+            patience.on_bytes(100_000);
+            match patience
+                .wait(60 * SECOND, tokio::time::sleep(3 * SECOND))
+                .await
+            {
+                Ok(()) => (),
+                Err(ended) => break ended,
+            }
+        };
+        assert_eq!(ended, Ended::Spent);
     }
 
     #[tokio::test]

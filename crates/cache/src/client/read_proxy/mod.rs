@@ -193,6 +193,11 @@ impl ReadProxy {
         self.shared.health.given_up()
     }
 
+    /// How much of the job's time failed reads have taken.
+    pub fn spent(&self) -> Duration {
+        self.shared.health.sum()
+    }
+
     /// Ends it; what is under way is cut off after a moment.
     pub async fn stop(self) {
         self.stop.cancel();

@@ -22,7 +22,13 @@ enum Reply {
     Hang(Vec<u8>),
     /// Sends this and closes.
     Close(Vec<u8>),
+    /// Sends this in pieces, with pauses between them.
+    Slow(Vec<u8>),
 }
+
+/// The pieces of [`Reply::Slow`], and its pauses.
+const PIECE: usize = 20_000;
+const PAUSE: Duration = Duration::from_millis(20);
 
 fn ok(body: &[u8]) -> Vec<u8> {
     let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", body.len());
@@ -65,6 +71,13 @@ impl Scripted {
                             Reply::Send(bytes) => (bytes, false, false),
                             Reply::Hang(bytes) => (bytes, true, false),
                             Reply::Close(bytes) => (bytes, false, true),
+                            Reply::Slow(bytes) => {
+                                for piece in bytes.chunks(PIECE) {
+                                    sleep(PAUSE).await;
+                                    let _ = stream.write_all(piece).await;
+                                }
+                                continue;
+                            }
                         };
                         let _ = stream.write_all(&bytes).await;
                         if hangs {
@@ -178,11 +191,13 @@ async fn what_the_cache_serves_is_served_and_the_token_is_the_proxys() {
 #[tokio::test]
 async fn a_cache_that_hangs_costs_the_budget_once_whatever_phase_it_hangs_in() {
     let half = ok(&large())[..900_000].to_vec();
+    let half_of_a_small_one = ok(&large()[..200_000])[..100_000].to_vec();
     let phases = [
         Vec::new(),
         b"HTTP/1.1 200 OK\r\nContent-Le".to_vec(),
         b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n".to_vec(),
         ok(b"StorePath: x")[..45].to_vec(),
+        half_of_a_small_one,
         half,
     ];
     for phase in phases {
@@ -206,6 +221,17 @@ async fn a_cache_that_hangs_costs_the_budget_once_whatever_phase_it_hangs_in() {
         assert!(server.requests.load(Ordering::SeqCst) <= 2);
         proxy.stop().await;
     }
+}
+
+#[tokio::test]
+async fn a_body_may_take_longer_than_a_cache_may_cost_as_long_as_it_comes() {
+    let server = Scripted::start(|_, _| Reply::Slow(ok(&large()[..1_200_000]))).await;
+    let proxy = server.proxy("").await;
+    let began = Instant::now();
+    let (code, body) = get(&proxy, "nar/x.nar").await;
+    assert_eq!((code, body.map(|body| body.len())), (200, Ok(1_200_000)));
+    assert!(began.elapsed() > BUDGET, "{:?}", began.elapsed());
+    proxy.stop().await;
 }
 
 #[tokio::test]
