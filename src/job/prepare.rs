@@ -12,7 +12,7 @@ use flywheel_cache::client::destination::Target;
 use flywheel_core::exit::Failure;
 use flywheel_nix::bootstrap::{self, Ready};
 use flywheel_nix::effective_settings::EffectiveSettings;
-use flywheel_nix::settings::Settings;
+use flywheel_nix::settings::{Settings, word_in};
 use flywheel_nix::store::{self, Store};
 use flywheel_nix::tool::Nix;
 use flywheel_sys::http::{Clients as HttpClients, Roots};
@@ -146,12 +146,20 @@ impl Session<'_> {
 
     /// The roots with those of Nix's setting `ssl-cert-file`, if that names a file of its own.
     async fn roots_of_nix(&self, ready: &Ready) -> Option<Roots> {
+        const SETTING: &str = "ssl-cert-file";
         let settings = match &ready.settings_before {
             Some(settings) => settings.clone(),
-            None => Settings::read(&ready.nix).await.ok()?,
+            None => Settings::read(&ready.nix).await.unwrap_or_default(),
         };
-        let file = settings
-            .text("ssl-cert-file")
+        let lines = [
+            &self.plan.extra_nix_config,
+            self.env.get("NIX_CONFIG").unwrap_or_default(),
+        ];
+        // Nix 2.8 does not know the setting, and shows none.
+        let file = lines
+            .into_iter()
+            .find_map(|lines| word_in(lines, SETTING))
+            .or_else(|| settings.text(SETTING))
             .filter(|file| !file.is_empty())?;
         let mut roots = self.roots();
         roots.files.push(file.into());

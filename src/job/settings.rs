@@ -12,6 +12,7 @@ use flywheel_nix::settings::{CacheSettings, Settings, WantedSettings, compose, m
 use flywheel_sys::runner::env::Env;
 
 use super::attach::Cache;
+use super::backend::Backend;
 
 /// What a job's settings are made of.
 pub(crate) struct SettingsInputs<'a> {
@@ -143,9 +144,22 @@ fn cache_settings(
     Some(CacheSettings {
         substituter: inputs.cache.substituter()?,
         address: backend.substituter(),
+        attempts: attempts(inputs, backend),
         public_key: inputs.cache.public_key.clone(),
         netrc,
     })
+}
+
+/// How often Nix tries a download. From 2.31 or so on it waits a minute before the second try after a 429, whatever the
+/// server asks for. A proxy before the cache lets no 429 through; without one, a try less costs a build at most.
+fn attempts(inputs: &SettingsInputs<'_>, backend: &Backend) -> u32 {
+    let waits = inputs.ready.nix.version.at_least(2, 31);
+    let is_direct = inputs.cache.substituter().as_deref() == Some(&backend.substituter());
+    if waits && is_direct && !matches!(backend, Backend::Embedded { .. }) {
+        1
+    } else {
+        2
+    }
 }
 
 fn access_tokens(inputs: &SettingsInputs<'_>, before: &Settings, sink: &Sink) -> Option<PathBuf> {

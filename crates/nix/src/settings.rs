@@ -17,10 +17,9 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 /// Bounds on downloads, so that a substituter that dies during a job costs seconds while a slow
 /// link still works. Nix's defaults (300 s, five attempts, then a failed build) would cost minutes.
-const DOWNLOAD_BOUNDS: [(&str, &str); 4] = [
+const DOWNLOAD_BOUNDS: [(&str, &str); 3] = [
     ("connect-timeout", "5"),
     ("stalled-download-timeout", "30"),
-    ("download-attempts", "2"),
     ("fallback", "true"),
 ];
 
@@ -45,6 +44,8 @@ pub struct CacheSettings {
     pub substituter: String,
     /// The cache's own address.
     pub address: String,
+    /// How often a download is tried.
+    pub attempts: u32,
     /// Its public key, without which Nix refuses every hit.
     pub public_key: Option<PublicKey>,
     /// The netrc with its token.
@@ -109,7 +110,9 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
         if let Some(netrc) = &cache.netrc {
             line(&format!("netrc-file = {}", netrc.display()));
         }
-        for (name, value) in DOWNLOAD_BOUNDS {
+        let attempts = cache.attempts.to_string();
+        let bounds = DOWNLOAD_BOUNDS.into_iter();
+        for (name, value) in bounds.chain([("download-attempts", attempts.as_str())]) {
             // A bound that the runner or the user has chosen stays.
             if !sets(base, name) && !wanted.before.is_set(name) {
                 line(&format!("{name} = {value}"));
@@ -131,6 +134,15 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
 /// Whether this text assigns the setting `name`.
 pub fn sets(text: &str, name: &str) -> bool {
     lines(text).any(|(_, words)| words.first() == Some(&name) && words.get(1) == Some(&"="))
+}
+
+/// The last value that this text assigns to the setting `name`, if it is one word.
+pub fn word_in(text: &str, name: &str) -> Option<String> {
+    let values = lines(text).filter_map(|(_, words)| match words[..] {
+        [assigned, "=", value] if assigned == name => Some(value.to_owned()),
+        _ => None,
+    });
+    values.last()
 }
 
 /// Splits the non-empty lines into words as Nix does (comments removed; blanks, tabs and carriage
@@ -283,6 +295,7 @@ mod tests {
             cache: Some(CacheSettings {
                 substituter: "https://cache.example/main".to_owned(),
                 address: "https://cache.example/main".to_owned(),
+                attempts: 2,
                 public_key: Some(KEY.parse().expect("a key")),
                 netrc: Some("/private/netrc".into()),
             }),
@@ -304,7 +317,7 @@ mod tests {
             "{base}\nextra-experimental-features = nix-command flakes\nbuild-users-group =\n\
              extra-substituters = https://cache.example/main\nextra-trusted-public-keys = {KEY}\n\
              netrc-file = /private/netrc\nconnect-timeout = 5\nstalled-download-timeout = 30\n\
-             download-attempts = 2\nfallback = true\n!include /private/access-tokens.conf\nmax-jobs = 4\n"
+             fallback = true\ndownload-attempts = 2\n!include /private/access-tokens.conf\nmax-jobs = 4\n"
         );
         assert_eq!(compose(base, &wanted()), expected);
     }
@@ -381,6 +394,10 @@ mod tests {
     fn lines_that_nix_refuses_are_found_by_number() {
         let text = "cores = 2\r\n\n# garbage\ngarbage\nx=1\n= 3\ninclude a\n!include a\ninclude\nempty =\nextra-x http://x";
         assert_eq!(malformed(text), [4, 5, 6, 9, 11]);
+        assert_eq!(
+            word_in("x = 1\nx = 2 # last\ny = 3", "x").as_deref(),
+            Some("2")
+        );
         assert!(check_extra("max-jobs = 4").is_ok());
         let error = check_extra("max-jobs = 4\nmax-jobs: 3").expect_err("no equals sign");
         assert_eq!(

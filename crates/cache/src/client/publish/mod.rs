@@ -142,7 +142,8 @@ impl Publisher {
         let _ = self.commands.send(Command::Offer(infos)).await;
     }
 
-    /// From now on, nothing may stand still for longer than this: for a server that has cost the job its time already.
+    /// From now on, nothing may stand still or be unavailable for longer than this: for a server that has cost the job its
+    /// time already.
     pub async fn stall_after(&self, idle: Duration) {
         // As in `offer`.
         let _ = self.commands.send(Command::StallAfter(idle)).await;
