@@ -2,11 +2,13 @@
 //! `just faults` runs.
 
 use std::fs;
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use crate::faults::{Fault, Front, Plan, When};
 use crate::nix_job::{Job, output};
 use crate::world::cache::Cache;
+use crate::world::need;
 
 /// Thirty parts, and what refers to all of them.
 const FLAKE: &str = r#"{
@@ -92,6 +94,109 @@ fn what_fails_by_chance_is_read_again_and_not_built() {
         report.log
     );
     assert!(!report.log.contains("given up"), "{}", report.log);
+}
+
+/// Whether a daemon comes to the proxy is tried, since it may not trust this user.
+#[test]
+fn a_daemon_reads_through_the_proxy_if_it_takes_the_jobs_settings() {
+    need("nix-daemon", "apt-get install nix-bin");
+    let cache = filled();
+    let notice = "Nix's daemon reads the cache itself";
+    for (trusted, is_read) in [("root", true), ("nobody", false)] {
+        let Job { step, nix } = job(&cache, &cache.url, "nix-job");
+        let socket = step.folder().join("socket");
+        let socket = socket.display();
+        fs::create_dir_all(nix.join("store")).unwrap();
+        let settings = format!(
+            "sandbox = false\nbuild-users-group =\nsubstituters =\ntrusted-users = {trusted}"
+        );
+        // From a subshell, since Flywheel ends what descends from it when the command has ended.
+        let daemon = format!(
+            "(NIX_CONFIG='{settings}' NIX_DAEMON_SOCKET_PATH='{socket}' nix-daemon --daemon >/dev/null 2>&1 &)\n\
+             until [ -S '{socket}' ]; do sleep 0.05; done"
+        );
+        let report = step
+            .after(&daemon)
+            .with_env("NIX_CONFIG", &settings)
+            .with_env("NIX_REMOTE", &format!("unix://{socket}"))
+            .with_env("FLYWHEEL_PUSH_CACHE", "false")
+            .with_env("FLYWHEEL_COMMAND", &build(&["part-0"]))
+            .run();
+        assert_eq!(report.code, 0, "{}", report.log);
+        assert_eq!(
+            report.log.contains("-part-0' from 'http://"),
+            is_read,
+            "{}",
+            report.log
+        );
+        assert_eq!(report.log.contains(notice), !is_read, "{}", report.log);
+    }
+}
+
+/// The name is in `/etc/hosts`, and no DNS server answers.
+#[test]
+fn a_name_that_the_hosts_file_has_is_asked_for_nowhere_else() {
+    let cache = Cache::start(&[]);
+    let port = cache.url.rsplit(':').next().unwrap().trim_end_matches('/');
+    let job = job(
+        &cache,
+        &format!("http://cache.offline.test:{port}"),
+        "nix-job",
+    );
+    let step = job.step.with_env("FLYWHEEL_COMMAND", "true").after(
+        "cp /etc/hosts hosts; echo '127.0.0.1 cache.offline.test' >>hosts; echo 'nameserver 192.0.2.1' >resolv\n\
+         bin/busybox mount -o bind hosts /etc/hosts; bin/busybox mount -o bind resolv /etc/resolv.conf",
+    );
+    let report = step.run();
+    assert_eq!(report.code, 0, "{}", report.log);
+    assert!(report.log.contains("attached"), "{}", report.log);
+}
+
+/// A cache with a certificate of a private authority, which Nix's own setting names.
+#[test]
+fn the_roots_of_nixs_settings_are_trusted() {
+    need("openssl", "apt-get install openssl");
+    let cache = Cache::start(&[]);
+    let port = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = port.local_addr().unwrap().port();
+    for is_named in [true, false] {
+        let job = job(&cache, &format!("https://localhost:{port}"), "nix-job");
+        let server = format!(
+            "openssl req -x509 -newkey rsa:2048 -nodes -keyout ck.pem -out ca.pem -subj /CN=ca -days 9 \
+               -addext basicConstraints=critical,CA:TRUE 2>/dev/null\n\
+             openssl req -newkey rsa:2048 -nodes -keyout k.pem -out r.pem -subj /CN=localhost 2>/dev/null\n\
+             echo subjectAltName=DNS:localhost >x\n\
+             openssl x509 -req -in r.pem -CA ca.pem -CAkey ck.pem -CAcreateserial -out c.pem -days 9 -extfile x 2>/dev/null\n\
+             mkdir main; echo 'StoreDir: /nix/store' >main/nix-cache-info\n\
+             (openssl s_server -accept {port} -cert c.pem -key k.pem -WWW >/dev/null 2>&1 &)\n\
+             until (: </dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.05; done"
+        );
+        let file = job.step.workspace().join("ca.pem");
+        let line = format!("ssl-cert-file = {}", file.display());
+        let report = job
+            .step
+            .after(&server)
+            .with_env(
+                "FLYWHEEL_EXTRA_NIX_CONFIG",
+                if is_named { &line } else { "" },
+            )
+            .with_env("FLYWHEEL_PUSH_CACHE", "false")
+            .with_env("FLYWHEEL_COMMAND", "true")
+            .run();
+        assert_eq!(report.code, 0, "{}", report.log);
+        assert_eq!(
+            report.log.contains("/main attached"),
+            is_named,
+            "{}",
+            report.log
+        );
+        assert_eq!(
+            report.log.contains("UnknownIssuer"),
+            !is_named,
+            "{}",
+            report.log
+        );
+    }
 }
 
 mod faults {
