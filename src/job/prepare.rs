@@ -8,6 +8,7 @@ use super::begin::Session;
 use super::destination::DestinationOpener;
 use super::reading::{self, ReadInputs};
 use super::settings::{self, NixSettings, SettingsInputs};
+use crate::inputs::roots::{SSL_CERT_FILE, roots};
 use flywheel_cache::client::destination::Target;
 use flywheel_core::exit::Failure;
 use flywheel_nix::bootstrap::{self, Ready};
@@ -83,7 +84,7 @@ impl Session<'_> {
         let bootstrapping =
             async { Ok(Box::pin(bootstrap::ready(self.env, sink, BOOTSTRAP_LIMIT)).await?) };
         // Nix comes first in the join: the system's certificates are read while Nix answers.
-        let roots = self.roots();
+        let roots = roots(self.env);
         let attaching = self.attach_cache(&roots);
         let (ready, (mut http, mut cache)) = tokio::try_join!(bootstrapping, attaching)?;
         if cache.is_left_out_by_tls()
@@ -138,30 +139,17 @@ impl Session<'_> {
         })
     }
 
-    fn roots(&self) -> Roots {
-        Roots {
-            files: self.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-        }
-    }
-
     /// The roots with those of Nix's setting `ssl-cert-file`, if that names a file of its own.
     async fn roots_of_nix(&self, ready: &Ready) -> Option<Roots> {
-        const SETTING: &str = "ssl-cert-file";
         let settings = match &ready.settings_before {
             Some(settings) => settings.clone(),
             None => Settings::read(&ready.nix).await.unwrap_or_default(),
         };
-        let lines = [
-            &self.plan.extra_nix_config,
-            self.env.get("NIX_CONFIG").unwrap_or_default(),
-        ];
         // Nix 2.8 does not know the setting, and shows none.
-        let file = lines
-            .into_iter()
-            .find_map(|lines| word_in(lines, SETTING))
-            .or_else(|| settings.text(SETTING))
+        let file = word_in(&self.plan.extra_nix_config, SSL_CERT_FILE)
+            .or_else(|| settings.text(SSL_CERT_FILE))
             .filter(|file| !file.is_empty())?;
-        let mut roots = self.roots();
+        let mut roots = roots(self.env);
         roots.files.push(file.into());
         Some(roots)
     }
