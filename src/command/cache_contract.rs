@@ -8,6 +8,7 @@ use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 
 use crate::command::contract::ContractInput;
+use crate::inputs::roots::roots;
 use crate::inputs::value::{boolean, number, one_of, path, text};
 use crate::inputs::{BazelCacheInput, ClassInput, Format, FormatInput, RequestInputs};
 use flywheel_cache::client::bazel::BazelProber;
@@ -22,7 +23,7 @@ use flywheel_core::secret::Secret;
 use flywheel_core::text::{count, duration, nearest, one_line};
 use flywheel_core::trust::decide;
 use flywheel_nix::cache_name::CacheName;
-use flywheel_sys::http::{Names, Roots, client};
+use flywheel_sys::http::{Names, client};
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
@@ -246,9 +247,7 @@ async fn probe_all(
     env: &Env,
     workflow: &Workflow,
 ) -> Result<Vec<Probed>, Failure> {
-    let roots = Roots {
-        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-    };
+    let roots = roots(env);
     let (prober, plain) = (BazelProber::new(&roots)?, client(&roots)?);
     let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
     token.iter().for_each(|token| workflow.mask(token));

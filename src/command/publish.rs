@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::inputs::roots::roots;
 use crate::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs, VerifyInput};
 use crate::job::policy::PolicyInputs;
 use crate::job::publication;
@@ -32,7 +33,7 @@ use flywheel_nix::key::PublicKey;
 use flywheel_nix::path_info::PathInfos;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
-use flywheel_sys::http::{Clients, Names, Roots};
+use flywheel_sys::http::{Clients, Names};
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::{Level, Workflow};
@@ -134,9 +135,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     };
     let wanted = paths::resolve(&inputs.paths)?;
     let sink = output::sink(&workflow);
-    let clients = Clients::new(&Roots {
-        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-    })?;
+    let clients = Clients::new(&roots(env))?;
     let probing = start_probe(&endpoint, token.as_ref(), &clients);
     let (store, found) = Box::pin(closure(env, &sink, &wanted)).await?;
     let secrets = [("ATTIC_TOKEN", token.as_ref())];

@@ -1,6 +1,7 @@
 //! Inputs that several verbs share, each declared once, and the runner's hints that stand in for them.
 
 pub(crate) mod parse;
+pub(crate) mod roots;
 pub(crate) mod units;
 pub(crate) mod value;
 pub(crate) mod variables;

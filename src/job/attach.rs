@@ -3,12 +3,14 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use url::Url;
 
 use crate::report::job::CacheState;
 use flywheel_cache::client::endpoint::Endpoint;
-use flywheel_cache::client::probe::{self, Probe};
+use flywheel_cache::client::probe::{self, Layer, Probe};
+use flywheel_cache::client::read_proxy::ReadProxy;
 use flywheel_cache::server::{Options, Server, Serving, listen};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::secret::Secret;
@@ -32,6 +34,8 @@ pub(crate) struct Cache {
     pub(crate) token: Option<Secret>,
     /// The key that Nix should trust.
     pub(crate) public_key: Option<PublicKey>,
+    /// What Nix reads the cache through, if it does not read it itself.
+    pub(super) reading: Option<ReadProxy>,
 }
 
 impl Cache {
@@ -43,6 +47,33 @@ impl Cache {
     /// The address for messages, without credentials.
     pub(crate) fn address(&self) -> Option<String> {
         self.backend.as_ref().map(Backend::address)
+    }
+
+    /// The address that goes into Nix's `substituters`.
+    pub(super) fn substituter(&self) -> Option<String> {
+        match &self.reading {
+            Some(proxy) => Some(proxy.substituter()),
+            None => self.backend.as_ref().map(Backend::substituter),
+        }
+    }
+
+    /// What must not appear in a log, because it lets its reader read the cache as this job.
+    pub(crate) fn read_key(&self) -> Option<&Secret> {
+        self.reading.as_ref().map(ReadProxy::key)
+    }
+
+    /// How much of the job's time reads have taken that failed.
+    pub(super) fn spent_on_reads(&self) -> Duration {
+        self.reading
+            .as_ref()
+            .map(ReadProxy::spent)
+            .unwrap_or_default()
+    }
+
+    /// Whether it was left out because its certificate, or something else of TLS, was refused.
+    pub(super) fn is_left_out_by_tls(&self) -> bool {
+        let failed = self.probe.failed.as_ref();
+        !self.is_attached() && failed.is_some_and(|(layer, _)| *layer == Layer::Tls)
     }
 
     /// The address on a server that has Attic's protocol.
@@ -71,18 +102,23 @@ impl Cache {
             probe: Probe::default(),
             token: None,
             public_key: None,
+            reading: None,
         }
     }
 
-    /// Stops the embedded cache, if it runs.
+    /// Stops the embedded cache, and what Nix reads another one through.
     pub(crate) async fn stop(self) {
+        if let Some(proxy) = self.reading {
+            proxy.stop().await;
+        }
         if let Some(backend) = self.backend {
             backend.stop().await;
         }
     }
 }
 
-/// Attaches the cache that `source` names. Never fails and never hangs: a cache that does not work is left out.
+/// Attaches the cache that `source` names. Never fails and never hangs: a cache that does not work is left out. What is
+/// wrong is in what it returns, for [`report`].
 pub(crate) async fn attach(
     source: &Source,
     key: Option<&PublicKey>,
@@ -90,7 +126,7 @@ pub(crate) async fn attach(
     clients: &Clients,
     sink: &Sink,
 ) -> Cache {
-    let cache = match source {
+    match source {
         Source::Off => Cache::none(CacheState::Off),
         Source::NotNamed => Cache::none(CacheState::NotNamed),
         // Whether it opens is seen later, once there is a Nix to open it with.
@@ -125,9 +161,7 @@ pub(crate) async fn attach(
                 text,
             }),
         },
-    };
-    report(&cache, sink);
-    cache
+    }
 }
 
 async fn probe_server(
@@ -163,7 +197,7 @@ async fn probe_server(
 }
 
 /// Warns of what keeps Nix from using the cache.
-fn report(cache: &Cache, sink: &Sink) {
+pub(super) fn report(cache: &Cache, sink: &Sink) {
     if let CacheState::LeftOut { layer, text } = &cache.state {
         sink.degraded(
             "cache",
@@ -180,6 +214,8 @@ fn report(cache: &Cache, sink: &Sink) {
         .as_ref()
         .and_then(|config| config.public_key.as_ref());
     match (&cache.public_key, announced) {
+        // Nix takes what such a store serves as it is.
+        (None, _) if cache.backend.as_ref().is_some_and(Backend::is_trusted) => (),
         (None, announced) => {
             let line = announced
                 .map(|key| format!(" (`attic-public-key: {key}` is what the cache announces)"));

@@ -27,6 +27,14 @@ impl Backend {
         }
     }
 
+    /// Whether the address says that Nix takes paths without a signature from it (`?trusted=true`).
+    pub(crate) fn is_trusted(&self) -> bool {
+        match self {
+            Self::Store(url) => url.is_trusted(),
+            Self::Attic(_) | Self::Embedded { .. } => false,
+        }
+    }
+
     /// The address for messages, without credentials.
     pub(crate) fn address(&self) -> String {
         match self {

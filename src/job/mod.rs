@@ -16,6 +16,7 @@ mod ownership;
 pub(crate) mod policy;
 mod prepare;
 pub(crate) mod publication;
+mod reading;
 mod report;
 pub(crate) mod settings;
 pub(crate) mod source;

@@ -6,11 +6,14 @@ use super::attach::{self, Cache};
 use super::backend::Backend;
 use super::begin::Session;
 use super::destination::DestinationOpener;
+use super::reading::{self, ReadInputs};
 use super::settings::{self, NixSettings, SettingsInputs};
+use crate::inputs::roots::{SSL_CERT_FILE, roots};
 use flywheel_cache::client::destination::Target;
 use flywheel_core::exit::Failure;
 use flywheel_nix::bootstrap::{self, Ready};
 use flywheel_nix::effective_settings::EffectiveSettings;
+use flywheel_nix::settings::{Settings, word_in};
 use flywheel_nix::store::{self, Store};
 use flywheel_nix::tool::Nix;
 use flywheel_sys::http::{Clients as HttpClients, Roots};
@@ -56,7 +59,7 @@ impl Prepared {
         }
     }
 
-    /// Ends what was started for this job: the embedded cache, a Nix daemon.
+    /// Ends what was started for this job: the embedded cache, the proxy that Nix reads through, a Nix daemon.
     pub(crate) async fn stop(self) {
         self.cache.stop().await;
         self.ready.stop().await;
@@ -81,10 +84,28 @@ impl Session<'_> {
         let bootstrapping =
             async { Ok(Box::pin(bootstrap::ready(self.env, sink, BOOTSTRAP_LIMIT)).await?) };
         // Nix comes first in the join: the system's certificates are read while Nix answers.
-        let (ready, (http, mut cache)) = tokio::try_join!(bootstrapping, self.attach_cache())?;
+        let roots = roots(self.env);
+        let attaching = self.attach_cache(&roots);
+        let (ready, (mut http, mut cache)) = tokio::try_join!(bootstrapping, attaching)?;
+        if cache.is_left_out_by_tls()
+            && let Some(roots) = self.roots_of_nix(&ready).await
+        {
+            (http, cache) = self.attach_cache(&roots).await?;
+        }
+        attach::report(&cache, sink);
         // The embedded cache makes a token of its own, which the runner does not know yet.
         if let Some(secret) = &cache.token {
             self.workflow.mask(secret);
+        }
+        let reads = ReadInputs {
+            ready: &ready,
+            http: &http,
+            base: self.env.get("NIX_CONFIG").unwrap_or_default(),
+            extra: &self.plan.extra_nix_config,
+        };
+        cache.reading = reading::start(&reads, &cache, sink).await;
+        if let Some(key) = cache.read_key() {
+            self.workflow.mask(key);
         }
         let mut settings = self.prepare_settings(&ready, &cache).await;
         let nix = ready.nix.clone().with_config(&settings.config);
@@ -118,11 +139,23 @@ impl Session<'_> {
         })
     }
 
-    async fn attach_cache(&self) -> Result<(HttpClients, Cache), Failure> {
-        let roots = Roots {
-            files: self.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
+    /// The roots with those of Nix's setting `ssl-cert-file`, if that names a file of its own.
+    async fn roots_of_nix(&self, ready: &Ready) -> Option<Roots> {
+        let settings = match &ready.settings_before {
+            Some(settings) => settings.clone(),
+            None => Settings::read(&ready.nix).await.unwrap_or_default(),
         };
-        let http = HttpClients::new(&roots)?;
+        // Nix 2.8 does not know the setting, and shows none.
+        let file = word_in(&self.plan.extra_nix_config, SSL_CERT_FILE)
+            .or_else(|| settings.text(SSL_CERT_FILE))
+            .filter(|file| !file.is_empty())?;
+        let mut roots = roots(self.env);
+        roots.files.push(file.into());
+        Some(roots)
+    }
+
+    async fn attach_cache(&self, roots: &Roots) -> Result<(HttpClients, Cache), Failure> {
+        let http = HttpClients::new(roots)?;
         let (plan, token) = (self.plan, self.secrets.attic.as_ref());
         let key = plan.public_key.as_ref();
         let cache = attach::attach(&plan.source, key, token, &http, &self.sink).await;

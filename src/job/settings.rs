@@ -12,6 +12,7 @@ use flywheel_nix::settings::{CacheSettings, Settings, WantedSettings, compose, m
 use flywheel_sys::runner::env::Env;
 
 use super::attach::Cache;
+use super::backend::Backend;
 
 /// What a job's settings are made of.
 pub(crate) struct SettingsInputs<'a> {
@@ -63,7 +64,7 @@ pub(crate) async fn prepare(inputs: &SettingsInputs<'_>, sink: &Sink) -> NixSett
         .is_attached()
         .then(|| cache_settings(inputs, &before, sink))
         .flatten();
-    let access_tokens = access_tokens(inputs, sink);
+    let access_tokens = access_tokens(inputs, &before, sink);
     let wanted = WantedSettings {
         cache,
         access_tokens,
@@ -141,25 +142,43 @@ fn cache_settings(
             or_left_out("netrc", file, sink)
         });
     Some(CacheSettings {
-        substituter: backend.substituter(),
+        substituter: inputs.cache.substituter()?,
+        address: backend.substituter(),
+        attempts: attempts(inputs, backend),
         public_key: inputs.cache.public_key.clone(),
         netrc,
     })
 }
 
-fn access_tokens(inputs: &SettingsInputs<'_>, sink: &Sink) -> Option<PathBuf> {
+/// How often Nix tries a download. From 2.31 or so on it waits a minute before the second try after a 429, whatever the
+/// server asks for. A proxy before the cache lets no 429 through; without one, a try less costs a build at most.
+fn attempts(inputs: &SettingsInputs<'_>, backend: &Backend) -> u32 {
+    let waits = inputs.ready.nix.version.at_least(2, 31);
+    let is_direct = inputs.cache.substituter().as_deref() == Some(&backend.substituter());
+    if waits && is_direct && !matches!(backend, Backend::Embedded { .. }) {
+        1
+    } else {
+        2
+    }
+}
+
+fn access_tokens(inputs: &SettingsInputs<'_>, before: &Settings, sink: &Sink) -> Option<PathBuf> {
     // Nix's `access-tokens` are by host name; GitHub Enterprise Server has one of its own.
     let host = inputs
         .env
         .get("GITHUB_SERVER_URL")
         .and_then(|url| url.strip_prefix("https://"))
         .unwrap_or("github.com");
+    let host = host.trim_end_matches('/');
     let token = inputs.github_token?;
-    or_left_out(
-        "access token",
-        netrc::write_access_token(inputs.private, host.trim_end_matches('/'), token),
-        sink,
-    )
+    let present = before.access_tokens();
+    if present.get(host).is_some_and(|other| other != token) {
+        sink.note(format!(
+            "Nix's `access-tokens` has another token for `{host}`; this job uses its own `GITHUB_TOKEN` (`access-tokens` in `extra-nix-config` goes before it)"
+        ));
+    }
+    let file = netrc::write_access_token(inputs.private, host, token, &present);
+    or_left_out("access token", file, sink)
 }
 
 fn or_left_out(

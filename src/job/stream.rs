@@ -40,6 +40,11 @@ const BATCHES: usize = 256;
 /// This share of the drain time is kept for verifying, which has more where publishing ends early.
 const VERIFY_SHARE: f64 = 0.2;
 
+/// What is left of the 35 s that a hanging cache may cost is for publishing: this long without an answer, less what failed
+/// reads have taken before …
+const IDLE_AFTER_READS: Duration = Duration::from_secs(28);
+/// … and at least this.
+const LEAST_IDLE: Duration = Duration::from_secs(3);
 /// How long the journal may take to open. A folder on a disk that does not answer must not hold up the job.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
 /// What is added to the reason of a lost path that the journal has.
@@ -254,6 +259,11 @@ impl Stream {
             Some((to, publisher)) => {
                 publisher.offer(fed.held).await;
                 publisher.offer(added_paths.wanted.clone()).await;
+                let spent = cache.spent_on_reads();
+                if !spent.is_zero() {
+                    let idle = IDLE_AFTER_READS.saturating_sub(spent).max(LEAST_IDLE);
+                    publisher.stall_after(idle).await;
+                }
                 let publisher = Arc::into_inner(publisher)
                     .expect("the feeder, its only other holder, has ended");
                 let (outcome, verification) = drain(publisher, to, options, deadline, sink).await;

@@ -279,7 +279,10 @@ fn uploads_are_written_only_where_the_gate_allows_and_the_caller_asks() {
         .concat();
         let run = Flywheel::new(&arguments).env("BAZEL_REMOTE_CACHE", &url);
         assert_eq!(run.run().code, 0);
-        let line = format!("build --remote_upload_local_results={uploads}\nbuild --disk_cache=\n");
+        let line = format!(
+            "build --remote_upload_local_results={uploads}\nbuild --disk_cache=\n\
+             build --experimental_remote_cache_eviction_retries=5\n"
+        );
         assert!(
             run.read("rc").contains(&line),
             "{arguments:?}: {}",

@@ -30,6 +30,7 @@ mod obedience;
 mod policy;
 mod publish;
 mod sharing;
+mod slow_cache;
 mod stream;
 mod validate_builders;
 mod watch_store;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::ping::{Opened, Ping, ping};
-use crate::settings::{CacheSettings, Settings};
+use crate::settings::{CacheSettings, Settings, is_same_store, lists_store};
 use crate::tool::{Error, Flavour, Nix};
 
 /// A daemon that takes longer than this to answer counts as dead.
@@ -143,10 +143,15 @@ fn overridden(settings: &Settings, cache: &CacheSettings) -> Vec<IgnoredSetting>
         file: None,
     };
     let mut all = Vec::new();
-    if !lists_url(&settings.list("substituters"), &cache.substituter) {
+    let listed = settings.list("substituters");
+    // A later line may name the cache itself in place of the proxy before it.
+    if ![&cache.substituter, &cache.address]
+        .map(|url| lists_store(&listed, url))
+        .contains(&true)
+    {
         all.push(ignored(
             "extra-substituters",
-            format!("extra-substituters = {}", cache.substituter),
+            format!("extra-substituters = {}", cache.address),
         ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
@@ -201,14 +206,13 @@ async fn is_untrusted(nix: &Nix, opened: &Opened) -> Result<bool, Error> {
 
 /// Looks for "ignoring untrusted substituter 'URL'", which all versions print.
 fn warns_of_ignoring(stderr: &str, url: &str) -> bool {
-    let url = url.trim_end_matches('/');
     stderr
         .lines()
         .filter(|line| line.contains("ignoring untrusted substituter"))
         .any(|line| {
             line.split('\'')
                 .nth(1)
-                .is_some_and(|named| named.trim_end_matches('/') == url)
+                .is_some_and(|named| is_same_store(named, url))
         })
 }
 
@@ -240,7 +244,7 @@ fn untrusted(
     if warns_of_ignoring(&opened.stderr, &cache.substituter) {
         all.push(ignored(
             "extra-substituters",
-            format!("extra-trusted-substituters = {}", cache.substituter),
+            format!("extra-trusted-substituters = {}", cache.address),
         ));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
@@ -282,12 +286,6 @@ fn user() -> String {
         (number == id).then(|| name.to_owned())
     });
     named.unwrap_or(id)
-}
-
-fn lists_url(list: &[String], url: &str) -> bool {
-    // A trailing slash makes no difference.
-    list.iter()
-        .any(|listed| listed.trim_end_matches('/') == url.trim_end_matches('/'))
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! file with access tokens for fetchers. Both have mode 0600 in a folder with mode 0700 and are
 //! written completely or not at all; the folder's owner removes them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
@@ -121,7 +122,8 @@ pub fn write(
 }
 
 /// Writes `extra-access-tokens = HOST=TOKEN` into a file that `NIX_CONFIG` includes, so that the
-/// token is in no environment.
+/// token is in no environment. `present` are the tokens that Nix has already. If there is another one
+/// for the host among them, all are written anew: what is added to a setting does not replace it.
 ///
 /// # Errors
 /// When the token cannot be expressed in a setting, or the file cannot be written.
@@ -129,14 +131,30 @@ pub fn write_access_token(
     folder: &Path,
     host: &str,
     token: &Secret,
+    present: &BTreeMap<String, Secret>,
 ) -> Result<PathBuf, WriteError> {
     spellable(ACCESS_TOKEN, token)?;
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:/".contains(&c);
     if host.is_empty() || !host.bytes().all(plain) {
         return Err(WriteError::Host(one_line(host, 120)));
     }
-    let line =
-        Zeroizing::new(format!("extra-access-tokens = {host}={}\n", token.expose()).into_bytes());
+    let is_replaced = present.get(host).is_some_and(|other| other != token);
+    let mut line = Zeroizing::new(Vec::new());
+    line.extend(if is_replaced {
+        &b"access-tokens ="[..]
+    } else {
+        b"extra-access-tokens ="
+    });
+    let others = present
+        .iter()
+        .filter(|(other, _)| is_replaced && *other != host);
+    for (host, token) in others
+        .map(|(host, token)| (host.as_str(), token))
+        .chain([(host, token)])
+    {
+        line.extend([b" ", host.as_bytes(), b"=", token.expose().as_bytes()].concat());
+    }
+    line.push(b'\n');
     write_private(folder, "access-tokens.conf", line)
 }
 
@@ -189,6 +207,20 @@ fn spellable(what: &'static str, token: &Secret) -> Result<(), WriteError> {
 }
 
 /// Reads the netrc in use, with a final line break; empty if there is none.
+/// Whether this netrc may have a credential for `host`. Errs on the side of yes.
+pub fn may_name(file: &Path, host: &str) -> bool {
+    if !file.exists() {
+        return false;
+    }
+    let Ok(content) = read_existing(file) else {
+        return true;
+    };
+    let content = String::from_utf8_lossy(&content);
+    content
+        .split_whitespace()
+        .any(|word| word == "default" || word.eq_ignore_ascii_case(host))
+}
+
 fn read_existing(file: &Path) -> Result<Zeroizing<Vec<u8>>, WriteError> {
     let error = |source| WriteError::Existing {
         file: file.to_owned(),
@@ -344,7 +376,10 @@ mod tests {
                 !format!("{error} {error:?} {:?}", error.hint()).contains(text),
                 "{error}"
             );
-            assert!(write_access_token(folder.path(), "github.com", &secret(text)).is_err());
+            assert!(
+                write_access_token(folder.path(), "github.com", &secret(text), &BTreeMap::new())
+                    .is_err()
+            );
         }
         for host in ["", "a b", "a\nmachine b", "a\"b"] {
             assert!(
@@ -399,9 +434,38 @@ mod tests {
     #[test]
     fn an_access_token_is_a_setting_in_a_file() {
         let folder = private();
-        let file =
-            write_access_token(folder.path(), "github.com", &secret("ghp_x")).expect("written");
+        let file = write_access_token(
+            folder.path(),
+            "github.com",
+            &secret("ghp_x"),
+            &BTreeMap::new(),
+        )
+        .expect("written");
         assert_eq!(read(&file), "extra-access-tokens = github.com=ghp_x\n");
         assert_eq!(fs::metadata(&file).expect("there").mode() & 0o7777, 0o600);
+    }
+
+    #[test]
+    fn another_token_for_the_host_gives_way_and_those_for_other_hosts_stay() {
+        let folder = private();
+        let present = [("github.com", "old"), ("gitlab.example", "x")];
+        let present = present.map(|(host, token)| (host.to_owned(), secret(token)));
+        let present = BTreeMap::from(present);
+        let file = write_access_token(folder.path(), "github.com", &secret("new"), &present);
+        assert_eq!(
+            read(&file.expect("written")),
+            "access-tokens = gitlab.example=x github.com=new\n"
+        );
+    }
+
+    #[test]
+    fn a_netrc_may_name_a_host_or_all_of_them() {
+        let folder = private();
+        let file = folder.path().join("netrc");
+        assert!(!may_name(&file, "h.example"));
+        fs::write(&file, "machine other.example\n login a password b\n").expect("written");
+        assert!(may_name(&file, "other.example") && !may_name(&file, "h.example"));
+        fs::write(&file, "default login a password b\n").expect("written");
+        assert!(may_name(&file, "h.example"));
     }
 }

@@ -1,6 +1,7 @@
 //! Composes `NIX_CONFIG` for the user's command from the runner's lines, ours and the user's.
 //! Writes no configuration file, and never drops or reorders a given line.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,16 +10,16 @@ use serde_json::{Map, Value};
 use crate::key::PublicKey;
 use crate::tool::{Error, FEATURES, Flavour, Nix};
 use flywheel_core::exit::UsageError;
+use flywheel_core::secret::Secret;
 
 /// Printing the settings opens no store, so this is ample.
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Bounds on downloads, so that a substituter that dies during a job costs seconds while a slow
 /// link still works. Nix's defaults (300 s, five attempts, then a failed build) would cost minutes.
-const DOWNLOAD_BOUNDS: [(&str, &str); 4] = [
+const DOWNLOAD_BOUNDS: [(&str, &str); 3] = [
     ("connect-timeout", "5"),
     ("stalled-download-timeout", "30"),
-    ("download-attempts", "2"),
     ("fallback", "true"),
 ];
 
@@ -39,12 +40,41 @@ pub struct WantedSettings {
 /// How Nix reaches the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheSettings {
-    /// `<server>/<cache>`.
+    /// What Nix reads: `<server>/<cache>`, or a proxy before it.
     pub substituter: String,
+    /// The cache's own address.
+    pub address: String,
+    /// How often a download is tried.
+    pub attempts: u32,
     /// Its public key, without which Nix refuses every hit.
     pub public_key: Option<PublicKey>,
     /// The netrc with its token.
     pub netrc: Option<PathBuf>,
+}
+
+impl CacheSettings {
+    fn is_behind_proxy(&self) -> bool {
+        self.substituter != self.address
+    }
+}
+
+/// Whether two URLs of stores mean the same one: a slash at the end and the order of the parameters make no difference.
+pub(crate) fn is_same_store(one: &str, other: &str) -> bool {
+    fn parts(url: &str) -> (&str, Vec<&str>) {
+        let (address, parameters) = url.split_once('?').unwrap_or((url, ""));
+        let mut parameters: Vec<&str> = parameters
+            .split('&')
+            .filter(|one| !one.is_empty())
+            .collect();
+        parameters.sort_unstable();
+        (address.trim_end_matches('/'), parameters)
+    }
+    parts(one) == parts(other)
+}
+
+/// Whether this store is among those that are listed.
+pub(crate) fn lists_store(list: &[String], url: &str) -> bool {
+    list.iter().any(|listed| is_same_store(listed, url))
 }
 
 /// Returns `base` (the runner's `NIX_CONFIG`) unchanged, followed by our lines and then the user's.
@@ -64,6 +94,15 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
         line(repair);
     }
     if let Some(cache) = &wanted.cache {
+        let listed = wanted.before.list("substituters");
+        if cache.is_behind_proxy() && lists_store(&listed, &cache.address) {
+            // Otherwise Nix would go round the proxy.
+            let others = listed
+                .iter()
+                .filter(|url| !is_same_store(url, &cache.address));
+            let others: Vec<&str> = others.map(String::as_str).collect();
+            line(&format!("substituters = {}", others.join(" ")));
+        }
         line(&format!("extra-substituters = {}", cache.substituter));
         if let Some(key) = &cache.public_key {
             line(&format!("extra-trusted-public-keys = {key}"));
@@ -71,7 +110,9 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
         if let Some(netrc) = &cache.netrc {
             line(&format!("netrc-file = {}", netrc.display()));
         }
-        for (name, value) in DOWNLOAD_BOUNDS {
+        let attempts = cache.attempts.to_string();
+        let bounds = DOWNLOAD_BOUNDS.into_iter();
+        for (name, value) in bounds.chain([("download-attempts", attempts.as_str())]) {
             // A bound that the runner or the user has chosen stays.
             if !sets(base, name) && !wanted.before.is_set(name) {
                 line(&format!("{name} = {value}"));
@@ -93,6 +134,15 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
 /// Whether this text assigns the setting `name`.
 pub fn sets(text: &str, name: &str) -> bool {
     lines(text).any(|(_, words)| words.first() == Some(&name) && words.get(1) == Some(&"="))
+}
+
+/// The last value that this text assigns to the setting `name`, if it is one word.
+pub fn word_in(text: &str, name: &str) -> Option<String> {
+    let values = lines(text).filter_map(|(_, words)| match words[..] {
+        [assigned, "=", value] if assigned == name => Some(value.to_owned()),
+        _ => None,
+    });
+    values.last()
 }
 
 /// Splits the non-empty lines into words as Nix does (comments removed; blanks, tabs and carriage
@@ -188,6 +238,27 @@ impl Settings {
         }
     }
 
+    /// The tokens for fetchers, by host or by a part of it (`github.com/owner`).
+    pub fn access_tokens(&self) -> BTreeMap<String, Secret> {
+        let pairs: Vec<(String, String)> = match self.value("access-tokens") {
+            Some(Value::Object(map)) => map
+                .iter()
+                .filter_map(|(host, token)| Some((host.clone(), token.as_str()?.to_owned())))
+                .collect(),
+            // Some versions print such settings as text.
+            _ => self
+                .list("access-tokens")
+                .iter()
+                .filter_map(|word| word.split_once('='))
+                .map(|(host, token)| (host.to_owned(), token.to_owned()))
+                .collect(),
+        };
+        pairs
+            .into_iter()
+            .filter_map(|(host, token)| Some((host, Secret::new(&token)?)))
+            .collect()
+    }
+
     /// Whether the setting has a value other than its default.
     pub(crate) fn is_set(&self, name: &str) -> bool {
         self.value(name).is_some()
@@ -223,6 +294,8 @@ mod tests {
         WantedSettings {
             cache: Some(CacheSettings {
                 substituter: "https://cache.example/main".to_owned(),
+                address: "https://cache.example/main".to_owned(),
+                attempts: 2,
                 public_key: Some(KEY.parse().expect("a key")),
                 netrc: Some("/private/netrc".into()),
             }),
@@ -244,9 +317,39 @@ mod tests {
             "{base}\nextra-experimental-features = nix-command flakes\nbuild-users-group =\n\
              extra-substituters = https://cache.example/main\nextra-trusted-public-keys = {KEY}\n\
              netrc-file = /private/netrc\nconnect-timeout = 5\nstalled-download-timeout = 30\n\
-             download-attempts = 2\nfallback = true\n!include /private/access-tokens.conf\nmax-jobs = 4\n"
+             fallback = true\ndownload-attempts = 2\n!include /private/access-tokens.conf\nmax-jobs = 4\n"
         );
         assert_eq!(compose(base, &wanted()), expected);
+    }
+
+    #[test]
+    fn a_cache_that_is_read_through_a_proxy_is_read_in_no_other_way() {
+        let mut wanted = wanted();
+        wanted.before = settings(
+            r#"{"substituters":{"value":["https://a?x=1","https://cache.example/main/"],"defaultValue":["https://a"]}}"#,
+        );
+        if let Some(cache) = &mut wanted.cache {
+            cache.substituter = "http://127.0.0.1:1/k/main".to_owned();
+        }
+        let text = compose("", &wanted);
+        assert!(
+            text.contains(
+                "\nsubstituters = https://a?x=1\nextra-substituters = http://127.0.0.1:1/k/main\n"
+            ),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn urls_of_stores_are_compared_by_what_they_mean() {
+        let url = "https://h/main?trusted=true&priority=10";
+        assert!(is_same_store(
+            url,
+            "https://h/main/?priority=10&trusted=true"
+        ));
+        for other in ["https://h/main", "https://h/other?trusted=true&priority=10"] {
+            assert!(!is_same_store(url, other), "{other}");
+        }
     }
 
     #[test]
@@ -291,6 +394,10 @@ mod tests {
     fn lines_that_nix_refuses_are_found_by_number() {
         let text = "cores = 2\r\n\n# garbage\ngarbage\nx=1\n= 3\ninclude a\n!include a\ninclude\nempty =\nextra-x http://x";
         assert_eq!(malformed(text), [4, 5, 6, 9, 11]);
+        assert_eq!(
+            word_in("x = 1\nx = 2 # last\ny = 3", "x").as_deref(),
+            Some("2")
+        );
         assert!(check_extra("max-jobs = 4").is_ok());
         let error = check_extra("max-jobs = 4\nmax-jobs: 3").expect_err("no equals sign");
         assert_eq!(
@@ -310,5 +417,6 @@ mod tests {
         assert_eq!(settings.netrc_file(), Some("/etc/nix/netrc".into()));
         assert_eq!(settings.text("no-such-setting"), None);
         assert!(!format!("{settings:?}").contains("s3cr3t"));
+        assert_eq!(settings.access_tokens()["github.com"].expose(), "s3cr3t");
     }
 }

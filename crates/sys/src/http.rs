@@ -7,10 +7,12 @@ mod trust;
 use std::error::Error as StdError;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
+use hickory_resolver::config::LookupIpStrategy;
 use thiserror::Error;
 
 pub use self::direct::{ByteStream, ConnectError, Direct};
@@ -21,6 +23,9 @@ use flywheel_core::exit::{Exit, Explain};
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A response with no new byte for this long is aborted.
 pub(crate) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Once a name has addresses of one family, those of the other are waited for this long. RFC 8305 has 50 ms.
+const OTHER_FAMILY: Duration = Duration::from_millis(50);
 
 pub const USER_AGENT: &str = concat!("flywheel/", env!("CARGO_PKG_VERSION"));
 
@@ -147,7 +152,7 @@ pub enum LookupError {
 /// Looks up names without libc's `getaddrinfo`, which a static binary must not call: it crashes where nsswitch loads
 /// modules of another glibc.
 #[derive(Clone, Default)]
-pub struct Names(Arc<OnceLock<Option<TokioResolver>>>);
+pub struct Names(Arc<OnceLock<Option<Resolvers>>>);
 
 impl Names {
     /// The addresses of `host`, which may be a literal address, `localhost`, or a name.
@@ -168,18 +173,60 @@ impl Names {
                 IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]),
             ]);
         }
-        // Without a resolver only `/etc/hosts` can know the name.
-        let Some(resolver) = self.0.get_or_init(system_resolver) else {
-            return hosts_file(bare).ok_or_else(|| LookupError::NoResolver(bare.to_owned()));
+        // As for libc, a name that the file has is not asked for elsewhere, also if it has one address only.
+        if let Some(found) = hosts_file(bare) {
+            return Ok(found);
+        }
+        let Some(resolvers) = self.0.get_or_init(system_resolvers) else {
+            return Err(LookupError::NoResolver(bare.to_owned()));
         };
-        match resolver.lookup_ip(bare).await {
-            Ok(found) => Ok(found.iter().collect()),
-            Err(source) => Err(LookupError::Unknown {
+        let ask = |resolver: &TokioResolver| {
+            let resolver = resolver.clone();
+            async move {
+                let found = resolver.lookup_ip(bare).await;
+                found.map(|found| found.iter().collect())
+            }
+        };
+        Box::pin(either_family(ask(&resolvers.ipv4), ask(&resolvers.ipv6)))
+            .await
+            .map_err(|source| LookupError::Unknown {
                 name: bare.to_owned(),
                 source: source.into(),
-            }),
-        }
+            })
     }
+}
+
+/// A resolver for each family of addresses: some servers never answer for one of them.
+#[derive(Clone)]
+struct Resolvers {
+    ipv4: TokioResolver,
+    ipv6: TokioResolver,
+}
+
+/// The addresses of both families. Once one family has some, the other gets [`OTHER_FAMILY`] for its own.
+async fn either_family<E>(
+    ipv4: impl Future<Output = Result<Vec<IpAddr>, E>> + Send,
+    ipv6: impl Future<Output = Result<Vec<IpAddr>, E>> + Send,
+) -> Result<Vec<IpAddr>, E> {
+    let (mut ipv4, mut ipv6) = (pin!(ipv4), pin!(ipv6));
+    let (first, other): (_, Pin<&mut (dyn Future<Output = _> + Send)>) = tokio::select! {
+        biased;
+        found = &mut ipv4 => (found, ipv6),
+        found = &mut ipv6 => (found, ipv4),
+    };
+    let Some(mut addresses) = first
+        .as_ref()
+        .ok()
+        .filter(|found| !found.is_empty())
+        .cloned()
+    else {
+        // The error of the family that has been asked to the end is as good as the other's.
+        return other.await.or(first);
+    };
+    if let Ok(Ok(more)) = tokio::time::timeout(OTHER_FAMILY, other).await {
+        addresses.extend(more);
+    }
+    Ok(addresses)
 }
 
 /// Why a host cannot be reached.
@@ -221,7 +268,7 @@ pub async fn reach(
 
 /// The resolver of `/etc/resolv.conf`. hickory falls back to public servers when that file is missing or has no server,
 /// so both cases are refused first.
-fn system_resolver() -> Option<TokioResolver> {
+fn system_resolvers() -> Option<Resolvers> {
     let text = std::fs::read_to_string("/etc/resolv.conf").ok()?;
     let named = text
         .lines()
@@ -229,7 +276,15 @@ fn system_resolver() -> Option<TokioResolver> {
     if !named {
         return None;
     }
-    TokioResolver::builder_tokio().ok()?.build().ok()
+    let resolver = |family| {
+        let mut builder = TokioResolver::builder_tokio().ok()?;
+        builder.options_mut().ip_strategy = family;
+        builder.build().ok()
+    };
+    Some(Resolvers {
+        ipv4: resolver(LookupIpStrategy::Ipv4Only)?,
+        ipv6: resolver(LookupIpStrategy::Ipv6Only)?,
+    })
 }
 
 fn hosts_file(name: &str) -> Option<Vec<IpAddr>> {
@@ -359,6 +414,35 @@ mod tests {
                 .await
                 .expect("known")
                 .contains(&IpAddr::from([127, 0, 0, 1]))
+        );
+    }
+
+    #[tokio::test]
+    async fn the_first_family_that_answers_serves() {
+        let silent = std::future::pending::<Result<Vec<IpAddr>, &str>>;
+        let found = || async { Ok(vec![IpAddr::from([192, 0, 2, 1])]) };
+        let refused = || async { Err("no such name") };
+        let none = || async { Ok(Vec::new()) };
+        let within = Duration::from_secs(5);
+        let both = tokio::time::timeout(within, either_family(found(), silent())).await;
+        assert_eq!(both.expect("in time").expect("found").len(), 1);
+        let both = tokio::time::timeout(within, either_family(silent(), found())).await;
+        assert_eq!(both.expect("in time").expect("found").len(), 1);
+        assert_eq!(
+            either_family(found(), found()).await.map(|all| all.len()),
+            Ok(2)
+        );
+        assert_eq!(
+            either_family(refused(), found()).await.map(|all| all.len()),
+            Ok(1)
+        );
+        assert_eq!(
+            either_family(none(), found()).await.map(|all| all.len()),
+            Ok(1)
+        );
+        assert_eq!(
+            either_family(refused(), refused()).await,
+            Err("no such name")
         );
     }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::command::flake_checks::RunResult;
 use crate::command::flake_checks::engine::RunEnd;
 use crate::command::flake_checks::inputs::{Checks, Plan};
+use crate::inputs::roots::roots;
 use crate::job::{STOPPED_LIMIT, Session};
 use flywheel_core::exit::Explain;
 use flywheel_core::text::one_line;
@@ -13,7 +14,7 @@ use flywheel_github::checks::board::{Aggregate, CheckRunReporter};
 use flywheel_github::checks::options::Options;
 use flywheel_github::checks::summary::{closing_line, render};
 use flywheel_github::checks::text::plain;
-use flywheel_sys::http::{Clients, Roots};
+use flywheel_sys::http::Clients;
 use flywheel_sys::runner::context::{commit, github_api};
 use flywheel_sys::runner::workflow::Level;
 
@@ -43,9 +44,7 @@ pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReport
     let Some((repository, sha)) = commit(session.env) else {
         return unavailable("the job has no commit");
     };
-    let roots = Roots {
-        files: session.env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-    };
+    let roots = roots(session.env);
     let client = match Clients::new(&roots) {
         Ok(clients) => clients.api,
         Err(error) => return unavailable(&error.to_string()),

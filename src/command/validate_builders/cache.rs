@@ -181,7 +181,7 @@ fn record_layers(list: &mut CheckList, endpoint: &Endpoint, probed: &Probe) {
                 list.put(
                     spec,
                     PROBE_LIMIT,
-                    at.unwrap_or(PROBE_LIMIT).saturating_sub(reached),
+                    at.unwrap_or(probed.took).saturating_sub(reached),
                     Err(CheckFailure::new(what, hint)),
                 );
             }
@@ -393,5 +393,40 @@ async fn try_endpoint(
         "executor" if !can.execution => Err(failed("it answers, but executes nothing".to_owned())),
         "cache" if !can.cache => Err(failed("it answers, but offers no cache".to_owned())),
         _ => Ok(((), shown)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::check_list::Weights;
+    use super::*;
+
+    #[test]
+    fn a_layer_that_failed_has_the_time_that_it_took() {
+        let ms = Duration::from_millis;
+        let server = "http://h:1".parse().expect("URL");
+        let endpoint = Endpoint::new(server, "main".parse().expect("name"));
+        let probed = Probe {
+            layers: vec![
+                (Layer::Name, ms(1)),
+                (Layer::Connect, ms(2)),
+                (Layer::Http, ms(9)),
+            ],
+            failed: Some((
+                Layer::Authorised,
+                "the server answered 403. Look".to_owned(),
+            )),
+            took: ms(12),
+            ..Probe::default()
+        };
+        let deadline = tokio::time::Instant::now() + PROBE_LIMIT;
+        let mut list = CheckList::new(Weights::default(), deadline);
+        record_layers(&mut list, &endpoint, &probed);
+        let took = list
+            .checks
+            .iter()
+            .find(|check| check.name == "cache-authorised")
+            .map(|check| check.took);
+        assert_eq!(took, Some(ms(3)));
     }
 }

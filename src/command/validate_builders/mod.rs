@@ -16,12 +16,13 @@ pub(crate) use self::inputs::Inputs;
 use self::check_list::CheckList;
 use self::inputs::Plan;
 use self::nix::Built;
+use crate::inputs::roots::roots;
 use crate::report::canary::Canary;
 use flywheel_cache::client::bazel::BazelProber;
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{self, Decision, decide};
-use flywheel_sys::http::{Clients, Roots};
+use flywheel_sys::http::Clients;
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::Workflow;
@@ -41,9 +42,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     };
     let (attic, github) = (token("ATTIC_TOKEN"), token("GITHUB_TOKEN"));
     let decision = decide(&context::facts(env), &plan.request, attic.is_some());
-    let roots = Roots {
-        files: env.path("NIX_SSL_CERT_FILE").into_iter().collect(),
-    };
+    let roots = roots(env);
     let work = CheckContext {
         plan,
         env,

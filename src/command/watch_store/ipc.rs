@@ -35,8 +35,8 @@ pub(super) enum StartEvent {
     Note(String),
     Degraded(String, String),
     Ready {
-        /// A token to mask before any variable is set.
-        secret: Option<String>,
+        /// What to mask before any variable is set.
+        secrets: Vec<String>,
         /// Variables for the later steps.
         variables: Vec<(String, String)>,
         /// A folder for the later steps' `PATH`.

@@ -197,11 +197,11 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 workflow.annotate(Level::Warning, &area, &text);
             }
             Some(StartEvent::Ready {
-                secret,
+                secrets,
                 variables,
                 folder,
             }) => {
-                if let Some(secret) = secret.as_deref().and_then(Secret::new) {
+                for secret in secrets.iter().filter_map(|secret| Secret::new(secret)) {
                     workflow.mask(&secret);
                 }
                 export_settings(env, &workflow, &variables, folder.as_deref())?;
@@ -309,7 +309,11 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
             .as_ref()
             .filter(|token| secrets.attic.as_ref() != Some(token));
         let event = StartEvent::Ready {
-            secret: own.map(|token| token.expose().to_owned()),
+            secrets: own
+                .into_iter()
+                .chain(prepared.cache.read_key())
+                .map(|secret| secret.expose().to_owned())
+                .collect(),
             variables: variables(prepared),
             folder: nix_folder(prepared).map(Into::into),
         };

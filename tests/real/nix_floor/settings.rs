@@ -27,6 +27,8 @@ fn wanted(cache: CacheSettings) -> WantedSettings {
 fn cache(netrc: Option<PathBuf>) -> CacheSettings {
     CacheSettings {
         substituter: CACHE.to_owned(),
+        address: CACHE.to_owned(),
+        attempts: 2,
         public_key: Some(KEY.parse().unwrap()),
         netrc,
     }
@@ -59,8 +61,10 @@ fn a_single_user_store_follows_the_settings() {
                     .system_settings("download-attempts = 7\naccess-tokens = example.org=tok-c\n");
                 let token = Secret::new("tok-b").unwrap();
                 let file = netrc::write(&folder, "127.0.0.1", &token, None).unwrap();
-                let access_tokens =
-                    Some(netrc::write_access_token(&folder, "github.com", &token).unwrap());
+                let access_tokens = Some(
+                    netrc::write_access_token(&folder, "github.com", &token, &Default::default())
+                        .unwrap(),
+                );
                 let before = Settings::read(&nix).await.unwrap();
                 let base = format!(
                     "# the runner's\n{CONFIG}extra-substituters = http://runner.example\r\ncores = 3"

@@ -351,10 +351,7 @@ fn failed(stderr: &str, path: &StorePath) -> Error {
         || "it printed no error".to_owned(),
         |line| one_line(line.trim(), 300),
     );
-    Error::Tool {
-        call: "attic push",
-        text,
-    }
+    Error::from_tool("attic push", text)
 }
 
 /// Whether the server does not know the query. That allows no conclusion about the paths.

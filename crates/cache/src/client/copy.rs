@@ -73,6 +73,12 @@ impl StoreUrl {
         self.0.as_str()
     }
 
+    /// Whether Nix takes paths from it without a signature (`?trusted=true`).
+    pub fn is_trusted(&self) -> bool {
+        let mut parameters = self.0.query_pairs();
+        parameters.any(|(name, value)| name == "trusted" && matches!(&*value, "true" | "1" | "yes"))
+    }
+
     /// The host for a netrc entry; `None` unless the scheme is HTTP or HTTPS.
     pub fn http_host(&self) -> Option<&str> {
         self.0
@@ -142,6 +148,10 @@ pub struct StoreCopy {
 impl StoreCopy {
     /// `nix` must have the store's credentials in its settings and environment.
     pub fn new(nix: Nix, url: StoreUrl) -> Self {
+        // The publisher tries again itself. Nix 2.34 waits a minute after a 429, 2.8's second try sends no body, and 2.26's
+        // cannot succeed.
+        let config = format!("{}\ndownload-attempts = 1\n", nix.config().trim_end());
+        let nix = nix.with_config(&config);
         let calls = Arc::new(Calls { nix, url });
         let copies = |limit| {
             let calls = Arc::clone(&calls);
@@ -418,7 +428,7 @@ impl Calls {
         if output.status.success() {
             Ok(output.stdout)
         } else {
-            Err(failed(error_summary(&output.stderr)))
+            Err(Error::from_tool(call, error_summary(&output.stderr)))
         }
     }
 }
@@ -433,6 +443,10 @@ fn clone_error(error: &Error) -> Error {
     match error {
         Error::Tool { call, text } => Error::Tool {
             call,
+            text: text.clone(),
+        },
+        Error::Rejected { status, text } => Error::Rejected {
+            status: *status,
             text: text.clone(),
         },
         other => Error::Foreign(other.to_string()),

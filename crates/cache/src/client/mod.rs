@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod journal;
 pub mod probe;
 pub mod publish;
+pub mod read_proxy;
 pub mod verify;
 
 #[cfg(test)]

@@ -74,6 +74,8 @@ pub struct Probe {
     pub usable: bool,
     /// The layer that failed, and a sentence with the cause and a hint.
     pub failed: Option<(Layer, String)>,
+    /// When the result was known, since the start of the probe.
+    pub took: Duration,
     /// Whether the cache can be read without a token, so that Nix needs no netrc.
     pub public: bool,
     /// The cache's description, if the server has Attic's protocol and the token may read it.
@@ -122,6 +124,7 @@ pub async fn probe(
         add_lower_layers(&mut probe.layers, &endpoint.server, began.elapsed());
         probe.answers = true;
     }
+    probe.took = began.elapsed();
     match info.map_err(|failure| prober.explain(failure, token.is_some(), &probe.layers)) {
         Err((layer, text)) => {
             // A failure below this layer means that the response was none of a cache: a web page, or a redirect.

@@ -432,6 +432,9 @@ pub fn bazelrc(mode: Mode, cache: Option<&str>, executor: Option<&str>, upload: 
         lines.push(format!("build --remote_upload_local_results={upload}"));
         // With a disk cache, a build could pass without the remote cache having worked.
         lines.push("build --disk_cache=".to_owned());
+        // A cache may evict an output while it still has the action's result. Bazel 7 ends such a build with exit code 39,
+        // unless it may begin again. Known since Bazel 6.2.
+        lines.push("build --experimental_remote_cache_eviction_retries=5".to_owned());
     }
     if mode == Mode::ExecutorBacked {
         lines.extend(

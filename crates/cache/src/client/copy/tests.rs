@@ -207,3 +207,10 @@ async fn a_body_is_fetched_and_judged_by_nix() {
         );
     }
 }
+
+#[test]
+fn a_store_that_nix_trusts_says_so_in_its_url() {
+    let is_trusted = |url: &str| url.parse::<StoreUrl>().expect("a store").is_trusted();
+    assert!(is_trusted("https://h/nix?priority=1&trusted=true"));
+    assert!(!is_trusted("https://h/nix") && !is_trusted("https://h/nix?trusted=false"));
+}

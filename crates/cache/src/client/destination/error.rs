@@ -65,6 +65,39 @@ pub enum Error {
     Local(#[from] DumpError),
 }
 
+impl Error {
+    /// What a program that publishes for us has failed with. A refusal for good, which its message shows, is one here, so
+    /// that nothing is tried again.
+    pub(crate) fn from_tool(call: &'static str, text: String) -> Self {
+        match refusal(&text) {
+            Some(status) => Self::Rejected { status, text },
+            None => Self::Tool { call, text },
+        }
+    }
+}
+
+/// The status of a refusal for good in the message of a program: in Nix's words, or by Attic's names.
+fn refusal(text: &str) -> Option<u16> {
+    const NAMES: [(&str, u16); 3] = [
+        ("Unauthorized", 401),
+        ("AccessError", 403),
+        ("NoSuchCache", 404),
+    ];
+    let number = text.split_once("HTTP error ").and_then(|(_, rest)| {
+        let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        digits.parse().ok()
+    });
+    let named = || {
+        let mut names = NAMES.iter();
+        names
+            .find(|(name, _)| text.contains(name))
+            .map(|(_, status)| *status)
+    };
+    number
+        .or_else(named)
+        .filter(|status| matches!(status, 401 | 403 | 404 | 405 | 410 | 501))
+}
+
 impl Explain for Error {
     fn exit(&self) -> Exit {
         Exit::Failed
@@ -140,6 +173,33 @@ impl Error {
             Self::Unreachable { layer, .. } => *layer != Layer::Http,
             Self::Busy { status, .. } => matches!(status, 502..=504 | 520..),
             _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_was_refused_for_good_is_not_run_again() {
+        let upload = |what: &str| format!("unable to upload 'http://h/x.narinfo': {what}");
+        for text in [
+            upload("HTTP error 405 ('')"),
+            upload("HTTP error 404"),
+            "Error: AccessError: Access denied".to_owned(),
+            "Error: Unauthorized: Unauthorized.".to_owned(),
+        ] {
+            let error = Error::from_tool("nix copy", text);
+            assert_eq!(error.action(), Action::Never, "{error}");
+        }
+        for text in [
+            upload("HTTP error 503 ('')"),
+            upload("HTTP error 429"),
+            upload("Couldn't connect to server (7)"),
+        ] {
+            let error = Error::from_tool("nix copy", text);
+            assert!(matches!(error.action(), Action::Retry { .. }), "{error}");
         }
     }
 }

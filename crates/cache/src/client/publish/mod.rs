@@ -101,6 +101,7 @@ impl Default for Options {
 
 enum Command {
     Offer(Vec<PathInfo>),
+    StallAfter(Duration),
     Drain {
         deadline: Instant,
         cancel: CancellationToken,
@@ -139,6 +140,13 @@ impl Publisher {
     pub async fn offer(&self, infos: Vec<PathInfo>) {
         // The task has gone only after a panic, which `drain` reports.
         let _ = self.commands.send(Command::Offer(infos)).await;
+    }
+
+    /// From now on, nothing may stand still or be unavailable for longer than this: for a server that has cost the job its
+    /// time already.
+    pub async fn stall_after(&self, idle: Duration) {
+        // As in `offer`.
+        let _ = self.commands.send(Command::StallAfter(idle)).await;
     }
 
     /// Publishes the remaining paths, small ones first, until `deadline`; `cancel` ends it at once. The outcome has

@@ -85,6 +85,29 @@ async fn a_server_that_answers_nothing_ends_it_soon() {
     assert_eq!(outcome.counts().left, 4);
 }
 
+/// What failed reads have cost is taken off: the publisher is told to wait for less than it would.
+#[tokio::test]
+async fn a_server_that_has_cost_its_time_already_gets_less() {
+    let fake = Fake::start().await;
+    fake.server.faults().hang = true;
+    let mut options = options(&fake, u64::MAX);
+    options.stall.idle = LIMIT;
+    let attic = fake.attic_with_timeout(GOOD, stall(u64::MAX));
+    let permit = super::tests::permit();
+    let publisher = Publisher::start(&permit, attic, options, Sink::silent());
+    publisher.offer(tools(&fake, 3)).await;
+    publisher.stall_after(IDLE).await;
+    let drain = Instant::now();
+    let outcome = publisher
+        .drain(drain + LIMIT, CancellationToken::new())
+        .await;
+    assert!(
+        outcome.stalled && drain.elapsed() < IDLE * 5,
+        "{:?}",
+        drain.elapsed()
+    );
+}
+
 /// 3 MB at 1 MB/s get 3 s more than the 0.3 s of any response.
 #[tokio::test]
 async fn a_server_that_stores_before_it_answers_is_slow_and_not_stalled() {

@@ -218,6 +218,10 @@ impl PublisherTask {
                 // `drain` consumes the publisher, so no command can follow it.
                 command = commands.recv(), if self.draining.is_none() => match command {
                     Some(Command::Offer(infos)) => self.on_offer(infos),
+                    Some(Command::StallAfter(idle)) => {
+                        self.options.stall.idle = idle;
+                        self.options.give_up_after = self.options.give_up_after.min(idle);
+                    }
                     Some(Command::Drain { deadline, cancel }) => {
                         self.draining = Some((deadline, cancel));
                         self.drain_began = Some(Instant::now());

@@ -245,3 +245,10 @@ fn uploads_are_off_unless_allowed() {
     );
     assert!(!bazelrc(Mode::CompatibilityLocalOnly, None, None, true).contains("upload"));
 }
+
+#[test]
+fn a_build_that_meets_an_evicted_output_begins_again() {
+    let retries = "--experimental_remote_cache_eviction_retries=5\n";
+    assert!(bazelrc(Mode::SharedCacheBacked, Some(CACHE), None, false).contains(retries));
+    assert!(!bazelrc(Mode::CompatibilityLocalOnly, None, None, true).contains(retries));
+}
