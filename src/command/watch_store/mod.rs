@@ -413,6 +413,9 @@ async fn run_daemon(
         processes: job_processes(env),
     };
     let before = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
+    if before.is_empty() {
+        runtime_dir.note_unset_config().map_err(not_started)?;
+    }
     let before = vec![("NIX_CONFIG".into(), before)];
     let ended = daemon.run(listener, &mut signals, before, ready).await;
     runtime_dir.remove();
@@ -456,18 +459,21 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
     print_log(&workflow, &log_text(log));
     // The background process cleans up before it ends; the connection ends with it.
     let _ = timeout(END_LIMIT, receive::<Request>(&mut stream)).await;
+    give_back(&finished.variables, &workflow, env);
     let files = Files::from_env(env);
-    for (name, value) in &finished.variables {
-        if let Err(error) = files.set_env(name, value) {
-            workflow.annotate(
-                Level::Warning,
-                "watch-store",
-                &format!("`{name}` could not be reset: {error}"),
-            );
-        }
-    }
     finished.report.emit(&workflow, &files);
     Ok(Exit::Command(finished.report.exit_code))
+}
+
+/// Gives later steps the values that variables had before the watch.
+fn give_back(variables: &[(String, String)], workflow: &Workflow, env: &Env) {
+    let files = Files::from_env(env);
+    for (name, value) in variables {
+        if let Err(error) = files.set_env(name, value) {
+            let text = format!("`{name}` could not be reset: {error}");
+            workflow.annotate(Level::Warning, "watch-store", &text);
+        }
+    }
 }
 
 /// Does what the watch would have done, had it not been killed.
@@ -479,6 +485,9 @@ async fn finish_killed(
 ) -> Result<Exit, Failure> {
     print_log(workflow, &log_text(runtime_dir.open_log()));
     let ended = Box::pin(killed::finish(plan, env)).await;
+    if runtime_dir.had_unset_config() {
+        give_back(&[("NIX_CONFIG".into(), String::new())], workflow, env);
+    }
     runtime_dir.remove_if_unused();
     ended
 }

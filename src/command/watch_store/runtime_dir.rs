@@ -35,6 +35,9 @@ pub(super) fn job_processes(env: &Env) -> JobScope {
     found.map_or(JobScope::User, JobScope::Marked)
 }
 
+/// The name of an empty file.
+const UNSET_CONFIG: &str = "no-nix-config";
+
 /// The folder of one job's watch.
 #[derive(Debug)]
 pub(super) struct RuntimeDir(PathBuf);
@@ -133,6 +136,18 @@ impl RuntimeDir {
     pub(crate) fn has_killed_watch(&self) -> bool {
         let has_listened = fs::symlink_metadata(self.0.join("control")).is_ok();
         has_listened && matches!(self.lock(), Ok(Some(_)))
+    }
+
+    /// Notes that `NIX_CONFIG` was not set before the watch, for a `finish` that gives it back in the watch's place. A
+    /// value is not kept: it may hold credentials.
+    pub(crate) fn note_unset_config(&self) -> io::Result<()> {
+        let file = self.0.join(UNSET_CONFIG);
+        untrusted_file::open_to_write(&file, Owner::Own, 0, true)?;
+        Ok(())
+    }
+
+    pub(crate) fn had_unset_config(&self) -> bool {
+        fs::symlink_metadata(self.0.join(UNSET_CONFIG)).is_ok()
     }
 
     pub(crate) fn remove(&self) {

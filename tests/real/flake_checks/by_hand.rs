@@ -200,7 +200,11 @@ fn a_cache_is_believed_only_with_a_signature_of_a_trusted_key() {
             "moved" => Some(trusted.sign(&text.replace("-moved;", "-signed;"))),
             _ => Some(trusted.sign(text)),
         });
-        script.push_str(&write(&format!("/root/cache/{file}"), text.trim_end()));
+        script.push_str(&write(
+            &format!("/root/cache/{file}"),
+            // Nix takes neither an empty line nor a field without the space behind its name.
+            text.trim_end_matches('\n'),
+        ));
     }
     let key = format!("trusted-public-keys = {}", trusted.public());
     for (name, parameters, more) in [

@@ -53,6 +53,8 @@ fn a_finish_after_the_watch_was_killed_publishes_what_is_left_and_sweeps() {
     }
     assert_eq!(secrets_left(&job), Vec::<PathBuf>::new(), "{printed}");
     assert_eq!(host.journals(), 0, "{printed}");
+    let given_back = ("NIX_CONFIG".to_owned(), String::new());
+    assert_eq!(job.variables().last(), Some(&given_back), "{printed}");
     let again = good(&job.watch(&["finish"]));
     assert!(again.contains("no watch runs in this job"), "{again}");
 }
