@@ -22,7 +22,7 @@ use crate::cli::Cli;
 use crate::inputs::parse::Refusal;
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::secret::without_credentials;
-use flywheel_core::text::visible;
+use flywheel_core::text::{shorten, visible};
 use flywheel_sys::host::{priority, private};
 use flywheel_sys::process::core_dump;
 use flywheel_sys::runner::env::{Env, arguments};
@@ -30,6 +30,8 @@ use flywheel_sys::runner::workflow::{Level, Workflow};
 
 /// Blocking work that is still under way at the end gets this long.
 const LAST_GRACE: Duration = Duration::from_millis(300);
+/// Characters of an error of clap's that are shown.
+const CLAP_LIMIT: usize = 4000;
 
 fn main() -> ExitCode {
     remove_private_folders_on_panic();
@@ -45,7 +47,11 @@ fn main() -> ExitCode {
                 // clap quotes what was given as it stands.
                 let text = without_credentials(&error.render().to_string());
                 // A closed stderr is no reason to fail otherwise.
-                let _ = write!(std::io::stderr(), "{}", visible(&text));
+                let _ = writeln!(
+                    std::io::stderr(),
+                    "{}",
+                    shorten(&visible(&text), CLAP_LIMIT)
+                );
                 return ExitCode::from(Exit::Usage.code());
             }
             // A closed stdout is no reason to fail.

@@ -4,6 +4,10 @@ use std::error::Error;
 use std::fmt;
 
 use crate::secret::without_credentials;
+use crate::text::one_line;
+
+/// Characters of a problem that are shown.
+const PROBLEM_LIMIT: usize = 2000;
 
 /// The exit codes of Flywheel itself. `nix-job` otherwise ends with the command's own code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,11 +92,12 @@ pub struct UsageError {
 
 impl UsageError {
     /// `input` is the name as the user wrote it (`attic-server`), `problem` a fragment such as
-    /// "must be an http or https URL, not `foo`". Credentials in a URL that it quotes are taken out.
+    /// "must be an http or https URL, not `foo`". What it quotes may be anything: credentials in a
+    /// URL are taken out, and it becomes one line of a bounded length.
     pub fn new(input: impl Into<String>, problem: impl AsRef<str>) -> Self {
         Self {
             input: input.into(),
-            problem: without_credentials(problem.as_ref()),
+            problem: one_line(&without_credentials(problem.as_ref()), PROBLEM_LIMIT),
             hint: None,
         }
     }
