@@ -112,7 +112,7 @@ fn a_daemon_reads_through_the_proxy_if_it_takes_the_jobs_settings() {
         );
         // From a subshell, since Flywheel ends what descends from it when the command has ended.
         let daemon = format!(
-            "(NIX_CONFIG='{settings}' NIX_DAEMON_SOCKET_PATH='{socket}' nix-daemon --daemon >/dev/null 2>&1 &)\n\
+            "(env -u NIX_REMOTE NIX_CONFIG='{settings}' NIX_DAEMON_SOCKET_PATH='{socket}' nix-daemon --daemon >/dev/null 2>&1 &)\n\
              until [ -S '{socket}' ]; do sleep 0.05; done"
         );
         let report = step
