@@ -110,9 +110,10 @@ fn a_daemon_reads_through_the_proxy_if_it_takes_the_jobs_settings() {
         let settings = format!(
             "sandbox = false\nbuild-users-group =\nsubstituters =\ntrusted-users = {trusted}"
         );
-        // From a subshell, since Flywheel ends what descends from it when the command has ended.
+        // The daemon opens the store itself, or it would ask itself. From a subshell, since Flywheel ends what descends
+        // from it when the command has ended.
         let daemon = format!(
-            "(env -u NIX_REMOTE NIX_CONFIG='{settings}' NIX_DAEMON_SOCKET_PATH='{socket}' nix-daemon --daemon >/dev/null 2>&1 &)\n\
+            "(NIX_REMOTE=local NIX_CONFIG='{settings}' NIX_DAEMON_SOCKET_PATH='{socket}' nix-daemon --daemon >/dev/null 2>&1 &)\n\
              until [ -S '{socket}' ]; do sleep 0.05; done"
         );
         let report = step
@@ -130,6 +131,28 @@ fn a_daemon_reads_through_the_proxy_if_it_takes_the_jobs_settings() {
             report.log
         );
         assert_eq!(report.log.contains(notice), !is_read, "{}", report.log);
+    }
+}
+
+/// By `nix copy`: one 429 is no reason to wait for a minute, and a refusal for good is none to try again.
+#[test]
+fn a_store_that_refuses_is_tried_again_only_where_that_may_help() {
+    for (fault, when, lost) in [
+        (Fault::RetryAfter(1), When::First(1), false),
+        (Fault::Status(405), When::Always, true),
+    ] {
+        let cache = Cache::start(&[]);
+        let front = before(&cache, Plan::new().fault("PUT", when, fault));
+        let job = job(&cache, "", "nix-job")
+            .with_env("FLYWHEEL_CACHE", &format!("{}/main", front.url()))
+            .with_env("FLYWHEEL_COMMAND", &build(&["part-0"]));
+        let begun = Instant::now();
+        let report = job.step.run();
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(20), "{took:?}\n{}", report.log);
+        assert_eq!(output(&report, "lost") != "0", lost, "{}", report.log);
+        let reason = "the server answered 405";
+        assert_eq!(report.log.contains(reason), lost, "{}", report.log);
     }
 }
 
