@@ -207,12 +207,7 @@ fn the_roots_of_nixs_settings_are_trusted() {
             .with_env("FLYWHEEL_COMMAND", "true")
             .run();
         assert_eq!(report.code, 0, "{}", report.log);
-        assert_eq!(
-            report.log.contains("/main attached"),
-            is_named,
-            "{}",
-            report.log
-        );
+        // `openssl` is too simple a server for the layers above.
         assert_eq!(
             report.log.contains("UnknownIssuer"),
             !is_named,
