@@ -147,11 +147,11 @@ pub(crate) async fn answer<S>(
         let (router, slot) = (router.clone(), Arc::clone(&of));
         async move {
             match timeout(TURN_LIMIT, slot.begin()).await {
-                Ok(Some(answering)) => router
+                Ok(answering) => router
                     .call(request)
                     .await
                     .map(|response| until_sent(response, answering)),
-                _ => {
+                Err(_) => {
                     let text = "too many requests from this address at once; try again";
                     Ok(ErrorResponse::unavailable(text).into_response())
                 }
@@ -189,7 +189,7 @@ pub(crate) async fn answer<S>(
 }
 
 /// The response; its request counts as under way until the body has been sent.
-fn until_sent(response: Response, answering: Answering) -> Response {
+fn until_sent(response: Response, answering: Option<Answering>) -> Response {
     response.map(|inner| {
         Body::new(AnswerBody {
             inner,
@@ -200,7 +200,7 @@ fn until_sent(response: Response, answering: Answering) -> Response {
 
 struct AnswerBody {
     inner: Body,
-    _answering: Answering,
+    _answering: Option<Answering>,
 }
 
 impl HttpBody for AnswerBody {

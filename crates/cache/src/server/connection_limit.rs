@@ -243,7 +243,7 @@ impl ConnectionSlot {
     }
 
     /// A request has come: waits for one of the peer's places for requests. It ends when the value is dropped. `None` if
-    /// the connection has lost its place.
+    /// the connection has just lost its slot; what has come by then may be answered all the same.
     pub(crate) async fn begin(self: &Arc<Self>) -> Option<Answering> {
         let turns = {
             let mut table = self.owner.lock();
