@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
+use axum::http::header;
 use axum::response::{IntoResponse as _, Response};
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
@@ -189,7 +190,14 @@ pub(crate) async fn answer<S>(
 }
 
 /// The response; its request counts as under way until the body has been sent.
-fn until_sent(response: Response, answering: Option<Answering>) -> Response {
+fn until_sent(response: Response, mut answering: Option<Answering>) -> Response {
+    let closes = response
+        .headers()
+        .get(header::CONNECTION)
+        .is_some_and(|value| value == "close");
+    if let Some(answering) = answering.as_mut().filter(|_| closes) {
+        answering.mark_last();
+    }
     response.map(|inner| {
         Body::new(AnswerBody {
             inner,
