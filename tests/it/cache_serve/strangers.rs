@@ -1,6 +1,6 @@
 //! Clients that hold connections and send next to nothing: they lock nobody out, and cost little memory.
 
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream as Stream};
 
 use super::*;
@@ -47,13 +47,31 @@ async fn drip(mut connections: Vec<Stream>) {
 
 /// Reads as one client after the other, each on a connection of its own.
 async fn check_readers(served: &Served, path: &TestPath, what: &str) {
-    let url = format!("{}/main/{}.narinfo", served.url, path.hash());
+    let request = format!(
+        "GET /main/{}.narinfo HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        path.hash()
+    );
     for _ in 0..5 {
-        let begun = Instant::now();
-        let get = served.client().get(&url).header("Connection", "close");
-        let answer = tokio::time::timeout(PATIENCE, get.send()).await;
-        let status = answer.map(|answer| answer.unwrap().status().as_u16());
-        assert_eq!(status, Ok(200), "{what}: after {:?}", begun.elapsed());
+        let read = async || {
+            let mut reader = connect(served, [127, 0, 0, 1]).await;
+            reader.write_all(request.as_bytes()).await?;
+            let mut answer = String::new();
+            reader.read_to_string(&mut answer).await?;
+            std::io::Result::Ok(answer)
+        };
+        // In the middle of a burst a connection may give way before its request has come, which Nix, too, takes for a
+        // reason to try again.
+        let answered = async {
+            loop {
+                match read().await {
+                    Ok(answer) if !answer.is_empty() => break answer,
+                    Ok(_) | Err(_) => tokio::task::yield_now().await,
+                }
+            }
+        };
+        let answer = tokio::time::timeout(PATIENCE, answered).await;
+        let good = matches!(&answer, Ok(text) if text.starts_with("HTTP/1.1 200 OK"));
+        assert!(good, "{what}: {answer:?}");
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
+use axum::http::header;
 use axum::response::{IntoResponse as _, Response};
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
@@ -147,11 +148,11 @@ pub(crate) async fn answer<S>(
         let (router, slot) = (router.clone(), Arc::clone(&of));
         async move {
             match timeout(TURN_LIMIT, slot.begin()).await {
-                Ok(Some(answering)) => router
+                Ok(answering) => router
                     .call(request)
                     .await
                     .map(|response| until_sent(response, answering)),
-                _ => {
+                Err(_) => {
                     let text = "too many requests from this address at once; try again";
                     Ok(ErrorResponse::unavailable(text).into_response())
                 }
@@ -189,7 +190,14 @@ pub(crate) async fn answer<S>(
 }
 
 /// The response; its request counts as under way until the body has been sent.
-fn until_sent(response: Response, answering: Answering) -> Response {
+fn until_sent(response: Response, mut answering: Option<Answering>) -> Response {
+    let closes = response
+        .headers()
+        .get(header::CONNECTION)
+        .is_some_and(|value| value == "close");
+    if let Some(answering) = answering.as_mut().filter(|_| closes) {
+        answering.mark_last();
+    }
     response.map(|inner| {
         Body::new(AnswerBody {
             inner,
@@ -200,7 +208,7 @@ fn until_sent(response: Response, answering: Answering) -> Response {
 
 struct AnswerBody {
     inner: Body,
-    _answering: Answering,
+    _answering: Option<Answering>,
 }
 
 impl HttpBody for AnswerBody {

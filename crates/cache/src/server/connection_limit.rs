@@ -1,8 +1,9 @@
 //! The slots for a server's connections: how many there are in all and for one peer, and which connection gives its
 //! slot to a newcomer. Knows neither sockets nor HTTP.
 //!
-//! A connection without a request gives way: whoever only holds connections open locks nobody out. Of several, one of
-//! the peer with the most goes, and of those the one that has been without a request for longest.
+//! A connection without a request gives way: whoever only holds connections open locks nobody out. Of several, those go
+//! first that have had their last response, then one of the peer with the most, and of those the one that has been
+//! without a request for longest.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -46,6 +47,8 @@ impl Peer {
 /// What a connection is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Activity {
+    /// It has had its last response since then, and is about to be closed.
+    Ending(Instant),
     /// It has no request since then.
     Idle(Instant),
     /// Its request waits since then, because its peer has as many as it may.
@@ -166,16 +169,17 @@ impl Table {
         }
         let now = Instant::now();
         let candidates = self.entries.iter().filter_map(|(number, entry)| {
-            let (asks, since) = match entry.activity {
+            let (class, since) = match entry.activity {
                 _ if entry.kept || of.is_some_and(|of| of != entry.peer) => return None,
-                Activity::Idle(since) => (false, since),
+                Activity::Ending(since) => (0, since),
+                Activity::Idle(since) => (1, since),
                 // Its peer's other connections are no better.
-                Activity::Waiting(since) if of.is_none() => (true, since),
-                Activity::Stalled(since) if now.duration_since(since) >= STALLED => (true, since),
+                Activity::Waiting(since) if of.is_none() => (2, since),
+                Activity::Stalled(since) if now.duration_since(since) >= STALLED => (2, since),
                 _ => return None,
             };
             let count = counts.get(&entry.peer).copied().unwrap_or_default();
-            Some(((asks, usize::MAX - count, since, *number), *number))
+            Some(((class, usize::MAX - count, since, *number), *number))
         });
         let first = candidates.min_by_key(|(rank, _)| *rank);
         first.map(|(_, number)| number)
@@ -227,10 +231,11 @@ impl ConnectionSlot {
         table.bound(peer, self.owner.per_peer, self.number);
     }
 
-    /// Whether another process judges if the connection is idle.
+    /// Whether another process judges if the connection is idle. If not, its time without a request begins now.
     pub(crate) fn keep(&self, kept: bool) {
         if let Some(entry) = self.owner.lock().entries.get_mut(&self.number) {
             entry.kept = kept;
+            entry.activity = Activity::Idle(Instant::now());
         }
         if !kept {
             self.owner.freed.notify_one();
@@ -243,7 +248,7 @@ impl ConnectionSlot {
     }
 
     /// A request has come: waits for one of the peer's places for requests. It ends when the value is dropped. `None` if
-    /// the connection has lost its place.
+    /// the connection has just lost its slot; what has come by then may be answered all the same.
     pub(crate) async fn begin(self: &Arc<Self>) -> Option<Answering> {
         let turns = {
             let mut table = self.owner.lock();
@@ -262,6 +267,7 @@ impl ConnectionSlot {
         self.set(Activity::Busy);
         Some(Answering {
             slot: Arc::clone(self),
+            is_last: false,
             _turn: turn,
         })
     }
@@ -287,12 +293,25 @@ impl ConnectionSlot {
 #[derive(Debug)]
 pub(crate) struct Answering {
     slot: Arc<ConnectionSlot>,
+    is_last: bool,
     _turn: OwnedSemaphorePermit,
+}
+
+impl Answering {
+    /// The connection is closed after this request.
+    pub(crate) fn mark_last(&mut self) {
+        self.is_last = true;
+    }
 }
 
 impl Drop for Answering {
     fn drop(&mut self) {
-        self.slot.set(Activity::Idle(Instant::now()));
+        let now = Instant::now();
+        self.slot.set(if self.is_last {
+            Activity::Ending(now)
+        } else {
+            Activity::Idle(now)
+        });
         self.slot.owner.freed.notify_one();
     }
 }
@@ -351,6 +370,13 @@ mod tests {
         assert_eq!(evicted(&taken), [1], "the peer with two, its older one");
         taken.push(slot(&all, 5).await);
         assert_eq!(evicted(&taken), [0, 1], "all have one, so the oldest");
+        // One that is about to be closed goes before all others.
+        let mut last = taken[5].begin().await.expect("it has its slot");
+        last.mark_last();
+        drop(last);
+        taken.push(slot(&all, 5).await);
+        assert_eq!(evicted(&taken), [0, 1, 5]);
+        taken.remove(5);
         // Ended connections free places, so nobody else has to go.
         taken.drain(..3);
         taken.push(slot(&all, 6).await);

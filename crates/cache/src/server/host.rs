@@ -83,15 +83,10 @@ async fn receive(host: Arc<Host>, mut stream: UnixStream, slot: Arc<ConnectionSl
     if !wire::peer(&stream).is_ok_and(|uid| uid == own || uid == 0) {
         return;
     }
-    let hello = tokio::select! {
-        hello = timeout(HELLO_TIMEOUT, wire::receive(&mut stream)) => hello,
-        () = slot.evicted() => return,
-    };
-    match hello {
-        Ok(Ok(Hello::Join { version, terms })) => {
-            slot.keep(true);
-            host.welcome(stream, version, terms).await;
-        }
+    // Until it is known whose it is, the connection is another process's, which sends its first line at once.
+    slot.keep(true);
+    match timeout(HELLO_TIMEOUT, wire::receive(&mut stream)).await {
+        Ok(Ok(Hello::Join { version, terms })) => host.welcome(stream, version, terms).await,
         Ok(Ok(Hello::Client { guest })) => {
             slot.belongs_to(Peer::Guest(guest));
             host.answer_client(stream, guest, slot).await;
@@ -109,6 +104,7 @@ impl Host {
             None => refused("this process has to join again"),
         };
         let sent = wire::send(&mut stream, &reply).await;
+        slot.keep(false);
         if let (Some(guest), Ok(())) = (guest, sent) {
             connection::answer(stream, guest.router, guest.stop, slot).await;
         }

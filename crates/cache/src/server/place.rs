@@ -37,6 +37,8 @@ const START_LIMIT: Duration = Duration::from_secs(5);
 /// How long a client waits for a new server of the folder, counted from the end of the old one. An old one that is
 /// stopped properly takes up to 5 s.
 pub(crate) const CLIENT_WAIT: Duration = Duration::from_secs(10);
+/// The pause before a connection is offered to the server again that did not take it.
+const FORWARD_PAUSE: Duration = Duration::from_millis(50);
 /// The pause between two attempts to find a place grows from the first to the second.
 const RETRY_PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
 
@@ -256,6 +258,7 @@ pub(crate) async fn answer(
     let mut until = Instant::now() + CLIENT_WAIT;
     loop {
         let role = roles.borrow_and_update().clone();
+        let forwards = matches!(role, Role::Forwarding(_));
         match role {
             Role::Serving(router) => {
                 return connection::answer(client, router, stop, slot).await;
@@ -269,6 +272,8 @@ pub(crate) async fn answer(
         }
         let changed = tokio::select! {
             changed = timeout_at(until, roles.changed()) => changed.is_ok_and(|ended| ended.is_ok()),
+            // The server may only have had too many callers at that moment.
+            () = sleep(FORWARD_PAUSE), if forwards => Instant::now() < until,
             () = stop.cancelled() => false,
             () = slot.evicted() => return,
         };
