@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use crate::runner::guard::{StoppedCommands, print_command, print_line, print_mask, print_stderr};
-use flywheel_core::secret::Secret;
+use flywheel_core::secret::{Secret, without_credentials};
 use flywheel_core::text::{is_hidden, shorten, visible};
 
 /// GitHub shows at most ten annotations of each level per step.
@@ -78,7 +78,7 @@ impl Workflow {
     /// Prints an annotation. GitHub shows only the first ten of a level, so the others become log lines.
     pub fn annotate(&self, level: Level, title: &str, message: &str) {
         let (title, message) = (visible(title), visible(message));
-        let message = shorten(&message, MESSAGE_LIMIT - 100);
+        let message = shorten(&without_credentials(&message), MESSAGE_LIMIT - 100);
         let word = level.as_str();
         if !self.in_job {
             return print_stderr(&format!("{word}: {title}: {message}"));
@@ -98,7 +98,7 @@ impl Workflow {
         column: Option<u32>,
     ) {
         let (title, message, file) = (visible(title), visible(message), visible(file));
-        let message = shorten(&message, MESSAGE_LIMIT - 100);
+        let message = shorten(&without_credentials(&message), MESSAGE_LIMIT - 100);
         let place = format!("{title}: {file}:{line}");
         if !self.in_job {
             let (word, message) = (level.as_str(), message.replace(['\r', '\n'], " "));
