@@ -19,6 +19,15 @@ matrix *options:
 kills number="200":
     FLYWHEEL_KILLS={{ number }} scripts/suite.sh real killed_at_any_moment
 
+# Attack jobs, inputs, files and the embedded cache at random, as root: ten minutes, and kills beside
+adversary seconds="600":
+    FLYWHEEL_ADVERSARY={{ seconds }} scripts/suite.sh real adversary:: --retries 0 --no-capture
+    FLYWHEEL_KILLS=$(({{ seconds }} / 6)) scripts/suite.sh real killed_at_any_moment --retries 0 --no-capture
+
+# Jobs whose cache hangs, each with its half minute, as root
+faults:
+    scripts/suite.sh real --ignore-default-filter slow_cache::faults watch_store::faults
+
 # Measure beside Nix's own tools, in release, as root: `just bench publish`
 bench name:
     cargo bench --locked --bench {{ name }}
