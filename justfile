@@ -24,6 +24,10 @@ adversary seconds="600":
     FLYWHEEL_ADVERSARY={{ seconds }} scripts/suite.sh real adversary:: --retries 0 --no-capture
     FLYWHEEL_KILLS=$(({{ seconds }} / 6)) scripts/suite.sh real killed_at_any_moment --retries 0 --no-capture
 
+# Put mended faults back, one at a time: the adversary has to find each within its minute
+adversary-proof:
+    scripts/adversary-proof.sh
+
 # Jobs whose cache hangs, each with its half minute, as root
 faults:
     scripts/suite.sh real --ignore-default-filter slow_cache::faults watch_store::faults

@@ -33,6 +33,8 @@ case $suite in
     ;;
   real)
     scripts/bootstrap.sh tools
+    # Here and not in the tests, several of which would unpack at once.
+    scripts/nix-versions.sh
     exec cargo nextest run --locked --profile real --test real --test it "$@"
     ;;
   *)

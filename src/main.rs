@@ -21,12 +21,11 @@ use std::time::Duration;
 use crate::cli::Cli;
 use crate::inputs::parse::Refusal;
 use flywheel_core::exit::{Exit, Failure};
-use flywheel_core::secret::without_credentials;
-use flywheel_core::text::{shorten, visible};
+use flywheel_core::text::shorten;
 use flywheel_sys::host::{priority, private};
 use flywheel_sys::process::core_dump;
 use flywheel_sys::runner::env::{Env, arguments};
-use flywheel_sys::runner::workflow::{Level, Workflow};
+use flywheel_sys::runner::workflow::{Level, Workflow, without_commands};
 
 /// Blocking work that is still under way at the end gets this long.
 const LAST_GRACE: Duration = Duration::from_millis(300);
@@ -44,14 +43,11 @@ fn main() -> ExitCode {
         Err(Refusal::Clap(error)) => {
             // Help and version are errors to clap, and go to stdout with code 0.
             if error.use_stderr() {
-                // clap quotes what was given as it stands.
-                let text = without_credentials(&error.render().to_string());
+                // clap quotes what was given as it stands, line breaks included.
+                let text = shorten(&error.render().to_string(), CLAP_LIMIT);
+                let lines: Vec<String> = text.lines().map(without_commands).collect();
                 // A closed stderr is no reason to fail otherwise.
-                let _ = writeln!(
-                    std::io::stderr(),
-                    "{}",
-                    shorten(&visible(&text), CLAP_LIMIT)
-                );
+                let _ = writeln!(std::io::stderr(), "{}", lines.join("\n"));
                 return ExitCode::from(Exit::Usage.code());
             }
             // A closed stdout is no reason to fail.

@@ -9,7 +9,7 @@ use flywheel_core::secret::Secret;
 use flywheel_nix::bootstrap::Ready;
 use flywheel_nix::netrc;
 use flywheel_nix::ping::Opened;
-use flywheel_nix::settings::{Settings, sets};
+use flywheel_nix::settings::sets;
 use flywheel_sys::http::Clients;
 
 use super::attach::Cache;
@@ -50,10 +50,12 @@ pub(super) async fn start(
     // Nix would look for the proxy beyond the proxy of the network.
     let address = proxy.substituter().parse().ok()?;
     if inputs.http.direct.is_proxied(&address) {
+        proxy.stop().await;
         sink.note("Nix reads the cache without a proxy of Flywheel's: `http_proxy` is set, and `no_proxy` does not list 127.0.0.1".to_owned());
         return None;
     }
     if !is_read_by_client(inputs) && !is_reached(inputs, &proxy).await {
+        proxy.stop().await;
         sink.note("Nix's daemon reads the cache itself: it does not trust this user, or has a loopback of its own".to_owned());
         return None;
     }
@@ -67,6 +69,10 @@ fn upstream(inputs: &ReadInputs<'_>, cache: &Cache) -> Option<Upstream> {
     let token = cache.token.clone().filter(|_| !cache.probe.public);
     match cache.backend.as_ref()? {
         Backend::Attic(endpoint) => Upstream::new(&endpoint.substituter(), token),
+        // Whoever had the port after this process could give any path.
+        Backend::Store(url) if url.is_trusted() => None,
+        // Nothing has probed it, so that it is not known which roots its certificate needs.
+        Backend::Store(_) if sets(inputs.extra, "ssl-cert-file") => None,
         // The user's own netrc may have a credential for it, which Nix would send.
         Backend::Store(url) if token.is_none() && has_credential(inputs, url.http_host()?) => None,
         Backend::Store(url) => Upstream::new(url.as_str(), token),
@@ -76,11 +82,13 @@ fn upstream(inputs: &ReadInputs<'_>, cache: &Cache) -> Option<Upstream> {
 }
 
 fn has_credential(inputs: &ReadInputs<'_>, host: &str) -> bool {
-    let file = inputs
-        .ready
-        .settings_before
-        .as_ref()
-        .and_then(Settings::netrc_file);
+    let Some(settings) = &inputs.ready.settings_before else {
+        return true;
+    };
+    if sets(inputs.extra, "netrc-file") || inputs.extra.contains("include") {
+        return true;
+    }
+    let file = settings.netrc_file();
     file.is_some_and(|file| netrc::may_name(&file, host))
 }
 

@@ -260,7 +260,8 @@ impl Stream {
                 publisher.offer(fed.held).await;
                 publisher.offer(added_paths.wanted.clone()).await;
                 let spent = cache.spent_on_reads();
-                if !spent.is_zero() {
+                // Reads that failed for a moment are no reason to be impatient now.
+                if spent >= LEAST_IDLE {
                     let idle = IDLE_AFTER_READS.saturating_sub(spent).max(LEAST_IDLE);
                     publisher.stall_after(idle).await;
                 }

@@ -9,7 +9,10 @@ mod odd_files;
 mod strangers;
 
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::time::{Duration, Instant};
+
+use crate::world::{must, need, root};
 
 /// How many attacks share the time.
 const ATTACKS: u32 = 4;
@@ -84,4 +87,25 @@ impl Trial {
             .choice(from)
             .expect("there is something to draw")
     }
+}
+
+/// `scripts/adversary-proof.sh` puts these faults back; that they are found takes some minutes, that they fit does not.
+#[test]
+fn the_faults_that_can_be_put_back_fit_the_sources() {
+    let git = need("git", "apt-get install git");
+    let patches = std::fs::read_dir(root().join("tests/fixtures/faults")).unwrap();
+    let mut attacks = Vec::new();
+    for patch in patches {
+        let patch = patch.unwrap().path();
+        must(
+            Command::new(&git)
+                .current_dir(root())
+                .args(["apply", "--check"])
+                .arg(&patch),
+        );
+        let text = std::fs::read_to_string(&patch).unwrap();
+        attacks.push(text.split(':').next().unwrap().to_owned());
+    }
+    attacks.sort();
+    assert_eq!(attacks, ["hostile_inputs", "odd_files", "strangers"]);
 }

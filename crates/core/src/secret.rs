@@ -76,10 +76,16 @@ pub fn without_credentials(text: &str) -> String {
     while let Some((before, after)) = rest.split_once("://") {
         clean.push_str(before);
         clean.push_str("://");
-        let ends = |c: char| c.is_whitespace() || matches!(c, '/' | '?' | '#' | '`' | '"' | '\'');
-        let authority = &after[..after.find(ends).unwrap_or(after.len())];
-        // A password may hold an unescaped `@`, so the last one counts.
-        rest = match authority.rfind('@') {
+        let url_ends = |c: char| c.is_whitespace() || matches!(c, '`' | '"' | '\'');
+        let url = &after[..after.find(url_ends).unwrap_or(after.len())];
+        let authority = &url[..url.find(['/', '?', '#']).unwrap_or(url.len())];
+        // A password may hold an unescaped `@`, so the last one counts; and it may hold a `/`, where what seems to be
+        // the port is no number.
+        let is_cut = authority
+            .rsplit_once(':')
+            .is_some_and(|(_, port)| !port.ends_with(']') && port.parse::<u16>().is_err());
+        let within = if is_cut { url } else { authority };
+        rest = match within.rfind('@') {
             Some(at) => {
                 clean.push_str("…@");
                 &after[at + 1..]
@@ -103,6 +109,11 @@ mod tests {
             (
                 "s3://b?endpoint=http://u:pw@h:1&x and https://t@h",
                 "s3://b?endpoint=http://…@h:1&x and https://…@h",
+            ),
+            ("http://u:a/b+c==@h/x", "http://…@h/x"),
+            (
+                "http://[::1]:80/@x http://h:443/@x",
+                "http://[::1]:80/@x http://h:443/@x",
             ),
             ("https://host/@scope a@b", "https://host/@scope a@b"),
             ("no address", "no address"),

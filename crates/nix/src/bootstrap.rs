@@ -218,7 +218,7 @@ impl Host {
     ) -> Result<Ready, Error> {
         let deadline = Instant::now() + limit;
         let error = match self.ready_by(env, sink, deadline).await {
-            Err(error) if self.root && interrupted::is_interrupted(&self.packages) => error,
+            Err(error) if self.root && self.is_interrupted(&error) => error,
             ended => return ended,
         };
         // A cancelled job may have ended the installer half-way, and a Nix that is half there does not run either.
@@ -227,6 +227,15 @@ impl Host {
         ));
         interrupted::complete(self, env, sink, deadline).await;
         self.ready_by(env, sink, deadline).await
+    }
+
+    /// Whether Nix is missing or broken because an installation was interrupted. Where a Nix exists, the other packages
+    /// of a machine are not our business.
+    fn is_interrupted(&self, error: &Error) -> bool {
+        match error {
+            Error::Install { .. } => interrupted::is_interrupted(&self.packages),
+            _ => interrupted::is_nix_interrupted(&self.packages),
+        }
     }
 
     async fn ready_by(&self, env: &Env, sink: &Sink, deadline: Instant) -> Result<Ready, Error> {

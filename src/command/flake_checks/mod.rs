@@ -143,7 +143,10 @@ impl FlakeChecks<'_> {
             .await
         {
             Ok(ran) => ran,
-            Err(failure) => return self.give_up(reporter, failure).await,
+            Err(failure) => {
+                kept.end().await;
+                return self.give_up(reporter, failure).await;
+            }
         };
         let spent = span.end().await;
         if let Some(watch) = &mut watch {

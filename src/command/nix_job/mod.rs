@@ -61,9 +61,12 @@ impl NixJob<'_> {
         let link = watch.as_ref().and_then(StoreWatch::daemon_link);
         let (ended, stopped_commands) = self.command(&prepared, link, signals).await?;
         // It waits for the runner to read the command's last lines, while the job goes on.
-        let resuming = tokio::spawn(async {
+        let is_over = ended
+            .as_ref()
+            .map_or(true, |ended| ended.orphans_alive == 0);
+        let resuming = tokio::spawn(async move {
             if let Some(stopped) = stopped_commands {
-                stopped.resume().await;
+                stopped.resume(is_over).await;
             }
         });
         let ended = match ended {

@@ -47,10 +47,10 @@ impl Ran {
 /// Runs lines of bash as root where `/nix` is empty and the binary is `/fly/flywheel`, in an empty folder.
 pub fn run(version: &str, script: &str) -> Ran {
     let tree = root().join(format!("target/tools/nix-{version}"));
-    if !tree.join("usr/bin/nix").exists() {
-        let unpacked = Command::new(root().join("scripts/nix-versions.sh")).status();
-        assert!(unpacked.unwrap().success(), "Nix {version} is missing");
-    }
+    assert!(
+        tree.join("usr/bin/nix").exists(),
+        "Nix {version} is missing: scripts/nix-versions.sh unpacks it"
+    );
     let (guest, out) = (TempDir::new().unwrap(), TempDir::new().unwrap());
     let script = format!(
         "set -u\nexport PATH=/usr/bin:/bin:/usr/sbin HOME=/root\nunset TMPDIR XDG_RUNTIME_DIR XDG_STATE_HOME\nexport NIX_CONFIG='{CONFIG}'\nmkdir /root/work\ncd /root/work\n{script}\n"

@@ -26,20 +26,34 @@ pub(super) fn is_interrupted(packages: &Path) -> bool {
     let is_unfinished = updates
         .flatten()
         .any(|entry| is_number(&entry.file_name().to_string_lossy()));
-    is_unfinished || has_half_installed(&packages.join("status"))
+    is_unfinished || !half_installed(&packages.join("status")).is_empty()
 }
 
-fn has_half_installed(status: &Path) -> bool {
+/// Whether a package of Nix's own is half installed.
+pub(super) fn is_nix_interrupted(packages: &Path) -> bool {
+    half_installed(&packages.join("status"))
+        .iter()
+        .any(|name| name.starts_with("nix") || name.starts_with("libnix"))
+}
+
+/// The names of the packages that are half installed.
+fn half_installed(status: &Path) -> Vec<String> {
     let Ok(file) = fs::File::open(status) else {
-        return false;
+        return Vec::new();
     };
     let states = ["half-installed", "unpacked", "half-configured"];
-    BufReader::new(file)
-        .split(b'\n')
-        .map_while(Result::ok)
-        .filter_map(|line| String::from_utf8(line).ok())
-        .filter_map(|line| line.strip_prefix("Status: ").map(str::to_owned))
-        .any(|line| states.iter().any(|state| line.ends_with(state)))
+    let lines = BufReader::new(file).split(b'\n').map_while(Result::ok);
+    let (mut package, mut half) = (String::new(), Vec::new());
+    for line in lines.filter_map(|line| String::from_utf8(line).ok()) {
+        if let Some(name) = line.strip_prefix("Package: ") {
+            name.clone_into(&mut package);
+        } else if let Some(status) = line.strip_prefix("Status: ")
+            && states.iter().any(|state| status.ends_with(state))
+        {
+            half.push(package.clone());
+        }
+    }
+    half
 }
 
 /// Completes it, as `apt-get` itself tells people to. What fails is noted, since the caller tries Nix again anyway.
@@ -52,7 +66,14 @@ pub(super) async fn complete(host: &Host, env: &Env, sink: &Sink, deadline: Inst
     // What was unpacked without what it needs is completed by `apt-get` alone.
     let fixed = match apt {
         Some(apt) => {
-            let fix = ["install", "-q", "-y", "-f", "--no-install-recommends"];
+            let fix = [
+                "install",
+                "-q",
+                "-y",
+                "-f",
+                "--no-remove",
+                "--no-install-recommends",
+            ];
             let apt = tool(&apt, env).args(APT_OPTIONS).args(fix);
             step("apt-get install -f", apt, sink, deadline).await
         }
@@ -63,6 +84,18 @@ pub(super) async fn complete(host: &Host, env: &Env, sink: &Sink, deadline: Inst
     }
 }
 
+/// Whether `dpkg` says that another process has its lock, and not the name of a package.
+fn is_locked(problem: &str) -> bool {
+    [
+        "frontend lock",
+        "locked by",
+        "Unable to lock",
+        "status database area",
+    ]
+    .iter()
+    .any(|words| problem.contains(words))
+}
+
 /// Configures what is unpacked, once no other installation runs.
 async fn configure(dpkg: &Tool, sink: &Sink, deadline: Instant) -> Result<(), Error> {
     let give_up = deadline.min(Instant::now() + LOCK_LIMIT);
@@ -70,7 +103,7 @@ async fn configure(dpkg: &Tool, sink: &Sink, deadline: Instant) -> Result<(), Er
         let call = dpkg.clone().args(["--configure", "-a"]);
         match step("dpkg --configure -a", call, sink, deadline).await {
             Err(Error::Install { problem, .. })
-                if problem.contains("lock") && Instant::now() < give_up =>
+                if is_locked(&problem) && Instant::now() < give_up =>
             {
                 tokio::time::sleep(LOCK_POLL_INTERVAL).await;
             }
@@ -82,6 +115,16 @@ async fn configure(dpkg: &Tool, sink: &Sink, deadline: Instant) -> Result<(), Er
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_is_no_package_with_that_word_in_its_name() {
+        assert!(is_locked(
+            "dpkg: error: dpkg frontend lock was locked by another process with pid 7"
+        ));
+        assert!(!is_locked(
+            "dpkg: error processing package libblockdev3 (--configure)"
+        ));
+    }
 
     #[test]
     fn an_interrupted_installation_is_known_by_what_dpkg_left() {
@@ -104,6 +147,13 @@ mod tests {
             status(half);
             assert!(is_interrupted(packages), "{half}");
         }
+        assert!(!is_nix_interrupted(packages), "another's package");
+        fs::write(
+            packages.join("status"),
+            "Package: nix-bin\nStatus: install ok unpacked\n",
+        )
+        .expect("written");
+        assert!(is_nix_interrupted(packages));
         status("installed");
         fs::write(packages.join("updates/0001"), "").expect("written");
         assert!(is_interrupted(packages));

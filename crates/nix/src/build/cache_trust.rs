@@ -3,7 +3,7 @@
 //! path is no proof, because `nix build --dry-run` checks no signature.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -18,15 +18,35 @@ use crate::tool::{Flavour, Nix};
 
 /// How long all caches together may take to describe the paths. What is not described by then is built.
 const LIMIT: Duration = Duration::from_secs(30);
+/// How long one call may take. A cache that needs longer is asked no more.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
 /// Paths per call. Nix asks for them one after the other, so a call has only a few, and several run at once.
 const BATCH: usize = 50;
-/// Calls of Nix at once.
-const CALLS: usize = 8;
+/// Calls of Nix at once, for each cache.
+const CALLS: usize = 4;
+
+/// The caches that gave no answer once. They are not asked again, since each query would wait for them anew.
+#[derive(Clone, Debug, Default)]
+struct Silent(Arc<Mutex<BTreeSet<String>>>);
+
+impl Silent {
+    fn has(&self, url: &str) -> bool {
+        self.0.lock().is_ok_and(|silent| silent.contains(url))
+    }
+
+    fn add(&self, url: &str) {
+        // The lock is poisoned only by a panic, and then the cache is merely asked again.
+        if let Ok(mut silent) = self.0.lock() {
+            silent.insert(url.to_owned());
+        }
+    }
+}
 
 /// What the job's settings say about the caches and their signatures.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct CacheTrust {
     substituters: Vec<String>,
+    silent: Silent,
     keys: Vec<PublicKey>,
     /// The setting `require-sigs`.
     requires_signatures: bool,
@@ -37,6 +57,7 @@ impl Default for CacheTrust {
     fn default() -> Self {
         Self {
             substituters: Vec::new(),
+            silent: Silent::default(),
             keys: Vec::new(),
             requires_signatures: true,
         }
@@ -58,6 +79,7 @@ impl CacheTrust {
         let keys = settings.list("trusted-public-keys");
         Self {
             substituters: settings.list("substituters"),
+            silent: Silent::default(),
             keys: keys.iter().filter_map(|key| key.parse().ok()).collect(),
             requires_signatures: settings.text("require-sigs").as_deref() != Some("false"),
         }
@@ -82,16 +104,23 @@ impl CacheTrust {
     /// Has each cache describe the paths, and judges the descriptions as they come.
     async fn describe(&self, nix: &Nix, paths: &BTreeSet<StorePath>, found: &mut Believed) {
         let paths: Vec<StorePath> = paths.iter().cloned().collect();
-        let calls = Arc::new(Semaphore::new(CALLS));
         let mut described = JoinSet::new();
         for url in &self.substituters {
+            // Each cache has calls of its own, so that a dead one holds up no other.
+            let calls = Arc::new(Semaphore::new(CALLS));
             for batch in paths.chunks(BATCH) {
                 let (nix, url, batch) = (nix.clone(), url.clone(), batch.to_vec());
-                let calls = Arc::clone(&calls);
+                let (calls, silent) = (Arc::clone(&calls), self.silent.clone());
                 described.spawn(async move {
                     let _permit = calls.acquire().await;
+                    if silent.has(&url) {
+                        return (false, Vec::new());
+                    }
                     let infos = infos(&nix, &url, batch).await;
-                    (is_trusted(&url), infos)
+                    if infos.is_none() {
+                        silent.add(&url);
+                    }
+                    (is_trusted(&url), infos.unwrap_or_default())
                 });
             }
         }
@@ -113,8 +142,8 @@ impl CacheTrust {
     }
 }
 
-/// What the cache at `url` says of these paths. A cache that gives no answer has none of them.
-async fn infos(nix: &Nix, url: &str, paths: Vec<StorePath>) -> Vec<PathInfo> {
+/// What the cache at `url` says of these paths; `None` if it gives no answer in time.
+async fn infos(nix: &Nix, url: &str, paths: Vec<StorePath>) -> Option<Vec<PathInfo>> {
     let (mut found, mut ahead) = (Vec::new(), vec![paths]);
     // Not as an argument, which every user of the machine could read: the address may hold a password.
     // That a path was absent, Nix remembers for an hour; here another cache may have made it known as present since.
@@ -133,9 +162,7 @@ async fn infos(nix: &Nix, url: &str, paths: Vec<StorePath>) -> Vec<PathInfo> {
             arguments.extend(["--json-format", "1"]);
         }
         arguments.extend(names.iter().map(String::as_str));
-        let Ok(output) = nix.run(&arguments, LIMIT).await else {
-            continue;
-        };
+        let output = nix.run(&arguments, CALL_LIMIT).await.ok()?;
         if output.status.success() {
             // What cannot be parsed vouches for nothing.
             found.extend(path_json::parse(&output.stdout).unwrap_or_default().infos);
@@ -145,7 +172,7 @@ async fn infos(nix: &Nix, url: &str, paths: Vec<StorePath>) -> Vec<PathInfo> {
             ahead.extend([one.to_vec(), other.to_vec()]);
         }
     }
-    found
+    Some(found)
 }
 
 /// Whether the job's settings take what this cache has without a signature.
@@ -217,6 +244,7 @@ mod tests {
         let impostor = SecretKey::generate("main").expect("random");
         let trust = |url: &str| CacheTrust {
             substituters: vec!["http://dead".to_owned(), url.to_owned()],
+            silent: Silent::default(),
             keys: vec![key.public()],
             requires_signatures: true,
         };

@@ -165,7 +165,9 @@ impl LogReader {
             ("msg", _) => {
                 // Kept for the case that no event explains a failure.
                 self.keep_line(&message.msg);
-                let is_error = message.level == ERROR && !message.msg.contains(IGNORED);
+                // Below its first line, the message of a failure quotes what the build has printed.
+                let begins = message.msg.lines().next().unwrap_or_default();
+                let is_error = message.level == ERROR && !begins.contains(IGNORED);
                 is_error.then(|| BuildEvent::Failed(self.named(failure(&message.msg))))
             }
             _ => None,
@@ -190,7 +192,11 @@ impl LogReader {
         {
             let seconds = *seconds;
             let limit = Duration::from_secs(seconds);
-            let excess = |time: Duration| (time + TIMEOUT_TOLERANCE).checked_sub(limit);
+            // A build that ended before the limit is the one only where none ran beyond it.
+            let excess = |time: Duration| {
+                let is_near = time + TIMEOUT_TOLERANCE >= limit;
+                is_near.then_some((time < limit, time.abs_diff(limit)))
+            };
             let fit = |build: &EndedBuild| {
                 let fits = [(build.ran, false), (build.was_silent, true)];
                 let fits = fits.map(|(time, of_silence)| Some((excess(time)?, of_silence)));
@@ -489,6 +495,19 @@ mod tests {
             );
             assert_eq!(failure(&text).kind, FailureKind::Build, "{heading}");
         }
+    }
+
+    #[test]
+    fn what_a_build_prints_does_not_hide_its_failure() {
+        let read = |msg: &str| {
+            let line = serde_json::json!({ "action": "msg", "level": 0, "msg": msg });
+            LogReader::default().read(&format!("@nix {line}"))
+        };
+        let failed = format!(
+            "error: builder for '{BAD}' failed with exit code 2;\n       last 2 log lines:\n       > make: [Makefile:2: x] Error 1 (ignored)"
+        );
+        assert!(matches!(read(&failed), Some(BuildEvent::Failed(_))));
+        assert_eq!(read("error (ignored): killed by signal"), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 pub mod inline_blocking;
 pub mod job_registry;
+pub mod loopback;
 pub mod memory;
 pub mod notify;
 pub mod peak;

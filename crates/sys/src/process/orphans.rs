@@ -21,12 +21,19 @@ pub(crate) fn adopt() {
     let _ = set_child_subreaper(Some(getpid()));
 }
 
-/// Ends the rest of `group` and all adopted processes, except those that this program started for itself. Returns how
-/// many there were.
-pub(crate) async fn end(group: Option<Pid>) -> usize {
+/// What a finished command had left behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub(crate) found: usize,
+    /// Those that could not be ended, such as another user's.
+    pub(crate) alive: usize,
+}
+
+/// Ends the rest of `group` and all adopted processes, except those that this program started for itself.
+pub(crate) async fn end(group: Option<Pid>) -> Ended {
     let mut left = leftovers(group);
     if left.is_empty() {
-        return 0;
+        return Ended::default();
     }
     let found = left.len();
     signal(group, &left, Signal::TERM);
@@ -44,7 +51,10 @@ pub(crate) async fn end(group: Option<Pid>) -> usize {
         reap(&left);
         left = leftovers(group);
     }
-    found
+    Ended {
+        found,
+        alive: left.len(),
+    }
 }
 
 fn signal(group: Option<Pid>, left: &[Pid], signal: Signal) {

@@ -80,6 +80,8 @@ pub struct CommandExit {
     pub lasted: Duration,
     /// The number of processes that the command left behind and that were ended.
     pub(crate) orphans: usize,
+    /// Those of them that live on, such as another user's.
+    pub orphans_alive: usize,
 }
 
 impl Supervised {
@@ -140,7 +142,8 @@ impl Supervised {
             signal,
             stopped,
             lasted,
-            orphans: left,
+            orphans: left.found,
+            orphans_alive: left.alive,
         })
     }
 

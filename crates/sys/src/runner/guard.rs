@@ -18,7 +18,7 @@
 //! - Where the reader is too slow for that, commands stay stopped, and this program's own become plain lines. The state
 //!   ends with the step.
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -126,6 +126,10 @@ impl StoppedCommands {
             token: Secret::random(),
             streams: Streams::look(),
         };
+        // Stopped for the rest of the step: the runner would take no further token.
+        if matches!(state().obedience, Obedience::Refused) {
+            return stopped;
+        }
         let line = format!("::stop-commands::{}", stopped.token.expose());
         if stopped.streams.are_apart() {
             state()
@@ -149,20 +153,24 @@ impl StoppedCommands {
     }
 
     /// Has the runner obey commands again, once it cannot obey any of the foreign command, and prints those that have
-    /// waited. To be called when every process that held the streams has ended.
-    pub async fn resume(self) {
-        let is_safe = match self.streams {
-            Streams::One => true,
-            Streams::Two => stderr_is_queued().await,
-        };
+    /// waited. `is_over`: every process that held the streams has ended. Where one has not, commands stay stopped.
+    pub async fn resume(self, is_over: bool) {
+        let is_safe = is_over
+            && match self.streams {
+                Streams::One => true,
+                Streams::Two => stderr_is_queued().await,
+                // The resume line would go where the runner does not read.
+                Streams::StderrAlone => false,
+            };
         let mut state = state();
-        let next = if is_safe {
+        let Obedience::Stopped(waiting) = &mut state.obedience else {
+            return;
+        };
+        let waiting = std::mem::take(waiting);
+        state.obedience = if is_safe {
             Obedience::Obeyed
         } else {
             Obedience::Refused
-        };
-        let Obedience::Stopped(waiting) = std::mem::replace(&mut state.obedience, next) else {
-            return;
         };
         if is_safe {
             // The foreign command's last line may lack its line break, and a command has to begin a line.
@@ -172,8 +180,8 @@ impl StoppedCommands {
             }
         } else {
             print_line(
-                "\nflywheel: the runner has not yet read the command's standard error, so that workflow commands stay \
-                 stopped in this step",
+                "\nflywheel: it is not certain that the runner has read all that the command prints on standard error, so \
+                 that workflow commands stay stopped in this step",
             );
             waiting
                 .into_iter()
@@ -186,29 +194,32 @@ impl StoppedCommands {
 /// How the runner reads this program's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Streams {
-    /// Both streams are the same pipe or terminal, or one of them goes to a file, which the runner does not read: the
-    /// order of the lines is the order in which they are printed.
+    /// Both streams are the same pipe or terminal, or stderr goes to a file, which the runner does not read: the order
+    /// of the lines is the order in which they are printed.
     One,
     Two,
+    /// stdout goes to a file, so that the runner reads stderr and nothing else.
+    StderrAlone,
 }
 
 impl Streams {
     fn look() -> Self {
-        let identity = |stream| {
+        let read = |stream: BorrowedFd<'static>| {
             let found = fstat(stream).ok()?;
             let kind = FileType::from_raw_mode(found.st_mode);
-            // Some runners hand out sockets.
-            let is_read = matches!(kind, FileType::Fifo | FileType::Socket);
+            // Some runners hand out sockets, some a terminal.
+            let is_read = matches!(kind, FileType::Fifo | FileType::Socket) || stream.is_terminal();
             is_read.then_some((found.st_dev, found.st_ino))
         };
-        match (identity(io_stdout()), identity(io_stderr())) {
+        match (read(io_stdout()), read(io_stderr())) {
             (Some(out), Some(error)) if out != error => Self::Two,
+            (None, Some(_)) => Self::StderrAlone,
             _ => Self::One,
         }
     }
 
     fn are_apart(self) -> bool {
-        self == Self::Two
+        self != Self::One
     }
 }
 
@@ -223,25 +234,36 @@ fn io_stderr() -> BorrowedFd<'static> {
 /// Whether all that was printed on stderr so far is in the runner's queue, and was for a while.
 async fn stderr_is_queued() -> bool {
     let begun = Instant::now();
+    // How far the reader of a socket or a terminal is, nobody can see.
+    if !is_pipe(io_stderr()) {
+        return false;
+    }
     // The first line ends what the command may have left without a line break; the second one needs a read of its own.
     for line in ["", "flywheel: end of the command's standard error"] {
-        print_stderr(line);
-        let left = END_LIMIT.saturating_sub(begun.elapsed());
-        if !drained(&[io_stderr()], left).await {
-            return false;
+        // An empty pipe takes a line without waiting for its reader.
+        for is_last in [false, true] {
+            let left = END_LIMIT.saturating_sub(begun.elapsed());
+            if !drained(&[io_stderr()], left).await {
+                return false;
+            }
+            if !is_last {
+                print_stderr(line);
+            }
         }
     }
     sleep(RESUME_MARGIN).await;
     true
 }
 
+fn is_pipe(stream: BorrowedFd<'_>) -> bool {
+    fstat(stream).is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Fifo)
+}
+
 /// Waits until the reader has taken everything out of these pipes. What is no pipe counts as taken.
 async fn drained(pipes: &[BorrowedFd<'_>], limit: Duration) -> bool {
     let begun = Instant::now();
     let holds_bytes = |pipe: &BorrowedFd<'_>| {
-        let is_pipe =
-            fstat(pipe).is_ok_and(|found| FileType::from_raw_mode(found.st_mode) == FileType::Fifo);
-        is_pipe && rustix::io::ioctl_fionread(pipe).is_ok_and(|bytes| bytes > 0)
+        is_pipe(*pipe) && rustix::io::ioctl_fionread(pipe).is_ok_and(|bytes| bytes > 0)
     };
     while pipes.iter().any(holds_bytes) {
         if begun.elapsed() >= limit {

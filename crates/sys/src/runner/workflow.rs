@@ -71,13 +71,14 @@ impl Workflow {
         if self.in_job {
             print_line(&without_commands(line));
         } else {
-            print_stderr(&visible(line));
+            print_stderr(&without_credentials(&visible(line)));
         }
     }
 
     /// Prints an annotation. GitHub shows only the first ten of a level, so the others become log lines.
     pub fn annotate(&self, level: Level, title: &str, message: &str) {
         let (title, message) = (visible(title), visible(message));
+        let title = without_credentials(&title);
         let message = shorten(&without_credentials(&message), MESSAGE_LIMIT - 100);
         let word = level.as_str();
         if !self.in_job {
@@ -199,7 +200,7 @@ fn json_escaped(json: &str) -> String {
 
 /// A line for a log of its own, which a runner may read all the same: it holds no command, and nothing that is not seen.
 pub fn without_commands(line: &str) -> String {
-    defused(&visible(line))
+    defused(&without_credentials(&visible(line)))
 }
 
 /// Breaks up what the runner would take for a command in lines of the log: `::` at the beginning of a line, and the older

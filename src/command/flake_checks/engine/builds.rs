@@ -214,9 +214,11 @@ impl Engine<'_> {
             .any(|failure| failure.kind == FailureKind::Transient);
         let out = &mut self.outs[id];
         let may_retry = out.tries < self.plan.retries;
-        if is_any_transient && !is_any_failed && may_retry {
+        // An outage is not narrowed down: each further call would wait for it anew.
+        let is_outage = is_any_transient && !is_any_failed;
+        if is_outage && may_retry {
             out.tries += 1;
-        } else if lane.ids.len() > 1 {
+        } else if lane.ids.len() > 1 && !is_outage {
             // One failure may have ended the whole lane, or Nix has built the output and only Nix knows its paths.
             out.lane_limit = lane.ids.len() / 2;
         } else if lane.failed.is_empty() && may_retry {

@@ -92,6 +92,8 @@ impl Shared {
                 self.fail(url, patience.progress.waited, &why);
                 return None;
             }
+            // It is lost, whatever becomes of the next try.
+            patience.count_try();
         }
     }
 
@@ -227,6 +229,7 @@ impl Shared {
                     shared.fail(&rest.url, patience.progress.waited, &why);
                     return Err(io::Error::other(why));
                 }
+                patience.count_try();
             }
         })
     }

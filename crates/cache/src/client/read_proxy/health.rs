@@ -184,6 +184,12 @@ impl<'a> Patience<'a> {
         }
     }
 
+    /// A try has failed, and another one follows: its time counts against the budget, as where half of a cache's servers
+    /// hang and each read succeeds in the end.
+    pub(super) fn count_try(&mut self) {
+        self.health.count(std::mem::take(&mut self.progress.waited));
+    }
+
     /// A try begins at this place in the body.
     pub(super) fn begin_at(&mut self, at: u64) {
         self.progress.at = at;
@@ -232,6 +238,24 @@ mod tests {
         health.on_success();
         tokio::time::sleep(10 * SECOND).await;
         assert!(health.on_failure(10 * SECOND, "x").is_some());
+    }
+
+    #[tokio::test]
+    async fn tries_that_are_followed_by_a_success_cost_their_time() {
+        let health = Health::new(10 * SECOND);
+        for _ in 0..2 {
+            let mut patience = Patience::new(&health);
+            let hangs = std::future::pending::<()>();
+            let slow = patience.wait(4 * SECOND, hangs).await;
+            assert_eq!(slow, Err(Ended::Slow));
+            patience.count_try();
+            health.on_success();
+        }
+        assert!(health.sum() >= 8 * SECOND);
+        let mut patience = Patience::new(&health);
+        let hangs = std::future::pending::<()>();
+        let spent = patience.wait(4 * SECOND, hangs).await;
+        assert_eq!(spent, Err(Ended::Spent));
     }
 
     #[tokio::test]

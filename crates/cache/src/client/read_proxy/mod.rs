@@ -13,6 +13,7 @@ mod tests;
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -42,6 +43,7 @@ use self::health::{BUDGET, Health};
 use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_core::text;
+use flywheel_sys::host::loopback;
 use flywheel_sys::http;
 
 /// Nix opens 25 connections for each of its processes; further ones wait to be accepted.
@@ -111,7 +113,7 @@ pub struct ReadProxy {
 #[derive(Debug)]
 struct Shared {
     upstream: Upstream,
-    /// Part of the address, so that no other user of this host reads the cache with the job's token.
+    /// Part of the address, so that no other program of the job's user comes here by chance.
     key: Secret,
     client: reqwest::Client,
     health: Health,
@@ -218,6 +220,7 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTok
             accepted = async { (place.await, listener.accept().await) } => accepted,
         };
         match accepted {
+            (Ok(_), Ok((stream, peer))) if is_of_another_user(&stream, peer) => drop(stream),
             (Ok(place), Ok((stream, _))) => {
                 let (shared, stop) = (Arc::clone(&shared), stop.clone());
                 connections.spawn(async move {
@@ -234,6 +237,13 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTok
     })
     .await;
     connections.shutdown().await;
+}
+
+/// The key in the address stands in files of Nix that others may read, so it is not enough by itself.
+fn is_of_another_user(stream: &TcpStream, peer: SocketAddr) -> bool {
+    stream
+        .local_addr()
+        .is_ok_and(|own| loopback::is_of_another_user(peer, own))
 }
 
 async fn serve_connection(stream: TcpStream, shared: Arc<Shared>, stop: CancellationToken) {
