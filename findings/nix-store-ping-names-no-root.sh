@@ -12,8 +12,9 @@ cd "$scratch"
 
 # The package with all that it links, unpacked and not installed.
 mkdir -p lists/partial cache/archives/partial root
+: >status
 apt=(apt-get -qq -o Dir::State::Lists="$scratch/lists" -o Dir::Cache="$scratch/cache"
-  -o Dir::State::status=/dev/null -o APT::Sandbox::User="$(id -un)")
+  -o Dir::State::status="$scratch/status" -o APT::Sandbox::User="$(id -un)")
 "${apt[@]}" update
 exact=$(apt-cache -o Dir::State::Lists="$scratch/lists" -o Dir::Cache="$scratch/cache" madison "$package" |
   awk '{print $3}' | grep -E "^$version([+-]|\$)" | head -n 1)

@@ -35,7 +35,7 @@ apt() {
   shift
   apt-get -qq -o APT::Sandbox::User="$(id -un)" -o APT::Architecture=amd64 -o APT::Architectures=amd64 \
     -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts=/dev/null \
-    -o Dir::State::Lists="$state/lists" -o Dir::Cache="$state/cache" -o Dir::State::status=/dev/null \
+    -o Dir::State::Lists="$state/lists" -o Dir::Cache="$state/cache" -o Dir::State::status="$state/status" \
     -o Acquire::Check-Valid-Until=false -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 "$@" </dev/null
 }
 
@@ -44,6 +44,8 @@ download() {
   local version=$1 release=$2 state=$3 from=$4 exact
   rm -rf "$state"
   mkdir -p "$state"/{lists,cache}/partial
+  # Beside this file apt has its lock.
+  : >"$state/status"
   echo "deb [signed-by=$keyring] $from $release main" >"$state/sources.list"
   apt "$state" update >/dev/null 2>"$state/errors" || return 1
   exact=$(apt-cache -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts=/dev/null \
