@@ -46,6 +46,12 @@ fn every_endpoint_is_asked_in_its_own_language() {
             1,
             "no message of the remote execution protocol",
         ),
+        (
+            Answer::GrpcWithoutBlobs,
+            "grpc",
+            1,
+            "its content-addressed store: the call failed with gRPC status 14",
+        ),
         (Answer::GrpcStatus("12"), "grpc", 1, "no Bazel remote cache"),
         (Answer::GrpcStatus("16"), "grpc", 1, "(authorisation)"),
         (Answer::GrpcStatus("14"), "grpc", 1, "gRPC status 14"),

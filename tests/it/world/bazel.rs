@@ -15,6 +15,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 pub enum Answer {
     /// gRPC: a cache, which is an executor as well or not.
     Grpc { execution: bool },
+    /// gRPC: a cache whose content-addressed store fails.
+    GrpcWithoutBlobs,
     /// gRPC: something that is no message.
     GrpcGarbage,
     /// gRPC: a status other than 0, in the trailers.
@@ -97,10 +99,10 @@ fn respond(answer: Answer, request: &Request<Incoming>) -> Response<Message> {
             })
             .unwrap()
     };
-    let asked = request
-        .uri()
-        .path()
-        .ends_with("/build.bazel.remote.execution.v2.Capabilities/GetCapabilities");
+    let called = |call: &str| request.uri().path().ends_with(call);
+    let asked = called("/build.bazel.remote.execution.v2.Capabilities/GetCapabilities");
+    let blobs =
+        called("/build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs");
     match answer {
         Answer::Http(status, body) => {
             let message = Message {
@@ -109,7 +111,10 @@ fn respond(answer: Answer, request: &Request<Incoming>) -> Response<Message> {
             };
             Response::builder().status(status).body(message).unwrap()
         }
+        Answer::Grpc { .. } if blobs => message(b"", "0"),
+        Answer::GrpcWithoutBlobs if blobs => message(b"", "14"),
         _ if !asked => message(b"", "12"),
+        Answer::GrpcWithoutBlobs => message(&[0x0a, 2, 0x08, 1], "0"),
         Answer::Grpc { execution: false } => message(&[0x0a, 2, 0x08, 1], "0"),
         Answer::Grpc { execution: true } => message(&[0x0a, 2, 0x08, 1, 0x12, 2, 0x10, 1], "0"),
         Answer::GrpcGarbage => message(&[0xff; 7], "0"),

@@ -200,6 +200,11 @@ fn a_bazel_cache_that_does_not_answer_is_named() {
         "bazel-cache",
     );
     degraded(
+        "without blobs",
+        bazel(&Server::start(Answer::GrpcWithoutBlobs).url("grpc")),
+        "bazel-cache",
+    );
+    degraded(
         "gRPC of another kind",
         bazel(&Server::start(Answer::GrpcStatus("12")).url("grpc")),
         "bazel-cache",

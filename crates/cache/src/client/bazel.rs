@@ -1,8 +1,8 @@
-//! Probes a Bazel remote cache or executor: by a gRPC capabilities call, or by fetching the empty blob from an HTTP
-//! cache. It only reads, never retries, and ends within its limit.
+//! Probes a Bazel remote cache or executor: by gRPC's capabilities call and a question to the content-addressed store, or
+//! by fetching the empty blob from an HTTP cache. It only reads, never retries, and ends within its limit.
 //!
-//! The call: `build.bazel.remote.execution.v2.Capabilities/GetCapabilities` of bazelbuild/remote-apis; the
-//! HTTP cache: Bazel's documentation, "Remote caching".
+//! The calls: `Capabilities/GetCapabilities` and `ContentAddressableStorage/FindMissingBlobs` of bazelbuild/remote-apis;
+//! the HTTP cache: Bazel's documentation, "Remote caching".
 
 use std::time::Duration;
 
@@ -19,7 +19,9 @@ use flywheel_sys::http::{self, Roots};
 const RESPONSE_LIMIT: usize = 256 * 1024;
 /// SHA-256 of nothing. Any content-addressed store responds to it: with the empty blob or with 404.
 const EMPTY: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
-const CALL: &str = "build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+const CAPABILITIES: &str = "build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+const FIND_MISSING: &str =
+    "build.bazel.remote.execution.v2.ContentAddressableStorage/FindMissingBlobs";
 /// Fields of `ServerCapabilities` in `remote_execution.proto`.
 const CACHE_FIELD: u64 = 1;
 const EXECUTION_FIELD: u64 = 2;
@@ -101,20 +103,37 @@ impl BazelProber {
     }
 
     async fn capabilities(&self, endpoint: &Url) -> Result<Capabilities, Failure> {
+        // No bytes: the request for the default instance.
+        let body = self.call(endpoint, CAPABILITIES, &[]).await?;
+        let found = parse(&body).ok_or_else(|| {
+            bad_response("its answer is no message of the remote execution protocol")
+        })?;
+        if found.cache {
+            // A cache whose action cache answers and whose blobs do not fails every build that hits.
+            let asked = self.call(endpoint, FIND_MISSING, &empty_digest()).await;
+            asked.map_err(|failure| Failure {
+                text: format!("its content-addressed store: {}", failure.text),
+                ..failure
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// Makes a call with this protobuf message. Returns the body of the answer, a gRPC frame.
+    async fn call(&self, endpoint: &Url, call: &str, message: &[u8]) -> Result<Bytes, Failure> {
         let scheme = if endpoint.scheme() == "grpcs" {
             "https"
         } else {
             "http"
         };
-        let url = below(endpoint, scheme, CALL)?;
-        // A gRPC frame with an uncompressed message of no bytes: the request for the default instance.
+        let url = below(endpoint, scheme, call)?;
         let request = self
             .grpc
             .post(url)
             .header(CONTENT_TYPE, "application/grpc")
             // gRPC requires this header: it reveals proxies that drop trailers.
             .header("te", "trailers");
-        let response = request.body(vec![0; 5]).send().await.map_err(broken)?;
+        let response = request.body(frame(message)).send().await.map_err(broken)?;
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         match status {
             200 => {}
@@ -127,10 +146,21 @@ impl BazelProber {
         }
         let (trailers, body) = read(response.into()).await?;
         grpc_status(&headers).and_then(|()| trailers.as_ref().map_or(Ok(()), grpc_status))?;
-        parse(&body).ok_or_else(|| {
-            bad_response("its answer is no message of the remote execution protocol")
-        })
+        Ok(body)
     }
+}
+
+/// A gRPC frame with an uncompressed message.
+fn frame(message: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(message.len()).expect("our own messages are small");
+    [&[0], &length.to_be_bytes()[..], message].concat()
+}
+
+/// `FindMissingBlobsRequest` with the digest of the empty blob, which every store has to know: field 2, a message with the
+/// hash as field 1; a size of 0 is left out.
+fn empty_digest() -> Vec<u8> {
+    let length = u8::try_from(EMPTY.len()).expect("64");
+    [&[0x12, length + 2, 0x0a, length], EMPTY.as_bytes()].concat()
 }
 
 /// The URL of a call below an endpoint. The text is parsed again because `Url::set_scheme` refuses to change between
@@ -176,6 +206,8 @@ fn grpc_status(headers: &HeaderMap) -> Result<(), Failure> {
         "7" | "16" => Err(unauthorised(&format!(
             "the server refuses the call: {message}"
         ))),
+        // 3 is an invalid argument: a store with other digests than SHA-256 answers, too.
+        "3" => Ok(()),
         "12" => Err(bad_response("it speaks gRPC, but is no Bazel remote cache")),
         number => Err(bad_response(&format!(
             "the call failed with gRPC status {}: {message}",
