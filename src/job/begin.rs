@@ -114,6 +114,8 @@ pub(crate) struct Session<'a> {
     pub(crate) screen: Screen,
     /// The stores that nothing can be published from.
     pub(super) not_watched: NotWatched,
+    /// Whether later steps use the settings, which this process may not live to serve.
+    pub(super) is_for_later_steps: bool,
     /// Holds secret files, and removes them when it is dropped.
     private: PrivateFolder,
 }
@@ -141,6 +143,7 @@ impl<'a> Session<'a> {
             sink: screen.sink(),
             screen,
             not_watched: NotWatched::default(),
+            is_for_later_steps: false,
             private,
         };
         Ok((session, signals))
@@ -169,6 +172,7 @@ impl<'a> Session<'a> {
             sink,
             screen,
             not_watched: NotWatched::default(),
+            is_for_later_steps: true,
             private,
         })
     }

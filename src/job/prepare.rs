@@ -102,6 +102,7 @@ impl Session<'_> {
             http: &http,
             base: self.env.get("NIX_CONFIG").unwrap_or_default(),
             extra: &self.plan.extra_nix_config,
+            is_for_later_steps: self.is_for_later_steps,
         };
         cache.reading = reading::start(&reads, &cache, sink).await;
         if let Some(key) = cache.read_key() {

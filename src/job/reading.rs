@@ -30,6 +30,8 @@ pub(super) struct ReadInputs<'a> {
     pub(super) base: &'a str,
     /// The lines of the input `extra-nix-config`.
     pub(super) extra: &'a str,
+    /// Whether steps read the cache that may outlive this process.
+    pub(super) is_for_later_steps: bool,
 }
 
 /// Starts the proxy. `None` where Nix has to read the cache itself.
@@ -39,6 +41,14 @@ pub(super) async fn start(
     sink: &Sink,
 ) -> Option<ReadProxy> {
     let upstream = upstream(inputs, cache)?;
+    // Older ones do not go on without a cache that is gone: they end by a signal.
+    if inputs.is_for_later_steps && !inputs.ready.nix.version.at_least(2, 26) {
+        sink.note(
+            "Nix reads the cache itself: this version would not survive the end of the watch"
+                .to_owned(),
+        );
+        return None;
+    }
     let client = inputs.http.streaming.clone();
     let proxy = match ReadProxy::start(upstream, client, sink.clone()).await {
         Ok(proxy) => proxy,

@@ -1,7 +1,6 @@
 //! `watch-store` over several steps with real Nix: what it leaves behind, which paths it publishes, and what the
 //! next job takes up.
 
-mod faults;
 mod killed;
 
 use std::fs;

@@ -168,7 +168,7 @@ impl Workflow {
 /// Prints the command's result on stdout, in a job and elsewhere. The caller must make sure that no line of it is a
 /// workflow command.
 pub fn data(text: &str) {
-    print_line(&visible(text.trim_end_matches('\n')));
+    print_line(&without_credentials(&visible(text.trim_end_matches('\n'))));
 }
 
 /// Prints lines for a shell on stdout, as they are.
@@ -179,7 +179,8 @@ pub fn shell_data(lines: &str) {
 /// Prints a result in JSON on stdout, as `data` does. What nobody would see, and what the runner would take for a command,
 /// is escaped as JSON has it.
 pub fn json_data(json: &str) {
-    print_line(&json_escaped(json));
+    // A `"` ends an address in JSON, too.
+    print_line(&json_escaped(&without_credentials(json)));
 }
 
 fn json_escaped(json: &str) -> String {
