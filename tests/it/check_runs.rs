@@ -382,8 +382,8 @@ async fn a_github_that_never_answers_holds_nobody_up() {
     assert_eq!((told.shown, told.missing.len()), (0, 6));
 }
 
-#[tokio::test]
-async fn a_request_to_stop_while_github_wants_to_be_left_alone_ends_it() {
+/// A board whose first request GitHub has refused for ten minutes.
+async fn board_that_is_held_back() -> (GitHub, CheckRunReporter) {
     let github = GitHub::with(Manners {
         limits: Some((1, 403, "Retry-After: 600\r\n")),
         ..manners()
@@ -394,6 +394,12 @@ async fn a_request_to_stop_while_github_wants_to_be_left_alone_ends_it() {
         github.log().iter().any(|(_, status)| *status == 403)
     })
     .await;
+    (github, board)
+}
+
+#[tokio::test]
+async fn a_request_to_stop_while_github_wants_to_be_left_alone_ends_it() {
+    let (github, board) = board_that_is_held_back().await;
     let (began, stop) = (Instant::now(), CancellationToken::new());
     stop.cancel();
     let told = board
@@ -529,16 +535,7 @@ async fn a_github_that_is_back_at_the_end_shows_everything() {
 /// Where GitHub wants to be left alone for longer than there is time, nobody waits for the time to pass.
 #[tokio::test]
 async fn a_rate_limit_that_lasts_for_longer_ends_the_run_at_once() {
-    let github = GitHub::with(Manners {
-        limits: Some((1, 403, "Retry-After: 600\r\n")),
-        ..manners()
-    });
-    let board = board(&github, options());
-    board.announce(vec![output(0)]);
-    until("refused", || {
-        github.log().iter().any(|(_, status)| *status == 403)
-    })
-    .await;
+    let (github, board) = board_that_is_held_back().await;
     let began = Instant::now();
     let stats = close(board).await;
     assert!(

@@ -6,6 +6,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::narinfo::NarInfo;
+use flywheel_testing::nar_strings;
 use futures_util::{StreamExt as _, stream};
 use serde_json::json;
 use sha2::Digest as _;
@@ -272,25 +273,14 @@ fn real_nix_is_refused_where_it_has_no_token() {
 /// The NAR of one file with these blocks, piece by piece.
 fn big_nar(count: usize) -> impl Iterator<Item = Vec<u8>> + Send {
     let begin = [
-        spelt(&["nix-archive-1", "(", "type", "regular", "contents"]),
+        nar_strings(&["nix-archive-1", "(", "type", "regular", "contents"]),
         ((count * MIB) as u64).to_le_bytes().to_vec(),
     ];
     // The contents are a multiple of eight bytes.
     [begin.concat()]
         .into_iter()
         .chain(blocks(count))
-        .chain([spelt(&[")"])])
-}
-
-/// Each word with its length, padded.
-fn spelt(words: &[&str]) -> Vec<u8> {
-    let mut nar = Vec::new();
-    for word in words {
-        nar.extend((word.len() as u64).to_le_bytes());
-        nar.extend(word.as_bytes());
-        nar.resize(nar.len().next_multiple_of(8), 0);
-    }
-    nar
+        .chain([nar_strings(&[")"])])
 }
 
 /// Blocks of 1 MiB of which an eighth is new each time and does not compress.

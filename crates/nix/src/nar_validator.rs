@@ -334,25 +334,16 @@ fn at_most(bytes: &[u8], left: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use flywheel_testing::nar_strings;
 
-    /// Each word with its length, padded.
-    fn spelt(words: &[&str]) -> Vec<u8> {
-        let mut nar = Vec::new();
-        for word in words {
-            nar.extend((word.len() as u64).to_le_bytes());
-            nar.extend(word.as_bytes());
-            nar.resize(nar.len().next_multiple_of(8), 0);
-        }
-        nar
-    }
+    use super::*;
 
     fn words(text: &str) -> Vec<u8> {
         let words: Vec<&str> = text
             .split(' ')
             .map(|word| word.trim_matches('\''))
             .collect();
-        spelt(&words)
+        nar_strings(&words)
     }
 
     const TREE: &str = "nix-archive-1 ( type directory \

@@ -7,6 +7,17 @@ use flywheel_sys::process::capture::Tool;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// The strings of a NAR in its own form: each with its length before it, padded to eight bytes.
+pub fn nar_strings(words: &[&str]) -> Vec<u8> {
+    let mut nar = Vec::new();
+    for word in words {
+        nar.extend((word.len() as u64).to_le_bytes());
+        nar.extend(word.as_bytes());
+        nar.resize(nar.len().next_multiple_of(8), 0);
+    }
+    nar
+}
+
 /// Makes a shell script. A child writes it: a file that a fork of ours, of another test's thread,
 /// still holds open for writing cannot be run.
 pub async fn script(folder: &Path, name: &str, text: &str) -> PathBuf {

@@ -13,6 +13,8 @@ use crate::world::runner::Report;
 const ADDED: [&str; 4] = ["app", "base", "bin", "lib"];
 /// What a cache that hangs may cost, and the job itself on a busy machine.
 const LIMIT: Duration = Duration::from_secs(35 + 15);
+/// The same where the cache answers, always with an error: it is tried for a minute.
+const LIMIT_WITH_ANSWERS: Duration = Duration::from_secs(60 + 15);
 
 /// The requests of a job, by how they begin.
 const PHASES: [&str; 6] = [
@@ -46,9 +48,9 @@ fn fault(trial: &mut Trial) -> Fault {
     }
 }
 
-fn front(trial: &mut Trial, cache: &Cache) -> (Front, String) {
+fn front(trial: &mut Trial, cache: &Cache) -> (Front, String, Duration) {
     let mut plan = Plan::new();
-    let mut words = Vec::new();
+    let (mut words, mut limit) = (Vec::new(), LIMIT);
     for _ in 0..trial.random.usize(1..=3) {
         let (begins, fault) = (*trial.pick(&PHASES), fault(trial));
         let when = match trial.random.u8(0..4) {
@@ -56,10 +58,17 @@ fn front(trial: &mut Trial, cache: &Cache) -> (Front, String) {
             1 => When::First(trial.random.u32(1..4)),
             _ => When::Every(trial.random.u32(2..5)),
         };
+        let answers = matches!(
+            fault,
+            Fault::Status(_) | Fault::Html(_) | Fault::RetryAfter(_)
+        );
+        if answers && when == When::Always {
+            limit = LIMIT_WITH_ANSWERS;
+        }
         words.push(format!("{fault:?} {when:?} of `{begins}`"));
         plan = plan.fault(begins, when, fault);
     }
-    (plan.before(cache.address()), words.join(", "))
+    (plan.before(cache.address()), words.join(", "), limit)
 }
 
 #[test]
@@ -67,13 +76,13 @@ fn a_cache_that_fails_at_random_fails_and_stalls_no_job() {
     let mut attack = Attack::begin("cache faults");
     while let Some(mut trial) = attack.next() {
         let cache = Cache::start(&[]);
-        let (front, words) = front(&mut trial, &cache);
+        let (front, words, limit) = front(&mut trial, &cache);
         let job = Job::new(&cache, "nix build --no-link path:.#default")
             .with_env("ATTIC_SERVER", &front.url());
         let begun = Instant::now();
         let report = job.step.run();
         let what = format!("{}: {words}\n{}", trial.seed, report.log);
-        assert!(begun.elapsed() < LIMIT, "{:?}: {what}", begun.elapsed());
+        assert!(begun.elapsed() < limit, "{:?}: {what}", begun.elapsed());
         attack.count(check(&report, &cache, &what));
     }
     attack.report();

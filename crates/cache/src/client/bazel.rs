@@ -109,7 +109,7 @@ impl BazelProber {
             bad_response("its answer is no message of the remote execution protocol")
         })?;
         if found.cache {
-            // A cache whose action cache answers and whose blobs do not fails every build that hits.
+            // Every build with a hit fails if the action cache answers and the store of the blobs does not.
             let asked = self.call(endpoint, FIND_MISSING, &empty_digest()).await;
             asked.map_err(|failure| Failure {
                 text: format!("its content-addressed store: {}", failure.text),

@@ -1,6 +1,7 @@
 //! NARs of small trees, byte for byte, and the errors for paths that differ from their
 //! registration.
 
+use flywheel_testing::nar_strings;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
 use futures_util::StreamExt as _;
@@ -15,17 +16,6 @@ fn dump(path: &Path) -> Vec<u8> {
 
 fn hash(nar: &[u8]) -> Sha256 {
     Sha256(Hasher::digest(nar).into())
-}
-
-/// Builds a NAR by hand: each string with its length, padded.
-fn spelt(words: &[&str]) -> Vec<u8> {
-    let mut nar = Vec::new();
-    for word in words {
-        nar.extend((word.len() as u64).to_le_bytes());
-        nar.extend(word.as_bytes());
-        nar.resize(nar.len().next_multiple_of(8), 0);
-    }
-    nar
 }
 
 async fn collect(path: &Path, hash: Sha256, size: u64) -> (Vec<u8>, Option<DumpError>) {
@@ -51,7 +41,7 @@ fn a_tree_is_spelt_in_bytewise_order() {
     std::fs::write(root.join("B"), "").expect("made");
     symlink("b/run", root.join("a")).expect("made");
     #[rustfmt::skip]
-    let expected = spelt(&[
+    let expected = nar_strings(&[
         "nix-archive-1", "(", "type", "directory",
         "entry", "(", "name", "B", "node", "(", "type", "regular", "contents", "", ")", ")",
         "entry", "(", "name", "a", "node", "(", "type", "symlink", "target", "b/run", ")", ")",
@@ -93,7 +83,7 @@ fn depth_beyond_path_max_is_no_obstacle() {
             .count(),
         100
     );
-    assert!(nar.ends_with(&spelt(&[")", ")", ")"])));
+    assert!(nar.ends_with(&nar_strings(&[")", ")", ")"])));
 }
 
 #[tokio::test]

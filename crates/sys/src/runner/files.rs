@@ -131,33 +131,27 @@ mod tests {
         assert!(delimiter.len() > 30, "not guessable");
     }
 
-    #[test]
-    fn a_summary_never_reaches_the_size_that_drops_it() {
+    /// What stands in the file of the summary once `text` was added.
+    fn summary_of(text: &str) -> String {
         let folder = tempfile::tempdir().expect("temporary folder");
         let file = folder.path().join("summary");
         let files = Files {
             summary: Some(file.clone()),
             ..Files::default()
         };
-        files
-            .add_summary(&"ä".repeat(SUMMARY_LIMIT))
-            .expect("written");
-        assert!(std::fs::metadata(file).expect("written").len() < 1024 * 1024);
+        files.add_summary(text).expect("written");
+        std::fs::read_to_string(file).expect("written")
+    }
+
+    #[test]
+    fn a_summary_never_reaches_the_size_that_drops_it() {
+        assert!(summary_of(&"ä".repeat(SUMMARY_LIMIT)).len() < 1024 * 1024);
     }
 
     #[test]
     fn a_summary_shows_what_turns_the_direction_of_writing() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let file = folder.path().join("summary");
-        let files = Files {
-            summary: Some(file.clone()),
-            ..Files::default()
-        };
-        files
-            .add_summary("| `a\u{202e}b` |\n\u{2067}c\u{200b}\n")
-            .expect("written");
         assert_eq!(
-            std::fs::read_to_string(file).expect("written"),
+            summary_of("| `a\u{202e}b` |\n\u{2067}c\u{200b}\n"),
             "| `a\\u{202e}b` |\n\\u{2067}c\\u{200b}\n"
         );
     }

@@ -31,8 +31,8 @@ const BODY_IDLE: Duration = Duration::from_secs(30);
 /// Blocks of a body, each of some kilobytes, between the connection and the thread that unpacks.
 const BLOCKS: usize = 16;
 const BUFFER: usize = 64 * 1024;
-/// Memory for unpacking xz, whose header decides how much it takes: `xz -9` needs 65 MiB. Of zstd, the library itself
-/// refuses windows over 128 MiB.
+/// The most memory that unpacking xz may use. The header of the file decides how much it needs: 65 MiB after `xz -9`. For
+/// zstd, the library itself refuses windows over 128 MiB.
 const XZ_MEMORY: u64 = 128 * 1024 * 1024;
 
 impl Attic {

@@ -85,7 +85,7 @@ async fn a_server_that_answers_nothing_ends_it_soon() {
     assert_eq!(outcome.counts().left, 4);
 }
 
-/// What failed reads have cost is taken off: the publisher is told to wait for less than it would.
+/// The time that failed reads have cost shortens the publisher's wait for an answer.
 #[tokio::test]
 async fn a_server_that_has_cost_its_time_already_gets_less() {
     let fake = Fake::start().await;

@@ -34,7 +34,7 @@ const FIRST_PART: usize = 256 * 1024;
 /// A cache that keeps its NARs elsewhere redirects once.
 const REDIRECTS: usize = 4;
 
-/// A complete answer, or one whose body follows.
+/// The cache's answer: whole, or with the rest of a large body still to be read.
 pub(super) struct Found {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
@@ -171,7 +171,7 @@ impl Shared {
                 .get(LOCATION)
                 .filter(|_| status.is_redirection())
                 .and_then(|target| url.join(target.to_str().ok()?).ok())
-                // As Nix does: nobody is led from an encrypted cache to an unencrypted one.
+                // As Nix does, a redirect from an encrypted to an unencrypted address is not followed.
                 .filter(|target| target.scheme() == "https" || target.scheme() == url.scheme());
             if let Some(target) = target {
                 url = target;

@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 pub(super) const BUDGET: Duration = Duration::from_secs(25);
 /// So many reads that fail one after the other, each in spite of its tries, mean that the cache is down.
 const FAILURES: u32 = 5;
-/// A wait that whoever asked did not see to its end counts from this length on.
+/// If Nix closes the connection while it waits, the wait counts from this length on.
 const ABANDONED: Duration = Duration::from_secs(3);
 /// A body that brings less than this while the budget lasts stands still.
 const LEAST_PROGRESS: u64 = 32 * 1024;

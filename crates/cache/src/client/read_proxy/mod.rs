@@ -180,7 +180,7 @@ impl ReadProxy {
         )
     }
 
-    /// What whoever reads through the proxy has to know.
+    /// The random part of the address, without which a request is refused.
     pub fn key(&self) -> &Secret {
         &self.shared.key
     }

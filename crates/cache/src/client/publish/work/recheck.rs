@@ -1,5 +1,5 @@
-//! Checks of paths that the cache had already. One query covers a thousand of them, and the bodies of a few are read to
-//! see whether its answer can be trusted. A damaged path is sent anew, and so is one whose narinfo is missing.
+//! Checks of paths that the cache had already. One query covers a thousand of them, and the bodies of a few are read,
+//! because a cache may list a path whose body is damaged. A damaged path is sent anew, and so is one whose narinfo is missing.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
