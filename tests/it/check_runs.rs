@@ -399,7 +399,7 @@ async fn board_that_is_held_back() -> (GitHub, CheckRunReporter) {
 
 #[tokio::test]
 async fn a_request_to_stop_while_github_wants_to_be_left_alone_ends_it() {
-    let (github, board) = board_that_is_held_back().await;
+    let (_github, board) = board_that_is_held_back().await;
     let (began, stop) = (Instant::now(), CancellationToken::new());
     stop.cancel();
     let told = board
@@ -535,7 +535,7 @@ async fn a_github_that_is_back_at_the_end_shows_everything() {
 /// Where GitHub wants to be left alone for longer than there is time, nobody waits for the time to pass.
 #[tokio::test]
 async fn a_rate_limit_that_lasts_for_longer_ends_the_run_at_once() {
-    let (github, board) = board_that_is_held_back().await;
+    let (_github, board) = board_that_is_held_back().await;
     let began = Instant::now();
     let stats = close(board).await;
     assert!(
