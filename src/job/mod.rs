@@ -9,6 +9,7 @@ mod begin;
 mod closure_tracker;
 mod daemon_names;
 pub(crate) mod destination;
+pub(crate) mod failed_builds;
 pub(crate) mod inputs;
 mod leftovers;
 mod not_watched;

@@ -8,13 +8,16 @@ use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::Session;
 use super::prepare::Prepared;
-use crate::report::job::{CacheState, JobResult, Outcome, Trust};
+use crate::report::job::{CacheState, JobResult, Outcome, Trust, Work};
 use crate::report::publication::{Missed, Publication};
 use crate::report::{outputs, summary};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow};
+
+/// So many failed builds are annotated; GitHub shows ten annotations of a step.
+const FAILED_BUILDS: usize = 5;
 
 impl Session<'_> {
     /// Whether everything that was to be published was.
@@ -35,6 +38,7 @@ impl Session<'_> {
     ) -> JobResult {
         let outcome = self.outcome(publication.as_ref(), require_publish);
         JobResult {
+            work: Work::Command,
             outcome,
             exit_code: u8::from(outcome != Outcome::Success),
             nix: format!(
@@ -52,6 +56,7 @@ impl Session<'_> {
             cache: prepared.cache.address(),
             cache_state: prepared.cache.state.clone(),
             degraded: self.screen.degraded(),
+            failed_builds: Vec::new(),
             built: added_paths.built,
             substituted: added_paths.substituted,
             added: added_paths.added,
@@ -202,6 +207,20 @@ fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
             "out of memory".to_owned(),
             found.text(job.heavy_lane.as_deref()),
         ));
+    }
+    if job.outcome == Outcome::CommandFailed {
+        annotations.extend(job.failed_builds.iter().take(FAILED_BUILDS).map(|build| {
+            let last = build
+                .log_tail
+                .iter()
+                .rev()
+                .find(|line| !line.trim().is_empty());
+            let last = last
+                .map(|line| format!("; its log ends: {}", line.trim()))
+                .unwrap_or_default();
+            let text = format!("the build of {} failed{last}", build.derivation);
+            (Level::Error, build.name.clone(), text)
+        }));
     }
     // As a warning, it was printed when it was found.
     if job.outcome == Outcome::NotPublished {

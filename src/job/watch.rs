@@ -56,6 +56,11 @@ impl StoreWatch {
         &self.ownership.store
     }
 
+    /// When the job's work began.
+    pub(crate) fn begun(&self) -> SystemTime {
+        self.begun
+    }
+
     /// The value of `NIX_DAEMON_SOCKET_PATH` for the job's commands, if they are to have one.
     pub(crate) fn daemon_link(&self) -> Option<&Path> {
         let names = self.ownership.daemon_names.as_ref()?;

@@ -31,7 +31,7 @@ use self::reporter::Reporter;
 use self::systems::{is_system, native, tree};
 use crate::job::added_paths::AddedPaths;
 use crate::job::{self, Prepared, STOPPED_LIMIT, Session, StoreWatch};
-use crate::report::job::{JobResult, Outcome};
+use crate::report::job::{JobResult, Outcome, Work};
 use crate::report::publication::Publication;
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_core::text::count;
@@ -451,6 +451,7 @@ impl FlakeChecks<'_> {
         };
         let command = ran.evaluation + ran.build;
         JobResult {
+            work: Work::Outputs,
             outcome,
             exit_code,
             command,

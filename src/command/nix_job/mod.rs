@@ -5,7 +5,7 @@ mod environment;
 mod inputs;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +13,7 @@ pub(crate) use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
 use crate::job::added_paths::AddedPaths;
+use crate::job::failed_builds::LogSearch;
 use crate::job::{self, JobReport, Prepared, Session, StoreWatch};
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
@@ -88,6 +89,10 @@ impl NixJob<'_> {
                     .run_flake_check(&prepared, watch.as_ref(), folder, signals.next());
             stopped = checked.await.map(|_| Instant::now());
         }
+        let search = watch
+            .as_ref()
+            .filter(|_| ended.code != 0 && stopped.is_none())
+            .and_then(|watch| LogSearch::new(watch, &prepared));
         let (added_paths, publication) = self
             .session
             .deliver_in_time(
@@ -99,14 +104,16 @@ impl NixJob<'_> {
                 signals,
             )
             .await;
-        let job = self.result(
-            &prepared,
-            &ended,
-            &spent,
-            &added_paths,
-            publication,
-            publish_began.elapsed(),
-        );
+        let publish = publish_began.elapsed();
+        let failed_builds = match search {
+            Some(search) => search.failed(&added_paths).await,
+            None => Vec::new(),
+        };
+        let job = JobResult {
+            publish,
+            failed_builds,
+            ..self.result(&prepared, &ended, &spent, &added_paths, publication)
+        };
         prepared.stop().await;
         // It fails only with a panic, which has been reported.
         let _ = resuming.await;
@@ -163,7 +170,6 @@ impl NixJob<'_> {
         spent: &Spent,
         added_paths: &AddedPaths,
         publication: Option<Publication>,
-        publish: Duration,
     ) -> JobResult {
         let observed = Observed {
             killed_in_group: spent.killed_in_group,
@@ -190,7 +196,6 @@ impl NixJob<'_> {
             outcome,
             exit_code,
             command: ended.lasted,
-            publish,
             peak: spent.peak,
             limit: spent.limit,
             out_of_memory,

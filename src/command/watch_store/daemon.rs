@@ -16,6 +16,7 @@ use super::ipc::{Finished, Request, Status, receive, send};
 use crate::job::added_paths::AddedPaths;
 use crate::job::stream::Deadline;
 use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Session, StoreWatch};
+use crate::report::job::Work;
 use crate::report::publication::Publication;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::exit::Failure;
@@ -235,6 +236,7 @@ impl Daemon<'_> {
             .session
             .result(prepared, &added_paths, publication, require);
         (job.command, job.publish) = (watched, began.elapsed());
+        job.work = Work::OtherSteps;
         (JobReport::new(&job), request)
     }
 
