@@ -36,6 +36,15 @@ pub fn plain(text: &str) -> String {
     safe
 }
 
+/// Escapes a text from outside for HTML, which Markdown leaves as it is: within the tags of a block, such as `<summary>`,
+/// a backslash escapes nothing.
+pub fn html(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('@', "&#64;")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,6 +54,14 @@ mod tests {
         assert_eq!(fenced("a\n```\nb"), "````\na\n```\nb\n````");
         assert_eq!(code("a`b"), "`` a`b ``");
         assert_eq!(code("plain"), "`plain`");
+    }
+
+    #[test]
+    fn nothing_is_a_tag() {
+        assert_eq!(
+            html("a_b </summary> & @you"),
+            "a_b &lt;/summary&gt; &amp; &#64;you"
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use super::runs::as_str;
 use super::text::{log_tail, title};
 use super::{Cause, Conclusion, Output, Verdict};
-use flywheel_core::markdown::{code, fenced, plain};
+use flywheel_core::markdown::{code, fenced, html, plain};
 use flywheel_core::text::{count, duration, one_line};
 
 /// Rows of the table at most; the log and the files have all outputs.
@@ -123,13 +123,13 @@ pub fn failures(ended: &[Ended<'_>]) -> String {
         if log.trim().is_empty() || text.len() + log.len() > LOGS_LIMIT_BYTES {
             continue;
         }
-        let label = plain(&one_line(&output.label, 100));
+        let label = html(&one_line(&output.label, 100));
         let by_hand = code(&one_line(&verdict.reproduce, 500));
         // Writing to a `String` cannot fail.
         let _ = writeln!(
             text,
-            "<details><summary>{label}: {}</summary>\n\n{}\n\nBy hand: {by_hand}\n\n</details>\n",
-            plain(&one_line(&title(verdict), 200)),
+            "<details><summary><code>{label}</code>: {}</summary>\n\n{}\n\nBy hand: {by_hand}\n\n</details>\n",
+            html(&one_line(&title(verdict), 200)),
             fenced(&log)
         );
     }
