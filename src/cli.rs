@@ -14,7 +14,7 @@ use crate::command::{
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_sys::process::core_dump::Reach;
 use flywheel_sys::runner::env::Env;
 
@@ -75,7 +75,7 @@ impl Cli {
     ///
     /// # Errors
     /// Whatever the verb fails with.
-    pub(crate) async fn run(self, env: &Env) -> Result<Exit, Failure> {
+    pub(crate) async fn run(self, env: &Env) -> Result<Exit, VerbError> {
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
             Verb::FlakeChecks(inputs) => flake_checks::run(*inputs, env).await,
