@@ -24,8 +24,9 @@ use flywheel_sys::runner::env::Env;
   flywheel nix-job --publish --command 'nix build .#default'
   flywheel nix-job --attic-server https://attic.example.org/ -- nix flake check")]
 pub(crate) struct Inputs {
-    /// The command, as shell text of one or several lines (bash with `-e -o pipefail`), such as
-    /// `nix build .#default`. Required, unless a command line has a program behind `--`.
+    /// The command, as shell text of one or several lines (bash with `-e -o pipefail`; `sh` with `-e` where
+    /// there is no bash), such as `nix build .#default`. Required, unless a command line has a program
+    /// behind `--`.
     #[arg(long, value_name = "TEXT", value_parser = text(), group = REQUIRED_IN_ACTION)]
     command: Option<String>,
 

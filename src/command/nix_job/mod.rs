@@ -21,7 +21,7 @@ use flywheel_core::exit::{Exit, Failure, VerbError};
 use flywheel_nix::temp_roots;
 use flywheel_sys::host::peak::{Span, Spent};
 use flywheel_sys::process::signals::Signals;
-use flywheel_sys::process::supervise::{CommandExit, SuperviseError, Supervised};
+use flywheel_sys::process::supervise::{CommandExit, Shell, SuperviseError, Supervised};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::guard::StoppedCommands;
@@ -134,7 +134,10 @@ impl NixJob<'_> {
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {
                 let file = self.session.write_private("command.sh", text)?;
-                Supervised::script(&file, path.as_deref(), &self.plan.folder)
+                let shell = Shell::find(path.as_deref(), &self.plan.folder);
+                let note = format!("flywheel: the command runs under {shell}");
+                self.session.sink.note(note);
+                Supervised::script(&shell, &file, &self.plan.folder)
             }
             Wanted::Program(words) => {
                 Supervised::program(words, path.as_deref(), &self.plan.folder)
