@@ -29,6 +29,9 @@ const POLL_MOST: Duration = Duration::from_secs(1);
 /// A command that fails this long after the file system was full has failed of that.
 const RECENT: Duration = Duration::from_secs(120);
 
+/// So many folders of the job are named for one file system.
+const SHOWN: usize = 2;
+
 /// What a file system had and has at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Room {
@@ -59,10 +62,26 @@ impl Room {
     }
 
     fn is_below(&self, floors: u64) -> bool {
-        let inodes = self.inodes.is_some_and(|inodes| {
-            inodes.free < floors * INODE_FLOOR.min(inodes.total / INODE_FLOOR_SHARE)
-        });
-        self.free < floors * FLOOR.min(self.total / FLOOR_SHARE) || inodes
+        self.free < floors * self.floor() || self.lacks_inodes(floors)
+    }
+
+    fn floor(&self) -> u64 {
+        FLOOR.min(self.total / FLOOR_SHARE)
+    }
+
+    fn lacks_inodes(&self, floors: u64) -> bool {
+        self.inodes.is_some_and(|Inodes { total, free }| {
+            free < floors * INODE_FLOOR.min(total / INODE_FLOOR_SHARE)
+        })
+    }
+
+    /// How many bytes a job that may free room should free at least: with inodes, their number decides and not their size.
+    pub fn shortfall(&self) -> u64 {
+        if self.lacks_inodes(2) {
+            u64::MAX
+        } else {
+            (3 * self.floor()).saturating_sub(self.free)
+        }
     }
 
     /// Whether nothing more can be written.
@@ -107,8 +126,8 @@ impl Room {
     pub fn left(&self) -> String {
         let room = format!("{} of {}", bytes(self.free), bytes(self.total));
         match self.inodes {
-            Some(inodes) if inodes.free < INODE_FLOOR.min(inodes.total / INODE_FLOOR_SHARE) => {
-                format!("{room}, and {} of {} inodes", inodes.free, inodes.total)
+            Some(Inodes { total, free }) if self.lacks_inodes(1) => {
+                format!("{room}, and {free} of {total} inodes")
             }
             _ => room,
         }
@@ -149,7 +168,9 @@ impl DiskUse {
     }
 
     fn subject(&self) -> String {
-        format!("`{}`, with {},", self.name, self.holds.join(" and "))
+        let (shown, more) = self.holds.split_at(self.holds.len().min(SHOWN));
+        let more = if more.is_empty() { "" } else { " and more" };
+        format!("`{}`, with {}{more},", self.name, shown.join(" and "))
     }
 
     /// The warning of a file system that is low. `own`: the job's own paths there.
@@ -162,7 +183,7 @@ impl DiskUse {
         format!(
             "{} is nearly full: {} are left{own}. {}",
             self.subject(),
-            self.last.left(),
+            self.lowest.left(),
             self.remedy(may_reclaim)
         )
     }

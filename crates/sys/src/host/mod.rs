@@ -10,3 +10,4 @@ pub mod notify;
 pub mod peak;
 pub mod priority;
 pub mod private;
+pub mod room_watcher;
