@@ -31,7 +31,7 @@ const LARGEST: usize = 5;
 /// Reading the job's own paths from the database takes milliseconds.
 const OWN_LIMIT: Duration = Duration::from_secs(2);
 /// From one attempt to free room to the next, where the last one has freed nothing.
-const RECLAIM_INTERVAL: Duration = Duration::from_secs(2);
+const RECLAIM_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The watch of a job's disks.
 pub(crate) struct DiskWatch {
@@ -107,7 +107,8 @@ impl Session<'_> {
             None => None,
         };
         Some(Reclaimer::new(
-            watch.nix(prepared),
+            // Not through the link of the job's commands: what is freed here is named to no proxy.
+            prepared.nix(),
             Arc::clone(watch.ownership()),
             published,
             attempted.clone(),
@@ -211,8 +212,9 @@ impl Warner {
         }
         let own = self.own_paths(disk).await;
         let text = disk.warning(&own, self.may_reclaim);
-        let line = format!("flywheel: warning: disk: {text}");
-        self.screen.log_if_held(&line);
+        // It is an annotation once the command has ended. If the disk is the runner's own, that may be too late.
+        self.screen
+            .log_if_held(&format!("flywheel: warning: disk: {text}"));
         self.sink.degraded("disk", text);
     }
 
@@ -252,8 +254,9 @@ impl Handler {
         match reclaimer.free(disk.last.shortfall()).await {
             Ok(freed) if freed.paths > 0 => {
                 let text = format!("flywheel: disk: freed {} on `{}`", freed.text(), disk.name);
-                screen.log_if_held(&text);
-                sink.note(text);
+                if !screen.log_if_held(&text) {
+                    sink.note(text);
+                }
             }
             Ok(_) => self.next_reclaim = Instant::now() + RECLAIM_INTERVAL,
             Err(problem) => {

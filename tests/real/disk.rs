@@ -29,6 +29,7 @@ in {
   second = size "second" 32;
   third = size "third" 30;
   huge = size "huge" 200;
+  lots = builtins.genList (n: run "lot${toString n}" "echo ${toString n} >$out") 40;
   many = run "many" "mkdir $out; cd $out; for n in {1..5000}; do : >$n; done";
 }
 END
@@ -119,6 +120,81 @@ fn a_job_that_may_reclaim_frees_its_own_published_garbage_and_nothing_else() {
 }
 
 #[test]
+fn an_ordinary_user_of_a_daemon_frees_what_is_his_own() {
+    let job = format!(
+        r#"
+printf '%s\n' 'sandbox = false' 'build-users-group = nixbld' 'substituters =' >/etc/nix/nix.conf
+unset NIX_CONFIG
+nix-daemon --daemon >/tmp/daemon 2>&1 &
+for _ in $(seq 400); do [ -S /nix/var/nix/daemon-socket/socket ] && break; sleep 0.05; done
+: >/out/outputs; : >/out/summary
+chmod 666 /out/outputs /out/summary; cp store.nix /area/; chown -R alice: /area; cd /area
+cat >script <<'END'
+build first; build second
+{UNTIL_FREED}
+build third
+END
+setpriv --reuid 1000 --regid 1000 --clear-groups --inh-caps=-all \
+  env HOME=/home/alice USER=alice NIX_REMOTE=daemon \
+  /fly/flywheel nix-job --publish --reclaim true -- bash -e script
+echo "$?" >/out/code"#
+    );
+    let ran = disk(VERSIONS[0], "size=64m", &job);
+    ended(&ran, "success", "0");
+    assert_eq!(output(&ran, "published"), "3", "{}", ran.log);
+}
+
+#[test]
+fn a_job_of_many_steps_frees_its_own_garbage_and_reports_it() {
+    // The packages of the guest have no `sh`, by which the background process is started.
+    let job = format!(
+        "rm /bin; mkdir /bin; ln -s /usr/bin/* /bin; ln -s bash /bin/sh
+        eval \"$(/fly/flywheel watch-store start --publish --reclaim true)\"
+        build first; build second
+        {UNTIL_FREED}
+        build third && echo built >/out/built
+        : >/out/outputs; : >/out/summary
+        /fly/flywheel watch-store finish; echo $? >/out/code"
+    );
+    let ran = disk(VERSIONS[1], "size=64m", &job);
+    assert_eq!(ran.file("built"), "built\n", "{}", ran.log);
+    ended(&ran, "success", "0");
+    assert_eq!(output(&ran, "published"), "3", "{}", ran.log);
+    has(&ran.file("summary"), &["| Freed in the store | "], &ran);
+}
+
+#[test]
+fn a_check_that_fills_the_disk_gives_the_run_its_outcome() {
+    let job = r#"
+: >/out/outputs; : >/out/summary
+cat >flake.nix <<'END'
+{ outputs = { self }: { checks.x86_64-linux = { inherit (import ./store.nix) first huge; }; }; }
+END
+/fly/flywheel flake-checks --publish --flake path:.
+echo "$?" >/out/code"#;
+    let ran = disk(VERSIONS[2], "size=64m", job);
+    ended(&ran, "disk-full", "1");
+    let named = ["> **Disk full:** `/nix (tmpfs)`", "-first (15.0 MiB)"];
+    has(&ran.file("summary"), &named, &ran);
+}
+
+#[test]
+fn a_journal_without_room_is_a_warning_that_names_the_disk_and_costs_no_path() {
+    let job = "mkdir /area/state; busybox mount -t tmpfs -o size=64k tmpfs /area/state
+        export XDG_STATE_HOME=/area/state
+        job --publish --command 'head -c 1M /dev/zero >/area/state/file || true; build lots'";
+    let ran = disk(VERSIONS[2], "size=64m", job);
+    ended(&ran, "success", "0");
+    assert_eq!(output(&ran, "published"), "40", "{}", ran.log);
+    let named = [
+        "warning: journal: it could not be written",
+        "no room on `/area/state (tmpfs)`",
+        "warning: disk: `/area/state (tmpfs)`, with the journal",
+    ];
+    has(&ran.log, &named, &ran);
+}
+
+#[test]
 fn what_is_in_no_cache_is_not_freed_unless_the_job_publishes_nothing() {
     let job = |arguments: &str| {
         format!(
@@ -159,7 +235,7 @@ fn a_full_temporary_folder_is_named_and_words_alone_are_not_believed() {
     let full = format!("{temp}job --command 'head -c 20M /dev/zero >$TMPDIR/file'");
     let ran = disk(VERSIONS[0], "size=512m", &full);
     ended(&ran, "disk-full", "1");
-    let named = ["with the temporary folder `/area/tmp`", "(`TMPDIR`)"];
+    let named = ["with the temporary folder `/area/tmp`", "(`TMPDIR`, "];
     has(&ran.file("summary"), &named, &ran);
 
     let words = format!("{temp}job --command 'echo No space left on device >&2; exit 3'");

@@ -195,7 +195,7 @@ impl DiskUse {
             }
             (true, true) => "Give the runner a larger volume there, or keep fewer results alive.",
             (false, _) => {
-                "Give the runner a larger volume there, or point the job to another one (`TMPDIR`)."
+                "Give the runner a larger volume there, or move what the job keeps there to another one (`TMPDIR`, `journal`, `embedded-cache`)."
             }
         }
     }

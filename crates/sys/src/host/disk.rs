@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::statvfs;
+use rustix::fs::{StatVfsMountFlags, statvfs};
 use thiserror::Error;
 
 use flywheel_core::disk::{Inodes, Room};
@@ -55,13 +55,17 @@ impl FileSystem {
     /// Its room now.
     ///
     /// # Errors
-    /// When the system gives no answer.
+    /// When the system gives no answer, and for an image that can only be read.
     pub fn room(&self) -> io::Result<Room> {
         let found = statvfs(&self.folder)?;
         let inodes = Inodes {
             total: found.f_files,
             free: found.f_favail,
         };
+        // An image that is read only has no room and needs none. A store that is merely mounted so has some.
+        if found.f_bavail == 0 && found.f_flag.contains(StatVfsMountFlags::RDONLY) {
+            return Err(ErrorKind::ReadOnlyFilesystem.into());
+        }
         Ok(Room {
             total: found.f_blocks.saturating_mul(found.f_frsize),
             free: found.f_bavail.saturating_mul(found.f_frsize),
@@ -73,11 +77,9 @@ impl FileSystem {
     /// Whether a small file cannot be written for want of room, of inodes or of quota, which the numbers need not show.
     /// The file has no name, or is removed at once.
     pub fn refuses_writes(&self) -> bool {
-        let written = tempfile::tempfile_in(&self.folder).and_then(|mut file| {
-            file.write_all(&[0; PROBE])?;
-            // A network's file system may refuse only now.
-            file.sync_data()
-        });
+        // Without a sync, which takes long on a busy disk: room is reserved when a file is written to.
+        let written =
+            tempfile::tempfile_in(&self.folder).and_then(|mut file| file.write_all(&[0; PROBE]));
         written.is_err_and(|error| is_full(&error))
     }
 
