@@ -121,6 +121,13 @@ impl AddedPaths {
         self.ambiguous = doubtful;
     }
 
+    /// Counts paths that the job has added and freed again.
+    pub(crate) fn count_freed(&mut self, infos: &[PathInfo]) {
+        for info in infos {
+            self.count(info.origin());
+        }
+    }
+
     fn count(&mut self, origin: Origin) {
         match origin {
             Origin::Built => self.built += 1,

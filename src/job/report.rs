@@ -8,6 +8,7 @@ use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::Session;
 use super::prepare::Prepared;
+use crate::report::disk::DiskReport;
 use crate::report::job::{CacheState, JobResult, Outcome, Trust, Work};
 use crate::report::publication::{Missed, Publication};
 use crate::report::{outputs, summary};
@@ -71,6 +72,7 @@ impl Session<'_> {
             limit: None,
             out_of_memory: None,
             heavy_lane: None,
+            disk: DiskReport::default(),
         }
     }
 
@@ -221,6 +223,9 @@ fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
             let text = format!("the build of {} failed{last}", build.derivation);
             (Level::Error, build.name.clone(), text)
         }));
+    }
+    if let Some(text) = job.disk.full_text() {
+        annotations.push((Level::Error, "disk full".to_owned(), text));
     }
     // As a warning, it was printed when it was found.
     if job.outcome == Outcome::NotPublished {

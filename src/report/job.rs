@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::report::disk::DiskReport;
 use crate::report::publication::{Missed, Publication};
 use flywheel_core::budget::OutOfMemory;
 use flywheel_core::text::{bytes, duration};
@@ -15,6 +16,8 @@ pub(crate) enum Outcome {
     CommandFailed,
     /// The command failed, and the kernel killed a process for want of memory while it ran.
     OutOfMemory,
+    /// The command failed, and a disk of the job was full.
+    DiskFull,
     /// The job was cancelled while the command ran.
     Cancelled,
     /// The command ended with 0, but `require-publish` was not met.
@@ -27,10 +30,11 @@ pub(crate) enum Outcome {
 
 impl Outcome {
     /// Every outcome, in the order of the pages.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Success,
         Self::CommandFailed,
         Self::OutOfMemory,
+        Self::DiskFull,
         Self::Cancelled,
         Self::NotPublished,
         Self::Withheld,
@@ -43,6 +47,7 @@ impl Outcome {
             Self::Success => "success",
             Self::CommandFailed => "command-failed",
             Self::OutOfMemory => "out-of-memory",
+            Self::DiskFull => "disk-full",
             Self::Cancelled => "cancelled",
             Self::NotPublished => "not-published",
             Self::Withheld => "withheld",
@@ -162,6 +167,8 @@ pub(crate) struct JobResult {
     pub(crate) out_of_memory: Option<OutOfMemory>,
     /// The lane to move to when memory runs out.
     pub(crate) heavy_lane: Option<String>,
+    /// What the disks had while the command ran.
+    pub(crate) disk: DiskReport,
 }
 
 impl JobResult {
@@ -267,6 +274,7 @@ pub(super) mod tests {
             limit: None,
             out_of_memory: None,
             heavy_lane: None,
+            disk: DiskReport::default(),
         }
     }
 

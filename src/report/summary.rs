@@ -41,6 +41,9 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
         )?;
     }
     failed_builds(text, &job.failed_builds)?;
+    if let Some(found) = job.disk.full_text() {
+        writeln!(text, "> **Disk full:** {}\n", cell(&found))?;
+    }
     if let CacheState::LeftOut {
         layer,
         text: reason,
@@ -90,6 +93,7 @@ fn sign(job: &JobResult) -> &'static str {
         Outcome::CommandFailed if job.work == Work::Outputs => "✅",
         Outcome::CommandFailed
         | Outcome::OutOfMemory
+        | Outcome::DiskFull
         | Outcome::NotPublished
         | Outcome::Withheld
         | Outcome::NotStarted => "❌",
@@ -120,6 +124,7 @@ fn headline(job: &JobResult) -> String {
             None => format!("the command failed with exit code {code}"),
         },
         Outcome::OutOfMemory => format!("the command ran out of memory (exit code {code})"),
+        Outcome::DiskFull => format!("a disk was full (exit code {code})"),
         Outcome::Cancelled => "cancelled while the command ran".to_owned(),
         Outcome::NotPublished => format!(
             "the command ended well, and `require-publish` does not hold: {}",
@@ -271,6 +276,10 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
             .unwrap_or_default();
         rows.push(("Peak memory", format!("{}{limit}", bytes(peak))));
     }
+    let room = job.disk.lowest();
+    rows.extend(room.map(|text| ("Lowest free room", cell(&text))));
+    let freed = job.disk.freed();
+    rows.extend(freed.map(|text| ("Freed in the store", text)));
     rows
 }
 
@@ -492,6 +501,43 @@ mod tests {
             text.contains("- `/nix/store/x-whose`: whose is it"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_full_disk_is_named_with_its_lowest_room_and_the_remedy() {
+        use flywheel_core::disk::{DiskUse, Reclaimed, Room, disk_full};
+        let mut job = example();
+        assert!(!render(&job).contains("room"));
+        let lowest = Room {
+            total: 64 << 20,
+            ..Room::default()
+        };
+        let disk = DiskUse {
+            name: "/nix (tmpfs)".into(),
+            holds: vec!["the store `/nix/store`".into()],
+            has_store: true,
+            lowest,
+            last: lowest,
+            full_before_end: Some(Duration::ZERO),
+            refuses: false,
+        };
+        job.outcome = Outcome::DiskFull;
+        job.disk.full = disk_full(std::slice::from_ref(&disk), true, false);
+        job.disk.low = vec![disk];
+        job.disk.reclaimed = Reclaimed {
+            paths: 2,
+            size: 1 << 20,
+        };
+        let text = render(&job);
+        for part in [
+            "### ❌",
+            "> **Disk full:** `/nix (tmpfs)`",
+            "`reclaim: true`",
+            "| Lowest free room | 0 B of 64.0 MiB on /nix (tmpfs) |",
+            "| Freed in the store | 2 paths of this job's own, of 1.0 MiB |",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ mod adversary;
 mod cache_serve;
 mod crates;
 mod destination;
+mod disk;
 mod dist;
 mod elsewhere;
 mod environment;

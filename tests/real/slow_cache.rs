@@ -233,7 +233,11 @@ SECONDS=0
         let cache = Cache::start(&["--private"]);
         let filling = format!("{}{}", prelude(&cache.url, &cache), lines("nix-job"));
         let filled = run_beside(VERSIONS[0], &filling);
-        assert!(cache.names().contains(&"part-3".to_owned()), "{}", filled.log);
+        assert!(
+            cache.names().contains(&"part-3".to_owned()),
+            "{}",
+            filled.log
+        );
         for version in versions {
             let front = before(&cache, plan());
             let prelude = prelude(&front.url(), &cache);

@@ -15,6 +15,7 @@ pub mod text;
 // The rules, each by itself.
 pub mod budget;
 pub mod contract;
+pub mod disk;
 pub mod policy;
 pub mod sizing;
 pub mod trust;
