@@ -5,6 +5,7 @@
 mod install;
 mod interrupted;
 mod repair;
+pub mod rootless;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};

@@ -173,7 +173,7 @@ impl Obstacle {
             }
             Self::UsedUp => "raise it (`sysctl -w user.max_user_namespaces=15000`)".to_owned(),
             Self::Kernel => "boot a kernel with CONFIG_USER_NS".to_owned(),
-            Self::Other(_) => "allow them in the security module that refuses them (AppArmor, SELinux)".to_owned(),
+            Self::Other(_) => "find what refuses them, such as AppArmor, SELinux or a `chroot`, and allow them there".to_owned(),
         }
     }
 }
