@@ -21,6 +21,7 @@ pub(crate) mod publication;
 mod reading;
 mod reclaim;
 mod report;
+pub(crate) mod rootless;
 pub(crate) mod settings;
 pub(crate) mod source;
 pub(crate) mod store_host;

@@ -32,6 +32,7 @@ mod obedience;
 mod policy;
 mod publish;
 mod report;
+mod rootless;
 mod sharing;
 mod slow_cache;
 mod stream;
