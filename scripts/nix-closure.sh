@@ -126,7 +126,7 @@ for link in "$debian"/usr/bin/nix-*; do ln -s nix "$store/$name/bin/${link##*/}"
 patchelf --set-interpreter "/nix/store/$glibc/lib/$loader" --set-rpath "$(rpath "${needs[@]}")" "$store/$name/bin/nix"
 register "$name" "${needs[@]}"
 
-chroot=local?root=$scratch/root
+chroot="local?root=$scratch/root"
 nix nix-store --store "$chroot" --register-validity <"$registration"
 nix nix-store --generate-binary-cache-key flywheel-test-1 "$scratch/key" "$scratch/key.pub"
 rm -rf "$into"
