@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd -P)
 repository=$(cd "$here/../../.." && pwd -P)
 tools=$repository/target/tools
 . "$here/machines.sh"
-. "$here/../../guest/root.sh"
+. "$repository/tests/guest/root.sh"
 describe "$1"
 flywheel=$2 out=$3
 shift 3
@@ -28,9 +28,10 @@ new=$out/root
 mkdir -p "$new"
 mount -t tmpfs -o mode=755,size=2g tmpfs "$new"
 cd "$new"
-mkdir fly out guest area
+mkdir fly out guest shared area
 mount --bind "$out" out
 mount --bind "$here" guest
+mount --bind "$repository/tests/guest" shared
 for file in flywheel busybox; do : >"fly/$file"; done
 mount --bind "$flywheel" fly/flywheel
 mount --bind "$tools/nix-2.34.8/usr/bin/busybox" fly/busybox
@@ -45,6 +46,14 @@ if [ "$DEBIAN" = busybox ]; then
   mkdir -p bin sbin usr/bin usr/sbin lib
   cp "$tools/nix-2.34.8/usr/bin/busybox" bin/busybox
   chroot . /bin/busybox --install -s /bin
+  # A debug build is not static.
+  if grep -q /lib64/ld-linux-x86-64.so.2 "$flywheel"; then
+    echo "$flywheel is not static: this busybox machine gets a C library" >&2
+    mkdir lib64
+    for library in ld-linux-x86-64.so.2 libc.so.6 libm.so.6 libgcc_s.so.1; do
+      find "$tools/debian-sid/usr/lib" -name $library -exec cp -L {} lib64/ \;
+    done
+  fi
   make_users /bin/sh
 else
   mkdir usr

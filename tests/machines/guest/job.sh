@@ -58,8 +58,10 @@ bring_up() {
     /fly/busybox mount -o remount,bind,ro "$USER_HOME"
   fi
   if [ "$FULL" = yes ]; then
-    /fly/busybox mount -t tmpfs -o size=4k,mode=1777 tmpfs $area/tmp
-    ! /fly/busybox dd if=/dev/zero of=$area/tmp/filler bs=4096 count=2 2>/dev/null
+    for folder in $area/tmp $area/temp; do
+      /fly/busybox mount -t tmpfs -o size=4k,mode=1777 tmpfs $folder
+      ! /fly/busybox dd if=/dev/zero of=$folder/filler bs=4096 count=2 2>/dev/null
+    done
   fi
 }
 

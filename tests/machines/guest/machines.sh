@@ -1,5 +1,11 @@
 # The machines: what each is made of. Sourced by `enter.sh`; what becomes of a job on each is in ../machines.rs.
 
+# A daemon builds in its sandbox, where the example finds the shell that it is built with.
+DAEMONS_SETTINGS='build-users-group = nixbld
+substituters =
+sandbox = true
+extra-sandbox-paths = /bin/sh=/fly/busybox'
+
 # Sets what a machine is made of:
 #   DEBIAN        folders of unpacked packages that make its /usr, the first on top; `busybox` for busybox alone
 #   USER_NAME     whose job it is: root, alice, or stranger, who has no entry in /etc/passwd
@@ -9,7 +15,7 @@
 #   DAEMON        none, alive, stale (a socket that nobody listens on), or socket (it is started by its socket)
 #   SETTINGS      /etc/nix/nix.conf
 #   HOME_FOLDER   set, unset, or read-only
-#   FULL          whether the folder for temporary files is full
+#   FULL          whether the folders for temporary files, the system's and the runner's, are full
 #   EVENT         the payload of the event: file, or fifo
 #   NIXBLD        whether the group of the build users is there
 describe() {
@@ -39,30 +45,30 @@ describe() {
     no-nix-without-namespaces) DEBIAN=debian-12 NAMESPACES=sysctl ;;
     no-nix-in-chroot) DEBIAN=debian-sid NAMESPACES=chroot ;;
     # Debian's package without a /nix.
-    nix-bin-2.8) DEBIAN=nix-2.8.0 ;;
-    nix-bin-2.26) DEBIAN=nix-2.26.3 ;;
-    nix-bin-2.34) DEBIAN=nix-2.34.8 ;;
+    nix-bin-2.8) DEBIAN='nix-2.8.0 debian-12' ;;
+    nix-bin-2.26) DEBIAN='nix-2.26.3 debian-13' ;;
+    nix-bin-2.34) DEBIAN='nix-2.34.8 debian-sid' ;;
     nix-bin-sudo) DEBIAN='nix-2.8.0 debian-12' SUDO=yes ;;
-    nix-bin-without-namespaces) DEBIAN=nix-2.8.0 NAMESPACES=sysctl ;;
+    nix-bin-without-namespaces) DEBIAN='nix-2.8.0 debian-12' NAMESPACES=sysctl ;;
     # A daemon for all users.
-    daemon-2.8) DEBIAN=nix-2.8.0 NIX_FOLDER=store DAEMON=alive ;;
-    daemon-2.26) DEBIAN=nix-2.26.3 NIX_FOLDER=store DAEMON=alive ;;
-    daemon-2.34) DEBIAN=nix-2.34.8 NIX_FOLDER=store DAEMON=alive ;;
-    daemon-by-socket) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=store DAEMON=socket ;;
-    daemon-stale) DEBIAN=nix-2.26.3 NIX_FOLDER=store DAEMON=stale NAMESPACES=sysctl ;;
-    daemon-stale-root) DEBIAN=nix-2.34.8 NIX_FOLDER=store DAEMON=stale USER_NAME=root ;;
+    daemon-2.8) DEBIAN='nix-2.8.0 debian-12' NIX_FOLDER=store DAEMON=alive SETTINGS=$DAEMONS_SETTINGS ;;
+    daemon-2.26) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=store DAEMON=alive SETTINGS=$DAEMONS_SETTINGS ;;
+    daemon-2.34) DEBIAN='nix-2.34.8 debian-sid' NIX_FOLDER=store DAEMON=alive SETTINGS=$DAEMONS_SETTINGS ;;
+    daemon-by-socket) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=store DAEMON=socket SETTINGS=$DAEMONS_SETTINGS ;;
+    daemon-stale) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=store DAEMON=stale NAMESPACES=sysctl SETTINGS=$DAEMONS_SETTINGS ;;
+    daemon-stale-root) DEBIAN='nix-2.34.8 debian-sid' NIX_FOLDER=store DAEMON=stale USER_NAME=root SETTINGS=$DAEMONS_SETTINGS ;;
     # Settings that keep Nix from working.
-    no-nix-command) DEBIAN=nix-2.8.0 NIX_FOLDER=empty SETTINGS='experimental-features =' ;;
-    no-nixbld) DEBIAN=nix-2.26.3 NIX_FOLDER="root's" USER_NAME=root NIXBLD=no ;;
+    no-nix-command) DEBIAN='nix-2.8.0 debian-12' NIX_FOLDER=empty SETTINGS='experimental-features =' ;;
+    no-nixbld) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER="root's" USER_NAME=root NIXBLD=no ;;
     # Homes.
-    home-unset) DEBIAN=nix-2.8.0 NIX_FOLDER=empty HOME_FOLDER=unset ;;
-    home-unset-stranger) DEBIAN=nix-2.26.3 NIX_FOLDER=empty HOME_FOLDER=unset USER_NAME=stranger ;;
-    home-read-only) DEBIAN=nix-2.34.8 NIX_FOLDER=empty HOME_FOLDER=read-only ;;
+    home-unset) DEBIAN='nix-2.8.0 debian-12' NIX_FOLDER=empty HOME_FOLDER=unset ;;
+    home-unset-stranger) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=empty HOME_FOLDER=unset USER_NAME=stranger ;;
+    home-read-only) DEBIAN='nix-2.34.8 debian-sid' NIX_FOLDER=empty HOME_FOLDER=read-only ;;
     # Files.
-    tmp-full) DEBIAN=nix-2.26.3 NIX_FOLDER=empty FULL=yes ;;
-    fifo-event) DEBIAN=nix-2.26.3 NIX_FOLDER=empty EVENT=fifo ;;
+    tmp-full) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=empty FULL=yes ;;
+    fifo-event) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=empty EVENT=fifo ;;
     # The judge's own: an ordinary machine with a store of root's.
-    judge) DEBIAN=nix-2.34.8 NIX_FOLDER="root's" USER_NAME=root SETTINGS='build-users-group =' ;;
+    judge) DEBIAN='nix-2.34.8 debian-sid' NIX_FOLDER="root's" USER_NAME=root SETTINGS='build-users-group =' ;;
     *)
       echo "no machine is called $1" >&2
       exit 64

@@ -5,7 +5,8 @@
 #
 #   usage: enter.sh NIX-FOLDER FLYWHEEL GUEST-SCRIPTS OUT RUN [ARGUMENT…]
 set -eu
-. "$(dirname "$0")/../../guest/root.sh"
+shared=$(cd "$(dirname "$0")/../../guest" && pwd -P)
+. "$shared/root.sh"
 nix=$1 flywheel=$2 guest=$3 out=$4
 shift 4
 
@@ -13,12 +14,13 @@ new=$out/root
 mkdir -p "$new"
 mount -t tmpfs -o mode=755,size=2g tmpfs "$new"
 cd "$new"
-mkdir usr nix area out fly guest
+mkdir usr nix area out fly guest shared
 for folder in bin sbin lib lib64; do ln -s "usr/$folder" "$folder"; done
 mount --bind "$nix/usr" usr
 mount -o remount,bind,ro usr
 mount --bind "$out" out
 mount --bind "$guest" guest
+mount --bind "$shared" shared
 touch fly/flywheel
 mount --bind "$flywheel" fly/flywheel
 make_folders
