@@ -117,7 +117,10 @@ pub(crate) const MACHINES: &[Machine] = &[
     demo("home-read-only", NothingLost(&["journal"])),
     demo("tmp-full", Obstacle(&["space"])),
     // Without a payload there is no proof that this job may publish.
-    demo("fifo-event", Passes(&["0 lost (not publishing: the event payload is unreadable"])),
+    demo(
+        "fifo-event",
+        Passes(&["0 lost (not publishing: the event payload is unreadable"]),
+    ),
     canary("no-nix-command", Passes(&[])),
     canary("no-nixbld", Passes(&[])),
     canary("debian-12-sudo", Passes(&["nix-job"])),

@@ -50,9 +50,9 @@ if [ "$DEBIAN" = busybox ]; then
   if grep -q /lib64/ld-linux-x86-64.so.2 "$flywheel"; then
     echo "$flywheel is not static: this busybox machine gets a C library" >&2
     mkdir lib64
-    for library in ld-linux-x86-64.so.2 libc.so.6 libm.so.6 libgcc_s.so.1; do
-      find "$tools/debian-sid/usr/lib" -name $library -exec cp -L {} lib64/ \;
-    done
+    libraries=$tools/debian-sid/usr/lib/x86_64-linux-gnu
+    cp -L "$libraries/ld-linux-x86-64.so.2" lib64/
+    for library in libc.so.6 libm.so.6 libgcc_s.so.1; do cp -L "$libraries/$library" lib/; done
   fi
   make_users /bin/sh
 else
