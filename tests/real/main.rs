@@ -19,6 +19,7 @@ mod crates;
 mod destination;
 mod dist;
 mod elsewhere;
+mod environment;
 mod flake_checks;
 mod greedy;
 mod harness;

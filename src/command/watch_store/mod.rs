@@ -28,7 +28,7 @@ use crate::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
 use crate::job::inputs::{JobInputs, Plan};
 use crate::job::{self, JobReport, Prepared, Secrets, Session};
 use crate::report::screen::Screen;
-use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::secret::Secret;
 use flywheel_core::text;
@@ -147,7 +147,7 @@ impl Explain for Error {
 ///
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     // With a task as argument, `mode` does not matter, right or wrong: its variable may be meant for another step.
     let task = match (inputs.task, inputs.mode) {
         (Some(task), _) => task,
@@ -159,13 +159,14 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         }
     };
     let plan = Plan::read(&inputs.job, env)?;
-    match task {
+    let ended = match task {
         Task::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
         Task::Start => Box::pin(start(&plan, env)).await,
         Task::Status => status(env, inputs.format.format).await,
         Task::Finish => Box::pin(finish(&plan, inputs.job.drain.drain_timeout, env)).await,
         Task::Run => Box::pin(in_foreground(&plan, env)).await,
-    }
+    };
+    Ok(ended?)
 }
 
 /// Starts the background process, and returns once it is ready.
