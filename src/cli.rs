@@ -14,8 +14,9 @@ use crate::command::{
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
-use crate::job::private_base;
+use crate::job::{self, private_base};
 use flywheel_core::exit::{Exit, Failure, VerbError};
+use flywheel_nix::bootstrap::rootless::{self, Viewers};
 use flywheel_sys::host::home::Home;
 use flywheel_sys::process::core_dump::Reach;
 use flywheel_sys::runner::env::Env;
@@ -72,6 +73,36 @@ impl Cli {
             Verb::WatchStore(_) | Verb::Cache(_) | Verb::DaemonProxy(_) => Reach::Job,
             _ => Reach::Step,
         }
+    }
+
+    /// Lets the verb see a store in a folder of this user's, where he can have none at `/nix`. To be called before any
+    /// thread is started.
+    ///
+    /// # Errors
+    /// When such a store cannot be had, or is of no use to the verb. The inputs are checked before anything is made.
+    pub(crate) fn enter_rootless_store(&self, env: &Env) -> Result<(), VerbError> {
+        if !rootless::is_needed(env) {
+            return Ok(());
+        }
+        let (viewers, undone) = match &self.verb {
+            Verb::NixJob(inputs) => {
+                inputs.check(env)?;
+                (Viewers::Children, "the command was not run")
+            }
+            Verb::FlakeChecks(inputs) => {
+                inputs.check(env)?;
+                (Viewers::Children, "nothing was checked")
+            }
+            Verb::Publish(inputs) if inputs.are_in_rootless_store(env) => {
+                (Viewers::Children, "nothing was published")
+            }
+            Verb::WatchStore(inputs) if inputs.is_watch() && !rootless::is_nix_there(env) => {
+                inputs.check(env)?;
+                (Viewers::Others, "nothing is watched")
+            }
+            _ => return Ok(()),
+        };
+        Ok(job::rootless::enter(env, viewers, undone)?)
     }
 
     /// Runs the verb that was asked for.

@@ -55,6 +55,10 @@ fn main() -> ExitCode {
             return ExitCode::from(Exit::Ok.code());
         }
     };
+    // Before anything starts a thread, and while the user's own files in `/proc` still belong to him.
+    if let Err(failure) = cli.enter_rootless_store(&env) {
+        return ExitCode::from(explain(&failure, &env).code());
+    }
     core_dump::forbid(cli.reach());
     // The job's own work comes first, so these threads yield to it. The main thread, which starts the job's
     // command, keeps its priority.

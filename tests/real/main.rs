@@ -30,6 +30,7 @@ mod nix_job;
 mod obedience;
 mod policy;
 mod publish;
+mod rootless;
 mod sharing;
 mod slow_cache;
 mod stream;
