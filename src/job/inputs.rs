@@ -7,7 +7,7 @@ use clap::{ArgAction, Args};
 
 use crate::inputs::nix::NixInputs;
 use crate::inputs::value::{Invalid, boolean, path, value, variant};
-use crate::inputs::{CacheInputs, DrainInput, GateInputs, VerifyInput};
+use crate::inputs::{CacheInputs, DrainInput, GateInputs, Hints, VerifyInput};
 use crate::job::destination::{DestinationConfig, DestinationInputs};
 use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
@@ -164,7 +164,10 @@ impl Plan {
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
     pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, VerbError> {
-        let named = inputs.cache.resolve(env);
+        let mut named = inputs.cache.resolve(env);
+        let mut hints = Hints::from_env(env);
+        let nix = inputs.nix.or_hints(&mut hints);
+        named.bad_hints.append(&mut hints.bad);
         let destination = inputs.destination.config();
         // With `attic-enabled: false` there is no cache to choose, so that two are no error.
         let other = destination
@@ -182,9 +185,7 @@ impl Plan {
         let embedded = inputs.embedded_cache.as_deref();
         let source = other.unwrap_or_else(|| Source::find(&named, embedded, env));
         Ok(Self {
-            nix: inputs
-                .nix
-                .wanted(source.as_binary_cache(named.key.as_ref()))?,
+            nix: nix.wanted(source.as_binary_cache(named.key.as_ref()))?,
             request: inputs.gate.request(),
             extra_nix_config: inputs.extra_nix_config.clone().unwrap_or_default(),
             drain_timeout: inputs.drain.or_default(),
