@@ -25,7 +25,7 @@ pub struct Machine {
     pub namespaces: Namespaces,
     /// `apt-get`.
     pub apt: Option<PathBuf>,
-    /// Whether `dpkg` was interrupted while it installed packages of Nix; any package, where there is no Nix.
+    /// Whether an installation of packages was interrupted, which is looked into only where Nix could not be made ready.
     pub is_interrupted: bool,
     /// What became of opening the store.
     pub opening: Opening,

@@ -115,12 +115,16 @@ pub enum Plan {
     Install(InstallPlan),
     /// This process and its children get a `/nix` of their own; then this is planned anew.
     Rootless(RootlessPlan),
-    Impossible {
-        /// A sentence without its end.
-        obstacle: String,
-        /// What to change.
-        remedy: String,
-    },
+    Impossible(Impossible),
+}
+
+/// Why there can be no working Nix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Impossible {
+    /// A fragment.
+    pub obstacle: String,
+    /// What to change, in sentences.
+    pub remedy: String,
 }
 
 /// What keeps an existing Nix from working, and is mended for the job.
@@ -199,7 +203,7 @@ pub fn plan(machine: &Machine, wanted: &Wanted) -> Plan {
         (Opening::DeadDaemon { problem, .. }, _) if machine.user.is_root() => {
             Plan::Repair(vec![RepairStep::StartDaemon(problem.clone())])
         }
-        (Opening::DeadDaemon { socket, problem }, _) => Plan::Impossible {
+        (Opening::DeadDaemon { socket, problem }, _) => Plan::Impossible(Impossible {
             obstacle: format!(
                 "the Nix daemon does not answer at `{}`: {problem}",
                 socket.display()
@@ -207,12 +211,17 @@ pub fn plan(machine: &Machine, wanted: &Wanted) -> Plan {
             remedy: "Start it on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root), or run the job \
                      as root, which starts one for the job."
                 .into(),
-        },
+        }),
         (Opening::Denied(problem), _) => for_denied_store(machine, problem),
-        (Opening::Closed(problem), _) => Plan::Impossible {
-            obstacle: format!("the Nix store does not open: {problem}"),
-            remedy: "Look at `NIX_CONFIG`, `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner.".into(),
-        },
+        (Opening::Closed(problem), _) => Plan::Impossible(does_not_open(problem)),
+    }
+}
+
+/// A store that does not open, for none of the reasons that have a repair.
+pub(super) fn does_not_open(problem: &str) -> Impossible {
+    Impossible {
+        obstacle: format!("the Nix store does not open: {problem}"),
+        remedy: "Look at `NIX_CONFIG`, `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner.".into(),
     }
 }
 
@@ -233,27 +242,27 @@ fn for_denied_store(machine: &Machine, problem: &str) -> Plan {
     if !machine.is_elsewhere && !matches!(machine.folder, Folder::Used { .. }) {
         return nowhere(machine, "Nix is installed, and has no store");
     }
-    Plan::Impossible {
+    Plan::Impossible(Impossible {
         obstacle: format!("the Nix store belongs to another user and there is no daemon: {problem}"),
         remedy: "Start `nix-daemon` as root on the runner, run the job as root, or give `/nix` to the job's user.".into(),
-    }
+    })
 }
 
 fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     if wanted.installer == Installer::None {
-        return Plan::Impossible {
+        return Plan::Impossible(Impossible {
             obstacle: "Nix is not installed on this machine, and `nix-installer` is `none`".into(),
             remedy: "Put Nix into the runner's image, or leave `nix-installer` out.".into(),
-        };
+        });
     }
     if wanted.daemon && !machine.user.is_root() {
-        return Plan::Impossible {
+        return Plan::Impossible(Impossible {
             obstacle: format!(
                 "`nix-daemon` takes root, and the job runs as user {}",
                 machine.user.shown()
             ),
             remedy: "Leave `nix-daemon` out, so that Nix is installed for this user, or run the job as root.".into(),
-        };
+        });
     }
     let distro = machine.user.is_root() && machine.apt.is_some();
     let asked = |way: Way| match wanted.installer {
@@ -316,13 +325,13 @@ fn no_way(machine: &Machine, wanted: &Wanted) -> Plan {
             wanted.installer.as_str()
         ),
     };
-    Plan::Impossible {
+    Plan::Impossible(Impossible {
         obstacle: format!(
             "Nix is not installed on this machine and cannot be installed: {obstacle}"
         ),
         remedy: "Leave `nix-installer` out, so that every way is tried that this machine allows."
             .into(),
-    }
+    })
 }
 
 impl Installer {
@@ -395,10 +404,10 @@ fn nowhere(machine: &Machine, missing: &str) -> Plan {
             }
         }
     }
-    Plan::Impossible {
+    Plan::Impossible(Impossible {
         obstacle: format!("{missing}: {}", obstacles.join(", and ")),
         remedy,
-    }
+    })
 }
 
 fn folder_obstacle(machine: &Machine) -> String {
@@ -450,7 +459,7 @@ impl Plan {
                 "rootless: {}, so the job gets a `/nix` that it alone sees",
                 rootless.reason
             ),
-            Self::Impossible { obstacle, .. } => format!("impossible: {obstacle}"),
+            Self::Impossible(Impossible { obstacle, .. }) => format!("impossible: {obstacle}"),
         }
     }
 }
@@ -473,6 +482,16 @@ impl Preparation {
         match self {
             Self::Nothing => None,
             Self::Sudo(_) => Some("`sudo` makes `/nix` for this user"),
+        }
+    }
+}
+
+impl RootlessPlan {
+    /// What is left where the namespace was not entered.
+    pub(super) fn not_entered(self) -> Impossible {
+        Impossible {
+            obstacle: format!("{}, and this process has no namespace of its own", self.reason),
+            remedy: "Run the job by `nix-job`, which makes one, or have the runner's image make `/nix` for the user.".into(),
         }
     }
 }

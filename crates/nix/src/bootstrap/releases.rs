@@ -1,6 +1,7 @@
 //! The releases of Nix that Flywheel knows by name: their store paths in a binary cache, and the sums of their archives.
 //! Each value has its source; the inputs `nix-version`, `nix-source` and `nix-mirror` name others.
 
+use super::plan::BinaryCache;
 use crate::store_path::StorePath;
 
 /// The system that this program runs on, in Nix's words.
@@ -16,8 +17,8 @@ pub const CLOSURE_VERSION: &str = "2.31.2";
 pub const ARCHIVE_VERSION: &str = "2.34.7";
 
 /// The cache that upstream serves released store paths from, and its key.
-pub const CACHE: &str = "https://cache.nixos.org";
-pub const CACHE_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+const CACHE: &str = "https://cache.nixos.org";
+const CACHE_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 /// Where upstream has its release archives, in folders `nix-VERSION`.
 pub const ARCHIVES: &str = "https://releases.nixos.org/nix/";
 
@@ -64,6 +65,14 @@ const ARCHIVE_SUMS: [(&str, &str, &str); 4] = [
     ),
 ];
 
+/// Upstream's cache.
+pub fn upstream() -> BinaryCache {
+    BinaryCache {
+        address: CACHE.parse().expect("the constant is a URL"),
+        keys: vec![CACHE_KEY.parse().expect("the constant is a key")],
+    }
+}
+
 /// The store path of a release for this system.
 pub fn closure(version: &str) -> Option<StorePath> {
     let name = look_up(&CLOSURES, version)?;
@@ -83,7 +92,6 @@ fn look_up(table: &[(&str, &str, &'static str)], version: &str) -> Option<&'stat
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::PublicKey;
 
     #[test]
     fn the_tables_hold_what_they_are_read_as() {
@@ -99,6 +107,6 @@ mod tests {
         }
         assert!(closure(CLOSURE_VERSION).is_some() && archive_sum(ARCHIVE_VERSION).is_some());
         assert!(closure("9.9").is_none());
-        CACHE_KEY.parse::<PublicKey>().expect("a key");
+        assert_eq!(upstream().keys.len(), 1);
     }
 }

@@ -13,7 +13,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::{BuildGroup, Folder, Machine, Namespaces, Opening, Socket, Sudo, User};
-use crate::bootstrap::{Host, interrupted};
+use crate::bootstrap::Host;
 use crate::settings::sets;
 use crate::tool;
 use flywheel_core::text::one_line;
@@ -71,11 +71,6 @@ impl Host {
             Some(program) if !user.is_root() => Sudo::Untried(program),
             _ => Sudo::None,
         };
-        let is_interrupted = user.is_root()
-            && match nix {
-                Some(_) => interrupted::is_nix_interrupted(&self.packages),
-                None => interrupted::is_interrupted(&self.packages),
-            };
         let socket = match fs::symlink_metadata(socket_path(env, &self.nix)) {
             Ok(_) => Socket::Present,
             Err(_) => Socket::Absent,
@@ -89,7 +84,7 @@ impl Host {
             build_group: build_group(&fs::read_to_string("/etc/group").unwrap_or_default()),
             namespaces: namespaces(&Limits::read()),
             apt: self.program("apt-get", env),
-            is_interrupted,
+            is_interrupted: false,
             opening: Opening::Untried,
             user,
         }

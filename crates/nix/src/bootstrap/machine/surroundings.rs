@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use crate::bootstrap::releases::SYSTEM;
 use flywheel_core::text::bytes;
 use flywheel_sys::host::memory::{Cgroup, of_machine};
 
@@ -95,5 +96,5 @@ fn system() -> String {
         .lines()
         .find_map(|line| line.strip_prefix("PRETTY_NAME="));
     let name = name.map_or("Linux", |name| name.trim_matches('"'));
-    format!("{name}, {}", std::env::consts::ARCH)
+    format!("{name}, {SYSTEM}")
 }

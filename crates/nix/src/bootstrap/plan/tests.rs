@@ -172,7 +172,7 @@ fn without_sudo_the_job_has_a_store_of_its_own_or_the_obstacles_are_named() {
         sudo: Sudo::Refused("a password is required".into()),
         ..Machine::bare()
     };
-    let Plan::Impossible { obstacle, remedy } = plan(&refused, &job()) else {
+    let Plan::Impossible(Impossible { obstacle, remedy }) = plan(&refused, &job()) else {
         panic!("nothing is left");
     };
     assert_eq!(
@@ -189,7 +189,8 @@ fn without_sudo_the_job_has_a_store_of_its_own_or_the_obstacles_are_named() {
         "{remedy}"
     );
     // Later steps would not see it.
-    let Plan::Impossible { obstacle, .. } = plan(&Machine::bare().namespaces(), &Wanted::default())
+    let Plan::Impossible(Impossible { obstacle, .. }) =
+        plan(&Machine::bare().namespaces(), &Wanted::default())
     else {
         panic!("a namespace would not do");
     };
@@ -529,7 +530,7 @@ fn keeps_its_promises(machine: &Machine, wanted: &Wanted) {
             !root && wanted.is_for_children_alone && machine.namespaces == Namespaces::Allowed,
             "{at}"
         ),
-        Plan::Impossible { obstacle, remedy } => {
+        Plan::Impossible(Impossible { obstacle, remedy }) => {
             assert!(!obstacle.is_empty() && remedy.ends_with('.'), "{at}");
         }
     }
