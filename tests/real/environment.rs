@@ -138,7 +138,7 @@ fn an_image_without_bash_runs_the_action() {
     assert!(action.contains("\n      shell: sh\n"));
     let (_, run) = action.rsplit_once("\n      run: ").unwrap();
     let cache = Cache::start(&["--private"]);
-    let command = format!("test -z \"${{BASH_VERSION-}}\"; ! command -v bash; {BUILD}");
+    let command = format!("if command -v bash; then exit 1; fi; {BUILD}");
     let job = Job::new(&cache, &command);
     let workspace = job.step.workspace();
     flake::write(&workspace);
