@@ -14,12 +14,10 @@ use crate::command::{
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
-use crate::job::private_base;
-use flywheel_core::exit::{Exit, Failure, VerbError};
-use flywheel_sys::host::home::Home;
+use crate::job::lacking;
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_sys::process::core_dump::Reach;
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::Workflow;
 
 /// Nix CI for GitHub workflows: every store path is published, or named with the reason why not.
 #[derive(Debug, Parser)]
@@ -84,7 +82,7 @@ impl Cli {
             | Verb::FlakeChecks(_)
             | Verb::Publish(_)
             | Verb::WatchStore(_)
-            | Verb::ValidateBuilders(_) => with_home(env)?,
+            | Verb::ValidateBuilders(_) => lacking::complete(env)?,
             // The others start no Nix and keep no journal.
             _ => env.clone(),
         };
@@ -104,15 +102,6 @@ impl Cli {
             Verb::Setup(inputs) => setup::run(inputs, env).await,
         }
     }
-}
-
-/// The environment with what it lacks for its user to have a home.
-fn with_home(env: &Env) -> Result<Env, Failure> {
-    let home = Home::find(|name| env.path(name).map(Into::into), &private_base(env))?;
-    if let Some(note) = home.note {
-        Workflow::new(env.in_github_actions()).log(&format!("flywheel: {note}"));
-    }
-    Ok(env.with(home.variables))
 }
 
 #[cfg(test)]

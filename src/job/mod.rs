@@ -10,6 +10,7 @@ mod closure_tracker;
 mod daemon_names;
 pub(crate) mod destination;
 pub(crate) mod inputs;
+pub(crate) mod lacking;
 mod leftovers;
 mod not_watched;
 mod ownership;

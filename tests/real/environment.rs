@@ -102,6 +102,22 @@ fn a_full_temporary_folder_is_the_hosts_fault() {
     assert!(!log.contains("`command`"), "{log}");
 }
 
+#[test]
+fn without_certificates_nix_is_given_some() {
+    let cache = Cache::start(&["--private"]);
+    let command = format!("grep -c 'BEGIN CERTIFICATE' \"$NIX_SSL_CERT_FILE\"; {BUILD}");
+    let job = Job::new(&cache, &command);
+    // Every place where a distribution has them.
+    let hide = "for folder in /etc/ssl /etc/pki; do [ ! -d \"$folder\" ] || mount -t tmpfs none \"$folder\"; done";
+    let report = job.step.after(hide).run();
+    assert!(
+        report.log.contains("this machine has no certificates"),
+        "{}",
+        report.log
+    );
+    published(&report, &cache);
+}
+
 /// A root in which there is nothing but a busybox, and Nix with what it is linked to. What follows runs there.
 const BUSYBOX_ONLY: &str = r#"
 new=$TMPDIR/root

@@ -64,6 +64,11 @@ impl Explain for Error {
     }
 }
 
+/// The oldest Nix that nixpkgs lets itself be evaluated by: `lib/minver.nix` there.
+const NIXPKGS_MINIMUM: (u32, u32) = (2, 18);
+/// Since this version Nix reads local Git repositories with a library of its own (its release notes). Lix does not.
+const OWN_GIT: (u32, u32) = (2, 20);
+
 /// The distribution of Nix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flavour {
@@ -89,7 +94,7 @@ pub struct Version {
 impl Version {
     /// Parses `nix (Nix) 2.8.0`, `nix (Determinate Nix 3.6.2) 2.29.0` or `nix (Lix, like Nix)
     /// 2.91.1`.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
+    pub fn parse(text: &str) -> Option<Self> {
         let line = text.lines().find(|line| line.starts_with("nix"))?.trim();
         let (name, number) = line.strip_prefix("nix")?.trim().rsplit_once(' ')?;
         // Pre-releases have suffixes, such as `2.19.0pre20231002`.
@@ -113,6 +118,22 @@ impl Version {
     /// Whether this is at least that version of Nix. Lix forked from Nix 2.18 and counts from 2.90.
     pub fn at_least(&self, major: u32, minor: u32) -> bool {
         (self.major, self.minor) >= (major, minor)
+    }
+}
+
+impl Version {
+    /// What is wrong with a version that nixpkgs refuses to be evaluated by, as a sentence.
+    pub fn too_old(&self) -> Option<String> {
+        let (major, minor) = NIXPKGS_MINIMUM;
+        (!self.at_least(major, minor)).then(|| {
+            format!("{self} is older than {major}.{minor}, and so cannot evaluate nixpkgs of today; `nix-version` names a newer one")
+        })
+    }
+
+    /// Whether it needs the program `git` to read a flake in a Git checkout.
+    pub fn needs_git(&self) -> bool {
+        let (major, minor) = OWN_GIT;
+        self.flavour == Flavour::Lix || !self.at_least(major, minor)
     }
 }
 
@@ -396,6 +417,23 @@ mod tests {
     fn version(line: &str) -> (Flavour, u32, u32) {
         let version = Version::parse(line).expect("a version");
         (version.flavour, version.major, version.minor)
+    }
+
+    #[test]
+    fn a_version_that_nixpkgs_refuses_is_named() {
+        let remark = |line: &str| Version::parse(line).expect("a version").too_old();
+        let old = remark("nix (Nix) 2.8.0").expect("it is too old");
+        assert!(
+            old.starts_with("nix (Nix) 2.8.0 is older than 2.18"),
+            "{old}"
+        );
+        for line in [
+            "nix (Nix) 2.18.0",
+            "nix (Determinate Nix 3.6.2) 2.29.0",
+            "nix (Lix, like Nix) 2.90.0",
+        ] {
+            assert_eq!(remark(line), None);
+        }
     }
 
     #[test]
