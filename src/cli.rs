@@ -14,8 +14,9 @@ use crate::command::{
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
-use crate::job::lacking;
+use crate::job::{self, lacking};
 use flywheel_core::exit::{Exit, VerbError};
+use flywheel_nix::bootstrap::rootless::{self, Viewers};
 use flywheel_sys::process::core_dump::Reach;
 use flywheel_sys::runner::env::Env;
 
@@ -72,20 +73,61 @@ impl Cli {
         }
     }
 
+    /// The environment for the verb, with what it lacks for Nix and the journal.
+    ///
+    /// # Errors
+    /// When what is lacking cannot be made up for.
+    pub(crate) fn environment(&self, env: Env) -> Result<Env, VerbError> {
+        match self.verb {
+            Verb::NixJob(_)
+            | Verb::FlakeChecks(_)
+            | Verb::Publish(_)
+            | Verb::WatchStore(_)
+            | Verb::ValidateBuilders(_) => Ok(lacking::complete(&env)?),
+            // The others start no Nix and keep no journal.
+            _ => Ok(env),
+        }
+    }
+
+    /// Lets the verb see a store in a folder of this user's, where he can have none at `/nix`. To be called before any
+    /// thread is started.
+    ///
+    /// # Errors
+    /// When such a store cannot be had, or is of no use to the verb. The inputs are checked before anything is made.
+    pub(crate) fn enter_rootless_store(&self, env: &Env) -> Result<(), VerbError> {
+        let works_on_store = matches!(
+            self.verb,
+            Verb::NixJob(_) | Verb::FlakeChecks(_) | Verb::Publish(_) | Verb::WatchStore(_)
+        );
+        let Some(need) = works_on_store.then(|| rootless::need(env)).flatten() else {
+            return Ok(());
+        };
+        let (viewers, undone) = match &self.verb {
+            Verb::NixJob(inputs) => {
+                inputs.check(env)?;
+                (Viewers::Children, "the command was not run")
+            }
+            Verb::FlakeChecks(inputs) => {
+                inputs.check(env)?;
+                (Viewers::Children, "nothing was checked")
+            }
+            Verb::Publish(inputs) if inputs.are_in_rootless_store(env) => {
+                (Viewers::Children, "nothing was published")
+            }
+            Verb::WatchStore(inputs) if inputs.is_watch() && !need.is_nix_there => {
+                inputs.check(env)?;
+                (Viewers::Others, "nothing is watched")
+            }
+            _ => return Ok(()),
+        };
+        Ok(job::rootless::enter(env, need, viewers, undone)?)
+    }
+
     /// Runs the verb that was asked for.
     ///
     /// # Errors
     /// Whatever the verb fails with.
     pub(crate) async fn run(self, env: &Env) -> Result<Exit, VerbError> {
-        let env = &match self.verb {
-            Verb::NixJob(_)
-            | Verb::FlakeChecks(_)
-            | Verb::Publish(_)
-            | Verb::WatchStore(_)
-            | Verb::ValidateBuilders(_) => lacking::complete(env)?,
-            // The others start no Nix and keep no journal.
-            _ => env.clone(),
-        };
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
             Verb::FlakeChecks(inputs) => flake_checks::run(*inputs, env).await,

@@ -29,6 +29,7 @@ use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{Decision, decide};
 use flywheel_nix::bootstrap;
+use flywheel_nix::bootstrap::rootless;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::path_info::PathInfos;
 use flywheel_nix::store::Store;
@@ -79,6 +80,13 @@ pub(crate) struct Inputs {
 
     #[command(flatten)]
     verify: VerifyInput,
+}
+
+impl Inputs {
+    /// Whether what is to be published is in a store that only those see who enter it.
+    pub(crate) fn are_in_rootless_store(&self, env: &Env) -> bool {
+        rootless::holds(env, &self.paths)
+    }
 }
 
 /// Why nothing was published.

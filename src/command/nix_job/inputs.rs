@@ -99,6 +99,16 @@ pub(super) struct Plan {
     pub(crate) workflow_commands: bool,
 }
 
+impl Inputs {
+    /// Checks everything, and keeps nothing of it.
+    ///
+    /// # Errors
+    /// For the first input that is wrong.
+    pub(crate) fn check(&self, env: &Env) -> Result<(), VerbError> {
+        Plan::read(self, env).map(drop)
+    }
+}
+
 impl Plan {
     /// Checks everything.
     ///

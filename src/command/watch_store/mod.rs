@@ -84,6 +84,31 @@ pub(crate) struct Inputs {
     job: JobInputs,
 }
 
+impl Inputs {
+    fn task(&self) -> Result<Task, UsageError> {
+        // With a task as argument, `mode` does not matter, right or wrong: its variable may be meant for another step.
+        match (self.task, &self.mode) {
+            (Some(task), _) => Ok(task),
+            (None, Some(mode)) => mode.clone().map_err(|invalid| invalid.of_input("mode")),
+            (None, None) => Err(UsageError::new("mode", "is not given")
+                .with_hint("Give `start`, `status`, `finish` or `run`.")),
+        }
+    }
+
+    /// Whether a watch is to begin.
+    pub(crate) fn is_watch(&self) -> bool {
+        matches!(self.task(), Ok(Task::Start | Task::Run))
+    }
+
+    /// Checks everything, and keeps nothing of it.
+    ///
+    /// # Errors
+    /// For the first input that is wrong.
+    pub(crate) fn check(&self, env: &Env) -> Result<(), VerbError> {
+        Plan::read(&self.job, env).map(drop)
+    }
+}
+
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Task {
@@ -147,16 +172,7 @@ impl Explain for Error {
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix.
 pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
-    // With a task as argument, `mode` does not matter, right or wrong: its variable may be meant for another step.
-    let task = match (inputs.task, inputs.mode) {
-        (Some(task), _) => task,
-        (None, Some(mode)) => mode.map_err(|invalid| invalid.of_input("mode"))?,
-        (None, None) => {
-            return Err(UsageError::new("mode", "is not given")
-                .with_hint("Give `start`, `status`, `finish` or `run`.")
-                .into());
-        }
-    };
+    let task = inputs.task()?;
     let plan = Plan::read(&inputs.job, env)?;
     let ended = match task {
         Task::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
