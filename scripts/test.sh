@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The one test command: everything that must hold before a change goes in. CI runs exactly this.
-# On a fresh Debian 12 with Rust, as root, it installs what is missing first.
+# On a fresh Debian or Ubuntu, as root, it installs what is missing first. Rust alone it cannot install where the
+# distribution has no `rustup`, as on Debian 12: then it says so at once.
 #
 #   usage: scripts/test.sh                  all of it
 #          scripts/test.sh fast|dist|real   one part: what needs no Nix; the proof of dist/; what takes root

@@ -12,6 +12,7 @@ pub(crate) mod destination;
 pub(crate) mod disk;
 pub(crate) mod failed_builds;
 pub(crate) mod inputs;
+pub(crate) mod lacking;
 mod leftovers;
 mod not_watched;
 mod ownership;

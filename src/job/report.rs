@@ -14,6 +14,7 @@ use crate::report::job::{CacheState, JobResult, Outcome, Trust, Work};
 use crate::report::publication::{Missed, Publication};
 use crate::report::{outputs, summary};
 use flywheel_core::exit::{Exit, Explain};
+use flywheel_nix::tool::Nix;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow};
@@ -43,11 +44,7 @@ impl Session<'_> {
             work: Work::Command,
             outcome,
             exit_code: u8::from(outcome != Outcome::Success),
-            nix: format!(
-                "{} at {}",
-                prepared.ready.nix.version,
-                prepared.ready.nix.program.display()
-            ),
+            nix: nix_line(&prepared.ready.nix),
             trust: Trust {
                 verdict: self.decision.verdict().as_str(),
                 publishes: self.decision.publishes(),
@@ -102,6 +99,15 @@ impl Session<'_> {
             (true, _) => "the store is not watched".to_owned(),
             (false, _) => self.decision.reason(),
         }
+    }
+}
+
+/// Nix's version and program, and what is wrong with the version.
+fn nix_line(nix: &Nix) -> String {
+    let line = format!("{} at {}", nix.version, nix.program.display());
+    match nix.version.too_old() {
+        Some(remark) => format!("{line}; {remark}"),
+        None => line,
     }
 }
 

@@ -1,7 +1,7 @@
 //! The process that watches the store, in the foreground for `run` or in the background for `start`: prepares,
 //! watches and publishes, serves the requests of the job's later steps, and drains at the end.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::ipc::{Finished, Request, Status, receive, send};
+use super::later_steps;
 use crate::job::added_paths::AddedPaths;
 use crate::job::disk::WorkEnd;
 use crate::job::stream::Deadline;
@@ -126,7 +127,6 @@ enum Shutdown {
 
 impl Daemon<'_> {
     /// Watches until a step asks for the end or a signal arrives. Calls `ready` once Nix, the cache and the watch are.
-    /// `before` are variables with their old values, which the finishing step sets again.
     ///
     /// # Errors
     /// When there is no usable Nix.
@@ -134,7 +134,6 @@ impl Daemon<'_> {
         self,
         listener: UnixListener,
         signals: &mut Signals,
-        before: Vec<(String, String)>,
         ready: impl AsyncFnOnce(&Prepared),
     ) -> Result<JobReport, Failure> {
         // One request ends the watch, so there is room for one.
@@ -161,6 +160,7 @@ impl Daemon<'_> {
             status.cache = cache;
         }
         let began = Instant::now();
+        let before = later_steps::before(&prepared, self.session.env);
         ready(&prepared).await;
         let shutdown = tokio::select! {
             biased;
@@ -307,21 +307,4 @@ async fn serve(
             _ => (),
         }
     }
-}
-
-/// The variables that the later steps need.
-pub(super) fn variables(prepared: &Prepared) -> Vec<(String, String)> {
-    let repairs = prepared
-        .ready
-        .variables()
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value.to_owned()));
-    std::iter::once(("NIX_CONFIG".to_owned(), prepared.settings.config.clone()))
-        .chain(repairs)
-        .collect()
-}
-
-/// The folder of Nix's programs, where it is not on `PATH` yet.
-pub(super) fn nix_folder(prepared: &Prepared) -> Option<&Path> {
-    prepared.ready.folder.as_deref()
 }
