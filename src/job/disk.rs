@@ -30,6 +30,8 @@ const REPORTS: usize = 8;
 const LARGEST: usize = 5;
 /// Reading the job's own paths from the database takes milliseconds.
 const OWN_LIMIT: Duration = Duration::from_secs(2);
+/// What is reported when the work ends is handled within this time.
+const HANDLING_GRACE: Duration = Duration::from_millis(300);
 /// From one attempt to free room to the next, where the last one has freed nothing.
 const RECLAIM_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -154,15 +156,17 @@ impl DiskWatch {
     pub(crate) async fn end(self, work: WorkEnd) -> (DiskReport, Vec<PathInfo>) {
         let Self {
             watcher,
-            handling,
+            mut handling,
             warner,
             attempted,
         } = self;
         let looking = spawn_blocking(move || watcher.map(|watcher| watcher.end(work.failed)));
         let disks = looking.await.ok().flatten().unwrap_or_default();
-        handling.abort();
-        // It ends by the abort, or has ended with the watcher.
-        let _ = handling.await;
+        // It ends with the watcher, unless it is freeing room.
+        if timeout(HANDLING_GRACE, &mut handling).await.is_err() {
+            handling.abort();
+            let _ = handling.await;
+        }
         let full = disk_full(&disks, work.failed, work.reported_full);
         let low: Vec<DiskUse> = disks.into_iter().filter(DiskUse::was_low).collect();
         // What has come too fast for the handler. A full disk is reported as the cause.
