@@ -80,3 +80,8 @@ for pair in "${releases[@]}"; do
   rm -rf "$into"
   mv "$fresh" "$into"
 done
+
+# No package makes this link: Debian's is the installer's.
+for pair in "${releases[@]}"; do
+  [ -e "$tools/nix-${pair%=*}/usr/bin/sh" ] || ln -s bash "$tools/nix-${pair%=*}/usr/bin/sh"
+done

@@ -12,7 +12,7 @@ use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
 use crate::job::store_host::SharedHost;
 use flywheel_cache::client::verify::Mode;
-use flywheel_core::exit::UsageError;
+use flywheel_core::exit::{UsageError, VerbError};
 use flywheel_core::policy::Impurity;
 use flywheel_core::text::one_line;
 use flywheel_core::trust::Request;
@@ -170,7 +170,7 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
+    pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, VerbError> {
         let named = inputs.cache.resolve(env);
         let destination = inputs.destination.config();
         // With `attic-enabled: false` there is no cache to choose, so that two are no error.
@@ -182,7 +182,8 @@ impl Plan {
         if other.is_some() && named.given.is_some() {
             return Err(
                 UsageError::new("cache", "and `attic-server` are both given")
-                    .with_hint("Give the one that the job is to use."),
+                    .with_hint("Give the one that the job is to use.")
+                    .into(),
             );
         }
         let embedded = inputs.embedded_cache.as_deref();

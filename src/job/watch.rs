@@ -56,6 +56,11 @@ impl StoreWatch {
         &self.ownership.store
     }
 
+    /// When the job's work began.
+    pub(crate) fn begun(&self) -> SystemTime {
+        self.begun
+    }
+
     pub(super) fn ownership(&self) -> &Arc<Ownership> {
         &self.ownership
     }

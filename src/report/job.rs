@@ -100,9 +100,32 @@ pub(crate) struct Trust {
     pub(crate) reason: String,
 }
 
+/// What the job did, beside publishing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// It ran a command.
+    Command,
+    /// It built a flake's outputs, which have a report of their own.
+    Outputs,
+    /// It watched the store while other steps worked.
+    OtherSteps,
+}
+
+/// A build of this job that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FailedBuild {
+    /// The full path of the derivation.
+    pub(crate) derivation: String,
+    /// Its name, such as `hello-2.12`.
+    pub(crate) name: String,
+    /// The last lines of its log, for the first few builds that failed.
+    pub(crate) log_tail: Vec<String>,
+}
+
 /// The result of one job.
 #[derive(Clone, Debug)]
 pub(crate) struct JobResult {
+    pub(crate) work: Work,
     pub(crate) outcome: Outcome,
     /// The step's exit code.
     pub(crate) exit_code: u8,
@@ -114,6 +137,8 @@ pub(crate) struct JobResult {
     pub(crate) cache_state: CacheState,
     /// What went worse than it should, one line each.
     pub(crate) degraded: Vec<String>,
+    /// The builds that failed, as far as Nix keeps logs that this job may show; empty for a job that ended well.
+    pub(crate) failed_builds: Vec<FailedBuild>,
     /// Paths built here by this job.
     pub(crate) built: u64,
     /// Paths that this job substituted from a cache.
@@ -215,6 +240,7 @@ pub(super) mod tests {
 
     pub(crate) fn example() -> JobResult {
         JobResult {
+            work: Work::Command,
             outcome: Outcome::Success,
             exit_code: 0,
             nix: "Nix 2.8.0 at /usr/bin/nix".into(),
@@ -228,6 +254,7 @@ pub(super) mod tests {
             cache: Some("https://cache.example/main".into()),
             cache_state: CacheState::Attached,
             degraded: Vec::new(),
+            failed_builds: Vec::new(),
             built: 3,
             substituted: 0,
             added: 1,

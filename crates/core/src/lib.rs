@@ -6,6 +6,7 @@
 // The ground. Its modules may use each other.
 pub mod exit;
 pub mod location;
+pub mod markdown;
 pub mod progress;
 pub mod retry;
 pub mod secret;

@@ -33,10 +33,10 @@ use crate::job::added_paths::AddedPaths;
 use crate::job::disk::WorkEnd;
 use crate::job::{self, Prepared, STOPPED_LIMIT, Session, StoreWatch};
 use crate::report::disk::DiskReport;
-use crate::report::job::{JobResult, Outcome};
+use crate::report::job::{JobResult, Outcome, Work};
 use crate::report::publication::Publication;
 use flywheel_core::disk::reports_full;
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, Failure, VerbError};
 use flywheel_core::text::count;
 use flywheel_github::checks::{Cause, Conclusion, Output, Verdict, board, summary};
 use flywheel_nix::build::cache_trust::CacheTrust;
@@ -59,7 +59,7 @@ use flywheel_sys::runner::workflow::Level;
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix, or the flake's outputs cannot be listed.
 /// An output that fails is no error, and shows in the exit code.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let plan = Plan::read(&inputs, env)?;
     let (session, mut signals) = Session::begin(&plan.job, env)?;
     let flake_checks = FlakeChecks {
@@ -67,7 +67,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         session,
     };
     let ended = flake_checks.run(&mut signals).await;
-    flake_checks.session.end(ended, "nothing was checked")
+    Ok(flake_checks.session.end(ended, "nothing was checked")?)
 }
 
 struct FlakeChecks<'a> {
@@ -480,6 +480,7 @@ impl FlakeChecks<'_> {
         };
         let command = ran.evaluation + ran.build;
         JobResult {
+            work: Work::Outputs,
             outcome,
             exit_code,
             command,

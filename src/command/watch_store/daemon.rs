@@ -18,6 +18,7 @@ use crate::job::disk::WorkEnd;
 use crate::job::stream::Deadline;
 use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Session, StoreWatch};
 use crate::report::disk::DiskReport;
+use crate::report::job::Work;
 use crate::report::publication::Publication;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::exit::Failure;
@@ -244,6 +245,7 @@ impl Daemon<'_> {
             .session
             .result(prepared, &added_paths, publication, require);
         (job.command, job.publish, job.disk) = (watched, began.elapsed(), disk);
+        job.work = Work::OtherSteps;
         (JobReport::new(&job), request)
     }
 

@@ -63,7 +63,9 @@ pivot_root . old
 cd /
 busybox umount -l /old
 rmdir /old
-busybox ip link set lo up
 # With no address but 127.0.0.1 Nix takes itself to be offline, and asks no substituter at all.
-busybox ip addr add 10.0.0.1/32 dev lo
+if [ "${NETWORK-own}" = own ]; then
+  busybox ip link set lo up
+  busybox ip addr add 10.0.0.1/32 dev lo
+fi
 exec "$@"
