@@ -51,14 +51,14 @@ pub struct Inodes {
 }
 
 impl Room {
-    /// Whether it will soon be full.
+    /// Whether it will soon be full, or is.
     pub fn is_low(&self) -> bool {
-        self.is_below(1)
+        self.is_below(1) || self.is_full()
     }
 
     /// Whether a job that may free room should: before the room is low, as freeing it takes time.
     pub fn wants_more(&self) -> bool {
-        self.is_below(2)
+        self.is_below(2) || self.is_full()
     }
 
     fn is_below(&self, floors: u64) -> bool {
