@@ -20,6 +20,7 @@ use tokio::time::Instant;
 use self::install::{Installer, Parts};
 use self::machine::Machine;
 use self::plan::{Impossible, Plan, RepairStep, Wanted, plan};
+pub use self::repair::with_repairs;
 use crate::ping::Opened;
 use crate::settings::Settings;
 use crate::store::Store;
