@@ -29,6 +29,7 @@ use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{Decision, decide};
 use flywheel_nix::bootstrap;
+use flywheel_nix::bootstrap::plan::{Installer, Wanted};
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::path_info::PathInfos;
 use flywheel_nix::store::Store;
@@ -38,7 +39,7 @@ use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::{Level, Workflow};
 
-/// A machine with store paths has Nix, so nothing has to be installed; repairing its daemon takes a moment.
+/// A machine with store paths has Nix, so nothing is installed; repairing its daemon takes a moment.
 const NIX_LIMIT: Duration = Duration::from_secs(60);
 /// Looking up what was published may take this long, even if publishing took all of its own time.
 const VERIFY_LIMIT: Duration = Duration::from_secs(60);
@@ -306,7 +307,11 @@ async fn closure_after_repair(
     sink: &Sink,
     wanted: &[StorePath],
 ) -> Result<(Store, PathInfos), Failure> {
-    let ready = bootstrap::ready(env, sink, NIX_LIMIT).await?;
+    let wanted_nix = Wanted {
+        installer: Installer::None,
+        ..Wanted::default()
+    };
+    let ready = bootstrap::ready(env, &wanted_nix, &roots(env), sink, NIX_LIMIT).await?;
     let found = async {
         let store = match (&ready.opened, &ready.settings_before) {
             (Some(opened), Some(settings)) => {

@@ -1,5 +1,6 @@
 //! Inputs that several verbs share, each declared once, and the runner's hints that stand in for them.
 
+pub(crate) mod nix;
 pub(crate) mod parse;
 pub(crate) mod roots;
 pub(crate) mod units;

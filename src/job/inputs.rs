@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args};
 
+use crate::inputs::nix::NixInputs;
 use crate::inputs::value::{Invalid, boolean, path, value, variant};
 use crate::inputs::{CacheInputs, DrainInput, GateInputs, VerifyInput};
 use crate::job::destination::{DestinationConfig, DestinationInputs};
@@ -16,6 +17,7 @@ use flywheel_core::exit::UsageError;
 use flywheel_core::policy::Impurity;
 use flywheel_core::text::one_line;
 use flywheel_core::trust::Request;
+use flywheel_nix::bootstrap::plan::Wanted;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::settings::check_extra;
 use flywheel_sys::runner::env::Env;
@@ -37,6 +39,9 @@ pub(crate) struct JobInputs {
 
     #[command(flatten)]
     host: HostInputs,
+
+    #[command(flatten)]
+    nix: NixInputs,
 
     #[command(flatten)]
     cache: CacheInputs,
@@ -133,6 +138,8 @@ pub(crate) struct Plan {
     pub(crate) destination: DestinationConfig,
     /// The key by which Nix trusts that cache.
     pub(crate) public_key: Option<PublicKey>,
+    /// How Nix comes to a machine that has none.
+    pub(crate) nix: Wanted,
     /// The folder of the journal, if one is kept.
     pub(crate) journal: Option<PathBuf>,
     /// Whether other jobs can have written the store.
@@ -172,13 +179,17 @@ impl Plan {
             );
         }
         let embedded = inputs.embedded_cache.as_deref();
+        let source = other.unwrap_or_else(|| Source::find(&named, embedded, env));
         Ok(Self {
+            nix: inputs
+                .nix
+                .wanted(source.as_binary_cache(named.key.as_ref()))?,
             request: inputs.gate.request(),
             extra_nix_config: inputs.extra_nix_config.clone().unwrap_or_default(),
             drain_timeout: inputs.drain.or_default(),
             require_publish: inputs.gate.require_publish,
             verify: inputs.verify.verify,
-            source: other.unwrap_or_else(|| Source::find(&named, embedded, env)),
+            source,
             destination,
             public_key: named.key,
             journal: inputs.host.journal(env),

@@ -11,6 +11,7 @@ use super::settings::{self, NixSettings, SettingsInputs};
 use crate::inputs::roots::{SSL_CERT_FILE, roots};
 use flywheel_cache::client::destination::Target;
 use flywheel_core::exit::Failure;
+use flywheel_nix::bootstrap::plan::Wanted;
 use flywheel_nix::bootstrap::{self, Ready};
 use flywheel_nix::effective_settings::EffectiveSettings;
 use flywheel_nix::settings::{Settings, word_in};
@@ -81,10 +82,16 @@ impl Session<'_> {
     async fn make_ready_unread(&self) -> Result<Prepared, Failure> {
         let begun = Instant::now();
         let sink = &self.sink;
-        let bootstrapping =
-            async { Ok(Box::pin(bootstrap::ready(self.env, sink, BOOTSTRAP_LIMIT)).await?) };
-        // Nix comes first in the join: the system's certificates are read while Nix answers.
         let roots = roots(self.env);
+        let wanted = Wanted {
+            is_for_children_alone: !self.is_for_later_steps,
+            ..self.plan.nix.clone()
+        };
+        let bootstrapping = async {
+            let ready = bootstrap::ready(self.env, &wanted, &roots, sink, BOOTSTRAP_LIMIT);
+            Ok(Box::pin(ready).await?)
+        };
+        // Nix comes first in the join: the system's certificates are read while Nix answers.
         let attaching = self.attach_cache(&roots);
         let (ready, (mut http, mut cache)) = tokio::try_join!(bootstrapping, attaching)?;
         if cache.is_left_out_by_tls()

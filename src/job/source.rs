@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use crate::inputs::NamedCache;
 use flywheel_cache::client::copy::StoreUrl;
 use flywheel_cache::client::endpoint::Endpoint;
+use flywheel_nix::bootstrap::plan::BinaryCache;
 use flywheel_nix::cache_name::CacheName;
+use flywheel_nix::key::PublicKey;
 use flywheel_sys::runner::context::in_ci;
 use flywheel_sys::runner::env::Env;
 
@@ -46,6 +48,20 @@ impl Source {
             (None, None, None) if in_ci(env) => Self::NotNamed,
             (None, None, None) => laptop_folder(env).map_or(Self::NotNamed, embed),
         }
+    }
+
+    /// It as a cache that Nix itself can be fetched from, if it is one that is reached without a token's help and its key is
+    /// known.
+    pub(crate) fn as_binary_cache(&self, key: Option<&PublicKey>) -> Option<BinaryCache> {
+        let address = match self {
+            Self::Server(endpoint) => endpoint.substituter().parse().ok()?,
+            Self::Store(url) => url.http_host().and_then(|_| url.as_str().parse().ok())?,
+            Self::Off | Self::NotNamed | Self::Embedded { .. } => return None,
+        };
+        Some(BinaryCache {
+            address,
+            keys: vec![key?.clone()],
+        })
     }
 
     /// The name of this cache in a journal, the same in every job.

@@ -3,8 +3,12 @@
 //! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
 pub(crate) mod closure;
+mod distro;
 mod install;
 mod interrupted;
+pub mod machine;
+pub mod plan;
+pub mod releases;
 mod repair;
 
 use std::os::unix::fs::MetadataExt as _;
@@ -14,12 +18,16 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::Instant;
 
+use self::install::{Installer, Parts};
+use self::machine::Machine;
+use self::plan::{Impossible, Plan, RepairStep, Wanted, plan};
 use crate::ping::Opened;
 use crate::settings::Settings;
 use crate::store::Store;
 use crate::tool::{self, Flavour, Nix, WELL_KNOWN};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::progress::Sink;
+use flywheel_sys::http::Roots;
 use flywheel_sys::process::service::Service;
 use flywheel_sys::runner::env::Env;
 
@@ -30,35 +38,31 @@ const GUARDED_FOLDERS: [&str; 4] = ["/nix", "/nix/store", "/nix/var", "/nix/var/
 
 #[derive(Debug, Error)]
 pub enum Error {
-    /// There is no Nix, and it cannot be installed here.
-    #[error("Nix is not installed on this machine and cannot be installed:  {0}")]
-    Missing(&'static str),
-    #[error("Nix could not be installed: `{step}` {problem}")]
+    /// There is no working Nix on this machine, and none can be had as things are.
+    #[error("{obstacle}")]
+    Impossible {
+        obstacle: String,
+        /// What to change, in sentences.
+        remedy: String,
+    },
+    /// No way to install Nix has worked.
+    #[error("Nix could not be installed: {failures}")]
     Install {
-        /// The command that failed.
-        step: &'static str,
-        /// Its message, on one line.
-        problem: String,
+        /// Each way with its reason.
+        failures: String,
     },
     /// The installed program does not run.
     #[error(transparent)]
     Nix(#[from] tool::Error),
-    /// Nothing listens on the daemon's socket.
-    #[error("the Nix daemon does not answer at `{socket}`: {problem}")]
-    DeadDaemon {
-        socket: PathBuf,
-        /// Nix's message, on one line.
-        problem: String,
-    },
-    /// There is no daemon, and the store belongs to another user.
-    #[error("the Nix store belongs to another user and there is no daemon: {0}")]
-    NoRights(String),
-    /// The store does not open for another reason.
-    #[error("the Nix store does not open: {0}")]
-    Closed(String),
     /// A folder is world-writable, which makes Nix refuse to use it.
     #[error("`{0}` is world-writable, and {1} refuses to build there")]
     WorldWritable(PathBuf, String),
+}
+
+impl From<Impossible> for Error {
+    fn from(Impossible { obstacle, remedy }: Impossible) -> Self {
+        Self::Impossible { obstacle, remedy }
+    }
 }
 
 impl Explain for Error {
@@ -67,29 +71,18 @@ impl Explain for Error {
     }
 
     fn hint(&self) -> Option<String> {
-        let hint = match self {
-            Self::Missing(_) | Self::Install { .. } => {
-                "Put Nix into the runner's image (Debian and Ubuntu: `apt-get install nix-bin`), or run the job as \
-                 root on Debian or Ubuntu, where it is installed for you."
+        Some(match self {
+            Self::Impossible { remedy, .. } => remedy.clone(),
+            Self::Install { .. } => {
+                "Put Nix into the runner's image, or name a binary cache that this machine reaches and that has Nix by \
+                 `nix-source`, or a release archive by `nix-mirror`."
+                    .to_owned()
             }
             Self::Nix(_) => {
-                "Repair the installation, or take it off `PATH` to have another one used."
+                "Repair the installation, or take it off `PATH` to have another one used.".to_owned()
             }
-            Self::DeadDaemon { .. } => {
-                "Start it on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root), or run the job as \
-                 root, which starts one for the job."
-            }
-            Self::NoRights(_) => {
-                "Start `nix-daemon` as root on the runner, run the job as root, or give `/nix` to the job's user."
-            }
-            Self::Closed(_) => {
-                "Look at `NIX_CONFIG`, `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner."
-            }
-            Self::WorldWritable(folder, _) => {
-                return Some(format!("Run `chmod o-w {}` on it.", folder.display()));
-            }
-        };
-        Some(hint.to_owned())
+            Self::WorldWritable(folder, _) => format!("Run `chmod o-w {}` on it.", folder.display()),
+        })
     }
 }
 
@@ -109,6 +102,8 @@ pub struct Ready {
     pub nix: Nix,
     /// Whether it was installed for this job.
     pub installed: bool,
+    /// How long the parts of making it ready took.
+    pub parts: Parts,
     /// The folder to prepend to the command's `PATH`; `None` if `nix` is on it already.
     pub folder: Option<PathBuf>,
     /// The repairs that were made; they have been logged already.
@@ -164,12 +159,18 @@ impl Ready {
     }
 }
 
-/// Makes Nix ready within `limit`, which includes an installation.
+/// Makes Nix ready within `limit`, which includes an installation. `roots` are the certificates that a download trusts.
 ///
 /// # Errors
 /// When no working Nix results; each error carries a hint for the machine's owner.
-pub async fn ready(env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, Error> {
-    Host::current().ready(env, sink, limit).await
+pub async fn ready(
+    env: &Env,
+    wanted: &Wanted,
+    roots: &Roots,
+    sink: &Sink,
+    limit: Duration,
+) -> Result<Ready, Error> {
+    Host::current().ready(env, wanted, roots, sink, limit).await
 }
 
 /// Opens this machine's store for reading only, through its database, so that no call of Nix and no
@@ -190,8 +191,12 @@ pub(crate) struct Host {
     pub(crate) system: Vec<PathBuf>,
     /// The folder in which `dpkg` keeps the state of the packages.
     pub(crate) packages: PathBuf,
-    /// Whether this process runs as root.
-    pub(crate) root: bool,
+    /// The user that this process runs as.
+    pub(crate) uid: u32,
+    /// `/nix`.
+    pub(crate) nix: PathBuf,
+    /// Nix's own settings file.
+    pub(crate) conf: PathBuf,
     /// The folders that must not be world-writable.
     pub(crate) guarded: Vec<PathBuf>,
 }
@@ -202,9 +207,15 @@ impl Host {
             places: WELL_KNOWN.map(PathBuf::from).into(),
             system: ["/usr/bin", "/bin"].map(PathBuf::from).into(),
             packages: "/var/lib/dpkg".into(),
-            root: rustix::process::geteuid().is_root(),
+            uid: rustix::process::geteuid().as_raw(),
+            nix: "/nix".into(),
+            conf: "/etc/nix/nix.conf".into(),
             guarded: GUARDED_FOLDERS.map(PathBuf::from).into(),
         }
+    }
+
+    pub(crate) fn is_root(&self) -> bool {
+        self.uid == 0
     }
 
     /// Makes Nix ready on this machine.
@@ -214,20 +225,29 @@ impl Host {
     pub(crate) async fn ready(
         &self,
         env: &Env,
+        wanted: &Wanted,
+        roots: &Roots,
         sink: &Sink,
         limit: Duration,
     ) -> Result<Ready, Error> {
-        let deadline = Instant::now() + limit;
-        let error = match self.ready_by(env, sink, deadline).await {
-            Err(error) if self.root && self.is_interrupted(&error) => error,
+        let work = Work {
+            host: self,
+            wanted,
+            roots,
+            env,
+            sink,
+            deadline: Instant::now() + limit,
+        };
+        let error = match work.ready().await {
+            Err(error) if self.is_root() && self.is_interrupted(&error) => error,
             ended => return ended,
         };
         // A cancelled job may have ended the installer half-way, and a Nix that is half there does not run either.
         sink.note(format!(
             "an installation of packages was interrupted on this machine ({error}): it is completed"
         ));
-        interrupted::complete(self, env, sink, deadline).await;
-        self.ready_by(env, sink, deadline).await
+        interrupted::complete(self, env, sink, work.deadline).await;
+        work.ready().await
     }
 
     /// Whether Nix is missing or broken because an installation was interrupted. Where a Nix exists, the other packages
@@ -237,46 +257,6 @@ impl Host {
             Error::Install { .. } => interrupted::is_interrupted(&self.packages),
             _ => interrupted::is_nix_interrupted(&self.packages),
         }
-    }
-
-    async fn ready_by(&self, env: &Env, sink: &Sink, deadline: Instant) -> Result<Ready, Error> {
-        let found = tool::find(env, &self.places);
-        let installed = found.is_none();
-        // Never install where a Nix exists, even a broken one.
-        if installed {
-            install::install(self, env, sink, deadline).await?;
-        }
-        let found = found.or_else(|| tool::find(env, &self.places));
-        let found = found.ok_or(Error::Missing("the package came without the program"))?;
-        // Calls of Nix cost more than everything else here, so those that do not depend on the
-        // version run beside the version query.
-        let unversioned = Nix::unversioned(&found.program, env);
-        let early = async { Ok(repair::EarlyProbe::run(&unversioned, deadline).await) };
-        // `try_join` cancels the other calls when the program turns out not to be Nix.
-        let (nix, early) = tokio::try_join!(Nix::detect(&found.program, env), early)?;
-        // The user's command must find the same Nix as Flywheel.
-        let folder = (!found.on_path).then(|| nix.folder().to_owned());
-        let mut ready = Ready {
-            nix,
-            installed,
-            folder,
-            repairs: Vec::new(),
-            opened: None,
-            settings_before: None,
-            daemon: None,
-        };
-        let users = repair::open_store(self, &mut ready, early, deadline).await?;
-        self.check_guarded(&ready.nix, users, sink)?;
-        for repair in &ready.repairs {
-            // A changed setting costs the job nothing and is only noted; a dead daemon is a fault
-            // that the machine's owner should see.
-            if repair.setting.is_some() {
-                sink.note(repair.text.as_str());
-            } else {
-                sink.degraded("nix", repair.text.as_str());
-            }
-        }
-        Ok(ready)
     }
 
     /// Checks for world-writable folders. Since the fixes for CVE-2025-46415, Nix refuses to build
@@ -300,6 +280,107 @@ impl Host {
             format!("`{folder}` is world-writable, which newer versions of Nix refuse;  run `chmod o-w {folder}`"),
         );
         Ok(())
+    }
+}
+
+/// What it takes to make Nix ready.
+struct Work<'a> {
+    host: &'a Host,
+    wanted: &'a Wanted,
+    roots: &'a Roots,
+    env: &'a Env,
+    sink: &'a Sink,
+    deadline: Instant,
+}
+
+impl Work<'_> {
+    /// Makes the plan, and carries it out.
+    async fn ready(&self) -> Result<Ready, Error> {
+        let begun = Instant::now();
+        let mut machine = self.host.machine(self.env);
+        machine.try_sudo(self.env).await;
+        let mut parts = vec![("probe", begun.elapsed())];
+        let planned = plan(&machine, self.wanted);
+        if planned != Plan::Ready {
+            self.sink.note(format!("plan: {}", planned.summary()));
+        }
+        let installed = matches!(planned, Plan::Install(_));
+        parts.extend(self.prepare(&machine, planned).await?);
+        let opening = Instant::now();
+        let mut ready = self.open(machine).await?;
+        parts.push(("open", opening.elapsed()));
+        ready.installed = installed;
+        ready.parts = parts;
+        Ok(ready)
+    }
+
+    /// Does what has to be done before Nix is called for the first time.
+    async fn prepare(&self, machine: &Machine, planned: Plan) -> Result<Parts, Error> {
+        let installer = Installer {
+            host: self.host,
+            machine,
+            wanted: self.wanted,
+            roots: self.roots,
+            env: self.env,
+            sink: self.sink,
+            deadline: self.deadline,
+        };
+        match planned {
+            Plan::Ready => Ok(Vec::new()),
+            Plan::Install(install) => installer.install(&install).await,
+            Plan::Repair(steps) => {
+                for step in steps {
+                    // The other steps follow from calls of Nix.
+                    if let RepairStep::MakeFolder(preparation) = step {
+                        installer.prepare(&preparation).await?;
+                    }
+                }
+                Ok(Vec::new())
+            }
+            // Whoever enters a namespace does so before this is called, and finds a folder that can be written to.
+            Plan::Rootless(rootless) => Err(rootless.not_entered().into()),
+            Plan::Impossible(impossible) => Err(impossible.into()),
+        }
+    }
+
+    /// Opens the store of the Nix that is there now, and repairs what keeps it from working.
+    async fn open(&self, mut machine: Machine) -> Result<Ready, Error> {
+        machine.nix = tool::find(self.env, &self.host.places);
+        let Some(found) = machine.nix.clone() else {
+            let failures = "what was installed has no program `nix`".into();
+            return Err(Error::Install { failures });
+        };
+        // Calls of Nix cost more than everything else here, so those that do not depend on the
+        // version run beside the version query.
+        let unversioned = Nix::unversioned(&found.program, self.env);
+        let early = async { Ok(repair::EarlyProbe::run(&unversioned, self.deadline).await) };
+        // `try_join` cancels the other calls when the program turns out not to be Nix.
+        let (nix, early) = tokio::try_join!(Nix::detect(&found.program, self.env), early)?;
+        // The user's command must find the same Nix as Flywheel.
+        let folder = (!found.on_path).then(|| nix.folder().to_owned());
+        let mut ready = Ready {
+            nix,
+            installed: false,
+            parts: Vec::new(),
+            folder,
+            repairs: Vec::new(),
+            opened: None,
+            settings_before: None,
+            daemon: None,
+        };
+        let users =
+            repair::open_store(&mut machine, self.wanted, &mut ready, early, self.deadline).await?;
+        self.host.check_guarded(&ready.nix, users, self.sink)?;
+        for repair in &ready.repairs {
+            // A changed setting costs the job nothing and is only noted; a dead daemon is a fault
+            // that the machine's owner should see.
+            if repair.setting.is_some() {
+                self.sink.note(repair.text.as_str());
+            } else {
+                self.sink.degraded("nix", repair.text.as_str());
+            }
+        }
+        Ok(ready)
     }
 }
 

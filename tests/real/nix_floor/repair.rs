@@ -2,20 +2,32 @@
 //! build users that do not exist.
 
 use std::path::Path;
+use std::time::Duration;
 
 use flywheel_core::progress::Sink;
-use flywheel_nix::bootstrap::{self, ready};
+use flywheel_nix::bootstrap::plan::{Installer, Wanted};
+use flywheel_nix::bootstrap::{self, Ready};
 use flywheel_nix::db::Db;
 use flywheel_nix::ping::{Ping, PingFailure, ping};
 use flywheel_nix::settings::{WantedSettings, compose};
 use flywheel_nix::store::{Store, open_db};
 use flywheel_nix::store_location::STATE_DIR;
 use flywheel_nix::store_path::STORE_DIR;
+use flywheel_sys::http::Roots;
 use flywheel_sys::runner::env::Env;
 
 use super::{
     CONFIG, Daemon, Inside, LIMIT, SHARED_MEMORY, SOCKET, in_private_nix, names, until, wait_for,
 };
+
+/// Makes the Nix ready that is there; none is installed.
+async fn ready(env: &Env, sink: &Sink, limit: Duration) -> Result<Ready, bootstrap::Error> {
+    let wanted = Wanted {
+        installer: Installer::None,
+        ..Wanted::default()
+    };
+    bootstrap::ready(env, &wanted, &Roots::default(), sink, limit).await
+}
 
 #[test]
 fn a_user_of_a_daemon_reads_the_database() {
@@ -65,13 +77,16 @@ fn a_dead_daemon_is_revived_by_root_and_named_to_others() {
             if inside.role == "without daemon" {
                 let env = inside.env(&[]);
                 let error = ready(&env, &Sink::silent(), LIMIT).await.err().unwrap();
-                assert!(matches!(error, bootstrap::Error::NoRights(_)), "{error}");
+                assert!(
+                    error.to_string().contains("belongs to another user"),
+                    "{error}"
+                );
                 return;
             }
             if inside.role == "dead daemon" {
                 let error = ready(&env, &Sink::silent(), LIMIT).await.err().unwrap();
                 assert!(
-                    matches!(error, bootstrap::Error::DeadDaemon { .. }),
+                    error.to_string().contains("daemon does not answer"),
                     "{error}"
                 );
                 assert!(error.to_string().contains(SOCKET), "{error}");

@@ -4,7 +4,7 @@
 
 mod fetch;
 mod lock;
-mod manifest;
+pub(crate) mod manifest;
 mod receive;
 mod register;
 mod staging;
@@ -21,7 +21,6 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
-pub(crate) use self::manifest::Manifest;
 pub(crate) use self::register::Registration;
 pub(crate) use self::staging::{Entered, Staging, StagingError};
 

@@ -1,150 +1,187 @@
-//! Installs Nix where there is none, as Debian's package, with the system's package manager.
+//! Installs Nix where there is none, by the ways of the plan: each is tried once, and the next one where it fails.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 
-use crate::bootstrap::{Error, Host};
-use crate::tool;
+use super::closure::{self, ClosureSource};
+use super::machine::Machine;
+use super::plan::{InstallPlan, NixVersion, Preparation, Wanted, Way};
+use super::{Error, Host, distro, releases};
+use flywheel_core::exit::Explain as _;
 use flywheel_core::progress::Sink;
 use flywheel_core::text::one_line;
-use flywheel_sys::process::capture::{CaptureError, Output, Tool};
+use flywheel_sys::http::Roots;
+use flywheel_sys::process::capture::Tool;
 use flywheel_sys::runner::env::Env;
 
-/// Interval for log lines while a long step runs.
-const PROGRESS_INTERVAL: Duration = Duration::from_secs(5);
-/// Wait this long for another installation on the machine, and retry downloads.
-pub(super) const APT_OPTIONS: [&str; 4] =
-    ["-o", "DPkg::Lock::Timeout=60", "-o", "Acquire::Retries=2"];
-/// The folders that package scripts expect on `PATH`.
-const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Variables of the job that downloads may need; `apt` gets no others.
-const PASSED_VARIABLES: [&str; 8] = [
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "HOME",
-    "TMPDIR",
-];
+/// Making a folder takes no time, but `sudo` may look the host up in a name service that is away.
+const SUDO_LIMIT: Duration = Duration::from_secs(5);
 
-/// Installs Nix.
-///
-/// # Errors
-/// When this process is not root, the system is not Debian-like, or the package manager fails or
-/// takes too long.
-pub(super) async fn install(
-    host: &Host,
-    env: &Env,
-    sink: &Sink,
-    deadline: Instant,
-) -> Result<(), Error> {
-    if !host.root {
-        return Err(Error::Missing("that needs root"));
-    }
-    let apt =
-        program("apt-get", host, env).ok_or(Error::Missing("this system has no `apt-get`"))?;
-    sink.note("Nix is not installed: installing Debian's package `nix-bin`");
-    let update = ["update", "-q"].as_slice();
-    let install = ["install", "-q", "-y", "--no-install-recommends", "nix-bin"].as_slice();
-    // One broken source fails the update although the others may suffice, so only the second step
-    // decides.
-    // The package lists of a fresh container are often empty.
-    let updated = step(
-        "apt-get update",
-        tool(&apt, env).args(APT_OPTIONS).args(update),
-        sink,
-        deadline,
-    )
-    .await;
-    if let Err(Error::Install { problem, .. }) = &updated {
-        sink.note(format!("`apt-get update` {problem}"));
-    }
-    step(
-        "apt-get install nix-bin",
-        tool(&apt, env).args(APT_OPTIONS).args(install),
-        sink,
-        deadline,
-    )
-    .await
+/// What an installation works with.
+pub(super) struct Installer<'a> {
+    pub(super) host: &'a Host,
+    pub(super) machine: &'a Machine,
+    pub(super) wanted: &'a Wanted,
+    /// The certificates that a download trusts.
+    pub(super) roots: &'a Roots,
+    pub(super) env: &'a Env,
+    pub(super) sink: &'a Sink,
+    pub(super) deadline: Instant,
 }
 
-/// A program of the package manager.
-pub(super) fn program(name: &str, host: &Host, env: &Env) -> Option<PathBuf> {
-    let beside = || {
-        host.system
-            .iter()
-            .map(|folder| folder.join(name))
-            .find(|file| file.is_file())
-    };
-    tool::on_path(env, name).or_else(beside)
-}
+/// How long each part of an installation took.
+pub(crate) type Parts = Vec<(&'static str, Duration)>;
 
-/// A call of such a program, in its environment.
-pub(super) fn tool(program: &std::path::Path, env: &Env) -> Tool {
-    // Package scripts need the system's folders even where the job's `PATH` lacks them.
-    let path = env.get("PATH").map_or_else(
-        || SYSTEM_PATH.to_owned(),
-        |path| format!("{path}:{SYSTEM_PATH}"),
-    );
-    let kept = PASSED_VARIABLES
-        .iter()
-        .filter_map(|name| Some((name, env.get(name)?)));
-    let tool = Tool::new(program)
-        .envs(kept)
-        .env("PATH", path)
-        // Messages end up in our errors, so they should be in English.
-        .env("LC_ALL", "C");
-    tool.env("DEBIAN_FRONTEND", "noninteractive")
-}
-
-/// Runs one step and logs its progress.
-pub(super) async fn step(
-    name: &'static str,
-    tool: Tool,
-    sink: &Sink,
-    deadline: Instant,
-) -> Result<(), Error> {
-    let started = Instant::now();
-    let mut progress = interval(PROGRESS_INTERVAL);
-    progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // The first tick fires at once; skip it.
-    progress.tick().await;
-    let mut run = std::pin::pin!(tool.run(deadline.saturating_duration_since(started)));
-    let ended = loop {
-        tokio::select! {
-            ended = &mut run => break ended,
-            _ = progress.tick() => sink.note(format!("`{name}` has run for {} s", started.elapsed().as_secs())),
+impl Installer<'_> {
+    /// Carries the plan out.
+    ///
+    /// # Errors
+    /// When no way works; with the reason of each.
+    pub(super) async fn install(&self, plan: &InstallPlan) -> Result<Parts, Error> {
+        self.prepare(&plan.preparation).await?;
+        let mut failures = Vec::new();
+        for way in &plan.ways {
+            match self.try_way(*way).await {
+                Ok(parts) => return Ok(parts),
+                Err(problem) => {
+                    let failure = format!("{}: {problem}", way.as_str());
+                    self.sink.note(format!("Nix is not installed by {failure}"));
+                    failures.push(failure);
+                }
+            }
         }
-    };
-    check_output(ended).map_err(|problem| Error::Install {
-        step: name,
-        problem,
-    })
+        Err(Error::Install {
+            failures: failures.join("; "),
+        })
+    }
+
+    async fn try_way(&self, way: Way) -> Result<Parts, String> {
+        match way {
+            Way::Closure => self.closure().await,
+            Way::Tarball => Err("is not built in yet".into()),
+            Way::Distro => self.distro().await,
+        }
+    }
+
+    /// Fetches the closure from the first cache that has it.
+    async fn closure(&self) -> Result<Parts, String> {
+        let path = match &self.wanted.version {
+            Some(NixVersion::Path(path)) => path.clone(),
+            Some(NixVersion::Number(number)) => releases::closure(number)
+                .ok_or_else(|| format!("the store path of Nix {number} is not known"))?,
+            None => releases::closure(releases::CLOSURE_VERSION)
+                .expect("the release has a store path for each system"),
+        };
+        let upstream = [releases::upstream()];
+        let sources = match self.wanted.sources.as_slice() {
+            [] => upstream.as_slice(),
+            sources => sources,
+        };
+        let mut problems = Vec::new();
+        for source in sources {
+            let source = ClosureSource {
+                address: source.address.clone(),
+                keys: source.keys.clone(),
+                path: path.clone(),
+                roots: self.roots.clone(),
+            };
+            let error =
+                match closure::install(&source, &self.host.nix, self.sink, self.deadline).await {
+                    Ok(installed) => return Ok(installed.parts),
+                    Err(error) => error,
+                };
+            let hint = error.hint().unwrap_or_default();
+            problems.push(format!("{} ({hint})", chain(&error)));
+            if error.is_of_host() {
+                break;
+            }
+        }
+        Err(problems.join("; "))
+    }
+
+    async fn distro(&self) -> Result<Parts, String> {
+        let apt = self.machine.apt.as_deref().ok_or("there is no `apt-get`")?;
+        let begun = Instant::now();
+        let installed = distro::install(apt, self.env, self.sink, self.deadline).await;
+        installed.map_err(|error| error.to_string())?;
+        Ok(vec![("package", begun.elapsed())])
+    }
+
+    /// Does what `/nix` needs first.
+    ///
+    /// # Errors
+    /// When `sudo` fails all the same.
+    pub(super) async fn prepare(&self, preparation: &Preparation) -> Result<(), Error> {
+        let Preparation::Sudo(sudo) = preparation else {
+            return Ok(());
+        };
+        self.sink.note(format!(
+            "`sudo` makes `{}` for user {}; nothing else is done as root",
+            self.host.nix.display(),
+            self.machine.user.shown()
+        ));
+        let failed = |problem: String| Error::Impossible {
+            obstacle: format!(
+                "`sudo` did not make `{}`: {problem}",
+                self.host.nix.display()
+            ),
+            remedy: format!(
+                "Have the runner's image make it: `{}` as root.",
+                ["install"]
+                    .iter()
+                    .copied()
+                    .map(str::to_owned)
+                    .chain(self.folder_arguments())
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            ),
+        };
+        let call = sudo_call(sudo, self.env)
+            .arg("install")
+            .args(self.folder_arguments());
+        match call.run(SUDO_LIMIT).await {
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) => Err(failed(one_line(&output.stderr, 200))),
+            Err(error) => Err(failed(one_line(&error.to_string(), 200))),
+        }
+    }
+
+    /// What `install` is given to make the folder.
+    fn folder_arguments(&self) -> Vec<String> {
+        let user = &self.machine.user;
+        [
+            "-d",
+            "-o",
+            &user.uid.to_string(),
+            "-g",
+            &user.gid.to_string(),
+            "-m",
+            "755",
+        ]
+        .map(str::to_owned)
+        .into_iter()
+        .chain([self.host.nix.display().to_string()])
+        .collect()
+    }
 }
 
-fn check_output(ended: Result<Output, CaptureError>) -> Result<(), String> {
-    let output = ended.map_err(|error| match error {
-        CaptureError::Deadline { limit, .. } => format!("did not end within {} s", limit.as_secs()),
-        error => one_line(&error.to_string(), 300),
-    })?;
-    if output.status.success() {
-        return Ok(());
+/// The message of an error with those of its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(cause) => format!("{error}: {}", chain(cause)),
+        None => error.to_string(),
     }
-    // apt starts error lines with `E:`. Without any, its last line is the best guess.
-    let marked: Vec<&str> = output
-        .stderr
-        .lines()
-        .filter(|line| line.starts_with("E:"))
-        .take(3)
-        .collect();
-    let reason = if marked.is_empty() {
-        output.stderr.lines().last().unwrap_or_default().into()
-    } else {
-        marked.join(" ")
-    };
-    Err(format!("failed: {}", one_line(&reason, 300)))
+}
+
+/// A call of `sudo` that never waits for a password.
+pub(super) fn sudo_call(sudo: &Path, env: &Env) -> Tool {
+    Tool::new(sudo)
+        .env(
+            "PATH",
+            env.get("PATH").unwrap_or("/usr/sbin:/usr/bin:/sbin:/bin"),
+        )
+        .env("LC_ALL", "C")
+        .arg("-n")
 }

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::bootstrap::install::{APT_OPTIONS, program, step, tool};
-use crate::bootstrap::{Error, Host};
+use crate::bootstrap::Host;
+use crate::bootstrap::distro::{APT_OPTIONS, StepError, step, tool};
 use flywheel_core::progress::Sink;
 use flywheel_sys::process::capture::Tool;
 use flywheel_sys::runner::env::Env;
@@ -58,7 +58,7 @@ fn half_installed(status: &Path) -> Vec<String> {
 
 /// Completes it, as `apt-get` itself tells people to. What fails is noted, since the caller tries Nix again anyway.
 pub(super) async fn complete(host: &Host, env: &Env, sink: &Sink, deadline: Instant) {
-    let (dpkg, apt) = (program("dpkg", host, env), program("apt-get", host, env));
+    let (dpkg, apt) = (host.program("dpkg", env), host.program("apt-get", env));
     let configured = match dpkg {
         Some(dpkg) => configure(&tool(&dpkg, env), sink, deadline).await,
         None => Ok(()),
@@ -97,14 +97,12 @@ fn is_locked(problem: &str) -> bool {
 }
 
 /// Configures what is unpacked, once no other installation runs.
-async fn configure(dpkg: &Tool, sink: &Sink, deadline: Instant) -> Result<(), Error> {
+async fn configure(dpkg: &Tool, sink: &Sink, deadline: Instant) -> Result<(), StepError> {
     let give_up = deadline.min(Instant::now() + LOCK_LIMIT);
     loop {
         let call = dpkg.clone().args(["--configure", "-a"]);
         match step("dpkg --configure -a", call, sink, deadline).await {
-            Err(Error::Install { problem, .. })
-                if is_locked(&problem) && Instant::now() < give_up =>
-            {
+            Err(error) if is_locked(&error.problem) && Instant::now() < give_up => {
                 tokio::time::sleep(LOCK_POLL_INTERVAL).await;
             }
             ended => return ended,

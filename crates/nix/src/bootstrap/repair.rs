@@ -6,7 +6,9 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::bootstrap::{BuildUsers, Daemon, Error, Host, Ready, Repair};
+use crate::bootstrap::machine::{Machine, Opening};
+use crate::bootstrap::plan::{Plan, RepairStep, Wanted, does_not_open, plan};
+use crate::bootstrap::{BuildUsers, Daemon, Error, Ready, Repair};
 use crate::ping::{Opened, Ping, PingFailure, ping};
 use crate::settings::Settings;
 use crate::store_location::daemon_socket;
@@ -49,7 +51,8 @@ impl EarlyProbe {
 
 /// Opens the store, repairs it where needed, and reports whether builds have users of their own.
 pub(super) async fn open_store(
-    host: &Host,
+    machine: &mut Machine,
+    wanted: &Wanted,
     ready: &mut Ready,
     early: EarlyProbe,
     deadline: Instant,
@@ -59,36 +62,83 @@ pub(super) async fn open_store(
         Some(settings) => Some(settings),
         // Only root needs the settings here, to check the build users; otherwise they are read when
         // they are needed.
-        None if host.root => Some(Settings::read(&ready.nix).await?),
+        None if machine.user.is_root() => Some(Settings::read(&ready.nix).await?),
         None => None,
     };
     ready.settings_before.clone_from(&settings);
-    match opening {
+    let group = build_group(settings.filter(|_| machine.user.is_root()));
+    machine.opening = opening_of(&ready.nix, &opening, &group);
+    if let Ping::Open(opened) = opening {
+        ready.opened = Some(opened);
+    }
+    match plan(machine, wanted) {
+        Plan::Repair(steps) => repair(ready, &machine.opening, steps, deadline).await,
+        Plan::Impossible(impossible) => Err(impossible.into()),
+        // A store that opens is not made anew.
+        Plan::Ready | Plan::Install(_) | Plan::Rootless(_) => {
+            Ok(users_of(&machine.opening, &group))
+        }
+    }
+}
+
+/// The group that builds take their users from; empty where they run as the current user on purpose. `settings` is `None`
+/// for other users than root, who build as themselves.
+fn build_group(settings: Option<Settings>) -> String {
+    settings
+        .and_then(|settings| settings.text("build-users-group"))
+        .unwrap_or_default()
+}
+
+/// What became of opening the store, as a fact of the machine.
+fn opening_of(nix: &Nix, ping: &Ping, group: &str) -> Opening {
+    match ping {
         // Without a daemon, this process builds by itself and needs working build users.
-        Ping::Open(opened) if opened.is_local() => {
-            let users = check_build_users(ready, &opened, settings.filter(|_| host.root));
-            ready.opened = Some(opened);
-            Ok(users)
-        }
+        Ping::Open(opened) if opened.is_local() => Opening::Local {
+            no_build_users: missing_build_users(opened, group),
+        },
         // A daemon has settings of its own, which this process cannot repair.
-        Ping::Open(opened) => {
-            ready.opened = Some(opened);
-            Ok(BuildUsers::InForce)
-        }
-        // Only root can start a daemon that serves this store.
-        Ping::Failed(PingFailure::NoDaemon(problem)) if has_own_daemon(&ready.nix) => {
-            if host.root {
-                restart_daemon(ready, &problem, deadline).await
-            } else {
-                Err(Error::DeadDaemon {
-                    socket: daemon_socket(&ready.nix),
-                    problem,
-                })
+        Ping::Open(_) => Opening::Remote,
+        Ping::Failed(PingFailure::NoDaemon(problem)) if has_own_daemon(nix) => {
+            Opening::DeadDaemon {
+                socket: daemon_socket(nix),
+                problem: problem.clone(),
             }
         }
-        Ping::Failed(PingFailure::PermissionDenied(problem)) => Err(Error::NoRights(problem)),
-        Ping::Failed(failure) => Err(Error::Closed(failure.text().to_owned())),
+        Ping::Failed(PingFailure::PermissionDenied(problem)) => Opening::Denied(problem.clone()),
+        Ping::Failed(failure) => Opening::Closed(failure.text().to_owned()),
     }
+}
+
+/// Whether builds have users of their own in a store that opens.
+fn users_of(opening: &Opening, group: &str) -> BuildUsers {
+    match opening {
+        Opening::Local { .. } if group.is_empty() => BuildUsers::None,
+        _ => BuildUsers::InForce,
+    }
+}
+
+/// Takes the steps that follow from the calls of Nix.
+async fn repair(
+    ready: &mut Ready,
+    opening: &Opening,
+    steps: Vec<RepairStep>,
+    deadline: Instant,
+) -> Result<BuildUsers, Error> {
+    let mut users = users_of(opening, "");
+    for step in steps {
+        match step {
+            RepairStep::WithoutBuildUsers(problem) => {
+                apply(ready, without_build_users(&problem));
+                users = BuildUsers::None;
+            }
+            RepairStep::StartDaemon(problem) => {
+                users = restart_daemon(ready, &problem, deadline).await?;
+            }
+            // Done before Nix was called.
+            RepairStep::CompletePackages | RepairStep::MakeFolder(_) => {}
+        }
+    }
+    Ok(users)
 }
 
 /// Opens the store, retrying failures of unknown kind. When two jobs open a new store at once, one
@@ -126,32 +176,25 @@ fn has_own_daemon(nix: &Nix) -> bool {
     matches!(remote, "auto" | "daemon") || remote.starts_with("unix://")
 }
 
-/// Checks the build users of a store that is opened without a daemon. As root, Nix builds as these
-/// users and refuses to build if there are none. `settings` is `None` for other users, who build as
-/// themselves.
-fn check_build_users(ready: &mut Ready, opened: &Opened, settings: Option<Settings>) -> BuildUsers {
-    let group = settings
-        .and_then(|settings| settings.text("build-users-group"))
-        .unwrap_or_default();
-    // An empty setting means that builds run as the current user on purpose.
+/// Why a store that is opened without a daemon has no build users. As root, Nix builds as these users and refuses to build
+/// if there are none.
+fn missing_build_users(opened: &Opened, group: &str) -> Option<String> {
     if group.is_empty() {
-        return BuildUsers::None;
+        return None;
     }
-    let problem = match &opened.missing_group {
-        Some(group) => format!("the group `{group}` does not exist"),
-        None if is_empty_group(&group) => format!("the group `{group}` has no members"),
-        None => return BuildUsers::InForce,
-    };
-    let text = format!("{problem}, so builds run as root (`{NO_BUILD_USERS}`)");
-    apply(
-        ready,
-        Repair {
-            text,
-            setting: Some(NO_BUILD_USERS),
-            variable: None,
-        },
-    );
-    BuildUsers::None
+    match &opened.missing_group {
+        Some(group) => Some(format!("the group `{group}` does not exist")),
+        None if is_empty_group(group) => Some(format!("the group `{group}` has no members")),
+        None => None,
+    }
+}
+
+fn without_build_users(problem: &str) -> Repair {
+    Repair {
+        text: format!("{problem}, so builds run as root (`{NO_BUILD_USERS}`)"),
+        setting: Some(NO_BUILD_USERS),
+        variable: None,
+    }
 }
 
 /// Whether the group is certainly empty: listed in `/etc/group` without members. A group from
@@ -178,10 +221,17 @@ async fn restart_daemon(
     let direct = ready.nix.clone().with_variable("NIX_REMOTE", Some("local"));
     let users = match ping_with_retries(&direct, deadline).await? {
         Ping::Open(opened) => {
-            let settings = Settings::read(&direct).await?;
-            check_build_users(ready, &opened, Some(settings))
+            let group = build_group(Some(Settings::read(&direct).await?));
+            match missing_build_users(&opened, &group) {
+                Some(problem) => {
+                    apply(ready, without_build_users(&problem));
+                    BuildUsers::None
+                }
+                None if group.is_empty() => BuildUsers::None,
+                None => BuildUsers::InForce,
+            }
         }
-        Ping::Failed(failure) => return Err(Error::Closed(failure.text().to_owned())),
+        Ping::Failed(failure) => return Err(does_not_open(failure.text()).into()),
     };
     match start_daemon(&ready.nix, deadline).await {
         Ok(daemon) => {

@@ -11,6 +11,14 @@ use flywheel_testing::script;
 /// Enough for a loaded machine; nothing here waits for it.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Nix as the distribution's package: nothing in these tests may go to the network.
+fn packaged() -> Wanted {
+    Wanted {
+        installer: plan::Installer::Distro,
+        ..Wanted::default()
+    }
+}
+
 /// A machine made of scripts: `nix` and other programs in `bin`. It records the messages to the
 /// progress sink.
 struct World {
@@ -29,7 +37,10 @@ impl World {
             places: Vec::new(),
             system: Vec::new(),
             packages: folder.path().join("packages"),
-            root,
+            uid: if root { 0 } else { 1000 },
+            // Nobody can make it.
+            nix: folder.path().join("absent/nix"),
+            conf: folder.path().join("nix.conf"),
             guarded: vec![store],
         };
         Self {
@@ -70,7 +81,9 @@ impl World {
             ("NIX_STATE_DIR", &state),
             ("NIX_CONFIG", "cores = 1"),
         ]);
-        self.host.ready(&env, &sink, LIMIT).await
+        self.host
+            .ready(&env, &packaged(), &Roots::default(), &sink, LIMIT)
+            .await
     }
 
     async fn fails(&self) -> Error {
@@ -107,7 +120,7 @@ async fn nix_beside_path_is_reported_with_its_folder() {
     let env = Env::from_pairs([("PATH", "/nonexistent")]);
     let ready = world
         .host
-        .ready(&env, &Sink::silent(), LIMIT)
+        .ready(&env, &packaged(), &Roots::default(), &Sink::silent(), LIMIT)
         .await
         .expect("works");
     assert_eq!(ready.folder, Some(away));
@@ -132,7 +145,10 @@ async fn a_dead_daemon_is_named_to_a_user_without_rights() {
     let world = World::new(false);
     world.nix("2.8.0", "", DEAD).await;
     let error = world.fails().await;
-    assert!(matches!(error, Error::DeadDaemon { .. }), "{error}");
+    assert!(
+        error.to_string().contains("daemon does not answer"),
+        "{error}"
+    );
     assert_eq!(
         (
             error.exit(),
@@ -173,7 +189,7 @@ async fn a_store_of_another_user_without_a_daemon_is_said_so() {
         .await;
     let error = world.fails().await;
     assert!(
-        matches!(error, Error::NoRights(_)) && error.to_string().contains("big-lock"),
+        error.to_string().contains("another user") && error.to_string().contains("big-lock"),
         "{error}"
     );
 }
@@ -210,7 +226,7 @@ async fn without_nix_root_installs_the_package() {
     let env = Env::from_pairs([("PATH", path.as_str())]);
     let ready = world
         .host
-        .ready(&env, &Sink::silent(), LIMIT)
+        .ready(&env, &packaged(), &Roots::default(), &Sink::silent(), LIMIT)
         .await
         .expect("installed");
     assert!(ready.installed && ready.folder.is_none());
@@ -253,7 +269,10 @@ async fn an_interrupted_installation_is_completed() {
         )
         .await;
     let env = Env::from_pairs([("PATH", bin.display().to_string().as_str())]);
-    let ready = world.host.ready(&env, &Sink::silent(), LIMIT).await;
+    let ready = world
+        .host
+        .ready(&env, &packaged(), &Roots::default(), &Sink::silent(), LIMIT)
+        .await;
     let calls = std::fs::read_to_string(world.folder.path().join("calls")).expect("called");
     assert!(ready.is_ok_and(|ready| ready.installed), "{calls}");
     assert_eq!(calls.matches("dpkg --configure -a").count(), 2, "{calls}");
@@ -308,24 +327,33 @@ async fn an_installation_that_fails_says_what_apt_said() {
         .await;
     let path = world.folder.path().join("bin").display().to_string();
     let env = Env::from_pairs([("PATH", path.as_str())]);
-    let failed = world.host.ready(&env, &Sink::silent(), LIMIT).await;
+    let failed = world
+        .host
+        .ready(&env, &packaged(), &Roots::default(), &Sink::silent(), LIMIT)
+        .await;
     let error = failed.err().expect("no package");
     assert_eq!(
         error.to_string(),
-        "Nix could not be installed: `apt-get install nix-bin` failed: E: Unable to locate package nix-bin"
+        "Nix could not be installed: distro: `apt-get install nix-bin` failed: E: Unable to locate package nix-bin"
     );
 }
 
 #[tokio::test]
-async fn without_nix_and_rights_the_hint_names_the_package() {
+async fn without_nix_and_rights_the_hint_names_the_folder() {
     let world = World::new(false);
     let failed = world
         .host
-        .ready(&Env::default(), &Sink::silent(), LIMIT)
+        .ready(
+            &Env::default(),
+            &Wanted::default(),
+            &Roots::default(),
+            &Sink::silent(),
+            LIMIT,
+        )
         .await;
     let error = failed.err().expect("no rights");
     assert!(
-        error.hint().is_some_and(|hint| hint.contains("nix-bin")),
+        error.hint().is_some_and(|hint| hint.contains("install -d")),
         "{error}"
     );
 }

@@ -143,10 +143,14 @@ impl Cache {
             .iter()
             .map(|key| format!("`{}`", key.name()))
             .collect();
+        let keys = match names.join(", ") {
+            names if names.is_empty() => "any key, for none is named".to_owned(),
+            names => names,
+        };
         Err(Error::Unsigned {
             address,
             path,
-            keys: names.join(", "),
+            keys,
         })
     }
 

@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256 as Hasher};
 use tempfile::TempDir;
 
 use self::server::{Answer, Server};
+use super::manifest::Manifest;
 use super::*;
 use crate::db::Db;
 use crate::hash::Sha256;

@@ -1,0 +1,223 @@
+//! The inputs that say how Nix comes to a machine that has none.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args};
+
+use super::address;
+use super::value::{Invalid, boolean, one_of, value};
+use super::{http_address, public_key};
+use flywheel_core::exit::UsageError;
+use flywheel_core::text::one_line;
+use flywheel_nix::bootstrap::plan::{BinaryCache, Installer, Mirror, NixVersion, Wanted};
+use flywheel_nix::bootstrap::releases;
+
+/// How Nix is installed where there is none.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Nix")]
+pub(crate) struct NixInputs {
+    /// How Nix is installed where there is none: as a `closure` from a binary cache, as a `tarball`, which is a release
+    /// archive, by the package manager of the distribution (`distro`; as root, on Debian and its like), or with `auto` by the first
+    /// of these that works. With `none` the job ends where there is no Nix.
+    #[arg(
+        long,
+        value_name = "WAY",
+        value_parser = one_of(&INSTALLERS),
+        default_value = "auto"
+    )]
+    nix_installer: Installer,
+
+    /// The Nix to install where there is none: a version such as `2.31.2`, or a store path that `nix-source` has, such as
+    /// `/nix/store/…-nix-2.34.8` (default: `2.31.2` as a closure, `2.34.7` as an archive).
+    #[arg(long, value_name = "VERSION", value_parser = value(version))]
+    nix_version: Option<NixVersion>,
+
+    /// The binary cache that Nix itself is fetched from, and the public keys by which it is trusted, such as
+    /// `https://cache.example.org/main main:6NCHdD59X431…=`; another one on each line (default: the job's own cache if
+    /// its public key is known, then `https://cache.nixos.org`).
+    #[arg(long, value_name = "URL KEY", value_parser = value(sources))]
+    nix_source: Option<Sources>,
+
+    /// Where the release archive of Nix is taken from: a URL, a file, or a folder, such as `/opt/nix` in the runner's image
+    /// (default: `https://releases.nixos.org/nix/`).
+    #[arg(long, value_name = "PLACE", value_parser = value(mirror))]
+    nix_mirror: Option<Mirror>,
+
+    /// Whether a Nix that is installed gets build users and a daemon; that takes root.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
+    )]
+    nix_daemon: bool,
+}
+
+/// For clap a `Vec` would be an input that may be given several times.
+type Sources = Vec<BinaryCache>;
+
+/// What the input `nix-installer` can be.
+const INSTALLERS: [(&str, Installer); 5] = [
+    ("auto", Installer::Auto),
+    ("closure", Installer::Closure),
+    ("tarball", Installer::Tarball),
+    ("distro", Installer::Distro),
+    ("none", Installer::None),
+];
+
+impl NixInputs {
+    /// What is wanted. `own` is the job's own cache, if its key is known.
+    ///
+    /// # Errors
+    /// When the version is not to be had in the way that is asked for.
+    pub(crate) fn wanted(&self, own: Option<BinaryCache>) -> Result<Wanted, UsageError> {
+        self.check_version()?;
+        Ok(Wanted {
+            installer: self.nix_installer,
+            version: self.nix_version.clone(),
+            sources: match &self.nix_source {
+                Some(sources) => sources.clone(),
+                None => own.into_iter().chain([releases::upstream()]).collect(),
+            },
+            mirror: self.nix_mirror.clone(),
+            daemon: self.nix_daemon,
+            is_for_children_alone: true,
+        })
+    }
+
+    fn check_version(&self) -> Result<(), UsageError> {
+        let Some(version) = &self.nix_version else {
+            return Ok(());
+        };
+        let installer = self.nix_installer.as_str();
+        let problem = match (self.nix_installer, version) {
+            (Installer::Distro, _) => "cannot be chosen with `nix-installer: distro`".to_owned(),
+            (Installer::Tarball, NixVersion::Path(_)) => {
+                format!("is a store path, which `nix-installer: {installer}` has no use for")
+            }
+            (Installer::Closure, NixVersion::Number(number))
+                if releases::closure(number).is_none() =>
+            {
+                format!("is {number}, whose store path is not known")
+            }
+            _ => return Ok(()),
+        };
+        Err(UsageError::new("nix-version", problem).with_hint(
+            "Give a whole store path for a binary cache, a version such as `2.34.7` for a release archive, or leave \
+             `nix-installer` out.",
+        ))
+    }
+}
+
+fn version(text: &str) -> Result<NixVersion, String> {
+    text.parse()
+}
+
+fn sources(text: &str) -> Result<Sources, Invalid> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.map(source).collect()
+}
+
+fn source(line: &str) -> Result<BinaryCache, Invalid> {
+    let mut words = line.split_whitespace();
+    let address = http_address(words.next().unwrap_or_default())?.url;
+    let keys = words.map(public_key).collect::<Result<Vec<_>, _>>()?;
+    let upstream = releases::upstream();
+    if keys.is_empty() && address.host_str() == upstream.address.host_str() {
+        return Ok(BinaryCache {
+            keys: upstream.keys,
+            address,
+        });
+    }
+    if keys.is_empty() {
+        let problem = "names a cache without a public key, so that nothing of it could be trusted";
+        return Err(Invalid::new(problem)
+            .with_hint("Give the key behind the URL, such as `main:6NCHdD59X431…=`."));
+    }
+    Ok(BinaryCache { address, keys })
+}
+
+fn mirror(text: &str) -> Result<Mirror, String> {
+    if text.contains("://") {
+        return Ok(Mirror::Url(
+            address(text, &["http", "https"]).map(|address| address.url)?,
+        ));
+    }
+    let path = PathBuf::from(text);
+    if path.is_absolute() {
+        return Ok(Mirror::Path(path));
+    }
+    Err(format!(
+        "must be a URL or an absolute path, not `{}`",
+        one_line(text, 100)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inputs::parse::tests::read;
+
+    const KEY: &str = "main:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+
+    fn wanted(inputs: &[(&str, &str)]) -> Result<Wanted, UsageError> {
+        read::<NixInputs>(inputs)?.wanted(None)
+    }
+
+    #[test]
+    fn without_inputs_upstream_is_asked_behind_the_jobs_own_cache() {
+        let own = BinaryCache {
+            address: "https://cache.example/main".parse().expect("a URL"),
+            keys: vec![KEY.parse().expect("a key")],
+        };
+        let inputs = read::<NixInputs>(&[]).expect("defaults");
+        let wanted = inputs.wanted(Some(own.clone())).expect("nothing is wrong");
+        assert_eq!(wanted.sources, [own, releases::upstream()]);
+        assert_eq!(wanted.installer, Installer::Auto);
+    }
+
+    #[test]
+    fn a_source_is_named_with_its_keys() {
+        let text = format!("https://a.example/x {KEY} {KEY}\n\nhttps://cache.nixos.org\n");
+        let wanted = wanted(&[("nix-source", &text)]).expect("well formed");
+        let keys: Vec<usize> = wanted.sources.iter().map(|one| one.keys.len()).collect();
+        assert_eq!(keys, [2, 1]);
+    }
+
+    #[test]
+    fn what_cannot_be_is_an_error_that_names_the_input() {
+        for (input, bad) in [
+            ("nix-installer", "curl"),
+            ("nix-version", "latest"),
+            ("nix-source", "https://a.example/"),
+            ("nix-source", "https://a.example/ nokey"),
+            ("nix-source", "ftp://a.example/"),
+            ("nix-source", "https://u:sesame@a.example/"),
+            ("nix-mirror", "opt/nix"),
+            ("nix-mirror", "ftp://a.example/"),
+            ("nix-daemon", "maybe"),
+        ] {
+            let error = wanted(&[(input, bad)]).expect_err(bad);
+            assert!(error.to_string().contains(input), "{error}");
+            assert!(!error.to_string().contains("sesame"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_version_fits_the_way_that_it_comes_by() {
+        let path = "/nix/store/x30lnlgk1s16rynrfslbf8phr6h6rqf2-nix-2.31.2";
+        for (installer, version, fits) in [
+            ("closure", path, true),
+            ("closure", "2.31.2", true),
+            ("closure", "2.34.7", false),
+            ("tarball", "2.34.7", true),
+            ("tarball", path, false),
+            ("distro", "2.34.7", false),
+            ("auto", "2.30.0", true),
+        ] {
+            let read = wanted(&[("nix-installer", installer), ("nix-version", version)]);
+            assert_eq!(read.is_ok(), fits, "{installer} {version}");
+        }
+    }
+}
