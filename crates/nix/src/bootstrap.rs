@@ -10,6 +10,7 @@ pub mod machine;
 pub mod plan;
 pub mod releases;
 mod repair;
+pub mod rootless;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
