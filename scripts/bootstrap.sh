@@ -36,6 +36,9 @@ if [ "$what" = tools ]; then
   need readelf binutils
   need unshare util-linux
   need make make
+  need patchelf patchelf
+  need strace strace
+  need xz xz-utils
   need openssl openssl
   [ -e /usr/include/stdlib.h ] || missing+=(libc6-dev)
 fi

@@ -35,6 +35,7 @@ case $suite in
     scripts/bootstrap.sh tools
     # Here and not in the tests, several of which would unpack at once.
     scripts/nix-versions.sh
+    scripts/nix-closure.sh
     exec cargo nextest run --locked --profile real --test real --test it "$@"
     ;;
   *)

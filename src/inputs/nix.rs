@@ -6,7 +6,7 @@ use clap::{ArgAction, Args};
 
 use super::address;
 use super::value::{Invalid, boolean, one_of, value};
-use super::{http_address, public_key};
+use super::{Hints, http_address, public_key};
 use flywheel_core::exit::UsageError;
 use flywheel_core::text::one_line;
 use flywheel_nix::bootstrap::plan::{BinaryCache, Installer, Mirror, NixVersion, Wanted};
@@ -27,13 +27,14 @@ pub(crate) struct NixInputs {
     nix_installer: Installer,
 
     /// The Nix to install where there is none: a version such as `2.31.2`, or a store path that `nix-source` has, such as
-    /// `/nix/store/…-nix-2.34.8` (default: `2.31.2` as a closure, `2.34.7` as an archive).
+    /// `/nix/store/…-nix-2.34.8` (default: the runner's hint `NIX_CLOSURE`, then `2.31.2` as a closure, `2.34.7` as an
+    /// archive).
     #[arg(long, value_name = "VERSION", value_parser = value(version))]
     nix_version: Option<NixVersion>,
 
     /// The binary cache that Nix itself is fetched from, and the public keys by which it is trusted, such as
-    /// `https://cache.example.org/main main:6NCHdD59X431…=`; another one on each line (default: the job's own cache if
-    /// its public key is known, then `https://cache.nixos.org`).
+    /// `https://cache.example.org/main main:6NCHdD59X431…=`; another one on each line (default: the runner's
+    /// hint `NIX_CLOSURE_SOURCE`, else the job's own cache if its public key is known, then `https://cache.nixos.org`).
     #[arg(long, value_name = "URL KEY", value_parser = value(sources))]
     nix_source: Option<Sources>,
 
@@ -66,6 +67,25 @@ const INSTALLERS: [(&str, Installer); 5] = [
 ];
 
 impl NixInputs {
+    /// The inputs with the runner's hints in the place of those that are not given, so that the jobs of an offline host
+    /// need not name where their Nix comes from.
+    #[must_use]
+    pub(crate) fn or_hints(&self, hints: &mut Hints) -> Self {
+        let mut inputs = self.clone();
+        // The other ways have no use for a closure.
+        if !matches!(self.nix_installer, Installer::Auto | Installer::Closure) {
+            return inputs;
+        }
+        if inputs.nix_version.is_none() {
+            inputs.nix_version = hints.get("NIX_CLOSURE", closure);
+        }
+        if inputs.nix_source.is_none() {
+            let read = |text: &str| sources(text).map_err(|invalid| invalid.to_string());
+            inputs.nix_source = hints.get("NIX_CLOSURE_SOURCE", read);
+        }
+        inputs
+    }
+
     /// What is wanted. `own` is the job's own cache, if its key is known.
     ///
     /// # Errors
@@ -113,6 +133,14 @@ fn version(text: &str) -> Result<NixVersion, String> {
     text.parse()
 }
 
+/// The hint names a store path; a version by its number would not do for every way.
+fn closure(text: &str) -> Result<NixVersion, String> {
+    match version(text)? {
+        path @ NixVersion::Path(_) => Ok(path),
+        NixVersion::Number(_) => Err("is no store path".to_owned()),
+    }
+}
+
 fn sources(text: &str) -> Result<Sources, Invalid> {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     lines.map(source).collect()
@@ -157,6 +185,7 @@ fn mirror(text: &str) -> Result<Mirror, String> {
 mod tests {
     use super::*;
     use crate::inputs::parse::tests::read;
+    use flywheel_sys::runner::env::Env;
 
     const KEY: &str = "main:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 
@@ -182,6 +211,47 @@ mod tests {
         let wanted = wanted(&[("nix-source", &text)]).expect("well formed");
         let keys: Vec<usize> = wanted.sources.iter().map(|one| one.keys.len()).collect();
         assert_eq!(keys, [2, 1]);
+    }
+
+    #[test]
+    fn hints_stand_in_for_what_is_not_given() {
+        let path = "/nix/store/x30lnlgk1s16rynrfslbf8phr6h6rqf2-nix-2.31.2";
+        let source = format!("http://a.example/zstd {KEY}");
+        let env = Env::from_pairs([
+            ("NIX_CLOSURE", path),
+            ("NIX_CLOSURE_SOURCE", source.as_str()),
+        ]);
+        let check = |given: &[(&str, &str)], version: Option<&str>, host: &str| {
+            let mut hints = Hints::from_env(&env);
+            let inputs = read::<NixInputs>(given).expect("well formed");
+            let wanted = inputs
+                .or_hints(&mut hints)
+                .wanted(None)
+                .expect("nothing is wrong");
+            assert_eq!(
+                wanted.version.map(|one| one.to_string()).as_deref(),
+                version
+            );
+            assert_eq!(wanted.sources[0].address.host_str(), Some(host));
+            assert_eq!(hints.bad, [""; 0]);
+        };
+        check(&[], Some(path), "a.example");
+        check(&[("nix-version", "2.31.2")], Some("2.31.2"), "a.example");
+        let other = format!("https://b.example {KEY}");
+        check(&[("nix-source", &other)], Some(path), "b.example");
+        check(&[("nix-installer", "tarball")], None, "cache.nixos.org");
+    }
+
+    #[test]
+    fn a_hint_that_is_malformed_is_not_used() {
+        let env = Env::from_pairs([("NIX_CLOSURE", "2.31.2"), ("NIX_CLOSURE_SOURCE", "nowhere")]);
+        let mut hints = Hints::from_env(&env);
+        let inputs = read::<NixInputs>(&[]).expect("defaults");
+        let wanted = inputs
+            .or_hints(&mut hints)
+            .wanted(None)
+            .expect("nothing is wrong");
+        assert_eq!((wanted.version, hints.bad.len()), (None, 2));
     }
 
     #[test]

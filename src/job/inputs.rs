@@ -7,13 +7,13 @@ use clap::{ArgAction, Args};
 
 use crate::inputs::nix::NixInputs;
 use crate::inputs::value::{Invalid, boolean, path, value, variant};
-use crate::inputs::{CacheInputs, DrainInput, GateInputs, VerifyInput};
+use crate::inputs::{CacheInputs, DrainInput, GateInputs, Hints, VerifyInput};
 use crate::job::destination::{DestinationConfig, DestinationInputs};
 use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
 use crate::job::store_host::SharedHost;
 use flywheel_cache::client::verify::Mode;
-use flywheel_core::exit::UsageError;
+use flywheel_core::exit::{UsageError, VerbError};
 use flywheel_core::policy::Impurity;
 use flywheel_core::text::one_line;
 use flywheel_core::trust::Request;
@@ -163,8 +163,11 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
-        let named = inputs.cache.resolve(env);
+    pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, VerbError> {
+        let mut named = inputs.cache.resolve(env);
+        let mut hints = Hints::from_env(env);
+        let nix = inputs.nix.or_hints(&mut hints);
+        named.bad_hints.append(&mut hints.bad);
         let destination = inputs.destination.config();
         // With `attic-enabled: false` there is no cache to choose, so that two are no error.
         let other = destination
@@ -175,15 +178,14 @@ impl Plan {
         if other.is_some() && named.given.is_some() {
             return Err(
                 UsageError::new("cache", "and `attic-server` are both given")
-                    .with_hint("Give the one that the job is to use."),
+                    .with_hint("Give the one that the job is to use.")
+                    .into(),
             );
         }
         let embedded = inputs.embedded_cache.as_deref();
         let source = other.unwrap_or_else(|| Source::find(&named, embedded, env));
         Ok(Self {
-            nix: inputs
-                .nix
-                .wanted(source.as_binary_cache(named.key.as_ref()))?,
+            nix: nix.wanted(source.as_binary_cache(named.key.as_ref()))?,
             request: inputs.gate.request(),
             extra_nix_config: inputs.extra_nix_config.clone().unwrap_or_default(),
             drain_timeout: inputs.drain.or_default(),

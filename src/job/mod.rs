@@ -18,6 +18,7 @@ mod prepare;
 pub(crate) mod publication;
 mod reading;
 mod report;
+pub(crate) mod rootless;
 pub(crate) mod settings;
 pub(crate) mod source;
 pub(crate) mod store_host;

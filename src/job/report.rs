@@ -8,6 +8,7 @@ use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::Session;
 use super::prepare::Prepared;
+use super::rootless;
 use crate::report::job::{CacheState, JobResult, Outcome, Trust};
 use crate::report::publication::{Missed, Publication};
 use crate::report::{outputs, summary};
@@ -57,7 +58,7 @@ impl Session<'_> {
             added: added_paths.added,
             not_watched: self.not_watched(),
             publication,
-            store: added_paths.store.clone(),
+            store: with_remark(added_paths.store.clone()),
             unpublished: self.unpublished(&prepared.cache),
             bootstrap: prepared.took,
             command: Duration::ZERO,
@@ -95,6 +96,12 @@ impl Session<'_> {
             (false, _) => self.decision.reason(),
         }
     }
+}
+
+/// The line about the store, with where its files are, if that is elsewhere than the job sees them.
+fn with_remark(store: Option<String>) -> Option<String> {
+    let parts: Vec<String> = store.into_iter().chain(rootless::remark()).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 /// Reports in the summary and the outputs that a job did not come to its work; the error itself is printed where the

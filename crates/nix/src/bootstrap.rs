@@ -2,6 +2,7 @@
 //! installs one. Never runs an installer where Nix exists. Nothing but an installation outlives the
 //! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
+pub(crate) mod closure;
 mod distro;
 mod install;
 mod interrupted;
@@ -9,6 +10,7 @@ pub mod machine;
 pub mod plan;
 pub mod releases;
 mod repair;
+pub mod rootless;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};

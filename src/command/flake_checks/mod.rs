@@ -33,7 +33,7 @@ use crate::job::added_paths::AddedPaths;
 use crate::job::{self, Prepared, STOPPED_LIMIT, Session, StoreWatch};
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, Failure, VerbError};
 use flywheel_core::text::count;
 use flywheel_github::checks::{Cause, Conclusion, Output, board, summary};
 use flywheel_nix::build::cache_trust::CacheTrust;
@@ -55,7 +55,7 @@ use flywheel_sys::runner::workflow::Level;
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix, or the flake's outputs cannot be listed.
 /// An output that fails is no error, and shows in the exit code.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let plan = Plan::read(&inputs, env)?;
     let (session, mut signals) = Session::begin(&plan.job, env)?;
     let flake_checks = FlakeChecks {
@@ -63,7 +63,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         session,
     };
     let ended = flake_checks.run(&mut signals).await;
-    flake_checks.session.end(ended, "nothing was checked")
+    Ok(flake_checks.session.end(ended, "nothing was checked")?)
 }
 
 struct FlakeChecks<'a> {

@@ -17,11 +17,11 @@ use crate::job::{self, JobReport, Prepared, Session, StoreWatch};
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use flywheel_core::budget::{self, Observed};
-use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::exit::{Exit, Failure, VerbError};
 use flywheel_nix::temp_roots;
 use flywheel_sys::host::peak::{Span, Spent};
 use flywheel_sys::process::signals::Signals;
-use flywheel_sys::process::supervise::{CommandExit, SuperviseError, Supervised};
+use flywheel_sys::process::supervise::{CommandExit, Shell, SuperviseError, Supervised};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::guard::StoppedCommands;
@@ -32,7 +32,7 @@ use flywheel_sys::runner::workflow::Level;
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix, or the command cannot be started. A
 /// command that fails is no error: its code is the exit code.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let plan = Plan::read(&inputs, env)?;
     let (session, mut signals) = Session::begin(&plan.job, env)?;
     let nix_job = NixJob {
@@ -40,7 +40,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         session,
     };
     let ended = nix_job.run(&mut signals).await;
-    nix_job.session.end(ended, "the command was not run")
+    Ok(nix_job.session.end(ended, "the command was not run")?)
 }
 
 struct NixJob<'a> {
@@ -133,11 +133,11 @@ impl NixJob<'_> {
         let path = environment.get(std::ffi::OsStr::new("PATH")).cloned();
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {
-                let file = self.session.private().join("command.sh");
-                std::fs::write(&file, text).map_err(|error| {
-                    UsageError::new("command", format!("cannot be written to a file: {error}"))
-                })?;
-                Supervised::script(&file, path.as_deref(), &self.plan.folder)
+                let file = self.session.write_private("command.sh", text)?;
+                let shell = Shell::find(path.as_deref(), &self.plan.folder);
+                let note = format!("flywheel: the command runs under {shell}");
+                self.session.sink.note(note);
+                Supervised::script(&shell, &file, &self.plan.folder)
             }
             Wanted::Program(words) => {
                 Supervised::program(words, path.as_deref(), &self.plan.folder)

@@ -2,7 +2,7 @@
 
 # Serves the cache of job a as a server of its own; sets SERVER and TOKEN.
 start_server() {
-  serve a
+  serve_cache /area/a/cache /out/a/serve.log as "$USER_NAME"
   SERVER=${URL%/main}/
   TOKEN=$(sed -n 's/^write \([^ ]*\).*/\1/p' /area/a/cache/tokens | head -n 1)
 }

@@ -6,6 +6,10 @@ references() {
   sort -u "/out/$1/attributes" | sed 's/^/path:.#/'
 }
 
+. /shared/judge.sh
+FEATURES=
+[ "$SHAPE" != ca ] || FEATURES=ca-derivations
+
 # Whether an attribute is made by content-addressed derivations, so that its path is found by its realisation alone.
 floating() {
   case $1 in *\#ca | *\#catop | *\#usesca) return 0 ;; esac
@@ -41,43 +45,12 @@ expect() {
   sort -u -o "$out/expected" "$out/expected"
 }
 
-# Serves the cache of the job NAME; sets URL and KEY, and SERVED to the process.
-serve() {
-  local out=/out/$1
-  rm -f "/area/$1/url"
-  as "$USER_NAME" /fly/flywheel cache serve --dir "/area/$1/cache" --listen 127.0.0.1:0 \
-    --ready-file "/area/$1/url" --stop-after 10m </dev/null >"$out/serve.log" 2>&1 &
-  SERVED=$!
-  local end=$((SECONDS + 20))
-  until [ -s "/area/$1/url" ] && grep -q '^public-key ' "$out/serve.log"; do
-    [ "$SECONDS" -lt "$end" ] || { echo 'the cache is not served after 20 s' && cat "$out/serve.log" && exit 70; }
-    sleep 0.02
-  done
-  URL=$(cat "/area/$1/url")/main
-  KEY=$(sed -n 's/^public-key //p' "$out/serve.log" | head -n 1)
-}
-
-# A command of Nix in the empty store.
-fresh() {
-  local features='nix-command flakes'
-  [ "$SHAPE" != ca ] || features="$features ca-derivations"
-  env -i PATH="$PATH" LANG=C.UTF-8 HOME=/judge/home NIX_CONF_DIR=/judge/etc NIX_REMOTE="/judge/store" \
-    NIX_CONFIG="experimental-features = $features
-substituters = $URL
-trusted-public-keys = $KEY
-max-jobs = 0
-builders =
-build-users-group =
-fallback = false
-connect-timeout = 10" "$@"
-}
-
 # Writes into /out/NAME/missing what the empty store cannot have: a store path a line.
 judge() {
   local out=/out/$1 reference path
   local -a expected
   expect "$1" 2>"$out/expect.log"
-  serve "$1"
+  serve_cache "/area/$1/cache" "$out/serve.log" as "$USER_NAME"
   rm -rf /judge
   mkdir -p /judge/home /judge/etc /judge/store
   : >"$out/missing"

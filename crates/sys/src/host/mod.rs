@@ -1,6 +1,7 @@
-//! The machine that this program runs on: control groups and memory, private temporary folders, inotify, thread
+//! The machine that this program runs on: control groups and memory, the user's home, private temporary folders, inotify, thread
 //! priorities, and short blocking work. It reads and keeps; `budget` decides what follows.
 
+pub mod home;
 pub mod inline_blocking;
 pub mod job_registry;
 pub mod loopback;

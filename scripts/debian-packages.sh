@@ -1,0 +1,63 @@
+# Unpacks packages of any release of Debian into folders, without installing them. Sourced, after `fail` is defined.
+#
+#   env: FLYWHEEL_DEBIAN    the Debian mirror (default: the machine's own)
+#        FLYWHEEL_SNAPSHOT  an archive with what the mirror has no longer, such as a snapshot of Debian's (default: none)
+
+keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+snapshot=${FLYWHEEL_SNAPSHOT-}
+
+command -v apt-get >/dev/null || fail "\`apt-get\` is missing; the matrix unpacks Debian packages with it"
+[ -e "$keyring" ] || fail "$keyring is missing: apt-get install debian-archive-keyring"
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+# shellcheck disable=SC2016 # They are apt's variables.
+mirror=$(apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packages' | sed -n 's/^Debian //p' | head -n 1)
+mirror=${FLYWHEEL_DEBIAN:-$mirror}
+[ -n "$mirror" ] || fail "apt names no mirror of Debian's; name one with FLYWHEEL_DEBIAN"
+
+# apt-get on the lists of one release alone, as if no package were installed, so that it takes the whole closure.
+apt() {
+  local state=$1
+  shift
+  apt-get -qq -o APT::Sandbox::User="$(id -un)" -o APT::Architecture=amd64 -o APT::Architectures=amd64 \
+    -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts=/dev/null \
+    -o Dir::State::Lists="$state/lists" -o Dir::Cache="$state/cache" -o Dir::State::status="$state/status" \
+    -o Acquire::Check-Valid-Until=false -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 "$@" </dev/null
+}
+
+# Fetches the lists of a release from the mirror that is named; what it complains of is in STATE/errors.
+fetch_lists() {
+  local release=$1 state=$2 from=$3
+  rm -rf "$state"
+  mkdir -p "$state"/{lists,cache}/partial
+  # Beside this file apt has its lock.
+  : >"$state/status"
+  echo "deb [signed-by=$keyring] $from $release main" >"$state/sources.list"
+  apt "$state" update >/dev/null 2>"$state/errors"
+}
+
+# Downloads the closure of packages into STATE/cache/archives.
+download_packages() {
+  local state=$1
+  shift
+  apt "$state" install --download-only --no-install-recommends --yes "$@" >/dev/null 2>"$state/errors"
+}
+
+# Unpacks what was downloaded. The folder counts only when it is whole.
+unpack_packages() {
+  local state=$1 into=$2 fresh=$2.new deb folder
+  rm -rf "$fresh"
+  mkdir -p "$fresh"
+  for deb in "$state"/cache/archives/*.deb; do dpkg-deb -x "$deb" "$fresh"; done
+  # Packages of before the merge of / and /usr put some of their files beside it.
+  for folder in bin sbin lib lib64; do
+    if [ -d "$fresh/$folder" ] && [ ! -L "$fresh/$folder" ]; then
+      mkdir -p "$fresh/usr/$folder"
+      cp -a "$fresh/$folder/." "$fresh/usr/$folder/"
+      rm -rf "${fresh:?}/$folder"
+    fi
+  done
+  rm -rf "$into"
+  mv "$fresh" "$into"
+}

@@ -1,0 +1,128 @@
+//! What becomes of a job on each machine. What a machine is made of is in `guest/machines.sh`, by the same name.
+
+/// What happens on a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Story {
+    /// `nix-job` builds the example and publishes it to the embedded cache.
+    Demo,
+    /// `validate-builders`.
+    Canary,
+}
+
+impl Story {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Demo => "demo",
+            Self::Canary => "canary",
+        }
+    }
+}
+
+/// How a story ends. The phrases are in the log.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum End {
+    /// Three paths are built and in the cache, none is lost.
+    NothingLost(&'static [&'static str]),
+    /// Exit code 69 within five seconds, with the obstacle and the remedy.
+    Obstacle(&'static [&'static str]),
+    /// Exit code 0, and nothing is published.
+    Passes(&'static [&'static str]),
+}
+
+pub(crate) struct Machine {
+    pub(crate) name: &'static str,
+    pub(crate) story: Story,
+    pub(crate) end: End,
+}
+
+const fn demo(name: &'static str, end: End) -> Machine {
+    Machine {
+        name,
+        story: Story::Demo,
+        end,
+    }
+}
+
+const fn canary(name: &'static str, end: End) -> Machine {
+    Machine {
+        name,
+        story: Story::Canary,
+        end,
+    }
+}
+
+use End::{NothingLost, Obstacle, Passes};
+
+const NO_NAMESPACES: &str = "user.max_user_namespaces";
+
+pub(crate) const MACHINES: &[Machine] = &[
+    demo("debian-12-sudo", NothingLost(&["`sudo` makes `/nix`"])),
+    demo("debian-13-sudo", NothingLost(&["`sudo` makes `/nix`"])),
+    demo("debian-sid-sudo", NothingLost(&["`sudo` makes `/nix`"])),
+    demo(
+        "sudo-without-namespaces",
+        NothingLost(&["`sudo` makes `/nix`"]),
+    ),
+    demo("debian-12-root", NothingLost(&["closure"])),
+    demo("debian-13-root", NothingLost(&["closure"])),
+    demo("busybox-root", NothingLost(&["closure"])),
+    demo(
+        "root-read-only-nix",
+        Obstacle(&["`/nix` is mounted read-only"]),
+    ),
+    demo("own-nix", NothingLost(&["closure"])),
+    demo("busybox-own-nix", NothingLost(&["closure"])),
+    demo("everyones-nix", NothingLost(&["closure"])),
+    demo("roots-nix", NothingLost(&["rootless"])),
+    demo(
+        "roots-nix-without-namespaces",
+        Obstacle(&["`/nix` is empty", NO_NAMESPACES, "install -d"]),
+    ),
+    demo("read-only-nix", NothingLost(&["rootless"])),
+    demo(
+        "read-only-nix-without-namespaces",
+        Obstacle(&["`/nix` is mounted read-only", NO_NAMESPACES]),
+    ),
+    demo("no-nix", NothingLost(&["rootless"])),
+    demo("busybox-no-nix", NothingLost(&["rootless"])),
+    demo(
+        "no-nix-without-namespaces",
+        Obstacle(&["there is no `/nix`", NO_NAMESPACES, "install -d -o 1000"]),
+    ),
+    demo(
+        "no-nix-in-chroot",
+        Obstacle(&["there is no `/nix`", "chroot"]),
+    ),
+    demo("nix-bin-2.8", NothingLost(&["rootless"])),
+    demo("nix-bin-2.26", NothingLost(&["rootless"])),
+    demo("nix-bin-2.34", NothingLost(&["rootless"])),
+    demo("nix-bin-sudo", NothingLost(&["`sudo` makes `/nix`"])),
+    demo(
+        "nix-bin-without-namespaces",
+        Obstacle(&["there is no `/nix`", NO_NAMESPACES]),
+    ),
+    demo("daemon-2.8", NothingLost(&[])),
+    demo("daemon-2.26", NothingLost(&[])),
+    demo("daemon-2.34", NothingLost(&[])),
+    demo("daemon-by-socket", NothingLost(&[])),
+    demo(
+        "daemon-stale",
+        Obstacle(&["does not answer", "systemctl restart nix-daemon"]),
+    ),
+    demo("daemon-stale-root", NothingLost(&["daemon"])),
+    demo("no-nix-command", NothingLost(&[])),
+    demo("no-nixbld", NothingLost(&["nixbld"])),
+    demo("home-unset", NothingLost(&[])),
+    demo("home-unset-stranger", NothingLost(&["HOME"])),
+    demo("home-read-only", NothingLost(&["journal"])),
+    demo("tmp-full", Obstacle(&["space"])),
+    // Without a payload there is no proof that this job may publish.
+    demo(
+        "fifo-event",
+        Passes(&["0 lost (not publishing: the event payload is unreadable"]),
+    ),
+    canary("no-nix-command", Passes(&[])),
+    canary("no-nixbld", Passes(&[])),
+    canary("debian-12-sudo", Passes(&["nix-job"])),
+    canary("fifo-event", Passes(&[])),
+];
