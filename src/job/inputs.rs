@@ -52,7 +52,7 @@ pub(crate) struct JobInputs {
     )]
     reclaim: bool,
 
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Nix")]
     nix: NixInputs,
 
     #[command(flatten)]

@@ -14,9 +14,8 @@ use super::report::report_not_started;
 /// # Errors
 /// When there can be no such store. It has been reported to the runner; this process must end then.
 pub(crate) fn enter(env: &Env, need: Need, viewers: Viewers, undone: &str) -> Result<(), Failure> {
-    let entered = rootless::enter(env, need, viewers).map_err(|error| {
-        report_not_started(&error, env, undone);
-        error
+    let entered = rootless::enter(env, need, viewers).inspect_err(|error| {
+        report_not_started(error, env, undone);
     })?;
     let workflow = Workflow::new(env.in_github_actions());
     workflow.log(&format!("flywheel: {}", entered.sentence()));

@@ -2,6 +2,7 @@
 //! installs one. Never runs an installer where Nix exists. Nothing but an installation outlives the
 //! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
+pub(crate) mod closure;
 mod distro;
 mod install;
 mod interrupted;
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 use self::install::{Installer, Parts};
 use self::machine::Machine;
 use self::plan::{Impossible, Plan, RepairStep, Wanted, plan};
+pub use self::repair::with_repairs;
 use crate::ping::Opened;
 use crate::settings::Settings;
 use crate::store::Store;

@@ -2,6 +2,9 @@
 //! memory. Never runs Nix, and never sends the last byte of a NAR that differs from the registered
 //! one.
 
+pub mod compression;
+pub(crate) mod unpack;
+
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Read as _, Write};

@@ -28,6 +28,24 @@ pub enum Root {
     Folder,
 }
 
+/// What a NAR holds, in the order in which it comes. A name is checked before it is passed on, and comes before the node
+/// that has it; the root has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event<'a> {
+    Name(&'a [u8]),
+    Folder,
+    FolderEnd,
+    /// `size` is what the NAR announces, in bytes.
+    File {
+        executable: bool,
+        size: u64,
+    },
+    Contents(&'a [u8]),
+    FileEnd,
+    /// The target of a symbolic link.
+    Symlink(&'a [u8]),
+}
+
 /// The item that has to come next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Expected {
@@ -87,6 +105,8 @@ pub struct NarValidator {
     /// The last name in each open folder.
     folders: Vec<Vec<u8>>,
     root: Option<Root>,
+    /// Whether the current file is executable.
+    executable: bool,
     /// Offset of the current item.
     offset: u64,
     /// Bytes read.
@@ -101,6 +121,7 @@ impl Default for NarValidator {
             text: Vec::new(),
             folders: Vec::new(),
             root: None,
+            executable: false,
             offset: 0,
             read: 0,
         }
@@ -132,18 +153,34 @@ impl NarValidator {
     /// As `take`.
     pub fn take_with(
         &mut self,
-        mut bytes: &[u8],
+        bytes: &[u8],
         mut contents: impl FnMut(&[u8]),
+    ) -> Result<(), NarError> {
+        self.take_events(bytes, |event| {
+            if let Event::Contents(bytes) = event {
+                contents(bytes);
+            }
+        })
+    }
+
+    /// As `take`, and passes on all that the NAR holds.
+    ///
+    /// # Errors
+    /// As `take`.
+    pub fn take_events(
+        &mut self,
+        mut bytes: &[u8],
+        mut events: impl FnMut(Event<'_>),
     ) -> Result<(), NarError> {
         while !bytes.is_empty() {
             if self.expected == Expected::Nothing {
                 self.offset = self.read;
                 return Err(self.error("something follows the NAR's end"));
             }
-            let taken = self.part(bytes, &mut contents)?;
+            let taken = self.part(bytes, &mut events)?;
             self.read += taken as u64;
             bytes = &bytes[taken..];
-            self.close_parts()?;
+            self.close_parts(&mut events)?;
         }
         Ok(())
     }
@@ -163,7 +200,11 @@ impl NarValidator {
     }
 
     /// Takes bytes for the current part; returns how many, which is 0 only for a part of no length.
-    fn part(&mut self, bytes: &[u8], contents: &mut impl FnMut(&[u8])) -> Result<usize, NarError> {
+    fn part(
+        &mut self,
+        bytes: &[u8],
+        events: &mut impl FnMut(Event<'_>),
+    ) -> Result<usize, NarError> {
         match &mut self.part {
             Part::Length { bytes: length, got } => {
                 let taken = bytes.len().min(length.len() - *got);
@@ -179,7 +220,7 @@ impl NarValidator {
             }
             Part::Contents { left, .. } => {
                 let taken = at_most(bytes, *left);
-                contents(&bytes[..taken]);
+                events(Event::Contents(&bytes[..taken]));
                 *left -= taken as u64;
                 Ok(taken)
             }
@@ -196,15 +237,17 @@ impl NarValidator {
     }
 
     /// Goes on to the part whose bytes are still to come.
-    fn close_parts(&mut self) -> Result<(), NarError> {
+    fn close_parts(&mut self, events: &mut impl FnMut(Event<'_>)) -> Result<(), NarError> {
         loop {
             self.part = match self.part {
-                Part::Length { bytes, got: 8 } => self.begin_item(u64::from_le_bytes(bytes))?,
+                Part::Length { bytes, got: 8 } => {
+                    self.begin_item(u64::from_le_bytes(bytes), events)?
+                }
                 Part::Text { left: 0, padding } | Part::Contents { left: 0, padding } => {
                     Part::Padding { left: padding }
                 }
                 Part::Padding { left: 0 } => {
-                    self.end_item()?;
+                    self.end_item(events)?;
                     self.offset = self.read;
                     LENGTH
                 }
@@ -213,12 +256,20 @@ impl NarValidator {
         }
     }
 
-    fn begin_item(&mut self, length: u64) -> Result<Part, NarError> {
+    fn begin_item(
+        &mut self,
+        length: u64,
+        events: &mut impl FnMut(Event<'_>),
+    ) -> Result<Part, NarError> {
         // Fewer than eight.
         let padding = (length.wrapping_neg() % 8) as u8;
         self.text.clear();
         let limit = match self.expected {
             Expected::Contents => {
+                events(Event::File {
+                    executable: self.executable,
+                    size: length,
+                });
                 return Ok(Part::Contents {
                     left: length,
                     padding,
@@ -239,7 +290,7 @@ impl NarValidator {
         }
     }
 
-    fn end_item(&mut self) -> Result<(), NarError> {
+    fn end_item(&mut self, events: &mut impl FnMut(Event<'_>)) -> Result<(), NarError> {
         use Expected as E;
         let text = self.text.as_slice();
         self.expected = match (self.expected, text) {
@@ -248,6 +299,7 @@ impl NarValidator {
             (E::NodeBegin, b"(") => E::TypeTag,
             (E::TypeTag, b"type") => E::Type,
             (E::Type, b"regular") => {
+                self.executable = false;
                 self.begin_node(Root::File { executable: false }, E::ContentsOrExecutable)
             }
             (E::Type, b"symlink") => self.begin_node(Root::Symlink, E::TargetTag),
@@ -257,31 +309,40 @@ impl NarValidator {
                 }
                 let next = self.begin_node(Root::Folder, E::EntryOrEnd);
                 self.folders.push(Vec::new());
+                events(Event::Folder);
                 next
             }
             (E::ContentsOrExecutable | E::ContentsTag, b"contents") => E::Contents,
             (E::ContentsOrExecutable, b"executable") => E::ExecutableValue,
             (E::ExecutableValue, b"") => {
+                self.executable = true;
                 if self.folders.is_empty() {
                     self.root = Some(Root::File { executable: true });
                 }
                 E::ContentsTag
             }
-            (E::Contents, _) => E::NodeEnd,
+            (E::Contents, _) => {
+                events(Event::FileEnd);
+                E::NodeEnd
+            }
             (E::TargetTag, b"target") => E::Target,
             (E::Target, target) if target.is_empty() || target.contains(&0) => {
                 return Err(self.error("a link has no usable target"));
             }
-            (E::Target, _) => E::NodeEnd,
+            (E::Target, target) => {
+                events(Event::Symlink(target));
+                E::NodeEnd
+            }
             (E::NodeEnd, b")") => self.end_node(),
             (E::EntryOrEnd, b"entry") => E::EntryBegin,
             (E::EntryOrEnd, b")") => {
                 self.folders.pop();
+                events(Event::FolderEnd);
                 self.end_node()
             }
             (E::EntryBegin, b"(") => E::NameTag,
             (E::NameTag, b"name") => E::Name,
-            (E::Name, _) => self.end_name()?,
+            (E::Name, _) => self.end_name(events)?,
             (E::NodeTag, b"node") => E::NodeBegin,
             (E::EntryEnd, b")") => E::EntryOrEnd,
             _ => return Err(self.error("an item is not the expected one")),
@@ -302,7 +363,7 @@ impl NarValidator {
         }
     }
 
-    fn end_name(&mut self) -> Result<Expected, NarError> {
+    fn end_name(&mut self, events: &mut impl FnMut(Event<'_>)) -> Result<Expected, NarError> {
         let name = self.text.as_slice();
         if matches!(name, b"" | b"." | b"..") || name.iter().any(|byte| matches!(byte, b'/' | 0)) {
             return Err(self.error("a name is not usable"));
@@ -314,6 +375,7 @@ impl NarValidator {
         if unsorted {
             return Err(self.error("the names are not sorted"));
         }
+        events(Event::Name(name));
         if let Some(last) = self.folders.last_mut() {
             std::mem::swap(last, &mut self.text);
         }

@@ -17,10 +17,12 @@ use flywheel_sys::runner::env::{Env, split_path};
 
 /// Folders where installers put Nix, searched after `PATH`. The one below the home folder comes
 /// second.
-pub const WELL_KNOWN: [&str; 3] = [
+pub const WELL_KNOWN: [&str; 4] = [
     "/nix/var/nix/profiles/default/bin",
     "/run/current-system/sw/bin",
     "/usr/bin",
+    // Flywheel's own, which stays where `nix-env` has put something else into the default one.
+    "/nix/var/nix/profiles/flywheel/bin",
 ];
 /// The folder of a single-user installation, below the home folder.
 const PROFILE_BIN: &str = ".nix-profile/bin";

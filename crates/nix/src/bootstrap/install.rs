@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::distro;
+use super::closure::{self, ClosureSource};
 use super::machine::Machine;
-use super::plan::{InstallPlan, Preparation, Wanted, Way};
-use super::{Error, Host};
+use super::plan::{InstallPlan, NixVersion, Preparation, Wanted, Way};
+use super::{Error, Host, distro, releases};
+use flywheel_core::exit::Explain as _;
 use flywheel_core::progress::Sink;
 use flywheel_core::text::one_line;
 use flywheel_sys::http::Roots;
@@ -58,10 +59,46 @@ impl Installer<'_> {
 
     async fn try_way(&self, way: Way) -> Result<Parts, String> {
         match way {
-            Way::Closure => Err("is not built in yet".into()),
+            Way::Closure => self.closure().await,
             Way::Tarball => Err("is not built in yet".into()),
             Way::Distro => self.distro().await,
         }
+    }
+
+    /// Fetches the closure from the first cache that has it.
+    async fn closure(&self) -> Result<Parts, String> {
+        let path = match &self.wanted.version {
+            Some(NixVersion::Path(path)) => path.clone(),
+            Some(NixVersion::Number(number)) => releases::closure(number)
+                .ok_or_else(|| format!("the store path of Nix {number} is not known"))?,
+            None => releases::closure(releases::CLOSURE_VERSION)
+                .expect("the release has a store path for each system"),
+        };
+        let upstream = [releases::upstream()];
+        let sources = match self.wanted.sources.as_slice() {
+            [] => upstream.as_slice(),
+            sources => sources,
+        };
+        let mut problems = Vec::new();
+        for source in sources {
+            let source = ClosureSource {
+                address: source.address.clone(),
+                keys: source.keys.clone(),
+                path: path.clone(),
+                roots: self.roots.clone(),
+            };
+            let error =
+                match closure::install(&source, &self.host.nix, self.sink, self.deadline).await {
+                    Ok(installed) => return Ok(installed.parts),
+                    Err(error) => error,
+                };
+            let hint = error.hint().unwrap_or_default();
+            problems.push(format!("{} ({hint})", chain(&error)));
+            if error.is_of_host() {
+                break;
+            }
+        }
+        Err(problems.join("; "))
     }
 
     async fn distro(&self) -> Result<Parts, String> {
@@ -127,6 +164,14 @@ impl Installer<'_> {
         .into_iter()
         .chain([self.host.nix.display().to_string()])
         .collect()
+    }
+}
+
+/// The message of an error with those of its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(cause) => format!("{error}: {}", chain(cause)),
+        None => error.to_string(),
     }
 }
 

@@ -16,6 +16,7 @@ use crate::tool::{self, Nix};
 use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::CaptureError;
 use flywheel_sys::process::service::Service;
+use flywheel_sys::runner::env::Env;
 
 /// Opening the store is quick; a daemon that takes longer than this counts as dead.
 const PING_LIMIT: Duration = Duration::from_secs(20);
@@ -139,6 +140,33 @@ async fn repair(
         }
     }
     Ok(users)
+}
+
+/// What a job does about a store that opens, for a canary that is to find what a job would find: Nix with the settings of
+/// the repairs, and a sentence's part for each.
+///
+/// # Errors
+/// When Nix does not print its settings.
+pub async fn with_repairs(
+    nix: &Nix,
+    opened: &Opened,
+    env: &Env,
+) -> Result<(Nix, Vec<String>), tool::Error> {
+    let mut machine = Machine::read(env);
+    let settings = Settings::read(nix).await?;
+    let group = build_group(Some(settings).filter(|_| machine.user.is_root()));
+    machine.opening = opening_of(nix, &Ping::Open(opened.clone()), &group);
+    let mut repaired = nix.clone();
+    let mut texts = Vec::new();
+    if let Plan::Repair(steps) = plan(&machine, &Wanted::default()) {
+        for step in steps {
+            if let RepairStep::WithoutBuildUsers(problem) = step {
+                repaired = with_setting(repaired, NO_BUILD_USERS);
+                texts.push(problem);
+            }
+        }
+    }
+    Ok((repaired, texts))
 }
 
 /// Opens the store, retrying failures of unknown kind. When two jobs open a new store at once, one
@@ -299,11 +327,16 @@ async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
 /// Records a repair and applies it to our own calls of Nix.
 fn apply(ready: &mut Ready, repair: Repair) {
     if let Some(line) = repair.setting {
-        let config = format!("{}\n{line}\n", ready.nix.config().trim_end());
-        ready.nix = ready.nix.clone().with_config(config.trim_start());
+        ready.nix = with_setting(ready.nix.clone(), line);
     }
     if let Some((name, value)) = repair.variable {
         ready.nix = ready.nix.clone().with_variable(name, Some(value));
     }
     ready.repairs.push(repair);
+}
+
+/// The same Nix with one more line of settings.
+fn with_setting(nix: Nix, line: &str) -> Nix {
+    let config = format!("{}\n{line}\n", nix.config().trim_end());
+    nix.with_config(config.trim_start())
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -174,7 +175,20 @@ impl Tool {
     /// # Errors
     /// When it cannot be started or does not end within `limit`; in the latter case its whole group is killed.
     pub async fn run(self, limit: Duration) -> Result<Output, CaptureError> {
+        self.run_with(Stdio::null(), limit).await
+    }
+
+    /// As `run`, with a file as its standard input. The tool shares the file's lock, if it has one.
+    ///
+    /// # Errors
+    /// As `run`.
+    pub async fn run_on(self, input: File, limit: Duration) -> Result<Output, CaptureError> {
+        self.run_with(input.into(), limit).await
+    }
+
+    async fn run_with(self, input: Stdio, limit: Duration) -> Result<Output, CaptureError> {
         let mut command = self.command();
+        command.stdin(input);
         let program = self.program;
         let (mut child, _registered) =
             own::spawn(&mut command).map_err(|source| CaptureError::Start {

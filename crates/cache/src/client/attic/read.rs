@@ -5,7 +5,6 @@ use std::io::{self, BufRead as _, BufReader, Read};
 use std::time::Duration;
 
 use bytes::Bytes;
-use liblzma::stream::{CONCATENATED, Stream};
 use reqwest::header::LOCATION;
 use sha2::{Digest as _, Sha256 as Hasher};
 use tokio::sync::mpsc;
@@ -16,6 +15,7 @@ use url::Url;
 use crate::client::attic::{Attic, RESPONSE_LIMIT, read_response};
 use crate::client::destination::{BodyCheck, ByteCounter, Error};
 use flywheel_nix::hash::Sha256;
+use flywheel_nix::nar::compression;
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
 use flywheel_sys::http;
@@ -31,9 +31,6 @@ const BODY_IDLE: Duration = Duration::from_secs(30);
 /// Blocks of a body, each of some kilobytes, between the connection and the thread that unpacks.
 const BLOCKS: usize = 16;
 const BUFFER: usize = 64 * 1024;
-/// The most memory that unpacking xz may use. The header of the file decides how much it needs: 65 MiB after `xz -9`. For
-/// zstd, the library itself refuses windows over 128 MiB.
-const XZ_MEMORY: u64 = 128 * 1024 * 1024;
 
 impl Attic {
     /// The narinfo of a path; `None` if the cache does not have it.
@@ -261,24 +258,14 @@ fn judge(packed: impl Read, compression: &str, hash: Sha256, size: u64) -> BodyC
         Ok(_) => (),
         Err(error) => return BodyCheck::Bad(format!("its NAR cannot be read ({error})")),
     }
-    let unpacked = match compression {
-        "none" | "" => digest(packed, size),
-        "zstd" => {
-            zstd::stream::read::Decoder::with_buffer(packed).and_then(|reader| digest(reader, size))
-        }
-        "xz" => Stream::new_stream_decoder(XZ_MEMORY, CONCATENATED)
-            .map_err(io::Error::from)
-            .and_then(|stream| {
-                digest(
-                    liblzma::bufread::XzDecoder::new_stream(packed, stream),
-                    size,
-                )
-            }),
-        other => {
+    let unpacked = match compression::reader(packed, compression) {
+        Ok(Some(reader)) => digest(reader, size),
+        Ok(None) => {
             return BodyCheck::Unsupported(format!(
-                "its NAR is compressed with `{other}`, which is not unpacked here"
+                "its NAR is compressed with `{compression}`, which is not unpacked here"
             ));
         }
+        Err(error) => Err(error),
     };
     match unpacked {
         Err(error) => BodyCheck::Bad(format!("its NAR cannot be unpacked ({error})")),
@@ -359,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_body_that_takes_too_much_memory_to_unpack_is_bad() {
-        use liblzma::stream::{Check, Filters, LzmaOptions};
+        use liblzma::stream::{Check, Filters, LzmaOptions, Stream};
         use std::io::Write as _;
 
         let nar = vec![b'n'; 100_000];
