@@ -44,3 +44,8 @@ for pair in "${releases[@]}"; do
       "mirror, or a snapshot of the day on which $release had it, with FLYWHEEL_DEBIAN or FLYWHEEL_SNAPSHOT"
   unpack_packages "$state" "$into"
 done
+
+# No package makes this link: Debian's is the installer's.
+for pair in "${releases[@]}"; do
+  [ -e "$tools/nix-${pair%=*}/usr/bin/sh" ] || ln -s bash "$tools/nix-${pair%=*}/usr/bin/sh"
+done

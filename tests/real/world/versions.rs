@@ -46,6 +46,21 @@ impl Ran {
 
 /// Runs lines of bash as root where `/nix` is empty and the binary is `/fly/flywheel`, in an empty folder.
 pub fn run(version: &str, script: &str) -> Ran {
+    run_in(Network::Own, version, script)
+}
+
+/// Does the same on the network of the test, which serves on 127.0.0.1.
+pub fn run_beside(version: &str, script: &str) -> Ran {
+    run_in(Network::Tests, version, script)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Network {
+    Own,
+    Tests,
+}
+
+fn run_in(network: Network, version: &str, script: &str) -> Ran {
     let tree = root().join(format!("target/tools/nix-{version}"));
     assert!(
         tree.join("usr/bin/nix").exists(),
@@ -65,9 +80,17 @@ pub fn run(version: &str, script: &str) -> Ran {
             "unshare",
             "--mount",
             "--pid",
-            "--net",
             "--ipc",
         ])
+        .args((network == Network::Own).then_some("--net"))
+        .env(
+            "NETWORK",
+            if network == Network::Own {
+                "own"
+            } else {
+                "tests"
+            },
+        )
         .args(["--fork", "--kill-child", "--propagation", "private", "sh"])
         .arg(root().join("tests/matrix/guest/enter.sh"))
         .args([&tree, &binary()])
