@@ -81,7 +81,19 @@ esac
 
 wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
 
-if [ "$part" = fast ]; then phase 'tools' scripts/bootstrap.sh runner || exit 1; fi
+if [ "$part" = fast ]; then # And on every kind of machine.
+# shellcheck disable=SC2329 # `phase` calls it.
+machines() {
+  local log=$root/target/test-log-machines.txt verdict=0
+  FLYWHEEL_BIN=$root/dist/flywheel scripts/machines.sh 2>&1 | tee "$log" || verdict=1
+  {
+    printf '\n=== machines\n'
+    sed -n '/^What became of a job/,$p' "$log"
+  } >>"$results"
+  return "$verdict"
+}
+
+phase 'tools' scripts/bootstrap.sh runner || exit 1; fi
 if [ "$part" = real ] || [ "$part" = all ]; then phase 'tools' scripts/bootstrap.sh tools || exit 1; fi
 if wanted fast; then
   phase 'format' cargo fmt --all --check
@@ -93,6 +105,7 @@ if wanted dist; then phase 'dist is what the sources build' scripts/dist-check.s
 if wanted real; then
   phase 'real suite' real_suite
   phase 'matrix: each pair of values' matrix_sample
+phase 'machines' machines
 fi
 
 printf '\n=== summary\n'
