@@ -70,18 +70,7 @@ matrix_sample() {
   return "$verdict"
 }
 
-part=${1:-all}
-case $part in
-  all | fast | dist | real) ;;
-  *)
-    echo 'usage: scripts/test.sh [fast|dist|real]' >&2
-    exit 64
-    ;;
-esac
-
-wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
-
-if [ "$part" = fast ]; then # And on every kind of machine.
+# And on every kind of machine.
 # shellcheck disable=SC2329 # `phase` calls it.
 machines() {
   local log=$root/target/test-log-machines.txt verdict=0
@@ -93,7 +82,18 @@ machines() {
   return "$verdict"
 }
 
-phase 'tools' scripts/bootstrap.sh runner || exit 1; fi
+part=${1:-all}
+case $part in
+  all | fast | dist | real) ;;
+  *)
+    echo 'usage: scripts/test.sh [fast|dist|real]' >&2
+    exit 64
+    ;;
+esac
+
+wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
+
+if [ "$part" = fast ]; then phase 'tools' scripts/bootstrap.sh runner || exit 1; fi
 if [ "$part" = real ] || [ "$part" = all ]; then phase 'tools' scripts/bootstrap.sh tools || exit 1; fi
 if wanted fast; then
   phase 'format' cargo fmt --all --check
@@ -105,7 +105,7 @@ if wanted dist; then phase 'dist is what the sources build' scripts/dist-check.s
 if wanted real; then
   phase 'real suite' real_suite
   phase 'matrix: each pair of values' matrix_sample
-phase 'machines' machines
+  phase 'machines' machines
 fi
 
 printf '\n=== summary\n'
