@@ -15,6 +15,10 @@ test-real *filter:
 matrix *options:
     scripts/matrix.sh {{ options }}
 
+# The demo on every kind of machine, as root: all of them, some by NAME, or `--enter NAME` for a shell on one
+machines *options:
+    scripts/machines.sh {{ options }}
+
 # Kill jobs at random moments with `kill -9`, 200 times each: nothing may be lost
 kills number="200":
     FLYWHEEL_KILLS={{ number }} scripts/suite.sh real killed_at_any_moment

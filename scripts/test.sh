@@ -70,6 +70,18 @@ matrix_sample() {
   return "$verdict"
 }
 
+# And on every kind of machine.
+# shellcheck disable=SC2329 # `phase` calls it.
+machines() {
+  local log=$root/target/test-log-machines.txt verdict=0
+  FLYWHEEL_BIN=$root/dist/flywheel scripts/machines.sh 2>&1 | tee "$log" || verdict=1
+  {
+    printf '\n=== machines\n'
+    sed -n '/^What became of a job/,$p' "$log"
+  } >>"$results"
+  return "$verdict"
+}
+
 part=${1:-all}
 case $part in
   all | fast | dist | real) ;;
@@ -93,6 +105,7 @@ if wanted dist; then phase 'dist is what the sources build' scripts/dist-check.s
 if wanted real; then
   phase 'real suite' real_suite
   phase 'matrix: each pair of values' matrix_sample
+  phase 'machines' machines
 fi
 
 printf '\n=== summary\n'
