@@ -15,7 +15,7 @@ use crate::bootstrap::plan::{Plan, Wanted, plan};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::namespace::{self, Limits, Obstacle, View};
-use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::env::{Env, current_folder};
 
 /// Where Nix has its store.
 const NIX: &str = "/nix";
@@ -218,7 +218,7 @@ impl Places {
             .or_else(|| home.as_ref().map(|home| home.join(".local/state")));
         let named = ["GITHUB_WORKSPACE", "CI_PROJECT_DIR"];
         let named = named.iter().filter_map(|name| env.path(name));
-        let current = std::env::current_dir().unwrap_or_default();
+        let current = current_folder().unwrap_or_default();
         // Some people have their settings in a checkout that is the home folder itself.
         let around = checkout_around(&current).filter(|checkout| home.as_ref() != Some(checkout));
         Self {
