@@ -68,6 +68,8 @@ mapfile -t sources < <(
   printf '%s\n' Cargo.toml Cargo.lock .cargo/config.toml crates/*/Cargo.toml scripts/build-static.sh
 )
 mapfile -t sources < <(printf '%s\n' "${sources[@]}" | LC_ALL=C sort)
+# A list of the manifests alone would fit whatever the sources are.
+case "${sources[*]}" in *src/main.rs*) ;; *) echo "build-static: cargo does not list the sources in $binary.d" >&2 && exit 1 ;; esac
 sha256sum -- "${sources[@]}" | sha256sum | cut -d' ' -f1 >"$binary.sources"
 
 printf '%s\n' "$binary"
