@@ -47,3 +47,8 @@ for pair in "${releases[@]}"; do
   # The examples are built by a shell of this name, which the packages' own scripts would have made.
   case $name in *-arm64) ln -s bash "$into/usr/bin/sh" ;; esac
 done
+
+# No package makes this link: Debian's is the installer's.
+for pair in "${releases[@]}"; do
+  [ -e "$tools/nix-${pair%=*}/usr/bin/sh" ] || ln -s bash "$tools/nix-${pair%=*}/usr/bin/sh"
+done

@@ -2,6 +2,9 @@
 # The one test command: everything that must hold before a change goes in. CI runs exactly this.
 # On a fresh Debian 12 with Rust, as root, it installs what is missing first.
 #
+#   usage: scripts/test.sh                  all of it
+#          scripts/test.sh fast|dist|real   one part: what needs no Nix; the proof of dist/; what takes root
+#
 # Every phase runs, even after one that failed, so that one run shows everything there is to mend.
 set -uo pipefail
 
@@ -9,6 +12,14 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root" || exit 1
 exec </dev/null
 export PATH=$root/target/tools/bin:$PATH:$HOME/.cargo/bin
+
+# Where rustup cannot fetch the toolchain that rust-toolchain.toml names, another of the same version does.
+pinned=$(sed -n 's/^channel = "\(.*\)"$/\1/p' rust-toolchain.toml)
+if command -v rustup >/dev/null && ! cargo --version >/dev/null 2>&1; then
+  for toolchain in $(rustup toolchain list --quiet); do
+    case $(RUSTUP_TOOLCHAIN=$toolchain rustc --version) in "rustc $pinned "*) export RUSTUP_TOOLCHAIN=$toolchain ;; esac
+  done
+fi
 
 mkdir -p target
 results=$root/target/test-results.txt
@@ -58,14 +69,30 @@ matrix_sample() {
   return "$verdict"
 }
 
-phase 'tools' scripts/bootstrap.sh tools || exit 1
-phase 'format' cargo fmt --all --check
-phase 'clippy' cargo clippy --locked --quiet --workspace --all-targets -- -D warnings
-phase 'fast suite' suite fast
-phase 'linters' scripts/lint.sh
-phase 'dist is what the sources build' scripts/dist-check.sh
-phase 'real suite' real_suite
-phase 'matrix: each pair of values' matrix_sample
+part=${1:-all}
+case $part in
+  all | fast | dist | real) ;;
+  *)
+    echo 'usage: scripts/test.sh [fast|dist|real]' >&2
+    exit 64
+    ;;
+esac
+
+wanted() { [ "$part" = all ] || [ "$part" = "$1" ]; }
+
+if [ "$part" = fast ]; then phase 'tools' scripts/bootstrap.sh runner || exit 1; fi
+if [ "$part" = real ] || [ "$part" = all ]; then phase 'tools' scripts/bootstrap.sh tools || exit 1; fi
+if wanted fast; then
+  phase 'format' cargo fmt --all --check
+  phase 'clippy' cargo clippy --locked --quiet --workspace --all-targets -- -D warnings
+  phase 'fast suite' suite fast
+  phase 'linters' scripts/lint.sh
+fi
+if wanted dist; then phase 'dist is what the sources build' scripts/dist-check.sh; fi
+if wanted real; then
+  phase 'real suite' real_suite
+  phase 'matrix: each pair of values' matrix_sample
+fi
 
 printf '\n=== summary\n'
 printf '%s\n' "${table[@]}"

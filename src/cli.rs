@@ -14,9 +14,13 @@ use crate::command::{
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
-use flywheel_core::exit::{Exit, Failure};
+use crate::job::{self, private_base};
+use flywheel_core::exit::{Exit, Failure, VerbError};
+use flywheel_nix::bootstrap::rootless::{self, Viewers};
+use flywheel_sys::host::home::Home;
 use flywheel_sys::process::core_dump::Reach;
 use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::workflow::Workflow;
 
 /// Nix CI for GitHub workflows: every store path is published, or named with the reason why not.
 #[derive(Debug, Parser)]
@@ -71,11 +75,54 @@ impl Cli {
         }
     }
 
+    /// Lets the verb see a store in a folder of this user's, where he can have none at `/nix`. To be called before any
+    /// thread is started.
+    ///
+    /// # Errors
+    /// When such a store cannot be had, or is of no use to the verb. The inputs are checked before anything is made.
+    pub(crate) fn enter_rootless_store(&self, env: &Env) -> Result<(), VerbError> {
+        let works_on_store = matches!(
+            self.verb,
+            Verb::NixJob(_) | Verb::FlakeChecks(_) | Verb::Publish(_) | Verb::WatchStore(_)
+        );
+        let Some(need) = works_on_store.then(|| rootless::need(env)).flatten() else {
+            return Ok(());
+        };
+        let (viewers, undone) = match &self.verb {
+            Verb::NixJob(inputs) => {
+                inputs.check(env)?;
+                (Viewers::Children, "the command was not run")
+            }
+            Verb::FlakeChecks(inputs) => {
+                inputs.check(env)?;
+                (Viewers::Children, "nothing was checked")
+            }
+            Verb::Publish(inputs) if inputs.are_in_rootless_store(env) => {
+                (Viewers::Children, "nothing was published")
+            }
+            Verb::WatchStore(inputs) if inputs.is_watch() && !need.is_nix_there => {
+                inputs.check(env)?;
+                (Viewers::Others, "nothing is watched")
+            }
+            _ => return Ok(()),
+        };
+        Ok(job::rootless::enter(env, need, viewers, undone)?)
+    }
+
     /// Runs the verb that was asked for.
     ///
     /// # Errors
     /// Whatever the verb fails with.
-    pub(crate) async fn run(self, env: &Env) -> Result<Exit, Failure> {
+    pub(crate) async fn run(self, env: &Env) -> Result<Exit, VerbError> {
+        let env = &match self.verb {
+            Verb::NixJob(_)
+            | Verb::FlakeChecks(_)
+            | Verb::Publish(_)
+            | Verb::WatchStore(_)
+            | Verb::ValidateBuilders(_) => with_home(env)?,
+            // The others start no Nix and keep no journal.
+            _ => env.clone(),
+        };
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
             Verb::FlakeChecks(inputs) => flake_checks::run(*inputs, env).await,
@@ -92,6 +139,15 @@ impl Cli {
             Verb::Setup(inputs) => setup::run(inputs, env).await,
         }
     }
+}
+
+/// The environment with what it lacks for its user to have a home.
+fn with_home(env: &Env) -> Result<Env, Failure> {
+    let home = Home::find(|name| env.path(name).map(Into::into), &private_base(env))?;
+    if let Some(note) = home.note {
+        Workflow::new(env.in_github_actions()).log(&format!("flywheel: {note}"));
+    }
+    Ok(env.with(home.variables))
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use crate::cli::Cli;
 use crate::inputs::parse::Refusal;
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_core::text::shorten;
 use flywheel_sys::host::{priority, private};
 use flywheel_sys::process::core_dump;
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     let cli = match Cli::read(arguments(), &env) {
         Ok(cli) => cli,
         Err(Refusal::Usage(error)) => {
-            return ExitCode::from(explain(&Failure::from(error), &env).code());
+            return ExitCode::from(explain(&VerbError::from(error), &env).code());
         }
         Err(Refusal::Clap(error)) => {
             // Help and version are errors to clap, and go to stdout with code 0.
@@ -55,6 +55,10 @@ fn main() -> ExitCode {
             return ExitCode::from(Exit::Ok.code());
         }
     };
+    // Before anything starts a thread, and while the user's own files in `/proc` still belong to him.
+    if let Err(failure) = cli.enter_rootless_store(&env) {
+        return ExitCode::from(explain(&failure, &env).code());
+    }
     core_dump::forbid(cli.reach());
     // The job's own work comes first, so these threads yield to it. The main thread, which starts the job's
     // command, keeps its priority.
@@ -97,9 +101,10 @@ fn remove_private_folders_on_panic() {
     }));
 }
 
-fn explain(failure: &Failure, env: &Env) -> Exit {
-    let mut text = failure.to_string();
-    let mut cause = failure.source();
+fn explain(failure: &VerbError, env: &Env) -> Exit {
+    let error = failure.as_error();
+    let mut text = error.to_string();
+    let mut cause = error.source();
     while let Some(source) = cause {
         text.push_str(": ");
         text.push_str(&source.to_string());

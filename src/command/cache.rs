@@ -15,7 +15,7 @@ use self::log::Log;
 use crate::inputs::units;
 use crate::inputs::value::{Invalid, number, path, value};
 use flywheel_cache::server::{self, Limits, Options, Server};
-use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::Sink;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_sys::runner::env::Env;
@@ -241,21 +241,21 @@ impl Explain for ServeError {
 ///
 /// # Errors
 /// For wrong input; when the folder cannot be opened, or the address is taken.
-pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, VerbError> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
         Task::Gc(inputs) => gc(&inputs),
     }
 }
 
-async fn serve(inputs: Serve) -> Result<Exit, Failure> {
+async fn serve(inputs: Serve) -> Result<Exit, VerbError> {
     check_reach(inputs.listen, inputs.allow_remote)?;
     let log = Log::start();
     let sink = log.sink(inputs.quiet);
     warn_of_reach(&inputs, &sink);
     let ended = serve_until_stopped(inputs, sink).await;
     log.flush().await;
-    ended
+    Ok(ended?)
 }
 
 async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> {
@@ -367,7 +367,7 @@ fn warn_of_reach(inputs: &Serve, log: &Sink) {
     log.degraded("remote", text);
 }
 
-fn gc(inputs: &Gc) -> Result<Exit, Failure> {
+fn gc(inputs: &Gc) -> Result<Exit, VerbError> {
     let limits = inputs.limits.with_grace(Duration::ZERO);
     let folder = &inputs.folder.dir;
     // Collecting removes files, and the name may be a slip of the finger.

@@ -18,7 +18,7 @@ use flywheel_core::contract::shared_cache::{
     Endpoint, Finding, Given, Judgement, Mode, bazelrc, judge, redact,
 };
 use flywheel_core::contract::{Contract, SharedCache};
-use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::exit::{Exit, Failure, UsageError, VerbError, named_file_error};
 use flywheel_core::secret::Secret;
 use flywheel_core::text::{count, duration, nearest, one_line};
 use flywheel_core::trust::decide;
@@ -137,7 +137,7 @@ struct Probed {
 ///
 /// # Errors
 /// For wrong input.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let as_json = inputs.format.format == Format::Json;
     let contract = inputs.contract.read()?;
     let given = given(&inputs, env, &contract)?;
@@ -306,7 +306,7 @@ fn write_bazelrc(
     judgement: &Judgement,
     given: &Given,
     upload: bool,
-) -> Result<Option<PathBuf>, UsageError> {
+) -> Result<Option<PathBuf>, VerbError> {
     let (Some(file), Some(mode)) = (&inputs.bazelrc, judgement.actual) else {
         return Ok(None);
     };
@@ -317,13 +317,8 @@ fn write_bazelrc(
         upload,
     );
     std::fs::write(file, text).map_err(|error| {
-        UsageError::new(
-            "bazelrc",
-            format!(
-                "names `{}`, which cannot be written ({error})",
-                one_line(&file.to_string_lossy(), 200)
-            ),
-        )
+        let hint = "Name a file in a folder that can be written to.";
+        named_file_error("bazelrc", file, "be written", error, hint)
     })?;
     Ok(Some(file.clone()))
 }

@@ -8,7 +8,7 @@ use crate::inputs::value::{one_of, path, variant};
 use flywheel_core::contract::print::Section;
 use flywheel_core::contract::workflow::{Finding, Weight};
 use flywheel_core::contract::{Contract, FILE, print, read, workflow};
-use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::exit::{Exit, UsageError, VerbError, named_file_error};
 use flywheel_core::text::count;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::{data, json_data};
@@ -63,7 +63,7 @@ impl ContractInput {
     ///
     /// # Errors
     /// When the named file cannot be read, or is no contract.
-    pub(crate) fn read(&self) -> Result<Contract, Failure> {
+    pub(crate) fn read(&self) -> Result<Contract, VerbError> {
         match &self.contract_file {
             Some(file) => contract(file),
             None if Path::new(FILE).is_file() => contract(Path::new(FILE)),
@@ -111,14 +111,14 @@ enum Format {
 ///
 /// # Errors
 /// When an input or a file is wrong.
-pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, VerbError> {
     match &inputs.task {
         Some(Task::Check(check)) => self::check(&inputs, check),
         None => print_contract(&inputs),
     }
 }
 
-fn print_contract(inputs: &Inputs) -> Result<Exit, Failure> {
+fn print_contract(inputs: &Inputs) -> Result<Exit, VerbError> {
     let (section, format) = (inputs.section, inputs.format);
     let contract = inputs.file.read()?;
     match format {
@@ -145,28 +145,21 @@ fn json(contract: &Contract, section: Option<Section>) -> String {
     format!("{part:#}\n")
 }
 
-fn contract(file: &Path) -> Result<Contract, Failure> {
+fn contract(file: &Path) -> Result<Contract, VerbError> {
     Ok(read::contract(
         &file.display().to_string(),
         &text("contract-file", file)?,
     )?)
 }
 
-fn text(input: &str, file: &Path) -> Result<String, UsageError> {
-    let read = untrusted_file::read(file, Owner::Any, FILE_LIMIT);
-    let text = read
-        .map_err(|error| error.to_string())
-        .and_then(|bytes| String::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned()));
-    text.map_err(|error| {
-        UsageError::new(
-            input,
-            format!("names `{}`, which cannot be read ({error})", file.display()),
-        )
-        .with_hint("Give a file of the checkout, and check the repository out in an earlier step.")
+fn text(input: &str, file: &Path) -> Result<String, VerbError> {
+    untrusted_file::read_text(file, Owner::Any, FILE_LIMIT).map_err(|error| {
+        let hint = "Give a file of the checkout, and check the repository out in an earlier step.";
+        named_file_error(input, file, "be read", error, hint)
     })
 }
 
-fn check(inputs: &Inputs, check: &Check) -> Result<Exit, Failure> {
+fn check(inputs: &Inputs, check: &Check) -> Result<Exit, VerbError> {
     let format = inputs.format;
     if format == Format::Markdown {
         return Err(UsageError::new("format", "must be `text` or `json` for `check`").into());

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use tokio::sync::oneshot;
 
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_nix::daemon_proxy::{self, ProxyError};
 
 /// Pass a job's connections to Nix's daemon on, and note the store paths in them.
@@ -30,7 +30,7 @@ pub(crate) struct Inputs {
 ///
 /// # Errors
 /// As root, and by hand: without these descriptors.
-pub(crate) async fn run(inputs: Inputs) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs) -> Result<Exit, VerbError> {
     let (ended, end) = oneshot::channel();
     // A thread of the main thread's priority: those of the runtime have a lower one.
     let thread = std::thread::Builder::new()

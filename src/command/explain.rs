@@ -10,7 +10,7 @@ use crate::inputs::value::{boolean, path, text};
 use crate::inputs::{Format, FormatInput, GateInputs};
 use crate::job::inputs::HostInputs;
 use crate::job::store_host::survey_host;
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_core::trust::{Decision, ToAttic, ToFlakeHub, Verdict, decide};
 use flywheel_sys::runner::context::{self, Recorded};
 use flywheel_sys::runner::env::Env;
@@ -92,7 +92,7 @@ impl EventInputs {
 ///
 /// # Errors
 /// For wrong input only.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let facts = context::recorded(env, &inputs.event.recorded())?;
     let request = inputs.gate.request();
     let decision = decide(&facts, &request, context::token_present(env));

@@ -24,11 +24,12 @@ use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{self, Probe, probe};
 use flywheel_cache::client::publish::{self, Outcome, Publisher, Recheck};
 use flywheel_cache::client::verify::{self, Verification, verify};
-use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{Decision, decide};
 use flywheel_nix::bootstrap;
+use flywheel_nix::bootstrap::rootless;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::path_info::PathInfos;
 use flywheel_nix::store::Store;
@@ -81,6 +82,13 @@ pub(crate) struct Inputs {
     verify: VerifyInput,
 }
 
+impl Inputs {
+    /// Whether what is to be published is in a store that only those see who enter it.
+    pub(crate) fn are_in_rootless_store(&self, env: &Env) -> bool {
+        rootless::holds(env, &self.paths)
+    }
+}
+
 /// Why nothing was published.
 #[derive(Debug, Error)]
 pub(crate) enum Error {
@@ -120,7 +128,7 @@ impl Explain for Error {
 ///
 /// # Errors
 /// Bad input; a verdict, a cache or a path that forbids publishing.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let workflow = Workflow::new(env.in_github_actions());
     let (format, limit) = (inputs.format.format, inputs.drain.or_default());
     let (endpoint, key) = cache(&inputs.cache, env, &workflow)?;
@@ -131,7 +139,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
     let policy = inputs.policy.read()?;
     let decision = judge(&inputs.gate, env);
     let Some(permit) = decision.permit() else {
-        return refused(&decision, &workflow, inputs.gate.require_publish);
+        return Ok(refused(&decision, &workflow, inputs.gate.require_publish)?);
     };
     let wanted = paths::resolve(&inputs.paths)?;
     let sink = output::sink(&workflow);

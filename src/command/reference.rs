@@ -5,7 +5,7 @@ use clap::Args;
 use crate::cli;
 use crate::cli::definitions::{Input, Verb, verbs};
 use crate::inputs::{Format, FormatInput};
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_sys::runner::workflow::{data, json_data};
 
 /// Print every verb with its flags, variables, defaults and outputs, and the exit codes.
@@ -21,7 +21,7 @@ pub(crate) struct Inputs {
 ///
 /// # Errors
 /// Never; it has the form that all verbs have.
-pub(crate) async fn run(inputs: Inputs) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs) -> Result<Exit, VerbError> {
     let verbs = verbs(&cli::command());
     match inputs.format.format {
         Format::Text => data(page(&verbs).trim_end()),

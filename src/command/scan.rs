@@ -11,7 +11,7 @@ use thiserror::Error;
 use crate::inputs::{Format, FormatInput};
 use crate::job::policy::{PolicyInputs, scanner};
 use crate::report::screen::Screen;
-use flywheel_core::exit::{Exit, Explain, Failure};
+use flywheel_core::exit::{Exit, Explain, VerbError, named_file_error};
 use flywheel_core::policy::Ruling;
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::text::{bytes, count, duration};
@@ -40,28 +40,14 @@ pub(crate) struct Inputs {
     policy: PolicyInputs,
 }
 
-/// Why a path could not be looked into.
+/// A path could not be looked into.
 #[derive(Debug, Error)]
-enum Error {
-    #[error("`{0}` is not there")]
-    Missing(String, #[source] std::io::Error),
-    #[error(transparent)]
-    Unread(#[from] DumpError),
-}
+#[error(transparent)]
+struct Unread(#[from] DumpError);
 
-impl Explain for Error {
-    fn exit(&self) -> Exit {
-        match self {
-            Self::Missing(..) => Exit::Usage,
-            Self::Unread(_) => Exit::Failed,
-        }
-    }
-
+impl Explain for Unread {
     fn hint(&self) -> Option<String> {
-        Some(match self {
-            Self::Missing(..) => "Name files, folders or store paths that exist.".into(),
-            Self::Unread(_) => "Look as the user who may read all of it.".into(),
-        })
+        Some("Look as the user who may read all of it.".into())
     }
 }
 
@@ -78,23 +64,23 @@ struct Found {
 ///
 /// # Errors
 /// For wrong input, and for a path that cannot be read.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let as_json = inputs.format.format == Format::Json;
     let config = inputs.policy.read()?;
     let mut paths = Vec::new();
     // All paths are resolved before the first is scanned, so that a mistyped one is found at once.
     for path in &inputs.paths {
-        paths.push(
-            path.canonicalize()
-                .map_err(|error| Error::Missing(path.display().to_string(), error))?,
-        );
+        paths.push(path.canonicalize().map_err(|error| {
+            let hint = "Name files, folders or store paths that exist.";
+            named_file_error("PATH", path, "be found", error, hint)
+        })?);
     }
     let workflow = Workflow::new(env.in_github_actions());
     let screen = Screen::new(&workflow);
     let (begun, total) = (Instant::now(), paths.len() as u64);
     let scanned = scan(scanner(env, &[]), paths, screen.sink()).await;
     screen.finish();
-    let (findings, size) = scanned.map_err(Error::from)?;
+    let (findings, size) = scanned.map_err(Unread::from)?;
     let found = findings.into_iter().filter_map(|(path, finding)| {
         let ruling = config.policy.decide(true, finding.rule, &name(&path), true);
         let withheld = ruling == Ruling::Withhold;

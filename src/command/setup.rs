@@ -12,7 +12,7 @@ use crate::inputs::{
     Address, BazelCacheInput, Hints, ServerInputs, TrustInputs, address, http_address, or_hint,
     public_key,
 };
-use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::exit::{Exit, Explain, UsageError, VerbError};
 use flywheel_core::trust::{Decision, decide};
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::PublicKey;
@@ -79,7 +79,7 @@ impl Explain for Error {
 ///
 /// # Errors
 /// Bad input, before anything is touched; or one of the runner's files cannot be written.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let request = inputs.trust.request();
     let workflow = Workflow::new(env.in_github_actions());
     let wanted = Wanted::read(&inputs, env, &workflow)?;

@@ -447,13 +447,15 @@ mod tests {
 
     #[test]
     fn a_slip_of_the_finger_gets_a_hint() {
-        use flywheel_core::exit::Explain as _;
         let error = read::<CacheInputs>(&[("attic-enabled", "ture")]).expect_err("no such word");
         assert_eq!(
             error.to_string(),
             "input `attic-enabled` must be `true` or `false`, not `ture`"
         );
-        assert_eq!(error.hint().as_deref(), Some("Did you mean `true`?"));
+        assert_eq!(
+            error.into_parts().1.as_deref(),
+            Some("Did you mean `true`?")
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::str::FromStr;
 use clap::builder::{OsStringValueParser, PossibleValue, StringValueParser, TypedValueParser};
 use clap::{Arg, Command, ValueEnum};
 
-use flywheel_core::exit::{Explain as _, UsageError};
+use flywheel_core::exit::UsageError;
 use flywheel_core::text::{nearest, one_line};
 
 /// Why a value is refused. `parse` makes a `UsageError` of it, which knows the input's name.
@@ -65,10 +65,8 @@ impl From<String> for Invalid {
 impl From<UsageError> for Invalid {
     fn from(error: UsageError) -> Self {
         // A rule that knows its input's name has put it in; `parse` does it again, for all alike.
-        Self {
-            hint: error.hint(),
-            problem: error.into_problem(),
-        }
+        let (problem, hint) = error.into_parts();
+        Self { problem, hint }
     }
 }
 

@@ -182,6 +182,14 @@ impl<'a> Session<'a> {
         self.private.path()
     }
 
+    /// Writes a file into that folder.
+    ///
+    /// # Errors
+    /// When its disk is full, or fails.
+    pub(crate) fn write_private(&self, name: &str, text: &str) -> Result<PathBuf, Failure> {
+        Ok(self.private.write(name, text)?)
+    }
+
     /// Takes the progress bar away, and reports a failure that kept the job from its work. `what` names the work
     /// that was not done.
     ///

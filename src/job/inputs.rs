@@ -12,7 +12,7 @@ use crate::job::policy::{PolicyConfig, PolicyInputs};
 use crate::job::source::Source;
 use crate::job::store_host::SharedHost;
 use flywheel_cache::client::verify::Mode;
-use flywheel_core::exit::UsageError;
+use flywheel_core::exit::{UsageError, VerbError};
 use flywheel_core::policy::Impurity;
 use flywheel_core::text::one_line;
 use flywheel_core::trust::Request;
@@ -37,6 +37,18 @@ pub(crate) struct JobInputs {
 
     #[command(flatten)]
     host: HostInputs,
+
+    /// Whether the job frees room in the store before a disk is full: paths that it has added itself, that the cache was
+    /// seen to serve if the job publishes, and that Nix calls dead. Nothing of another job's goes, and nothing that was
+    /// there before. A result that a later command needs is kept by a link to it (`nix build` makes one).
+    #[arg(
+        long,
+        value_name = "BOOL",
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
+    )]
+    reclaim: bool,
 
     #[command(flatten)]
     cache: CacheInputs,
@@ -137,6 +149,8 @@ pub(crate) struct Plan {
     pub(crate) journal: Option<PathBuf>,
     /// Whether other jobs can have written the store.
     pub(crate) shared_host: SharedHost,
+    /// Whether the job frees its own garbage when the store's disk has little room.
+    pub(crate) reclaim: bool,
     /// The publication policy.
     pub(crate) policy: PolicyConfig,
     /// Whether `nix flake check` has to pass before anything is published.
@@ -156,7 +170,7 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, UsageError> {
+    pub(crate) fn read(inputs: &JobInputs, env: &Env) -> Result<Self, VerbError> {
         let named = inputs.cache.resolve(env);
         let destination = inputs.destination.config();
         // With `attic-enabled: false` there is no cache to choose, so that two are no error.
@@ -168,7 +182,8 @@ impl Plan {
         if other.is_some() && named.given.is_some() {
             return Err(
                 UsageError::new("cache", "and `attic-server` are both given")
-                    .with_hint("Give the one that the job is to use."),
+                    .with_hint("Give the one that the job is to use.")
+                    .into(),
             );
         }
         let embedded = inputs.embedded_cache.as_deref();
@@ -183,6 +198,7 @@ impl Plan {
             public_key: named.key,
             journal: inputs.host.journal(env),
             shared_host: inputs.host.shared_host,
+            reclaim: inputs.reclaim,
             policy: inputs.policy.read()?,
             require_flake_check: inputs.require_flake_check,
             impurity: None,

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use crate::inputs::value::{path, value, variant};
 use flywheel_cache::client::inspect::Inspector;
-use flywheel_core::exit::UsageError;
+use flywheel_core::exit::{UsageError, VerbError, named_file_error};
 use flywheel_core::policy::{Allowed, Impurity, Policy, Rule, RuleMode, impurity_in_settings};
 use flywheel_core::secret::Secret;
 use flywheel_core::text::one_line;
@@ -72,17 +72,14 @@ impl PolicyInputs {
     ///
     /// # Errors
     /// For a file that cannot be read, or whose exceptions are malformed.
-    pub(crate) fn read(&self) -> Result<PolicyConfig, UsageError> {
+    pub(crate) fn read(&self) -> Result<PolicyConfig, VerbError> {
         let mut allowed = self.policy_allow.clone().unwrap_or_default();
         if let Some(file) = &self.policy_allow_file {
-            let text = read_list(file).map_err(|problem| {
-                let file = one_line(&file.to_string_lossy(), 200);
-                UsageError::new(
-                    "policy-allow-file",
-                    format!("names `{file}`, which {problem}"),
-                )
-                .with_hint("Check the repository out in an earlier step.")
-            })?;
+            let text =
+                untrusted_file::read_text(file, Owner::Any, LIST_LIMIT).map_err(|error| {
+                    let hint = "Check the repository out in an earlier step.";
+                    named_file_error("policy-allow-file", file, "be read", error, hint)
+                })?;
             let more = Allowed::parse_all(&text)
                 .map_err(|problem| UsageError::new("policy-allow-file", problem))?;
             allowed.extend(more);
@@ -96,12 +93,6 @@ impl PolicyInputs {
             fails: self.on_finding == OnFinding::Fail,
         })
     }
-}
-
-fn read_list(file: &Path) -> Result<String, String> {
-    let bytes = untrusted_file::read(file, Owner::Any, LIST_LIMIT)
-        .map_err(|error| format!("cannot be read ({error})"))?;
-    String::from_utf8(bytes).map_err(|_| "cannot be read (it is not UTF-8)".to_owned())
 }
 
 impl PolicyConfig {

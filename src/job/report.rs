@@ -8,13 +8,18 @@ use super::added_paths::AddedPaths;
 use super::attach::Cache;
 use super::begin::Session;
 use super::prepare::Prepared;
-use crate::report::job::{CacheState, JobResult, Outcome, Trust};
+use super::rootless;
+use crate::report::disk::DiskReport;
+use crate::report::job::{CacheState, JobResult, Outcome, Trust, Work};
 use crate::report::publication::{Missed, Publication};
 use crate::report::{outputs, summary};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow};
+
+/// So many failed builds are annotated; GitHub shows ten annotations of a step.
+const FAILED_BUILDS: usize = 5;
 
 impl Session<'_> {
     /// Whether everything that was to be published was.
@@ -35,6 +40,7 @@ impl Session<'_> {
     ) -> JobResult {
         let outcome = self.outcome(publication.as_ref(), require_publish);
         JobResult {
+            work: Work::Command,
             outcome,
             exit_code: u8::from(outcome != Outcome::Success),
             nix: format!(
@@ -52,12 +58,13 @@ impl Session<'_> {
             cache: prepared.cache.address(),
             cache_state: prepared.cache.state.clone(),
             degraded: self.screen.degraded(),
+            failed_builds: Vec::new(),
             built: added_paths.built,
             substituted: added_paths.substituted,
             added: added_paths.added,
             not_watched: self.not_watched(),
             publication,
-            store: added_paths.store.clone(),
+            store: with_remark(added_paths.store.clone()),
             unpublished: self.unpublished(&prepared.cache),
             bootstrap: prepared.took,
             command: Duration::ZERO,
@@ -66,6 +73,7 @@ impl Session<'_> {
             limit: None,
             out_of_memory: None,
             heavy_lane: None,
+            disk: DiskReport::default(),
         }
     }
 
@@ -95,6 +103,12 @@ impl Session<'_> {
             (false, _) => self.decision.reason(),
         }
     }
+}
+
+/// The line about the store, with where its files are, if that is elsewhere than the job sees them.
+fn with_remark(store: Option<String>) -> Option<String> {
+    let parts: Vec<String> = store.into_iter().chain(rootless::remark()).collect();
+    (!parts.is_empty()).then(|| parts.join("; "))
 }
 
 /// Reports in the summary and the outputs that a job did not come to its work; the error itself is printed where the
@@ -202,6 +216,23 @@ fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
             "out of memory".to_owned(),
             found.text(job.heavy_lane.as_deref()),
         ));
+    }
+    if job.outcome == Outcome::CommandFailed {
+        annotations.extend(job.failed_builds.iter().take(FAILED_BUILDS).map(|build| {
+            let last = build
+                .log_tail
+                .iter()
+                .rev()
+                .find(|line| !line.trim().is_empty());
+            let last = last
+                .map(|line| format!("; its log ends: {}", line.trim()))
+                .unwrap_or_default();
+            let text = format!("the build of {} failed{last}", build.derivation);
+            (Level::Error, build.name.clone(), text)
+        }));
+    }
+    if let Some(text) = job.disk.full_text() {
+        annotations.push((Level::Error, "disk full".to_owned(), text));
     }
     // As a warning, it was printed when it was found.
     if job.outcome == Outcome::NotPublished {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use flywheel_core::text::{one_line, shorten};
+use flywheel_core::text::{count, one_line, shorten};
 
 /// GitHub refuses longer texts of a Check Run (65,535 characters).
 const TEXT_LIMIT: usize = 60_000;
@@ -185,21 +185,28 @@ impl Canary {
                 ),
             );
         }
+        // What holds is looked at on a bad day only.
+        let checks = count(self.checks.len() as u64, "check");
+        push(
+            &mut text,
+            format_args!("\n<details><summary>{checks}</summary>\n"),
+        );
         text.push_str("\n| check | layer | severity | verdict | time | what was found |\n|---|---|---|---|---|---|\n");
         for check in &self.checks {
             push(
                 &mut text,
                 format_args!(
-                    "| `{}` | `{}` | {} | {} | {:.3} s | {} |\n",
+                    "| `{}` | `{}` | {} | {} | {} | {} |\n",
                     cell(&check.name),
                     check.layer,
                     check.severity.as_str(),
                     check.verdict.as_str(),
-                    check.took.as_secs_f64(),
+                    took(check),
                     cell(&check.text)
                 ),
             );
         }
+        text.push_str("\n</details>\n");
         if let Some(cold) = self.cold_start {
             push(
                 &mut text,
@@ -339,6 +346,15 @@ fn push(text: &mut String, line: std::fmt::Arguments<'_>) {
     text.write_fmt(line).expect("a `String` takes everything");
 }
 
+/// The time of a check; nothing for one that looked at what was known already.
+fn took(check: &Check) -> String {
+    if check.took < Duration::from_millis(1) {
+        String::new()
+    } else {
+        format!("{:.3} s", check.took.as_secs_f64())
+    }
+}
+
 /// Text for a table cell: one line, and nothing in it that Markdown or HTML would obey.
 fn cell(text: &str) -> String {
     one_line(text, 600).replace('|', "\\|").replace('<', "&lt;")
@@ -412,6 +428,23 @@ mod tests {
             "nix-builder is healthy, but `cache-connect` is broken: as it is"
         );
         assert_eq!(canary(Vec::new()).broken_layer(), None);
+    }
+
+    #[test]
+    fn broken() {
+        let mut checks = vec![
+            check("nix", "nix", Severity::Required, Verdict::Passed),
+            check("daemon", "daemon", Severity::Required, failed()),
+            check(
+                "cache-connect",
+                "cache-connect",
+                Severity::Advisory,
+                failed(),
+            ),
+            check("build", "build", Severity::Required, Verdict::Skipped),
+        ];
+        checks[0].took = Duration::ZERO;
+        flywheel_testing::golden("canary-broken", &canary(checks).summary());
     }
 
     #[test]

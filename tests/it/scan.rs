@@ -114,7 +114,7 @@ fn wrong_input_is_64_and_says_what_was_meant() {
     }
     let ran = Flywheel::new(&["scan", "nowhere"]).run();
     assert!(
-        ran.code == 64 && ran.stderr.contains("`nowhere` is not there"),
+        ran.code == 64 && ran.stderr.contains("`nowhere`, which cannot be found"),
         "{} {}",
         ran.code,
         ran.stderr

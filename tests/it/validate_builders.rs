@@ -219,6 +219,23 @@ fn a_pull_request_has_it_on_the_head_of_its_branch() {
 }
 
 #[test]
+fn a_payload_that_is_a_pipe_holds_nothing_up() {
+    let github = GitHub::start(PLANTED_TOKEN, false);
+    let run = with_github(general(&[], true), &github);
+    let event = run.path("event.json");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &event, rustix::fs::Mode::from(0o600)).unwrap();
+    let run = run
+        .env("GITHUB_EVENT_NAME", "pull_request")
+        .env("GITHUB_EVENT_PATH", event.to_str().unwrap());
+    let began = std::time::Instant::now();
+    // Not `run`, which would read the file to look for the token.
+    let output = run.command().output().unwrap();
+    assert!(began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(github.runs().is_empty(), "the commit is not known");
+}
+
+#[test]
 fn a_token_that_may_not_is_a_warning_and_the_verdict_stands() {
     let github = GitHub::start(PLANTED_TOKEN, true);
     for (healthy, code) in [(true, 0), (false, 1)] {

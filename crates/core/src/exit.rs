@@ -2,6 +2,8 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
+use std::path::Path;
 
 use crate::secret::without_credentials;
 use crate::text::one_line;
@@ -82,6 +84,137 @@ impl<E: Explain> From<E> for Failure {
     }
 }
 
+/// Why a verb has not done its work. A [`UsageError`] is no [`Failure`], so what happens once the inputs are read cannot
+/// end with the exit code of a wrong input.
+#[derive(Debug)]
+pub enum VerbError {
+    /// An input is wrong.
+    Usage(UsageError),
+    Failure(Failure),
+}
+
+impl VerbError {
+    /// The exit code of the program.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Usage(_) => Exit::Usage,
+            Self::Failure(failure) => failure.exit(),
+        }
+    }
+
+    /// What to do, as a full sentence without `help:`.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Usage(error) => error.hint.clone(),
+            Self::Failure(failure) => failure.hint(),
+        }
+    }
+
+    /// The error and its causes.
+    pub fn as_error(&self) -> &(dyn Error + 'static) {
+        match self {
+            Self::Usage(error) => error,
+            Self::Failure(failure) => &**failure,
+        }
+    }
+}
+
+impl fmt::Display for VerbError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self.as_error(), f)
+    }
+}
+
+impl From<UsageError> for VerbError {
+    fn from(error: UsageError) -> Self {
+        Self::Usage(error)
+    }
+}
+
+impl From<Failure> for VerbError {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
+    }
+}
+
+impl<E: Explain> From<E> for VerbError {
+    fn from(error: E) -> Self {
+        Self::Failure(error.into())
+    }
+}
+
+/// The file or folder that an input names cannot be used, and not because of its name: its disk is full or broken, or
+/// the system has no more files to open.
+#[derive(Debug)]
+struct NamedFileError {
+    /// The input, the name, and what failed.
+    problem: String,
+    source: io::Error,
+}
+
+impl fmt::Display for NamedFileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.problem)
+    }
+}
+
+impl Error for NamedFileError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+impl Explain for NamedFileError {
+    fn exit(&self) -> Exit {
+        Exit::Host
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some("The input is not at fault: look at the disk that the file lies on.".into())
+    }
+}
+
+/// The error for a file or folder that `input` names. `failed` says what could not be done, such as "be read". Whether
+/// the input is to blame depends on the cause.
+pub fn named_file_error(
+    input: &str,
+    file: &Path,
+    failed: &str,
+    source: impl Into<io::Error>,
+    hint: &str,
+) -> VerbError {
+    let source = source.into();
+    let file = one_line(&file.to_string_lossy(), 200);
+    let problem = format!("names `{file}`, which cannot {failed}");
+    if is_about_the_name(&source) {
+        return UsageError::new(input, format!("{problem} ({source})"))
+            .with_hint(hint)
+            .into();
+    }
+    let problem = format!("input `{input}` {problem}");
+    NamedFileError { problem, source }.into()
+}
+
+/// Whether another name would have helped. Whatever is not known to be about the name is the host's fault.
+fn is_about_the_name(error: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
+    // `ErrorKind::FilesystemLoop` is not stable.
+    const ELOOP: i32 = 40;
+    let by_name = matches!(
+        error.kind(),
+        Kind::NotFound
+            | Kind::PermissionDenied
+            | Kind::AlreadyExists
+            | Kind::NotADirectory
+            | Kind::IsADirectory
+            | Kind::InvalidFilename
+            | Kind::InvalidInput
+            | Kind::InvalidData
+            | Kind::ReadOnlyFilesystem
+    );
+    by_name || error.raw_os_error() == Some(ELOOP)
+}
+
 /// Bad input, found before anything was touched.
 #[derive(Debug)]
 pub struct UsageError {
@@ -102,9 +235,9 @@ impl UsageError {
         }
     }
 
-    /// What is wrong, without the input's name.
-    pub fn into_problem(self) -> String {
-        self.problem
+    /// What is wrong, without the input's name; and the hint.
+    pub fn into_parts(self) -> (String, Option<String>) {
+        (self.problem, self.hint)
     }
 
     /// Adds a hint: a sentence about what to do.
@@ -123,12 +256,28 @@ impl fmt::Display for UsageError {
 
 impl Error for UsageError {}
 
-impl Explain for UsageError {
-    fn exit(&self) -> Exit {
-        Exit::Usage
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    fn hint(&self) -> Option<String> {
-        self.hint.clone()
+    #[test]
+    fn a_disk_is_not_an_inputs_fault() {
+        let of = |error: io::Error| {
+            let ended = named_file_error("report-file", Path::new("/r"), "be written", error, "h");
+            (ended.exit(), ended.to_string())
+        };
+        // ENOSPC, EIO, EMFILE, EDQUOT.
+        for code in [28, 5, 24, 122] {
+            let (exit, text) = of(io::Error::from_raw_os_error(code));
+            assert_eq!(exit, Exit::Host, "{text}");
+            assert_eq!(
+                text,
+                "input `report-file` names `/r`, which cannot be written"
+            );
+        }
+        // ENOENT, EACCES, EISDIR, ENAMETOOLONG, ELOOP.
+        for code in [2, 13, 21, 36, 40] {
+            assert_eq!(of(io::Error::from_raw_os_error(code)).0, Exit::Usage);
+        }
     }
 }

@@ -4,7 +4,11 @@
 
 mod install;
 mod interrupted;
+pub mod machine;
+pub mod plan;
+pub mod releases;
 mod repair;
+pub mod rootless;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -189,8 +193,12 @@ pub(crate) struct Host {
     pub(crate) system: Vec<PathBuf>,
     /// The folder in which `dpkg` keeps the state of the packages.
     pub(crate) packages: PathBuf,
-    /// Whether this process runs as root.
-    pub(crate) root: bool,
+    /// The user that this process runs as.
+    pub(crate) uid: u32,
+    /// `/nix`.
+    pub(crate) nix: PathBuf,
+    /// Nix's own settings file.
+    pub(crate) conf: PathBuf,
     /// The folders that must not be world-writable.
     pub(crate) guarded: Vec<PathBuf>,
 }
@@ -201,9 +209,15 @@ impl Host {
             places: WELL_KNOWN.map(PathBuf::from).into(),
             system: ["/usr/bin", "/bin"].map(PathBuf::from).into(),
             packages: "/var/lib/dpkg".into(),
-            root: rustix::process::geteuid().is_root(),
+            uid: rustix::process::geteuid().as_raw(),
+            nix: "/nix".into(),
+            conf: "/etc/nix/nix.conf".into(),
             guarded: GUARDED_FOLDERS.map(PathBuf::from).into(),
         }
+    }
+
+    pub(crate) fn is_root(&self) -> bool {
+        self.uid == 0
     }
 
     /// Makes Nix ready on this machine.
@@ -218,7 +232,7 @@ impl Host {
     ) -> Result<Ready, Error> {
         let deadline = Instant::now() + limit;
         let error = match self.ready_by(env, sink, deadline).await {
-            Err(error) if self.root && self.is_interrupted(&error) => error,
+            Err(error) if self.is_root() && self.is_interrupted(&error) => error,
             ended => return ended,
         };
         // A cancelled job may have ended the installer half-way, and a Nix that is half there does not run either.

@@ -17,6 +17,7 @@ use crate::db::Db;
 use crate::store_path::STORE_DIR;
 use crate::tool::Nix;
 use flywheel_core::text::one_line;
+use flywheel_sys::host::home::Entry;
 use flywheel_sys::http::redact;
 
 /// Nix's state folder, unless `NIX_STATE_DIR` names another.
@@ -270,10 +271,7 @@ fn data_folders(nix: &Nix) -> Vec<PathBuf> {
 fn home_of_user() -> Option<PathBuf> {
     let id = rustix::process::geteuid().as_raw().to_string();
     let users = fs::read_to_string("/etc/passwd").ok()?;
-    users.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
-        (fields.get(2) == Some(&id.as_str())).then(|| fields.get(5).map(PathBuf::from))?
-    })
+    Entry::find(&users, &id).map(|entry| entry.home)
 }
 
 /// A logical folder other than `/nix/store` changes the names of all paths, and the hashes in them.

@@ -110,6 +110,15 @@ pub fn read(file: &Path, owner: Owner, limit: u64) -> Result<Vec<u8>, FileError>
     read_open(&open(file, owner, limit)?, limit)
 }
 
+/// Reads a whole file of text.
+///
+/// # Errors
+/// As `read`, and when the file is not UTF-8.
+pub fn read_text(file: &Path, owner: Owner, limit: u64) -> io::Result<String> {
+    String::from_utf8(read(file, owner, limit)?)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+}
+
 /// Reads what is left of an open file, which may have grown since it was opened.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use crate::inputs::value::{Invalid, boolean, name, number, number_in, path, text, value, variant};
 use crate::inputs::{FlakeInput, HeavyLaneInput};
 use crate::job::inputs::{self as job, JobInputs};
-use flywheel_core::exit::UsageError;
+use flywheel_core::exit::{UsageError, VerbError};
 use flywheel_core::policy::impurity_in_arguments;
 use flywheel_core::text::one_line;
 use flywheel_nix::command_stores::stores_in_nix_arguments;
@@ -244,12 +244,22 @@ pub(super) struct Plan {
     pub(crate) heavy_lane: Option<String>,
 }
 
+impl Inputs {
+    /// Checks everything, and keeps nothing of it.
+    ///
+    /// # Errors
+    /// For the first input that is wrong.
+    pub(crate) fn check(&self, env: &Env) -> Result<(), VerbError> {
+        Plan::read(self, env).map(drop)
+    }
+}
+
 impl Plan {
     /// Checks everything.
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
+    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, VerbError> {
         let mut job = job::Plan::read(&inputs.job, env)?;
         let arguments = inputs.nix_args.clone().unwrap_or_default();
         job.impurity = impurity_in_arguments(&arguments);

@@ -1,6 +1,7 @@
 //! What `nix-job` takes, and the plan that follows: everything is checked here, before anything is touched.
 
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args};
@@ -8,9 +9,8 @@ use clap::{ArgAction, Args};
 use crate::inputs::value::{boolean, path, text};
 use crate::inputs::{HeavyLaneInput, REQUIRED_IN_ACTION};
 use crate::job::inputs::{self as job, JobInputs};
-use flywheel_core::exit::UsageError;
+use flywheel_core::exit::{UsageError, VerbError, named_file_error};
 use flywheel_core::policy::{Impurity, impurity_in_arguments, impurity_in_command};
-use flywheel_core::text::one_line;
 use flywheel_nix::command_stores::{stores_in_script, stores_in_words};
 use flywheel_sys::runner::env::Env;
 
@@ -24,8 +24,9 @@ use flywheel_sys::runner::env::Env;
   flywheel nix-job --publish --command 'nix build .#default'
   flywheel nix-job --attic-server https://attic.example.org/ -- nix flake check")]
 pub(crate) struct Inputs {
-    /// The command, as shell text of one or several lines (bash with `-e -o pipefail`), such as
-    /// `nix build .#default`. Required, unless a command line has a program behind `--`.
+    /// The command, as shell text of one or several lines (bash with `-e -o pipefail`; `sh` with `-e` where
+    /// there is no bash), such as `nix build .#default`. Required, unless a command line has a program
+    /// behind `--`.
     #[arg(long, value_name = "TEXT", value_parser = text(), group = REQUIRED_IN_ACTION)]
     command: Option<String>,
 
@@ -98,12 +99,22 @@ pub(super) struct Plan {
     pub(crate) workflow_commands: bool,
 }
 
+impl Inputs {
+    /// Checks everything, and keeps nothing of it.
+    ///
+    /// # Errors
+    /// For the first input that is wrong.
+    pub(crate) fn check(&self, env: &Env) -> Result<(), VerbError> {
+        Plan::read(self, env).map(drop)
+    }
+}
+
 impl Plan {
     /// Checks everything.
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been touched then.
-    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, UsageError> {
+    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, VerbError> {
         let folder = folder(&inputs.working_directory)?;
         let mut job = job::Plan::read(&inputs.job, env)?;
         job.destination.folder.clone_from(&folder);
@@ -134,20 +145,16 @@ fn wanted(inputs: &Inputs) -> Result<Wanted, UsageError> {
     }
 }
 
-fn folder(asked: &Path) -> Result<PathBuf, UsageError> {
-    let error = |problem: &str| {
-        UsageError::new(
-            "working-directory",
-            format!("{problem}: `{}`", one_line(&asked.to_string_lossy(), 200)),
-        )
-        .with_hint(
-            "Give a folder of the checkout, and check the repository out in an earlier step.",
-        )
-    };
-    let folder = asked.canonicalize().map_err(|_| error("is not there"))?;
-    if folder.is_dir() {
-        Ok(folder)
-    } else {
-        Err(error("is no folder"))
-    }
+fn folder(asked: &Path) -> Result<PathBuf, VerbError> {
+    let found = asked.canonicalize().and_then(|folder| {
+        let is_folder = std::fs::metadata(&folder)?.is_dir();
+        is_folder
+            .then_some(folder)
+            .ok_or_else(|| ErrorKind::NotADirectory.into())
+    });
+    found.map_err(|error| {
+        let hint =
+            "Give a folder of the checkout, and check the repository out in an earlier step.";
+        named_file_error("working-directory", asked, "be entered", error, hint)
+    })
 }

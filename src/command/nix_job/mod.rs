@@ -5,7 +5,7 @@ mod environment;
 mod inputs;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
@@ -13,15 +13,18 @@ pub(crate) use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
 use crate::job::added_paths::AddedPaths;
+use crate::job::disk::WorkEnd;
+use crate::job::failed_builds::LogSearch;
 use crate::job::{self, JobReport, Prepared, Session, StoreWatch};
+use crate::report::disk::DiskReport;
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use flywheel_core::budget::{self, Observed};
-use flywheel_core::exit::{Exit, Failure, UsageError};
+use flywheel_core::exit::{Exit, Failure, VerbError};
 use flywheel_nix::temp_roots;
 use flywheel_sys::host::peak::{Span, Spent};
 use flywheel_sys::process::signals::Signals;
-use flywheel_sys::process::supervise::{CommandExit, SuperviseError, Supervised};
+use flywheel_sys::process::supervise::{CommandExit, Shell, SuperviseError, Supervised};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::guard::StoppedCommands;
@@ -32,7 +35,7 @@ use flywheel_sys::runner::workflow::Level;
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix, or the command cannot be started. A
 /// command that fails is no error: its code is the exit code.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let plan = Plan::read(&inputs, env)?;
     let (session, mut signals) = Session::begin(&plan.job, env)?;
     let nix_job = NixJob {
@@ -40,7 +43,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
         session,
     };
     let ended = nix_job.run(&mut signals).await;
-    nix_job.session.end(ended, "the command was not run")
+    Ok(nix_job.session.end(ended, "the command was not run")?)
 }
 
 struct NixJob<'a> {
@@ -59,7 +62,17 @@ impl NixJob<'_> {
             .await;
         let span = Span::begin();
         let link = watch.as_ref().and_then(StoreWatch::daemon_link);
-        let (ended, stopped_commands) = self.command(&prepared, link, signals).await?;
+        let disks = self
+            .session
+            .watch_disks(&prepared, watch.as_ref(), &self.plan.folder);
+        let ran = self.command(&prepared, link, signals).await;
+        let work = WorkEnd {
+            failed: matches!(&ran, Ok((Ok(ended), _)) if ended.code != 0),
+            // What the command prints is not read.
+            reported_full: false,
+        };
+        let (disk, freed) = disks.end(work).await;
+        let (ended, stopped_commands) = ran?;
         // It waits for the runner to read the command's last lines, while the job goes on.
         let is_over = ended
             .as_ref()
@@ -88,7 +101,11 @@ impl NixJob<'_> {
                     .run_flake_check(&prepared, watch.as_ref(), folder, signals.next());
             stopped = checked.await.map(|_| Instant::now());
         }
-        let (added_paths, publication) = self
+        let search = watch
+            .as_ref()
+            .filter(|_| ended.code != 0 && stopped.is_none())
+            .and_then(|watch| LogSearch::new(watch, &prepared));
+        let (mut added_paths, publication) = self
             .session
             .deliver_in_time(
                 watch,
@@ -99,14 +116,17 @@ impl NixJob<'_> {
                 signals,
             )
             .await;
-        let job = self.result(
-            &prepared,
-            &ended,
-            &spent,
-            &added_paths,
-            publication,
-            publish_began.elapsed(),
-        );
+        let publish = publish_began.elapsed();
+        let failed_builds = match search {
+            Some(search) => search.failed(&added_paths).await,
+            None => Vec::new(),
+        };
+        added_paths.count_freed(&freed);
+        let job = JobResult {
+            publish,
+            failed_builds,
+            ..self.result(&prepared, &ended, (&spent, disk), &added_paths, publication)
+        };
         prepared.stop().await;
         // It fails only with a panic, which has been reported.
         let _ = resuming.await;
@@ -133,11 +153,11 @@ impl NixJob<'_> {
         let path = environment.get(std::ffi::OsStr::new("PATH")).cloned();
         let mut command = match &self.plan.wanted {
             Wanted::Script(text) => {
-                let file = self.session.private().join("command.sh");
-                std::fs::write(&file, text).map_err(|error| {
-                    UsageError::new("command", format!("cannot be written to a file: {error}"))
-                })?;
-                Supervised::script(&file, path.as_deref(), &self.plan.folder)
+                let file = self.session.write_private("command.sh", text)?;
+                let shell = Shell::find(path.as_deref(), &self.plan.folder);
+                let note = format!("flywheel: the command runs under {shell}");
+                self.session.sink.note(note);
+                Supervised::script(&shell, &file, &self.plan.folder)
             }
             Wanted::Program(words) => {
                 Supervised::program(words, path.as_deref(), &self.plan.folder)
@@ -160,10 +180,9 @@ impl NixJob<'_> {
         &self,
         prepared: &Prepared,
         ended: &CommandExit,
-        spent: &Spent,
+        (spent, disk): (&Spent, DiskReport),
         added_paths: &AddedPaths,
         publication: Option<Publication>,
-        publish: Duration,
     ) -> JobResult {
         let observed = Observed {
             killed_in_group: spent.killed_in_group,
@@ -179,22 +198,24 @@ impl NixJob<'_> {
             publication,
             self.session.plan.require_publish,
         );
-        let (outcome, exit_code) = match (ended.stopped, ended.code, &out_of_memory) {
+        let (outcome, exit_code) = match (ended.stopped, ended.code) {
             // A stopped command exits with the signal's code, which is no failure of its own.
-            (Some(_), code, _) => (Outcome::Cancelled, code),
-            (None, 0, _) => (result.outcome, result.exit_code),
-            (None, code, Some(_)) => (Outcome::OutOfMemory, code),
-            (None, code, None) => (Outcome::CommandFailed, code),
+            (Some(_), code) => (Outcome::Cancelled, code),
+            (None, 0) => (result.outcome, result.exit_code),
+            (None, code) if out_of_memory.is_some() => (Outcome::OutOfMemory, code),
+            (None, code) if disk.full.is_some() => (Outcome::DiskFull, code),
+            (None, code) => (Outcome::CommandFailed, code),
         };
+        let full = disk.full.clone().filter(|_| outcome == Outcome::DiskFull);
         JobResult {
             outcome,
             exit_code,
             command: ended.lasted,
-            publish,
             peak: spent.peak,
             limit: spent.limit,
             out_of_memory,
             heavy_lane: self.plan.heavy_lane.clone(),
+            disk: DiskReport { full, ..disk },
             ..result
         }
     }

@@ -4,14 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::statvfs;
-
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
 use flywheel_core::contract::Size;
+use flywheel_core::disk::Room;
 use flywheel_core::text::bytes;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::settings;
+use flywheel_sys::host::disk::FileSystem;
 use flywheel_sys::host::memory::{Cgroup, of_machine};
 use flywheel_sys::runner::env::Env;
 
@@ -84,9 +84,7 @@ fn folders(plan: &Plan, env: &Env) -> Vec<PathBuf> {
 }
 
 fn disk(folders: &[PathBuf], least: u64) -> Found<()> {
-    let found = look(folders, |stat| {
-        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
-    })?;
+    let found = look(folders, |room| Some(room.free))?;
     let Some((folder, free)) = found else {
         return Ok(((), "nothing to look at".to_owned()));
     };
@@ -102,8 +100,7 @@ fn disk(folders: &[PathBuf], least: u64) -> Found<()> {
 }
 
 fn inodes(folders: &[PathBuf], least: u64) -> Found<()> {
-    // File systems that make inodes as they need them (Btrfs) report 0 of 0.
-    let found = look(folders, |stat| (stat.f_files > 0).then_some(stat.f_favail))?;
+    let found = look(folders, |room| Some(room.inodes?.free))?;
     let Some((folder, free)) = found else {
         return Ok(((), "this file system has no fixed number".to_owned()));
     };
@@ -120,18 +117,19 @@ fn inodes(folders: &[PathBuf], least: u64) -> Found<()> {
 /// The folder with the smallest number, if any has a number.
 fn look(
     folders: &[PathBuf],
-    number: impl Fn(&rustix::fs::StatVfs) -> Option<u64>,
+    number: impl Fn(&Room) -> Option<u64>,
 ) -> Result<Option<(PathBuf, u64)>, CheckFailure> {
     let mut least: Option<(PathBuf, u64)> = None;
     for folder in folders {
-        let stat = statvfs(folder).map_err(|error| {
+        let room = FileSystem::of(folder).and_then(|disk| disk.room());
+        let room = room.map_err(|error| {
             CheckFailure::new(
                 format!("`{}` cannot be looked at: {error}", folder.display()),
                 "Look at the runner's mounts.",
             )
         })?;
         if let Some(found) =
-            number(&stat).filter(|found| least.as_ref().is_none_or(|(_, known)| found < known))
+            number(&room).filter(|found| least.as_ref().is_none_or(|(_, known)| found < known))
         {
             least = Some((folder.clone(), found));
         }

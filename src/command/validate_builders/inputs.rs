@@ -18,7 +18,7 @@ use crate::job::inputs::HostInputs;
 use crate::job::private_base;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::contract::{Class, Contract, Lane, Requirement, SharedCache, Size};
-use flywheel_core::exit::{Failure, UsageError};
+use flywheel_core::exit::{UsageError, VerbError};
 use flywheel_core::text::one_line;
 use flywheel_core::trust::Request;
 use flywheel_nix::key::PublicKey;
@@ -180,7 +180,7 @@ impl Plan {
     ///
     /// # Errors
     /// For the first input that is wrong; nothing has been looked at then.
-    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, Failure> {
+    pub(crate) fn read(inputs: &Inputs, env: &Env) -> Result<Self, VerbError> {
         let contract = inputs.contract.read()?;
         let name = inputs.class.class.as_deref().unwrap_or(DEFAULT_CLASS);
         let class = contract

@@ -19,7 +19,7 @@ use self::nix::Built;
 use crate::inputs::roots::roots;
 use crate::report::canary::Canary;
 use flywheel_cache::client::bazel::BazelProber;
-use flywheel_core::exit::{Exit, Failure};
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{self, Decision, decide};
 use flywheel_sys::http::Clients;
@@ -31,7 +31,7 @@ use flywheel_sys::runner::workflow::Workflow;
 ///
 /// # Errors
 /// For wrong input, before anything is checked.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let begun = Instant::now();
     let plan = Plan::read(&inputs, env)?;
     let workflow = Workflow::new(env.in_github_actions());

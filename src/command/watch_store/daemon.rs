@@ -14,12 +14,16 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::ipc::{Finished, Request, Status, receive, send};
 use crate::job::added_paths::AddedPaths;
+use crate::job::disk::WorkEnd;
 use crate::job::stream::Deadline;
 use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Session, StoreWatch};
+use crate::report::disk::DiskReport;
+use crate::report::job::Work;
 use crate::report::publication::Publication;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::exit::Failure;
 use flywheel_core::progress::{Progress, Sink};
+use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::process::signals::Signals;
 
@@ -147,6 +151,9 @@ impl Daemon<'_> {
             prepared = Box::pin(self.session.make_ready()) => prepared?,
         };
         let watch = self.session.watch(&prepared, self.processes.clone()).await;
+        let disks = self
+            .session
+            .watch_disks(&prepared, watch.as_ref(), &self.folder);
         let cache = prepared.cache.endpoint().map(Endpoint::substituter);
         {
             let mut status = self.status_cell.status();
@@ -162,8 +169,10 @@ impl Daemon<'_> {
         };
         self.status_cell.status().state = "finishing".into();
         let watched = began.elapsed();
+        // The steps have commands of their own, of which nothing is known here.
+        let disk = disks.end(WorkEnd::default()).await;
         let (report, request) = self
-            .finish(&prepared, watch, shutdown, watched, signals)
+            .finish(&prepared, watch, shutdown, (watched, disk), signals)
             .await;
         prepared.stop().await;
         if let Some(mut request) = request {
@@ -185,7 +194,7 @@ impl Daemon<'_> {
         prepared: &Prepared,
         watch: Option<StoreWatch>,
         mut shutdown: Shutdown,
-        watched: Duration,
+        (watched, (disk, freed)): (Duration, (DiskReport, Vec<PathInfo>)),
         signals: &mut Signals,
     ) -> (JobReport, Option<FinishRequest>) {
         let mut stop = None;
@@ -220,13 +229,14 @@ impl Daemon<'_> {
         if stop == Some(StopCause::Step) {
             deadline.cancel.cancel();
         }
-        let (added_paths, publication) = match watch {
+        let (mut added_paths, publication) = match watch {
             None => Default::default(),
             Some(watch) => {
                 self.deliver(watch, prepared, &deadline, request.as_mut(), signals)
                     .await
             }
         };
+        added_paths.count_freed(&freed);
         let require = plan.require_publish
             || request
                 .as_ref()
@@ -234,7 +244,8 @@ impl Daemon<'_> {
         let mut job = self
             .session
             .result(prepared, &added_paths, publication, require);
-        (job.command, job.publish) = (watched, began.elapsed());
+        (job.command, job.publish, job.disk) = (watched, began.elapsed(), disk);
+        job.work = Work::OtherSteps;
         (JobReport::new(&job), request)
     }
 

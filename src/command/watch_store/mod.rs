@@ -28,7 +28,7 @@ use crate::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
 use crate::job::inputs::{JobInputs, Plan};
 use crate::job::{self, JobReport, Prepared, Secrets, Session};
 use crate::report::screen::Screen;
-use flywheel_core::exit::{Exit, Explain, Failure, UsageError};
+use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::secret::Secret;
 use flywheel_core::text;
@@ -83,6 +83,31 @@ pub(crate) struct Inputs {
 
     #[command(flatten)]
     job: JobInputs,
+}
+
+impl Inputs {
+    fn task(&self) -> Result<Task, UsageError> {
+        // With a task as argument, `mode` does not matter, right or wrong: its variable may be meant for another step.
+        match (self.task, &self.mode) {
+            (Some(task), _) => Ok(task),
+            (None, Some(mode)) => mode.clone().map_err(|invalid| invalid.of_input("mode")),
+            (None, None) => Err(UsageError::new("mode", "is not given")
+                .with_hint("Give `start`, `status`, `finish` or `run`.")),
+        }
+    }
+
+    /// Whether a watch is to begin.
+    pub(crate) fn is_watch(&self) -> bool {
+        matches!(self.task(), Ok(Task::Start | Task::Run))
+    }
+
+    /// Checks everything, and keeps nothing of it.
+    ///
+    /// # Errors
+    /// For the first input that is wrong.
+    pub(crate) fn check(&self, env: &Env) -> Result<(), VerbError> {
+        Plan::read(&self.job, env).map(drop)
+    }
 }
 
 /// What to do.
@@ -147,25 +172,17 @@ impl Explain for Error {
 ///
 /// # Errors
 /// For wrong input, before anything is touched; when there is no usable Nix.
-pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, Failure> {
-    // With a task as argument, `mode` does not matter, right or wrong: its variable may be meant for another step.
-    let task = match (inputs.task, inputs.mode) {
-        (Some(task), _) => task,
-        (None, Some(mode)) => mode.map_err(|invalid| invalid.of_input("mode"))?,
-        (None, None) => {
-            return Err(UsageError::new("mode", "is not given")
-                .with_hint("Give `start`, `status`, `finish` or `run`.")
-                .into());
-        }
-    };
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
+    let task = inputs.task()?;
     let plan = Plan::read(&inputs.job, env)?;
-    match task {
+    let ended = match task {
         Task::Start if inputs.in_background => Box::pin(in_background(&plan, env)).await,
         Task::Start => Box::pin(start(&plan, env)).await,
         Task::Status => status(env, inputs.format.format).await,
         Task::Finish => Box::pin(finish(&plan, inputs.job.drain.drain_timeout, env)).await,
         Task::Run => Box::pin(in_foreground(&plan, env)).await,
-    }
+    };
+    Ok(ended?)
 }
 
 /// Starts the background process, and returns once it is ready.

@@ -23,11 +23,11 @@ pub const ACTIONS: &str = "octo-org/flywheel";
 pub const CALLER: &str = "octo-org/app";
 /// The binary's name in `dist/`.
 pub const BINARY: &str = "flywheel-x86_64-linux";
-/// The `bash` that act finds. In a mount namespace of the step's own it gives back the terminals that were taken from
-/// act, because Nix needs them to build, and then becomes the real bash.
+/// The `bash` and the `sh` that act finds. In a mount namespace of the step's own it gives back the terminals that were
+/// taken from act, because Nix needs them to build, and then becomes the real shell.
 const SHELL: &str = r#"#!/bin/sh
 PATH=${PATH#*:}
-exec unshare --mount --propagation private sh -c 'umount /dev/ptmx && exec bash "$@"' bash "$@"
+exec unshare --mount --propagation private sh -c 'umount /dev/ptmx && exec "$0" "$@"' "${0##*/}" "$@"
 "#;
 
 /// Stands in for the checkout of another repository.
@@ -131,12 +131,11 @@ impl Caller {
         }
         export(&folder.path().join("export"));
         fs::create_dir(folder.path().join("shell")).unwrap();
-        fs::write(folder.path().join("shell/bash"), SHELL).unwrap();
-        fs::set_permissions(
-            folder.path().join("shell/bash"),
-            fs::Permissions::from_mode(0o755),
-        )
-        .unwrap();
+        for name in ["bash", "sh"] {
+            let shell = folder.path().join("shell").join(name);
+            fs::write(&shell, SHELL).unwrap();
+            fs::set_permissions(shell, fs::Permissions::from_mode(0o755)).unwrap();
+        }
         let caller = Self {
             folder,
             secrets: BTreeMap::new(),

@@ -66,7 +66,8 @@ pub fn with_private_nix(nix: &Path, program: &Path) -> Command {
         "--mount",
         "--propagation",
         "private",
-        "sh",
+        // Not by `PATH`, on which the harness of act has another one.
+        "/bin/sh",
         "-c",
         "mount --bind \"$0\" /nix && exec \"$@\"",
     ]);

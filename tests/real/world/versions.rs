@@ -47,16 +47,51 @@ impl Ran {
 
 /// Runs lines of bash as root where `/nix` is empty and the binary is `/fly/flywheel`, in an empty folder.
 pub fn run(version: &str, script: &str) -> Ran {
-    run_by(Command::new("timeout"), version, &binary(), script)
+    run_by(
+        Command::new("timeout"),
+        Network::Own,
+        version,
+        &binary(),
+        script,
+    )
 }
 
-/// The same where every program is for arm64, with the committed binary.
+/// Does the same on the network of the test, which serves on 127.0.0.1.
+pub fn run_beside(version: &str, script: &str) -> Ran {
+    run_by(
+        Command::new("timeout"),
+        Network::Tests,
+        version,
+        &binary(),
+        script,
+    )
+}
+
+/// Does the same where every program is for arm64, with the committed binary.
 pub fn run_on_arm64(script: &str) -> Ran {
     let timeout = arm64::command(Path::new("timeout"));
-    run_by(timeout, "2.26.3-arm64", &arm64::binary(), script)
+    run_by(
+        timeout,
+        Network::Own,
+        "2.26.3-arm64",
+        &arm64::binary(),
+        script,
+    )
 }
 
-fn run_by(mut timeout: Command, version: &str, binary: &Path, script: &str) -> Ran {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Network {
+    Own,
+    Tests,
+}
+
+fn run_by(
+    mut timeout: Command,
+    network: Network,
+    version: &str,
+    binary: &Path,
+    script: &str,
+) -> Ran {
     let tree = root().join(format!("target/tools/nix-{version}"));
     assert!(
         tree.join("usr/bin/nix").exists(),
@@ -75,9 +110,17 @@ fn run_by(mut timeout: Command, version: &str, binary: &Path, script: &str) -> R
             "unshare",
             "--mount",
             "--pid",
-            "--net",
             "--ipc",
         ])
+        .args((network == Network::Own).then_some("--net"))
+        .env(
+            "NETWORK",
+            if network == Network::Own {
+                "own"
+            } else {
+                "tests"
+            },
+        )
         .args(["--fork", "--kill-child", "--propagation", "private", "sh"])
         .arg(root().join("tests/matrix/guest/enter.sh"))
         .args([tree.as_path(), binary])

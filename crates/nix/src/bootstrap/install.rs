@@ -42,7 +42,7 @@ pub(super) async fn install(
     sink: &Sink,
     deadline: Instant,
 ) -> Result<(), Error> {
-    if !host.root {
+    if !host.is_root() {
         return Err(Error::Missing("that needs root"));
     }
     let apt =

@@ -59,14 +59,14 @@ pub(super) async fn open_store(
         Some(settings) => Some(settings),
         // Only root needs the settings here, to check the build users; otherwise they are read when
         // they are needed.
-        None if host.root => Some(Settings::read(&ready.nix).await?),
+        None if host.is_root() => Some(Settings::read(&ready.nix).await?),
         None => None,
     };
     ready.settings_before.clone_from(&settings);
     match opening {
         // Without a daemon, this process builds by itself and needs working build users.
         Ping::Open(opened) if opened.is_local() => {
-            let users = check_build_users(ready, &opened, settings.filter(|_| host.root));
+            let users = check_build_users(ready, &opened, settings.filter(|_| host.is_root()));
             ready.opened = Some(opened);
             Ok(users)
         }
@@ -77,7 +77,7 @@ pub(super) async fn open_store(
         }
         // Only root can start a daemon that serves this store.
         Ping::Failed(PingFailure::NoDaemon(problem)) if has_own_daemon(&ready.nix) => {
-            if host.root {
+            if host.is_root() {
                 restart_daemon(ready, &problem, deadline).await
             } else {
                 Err(Error::DeadDaemon {

@@ -29,7 +29,9 @@ impl World {
             places: Vec::new(),
             system: Vec::new(),
             packages: folder.path().join("packages"),
-            root,
+            uid: if root { 0 } else { 1000 },
+            nix: folder.path().join("nix"),
+            conf: folder.path().join("nix.conf"),
             guarded: vec![store],
         };
         Self {

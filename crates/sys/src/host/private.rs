@@ -33,6 +33,12 @@ pub enum PrivateError {
         #[source]
         source: io::Error,
     },
+    #[error("`{file}` could not be written")]
+    Write {
+        file: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl Explain for PrivateError {
@@ -41,8 +47,26 @@ impl Explain for PrivateError {
     }
 
     fn hint(&self) -> Option<String> {
-        let Self::Make { .. } = self;
-        Some("Point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder that can be written to.".into())
+        let (Self::Make {
+            folder: place,
+            source,
+        }
+        | Self::Write {
+            file: place,
+            source,
+        }) = self;
+        let full = matches!(
+            source.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        );
+        let advice = "point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder";
+        Some(match mount_point(place).filter(|_| full) {
+            Some(disk) => format!(
+                "The disk at `{}` is full: free room on it, or {advice} on another disk.",
+                disk.display()
+            ),
+            None => format!("P{} that can be written to.", &advice[1..]),
+        })
     }
 }
 
@@ -117,6 +141,18 @@ impl PrivateFolder {
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
+
+    /// Writes a file into the folder.
+    ///
+    /// # Errors
+    /// When its disk is full, or fails.
+    pub fn write(&self, name: &str, text: &str) -> Result<PathBuf, PrivateError> {
+        let file = self.path().join(name);
+        match fs::write(&file, text) {
+            Ok(()) => Ok(file),
+            Err(source) => Err(PrivateError::Write { file, source }),
+        }
+    }
 }
 
 impl Drop for PrivateFolder {
@@ -133,6 +169,20 @@ pub fn remove_all() {
             let _ = fs::remove_dir_all(folder);
         }
     }
+}
+
+/// The folder at which the file system of a file is mounted; of the nearest folder above it, if it is not there.
+fn mount_point(file: &Path) -> Option<PathBuf> {
+    let mut folders = file.ancestors();
+    let (mut top, device) =
+        folders.find_map(|folder| Some((folder, fs::metadata(folder).ok()?.dev())))?;
+    for above in folders {
+        if fs::metadata(above).is_ok_and(|found| found.dev() != device) {
+            break;
+        }
+        top = above;
+    }
+    Some(top.to_owned())
 }
 
 fn living() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {

@@ -5,6 +5,7 @@ pub mod companion;
 pub mod core_dump;
 pub mod detached;
 pub mod lines;
+pub mod namespace;
 mod orphans;
 pub mod own;
 pub mod piped;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::io::{self, IsTerminal as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -56,6 +57,51 @@ impl Explain for SuperviseError {
     }
 }
 
+/// The shell that a script runs under.
+#[derive(Clone, Debug)]
+pub struct Shell {
+    /// An absolute path.
+    program: PathBuf,
+    flags: &'static [&'static str],
+}
+
+impl Shell {
+    /// The flags that GitHub starts bash with.
+    const OF_BASH: &[&str] = &["--noprofile", "--norc", "-e", "-o", "pipefail"];
+    /// POSIX's shell knows `pipefail` only of late.
+    const OF_SH: &[&str] = &["-e"];
+
+    /// Bash, if it is on `path`, and else `sh`: an image such as Alpine's has no bash.
+    pub fn find(path: Option<&OsStr>, folder: &Path) -> Self {
+        let on_path = |name: &str| which::which_in(name, Some(path?), folder).ok();
+        match on_path("bash") {
+            Some(program) => Self {
+                program,
+                flags: Self::OF_BASH,
+            },
+            None => Self {
+                program: on_path("sh").unwrap_or_else(|| "/bin/sh".into()),
+                flags: Self::OF_SH,
+            },
+        }
+    }
+}
+
+/// How a script is run, as a fragment for the log.
+impl fmt::Display for Shell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let program = self.program.display();
+        if self.flags == Self::OF_BASH {
+            write!(f, "`{program}` with `-e -o pipefail`")
+        } else {
+            write!(
+                f,
+                "`{program}` with `-e`, and without `pipefail`, because there is no bash on `PATH`"
+            )
+        }
+    }
+}
+
 /// A command to supervise.
 #[derive(Clone, Debug)]
 pub struct Supervised {
@@ -85,18 +131,12 @@ pub struct CommandExit {
 }
 
 impl Supervised {
-    /// A shell script in a file, run as GitHub runs one: by bash with `-e` and `pipefail`, or by `sh -e` where there is
-    /// no bash.
-    pub fn script(file: &Path, path: Option<&OsStr>, folder: &Path) -> Self {
-        let bash = path.and_then(|path| which::which_in("bash", Some(path), folder).ok());
-        let (program, flags): (PathBuf, &[&str]) = match bash {
-            Some(bash) => (bash, &["--noprofile", "--norc", "-e", "-o", "pipefail"]),
-            None => ("/bin/sh".into(), &["-e"]),
-        };
-        let mut arguments: Vec<OsString> = flags.iter().map(OsString::from).collect();
+    /// A script in a file, for this shell.
+    pub fn script(shell: &Shell, file: &Path, folder: &Path) -> Self {
+        let mut arguments: Vec<OsString> = shell.flags.iter().map(OsString::from).collect();
         arguments.push(file.into());
         Self {
-            program,
+            program: shell.program.clone(),
             arguments,
             environment: BTreeMap::new(),
             folder: folder.to_owned(),
@@ -242,7 +282,8 @@ mod tests {
         let file = folder.path().join("command");
         std::fs::write(&file, script).expect("written");
         let path = OsString::from("/usr/bin:/bin");
-        let mut command = Supervised::script(&file, Some(&path), folder.path());
+        let shell = Shell::find(Some(&path), folder.path());
+        let mut command = Supervised::script(&shell, &file, folder.path());
         command.environment.insert("PATH".into(), path);
         let mut signals = Signals::listen().expect("handlers");
         command.run(&mut signals).await.expect("started")
@@ -254,6 +295,28 @@ mod tests {
         assert_eq!(run("false | true\nexit 0").await.code, 1, "pipefail");
         let killed = run("kill -KILL $$").await;
         assert_eq!((killed.code, killed.signal), (137, Some(9)));
+    }
+
+    #[test]
+    fn where_there_is_no_bash_it_is_sh_and_says_so() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let found = |names: &[&str]| {
+            let bin = tempfile::tempdir_in(folder.path()).expect("temporary folder");
+            for name in names {
+                std::os::unix::fs::symlink("/bin/true", bin.path().join(name)).expect("linked");
+            }
+            let text = Shell::find(Some(bin.path().as_os_str()), Path::new("/")).to_string();
+            text.replace(&bin.path().display().to_string(), "BIN")
+        };
+        assert_eq!(found(&["bash", "sh"]), "`BIN/bash` with `-e -o pipefail`");
+        let no_bash = "with `-e`, and without `pipefail`, because there is no bash on `PATH`";
+        assert_eq!(found(&["sh"]), format!("`BIN/sh` {no_bash}"));
+        assert_eq!(found(&[]), format!("`/bin/sh` {no_bash}"));
+        assert!(
+            Shell::find(None, Path::new("/"))
+                .to_string()
+                .starts_with("`/bin/sh`")
+        );
     }
 
     #[tokio::test]

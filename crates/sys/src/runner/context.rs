@@ -2,16 +2,15 @@
 //! module reads and compares them. A fact that is missing, unreadable or contradictory stays in doubt; none is ever
 //! guessed. `trust` decides what follows.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use url::Url;
 
 use crate::runner::env::Env;
 use crate::runner::event::{self, Payload, PayloadError};
 use crate::runner::gitlab;
-use flywheel_core::exit::UsageError;
+use flywheel_core::exit::{VerbError, named_file_error};
 use flywheel_core::secret::Secret;
-use flywheel_core::text::one_line;
 use flywheel_core::trust::facts::{Doubt, Event, Fact, FactName, Facts, Job, shown};
 
 /// The default branch as the actions pass it, from `github.event.repository.default_branch`. The runner fills that in from
@@ -103,7 +102,7 @@ pub fn commit(env: &Env) -> Option<(String, String)> {
 ///
 /// # Errors
 /// When the file `event_path` cannot be read at all. Bad content only puts facts in doubt.
-pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, UsageError> {
+pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, VerbError> {
     if !recorded.is_given() {
         return Ok(facts(env));
     }
@@ -111,17 +110,12 @@ pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, UsageError> {
     let payload_file = claims.event_path.as_deref().map(event::read);
     // A file that the user named is an input, and its absence a usage error. The job's own file is only a fact.
     if let (Some(file), Some(Err(error))) = (&recorded.event_path, &payload_file)
-        && error.is_about_the_file()
+        && let Some(error) = error.of_the_file()
     {
-        return Err(unreadable_file(file, error));
+        let hint = "Give the file with the event's payload, such as a copy of the file that `GITHUB_EVENT_PATH` names.";
+        return Err(named_file_error("event-path", file, "be read", error, hint));
     }
     Ok(Facts::Job(Box::new(claims.job(&payload(payload_file)))))
-}
-
-fn unreadable_file(file: &Path, error: &PayloadError) -> UsageError {
-    let name = one_line(&file.display().to_string(), 200);
-    UsageError::new("event-path", format!("names `{name}`, which cannot be read: {error}"))
-        .with_hint("Give the file with the event's payload, such as a copy of the file that `GITHUB_EVENT_PATH` names.")
 }
 
 /// Whether the job has a cache token. The token's value is not returned.

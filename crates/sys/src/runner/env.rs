@@ -47,6 +47,15 @@ impl Env {
         self.0.iter().map(|(name, value)| (name.as_str(), value))
     }
 
+    /// The same environment with other values of these variables.
+    #[must_use]
+    pub fn with(&self, variables: impl IntoIterator<Item = (&'static str, OsString)>) -> Self {
+        let variables = variables.into_iter();
+        let mut all = self.0.clone();
+        all.extend(variables.map(|(name, value)| (name.to_owned(), value)));
+        Self(all)
+    }
+
     pub fn in_github_actions(&self) -> bool {
         self.get("GITHUB_ACTIONS") == Some("true")
     }

@@ -2,6 +2,7 @@
 //! because any earlier step can write to it. Only the fields that the facts need are read, and nothing is guessed.
 
 use std::fmt;
+use std::io;
 use std::marker::PhantomData;
 use std::path::Path;
 
@@ -19,7 +20,7 @@ const SIZE_LIMIT: u64 = 25 * 1024 * 1024;
 pub(crate) enum PayloadError {
     /// The file does not exist, or may not be read.
     #[error("the file cannot be opened ({0})")]
-    Open(String),
+    Open(io::ErrorKind),
     /// A folder, a pipe or a device.
     #[error("it is not a regular file")]
     NotAFile,
@@ -48,9 +49,15 @@ pub(crate) enum PayloadError {
 }
 
 impl PayloadError {
-    /// Whether the file itself is at fault, not its content.
-    pub(crate) fn is_about_the_file(&self) -> bool {
-        matches!(self, Self::Open(_) | Self::NotAFile | Self::TooLarge)
+    /// The same as an error of the file, where the file itself is at fault and not its content.
+    pub(crate) fn of_the_file(&self) -> Option<io::Error> {
+        match self {
+            Self::Open(kind) => Some((*kind).into()),
+            Self::NotAFile | Self::TooLarge => {
+                Some(io::Error::new(io::ErrorKind::InvalidInput, self.clone()))
+            }
+            _ => None,
+        }
     }
 }
 
@@ -113,7 +120,7 @@ pub(crate) fn read(file: &Path) -> Result<Payload, PayloadError> {
 pub(crate) fn read_bounded(file: &Path) -> Result<Vec<u8>, PayloadError> {
     untrusted_file::read(file, Owner::Any, SIZE_LIMIT).map_err(|error| match error {
         FileError::TooLarge { .. } => PayloadError::TooLarge,
-        FileError::System(error) => PayloadError::Open(error.kind().to_string()),
+        FileError::System(error) => PayloadError::Open(error.kind()),
         FileError::Kind(_) | FileError::NoFolder | FileError::Owner(_) | FileError::Shared(_) => {
             PayloadError::NotAFile
         }

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
+use flywheel_core::exit::Exit;
 
 /// A job of GitHub's: a push to `main`, with all its facts.
 struct World {
@@ -337,6 +338,7 @@ fn a_recorded_file_that_cannot_be_read_is_bad_input() {
             ..Recorded::default()
         };
         let error = recorded(&Env::default(), &record).expect_err("no file");
+        assert_eq!(error.exit(), Exit::Usage);
         assert!(
             error.to_string().contains(file.to_str().expect("UTF-8")),
             "{error}"

@@ -1,0 +1,495 @@
+//! The plan by which Nix is made ready: a pure decision from the machine's facts and the inputs. The one place that says
+//! what is done on which machine; carrying it out is for `bootstrap` and the modules beside this one.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use url::Url;
+
+use super::machine::{Folder, Machine, Namespaces, Opening, Sudo};
+use super::releases;
+use crate::key::PublicKey;
+use crate::store_path::StorePath;
+use flywheel_core::text::one_line;
+
+#[cfg(test)]
+mod tests;
+
+/// What the inputs ask for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    pub installer: Installer,
+    pub version: Option<NixVersion>,
+    /// The binary caches that the closure is fetched from, in order. Without any, the default ones.
+    pub sources: Vec<BinaryCache>,
+    /// Where the release archive is taken from.
+    pub mirror: Option<Mirror>,
+    /// Whether a fresh Nix gets build users and a daemon.
+    pub daemon: bool,
+    /// Whether what uses the store is this process and its children, so that a namespace of their own can show it to them.
+    pub is_for_children_alone: bool,
+}
+
+/// How Nix comes to a machine that has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Installer {
+    /// The first that works of those below.
+    #[default]
+    Auto,
+    /// As a closure from a binary cache.
+    Closure,
+    /// From a release archive.
+    Tarball,
+    /// As a package of the distribution.
+    Distro,
+    /// Not at all.
+    None,
+}
+
+/// Which Nix is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NixVersion {
+    /// `2.31.2`.
+    Number(String),
+    /// A path that the binary cache has.
+    Path(StorePath),
+}
+
+impl FromStr for NixVersion {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text.starts_with('/') {
+            let path = text.parse().map(Self::Path);
+            return path
+                .map_err(|_| "is no store path of Nix, `/nix/store/HASH-nix-VERSION`".into());
+        }
+        let numbers: Vec<&str> = text.split('.').collect();
+        let is_number = |part: &&str| {
+            (1..=4).contains(&part.len()) && part.bytes().all(|byte| byte.is_ascii_digit())
+        };
+        if matches!(numbers.len(), 2 | 3) && numbers.iter().all(is_number) {
+            Ok(Self::Number(text.to_owned()))
+        } else {
+            Err(format!(
+                "must be a version such as `2.31.2` or a whole store path, not `{}`",
+                one_line(text, 80)
+            ))
+        }
+    }
+}
+
+impl fmt::Display for NixVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => f.write_str(number),
+            Self::Path(path) => write!(f, "{path}"),
+        }
+    }
+}
+
+/// A binary cache, and the keys that it is believed by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BinaryCache {
+    pub address: Url,
+    pub keys: Vec<PublicKey>,
+}
+
+/// Where a release archive is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mirror {
+    /// The archive itself, or an address with the layout of `https://releases.nixos.org/nix/`.
+    Url(Url),
+    /// The archive, or a folder with archives in it.
+    Path(PathBuf),
+}
+
+/// What is done to make Nix ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// The Nix that is there is used as it is.
+    Ready,
+    /// The Nix that is there is used, after these steps.
+    Repair(Vec<RepairStep>),
+    Install(InstallPlan),
+    /// This process and its children get a `/nix` of their own; then this is planned anew.
+    Rootless(RootlessPlan),
+    Impossible {
+        /// A sentence without its end.
+        obstacle: String,
+        /// What to change.
+        remedy: String,
+    },
+}
+
+/// What keeps an existing Nix from working, and is mended for the job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RepairStep {
+    /// An interrupted installation of packages is completed.
+    CompletePackages,
+    /// `sudo` makes `/nix` for this user.
+    MakeFolder(Preparation),
+    /// Builds run as the user that runs Nix; with the reason.
+    WithoutBuildUsers(String),
+    /// A daemon is started for the job, or else the store is used without one; with the reason.
+    StartDaemon(String),
+}
+
+/// How Nix is installed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstallPlan {
+    pub preparation: Preparation,
+    /// In the order in which they are tried.
+    pub ways: Vec<Way>,
+    /// With build users and a daemon.
+    pub daemon: bool,
+}
+
+/// What `/nix` needs before something is put there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Preparation {
+    /// This user can write there, or make it.
+    Nothing,
+    /// `sudo` makes it for this user.
+    Sudo(PathBuf),
+}
+
+/// One way to install Nix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Closure,
+    Tarball,
+    Distro,
+}
+
+impl Way {
+    /// The word of the input `nix-installer`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Closure => "closure",
+            Self::Tarball => "tarball",
+            Self::Distro => "distro",
+        }
+    }
+}
+
+/// A `/nix` for this process and its children alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RootlessPlan {
+    /// Whether `/nix` is there to be covered.
+    pub covers_folder: bool,
+    /// Why nothing else will do, a fragment.
+    pub reason: String,
+}
+
+/// Decides what is done. `machine.opening` is `Untried` before Nix has been called; afterwards the plan is made again.
+pub fn plan(machine: &Machine, wanted: &Wanted) -> Plan {
+    if machine.is_interrupted {
+        return Plan::Repair(vec![RepairStep::CompletePackages]);
+    }
+    match (&machine.opening, &machine.nix) {
+        (Opening::Untried, None) => for_missing_nix(machine, wanted),
+        (Opening::Untried, Some(_)) => for_untried_nix(machine, wanted),
+        (Opening::Local { no_build_users: None } | Opening::Remote, _) => Plan::Ready,
+        (Opening::Local { no_build_users: Some(problem) }, _) => {
+            Plan::Repair(vec![RepairStep::WithoutBuildUsers(problem.clone())])
+        }
+        // Only root can start a daemon that serves this store.
+        (Opening::DeadDaemon { problem, .. }, _) if machine.user.is_root() => {
+            Plan::Repair(vec![RepairStep::StartDaemon(problem.clone())])
+        }
+        (Opening::DeadDaemon { socket, problem }, _) => Plan::Impossible {
+            obstacle: format!(
+                "the Nix daemon does not answer at `{}`: {problem}",
+                socket.display()
+            ),
+            remedy: "Start it on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root), or run the job \
+                     as root, which starts one for the job."
+                .into(),
+        },
+        (Opening::Denied(problem), _) => for_denied_store(machine, problem),
+        (Opening::Closed(problem), _) => Plan::Impossible {
+            obstacle: format!("the Nix store does not open: {problem}"),
+            remedy: "Look at `NIX_CONFIG`, `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner.".into(),
+        },
+    }
+}
+
+/// A Nix that has not been called yet: what can be known without a call is whether it has a store at all.
+fn for_untried_nix(machine: &Machine, wanted: &Wanted) -> Plan {
+    if !machine.lacks_store() {
+        return Plan::Ready;
+    }
+    match ground(machine, wanted) {
+        Ground::Prepared(preparation) => Plan::Repair(vec![RepairStep::MakeFolder(preparation)]),
+        Ground::Rootless(rootless) => Plan::Rootless(rootless),
+        // Some versions make do with a store in the home folder, so that this is not the last word.
+        Ground::None => Plan::Ready,
+    }
+}
+
+fn for_denied_store(machine: &Machine, problem: &str) -> Plan {
+    if !machine.is_elsewhere && !matches!(machine.folder, Folder::Used { .. }) {
+        return nowhere(machine, "Nix is installed, and has no store");
+    }
+    Plan::Impossible {
+        obstacle: format!("the Nix store belongs to another user and there is no daemon: {problem}"),
+        remedy: "Start `nix-daemon` as root on the runner, run the job as root, or give `/nix` to the job's user.".into(),
+    }
+}
+
+fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
+    if wanted.installer == Installer::None {
+        return Plan::Impossible {
+            obstacle: "Nix is not installed on this machine, and `nix-installer` is `none`".into(),
+            remedy: "Put Nix into the runner's image, or leave `nix-installer` out.".into(),
+        };
+    }
+    if wanted.daemon && !machine.user.is_root() {
+        return Plan::Impossible {
+            obstacle: format!(
+                "`nix-daemon` takes root, and the job runs as user {}",
+                machine.user.shown()
+            ),
+            remedy: "Leave `nix-daemon` out, so that Nix is installed for this user, or run the job as root.".into(),
+        };
+    }
+    let distro = machine.user.is_root() && machine.apt.is_some();
+    let asked = |way: Way| match wanted.installer {
+        Installer::Auto => true,
+        Installer::Closure => way == Way::Closure,
+        Installer::Tarball => way == Way::Tarball,
+        Installer::Distro => way == Way::Distro,
+        Installer::None => false,
+    };
+    // A store path names what only a binary cache has, and a package has the version that it has.
+    let gives = |way: Way| match (&wanted.version, way) {
+        (Some(NixVersion::Path(_)), way) => way == Way::Closure,
+        (Some(NixVersion::Number(number)), Way::Closure) => releases::closure(number).is_some(),
+        (Some(NixVersion::Number(_)), way) => way == Way::Tarball,
+        (None, _) => true,
+    };
+    let ground = ground(machine, wanted);
+    let has_ground = !matches!(ground, Ground::None);
+    let can = |way: Way| match way {
+        Way::Closure | Way::Tarball => has_ground,
+        Way::Distro => distro,
+    };
+    let ways: Vec<Way> = [Way::Closure, Way::Tarball, Way::Distro]
+        .into_iter()
+        .filter(|way| asked(*way) && gives(*way) && can(*way))
+        .collect();
+    match ground {
+        _ if ways.is_empty() && has_ground => no_way(machine, wanted),
+        Ground::None if ways.is_empty() => nowhere(machine, "Nix is not installed on this machine"),
+        Ground::Rootless(rootless) => Plan::Rootless(rootless),
+        Ground::Prepared(preparation) => install(preparation, ways, wanted),
+        Ground::None => install(Preparation::Nothing, ways, wanted),
+    }
+}
+
+fn install(preparation: Preparation, ways: Vec<Way>, wanted: &Wanted) -> Plan {
+    Plan::Install(InstallPlan {
+        preparation,
+        ways,
+        daemon: wanted.daemon,
+    })
+}
+
+/// Nothing that was asked for is to be had on this machine.
+fn no_way(machine: &Machine, wanted: &Wanted) -> Plan {
+    let obstacle = match (wanted.installer, &wanted.version) {
+        (Installer::Distro, None) if machine.user.is_root() => {
+            "this system has no `apt-get`".to_owned()
+        }
+        (Installer::Distro, None) => format!(
+            "`apt-get` takes root, and the job runs as user {}",
+            machine.user.shown()
+        ),
+        (_, Some(version)) => format!(
+            "Nix {version} is not to be had by `nix-installer: {}`",
+            wanted.installer.as_str()
+        ),
+        (_, None) => format!(
+            "`nix-installer: {}` is of no use",
+            wanted.installer.as_str()
+        ),
+    };
+    Plan::Impossible {
+        obstacle: format!(
+            "Nix is not installed on this machine and cannot be installed: {obstacle}"
+        ),
+        remedy: "Leave `nix-installer` out, so that every way is tried that this machine allows."
+            .into(),
+    }
+}
+
+impl Installer {
+    /// The word of the input.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Closure => "closure",
+            Self::Tarball => "tarball",
+            Self::Distro => "distro",
+            Self::None => "none",
+        }
+    }
+}
+
+/// Where a store can come to be.
+enum Ground {
+    Prepared(Preparation),
+    Rootless(RootlessPlan),
+    None,
+}
+
+fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
+    if machine.folder.is_usable() {
+        return Ground::Prepared(Preparation::Nothing);
+    }
+    // What others have put there is not taken from them.
+    let is_free = matches!(machine.folder, Folder::Absent { .. } | Folder::Empty { .. });
+    if is_free && let Sudo::Allowed(program) = &machine.sudo {
+        return Ground::Prepared(Preparation::Sudo(program.clone()));
+    }
+    // A folder of our own would hide the Nix that is below `/nix`.
+    let hides_nix = machine
+        .nix
+        .as_ref()
+        .is_some_and(|nix| nix.program.starts_with("/nix"));
+    let can_cover = !matches!(machine.folder, Folder::NoFolder) && !hides_nix;
+    if machine.namespaces == Namespaces::Allowed
+        && can_cover
+        && wanted.is_for_children_alone
+        && !machine.user.is_root()
+    {
+        return Ground::Rootless(RootlessPlan {
+            covers_folder: !matches!(machine.folder, Folder::Absent { .. }),
+            reason: folder_obstacle(machine),
+        });
+    }
+    Ground::None
+}
+
+/// Why there is no store, with everything that was thought of.
+fn nowhere(machine: &Machine, missing: &str) -> Plan {
+    let mut obstacles = vec![folder_obstacle(machine)];
+    if let Sudo::Refused(problem) = &machine.sudo {
+        obstacles.push(format!("`sudo -n` refuses ({problem})"));
+    }
+    let mut remedy = folder_remedy(machine);
+    if !machine.user.is_root() {
+        match &machine.namespaces {
+            Namespaces::Forbidden {
+                obstacle,
+                remedy: other,
+            } => {
+                obstacles.push(obstacle.clone());
+                remedy = format!("{remedy} Or: {other}");
+            }
+            Namespaces::Allowed => {
+                obstacles
+                    .push("a store of this step's own would not be seen by later steps".into());
+            }
+        }
+    }
+    Plan::Impossible {
+        obstacle: format!("{missing}: {}", obstacles.join(", and ")),
+        remedy,
+    }
+}
+
+fn folder_obstacle(machine: &Machine) -> String {
+    let user = machine.user.shown();
+    match &machine.folder {
+        Folder::Absent { .. } if machine.user.is_root() => {
+            "there is no `/nix`, and `/` cannot be written to".into()
+        }
+        Folder::Absent { .. } => format!("there is no `/nix`, and user {user} cannot make it"),
+        Folder::Empty { .. } => format!("`/nix` is empty, and user {user} cannot write to it"),
+        Folder::Used { owner, .. } => {
+            format!("`/nix` belongs to user {owner}, and user {user} cannot write to it")
+        }
+        Folder::ReadOnly => "`/nix` is mounted read-only".into(),
+        Folder::NoFolder => "`/nix` is no folder".into(),
+    }
+}
+
+fn folder_remedy(machine: &Machine) -> String {
+    let user = &machine.user;
+    match &machine.folder {
+        Folder::Absent { .. } if user.is_root() => {
+            "Mount a volume that can be written to at `/nix` (in a pod: an `emptyDir`).".into()
+        }
+        Folder::Absent { .. } | Folder::Empty { .. } => format!(
+            "Have the runner's image make the folder: `install -d -o {} -g {} -m 755 /nix` as root (in a pod: mount an \
+             `emptyDir` there), or let the user run `sudo` without a password.",
+            user.uid, user.gid
+        ),
+        Folder::Used { .. } => "Start `nix-daemon` as root on the runner and put `nix` on `PATH`, run the job as root, or \
+             give `/nix` to the job's user."
+            .into(),
+        Folder::ReadOnly => "Mount `/nix` so that it can be written to, or put a Nix with a daemon beside it.".into(),
+        Folder::NoFolder => "Remove the file `/nix` from the runner's image.".into(),
+    }
+}
+
+impl Plan {
+    /// The plan in one line, a fragment.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Ready => "ready: the Nix of this machine is used as it is".into(),
+            Self::Repair(steps) => {
+                let steps: Vec<String> = steps.iter().map(RepairStep::text).collect();
+                format!("repair: {}", steps.join("; "))
+            }
+            Self::Install(install) => format!("install: {}", install.text()),
+            Self::Rootless(rootless) => format!(
+                "rootless: {}, so the job gets a `/nix` that it alone sees",
+                rootless.reason
+            ),
+            Self::Impossible { obstacle, .. } => format!("impossible: {obstacle}"),
+        }
+    }
+}
+
+impl RepairStep {
+    fn text(&self) -> String {
+        match self {
+            Self::CompletePackages => "an interrupted installation of packages is completed".into(),
+            Self::MakeFolder(preparation) => preparation.text().unwrap_or_default().into(),
+            Self::WithoutBuildUsers(problem) => format!("{problem}, so builds run as this user"),
+            Self::StartDaemon(problem) => {
+                format!("the daemon does not answer ({problem}), so one is started for the job")
+            }
+        }
+    }
+}
+
+impl Preparation {
+    fn text(&self) -> Option<&'static str> {
+        match self {
+            Self::Nothing => None,
+            Self::Sudo(_) => Some("`sudo` makes `/nix` for this user"),
+        }
+    }
+}
+
+impl InstallPlan {
+    fn text(&self) -> String {
+        let ways: Vec<&str> = self.ways.iter().map(|way| way.as_str()).collect();
+        let first = self
+            .preparation
+            .text()
+            .map(|text| format!("{text}; "))
+            .unwrap_or_default();
+        let users = if self.daemon {
+            ", with build users and a daemon"
+        } else {
+            ""
+        };
+        format!("{first}Nix is installed by {}{users}", ways.join(", else "))
+    }
+}

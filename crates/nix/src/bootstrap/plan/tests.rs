@@ -1,0 +1,536 @@
+//! Every row of the machines that people run, and what holds over all combinations of facts.
+
+use super::*;
+use crate::bootstrap::machine::{BuildGroup, Socket, User};
+use crate::tool::FoundProgram;
+
+const CLOSURE_KNOWN: &str = releases::CLOSURE_VERSION;
+
+impl Machine {
+    /// An ordinary user of a fresh machine without Nix, `sudo` or user namespaces.
+    fn bare() -> Self {
+        Self {
+            user: User {
+                uid: 1001,
+                gid: 100,
+                name: Some("runner".into()),
+                home: Some("/home/runner".into()),
+            },
+            sudo: Sudo::None,
+            folder: Folder::Absent { makeable: false },
+            nix: None,
+            is_elsewhere: false,
+            socket: Socket::Absent,
+            build_group: BuildGroup::Missing,
+            namespaces: Namespaces::Forbidden {
+                obstacle: "user namespaces are forbidden by `user.max_user_namespaces = 0`".into(),
+                remedy: "Run `sysctl -w user.max_user_namespaces=15000` on the host.".into(),
+            },
+            apt: None,
+            is_interrupted: false,
+            opening: Opening::Untried,
+        }
+    }
+
+    fn root(mut self) -> Self {
+        self.user = User {
+            uid: 0,
+            gid: 0,
+            name: Some("root".into()),
+            home: Some("/root".into()),
+        };
+        self.sudo = Sudo::None;
+        if let Folder::Absent { makeable } = &mut self.folder {
+            *makeable = true;
+        }
+        self
+    }
+
+    fn sudo(self) -> Self {
+        Self {
+            sudo: Sudo::Allowed("/usr/bin/sudo".into()),
+            ..self
+        }
+    }
+
+    fn debian(self) -> Self {
+        Self {
+            apt: Some("/usr/bin/apt-get".into()),
+            ..self
+        }
+    }
+
+    fn namespaces(self) -> Self {
+        Self {
+            namespaces: Namespaces::Allowed,
+            ..self
+        }
+    }
+
+    fn folder(self, folder: Folder) -> Self {
+        Self { folder, ..self }
+    }
+
+    fn nix(self, program: &str) -> Self {
+        Self {
+            nix: Some(FoundProgram {
+                program: program.into(),
+                on_path: true,
+            }),
+            ..self
+        }
+    }
+
+    fn socket(self) -> Self {
+        Self {
+            socket: Socket::Present,
+            ..self
+        }
+    }
+
+    fn opening(self, opening: Opening) -> Self {
+        Self { opening, ..self }
+    }
+}
+
+/// What a job asks for that gives no input.
+fn job() -> Wanted {
+    Wanted {
+        is_for_children_alone: true,
+        ..Wanted::default()
+    }
+}
+
+fn check(machine: &Machine, expected: &str) {
+    check_wanted(machine, &job(), expected);
+}
+
+fn check_wanted(machine: &Machine, wanted: &Wanted, expected: &str) {
+    assert_eq!(plan(machine, wanted).summary(), expected, "{machine:?}");
+}
+
+const OURS: Folder = Folder::Used {
+    writable: true,
+    owner: 1001,
+};
+const OTHERS: Folder = Folder::Used {
+    writable: false,
+    owner: 0,
+};
+
+#[test]
+fn a_hosted_runner_installs_through_sudo_and_asks_it_for_the_folder_alone() {
+    check(
+        &Machine::bare().debian().namespaces().sudo(),
+        "install: `sudo` makes `/nix` for this user; Nix is installed by closure, else tarball",
+    );
+    let empty = Folder::Empty {
+        writable: false,
+        owner: 0,
+    };
+    check(
+        &Machine::bare().sudo().folder(empty),
+        "install: `sudo` makes `/nix` for this user; Nix is installed by closure, else tarball",
+    );
+}
+
+#[test]
+fn a_folder_that_the_user_can_write_to_needs_nobody() {
+    for folder in [
+        Folder::Empty {
+            writable: true,
+            owner: 1001,
+        },
+        OURS,
+    ] {
+        check(
+            &Machine::bare().sudo().folder(folder),
+            "install: Nix is installed by closure, else tarball",
+        );
+    }
+}
+
+#[test]
+fn root_needs_nothing_of_the_distribution() {
+    check(
+        &Machine::bare().root(),
+        "install: Nix is installed by closure, else tarball",
+    );
+    check(
+        &Machine::bare().debian().root(),
+        "install: Nix is installed by closure, else tarball, else distro",
+    );
+}
+
+#[test]
+fn without_sudo_the_job_has_a_store_of_its_own_or_the_obstacles_are_named() {
+    check(
+        &Machine::bare().namespaces(),
+        "rootless: there is no `/nix`, and user runner cannot make it, so the job gets a `/nix` that it alone sees",
+    );
+    let refused = Machine {
+        sudo: Sudo::Refused("a password is required".into()),
+        ..Machine::bare()
+    };
+    let Plan::Impossible { obstacle, remedy } = plan(&refused, &job()) else {
+        panic!("nothing is left");
+    };
+    assert_eq!(
+        obstacle,
+        "Nix is not installed on this machine: there is no `/nix`, and user runner cannot make it, and `sudo -n` \
+         refuses (a password is required), and user namespaces are forbidden by `user.max_user_namespaces = 0`"
+    );
+    assert!(
+        remedy.contains("install -d -o 1001 -g 100 -m 755 /nix"),
+        "{remedy}"
+    );
+    assert!(
+        remedy.contains("sysctl -w user.max_user_namespaces=15000"),
+        "{remedy}"
+    );
+    // Later steps would not see it.
+    let Plan::Impossible { obstacle, .. } = plan(&Machine::bare().namespaces(), &Wanted::default())
+    else {
+        panic!("a namespace would not do");
+    };
+    assert!(obstacle.contains("later steps"), "{obstacle}");
+}
+
+#[test]
+fn a_packaged_nix_without_a_store_gets_one_and_the_reason_is_the_true_one() {
+    let packaged = Machine::bare().nix("/usr/bin/nix");
+    check(
+        &packaged.clone().sudo(),
+        "repair: `sudo` makes `/nix` for this user",
+    );
+    check(
+        &packaged.clone().namespaces(),
+        "rootless: there is no `/nix`, and user runner cannot make it, so the job gets a `/nix` that it alone sees",
+    );
+    // Some versions have a store in the home folder then.
+    check(&packaged, "ready: the Nix of this machine is used as it is");
+    let denied = packaged.opening(Opening::Denied(
+        "creating directory '/nix': Permission denied".into(),
+    ));
+    check(
+        &denied,
+        "impossible: Nix is installed, and has no store: there is no `/nix`, and user runner cannot make it, and user \
+         namespaces are forbidden by `user.max_user_namespaces = 0`",
+    );
+    // A store that somebody named is none of this.
+    let elsewhere = Machine {
+        is_elsewhere: true,
+        ..denied
+    };
+    assert!(
+        plan(&elsewhere, &job())
+            .summary()
+            .contains("belongs to another user")
+    );
+}
+
+#[test]
+fn a_nix_with_a_store_or_a_daemon_is_used_whoever_owns_it() {
+    for machine in [
+        Machine::bare().nix("/usr/bin/nix").folder(OURS),
+        Machine::bare().nix("/usr/bin/nix").folder(OTHERS).socket(),
+        Machine::bare().nix("/usr/bin/nix").root(),
+        Machine {
+            is_elsewhere: true,
+            ..Machine::bare().nix("/usr/bin/nix").sudo()
+        },
+    ] {
+        check(&machine, "ready: the Nix of this machine is used as it is");
+    }
+}
+
+#[test]
+fn what_others_have_put_at_nix_is_neither_taken_nor_hidden() {
+    let machine = Machine::bare().sudo().namespaces().folder(OTHERS);
+    check(
+        &machine,
+        "rootless: `/nix` belongs to user 0, and user runner cannot write to it, so the job gets a `/nix` that it \
+         alone sees",
+    );
+    let inside = machine.nix("/nix/store/0-nix/bin/nix");
+    check(&inside, "ready: the Nix of this machine is used as it is");
+    assert!(
+        plan(&inside.opening(Opening::Denied("big-lock".into())), &job())
+            .summary()
+            .contains("belongs to another user")
+    );
+}
+
+#[test]
+fn a_read_only_folder_is_named_as_that() {
+    let machine = Machine::bare().root().folder(Folder::ReadOnly);
+    check(
+        &machine,
+        "impossible: Nix is not installed on this machine: `/nix` is mounted read-only",
+    );
+    check(
+        &Machine::bare()
+            .root()
+            .folder(Folder::Absent { makeable: false }),
+        "impossible: Nix is not installed on this machine: there is no `/nix`, and `/` cannot be written to",
+    );
+}
+
+#[test]
+fn what_opening_the_store_has_shown_is_repaired_by_root_alone() {
+    let nix = Machine::bare().nix("/usr/bin/nix").folder(OTHERS);
+    let dead = || Opening::DeadDaemon {
+        socket: "/s".into(),
+        problem: "Connection refused".into(),
+    };
+    let no_users = || Opening::Local {
+        no_build_users: Some("the group `nixbld` does not exist".into()),
+    };
+    check(
+        &nix.clone().opening(dead()),
+        "impossible: the Nix daemon does not answer at `/s`: Connection refused",
+    );
+    let root = nix.root();
+    check(
+        &root.clone().opening(dead()),
+        "repair: the daemon does not answer (Connection refused), so one is started for the job",
+    );
+    check(
+        &root.clone().opening(no_users()),
+        "repair: the group `nixbld` does not exist, so builds run as this user",
+    );
+    check(
+        &root.opening(Opening::Closed("database disk image is malformed".into())),
+        "impossible: the Nix store does not open: database disk image is malformed",
+    );
+}
+
+#[test]
+fn an_input_chooses_among_the_ways() {
+    let root = Machine::bare().debian().root();
+    let with = |installer, version: Option<&str>| Wanted {
+        installer,
+        version: version.map(|text| text.parse().expect("a version")),
+        ..job()
+    };
+    let path = "/nix/store/x30lnlgk1s16rynrfslbf8phr6h6rqf2-nix-2.31.2";
+    for (installer, version, expected) in [
+        (
+            Installer::Tarball,
+            None,
+            "install: Nix is installed by tarball",
+        ),
+        (
+            Installer::Distro,
+            None,
+            "install: Nix is installed by distro",
+        ),
+        (
+            Installer::Auto,
+            Some(path),
+            "install: Nix is installed by closure",
+        ),
+        (
+            Installer::Auto,
+            Some("2.34.7"),
+            "install: Nix is installed by tarball",
+        ),
+        (
+            Installer::Auto,
+            Some(CLOSURE_KNOWN),
+            "install: Nix is installed by closure, else tarball",
+        ),
+        (
+            Installer::Distro,
+            Some("2.34.7"),
+            "impossible: Nix is not installed on this machine and cannot be installed: Nix 2.34.7 is not to be had by \
+             `nix-installer: distro`",
+        ),
+        (
+            Installer::None,
+            None,
+            "impossible: Nix is not installed on this machine, and `nix-installer` is `none`",
+        ),
+    ] {
+        check_wanted(&root, &with(installer, version), expected);
+    }
+    let daemon = Wanted {
+        daemon: true,
+        ..job()
+    };
+    check_wanted(
+        &Machine::bare().root(),
+        &daemon,
+        "install: Nix is installed by closure, else tarball, with build users and a daemon",
+    );
+    assert!(
+        plan(&Machine::bare().sudo(), &daemon)
+            .summary()
+            .contains("takes root"),
+        "a daemon of an ordinary user serves nobody"
+    );
+}
+
+#[test]
+fn a_version_is_a_number_or_a_store_path() {
+    for good in [
+        "2.31.2",
+        "2.34",
+        "/nix/store/x30lnlgk1s16rynrfslbf8phr6h6rqf2-nix-2.31.2",
+    ] {
+        assert_eq!(good.parse::<NixVersion>().expect(good).to_string(), good);
+    }
+    for bad in [
+        "",
+        "2",
+        "latest",
+        "2.31.2.1",
+        "2..3",
+        "v2.31",
+        "/nix/store/x",
+        "../2.31",
+        "2.31.x",
+        "20241.1",
+    ] {
+        bad.parse::<NixVersion>().expect_err(bad);
+    }
+}
+
+/// Every combination of the facts.
+fn machines() -> Vec<Machine> {
+    let mut machines = vec![
+        Machine::bare(),
+        Machine::bare().root(),
+        Machine::bare().debian(),
+        Machine::bare().debian().root(),
+    ];
+    let mut each = |vary: &dyn Fn(&Machine) -> Vec<Machine>| {
+        machines = machines.iter().flat_map(vary).collect();
+    };
+    each(&|machine| vec![machine.clone(), machine.clone().namespaces()]);
+    each(&|machine| vec![machine.clone(), machine.clone().socket()]);
+    each(&|machine| {
+        let programs = ["/usr/bin/nix", "/nix/var/nix/profiles/default/bin/nix"];
+        let found = programs.map(|program| machine.clone().nix(program));
+        [vec![machine.clone()], found.to_vec()].concat()
+    });
+    each(&|machine| {
+        let sudo = [
+            Sudo::Untried("/s".into()),
+            Sudo::Allowed("/s".into()),
+            Sudo::Refused("no".into()),
+        ];
+        let sudo = sudo.into_iter().filter(|_| !machine.user.is_root());
+        let with = sudo.map(|sudo| Machine {
+            sudo,
+            ..machine.clone()
+        });
+        std::iter::once(machine.clone()).chain(with).collect()
+    });
+    each(&|machine| {
+        let folders = [
+            machine.folder.clone(),
+            Folder::Empty {
+                writable: true,
+                owner: 1,
+            },
+            Folder::Empty {
+                writable: false,
+                owner: 1,
+            },
+            Folder::Used {
+                writable: true,
+                owner: 1,
+            },
+            Folder::Used {
+                writable: false,
+                owner: 1,
+            },
+            Folder::ReadOnly,
+            Folder::NoFolder,
+        ];
+        folders
+            .map(|folder| machine.clone().folder(folder))
+            .to_vec()
+    });
+    each(&|machine| {
+        let openings = [
+            Opening::Untried,
+            Opening::Local {
+                no_build_users: None,
+            },
+            Opening::Remote,
+            Opening::Denied("denied".into()),
+            Opening::Closed("closed".into()),
+        ];
+        // What was not found was not opened.
+        let openings = openings
+            .into_iter()
+            .take(if machine.nix.is_some() { 5 } else { 1 });
+        openings
+            .map(|opening| machine.clone().opening(opening))
+            .collect()
+    });
+    machines
+}
+
+#[test]
+fn no_combination_of_facts_breaks_a_promise() {
+    let machines = machines();
+    assert!(machines.len() > 2000, "{}", machines.len());
+    let installers = [
+        Installer::Auto,
+        Installer::Closure,
+        Installer::Tarball,
+        Installer::Distro,
+        Installer::None,
+    ];
+    for machine in &machines {
+        for installer in installers {
+            for (daemon, alone) in [(false, false), (false, true), (true, true)] {
+                let wanted = Wanted {
+                    installer,
+                    daemon,
+                    is_for_children_alone: alone,
+                    ..Wanted::default()
+                };
+                keeps_its_promises(machine, &wanted);
+            }
+        }
+    }
+}
+
+fn keeps_its_promises(machine: &Machine, wanted: &Wanted) {
+    let planned = plan(machine, wanted);
+    let at = format!("{planned:?} for {machine:?}, {wanted:?}");
+    let root = machine.user.is_root();
+    match planned {
+        Plan::Ready => assert!(machine.nix.is_some(), "there is no Nix: {at}"),
+        Plan::Repair(steps) => assert!(machine.nix.is_some() && !steps.is_empty(), "{at}"),
+        Plan::Install(InstallPlan {
+            preparation, ways, ..
+        }) => {
+            assert!(machine.nix.is_none() && !ways.is_empty(), "{at}");
+            assert!(
+                wanted.installer != Installer::None,
+                "it was forbidden: {at}"
+            );
+            assert!(!ways.contains(&Way::Distro) || root, "{at}");
+            let sudo = preparation != Preparation::Nothing;
+            assert!(!sudo || matches!(machine.sudo, Sudo::Allowed(_)), "{at}");
+            assert!(
+                !sudo || !machine.folder.is_usable(),
+                "sudo is of no use: {at}"
+            );
+            let writes = ways != [Way::Distro];
+            assert!(!writes || sudo || machine.folder.is_usable(), "{at}");
+        }
+        Plan::Rootless(_) => assert!(
+            !root && wanted.is_for_children_alone && machine.namespaces == Namespaces::Allowed,
+            "{at}"
+        ),
+        Plan::Impossible { obstacle, remedy } => {
+            assert!(!obstacle.is_empty() && remedy.ends_with('.'), "{at}");
+        }
+    }
+}
