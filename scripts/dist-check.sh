@@ -111,4 +111,5 @@ done
 
 # The verdict comes first, because tables show one line.
 if [ ${#unproved[@]} -gt 0 ]; then verdict="NOT PROVED: ${unproved[*]}"; else verdict="proved: ${proved[*]}"; fi
+[ -n "${FLYWHEEL_PROVE_ARM64-}" ] || verdict+='; aarch64 by the sum of its sources'
 printf 'dist-check: %s\n' "$verdict" "${details[@]}"

@@ -1,6 +1,8 @@
 //! `dist/`: the launcher's behaviour with a binary of the tests' own, and the committed binaries where
 //! there is nothing but themselves.
 
+mod proof;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
