@@ -382,3 +382,22 @@ fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
     declared.sort_unstable();
     assert_eq!(set, declared);
 }
+
+#[test]
+fn the_plan_names_a_nix_that_nixpkgs_refuses() {
+    for (version, is_old) in [("2.8.0", true), ("2.34.8", false)] {
+        let run = Flywheel::new(&["setup", "--plan"]);
+        let bin = run.path("bin");
+        std::fs::create_dir(&bin).unwrap();
+        let nix = bin.join("nix");
+        std::fs::write(&nix, format!("#!/bin/sh\necho 'nix (Nix) {version}'\n")).unwrap();
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&nix, executable).unwrap();
+        let run = run.env("PATH", &format!("{}:/usr/bin:/bin", bin.display()));
+        let printed = run.run().stdout;
+        let line = printed.lines().find(|line| line.starts_with("version "));
+        let line = line.unwrap_or_else(|| panic!("{printed}"));
+        assert!(line.contains(version), "{line}");
+        assert_eq!(line.contains("older than 2.18"), is_old, "{line}");
+    }
+}

@@ -3,6 +3,7 @@
 use flywheel_core::exit::Exit;
 use flywheel_nix::bootstrap::machine::{Machine, Surroundings};
 use flywheel_nix::bootstrap::plan::{Impossible, Plan, Wanted, plan};
+use flywheel_nix::tool::Nix;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::data;
 
@@ -13,6 +14,15 @@ pub(super) async fn print(wanted: &Wanted, env: &Env) -> Exit {
     machine.try_socket(env).await;
     let planned = plan(&machine, wanted);
     let mut rows = machine.facts();
+    if let Some(found) = &machine.nix
+        && let Ok(nix) = Nix::detect(&found.program, env).await
+    {
+        let version = nix.version.too_old();
+        rows.push((
+            "version",
+            version.unwrap_or_else(|| nix.version.to_string()),
+        ));
+    }
     rows.extend_from_slice(Surroundings::read().rows());
     rows.push(("plan", planned.summary()));
     if let Plan::Impossible(Impossible { remedy, .. }) = &planned {
