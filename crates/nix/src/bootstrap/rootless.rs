@@ -16,12 +16,14 @@ use crate::store_location::home_of_user;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::namespace::{self, Limits, Obstacle, View};
-use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::env::{Env, current_folder};
 
 /// Where Nix has its store.
 const NIX: &str = "/nix";
 /// The name of the folder with everything of the store.
 const NAME: &str = "rootless";
+/// What Nix has made where it has opened the store.
+const DATABASE: &str = "nix/var/nix/db";
 /// Where state is kept that outlives a reboot, on every Linux (Filesystem Hierarchy Standard).
 const LASTING: &str = "/var/tmp";
 
@@ -220,7 +222,7 @@ impl Places {
             .or_else(|| home.as_ref().map(|home| home.join(".local/state")));
         let named = ["GITHUB_WORKSPACE", "CI_PROJECT_DIR"];
         let named = named.iter().filter_map(|name| env.path(name));
-        let current = std::env::current_dir().unwrap_or_default();
+        let current = current_folder().unwrap_or_default();
         // Some people have their settings in a checkout that is the home folder itself.
         let around = checkout_around(&current).filter(|checkout| home.as_ref() != Some(checkout));
         Self {
@@ -250,7 +252,7 @@ impl Places {
     fn with_store(&self) -> Option<PathBuf> {
         let usable = self.bases().filter(|base| self.check(base).is_ok());
         let mut places = usable.map(|base| self.own_folder(base).join(NAME));
-        places.find(|place| place.join("nix/store").is_dir() && make(place).is_ok())
+        places.find(|place| place.join(DATABASE).is_dir() && make(place).is_ok())
     }
 
     fn bases(&self) -> impl Iterator<Item = &PathBuf> {
@@ -362,9 +364,9 @@ mod tests {
         let mode = fs::metadata(&first).expect("made").mode();
         assert_eq!(mode & 0o777, 0o700);
         let state = base.path().join("state/flywheel/rootless");
-        fs::create_dir_all(state.join("nix/store")).expect("made");
+        fs::create_dir_all(state.join(DATABASE)).expect("made");
         assert_eq!(all.first_usable().expect("usable"), state);
-        fs::create_dir_all(first.join("nix/store")).expect("made");
+        fs::create_dir_all(first.join(DATABASE)).expect("made");
         assert_eq!(all.first_usable().expect("usable"), first);
     }
 

@@ -14,7 +14,7 @@ use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change,
     mount_remount, unmount,
 };
-use rustix::process::{chdir, getegid, geteuid, pivot_root};
+use rustix::process::{chdir, getcwd, getegid, geteuid, pivot_root};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags, set_capabilities};
 use thiserror::Error;
 
@@ -81,7 +81,7 @@ pub fn entered() -> Option<&'static View> {
 pub fn enter(view: &View) -> Result<Vec<PathBuf>, Refused> {
     let (user, group) = (geteuid().as_raw(), getegid().as_raw());
     // The same path leads to the same folder in the new root, but the old folder is not in it.
-    let current = std::env::current_dir().ok();
+    let current = getcwd(Vec::new()).ok();
     create().map_err(|error| Refused::new(Step::Create, "making the namespaces", error))?;
     map_user(user, group)?;
     let mounting = |action: &str| {
@@ -99,7 +99,7 @@ pub fn enter(view: &View) -> Result<Vec<PathBuf>, Refused> {
         change_root(view)?
     };
     if let Some(current) = current {
-        chdir(&current).map_err(mounting("returning to the current folder"))?;
+        chdir(current.as_c_str()).map_err(mounting("returning to the current folder"))?;
     }
     drop_rights().map_err(mounting("giving the namespace's rights up"))?;
     // It is set once: a second call finds the folder where it is wanted, and has no reason to be made.
