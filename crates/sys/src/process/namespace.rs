@@ -4,8 +4,10 @@
 
 mod obstacle;
 
+use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -81,7 +83,9 @@ pub fn entered() -> Option<&'static View> {
 pub fn enter(view: &View) -> Result<Vec<PathBuf>, Refused> {
     let (user, group) = (geteuid().as_raw(), getegid().as_raw());
     // The same path leads to the same folder in the new root, but the old folder is not in it.
-    let current = getcwd(Vec::new()).ok();
+    let current = getcwd(Vec::new())
+        .ok()
+        .map(|path| PathBuf::from(OsString::from_vec(path.into_bytes())));
     create().map_err(|error| Refused::new(Step::Create, "making the namespaces", error))?;
     map_user(user, group)?;
     let mounting = |action: &str| {
@@ -99,7 +103,7 @@ pub fn enter(view: &View) -> Result<Vec<PathBuf>, Refused> {
         change_root(view)?
     };
     if let Some(current) = current {
-        chdir(current.as_c_str()).map_err(mounting("returning to the current folder"))?;
+        chdir(&current).map_err(mounting("returning to the current folder"))?;
     }
     drop_rights().map_err(mounting("giving the namespace's rights up"))?;
     // It is set once: a second call finds the folder where it is wanted, and has no reason to be made.
