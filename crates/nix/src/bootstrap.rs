@@ -2,6 +2,7 @@
 //! installs one. Never runs an installer where Nix exists. Nothing but an installation outlives the
 //! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
+mod archive;
 pub(crate) mod closure;
 mod distro;
 mod install;

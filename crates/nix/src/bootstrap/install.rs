@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::archive::{self, ArchiveSource};
 use super::closure::{self, ClosureSource};
 use super::machine::Machine;
 use super::plan::{InstallPlan, NixVersion, Preparation, Wanted, Way};
@@ -60,7 +61,7 @@ impl Installer<'_> {
     async fn try_way(&self, way: Way) -> Result<Parts, String> {
         match way {
             Way::Closure => self.closure().await,
-            Way::Tarball => Err("is not built in yet".into()),
+            Way::Tarball => self.tarball().await,
             Way::Distro => self.distro().await,
         }
     }
@@ -99,6 +100,19 @@ impl Installer<'_> {
             }
         }
         Err(problems.join("; "))
+    }
+
+    async fn tarball(&self) -> Result<Parts, String> {
+        let source = ArchiveSource {
+            mirror: self.wanted.mirror.as_ref(),
+            version: match &self.wanted.version {
+                Some(NixVersion::Number(number)) => Some(number),
+                Some(NixVersion::Path(_)) | None => None,
+            },
+            roots: self.roots,
+        };
+        let installed = archive::install(&source, &self.host.nix, self.sink, self.deadline).await;
+        installed.map_err(|error| chain(&error))
     }
 
     async fn distro(&self) -> Result<Parts, String> {
