@@ -252,9 +252,12 @@ impl Host {
             ended => return ended,
         };
         // A cancelled job may have ended the installer half-way, and a Nix that is half there does not run either.
-        sink.note(format!(
-            "an installation of packages was interrupted on this machine ({error}): it is completed"
-        ));
+        let machine = Machine {
+            is_interrupted: true,
+            ..self.machine(env)
+        };
+        let summary = plan(&machine, wanted).summary();
+        sink.note(format!("plan: {summary} ({error})"));
         interrupted::complete(self, env, sink, work.deadline).await;
         work.ready().await
     }
