@@ -107,7 +107,7 @@ impl StagingError {
 pub(crate) enum Entered {
     /// Another job has installed Nix meanwhile: its program.
     Installed(PathBuf),
-    Staging(Staging),
+    Staging(Box<Staging>),
 }
 
 /// When the steps of `complete` had ended.
@@ -173,7 +173,7 @@ impl Staging {
             if let Some(program) = installed(&nix) {
                 return Ok(Entered::Installed(program));
             }
-            Self::begin(nix, folders, lock).map(Entered::Staging)
+            Self::begin(nix, folders, lock).map(|staging| Entered::Staging(Box::new(staging)))
         })
         .await
     }
