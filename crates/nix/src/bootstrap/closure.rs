@@ -280,6 +280,9 @@ async fn fill(
             let turns = Arc::clone(&turns);
             bodies.push(async move { receive::receive(cache, &info, staging, &turns).await });
         }
+        if infos.is_empty() && bodies.is_empty() {
+            return Ok(());
+        }
         tokio::select! {
             Some(info) = infos.next() => arrived = Some(info?),
             Some(body) = bodies.next() => {
@@ -290,7 +293,6 @@ async fn fill(
                 next_note += PROGRESS_INTERVAL;
                 sink.note(format!("{} of {} paths of Nix have come", fetched.done, known.len()));
             }
-            else => return Ok(()),
         }
     }
 }
