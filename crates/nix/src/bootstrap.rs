@@ -6,6 +6,7 @@ mod archive;
 mod build_users;
 pub(crate) mod closure;
 mod distro;
+mod examine;
 mod install;
 mod interrupted;
 pub mod machine;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::Instant;
 
+pub use self::examine::{Examined, examine};
 use self::install::{Installer, Parts};
 use self::machine::Machine;
 use self::plan::{Impossible, Plan, RepairStep, Wanted, plan};
