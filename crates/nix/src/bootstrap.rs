@@ -2,8 +2,11 @@
 //! installs one. Never runs an installer where Nix exists. Nothing but an installation outlives the
 //! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
+mod archive;
+mod build_users;
 pub(crate) mod closure;
 mod distro;
+mod examine;
 mod install;
 mod interrupted;
 pub mod machine;
@@ -11,6 +14,7 @@ pub mod plan;
 pub mod releases;
 mod repair;
 pub mod rootless;
+mod undo;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -19,10 +23,12 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::Instant;
 
+pub use self::examine::{Examined, examine};
 use self::install::{Installer, Parts};
 use self::machine::Machine;
 use self::plan::{Impossible, Plan, RepairStep, Wanted, plan};
 pub use self::repair::with_repairs;
+pub use self::undo::undo;
 use crate::ping::Opened;
 use crate::settings::Settings;
 use crate::store::Store;
@@ -199,6 +205,8 @@ pub(crate) struct Host {
     pub(crate) nix: PathBuf,
     /// Nix's own settings file.
     pub(crate) conf: PathBuf,
+    /// `/etc`.
+    pub(crate) etc: PathBuf,
     /// The folders that must not be world-writable.
     pub(crate) guarded: Vec<PathBuf>,
 }
@@ -212,6 +220,7 @@ impl Host {
             uid: rustix::process::geteuid().as_raw(),
             nix: "/nix".into(),
             conf: "/etc/nix/nix.conf".into(),
+            etc: "/etc".into(),
             guarded: GUARDED_FOLDERS.map(PathBuf::from).into(),
         }
     }
@@ -245,9 +254,12 @@ impl Host {
             ended => return ended,
         };
         // A cancelled job may have ended the installer half-way, and a Nix that is half there does not run either.
-        sink.note(format!(
-            "an installation of packages was interrupted on this machine ({error}): it is completed"
-        ));
+        let machine = Machine {
+            is_interrupted: true,
+            ..self.machine(env)
+        };
+        let summary = plan(&machine, wanted).summary();
+        sink.note(format!("plan: {summary} ({error})"));
         interrupted::complete(self, env, sink, work.deadline).await;
         work.ready().await
     }
@@ -307,9 +319,13 @@ impl Work<'_> {
             self.sink.note(format!("plan: {}", planned.summary()));
         }
         let installed = matches!(planned, Plan::Install(_));
+        let with_daemon = matches!(&planned, Plan::Install(install) if install.daemon);
         parts.extend(self.prepare(&machine, planned).await?);
         let opening = Instant::now();
         let mut ready = self.open(machine).await?;
+        if with_daemon {
+            repair::serve_others(&mut ready, self.sink, self.deadline).await;
+        }
         parts.push(("open", opening.elapsed()));
         ready.installed = installed;
         ready.parts = parts;

@@ -13,6 +13,7 @@ use crate::ping::{Opened, Ping, PingFailure, ping};
 use crate::settings::Settings;
 use crate::store_location::daemon_socket;
 use crate::tool::{self, Nix};
+use flywheel_core::progress::Sink;
 use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::CaptureError;
 use flywheel_sys::process::service::Service;
@@ -80,6 +81,24 @@ pub(super) async fn open_store(
             Ok(users_of(&machine.opening, &group))
         }
     }
+}
+
+/// Opens the store, and gives what became of that as a fact.
+///
+/// # Errors
+/// When Nix does not run, or does not print its settings.
+pub(super) async fn opening(
+    nix: &Nix,
+    machine: &Machine,
+    deadline: Instant,
+) -> Result<Opening, Error> {
+    let ping = ping_with_retries(nix, deadline).await?;
+    let settings = if machine.user.is_root() {
+        Some(Settings::read(nix).await?)
+    } else {
+        None
+    };
+    Ok(opening_of(nix, &ping, &build_group(settings)))
 }
 
 /// The group that builds take their users from; empty where they run as the current user on purpose. `settings` is `None`
@@ -290,6 +309,14 @@ async fn restart_daemon(
         }
     }
     Ok(users)
+}
+
+/// Starts a daemon for the other users of a store that root has just installed. The job itself does not need it.
+pub(super) async fn serve_others(ready: &mut Ready, sink: &Sink, deadline: Instant) {
+    match start_daemon(&ready.nix, deadline).await {
+        Ok(daemon) => ready.daemon = Some(daemon),
+        Err(problem) => sink.degraded("nix", format!("the Nix daemon did not start: {problem}")),
+    }
 }
 
 /// Starts the `nix-daemon` next to `nix`, and waits until the store opens through it.
