@@ -81,9 +81,13 @@ impl Cli {
     /// # Errors
     /// When such a store cannot be had, or is of no use to the verb. The inputs are checked before anything is made.
     pub(crate) fn enter_rootless_store(&self, env: &Env) -> Result<(), VerbError> {
-        if !rootless::is_needed(env) {
+        let works_on_store = matches!(
+            self.verb,
+            Verb::NixJob(_) | Verb::FlakeChecks(_) | Verb::Publish(_) | Verb::WatchStore(_)
+        );
+        let Some(need) = works_on_store.then(|| rootless::need(env)).flatten() else {
             return Ok(());
-        }
+        };
         let (viewers, undone) = match &self.verb {
             Verb::NixJob(inputs) => {
                 inputs.check(env)?;
@@ -96,13 +100,13 @@ impl Cli {
             Verb::Publish(inputs) if inputs.are_in_rootless_store(env) => {
                 (Viewers::Children, "nothing was published")
             }
-            Verb::WatchStore(inputs) if inputs.is_watch() && !rootless::is_nix_there(env) => {
+            Verb::WatchStore(inputs) if inputs.is_watch() && !need.is_nix_there => {
                 inputs.check(env)?;
                 (Viewers::Others, "nothing is watched")
             }
             _ => return Ok(()),
         };
-        Ok(job::rootless::enter(env, viewers, undone)?)
+        Ok(job::rootless::enter(env, need, viewers, undone)?)
     }
 
     /// Runs the verb that was asked for.

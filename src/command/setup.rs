@@ -1,6 +1,8 @@
 //! `flywheel setup`: puts the program on `PATH` and the runtime contract into the job's environment,
 //! each variable only if it is valid and what it names can be reached. Never exports a token.
 
+mod plan;
+
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,12 +10,14 @@ use std::time::Duration;
 use clap::Args;
 use thiserror::Error;
 
+use crate::inputs::nix::NixInputs;
 use crate::inputs::{
-    Address, BazelCacheInput, Hints, ServerInputs, TrustInputs, address, http_address, or_hint,
-    public_key,
+    Address, BY_HAND, BazelCacheInput, Hints, ServerInputs, TrustInputs, address, http_address,
+    or_hint, public_key,
 };
 use flywheel_core::exit::{Exit, Explain, UsageError, VerbError};
 use flywheel_core::trust::{Decision, decide};
+use flywheel_nix::bootstrap;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::PublicKey;
 use flywheel_sys::http::{Names, reach, redact};
@@ -34,10 +38,11 @@ const REACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Nothing is published: `--push-cache` and `--trusted-refs` only decide the outputs `trust`,
 /// `publishes` and `reason`.
 ///
-/// Outside of a job it prints the exports for a shell.
+/// Outside of a job it prints the exports for a shell. With `--plan` it prints which machine this is and how Nix would be made
+/// ready on it.
 #[derive(Args, Debug)]
 #[command(
-    after_help = "Example:\n  eval \"$(flywheel setup --attic-server https://attic.example.org/)\""
+    after_help = "Examples:\n  eval \"$(flywheel setup --attic-server https://attic.example.org/)\"\n  flywheel setup --plan"
 )]
 pub(crate) struct Inputs {
     #[command(flatten)]
@@ -48,6 +53,17 @@ pub(crate) struct Inputs {
 
     #[command(flatten)]
     trust: TrustInputs,
+
+    /// Print which machine this is, and how a job on it gets a working Nix, and do nothing else (default: set the job up).
+    #[arg(long, help_heading = BY_HAND)]
+    plan: bool,
+
+    /// Take back the Nix that Flywheel has installed on this machine, and do nothing else (default: set the job up).
+    #[arg(long, help_heading = BY_HAND, conflicts_with = "plan")]
+    undo: bool,
+
+    #[command(flatten, next_help_heading = BY_HAND)]
+    nix: NixInputs,
 }
 
 /// Why the job's environment was not set up.
@@ -82,6 +98,14 @@ impl Explain for Error {
 pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let request = inputs.trust.request();
     let workflow = Workflow::new(env.in_github_actions());
+    let nix = inputs.nix.wanted(None)?;
+    if inputs.plan {
+        return Ok(plan::print(&nix, env).await);
+    }
+    if inputs.undo {
+        data(&bootstrap::undo(env).await?);
+        return Ok(Exit::Ok);
+    }
     let wanted = Wanted::read(&inputs, env, &workflow)?;
     let decision = decide(&context::facts(env), &request, context::token_present(env));
     let exports = wanted.reachable(&workflow).await;

@@ -14,7 +14,6 @@ use flywheel_nix::bootstrap::releases;
 
 /// How Nix is installed where there is none.
 #[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Nix")]
 pub(crate) struct NixInputs {
     /// How Nix is installed where there is none: as a `closure` from a binary cache, as a `tarball`, which is a release
     /// archive, by the package manager of the distribution (`distro`; as root, on Debian and its like), or with `auto` by the first

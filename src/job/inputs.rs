@@ -40,7 +40,7 @@ pub(crate) struct JobInputs {
     #[command(flatten)]
     host: HostInputs,
 
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Nix")]
     nix: NixInputs,
 
     #[command(flatten)]

@@ -2,7 +2,7 @@
 //! say of it.
 
 use flywheel_core::exit::Failure;
-use flywheel_nix::bootstrap::rootless::{self, Viewers};
+use flywheel_nix::bootstrap::rootless::{self, Need, Viewers};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::Workflow;
 
@@ -13,10 +13,9 @@ use super::report::report_not_started;
 ///
 /// # Errors
 /// When there can be no such store. It has been reported to the runner; this process must end then.
-pub(crate) fn enter(env: &Env, viewers: Viewers, undone: &str) -> Result<(), Failure> {
-    let entered = rootless::enter(env, viewers).map_err(|error| {
-        report_not_started(&error, env, undone);
-        error
+pub(crate) fn enter(env: &Env, need: Need, viewers: Viewers, undone: &str) -> Result<(), Failure> {
+    let entered = rootless::enter(env, need, viewers).inspect_err(|error| {
+        report_not_started(error, env, undone);
     })?;
     let workflow = Workflow::new(env.in_github_actions());
     workflow.log(&format!("flywheel: {}", entered.sentence()));

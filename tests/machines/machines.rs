@@ -7,6 +7,8 @@ pub(crate) enum Story {
     Demo,
     /// `validate-builders`.
     Canary,
+    /// The README's own workflow under act.
+    Workflow,
 }
 
 impl Story {
@@ -14,6 +16,7 @@ impl Story {
         match self {
             Self::Demo => "demo",
             Self::Canary => "canary",
+            Self::Workflow => "workflow",
         }
     }
 }
@@ -47,6 +50,14 @@ const fn canary(name: &'static str, end: End) -> Machine {
     Machine {
         name,
         story: Story::Canary,
+        end,
+    }
+}
+
+const fn workflow(name: &'static str, end: End) -> Machine {
+    Machine {
+        name,
+        story: Story::Workflow,
         end,
     }
 }
@@ -120,6 +131,14 @@ pub(crate) const MACHINES: &[Machine] = &[
     demo(
         "fifo-event",
         Passes(&["0 lost (not publishing: the event payload is unreadable"]),
+    ),
+    workflow(
+        "debian-12-sudo",
+        Passes(&[
+            "`sudo` makes `/nix`",
+            "1 built, 2 published, 2 verified, 0 lost",
+            "Job succeeded",
+        ]),
     ),
     canary("no-nix-command", Passes(&[])),
     canary("no-nixbld", Passes(&[])),

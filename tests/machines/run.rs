@@ -5,10 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use sha2::{Digest as _, Sha256};
+
 use crate::machines::Story;
 
 /// A machine that is not done by then is ended and fails. The slowest takes 20 s on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(150);
+/// The binary's name in `dist/`.
+const BINARY: &str = "flywheel-x86_64-linux";
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What all machines share.
@@ -52,6 +56,7 @@ impl Rig {
             rustix::process::geteuid().is_root(),
             "machines have mounts and users of their own: run this as root"
         );
+        put_checkout(repository, binary);
         let mut rig = Self {
             repository: repository.to_owned(),
             binary: binary.to_owned(),
@@ -137,6 +142,29 @@ impl Rig {
             std::thread::sleep(POLL_INTERVAL);
         }
     }
+}
+
+/// Makes this checkout as GitHub hands it to a job, in `target/machines/checkout`: the actions, and the binary that is tried
+/// with its sum, behind the launcher.
+fn put_checkout(repository: &Path, binary: &Path) {
+    let checkout = repository.join("target/machines/checkout");
+    let _ = fs::remove_dir_all(&checkout);
+    fs::create_dir_all(checkout.join("dist")).unwrap();
+    let copied = Command::new("cp")
+        .args(["--recursive", "action.yml", "actions"])
+        .arg(&checkout)
+        .current_dir(repository)
+        .status();
+    assert!(copied.unwrap().success(), "`cp` failed");
+    let dist = checkout.join("dist");
+    fs::copy(repository.join("dist/flywheel"), dist.join("flywheel")).unwrap();
+    let bytes = fs::read(binary).unwrap();
+    let sum: String = Sha256::digest(&bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    fs::copy(binary, dist.join(BINARY)).unwrap();
+    fs::write(dist.join("SHA256SUMS"), format!("{sum}  {BINARY}\n")).unwrap();
 }
 
 fn read(folder: &Path, ended: Result<(), String>) -> Left {

@@ -24,7 +24,7 @@ const FLAKE: &str = r#"
         plain = build "plain" "test ! -e /area; read line < ${dependency}; echo $line two > $out";
         program = build "program" ''
           /bin/busybox mkdir -p $out/bin
-          echo '#!/bin/sh' > $out/bin/program
+          echo '#!/bin/bash' > $out/bin/program
           echo 'exec ${libraries}/loader --library-path ${libraries} ${libraries}/env echo dynamic' >> $out/bin/program
           /bin/busybox chmod +x $out/bin/program
         '';
@@ -55,8 +55,7 @@ cp "$(find /usr/lib -name libc.so.6)" /area/work/libraries/
 printf '%s' '{"ref":"refs/heads/main","before":"2222222222222222222222222222222222222222",' \
   '"after":"1111111111111111111111111111111111111111","created":false,"deleted":false,"forced":false,' \
   '"repository":{"full_name":"octo-org/octo-repo","default_branch":"main","fork":false}}' >/area/push.json
-for file in output summary; do : >/out/$file; done
-chown -R 1000:1000 /area /out/output /out/summary
+chown -R 1000:1000 /area
 cd /area/work
 store=/area/tools/flywheel-1000/rootless
 
@@ -67,7 +66,7 @@ step() {
     GITHUB_REF=refs/heads/main GITHUB_REF_TYPE=branch GITHUB_REF_NAME=main GITHUB_REF_PROTECTED=true \
     GITHUB_REPOSITORY=octo-org/octo-repo GITHUB_JOB=job GITHUB_RUN_ID=1 GITHUB_RUN_ATTEMPT=1 \
     GITHUB_SHA=1111111111111111111111111111111111111111 GITHUB_EVENT_PATH=/area/push.json GITHUB_WORKSPACE=/area/work \
-    GITHUB_OUTPUT=/out/output GITHUB_STEP_SUMMARY=/out/summary RUNNER_TEMP=/area/temp RUNNER_TOOL_CACHE=/area/tools \
+    GITHUB_OUTPUT=/area/output GITHUB_STEP_SUMMARY=/area/summary RUNNER_TEMP=/area/temp RUNNER_TOOL_CACHE=/area/tools \
     RUNNER_ENVIRONMENT=self-hosted FLYWHEEL_PUSH_CACHE=true "$@"
 }
 nix_job() {
@@ -79,6 +78,8 @@ must() {
   echo "NOT SO: $*"
   exit 70
 }
+# The last output of this name, as the runner reads it.
+outcome() { grep -A1 '^outcome<<' /area/output | tail -n 1; }
 mounts() { sort /proc/self/mounts; }
 mounts >/out/mounts-before
 "#;
@@ -104,37 +105,37 @@ nix_job '
   test "$(id -u)" = 1000
   test "$PWD" = /area/work
   ! grep -q "CapEff:.*[1-9a-f]" /proc/self/status
-  nix build path:.#plain --out-link result
-  test "$(cat result)" = "one two"
-  nix run path:.#program >/out/summary.run 2>/dev/null || nix run path:.#program
+  nix build path:.#plain --out-link ../result
+  test "$(cat ../result)" = "one two"
   test "$(nix run path:.#program)" = dynamic
-  nix-store --query --hash "$(readlink result)" >/area/hash
-  readlink result >/area/path
+  nix-store --query --hash "$(readlink ../result)" >/area/hash
+  readlink ../result >/area/path
   ls / >/area/entries
-' >/out/log 2>&1
+' >/out/said 2>&1
 code=$?
-cat /out/log
+cat /out/said
 must test $code = 0
-must grep -q ', 0 lost$\|, 0 lost ' /out/log
-must grep -q '^outcome=success' /out/output
-must grep -q "its files are in .$store/nix., which this job alone sees as ./nix." /out/summary
+must grep -q ', 0 lost$\|, 0 lost ' /out/said
+must test "$(outcome)" = success
+must grep -q "its files are in .$store/nix., which this job alone sees as ./nix." /area/summary
 must test -d "$store/nix/var/nix/db"
 must test "$(stat -c %a "$store")" = 700
 must test ! -e /nix
 must test ! -e /home/alice/.local/share/nix/root
-must test -L /area/work/result
+must test -L /area/result
 ls / >/out/entries
 must test "$(cat /out/entries)" = "$(grep -vx nix /area/entries)"
 mounts >/out/mounts-after
-must cmp /out/mounts-before /out/mounts-after
+must test "$(cat /out/mounts-after)" = "$(cat /out/mounts-before)"
 
 # A later step sees the same store.
-step /fly/flywheel nix-job --command 'nix path-info ./result' >/out/log 2>&1 || { cat /out/log; exit 70; }
+step /fly/flywheel nix-job --command 'nix path-info ../result' >/out/said 2>&1 || { cat /out/said; exit 70; }
 
 # What an ordinary machine makes of it, as root with a store at /nix.
 mkdir /nix
 printf 'build-users-group =\n' >>/etc/nix/nix.conf
-ordinary=$(nix build path:.#plain --no-link --print-out-paths 2>/dev/null || { nix build path:.#plain --out-link /out/ordinary && readlink /out/ordinary; })
+nix build path:.#plain --out-link /out/ordinary || exit 70
+ordinary=$(readlink /out/ordinary)
 must test "$ordinary" = "$(cat /area/path)"
 must test "$(nix-store --query --hash "$ordinary")" = "$(cat /area/hash)"
 "#,
@@ -167,22 +168,49 @@ fn nothing_of_the_hosts_nix_is_seen_and_nothing_is_left_of_a_killed_job() {
         "2.34.8",
         r#"
 mkdir -p /nix/store/planted
-nix_job 'test ! -e /nix/store/planted; exit 37' >/out/log 2>&1
+# `sudo` is there, and of no use.
+mkdir /area/bin
+printf '#!/bin/bash\necho a password is required >&2\nexit 1\n' >/area/bin/sudo
+chmod +x /area/bin/sudo
+step env PATH=/area/bin:/usr/bin:/bin /fly/flywheel nix-job --command 'test ! -e /nix/store/planted; exit 37' >/out/said 2>&1
 must test $? = 37
 
-step timeout --signal=INT --kill-after=20 1 /fly/flywheel nix-job --command 'sleep 600' >/out/log 2>&1
+step timeout --signal=INT --kill-after=20 1 /fly/flywheel nix-job --command 'sleep 600' >/out/said 2>&1
 must test $? = 124
-must grep -q '^outcome=cancelled' /out/output
+must test "$(outcome)" = cancelled
 
-step /fly/flywheel nix-job --command 'echo $PPID >/area/pid; mkfifo /area/fifo; read line </area/fifo' >/out/log 2>&1 &
+step /fly/flywheel nix-job --command 'echo $PPID >/area/pid; mkfifo /area/fifo; read line </area/fifo' >/out/said 2>&1 &
 end=$((SECONDS + 20))
-until [ -p /area/fifo ]; do [ $SECONDS -lt $end ] || { cat /out/log; exit 70; }; sleep 0.02; done
+until [ -p /area/fifo ]; do [ $SECONDS -lt $end ] || { cat /out/said; exit 70; }; sleep 0.02; done
 must kill -KILL "$(cat /area/pid)"
 wait $!
 mounts >/out/mounts-after
-must cmp /out/mounts-before /out/mounts-after
+must test "$(cat /out/mounts-after)" = "$(cat /out/mounts-before)"
 must test -d /nix/store/planted
-nix_job 'nix build path:.#plain --out-link result; cat result' >/out/log 2>&1 || { cat /out/log; exit 70; }
+nix_job 'nix build path:.#plain --out-link ../result; cat ../result' >/out/said 2>&1 || { cat /out/said; exit 70; }
+"#,
+    );
+}
+
+#[test]
+fn the_store_is_in_the_home_folder_or_where_every_user_can_write() {
+    passed(
+        "2.8.0",
+        r#"
+step env -u HOME -u RUNNER_TOOL_CACHE /fly/flywheel nix-job --command 'nix store ping' >/out/said 2>&1
+must test $? = 0
+must test -d /home/alice/.local/state/flywheel/rootless/nix/var/nix/db
+
+# A home folder that cannot be written to, a tool cache in the checkout, and a name that another user has taken.
+rm -rf /home/alice/.local
+chown 0:0 /home/alice
+mkdir -p /var/tmp
+chmod 1777 /var/tmp
+mkdir -m 755 /var/tmp/flywheel-1000
+step env RUNNER_TOOL_CACHE=/area/work/tools /fly/flywheel nix-job --command 'nix store ping' >/out/said 2>&1
+must test $? = 0
+must test ! -e /area/work/tools
+must test -n "$(find /var/tmp -path '/var/tmp/flywheel-1000-*/rootless/nix/store')"
 "#,
     );
 }
@@ -192,9 +220,9 @@ fn what_an_earlier_step_built_is_published_by_a_later_one() {
     passed(
         "2.26.3",
         r#"
-nix_job 'nix build path:.#plain --out-link result' >/out/log 2>&1 || { cat /out/log; exit 70; }
+nix_job 'nix build path:.#plain --out-link ../result' >/out/said 2>&1 || { cat /out/said; exit 70; }
 export log=/out/publish
-step /fly/flywheel publish ./result >$log 2>&1
+step /fly/flywheel publish ../result >$log 2>&1
 must grep -q 'rootless/nix' $log
 step /fly/flywheel publish /nix/store/00000000000000000000000000000000-other >$log 2>&1
 must test $? != 0
@@ -210,7 +238,7 @@ fn refused(version: &str, script: &str, words: &[&str]) {
         &format!(
             "began=$(date +%s%N)\n{script}\ncode=$?\necho $((($(date +%s%N) - began) / 1000000)) >/out/took\n\
              must test $code = 69\nmust test ! -e $store\nmust test ! -e /home/alice/.local/state/flywheel/rootless\n\
-             grep -q '^outcome=not-started' /out/output || echo 'no outcome' >/out/missing"
+             must test \"$(outcome)\" = not-started"
         ),
     );
     assert_eq!(ran.code, 0, "{}", ran.log);
@@ -226,7 +254,7 @@ fn a_setting_of_the_kernel_that_forbids_it_is_named() {
     // The settings are those of the user namespace that they are written in.
     refused(
         "2.34.8",
-        "step unshare --user --map-current-user --keep-caps sh -c 'echo 0 >/proc/sys/user/max_user_namespaces; exec setpriv \
+        "step unshare --user --map-current-user --keep-caps bash -c 'echo 0 >/proc/sys/user/max_user_namespaces; exec setpriv \
          --ambient-caps=-all --inh-caps=-all \"$@\"' - /fly/flywheel nix-job --command true",
         &[
             "there is no `/nix`",
@@ -237,7 +265,7 @@ fn a_setting_of_the_kernel_that_forbids_it_is_named() {
     );
     refused(
         "2.8.0",
-        "step unshare --user --map-current-user --keep-caps sh -c 'echo 0 >/proc/sys/user/max_mnt_namespaces; exec setpriv \
+        "step unshare --user --map-current-user --keep-caps bash -c 'echo 0 >/proc/sys/user/max_mnt_namespaces; exec setpriv \
          --ambient-caps=-all --inh-caps=-all \"$@\"' - /fly/flywheel flake-checks",
         &[
             "`user.max_mnt_namespaces = 0`",
@@ -251,7 +279,7 @@ fn a_chroot_is_named() {
     refused(
         "2.34.8",
         "mkdir /other && for folder in usr dev proc area home out etc fly; do mkdir /other/$folder; \
-         mount --rbind /$folder /other/$folder; done; for folder in bin lib lib64; do ln -s usr/$folder /other/$folder; \
+         busybox mount -o rbind /$folder /other/$folder; done; for folder in bin lib lib64; do ln -s usr/$folder /other/$folder; \
          done; in=/other/in.sh; declare -f step >$in; echo 'cd /area/work; step /fly/flywheel nix-job --command true' >>$in; \
          chroot /other /bin/bash /in.sh",
         &["user namespaces cannot be made inside a `chroot`"],
@@ -262,9 +290,9 @@ fn a_chroot_is_named() {
 fn a_watch_that_later_steps_could_not_see_is_refused() {
     refused(
         "2.34.8",
-        "mount --bind /dev/null /usr/bin/nix; step /fly/flywheel watch-store start",
+        "busybox mount --bind /dev/null /usr/bin/nix; step /fly/flywheel watch-store start",
         &[
-            "by no others",
+            "to no others",
             "`flywheel nix-job`",
             "`install -d -o 1000 -g 1000 /nix`",
         ],
@@ -276,7 +304,7 @@ fn a_wrong_input_comes_first_and_makes_nothing() {
     passed(
         "2.34.8",
         r#"
-step /fly/flywheel nix-job --working-directory /area/nowhere --command true >/out/log 2>&1
+step /fly/flywheel nix-job --working-directory /area/nowhere --command true >/out/said 2>&1
 must test $? = 64
 must test ! -e /area/tools/flywheel-1000
 "#,

@@ -10,6 +10,7 @@ use url::Url;
 use super::check_list::Weights;
 use crate::command::cache_contract::unknown_class;
 use crate::command::contract::ContractInput;
+use crate::inputs::nix::NixInputs;
 use crate::inputs::value::{Invalid, number, path, text, value, variant};
 use crate::inputs::{
     BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, RequestInputs,
@@ -21,6 +22,7 @@ use flywheel_core::contract::{Class, Contract, Lane, Requirement, SharedCache, S
 use flywheel_core::exit::{UsageError, VerbError};
 use flywheel_core::text::one_line;
 use flywheel_core::trust::Request;
+use flywheel_nix::bootstrap::plan::Wanted;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::store_path::StorePath;
 use flywheel_sys::runner::env::Env;
@@ -94,6 +96,9 @@ pub(crate) struct Inputs {
     #[command(flatten)]
     host: HostInputs,
 
+    #[command(flatten, next_help_heading = "Nix")]
+    install: NixInputs,
+
     #[command(flatten)]
     cache: CacheInputs,
 
@@ -153,6 +158,8 @@ pub(super) struct Plan {
     pub(crate) memory: Option<Size>,
     pub(crate) tools: Vec<(String, Requirement)>,
     pub(crate) nix: Option<Requirement>,
+    /// How a job would install Nix where there is none.
+    pub(crate) install: Wanted,
     pub(crate) shared_cache: SharedCache,
     pub(crate) flake: Option<String>,
     pub(crate) package: Option<String>,
@@ -201,6 +208,7 @@ impl Plan {
                 .map(|(tool, wanted)| (tool.to_owned(), wanted.clone()))
                 .collect(),
             nix: class.tools.get("nix").cloned(),
+            install: inputs.install.wanted(None)?,
             shared_cache: contract.shared_cache.clone(),
             flake: (inputs.flake.flake.clone())
                 .or_else(|| Path::new("flake.nix").is_file().then(|| ".".to_owned())),

@@ -1,5 +1,6 @@
 //! Checks of a builder that builds with Nix: Nix is there, its store opens, it evaluates, and it builds what no cache
-//! can have. Repairs nothing: a job works around a fault, and the canary reports it.
+//! can have. What a job repairs by itself, from the same plan, passes and is named with what it takes; nothing is repaired
+//! here.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +10,9 @@ use super::inputs::Plan;
 use crate::job::store_host::survey;
 use crate::report::canary::Verdict;
 use flywheel_core::text::{count, one_line};
+use flywheel_nix::bootstrap::machine::Machine;
+use flywheel_nix::bootstrap::plan::Impossible;
+use flywheel_nix::bootstrap::{self, with_repairs};
 use flywheel_nix::effective_settings::untrusted_store;
 use flywheel_nix::ping::{Opened, Ping, PingFailure, ping};
 use flywheel_nix::settings::Settings;
@@ -67,11 +71,18 @@ pub(super) async fn checks(
 
 /// Runs the checks until one fails that all later ones depend on.
 async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> Option<Built> {
-    let program = list.check(PRESENT, |_| async { present(env) }).await?;
+    let found = list.check(PRESENT, |_| present(plan, env)).await?;
+    let Some(program) = found else {
+        for spec in ALL.into_iter().skip(1) {
+            list.skip(spec, "there is no Nix yet, and `nix-job` installs one");
+        }
+        return None;
+    };
     let nix = list
         .check(VERSION, |limit| version(plan, &program, env, limit))
         .await?;
-    list.check(OPENS, |limit| opens(&nix, limit)).await?;
+    // As a job would use it.
+    let nix = list.check(OPENS, |limit| opens(nix, env, limit)).await?;
     list.check(FEATURES, |limit| features(&nix, env, limit))
         .await?;
     let taken = list.check(TAKES, |limit| takes(&nix, plan, limit)).await;
@@ -116,20 +127,36 @@ async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> O
     Some(Built { nix, path })
 }
 
-fn present(env: &Env) -> Found<PathBuf> {
+/// Finds the program; none where a job installs it.
+async fn present(plan: &Plan, env: &Env) -> Found<Option<PathBuf>> {
     let found = find(env, &WELL_KNOWN.map(PathBuf::from));
     match found {
         Some(found) if found.on_path => {
             let text = found.program.display().to_string();
-            Ok((found.program, text))
+            Ok((Some(found.program), text))
         }
         Some(found) => Err(CheckFailure::new(
             format!("Nix is at `{}`, and not on `PATH`", found.program.display()),
             "Put its folder on `PATH` in the runner's image; `flywheel setup` and `nix-job` find it there.",
         )),
-        None => Err(CheckFailure::new(
-            "there is no `nix` on `PATH`, nor where installers put it",
-            "Put Nix into the runner's image (Debian and Ubuntu: `apt-get install nix-bin`).",
+        None => to_be_installed(plan, env).await,
+    }
+}
+
+/// What a job does on a machine without Nix.
+async fn to_be_installed(plan: &Plan, env: &Env) -> Found<Option<PathBuf>> {
+    let mut machine = Machine::read(env);
+    machine.try_sudo(env).await;
+    match bootstrap::plan::plan(&machine, &plan.install) {
+        bootstrap::plan::Plan::Impossible(Impossible { obstacle, remedy }) => {
+            Err(CheckFailure::new(obstacle, remedy))
+        }
+        planned => Ok((
+            None,
+            format!(
+                "there is no Nix yet: `nix-job` repairs this ({})",
+                planned.summary()
+            ),
         )),
     }
 }
@@ -158,8 +185,7 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
     }
 }
 
-/// Checks the experimental features without those that our own calls enable: a job has only what the installation
-/// enables.
+/// Checks the experimental features without those that our own calls, and a job's settings, switch on.
 async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
     let mut variables = nix.variables();
     variables.insert(
@@ -170,16 +196,15 @@ async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
         Tool::new(&nix.program)
             .envs(variables)
             .args(["eval", "--expr", "builtins ? getFlake"]);
-    let hint = "Add `experimental-features = nix-command flakes` to `/etc/nix/nix.conf` on the runner, or to `NIX_CONFIG`.";
     let output = tool
         .run(limit)
         .await
         .map_err(|error| CheckFailure::new(error.to_string(), "Look at what Nix waits for."))?;
     match (output.status.success(), output.text().trim()) {
         (true, "true") => Ok(((), "`nix-command` and `flakes` are on".to_owned())),
-        (true, _) => Err(CheckFailure::new("`flakes` is off", hint)),
+        (true, _) => Ok(((), switched_on("flakes"))),
         (false, _) if output.stderr.contains("'nix-command' is disabled") => {
-            Err(CheckFailure::new("`nix-command` is off", hint))
+            Ok(((), switched_on("nix-command")))
         }
         (false, _) => Err(failure_of_call(
             "nix eval",
@@ -189,11 +214,26 @@ async fn features(nix: &Nix, env: &Env, limit: Duration) -> Found<()> {
     }
 }
 
-async fn opens(nix: &Nix, limit: Duration) -> Found<()> {
-    match ping(nix, limit).await {
+/// What a job does about a feature that the settings of the host leave off.
+fn switched_on(feature: &str) -> String {
+    format!(
+        "`{feature}` is off in the host's settings: `nix-job` repairs this (a line in the `NIX_CONFIG` of the job's command)"
+    )
+}
+
+/// Opens the store; gives Nix with what a job would repair.
+async fn opens(nix: Nix, env: &Env, limit: Duration) -> Found<Nix> {
+    match ping(&nix, limit).await {
         Ok(Ping::Open(opened)) => {
-            let place = place(nix, &opened).await;
-            Ok(((), format!("it is `{}`, {place}", shown(&opened.url))))
+            let place = place(&nix, &opened).await;
+            let mut text = format!("it is `{}`, {place}", shown(&opened.url));
+            let (nix, problems) = with_repairs(&nix, &opened, env)
+                .await
+                .map_err(|error| classed(with_cause(&error), "Look at Nix's settings on the runner."))?;
+            for problem in problems {
+                text.push_str(&format!("; {problem}: `nix-job` repairs this (builds run as the job's user)"));
+            }
+            Ok((nix, text))
         }
         Ok(Ping::Failed(failure @ (PingFailure::NoDaemon(_) | PingFailure::PermissionDenied(_)))) => Err(CheckFailure::new(
             failure.text(),

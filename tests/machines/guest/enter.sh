@@ -36,6 +36,14 @@ for file in flywheel busybox; do : >"fly/$file"; done
 mount --bind "$flywheel" fly/flywheel
 mount --bind "$tools/nix-2.34.8/usr/bin/busybox" fly/busybox
 cp -r "$repository/examples/hello" fly/hello
+cp "$repository/README.md" fly/
+# This checkout as a workflow uses it, with the binary that is tried, and act.
+if [ -d "$repository/target/machines/checkout" ]; then
+  mkdir fly/checkout
+  mount --bind "$repository/target/machines/checkout" fly/checkout
+  : >fly/act
+  mount --bind "$tools/bin/act" fly/act
+fi
 if [ -d "$tools/nix-closure/zstd" ]; then
   mkdir fly/closure
   mount --bind "$tools/nix-closure" fly/closure

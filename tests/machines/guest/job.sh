@@ -92,12 +92,17 @@ in_job() {
   as_user "$@"
 }
 
-# Runs a verb as the job; leaves its log, its exit code and the seconds that it took.
-job() {
+# Runs a command; leaves its log, its exit code and the seconds that it took.
+timed() {
   code=0
   started=$(/fly/busybox awk '{print $1}' /proc/uptime)
-  in_job /fly/busybox timeout -k 5 100 /fly/flywheel "$@" </dev/null >/out/log 2>&1 || code=$?
+  "$@" </dev/null >/out/log 2>&1 || code=$?
   ended=$(/fly/busybox awk '{print $1}' /proc/uptime)
   echo "$code" >/out/exit
   /fly/busybox awk "BEGIN { print $ended - $started }" >/out/seconds
+}
+
+# Runs a verb as the job.
+job() {
+  timed in_job /fly/busybox timeout -k 5 100 /fly/flywheel "$@"
 }

@@ -5,12 +5,14 @@
 set -eu
 . /fly/machine
 . /guest/job.sh
+. /guest/workflow.sh
 
 bring_up
 story=$1
 case $story in
   demo) job nix-job --command 'nix build --no-link path:hello' ;;
   canary) job validate-builders ;;
+  workflow) workflow ;;
   hand)
     shift
     in_job "$@"

@@ -9,11 +9,20 @@ use crate::world::binary;
 
 #[test]
 fn a_broken_toolchain_is_named() {
-    let hidden = "for f in /usr/bin/nix /bin/nix; do mount --bind /dev/null $f; done";
+    let missing = || {
+        Builder::new()
+            .broken_by("for f in /usr/bin/nix /bin/nix; do mount --bind /dev/null $f; done")
+    };
     broken(
-        "nix missing",
-        &Builder::new().broken_by(hidden),
+        "nix missing, and not to be installed",
+        &missing().args(&["--nix-installer", "none"]),
         "toolchain",
+    );
+    repaired(
+        "nix missing",
+        &missing(),
+        "nix-on-path",
+        "there is no Nix yet",
     );
     broken(
         "nix not on PATH",
@@ -38,24 +47,33 @@ fn a_broken_toolchain_is_named() {
     );
     let config = |features: &str| format!("build-users-group =\nsubstituters =\n{features}");
     let off = Builder::new().env("NIX_CONFIG", &config(""));
-    assert!(
-        broken("features off", &off, "toolchain")
-            .log
-            .contains("`nix-command` is off")
-    );
+    repaired("features off", &off, "nix-features", "`nix-command` is off");
     let half = Builder::new().env(
         "NIX_CONFIG",
         &config("experimental-features = nix-command\n"),
     );
-    assert!(
-        broken("flakes off", &half, "toolchain")
-            .log
-            .contains("`flakes` is off")
-    );
+    repaired("flakes off", &half, "nix-features", "`flakes` is off");
     broken(
         "NIX_CONFIG malformed",
         &Builder::new().env("NIX_CONFIG", "garbage"),
         "hints",
+    );
+}
+
+/// A lack that a job makes up for by itself: it is named, and the builder is healthy.
+#[track_caller]
+fn repaired(name: &str, builder: &Builder, check: &str, problem: &str) {
+    let canary = builder.run();
+    assert_eq!(
+        (canary.layer(), canary.code),
+        ("", 0),
+        "{name}:\n{}",
+        canary.log
+    );
+    let text = canary.check(check)["text"].to_string();
+    assert!(
+        text.contains(problem) && text.contains("`nix-job` repairs this"),
+        "{name}: {text}"
     );
 }
 
@@ -196,10 +214,11 @@ fn a_broken_flake_is_named() {
     let builder = flake(&failing).args(&["--package", "path:.#default"]);
     broken("build error", &builder, "package");
     let users = format!("{NIX_CONFIG}build-users-group = nobody-has-it\n");
-    broken(
+    repaired(
         "no build users",
         &Builder::new().env("NIX_CONFIG", &users),
-        "build",
+        "store-opens",
+        "the group `nobody-has-it` does not exist",
     );
 }
 

@@ -21,8 +21,9 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
+pub(crate) use self::manifest::Manifest;
 pub(crate) use self::register::Registration;
-pub(crate) use self::staging::{Entered, Staging, StagingError};
+pub(crate) use self::staging::{Entered, Staging, StagingError, StagingFolder};
 
 use self::fetch::Cache;
 use crate::key::PublicKey;

@@ -13,9 +13,11 @@ use crate::ping::{Opened, Ping, PingFailure, ping};
 use crate::settings::Settings;
 use crate::store_location::daemon_socket;
 use crate::tool::{self, Nix};
+use flywheel_core::progress::Sink;
 use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::CaptureError;
 use flywheel_sys::process::service::Service;
+use flywheel_sys::runner::env::Env;
 
 /// Opening the store is quick; a daemon that takes longer than this counts as dead.
 const PING_LIMIT: Duration = Duration::from_secs(20);
@@ -141,6 +143,33 @@ async fn repair(
     Ok(users)
 }
 
+/// What a job does about a store that opens, for a canary that is to find what a job would find: Nix with the settings of
+/// the repairs, and a sentence's part for each.
+///
+/// # Errors
+/// When Nix does not print its settings.
+pub async fn with_repairs(
+    nix: &Nix,
+    opened: &Opened,
+    env: &Env,
+) -> Result<(Nix, Vec<String>), tool::Error> {
+    let mut machine = Machine::read(env);
+    let settings = Settings::read(nix).await?;
+    let group = build_group(Some(settings).filter(|_| machine.user.is_root()));
+    machine.opening = opening_of(nix, &Ping::Open(opened.clone()), &group);
+    let mut repaired = nix.clone();
+    let mut texts = Vec::new();
+    if let Plan::Repair(steps) = plan(&machine, &Wanted::default()) {
+        for step in steps {
+            if let RepairStep::WithoutBuildUsers(problem) = step {
+                repaired = with_setting(repaired, NO_BUILD_USERS);
+                texts.push(problem);
+            }
+        }
+    }
+    Ok((repaired, texts))
+}
+
 /// Opens the store, retrying failures of unknown kind. When two jobs open a new store at once, one
 /// of them may fail on a link that exists already, an empty schema or a busy database.
 async fn ping_with_retries(nix: &Nix, deadline: Instant) -> Result<Ping, Error> {
@@ -264,6 +293,14 @@ async fn restart_daemon(
     Ok(users)
 }
 
+/// Starts a daemon for the other users of a store that root has just installed. The job itself does not need it.
+pub(super) async fn serve_others(ready: &mut Ready, sink: &Sink, deadline: Instant) {
+    match start_daemon(&ready.nix, deadline).await {
+        Ok(daemon) => ready.daemon = Some(daemon),
+        Err(problem) => sink.degraded("nix", format!("the Nix daemon did not start: {problem}")),
+    }
+}
+
 /// Starts the `nix-daemon` next to `nix`, and waits until the store opens through it.
 async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
     // With `NIX_REMOTE=daemon` in its environment, the daemon would connect to itself.
@@ -299,11 +336,16 @@ async fn start_daemon(nix: &Nix, deadline: Instant) -> Result<Daemon, String> {
 /// Records a repair and applies it to our own calls of Nix.
 fn apply(ready: &mut Ready, repair: Repair) {
     if let Some(line) = repair.setting {
-        let config = format!("{}\n{line}\n", ready.nix.config().trim_end());
-        ready.nix = ready.nix.clone().with_config(config.trim_start());
+        ready.nix = with_setting(ready.nix.clone(), line);
     }
     if let Some((name, value)) = repair.variable {
         ready.nix = ready.nix.clone().with_variable(name, Some(value));
     }
     ready.repairs.push(repair);
+}
+
+/// The same Nix with one more line of settings.
+fn with_setting(nix: Nix, line: &str) -> Nix {
+    let config = format!("{}\n{line}\n", nix.config().trim_end());
+    nix.with_config(config.trim_start())
 }

@@ -10,8 +10,9 @@ use rustix::fs::{Access, StatVfsMountFlags, access, statvfs};
 use rustix::process::{getegid, geteuid};
 use thiserror::Error;
 
-use crate::bootstrap::Host;
-use crate::tool;
+use crate::bootstrap::machine::{Machine, Namespaces, Sudo};
+use crate::bootstrap::plan::{Plan, Wanted, plan};
+use crate::store_location::home_of_user;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::namespace::{self, Limits, Obstacle, View};
@@ -36,10 +37,10 @@ pub enum Viewers {
 /// Why there is no store.
 #[derive(Debug, Error)]
 pub enum Error {
-    #[error("{lack}, and a store of this user's own cannot be seen there: {obstacle}")]
+    #[error("{lack}; a folder of this user's own cannot be shown there instead: {obstacle}")]
     Forbidden { lack: String, obstacle: Obstacle },
     #[error(
-        "{lack}; a store of this user's own is seen by the processes that Flywheel starts, and by no others"
+        "{lack}; a folder of this user's own can be shown there to the processes that Flywheel starts, and to no others"
     )]
     Others { lack: String },
     #[error("{lack}, and no folder can hold a store of this user's own ({})", .tried.join("; "))]
@@ -106,15 +107,42 @@ impl Rootless {
     }
 }
 
-/// Whether this user has no store at `/nix`, and cannot have one as things are. Takes no wait, and no process.
-pub fn is_needed(env: &Env) -> bool {
-    lack(env).is_some()
+/// That there is no store at `/nix`, and that this user can have none there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Why, a fragment.
+    reason: String,
+    /// Whether there is a Nix. From 2.10 on, it makes a store in the home folder by itself, which every process of the user
+    /// can open.
+    pub is_nix_there: bool,
 }
 
-/// Whether there is a Nix. From 2.10 on, it makes a store in the home folder by itself, which every process of the user can
-/// open.
-pub fn is_nix_there(env: &Env) -> bool {
-    tool::find(env, &Host::current().places).is_some()
+/// Whether the plan is a store of this user's own; without regard to what may forbid it, which `enter` finds. Tries `sudo`
+/// where it matters, and leaves no thread behind.
+pub fn need(env: &Env) -> Option<Need> {
+    let mut machine = Machine::read(env);
+    if !machine.lacks_store() {
+        return None;
+    }
+    if matches!(machine.sudo, Sudo::Untried(_)) {
+        // Without a runtime of its own thread, so that the namespaces can still be made.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.ok()?.block_on(machine.try_sudo(env));
+    }
+    machine.namespaces = Namespaces::Allowed;
+    let wanted = Wanted {
+        is_for_children_alone: true,
+        ..Wanted::default()
+    };
+    match plan(&machine, &wanted) {
+        Plan::Rootless(rootless) => Some(Need {
+            reason: rootless.reason,
+            is_nix_there: machine.nix.is_some(),
+        }),
+        _ => None,
+    }
 }
 
 /// Whether one of these paths, or what it links to, is in the store that an earlier step has left in this user's folder. Nix
@@ -138,8 +166,8 @@ pub fn holds(env: &Env, paths: &[PathBuf]) -> bool {
 ///
 /// # Errors
 /// When the system does not allow it, or no folder can hold the store. This process must end then.
-pub fn enter(env: &Env, viewers: Viewers) -> Result<Rootless, Error> {
-    let lack = lack(env).unwrap_or_else(|| format!("`{NIX}` is not used"));
+pub fn enter(env: &Env, need: Need, viewers: Viewers) -> Result<Rootless, Error> {
+    let lack = need.reason;
     if viewers == Viewers::Others {
         return Err(Error::Others { lack });
     }
@@ -171,35 +199,6 @@ pub fn folder() -> Option<&'static Path> {
     namespace::entered().map(|view| view.folder.as_path())
 }
 
-/// What keeps this user from a store at `/nix`, a fragment; `None` if he has one, can make one, or uses another.
-fn lack(env: &Env) -> Option<String> {
-    let nix = Path::new(NIX);
-    let writable = |folder: &Path| access(folder, Access::WRITE_OK | Access::EXEC_OK).is_ok();
-    let parts = ["", "store", "var/nix", "var/nix/db"].map(|part| nix.join(part));
-    let is_usable = match fs::symlink_metadata(nix) {
-        Ok(_) => parts.iter().all(|part| !part.is_dir() || writable(part)),
-        Err(_) => writable(Path::new("/")),
-    };
-    let named = ["NIX_REMOTE", "NIX_STORE_DIR", "NIX_STATE_DIR"];
-    let is_elsewhere = named.iter().any(|name| {
-        env.get(name)
-            .is_some_and(|value| !matches!(value, "auto" | "local"))
-    });
-    if geteuid().is_root() || is_usable || is_elsewhere {
-        return None;
-    }
-    let has_daemon = nix.join("var/nix/daemon-socket/socket").exists();
-    if has_daemon && is_nix_there(env) {
-        return None;
-    }
-    let found = if nix.is_dir() {
-        format!("`{NIX}` cannot be written to by this user")
-    } else {
-        format!("there is no `{NIX}`, which takes an administrator to make")
-    };
-    Some(found)
-}
-
 /// The folders that can hold the store, the best first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Places {
@@ -214,7 +213,8 @@ struct Places {
 
 impl Places {
     fn of_env(env: &Env) -> Self {
-        let home = env.path("HOME");
+        // Not what takes the place of a missing home: that may be emptied with the job.
+        let home = env.path("HOME").or_else(home_of_user);
         let state = env
             .path("XDG_STATE_HOME")
             .or_else(|| home.as_ref().map(|home| home.join(".local/state")));

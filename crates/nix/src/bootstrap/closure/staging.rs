@@ -223,17 +223,29 @@ impl Staging {
     /// # Errors
     /// When something else has its name.
     pub(crate) async fn has(&self, info: &NarInfo) -> Result<bool, StagingError> {
-        let file = self.nix.join("store").join(info.path.base_name());
+        self.has_path(&info.path, info.nar_hash).await
+    }
+
+    /// Does the same for a path with this hash of its NAR.
+    ///
+    /// # Errors
+    /// As `has`.
+    pub(crate) async fn has_path(
+        &self,
+        path: &StorePath,
+        hash: Sha256,
+    ) -> Result<bool, StagingError> {
+        let file = self.nix.join("store").join(path.base_name());
         if self.becomes_store || !exists(&file) {
             return Ok(false);
         }
         if let Some(database) = &self.database {
-            let valid = database.valid_by_hash(&[info.path.hash()])?;
-            if valid.contains(&info.path) {
+            let valid = database.valid_by_hash(&[path.hash()])?;
+            if valid.contains(path) {
                 return Ok(true);
             }
         }
-        let (hash, there) = (info.nar_hash, file.clone());
+        let there = file.clone();
         let same = blocking(move || Ok(nar_hash(&there) == Some(hash))).await?;
         match (same, &self.database) {
             (true, _) => Ok(true),

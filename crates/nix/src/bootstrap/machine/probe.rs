@@ -18,6 +18,7 @@ use crate::settings::sets;
 use crate::tool;
 use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::Tool;
+use flywheel_sys::process::namespace::Limits;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::untrusted_file::{self, Owner};
 
@@ -81,7 +82,7 @@ impl Host {
             is_elsewhere: is_elsewhere(env, &self.conf),
             socket,
             build_group: build_group(&fs::read_to_string("/etc/group").unwrap_or_default()),
-            namespaces: namespaces(Path::new("/proc/sys")),
+            namespaces: namespaces(&Limits::read()),
             apt: self.program("apt-get", env),
             is_interrupted: false,
             opening: Opening::Untried,
@@ -206,30 +207,15 @@ fn build_group(groups: &str) -> BuildGroup {
     }
 }
 
-/// What the kernel's settings say. `sys` is `/proc/sys`.
-fn namespaces(sys: &Path) -> Namespaces {
-    let number = |name: &str| -> Option<u64> {
-        fs::read_to_string(sys.join(name.replace('.', "/")))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
-    };
-    let forbidden = [
-        ("user.max_user_namespaces", 0, 15_000),
-        ("user.max_mnt_namespaces", 0, 15_000),
-        ("kernel.unprivileged_userns_clone", 0, 1),
-        ("kernel.apparmor_restrict_unprivileged_userns", 1, 0),
-    ];
-    for (name, bad, good) in forbidden {
-        if number(name) == Some(bad) {
-            return Namespaces::Forbidden {
-                obstacle: format!("user namespaces are forbidden by `{name} = {bad}`"),
-                remedy: format!("Allow user namespaces on the host: `sysctl -w {name}={good}`."),
-            };
-        }
+/// What is known without trying; see `Limits::obstacle`.
+fn namespaces(limits: &Limits) -> Namespaces {
+    match limits.obstacle() {
+        Some(obstacle) => Namespaces::Forbidden {
+            obstacle: obstacle.to_string(),
+            remedy: format!("On the host, as root, {}.", obstacle.remedy()),
+        },
+        None => Namespaces::Allowed,
     }
-    Namespaces::Allowed
 }
 
 async fn try_sudo(program: &Path, env: &Env) -> Sudo {
@@ -303,29 +289,19 @@ mod tests {
 
     #[test]
     fn a_setting_of_the_kernel_that_forbids_namespaces_is_named() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        assert_eq!(namespaces(folder.path()), Namespaces::Allowed);
-        for (file, value) in [
-            ("user/max_user_namespaces", "0\n"),
-            ("kernel/apparmor_restrict_unprivileged_userns", "1\n"),
-        ] {
-            let file = folder.path().join(file);
-            fs::create_dir_all(file.parent().expect("below")).expect("made");
-            fs::write(&file, value).expect("written");
-            let name = file
-                .file_name()
-                .expect("named")
-                .to_string_lossy()
-                .into_owned();
-            let Namespaces::Forbidden { obstacle, remedy } = namespaces(folder.path()) else {
-                panic!("{name} forbids them");
-            };
-            assert!(
-                obstacle.contains(&name) && remedy.contains(&name),
-                "{obstacle} {remedy}"
-            );
-            fs::remove_file(&file).expect("removed");
-        }
+        assert_eq!(namespaces(&Limits::default()), Namespaces::Allowed);
+        let limits = Limits {
+            max_user_namespaces: Some(0),
+            ..Limits::default()
+        };
+        let Namespaces::Forbidden { obstacle, remedy } = namespaces(&limits) else {
+            panic!("it forbids them");
+        };
+        let name = "user.max_user_namespaces";
+        assert!(
+            obstacle.contains(name) && remedy.contains(name),
+            "{obstacle} {remedy}"
+        );
     }
 
     #[test]

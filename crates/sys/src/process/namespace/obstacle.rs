@@ -20,6 +20,8 @@ pub struct Limits {
     pub unprivileged_userns_clone: Option<u64>,
     /// `kernel.apparmor_restrict_unprivileged_userns`, of Ubuntu's kernels.
     pub apparmor_restrict: Option<u64>,
+    /// Whether AppArmor has a profile for this process, which decides in the place of that setting.
+    pub has_apparmor_profile: bool,
     /// Whether this process is in a `chroot`.
     pub in_chroot: bool,
     /// Whether a filter of system calls is on this process, as container runtimes have it.
@@ -63,6 +65,9 @@ impl Limits {
             max_mnt_namespaces: number("sys/user/max_mnt_namespaces"),
             unprivileged_userns_clone: number("sys/kernel/unprivileged_userns_clone"),
             apparmor_restrict: number("sys/kernel/apparmor_restrict_unprivileged_userns"),
+            has_apparmor_profile: text("self/attr/apparmor/current")
+                .or_else(|| text("self/attr/current"))
+                .is_some_and(|label| label.trim_end_matches(['\n', '\0']) != "unconfined"),
             in_chroot: mounts.is_some_and(|mounts| !has_root(&mounts)) || is_other_root(proc),
             has_seccomp_filter: text("self/status").is_some_and(|status| has_filter(&status)),
         }
@@ -71,73 +76,64 @@ impl Limits {
     /// What is known to forbid it, without trying. `None` is no promise: a filter or a security module shows only when it
     /// is tried.
     pub fn obstacle(&self) -> Option<Obstacle> {
-        let settings = [
-            (
-                "user.max_user_namespaces",
-                self.max_user_namespaces,
-                0,
-                15_000,
-            ),
-            (
-                "user.max_mnt_namespaces",
-                self.max_mnt_namespaces,
-                0,
-                15_000,
-            ),
-            (
-                "kernel.unprivileged_userns_clone",
-                self.unprivileged_userns_clone,
-                0,
-                1,
-            ),
-        ];
-        let forbids = settings
-            .into_iter()
-            .find(|(_, value, forbidding, _)| *value == Some(*forbidding));
-        if let Some((name, _, value, allowing)) = forbids {
-            return Some(Obstacle::Setting {
-                name,
-                value,
-                allowing,
-            });
-        }
-        self.in_chroot.then_some(Obstacle::Chroot)
+        let clone = self.unprivileged_userns_clone;
+        let debian = setting("kernel.unprivileged_userns_clone", clone, 0, 1);
+        let ubuntu = || self.apparmor().filter(|_| !self.has_apparmor_profile);
+        let chroot = || self.in_chroot.then_some(Obstacle::Chroot);
+        self.number().or(debian).or_else(ubuntu).or_else(chroot)
+    }
+
+    /// A number of namespaces that is set to none.
+    fn number(&self) -> Option<Obstacle> {
+        let (users, mounts) = (self.max_user_namespaces, self.max_mnt_namespaces);
+        setting("user.max_user_namespaces", users, 0, 15_000)
+            .or_else(|| setting("user.max_mnt_namespaces", mounts, 0, 15_000))
+    }
+
+    fn apparmor(&self) -> Option<Obstacle> {
+        let name = "kernel.apparmor_restrict_unprivileged_userns";
+        setting(name, self.apparmor_restrict, 1, 0)
     }
 
     /// What a refusal comes from.
     pub fn explain(&self, refused: &Refused) -> Obstacle {
         let errno = Errno::from_io_error(&refused.source);
-        // AppArmor lets the namespace be made, and then takes every right in it away. A profile of the program's own
-        // allows it in spite of the setting, so that the setting alone proves nothing.
-        if self.apparmor_restrict == Some(1)
-            && matches!(errno, Some(Errno::PERM | Errno::ACCESS))
-            && !(self.in_chroot && refused.step == Step::Create)
-        {
-            return Obstacle::Setting {
-                name: "kernel.apparmor_restrict_unprivileged_userns",
-                value: 1,
-                allowing: 0,
-            };
-        }
         let other = || Obstacle::Other(format!("{refused}: {}", refused.source));
+        let is_denied = matches!(errno, Some(Errno::PERM | Errno::ACCESS));
+        // AppArmor lets the namespace be made, and then takes every right in it away.
+        if let Some(restriction) = self.apparmor().filter(|_| is_denied && !self.in_chroot) {
+            return restriction;
+        }
         if refused.step != Step::Create {
             return other();
         }
         match errno {
-            Some(Errno::NOSPC) => self.obstacle().unwrap_or(Obstacle::UsedUp),
+            Some(Errno::NOSPC) => self.number().unwrap_or(Obstacle::UsedUp),
             // More than 32 in one another, which older kernels have an error of its own for.
             Some(Errno::USERS) => Obstacle::UsedUp,
-            Some(Errno::PERM) => self.obstacle().unwrap_or_else(|| {
-                if self.has_seccomp_filter {
-                    Obstacle::Filter
-                } else {
-                    other()
-                }
-            }),
+            Some(Errno::PERM) => match self.obstacle() {
+                Some(obstacle) => obstacle,
+                None if self.has_seccomp_filter => Obstacle::Filter,
+                None => other(),
+            },
             Some(Errno::NOSYS | Errno::INVAL) => Obstacle::Kernel,
             _ => other(),
         }
     }
+}
+
+/// The setting as an obstacle, if it has the value that forbids.
+fn setting(
+    name: &'static str,
+    value: Option<u64>,
+    forbidding: u64,
+    allowing: u64,
+) -> Option<Obstacle> {
+    (value == Some(forbidding)).then_some(Obstacle::Setting {
+        name,
+        value: forbidding,
+        allowing,
+    })
 }
 
 /// A fragment.
@@ -217,7 +213,7 @@ mod tests {
         Refused::new(step, "making the namespaces", errno)
     }
 
-    fn setting(obstacle: &Obstacle) -> Option<&'static str> {
+    fn name_of(obstacle: &Obstacle) -> Option<&'static str> {
         match obstacle {
             Obstacle::Setting { name, .. } => Some(name),
             _ => None,
@@ -229,6 +225,7 @@ mod tests {
         max_mnt_namespaces: Some(96_365),
         unprivileged_userns_clone: None,
         apparmor_restrict: None,
+        has_apparmor_profile: false,
         in_chroot: false,
         has_seccomp_filter: false,
     };
@@ -268,7 +265,7 @@ mod tests {
             ),
         ] {
             let explained = limits.explain(&refused(Step::Create, errno));
-            assert_eq!(setting(&explained), Some(name));
+            assert_eq!(name_of(&explained), Some(name));
             assert!(explained.remedy().contains(line), "{explained:?}");
             assert_eq!(
                 limits.obstacle(),
@@ -285,24 +282,28 @@ mod tests {
     }
 
     #[test]
-    fn the_restriction_of_ubuntu_shows_only_when_it_is_tried() {
+    fn the_restriction_of_ubuntu_holds_where_no_profile_decides() {
         let ubuntu = Limits {
             apparmor_restrict: Some(1),
             unprivileged_userns_clone: Some(1),
             ..OPEN
         };
-        assert_eq!(ubuntu.obstacle(), None, "a profile may allow it");
+        let profiled = Limits {
+            has_apparmor_profile: true,
+            ..ubuntu
+        };
+        let name = "kernel.apparmor_restrict_unprivileged_userns";
+        let known = ubuntu.obstacle().expect("it forbids them");
+        assert_eq!(name_of(&known), Some(name));
+        assert!(
+            known
+                .remedy()
+                .contains("apparmor_restrict_unprivileged_userns=0")
+        );
+        assert_eq!(profiled.obstacle(), None, "the profile may allow it");
         for step in [Step::Create, Step::MapUser, Step::Mount] {
-            let explained = ubuntu.explain(&refused(step, Errno::PERM));
-            assert_eq!(
-                setting(&explained),
-                Some("kernel.apparmor_restrict_unprivileged_userns")
-            );
-            assert!(
-                explained
-                    .remedy()
-                    .contains("apparmor_restrict_unprivileged_userns=0")
-            );
+            let explained = profiled.explain(&refused(step, Errno::PERM));
+            assert_eq!(name_of(&explained), Some(name), "the profile does not");
         }
         let full = ubuntu.explain(&refused(Step::Create, Errno::NOSPC));
         assert_eq!(full, Obstacle::UsedUp);
