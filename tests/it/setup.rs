@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde_norway::Value;
 
 use crate::world::port::Port;
-use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran, binary, folders};
 
 const KEY: &str = "main:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
@@ -281,7 +281,8 @@ fn the_actions_own_folder_goes_on_path() {
 fn without_an_actions_folder_the_programs_own_is_taken() {
     let run = setup();
     assert_eq!(run.run().code, 0);
-    let own = Path::new(env!("CARGO_BIN_EXE_flywheel")).parent().unwrap();
+    let program = binary();
+    let own = program.parent().unwrap();
     assert_eq!(run.read("GITHUB_PATH"), format!("{}\n", own.display()));
 }
 
