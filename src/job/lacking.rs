@@ -12,7 +12,7 @@ use flywheel_sys::host::home::Home;
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::http::bundle::{self, Bundle};
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::Workflow;
+use flywheel_sys::runner::workflow::{Workflow, without_commands};
 
 /// The environment with what it lacks for Nix and for this program: a home, and a bundle of certificates.
 ///
@@ -25,9 +25,10 @@ pub(crate) fn complete(env: &Env) -> Result<Env, Failure> {
     let (bundle, note) = certificates(&env, Path::new("/"));
     env = env.with(bundle);
     notes.extend(note);
-    let workflow = Workflow::new(env.in_github_actions());
+    // On standard error in a job, too: some verbs print their result as JSON.
+    let workflow = Workflow::new(false);
     for note in notes {
-        workflow.log(&format!("flywheel: {note}"));
+        workflow.log(&without_commands(&format!("flywheel: {note}")));
     }
     Ok(env)
 }

@@ -103,3 +103,15 @@ fn where_nothing_runs_it_is_said() {
         1
     );
 }
+
+#[test]
+fn json_stays_json_where_the_home_is_made_up_for() {
+    let run = Flywheel::in_job(&["watch-store", "status", "--format", "json"]);
+    let mut command = run.command();
+    command.env_remove("HOME").env_remove("XDG_STATE_HOME");
+    let output = command.output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(status["state"], "none");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("`HOME` is not set"), "{log}");
+}
