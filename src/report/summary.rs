@@ -532,8 +532,8 @@ mod tests {
             "### ❌",
             "> **Disk full:** `/nix (tmpfs)`",
             "`reclaim: true`",
-            "| Lowest free room | 0 B of 64.0 MiB on /nix (tmpfs) |",
-            "| Freed in the store | 2 paths of this job's own, of 1.0 MiB |",
+            "- **Lowest free room:** 0 B of 64.0 MiB on /nix (tmpfs)",
+            "- **Freed in the store:** 2 paths of this job's own, of 1.0 MiB",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }

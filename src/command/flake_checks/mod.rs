@@ -65,7 +65,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
         plan: &plan,
         session,
     };
-    let ended = flake_checks.run(&mut signals).await;
+    let ended = Box::pin(flake_checks.run(&mut signals)).await;
     Ok(flake_checks.session.end(ended, "nothing was checked")?)
 }
 
