@@ -20,7 +20,7 @@ const COMMITTED: [(&str, &str); 2] = [
 ];
 
 /// In bytes; `scripts/dist-check.sh` has the same limit.
-const SIZE_LIMIT: u64 = 12_000_000;
+const SIZE_LIMIT: u64 = 14 * 1024 * 1024;
 
 /// A `dist/` in a folder of its own, whose binary is a script that shows what it was given.
 struct Dist {
