@@ -66,7 +66,7 @@ fn try_lock(
     if facts.uid() != rustix::process::geteuid().as_raw() {
         return Err(StagingError::Foreign {
             file: own.to_owned(),
-            source: FileError::Owner(facts.uid()),
+            problem: FileError::Owner(facts.uid()),
         });
     }
     match opened.try_lock() {

@@ -192,7 +192,7 @@ fn unpack(body: Blocks, info: &NarInfo, into: &StagingFolder) -> Result<(), Prob
         )));
     }
     match (&outcome, info.file_size) {
-        (Err(Problem::Corrupt(_)) | Ok(()), Some(size))
+        (Err(Problem::Corrupt(_) | Problem::Short(_)) | Ok(()), Some(size))
             if packed.got < size && packed.is_at_end() =>
         {
             let got = packed.got;

@@ -130,7 +130,7 @@ pub(super) async fn wait_for_orphan(nix: &Path, deadline: Instant) -> Result<(),
     let file = file(nix);
     let opened = match untrusted_file::open(&file, Owner::Own, SIZE_LIMIT) {
         Err(error) if error.is_absence() => return Ok(()),
-        Err(source) => return Err(StagingError::Foreign { file, source }),
+        Err(problem) => return Err(StagingError::Foreign { file, problem }),
         Ok(opened) => opened,
     };
     loop {

@@ -57,10 +57,10 @@ pub(crate) enum StagingError {
         needed: u64,
     },
     /// It became full while it was written to.
-    #[error("the disk is full: `{file}` could not be written ({source})")]
+    #[error("the disk is full: `{file}` could not be written")]
     NoRoom { file: PathBuf, source: io::Error },
-    #[error("`{file}` {source}")]
-    Foreign { file: PathBuf, source: FileError },
+    #[error("`{file}` {problem}")]
+    Foreign { file: PathBuf, problem: FileError },
     #[error("another installation of Nix on this machine has not ended in time")]
     Busy,
     /// There is no database that says what it is, and it is not what is installed.
@@ -444,9 +444,9 @@ impl Drop for Staging {
 /// Takes away what an installation left that did not come to its end; returns the folders that it had made.
 fn left_over(nix: &Path) -> Result<Vec<PathBuf>, StagingError> {
     let file = Manifest::file(nix);
-    let foreign = |source| StagingError::Foreign {
+    let foreign = |problem| StagingError::Foreign {
         file: file.clone(),
-        source,
+        problem,
     };
     let manifest = match Manifest::read(nix) {
         // It was written to its end, or not at all, so this is not ours.
