@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what is missing on a fresh Debian or Ubuntu with Rust; does nothing where all is there.
+# Installs what is missing on a fresh Debian or Ubuntu; does nothing where all is there. Rust comes from the distribution's
+# package `rustup`, if it has one; where it has none, the first line says what to install.
 #
 #   usage: scripts/bootstrap.sh nix      Nix and the static busybox that the example flakes build with
 #          scripts/bootstrap.sh runner   cargo-nextest, act and the linters; needs root only where Python lacks venv
@@ -25,6 +26,17 @@ need() {
   command -v "$1" >/dev/null 2>&1 || missing+=("$2")
 }
 
+# Before anything that takes time.
+if [ "$what" != nix ]; then
+  for part in cargo cargo-clippy rustfmt; do
+    command -v "$part" >/dev/null && continue
+    if apt-cache show rustup >/dev/null 2>&1; then
+      missing+=(rustup)
+      break
+    fi
+    fail "\`$part\` is missing: install Rust with clippy and rustfmt by rustup (https://rustup.rs), and run this again"
+  done
+fi
 if [ "$what" != runner ]; then
   need nix nix-bin
   need busybox busybox-static
@@ -56,9 +68,8 @@ fi
 
 [ "$what" != nix ] || exit 0
 
-for part in cargo cargo-clippy rustfmt; do
-  command -v "$part" >/dev/null || fail "\`$part\` is missing; install Rust with clippy and rustfmt (https://rustup.rs)"
-done
+# Fetches the toolchain that rust-toolchain.toml names, where rustup has just been installed.
+cargo --version >/dev/null || fail "\`cargo\` does not run: see what it says above"
 
 # The environment is made anew when the list changes. The copy of the list is written last, so that an installation
 # that broke off halfway does not count.
@@ -108,6 +119,14 @@ if [ ! -x "$tools/bin/promtool" ]; then
   refresh
   unpack "$scratch/prometheus" prometheus
   install -m 755 "$scratch/prometheus/usr/bin/promtool" "$tools/bin/promtool"
+fi
+
+# Of Debian's `qemu-user-static` only what runs arm64 programs.
+if [ ! -x "$tools/bin/qemu-aarch64-static" ]; then
+  echo "bootstrap: unpacking qemu for arm64 into target/tools"
+  refresh
+  unpack "$scratch/qemu" qemu-user-static
+  install -m 755 "$scratch/qemu/usr/bin/qemu-aarch64-static" "$tools/bin/qemu-aarch64-static"
 fi
 
 # The kernel headers and the Docker that the canary of those classes is tried with. What is not Debian brings

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Checks everything that is not Rust: workflows and actions against their schemas and zizmor's most
-# pedantic rules, every shell script and every `run:` block with shellcheck.
+# Checks everything that the compiler does not: workflows and actions against their schemas and zizmor's most
+# pedantic rules, every shell script and every `run:` block with shellcheck, the dependencies' licences, sources and
+# versions, the spelling.
 # A missing tool is a failure (69) that says how to get it, never a skip.
 set -euo pipefail
 
@@ -8,7 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
 export PATH=$root/target/tools/bin:$PATH
 
-for tool in zizmor check-jsonschema shellcheck; do
+for tool in zizmor check-jsonschema shellcheck cargo-deny typos; do
   command -v "$tool" >/dev/null || {
     echo "lint: \`$tool\` is missing; scripts/bootstrap.sh tools installs it" >&2
     exit 69
@@ -32,6 +33,10 @@ done)
 echo "lint: ${#workflows[@]} workflows, ${#actions[@]} actions, ${#scripts[@]} scripts"
 [ ${#workflows[@]} -gt 0 ] && [ ${#actions[@]} -gt 0 ] && [ ${#scripts[@]} -gt 0 ]
 
+typos
+# Their licences are in the sources that cargo has fetched. Advisories take a database from the network: ci.yml.
+cargo fetch --quiet --locked
+cargo-deny --offline --log-level error check bans licenses sources
 zizmor --offline --no-progress --persona pedantic .
 check-jsonschema --builtin-schema vendor.github-workflows "${workflows[@]}"
 check-jsonschema --builtin-schema vendor.github-actions "${actions[@]}"

@@ -51,10 +51,12 @@ unpack_debians() {
 }
 
 scripts/nix-versions.sh
+scripts/nix-closure.sh
 unpack_debians
 if [ "${1-}" = --enter ]; then
   [ $# -ge 2 ] || fail 'name a machine'
   shift
   exec tests/machines/guest/by-hand.sh "$@"
 fi
+[ $# -gt 0 ] || set -- --all
 exec cargo test --locked --quiet --test machines -- "$@" </dev/null

@@ -14,13 +14,11 @@ use crate::command::{
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
-use crate::job::{self, private_base};
-use flywheel_core::exit::{Exit, Failure, VerbError};
+use crate::job::{self, lacking};
+use flywheel_core::exit::{Exit, VerbError};
 use flywheel_nix::bootstrap::rootless::{self, Viewers};
-use flywheel_sys::host::home::Home;
 use flywheel_sys::process::core_dump::Reach;
 use flywheel_sys::runner::env::Env;
-use flywheel_sys::runner::workflow::Workflow;
 
 /// Nix CI for GitHub workflows: every store path is published, or named with the reason why not.
 #[derive(Debug, Parser)]
@@ -75,6 +73,22 @@ impl Cli {
         }
     }
 
+    /// The environment for the verb, with what it lacks for Nix and the journal.
+    ///
+    /// # Errors
+    /// When what is lacking cannot be made up for.
+    pub(crate) fn environment(&self, env: Env) -> Result<Env, VerbError> {
+        match self.verb {
+            Verb::NixJob(_)
+            | Verb::FlakeChecks(_)
+            | Verb::Publish(_)
+            | Verb::WatchStore(_)
+            | Verb::ValidateBuilders(_) => Ok(lacking::complete(&env)?),
+            // The others start no Nix and keep no journal.
+            _ => Ok(env),
+        }
+    }
+
     /// Lets the verb see a store in a folder of this user's, where he can have none at `/nix`. To be called before any
     /// thread is started.
     ///
@@ -114,18 +128,9 @@ impl Cli {
     /// # Errors
     /// Whatever the verb fails with.
     pub(crate) async fn run(self, env: &Env) -> Result<Exit, VerbError> {
-        let env = &match self.verb {
-            Verb::NixJob(_)
-            | Verb::FlakeChecks(_)
-            | Verb::Publish(_)
-            | Verb::WatchStore(_)
-            | Verb::ValidateBuilders(_) => with_home(env)?,
-            // The others start no Nix and keep no journal.
-            _ => env.clone(),
-        };
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
-            Verb::FlakeChecks(inputs) => flake_checks::run(*inputs, env).await,
+            Verb::FlakeChecks(inputs) => Box::pin(flake_checks::run(*inputs, env)).await,
             Verb::Publish(inputs) => publish::run(inputs, env).await,
             Verb::WatchStore(inputs) => watch_store::run(*inputs, env).await,
             Verb::Cache(inputs) => cache::run(inputs, env).await,
@@ -139,15 +144,6 @@ impl Cli {
             Verb::Setup(inputs) => setup::run(inputs, env).await,
         }
     }
-}
-
-/// The environment with what it lacks for its user to have a home.
-fn with_home(env: &Env) -> Result<Env, Failure> {
-    let home = Home::find(|name| env.path(name).map(Into::into), &private_base(env))?;
-    if let Some(note) = home.note {
-        Workflow::new(env.in_github_actions()).log(&format!("flywheel: {note}"));
-    }
-    Ok(env.with(home.variables))
 }
 
 #[cfg(test)]

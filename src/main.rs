@@ -35,10 +35,11 @@ const CLAP_LIMIT: usize = 4000;
 fn main() -> ExitCode {
     remove_private_folders_on_panic();
     let env = Env::from_process();
+    let in_job = env.in_github_actions();
     let cli = match Cli::read(arguments(), &env) {
         Ok(cli) => cli,
         Err(Refusal::Usage(error)) => {
-            return ExitCode::from(explain(&VerbError::from(error), &env).code());
+            return ExitCode::from(explain(&VerbError::from(error), in_job).code());
         }
         Err(Refusal::Clap(error)) => {
             // Help and version are errors to clap, and go to stdout with code 0.
@@ -55,9 +56,13 @@ fn main() -> ExitCode {
             return ExitCode::from(Exit::Ok.code());
         }
     };
+    let env = match cli.environment(env) {
+        Ok(env) => env,
+        Err(failure) => return ExitCode::from(explain(&failure, in_job).code()),
+    };
     // Before anything starts a thread, and while the user's own files in `/proc` still belong to him.
     if let Err(failure) = cli.enter_rootless_store(&env) {
-        return ExitCode::from(explain(&failure, &env).code());
+        return ExitCode::from(explain(&failure, in_job).code());
     }
     core_dump::forbid(cli.reach());
     // The job's own work comes first, so these threads yield to it. The main thread, which starts the job's
@@ -80,7 +85,7 @@ fn main() -> ExitCode {
             ended
         }
         Err(error) => {
-            Workflow::new(env.in_github_actions()).annotate(
+            Workflow::new(in_job).annotate(
                 Level::Error,
                 "flywheel",
                 &format!("the program's threads cannot be started: {error}"),
@@ -88,7 +93,7 @@ fn main() -> ExitCode {
             return ExitCode::from(Exit::Host.code());
         }
     };
-    let exit = ended.unwrap_or_else(|failure| explain(&failure, &env));
+    let exit = ended.unwrap_or_else(|failure| explain(&failure, in_job));
     ExitCode::from(exit.code())
 }
 
@@ -101,7 +106,7 @@ fn remove_private_folders_on_panic() {
     }));
 }
 
-fn explain(failure: &VerbError, env: &Env) -> Exit {
+fn explain(failure: &VerbError, in_job: bool) -> Exit {
     let error = failure.as_error();
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -114,6 +119,6 @@ fn explain(failure: &VerbError, env: &Env) -> Exit {
         text.push_str("\nhelp: ");
         text.push_str(&hint);
     }
-    Workflow::new(env.in_github_actions()).annotate(Level::Error, "flywheel", &text);
+    Workflow::new(in_job).annotate(Level::Error, "flywheel", &text);
     failure.exit()
 }

@@ -26,6 +26,8 @@ pub(crate) struct AddedPaths {
     pub(crate) ambiguous: Vec<(StorePath, Doubt)>,
     /// Who else can have written the store, in one line; `None` if it could not be read.
     pub(crate) store: Option<String>,
+    /// Whether jobs of other repositories or of lower trust can have written the store.
+    pub(crate) is_shared: bool,
     /// Nix processes of which it is not known what they named. A result that was valid before may be missing.
     pub(crate) unread_processes: usize,
     /// Valid paths with a registration that cannot be used.
@@ -55,6 +57,7 @@ impl AddedPaths {
                 evidence.sharing,
                 written_by(ownership.writers.as_deref())
             )),
+            is_shared: evidence.is_shared(),
             unread_processes: evidence.unread_processes,
             ..Self::default()
         };
@@ -116,6 +119,13 @@ impl AddedPaths {
         doubtful.dedup_by(|a, b| a.0 == b.0);
         self.wanted = wanted;
         self.ambiguous = doubtful;
+    }
+
+    /// Counts paths that the job has added and freed again.
+    pub(crate) fn count_freed(&mut self, infos: &[PathInfo]) {
+        for info in infos {
+            self.count(info.origin());
+        }
     }
 
     fn count(&mut self, origin: Origin) {

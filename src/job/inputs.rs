@@ -40,6 +40,18 @@ pub(crate) struct JobInputs {
     #[command(flatten)]
     host: HostInputs,
 
+    /// Whether the job frees room in the store before a disk is full: paths that it has added itself, that the cache was
+    /// seen to serve if the job publishes, and that Nix calls dead. Nothing of another job's goes, and nothing that was
+    /// there before. A result that a later command needs is kept by a link to it (`nix build` makes one).
+    #[arg(
+        long,
+        value_name = "BOOL",
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
+    )]
+    reclaim: bool,
+
     #[command(flatten, next_help_heading = "Nix")]
     nix: NixInputs,
 
@@ -144,6 +156,8 @@ pub(crate) struct Plan {
     pub(crate) journal: Option<PathBuf>,
     /// Whether other jobs can have written the store.
     pub(crate) shared_host: SharedHost,
+    /// Whether the job frees its own garbage when the store's disk has little room.
+    pub(crate) reclaim: bool,
     /// The publication policy.
     pub(crate) policy: PolicyConfig,
     /// Whether `nix flake check` has to pass before anything is published.
@@ -196,6 +210,7 @@ impl Plan {
             public_key: named.key,
             journal: inputs.host.journal(env),
             shared_host: inputs.host.shared_host,
+            reclaim: inputs.reclaim,
             policy: inputs.policy.read()?,
             require_flake_check: inputs.require_flake_check,
             impurity: None,

@@ -194,6 +194,14 @@ impl Evidence {
         }
     }
 
+    /// Whether a path that was added after the mark is this job's alone, so that no other job misses it: this one has
+    /// named it, and no other one has.
+    pub(super) fn is_own_alone(&self, info: &PathInfo) -> bool {
+        let is_named = self.named.contains(&info.path) || self.need.contains(&info.path);
+        let is_claimed = self.claimed.contains(info.path.base_name());
+        is_named && !is_claimed && self.decide(info, Registered::AfterMark) == Decision::Publish
+    }
+
     /// Whether the registration shows that the path is what its name says. Of what an untrusted user of a daemon can
     /// register, an import has neither `ultimate` nor a trusted signature; its deriver is as its importer claims.
     fn is_vouched(&self, info: &PathInfo) -> bool {
@@ -366,6 +374,18 @@ mod tests {
             is_ambiguous(&addressed("secret")),
             "another repository's file"
         );
+    }
+
+    #[test]
+    fn only_what_this_job_and_no_other_has_named_may_be_freed() {
+        let mut evidence = alone();
+        let (own, drv) = (built("x", "x.drv"), built("x.drv", "y"));
+        assert!(!evidence.is_own_alone(&own), "nobody named it");
+        evidence.named = HashSet::from([path("x"), path("x.drv")]);
+        assert!(evidence.is_own_alone(&own));
+        assert!(!evidence.is_own_alone(&drv));
+        evidence.claimed.insert(path("x").base_name().to_owned());
+        assert!(!evidence.is_own_alone(&own), "another needs it, too");
     }
 
     #[test]

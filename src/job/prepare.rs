@@ -6,6 +6,7 @@ use super::attach::{self, Cache};
 use super::backend::Backend;
 use super::begin::Session;
 use super::destination::DestinationOpener;
+use super::lacking;
 use super::reading::{self, ReadInputs};
 use super::settings::{self, NixSettings, SettingsInputs};
 use crate::inputs::roots::{SSL_CERT_FILE, roots};
@@ -145,6 +146,10 @@ impl Session<'_> {
             ready.nix.version,
             ready.nix.program.display()
         ));
+        let folder = &self.plan.destination.folder;
+        for remark in lacking::remarks(&ready.nix.version, folder, self.env) {
+            sink.note(format!("flywheel: {remark}"));
+        }
         if let Some(address) = cache.address().filter(|_| cache.is_attached()) {
             sink.note(format!("flywheel: cache {address} attached"));
         }

@@ -9,13 +9,18 @@ use super::attach::Cache;
 use super::begin::Session;
 use super::prepare::Prepared;
 use super::rootless;
-use crate::report::job::{CacheState, JobResult, Outcome, Trust};
+use crate::report::disk::DiskReport;
+use crate::report::job::{CacheState, JobResult, Outcome, Trust, Work};
 use crate::report::publication::{Missed, Publication};
 use crate::report::{outputs, summary};
 use flywheel_core::exit::{Exit, Explain};
+use flywheel_nix::tool::Nix;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow};
+
+/// So many failed builds are annotated; GitHub shows ten annotations of a step.
+const FAILED_BUILDS: usize = 5;
 
 impl Session<'_> {
     /// Whether everything that was to be published was.
@@ -36,13 +41,10 @@ impl Session<'_> {
     ) -> JobResult {
         let outcome = self.outcome(publication.as_ref(), require_publish);
         JobResult {
+            work: Work::Command,
             outcome,
             exit_code: u8::from(outcome != Outcome::Success),
-            nix: format!(
-                "{} at {}",
-                prepared.ready.nix.version,
-                prepared.ready.nix.program.display()
-            ),
+            nix: nix_line(&prepared.ready.nix),
             trust: Trust {
                 verdict: self.decision.verdict().as_str(),
                 publishes: self.decision.publishes(),
@@ -53,6 +55,7 @@ impl Session<'_> {
             cache: prepared.cache.address(),
             cache_state: prepared.cache.state.clone(),
             degraded: self.screen.degraded(),
+            failed_builds: Vec::new(),
             built: added_paths.built,
             substituted: added_paths.substituted,
             added: added_paths.added,
@@ -68,6 +71,7 @@ impl Session<'_> {
             limit: None,
             out_of_memory: None,
             heavy_lane: None,
+            disk: DiskReport::default(),
         }
     }
 
@@ -96,6 +100,15 @@ impl Session<'_> {
             (true, _) => "the store is not watched".to_owned(),
             (false, _) => self.decision.reason(),
         }
+    }
+}
+
+/// Nix's version and program, and what is wrong with the version.
+fn nix_line(nix: &Nix) -> String {
+    let line = format!("{} at {}", nix.version, nix.program.display());
+    match nix.version.too_old() {
+        Some(remark) => format!("{line}; {remark}"),
+        None => line,
     }
 }
 
@@ -210,6 +223,23 @@ fn annotations(job: &JobResult) -> Vec<(Level, String, String)> {
             "out of memory".to_owned(),
             found.text(job.heavy_lane.as_deref()),
         ));
+    }
+    if job.outcome == Outcome::CommandFailed {
+        annotations.extend(job.failed_builds.iter().take(FAILED_BUILDS).map(|build| {
+            let last = build
+                .log_tail
+                .iter()
+                .rev()
+                .find(|line| !line.trim().is_empty());
+            let last = last
+                .map(|line| format!("; its log ends: {}", line.trim()))
+                .unwrap_or_default();
+            let text = format!("the build of {} failed{last}", build.derivation);
+            (Level::Error, build.name.clone(), text)
+        }));
+    }
+    if let Some(text) = job.disk.full_text() {
+        annotations.push((Level::Error, "disk full".to_owned(), text));
     }
     // As a warning, it was printed when it was found.
     if job.outcome == Outcome::NotPublished {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::error::Error as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -61,6 +61,16 @@ pub(crate) struct Stream {
     inspector: Arc<Inspector>,
     ownership: Arc<Ownership>,
     verify: verify::Options,
+}
+
+/// What is known of the publication while it is under way.
+#[derive(Clone, Debug)]
+pub(super) struct Published {
+    pub(super) to: Target,
+    /// It ends with the publication.
+    pub(super) publisher: Weak<Publisher>,
+    pub(super) journal: Journal,
+    pub(super) verify: verify::Options,
 }
 
 /// When an operation ends at the latest, and what ends it before.
@@ -220,6 +230,17 @@ impl Stream {
             ownership,
             verify,
         }
+    }
+
+    /// What is known of what is published; `None` where nothing can be sent.
+    pub(super) fn published(&self) -> Option<Published> {
+        let (to, publisher) = self.sending.as_ref()?;
+        Some(Published {
+            to: Target::clone(to),
+            publisher: Arc::downgrade(publisher),
+            journal: self.journal.clone(),
+            verify: self.verify.clone(),
+        })
     }
 
     /// Stops watching, offers all of `added_paths`, publishes what is left and verifies, all by `deadline`.

@@ -56,6 +56,19 @@ impl StoreWatch {
         &self.ownership.store
     }
 
+    /// When the job's work began.
+    pub(crate) fn begun(&self) -> SystemTime {
+        self.begun
+    }
+
+    pub(super) fn ownership(&self) -> &Arc<Ownership> {
+        &self.ownership
+    }
+
+    pub(super) fn stream(&self) -> Option<&Stream> {
+        self.stream.as_ref()
+    }
+
     /// The value of `NIX_DAEMON_SOCKET_PATH` for the job's commands, if they are to have one.
     pub(crate) fn daemon_link(&self) -> Option<&Path> {
         let names = self.ownership.daemon_names.as_ref()?;

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use flywheel_core::text::{one_line, shorten};
+use flywheel_core::disk::Room;
+use flywheel_core::text::{count, one_line, shorten};
 
 /// GitHub refuses longer texts of a Check Run (65,535 characters).
 const TEXT_LIMIT: usize = 60_000;
@@ -65,6 +66,14 @@ pub(crate) struct Check {
     pub(crate) text: String,
 }
 
+/// A file system that jobs of the class write to.
+#[derive(Clone, Debug)]
+pub(crate) struct Disk {
+    /// Where it is mounted.
+    pub(crate) mount: String,
+    pub(crate) room: Room,
+}
+
 /// Everything that the canary found.
 #[derive(Clone, Debug)]
 pub(crate) struct Canary {
@@ -74,6 +83,7 @@ pub(crate) struct Canary {
     pub(crate) lane: Option<String>,
     /// Every check, the lowest layer first.
     pub(crate) checks: Vec<Check>,
+    pub(crate) disks: Vec<Disk>,
     /// From the start to the end of the first build, if there was one.
     pub(crate) cold_start: Option<Duration>,
     /// The time of all checks together.
@@ -185,21 +195,28 @@ impl Canary {
                 ),
             );
         }
+        // What holds is looked at on a bad day only.
+        let checks = count(self.checks.len() as u64, "check");
+        push(
+            &mut text,
+            format_args!("\n<details><summary>{checks}</summary>\n"),
+        );
         text.push_str("\n| check | layer | severity | verdict | time | what was found |\n|---|---|---|---|---|---|\n");
         for check in &self.checks {
             push(
                 &mut text,
                 format_args!(
-                    "| `{}` | `{}` | {} | {} | {:.3} s | {} |\n",
+                    "| `{}` | `{}` | {} | {} | {} | {} |\n",
                     cell(&check.name),
                     check.layer,
                     check.severity.as_str(),
                     check.verdict.as_str(),
-                    check.took.as_secs_f64(),
+                    took(check),
                     cell(&check.text)
                 ),
             );
         }
+        text.push_str("\n</details>\n");
         if let Some(cold) = self.cold_start {
             push(
                 &mut text,
@@ -276,6 +293,16 @@ impl Canary {
         }
     }
 
+    /// A sample of each disk that has the number.
+    fn of_disks(&self, number: impl Fn(&Room) -> Option<u64>) -> Vec<(String, String)> {
+        let disks = self.disks.iter();
+        let samples = disks.filter_map(|disk| {
+            let labels = format!(",mount=\"{}\"", label(&disk.mount));
+            Some((labels, number(&disk.room)?.to_string()))
+        });
+        samples.collect()
+    }
+
     /// Metrics in Prometheus's text format. A check that was skipped has no sample.
     pub(crate) fn metrics(&self) -> String {
         let ran = self
@@ -312,6 +339,16 @@ impl Canary {
                     .unwrap_or_default(),
             ),
             (
+                "flywheel_builder_disk_free_bytes",
+                "What an ordinary user may still write to a disk that jobs write to.",
+                self.of_disks(|room| Some(room.free)),
+            ),
+            (
+                "flywheel_builder_disk_free_inodes",
+                "How many files such a disk still takes, where the number is fixed.",
+                self.of_disks(|room| Some(room.inodes?.free)),
+            ),
+            (
                 "flywheel_builder_last_run_timestamp_seconds",
                 "When the canary last ended.",
                 single(self.ended_at.to_string()),
@@ -337,6 +374,15 @@ fn labels(check: &Check) -> String {
 
 fn push(text: &mut String, line: std::fmt::Arguments<'_>) {
     text.write_fmt(line).expect("a `String` takes everything");
+}
+
+/// The time of a check; nothing for one that looked at what was known already.
+fn took(check: &Check) -> String {
+    if check.took < Duration::from_millis(1) {
+        String::new()
+    } else {
+        format!("{:.3} s", check.took.as_secs_f64())
+    }
 }
 
 /// Text for a table cell: one line, and nothing in it that Markdown or HTML would obey.
@@ -380,6 +426,7 @@ mod tests {
             class,
             lane: None,
             checks,
+            disks: Vec::new(),
             cold_start: None,
             took: Duration::from_secs(1),
             ended_at: 1_700_000_000,
@@ -415,6 +462,23 @@ mod tests {
     }
 
     #[test]
+    fn broken() {
+        let mut checks = vec![
+            check("nix", "nix", Severity::Required, Verdict::Passed),
+            check("daemon", "daemon", Severity::Required, failed()),
+            check(
+                "cache-connect",
+                "cache-connect",
+                Severity::Advisory,
+                failed(),
+            ),
+            check("build", "build", Severity::Required, Verdict::Skipped),
+        ];
+        checks[0].took = Duration::ZERO;
+        flywheel_testing::golden("canary-broken", &canary(checks).summary());
+    }
+
+    #[test]
     fn a_skipped_check_has_no_sample_and_labels_are_escaped() {
         let mut canary = canary(vec![
             check("a", "a", Severity::Required, Verdict::Skipped),
@@ -428,6 +492,21 @@ mod tests {
         );
         assert!(metrics.contains(r#"class="a\"b\\""#), "{metrics}");
         assert!(!metrics.contains("cold_start"));
+        assert!(!metrics.contains("disk"));
+        let room = Room {
+            total: 100,
+            free: 7,
+            inodes: None,
+        };
+        canary.class = "c".into();
+        canary.disks = vec![Disk {
+            mount: "/nix".into(),
+            room,
+        }];
+        let metrics = canary.metrics();
+        let sample = "flywheel_builder_disk_free_bytes{class=\"c\",lane=\"\",mount=\"/nix\"} 7\n";
+        assert!(metrics.contains(sample), "{metrics}");
+        assert!(!metrics.contains("inodes"), "{metrics}");
     }
 
     #[test]

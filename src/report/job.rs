@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::report::disk::DiskReport;
 use crate::report::publication::{Missed, Publication};
 use flywheel_core::budget::OutOfMemory;
 use flywheel_core::text::{bytes, duration};
@@ -15,6 +16,8 @@ pub(crate) enum Outcome {
     CommandFailed,
     /// The command failed, and the kernel killed a process for want of memory while it ran.
     OutOfMemory,
+    /// The command failed, and a disk of the job was full.
+    DiskFull,
     /// The job was cancelled while the command ran.
     Cancelled,
     /// The command ended with 0, but `require-publish` was not met.
@@ -27,10 +30,11 @@ pub(crate) enum Outcome {
 
 impl Outcome {
     /// Every outcome, in the order of the pages.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Success,
         Self::CommandFailed,
         Self::OutOfMemory,
+        Self::DiskFull,
         Self::Cancelled,
         Self::NotPublished,
         Self::Withheld,
@@ -43,6 +47,7 @@ impl Outcome {
             Self::Success => "success",
             Self::CommandFailed => "command-failed",
             Self::OutOfMemory => "out-of-memory",
+            Self::DiskFull => "disk-full",
             Self::Cancelled => "cancelled",
             Self::NotPublished => "not-published",
             Self::Withheld => "withheld",
@@ -95,9 +100,32 @@ pub(crate) struct Trust {
     pub(crate) reason: String,
 }
 
+/// What the job did, beside publishing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// It ran a command.
+    Command,
+    /// It built a flake's outputs, which have a report of their own.
+    Outputs,
+    /// It watched the store while other steps worked.
+    OtherSteps,
+}
+
+/// A build of this job that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct FailedBuild {
+    /// The full path of the derivation.
+    pub(crate) derivation: String,
+    /// Its name, such as `hello-2.12`.
+    pub(crate) name: String,
+    /// The last lines of its log, for the first few builds that failed.
+    pub(crate) log_tail: Vec<String>,
+}
+
 /// The result of one job.
 #[derive(Clone, Debug)]
 pub(crate) struct JobResult {
+    pub(crate) work: Work,
     pub(crate) outcome: Outcome,
     /// The step's exit code.
     pub(crate) exit_code: u8,
@@ -109,6 +137,8 @@ pub(crate) struct JobResult {
     pub(crate) cache_state: CacheState,
     /// What went worse than it should, one line each.
     pub(crate) degraded: Vec<String>,
+    /// The builds that failed, as far as Nix keeps logs that this job may show; empty for a job that ended well.
+    pub(crate) failed_builds: Vec<FailedBuild>,
     /// Paths built here by this job.
     pub(crate) built: u64,
     /// Paths that this job substituted from a cache.
@@ -139,6 +169,8 @@ pub(crate) struct JobResult {
     pub(crate) out_of_memory: Option<OutOfMemory>,
     /// The lane to move to when memory runs out.
     pub(crate) heavy_lane: Option<String>,
+    /// What the disks had while the command ran.
+    pub(crate) disk: DiskReport,
 }
 
 impl JobResult {
@@ -224,6 +256,7 @@ pub(super) mod tests {
 
     pub(crate) fn example() -> JobResult {
         JobResult {
+            work: Work::Command,
             outcome: Outcome::Success,
             exit_code: 0,
             nix: "Nix 2.8.0 at /usr/bin/nix".into(),
@@ -237,6 +270,7 @@ pub(super) mod tests {
             cache: Some("https://cache.example/main".into()),
             cache_state: CacheState::Attached,
             degraded: Vec::new(),
+            failed_builds: Vec::new(),
             built: 3,
             substituted: 0,
             added: 1,
@@ -257,6 +291,7 @@ pub(super) mod tests {
             limit: None,
             out_of_memory: None,
             heavy_lane: None,
+            disk: DiskReport::default(),
         }
     }
 

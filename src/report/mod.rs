@@ -2,6 +2,7 @@
 //! only; never asks a server, the store or the system for one.
 
 pub(crate) mod canary;
+pub(crate) mod disk;
 pub(crate) mod job;
 pub(crate) mod outputs;
 pub(crate) mod publication;

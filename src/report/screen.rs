@@ -79,6 +79,15 @@ impl Screen {
         }
     }
 
+    /// Logs a line at once if events are held back, for what cannot wait for the command's end. Whether they were.
+    pub(crate) fn log_if_held(&self, line: &str) -> bool {
+        let is_held = self.state().held.is_some();
+        if is_held {
+            self.log(line);
+        }
+        is_held
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0
             .state

@@ -1,14 +1,19 @@
-//! The job summary: Markdown for people who look at the run's page.
+//! The job summary: Markdown for people who look at the run's page. In this order: one headline that is true, what
+//! failed, what is missing, and the details folded.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use crate::report::job::{CacheState, JobResult, Outcome};
-use crate::report::publication::Missed;
-use flywheel_core::text::{bytes, duration, one_line};
+use crate::report::job::{CacheState, FailedBuild, JobResult, Outcome, Work};
+use crate::report::publication::{Missed, Publication};
+use flywheel_core::markdown::{code, fenced};
+use flywheel_core::text::{bytes, count, duration, one_line};
 
-/// At most this many lost paths are listed, because GitHub drops a summary over 1 MiB; the log and the journal have
+/// At most this many paths of a list are shown, because GitHub drops a summary over 1 MiB; the log and the journal have
 /// all.
 const LISTED: usize = 100;
+/// So many failed builds are listed.
+const FAILURES: usize = 20;
 
 /// The summary of one job.
 pub(crate) fn render(job: &JobResult) -> String {
@@ -19,24 +24,25 @@ pub(crate) fn render(job: &JobResult) -> String {
 }
 
 fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
-    let sign = match job.outcome {
-        // A green sign would be read as "all is in the cache".
-        Outcome::Success if job.has_losses() => "⚠️",
-        Outcome::Success => "✅",
-        Outcome::Cancelled => "⚠️",
-        Outcome::CommandFailed
-        | Outcome::OutOfMemory
-        | Outcome::NotPublished
-        | Outcome::Withheld
-        | Outcome::NotStarted => "❌",
-    };
-    writeln!(text, "### {sign} Flywheel: {}\n", job.closing_line())?;
+    let headline = headline(job);
+    let closing_line = job.closing_line();
+    writeln!(text, "### {} Flywheel: {headline}\n", sign(job))?;
+    // The numbers of a publication that was not tried are noughts.
+    if job.publication.is_none() {
+        writeln!(text, "Not publishing: {}\n", cell(&job.unpublished))?;
+    } else if headline != closing_line {
+        writeln!(text, "{closing_line}\n")?;
+    }
     if let Some(found) = &job.out_of_memory {
         writeln!(
             text,
             "> **Out of memory:** {}\n",
             cell(&found.text(job.heavy_lane.as_deref()))
         )?;
+    }
+    failed_builds(text, &job.failed_builds)?;
+    if let Some(found) = job.disk.full_text() {
+        writeln!(text, "> **Disk full:** {}\n", cell(&found))?;
     }
     if let CacheState::LeftOut {
         layer,
@@ -52,12 +58,11 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     for line in &job.degraded {
         writeln!(text, "> {}\n", cell(line))?;
     }
-    writeln!(text, "| | |\n|---|---|")?;
-    for (name, value) in rows(job) {
-        writeln!(text, "| {name} | {value} |")?;
-    }
     list(text, "Not watched", &job.not_watched)?;
     if let Some(publication) = &job.publication {
+        list(text, "Lost", &publication.lost)?;
+        list(text, "Ambiguous, not published", &publication.ambiguous)?;
+        list(text, "Sent, but not verified", &publication.unverified)?;
         list(text, "Withheld by the policy", &publication.withheld)?;
         list(
             text,
@@ -69,11 +74,145 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
             "Damaged in the cache, and repaired",
             &publication.repaired,
         )?;
-        list(text, "Lost", &publication.lost)?;
-        list(text, "Ambiguous, not published", &publication.ambiguous)?;
-        list(text, "Sent, but not verified", &publication.unverified)?;
     }
-    writeln!(text)
+    writeln!(text, "<details><summary>Details</summary>\n")?;
+    for (name, value) in rows(job) {
+        writeln!(text, "- **{name}:** {value}")?;
+    }
+    writeln!(text, "\n</details>\n")
+}
+
+fn sign(job: &JobResult) -> &'static str {
+    match job.outcome {
+        // A green sign would be read as "all is in the cache".
+        Outcome::Success if job.has_losses() => "⚠️",
+        Outcome::Success => "✅",
+        Outcome::Cancelled => "⚠️",
+        // The outputs that failed have a heading of their own.
+        Outcome::CommandFailed if job.work == Work::Outputs && job.has_losses() => "⚠️",
+        Outcome::CommandFailed if job.work == Work::Outputs => "✅",
+        Outcome::CommandFailed
+        | Outcome::OutOfMemory
+        | Outcome::DiskFull
+        | Outcome::NotPublished
+        | Outcome::Withheld
+        | Outcome::NotStarted => "❌",
+    }
+}
+
+/// What a person wants to know first.
+fn headline(job: &JobResult) -> String {
+    let code = job.exit_code;
+    match job.outcome {
+        Outcome::Success if job.has_losses() => format!("not all is in the cache: {}", losses(job)),
+        Outcome::CommandFailed if job.work == Work::Outputs => job.closing_line(),
+        Outcome::Success => match &job.publication {
+            Some(publication) if publication.published + publication.verified > 0 => {
+                job.closing_line()
+            }
+            Some(publication) => format!(
+                "nothing new to publish: {} built, {} already in the cache, 0 lost",
+                job.built, publication.already_there
+            ),
+            None => format!(
+                "{} built, {} substituted; nothing is published",
+                job.built, job.substituted
+            ),
+        },
+        Outcome::CommandFailed => match names(&job.failed_builds) {
+            Some(names) => format!("{names} (exit code {code})"),
+            None => format!("the command failed with exit code {code}"),
+        },
+        Outcome::OutOfMemory => format!("the command ran out of memory (exit code {code})"),
+        Outcome::DiskFull => format!("a disk was full (exit code {code})"),
+        Outcome::Cancelled => "cancelled while the command ran".to_owned(),
+        Outcome::NotPublished => format!(
+            "the command ended well, and `require-publish` does not hold: {}",
+            missing(job)
+        ),
+        Outcome::Withheld => {
+            let withheld = job
+                .publication
+                .as_ref()
+                .map_or(0, |found| found.withheld.len());
+            format!(
+                "the command ended well, and the policy withholds {}",
+                count(withheld as u64, "path")
+            )
+        }
+        Outcome::NotStarted => "the command was not run".to_owned(),
+    }
+}
+
+fn losses(job: &JobResult) -> String {
+    let nothing = Publication::default();
+    let publication = job.publication.as_ref().unwrap_or(&nothing);
+    let mut losses = publication.losses(job.not_watched.len());
+    if !publication.unverified.is_empty() {
+        let _ = write!(losses, ", {} unverified", publication.unverified.len());
+    }
+    losses
+}
+
+/// Why `require-publish` does not hold.
+fn missing(job: &JobResult) -> String {
+    if job.publication.is_none() && job.not_watched.is_empty() {
+        format!("nothing is published, {}", cell(&job.unpublished))
+    } else {
+        losses(job)
+    }
+}
+
+/// `the build of good failed`, `the builds of good, bad and 3 more failed`.
+fn names(failed: &[FailedBuild]) -> Option<String> {
+    const NAMED: usize = 3;
+    let named: Vec<String> = failed
+        .iter()
+        .take(NAMED)
+        .map(|build| code(&build.name))
+        .collect();
+    match failed.len() {
+        0 => None,
+        1 => Some(format!("the build of {} failed", named[0])),
+        all if all > NAMED => Some(format!(
+            "the builds of {} and {} more failed",
+            named.join(", "),
+            all - NAMED
+        )),
+        _ => {
+            let (last, others) = named.split_last()?;
+            Some(format!(
+                "the builds of {} and {last} failed",
+                others.join(", ")
+            ))
+        }
+    }
+}
+
+/// The failed builds, each with the end of its log, the first one unfolded.
+fn failed_builds(text: &mut String, failed: &[FailedBuild]) -> std::fmt::Result {
+    for (n, build) in failed.iter().take(FAILURES).enumerate() {
+        let by_hand = code(&format!("nix log {}", build.derivation));
+        if build.log_tail.is_empty() {
+            writeln!(text, "The log of {}: {by_hand}\n", code(&build.name))?;
+            continue;
+        }
+        let open = if n == 0 { " open" } else { "" };
+        writeln!(
+            text,
+            "<details{open}><summary>The end of the log of <code>{}</code></summary>\n\n{}\n\nThe whole log: {by_hand}\n\n</details>\n",
+            build.name,
+            fenced(&build.log_tail.join("\n"))
+        )?;
+    }
+    if failed.len() > FAILURES {
+        writeln!(
+            text,
+            "… and {} more builds failed.\n",
+            failed.len() - FAILURES
+        )?;
+    }
+    Ok(())
 }
 
 fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
@@ -102,6 +241,7 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
             ),
         ),
     ];
+    rows.extend(warmth(job).map(|text| ("From caches", text)));
     if let Some(publication) = &job.publication {
         let counts = format!(
             "{} published ({}), {} already there, {} repaired, {} skipped, {} verified, {}",
@@ -135,7 +275,22 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
             .unwrap_or_default();
         rows.push(("Peak memory", format!("{}{limit}", bytes(peak))));
     }
+    let room = job.disk.lowest();
+    rows.extend(room.map(|text| ("Lowest free room", cell(&text))));
+    let freed = job.disk.freed();
+    rows.extend(freed.map(|text| ("Freed in the store", text)));
     rows
+}
+
+/// How much of what the job needed came from caches: the times of a cold and of a warm run are not to be compared.
+fn warmth(job: &JobResult) -> Option<String> {
+    let all = job.built + job.substituted;
+    let percent = (job.substituted * 100).checked_div(all)?;
+    Some(format!(
+        "{} of {} that the store lacked ({percent} %)",
+        job.substituted,
+        count(all, "path")
+    ))
 }
 
 fn cache(job: &JobResult) -> String {
@@ -153,29 +308,164 @@ fn cache(job: &JobResult) -> String {
     format!("{url}{state}")
 }
 
+/// Lists paths below each reason, so that one that many share stands once.
 fn list(text: &mut String, title: &str, missed: &[Missed]) -> std::fmt::Result {
     if missed.is_empty() {
         return Ok(());
     }
-    writeln!(text, "\n**{title}**\n")?;
+    let mut by_reason: BTreeMap<String, Vec<&Missed>> = BTreeMap::new();
     for one in missed.iter().take(LISTED) {
-        writeln!(text, "- `{}`: {}", cell(&one.path), cell(&one.reason))?;
+        // A reason that names the path itself is that path's alone.
+        by_reason.entry(cell(&one.reason)).or_default().push(one);
+    }
+    writeln!(text, "**{title}**\n")?;
+    for (reason, paths) in by_reason {
+        if let [one] = paths[..] {
+            writeln!(text, "- `{}`: {reason}", cell(&one.path))?;
+            continue;
+        }
+        writeln!(text, "- {} of them: {reason}", paths.len())?;
+        for one in paths {
+            writeln!(text, "  - `{}`", cell(&one.path))?;
+        }
     }
     if missed.len() > LISTED {
         writeln!(text, "- … and {} more", missed.len() - LISTED)?;
     }
-    Ok(())
+    writeln!(text)
 }
 
-/// Text from outside for a table cell: one line, and nothing in it that Markdown or HTML would obey.
+/// Text from outside in one line, and nothing in it that Markdown or HTML would obey.
 fn cell(text: &str) -> String {
     one_line(text, 600).replace('|', "\\|").replace('<', "&lt;")
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::report::job::tests::example;
+    use flywheel_core::budget::{Observed, out_of_memory};
+    use flywheel_testing::golden;
+
+    fn missed(path: &str, reason: &str) -> Missed {
+        Missed {
+            path: format!("/nix/store/{path}"),
+            reason: reason.to_owned(),
+        }
+    }
+
+    fn changed(change: impl FnOnce(&mut JobResult, &mut Publication)) -> JobResult {
+        let mut job = example();
+        let mut publication = job.publication.take().expect("publishes");
+        change(&mut job, &mut publication);
+        job.publication = Some(publication);
+        job
+    }
+
+    #[test]
+    fn success() {
+        golden("success", &render(&changed(|job, _| job.substituted = 9)));
+    }
+
+    #[test]
+    fn failure() {
+        let job = changed(|job, publication| {
+            (job.outcome, job.exit_code) = (Outcome::CommandFailed, 1);
+            (job.built, publication.published, publication.verified) = (2, 2, 2);
+            let build = |name: &str, log: &[&str]| FailedBuild {
+                derivation: format!("/nix/store/cxxib9y6zslr9m7x7r0n9d7sx7v1xm55-{name}.drv"),
+                name: name.to_owned(),
+                log_tail: log.iter().map(|line| (*line).to_owned()).collect(),
+            };
+            let log = [
+                "running tests",
+                "test parse ... ok",
+                "test `write` ... FAILED",
+                "error: 1 of 2 tests failed",
+            ];
+            job.failed_builds = vec![build("parser-1.2", &log), build("docs", &[])];
+        });
+        golden("failure", &render(&job));
+    }
+
+    #[test]
+    fn out_of_memory_and_what_to_do() {
+        let mut job = example();
+        (job.outcome, job.exit_code) = (Outcome::OutOfMemory, 137);
+        (job.peak, job.limit) = (Some(8 << 30), Some(8 << 30));
+        job.out_of_memory = out_of_memory(&Observed {
+            killed_in_group: 1,
+            killed_on_machine: 0,
+            failed: true,
+            limit: job.limit,
+            peak: job.peak,
+        });
+        job.heavy_lane = Some("nix-heavy".into());
+        golden("out-of-memory", &render(&job));
+    }
+
+    #[test]
+    fn cancelled() {
+        let job = changed(|job, publication| {
+            (job.outcome, job.exit_code) = (Outcome::Cancelled, 130);
+            publication.lost = vec![missed(
+                "7r0n-late",
+                "the job was cancelled before it was sent; kept for the next job (journal)",
+            )];
+        });
+        golden("cancelled", &render(&job));
+    }
+
+    #[test]
+    fn read_only() {
+        let mut job = example();
+        job.publication = None;
+        (job.built, job.substituted) = (1, 3);
+        job.trust.verdict = "read-only";
+        job.trust.reason = "`pull_request` only reads".into();
+        job.unpublished.clone_from(&job.trust.reason);
+        golden("read-only", &render(&job));
+    }
+
+    #[test]
+    fn lost() {
+        let reason = "the cache answered 507 (insufficient storage), five times; kept for the next job (journal)";
+        let job = changed(|job, publication| {
+            job.built = 7;
+            publication.lost = ["1-one", "2-two", "3-three"]
+                .map(|path| missed(path, reason))
+                .into();
+            publication.lost.push(missed(
+                "4-four",
+                "refers to `/nix/store/1-one`, which is lost",
+            ));
+        });
+        golden("lost", &render(&job));
+    }
+
+    #[test]
+    fn withheld() {
+        let job = changed(|job, publication| {
+            (job.outcome, job.exit_code) = (Outcome::Withheld, 1);
+            publication.withheld = vec![missed(
+                "5-config",
+                "secret: a private key at /nix/store/5-config/key, byte 0",
+            )];
+        });
+        golden("withheld", &render(&job));
+    }
+
+    #[test]
+    fn required_publication_that_does_not_hold() {
+        let job = changed(|job, publication| {
+            (job.outcome, job.exit_code) = (Outcome::NotPublished, 1);
+            job.command = Duration::from_secs(75);
+            publication.unverified = vec![missed("6-six", "the deadline was over")];
+        });
+        golden("not-published", &render(&job));
+    }
 
     #[test]
     fn a_lost_path_is_named_with_its_reason() {
@@ -210,6 +500,43 @@ mod tests {
             text.contains("- `/nix/store/x-whose`: whose is it"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn a_full_disk_is_named_with_its_lowest_room_and_the_remedy() {
+        use flywheel_core::disk::{DiskUse, Reclaimed, Room, disk_full};
+        let mut job = example();
+        assert!(!render(&job).contains("room"));
+        let lowest = Room {
+            total: 64 << 20,
+            ..Room::default()
+        };
+        let disk = DiskUse {
+            name: "/nix (tmpfs)".into(),
+            holds: vec!["the store `/nix/store`".into()],
+            has_store: true,
+            lowest,
+            last: lowest,
+            full_before_end: Some(Duration::ZERO),
+            refuses: false,
+        };
+        job.outcome = Outcome::DiskFull;
+        job.disk.full = disk_full(std::slice::from_ref(&disk), true, false);
+        job.disk.low = vec![disk];
+        job.disk.reclaimed = Reclaimed {
+            paths: 2,
+            size: 1 << 20,
+        };
+        let text = render(&job);
+        for part in [
+            "### ❌",
+            "> **Disk full:** `/nix (tmpfs)`",
+            "`reclaim: true`",
+            "| Lowest free room | 0 B of 64.0 MiB on /nix (tmpfs) |",
+            "| Freed in the store | 2 paths of this job's own, of 1.0 MiB |",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
     }
 
     #[test]

@@ -45,14 +45,17 @@ END_OF_GROUPS
   chown 1001:1001 home/bob
 }
 
-# Makes this folder the root. Afterwards nothing of the host is in sight but what was bound into it, and the network
-# is the machine's own. With no address but 127.0.0.1 Nix takes itself to be offline, and asks no substituter at all.
+# Makes this folder the root. Afterwards nothing of the host is in sight but what was bound into it. The network is the
+# machine's own unless NETWORK says otherwise. With no address but 127.0.0.1 Nix takes itself to be offline, and asks no
+# substituter at all.
 leave_host() {
   busybox=$1
   pivot_root . old
   cd /
   "$busybox" umount -l /old
   "$busybox" rmdir /old
-  "$busybox" ip link set lo up
-  "$busybox" ip addr add 10.0.0.1/32 dev lo
+  if [ "${NETWORK-own}" = own ]; then
+    "$busybox" ip link set lo up
+    "$busybox" ip addr add 10.0.0.1/32 dev lo
+  fi
 }

@@ -80,7 +80,7 @@ fn ended(cause: Cause) -> OutputState {
         derivation: None,
         out_paths: Vec::new(),
         log_tail: vec!["\u{1b}[31m```</details>@everyone ::error::x".into(); 60],
-        started_at: 1_790_000_000,
+        started_at_ms: 1_790_000_000_000,
         took: Duration::from_secs(2),
         reproduce: "nix build .#x".into(),
     }))

@@ -19,6 +19,7 @@ mod nix_job;
 mod publish;
 mod reference;
 mod scan;
+mod scripts;
 mod setup;
 mod validate_builders;
 mod watch_store;

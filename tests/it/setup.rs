@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_norway::Value;
 
 use crate::world::port::Port;
-use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran, binary, folders};
 
 const KEY: &str = "main:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
@@ -282,7 +282,8 @@ fn the_actions_own_folder_goes_on_path() {
 fn without_an_actions_folder_the_programs_own_is_taken() {
     let run = setup();
     assert_eq!(run.run().code, 0);
-    let own = Path::new(env!("CARGO_BIN_EXE_flywheel")).parent().unwrap();
+    let program = binary();
+    let own = program.parent().unwrap();
     assert_eq!(run.read("GITHUB_PATH"), format!("{}\n", own.display()));
 }
 
@@ -381,6 +382,27 @@ fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
         .collect();
     declared.sort_unstable();
     assert_eq!(set, declared);
+}
+
+#[test]
+fn the_plan_names_a_nix_that_nixpkgs_refuses() {
+    for (version, is_old) in [("2.8.0", true), ("2.34.8", false)] {
+        let run = Flywheel::new(&["setup", "--plan"]);
+        let bin = run.path("bin");
+        std::fs::create_dir(&bin).unwrap();
+        let nix = bin.join("nix");
+        std::fs::write(&nix, format!("#!/bin/sh\necho 'nix (Nix) {version}'\n")).unwrap();
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&nix, executable).unwrap();
+        let run = run.env("PATH", &format!("{}:/usr/bin:/bin", bin.display()));
+        let printed = run.run().stdout;
+        let line = printed
+            .lines()
+            .find(|line| line.starts_with("Nix version "));
+        let line = line.unwrap_or_else(|| panic!("{printed}"));
+        assert!(line.contains(version), "{line}");
+        assert_eq!(line.contains("older than 2.18"), is_old, "{line}");
+    }
 }
 
 /// A run with a `nix` of its own, whose store opens by this script.

@@ -9,6 +9,12 @@ pub(crate) enum Story {
     Canary,
     /// The README's own workflow under act.
     Workflow,
+    /// `flake-checks` with a token, while GitHub's API does not answer.
+    Checks,
+    /// `watch-store` in a shell that goes on afterwards.
+    Laptop,
+    /// The README's second command on a machine without Rust.
+    Fresh,
 }
 
 impl Story {
@@ -17,6 +23,9 @@ impl Story {
             Self::Demo => "demo",
             Self::Canary => "canary",
             Self::Workflow => "workflow",
+            Self::Checks => "checks",
+            Self::Laptop => "laptop",
+            Self::Fresh => "fresh",
         }
     }
 }
@@ -28,8 +37,10 @@ pub(crate) enum End {
     NothingLost(&'static [&'static str]),
     /// Exit code 69 within five seconds, with the obstacle and the remedy.
     Obstacle(&'static [&'static str]),
-    /// Exit code 0, and nothing is published.
+    /// Exit code 0.
     Passes(&'static [&'static str]),
+    /// This exit code within five seconds.
+    Refuses(&'static str, &'static [&'static str]),
 }
 
 pub(crate) struct Machine {
@@ -39,30 +50,14 @@ pub(crate) struct Machine {
 }
 
 const fn demo(name: &'static str, end: End) -> Machine {
-    Machine {
-        name,
-        story: Story::Demo,
-        end,
-    }
+    told(name, Story::Demo, end)
 }
 
-const fn canary(name: &'static str, end: End) -> Machine {
-    Machine {
-        name,
-        story: Story::Canary,
-        end,
-    }
+const fn told(name: &'static str, story: Story, end: End) -> Machine {
+    Machine { name, story, end }
 }
 
-const fn workflow(name: &'static str, end: End) -> Machine {
-    Machine {
-        name,
-        story: Story::Workflow,
-        end,
-    }
-}
-
-use End::{NothingLost, Obstacle, Passes};
+use End::{NothingLost, Obstacle, Passes, Refuses};
 
 const NO_NAMESPACES: &str = "user.max_user_namespaces";
 
@@ -132,16 +127,24 @@ pub(crate) const MACHINES: &[Machine] = &[
         "fifo-event",
         Passes(&["0 lost (not publishing: the event payload is unreadable"]),
     ),
-    workflow(
+    told(
         "debian-12-sudo",
+        Story::Workflow,
         Passes(&[
             "`sudo` makes `/nix`",
             "1 built, 2 published, 2 verified, 0 lost",
             "Job succeeded",
         ]),
     ),
-    canary("no-nix-command", Passes(&[])),
-    canary("no-nixbld", Passes(&[])),
-    canary("debian-12-sudo", Passes(&["nix-job"])),
-    canary("fifo-event", Passes(&[])),
+    told("no-nix-command", Story::Canary, Passes(&[])),
+    told("no-nixbld", Story::Canary, Passes(&[])),
+    told("debian-12-sudo", Story::Canary, Passes(&["nix-job"])),
+    told("fifo-event", Story::Canary, Passes(&[])),
+    told("daemon-2.26", Story::Checks, Passes(&["3 built", "0 lost"])),
+    told("no-nix-command", Story::Laptop, Passes(&["0 lost"])),
+    told(
+        "debian-12-root",
+        Story::Fresh,
+        Refuses("1", &["install Rust with clippy and rustfmt by rustup"]),
+    ),
 ];

@@ -151,7 +151,13 @@ fn put_checkout(repository: &Path, binary: &Path) {
     let _ = fs::remove_dir_all(&checkout);
     fs::create_dir_all(checkout.join("dist")).unwrap();
     let copied = Command::new("cp")
-        .args(["--recursive", "action.yml", "actions"])
+        .args([
+            "--recursive",
+            "action.yml",
+            "actions",
+            "scripts",
+            "rust-toolchain.toml",
+        ])
         .arg(&checkout)
         .current_dir(repository)
         .status();

@@ -7,6 +7,8 @@ use crate::run::Left;
 
 /// A machine on which Flywheel cannot work says so within this time.
 const OBSTACLE_SECONDS: f64 = 5.0;
+/// What has no cache to wait for is done within this time, on a busy machine too.
+const PASSES_SECONDS: f64 = 60.0;
 /// What a job that named its machine's obstacle never says.
 const BLAMED_ON_INPUTS: &str = "invalid value";
 
@@ -49,6 +51,7 @@ fn complain(end: End, left: &Left) -> Vec<String> {
     let (code, phrases) = match end {
         End::NothingLost(phrases) | End::Passes(phrases) => ("0", phrases),
         End::Obstacle(phrases) => ("69", phrases),
+        End::Refuses(code, phrases) => (code, phrases),
     };
     check(left.code == code, format!("exit {}, not {code}", left.code));
     for phrase in phrases {
@@ -86,7 +89,7 @@ fn complain(end: End, left: &Left) -> Vec<String> {
                 format!("the cache lacks {}", left.unserved.trim()),
             );
         }
-        End::Obstacle(_) => {
+        End::Obstacle(_) | End::Refuses(..) => {
             check(
                 left.seconds <= OBSTACLE_SECONDS,
                 format!("it took {} s to name the obstacle", left.seconds),
@@ -96,7 +99,10 @@ fn complain(end: End, left: &Left) -> Vec<String> {
                 "an input is blamed".to_owned(),
             );
         }
-        End::Passes(_) => {}
+        End::Passes(_) => check(
+            left.seconds <= PASSES_SECONDS,
+            format!("it took {} s", left.seconds),
+        ),
     }
     complaints
 }

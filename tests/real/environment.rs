@@ -93,13 +93,32 @@ fn a_full_temporary_folder_is_the_hosts_fault() {
     // Room for the folders and the files without content, and for nothing that is in one.
     let fill = "mount -t tmpfs -o size=64k,mode=1777 none \"$RUNNER_TEMP\"
 ! dd if=/dev/zero of=\"$RUNNER_TEMP/full\" bs=4k 2>/dev/null";
-    let report = Job::new(&cache, BUILD).step.after(fill).run();
+    let job = Job::new(&cache, BUILD);
+    let temp = job.step.temp();
+    let report = job.step.after(fill).run();
     assert_eq!(report.code, 69, "{}", report.log);
     assert_eq!(output(&report, "outcome"), "not-started");
     let log = &report.log;
     assert!(log.contains("No space left on device"), "{log}");
-    assert!(log.contains("/temp` is full: free room on it"), "{log}");
+    let disk = format!("{} (tmpfs)`: 0 B of 64.0 KiB are left", temp.display());
+    assert!(log.contains(&disk), "{log}");
     assert!(!log.contains("`command`"), "{log}");
+}
+
+#[test]
+fn without_certificates_nix_is_given_some() {
+    let cache = Cache::start(&["--private"]);
+    let command = format!("grep -c 'BEGIN CERTIFICATE' \"$NIX_SSL_CERT_FILE\"; {BUILD}");
+    let job = Job::new(&cache, &command);
+    // Every place where a distribution has them.
+    let hide = "for folder in /etc/ssl /etc/pki; do [ ! -d \"$folder\" ] || mount -t tmpfs none \"$folder\"; done";
+    let report = job.step.after(hide).run();
+    assert!(
+        report.log.contains("this machine has no certificates"),
+        "{}",
+        report.log
+    );
+    published(&report, &cache);
 }
 
 /// A root in which there is nothing but a busybox, and Nix with what it is linked to. What follows runs there.
@@ -138,7 +157,7 @@ fn an_image_without_bash_runs_the_action() {
     assert!(action.contains("\n      shell: sh\n"));
     let (_, run) = action.rsplit_once("\n      run: ").unwrap();
     let cache = Cache::start(&["--private"]);
-    let command = format!("test -z \"${{BASH_VERSION-}}\"; ! command -v bash; {BUILD}");
+    let command = format!("if command -v bash; then exit 1; fi; {BUILD}");
     let job = Job::new(&cache, &command);
     let workspace = job.step.workspace();
     flake::write(&workspace);

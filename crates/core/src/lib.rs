@@ -6,6 +6,7 @@
 // The ground. Its modules may use each other.
 pub mod exit;
 pub mod location;
+pub mod markdown;
 pub mod progress;
 pub mod retry;
 pub mod secret;
@@ -14,6 +15,7 @@ pub mod text;
 // The rules, each by itself.
 pub mod budget;
 pub mod contract;
+pub mod disk;
 pub mod policy;
 pub mod sizing;
 pub mod trust;

@@ -118,6 +118,49 @@ pub fn one_line(text: &str, limit: usize) -> String {
     shorten(&visible(line.trim()), limit)
 }
 
+/// A text without escape sequences (ECMA-48) and without control characters other than line ends and tabs.
+pub fn without_ansi(text: &str) -> String {
+    let mut clean = String::with_capacity(text.len());
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            '\u{1b}' => skip_sequence(&mut chars),
+            '\n' | '\t' => clean.push(c),
+            c if c.is_control() => {}
+            c => clean.push(c),
+        }
+    }
+    clean
+}
+
+fn skip_sequence(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
+    match chars.next() {
+        // A control sequence: parameters up to a final byte (ECMA-48, 5.4). A line end cuts it off, so that a sequence
+        // without an end does not swallow the next line.
+        Some('[') => {
+            while chars
+                .next_if(|c| !('@'..='~').contains(c) && *c != '\n')
+                .is_some()
+            {}
+        }
+        // An operating system command, such as a hyperlink or a title: up to BEL, or to ESC and a backslash.
+        Some(']') => {
+            while chars
+                .next_if(|c| !matches!(c, '\u{7}' | '\u{1b}' | '\n'))
+                .is_some()
+            {}
+            if chars.next_if_eq(&'\u{1b}').is_none() {
+                chars.next_if_eq(&'\u{7}');
+                return;
+            }
+            chars.next_if_eq(&'\\');
+            return;
+        }
+        _ => return,
+    }
+    chars.next_if(|c| *c != '\n');
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

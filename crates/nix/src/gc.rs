@@ -1,16 +1,21 @@
-//! Collects the store's garbage between runs while keeping the derivations of the last run.
+//! Collects the store's garbage: all of it between runs, while keeping the derivations of the last run, or paths that are
+//! named. What is alive is for Nix to judge.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use crate::path_info::PathInfo;
 use crate::store_path::StorePath;
-use crate::tool::{Error, Nix};
+use crate::tool::{Error, Nix, error_summary};
+use flywheel_sys::process::capture::Tool;
 
 /// Collecting garbage in a large store takes long.
 const LIMIT: Duration = Duration::from_secs(3600);
+/// Each call of `nix-store --delete` finds at most one path that is alive.
+const DELETE_TRIES: usize = 24;
 
 /// The folder for our garbage collector roots, one that this user may write to: the system's for
 /// root, else the user's own (`nix-store(1)`).
@@ -70,6 +75,70 @@ pub async fn collect(nix: &Nix) -> Result<String, Error> {
         .map(str::trim)
         .find(|line| line.contains("freed"));
     Ok(summary.unwrap_or("done").to_owned())
+}
+
+/// Deletes those of these paths that are dead, which Nix judges: no root, no running process and no valid path that is not
+/// among them needs one. Gives those that Nix calls alive; the others are gone, as far as time allowed.
+///
+/// # Errors
+/// When Nix fails for another reason.
+pub async fn delete_dead(
+    nix: &Nix,
+    infos: &[PathInfo],
+    limit: Duration,
+) -> Result<BTreeSet<StorePath>, Error> {
+    let mut ahead: BTreeMap<&StorePath, &PathInfo> =
+        infos.iter().map(|info| (&info.path, info)).collect();
+    let mut alive = BTreeSet::new();
+    let deadline = Instant::now() + limit;
+    // Nix stops at the first path that is alive, and names it.
+    for _ in 0..DELETE_TRIES {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if ahead.is_empty() || left.is_zero() {
+            break;
+        }
+        let names: Vec<String> = ahead.keys().map(ToString::to_string).collect();
+        let call = || "nix-store --delete".to_owned();
+        let tool = Tool::new(&nix.folder().join("nix-store")).envs(nix.variables());
+        let ran = tool.arg("--delete").args(&names).run(left).await;
+        let output = ran.map_err(|source| Error::Run {
+            call: call(),
+            source,
+        })?;
+        if output.status.success() {
+            break;
+        }
+        let named = named_in_error(&output.stderr, &ahead);
+        if named.is_empty() {
+            return Err(Error::Failed {
+                call: call(),
+                message: error_summary(&output.stderr),
+            });
+        }
+        // With a path, everything that it refers to is alive.
+        let mut living = named;
+        while let Some(path) = living.pop() {
+            if let Some(info) = ahead.remove(&path) {
+                living.extend(info.references.iter().cloned());
+                alive.insert(path);
+            }
+        }
+    }
+    Ok(alive)
+}
+
+/// The first of these paths that Nix's error names; the lines before it name what was deleted. "… since it is still
+/// alive" (2.8), "… because it's referenced by …", "… because it's in use by …" (2.34): the first is what it is about.
+fn named_in_error(stderr: &str, paths: &BTreeMap<&StorePath, &PathInfo>) -> Vec<StorePath> {
+    let error = stderr.find("error:").map_or("", |at| &stderr[at..]);
+    let places = paths
+        .keys()
+        .filter_map(|path| Some((error.find(&path.to_string())?, (*path).clone())));
+    places
+        .min_by_key(|(at, _)| *at)
+        .map(|(_, path)| path)
+        .into_iter()
+        .collect()
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 pub mod bootstrap;
 pub mod build;
+pub mod build_logs;
 pub mod cache_name;
 pub mod command_stores;
 pub mod content_address;

@@ -58,7 +58,7 @@ impl PingFailure {
 /// # Errors
 /// When Nix cannot be started or does not answer within `limit`.
 pub async fn ping(nix: &Nix, limit: Duration) -> Result<Ping, Error> {
-    let output = nix.run(&["store", "ping"], limit).await?;
+    let output = nix.ping_store(&[], limit).await?;
     if output.status.success() {
         // Nix 2.8 prints everything on standard error; newer versions use both streams.
         Ok(Ping::Open(read(&output.text(), &output.stderr)))

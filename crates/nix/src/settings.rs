@@ -131,6 +131,36 @@ pub fn compose(base: &str, wanted: &WantedSettings) -> String {
     text
 }
 
+/// The settings by which Nix reads a cache; none of them is of use when the cache is gone.
+const OF_THE_CACHE: [&str; 4] = [
+    "substituters",
+    "extra-substituters",
+    "extra-trusted-public-keys",
+    "netrc-file",
+];
+
+/// Splits what `compose` has made of `base` for shells that may outlive the cache: the lines about the cache, and the
+/// text with `!include FILE` in their place. Nix ignores such a line once the file is gone.
+pub fn with_cache_in(file: &str, config: &str, base: &str) -> (String, String) {
+    let (mut kept, mut of_cache) = (String::new(), String::new());
+    // The base is the shell's own, and stays whole.
+    let composed = config.strip_prefix(base).unwrap_or(config);
+    kept.push_str(&config[..config.len() - composed.len()]);
+    for line in composed.split_inclusive('\n') {
+        let name = line.split_whitespace().next().unwrap_or_default();
+        if !OF_THE_CACHE.contains(&name) {
+            kept.push_str(line);
+            continue;
+        }
+        // Settings that are not about the cache do not mind where they stand.
+        if of_cache.is_empty() {
+            kept.push_str(&format!("!include {file}\n"));
+        }
+        of_cache.push_str(line);
+    }
+    (kept, of_cache)
+}
+
 /// Whether this text assigns the setting `name`.
 pub fn sets(text: &str, name: &str) -> bool {
     lines(text).any(|(_, words)| words.first() == Some(&name) && words.get(1) == Some(&"="))
@@ -308,6 +338,34 @@ mod tests {
 
     fn settings(json: &str) -> Settings {
         Settings(serde_json::from_str(json).expect("an object"))
+    }
+
+    #[test]
+    fn a_shell_that_outlives_the_cache_names_it_through_a_file() {
+        let cache = CacheSettings {
+            substituter: "http://127.0.0.1:1/main".into(),
+            address: "http://127.0.0.1:1/main".into(),
+            attempts: 2,
+            public_key: None,
+            netrc: Some("/n/netrc".into()),
+        };
+        let wanted = WantedSettings {
+            cache: Some(cache),
+            extra: "cores = 3".into(),
+            ..WantedSettings::default()
+        };
+        let base = "netrc-file = /own";
+        let (kept, of_cache) = with_cache_in("/f", &compose(base, &wanted), base);
+        assert_eq!(
+            of_cache,
+            "extra-substituters = http://127.0.0.1:1/main\nnetrc-file = /n/netrc\n"
+        );
+        assert!(kept.starts_with("netrc-file = /own\n"), "{kept}");
+        assert!(kept.contains(FEATURES) && kept.contains("\n!include /f\n"));
+        assert!(kept.ends_with("cores = 3\n") && !kept.contains("127.0.0.1"));
+        // Without a cache there is nothing to include.
+        let config = compose("", &WantedSettings::default());
+        assert_eq!(with_cache_in("/f", &config, ""), (config, String::new()));
     }
 
     #[test]

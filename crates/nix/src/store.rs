@@ -18,7 +18,7 @@ use crate::settings::Settings;
 use crate::store_location::{StoreLocation, Unwatched, default_state, locate, shown, socket_of};
 use crate::store_path::{PathHash, STORE_DIR, StorePath};
 use crate::store_watcher::StoreWatcher;
-use crate::tool::{self, Flavour, Nix};
+use crate::tool::{self, Nix};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::text::one_line;
 
@@ -450,11 +450,7 @@ impl Store {
 
     /// Lists every valid path by running Nix.
     async fn list(&self) -> Result<PathInfos, Error> {
-        let mut arguments = vec!["path-info", "--all", "--json"];
-        // Nix 2.34 and later warn when the format is missing and announce that they will reject it.
-        if self.nix.version.flavour != Flavour::Lix && self.nix.version.at_least(2, 33) {
-            arguments.extend(["--json-format", "1"]);
-        }
+        let arguments = [self.nix.version.path_info_as_json(), &["--all"]].concat();
         let output = self.nix.run_checked(&arguments, LIST_LIMIT).await?;
         blocking(move || Ok(path_json::parse(&output.stdout)?)).await
     }

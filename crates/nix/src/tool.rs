@@ -66,6 +66,11 @@ impl Explain for Error {
     }
 }
 
+/// The oldest Nix that nixpkgs lets itself be evaluated by: `lib/minver.nix` there.
+const NIXPKGS_MINIMUM: (u32, u32) = (2, 18);
+/// Since this version Nix reads local Git repositories with a library of its own (its release notes). Lix does not.
+const OWN_GIT: (u32, u32) = (2, 20);
+
 /// The distribution of Nix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flavour {
@@ -91,7 +96,7 @@ pub struct Version {
 impl Version {
     /// Parses `nix (Nix) 2.8.0`, `nix (Determinate Nix 3.6.2) 2.29.0` or `nix (Lix, like Nix)
     /// 2.91.1`.
-    pub(crate) fn parse(text: &str) -> Option<Self> {
+    pub fn parse(text: &str) -> Option<Self> {
         let line = text.lines().find(|line| line.starts_with("nix"))?.trim();
         let (name, number) = line.strip_prefix("nix")?.trim().rsplit_once(' ')?;
         // Pre-releases have suffixes, such as `2.19.0pre20231002`.
@@ -115,6 +120,32 @@ impl Version {
     /// Whether this is at least that version of Nix. Lix forked from Nix 2.18 and counts from 2.90.
     pub fn at_least(&self, major: u32, minor: u32) -> bool {
         (self.major, self.minor) >= (major, minor)
+    }
+}
+
+impl Version {
+    /// What is wrong with a version that nixpkgs refuses to be evaluated by, as a sentence.
+    pub fn too_old(&self) -> Option<String> {
+        let (major, minor) = NIXPKGS_MINIMUM;
+        (!self.at_least(major, minor)).then(|| {
+            format!("{self} is older than {major}.{minor}, and so cannot evaluate nixpkgs of today; `nix-version` names a newer one")
+        })
+    }
+
+    /// The words of a call for facts about paths as JSON, in a format that `path_json` parses.
+    pub fn path_info_as_json(&self) -> &'static [&'static str] {
+        // From 2.33 on Nix warns where the format is not named, and announces that it will refuse that.
+        if self.flavour != Flavour::Lix && self.at_least(2, 33) {
+            &["path-info", "--json", "--json-format", "1"]
+        } else {
+            &["path-info", "--json"]
+        }
+    }
+
+    /// Whether it needs the program `git` to read a flake in a Git checkout.
+    pub fn needs_git(&self) -> bool {
+        let (major, minor) = OWN_GIT;
+        self.flavour == Flavour::Lix || !self.at_least(major, minor)
     }
 }
 
@@ -249,6 +280,21 @@ impl Nix {
             call: display_call(arguments),
             source,
         })
+    }
+
+    /// Opens a store: runs `nix store ping` with `more` arguments, or what newer versions call it.
+    ///
+    /// # Errors
+    /// As `run`.
+    pub async fn ping_store(&self, more: &[&str], limit: Duration) -> Result<Output, Error> {
+        let call = async |name| self.run(&[&["store", name], more].concat(), limit).await;
+        let output = call("ping").await?;
+        // Since 2.19 the old name is a deprecated alias of `info`, which older versions and Lix do not know. The version
+        // is not always known yet.
+        if !output.status.success() && output.stderr.contains("is not a recognised command") {
+            return call("info").await;
+        }
+        Ok(output)
     }
 
     /// Like `run`, but a non-zero exit code is an error that carries Nix's message.
@@ -390,156 +436,4 @@ pub(crate) fn strip_ansi(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use flywheel_testing::script;
-
-    use super::*;
-
-    fn version(line: &str) -> (Flavour, u32, u32) {
-        let version = Version::parse(line).expect("a version");
-        (version.flavour, version.major, version.minor)
-    }
-
-    #[test]
-    fn every_maker_is_known() {
-        assert_eq!(version("nix (Nix) 2.8.0\n"), (Flavour::Nix, 2, 8));
-        assert_eq!(version("nix (Nix) 2.26.3"), (Flavour::Nix, 2, 26));
-        assert_eq!(
-            version("nix (Nix) 2.24pre20240723_deadbeef"),
-            (Flavour::Nix, 2, 24)
-        );
-        assert_eq!(
-            version("nix (Determinate Nix 3.6.2) 2.29.0"),
-            (Flavour::Determinate, 2, 29)
-        );
-        assert_eq!(
-            version("nix (Lix, like Nix) 2.91.1\nSystem type: x86_64-linux"),
-            (Flavour::Lix, 2, 91)
-        );
-        assert_eq!(
-            version("nix (Lix, like Nix) 2.93.0-dev-pre20250101-abc"),
-            (Flavour::Lix, 2, 93)
-        );
-        for stranger in ["", "nix", "nix (Nix)", "bash 5.2", "nix (Nix) two"] {
-            assert_eq!(Version::parse(stranger), None, "{stranger}");
-        }
-        assert!(
-            Version::parse("nix (Nix) 2.20.1")
-                .expect("a version")
-                .at_least(2, 20)
-        );
-    }
-
-    #[tokio::test]
-    async fn path_comes_first_and_what_is_beside_it_is_reported() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let program = script(folder.path(), "nix", "echo").await;
-        let place = folder.path().to_str().expect("UTF-8");
-        let found = find(&Env::from_pairs([("PATH", place)]), &[]).expect("on PATH");
-        assert_eq!(
-            found,
-            FoundProgram {
-                program: program.clone(),
-                on_path: true
-            }
-        );
-        let aside = find(
-            &Env::from_pairs([("PATH", "/nonexistent")]),
-            &[folder.path().into()],
-        )
-        .expect("aside");
-        assert_eq!(
-            aside,
-            FoundProgram {
-                program,
-                on_path: false
-            }
-        );
-        assert_eq!(find(&Env::from_pairs([("PATH", "relative:.")]), &[]), None);
-    }
-
-    #[test]
-    fn a_file_that_does_not_run_is_not_nix() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        std::fs::write(folder.path().join("nix"), "").expect("written");
-        assert_eq!(find(&Env::default(), &[folder.path().into()]), None);
-    }
-
-    #[tokio::test]
-    async fn our_calls_hold_no_token_and_the_config_they_are_given() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let program = script(
-            folder.path(),
-            "nix",
-            "[ \"$1\" = --version ] && echo 'nix (Nix) 2.8.0' || env",
-        )
-        .await;
-        let env = Env::from_pairs([
-            ("PATH", "/usr/bin:/bin"),
-            ("HOME", "/home/x"),
-            ("ATTIC_TOKEN", "first-secret"),
-            ("FLYWHEEL_COMMAND", "second-secret"),
-            ("GITHUB_TOKEN", "third-secret"),
-            ("NIX_CONFIG", "cores = 3"),
-        ]);
-        let nix = Nix::detect(&program, &env)
-            .await
-            .expect("runs")
-            .with_variable("NIX_REMOTE", Some("local"));
-        let printed = nix
-            .run_checked(&["store", "ping"], VERSION_LIMIT)
-            .await
-            .expect("runs")
-            .text();
-        for absent in ["first-secret", "second-secret", "third-secret"] {
-            assert!(!printed.contains(absent), "{printed}");
-        }
-        for present in [
-            "HOME=/home/x",
-            "NIX_REMOTE=local",
-            "NIX_CONFIG=cores = 3\nextra-experimental-features",
-        ] {
-            assert!(printed.contains(present), "{present} in {printed}");
-        }
-    }
-
-    #[tokio::test]
-    async fn what_nix_complains_about_is_one_plain_line() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let text = "[ \"$1\" = --version ] && echo 'nix (Nix) 2.8.0' && exit
-            printf 'warning: x\\n\\033[31;1merror:\\033[0m path\\n  is not valid\\n' >&2; exit 1";
-        let program = script(folder.path(), "nix", text).await;
-        let nix = Nix::detect(&program, &Env::default()).await.expect("runs");
-        let error = nix
-            .run_checked(&["path-info", "--json", "/x"], VERSION_LIMIT)
-            .await
-            .expect_err("fails");
-        assert_eq!(
-            error.to_string(),
-            "`nix path-info` failed: path is not valid"
-        );
-        // From 2.20 on the trace comes first.
-        let traced =
-            "error:\n       … while calling the 'throw' builtin\n\n       error: no\n       way\n";
-        assert_eq!(
-            error_summary(traced),
-            "no way … while calling the 'throw' builtin"
-        );
-    }
-
-    #[test]
-    fn a_line_that_nix_cannot_read_is_not_repeated() {
-        // 2.8, and 2.26 and later.
-        for said in [
-            "illegal configuration line",
-            "syntax error in configuration line",
-        ] {
-            assert!(
-                !error_summary(&format!(
-                    "error: {said} 'github.com=s3cr3t' in 'NIX_CONFIG'"
-                ))
-                .contains("s3cr3t")
-            );
-        }
-    }
-}
+mod tests;

@@ -1,6 +1,7 @@
 //! HTTP clients: rustls on ring, a resolver of their own, trusted roots, bounded waits. This module owns how bytes
 //! reach a host; its callers own the requests.
 
+pub mod bundle;
 mod direct;
 mod trust;
 

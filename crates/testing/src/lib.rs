@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use flywheel_sys::process::capture::Tool;
+use flywheel_sys::runner::env::Env;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -29,4 +30,28 @@ pub async fn script(folder: &Path, name: &str, text: &str) -> PathBuf {
         .arg(text);
     assert!(tool.run(LIMIT).await.expect("runs").status.success());
     file
+}
+
+/// Compares a report with the file `tests/fixtures/summaries/NAME.md` of the repository, which people have looked at.
+/// `UPDATE_DOCS=1` writes the file.
+///
+/// # Panics
+/// When they differ.
+pub fn golden(name: &str, text: &str) {
+    let env = Env::from_process();
+    let here = env.path("CARGO_MANIFEST_DIR").expect("cargo names it");
+    let folder = here
+        .ancestors()
+        .map(|folder| folder.join("tests/fixtures/summaries"))
+        .find(|folder| folder.is_dir())
+        .expect("below the repository");
+    let file = folder.join(format!("{name}.md"));
+    if env.get("UPDATE_DOCS").is_some() {
+        std::fs::write(&file, text).expect("written");
+    }
+    let kept = std::fs::read_to_string(&file).unwrap_or_default();
+    assert_eq!(
+        kept, text,
+        "{name}.md is another summary: UPDATE_DOCS=1 writes it; then look at it"
+    );
 }

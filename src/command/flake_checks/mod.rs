@@ -31,16 +31,19 @@ use self::reporter::Reporter;
 use self::systems::{is_system, native, tree};
 use crate::job::added_paths::AddedPaths;
 use crate::job::{self, Prepared, STOPPED_LIMIT, Session, StoreWatch};
-use crate::report::job::{JobResult, Outcome};
+use crate::report::disk::DiskReport;
+use crate::report::job::{JobResult, Outcome, Work};
 use crate::report::publication::Publication;
+use flywheel_core::disk::reports_full;
 use flywheel_core::exit::{Exit, Failure, VerbError};
 use flywheel_core::text::count;
-use flywheel_github::checks::{Cause, Conclusion, Output, board, summary};
+use flywheel_github::checks::{Cause, Conclusion, Output, Verdict, board, summary};
 use flywheel_nix::build::cache_trust::CacheTrust;
 use flywheel_nix::flake::Source;
 use flywheel_nix::flake::evaluate::OutputName;
 use flywheel_nix::flake::expression::build_command;
 use flywheel_nix::kept_paths::KeptPaths;
+use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::tool::Nix;
@@ -114,25 +117,17 @@ impl FlakeChecks<'_> {
             Err(failure) => return self.give_up(reporter, failure).await,
         };
         let prepared = &*prepared;
-        let mut watch = self
-            .session
-            .watch(prepared, temp_roots::JobScope::Descendants)
-            .await;
-        let store = match &watch {
-            Some(watch) => Arc::clone(watch.store()),
-            None => match prepared.open_store().await {
-                Ok(store) => Arc::new(store),
-                Err(error) => return self.give_up(reporter, error.into()).await,
-            },
-        };
-        let nix = match &watch {
-            Some(watch) => watch.nix(prepared),
-            None => prepared.nix(),
+        let (mut watch, store, nix) = match self.watch(prepared).await {
+            Ok(watched) => watched,
+            Err(failure) => return self.give_up(reporter, failure).await,
         };
         let span = Span::begin();
+        let disks = self
+            .session
+            .watch_disks(prepared, watch.as_ref(), self.session.private());
         // Not through the link of the job's commands: what is kept here is named to no proxy.
         let kept = Arc::new(KeptPaths::new(&prepared.nix(), &self.session.sink));
-        let ran = match self
+        let ran = self
             .check(
                 flake_evaluation,
                 (prepared, nix),
@@ -140,29 +135,55 @@ impl FlakeChecks<'_> {
                 &mut reporter,
                 signals,
             )
-            .await
-        {
+            .await;
+        let failed = ran.as_ref().is_ok_and(RunResult::has_failed);
+        let (disk, freed) = disks.end(failed).await;
+        let ran = match ran {
             Ok(ran) => ran,
             Err(failure) => {
                 kept.end().await;
                 return self.give_up(reporter, failure).await;
             }
         };
+        let disk = disk.judged(failed, ran.reports_full_disk());
         let spent = span.end().await;
         if let Some(watch) = &mut watch {
             let results = paths_in_store(&ran, watch.store());
             watch.add_results(results);
         }
         let job = self
-            .publish(prepared, watch, reporter, (&ran, &kept), signals)
+            .publish(
+                prepared,
+                watch,
+                reporter,
+                (&ran, &kept, (&disk, &freed)),
+                signals,
+            )
             .await;
         let job = JobResult {
             peak: spent.peak,
             limit: spent.limit,
+            disk,
             ..job
         };
         self.report(&job, &ran);
         Ok(Exit::Command(job.exit_code))
+    }
+
+    /// Watches the store, which is opened also where it cannot be watched. Gives the Nix whose additions are the job's.
+    async fn watch(
+        &self,
+        prepared: &Prepared,
+    ) -> Result<(Option<StoreWatch>, Arc<Store>, Nix), Failure> {
+        let watching = self
+            .session
+            .watch(prepared, temp_roots::JobScope::Descendants);
+        let Some(watch) = watching.await else {
+            let store = prepared.open_store().await?;
+            return Ok((None, Arc::new(store), prepared.nix()));
+        };
+        let (store, nix) = (Arc::clone(watch.store()), watch.nix(prepared));
+        Ok((Some(watch), store, nix))
     }
 
     /// Opens the flake, and reads the job's settings back beside it. `None` when a signal came first.
@@ -221,7 +242,7 @@ impl FlakeChecks<'_> {
         prepared: &Prepared,
         watch: Option<StoreWatch>,
         reporter: Reporter,
-        (ran, kept): (&RunResult, &KeptPaths),
+        (ran, kept, (disk, freed)): (&RunResult, &KeptPaths, (&DiskReport, &[PathInfo])),
         signals: &mut Signals,
     ) -> JobResult {
         let began = Instant::now();
@@ -237,7 +258,8 @@ impl FlakeChecks<'_> {
             stopped = checked.await.map(|_| Instant::now());
         }
         let finishing = self.finish(prepared, watch, reporter, (ran, stopped), signals);
-        let ((added_paths, publication), stats) = finishing.await;
+        let ((mut added_paths, publication), stats) = finishing.await;
+        added_paths.count_freed(freed);
         self.log_check_runs(stats);
         kept.end().await;
         // Last of all: the publisher reads the paths from the store until it has ended.
@@ -246,7 +268,7 @@ impl FlakeChecks<'_> {
             _ = signals.next() => self.session.sink.note("flywheel: the store is not collected: the job was asked to stop"),
             () = self.collect(prepared, ran) => (),
         }
-        let job = self.result(prepared, ran, &added_paths, publication);
+        let job = self.result(prepared, (ran, disk), &added_paths, publication);
         JobResult {
             publish: began.elapsed(),
             ..job
@@ -434,7 +456,7 @@ impl FlakeChecks<'_> {
     fn result(
         &self,
         prepared: &Prepared,
-        ran: &RunResult,
+        (ran, disk): (&RunResult, &DiskReport),
         added_paths: &AddedPaths,
         publication: Option<Publication>,
     ) -> JobResult {
@@ -446,11 +468,15 @@ impl FlakeChecks<'_> {
         );
         let (outcome, exit_code) = match (ran.end, ran.failures() > 0 || !ran.wrong.is_empty()) {
             (RunEnd::Stopped(..), _) => (Outcome::Cancelled, 130),
+            (RunEnd::FailedFast, _) | (RunEnd::Complete, true) if disk.full.is_some() => {
+                (Outcome::DiskFull, 1)
+            }
             (RunEnd::FailedFast, _) | (RunEnd::Complete, true) => (Outcome::CommandFailed, 1),
             (RunEnd::Complete, false) => (result.outcome, result.exit_code),
         };
         let command = ran.evaluation + ran.build;
         JobResult {
+            work: Work::Outputs,
             outcome,
             exit_code,
             command,
@@ -529,6 +555,26 @@ impl RunResult {
         verdicts
             .filter(|verdict| verdict.conclusion() == Conclusion::Failure)
             .count()
+    }
+
+    /// Whether outputs failed of themselves.
+    fn has_failed(&self) -> bool {
+        self.failures() > 0 && !matches!(self.end, RunEnd::Stopped(..))
+    }
+
+    /// Whether the log of an output that failed says that a disk is full.
+    fn reports_full_disk(&self) -> bool {
+        let verdicts = self.outs.iter().filter_map(|out| out.verdict.as_ref());
+        let mut failed = verdicts.filter(|verdict| verdict.conclusion() == Conclusion::Failure);
+        let reports = |verdict: &Verdict| {
+            let evaluation = match &verdict.cause {
+                Cause::Evaluation { text, .. } => Some(text),
+                _ => None,
+            };
+            let mut texts = verdict.log_tail.iter().chain(evaluation);
+            texts.any(|text| reports_full(text))
+        };
+        failed.any(reports)
     }
 
     /// The outputs with their verdicts.

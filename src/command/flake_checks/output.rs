@@ -87,7 +87,12 @@ impl OutputProgress {
                 .flat_map(|facts| facts.outs.values().cloned())
                 .collect(),
             log_tail,
-            started_at: at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            started_at_ms: u64::try_from(
+                at.duration_since(UNIX_EPOCH)
+                    .unwrap_or_default()
+                    .as_millis(),
+            )
+            .unwrap_or(u64::MAX),
             took: since.elapsed(),
             reproduce: self.reproduce.clone(),
         })

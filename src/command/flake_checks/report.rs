@@ -5,10 +5,13 @@ use crate::job::JobReport;
 use crate::report::job::JobResult;
 use flywheel_core::text::{count, one_line};
 use flywheel_github::checks::board::ReportStats;
-use flywheel_github::checks::text::annotation;
+use flywheel_github::checks::text::{annotation, title};
 use flywheel_github::checks::{Conclusion, files, summary};
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::Level;
+
+/// GitHub shows ten annotations of a kind of a step.
+const ANNOTATIONS: usize = 10;
 
 impl FlakeChecks<'_> {
     pub(super) fn log_check_runs(&self, stats: Option<ReportStats>) {
@@ -70,7 +73,11 @@ impl FlakeChecks<'_> {
             ("cancelled", number(Conclusion::Cancelled)),
             ("remembered", ran.remembered.to_string()),
         ];
-        let mut written = files.add_summary(&summary::render(&ended, &ran.not_looked_at));
+        let shown = [
+            summary::render(&ended, &ran.not_looked_at),
+            summary::failures(&ended),
+        ];
+        let mut written = files.add_summary(&shown.join("\n"));
         for (name, value) in counts.into_iter().chain(times) {
             written = written.and_then(|()| files.set_output(name, &value));
         }
@@ -84,19 +91,27 @@ impl FlakeChecks<'_> {
         JobReport::new(job).emit(&self.session.workflow, &files);
     }
 
-    /// Annotates the source lines that are wrong. GitHub shows ten annotations of a step.
+    /// Annotates each output that failed, on the source line that is wrong where it is known. Where there are no Check
+    /// Runs, these are what the run's page shows.
     fn mark_lines(&self, ended: &[summary::Ended<'_>]) {
-        for (output, verdict) in ended {
+        let failed = ended
+            .iter()
+            .filter(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
+        for (output, verdict) in failed.take(ANNOTATIONS) {
+            let label = one_line(&output.label, 100);
             if let (Some(location), Some(text)) = (verdict.cause.location(), annotation(verdict)) {
-                let title = one_line(&output.label, 100);
                 self.session.workflow.annotate_line(
                     Level::Error,
-                    &title,
+                    &label,
                     &text,
                     &location.file,
                     location.line,
                     location.column,
                 );
+            } else {
+                self.session
+                    .workflow
+                    .annotate(Level::Error, &label, &title(verdict));
             }
         }
     }

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::command::flake_checks::output::OutputProgress;
+use flywheel_core::text::without_ansi;
 use flywheel_core::text::{count, one_line, shorten};
 use flywheel_github::checks::board::{Aggregate, CheckRunReporter, ReportStats};
 use flywheel_github::checks::summary::sign;
-use flywheel_github::checks::text::{title, without_ansi};
+use flywheel_github::checks::text::title;
 use flywheel_github::checks::{Conclusion, Output, OutputState, Verdict};
 use flywheel_sys::runner::workflow::Workflow;
 

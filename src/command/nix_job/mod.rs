@@ -5,7 +5,7 @@ mod environment;
 mod inputs;
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
@@ -13,11 +13,15 @@ pub(crate) use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
 use crate::job::added_paths::AddedPaths;
+use crate::job::failed_builds::LogSearch;
 use crate::job::{self, JobReport, Prepared, Session, StoreWatch};
+use crate::report::disk::DiskReport;
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use flywheel_core::budget::{self, Observed};
+use flywheel_core::disk::reports_full;
 use flywheel_core::exit::{Exit, Failure, VerbError};
+use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::temp_roots;
 use flywheel_sys::host::peak::{Span, Spent};
 use flywheel_sys::process::signals::Signals;
@@ -48,6 +52,9 @@ struct NixJob<'a> {
     session: Session<'a>,
 }
 
+/// How the command ended, if it could be started, and what has the runner obey commands again.
+type Ran = (Result<CommandExit, SuperviseError>, Option<StoppedCommands>);
+
 impl NixJob<'_> {
     async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
         let Some(prepared) = self.session.prepare(signals).await? else {
@@ -58,8 +65,10 @@ impl NixJob<'_> {
             .watch(&prepared, temp_roots::JobScope::Descendants)
             .await;
         let span = Span::begin();
-        let link = watch.as_ref().and_then(StoreWatch::daemon_link);
-        let (ended, stopped_commands) = self.command(&prepared, link, signals).await?;
+        let (ran, (disk, freed)) = self
+            .command_on_disks(&prepared, watch.as_ref(), signals)
+            .await;
+        let (ended, stopped_commands) = ran?;
         // It waits for the runner to read the command's last lines, while the job goes on.
         let is_over = ended
             .as_ref()
@@ -88,7 +97,11 @@ impl NixJob<'_> {
                     .run_flake_check(&prepared, watch.as_ref(), folder, signals.next());
             stopped = checked.await.map(|_| Instant::now());
         }
-        let (added_paths, publication) = self
+        let search = watch
+            .as_ref()
+            .filter(|_| ended.code != 0 && stopped.is_none())
+            .and_then(|watch| LogSearch::new(watch, &prepared));
+        let (mut added_paths, publication) = self
             .session
             .deliver_in_time(
                 watch,
@@ -99,14 +112,22 @@ impl NixJob<'_> {
                 signals,
             )
             .await;
-        let job = self.result(
-            &prepared,
-            &ended,
-            &spent,
-            &added_paths,
-            publication,
-            publish_began.elapsed(),
+        let publish = publish_began.elapsed();
+        let failed_builds = match search {
+            Some(search) => search.failed(&added_paths, &freed).await,
+            None => Vec::new(),
+        };
+        added_paths.count_freed(&freed);
+        let tails = failed_builds.iter().flat_map(|build| &build.log_tail);
+        let disk = disk.judged(
+            ended.code != 0 && ended.stopped.is_none(),
+            tails.into_iter().any(|line| reports_full(line)),
         );
+        let job = JobResult {
+            publish,
+            failed_builds,
+            ..self.result(&prepared, &ended, (&spent, disk), &added_paths, publication)
+        };
         prepared.stop().await;
         // It fails only with a panic, which has been reported.
         let _ = resuming.await;
@@ -114,12 +135,27 @@ impl NixJob<'_> {
         Ok(Exit::Command(job.exit_code))
     }
 
+    /// Runs the command while the disks are watched.
+    async fn command_on_disks(
+        &self,
+        prepared: &Prepared,
+        watch: Option<&StoreWatch>,
+        signals: &mut Signals,
+    ) -> (Result<Ran, Failure>, (DiskReport, Vec<PathInfo>)) {
+        let folder = &self.plan.folder;
+        let disks = self.session.watch_disks(prepared, watch, folder);
+        let link = watch.and_then(StoreWatch::daemon_link);
+        let ran = self.command(prepared, link, signals).await;
+        let failed = matches!(&ran, Ok((Ok(ended), _)) if ended.code != 0);
+        (ran, disks.end(failed).await)
+    }
+
     async fn command(
         &self,
         prepared: &Prepared,
         daemon_link: Option<&Path>,
         signals: &mut Signals,
-    ) -> Result<(Result<CommandExit, SuperviseError>, Option<StoppedCommands>), Failure> {
+    ) -> Result<Ran, Failure> {
         let ready = &prepared.ready;
         let mut environment = environment::for_command(
             self.session.env,
@@ -160,10 +196,9 @@ impl NixJob<'_> {
         &self,
         prepared: &Prepared,
         ended: &CommandExit,
-        spent: &Spent,
+        (spent, disk): (&Spent, DiskReport),
         added_paths: &AddedPaths,
         publication: Option<Publication>,
-        publish: Duration,
     ) -> JobResult {
         let observed = Observed {
             killed_in_group: spent.killed_in_group,
@@ -179,22 +214,23 @@ impl NixJob<'_> {
             publication,
             self.session.plan.require_publish,
         );
-        let (outcome, exit_code) = match (ended.stopped, ended.code, &out_of_memory) {
+        let (outcome, exit_code) = match (ended.stopped, ended.code) {
             // A stopped command exits with the signal's code, which is no failure of its own.
-            (Some(_), code, _) => (Outcome::Cancelled, code),
-            (None, 0, _) => (result.outcome, result.exit_code),
-            (None, code, Some(_)) => (Outcome::OutOfMemory, code),
-            (None, code, None) => (Outcome::CommandFailed, code),
+            (Some(_), code) => (Outcome::Cancelled, code),
+            (None, 0) => (result.outcome, result.exit_code),
+            (None, code) if out_of_memory.is_some() => (Outcome::OutOfMemory, code),
+            (None, code) if disk.full.is_some() => (Outcome::DiskFull, code),
+            (None, code) => (Outcome::CommandFailed, code),
         };
         JobResult {
             outcome,
             exit_code,
             command: ended.lasted,
-            publish,
             peak: spent.peak,
             limit: spent.limit,
             out_of_memory,
             heavy_lane: self.plan.heavy_lane.clone(),
+            disk,
             ..result
         }
     }

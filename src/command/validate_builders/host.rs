@@ -4,14 +4,15 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::statvfs;
-
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
+use crate::report::canary::Disk;
 use flywheel_core::contract::Size;
+use flywheel_core::disk::Room;
 use flywheel_core::text::bytes;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::settings;
+use flywheel_sys::host::disk::FileSystem;
 use flywheel_sys::host::memory::{Cgroup, of_machine};
 use flywheel_sys::runner::env::Env;
 
@@ -25,6 +26,8 @@ const HINTS: CheckSpec = CheckSpec::advisory("hints", "hints", 5);
 
 /// Store paths have hundreds or thousands of files each, so with fewer inodes than this a job soon fails.
 const LEAST_INODES: u64 = 20_000;
+/// The numbers of a disk are there at once, unless it does not answer.
+const DISK_LIMIT: Duration = Duration::from_secs(2);
 /// How much is written to the temporary folder for a try.
 const PROBE_BYTES: usize = 1 << 20;
 /// The kernel keeps a part for itself: a machine of 8 GiB shows a little less than that.
@@ -34,9 +37,15 @@ const EARLIEST: u64 = 1_735_689_600;
 /// A server accepts tokens and certificates if its clock and ours differ by minutes, and no more.
 const SKEW: Duration = Duration::from_secs(300);
 
-/// Runs the checks of the host.
-pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env, client: &reqwest::Client) {
+/// Runs the checks of the host, and gives the disks that it has looked at.
+pub(super) async fn checks(
+    list: &mut CheckList,
+    plan: &Plan,
+    env: &Env,
+    client: &reqwest::Client,
+) -> Vec<Disk> {
     let folders = folders(plan, env);
+    let of_jobs = folders.clone();
     let looked = |folders: Vec<PathBuf>, look: fn(&[PathBuf], u64) -> Found<()>, least: u64| {
         move |_| async move {
             let looked = tokio::task::spawn_blocking(move || look(&folders, least)).await;
@@ -64,6 +73,27 @@ pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env, client:
     list.check(NIX_CONFIG, |_| async move { nix_config(config) })
         .await;
     list.check(HINTS, |_| async move { hints(env) }).await;
+    let looking = tokio::task::spawn_blocking(move || disks(&of_jobs));
+    // A disk that does not answer has failed the checks above.
+    let found = tokio::time::timeout(DISK_LIMIT, looking).await;
+    found.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+/// The file systems of these folders, each once.
+fn disks(folders: &[PathBuf]) -> Vec<Disk> {
+    let mut found: Vec<Disk> = Vec::new();
+    let all = folders
+        .iter()
+        .filter_map(|folder| FileSystem::of(folder).ok());
+    for disk in all {
+        let mount = disk.mount.display().to_string();
+        if let Ok(room) = disk.room()
+            && found.iter().all(|known| known.mount != mount)
+        {
+            found.push(Disk { mount, room });
+        }
+    }
+    found
 }
 
 /// The folders that a job of the class writes to.
@@ -84,9 +114,7 @@ fn folders(plan: &Plan, env: &Env) -> Vec<PathBuf> {
 }
 
 fn disk(folders: &[PathBuf], least: u64) -> Found<()> {
-    let found = look(folders, |stat| {
-        Some(stat.f_bavail.saturating_mul(stat.f_frsize))
-    })?;
+    let found = look(folders, |room| Some(room.free))?;
     let Some((folder, free)) = found else {
         return Ok(((), "nothing to look at".to_owned()));
     };
@@ -102,8 +130,7 @@ fn disk(folders: &[PathBuf], least: u64) -> Found<()> {
 }
 
 fn inodes(folders: &[PathBuf], least: u64) -> Found<()> {
-    // File systems that make inodes as they need them (Btrfs) report 0 of 0.
-    let found = look(folders, |stat| (stat.f_files > 0).then_some(stat.f_favail))?;
+    let found = look(folders, |room| Some(room.inodes?.free))?;
     let Some((folder, free)) = found else {
         return Ok(((), "this file system has no fixed number".to_owned()));
     };
@@ -120,18 +147,19 @@ fn inodes(folders: &[PathBuf], least: u64) -> Found<()> {
 /// The folder with the smallest number, if any has a number.
 fn look(
     folders: &[PathBuf],
-    number: impl Fn(&rustix::fs::StatVfs) -> Option<u64>,
+    number: impl Fn(&Room) -> Option<u64>,
 ) -> Result<Option<(PathBuf, u64)>, CheckFailure> {
     let mut least: Option<(PathBuf, u64)> = None;
     for folder in folders {
-        let stat = statvfs(folder).map_err(|error| {
+        let room = FileSystem::of(folder).and_then(|disk| disk.room());
+        let room = room.map_err(|error| {
             CheckFailure::new(
                 format!("`{}` cannot be looked at: {error}", folder.display()),
                 "Look at the runner's mounts.",
             )
         })?;
         if let Some(found) =
-            number(&stat).filter(|found| least.as_ref().is_none_or(|(_, known)| found < known))
+            number(&room).filter(|found| least.as_ref().is_none_or(|(_, known)| found < known))
         {
             least = Some((folder.clone(), found));
         }

@@ -181,7 +181,11 @@ async fn version(plan: &Plan, program: &std::path::Path, env: &Env, limit: Durat
             format!("it is {line}, and the class wants {wanted}"),
             "Install a version that the contract allows.",
         )),
-        _ => Ok((nix, line)),
+        // The contract says what is too old for this class.
+        _ => {
+            let line = nix.version.too_old().unwrap_or(line);
+            Ok((nix, line))
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The process that watches the store, in the foreground for `run` or in the background for `start`: prepares,
 //! watches and publishes, serves the requests of the job's later steps, and drains at the end.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -13,13 +13,17 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::ipc::{Finished, Request, Status, receive, send};
+use super::later_steps;
 use crate::job::added_paths::AddedPaths;
 use crate::job::stream::Deadline;
 use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Session, StoreWatch};
+use crate::report::disk::DiskReport;
+use crate::report::job::Work;
 use crate::report::publication::Publication;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::exit::Failure;
 use flywheel_core::progress::{Progress, Sink};
+use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::process::signals::Signals;
 
@@ -122,7 +126,6 @@ enum Shutdown {
 
 impl Daemon<'_> {
     /// Watches until a step asks for the end or a signal arrives. Calls `ready` once Nix, the cache and the watch are.
-    /// `before` are variables with their old values, which the finishing step sets again.
     ///
     /// # Errors
     /// When there is no usable Nix.
@@ -130,7 +133,6 @@ impl Daemon<'_> {
         self,
         listener: UnixListener,
         signals: &mut Signals,
-        before: Vec<(String, String)>,
         ready: impl AsyncFnOnce(&Prepared),
     ) -> Result<JobReport, Failure> {
         // One request ends the watch, so there is room for one.
@@ -147,6 +149,9 @@ impl Daemon<'_> {
             prepared = Box::pin(self.session.make_ready()) => prepared?,
         };
         let watch = self.session.watch(&prepared, self.processes.clone()).await;
+        let disks = self
+            .session
+            .watch_disks(&prepared, watch.as_ref(), &self.folder);
         let cache = prepared.cache.endpoint().map(Endpoint::substituter);
         {
             let mut status = self.status_cell.status();
@@ -154,6 +159,7 @@ impl Daemon<'_> {
             status.cache = cache;
         }
         let began = Instant::now();
+        let before = later_steps::before(&prepared, self.session.env);
         ready(&prepared).await;
         let shutdown = tokio::select! {
             biased;
@@ -162,8 +168,10 @@ impl Daemon<'_> {
         };
         self.status_cell.status().state = "finishing".into();
         let watched = began.elapsed();
+        // The steps have commands of their own, of which nothing is known here.
+        let disk = disks.end(false).await;
         let (report, request) = self
-            .finish(&prepared, watch, shutdown, watched, signals)
+            .finish(&prepared, watch, shutdown, (watched, disk), signals)
             .await;
         prepared.stop().await;
         if let Some(mut request) = request {
@@ -185,7 +193,7 @@ impl Daemon<'_> {
         prepared: &Prepared,
         watch: Option<StoreWatch>,
         mut shutdown: Shutdown,
-        watched: Duration,
+        (watched, (disk, freed)): (Duration, (DiskReport, Vec<PathInfo>)),
         signals: &mut Signals,
     ) -> (JobReport, Option<FinishRequest>) {
         let mut stop = None;
@@ -220,13 +228,14 @@ impl Daemon<'_> {
         if stop == Some(StopCause::Step) {
             deadline.cancel.cancel();
         }
-        let (added_paths, publication) = match watch {
+        let (mut added_paths, publication) = match watch {
             None => Default::default(),
             Some(watch) => {
                 self.deliver(watch, prepared, &deadline, request.as_mut(), signals)
                     .await
             }
         };
+        added_paths.count_freed(&freed);
         let require = plan.require_publish
             || request
                 .as_ref()
@@ -234,7 +243,8 @@ impl Daemon<'_> {
         let mut job = self
             .session
             .result(prepared, &added_paths, publication, require);
-        (job.command, job.publish) = (watched, began.elapsed());
+        (job.command, job.publish, job.disk) = (watched, began.elapsed(), disk);
+        job.work = Work::OtherSteps;
         (JobReport::new(&job), request)
     }
 
@@ -296,21 +306,4 @@ async fn serve(
             _ => (),
         }
     }
-}
-
-/// The variables that the later steps need.
-pub(super) fn variables(prepared: &Prepared) -> Vec<(String, String)> {
-    let repairs = prepared
-        .ready
-        .variables()
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value.to_owned()));
-    std::iter::once(("NIX_CONFIG".to_owned(), prepared.settings.config.clone()))
-        .chain(repairs)
-        .collect()
-}
-
-/// The folder of Nix's programs, where it is not on `PATH` yet.
-pub(super) fn nix_folder(prepared: &Prepared) -> Option<&Path> {
-    prepared.ready.folder.as_deref()
 }

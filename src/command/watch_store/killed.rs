@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Error, not_started};
 use crate::job::inputs::Plan;
 use crate::job::{JobReport, Prepared, Session};
-use crate::report::job::JobResult;
+use crate::report::job::{JobResult, Work};
 use flywheel_core::exit::{Exit, Failure};
 use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::process::signals::Signals;
@@ -76,5 +76,6 @@ async fn deliver(
     let require_publish = session.plan.require_publish;
     let mut job = session.result(prepared, &added_paths, publication, require_publish);
     (job.command, job.publish) = (Duration::ZERO, began.elapsed());
+    job.work = Work::OtherSteps;
     Ok(job)
 }

@@ -5,10 +5,10 @@
 mod daemon;
 mod ipc;
 mod killed;
+mod later_steps;
 mod runtime_dir;
 
 use std::fs::File;
-use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -19,10 +19,9 @@ use tokio::net::UnixStream;
 use tokio::process::Child;
 use tokio::time::{Instant, interval, timeout, timeout_at};
 
-use self::daemon::{Daemon, StatusCell, nix_folder, variables};
+use self::daemon::{Daemon, StatusCell};
 use self::ipc::{ChildConfig, Finished, Request, StartEvent, Status, receive, send};
 use self::runtime_dir::{RuntimeDir, job_processes, log_text};
-use crate::command::setup::quoted;
 use crate::inputs::value::{Deferred, Invalid, variant};
 use crate::inputs::{Format, FormatInput, REQUIRED_IN_ACTION};
 use crate::job::inputs::{JobInputs, Plan};
@@ -36,7 +35,7 @@ use flywheel_sys::process::detached;
 use flywheel_sys::process::signals::Signals;
 use flywheel_sys::runner::env::{Env, current_folder, program_and_arguments};
 use flywheel_sys::runner::files::Files;
-use flywheel_sys::runner::workflow::{Level, Workflow, json_data, shell_data};
+use flywheel_sys::runner::workflow::{Level, Workflow, json_data};
 
 /// Nix may have to be installed, which has its own limit of ten minutes.
 const START_LIMIT: Duration = Duration::from_secs(630);
@@ -221,7 +220,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 for secret in secrets.iter().filter_map(|secret| Secret::new(secret)) {
                     workflow.mask(&secret);
                 }
-                export_settings(env, &workflow, &variables, folder.as_deref())?;
+                later_steps::export(env, &workflow, &variables, folder.as_deref())?;
                 return Ok(Exit::Ok);
             }
             Some(StartEvent::Failed {
@@ -270,35 +269,6 @@ fn not_started(error: std::io::Error) -> Error {
     Error::Start(error.to_string())
 }
 
-/// Hands the settings on to the later steps of a job, or to the shell that called `start`.
-fn export_settings(
-    env: &Env,
-    workflow: &Workflow,
-    variables: &[(String, String)],
-    folder: Option<&std::path::Path>,
-) -> Result<(), Failure> {
-    let files = Files::from_env(env);
-    let broken = |error: std::io::Error| {
-        Error::Start(format!("the runner's files cannot be written: {error}"))
-    };
-    if workflow.in_job() {
-        for (name, value) in variables {
-            files.set_env(name, value).map_err(broken)?;
-        }
-        if let Some(folder) = folder {
-            files.add_path(folder).map_err(broken)?;
-        }
-    } else if !std::io::stdout().is_terminal() {
-        // For `eval "$(flywheel watch-store start)"`.
-        let exports = variables
-            .iter()
-            .map(|(name, value)| format!("export {name}={}", quoted(value)));
-        shell_data(&exports.collect::<Vec<_>>().join("\n"));
-    }
-    workflow.log("flywheel: watching the store; `flywheel watch-store finish` ends it");
-    Ok(())
-}
-
 /// The background process. Its log is its standard error.
 async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     detached::start_session();
@@ -319,6 +289,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(false);
     let screen = Screen::new(&workflow);
     let sink = to_start_and_log(screen.sink());
+    let settings = later_steps::Settings::new(RuntimeDir::from_env(env)?);
     let ready = async |prepared: &Prepared| {
         let own = prepared
             .cache
@@ -331,8 +302,8 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 .chain(prepared.cache.read_key())
                 .map(|secret| secret.expose().to_owned())
                 .collect(),
-            variables: variables(prepared),
-            folder: nix_folder(prepared).map(Into::into),
+            variables: settings.variables(prepared, env),
+            folder: prepared.ready.folder.clone(),
         };
         json_data(&json(&event));
         // `start` ends now, and with it the reader of this process's standard output.
@@ -429,12 +400,10 @@ async fn run_daemon(
         folder,
         processes: job_processes(env),
     };
-    let before = env.get("NIX_CONFIG").unwrap_or_default().to_owned();
-    if before.is_empty() {
+    if env.get("NIX_CONFIG").is_none() {
         runtime_dir.note_unset_config().map_err(not_started)?;
     }
-    let before = vec![("NIX_CONFIG".into(), before)];
-    let ended = daemon.run(listener, &mut signals, before, ready).await;
+    let ended = daemon.run(listener, &mut signals, ready).await;
     runtime_dir.remove();
     ended
 }
@@ -476,21 +445,10 @@ async fn finish(plan: &Plan, drain_timeout: Option<Duration>, env: &Env) -> Resu
     print_log(&workflow, &log_text(log));
     // The background process cleans up before it ends; the connection ends with it.
     let _ = timeout(END_LIMIT, receive::<Request>(&mut stream)).await;
-    give_back(&finished.variables, &workflow, env);
+    later_steps::give_back(&finished.variables, &workflow, env);
     let files = Files::from_env(env);
     finished.report.emit(&workflow, &files);
     Ok(Exit::Command(finished.report.exit_code))
-}
-
-/// Gives later steps the values that variables had before the watch.
-fn give_back(variables: &[(String, String)], workflow: &Workflow, env: &Env) {
-    let files = Files::from_env(env);
-    for (name, value) in variables {
-        if let Err(error) = files.set_env(name, value) {
-            let text = format!("`{name}` could not be reset: {error}");
-            workflow.annotate(Level::Warning, "watch-store", &text);
-        }
-    }
 }
 
 /// Does what the watch would have done, had it not been killed.
@@ -503,7 +461,7 @@ async fn finish_killed(
     print_log(workflow, &log_text(runtime_dir.open_log()));
     let ended = Box::pin(killed::finish(plan, env)).await;
     if runtime_dir.had_unset_config() {
-        give_back(&[("NIX_CONFIG".into(), String::new())], workflow, env);
+        later_steps::give_back(&[("NIX_CONFIG".into(), String::new())], workflow, env);
     }
     runtime_dir.remove_if_unused();
     ended

@@ -2,7 +2,7 @@
 //! control socket, the log and a lock, and is named after the identifiers that the CI gives the job.
 
 use std::fs::{self, DirBuilder, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -43,6 +43,9 @@ const UNSET_CONFIG: &str = "no-nix-config";
 pub(super) struct RuntimeDir(PathBuf);
 
 impl RuntimeDir {
+    /// The name of the file with Nix's settings about the cache.
+    pub(crate) const CACHE: &str = "cache.conf";
+
     /// The folder of this job's watch, which is made if it is missing.
     pub(crate) fn from_env(env: &Env) -> Result<Self, PrivateError> {
         let folder = PrivateFolder::shared(&private_base(env))?.join(format!("watch-{}", key(env)));
@@ -60,6 +63,18 @@ impl RuntimeDir {
     /// The file that the background process writes its log to.
     pub(crate) fn log(&self) -> PathBuf {
         self.0.join("log")
+    }
+
+    /// The folder, open.
+    pub(crate) fn open(&self) -> io::Result<File> {
+        File::open(&self.0)
+    }
+
+    /// Writes the file with Nix's settings about the cache.
+    pub(crate) fn write_cache(&self, text: &str) -> io::Result<()> {
+        let file = self.0.join(Self::CACHE);
+        let mut open = untrusted_file::open_to_write(&file, Owner::Own, u64::MAX, true)?;
+        open.write_all(text.as_bytes())
     }
 
     /// Opens the log to read it with `log_text`, also after the folder has been removed.
@@ -165,7 +180,7 @@ impl RuntimeDir {
     /// A short path to the control socket. A socket's path may have 107 bytes, and a runner's folders are deep, so the
     /// folder is named by its open file, which must be kept until the path has been used.
     fn short(&self) -> io::Result<(File, PathBuf)> {
-        let folder = File::open(&self.0)?;
+        let folder = self.open()?;
         let short = Path::new("/proc/self/fd")
             .join(folder.as_raw_fd().to_string())
             .join("control");

@@ -13,6 +13,21 @@ case $story in
   demo) job nix-job --command 'nix build --no-link path:hello' ;;
   canary) job validate-builders ;;
   workflow) workflow ;;
+  checks)
+    # GitHub's API takes connections, and answers none.
+    /fly/busybox nc -ll -s 127.0.0.1 -p 8001 -e /fly/busybox sleep 600 &
+    timed in_job GITHUB_TOKEN=github-token GITHUB_API_URL=http://127.0.0.1:8001 \
+      /fly/flywheel flake-checks --flake path:hello
+    ;;
+  laptop)
+    cd /area/work
+    timed as_user sh /guest/laptop.sh
+    ;;
+  fresh)
+    cp -r /fly/checkout /area/fresh
+    cd /area/fresh
+    timed as_user scripts/test.sh
+    ;;
   hand)
     shift
     in_job "$@"

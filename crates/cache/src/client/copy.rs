@@ -21,7 +21,8 @@ use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::path_info::{PathInfo, PathInfos};
 use flywheel_nix::path_json;
 use flywheel_nix::store_path::StorePath;
-use flywheel_nix::tool::{Nix, error_summary};
+use flywheel_nix::tool::{self, Nix, error_summary};
+use flywheel_sys::process::capture::Output;
 
 /// Paths in one call. Their names take a few kilobytes, far below the system's limit for arguments.
 const BATCH: usize = 64;
@@ -185,13 +186,9 @@ impl StoreCopy {
             nix: nix.clone(),
             url: url.clone(),
         };
-        calls
-            .run(
-                "nix store ping",
-                &[&["store", "ping", "--store", url.as_str()][..], &quick].concat(),
-                limit,
-            )
-            .await?;
+        let arguments = [&["--store", url.as_str()][..], &quick].concat();
+        let pinged = nix.ping_store(&arguments, limit).await;
+        calls.succeeded("nix store ping", pinged)?;
         Ok(())
     }
 }
@@ -373,15 +370,14 @@ impl Calls {
 
     async fn infos_once(&self, paths: &[StorePath]) -> Result<PathInfos, Error> {
         let paths: Vec<String> = paths.iter().map(StorePath::to_string).collect();
-        let mut arguments = vec![
-            "path-info",
+        let mut arguments = self.nix.version.path_info_as_json().to_vec();
+        arguments.extend([
             "--store",
             self.url.as_str(),
-            "--json",
             "--option",
             "substitute",
             "false",
-        ];
+        ]);
         // Nix remembers that a path was absent; here the path may have been published since.
         for ttl in ["narinfo-cache-negative-ttl", "narinfo-cache-positive-ttl"] {
             arguments.extend(["--option", ttl, "0"]);
@@ -419,12 +415,17 @@ impl Calls {
         arguments: &[&str],
         limit: Duration,
     ) -> Result<Vec<u8>, Error> {
+        self.succeeded(call, self.nix.run(arguments, limit).await)
+    }
+
+    /// What a call printed, or why it failed.
+    fn succeeded(
+        &self,
+        call: &'static str,
+        ran: Result<Output, tool::Error>,
+    ) -> Result<Vec<u8>, Error> {
         let failed = |text: String| Error::Tool { call, text };
-        let output = self
-            .nix
-            .run(arguments, limit)
-            .await
-            .map_err(|error| failed(with_causes(&error)))?;
+        let output = ran.map_err(|error| failed(with_causes(&error)))?;
         if output.status.success() {
             Ok(output.stdout)
         } else {

@@ -24,6 +24,7 @@ use thiserror::Error;
 pub use self::line::Until;
 use self::line::{Entry, JournalContent, Step};
 use flywheel_nix::store_path::StorePath;
+use flywheel_sys::host::disk::full_disk;
 use flywheel_sys::untrusted_file::{self, FileError, Owner};
 
 /// The time between two syncs to the disk.
@@ -488,7 +489,13 @@ impl OpenJournal {
         self.dirty.store(true, Ordering::Relaxed);
         written.inspect_err(|error: &io::Error| {
             let mut problem = self.problem();
-            problem.get_or_insert_with(|| format!("it could not be written: {error}"));
+            problem.get_or_insert_with(|| {
+                let disk = full_disk(error, &self.path).map(|disk| format!(" ({disk})"));
+                format!(
+                    "it could not be written: {error}{}",
+                    disk.unwrap_or_default()
+                )
+            });
         })
     }
 }

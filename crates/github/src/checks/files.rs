@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::summary::Ended;
-use super::text::{title, without_ansi};
+use super::text::title;
 use super::{Cause, Conclusion};
+use flywheel_core::text::without_ansi;
 
 /// A line of the JSON file. The keys are kept stable.
 #[derive(Serialize)]
@@ -39,7 +40,7 @@ pub fn json_lines(ended: &[Ended<'_>]) -> String {
             title: title(verdict),
             derivation: verdict.derivation.as_deref(),
             out_paths: &verdict.out_paths,
-            started_at: verdict.started_at,
+            started_at: verdict.started_at_ms / 1000,
             seconds: verdict.took.as_secs_f64(),
             reproduce: &verdict.reproduce,
             log_tail: &verdict.log_tail,
@@ -138,7 +139,7 @@ mod tests {
             derivation: Some("/nix/store/x-a.drv".into()),
             out_paths: vec!["/nix/store/x-a".into()],
             log_tail: vec![log.into()],
-            started_at: 7,
+            started_at_ms: 7_000,
             took: Duration::from_millis(1500),
             reproduce: "nix build .#a".into(),
         }

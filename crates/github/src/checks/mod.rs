@@ -137,8 +137,8 @@ pub struct Verdict {
     pub out_paths: Vec<String>,
     /// The last lines of the log as Nix wrote them. They may hold escape sequences, which each report removes.
     pub log_tail: Vec<String>,
-    /// When it began, in seconds since 1970.
-    pub started_at: u64,
+    /// When it began, in milliseconds since 1970.
+    pub started_at_ms: u64,
     pub took: Duration,
     /// The command that builds the output by hand.
     pub reproduce: String,

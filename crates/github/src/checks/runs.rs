@@ -218,8 +218,8 @@ fn render_output(
     match state {
         OutputState::Finished(verdict) => CheckRun {
             stage,
-            started_at: Some(verdict.started_at),
-            completed_at: Some(verdict.started_at + verdict.took.as_secs()),
+            started_at: Some(verdict.started_at_ms / 1000),
+            completed_at: Some(verdict.started_at_ms / 1000 + verdict.took.as_secs()),
             title: title(verdict),
             summary: summary(output, verdict),
             annotations: annotations_of(verdict),

@@ -5,14 +5,21 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use super::runs::as_str;
-use super::text::{plain, title};
+use super::text::{log_tail, title};
 use super::{Cause, Conclusion, Output, Verdict};
+use flywheel_core::markdown::{code, fenced, html, plain};
 use flywheel_core::text::{count, duration, one_line};
 
 /// Rows of the table at most; the log and the files have all outputs.
 const ROWS: usize = 300;
 /// Rows of the timeline at most: the builds that took longest.
 const BARS: usize = 40;
+/// So many failed outputs are shown with the end of their log.
+const LOGS: usize = 20;
+/// How many lines that are.
+const LOG_LINES: usize = 25;
+/// The logs' share of the summary.
+const LOGS_LIMIT_BYTES: usize = 200_000;
 
 /// An output and how it ended.
 pub type Ended<'a> = (&'a Output, &'a Verdict);
@@ -95,6 +102,40 @@ fn write(text: &mut String, ended: &[Ended<'_>], others: &BTreeSet<String>) -> s
     timeline(text, ended)
 }
 
+/// What failed, each output folded with the end of its log and the command that builds it by hand.
+pub fn failures(ended: &[Ended<'_>]) -> String {
+    let failed = ended
+        .iter()
+        .filter(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
+    let mut text = String::new();
+    for (output, verdict) in failed.take(LOGS) {
+        let from = verdict.log_tail.len().saturating_sub(LOG_LINES);
+        let log = match &verdict.cause {
+            Cause::Evaluation { text, .. } => log_tail(
+                &text
+                    .lines()
+                    .take(LOG_LINES)
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>(),
+            ),
+            _ => log_tail(&verdict.log_tail[from..]),
+        };
+        if log.trim().is_empty() || text.len() + log.len() > LOGS_LIMIT_BYTES {
+            continue;
+        }
+        let label = html(&one_line(&output.label, 100));
+        let by_hand = code(&one_line(&verdict.reproduce, 500));
+        // Writing to a `String` cannot fail.
+        let _ = writeln!(
+            text,
+            "<details><summary><code>{label}</code>: {}</summary>\n\n{}\n\nBy hand: {by_hand}\n\n</details>\n",
+            html(&one_line(&title(verdict), 200)),
+            fenced(&log)
+        );
+    }
+    text
+}
+
 fn rank(conclusion: Conclusion) -> u8 {
     match conclusion {
         Conclusion::Failure => 0,
@@ -136,8 +177,8 @@ fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     // The longest builds are chosen, and then drawn in the order in which they began.
     bars.sort_by_key(|(_, verdict)| std::cmp::Reverse(verdict.took));
     bars.truncate(BARS);
-    bars.sort_by_key(|(_, verdict)| verdict.started_at);
-    let first = bars.first().map_or(0, |(_, verdict)| verdict.started_at);
+    bars.sort_by_key(|(_, verdict)| verdict.started_at_ms);
+    let first = bars.first().map_or(0, |(_, verdict)| verdict.started_at_ms);
     writeln!(
         text,
         "\n```mermaid\ngantt\n  dateFormat x\n  axisFormat %M:%S"
@@ -148,7 +189,7 @@ fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
         } else {
             "done"
         };
-        let from = (verdict.started_at - first) * 1000;
+        let from = verdict.started_at_ms - first;
         let to = from
             + u64::try_from(verdict.took.as_millis())
                 .unwrap_or(u64::MAX - from)
@@ -190,11 +231,38 @@ mod tests {
             derivation: None,
             out_paths: Vec::new(),
             log_tail: Vec::new(),
-            started_at: 1_000 + at,
+            started_at_ms: 1_000 + at * 1_000,
             took: Duration::from_millis(1500),
             reproduce: String::new(),
         };
         (output, verdict)
+    }
+
+    #[test]
+    fn failures_with_their_logs() {
+        let mut all = [
+            ended("checks.good", Cause::Built, 1),
+            ended("checks.bad", Cause::Build, 0),
+            ended("checks.there", Cause::AlreadyCached, 0),
+            ended(
+                "checks.throws",
+                Cause::Evaluation {
+                    text: "error: attribute 'x' missing\n  at flake.nix:3:7".into(),
+                    location: None,
+                },
+                0,
+            ),
+        ];
+        all[1].1.log_tail = vec!["running tests".into(), "``` FAILED".into()];
+        all[1].1.reproduce = "nix build .#checks.bad".into();
+        all[3].1.reproduce = "nix eval .#checks.throws".into();
+        let all: Vec<Ended<'_>> = all
+            .iter()
+            .map(|(output, verdict)| (output, verdict))
+            .collect();
+        let others = BTreeSet::from(["aarch64-darwin".to_owned()]);
+        let text = [render(&all, &others), failures(&all)].join("\n");
+        flywheel_testing::golden("flake-checks", &text);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! can act as markup. Pure; knows no API.
 
 use super::{Cause, Output, Verdict};
-use flywheel_core::text::{bytes, duration, one_line, shorten};
+use flywheel_core::markdown::{code, fenced, plain};
+use flywheel_core::text::{bytes, duration, one_line, shorten, without_ansi};
 
 /// GitHub takes 65,535 characters; counting in bytes as well keeps us under it however they are counted.
 const MARKDOWN_LIMIT_BYTES: usize = 65_000;
@@ -101,7 +102,7 @@ pub fn annotation(verdict: &Verdict) -> Option<String> {
 }
 
 /// The last lines that fit, whole ones, oldest first.
-fn log_tail(lines: &[String]) -> String {
+pub(super) fn log_tail(lines: &[String]) -> String {
     let (mut kept, mut size) = (Vec::new(), 0);
     // From the end, because the cause of a failure is in the last lines.
     for line in lines.iter().rev() {
@@ -134,83 +135,6 @@ fn short_name(path: &str) -> &str {
     name.split_once('-').map_or(name, |(_, rest)| rest)
 }
 
-/// A text without escape sequences (ECMA-48) and without control characters other than line ends and tabs.
-pub fn without_ansi(text: &str) -> String {
-    let mut clean = String::with_capacity(text.len());
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match c {
-            '\u{1b}' => skip_sequence(&mut chars),
-            '\n' | '\t' => clean.push(c),
-            c if c.is_control() => {}
-            c => clean.push(c),
-        }
-    }
-    clean
-}
-
-fn skip_sequence(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
-    match chars.next() {
-        // A control sequence: parameters up to a final byte (ECMA-48, 5.4). A line end cuts it off, so that a sequence
-        // without an end does not swallow the next line.
-        Some('[') => {
-            while chars
-                .next_if(|c| !('@'..='~').contains(c) && *c != '\n')
-                .is_some()
-            {}
-        }
-        // An operating system command, such as a hyperlink or a title: up to BEL, or to ESC and a backslash.
-        Some(']') => {
-            while chars
-                .next_if(|c| !matches!(c, '\u{7}' | '\u{1b}' | '\n'))
-                .is_some()
-            {}
-            if chars.next_if_eq(&'\u{1b}').is_none() {
-                chars.next_if_eq(&'\u{7}');
-                return;
-            }
-            chars.next_if_eq(&'\\');
-            return;
-        }
-        _ => return,
-    }
-    chars.next_if(|c| *c != '\n');
-}
-
-/// A block that its content cannot close: its fence is longer than every run of backticks inside.
-fn fenced(text: &str) -> String {
-    let fence = "`".repeat(longest_ticks(text).max(2) + 1);
-    format!("{fence}\n{text}\n{fence}")
-}
-
-/// A text as code within a line.
-fn code(text: &str) -> String {
-    let text = one_line(text, 500);
-    let fence = "`".repeat(longest_ticks(&text) + 1);
-    // A space keeps a tick at the edge apart from the fence; Markdown takes it away again.
-    let space = if text.contains('`') { " " } else { "" };
-    format!("{fence}{space}{text}{space}{fence}")
-}
-
-fn longest_ticks(text: &str) -> usize {
-    text.split(|c| c != '`').map(str::len).max().unwrap_or(0)
-}
-
-/// Escapes a text from outside for Markdown, so that nothing in it is markup and no person is mentioned.
-pub fn plain(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '<' => safe.push_str("&lt;"),
-            '&' => safe.push_str("&amp;"),
-            '@' => safe.push_str("&#64;"),
-            '\\' | '`' | '*' | '_' | '[' | ']' | '|' | '~' | '!' | '#' => safe.extend(['\\', c]),
-            c => safe.push(c),
-        }
-    }
-    safe
-}
-
 fn bounded(text: &str, limit: usize) -> String {
     if text.len() <= limit {
         return text.to_owned();
@@ -232,7 +156,7 @@ mod tests {
             derivation: Some("/nix/store/aaaa-hello.drv".into()),
             out_paths: Vec::new(),
             log_tail: Vec::new(),
-            started_at: 0,
+            started_at_ms: 0,
             took: Duration::from_secs(3),
             reproduce: "nix build .#checks.x86_64-linux.hello".into(),
         }

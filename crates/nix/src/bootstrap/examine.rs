@@ -34,7 +34,11 @@ pub async fn examine(env: &Env, wanted: &Wanted) -> Examined {
         let has_store = machine.is_elsewhere || matches!(machine.folder, Folder::Used { .. });
         match Nix::detect(&found.program, env).await {
             Ok(nix) => {
-                version = Some(nix.version.to_string());
+                version = Some(
+                    nix.version
+                        .too_old()
+                        .unwrap_or_else(|| nix.version.to_string()),
+                );
                 if has_store && plan(&machine, wanted) == Plan::Ready {
                     let opening = repair::opening(&nix, &machine, Instant::now() + LIMIT).await;
                     match opening {

@@ -14,7 +14,7 @@ use crate::path_info::PathInfo;
 use crate::path_json;
 use crate::settings::Settings;
 use crate::store_path::StorePath;
-use crate::tool::{Flavour, Nix};
+use crate::tool::Nix;
 
 /// How long all caches together may take to describe the paths. What is not described by then is built.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -156,11 +156,7 @@ async fn infos(nix: &Nix, url: &str, paths: Vec<StorePath>) -> Option<Vec<PathIn
     let nix = nix.with_variable("NIX_REMOTE", None);
     while let Some(batch) = ahead.pop() {
         let names: Vec<String> = batch.iter().map(ToString::to_string).collect();
-        let mut arguments = vec!["path-info", "--json"];
-        // Nix 2.34 and later warn when the format is missing and announce that they will reject it.
-        if nix.version.flavour != Flavour::Lix && nix.version.at_least(2, 33) {
-            arguments.extend(["--json-format", "1"]);
-        }
+        let mut arguments = nix.version.path_info_as_json().to_vec();
         arguments.extend(names.iter().map(String::as_str));
         let output = nix.run(&arguments, CALL_LIMIT).await.ok()?;
         if output.status.success() {

@@ -1,6 +1,7 @@
-//! The machine that this program runs on: control groups and memory, the user's home, private temporary folders, inotify, thread
-//! priorities, and short blocking work. It reads and keeps; `budget` decides what follows.
+//! The machine that this program runs on: control groups and memory, disks, the user's home, private temporary folders,
+//! inotify, thread priorities, and short blocking work. It reads and keeps; `budget` decides what follows.
 
+pub mod disk;
 pub mod home;
 pub mod inline_blocking;
 pub mod job_registry;
@@ -10,3 +11,4 @@ pub mod notify;
 pub mod peak;
 pub mod priority;
 pub mod private;
+pub mod room_watcher;

@@ -94,7 +94,7 @@ fn root_store(roots: &Roots) -> RootCertStore {
     // This reads `SSL_CERT_FILE` and `SSL_CERT_DIR`, else the system's bundle.
     store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     if store.is_empty() {
-        store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+        store.add_parsable_certificates(webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter().cloned());
     }
     store
 }

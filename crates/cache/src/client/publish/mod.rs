@@ -13,12 +13,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-pub use self::outcome::{Counts, Final, Outcome, PathOutcome, Skip, Withheld};
+pub use self::outcome::{Counts, Final, Outcome, PathOutcome, Served, Skip, Withheld};
 pub use self::work::Recheck;
 
 use self::work::PublisherTask;
@@ -102,6 +102,7 @@ impl Default for Options {
 enum Command {
     Offer(Vec<PathInfo>),
     StallAfter(Duration),
+    Served(oneshot::Sender<Vec<Served>>),
     Drain {
         deadline: Instant,
         cancel: CancellationToken,
@@ -147,6 +148,14 @@ impl Publisher {
     pub async fn stall_after(&self, idle: Duration) {
         // As in `offer`.
         let _ = self.commands.send(Command::StallAfter(idle)).await;
+    }
+
+    /// The offered paths that are settled well by now: sent, there already, or signed upstream.
+    pub async fn served(&self) -> Vec<Served> {
+        let (answer, served) = oneshot::channel();
+        // As in `offer`.
+        let _ = self.commands.send(Command::Served(answer)).await;
+        served.await.unwrap_or_default()
     }
 
     /// Publishes the remaining paths, small ones first, until `deadline`; `cancel` ends it at once. The outcome has

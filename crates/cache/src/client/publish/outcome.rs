@@ -127,6 +127,14 @@ pub struct PathOutcome {
     pub checked: Option<Verdict>,
 }
 
+/// A path that is settled well while others are still published.
+#[derive(Clone, Debug)]
+pub struct Served {
+    pub info: PathInfo,
+    /// Whether an upstream cache has it, so that this one need not.
+    pub is_upstream: bool,
+}
+
 /// The outcome of publishing.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {

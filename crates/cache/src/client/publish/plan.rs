@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
-use crate::client::publish::outcome::{Final, PathOutcome, Skip, Withheld};
+use crate::client::publish::outcome::{Final, PathOutcome, Served, Skip, Withheld};
 use crate::client::verify::Verdict;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::StorePath;
@@ -294,6 +294,20 @@ impl UploadPlan {
     /// Whether the path was offered, so that what the cache serves can be compared with the store.
     pub(super) fn offered(&self, id: Id) -> Option<&PathInfo> {
         self.nodes[id].info.as_ref()
+    }
+
+    /// The offered paths that are settled well: sent, there already, or signed upstream.
+    pub(super) fn served(&self) -> Vec<Served> {
+        let nodes = self.nodes.iter();
+        nodes
+            .filter_map(|node| match (&node.state, &node.info) {
+                (PathState::Settled(end), Some(info)) if end.is_good() => Some(Served {
+                    info: info.clone(),
+                    is_upstream: matches!(end, Final::Skipped(_)),
+                }),
+                _ => None,
+            })
+            .collect()
     }
 
     /// Whether the cache had the path already, as far as is known.

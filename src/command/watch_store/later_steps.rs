@@ -1,0 +1,153 @@
+//! The settings of a job's later steps, or of the shell that called `start`: handed on by `start`, and taken back by
+//! `finish`. They name the cache only for as long as the watch lives.
+
+use std::fs::File;
+use std::io::{self, IsTerminal as _};
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use super::Error;
+use super::runtime_dir::RuntimeDir;
+use crate::command::setup::quoted;
+use crate::job::Prepared;
+use flywheel_core::exit::Failure;
+use flywheel_nix::settings::with_cache_in;
+use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::files::Files;
+use flywheel_sys::runner::workflow::{Level, Workflow, shell_data};
+
+const NIX_CONFIG: &str = "NIX_CONFIG";
+
+/// The settings that a watch hands on. What they say of the cache ends with this value or with this process, however
+/// that ends: the path to it goes through the open files of this process, and Nix ignores a file that is not there.
+pub(super) struct Settings {
+    runtime_dir: RuntimeDir,
+    /// Open for as long as the file can be reached through it.
+    folder: OnceLock<File>,
+}
+
+impl Settings {
+    pub(crate) fn new(runtime_dir: RuntimeDir) -> Self {
+        Self {
+            runtime_dir,
+            folder: OnceLock::new(),
+        }
+    }
+
+    /// The variables that the later steps need.
+    pub(crate) fn variables(&self, prepared: &Prepared, env: &Env) -> Vec<(String, String)> {
+        // On a full disk the steps still get their cache; it is then named after the end, too.
+        let config = self
+            .config(&prepared.settings.config, env)
+            .unwrap_or_else(|_| prepared.settings.config.clone());
+        let repairs = prepared.ready.variables().into_iter();
+        let repairs = repairs.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        std::iter::once((NIX_CONFIG.to_owned(), config))
+            .chain(repairs)
+            .collect()
+    }
+
+    fn config(&self, config: &str, env: &Env) -> io::Result<String> {
+        let folder = self.runtime_dir.open()?;
+        let number = folder.as_raw_fd();
+        let file = format!(
+            "/proc/{}/fd/{number}/{}",
+            std::process::id(),
+            RuntimeDir::CACHE
+        );
+        let base = env.get(NIX_CONFIG).unwrap_or_default();
+        let (config, of_cache) = with_cache_in(&file, config, base);
+        self.runtime_dir.write_cache(&of_cache)?;
+        // The first one stays: a watch has one set of settings.
+        let _ = self.folder.set(folder);
+        Ok(config)
+    }
+}
+
+/// What the variables were before that `Settings` names; an empty text for one that was not set.
+pub(super) fn before(prepared: &Prepared, env: &Env) -> Vec<(String, String)> {
+    let repaired = prepared.ready.variables().into_iter();
+    std::iter::once(NIX_CONFIG)
+        .chain(repaired.map(|(name, _)| name))
+        .map(|name| {
+            let value = env.get(name).unwrap_or_default();
+            (name.to_owned(), value.to_owned())
+        })
+        .collect()
+}
+
+/// Hands the settings on to the later steps of a job, or to the shell that called `start`.
+///
+/// # Errors
+/// When the runner's files cannot be written.
+pub(super) fn export(
+    env: &Env,
+    workflow: &Workflow,
+    variables: &[(String, String)],
+    folder: Option<&Path>,
+) -> Result<(), Failure> {
+    let files = Files::from_env(env);
+    let broken =
+        |error: io::Error| Error::Start(format!("the runner's files cannot be written: {error}"));
+    if workflow.in_job() {
+        for (name, value) in variables {
+            files.set_env(name, value).map_err(broken)?;
+        }
+        if let Some(folder) = folder {
+            files.add_path(folder).map_err(broken)?;
+        }
+    } else {
+        // For `eval "$(flywheel watch-store start)"`.
+        let path = folder.map(|folder| {
+            let folder = quoted(&folder.display().to_string());
+            format!("export PATH={folder}:\"$PATH\"")
+        });
+        to_shell(variables.iter().map(assignment).chain(path));
+    }
+    workflow.log("flywheel: watching the store; `flywheel watch-store finish` ends it");
+    Ok(())
+}
+
+/// Gives later steps the values that variables had before the watch, or prints for the shell what undoes `export`.
+pub(super) fn give_back(variables: &[(String, String)], workflow: &Workflow, env: &Env) {
+    if !workflow.in_job() {
+        // For `eval "$(flywheel watch-store finish)"`.
+        return to_shell(variables.iter().map(assignment));
+    }
+    let files = Files::from_env(env);
+    for (name, value) in variables {
+        if let Err(error) = files.set_env(name, value) {
+            let text = format!("`{name}` could not be reset: {error}");
+            workflow.annotate(Level::Warning, "watch-store", &text);
+        }
+    }
+}
+
+/// A line for `eval`; an empty value means that the variable is not set.
+fn assignment((name, value): &(String, String)) -> String {
+    if value.is_empty() {
+        format!("unset {name}")
+    } else {
+        format!("export {name}={}", quoted(value))
+    }
+}
+
+fn to_shell(lines: impl Iterator<Item = String>) {
+    // On a terminal nothing evaluates them.
+    if !io::stdout().is_terminal() {
+        shell_data(&lines.collect::<Vec<_>>().join("\n"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shell_gets_back_what_it_had() {
+        let line = |value: &str| assignment(&(NIX_CONFIG.into(), value.into()));
+        assert_eq!(line(""), "unset NIX_CONFIG");
+        assert_eq!(line("cores = 1"), "export NIX_CONFIG='cores = 1'");
+    }
+}

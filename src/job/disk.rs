@@ -1,0 +1,291 @@
+//! The disks of a job while it works: warns before one is full, frees room in the store if it may, and sums up at the end.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
+
+use super::begin::{Session, private_base};
+use super::ownership::{Decision, Ownership, Registered};
+use super::prepare::Prepared;
+use super::reclaim::{Attempted, Reclaimer, sum};
+use super::source::Source;
+use super::watch::StoreWatch;
+use crate::report::disk::DiskReport;
+use crate::report::screen::Screen;
+use flywheel_core::disk::{DiskUse, OwnPaths, disk_full};
+use flywheel_core::progress::Sink;
+use flywheel_nix::path_info::PathInfo;
+use flywheel_nix::store_location::STATE_DIR;
+use flywheel_nix::store_path::STORE_DIR;
+use flywheel_sys::host::room_watcher::{Folder, RoomWatcher};
+
+/// Reports of the watcher that may be queued: it repeats them as long as they hold.
+const REPORTS: usize = 8;
+/// So many of the job's own paths are named.
+const LARGEST: usize = 5;
+/// Reading the job's own paths from the database takes milliseconds.
+const OWN_LIMIT: Duration = Duration::from_secs(2);
+/// What is reported when the work ends is handled within this time.
+const HANDLING_GRACE: Duration = Duration::from_millis(300);
+/// From one attempt to free room to the next, where the last one has freed nothing.
+const RECLAIM_INTERVAL: Duration = Duration::from_millis(500);
+
+/// The watch of a job's disks.
+pub(crate) struct DiskWatch {
+    watcher: Option<RoomWatcher>,
+    handling: JoinHandle<()>,
+    warner: Warner,
+    attempted: Attempted,
+}
+
+impl Session<'_> {
+    /// Watches the disks that the job writes to until `DiskWatch::end`, which comes before the store's watch ends.
+    /// `folder`: the one that the job works in.
+    pub(crate) fn watch_disks(
+        &self,
+        prepared: &Prepared,
+        watch: Option<&StoreWatch>,
+        folder: &Path,
+    ) -> DiskWatch {
+        let attempted = Attempted::default();
+        let reclaimer = watch
+            .filter(|_| self.plan.reclaim)
+            .and_then(|watch| self.reclaimer(prepared, watch, &attempted));
+        let ownership = watch.map(|watch| Arc::clone(watch.ownership()));
+        let (send, reports) = mpsc::channel(REPORTS);
+        let watcher = RoomWatcher::start(self.disk_folders(watch, folder), move |disk| {
+            // What does not fit is reported again.
+            let _ = send.try_send(disk.clone());
+        });
+        let warner = Warner {
+            sink: self.sink.clone(),
+            screen: self.screen.clone(),
+            ownership,
+            may_reclaim: self.plan.reclaim,
+            warned: Arc::default(),
+        };
+        let handler = Handler {
+            warner: warner.clone(),
+            reclaimer,
+            next_reclaim: Instant::now(),
+        };
+        DiskWatch {
+            watcher,
+            handling: tokio::spawn(handler.run(reports)),
+            warner,
+            attempted,
+        }
+    }
+
+    /// `None` where a path that is wanted in a cache cannot get there: then nothing may be freed.
+    fn reclaimer(
+        &self,
+        prepared: &Prepared,
+        watch: &StoreWatch,
+        attempted: &Attempted,
+    ) -> Option<Reclaimer> {
+        let published = match watch.stream() {
+            Some(stream) => match stream.published() {
+                Some(published) => Some(published),
+                None => {
+                    let text = "nothing can be published, so that nothing is freed (`reclaim`)";
+                    self.sink.degraded("disk", text);
+                    return None;
+                }
+            },
+            None => None,
+        };
+        Some(Reclaimer::new(
+            // Not through the link of the job's commands: what is freed here is named to no proxy.
+            prepared.nix(),
+            Arc::clone(watch.ownership()),
+            published,
+            attempted.clone(),
+        ))
+    }
+
+    /// The folders that the job writes to, the likeliest to be full first.
+    fn disk_folders(&self, watch: Option<&StoreWatch>, folder: &Path) -> Vec<Folder> {
+        let (store, state) = match watch {
+            Some(watch) => (watch.store().folder().to_owned(), watch.store().state()),
+            None => (STORE_DIR.into(), STATE_DIR.into()),
+        };
+        let is_store = |label: &str| label == "the store";
+        let embedded = match &self.plan.source {
+            Source::Embedded { folder, .. } => Some(folder.clone()),
+            _ => None,
+        };
+        let temp = self.env.path("TMPDIR").unwrap_or_else(|| "/tmp".into());
+        let all = [
+            ("the store", Some(store)),
+            ("the temporary folder", Some(temp)),
+            ("the working folder", Some(folder.to_owned())),
+            ("Flywheel's own files", Some(private_base(self.env))),
+            ("the journal", self.plan.journal.clone()),
+            ("the embedded cache", embedded),
+            ("Nix's state", Some(state)),
+            ("the home folder", self.env.path("HOME")),
+        ];
+        all.into_iter()
+            .filter_map(|(label, path)| {
+                Some(Folder {
+                    label,
+                    path: path?,
+                    is_store: is_store(label),
+                })
+            })
+            .collect()
+    }
+}
+
+impl DiskWatch {
+    /// Looks once more, and sums up. Gives the paths that were freed, too. `failed`: whether the work has failed, so that
+    /// a disk may be the cause.
+    pub(crate) async fn end(self, failed: bool) -> (DiskReport, Vec<PathInfo>) {
+        let Self {
+            watcher,
+            mut handling,
+            warner,
+            attempted,
+        } = self;
+        let looking = spawn_blocking(move || watcher.map(|watcher| watcher.end(failed)));
+        let disks = looking.await.ok().flatten().unwrap_or_default();
+        // It ends with the watcher, unless it is freeing room.
+        if timeout(HANDLING_GRACE, &mut handling).await.is_err() {
+            handling.abort();
+            let _ = handling.await;
+        }
+        let low: Vec<DiskUse> = disks.into_iter().filter(DiskUse::was_low).collect();
+        // What has come too fast for the handler. A full disk is reported as the cause.
+        let is_cause = disk_full(&low, failed, false).is_some();
+        for disk in low.iter().filter(|_| !is_cause) {
+            warner.warn(disk).await;
+        }
+        let of_store = low.iter().find(|disk| disk.has_store);
+        let own = match of_store {
+            Some(disk) => warner.own_paths(disk).await,
+            None => OwnPaths::default(),
+        };
+        let ownership = warner.ownership.as_ref();
+        let gone = ownership.map(|ownership| attempted.gone(&ownership.store));
+        let gone = gone.unwrap_or_default();
+        let report = DiskReport {
+            low,
+            full: None,
+            own,
+            reclaimed: sum(&gone),
+            may_reclaim: warner.may_reclaim,
+        };
+        (report, gone)
+    }
+}
+
+/// Warns of each disk once.
+#[derive(Clone)]
+struct Warner {
+    sink: Sink,
+    screen: Screen,
+    ownership: Option<Arc<Ownership>>,
+    may_reclaim: bool,
+    /// The names of the disks of which it has warned.
+    warned: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Warner {
+    fn warned(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.warned
+            .lock()
+            .expect("nothing panics while it holds this lock")
+    }
+
+    async fn warn(&self, disk: &DiskUse) {
+        if !self.warned().insert(disk.name.clone()) {
+            return;
+        }
+        let own = self.own_paths(disk).await;
+        let text = disk.warning(&own, self.may_reclaim);
+        // It is an annotation once the command has ended. If the disk is the runner's own, that may be too late.
+        self.screen
+            .log_if_held(&format!("flywheel: warning: disk: {text}"));
+        self.sink.degraded("disk", text);
+    }
+
+    /// The job's own paths, if they are on this disk.
+    async fn own_paths(&self, disk: &DiskUse) -> OwnPaths {
+        match &self.ownership {
+            Some(ownership) if disk.has_store => own_paths(ownership).await,
+            _ => OwnPaths::default(),
+        }
+    }
+}
+
+/// Handles what the watcher reports.
+struct Handler {
+    warner: Warner,
+    reclaimer: Option<Reclaimer>,
+    next_reclaim: Instant,
+}
+
+impl Handler {
+    async fn run(mut self, mut reports: mpsc::Receiver<DiskUse>) {
+        while let Some(disk) = reports.recv().await {
+            if disk.last.is_low() {
+                self.warner.warn(&disk).await;
+            }
+            if disk.has_store && Instant::now() >= self.next_reclaim {
+                self.reclaim(&disk).await;
+            }
+        }
+    }
+
+    async fn reclaim(&mut self, disk: &DiskUse) {
+        let Some(reclaimer) = &mut self.reclaimer else {
+            return;
+        };
+        let Warner { sink, screen, .. } = &self.warner;
+        match reclaimer.free(disk.last.shortfall()).await {
+            Ok(freed) if freed.paths > 0 => {
+                let text = format!("flywheel: disk: freed {} on `{}`", freed.text(), disk.name);
+                if !screen.log_if_held(&text) {
+                    sink.note(text);
+                }
+            }
+            Ok(_) => self.next_reclaim = Instant::now() + RECLAIM_INTERVAL,
+            Err(problem) => {
+                self.next_reclaim = Instant::now() + RECLAIM_INTERVAL;
+                sink.degraded("disk", format!("no room could be freed: {problem}"));
+            }
+        }
+    }
+}
+
+/// The paths that the job itself has added, as far as the store can be read now.
+async fn own_paths(ownership: &Ownership) -> OwnPaths {
+    let reading = async {
+        let found = ownership.store.added_since(&ownership.mark).await.ok()?;
+        let evidence = ownership.evidence(&[]).await.ok()?;
+        let mut own = found.infos;
+        own.retain(|info| evidence.decide(info, Registered::AfterMark) == Decision::Publish);
+        Some(own)
+    };
+    let mut own: Vec<PathInfo> = timeout(OWN_LIMIT, reading)
+        .await
+        .ok()
+        .flatten()
+        .unwrap_or_default();
+    own.sort_by_key(|info| std::cmp::Reverse(info.nar_size));
+    OwnPaths {
+        number: own.len() as u64,
+        size: own.iter().map(|info| info.nar_size).sum(),
+        largest: own
+            .iter()
+            .take(LARGEST)
+            .map(|info| (info.path.to_string(), info.nar_size))
+            .collect(),
+    }
+}
