@@ -158,7 +158,7 @@ mod tests {
     }
 
     /// Values of every kind that an input can have.
-    const SAMPLES: [&str; 13] = [
+    const SAMPLES: [&str; 15] = [
         "1",
         "true",
         "x",
@@ -172,6 +172,8 @@ mod tests {
         "secret = warn",
         "1GiB",
         "secret hello-* a reason",
+        "2.31.2",
+        "https://host.example/ main:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
     ];
 
     #[test]

@@ -54,11 +54,13 @@ pub(crate) struct Inputs {
     #[command(flatten)]
     trust: TrustInputs,
 
-    /// Print which machine this is, and how a job on it gets a working Nix, and do nothing else (default: set the job up).
+    /// Print which machine this is, and how a job on it gets a working Nix, and do nothing else, as in `flywheel setup --plan`
+    /// (default: set the job up).
     #[arg(long, help_heading = BY_HAND)]
     plan: bool,
 
-    /// Take back the Nix that Flywheel has installed on this machine, and do nothing else (default: set the job up).
+    /// Take back the Nix that Flywheel has installed on this machine, and do nothing else, as in `flywheel setup --undo`
+    /// (default: set the job up).
     #[arg(long, help_heading = BY_HAND, conflicts_with = "plan")]
     undo: bool,
 

@@ -80,7 +80,12 @@ fn conflicts(verbs: &[Verb]) -> Vec<String> {
     let mut complaints = Vec::new();
     for (at, (verb, input)) in all.iter().enumerate() {
         for (other_verb, other) in &all[..at] {
-            if input.variable.is_some() && input.variable == other.variable && input != other {
+            // Which action has an input for it is that action's business.
+            let input = Input {
+                is_by_hand: other.is_by_hand,
+                ..(*input).clone()
+            };
+            if input.variable.is_some() && input.variable == other.variable && input != **other {
                 complaints.push(format!(
                     "`{}` is declared twice: for `{other_verb}` and for `{verb}`",
                     input.variable.as_deref().unwrap_or_default()

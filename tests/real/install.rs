@@ -239,3 +239,46 @@ refused 'nothing came for 5 s'
         );
     }
 }
+
+#[test]
+fn a_release_archive_is_installed_and_taken_back() {
+    run(
+        &[],
+        r#"
+archive() {
+  /fly/flywheel nix-job --nix-installer tarball --nix-mirror "$@" --command 'nix --version'
+}
+gone() {
+  /fly/flywheel setup --undo || fail "it was not taken back: $?"
+  [ -z "$(ls -A /nix 2>/dev/null)" ] || fail "something is left: $(find /nix | head -n 20)"
+}
+sed -i '/^nixbld/d' /etc/passwd /etc/group
+cp /etc/passwd /etc/group /root/
+
+archive /fly/closure || fail "exit code $?"
+(export PATH=$path/bin:/bin && whole) || exit 1
+gone
+
+mkdir /mirror
+name=nix-2.34.8-x86_64-linux.tar.xz
+cp "/fly/closure/$name" /mirror/
+sha256sum "/mirror/$name" >"/mirror/$name.sha256"
+serve /mirror 8081
+archive "http://127.0.0.1:8081/$name" --nix-daemon true || fail "exit code $?"
+grep -q '^nixbld32:' /etc/passwd || fail 'no build users'
+echo text >/root/file
+added=$("$path/bin/nix-store" --add /root/file)
+/fly/flywheel setup --undo >/out/undo 2>&1 && fail 'it was taken from under a store path'
+grep -q "1 store path came into the store since, such as .$added" /out/undo || fail "$(cat /out/undo)"
+"$path/bin/nix-store" --gc >/dev/null 2>&1 || fail 'no garbage collection'
+gone
+cmp /etc/passwd /root/passwd && cmp /etc/group /root/group || fail 'build users are left'
+
+sed -i 's/^./f/; s/^f0/e1/' "/mirror/$name.sha256"
+archive "http://127.0.0.1:8081/$name" >/out/refused 2>&1
+[ $? = 69 ] || fail 'another sum was taken'
+grep -q 'the sum of' /out/refused || fail "$(cat /out/refused)"
+[ -z "$(ls -A /nix 2>/dev/null)" ] || fail 'something is left'
+"#,
+    );
+}

@@ -311,6 +311,9 @@ fn install(preparation: Preparation, ways: Vec<Way>, wanted: &Wanted) -> Plan {
 /// Nothing that was asked for is to be had on this machine.
 fn no_way(machine: &Machine, wanted: &Wanted) -> Plan {
     let obstacle = match (wanted.installer, &wanted.version) {
+        (Installer::Distro, None) if wanted.daemon => {
+            "`nix-daemon` has no use for the distribution's package".to_owned()
+        }
         (Installer::Distro, None) if machine.user.is_root() => {
             "this system has no `apt-get`".to_owned()
         }
