@@ -17,6 +17,7 @@ use crate::inputs::{
 };
 use flywheel_core::exit::{Exit, Explain, UsageError, VerbError};
 use flywheel_core::trust::{Decision, decide};
+use flywheel_nix::bootstrap;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::PublicKey;
 use flywheel_sys::http::{Names, reach, redact};
@@ -57,6 +58,10 @@ pub(crate) struct Inputs {
     #[arg(long, help_heading = BY_HAND)]
     plan: bool,
 
+    /// Take back the Nix that Flywheel has installed on this machine, and do nothing else (default: set the job up).
+    #[arg(long, help_heading = BY_HAND, conflicts_with = "plan")]
+    undo: bool,
+
     #[command(flatten, next_help_heading = BY_HAND)]
     nix: NixInputs,
 }
@@ -96,6 +101,10 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let nix = inputs.nix.wanted(None)?;
     if inputs.plan {
         return Ok(plan::print(&nix, env).await);
+    }
+    if inputs.undo {
+        data(&bootstrap::undo(env).await?);
+        return Ok(Exit::Ok);
     }
     let wanted = Wanted::read(&inputs, env, &workflow)?;
     let decision = decide(&context::facts(env), &request, context::token_present(env));

@@ -40,6 +40,17 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
+    /// How long the parts of the preparation took, where Nix was installed.
+    pub(crate) fn bootstrap_parts(&self) -> Vec<(&'static str, Duration)> {
+        if !self.ready.installed {
+            return Vec::new();
+        }
+        let mut parts = self.ready.parts.clone();
+        let known: Duration = parts.iter().map(|(_, time)| *time).sum();
+        parts.push(("settings", self.took.saturating_sub(known)));
+        parts
+    }
+
     /// Nix with the job's settings.
     pub(crate) fn nix(&self) -> Nix {
         self.ready.nix.clone().with_config(&self.settings.config)

@@ -64,6 +64,7 @@ impl Session<'_> {
             store: with_remark(added_paths.store.clone()),
             unpublished: self.unpublished(&prepared.cache),
             bootstrap: prepared.took,
+            bootstrap_parts: prepared.bootstrap_parts(),
             command: Duration::ZERO,
             publish: Duration::ZERO,
             peak: None,

@@ -155,6 +155,8 @@ pub(crate) struct JobResult {
     pub(crate) unpublished: String,
     /// Time until Nix was ready.
     pub(crate) bootstrap: Duration,
+    /// The parts of it, where Nix was installed.
+    pub(crate) bootstrap_parts: Vec<(&'static str, Duration)>,
     /// Time of the command itself.
     pub(crate) command: Duration,
     /// Time of publishing and verifying after the command.
@@ -216,6 +218,19 @@ impl JobResult {
         self.publication.as_ref().is_some_and(lacks) || !self.not_watched.is_empty()
     }
 
+    /// The parts of making Nix ready in brackets, where it was installed.
+    pub(super) fn parts_of_bootstrap(&self) -> String {
+        let parts = self.bootstrap_parts.iter();
+        let parts: Vec<String> = parts
+            .map(|(name, time)| format!("{name} {}", duration(*time)))
+            .collect();
+        if parts.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", parts.join(", "))
+        }
+    }
+
     /// The times in one line, and the memory.
     pub(crate) fn clocks(&self) -> String {
         let memory = match (self.peak, self.limit) {
@@ -226,8 +241,9 @@ impl JobResult {
             (None, _) => String::new(),
         };
         format!(
-            "bootstrap {}, command {}, publication {}{memory}",
+            "bootstrap {}{}, command {}, publication {}{memory}",
             duration(self.bootstrap),
+            self.parts_of_bootstrap(),
             duration(self.command),
             duration(self.publish)
         )
@@ -268,6 +284,7 @@ pub(super) mod tests {
                 ..Publication::default()
             }),
             bootstrap: Duration::from_millis(100),
+            bootstrap_parts: Vec::new(),
             command: Duration::from_secs(2),
             publish: Duration::from_millis(500),
             peak: Some(64 << 20),

@@ -258,16 +258,15 @@ fn rows(job: &JobResult) -> Vec<(&'static str, String)> {
         let unread = publication.unread_sentence();
         rows.extend(unread.map(|text| ("Not watched", text)));
     }
-    let times = [
-        ("bootstrap", job.bootstrap),
-        ("command", job.command),
-        ("publication", job.publish),
-    ];
     rows.push((
         "Clocks",
-        times
-            .map(|(name, time)| format!("{name} {}", duration(time)))
-            .join(", "),
+        format!(
+            "bootstrap {}{}, command {}, publication {}",
+            duration(job.bootstrap),
+            job.parts_of_bootstrap(),
+            duration(job.command),
+            duration(job.publish)
+        ),
     ));
     if let Some(peak) = job.peak {
         let limit = job

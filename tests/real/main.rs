@@ -24,6 +24,7 @@ mod environment;
 mod flake_checks;
 mod greedy;
 mod harness;
+mod install;
 mod journal;
 mod lint;
 mod nix_floor;

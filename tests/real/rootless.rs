@@ -193,6 +193,29 @@ nix_job 'nix build path:.#plain --out-link ../result; cat ../result' >/out/said 
 }
 
 #[test]
+fn the_store_is_in_the_home_folder_or_where_every_user_can_write() {
+    passed(
+        "2.8.0",
+        r#"
+step env -u HOME -u RUNNER_TOOL_CACHE /fly/flywheel nix-job --command 'nix store ping' >/out/said 2>&1
+must test $? = 0
+must test -d /home/alice/.local/state/flywheel/rootless/nix/var/nix/db
+
+# A home folder that cannot be written to, a tool cache in the checkout, and a name that another user has taken.
+rm -rf /home/alice/.local
+chown 0:0 /home/alice
+mkdir -p /var/tmp
+chmod 1777 /var/tmp
+mkdir -m 755 /var/tmp/flywheel-1000
+step env RUNNER_TOOL_CACHE=/area/work/tools /fly/flywheel nix-job --command 'nix store ping' >/out/said 2>&1
+must test $? = 0
+must test ! -e /area/work/tools
+must test -n "$(find /var/tmp -path '/var/tmp/flywheel-1000-*/rootless/nix/store')"
+"#,
+    );
+}
+
+#[test]
 fn what_an_earlier_step_built_is_published_by_a_later_one() {
     passed(
         "2.26.3",

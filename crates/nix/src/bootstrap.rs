@@ -2,6 +2,8 @@
 //! installs one. Never runs an installer where Nix exists. Nothing but an installation outlives the
 //! job: a repair is a setting, a variable, or a daemon that ends with Flywheel.
 
+mod archive;
+mod build_users;
 pub(crate) mod closure;
 mod distro;
 mod install;
@@ -11,6 +13,7 @@ pub mod plan;
 pub mod releases;
 mod repair;
 pub mod rootless;
+mod undo;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -23,6 +26,7 @@ use self::install::{Installer, Parts};
 use self::machine::Machine;
 use self::plan::{Impossible, Plan, RepairStep, Wanted, plan};
 pub use self::repair::with_repairs;
+pub use self::undo::undo;
 use crate::ping::Opened;
 use crate::settings::Settings;
 use crate::store::Store;
@@ -199,6 +203,8 @@ pub(crate) struct Host {
     pub(crate) nix: PathBuf,
     /// Nix's own settings file.
     pub(crate) conf: PathBuf,
+    /// `/etc`.
+    pub(crate) etc: PathBuf,
     /// The folders that must not be world-writable.
     pub(crate) guarded: Vec<PathBuf>,
 }
@@ -212,6 +218,7 @@ impl Host {
             uid: rustix::process::geteuid().as_raw(),
             nix: "/nix".into(),
             conf: "/etc/nix/nix.conf".into(),
+            etc: "/etc".into(),
             guarded: GUARDED_FOLDERS.map(PathBuf::from).into(),
         }
     }
@@ -307,9 +314,13 @@ impl Work<'_> {
             self.sink.note(format!("plan: {}", planned.summary()));
         }
         let installed = matches!(planned, Plan::Install(_));
+        let with_daemon = matches!(&planned, Plan::Install(install) if install.daemon);
         parts.extend(self.prepare(&machine, planned).await?);
         let opening = Instant::now();
         let mut ready = self.open(machine).await?;
+        if with_daemon {
+            repair::serve_others(&mut ready, self.sink, self.deadline).await;
+        }
         parts.push(("open", opening.elapsed()));
         ready.installed = installed;
         ready.parts = parts;

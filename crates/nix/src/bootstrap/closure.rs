@@ -21,8 +21,9 @@ use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use url::Url;
 
+pub(crate) use self::manifest::Manifest;
 pub(crate) use self::register::Registration;
-pub(crate) use self::staging::{Entered, Staging, StagingError};
+pub(crate) use self::staging::{Entered, Staging, StagingError, StagingFolder};
 
 use self::fetch::Cache;
 use crate::key::PublicKey;
@@ -279,6 +280,9 @@ async fn fill(
             let turns = Arc::clone(&turns);
             bodies.push(async move { receive::receive(cache, &info, staging, &turns).await });
         }
+        if infos.is_empty() && bodies.is_empty() {
+            return Ok(());
+        }
         tokio::select! {
             Some(info) = infos.next() => arrived = Some(info?),
             Some(body) = bodies.next() => {
@@ -289,7 +293,6 @@ async fn fill(
                 next_note += PROGRESS_INTERVAL;
                 sink.note(format!("{} of {} paths of Nix have come", fetched.done, known.len()));
             }
-            else => return Ok(()),
         }
     }
 }

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::archive::{self, ArchiveSource};
 use super::closure::{self, ClosureSource};
-use super::machine::Machine;
+use super::machine::{Folder, Machine};
 use super::plan::{InstallPlan, NixVersion, Preparation, Wanted, Way};
-use super::{Error, Host, distro, releases};
+use super::{Error, Host, build_users, distro, releases, undo};
 use flywheel_core::exit::Explain as _;
 use flywheel_core::progress::Sink;
 use flywheel_core::text::one_line;
@@ -44,7 +45,10 @@ impl Installer<'_> {
         let mut failures = Vec::new();
         for way in &plan.ways {
             match self.try_way(*way).await {
-                Ok(parts) => return Ok(parts),
+                Ok(parts) => {
+                    self.make_build_users(plan.daemon);
+                    return Ok(parts);
+                }
                 Err(problem) => {
                     let failure = format!("{}: {problem}", way.as_str());
                     self.sink.note(format!("Nix is not installed by {failure}"));
@@ -57,10 +61,23 @@ impl Installer<'_> {
         })
     }
 
+    /// Makes the users that builds run as, if a daemon is wanted. Without them builds run as root, and the job goes on.
+    fn make_build_users(&self, is_wanted: bool) {
+        let made = if is_wanted {
+            build_users::make(&self.host.etc, &self.host.nix)
+        } else {
+            Ok(())
+        };
+        if let Err(error) = made {
+            self.sink
+                .degraded("nix", format!("the build users could not be made: {error}"));
+        }
+    }
+
     async fn try_way(&self, way: Way) -> Result<Parts, String> {
         match way {
             Way::Closure => self.closure().await,
-            Way::Tarball => Err("is not built in yet".into()),
+            Way::Tarball => self.tarball().await,
             Way::Distro => self.distro().await,
         }
     }
@@ -99,6 +116,19 @@ impl Installer<'_> {
             }
         }
         Err(problems.join("; "))
+    }
+
+    async fn tarball(&self) -> Result<Parts, String> {
+        let source = ArchiveSource {
+            mirror: self.wanted.mirror.as_ref(),
+            version: match &self.wanted.version {
+                Some(NixVersion::Number(number)) => Some(number),
+                Some(NixVersion::Path(_)) | None => None,
+            },
+            roots: self.roots,
+        };
+        let installed = archive::install(&source, &self.host.nix, self.sink, self.deadline).await;
+        installed.map_err(|error| chain(&error))
     }
 
     async fn distro(&self) -> Result<Parts, String> {
@@ -142,7 +172,13 @@ impl Installer<'_> {
             .arg("install")
             .args(self.folder_arguments());
         match call.run(SUDO_LIMIT).await {
-            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) if output.status.success() => {
+                let before = match self.machine.folder {
+                    Folder::Empty { owner, .. } => Some(owner),
+                    _ => None,
+                };
+                undo::mark(&self.host.nix, before).map_err(|error| failed(error.to_string()))
+            }
             Ok(output) => Err(failed(one_line(&output.stderr, 200))),
             Err(error) => Err(failed(one_line(&error.to_string(), 200))),
         }

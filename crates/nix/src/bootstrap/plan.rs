@@ -277,6 +277,8 @@ fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
         (Some(NixVersion::Path(_)), way) => way == Way::Closure,
         (Some(NixVersion::Number(number)), Way::Closure) => releases::closure(number).is_some(),
         (Some(NixVersion::Number(_)), way) => way == Way::Tarball,
+        // A package brings its own users and its own way to start a daemon.
+        (None, Way::Distro) => !wanted.daemon,
         (None, _) => true,
     };
     let ground = ground(machine, wanted);

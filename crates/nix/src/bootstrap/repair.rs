@@ -13,6 +13,7 @@ use crate::ping::{Opened, Ping, PingFailure, ping};
 use crate::settings::Settings;
 use crate::store_location::daemon_socket;
 use crate::tool::{self, Nix};
+use flywheel_core::progress::Sink;
 use flywheel_core::text::one_line;
 use flywheel_sys::process::capture::CaptureError;
 use flywheel_sys::process::service::Service;
@@ -290,6 +291,14 @@ async fn restart_daemon(
         }
     }
     Ok(users)
+}
+
+/// Starts a daemon for the other users of a store that root has just installed. The job itself does not need it.
+pub(super) async fn serve_others(ready: &mut Ready, sink: &Sink, deadline: Instant) {
+    match start_daemon(&ready.nix, deadline).await {
+        Ok(daemon) => ready.daemon = Some(daemon),
+        Err(problem) => sink.degraded("nix", format!("the Nix daemon did not start: {problem}")),
+    }
 }
 
 /// Starts the `nix-daemon` next to `nix`, and waits until the store opens through it.

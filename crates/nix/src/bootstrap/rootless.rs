@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::bootstrap::machine::{Machine, Namespaces, Sudo};
 use crate::bootstrap::plan::{Plan, Wanted, plan};
+use crate::store_location::home_of_user;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::namespace::{self, Limits, Obstacle, View};
@@ -212,7 +213,8 @@ struct Places {
 
 impl Places {
     fn of_env(env: &Env) -> Self {
-        let home = env.path("HOME");
+        // Not what takes the place of a missing home: that may be emptied with the job.
+        let home = env.path("HOME").or_else(home_of_user);
         let state = env
             .path("XDG_STATE_HOME")
             .or_else(|| home.as_ref().map(|home| home.join(".local/state")));

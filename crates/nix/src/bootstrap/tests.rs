@@ -41,6 +41,7 @@ impl World {
             // Nobody can make it.
             nix: folder.path().join("absent/nix"),
             conf: folder.path().join("nix.conf"),
+            etc: folder.path().join("etc"),
             guarded: vec![store],
         };
         Self {

@@ -18,7 +18,7 @@ use flywheel_sys::http::{chain, redact};
 /// The first answer has to be there within this time, tries included: there are other sources.
 pub(super) const FIRST_CONTACT: Duration = Duration::from_secs(3);
 /// Nothing may come for this long.
-pub(super) const STALL: Duration = Duration::from_secs(8);
+pub(super) const STALL: Duration = Duration::from_secs(5);
 /// Largest narinfo, in bytes: each reference takes some 50.
 const INFO_LIMIT: usize = 256 * 1024;
 /// So many storages behind a cache.

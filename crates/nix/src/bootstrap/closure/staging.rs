@@ -8,9 +8,10 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use crate::bootstrap::closure::lock::{exists, lock, make_folder, open_folder};
 use crate::bootstrap::closure::manifest::Manifest;
@@ -29,6 +30,9 @@ use sha2::{Digest as _, Sha256 as Hasher};
 
 /// Free room that is left over, in bytes, for the database and for what the job does first.
 const ROOM: u64 = 16 * 1024 * 1024;
+/// How long the threads that unpack may take to notice that nothing more comes.
+const THREADS_LIMIT: Duration = Duration::from_secs(10);
+const THREADS_POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// Profiles at which others look for Nix. The second is Flywheel's own: `nix-env` may put another generation into the
 /// first, without Nix in it.
 const PROFILES: [&str; 2] = ["var/nix/profiles/default", "var/nix/profiles/flywheel"];
@@ -107,7 +111,7 @@ impl StagingError {
 pub(crate) enum Entered {
     /// Another job has installed Nix meanwhile: its program.
     Installed(PathBuf),
-    Staging(Staging),
+    Staging(Box<Staging>),
 }
 
 /// When the steps of `complete` had ended.
@@ -135,7 +139,8 @@ pub(crate) struct Staging {
 #[derive(Clone)]
 pub(crate) struct StagingFolder {
     path: PathBuf,
-    _lock: Arc<File>,
+    /// Its clones count the threads that are at work.
+    lock: Arc<File>,
 }
 
 impl StagingFolder {
@@ -173,7 +178,7 @@ impl Staging {
             if let Some(program) = installed(&nix) {
                 return Ok(Entered::Installed(program));
             }
-            Self::begin(nix, folders, lock).map(Entered::Staging)
+            Self::begin(nix, folders, lock).map(|staging| Entered::Staging(Box::new(staging)))
         })
         .await
     }
@@ -195,7 +200,7 @@ impl Staging {
             database: open_database(&nix)?,
             folder: StagingFolder {
                 path: path.clone(),
-                _lock: Arc::new(lock),
+                lock: Arc::new(lock),
             },
             becomes_store,
             manifest,
@@ -218,17 +223,29 @@ impl Staging {
     /// # Errors
     /// When something else has its name.
     pub(crate) async fn has(&self, info: &NarInfo) -> Result<bool, StagingError> {
-        let file = self.nix.join("store").join(info.path.base_name());
+        self.has_path(&info.path, info.nar_hash).await
+    }
+
+    /// Does the same for a path with this hash of its NAR.
+    ///
+    /// # Errors
+    /// As `has`.
+    pub(crate) async fn has_path(
+        &self,
+        path: &StorePath,
+        hash: Sha256,
+    ) -> Result<bool, StagingError> {
+        let file = self.nix.join("store").join(path.base_name());
         if self.becomes_store || !exists(&file) {
             return Ok(false);
         }
         if let Some(database) = &self.database {
-            let valid = database.valid_by_hash(&[info.path.hash()])?;
-            if valid.contains(&info.path) {
+            let valid = database.valid_by_hash(&[path.hash()])?;
+            if valid.contains(path) {
                 return Ok(true);
             }
         }
-        let (hash, there) = (info.nar_hash, file.clone());
+        let there = file.clone();
         let same = blocking(move || Ok(nar_hash(&there) == Some(hash))).await?;
         match (same, &self.database) {
             (true, _) => Ok(true),
@@ -311,8 +328,12 @@ impl Staging {
         Ok((program, Times { placed, registered }))
     }
 
-    /// Takes back everything.
+    /// Takes back everything, once no thread unpacks any more.
     pub(crate) async fn abandon(self) {
+        let give_up = Instant::now() + THREADS_LIMIT;
+        while Arc::strong_count(&self.folder.lock) > 1 && Instant::now() < give_up {
+            sleep(THREADS_POLL_INTERVAL).await;
+        }
         let undone = blocking(move || {
             drop(self);
             Ok(())
