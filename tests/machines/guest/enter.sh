@@ -75,6 +75,8 @@ else
     *:*) mount -t overlay -o "lowerdir=$layers" overlay usr ;;
     *) mount --bind "$layers" usr && mount -o remount,bind,ro usr ;;
   esac
+  # No program any more.
+  [ "$GIT" = yes ] || mount --bind /dev/null usr/bin/git
   make_users /bin/bash
 fi
 [ "$NIXBLD" = yes ] || sed -i /nixbld/d etc/passwd etc/group

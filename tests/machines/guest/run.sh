@@ -13,6 +13,10 @@ case $story in
   demo) job nix-job --command 'nix build --no-link path:hello' ;;
   canary) job validate-builders ;;
   workflow) workflow ;;
+  checkout)
+    mkdir /area/work/hello/.git
+    timed in_job FLYWHEEL_WORKING_DIRECTORY=/area/work/hello /fly/flywheel nix-job --command 'nix build .#default'
+    ;;
   checks)
     # GitHub's API takes connections, and answers none.
     /fly/busybox nc -ll -p 8001 -e /fly/busybox sleep 600 &
