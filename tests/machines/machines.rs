@@ -145,7 +145,7 @@ pub(crate) const MACHINES: &[Machine] = &[
         "daemon-stale",
         Obstacle(&["does not answer", "systemctl restart nix-daemon"]),
     ),
-    demo("daemon-stale-root", NothingLost(&["daemon"])),
+    demo("daemon-stale-root", NothingLost(&[])),
     demo("no-nix-command", NothingLost(&[])),
     demo("no-nixbld", NothingLost(&["nixbld"])),
     demo(
