@@ -173,7 +173,7 @@ pub(crate) const MACHINES: &[Machine] = &[
         Passes(&["0 lost (not publishing: the event payload is unreadable"]),
     ),
     told(
-        "debian-12-sudo",
+        "hosted-runner",
         Story::Workflow,
         Passes(&[
             "`sudo` makes `/nix`",

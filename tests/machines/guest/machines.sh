@@ -27,6 +27,8 @@ describe() {
     debian-12-sudo) DEBIAN=debian-12 SUDO=yes ;;
     debian-13-sudo) DEBIAN=debian-13 SUDO=yes ;;
     debian-sid-sudo) DEBIAN=debian-sid SUDO=yes ;;
+    # The closure is made of Debian's Nix, whose sandbox has a shell that only Debian's package brings; upstream's has its own.
+    hosted-runner) DEBIAN=debian-12 SUDO=yes SETTINGS='sandbox-paths = /bin/sh=/fly/busybox' ;;
     sudo-without-namespaces) DEBIAN=debian-12 SUDO=yes NAMESPACES=sysctl ;;
     # Without Nix, as root.
     debian-12-root) DEBIAN=debian-12 USER_NAME=root ;;

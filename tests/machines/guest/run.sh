@@ -44,7 +44,9 @@ esac
 {
   /fly/busybox find / -path /proc -prune -o -path /sys -prune -o -name flywheel-planted -print
   for process in /proc/[0-9]*; do
-    /fly/busybox find "$process/root/srv" "$process/root/usr/local" "$process/root/nix" -maxdepth 1 -name flywheel-planted 2>/dev/null
+    for folder in srv usr/local/bin nix root; do
+      [ ! -e "$process/root/$folder/flywheel-planted" ] || echo "$process/root/$folder"
+    done
   done
 } >/out/planted || true
 echo judged >/out/done
