@@ -11,6 +11,10 @@ test-fast *filter:
 test-real *filter:
     scripts/suite.sh real {{ filter }}
 
+# The smoke part of the fast suite with the committed binary for arm64, in qemu; as root
+test-arm64 *filter:
+    scripts/suite.sh arm64 {{ filter }}
+
 # Jobs on every kind of store, judged by stock Nix, as root: all 1000 runs, or `--sample`, `--cell`, `--help`
 matrix *options:
     scripts/matrix.sh {{ options }}
@@ -55,13 +59,13 @@ figures *options:
     scripts/bootstrap.sh runner
     target/tools/bin/python scripts/figures.py {{ options }}
 
-# Build the static binary into dist/
-dist:
-    scripts/dist.sh
+# Build the static binaries into dist/, or one of them: `just dist x86_64`
+dist *processor:
+    scripts/dist.sh {{ processor }}
 
-# Prove that dist/ is what the sources build, byte for byte
+# Prove that dist/ is what the sources build, byte for byte, for both processors
 dist-check:
-    scripts/dist-check.sh
+    FLYWHEEL_PROVE_ARM64=1 scripts/dist-check.sh
 
 # Build the example, publish it to an embedded cache, show the summary
 demo:

@@ -121,6 +121,14 @@ if [ ! -x "$tools/bin/promtool" ]; then
   install -m 755 "$scratch/prometheus/usr/bin/promtool" "$tools/bin/promtool"
 fi
 
+# Of Debian's `qemu-user-static` only what runs arm64 programs.
+if [ ! -x "$tools/bin/qemu-aarch64-static" ]; then
+  echo "bootstrap: unpacking qemu for arm64 into target/tools"
+  refresh
+  unpack "$scratch/qemu" qemu-user-static
+  install -m 755 "$scratch/qemu/usr/bin/qemu-aarch64-static" "$tools/bin/qemu-aarch64-static"
+fi
+
 # The kernel headers and the Docker that the canary of those classes is tried with. What is not Debian brings
 # its own, as GitHub's hosted runners do.
 mirror=

@@ -5,6 +5,8 @@
 
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 snapshot=${FLYWHEEL_SNAPSHOT-}
+# The first is where the packages run; with `amd64,arm64` those of the other have names such as `libc6:arm64`.
+architectures=amd64
 
 command -v apt-get >/dev/null || fail "\`apt-get\` is missing; the matrix unpacks Debian packages with it"
 [ -e "$keyring" ] || fail "$keyring is missing: apt-get install debian-archive-keyring"
@@ -16,32 +18,39 @@ mirror=$(apt-get indextargets --format '$(LABEL) $(REPO_URI)' 'Created-By: Packa
 mirror=${FLYWHEEL_DEBIAN:-$mirror}
 [ -n "$mirror" ] || fail "apt names no mirror of Debian's; name one with FLYWHEEL_DEBIAN"
 
-# apt-get on the lists of one release alone, as if no package were installed, so that it takes the whole closure.
+# A program of apt's on the lists of one release alone, as if no package were installed, so that it takes whole closures.
 apt() {
-  local state=$1
-  shift
-  apt-get -qq -o APT::Sandbox::User="$(id -un)" -o APT::Architecture=amd64 -o APT::Architectures=amd64 \
+  local state=$1 program=$2
+  shift 2
+  "$program" -qq -o APT::Sandbox::User="$(id -un)" \
+    -o APT::Architecture="${architectures%%,*}" -o APT::Architectures="$architectures" \
     -o Dir::Etc::SourceList="$state/sources.list" -o Dir::Etc::SourceParts=/dev/null \
     -o Dir::State::Lists="$state/lists" -o Dir::Cache="$state/cache" -o Dir::State::status="$state/status" \
     -o Acquire::Check-Valid-Until=false -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 "$@" </dev/null
 }
 
-# Fetches the lists of a release from the mirror that is named; what it complains of is in STATE/errors.
+# Fetches the lists of a release, and of its security fixes if the last argument is `security`, from the mirror that is
+# named; what it complains of is in STATE/errors.
 fetch_lists() {
-  local release=$1 state=$2 from=$3
+  local release=$1 state=$2 from=$3 fixes=${4-}
   rm -rf "$state"
   mkdir -p "$state"/{lists,cache}/partial
   # Beside this file apt has its lock.
   : >"$state/status"
   echo "deb [signed-by=$keyring] $from $release main" >"$state/sources.list"
-  apt "$state" update >/dev/null 2>"$state/errors"
+  # They lie beside `debian`, also those of a snapshot: `debian-security/20261130T000000Z`.
+  if [ "$fixes" = security ]; then
+    from=$(sed 's|/debian\(/[^/]*\)\?$|/debian-security\1|' <<<"${from%/}")
+    echo "deb [signed-by=$keyring] $from $release-security main" >>"$state/sources.list"
+  fi
+  apt "$state" apt-get update >/dev/null 2>"$state/errors"
 }
 
 # Downloads the closure of packages into STATE/cache/archives.
 download_packages() {
   local state=$1
   shift
-  apt "$state" install --download-only --no-install-recommends --yes "$@" >/dev/null 2>"$state/errors"
+  apt "$state" apt-get install --download-only --no-install-recommends --yes "$@" >/dev/null 2>"$state/errors"
 }
 
 # Unpacks what was downloaded. The folder counts only when it is whole.

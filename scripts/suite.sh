@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs one of the two test suites under cargo-nextest, as the profiles in .config/nextest.toml have it.
+# Runs one of the test suites under cargo-nextest, as the profiles in .config/nextest.toml have it.
 #
 #   usage: scripts/suite.sh fast [FILTER…]   no network, no Nix, seconds
 #          scripts/suite.sh real [FILTER…]   real Nix, real act, real servers; as root, minutes
+#          scripts/suite.sh arm64 [FILTER…]   the smoke part of the fast suite with the committed binary for arm64, in qemu
 #   env:   FLYWHEEL_BIN   the binary that the real suite tries (default: the debug build)
 #
 # The last lines are nextest's summary. A test that passed only when it was tried again is listed there as FLAKY.
@@ -38,8 +39,14 @@ case $suite in
     scripts/nix-closure.sh
     exec cargo nextest run --locked --profile real --test real --test it "$@"
     ;;
+  arm64)
+    # Only another processor needs qemu.
+    if [ "$(uname -m)" = aarch64 ]; then scripts/bootstrap.sh runner; else scripts/bootstrap.sh tools; fi
+    export FLYWHEEL_BIN=$root/dist/flywheel-aarch64-linux
+    exec scripts/with-arm64.sh cargo nextest run --locked --profile arm64 --test it "$@"
+    ;;
   *)
-    echo 'usage: scripts/suite.sh fast|real [FILTER…]' >&2
+    echo 'usage: scripts/suite.sh fast|real|arm64 [FILTER…]' >&2
     exit 64
     ;;
 esac

@@ -130,7 +130,7 @@ impl Cli {
     pub(crate) async fn run(self, env: &Env) -> Result<Exit, VerbError> {
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
-            Verb::FlakeChecks(inputs) => flake_checks::run(*inputs, env).await,
+            Verb::FlakeChecks(inputs) => Box::pin(flake_checks::run(*inputs, env)).await,
             Verb::Publish(inputs) => publish::run(inputs, env).await,
             Verb::WatchStore(inputs) => watch_store::run(*inputs, env).await,
             Verb::Cache(inputs) => cache::run(inputs, env).await,

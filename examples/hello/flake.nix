@@ -3,23 +3,29 @@
 
   outputs = { self }:
     let
-      system = "x86_64-linux";
-      # The host's shell is all these need, so they build with `sandbox = false` alone.
-      run = name: script: derivation {
-        inherit name system;
-        builder = "/bin/sh";
-        args = [ "-euc" script ];
-      };
-      greeting = run "greeting" "echo 'Hello from Flywheel' > $out";
-      list = run "list" "echo ${greeting} > $out";
+      packagesFor = system:
+        let
+          # The host's shell is all these need, so they build with `sandbox = false` alone.
+          run = name: script: derivation {
+            inherit name system;
+            builder = "/bin/sh";
+            args = [ "-euc" script ];
+          };
+          greeting = run "greeting" "echo 'Hello from Flywheel' > $out";
+          list = run "list" "echo ${greeting} > $out";
+        in
+        {
+          inherit greeting list;
+          default = run "hello" ''
+            read -r text < ${greeting}
+            echo "$text, with ${list}" > $out
+          '';
+        };
     in
     {
-      packages.${system} = {
-        inherit greeting list;
-        default = run "hello" ''
-          read -r text < ${greeting}
-          echo "$text, with ${list}" > $out
-        '';
+      packages = {
+        x86_64-linux = packagesFor "x86_64-linux";
+        aarch64-linux = packagesFor "aarch64-linux";
       };
     };
 }

@@ -30,6 +30,8 @@ const REPORTS: usize = 8;
 const LARGEST: usize = 5;
 /// Reading the job's own paths from the database takes milliseconds.
 const OWN_LIMIT: Duration = Duration::from_secs(2);
+/// What is reported when the work ends is handled within this time.
+const HANDLING_GRACE: Duration = Duration::from_millis(300);
 /// From one attempt to free room to the next, where the last one has freed nothing.
 const RECLAIM_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -39,14 +41,6 @@ pub(crate) struct DiskWatch {
     handling: JoinHandle<()>,
     warner: Warner,
     attempted: Attempted,
-}
-
-/// How the work ended that the disks were watched for.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct WorkEnd {
-    pub(crate) failed: bool,
-    /// Whether its log says that a disk is full.
-    pub(crate) reported_full: bool,
 }
 
 impl Session<'_> {
@@ -150,23 +144,26 @@ impl Session<'_> {
 }
 
 impl DiskWatch {
-    /// Looks once more, and sums up. Gives the paths that were freed, too.
-    pub(crate) async fn end(self, work: WorkEnd) -> (DiskReport, Vec<PathInfo>) {
+    /// Looks once more, and sums up. Gives the paths that were freed, too. `failed`: whether the work has failed, so that
+    /// a disk may be the cause.
+    pub(crate) async fn end(self, failed: bool) -> (DiskReport, Vec<PathInfo>) {
         let Self {
             watcher,
-            handling,
+            mut handling,
             warner,
             attempted,
         } = self;
-        let looking = spawn_blocking(move || watcher.map(|watcher| watcher.end(work.failed)));
+        let looking = spawn_blocking(move || watcher.map(|watcher| watcher.end(failed)));
         let disks = looking.await.ok().flatten().unwrap_or_default();
-        handling.abort();
-        // It ends by the abort, or has ended with the watcher.
-        let _ = handling.await;
-        let full = disk_full(&disks, work.failed, work.reported_full);
+        // It ends with the watcher, unless it is freeing room.
+        if timeout(HANDLING_GRACE, &mut handling).await.is_err() {
+            handling.abort();
+            let _ = handling.await;
+        }
         let low: Vec<DiskUse> = disks.into_iter().filter(DiskUse::was_low).collect();
         // What has come too fast for the handler. A full disk is reported as the cause.
-        for disk in low.iter().filter(|_| full.is_none()) {
+        let is_cause = disk_full(&low, failed, false).is_some();
+        for disk in low.iter().filter(|_| !is_cause) {
             warner.warn(disk).await;
         }
         let of_store = low.iter().find(|disk| disk.has_store);
@@ -179,7 +176,7 @@ impl DiskWatch {
         let gone = gone.unwrap_or_default();
         let report = DiskReport {
             low,
-            full,
+            full: None,
             own,
             reclaimed: sum(&gone),
             may_reclaim: warner.may_reclaim,

@@ -11,6 +11,7 @@ use super::prepare::Prepared;
 use super::watch::StoreWatch;
 use crate::report::job::FailedBuild;
 use flywheel_nix::build_logs::BuildLogs;
+use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::StorePath;
 
 /// Of so many failed builds the report shows the end of the log.
@@ -32,13 +33,17 @@ impl LogSearch {
         Some(Self { logs, begun })
     }
 
-    /// The builds that failed, the last one first. On a host that is shared with other repositories' jobs there are none,
+    /// The builds that failed, the last one first; `freed` are outputs that are gone again. On a host that is shared with other repositories' jobs there are none,
     /// since a log may be another's.
-    pub(crate) async fn failed(&self, added_paths: &AddedPaths) -> Vec<FailedBuild> {
+    pub(crate) async fn failed(
+        &self,
+        added_paths: &AddedPaths,
+        freed: &[PathInfo],
+    ) -> Vec<FailedBuild> {
         if added_paths.is_shared {
             return Vec::new();
         }
-        let infos = || added_paths.wanted.iter();
+        let infos = || added_paths.wanted.iter().chain(freed);
         let built: HashSet<&StorePath> = infos().filter_map(|info| info.deriver.as_ref()).collect();
         // The log of a content-addressed build is that of the resolved derivation, which is no deriver.
         let floating = infos().filter(|info| info.ca.is_some());

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use flywheel_core::disk::Room;
 use flywheel_core::text::{count, one_line, shorten};
 
 /// GitHub refuses longer texts of a Check Run (65,535 characters).
@@ -65,6 +66,14 @@ pub(crate) struct Check {
     pub(crate) text: String,
 }
 
+/// A file system that jobs of the class write to.
+#[derive(Clone, Debug)]
+pub(crate) struct Disk {
+    /// Where it is mounted.
+    pub(crate) mount: String,
+    pub(crate) room: Room,
+}
+
 /// Everything that the canary found.
 #[derive(Clone, Debug)]
 pub(crate) struct Canary {
@@ -74,6 +83,7 @@ pub(crate) struct Canary {
     pub(crate) lane: Option<String>,
     /// Every check, the lowest layer first.
     pub(crate) checks: Vec<Check>,
+    pub(crate) disks: Vec<Disk>,
     /// From the start to the end of the first build, if there was one.
     pub(crate) cold_start: Option<Duration>,
     /// The time of all checks together.
@@ -283,6 +293,16 @@ impl Canary {
         }
     }
 
+    /// A sample of each disk that has the number.
+    fn of_disks(&self, number: impl Fn(&Room) -> Option<u64>) -> Vec<(String, String)> {
+        let disks = self.disks.iter();
+        let samples = disks.filter_map(|disk| {
+            let labels = format!(",mount=\"{}\"", label(&disk.mount));
+            Some((labels, number(&disk.room)?.to_string()))
+        });
+        samples.collect()
+    }
+
     /// Metrics in Prometheus's text format. A check that was skipped has no sample.
     pub(crate) fn metrics(&self) -> String {
         let ran = self
@@ -317,6 +337,16 @@ impl Canary {
                 self.cold_start
                     .map(|cold| single(seconds(cold)))
                     .unwrap_or_default(),
+            ),
+            (
+                "flywheel_builder_disk_free_bytes",
+                "What an ordinary user may still write to a disk that jobs write to.",
+                self.of_disks(|room| Some(room.free)),
+            ),
+            (
+                "flywheel_builder_disk_free_inodes",
+                "How many files such a disk still takes, where the number is fixed.",
+                self.of_disks(|room| Some(room.inodes?.free)),
             ),
             (
                 "flywheel_builder_last_run_timestamp_seconds",
@@ -396,6 +426,7 @@ mod tests {
             class,
             lane: None,
             checks,
+            disks: Vec::new(),
             cold_start: None,
             took: Duration::from_secs(1),
             ended_at: 1_700_000_000,
@@ -461,6 +492,21 @@ mod tests {
         );
         assert!(metrics.contains(r#"class="a\"b\\""#), "{metrics}");
         assert!(!metrics.contains("cold_start"));
+        assert!(!metrics.contains("disk"));
+        let room = Room {
+            total: 100,
+            free: 7,
+            inodes: None,
+        };
+        canary.class = "c".into();
+        canary.disks = vec![Disk {
+            mount: "/nix".into(),
+            room,
+        }];
+        let metrics = canary.metrics();
+        let sample = "flywheel_builder_disk_free_bytes{class=\"c\",lane=\"\",mount=\"/nix\"} 7\n";
+        assert!(metrics.contains(sample), "{metrics}");
+        assert!(!metrics.contains("inodes"), "{metrics}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a job's disks had, as plain data that the verb fills in.
 
-use flywheel_core::disk::{DiskFull, DiskUse, OwnPaths, Reclaimed};
+use flywheel_core::disk::{DiskFull, DiskUse, OwnPaths, Reclaimed, disk_full};
 
 /// What a job's disks had, and what was done about it.
 #[derive(Clone, Debug, Default)]
@@ -18,6 +18,15 @@ pub(crate) struct DiskReport {
 }
 
 impl DiskReport {
+    /// Decides whether a command that failed has failed of a full disk. `reported`: whether the logs of what failed say so.
+    #[must_use]
+    pub(crate) fn judged(self, failed: bool, reported: bool) -> Self {
+        Self {
+            full: disk_full(&self.low, failed, reported),
+            ..self
+        }
+    }
+
     /// What happened and what to do, if the command failed because a disk was full.
     pub(crate) fn full_text(&self) -> Option<String> {
         let full = self.full.as_ref()?;

@@ -4,6 +4,8 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::{Command, Output};
 
+use crate::world::folders;
+
 /// A machine with the programs of every Debian, and an `apt-get` that installs nothing and writes down its calls.
 struct Machine {
     folder: tempfile::TempDir,
@@ -39,9 +41,8 @@ impl Machine {
 
     fn bootstrap(&self) -> Output {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/bootstrap.sh");
-        Command::new(script)
+        folders::isolate(&mut Command::new(script), self.folder.path())
             .arg("tools")
-            .env_clear()
             .env("PATH", self.folder.path())
             .output()
             .unwrap()

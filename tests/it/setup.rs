@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_norway::Value;
 
 use crate::world::port::Port;
-use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran, binary, folders};
 
 const KEY: &str = "main:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=";
 
@@ -281,7 +282,8 @@ fn the_actions_own_folder_goes_on_path() {
 fn without_an_actions_folder_the_programs_own_is_taken() {
     let run = setup();
     assert_eq!(run.run().code, 0);
-    let own = Path::new(env!("CARGO_BIN_EXE_flywheel")).parent().unwrap();
+    let program = binary();
+    let own = program.parent().unwrap();
     assert_eq!(run.read("GITHUB_PATH"), format!("{}\n", own.display()));
 }
 
@@ -380,4 +382,106 @@ fn the_action_maps_each_input_to_its_variable_and_does_nothing_else() {
         .collect();
     declared.sort_unstable();
     assert_eq!(set, declared);
+}
+
+#[test]
+fn the_plan_names_a_nix_that_nixpkgs_refuses() {
+    for (version, is_old) in [("2.8.0", true), ("2.34.8", false)] {
+        let run = Flywheel::new(&["setup", "--plan"]);
+        let bin = run.path("bin");
+        std::fs::create_dir(&bin).unwrap();
+        let nix = bin.join("nix");
+        std::fs::write(&nix, format!("#!/bin/sh\necho 'nix (Nix) {version}'\n")).unwrap();
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&nix, executable).unwrap();
+        let run = run.env("PATH", &format!("{}:/usr/bin:/bin", bin.display()));
+        let printed = run.run().stdout;
+        let line = printed
+            .lines()
+            .find(|line| line.starts_with("Nix version "));
+        let line = line.unwrap_or_else(|| panic!("{printed}"));
+        assert!(line.contains(version), "{line}");
+        assert_eq!(line.contains("older than 2.18"), is_old, "{line}");
+    }
+}
+
+/// A run with a `nix` of its own, whose store opens by this script.
+fn with_nix(arguments: &[&str], ping: &str) -> Flywheel {
+    let run = Flywheel::in_job(arguments);
+    let nix = run.path("nix");
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in\n--version) echo 'nix (Nix) 2.31.2';;\n*--json) echo '{{}}';;\n*) {ping};;\nesac\n"
+    );
+    std::fs::write(&nix, script).unwrap();
+    std::fs::set_permissions(&nix, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:/usr/bin:/bin", nix.parent().unwrap().display());
+    // Another store than the machine's own.
+    run.env("PATH", &path)
+        .env("NIX_REMOTE", "unix:///nonexistent")
+}
+
+#[test]
+fn the_plan_is_that_of_a_job_and_nothing_is_set_up() {
+    let run = with_nix(
+        &["setup", "--plan"],
+        "echo 'Store URL: unix:///nonexistent'",
+    );
+    let ran = run.run();
+    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
+    let row = |name: &str| {
+        let mut lines = ran.stdout.lines();
+        let found = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix("  "));
+        found
+            .map(str::trim)
+            .unwrap_or_else(|| panic!("no row `{name}`:\n{}", ran.stdout))
+    };
+    assert!(row("plan").starts_with("ready"), "{}", ran.stdout);
+    assert_eq!(row("Nix version"), "nix (Nix) 2.31.2");
+    assert!(row("Nix").contains("on `PATH`"), "{}", ran.stdout);
+    for name in [
+        "user",
+        "sudo",
+        "/nix",
+        "daemon",
+        "build users",
+        "user namespaces",
+        "container",
+        "disk",
+    ] {
+        assert!(!row(name).is_empty());
+    }
+    assert!(run.read("GITHUB_ENV").is_empty() && run.read("GITHUB_PATH").is_empty());
+}
+
+#[test]
+fn a_plan_that_is_impossible_names_obstacle_and_remedy() {
+    let closed = "echo 'error: database disk image is malformed' >&2; exit 1";
+    let ran = with_nix(&["setup", "--plan"], closed).run();
+    assert_eq!(ran.code, 69, "{}{}", ran.stdout, ran.stderr);
+    for part in ["impossible", "disk image is malformed", "remedy"] {
+        assert!(ran.stdout.contains(part), "{part} in {}", ran.stdout);
+    }
+}
+
+#[test]
+fn a_wrong_wish_for_nix_is_64_in_every_verb_that_has_one() {
+    for verb in ["setup", "nix-job", "flake-checks", "validate-builders"] {
+        for (name, value) in [
+            ("FLYWHEEL_NIX_INSTALLER", "curl"),
+            ("FLYWHEEL_NIX_VERSION", "latest"),
+            ("FLYWHEEL_NIX_SOURCE", "https://cache.example/"),
+            ("FLYWHEEL_NIX_MIRROR", "relative"),
+        ] {
+            let run = Flywheel::in_job(&[verb])
+                .env("FLYWHEEL_COMMAND", "true")
+                .env(name, value);
+            let ran = run.run();
+            let input = name
+                .trim_start_matches("FLYWHEEL_")
+                .to_lowercase()
+                .replace('_', "-");
+            assert_eq!(ran.code, 64, "{verb} {name}: {}{}", ran.stdout, ran.stderr);
+            assert!(ran.stdout.contains(&input), "{verb} {name}: {}", ran.stdout);
+        }
+    }
 }

@@ -1,5 +1,7 @@
-//! `dist/`: the launcher's behaviour with a binary of the tests' own, and the binary under test where
-//! there is nothing but itself.
+//! `dist/`: the launcher's behaviour with a binary of the tests' own, and the committed binaries where
+//! there is nothing but themselves.
+
+mod proof;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -9,7 +11,13 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 
 use crate::world::act::{BINARY, put_binary};
-use crate::world::{folders, need, root};
+use crate::world::{PATH, arm64, folders, need, root};
+
+/// The committed binaries, with what `readelf` calls their processors.
+const COMMITTED: [(&str, &str); 2] = [
+    (BINARY, "Advanced Micro Devices X86-64"),
+    (arm64::BINARY, "AArch64"),
+];
 
 /// In bytes; `scripts/dist-check.sh` has the same limit.
 const SIZE_LIMIT: u64 = 12_000_000;
@@ -205,7 +213,7 @@ fn a_binary_without_its_mode_is_named() {
 fn another_platform_gets_a_clear_message() {
     for (system, machine) in [
         ("Darwin", "arm64"),
-        ("Linux", "aarch64"),
+        ("Linux", "riscv64"),
         ("MINGW64_NT-10.0", "x86_64"),
     ] {
         let dist = Dist::new();
@@ -218,9 +226,44 @@ fn another_platform_gets_a_clear_message() {
             69,
             &[
                 &format!("no binary for {system}-{machine} yet"),
+                "only for Linux-x86_64 and Linux-aarch64",
                 "FLYWHEEL_BIN",
             ],
         );
+    }
+}
+
+#[test]
+fn each_processor_gets_its_binary() {
+    let dist = Dist::new();
+    let other = "#!/bin/sh\necho for arm64\n";
+    let binary = dist.path("dist").join(arm64::BINARY);
+    fs::write(&binary, other).unwrap();
+    fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).unwrap();
+    let sums = dist.path("dist/SHA256SUMS");
+    let both = format!(
+        "{}{}  {}\n",
+        fs::read_to_string(&sums).unwrap(),
+        sum_of(&binary),
+        arm64::BINARY
+    );
+    fs::write(&sums, both).unwrap();
+    let for_arm64 = Ended {
+        code: 0,
+        stdout: "for arm64\n".to_owned(),
+        stderr: String::new(),
+    };
+    for (machine, expected) in [
+        ("x86_64", &passed_through()),
+        ("amd64", &passed_through()),
+        ("aarch64", &for_arm64),
+        ("arm64", &for_arm64),
+    ] {
+        dist.fake(
+            "uname",
+            &format!("case $1 in -s) echo Linux ;; -m) echo {machine} ;; esac"),
+        );
+        assert_eq!(&dist.run(), expected, "{machine}");
     }
 }
 
@@ -339,58 +382,87 @@ fn flywheel_bin_names_another_binary() {
 }
 
 #[test]
-fn the_committed_binary_is_small_static_and_alone_in_a_chroot() {
-    let binary = root().join("dist").join(BINARY);
-    assert!(
-        binary.is_file(),
-        "`dist/{BINARY}` is missing: `just dist` builds it"
+fn the_committed_binaries_are_small_static_and_alone_in_a_chroot() {
+    let sums: String = ["aarch64", "x86_64"]
+        .map(|processor| format!("flywheel-{processor}-linux"))
+        .iter()
+        .map(|name| format!("{}  {name}\n", sum_of(&root().join("dist").join(name))))
+        .collect();
+    assert_eq!(
+        fs::read_to_string(root().join("dist/SHA256SUMS")).unwrap(),
+        sums
     );
-    let size = fs::metadata(&binary).unwrap().len();
-    assert!(size < SIZE_LIMIT, "{size} bytes");
+    for (name, processor) in COMMITTED {
+        let binary = root().join("dist").join(name);
+        let size = fs::metadata(&binary).unwrap().len();
+        assert!(size < SIZE_LIMIT, "{name}: {size} bytes");
 
-    let sums = fs::read_to_string(root().join("dist/SHA256SUMS")).unwrap();
-    assert_eq!(sums, format!("{}  {BINARY}\n", sum_of(&binary)));
+        let headers = Command::new(need("readelf", "apt-get install binutils"))
+            .arg("-hlW")
+            .arg(&binary)
+            .output()
+            .unwrap();
+        let headers = String::from_utf8(headers.stdout).unwrap();
+        assert!(
+            headers.contains(processor) && headers.contains("LOAD") && !headers.contains("INTERP"),
+            "{name}: {headers}"
+        );
 
+        let empty = tempfile::tempdir().unwrap();
+        fs::copy(&binary, empty.path().join("flywheel")).unwrap();
+        // Both run there; qemu is not needed for the one, and does no harm.
+        let chroot = need("chroot", "apt-get install coreutils");
+        let mut command = arm64::command(&chroot);
+        folders::isolate(&mut command, empty.path())
+            .arg(empty.path())
+            .args(["/flywheel", "--version"])
+            .env("PATH", PATH);
+        let version = format!("flywheel {}\n", env!("CARGO_PKG_VERSION"));
+        let expected = Ended {
+            code: 0,
+            stdout: version,
+            stderr: String::new(),
+        };
+        assert_eq!(ended(&mut command), expected, "{name}");
+    }
+}
+
+/// Kernels for arm64 have pages of 4, 16 or 64 KiB; a program whose parts lie closer together does not start on all.
+#[test]
+fn the_binary_for_arm64_starts_on_kernels_with_pages_of_64_kib() {
     let headers = Command::new(need("readelf", "apt-get install binutils"))
         .arg("-lW")
-        .arg(&binary)
+        .arg(arm64::binary())
         .output()
         .unwrap();
     let headers = String::from_utf8(headers.stdout).unwrap();
+    let loaded = headers
+        .lines()
+        .filter(|line| line.trim_start().starts_with("LOAD"));
+    let alignments: Vec<&str> = loaded
+        .filter_map(|line| line.split_whitespace().last())
+        .collect();
+    assert!(alignments.len() >= 2, "{headers}");
     assert!(
-        headers.contains("LOAD") && !headers.contains("INTERP"),
+        alignments.iter().all(|alignment| *alignment == "0x10000"),
         "{headers}"
-    );
-
-    let empty = tempfile::tempdir().unwrap();
-    fs::copy(&binary, empty.path().join("flywheel")).unwrap();
-    let mut chroot = Command::new(need("chroot", "apt-get install coreutils"));
-    folders::isolate(&mut chroot, empty.path())
-        .arg(empty.path())
-        .args(["/flywheel", "--version"]);
-    let version = format!("flywheel {}\n", env!("CARGO_PKG_VERSION"));
-    assert_eq!(
-        ended(&mut chroot),
-        Ended {
-            code: 0,
-            stdout: version,
-            stderr: String::new()
-        }
     );
 }
 
 #[test]
-fn the_committed_binary_names_no_folder_of_this_machine() {
-    let bytes = fs::read(root().join("dist").join(BINARY)).unwrap();
-    for name in [
-        &format!("{}/src/", root().display()),
-        "/.cargo/",
-        "/.rustup/",
-    ] {
-        let found = bytes
-            .windows(name.len())
-            .any(|window| window == name.as_bytes());
-        assert!(!found, "`{name}` stands in the binary");
+fn the_committed_binaries_name_no_folder_of_this_machine() {
+    for (file, _) in COMMITTED {
+        let bytes = fs::read(root().join("dist").join(file)).unwrap();
+        for name in [
+            &format!("{}/src/", root().display()),
+            "/.cargo/",
+            "/.rustup/",
+        ] {
+            let found = bytes
+                .windows(name.len())
+                .any(|window| window == name.as_bytes());
+            assert!(!found, "`{name}` stands in {file}");
+        }
     }
 }
 

@@ -93,12 +93,15 @@ fn a_full_temporary_folder_is_the_hosts_fault() {
     // Room for the folders and the files without content, and for nothing that is in one.
     let fill = "mount -t tmpfs -o size=64k,mode=1777 none \"$RUNNER_TEMP\"
 ! dd if=/dev/zero of=\"$RUNNER_TEMP/full\" bs=4k 2>/dev/null";
-    let report = Job::new(&cache, BUILD).step.after(fill).run();
+    let job = Job::new(&cache, BUILD);
+    let temp = job.step.temp();
+    let report = job.step.after(fill).run();
     assert_eq!(report.code, 69, "{}", report.log);
     assert_eq!(output(&report, "outcome"), "not-started");
     let log = &report.log;
     assert!(log.contains("No space left on device"), "{log}");
-    assert!(log.contains("/temp` is full: free room on it"), "{log}");
+    let disk = format!("{} (tmpfs)`: 0 B of 64.0 KiB are left", temp.display());
+    assert!(log.contains(&disk), "{log}");
     assert!(!log.contains("`command`"), "{log}");
 }
 

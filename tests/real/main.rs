@@ -14,6 +14,7 @@ mod world;
 
 mod actions;
 mod adversary;
+mod arm64;
 mod cache_serve;
 mod crates;
 mod destination;

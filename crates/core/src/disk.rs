@@ -51,14 +51,14 @@ pub struct Inodes {
 }
 
 impl Room {
-    /// Whether it will soon be full.
+    /// Whether it will soon be full, or is.
     pub fn is_low(&self) -> bool {
-        self.is_below(1)
+        self.is_below(1) || self.is_full()
     }
 
     /// Whether a job that may free room should: before the room is low, as freeing it takes time.
     pub fn wants_more(&self) -> bool {
-        self.is_below(2)
+        self.is_below(2) || self.is_full()
     }
 
     fn is_below(&self, floors: u64) -> bool {
@@ -175,17 +175,22 @@ impl DiskUse {
 
     /// The warning of a file system that is low. `own`: the job's own paths there.
     pub fn warning(&self, own: &OwnPaths, may_reclaim: bool) -> String {
-        let own = if self.has_store {
-            format!("; {}", own.sentence())
-        } else {
-            String::new()
-        };
         format!(
-            "{} is nearly full: {} are left{own}. {}",
+            "{} is nearly full: {} are left. {}",
             self.subject(),
             self.lowest.left(),
-            self.remedy(may_reclaim)
+            self.advice(own, may_reclaim)
         )
+    }
+
+    /// What to do, and what there is of the job's own: last, since a long list may be cut.
+    fn advice(&self, own: &OwnPaths, may_reclaim: bool) -> String {
+        let remedy = self.remedy(may_reclaim);
+        if self.has_store {
+            format!("{remedy} {}", own.sentence())
+        } else {
+            remedy.to_owned()
+        }
     }
 
     fn remedy(&self, may_reclaim: bool) -> &'static str {
@@ -232,16 +237,11 @@ impl DiskFull {
             }
             _ => " when the command failed".to_owned(),
         };
-        let own = if disk.has_store {
-            format!("; {}", own.sentence())
-        } else {
-            String::new()
-        };
         format!(
-            "{} {what}{when} (lowest: {}){own}. {}",
+            "{} {what}{when} (lowest: {}). {}",
             disk.subject(),
             lowest.left(),
-            disk.remedy(may_reclaim)
+            disk.advice(own, may_reclaim)
         )
     }
 }
@@ -259,14 +259,14 @@ pub struct OwnPaths {
 impl OwnPaths {
     fn sentence(&self) -> String {
         if self.number == 0 {
-            return "no valid path there is this job's own".to_owned();
+            return "No valid path there is this job's own.".to_owned();
         }
         let largest = self.largest.iter();
         let largest: Vec<String> = largest
             .map(|(path, size)| format!("{path} ({})", bytes(*size)))
             .collect();
         format!(
-            "this job's own there are {} of {}, the largest: {}",
+            "This job's own there are {} of {}, the largest: {}.",
             count(self.number, "path"),
             bytes(self.size),
             largest.join(", ")

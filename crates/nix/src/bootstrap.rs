@@ -6,6 +6,7 @@ mod archive;
 mod build_users;
 pub(crate) mod closure;
 mod distro;
+mod examine;
 mod install;
 mod interrupted;
 pub mod machine;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::time::Instant;
 
+pub use self::examine::{Examined, examine};
 use self::install::{Installer, Parts};
 use self::machine::Machine;
 use self::plan::{Impossible, Plan, RepairStep, Wanted, plan};
@@ -252,9 +254,12 @@ impl Host {
             ended => return ended,
         };
         // A cancelled job may have ended the installer half-way, and a Nix that is half there does not run either.
-        sink.note(format!(
-            "an installation of packages was interrupted on this machine ({error}): it is completed"
-        ));
+        let machine = Machine {
+            is_interrupted: true,
+            ..self.machine(env)
+        };
+        let summary = plan(&machine, wanted).summary();
+        sink.note(format!("plan: {summary} ({error})"));
         interrupted::complete(self, env, sink, work.deadline).await;
         work.ready().await
     }

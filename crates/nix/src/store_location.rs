@@ -268,7 +268,7 @@ fn data_folders(nix: &Nix) -> Vec<PathBuf> {
 }
 
 /// The home folder in `/etc/passwd`.
-pub(crate) fn home_of_user() -> Option<PathBuf> {
+fn home_of_user() -> Option<PathBuf> {
     let id = rustix::process::geteuid().as_raw().to_string();
     let users = fs::read_to_string("/etc/passwd").ok()?;
     Entry::find(&users, &id).map(|entry| entry.home)

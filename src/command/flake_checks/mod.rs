@@ -30,7 +30,6 @@ use self::output::OutputProgress;
 use self::reporter::Reporter;
 use self::systems::{is_system, native, tree};
 use crate::job::added_paths::AddedPaths;
-use crate::job::disk::WorkEnd;
 use crate::job::{self, Prepared, STOPPED_LIMIT, Session, StoreWatch};
 use crate::report::disk::DiskReport;
 use crate::report::job::{JobResult, Outcome, Work};
@@ -137,10 +136,8 @@ impl FlakeChecks<'_> {
                 signals,
             )
             .await;
-        let work = ran
-            .as_ref()
-            .map_or_else(|_| WorkEnd::default(), RunResult::work_end);
-        let (disk, freed) = disks.end(work).await;
+        let failed = ran.as_ref().is_ok_and(RunResult::has_failed);
+        let (disk, freed) = disks.end(failed).await;
         let ran = match ran {
             Ok(ran) => ran,
             Err(failure) => {
@@ -148,6 +145,7 @@ impl FlakeChecks<'_> {
                 return self.give_up(reporter, failure).await;
             }
         };
+        let disk = disk.judged(failed, ran.reports_full_disk());
         let spent = span.end().await;
         if let Some(watch) = &mut watch {
             let results = paths_in_store(&ran, watch.store());
@@ -162,12 +160,10 @@ impl FlakeChecks<'_> {
                 signals,
             )
             .await;
-        let full = disk.full.clone();
-        let full = full.filter(|_| job.outcome == Outcome::DiskFull);
         let job = JobResult {
             peak: spent.peak,
             limit: spent.limit,
-            disk: DiskReport { full, ..disk },
+            disk,
             ..job
         };
         self.report(&job, &ran);
@@ -561,8 +557,13 @@ impl RunResult {
             .count()
     }
 
-    /// Whether outputs failed, and whether their logs say that a disk is full.
-    fn work_end(&self) -> WorkEnd {
+    /// Whether outputs failed of themselves.
+    fn has_failed(&self) -> bool {
+        self.failures() > 0 && !matches!(self.end, RunEnd::Stopped(..))
+    }
+
+    /// Whether the log of an output that failed says that a disk is full.
+    fn reports_full_disk(&self) -> bool {
         let verdicts = self.outs.iter().filter_map(|out| out.verdict.as_ref());
         let mut failed = verdicts.filter(|verdict| verdict.conclusion() == Conclusion::Failure);
         let reports = |verdict: &Verdict| {
@@ -573,10 +574,7 @@ impl RunResult {
             let mut texts = verdict.log_tail.iter().chain(evaluation);
             texts.any(|text| reports_full(text))
         };
-        WorkEnd {
-            failed: failed.clone().next().is_some(),
-            reported_full: failed.any(reports),
-        }
+        failed.any(reports)
     }
 
     /// The outputs with their verdicts.

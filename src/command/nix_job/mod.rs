@@ -13,14 +13,15 @@ pub(crate) use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
 use crate::job::added_paths::AddedPaths;
-use crate::job::disk::WorkEnd;
 use crate::job::failed_builds::LogSearch;
 use crate::job::{self, JobReport, Prepared, Session, StoreWatch};
 use crate::report::disk::DiskReport;
 use crate::report::job::{JobResult, Outcome};
 use crate::report::publication::Publication;
 use flywheel_core::budget::{self, Observed};
+use flywheel_core::disk::reports_full;
 use flywheel_core::exit::{Exit, Failure, VerbError};
+use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::temp_roots;
 use flywheel_sys::host::peak::{Span, Spent};
 use flywheel_sys::process::signals::Signals;
@@ -51,6 +52,9 @@ struct NixJob<'a> {
     session: Session<'a>,
 }
 
+/// How the command ended, if it could be started, and what has the runner obey commands again.
+type Ran = (Result<CommandExit, SuperviseError>, Option<StoppedCommands>);
+
 impl NixJob<'_> {
     async fn run(&self, signals: &mut Signals) -> Result<Exit, Failure> {
         let Some(prepared) = self.session.prepare(signals).await? else {
@@ -61,17 +65,9 @@ impl NixJob<'_> {
             .watch(&prepared, temp_roots::JobScope::Descendants)
             .await;
         let span = Span::begin();
-        let link = watch.as_ref().and_then(StoreWatch::daemon_link);
-        let disks = self
-            .session
-            .watch_disks(&prepared, watch.as_ref(), &self.plan.folder);
-        let ran = self.command(&prepared, link, signals).await;
-        let work = WorkEnd {
-            failed: matches!(&ran, Ok((Ok(ended), _)) if ended.code != 0),
-            // What the command prints is not read.
-            reported_full: false,
-        };
-        let (disk, freed) = disks.end(work).await;
+        let (ran, (disk, freed)) = self
+            .command_on_disks(&prepared, watch.as_ref(), signals)
+            .await;
         let (ended, stopped_commands) = ran?;
         // It waits for the runner to read the command's last lines, while the job goes on.
         let is_over = ended
@@ -118,10 +114,15 @@ impl NixJob<'_> {
             .await;
         let publish = publish_began.elapsed();
         let failed_builds = match search {
-            Some(search) => search.failed(&added_paths).await,
+            Some(search) => search.failed(&added_paths, &freed).await,
             None => Vec::new(),
         };
         added_paths.count_freed(&freed);
+        let tails = failed_builds.iter().flat_map(|build| &build.log_tail);
+        let disk = disk.judged(
+            ended.code != 0 && ended.stopped.is_none(),
+            tails.into_iter().any(|line| reports_full(line)),
+        );
         let job = JobResult {
             publish,
             failed_builds,
@@ -134,12 +135,27 @@ impl NixJob<'_> {
         Ok(Exit::Command(job.exit_code))
     }
 
+    /// Runs the command while the disks are watched.
+    async fn command_on_disks(
+        &self,
+        prepared: &Prepared,
+        watch: Option<&StoreWatch>,
+        signals: &mut Signals,
+    ) -> (Result<Ran, Failure>, (DiskReport, Vec<PathInfo>)) {
+        let folder = &self.plan.folder;
+        let disks = self.session.watch_disks(prepared, watch, folder);
+        let link = watch.and_then(StoreWatch::daemon_link);
+        let ran = self.command(prepared, link, signals).await;
+        let failed = matches!(&ran, Ok((Ok(ended), _)) if ended.code != 0);
+        (ran, disks.end(failed).await)
+    }
+
     async fn command(
         &self,
         prepared: &Prepared,
         daemon_link: Option<&Path>,
         signals: &mut Signals,
-    ) -> Result<(Result<CommandExit, SuperviseError>, Option<StoppedCommands>), Failure> {
+    ) -> Result<Ran, Failure> {
         let ready = &prepared.ready;
         let mut environment = environment::for_command(
             self.session.env,
@@ -206,7 +222,6 @@ impl NixJob<'_> {
             (None, code) if disk.full.is_some() => (Outcome::DiskFull, code),
             (None, code) => (Outcome::CommandFailed, code),
         };
-        let full = disk.full.clone().filter(|_| outcome == Outcome::DiskFull);
         JobResult {
             outcome,
             exit_code,
@@ -215,7 +230,7 @@ impl NixJob<'_> {
             limit: spent.limit,
             out_of_memory,
             heavy_lane: self.plan.heavy_lane.clone(),
-            disk: DiskReport { full, ..disk },
+            disk,
             ..result
         }
     }

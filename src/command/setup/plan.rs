@@ -1,18 +1,21 @@
 //! `flywheel setup --plan`: which machine this is, and how a job on it gets a working Nix. Changes nothing.
 
 use flywheel_core::exit::Exit;
-use flywheel_nix::bootstrap::machine::{Machine, Surroundings};
-use flywheel_nix::bootstrap::plan::{Impossible, Plan, Wanted, plan};
+use flywheel_nix::bootstrap::machine::Surroundings;
+use flywheel_nix::bootstrap::plan::{Impossible, Plan, Wanted};
+use flywheel_nix::bootstrap::{Examined, examine};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::data;
 
 /// Prints the facts and the plan. Ends with 69 where there can be no working Nix.
 pub(super) async fn print(wanted: &Wanted, env: &Env) -> Exit {
-    let mut machine = Machine::read(env);
-    machine.try_sudo(env).await;
-    machine.try_socket(env).await;
-    let planned = plan(&machine, wanted);
+    let Examined {
+        machine,
+        version,
+        plan: planned,
+    } = examine(env, wanted).await;
     let mut rows = machine.facts();
+    rows.extend(version.map(|version| ("Nix version", version)));
     rows.extend_from_slice(Surroundings::read().rows());
     rows.push(("plan", planned.summary()));
     if let Plan::Impossible(Impossible { remedy, .. }) = &planned {

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::check_list::{CheckFailure, CheckList, CheckSpec, Found};
 use super::inputs::Plan;
+use crate::report::canary::Disk;
 use flywheel_core::contract::Size;
 use flywheel_core::disk::Room;
 use flywheel_core::text::bytes;
@@ -25,6 +26,8 @@ const HINTS: CheckSpec = CheckSpec::advisory("hints", "hints", 5);
 
 /// Store paths have hundreds or thousands of files each, so with fewer inodes than this a job soon fails.
 const LEAST_INODES: u64 = 20_000;
+/// The numbers of a disk are there at once, unless it does not answer.
+const DISK_LIMIT: Duration = Duration::from_secs(2);
 /// How much is written to the temporary folder for a try.
 const PROBE_BYTES: usize = 1 << 20;
 /// The kernel keeps a part for itself: a machine of 8 GiB shows a little less than that.
@@ -34,9 +37,15 @@ const EARLIEST: u64 = 1_735_689_600;
 /// A server accepts tokens and certificates if its clock and ours differ by minutes, and no more.
 const SKEW: Duration = Duration::from_secs(300);
 
-/// Runs the checks of the host.
-pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env, client: &reqwest::Client) {
+/// Runs the checks of the host, and gives the disks that it has looked at.
+pub(super) async fn checks(
+    list: &mut CheckList,
+    plan: &Plan,
+    env: &Env,
+    client: &reqwest::Client,
+) -> Vec<Disk> {
     let folders = folders(plan, env);
+    let of_jobs = folders.clone();
     let looked = |folders: Vec<PathBuf>, look: fn(&[PathBuf], u64) -> Found<()>, least: u64| {
         move |_| async move {
             let looked = tokio::task::spawn_blocking(move || look(&folders, least)).await;
@@ -64,6 +73,27 @@ pub(super) async fn checks(list: &mut CheckList, plan: &Plan, env: &Env, client:
     list.check(NIX_CONFIG, |_| async move { nix_config(config) })
         .await;
     list.check(HINTS, |_| async move { hints(env) }).await;
+    let looking = tokio::task::spawn_blocking(move || disks(&of_jobs));
+    // A disk that does not answer has failed the checks above.
+    let found = tokio::time::timeout(DISK_LIMIT, looking).await;
+    found.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+/// The file systems of these folders, each once.
+fn disks(folders: &[PathBuf]) -> Vec<Disk> {
+    let mut found: Vec<Disk> = Vec::new();
+    let all = folders
+        .iter()
+        .filter_map(|folder| FileSystem::of(folder).ok());
+    for disk in all {
+        let mount = disk.mount.display().to_string();
+        if let Ok(room) = disk.room()
+            && found.iter().all(|known| known.mount != mount)
+        {
+            found.push(Disk { mount, room });
+        }
+    }
+    found
 }
 
 /// The folders that a job of the class writes to.

@@ -83,7 +83,7 @@ impl CheckContext<'_> {
             (host.beside(), host.beside(), host.beside(), host.beside());
         let mut first_build = None;
         // The checks of one list run one after the other; the lists run side by side, for a canary has little time.
-        let (built, usable, (), ()) = tokio::join!(
+        let (built, usable, disks, ()) = tokio::join!(
             async {
                 let built = self.class(&mut class).await;
                 first_build = built
@@ -129,6 +129,7 @@ impl CheckContext<'_> {
             class: self.plan.class.clone(),
             lane: self.plan.lane.clone(),
             checks,
+            disks,
             cold_start: first_build.map(|at| at + self.plan.head_start),
             took: begun.elapsed(),
             ended_at: SystemTime::now()

@@ -16,6 +16,12 @@ use tempfile::TempDir;
 /// The secret planted in every run that has a token: it must appear in nothing that the run writes.
 pub const PLANTED_TOKEN: &str = "planted-token-4f1d9c2b7a";
 
+/// The binary under test: `FLYWHEEL_BIN`, else the one that this build made.
+pub fn binary() -> PathBuf {
+    std::env::var_os("FLYWHEEL_BIN")
+        .map_or_else(|| env!("CARGO_BIN_EXE_flywheel").into(), PathBuf::from)
+}
+
 /// A run of the binary that is still to start, in a cleared environment with folders of its own.
 pub struct Flywheel {
     /// The folder below which everything is that the run may write to.
@@ -84,7 +90,7 @@ impl Flywheel {
 
     /// The command, not yet started, for tests that talk to it while it runs.
     pub fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_flywheel"));
+        let mut command = Command::new(binary());
         folders::isolate(&mut command, self.folder.path());
         command
             .args(&self.arguments)

@@ -8,13 +8,17 @@ use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
 
 use super::port::Port;
-use super::{PATH, flywheel, folders};
+use super::{PATH, arm64, flywheel, folders};
+
+/// How the server is started, but for its arguments.
+type Program = fn() -> Command;
 
 /// A running cache with one cache named `main`. It dies with this value.
 pub struct Cache {
     folder: TempDir,
     child: Child,
     port: Port,
+    program: Program,
     more: Vec<String>,
     /// `http://127.0.0.1:<port>`.
     pub url: String,
@@ -29,7 +33,14 @@ impl Cache {
     pub fn start(more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let tokens = folder.path().join("cache/tokens");
-        Self::launch(folder, &tokens, more)
+        Self::launch(folder, &tokens, || Command::new(flywheel()), more)
+    }
+
+    /// Starts the committed binary for arm64.
+    pub fn start_on_arm64() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens = folder.path().join("cache/tokens");
+        Self::launch(folder, &tokens, || arm64::command(&arm64::binary()), &[])
     }
 
     /// Starts one that knows the tokens of a file.
@@ -37,14 +48,15 @@ impl Cache {
         Self::launch(
             tempfile::tempdir().unwrap(),
             tokens,
+            || Command::new(flywheel()),
             &["--tokens", tokens.to_str().unwrap()],
         )
     }
 
-    fn launch(folder: TempDir, tokens: &Path, more: &[&str]) -> Self {
+    fn launch(folder: TempDir, tokens: &Path, program: Program, more: &[&str]) -> Self {
         let more: Vec<String> = more.iter().map(|&word| word.to_owned()).collect();
         let port = Port::reserve();
-        let (child, url, key) = serve(folder.path(), &port, &more);
+        let (child, url, key) = serve(program(), folder.path(), &port, &more);
         let tokens = std::fs::read_to_string(tokens).unwrap();
         let token = tokens
             .lines()
@@ -56,6 +68,7 @@ impl Cache {
             folder,
             child,
             port,
+            program,
             more,
             url,
             key,
@@ -76,7 +89,7 @@ impl Cache {
 
     /// Starts it again after `kill`, in the same folder and on the same port.
     pub fn restart(&mut self) {
-        (self.child, ..) = serve(self.folder.path(), &self.port, &self.more);
+        (self.child, ..) = serve((self.program)(), self.folder.path(), &self.port, &self.more);
     }
 
     /// Kills it; the port is closed from then on.
@@ -116,8 +129,12 @@ impl Cache {
     }
 }
 
-fn serve(folder: &Path, port: &Port, more: &[String]) -> (Child, String, String) {
-    let mut command = Command::new(flywheel());
+fn serve(
+    mut command: Command,
+    folder: &Path,
+    port: &Port,
+    more: &[String],
+) -> (Child, String, String) {
     command.args([
         "cache",
         "serve",

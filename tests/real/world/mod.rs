@@ -1,6 +1,7 @@
 //! Real tools for the tests, each in a `/nix` of its own. A missing tool fails the test.
 
 pub mod act;
+pub mod arm64;
 pub mod broken;
 pub mod cache;
 pub mod flake;

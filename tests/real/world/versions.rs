@@ -1,12 +1,13 @@
 //! A script in a root of its own with one version of Nix, as the matrix has them: what Nix says differs between them.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{PATH, binary, folders, root};
+use super::{PATH, arm64, binary, folders, root};
 
 /// The versions that `scripts/nix-versions.sh` unpacks.
 pub const VERSIONS: [&str; 3] = ["2.8.0", "2.26.3", "2.34.8"];
@@ -46,12 +47,36 @@ impl Ran {
 
 /// Runs lines of bash as root where `/nix` is empty and the binary is `/fly/flywheel`, in an empty folder.
 pub fn run(version: &str, script: &str) -> Ran {
-    run_in(Network::Own, version, script)
+    run_by(
+        Command::new("timeout"),
+        Network::Own,
+        version,
+        &binary(),
+        script,
+    )
 }
 
 /// Does the same on the network of the test, which serves on 127.0.0.1.
 pub fn run_beside(version: &str, script: &str) -> Ran {
-    run_in(Network::Tests, version, script)
+    run_by(
+        Command::new("timeout"),
+        Network::Tests,
+        version,
+        &binary(),
+        script,
+    )
+}
+
+/// Does the same where every program is for arm64, with the committed binary.
+pub fn run_on_arm64(script: &str) -> Ran {
+    let timeout = arm64::command(Path::new("timeout"));
+    run_by(
+        timeout,
+        Network::Own,
+        "2.26.3-arm64",
+        &arm64::binary(),
+        script,
+    )
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,7 +85,13 @@ enum Network {
     Tests,
 }
 
-fn run_in(network: Network, version: &str, script: &str) -> Ran {
+fn run_by(
+    mut timeout: Command,
+    network: Network,
+    version: &str,
+    binary: &Path,
+    script: &str,
+) -> Ran {
     let tree = root().join(format!("target/tools/nix-{version}"));
     assert!(
         tree.join("usr/bin/nix").exists(),
@@ -72,8 +103,7 @@ fn run_in(network: Network, version: &str, script: &str) -> Ran {
     );
     fs::write(guest.path().join("script.sh"), script).unwrap();
     let log = fs::File::create(out.path().join("log")).unwrap();
-    let mut command = Command::new("timeout");
-    folders::isolate(&mut command, guest.path())
+    folders::isolate(&mut timeout, guest.path())
         .args([
             "--kill-after=5",
             LIMIT_SECONDS,
@@ -93,14 +123,14 @@ fn run_in(network: Network, version: &str, script: &str) -> Ran {
         )
         .args(["--fork", "--kill-child", "--propagation", "private", "sh"])
         .arg(root().join("tests/matrix/guest/enter.sh"))
-        .args([&tree, &binary()])
+        .args([tree.as_path(), binary])
         .args([guest.path(), out.path()])
         .args(["/bin/bash", "/guest/script.sh"])
         .env("PATH", PATH)
         .stdin(Stdio::null())
         .stderr(log.try_clone().unwrap())
         .stdout(log);
-    let status = command.status().unwrap();
+    let status = timeout.status().unwrap();
     let log = fs::read_to_string(out.path().join("log")).unwrap();
     Ran {
         code: status.code().unwrap_or(-1),

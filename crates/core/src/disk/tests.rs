@@ -42,6 +42,7 @@ fn low_and_full_are_absolute_on_large_disks_and_relative_on_small_ones() {
         (room(64 * MIB, 6 * MIB), true, false),
         (room(64 * MIB, MIB / 4), true, true),
         (room(8192, 8192), false, false),
+        (room(1 << 20, 150_000), true, true),
         (inodes(6_000_000, 60_000), false, false),
         (inodes(6_000_000, 49_999), true, false),
         (inodes(1000, 1), true, true),

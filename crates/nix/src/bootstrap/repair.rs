@@ -83,6 +83,24 @@ pub(super) async fn open_store(
     }
 }
 
+/// Opens the store, and gives what became of that as a fact.
+///
+/// # Errors
+/// When Nix does not run, or does not print its settings.
+pub(super) async fn opening(
+    nix: &Nix,
+    machine: &Machine,
+    deadline: Instant,
+) -> Result<Opening, Error> {
+    let ping = ping_with_retries(nix, deadline).await?;
+    let settings = if machine.user.is_root() {
+        Some(Settings::read(nix).await?)
+    } else {
+        None
+    };
+    Ok(opening_of(nix, &ping, &build_group(settings)))
+}
+
 /// The group that builds take their users from; empty where they run as the current user on purpose. `settings` is `None`
 /// for other users than root, who build as themselves.
 fn build_group(settings: Option<Settings>) -> String {

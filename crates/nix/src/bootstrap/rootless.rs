@@ -12,18 +12,21 @@ use thiserror::Error;
 
 use crate::bootstrap::machine::{Machine, Namespaces, Sudo};
 use crate::bootstrap::plan::{Plan, Wanted, plan};
-use crate::store_location::home_of_user;
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::namespace::{self, Limits, Obstacle, View};
-use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::env::{Env, current_folder};
 
 /// Where Nix has its store.
 const NIX: &str = "/nix";
 /// The name of the folder with everything of the store.
 const NAME: &str = "rootless";
-/// Where state is kept that outlives a reboot, on every Linux (Filesystem Hierarchy Standard).
-const LASTING: &str = "/var/tmp";
+/// What Nix has made where it has opened the store.
+const DATABASE: &str = "nix/var/nix/db";
+/// Where every user can keep something, on every Linux; the first outlives a reboot (Filesystem Hierarchy Standard).
+const COMMON: [&str; 2] = ["/var/tmp", "/tmp"];
+/// Variables with folders that are emptied with the job. What takes the place of a missing home is in one of them.
+const PASSING: [&str; 3] = ["RUNNER_TEMP", "XDG_RUNTIME_DIR", "TMPDIR"];
 
 /// Who works on the store that a verb is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,27 +209,30 @@ struct Places {
     tool_cache: Option<PathBuf>,
     /// The user's own folder for state that outlives a job.
     state: Option<PathBuf>,
-    lasting: PathBuf,
+    /// Folders that each user can write to.
+    common: Vec<PathBuf>,
     /// The checkouts, in which no store may be: `git clean` would take it, and a flake would copy it.
     checkouts: Vec<PathBuf>,
 }
 
 impl Places {
     fn of_env(env: &Env) -> Self {
-        // Not what takes the place of a missing home: that may be emptied with the job.
-        let home = env.path("HOME").or_else(home_of_user);
+        let home = env.path("HOME");
         let state = env
             .path("XDG_STATE_HOME")
             .or_else(|| home.as_ref().map(|home| home.join(".local/state")));
+        let passing = PASSING.iter().filter_map(|name| env.path(name));
+        let passing: Vec<PathBuf> = passing.chain(["/tmp".into()]).collect();
+        let state = state.filter(|state| !passing.iter().any(|folder| state.starts_with(folder)));
         let named = ["GITHUB_WORKSPACE", "CI_PROJECT_DIR"];
         let named = named.iter().filter_map(|name| env.path(name));
-        let current = std::env::current_dir().unwrap_or_default();
+        let current = current_folder().unwrap_or_default();
         // Some people have their settings in a checkout that is the home folder itself.
         let around = checkout_around(&current).filter(|checkout| home.as_ref() != Some(checkout));
         Self {
             tool_cache: env.path("RUNNER_TOOL_CACHE"),
             state,
-            lasting: LASTING.into(),
+            common: COMMON.map(PathBuf::from).into(),
             checkouts: named.chain(around).collect(),
         }
     }
@@ -250,19 +256,12 @@ impl Places {
     fn with_store(&self) -> Option<PathBuf> {
         let usable = self.bases().filter(|base| self.check(base).is_ok());
         let mut places = usable.map(|base| self.own_folder(base).join(NAME));
-        places.find(|place| place.join("nix/store").is_dir() && make(place).is_ok())
+        places.find(|place| place.join(DATABASE).is_dir() && make(place).is_ok())
     }
 
     fn bases(&self) -> impl Iterator<Item = &PathBuf> {
-        let named = [
-            self.tool_cache.as_ref(),
-            self.state.as_ref(),
-            Some(&self.lasting),
-        ];
-        named
-            .into_iter()
-            .flatten()
-            .filter(|base| base.is_absolute())
+        let named = self.tool_cache.iter().chain(&self.state);
+        named.chain(&self.common).filter(|base| base.is_absolute())
     }
 
     /// This user's folder below one of the bases. The folder for state is his alone; in the others each user has one.
@@ -348,7 +347,7 @@ mod tests {
         Places {
             tool_cache: Some(of("tools")),
             state: Some(of("state")),
-            lasting: of("lasting"),
+            common: vec![of("lasting")],
             checkouts: vec![of("work/repository")],
         }
     }
@@ -362,10 +361,21 @@ mod tests {
         let mode = fs::metadata(&first).expect("made").mode();
         assert_eq!(mode & 0o777, 0o700);
         let state = base.path().join("state/flywheel/rootless");
-        fs::create_dir_all(state.join("nix/store")).expect("made");
+        fs::create_dir_all(state.join(DATABASE)).expect("made");
         assert_eq!(all.first_usable().expect("usable"), state);
-        fs::create_dir_all(first.join("nix/store")).expect("made");
+        fs::create_dir_all(first.join(DATABASE)).expect("made");
         assert_eq!(all.first_usable().expect("usable"), first);
+    }
+
+    #[test]
+    fn what_is_emptied_with_the_job_holds_no_store() {
+        let state = |temporary| {
+            let env = Env::from_pairs([("HOME", "/runner/temp/home"), ("RUNNER_TEMP", temporary)]);
+            Places::of_env(&env).state
+        };
+        assert_eq!(state("/runner/temp"), None);
+        let lasting = PathBuf::from("/runner/temp/home/.local/state");
+        assert_eq!(state("/runner/other"), Some(lasting));
     }
 
     #[test]
@@ -376,8 +386,8 @@ mod tests {
         all.tool_cache = Some(inside.clone());
         all.state = None;
         let found = all.first_usable().expect("usable");
-        assert!(found.starts_with(&all.lasting) && !inside.exists());
-        all.lasting = inside.clone();
+        assert!(found.starts_with(&all.common[0]) && !inside.exists());
+        all.common = vec![inside.clone()];
         let tried = all.first_usable().expect_err("nothing is left");
         assert!(
             tried.iter().all(|text| text.contains("checkout")),
@@ -395,7 +405,7 @@ mod tests {
         fs::create_dir_all(&open).expect("made");
         fs::set_permissions(&open, Permissions::from_mode(0o777)).expect("set");
         let found = all.first_usable().expect("usable");
-        assert!(found.starts_with(&all.lasting), "{found:?}");
+        assert!(found.starts_with(&all.common[0]), "{found:?}");
     }
 
     #[test]

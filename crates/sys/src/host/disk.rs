@@ -100,33 +100,22 @@ pub fn is_full(error: &io::Error) -> bool {
     )
 }
 
-/// Names the disk, its mount point and its room, if the error says that there is none: for the message of an error.
+/// Names the disk, its mount point and its room, if the error says that there is none: ``no room on `/tmp (tmpfs)`: 0 B
+/// of 64.0 KiB are left``.
 pub fn full_disk(error: &io::Error, path: &Path) -> Option<String> {
     if !is_full(error) {
         return None;
     }
     let Ok(disk) = FileSystem::of(path) else {
-        return Some(format!("the disk of `{}` is full", path.display()));
+        return Some(format!("no room for `{}`", path.display()));
     };
-    let quota = error.kind() == ErrorKind::QuotaExceeded;
-    let what = if quota {
-        "a quota is used up on"
-    } else {
-        "no room on"
+    let what = match error.kind() {
+        ErrorKind::QuotaExceeded => "no quota left on",
+        _ => "no room on",
     };
-    let left = disk.room().map(|room| {
-        let inodes = room.inodes.filter(|_| room.is_full());
-        let inodes = inodes.map(|it| format!(", {} of {} inodes", it.free, it.total));
-        format!(
-            ": {}{} are left",
-            Room {
-                inodes: None,
-                ..room
-            }
-            .left(),
-            inodes.unwrap_or_default()
-        )
-    });
+    let left = disk
+        .room()
+        .map(|room| format!(": {} are left", room.left()));
     Some(format!(
         "{what} `{}`{}",
         disk.name(),
@@ -216,7 +205,7 @@ mod tests {
         assert!(text.ends_with(" are left"), "{text}");
         let quota = io::Error::from(ErrorKind::QuotaExceeded);
         let text = full_disk(&quota, &file).expect("full");
-        assert!(text.starts_with("a quota is used up on"), "{text}");
+        assert!(text.starts_with("no quota left on"), "{text}");
         let denied = io::Error::from(ErrorKind::PermissionDenied);
         assert_eq!(full_disk(&denied, &file), None);
     }

@@ -12,6 +12,7 @@ use rustix::process::geteuid;
 use tempfile::TempDir;
 use thiserror::Error;
 
+use crate::host::disk::full_disk;
 use crate::untrusted_file::{self, Owner};
 use flywheel_core::exit::{Exit, Explain};
 
@@ -55,16 +56,9 @@ impl Explain for PrivateError {
             file: place,
             source,
         }) = self;
-        let full = matches!(
-            source.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-        );
         let advice = "point `TMPDIR` (in a job: `RUNNER_TEMP`) to a folder";
-        Some(match mount_point(place).filter(|_| full) {
-            Some(disk) => format!(
-                "The disk at `{}` is full: free room on it, or {advice} on another disk.",
-                disk.display()
-            ),
+        Some(match full_disk(source, place) {
+            Some(disk) => format!("There is {disk}: free some, or {advice} on another disk."),
             None => format!("P{} that can be written to.", &advice[1..]),
         })
     }
@@ -169,20 +163,6 @@ pub fn remove_all() {
             let _ = fs::remove_dir_all(folder);
         }
     }
-}
-
-/// The folder at which the file system of a file is mounted; of the nearest folder above it, if it is not there.
-fn mount_point(file: &Path) -> Option<PathBuf> {
-    let mut folders = file.ancestors();
-    let (mut top, device) =
-        folders.find_map(|folder| Some((folder, fs::metadata(folder).ok()?.dev())))?;
-    for above in folders {
-        if fs::metadata(above).is_ok_and(|found| found.dev() != device) {
-            break;
-        }
-        top = above;
-    }
-    Some(top.to_owned())
 }
 
 fn living() -> std::sync::MutexGuard<'static, Vec<PathBuf>> {

@@ -4,8 +4,10 @@
 
 mod obstacle;
 
+use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -14,7 +16,7 @@ use rustix::mount::{
     MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind_recursive, mount_change,
     mount_remount, unmount,
 };
-use rustix::process::{chdir, getegid, geteuid, pivot_root};
+use rustix::process::{chdir, getcwd, getegid, geteuid, pivot_root};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags, set_capabilities};
 use thiserror::Error;
 
@@ -81,7 +83,9 @@ pub fn entered() -> Option<&'static View> {
 pub fn enter(view: &View) -> Result<Vec<PathBuf>, Refused> {
     let (user, group) = (geteuid().as_raw(), getegid().as_raw());
     // The same path leads to the same folder in the new root, but the old folder is not in it.
-    let current = std::env::current_dir().ok();
+    let current = getcwd(Vec::new())
+        .ok()
+        .map(|path| PathBuf::from(OsString::from_vec(path.into_bytes())));
     create().map_err(|error| Refused::new(Step::Create, "making the namespaces", error))?;
     map_user(user, group)?;
     let mounting = |action: &str| {

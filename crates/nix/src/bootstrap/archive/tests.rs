@@ -229,38 +229,40 @@ async fn an_entry_that_leads_elsewhere_is_refused() {
     type Change = fn(&mut Tar, &str);
     let changes: [(Change, &str); 5] = [
         (
-            |tar, _| drop(tar.file("store/../../leak", 0o644, "x")),
+            |tar, _| {
+                tar.file("store/../../leak", 0o644, "x");
+            },
             "leads out",
         ),
         (
             |tar, outside| {
                 tar.folder(&format!("store/{LIBRARY}"))
-                    .link(&format!("store/{LIBRARY}/way"), outside);
-                tar.file(&format!("store/{LIBRARY}/way/leak"), 0o644, "x");
+                    .link(&format!("store/{LIBRARY}/way"), outside)
+                    .file(&format!("store/{LIBRARY}/way/leak"), 0o644, "x");
             },
             "before its folder",
         ),
         (
-            |tar, _| drop(tar.file("store/name/leak", 0o644, "x")),
+            |tar, _| {
+                tar.file("store/name/leak", 0o644, "x");
+            },
             "no store path",
         ),
         (
             |tar, _| {
-                drop(
-                    tar.folder(&format!("store/{LIBRARY}"))
-                        .folder(&format!("store/{LIBRARY}")),
-                )
+                tar.folder(&format!("store/{LIBRARY}"))
+                    .folder(&format!("store/{LIBRARY}"));
             },
             "twice",
         ),
         (
             |tar, _| {
-                drop(tar.folder(&format!("store/{LIBRARY}")).entry(
+                tar.folder(&format!("store/{LIBRARY}")).entry(
                     EntryType::Fifo,
                     &format!("store/{LIBRARY}/pipe"),
                     0o644,
                     "",
-                ))
+                );
             },
             "of the kind",
         ),

@@ -42,6 +42,8 @@ pub enum Obstacle {
     Chroot,
     /// A filter of a container runtime.
     Filter,
+    /// The AppArmor profile of this process, such as a container runtime's, which forbids mounts.
+    Profile,
     /// The number that is allowed is used up, here or outside of this container.
     UsedUp,
     /// The kernel has no user namespaces.
@@ -100,7 +102,10 @@ impl Limits {
         let errno = Errno::from_io_error(&refused.source);
         let other = || Obstacle::Other(format!("{refused}: {}", refused.source));
         let is_denied = matches!(errno, Some(Errno::PERM | Errno::ACCESS));
-        // AppArmor lets the namespace be made, and then takes every right in it away.
+        if is_denied && self.has_apparmor_profile && refused.step == Step::Mount {
+            return Obstacle::Profile;
+        }
+        // Ubuntu's restriction lets the namespace be made, and then takes every right in it away.
         if let Some(restriction) = self.apparmor().filter(|_| is_denied && !self.in_chroot) {
             return restriction;
         }
@@ -146,6 +151,9 @@ impl fmt::Display for Obstacle {
             Self::Filter => f.write_str(
                 "are forbidden to this process, which runs under a seccomp filter such as a container runtime's",
             ),
+            Self::Profile => f.write_str(
+                "are of no use to this process, whose AppArmor profile, such as a container runtime's, forbids mounts",
+            ),
             Self::UsedUp => f.write_str(
                 "are used up: `user.max_user_namespaces` is reached, here or outside of this container",
             ),
@@ -165,6 +173,11 @@ impl Obstacle {
             Self::Chroot => "start the runner with `pivot_root` or in a container instead of a `chroot`".to_owned(),
             Self::Filter => {
                 "run the container with a seccomp profile that allows `unshare`, such as `--security-opt seccomp=unconfined`"
+                    .to_owned()
+            }
+            Self::Profile => {
+                "run the container with an AppArmor profile that allows `mount` (in a pod: `appArmorProfile` with the \
+                 type `Unconfined`)"
                     .to_owned()
             }
             Self::UsedUp => "raise it (`sysctl -w user.max_user_namespaces=15000`)".to_owned(),
@@ -301,10 +314,16 @@ mod tests {
                 .contains("apparmor_restrict_unprivileged_userns=0")
         );
         assert_eq!(profiled.obstacle(), None, "the profile may allow it");
-        for step in [Step::Create, Step::MapUser, Step::Mount] {
+        for step in [Step::Create, Step::MapUser] {
             let explained = profiled.explain(&refused(step, Errno::PERM));
             assert_eq!(name_of(&explained), Some(name), "the profile does not");
         }
+        let mounts = profiled.explain(&refused(Step::Mount, Errno::ACCESS));
+        assert_eq!(
+            mounts,
+            Obstacle::Profile,
+            "it allows namespaces without mounts"
+        );
         let full = ubuntu.explain(&refused(Step::Create, Errno::NOSPC));
         assert_eq!(full, Obstacle::UsedUp);
     }
