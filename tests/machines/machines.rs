@@ -11,6 +11,8 @@ pub(crate) enum Story {
     Workflow,
     /// `flake-checks` with a token, while GitHub's API does not answer.
     Checks,
+    /// `nix-job` in a Git checkout with a flake.
+    Checkout,
     /// `watch-store` in a shell that goes on afterwards.
     Laptop,
     /// The README's second command on a machine without Rust.
@@ -24,6 +26,7 @@ impl Story {
             Self::Canary => "canary",
             Self::Workflow => "workflow",
             Self::Checks => "checks",
+            Self::Checkout => "checkout",
             Self::Laptop => "laptop",
             Self::Fresh => "fresh",
         }
@@ -69,16 +72,40 @@ pub(crate) const MACHINES: &[Machine] = &[
         "sudo-without-namespaces",
         NothingLost(&["`sudo` makes `/nix`"]),
     ),
-    demo("debian-12-root", NothingLost(&["closure"])),
-    demo("debian-13-root", NothingLost(&["closure"])),
-    demo("busybox-root", NothingLost(&["closure"])),
+    demo(
+        "debian-12-root",
+        NothingLost(&[
+            "Nix is installed by closure",
+            "this machine has no certificates",
+        ]),
+    ),
+    demo(
+        "debian-13-root",
+        NothingLost(&["Nix is installed by closure"]),
+    ),
+    demo(
+        "busybox-root",
+        NothingLost(&[
+            "Nix is installed by closure",
+            "because there is no bash on `PATH`",
+        ]),
+    ),
     demo(
         "root-read-only-nix",
-        Obstacle(&["`/nix` is mounted read-only"]),
+        Obstacle(&[
+            "`/nix` is mounted read-only",
+            "so that it can be written to",
+        ]),
     ),
-    demo("own-nix", NothingLost(&["closure"])),
-    demo("busybox-own-nix", NothingLost(&["closure"])),
-    demo("everyones-nix", NothingLost(&["closure"])),
+    demo("own-nix", NothingLost(&["Nix is installed by closure"])),
+    demo(
+        "busybox-own-nix",
+        NothingLost(&["Nix is installed by closure"]),
+    ),
+    demo(
+        "everyones-nix",
+        NothingLost(&["Nix is installed by closure"]),
+    ),
     demo("roots-nix", NothingLost(&["rootless"])),
     demo(
         "roots-nix-without-namespaces",
@@ -107,7 +134,10 @@ pub(crate) const MACHINES: &[Machine] = &[
         "nix-bin-without-namespaces",
         Obstacle(&["there is no `/nix`", NO_NAMESPACES]),
     ),
-    demo("daemon-2.8", NothingLost(&[])),
+    demo(
+        "daemon-2.8",
+        NothingLost(&["cannot evaluate nixpkgs of today"]),
+    ),
     demo("daemon-2.26", NothingLost(&[])),
     demo("daemon-2.34", NothingLost(&[])),
     demo("daemon-by-socket", NothingLost(&[])),
@@ -115,20 +145,35 @@ pub(crate) const MACHINES: &[Machine] = &[
         "daemon-stale",
         Obstacle(&["does not answer", "systemctl restart nix-daemon"]),
     ),
-    demo("daemon-stale-root", NothingLost(&["daemon"])),
+    demo("daemon-stale-root", NothingLost(&[])),
     demo("no-nix-command", NothingLost(&[])),
     demo("no-nixbld", NothingLost(&["nixbld"])),
-    demo("home-unset", NothingLost(&[])),
-    demo("home-unset-stranger", NothingLost(&["HOME"])),
-    demo("home-read-only", NothingLost(&["journal"])),
-    demo("tmp-full", Obstacle(&["space"])),
+    demo(
+        "home-unset",
+        NothingLost(&["it is `/home/alice` for this job, as in `/etc/passwd`"]),
+    ),
+    demo(
+        "home-unset-stranger",
+        NothingLost(&["`/etc/passwd` names no home of this user"]),
+    ),
+    demo(
+        "home-read-only",
+        NothingLost(&["`/home/alice` cannot be written to"]),
+    ),
+    demo(
+        "tmp-full",
+        Obstacle(&[
+            "No space left on device",
+            "The disk at `/area/temp` is full",
+        ]),
+    ),
     // Without a payload there is no proof that this job may publish.
     demo(
         "fifo-event",
         Passes(&["0 lost (not publishing: the event payload is unreadable"]),
     ),
     told(
-        "debian-12-sudo",
+        "hosted-runner",
         Story::Workflow,
         Passes(&[
             "`sudo` makes `/nix`",
@@ -136,10 +181,27 @@ pub(crate) const MACHINES: &[Machine] = &[
             "Job succeeded",
         ]),
     ),
-    told("no-nix-command", Story::Canary, Passes(&[])),
-    told("no-nixbld", Story::Canary, Passes(&[])),
-    told("debian-12-sudo", Story::Canary, Passes(&["nix-job"])),
+    told(
+        "no-nix-command",
+        Story::Canary,
+        Passes(&["`nix-command` is off in the host's settings: `nix-job` repairs this"]),
+    ),
+    told(
+        "no-nixbld",
+        Story::Canary,
+        Passes(&["the group `nixbld` does not exist: `nix-job` repairs this"]),
+    ),
+    told(
+        "debian-12-sudo",
+        Story::Canary,
+        Passes(&["there is no Nix yet: `nix-job` repairs this"]),
+    ),
     told("fifo-event", Story::Canary, Passes(&[])),
+    told(
+        "no-git",
+        Story::Checkout,
+        Refuses("1", &["there is no `git` on `PATH`", "apt-get install git"]),
+    ),
     told("daemon-2.26", Story::Checks, Passes(&["3 built", "0 lost"])),
     told("no-nix-command", Story::Laptop, Passes(&["0 lost"])),
     told(

@@ -13,16 +13,17 @@ describe "$1"
 flywheel=$2 out=$3
 shift 3
 
-# In memory, for this namespace alone.
+# In memory, for this namespace alone: here it is the host's.
 plant() {
   mount -t tmpfs tmpfs "$1"
   echo planted >"$1/flywheel-planted"
   chmod 755 "$1/flywheel-planted"
 }
-# The host's /nix, if it has one, is hidden by what is planted: here it is the host's.
-[ ! -d /nix ] || plant /nix
-plant /usr/local
-plant /srv
+for folder in /nix /usr/local/bin /srv "${HOME:-/root}"; do
+  # What the machine is made of stays in sight.
+  case "$repository/ $flywheel $out/" in *"$folder/"*) continue ;; esac
+  [ ! -d "$folder" ] || plant "$folder"
+done
 
 new=$out/root
 mkdir -p "$new"
@@ -75,6 +76,8 @@ else
     *:*) mount -t overlay -o "lowerdir=$layers" overlay usr ;;
     *) mount --bind "$layers" usr && mount -o remount,bind,ro usr ;;
   esac
+  # No program any more.
+  [ "$GIT" = yes ] || mount --bind /dev/null usr/bin/git
   make_users /bin/bash
 fi
 [ "$NIXBLD" = yes ] || sed -i /nixbld/d etc/passwd etc/group

@@ -7,4 +7,4 @@ nix build --no-link path:hello
 eval "$(/fly/flywheel watch-store finish)"
 [ "${NIX_CONFIG-none}" = none ]
 # The next command asks no cache that is gone.
-nix build --rebuild --no-link --option sandbox false path:hello#greeting
+nix --extra-experimental-features 'nix-command flakes' build --rebuild --no-link --option sandbox false path:hello#greeting

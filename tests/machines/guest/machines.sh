@@ -17,15 +17,18 @@ extra-sandbox-paths = /bin/sh=/fly/busybox'
 #   HOME_FOLDER   set, unset, or read-only
 #   FULL          whether the folders for temporary files, the system's and the runner's, are full
 #   EVENT         the payload of the event: file, or fifo
+#   GIT           whether git is there, if the Debian has it
 #   NIXBLD        whether the group of the build users is there
 describe() {
   DEBIAN= USER_NAME=alice NIX_FOLDER=absent NAMESPACES=allowed SUDO=no DAEMON=none SETTINGS= HOME_FOLDER=set FULL=no
-  EVENT=file NIXBLD=yes
+  EVENT=file NIXBLD=yes GIT=yes
   case $1 in
     # Without Nix, and with sudo, as GitHub's runners are.
     debian-12-sudo) DEBIAN=debian-12 SUDO=yes ;;
     debian-13-sudo) DEBIAN=debian-13 SUDO=yes ;;
     debian-sid-sudo) DEBIAN=debian-sid SUDO=yes ;;
+    # The closure is made of Debian's Nix, whose sandbox has a shell that only Debian's package brings; upstream's has its own.
+    hosted-runner) DEBIAN=debian-12 SUDO=yes SETTINGS='sandbox-paths = /bin/sh=/fly/busybox' ;;
     sudo-without-namespaces) DEBIAN=debian-12 SUDO=yes NAMESPACES=sysctl ;;
     # Without Nix, as root.
     debian-12-root) DEBIAN=debian-12 USER_NAME=root ;;
@@ -60,6 +63,7 @@ describe() {
     # Settings that keep Nix from working.
     no-nix-command) DEBIAN='nix-2.8.0 debian-12' NIX_FOLDER=empty SETTINGS='experimental-features =' ;;
     no-nixbld) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER="root's" USER_NAME=root NIXBLD=no ;;
+    no-git) DEBIAN='nix-2.8.0 debian-12' NIX_FOLDER=empty GIT=no ;;
     # Homes.
     home-unset) DEBIAN='nix-2.8.0 debian-12' NIX_FOLDER=empty HOME_FOLDER=unset ;;
     home-unset-stranger) DEBIAN='nix-2.26.3 debian-13' NIX_FOLDER=empty HOME_FOLDER=unset USER_NAME=stranger ;;

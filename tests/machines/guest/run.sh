@@ -13,11 +13,15 @@ case $story in
   demo) job nix-job --command 'nix build --no-link path:hello' ;;
   canary) job validate-builders ;;
   workflow) workflow ;;
+  checkout)
+    mkdir /area/work/hello/.git
+    timed in_job FLYWHEEL_WORKING_DIRECTORY=/area/work/hello /fly/flywheel nix-job --command 'nix build .#default'
+    ;;
   checks)
     # GitHub's API takes connections, and answers none.
-    /fly/busybox nc -ll -s 127.0.0.1 -p 8001 -e /fly/busybox sleep 600 &
+    /fly/busybox nc -ll -p 8001 -e /fly/busybox sleep 600 &
     timed in_job GITHUB_TOKEN=github-token GITHUB_API_URL=http://127.0.0.1:8001 \
-      /fly/flywheel flake-checks --flake path:hello
+      /fly/flywheel flake-checks --flake path:hello --flake-attr packages
     ;;
   laptop)
     cd /area/work
@@ -40,7 +44,9 @@ esac
 {
   /fly/busybox find / -path /proc -prune -o -path /sys -prune -o -name flywheel-planted -print
   for process in /proc/[0-9]*; do
-    /fly/busybox find "$process/root/srv" "$process/root/usr/local" "$process/root/nix" -maxdepth 1 -name flywheel-planted 2>/dev/null
+    for folder in srv usr/local/bin nix root; do
+      [ ! -e "$process/root/$folder/flywheel-planted" ] || echo "$process/root/$folder"
+    done
   done
 } >/out/planted || true
 echo judged >/out/done
