@@ -38,7 +38,7 @@ adversary-proof:
 
 # Jobs whose cache hangs, each with its half minute, as root
 faults:
-    scripts/suite.sh real --ignore-default-filter slow_cache::faults
+    scripts/suite.sh real --ignore-default-filter slow_cache::faults install::faults
 
 # Measure beside Nix's own tools, in release, as root: `just bench publish`
 bench name:

@@ -100,7 +100,11 @@ impl Explain for Error {
 pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let request = inputs.trust.request();
     let workflow = Workflow::new(env.in_github_actions());
-    let nix = inputs.nix.wanted(None)?;
+    // As a job on this machine has it, its runner's hints included.
+    let nix = inputs
+        .nix
+        .or_hints(&mut Hints::from_env(env))
+        .wanted(None)?;
     if inputs.plan {
         return Ok(plan::print(&nix, env).await);
     }

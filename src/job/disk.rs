@@ -89,6 +89,12 @@ impl Session<'_> {
         watch: &StoreWatch,
         attempted: &Attempted,
     ) -> Option<Reclaimer> {
+        if !watch.ownership().host.knows_all_jobs() {
+            let text = "it is not known which other jobs need what is in the store, so that nothing is freed (`reclaim`); \
+                        a `journal` on a folder that lasts shows them, and `shared-host: false` says that there are none";
+            self.sink.degraded("disk", text);
+            return None;
+        }
         let published = match watch.stream() {
             Some(stream) => match stream.published() {
                 Some(published) => Some(published),

@@ -14,6 +14,7 @@ use flywheel_nix::settings::Settings;
 use flywheel_nix::store_location::{default_state, locate};
 use flywheel_nix::store_writers::other_writers;
 use flywheel_nix::tool::Nix;
+use flywheel_sys::host::home::is_private_home;
 use flywheel_sys::host::job_registry::{JobRecord, JobRegistry, OtherJob, jobs_seen};
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
@@ -129,6 +130,13 @@ impl StoreHost {
         sink: &Sink,
     ) -> Self {
         let registry = folder.map_or(Registry::Off, |folder| {
+            if is_private_home(folder) {
+                return Registry::Unusable(
+                    "no folder of this user's lasts from job to job here, so that other jobs are not known; `journal` \
+                     can name one, and `shared-host: false` says that there are none"
+                        .to_owned(),
+                );
+            }
             match JobRegistry::enter(folder, &own) {
                 Ok(registry) => Registry::Entered(registry),
                 Err(error) => {
@@ -174,6 +182,13 @@ impl StoreHost {
             sharing,
             beside: here,
         }
+    }
+
+    /// Whether every job is known that can be at work on this host.
+    pub(crate) fn knows_all_jobs(&self) -> bool {
+        self.is_hosted
+            || self.shared == SharedHost::False
+            || matches!(self.registry, Registry::Entered(_))
     }
 
     /// Whether jobs may be at work that no registry shows.
@@ -297,6 +312,24 @@ mod tests {
         std::fs::write(&file, "").expect("written");
         let own = enter(&file, record("o/own", true, "/s"), SharedHost::Auto, false);
         assert!(own.neighbours().sharing.is_shared());
+    }
+
+    #[test]
+    fn where_no_folder_lasts_other_jobs_are_not_known() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let mine = format!("flywheel-{}/home/.local/state", rustix::process::geteuid());
+        let passing = folder.path().join(mine).join("flywheel/journal/jobs");
+        let enter = |folder: &Path, shared, hosted| {
+            enter(folder, record("o/own", true, "/s"), shared, hosted)
+        };
+        let own = enter(&passing, SharedHost::Auto, false);
+        assert!(own.neighbours().sharing.is_shared() && !own.knows_all_jobs());
+        for (shared, hosted) in [(SharedHost::False, false), (SharedHost::Auto, true)] {
+            let own = enter(&passing, shared, hosted);
+            assert!(!own.neighbours().sharing.is_shared() && own.knows_all_jobs());
+        }
+        let own = enter(&folder.path().join("jobs"), SharedHost::Auto, false);
+        assert!(!own.neighbours().sharing.is_shared() && own.knows_all_jobs());
     }
 
     #[test]

@@ -312,7 +312,7 @@ impl Work<'_> {
     async fn ready(&self) -> Result<Ready, Error> {
         let begun = Instant::now();
         let mut machine = self.host.machine(self.env);
-        machine.try_sudo(self.env).await;
+        machine.try_sudo().await;
         let mut parts = vec![("probe", begun.elapsed())];
         let planned = plan(&machine, self.wanted);
         if planned != Plan::Ready {

@@ -73,10 +73,10 @@ fn written_since(folder: &Path, begun: SystemTime) -> Vec<StorePath> {
     let until = Instant::now() + SEARCH_LIMIT;
     let mut found = BinaryHeap::new();
     let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
-    for first in entries(folder) {
+    'folders: for first in entries(folder) {
         for log in entries(&first.path()) {
             if Instant::now() > until {
-                break;
+                break 'folders;
             }
             // The name first: it costs no call of the system.
             let Some(path) = derivation(&first.file_name(), &log.file_name()) else {

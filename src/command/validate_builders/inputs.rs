@@ -13,7 +13,7 @@ use crate::command::contract::ContractInput;
 use crate::inputs::nix::NixInputs;
 use crate::inputs::value::{Invalid, number, path, text, value, variant};
 use crate::inputs::{
-    BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, RequestInputs,
+    BazelCacheInput, CacheInputs, ClassInput, FlakeInput, Format, FormatInput, Hints, RequestInputs,
 };
 use crate::job::inputs::HostInputs;
 use crate::job::private_base;
@@ -208,7 +208,7 @@ impl Plan {
                 .map(|(tool, wanted)| (tool.to_owned(), wanted.clone()))
                 .collect(),
             nix: class.tools.get("nix").cloned(),
-            install: inputs.install.wanted(None)?,
+            install: (inputs.install.or_hints(&mut Hints::from_env(env))).wanted(None)?,
             shared_cache: contract.shared_cache.clone(),
             flake: (inputs.flake.flake.clone())
                 .or_else(|| Path::new("flake.nix").is_file().then(|| ".".to_owned())),

@@ -146,7 +146,7 @@ async fn present(plan: &Plan, env: &Env) -> Found<Option<PathBuf>> {
 /// What a job does on a machine without Nix.
 async fn to_be_installed(plan: &Plan, env: &Env) -> Found<Option<PathBuf>> {
     let mut machine = Machine::read(env);
-    machine.try_sudo(env).await;
+    machine.try_sudo().await;
     match bootstrap::plan::plan(&machine, &plan.install) {
         bootstrap::plan::Plan::Impossible(Impossible { obstacle, remedy }) => {
             Err(CheckFailure::new(obstacle, remedy))

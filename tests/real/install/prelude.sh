@@ -1,4 +1,6 @@
 # What the scripts of `tests/real/install.rs` have in common. Sourced in the root of busybox.
+# The test's own folders are not in this root.
+unset TMPDIR XDG_RUNTIME_DIR XDG_STATE_HOME
 export PATH=/bin HOME=/root NIX_CONFIG='sandbox = false
 substituters ='
 key=$(cat /fly/closure/key.pub)

@@ -40,6 +40,8 @@ pub(super) struct ArchiveSource<'a> {
     pub(super) mirror: Option<&'a Mirror>,
     /// The version that the input names, if it does.
     pub(super) version: Option<&'a str>,
+    /// Whether an archive will do that Flywheel does not know the sum of.
+    pub(super) takes_unknown: bool,
     pub(super) roots: &'a Roots,
 }
 
@@ -194,7 +196,7 @@ pub(super) async fn install(
         client: http::client(source.roots)?,
         deadline,
     };
-    let wanted = wanted_sum(&place, &fetcher, sink).await?;
+    let wanted = wanted_sum(&place, source.takes_unknown, &fetcher, sink).await?;
     let body = fetcher.open(&place).await?;
     let staging = match Staging::enter(nix, sink, deadline).await? {
         // Another job has installed Nix in the same moment.
@@ -244,6 +246,7 @@ pub(super) async fn install(
 /// The sum that the archive has to have; `None` for a file of this machine that nothing says the sum of.
 async fn wanted_sum(
     place: &Place,
+    takes_unknown: bool,
     fetcher: &Fetcher,
     sink: &Sink,
 ) -> Result<Option<String>, Error> {
@@ -253,6 +256,9 @@ async fn wanted_sum(
     }
     let beside = place.sum();
     let shown = place.shown();
+    if !takes_unknown {
+        return Err(Error::Unverified(shown));
+    }
     if let Place::File(file) = &beside
         && !file.is_file()
     {

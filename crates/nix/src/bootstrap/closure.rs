@@ -130,6 +130,14 @@ impl Error {
     pub(crate) fn is_of_host(&self) -> bool {
         matches!(self, Self::Staging(_) | Self::Client(_))
     }
+
+    /// Whether what came is not what the keys have signed.
+    pub(crate) fn is_tampering(&self) -> bool {
+        matches!(
+            self,
+            Self::Unsigned { .. } | Self::Corrupt { .. } | Self::OtherPath { .. }
+        )
+    }
 }
 
 impl Explain for Error {

@@ -26,7 +26,7 @@ pub struct Examined {
 /// Looks at this machine as a job would. A store that is not there yet is not opened, since Nix would make it.
 pub async fn examine(env: &Env, wanted: &Wanted) -> Examined {
     let mut machine = Machine::read(env);
-    machine.try_sudo(env).await;
+    machine.try_sudo().await;
     machine.try_socket(env).await;
     let mut version = None;
     let mut broken = None;

@@ -8,7 +8,9 @@ use tokio::time::Instant;
 use super::archive::{self, ArchiveSource};
 use super::closure::{self, ClosureSource};
 use super::machine::{Folder, Machine};
-use super::plan::{InstallPlan, NixVersion, Preparation, Wanted, Way};
+use super::plan::{
+    InstallPlan, Installer as WantedInstaller, NixVersion, Preparation, Wanted, Way,
+};
 use super::{Error, Host, build_users, distro, releases, undo};
 use flywheel_core::exit::Explain as _;
 use flywheel_core::progress::Sink;
@@ -19,6 +21,10 @@ use flywheel_sys::runner::env::Env;
 
 /// Making a folder takes no time, but `sudo` may look the host up in a name service that is away.
 const SUDO_LIMIT: Duration = Duration::from_secs(5);
+
+/// Where systems have their own programs; the last two are NixOS's.
+const SYSTEM_PATH: &str =
+    "/usr/sbin:/usr/bin:/sbin:/bin:/run/wrappers/bin:/run/current-system/sw/bin";
 
 /// What an installation works with.
 pub(super) struct Installer<'a> {
@@ -35,6 +41,28 @@ pub(super) struct Installer<'a> {
 /// How long each part of an installation took.
 pub(crate) type Parts = Vec<(&'static str, Duration)>;
 
+/// Why a way did not lead to a Nix.
+struct WayFailure {
+    problem: String,
+    end: WayEnd,
+}
+
+/// What follows from a way that failed.
+#[derive(Clone, Copy)]
+enum WayEnd {
+    NextWay,
+    /// The machine is at fault, so that no way helps.
+    Host,
+    /// What came is not what was signed.
+    Tampered,
+}
+
+impl WayEnd {
+    fn with(self, problem: String) -> WayFailure {
+        WayFailure { problem, end: self }
+    }
+}
+
 impl Installer<'_> {
     /// Carries the plan out.
     ///
@@ -49,10 +77,19 @@ impl Installer<'_> {
                     self.make_build_users(plan.daemon);
                     return Ok(parts);
                 }
-                Err(problem) => {
+                Err(WayFailure { problem, end }) => {
                     let failure = format!("{}: {problem}", way.as_str());
-                    self.sink.note(format!("Nix is not installed by {failure}"));
+                    let text = format!("Nix is not installed by {failure}");
                     failures.push(failure);
+                    match end {
+                        WayEnd::NextWay => self.sink.note(text),
+                        WayEnd::Host => break,
+                        // Another way would only hide it, and may know of no signature at all.
+                        WayEnd::Tampered => {
+                            self.sink.degraded("nix", text);
+                            break;
+                        }
+                    }
                 }
             }
         }
@@ -74,7 +111,7 @@ impl Installer<'_> {
         }
     }
 
-    async fn try_way(&self, way: Way) -> Result<Parts, String> {
+    async fn try_way(&self, way: Way) -> Result<Parts, WayFailure> {
         match way {
             Way::Closure => self.closure().await,
             Way::Tarball => self.tarball().await,
@@ -83,11 +120,12 @@ impl Installer<'_> {
     }
 
     /// Fetches the closure from the first cache that has it.
-    async fn closure(&self) -> Result<Parts, String> {
+    async fn closure(&self) -> Result<Parts, WayFailure> {
         let path = match &self.wanted.version {
             Some(NixVersion::Path(path)) => path.clone(),
-            Some(NixVersion::Number(number)) => releases::closure(number)
-                .ok_or_else(|| format!("the store path of Nix {number} is not known"))?,
+            Some(NixVersion::Number(number)) => releases::closure(number).ok_or_else(|| {
+                WayEnd::NextWay.with(format!("the store path of Nix {number} is not known"))
+            })?,
             None => releases::closure(releases::CLOSURE_VERSION)
                 .expect("the release has a store path for each system"),
         };
@@ -97,6 +135,7 @@ impl Installer<'_> {
             sources => sources,
         };
         let mut problems = Vec::new();
+        let mut end = WayEnd::NextWay;
         for source in sources {
             let source = ClosureSource {
                 address: source.address.clone(),
@@ -112,30 +151,47 @@ impl Installer<'_> {
             let hint = error.hint().unwrap_or_default();
             problems.push(format!("{} ({hint})", chain(&error)));
             if error.is_of_host() {
+                end = WayEnd::Host;
+                break;
+            }
+            if error.is_tampering() {
+                end = WayEnd::Tampered;
                 break;
             }
         }
-        Err(problems.join("; "))
+        Err(end.with(problems.join("; ")))
     }
 
-    async fn tarball(&self) -> Result<Parts, String> {
+    async fn tarball(&self) -> Result<Parts, WayFailure> {
         let source = ArchiveSource {
             mirror: self.wanted.mirror.as_ref(),
             version: match &self.wanted.version {
                 Some(NixVersion::Number(number)) => Some(number),
                 Some(NixVersion::Path(_)) | None => None,
             },
+            // By itself, Flywheel takes nothing that it does not know: the sum beside an archive is the word of the
+            // server that has the archive.
+            takes_unknown: self.wanted.mirror.is_some()
+                || self.wanted.installer == WantedInstaller::Tarball,
             roots: self.roots,
         };
         let installed = archive::install(&source, &self.host.nix, self.sink, self.deadline).await;
-        installed.map_err(|error| chain(&error))
+        installed.map_err(|error| {
+            let end = match error {
+                archive::Error::Staging(_) => WayEnd::Host,
+                archive::Error::Sum { .. } => WayEnd::Tampered,
+                _ => WayEnd::NextWay,
+            };
+            end.with(chain(&error))
+        })
     }
 
-    async fn distro(&self) -> Result<Parts, String> {
-        let apt = self.machine.apt.as_deref().ok_or("there is no `apt-get`")?;
+    async fn distro(&self) -> Result<Parts, WayFailure> {
+        let missing = || WayEnd::NextWay.with("there is no `apt-get`".to_owned());
+        let apt = self.machine.apt.as_deref().ok_or_else(missing)?;
         let begun = Instant::now();
         let installed = distro::install(apt, self.env, self.sink, self.deadline).await;
-        installed.map_err(|error| error.to_string())?;
+        installed.map_err(|error| WayEnd::NextWay.with(error.to_string()))?;
         Ok(vec![("package", begun.elapsed())])
     }
 
@@ -168,9 +224,7 @@ impl Installer<'_> {
                     .join(" ")
             ),
         };
-        let call = sudo_call(sudo, self.env)
-            .arg("install")
-            .args(self.folder_arguments());
+        let call = sudo_call(sudo).arg("install").args(self.folder_arguments());
         match call.run(SUDO_LIMIT).await {
             Ok(output) if output.status.success() => {
                 let before = match self.machine.folder {
@@ -211,13 +265,11 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
 }
 
-/// A call of `sudo` that never waits for a password.
-pub(super) fn sudo_call(sudo: &Path, env: &Env) -> Tool {
+/// A call of `sudo` that never waits for a password. What it runs is not looked up on the job's `PATH`, where a checkout
+/// may have folders.
+pub(super) fn sudo_call(sudo: &Path) -> Tool {
     Tool::new(sudo)
-        .env(
-            "PATH",
-            env.get("PATH").unwrap_or("/usr/sbin:/usr/bin:/sbin:/bin"),
-        )
+        .env("PATH", SYSTEM_PATH)
         .env("LC_ALL", "C")
         .arg("-n")
 }

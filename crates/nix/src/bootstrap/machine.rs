@@ -18,6 +18,8 @@ pub struct Machine {
     /// `/nix`.
     pub folder: Folder,
     pub nix: Option<FoundProgram>,
+    /// Whether that Nix is below `/nix`, or links lead there.
+    pub is_nix_below: bool,
     /// Whether a variable or `nix.conf` names another store or another socket, so that `/nix` decides nothing.
     pub is_elsewhere: bool,
     pub socket: Socket,

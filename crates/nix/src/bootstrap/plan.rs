@@ -368,12 +368,8 @@ fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
     if is_free && let Sudo::Allowed(program) = &machine.sudo {
         return Ground::Prepared(Preparation::Sudo(program.clone()));
     }
-    // A folder of our own would hide the Nix that is below `/nix`.
-    let hides_nix = machine
-        .nix
-        .as_ref()
-        .is_some_and(|nix| nix.program.starts_with("/nix"));
-    let can_cover = !matches!(machine.folder, Folder::NoFolder) && !hides_nix;
+    // A folder of our own would hide the Nix that is below `/nix`, and all else that is there.
+    let can_cover = !matches!(machine.folder, Folder::NoFolder) && !machine.is_nix_below;
     if machine.namespaces == Namespaces::Allowed
         && can_cover
         && wanted.is_for_children_alone

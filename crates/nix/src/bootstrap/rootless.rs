@@ -16,6 +16,7 @@ use flywheel_core::exit::{Exit, Explain};
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::namespace::{self, Limits, Obstacle, View};
 use flywheel_sys::runner::env::{Env, current_folder};
+use flywheel_sys::untrusted_file::check_exclusive_folder;
 
 /// Where Nix has its store.
 const NIX: &str = "/nix";
@@ -132,7 +133,7 @@ pub fn need(env: &Env) -> Option<Need> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build();
-        runtime.ok()?.block_on(machine.try_sudo(env));
+        runtime.ok()?.block_on(machine.try_sudo());
     }
     machine.namespaces = Namespaces::Allowed;
     let wanted = Wanted {
@@ -255,7 +256,11 @@ impl Places {
     /// The folder of a store that is there, and as good as a new one.
     fn with_store(&self) -> Option<PathBuf> {
         let usable = self.bases().filter(|base| self.check(base).is_ok());
-        let mut places = usable.map(|base| self.own_folder(base).join(NAME));
+        // Where everybody can write, another user can have made the folder, or a link that he turns elsewhere later.
+        let own = usable
+            .map(|base| self.own_folder(base))
+            .filter(|own| check_exclusive_folder(own).is_ok());
+        let mut places = own.map(|own| own.join(NAME));
         places.find(|place| place.join(DATABASE).is_dir() && make(place).is_ok())
     }
 
@@ -365,6 +370,18 @@ mod tests {
         assert_eq!(all.first_usable().expect("usable"), state);
         fs::create_dir_all(first.join(DATABASE)).expect("made");
         assert_eq!(all.first_usable().expect("usable"), first);
+    }
+
+    #[test]
+    fn a_store_behind_a_link_is_not_taken_for_this_users() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let all = places(base.path());
+        let elsewhere = base.path().join("elsewhere");
+        fs::create_dir_all(elsewhere.join(NAME).join(DATABASE)).expect("made");
+        let link = base.path().join(format!("tools/flywheel-{}", geteuid()));
+        std::os::unix::fs::symlink(&elsewhere, &link).expect("linked");
+        let found = all.first_usable().expect("usable");
+        assert!(!found.starts_with(&link), "{found:?}");
     }
 
     #[test]

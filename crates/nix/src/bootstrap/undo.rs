@@ -1,20 +1,24 @@
 //! Takes back what an installation has put on this machine: exactly what its manifest lists, and `/nix` itself where `sudo`
-//! made it. Refuses where something has come into the store since, because that needs what would go.
+//! made it. Refuses where something has come into the store since, because that needs what would go. Of an installation
+//! that was interrupted, what it left goes. None can begin meanwhile.
 
 use std::collections::BTreeSet;
+use std::error::Error as _;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::build_users;
-use super::closure::Manifest;
+use super::closure::{Manifest, Staging, StagingError};
 use super::install::sudo_call;
 use super::plan::Impossible;
 use super::{Error, Host};
 use crate::db::Db;
 use crate::nar::unpack::remove_tree;
-use crate::store_path::StorePath;
+use flywheel_core::progress::Sink;
 use flywheel_core::text::{count, one_line};
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::untrusted_file::{self, Owner};
@@ -26,6 +30,8 @@ const NO_FOLDER: &str = "none";
 const MARK_LIMIT: u64 = 100;
 /// As for making it.
 const SUDO_LIMIT: Duration = Duration::from_secs(5);
+/// How long an installation that is under way is waited for. Short, because nobody is told meanwhile.
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Notes in a folder that `sudo` made it, and who had it before, if it was there.
 pub(super) fn mark(nix: &Path, owner_before: Option<u32>) -> io::Result<()> {
@@ -36,15 +42,16 @@ pub(super) fn mark(nix: &Path, owner_before: Option<u32>) -> io::Result<()> {
 /// Takes back what was installed below `/nix`; returns a sentence for people.
 ///
 /// # Errors
-/// When something has come into the store that needs it, or a file cannot be removed.
+/// When something has come into the store that needs it, an installation is under way, or a file cannot be removed.
 pub async fn undo(env: &Env) -> Result<String, Error> {
     let host = Host::current();
-    let (nix, etc) = (host.nix.clone(), host.etc.clone());
-    let removed = tokio::task::spawn_blocking(move || remove(&nix, &etc)).await;
-    let text = removed.unwrap_or_else(|panic| Err(stuck(&host.nix, &panic.to_string())))?;
+    let text = remove_alone(&host.nix, &host.etc).await?;
     let folder = give_back(&host, env).await?;
     Ok(match (text, folder) {
-        (None, None) => "nothing to take back: Flywheel has installed no Nix here".into(),
+        (None, None) => format!(
+            "nothing to take back: Flywheel has installed no Nix at `{}`",
+            host.nix.display()
+        ),
         (text, folder) => {
             let parts: Vec<String> = text.into_iter().chain(folder).collect();
             parts.join("; ")
@@ -64,34 +71,80 @@ fn stuck(nix: &Path, problem: &str) -> Impossible {
     }
 }
 
+/// Why no lock could be had.
+fn not_alone(nix: &Path, error: &StagingError) -> Impossible {
+    match error {
+        StagingError::Busy => Impossible {
+            obstacle: "Nix is not taken back: it is being installed on this machine".into(),
+            remedy: "Run this again once that installation has ended.".into(),
+        },
+        error => match error.source() {
+            Some(cause) => stuck(nix, &format!("{error}: {cause}")),
+            None => stuck(nix, &error.to_string()),
+        },
+    }
+}
+
+/// Removes what was installed while nobody installs. `None` if nothing was.
+async fn remove_alone(nix: &Path, etc: &Path) -> Result<Option<String>, Impossible> {
+    let read = Manifest::read(nix).map_err(|error| stuck(nix, &error.to_string()))?;
+    // The lock is on a folder that it would make.
+    if read.is_none() {
+        return Ok(None);
+    }
+    let mut made = Vec::new();
+    let deadline = Instant::now() + LOCK_LIMIT;
+    let lock = Staging::lock(nix, &mut made, &Sink::silent(), deadline).await;
+    let lock = lock.map_err(|error| not_alone(nix, &error))?;
+    let (folder, etc) = (nix.to_owned(), etc.to_owned());
+    let removed = tokio::task::spawn_blocking(move || {
+        let removed = remove(&folder, &etc);
+        // An installation that failed has removed its folders, and waiting for its lock has made them again.
+        remove_empty(&made);
+        drop(lock);
+        removed
+    });
+    let removed = removed.await;
+    removed.unwrap_or_else(|panic| Err(stuck(nix, &panic.to_string())))
+}
+
+/// Removes folders, which are given outermost first. One that something else came into stays.
+fn remove_empty(folders: &[PathBuf]) {
+    for folder in folders.iter().rev() {
+        let _ = fs::remove_dir(folder);
+    }
+}
+
 /// Removes what the manifest lists. `None` if there is no manifest.
 fn remove(nix: &Path, etc: &Path) -> Result<Option<String>, Impossible> {
     let failed = |error: io::Error| stuck(nix, &error.to_string());
+    // Only under the lock is it what will go.
     let read = Manifest::read(nix).map_err(|error| failed(error.into()))?;
     let Some(manifest) = read else {
         return Ok(None);
     };
-    check_unneeded(nix, &manifest)?;
-    for link in manifest.links.iter().filter(|link| link.is_symlink()) {
-        fs::remove_file(link).map_err(failed)?;
+    check_links(nix, &manifest)?;
+    let valid = valid_paths(nix, &manifest)?;
+    let ours: BTreeSet<String> = manifest.paths.iter().map(ToString::to_string).collect();
+    // A killed installation may have come as far as this. Nothing that is valid needs what never was.
+    let is_registered = valid.iter().any(|path| ours.contains(path));
+    if manifest.complete || is_registered {
+        check_unneeded(nix, &manifest, &valid, &ours)?;
     }
-    let store = nix.join("store");
-    for path in &manifest.paths {
-        remove_tree(&store.join(path.base_name())).map_err(failed)?;
+    if !manifest.complete {
+        // It knows the folders that paths are in before they get their place, which no manifest lists.
+        Staging::take_back(nix, &manifest).map_err(failed)?;
     }
-    let state = nix.join("var/nix");
-    if manifest.folders.contains(&state) {
-        remove_tree(&state).map_err(failed)?;
-    }
-    if manifest.folders.contains(&store) {
-        // Nix makes it in each store that it opens.
-        remove_tree(&store.join(".links")).map_err(failed)?;
+    if manifest.complete || is_registered {
+        remove_installed(nix, &manifest).map_err(failed)?;
     }
     build_users::remove(etc, nix).map_err(failed)?;
     Manifest::remove(nix).map_err(failed)?;
-    for folder in manifest.folders.iter().rev() {
-        // One that something else came into stays.
-        let _ = fs::remove_dir(folder);
+    remove_empty(&manifest.folders);
+    if !manifest.complete {
+        return Ok(Some(
+            "removed what an interrupted installation of Nix had left".into(),
+        ));
     }
     let paths = count(manifest.paths.len() as u64, "store path");
     Ok(Some(format!(
@@ -100,36 +153,80 @@ fn remove(nix: &Path, etc: &Path) -> Result<Option<String>, Impossible> {
     )))
 }
 
-/// Sees that nothing else is in the store, and that the profile is still the installed Nix.
-fn check_unneeded(nix: &Path, manifest: &Manifest) -> Result<(), Impossible> {
-    let ours: BTreeSet<&StorePath> = manifest.paths.iter().collect();
-    let file = Db::file(&nix.join("var/nix"));
-    let mut valid = Vec::new();
-    if file.exists() {
-        let rows = Db::open(&file).and_then(|database| database.added_after(0));
-        let rows = rows.map_err(|error| stuck(nix, &error.to_string()))?;
-        valid = rows.rows.into_iter().map(|(_, info)| info.path).collect();
+/// Removes links, paths and the store's state, once nothing needs them.
+fn remove_installed(nix: &Path, manifest: &Manifest) -> io::Result<()> {
+    for link in manifest.links.iter().filter(|link| link.is_symlink()) {
+        fs::remove_file(link)?;
     }
-    let others: Vec<&StorePath> = valid.iter().filter(|path| !ours.contains(path)).collect();
-    if let Some(other) = others.first() {
-        let number = count(others.len() as u64, "store path");
-        return Err(Impossible {
-            obstacle: format!("Nix is not taken back: {number} came into the store since, such as `{other}`"),
-            remedy: "Remove the results that are still wanted nowhere, run `nix-collect-garbage`, and try again.".into(),
-        });
+    let store = nix.join("store");
+    for path in &manifest.paths {
+        remove_tree(&store.join(path.base_name()))?;
     }
+    let state = nix.join("var/nix");
+    if manifest.folders.contains(&state) {
+        remove_tree(&state)?;
+    }
+    if manifest.folders.contains(&store) {
+        // Nix makes it in each store that it opens.
+        remove_tree(&store.join(".links"))?;
+    }
+    Ok(())
+}
+
+/// All paths that the store's database has, those with unusable metadata included.
+fn valid_paths(nix: &Path, manifest: &Manifest) -> Result<Vec<String>, Impossible> {
+    let state = nix.join("var/nix");
+    let file = Db::file(&state);
+    if !file.exists() {
+        return Ok(Vec::new());
+    }
+    match Db::open(&file).and_then(|database| database.added_after(0)) {
+        Ok(added) => {
+            let readable = added
+                .rows
+                .into_iter()
+                .map(|(_, info)| info.path.to_string());
+            let unreadable = added.unreadable.into_iter().map(|one| one.path);
+            Ok(readable.chain(unreadable).collect())
+        }
+        // A killed Nix leaves a new one without tables.
+        Err(_) if !manifest.complete && manifest.folders.contains(&state) => Ok(Vec::new()),
+        Err(error) => Err(stuck(nix, &error.to_string())),
+    }
+}
+
+/// Sees that the profiles are still the installed Nix.
+fn check_links(nix: &Path, manifest: &Manifest) -> Result<(), Impossible> {
     let target = manifest
         .nix
         .as_ref()
         .map(|path| nix.join("store").join(path.base_name()));
     let changed = |link: &&PathBuf| fs::read_link(link).is_ok_and(|found| Some(found) != target);
-    if let Some(link) = manifest.links.iter().find(changed) {
+    let Some(link) = manifest.links.iter().find(changed) else {
+        return Ok(());
+    };
+    Err(Impossible {
+        obstacle: format!(
+            "Nix is not taken back: `{}` leads to something else since",
+            link.display()
+        ),
+        remedy: "Remove that profile, run `nix-collect-garbage`, and try again.".into(),
+    })
+}
+
+/// Sees that nothing else is in the store, and that no database is left that knows what goes.
+fn check_unneeded(
+    nix: &Path,
+    manifest: &Manifest,
+    valid: &[String],
+    ours: &BTreeSet<String>,
+) -> Result<(), Impossible> {
+    let others: Vec<&String> = valid.iter().filter(|path| !ours.contains(*path)).collect();
+    if let Some(other) = others.first() {
+        let number = count(others.len() as u64, "store path");
         return Err(Impossible {
-            obstacle: format!(
-                "Nix is not taken back: `{}` leads to something else since",
-                link.display()
-            ),
-            remedy: "Remove that profile, run `nix-collect-garbage`, and try again.".into(),
+            obstacle: format!("Nix is not taken back: {number} came into the store since, such as `{other}`"),
+            remedy: "Remove the results that are still wanted nowhere, run `nix-collect-garbage`, and try again.".into(),
         });
     }
     if !manifest.folders.contains(&nix.join("var/nix"))
@@ -149,9 +246,25 @@ async fn give_back(host: &Host, env: &Env) -> Result<Option<String>, Error> {
     let Ok(text) = untrusted_file::read(&file, Owner::Own, MARK_LIMIT) else {
         return Ok(None);
     };
+    let folder = host.nix.display().to_string();
+    let before = String::from_utf8_lossy(&text).trim().parse::<u32>().ok();
+    let (command, done) = match before {
+        Some(owner) => (
+            vec!["chown".to_owned(), owner.to_string(), folder.clone()],
+            format!("`{folder}` belongs to user {owner} again"),
+        ),
+        None => (
+            vec!["rmdir".to_owned(), folder.clone()],
+            format!("removed `{folder}`"),
+        ),
+    };
     let failed = |problem: &str| {
         let mut impossible = stuck(&host.nix, problem);
-        impossible.remedy = format!("Run `rmdir {}` as root.", host.nix.display());
+        impossible.remedy = format!(
+            "Run `rm -f {} && {}` as root, or this again once `sudo` works.",
+            file.display(),
+            command.join(" ")
+        );
         impossible
     };
     let entries = fs::read_dir(&host.nix).map_err(|error| failed(&error.to_string()))?;
@@ -159,29 +272,23 @@ async fn give_back(host: &Host, env: &Env) -> Result<Option<String>, Error> {
     if let Some(other) = others.map(|entry| entry.file_name()).next() {
         let other = other.to_string_lossy();
         return Ok(Some(format!(
-            "`{}` stays, because `{other}` is in it",
-            host.nix.display()
+            "`{folder}` stays, because `{other}` is in it"
         )));
     }
-    let before = String::from_utf8_lossy(&text).trim().to_owned();
     let Some(sudo) = host.program("sudo", env) else {
         return Err(failed("there is no `sudo`").into());
     };
-    let folder = host.nix.display().to_string();
+    // A folder with the mark in it cannot be removed, and one of another user keeps it.
     fs::remove_file(&file).map_err(|error| failed(&error.to_string()))?;
-    let call = sudo_call(&sudo, env);
-    let (call, done) = match before.parse::<u32>() {
-        Ok(owner) => (
-            call.args(["chown", &owner.to_string(), &folder]),
-            format!("`{folder}` belongs to user {owner} again"),
-        ),
-        Err(_) => (call.args(["rmdir", &folder]), format!("removed `{folder}`")),
+    let ran = sudo_call(&sudo).args(&command).run(SUDO_LIMIT).await;
+    let problem = match ran {
+        Ok(output) if output.status.success() => return Ok(Some(done)),
+        Ok(output) => one_line(&output.stderr, 200),
+        Err(error) => one_line(&error.to_string(), 200),
     };
-    match call.run(SUDO_LIMIT).await {
-        Ok(output) if output.status.success() => Ok(Some(done)),
-        Ok(output) => Err(failed(&one_line(&output.stderr, 200)).into()),
-        Err(error) => Err(failed(&one_line(&error.to_string(), 200)).into()),
-    }
+    // So that a second try finds it. Where this fails as well, the folder is no longer this user's.
+    let _ = mark(&host.nix, before);
+    Err(failed(&problem).into())
 }
 
 #[cfg(test)]
@@ -260,5 +367,110 @@ mod tests {
             refused.obstacle
         );
         assert!(nix.join("store").join(NIX).exists());
+    }
+
+    /// Makes the installation one that was killed before it had this many of its paths.
+    fn interrupt(nix: &Path, paths: &[String]) {
+        let file = Manifest::file(nix);
+        let bytes = fs::read(&file).expect("there");
+        let mut manifest: serde_json::Value = serde_json::from_slice(&bytes).expect("valid");
+        manifest["complete"] = false.into();
+        manifest["source"] = "".into();
+        manifest["paths"] = paths.into();
+        manifest["links"] = serde_json::json!([]);
+        fs::write(&file, manifest.to_string()).expect("written");
+        fs::remove_file(nix.join("var/nix/profiles/default")).expect("there");
+    }
+
+    /// A database of Nix with these valid paths; the size of one is a number.
+    fn register(nix: &Path, paths: &[(&str, i64)]) {
+        let file = Db::file(&nix.join("var/nix"));
+        fs::create_dir(file.parent().expect("a folder")).expect("made");
+        let database = rusqlite::Connection::open(file).expect("opened");
+        let schema = "create table ValidPaths (id integer primary key autoincrement not null, path text unique not null,
+                hash text not null, registrationTime integer not null, deriver text, narSize integer,
+                ultimate integer, sigs text, ca text);
+            create table Refs (referrer integer not null, reference integer not null);";
+        database.execute_batch(schema).expect("made");
+        let hash = format!("sha256:{}", "0".repeat(64));
+        for (name, size) in paths {
+            let path = format!("/nix/store/{name}");
+            let insert = "insert into ValidPaths (path, hash, registrationTime, narSize) values (?1, ?2, 1, ?3)";
+            database
+                .execute(insert, rusqlite::params![path, hash, size])
+                .expect("inserted");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_an_interrupted_installation_left_goes() {
+        let folder = installed();
+        let nix = folder.path().join("nix");
+        interrupt(&nix, &[]);
+        fs::remove_dir_all(nix.join("store")).expect("ours");
+        fs::create_dir_all(nix.join("store.partial/half")).expect("made");
+        fs::write(nix.join("var/flywheel/registration"), "x").expect("written");
+        // What a killed `nix-store` leaves has no tables.
+        fs::create_dir(nix.join("var/nix/db")).expect("made");
+        fs::write(nix.join("var/nix/db/db.sqlite"), "").expect("written");
+        let text = remove_alone(&nix, folder.path()).await;
+        let text = text.expect("nothing needs it").expect("begun");
+        assert_eq!(
+            text,
+            "removed what an interrupted installation of Nix had left"
+        );
+        assert!(!nix.exists());
+        let again = remove_alone(&nix, folder.path()).await;
+        assert_eq!(again.expect("nothing"), None);
+        assert!(!nix.exists(), "the lock makes no folder");
+    }
+
+    #[test]
+    fn an_interrupted_installation_leaves_the_store_it_came_into() {
+        let folder = installed();
+        let nix = folder.path().join("nix");
+        interrupt(&nix, &[]);
+        // Somebody else's Nix has come since.
+        register(&nix, &[(NIX, 120)]);
+        fs::create_dir_all(nix.join("store/.flywheel-partial/half")).expect("made");
+        remove(&nix, folder.path()).expect("nothing needs it");
+        assert!(nix.join("store").join(NIX).exists() && nix.join("var/nix/db").exists());
+        assert!(!nix.join("store/.flywheel-partial").exists());
+        assert!(!nix.join("var/flywheel").exists());
+    }
+
+    #[test]
+    fn paths_that_were_registered_before_the_interruption_go() {
+        let folder = installed();
+        let nix = folder.path().join("nix");
+        interrupt(&nix, &[format!("/nix/store/{NIX}")]);
+        register(&nix, &[(NIX, 120)]);
+        remove(&nix, folder.path()).expect("nothing needs it");
+        assert!(!nix.exists());
+    }
+
+    #[test]
+    fn a_valid_path_that_cannot_be_described_is_a_reason_to_refuse() {
+        let folder = installed();
+        let nix = folder.path().join("nix");
+        let other = "0g1fw1hyk0jjcfi1cjbxvh6g1s6m3r7k-other";
+        register(&nix, &[(NIX, 120), (other, 0)]);
+        let refused = remove(&nix, folder.path()).expect_err("a path came");
+        assert!(refused.obstacle.contains(other), "{}", refused.obstacle);
+        assert!(nix.join("store").join(NIX).exists());
+    }
+
+    #[tokio::test]
+    async fn an_installation_that_runs_is_waited_for() {
+        let folder = installed();
+        let nix = folder.path().join("nix");
+        let lock = fs::File::open(nix.join("var/flywheel")).expect("there");
+        lock.try_lock().expect("nobody has it");
+        let mut removed = Box::pin(remove_alone(&nix, folder.path()));
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut removed).await;
+        assert!(early.is_err() && nix.join("store").join(NIX).exists());
+        drop(lock);
+        removed.await.expect("nothing needs it").expect("installed");
+        assert!(!nix.exists());
     }
 }

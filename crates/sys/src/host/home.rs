@@ -148,9 +148,24 @@ impl Entry {
     }
 }
 
+/// The name of a home that was made up, in this user's private folder.
+const PRIVATE_HOME: &str = "home";
+
+/// Whether a folder is in a home that was made up: it is gone with the job's temporary files, and another job on the host
+/// may have another one.
+pub fn is_private_home(folder: &Path) -> bool {
+    let own = format!("flywheel-{}", geteuid());
+    let named = |folder: &Path, name: &str| folder.file_name().is_some_and(|file| file == name);
+    folder.ancestors().any(|folder| {
+        let above = folder.parent().and_then(Path::file_name);
+        named(folder, PRIVATE_HOME)
+            && above.is_some_and(|above| above.to_string_lossy().starts_with(&own))
+    })
+}
+
 /// The private folder is one of this user alone, and so is what is made in it.
 fn private_home(base: &Path) -> Result<PathBuf, PrivateError> {
-    let folder = PrivateFolder::shared(base)?.join("home");
+    let folder = PrivateFolder::shared(base)?.join(PRIVATE_HOME);
     match fs::create_dir(&folder) {
         Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
             Err(PrivateError::Make { folder, source })

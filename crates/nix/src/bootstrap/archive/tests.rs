@@ -125,6 +125,7 @@ impl World {
 
     async fn install(&self, mirror: Mirror) -> Result<Parts, Error> {
         let source = ArchiveSource {
+            takes_unknown: true,
             mirror: Some(&mirror),
             version: Some("2.99.1"),
             roots: &Roots::default(),
@@ -343,11 +344,32 @@ async fn an_archive_comes_over_http_as_well() {
     assert!(world.nix().join("store").join(NIX).exists());
 }
 
+#[tokio::test]
+async fn what_nobody_asked_for_has_to_be_known() {
+    let world = World::new(b"");
+    let mirror = Mirror::Path(world.archive());
+    let source = ArchiveSource {
+        mirror: Some(&mirror),
+        version: Some("2.99.1"),
+        takes_unknown: false,
+        roots: &Roots::default(),
+    };
+    let deadline = Instant::now() + LIMIT;
+    let refused = install(&source, &world.nix(), &Sink::silent(), deadline).await;
+    let error = refused.expect_err("its sum is not known").to_string();
+    assert!(
+        error.starts_with("nothing that can be trusted has the sum of"),
+        "{error}"
+    );
+    assert!(!world.nix().exists());
+}
+
 #[test]
 fn a_version_is_known_by_the_name_of_its_archive() {
     assert_eq!(version_in(&archive_name("2.34.7")), Some("2.34.7"));
     assert_eq!(version_in("nix.tar.xz"), None);
     let source = ArchiveSource {
+        takes_unknown: true,
         mirror: None,
         version: None,
         roots: &Roots::default(),

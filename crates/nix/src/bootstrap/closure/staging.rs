@@ -171,8 +171,7 @@ impl Staging {
         deadline: Instant,
     ) -> Result<Entered, StagingError> {
         let mut folders = Vec::new();
-        let lock = lock(nix, &mut folders, sink, deadline).await?;
-        register::wait_for_orphan(nix, deadline).await?;
+        let lock = Self::lock(nix, &mut folders, sink, deadline).await?;
         let nix = nix.to_owned();
         blocking(move || {
             if let Some(program) = installed(&nix) {
@@ -181,6 +180,22 @@ impl Staging {
             Self::begin(nix, folders, lock).map(|staging| Entered::Staging(Box::new(staging)))
         })
         .await
+    }
+
+    /// Waits until no other installation is under way, nor a Nix at work that a killed one has started. None begins while
+    /// the file is open. Adds to `folders` which were not there and had to be made.
+    ///
+    /// # Errors
+    /// As `enter`.
+    pub(crate) async fn lock(
+        nix: &Path,
+        folders: &mut Vec<PathBuf>,
+        sink: &Sink,
+        deadline: Instant,
+    ) -> Result<File, StagingError> {
+        let lock = lock(nix, folders, sink, deadline).await?;
+        register::wait_for_orphan(nix, deadline).await?;
+        Ok(lock)
     }
 
     fn begin(nix: PathBuf, folders: Vec<PathBuf>, lock: File) -> Result<Self, StagingError> {
@@ -419,11 +434,46 @@ impl Staging {
             .map_err(|source| StagingError::new(Manifest::file(&self.nix), source))
     }
 
+    /// Removes the links, paths and folders of an installation that is not complete. What Nix's database has stays: it is
+    /// whole, and in use.
+    ///
+    /// # Errors
+    /// When something of it cannot be removed.
+    pub(crate) fn take_back(nix: &Path, manifest: &Manifest) -> io::Result<()> {
+        for link in &manifest.links {
+            if link.is_symlink() {
+                fs::remove_file(link)?;
+            }
+        }
+        for name in [NEW_STORE, INSIDE_STORE] {
+            remove_tree(&nix.join(name))?;
+        }
+        let database = open_database(nix).ok().flatten();
+        let valid = valid(database.as_ref(), &manifest.paths);
+        let store = nix.join("store");
+        for path in &manifest.paths {
+            if !valid.contains(path) {
+                remove_tree(&store.join(path.base_name()))?;
+            }
+        }
+        let is_unused =
+            database.is_none_or(|database| database.last_id().is_ok_and(|last| last == 0));
+        let state = nix.join("var/nix");
+        if is_unused && manifest.folders.contains(&state) {
+            remove_tree(&state)?;
+            // Nix makes it in each store that it opens.
+            let _ = fs::remove_dir(store.join(".links"));
+        }
+        Ok(())
+    }
+
     /// Takes back what was done; what fails is left to the next installation.
     fn undo(&mut self) {
         self.is_over = true;
         self.database = None;
-        if take_back(&self.nix, &self.manifest).is_err() || Manifest::remove(&self.nix).is_err() {
+        if Self::take_back(&self.nix, &self.manifest).is_err()
+            || Manifest::remove(&self.nix).is_err()
+        {
             return;
         }
         for folder in self.manifest.folders.iter().rev() {
@@ -457,37 +507,9 @@ fn left_over(nix: &Path) -> Result<Vec<PathBuf>, StagingError> {
     if manifest.complete {
         return Ok(manifest.folders);
     }
-    take_back(nix, &manifest).map_err(|source| StagingError::new(nix.to_owned(), source))?;
+    Staging::take_back(nix, &manifest)
+        .map_err(|source| StagingError::new(nix.to_owned(), source))?;
     Ok(manifest.folders)
-}
-
-/// Removes the links, paths and folders of an installation that is not complete. What Nix's database has stays: it is
-/// whole, and in use.
-fn take_back(nix: &Path, manifest: &Manifest) -> io::Result<()> {
-    for link in &manifest.links {
-        if link.is_symlink() {
-            fs::remove_file(link)?;
-        }
-    }
-    for name in [NEW_STORE, INSIDE_STORE] {
-        remove_tree(&nix.join(name))?;
-    }
-    let database = open_database(nix).ok().flatten();
-    let valid = valid(database.as_ref(), &manifest.paths);
-    let store = nix.join("store");
-    for path in &manifest.paths {
-        if !valid.contains(path) {
-            remove_tree(&store.join(path.base_name()))?;
-        }
-    }
-    let is_unused = database.is_none_or(|database| database.last_id().is_ok_and(|last| last == 0));
-    let state = nix.join("var/nix");
-    if is_unused && manifest.folders.contains(&state) {
-        remove_tree(&state)?;
-        // Nix makes it in each store that it opens.
-        let _ = fs::remove_dir(store.join(".links"));
-    }
-    Ok(())
 }
 
 /// The program of a Nix that is there.

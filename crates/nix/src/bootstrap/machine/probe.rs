@@ -14,10 +14,10 @@ use tokio::time::timeout;
 
 use super::{BuildGroup, Folder, Machine, Namespaces, Opening, Socket, Sudo, User};
 use crate::bootstrap::Host;
+use crate::bootstrap::install::sudo_call;
 use crate::settings::sets;
 use crate::tool;
 use flywheel_core::text::one_line;
-use flywheel_sys::process::capture::Tool;
 use flywheel_sys::process::namespace::Limits;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::untrusted_file::{self, Owner};
@@ -46,11 +46,11 @@ impl Machine {
     }
 
     /// Tries `sudo`, if there is one and a store cannot be had without it.
-    pub async fn try_sudo(&mut self, env: &Env) {
+    pub async fn try_sudo(&mut self) {
         if let Sudo::Untried(program) = &self.sudo
             && self.lacks_store()
         {
-            self.sudo = try_sudo(program, env).await;
+            self.sudo = try_sudo(program).await;
         }
     }
 
@@ -67,7 +67,11 @@ impl Host {
     pub(in crate::bootstrap) fn machine(&self, env: &Env) -> Machine {
         let nix = tool::find(env, &self.places);
         let user = user(self.uid, env);
-        let sudo = match self.program("sudo", env) {
+        // One that the job's `PATH` has first may be anybody's.
+        let sudo = match self
+            .system_program("sudo")
+            .or_else(|| tool::on_path(env, "sudo"))
+        {
             Some(program) if !user.is_root() => Sudo::Untried(program),
             _ => Sudo::None,
         };
@@ -78,6 +82,9 @@ impl Host {
         Machine {
             sudo,
             folder: folder(&self.nix, user.is_root()),
+            is_nix_below: nix
+                .as_ref()
+                .is_some_and(|found| self.leads_below(&found.program)),
             nix,
             is_elsewhere: is_elsewhere(env, &self.conf),
             socket,
@@ -92,11 +99,18 @@ impl Host {
 
     /// A program of the system, from the job's `PATH` or from where systems have it.
     pub(in crate::bootstrap) fn program(&self, name: &str, env: &Env) -> Option<PathBuf> {
-        let beside = || {
-            let mut files = self.system.iter().map(|folder| folder.join(name));
-            files.find(|file| file.is_file())
-        };
-        tool::on_path(env, name).or_else(beside)
+        tool::on_path(env, name).or_else(|| self.system_program(name))
+    }
+
+    fn system_program(&self, name: &str) -> Option<PathBuf> {
+        let mut files = self.system.iter().map(|folder| folder.join(name));
+        files.find(|file| file.is_file())
+    }
+
+    /// Whether a program is below `/nix`, by its name or by where its links lead.
+    fn leads_below(&self, program: &Path) -> bool {
+        let resolved = fs::canonicalize(program);
+        program.starts_with(&self.nix) || resolved.is_ok_and(|file| file.starts_with(&self.nix))
     }
 }
 
@@ -218,15 +232,8 @@ fn namespaces(limits: &Limits) -> Namespaces {
     }
 }
 
-async fn try_sudo(program: &Path, env: &Env) -> Sudo {
-    let call = Tool::new(program)
-        .env(
-            "PATH",
-            env.get("PATH").unwrap_or("/usr/sbin:/usr/bin:/sbin:/bin"),
-        )
-        .env("LC_ALL", "C")
-        .args(["-n", "true"]);
-    match call.run(SUDO_LIMIT).await {
+async fn try_sudo(program: &Path) -> Sudo {
+    match sudo_call(program).arg("true").run(SUDO_LIMIT).await {
         Ok(output) if output.status.success() => Sudo::Allowed(program.to_owned()),
         Ok(output) => Sudo::Refused(refusal(&output.stderr)),
         Err(error) => Sudo::Refused(one_line(&error.to_string(), 200)),

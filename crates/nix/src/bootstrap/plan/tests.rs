@@ -10,6 +10,7 @@ impl Machine {
     /// An ordinary user of a fresh machine without Nix, `sudo` or user namespaces.
     fn bare() -> Self {
         Self {
+            is_nix_below: false,
             user: User {
                 uid: 1001,
                 gid: 100,
@@ -73,6 +74,7 @@ impl Machine {
 
     fn nix(self, program: &str) -> Self {
         Self {
+            is_nix_below: program.starts_with("/nix/"),
             nix: Some(FoundProgram {
                 program: program.into(),
                 on_path: true,
