@@ -164,7 +164,7 @@ pub(crate) const MACHINES: &[Machine] = &[
         "tmp-full",
         Obstacle(&[
             "No space left on device",
-            "The disk at `/area/temp` is full",
+            "There is no room on `/area/temp (tmpfs)`",
         ]),
     ),
     // Without a payload there is no proof that this job may publish.

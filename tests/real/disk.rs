@@ -22,13 +22,14 @@ let
     args = [ "-euc" script ];
   };
   size = name: mib: run name "head -c ${toString mib}M /dev/urandom >$out";
-in {
+in rec {
   before = size "before" 1;
   kept = size "kept" 2;
   first = size "first" 15;
   second = size "second" 32;
   third = size "third" 16;
-  huge = size "huge" 200;
+  # After the first, so that both are tried one after the other.
+  huge = run "huge" "head -c 1 ${first} >/dev/null; head -c 200M /dev/urandom >$out";
   lots = builtins.genList (n: run "lot${toString n}" "echo ${toString n} >$out") 40;
   many = run "many" "mkdir $out; cd $out; for n in {1..5000}; do : >$n; done";
 }
