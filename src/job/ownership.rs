@@ -102,6 +102,8 @@ pub(super) struct Evidence {
     others_at_work: bool,
     /// The base names of what jobs beside this one have named.
     claimed: BTreeSet<String>,
+    /// Whether a job that could not be seen may have named more.
+    may_be_claimed: bool,
     trusted_keys: Vec<PublicKey>,
 }
 
@@ -145,6 +147,7 @@ impl Ownership {
             is_complete,
             unread_processes,
             others_at_work: neighbours.are_beside() || self.host.is_declared_shared(),
+            may_be_claimed: neighbours.may_be_more,
             sharing: neighbours.sharing,
             named,
             need,
@@ -198,7 +201,7 @@ impl Evidence {
     /// named it, and no other one has.
     pub(super) fn is_own_alone(&self, info: &PathInfo) -> bool {
         let is_named = self.named.contains(&info.path) || self.need.contains(&info.path);
-        let is_claimed = self.claimed.contains(info.path.base_name());
+        let is_claimed = self.may_be_claimed || self.claimed.contains(info.path.base_name());
         is_named && !is_claimed && self.decide(info, Registered::AfterMark) == Decision::Publish
     }
 
@@ -299,6 +302,7 @@ mod tests {
             unread_processes: 0,
             others_at_work: true,
             claimed: BTreeSet::new(),
+            may_be_claimed: false,
             trusted_keys: Vec::new(),
         }
     }
@@ -386,6 +390,9 @@ mod tests {
         assert!(!evidence.is_own_alone(&drv));
         evidence.claimed.insert(path("x").base_name().to_owned());
         assert!(!evidence.is_own_alone(&own), "another needs it, too");
+        evidence.claimed.clear();
+        evidence.may_be_claimed = true;
+        assert!(!evidence.is_own_alone(&own), "another may need it unseen");
     }
 
     #[test]

@@ -85,14 +85,16 @@ impl std::fmt::Display for Sharing {
 #[derive(Debug)]
 pub(crate) struct Neighbours {
     pub(crate) sharing: Sharing,
+    /// Whether jobs may be at work that could not be looked for.
+    pub(crate) may_be_more: bool,
     /// The jobs that live, or have ended since this one began.
     beside: Vec<OtherJob>,
 }
 
 impl Neighbours {
-    /// Whether another job has been at work while this one was.
+    /// Whether another job has been at work while this one was, or may have been unseen.
     pub(crate) fn are_beside(&self) -> bool {
-        !self.beside.is_empty()
+        self.may_be_more || !self.beside.is_empty()
     }
 
     /// The base names of the store paths that jobs beside this one have named.
@@ -110,6 +112,10 @@ pub(crate) struct StoreHost {
     is_hosted: bool,
     registry: Registry,
 }
+
+/// Why a registry in a home that was made up shows no other job, and what helps.
+const NOTHING_LASTS: &str = "no folder of this user's lasts from job to job here, so that other jobs are not known; \
+                             `journal` can name one, and `shared-host: false` says that there are none";
 
 #[derive(Debug)]
 enum Registry {
@@ -131,11 +137,11 @@ impl StoreHost {
     ) -> Self {
         let registry = folder.map_or(Registry::Off, |folder| {
             if is_private_home(folder) {
-                return Registry::Unusable(
-                    "no folder of this user's lasts from job to job here, so that other jobs are not known; `journal` \
-                     can name one, and `shared-host: false` says that there are none"
-                        .to_owned(),
-                );
+                // Without a registry, nothing is lost where the host is known to have no other job.
+                if shared == SharedHost::Auto && !is_hosted {
+                    sink.degraded("journal", NOTHING_LASTS);
+                }
+                return Registry::Unusable(NOTHING_LASTS.to_owned());
             }
             match JobRegistry::enter(folder, &own) {
                 Ok(registry) => Registry::Entered(registry),
@@ -176,9 +182,12 @@ impl StoreHost {
         let mut here: Vec<OtherJob> = others;
         here.retain(|job| job.record.store == self.own.store);
         let records = here.iter().map(|job| &job.record);
+        let is_unread = unread.is_some();
         let sharing = Sharing::judge(&self.own, self.shared, self.is_hosted, records, unread);
         here.retain(|job| job.is_beside);
         Neighbours {
+            // The input or the kind of runner may say that there are none, whatever the registry does.
+            may_be_more: is_unread && sharing.is_shared(),
             sharing,
             beside: here,
         }
@@ -241,13 +250,15 @@ fn sharing_seen(inputs: &HostInputs, trusted: bool, state: Option<&Path>, env: &
         trusted,
         store: state.map_or_else(String::new, |state| state.display().to_string()),
     };
-    let seen = inputs.registry(env).map(|folder| jobs_seen(&folder));
-    let (mut seen, unread) = match seen.transpose() {
-        Ok(seen) => (seen.unwrap_or_default(), None),
-        Err(error) => (
-            Vec::new(),
-            Some(format!("the registry of jobs cannot be read: {error}")),
-        ),
+    let seen = match inputs.registry(env) {
+        Some(folder) if is_private_home(&folder) => Err(NOTHING_LASTS.to_owned()),
+        Some(folder) => jobs_seen(&folder)
+            .map_err(|error| format!("the registry of jobs cannot be read: {error}")),
+        None => Ok(Vec::new()),
+    };
+    let (mut seen, unread) = match seen {
+        Ok(seen) => (seen, None),
+        Err(problem) => (Vec::new(), Some(problem)),
     };
     seen.retain(|job| state.is_none() || job.store == own.store);
     let is_hosted = context::is_hosted_runner(env);
@@ -323,10 +334,12 @@ mod tests {
             enter(folder, record("o/own", true, "/s"), shared, hosted)
         };
         let own = enter(&passing, SharedHost::Auto, false);
-        assert!(own.neighbours().sharing.is_shared() && !own.knows_all_jobs());
+        let found = own.neighbours();
+        assert!(found.sharing.is_shared() && found.are_beside() && !own.knows_all_jobs());
         for (shared, hosted) in [(SharedHost::False, false), (SharedHost::Auto, true)] {
             let own = enter(&passing, shared, hosted);
-            assert!(!own.neighbours().sharing.is_shared() && own.knows_all_jobs());
+            let found = own.neighbours();
+            assert!(!found.sharing.is_shared() && !found.are_beside() && own.knows_all_jobs());
         }
         let own = enter(&folder.path().join("jobs"), SharedHost::Auto, false);
         assert!(!own.neighbours().sharing.is_shared() && own.knows_all_jobs());
