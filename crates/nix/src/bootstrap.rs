@@ -355,7 +355,7 @@ impl Work<'_> {
                 }
                 Ok(Vec::new())
             }
-            // Whoever enters a namespace does so before this is called, and finds a folder that can be written to.
+            // A process that enters a namespace has done so by now, and its `/nix` can be written to.
             Plan::Rootless(rootless) => Err(rootless.not_entered().into()),
             Plan::Impossible(impossible) => Err(impossible.into()),
         }

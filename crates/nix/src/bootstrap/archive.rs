@@ -115,7 +115,7 @@ impl Place {
         }
     }
 
-    /// Whether what it says of itself can be believed: nobody between here and there can change it.
+    /// Whether a sum from here can be believed: it came over TLS, from this machine, or from one of its files.
     fn is_trusted(&self) -> bool {
         match self {
             Self::Url(url) => {

@@ -222,7 +222,7 @@ impl PublisherTask {
                         self.options.stall.idle = idle;
                         self.options.give_up_after = self.options.give_up_after.min(idle);
                     }
-                    // Whoever asked may be gone.
+                    // The receiver may be gone by now.
                     Some(Command::Served(answer)) => _ = answer.send(self.plan.served()),
                     Some(Command::Drain { deadline, cancel }) => {
                         self.draining = Some((deadline, cancel));

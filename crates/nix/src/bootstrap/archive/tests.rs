@@ -292,7 +292,7 @@ async fn what_cannot_be_had_is_named_within_seconds() {
         missing.to_string().contains("/nonexistent/nix"),
         "{missing}"
     );
-    // Nobody listens at the port of this listener once it is dropped.
+    // Once this listener is dropped, connections to its port are refused.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("bound");
     drop(listener);

@@ -1,5 +1,5 @@
-//! What an installation has put on this machine: a file in `/nix/var/flywheel`, written before each step, so that
-//! whatever is left of one that was killed can be told from what was there before.
+//! What an installation has put on this machine: a file in `/nix/var/flywheel`, written before each step. After a
+//! kill it shows which files are left of that installation, and which were there before it.
 
 use std::fs::{self, Permissions};
 use std::io;

@@ -109,7 +109,7 @@ impl StagingError {
 
 /// What an installation begins with.
 pub(crate) enum Entered {
-    /// Another job has installed Nix meanwhile: its program.
+    /// Another job installed Nix while this one waited; holds the path of its program.
     Installed(PathBuf),
     Staging(Box<Staging>),
 }

@@ -1,5 +1,5 @@
 //! Checks of paths that the cache had already. One query covers a thousand of them, and the bodies of a few are read,
-//! because a cache may list a path whose body is damaged. A damaged path is sent anew, and so is one whose narinfo is missing.
+//! because a cache may list a path whose body is damaged. A path that is damaged, or lacks its narinfo, is sent again.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
