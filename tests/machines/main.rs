@@ -9,11 +9,12 @@
     reason = "a machine that cannot be made says why by panicking"
 )]
 
+#[path = "../guest/host.rs"]
+mod host;
 mod machines;
 mod run;
 mod verdict;
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,6 +22,7 @@ use std::time::Instant;
 
 use clap::{CommandFactory as _, Parser};
 
+use host::{binary, repository};
 use machines::{MACHINES, Machine};
 use run::Rig;
 use verdict::Verdict;
@@ -128,20 +130,4 @@ fn run_all(rig: &Rig, machines: &[&'static Machine], jobs: usize, keep: bool) ->
     let mut verdicts = verdicts.into_inner().unwrap();
     verdicts.sort_by_key(|(number, _)| *number);
     verdicts.into_iter().map(|(_, verdict)| verdict).collect()
-}
-
-fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// The binary itself: `FLYWHEEL_BIN`, or the one beside it where that is the launcher; else the debug build.
-fn binary() -> PathBuf {
-    let named = std::env::var_os("FLYWHEEL_BIN").map_or_else(
-        || PathBuf::from(env!("CARGO_BIN_EXE_flywheel")),
-        PathBuf::from,
-    );
-    if std::fs::read(&named).is_ok_and(|bytes| bytes.starts_with(b"#!")) {
-        return named.with_file_name("flywheel-x86_64-linux");
-    }
-    named
 }

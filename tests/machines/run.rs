@@ -3,17 +3,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
+use crate::host::finish;
 use crate::machines::Story;
 
 /// A machine that is not done by then is ended and fails. The slowest takes 20 s on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(150);
 /// The binary's name in `dist/`.
 const BINARY: &str = "flywheel-x86_64-linux";
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What all machines share.
 pub(crate) struct Rig {
@@ -123,24 +123,7 @@ impl Rig {
             .stdin(Stdio::null())
             .stderr(log.try_clone().unwrap())
             .stdout(log);
-        let mut child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("`unshare`: {error}; apt-get install util-linux"));
-        let end = Instant::now() + DEADLINE;
-        loop {
-            if let Some(status) = child.try_wait().unwrap() {
-                return match status.success() {
-                    true => Ok(()),
-                    false => Err(format!("the machine ended with {status}")),
-                };
-            }
-            if Instant::now() > end {
-                child.kill().unwrap();
-                child.wait().unwrap();
-                return Err(format!("not over after {} s", DEADLINE.as_secs()));
-            }
-            std::thread::sleep(POLL_INTERVAL);
-        }
+        finish(&mut command, DEADLINE, "machine")
     }
 }
 

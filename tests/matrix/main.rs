@@ -13,11 +13,12 @@
 )]
 
 mod cells;
+#[path = "../guest/host.rs"]
+mod host;
 mod report;
 mod run;
 mod verdict;
 
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,6 +27,7 @@ use std::time::Instant;
 use clap::{CommandFactory as _, Parser};
 
 use cells::Cell;
+use host::{binary, repository};
 use report::Table;
 use run::{Rig, Run};
 use verdict::Verdict;
@@ -148,20 +150,4 @@ fn make(rig: &Rig, runs: &[Run], jobs: usize) -> Table {
         }
     });
     table.into_inner().unwrap()
-}
-
-fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// The binary itself: `FLYWHEEL_BIN`, or the one beside it where that is the launcher; else the debug build.
-fn binary() -> PathBuf {
-    let named = std::env::var_os("FLYWHEEL_BIN").map_or_else(
-        || PathBuf::from(env!("CARGO_BIN_EXE_flywheel")),
-        PathBuf::from,
-    );
-    if std::fs::read(&named).is_ok_and(|bytes| bytes.starts_with(b"#!")) {
-        return named.with_file_name("flywheel-x86_64-linux");
-    }
-    named
 }

@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::cells::{Cell, VERSIONS};
+use crate::host::finish;
 
 /// A run that is not over by then is ended and fails. The slowest take 15 s on an idle machine.
 const DEADLINE: Duration = Duration::from_secs(240);
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// A cell with the seed that names its derivations and decides what is left open.
 #[derive(Clone, Debug)]
@@ -123,24 +123,7 @@ impl Rig {
             .stdin(Stdio::null())
             .stderr(log.try_clone().unwrap())
             .stdout(log);
-        let mut child = command
-            .spawn()
-            .unwrap_or_else(|error| panic!("`unshare`: {error}; apt-get install util-linux"));
-        let end = Instant::now() + DEADLINE;
-        loop {
-            if let Some(status) = child.try_wait().unwrap() {
-                return match status.success() {
-                    true => Ok(()),
-                    false => Err(format!("the run ended with {status}")),
-                };
-            }
-            if Instant::now() > end {
-                child.kill().unwrap();
-                child.wait().unwrap();
-                return Err(format!("not over after {} s", DEADLINE.as_secs()));
-            }
-            std::thread::sleep(POLL_INTERVAL);
-        }
+        finish(&mut command, DEADLINE, "run")
     }
 
     /// Removes the folder of a run that holds.

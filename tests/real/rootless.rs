@@ -44,19 +44,19 @@ sandbox = true
 sandbox-fallback = false
 sandbox-paths = /bin/sh=/usr/bin/busybox /bin/busybox=/usr/bin/busybox
 END
-mkdir /area/work /area/temp /area/tools
-cat >/area/work/flake.nix <<'END'
+mkdir /area/checkout /area/temp /area/tools
+cat >/area/checkout/flake.nix <<'END'
 FLAKE
 END
-mkdir /area/work/libraries
-cp /usr/bin/env /area/work/libraries/
-cp /lib64/ld-linux-x86-64.so.2 /area/work/libraries/loader
-cp "$(find /usr/lib -name libc.so.6)" /area/work/libraries/
+mkdir /area/checkout/libraries
+cp /usr/bin/env /area/checkout/libraries/
+cp /lib64/ld-linux-x86-64.so.2 /area/checkout/libraries/loader
+cp "$(find /usr/lib -name libc.so.6)" /area/checkout/libraries/
 printf '%s' '{"ref":"refs/heads/main","before":"2222222222222222222222222222222222222222",' \
   '"after":"1111111111111111111111111111111111111111","created":false,"deleted":false,"forced":false,' \
   '"repository":{"full_name":"octo-org/octo-repo","default_branch":"main","fork":false}}' >/area/push.json
 chown -R 1000:1000 /area
-cd /area/work
+cd /area/checkout
 store=/area/tools/flywheel-1000/rootless
 
 # A step of a push to main, as alice.
@@ -65,7 +65,7 @@ step() {
     HOME=/home/alice USER=alice PATH=/usr/bin:/bin LANG=C.UTF-8 CI=true GITHUB_ACTIONS=true GITHUB_EVENT_NAME=push \
     GITHUB_REF=refs/heads/main GITHUB_REF_TYPE=branch GITHUB_REF_NAME=main GITHUB_REF_PROTECTED=true \
     GITHUB_REPOSITORY=octo-org/octo-repo GITHUB_JOB=job GITHUB_RUN_ID=1 GITHUB_RUN_ATTEMPT=1 \
-    GITHUB_SHA=1111111111111111111111111111111111111111 GITHUB_EVENT_PATH=/area/push.json GITHUB_WORKSPACE=/area/work \
+    GITHUB_SHA=1111111111111111111111111111111111111111 GITHUB_EVENT_PATH=/area/push.json GITHUB_WORKSPACE=/area/checkout \
     GITHUB_OUTPUT=/area/output GITHUB_STEP_SUMMARY=/area/summary RUNNER_TEMP=/area/temp RUNNER_TOOL_CACHE=/area/tools \
     RUNNER_ENVIRONMENT=self-hosted FLYWHEEL_PUSH_CACHE=true "$@"
 }
@@ -103,7 +103,7 @@ fn demo(version: &str) {
         r#"
 nix_job '
   test "$(id -u)" = 1000
-  test "$PWD" = /area/work
+  test "$PWD" = /area/checkout
   ! grep -q "CapEff:.*[1-9a-f]" /proc/self/status
   nix build path:.#plain --out-link ../result
   test "$(cat ../result)" = "one two"
@@ -207,9 +207,9 @@ chown 0:0 /home/alice
 mkdir -p /var/tmp
 chmod 1777 /var/tmp
 mkdir -m 755 /var/tmp/flywheel-1000
-step env RUNNER_TOOL_CACHE=/area/work/tools /fly/flywheel nix-job --command 'nix store ping' >/out/said 2>&1
+step env RUNNER_TOOL_CACHE=/area/checkout/tools /fly/flywheel nix-job --command 'nix store ping' >/out/said 2>&1
 must test $? = 0
-must test ! -e /area/work/tools
+must test ! -e /area/checkout/tools
 must test -n "$(find /var/tmp -path '/var/tmp/flywheel-1000-*/rootless/nix/store')"
 "#,
     );
@@ -280,7 +280,7 @@ fn a_chroot_is_named() {
         "2.34.8",
         "mkdir /other && for folder in usr dev proc area home out etc fly; do mkdir /other/$folder; \
          busybox mount -o rbind /$folder /other/$folder; done; for folder in bin lib lib64; do ln -s usr/$folder /other/$folder; \
-         done; in=/other/in.sh; declare -f step >$in; echo 'cd /area/work; step /fly/flywheel nix-job --command true' >>$in; \
+         done; in=/other/in.sh; declare -f step >$in; echo 'cd /area/checkout; step /fly/flywheel nix-job --command true' >>$in; \
          chroot /other /bin/bash /in.sh",
         &["user namespaces cannot be made inside a `chroot`"],
     );

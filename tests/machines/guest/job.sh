@@ -42,8 +42,8 @@ bring_up() {
     /fly/busybox httpd -f -p 127.0.0.1:8000 -h /fly/closure >/out/httpd.log 2>&1 &
   fi
   area=/area
-  for folder in temp work tmp; do /fly/busybox mkdir -p $area/$folder; done
-  /fly/busybox cp -r /fly/hello $area/work/
+  for folder in temp checkout tmp; do /fly/busybox mkdir -p $area/$folder; done
+  /fly/busybox cp -r /fly/hello $area/checkout/
   payload >$area/push.json
   if [ "$EVENT" = fifo ]; then
     /fly/busybox rm $area/push.json
@@ -77,18 +77,18 @@ in_job() {
   set -- CI=true GITHUB_ACTIONS=true GITHUB_EVENT_NAME=push GITHUB_REF=refs/heads/main GITHUB_REF_TYPE=branch \
     GITHUB_REF_NAME=main GITHUB_REF_PROTECTED=true GITHUB_REPOSITORY=octo-org/octo-repo GITHUB_JOB=demo \
     GITHUB_SHA=1111111111111111111111111111111111111111 GITHUB_RUN_ID=1 GITHUB_RUN_ATTEMPT=1 \
-    GITHUB_EVENT_PATH=$area/push.json GITHUB_WORKSPACE=$area/work \
+    GITHUB_EVENT_PATH=$area/push.json GITHUB_WORKSPACE=$area/checkout \
     GITHUB_OUTPUT=/out/files/OUTPUT GITHUB_ENV=/out/files/ENV GITHUB_PATH=/out/files/PATH \
     GITHUB_STATE=/out/files/STATE GITHUB_STEP_SUMMARY=/out/files/STEP_SUMMARY \
     RUNNER_TEMP=$area/temp RUNNER_OS=Linux RUNNER_ARCH=X64 RUNNER_ENVIRONMENT=self-hosted \
     RUNNER_TRACKING_ID=github_demo TMPDIR=$area/tmp \
     FLYWHEEL_PUSH_CACHE=true FLYWHEEL_EXTRA_NIX_CONFIG='sandbox = false' FLYWHEEL_EMBEDDED_CACHE=/out/cache \
-    FLYWHEEL_WORKING_DIRECTORY=$area/work "$@"
+    FLYWHEEL_WORKING_DIRECTORY=$area/checkout "$@"
   if [ -d /fly/closure ]; then
     set -- FLYWHEEL_NIX_SOURCE="http://127.0.0.1:8000/zstd $(/fly/busybox cat /fly/closure/key.pub)" \
       FLYWHEEL_NIX_VERSION="$(/fly/busybox cat /fly/closure/path)" "$@"
   fi
-  cd $area/work
+  cd $area/checkout
   as_user "$@"
 }
 

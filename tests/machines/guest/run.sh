@@ -14,8 +14,8 @@ case $story in
   canary) job validate-builders ;;
   workflow) workflow ;;
   checkout)
-    mkdir /area/work/hello/.git
-    timed in_job FLYWHEEL_WORKING_DIRECTORY=/area/work/hello /fly/flywheel nix-job --command 'nix build .#default'
+    mkdir /area/checkout/hello/.git
+    timed in_job FLYWHEEL_WORKING_DIRECTORY=/area/checkout/hello /fly/flywheel nix-job --command 'nix build .#default'
     ;;
   checks)
     # GitHub's API takes connections, and answers none.
@@ -24,7 +24,7 @@ case $story in
       /fly/flywheel flake-checks --flake path:hello --flake-attr packages
     ;;
   laptop)
-    cd /area/work
+    cd /area/checkout
     timed as_user sh /guest/laptop.sh
     ;;
   fresh)

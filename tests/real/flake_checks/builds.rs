@@ -210,17 +210,17 @@ unset NIX_CONFIG
 nix-store --gc >/dev/null 2>&1
 nix-daemon >/out/daemon 2>&1 &
 for n in $(seq 200); do [ -S /nix/var/nix/daemon-socket/socket ] && break; sleep 0.05; done
-mkdir ~alice/work
-cat >~alice/work/flake.nix <<'END'
+mkdir ~alice/checkout
+cat >~alice/checkout/flake.nix <<'END'
 { outputs = { self }: {
   checks.x86_64-linux = builtins.listToAttrs (map (name: { inherit name; value = derivation {
     inherit name; system = "x86_64-linux"; builder = "/bin/bash"; PATH = "/usr/bin"; args = [ "-euc" "sleep 0.2; echo > $out" ];
   }; }) [ "p0" "p1" "p2" "p3" "p4" "p5" ]);
 }; }
 END
-chown -R alice ~alice/work
+chown -R alice ~alice/checkout
 while :; do NIX_REMOTE=local nix-store --gc >>/out/collected 2>&1; sleep 0.05; done & trap 'kill $!' EXIT
-busybox su -s /bin/bash alice -c 'export HOME=~alice NIX_REMOTE=daemon; cd ~/work && /fly/flywheel flake-checks --flake path:. --checks false'
+busybox su -s /bin/bash alice -c 'export HOME=~alice NIX_REMOTE=daemon; cd ~/checkout && /fly/flywheel flake-checks --flake path:. --checks false'
 code=$?
 NIX_REMOTE=local nix-store --gc >/dev/null 2>&1
 ls /nix/store | grep -cE -- '-p[0-9]$' >/out/left
