@@ -48,7 +48,8 @@ pub(crate) struct StoreWatch {
     stream: Option<Stream>,
     /// The journal of a job that does not publish, by which the others know of it.
     presence: Option<Journal>,
-    results: Vec<StorePath>,
+    /// The job's results, where it knows all of them by itself.
+    results: Option<Vec<StorePath>>,
 }
 
 impl StoreWatch {
@@ -85,9 +86,10 @@ impl StoreWatch {
         }
     }
 
-    /// Names paths that are the job's results whichever process built them: their closure goes to the cache.
-    pub(crate) fn add_results(&mut self, paths: impl IntoIterator<Item = StorePath>) {
-        self.results.extend(paths);
+    /// Names the paths that are the job's results, all of them, whichever process built them: their closure goes to the
+    /// cache. What its processes name then tells nothing more.
+    pub(crate) fn set_results(&mut self, paths: impl IntoIterator<Item = StorePath>) {
+        self.results = Some(paths.into_iter().collect());
     }
 }
 
@@ -146,7 +148,7 @@ impl Session<'_> {
             begun: SystemTime::now(),
             stream,
             presence,
-            results: Vec::new(),
+            results: None,
         })
     }
 
@@ -305,9 +307,11 @@ impl Session<'_> {
             results,
             ..
         } = watch;
+        let knows_results = results.is_some();
+        let results = results.unwrap_or_default();
         let collecting = AddedPaths::collect(&ownership, (folder, begun), results);
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
-        let (added_paths, is_complete) = match timeout_at(limit, collecting).await {
+        let (mut added_paths, is_complete) = match timeout_at(limit, collecting).await {
             Ok(Ok(added_paths)) => (added_paths, true),
             Ok(Err(error)) => (
                 self.record_unread_store(&error.to_string(), remedy(&error)),
@@ -318,6 +322,10 @@ impl Session<'_> {
                 false,
             ),
         };
+        if knows_results {
+            // Nix's own calls are short, and some end before it can be read what they named.
+            added_paths.unread_processes = 0;
+        }
         let mut publication = match stream {
             Some(stream) => {
                 let added_paths = (&added_paths, is_complete);

@@ -149,7 +149,7 @@ impl FlakeChecks<'_> {
         let spent = span.end().await;
         if let Some(watch) = &mut watch {
             let results = paths_in_store(&ran, watch.store());
-            watch.add_results(results);
+            watch.set_results(results);
         }
         let job = self
             .publish(
