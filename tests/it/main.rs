@@ -14,6 +14,7 @@ mod definitions;
 mod explain;
 mod flake_checks;
 mod house;
+mod init;
 mod matrix;
 mod nix_job;
 mod publish;

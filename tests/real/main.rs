@@ -25,6 +25,7 @@ mod environment;
 mod flake_checks;
 mod greedy;
 mod harness;
+mod init;
 mod install;
 mod journal;
 mod lint;

@@ -174,6 +174,18 @@ impl Caller {
         self.with_env("FLYWHEEL_CHECKOUT", export.to_str().unwrap())
     }
 
+    /// Has another repository, such as `actions/cache@v4`, hold these files alone: by name, with their text.
+    pub fn with_repository(mut self, name: &str, files: &[(&str, String)]) -> Self {
+        let folder = self.folder.path().join("others").join(name);
+        for (file, text) in files {
+            let file = folder.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        }
+        self.repositories.insert(name.to_owned(), folder);
+        self
+    }
+
     /// Adds a flake, and beside it the static busybox that its derivations can build with, as `./bin`.
     pub fn with_flake(self, flake: &str) -> Self {
         let busybox = need("busybox", "apt-get install busybox-static");
