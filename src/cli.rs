@@ -160,7 +160,7 @@ mod tests {
     }
 
     /// Values of every kind that an input can have.
-    const SAMPLES: [&str; 15] = [
+    const SAMPLES: [&str; 16] = [
         "1",
         "true",
         "x",
@@ -176,6 +176,7 @@ mod tests {
         "secret hello-* a reason",
         "2.31.2",
         "https://host.example/ main:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
+        "octo-org/flywheel@main",
     ];
 
     #[test]

@@ -209,11 +209,7 @@ fn key(env: &Env) -> String {
         .iter()
         .map(|name| format!("{:?}", env.get(name)))
         .collect();
-    Sha256::digest(text.join("\n"))
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex::encode(&Sha256::digest(text.join("\n"))[..8])
 }
 
 #[cfg(test)]
