@@ -96,7 +96,8 @@ pub(super) struct Evidence {
     need: BTreeSet<StorePath>,
     /// Whether it is known of every process of this job what it named.
     is_complete: bool,
-    /// Of how many Nix processes it is not known what they named for this job, where nothing listens to its daemon.
+    /// Of how many Nix processes it is not known what they named for this job, where nothing listens to its daemon, or did not
+    /// until the end.
     pub(super) unread_processes: usize,
     /// Whether a path that was added after the mark may be another job's.
     others_at_work: bool,
@@ -122,12 +123,12 @@ impl Ownership {
         }
         let is_alone = !(neighbours.are_beside() || neighbours.sharing.is_shared());
         let (is_complete, unread_processes) = match &self.daemon_names {
-            Some(names) => (names.is_complete().await, 0),
-            None => {
+            Some(names) if names.is_complete().await => (true, 0),
+            names => {
                 // Where no other job is, the names of a process without an owner are the job's, below.
                 let ownerless = self.temp_roots.ownerless();
                 let unread = self.temp_roots.unread() + if is_alone { 0 } else { ownerless };
-                (unread == 0, unread)
+                (names.is_none() && unread == 0, unread)
             }
         };
         let mut need = BTreeSet::new();
@@ -195,6 +196,18 @@ impl Evidence {
                 shared: why.clone(),
             }),
         }
+    }
+
+    /// Of paths that were added after the mark, those that are the job's by now, and those that are so unless a job beside
+    /// this one claims them: it records what it names a moment later, while a path may be read at once.
+    pub(super) fn split_own(&self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
+        let mut own = infos;
+        own.retain(|info| self.decide(info, Registered::AfterMark) == Decision::Publish);
+        let is_unclaimed = |info: &PathInfo| {
+            self.others_at_work && self.is_complete && !self.need.contains(&info.path)
+        };
+        let (unclaimed, own) = own.into_iter().partition(is_unclaimed);
+        (own, unclaimed)
     }
 
     /// Whether a path that was added after the mark is this job's alone, so that no other job misses it: this one has
@@ -378,6 +391,32 @@ mod tests {
             is_ambiguous(&addressed("secret")),
             "another repository's file"
         );
+    }
+
+    #[test]
+    fn what_only_the_absence_of_a_claim_gives_to_the_job_waits_for_one() {
+        let infos = || vec![built("x", "x.drv"), built("y", "y.drv")];
+        let names = |infos: &[PathInfo]| -> Vec<StorePath> {
+            infos.iter().map(|info| info.path.clone()).collect()
+        };
+        let split = |evidence: &Evidence| {
+            let (own, unclaimed) = evidence.split_own(infos());
+            (names(&own), names(&unclaimed))
+        };
+        let mut evidence = Evidence {
+            need: BTreeSet::from([path("x")]),
+            ..alone()
+        };
+        assert_eq!(split(&evidence), (vec![path("x")], vec![path("y")]));
+        evidence.claimed.insert(path("y").base_name().to_owned());
+        assert_eq!(split(&evidence), (vec![path("x")], vec![]));
+        // Where no claim could be believed, or no other job is, none is waited for.
+        let both = (vec![path("x"), path("y")], vec![]);
+        evidence.is_complete = false;
+        assert_eq!(split(&evidence), both);
+        evidence.is_complete = true;
+        evidence.others_at_work = false;
+        assert_eq!(split(&evidence), both);
     }
 
     #[test]
