@@ -203,16 +203,26 @@ impl Session<'_> {
         })
     }
 
-    /// The link in front of the daemon's socket, where the job's commands are started by this process and reach the store
-    /// through a daemon. Root's commands do not, and a proxy of root's would lend its rights to every client.
+    /// The link in front of the daemon's socket, where the job's commands get it and reach the store through a daemon.
+    /// Root's commands do not, and a proxy of root's would lend its rights to every client.
     fn daemon_proxy(&self, prepared: &Prepared, starts_commands: bool) -> Option<DaemonProxy> {
         let opened = prepared.in_force.as_ref()?.opened.as_ref()?;
         let is_user = !rustix::process::geteuid().is_root();
-        if !is_user || !starts_commands || opened.url != "daemon" {
+        let have_commands_link = starts_commands || self.lasting_link.is_some();
+        if !is_user || !have_commands_link || opened.url != "daemon" {
             return None;
         }
         let socket = daemon_socket(&prepared.nix());
-        let proxy = DaemonProxy::prepare(&socket, self.private(), self.env, self.sink.clone());
+        let prepare = |socket: &Path, folder: &Path| {
+            DaemonProxy::prepare(socket, folder, self.env, self.sink.clone())
+        };
+        let proxy = match &self.lasting_link {
+            Some(link) => link
+                .make(&socket)
+                .map_err(ProxyError::Link)
+                .and_then(|daemon| prepare(&daemon, link.folder())),
+            None => prepare(&socket, self.private()),
+        };
         let failed = |error: &ProxyError| {
             let text = format!("{error}; beside another job, paths of this one may be ambiguous");
             self.sink.degraded("publication", text);
