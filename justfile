@@ -54,6 +54,11 @@ lint:
     cargo clippy --locked --workspace --all-targets -- -D warnings
     scripts/lint.sh
 
+# Build the site of docs/ into target/site
+site:
+    scripts/bootstrap.sh runner
+    target/tools/bin/mkdocs build --strict
+
 # Sizes, comments, words and visibility of the code, with their goals
 figures *options:
     scripts/bootstrap.sh runner

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks everything that the compiler does not: workflows and actions against their schemas and zizmor's most
 # pedantic rules, every shell script and every `run:` block with shellcheck, the dependencies' licences, sources and
-# versions, the spelling.
+# versions, the spelling, and the site of docs/, which has to build without a warning.
 # A missing tool is a failure (69) that says how to get it, never a skip.
 set -euo pipefail
 
@@ -9,7 +9,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd "$root"
 export PATH=$root/target/tools/bin:$PATH
 
-for tool in zizmor check-jsonschema shellcheck cargo-deny typos; do
+for tool in zizmor check-jsonschema shellcheck cargo-deny typos mkdocs; do
   command -v "$tool" >/dev/null || {
     echo "lint: \`$tool\` is missing; scripts/bootstrap.sh tools installs it" >&2
     exit 69
@@ -34,6 +34,7 @@ echo "lint: ${#workflows[@]} workflows, ${#actions[@]} actions, ${#scripts[@]} s
 [ ${#workflows[@]} -gt 0 ] && [ ${#actions[@]} -gt 0 ] && [ ${#scripts[@]} -gt 0 ]
 
 typos
+mkdocs --quiet build --strict
 # Their licences are in the sources that cargo has fetched. Advisories take a database from the network: ci.yml.
 cargo fetch --quiet --locked
 cargo-deny --offline --log-level error check bans licenses sources

@@ -1,5 +1,7 @@
 //! `flywheel reference`: every verb, flag, variable, default, output and exit code, as the program defines them.
 
+mod files;
+
 use clap::Args;
 
 use crate::cli;
@@ -8,7 +10,7 @@ use crate::inputs::{Format, FormatInput};
 use flywheel_core::exit::{Exit, VerbError};
 use flywheel_sys::runner::workflow::{data, json_data};
 
-/// Print every verb with its flags, variables, defaults and outputs, and the exit codes.
+/// Print every verb with its flags, variables, defaults and outputs, the exit codes, files and metrics.
 ///
 /// As text it is a page in Markdown, which `docs/reference.md` holds. The JSON is a list of verbs with the same facts.
 #[derive(Args, Debug)]
@@ -33,7 +35,7 @@ pub(crate) async fn run(inputs: Inputs) -> Result<Exit, VerbError> {
 const BEFORE: &str = "\
 # Reference
 
-Every verb with its flags, variables, defaults and outputs, and the exit codes. `flywheel reference`
+Every verb with its flags, variables, defaults and outputs, the exit codes, files and metrics. `flywheel reference`
 prints this page from the program's own definitions.
 
 Each flag can be given as a variable, too; a flag goes before its variable. An empty value counts as not
@@ -52,7 +54,7 @@ fn page(verbs: &[Verb]) -> String {
     [BEFORE.to_owned()]
         .into_iter()
         .chain(verbs)
-        .chain([exit_codes()])
+        .chain([exit_codes(), files::page()])
         .collect::<Vec<_>>()
         .join("\n")
 }

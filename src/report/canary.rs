@@ -9,6 +9,38 @@ use serde_json::{Value, json};
 use flywheel_core::disk::Room;
 use flywheel_core::text::{count, one_line, shorten};
 
+/// The metrics, each with its meaning, in the order in which they are written.
+pub(crate) const METRICS: [(&str, &str); 7] = [
+    (
+        "flywheel_builder_healthy",
+        "Whether every required check of the canary holds.",
+    ),
+    (
+        "flywheel_builder_check_success",
+        "Whether a check of the canary holds.",
+    ),
+    (
+        "flywheel_builder_check_duration_seconds",
+        "How long a check took.",
+    ),
+    (
+        "flywheel_builder_cold_start_seconds",
+        "From the start to the end of the first build.",
+    ),
+    (
+        "flywheel_builder_disk_free_bytes",
+        "What an ordinary user may still write to a disk that jobs write to.",
+    ),
+    (
+        "flywheel_builder_disk_free_inodes",
+        "How many files such a disk still takes, where the number is fixed.",
+    ),
+    (
+        "flywheel_builder_last_run_timestamp_seconds",
+        "When the canary last ended.",
+    ),
+];
+
 /// GitHub refuses longer texts of a Check Run (65,535 characters).
 const TEXT_LIMIT: usize = 60_000;
 
@@ -312,50 +344,22 @@ impl Canary {
         let single = |value: String| vec![(String::new(), value)];
         let passed = |check: &Check| i32::from(check.verdict == Verdict::Passed).to_string();
         let seconds = |time: Duration| format!("{:.6}", time.as_secs_f64());
-        let families = [
-            (
-                "flywheel_builder_healthy",
-                "Whether every required check of the canary holds.",
-                single(i32::from(self.healthy()).to_string()),
-            ),
-            (
-                "flywheel_builder_check_success",
-                "Whether a check of the canary holds.",
-                ran.clone()
-                    .map(|check| (labels(check), passed(check)))
-                    .collect(),
-            ),
-            (
-                "flywheel_builder_check_duration_seconds",
-                "How long a check took.",
-                ran.map(|check| (labels(check), seconds(check.took)))
-                    .collect(),
-            ),
-            (
-                "flywheel_builder_cold_start_seconds",
-                "From the start to the end of the first build.",
-                self.cold_start
-                    .map(|cold| single(seconds(cold)))
-                    .unwrap_or_default(),
-            ),
-            (
-                "flywheel_builder_disk_free_bytes",
-                "What an ordinary user may still write to a disk that jobs write to.",
-                self.of_disks(|room| Some(room.free)),
-            ),
-            (
-                "flywheel_builder_disk_free_inodes",
-                "How many files such a disk still takes, where the number is fixed.",
-                self.of_disks(|room| Some(room.inodes?.free)),
-            ),
-            (
-                "flywheel_builder_last_run_timestamp_seconds",
-                "When the canary last ended.",
-                single(self.ended_at.to_string()),
-            ),
+        let samples = [
+            single(i32::from(self.healthy()).to_string()),
+            ran.clone()
+                .map(|check| (labels(check), passed(check)))
+                .collect(),
+            ran.map(|check| (labels(check), seconds(check.took)))
+                .collect(),
+            self.cold_start
+                .map(|cold| single(seconds(cold)))
+                .unwrap_or_default(),
+            self.of_disks(|room| Some(room.free)),
+            self.of_disks(|room| Some(room.inodes?.free)),
+            single(self.ended_at.to_string()),
         ];
         let mut text = String::new();
-        for (name, help, samples) in &families {
+        for ((name, help), samples) in METRICS.iter().zip(&samples) {
             self.family(&mut text, name, help, samples);
         }
         text

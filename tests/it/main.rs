@@ -11,6 +11,7 @@ mod cli;
 mod contract;
 mod daemon_proxy;
 mod definitions;
+mod docs;
 mod explain;
 mod flake_checks;
 mod house;

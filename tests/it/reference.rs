@@ -41,6 +41,9 @@ fn the_reference_names_everything() {
         "`FLYWHEEL_CACHE_DIR`",
         "`not-started`",
         "| 69 |",
+        "## Files",
+        "`/nix/var/flywheel/installed.json`",
+        "| `flywheel_builder_healthy` |",
     ] {
         assert!(page.contains(needed), "{needed}");
     }

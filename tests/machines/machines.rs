@@ -7,7 +7,7 @@ pub(crate) enum Story {
     Demo,
     /// `validate-builders`.
     Canary,
-    /// The README's own workflow under act.
+    /// The workflow of the machine's page in docs/start under act.
     Workflow,
     /// `flake-checks` with a token, while GitHub's API does not answer.
     Checks,
@@ -177,6 +177,24 @@ pub(crate) const MACHINES: &[Machine] = &[
         Story::Workflow,
         Passes(&[
             "`sudo` makes `/nix`",
+            "1 built, 2 published, 2 verified, 0 lost",
+            "Job succeeded",
+        ]),
+    ),
+    told(
+        "pod",
+        Story::Workflow,
+        Passes(&[
+            "Nix is installed by closure",
+            "1 built, 2 published, 2 verified, 0 lost",
+            "Job succeeded",
+        ]),
+    ),
+    told(
+        "own-host",
+        Story::Workflow,
+        Passes(&[
+            "Nix is installed by closure",
             "1 built, 2 published, 2 verified, 0 lost",
             "Job succeeded",
         ]),

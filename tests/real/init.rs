@@ -39,15 +39,11 @@ fn a_workflow_of_init_publishes_and_the_next_runner_builds_nothing() {
     let flake = FLAKE.replace(outputs, "checks.${system} = { inherit lib app; };");
     let caller = Caller::new("").with_flake(&flake);
     let kept = caller.folder().join("kept");
+    let restore = keeper(r#"if [ -d "$KEPT" ]; then cp -a "$KEPT" "$WHAT"; fi"#);
+    let save = keeper(r#"rm -rf "$KEPT"; cp -a "$WHAT" "$KEPT""#);
     let files = [
-        (
-            "restore/action.yml",
-            keeper(r#"if [ -d "$KEPT" ]; then cp -a "$KEPT" "$WHAT"; fi"#),
-        ),
-        (
-            "save/action.yml",
-            keeper(r#"rm -rf "$KEPT"; cp -a "$WHAT" "$KEPT""#),
-        ),
+        ("restore/action.yml", &*restore),
+        ("save/action.yml", &*save),
     ];
     let caller = caller.with_repository(
         "actions/cache@0057852bfaa89a56745cba8c7296529d2fc39830",

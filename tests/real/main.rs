@@ -20,6 +20,7 @@ mod crates;
 mod destination;
 mod disk;
 mod dist;
+mod docs;
 mod elsewhere;
 mod environment;
 mod flake_checks;

@@ -37,7 +37,7 @@ for file in flywheel busybox; do : >"fly/$file"; done
 mount --bind "$flywheel" fly/flywheel
 mount --bind "$tools/nix-2.34.8/usr/bin/busybox" fly/busybox
 cp -r "$repository/examples/hello" fly/hello
-cp "$repository/README.md" fly/
+cp -r "$repository/docs" fly/
 # This checkout as a workflow uses it, with the binary that is tried, and act.
 if [ -d "$repository/target/machines/checkout" ]; then
   mkdir fly/checkout
@@ -101,7 +101,7 @@ if [ "$SUDO" = yes ]; then
   for kind in auth account session; do echo "$kind required pam_permit.so"; done >etc/pam.d/sudo
 fi
 cat >fly/machine <<END_OF_MACHINE
-USER_NAME=$USER_NAME USER_ID=$USER_ID USER_HOME=$USER_HOME HOME_FOLDER=$HOME_FOLDER DAEMON=$DAEMON FULL=$FULL EVENT=$EVENT
+USER_NAME=$USER_NAME USER_ID=$USER_ID USER_HOME=$USER_HOME HOME_FOLDER=$HOME_FOLDER DAEMON=$DAEMON FULL=$FULL EVENT=$EVENT PAGE=$PAGE
 END_OF_MACHINE
 
 leave_host /fly/busybox

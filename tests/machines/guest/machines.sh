@@ -18,10 +18,11 @@ extra-sandbox-paths = /bin/sh=/fly/busybox'
 #   FULL          whether the folders for temporary files, the system's and the runner's, are full
 #   EVENT         the payload of the event: file, or fifo
 #   GIT           whether git is there, if the Debian has it
+#   PAGE          the page of docs/start whose workflow runs there
 #   NIXBLD        whether the group of the build users is there
 describe() {
   DEBIAN= USER_NAME=alice NIX_FOLDER=absent NAMESPACES=allowed SUDO=no DAEMON=none SETTINGS= HOME_FOLDER=set FULL=no
-  EVENT=file NIXBLD=yes GIT=yes
+  EVENT=file NIXBLD=yes GIT=yes PAGE=hosted
   case $1 in
     # Without Nix, and with sudo, as GitHub's runners are.
     debian-12-sudo) DEBIAN=debian-12 SUDO=yes ;;
@@ -29,6 +30,9 @@ describe() {
     debian-sid-sudo) DEBIAN=debian-sid SUDO=yes ;;
     # The closure is made of Debian's Nix, whose sandbox has a shell that only Debian's package brings; upstream's has its own.
     hosted-runner) DEBIAN=debian-12 SUDO=yes SETTINGS='sandbox-paths = /bin/sh=/fly/busybox' ;;
+    # A runner's pod, with a volume at /nix and nothing else; and a host whose root follows docs/start/host.md.
+    pod) DEBIAN=debian-12 NIX_FOLDER="everyone's" NAMESPACES=sysctl PAGE=pods ;;
+    own-host) DEBIAN=debian-12 NAMESPACES=sysctl PAGE=host ;;
     sudo-without-namespaces) DEBIAN=debian-12 SUDO=yes NAMESPACES=sysctl ;;
     # Without Nix, as root.
     debian-12-root) DEBIAN=debian-12 USER_NAME=root ;;

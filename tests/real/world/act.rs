@@ -24,9 +24,11 @@ pub const CALLER: &str = "octo-org/app";
 /// The binary's name in `dist/`.
 pub const BINARY: &str = "flywheel-x86_64-linux";
 /// The `bash` and the `sh` that act finds. In a mount namespace of the step's own it gives back the terminals that were
-/// taken from act, because Nix needs them to build, and then becomes the real shell.
+/// taken from act, because Nix needs them to build, and then becomes the real shell. A step may have put folders before
+/// theirs on `PATH`.
 const SHELL: &str = r#"#!/bin/sh
-PATH=${PATH#*:}
+own=${0%/*}
+PATH=${PATH%%"$own":*}${PATH#*"$own":}
 exec unshare --mount --propagation private sh -c 'umount /dev/ptmx && exec "$0" "$@"' "${0##*/}" "$@"
 "#;
 
@@ -53,6 +55,8 @@ runs:
 pub struct Caller {
     folder: TempDir,
     secrets: BTreeMap<String, String>,
+    /// The variables of the repository, `vars`.
+    variables: BTreeMap<String, String>,
     environment: BTreeMap<String, String>,
     /// Other repositories, by `owner/name@ref`, and where they lie.
     repositories: BTreeMap<String, PathBuf>,
@@ -139,6 +143,7 @@ impl Caller {
         let caller = Self {
             folder,
             secrets: BTreeMap::new(),
+            variables: BTreeMap::new(),
             environment: BTreeMap::new(),
             repositories: BTreeMap::new(),
             limit: Duration::from_secs(180),
@@ -174,15 +179,21 @@ impl Caller {
         self.with_env("FLYWHEEL_CHECKOUT", export.to_str().unwrap())
     }
 
-    /// Has another repository, such as `actions/cache@v4`, hold these files alone: by name, with their text.
-    pub fn with_repository(mut self, name: &str, files: &[(&str, String)]) -> Self {
-        let folder = self.folder.path().join("others").join(name);
+    /// Has another repository, named as in `uses: owner/name/…@ref` without the path, hold these files.
+    pub fn with_repository(mut self, name: &str, files: &[(&str, &str)]) -> Self {
+        let folder = self.folder.path().join("repositories").join(name);
         for (file, text) in files {
             let file = folder.join(file);
             fs::create_dir_all(file.parent().unwrap()).unwrap();
             fs::write(file, text).unwrap();
         }
         self.repositories.insert(name.to_owned(), folder);
+        self
+    }
+
+    /// Adds a variable of the repository, which workflows read as `vars`.
+    pub fn with_variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.insert(name.to_owned(), value.to_owned());
         self
     }
 
@@ -370,6 +381,9 @@ impl Caller {
             .arg("--action-cache-path")
             .arg(below("actions-cache"));
         command.args(["--actor", "octocat"]);
+        for (name, value) in &self.variables {
+            command.arg("--var").arg(format!("{name}={value}"));
+        }
         for (name, value) in event.facts() {
             command.arg("--env").arg(format!("{name}={value}"));
         }
@@ -428,7 +442,7 @@ impl Event {
 }
 
 /// This checkout as GitHub would hand it to a job: what Git tracks, with the binary under test in `dist/`.
-fn export(folder: &Path) {
+pub fn export(folder: &Path) {
     fs::create_dir(folder).unwrap();
     let git = need("git", "apt-get install git");
     let mut list = Command::new(git);

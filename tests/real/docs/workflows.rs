@@ -1,0 +1,116 @@
+//! The workflows of the pages that are marked `<!-- test: act -->`, as they stand there.
+
+use super::fences::Fence;
+use super::{OURS, flake, pages};
+use crate::world::act::{Caller, Ran};
+use crate::world::cache::Cache;
+
+/// Stand-ins for the halves of `actions/cache`: a folder is carried from run to run.
+const RESTORE: &str = r#"
+name: restore
+description: Brings the folder back.
+inputs: { path: { description: where }, key: { description: which }, restore-keys: { description: or which } }
+runs:
+  using: composite
+  steps:
+    - shell: sh
+      env: { FOLDER: "${{ inputs.path }}" }
+      run: if [ -d "$CARRIED/folder" ]; then mkdir -p "$FOLDER" && cp -a "$CARRIED/folder/." "$FOLDER/"; fi
+"#;
+const SAVE: &str = r#"
+name: save
+description: Takes the folder along.
+inputs: { path: { description: where }, key: { description: which } }
+runs:
+  using: composite
+  steps:
+    - shell: sh
+      env: { FOLDER: "${{ inputs.path }}" }
+      run: rm -rf "$CARRIED/folder" && cp -a "$FOLDER" "$CARRIED/folder"
+"#;
+
+/// The snippet as a whole workflow, with the names that act knows.
+fn whole(snippet: &str) -> String {
+    let indented = |by: usize| -> String {
+        let lines = snippet.lines();
+        lines
+            .map(|line| format!("{}{line}\n", " ".repeat(by)))
+            .collect()
+    };
+    let job = "jobs:\n  build:\n    runs-on: ubuntu-latest\n";
+    let text = if snippet.starts_with("- ") {
+        let checkout = "      - uses: actions/checkout@v4\n";
+        format!("{job}    steps:\n{checkout}{}", indented(6))
+    } else if snippet.starts_with("steps:") {
+        format!("{job}{}", indented(4))
+    } else {
+        snippet.to_owned()
+    };
+    let on = if text.contains("\non:") || text.starts_with("on:") {
+        ""
+    } else {
+        "on: push\n"
+    };
+    format!("{on}{text}").replace(OURS.0, OURS.1)
+}
+
+fn marked() -> Vec<Fence> {
+    let pages = pages().into_iter();
+    pages
+        .flat_map(|(_, fences)| fences)
+        .filter(|fence| fence.mark.as_deref() == Some("act"))
+        .collect()
+}
+
+fn caller(cache: &Cache, fence: &Fence, carried: &std::path::Path) -> Caller {
+    Caller::new(&whole(&fence.text))
+        .with_flake(&flake())
+        .with_secret("ATTIC_TOKEN", &cache.token)
+        .with_variable("ATTIC_SERVER", &format!("{}/", cache.url))
+        .with_variable("ATTIC_PUBLIC_KEY", &cache.key)
+        // A machine's hint, where the page names the server nowhere.
+        .with_env("ATTIC_SERVER", &format!("{}/", cache.url))
+        .with_env("CARRIED", carried.to_str().unwrap())
+        .with_repository(
+            "actions/cache@v4",
+            &[("restore/action.yml", RESTORE), ("save/action.yml", SAVE)],
+        )
+}
+
+fn run(caller: &Caller, place: &str) -> Ran {
+    let ran = caller.run(&caller.push("refs/heads/main"));
+    assert_eq!(ran.code, 0, "{place}: {}", ran.log());
+    let none = Vec::<String>::new();
+    assert_eq!(ran.left_processes, none, "{place}: {}", ran.log());
+    let log = ran.log();
+    // The last account, in a job of several steps.
+    let account = log.lines().rev().find(|line| line.contains(" lost"));
+    let account = account.unwrap_or_else(|| panic!("{place}: no account in:\n{log}"));
+    assert!(
+        account.contains(", 0 lost") && !account.contains("not publishing"),
+        "{place}: {account}\n{log}"
+    );
+    ran
+}
+
+#[test]
+fn every_workflow_that_is_marked_loses_nothing_and_the_next_run_builds_nothing() {
+    let marked = marked();
+    assert!(marked.len() >= 5, "only {} are marked", marked.len());
+    for fence in marked {
+        let (cache, carried) = (Cache::start(&[]), tempfile::tempdir().unwrap());
+        let mut caller = caller(&cache, &fence, carried.path());
+        let place = fence.place();
+        let first = run(&caller, &place).log();
+        assert!(
+            first.contains(" 3 built, ") || first.contains(" 2 built, "),
+            "{place}: it builds the flake:\n{first}"
+        );
+        caller.forget_store();
+        let second = run(&caller, &place).log();
+        let accounts = second.lines().filter(|line| line.contains(" verified"));
+        for account in accounts.filter(|line| line.contains(" built, ")) {
+            assert!(account.contains(" 0 built, "), "{place}:\n{second}");
+        }
+    }
+}
