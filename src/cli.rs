@@ -74,11 +74,18 @@ impl Cli {
         }
     }
 
-    /// The environment for the verb, with what it lacks for Nix and the journal.
+    /// The environment for the verb, with what it lacks for Nix and the journal. The inputs are checked first, since what
+    /// is lacking is made.
     ///
     /// # Errors
-    /// When what is lacking cannot be made up for.
+    /// When an input is wrong, or what is lacking cannot be made up for.
     pub(crate) fn environment(&self, env: Env) -> Result<Env, VerbError> {
+        match &self.verb {
+            Verb::NixJob(inputs) => inputs.check(&env)?,
+            Verb::FlakeChecks(inputs) => inputs.check(&env)?,
+            Verb::WatchStore(inputs) if inputs.is_watch() => inputs.check(&env)?,
+            _ => {}
+        }
         match self.verb {
             Verb::NixJob(_)
             | Verb::FlakeChecks(_)
@@ -94,7 +101,7 @@ impl Cli {
     /// thread is started.
     ///
     /// # Errors
-    /// When such a store cannot be had, or is of no use to the verb. The inputs are checked before anything is made.
+    /// When such a store cannot be had, or is of no use to the verb.
     pub(crate) fn enter_rootless_store(&self, env: &Env) -> Result<(), VerbError> {
         let works_on_store = matches!(
             self.verb,
@@ -104,19 +111,12 @@ impl Cli {
             return Ok(());
         };
         let (viewers, undone) = match &self.verb {
-            Verb::NixJob(inputs) => {
-                inputs.check(env)?;
-                (Viewers::Children, "the command was not run")
-            }
-            Verb::FlakeChecks(inputs) => {
-                inputs.check(env)?;
-                (Viewers::Children, "nothing was checked")
-            }
+            Verb::NixJob(_) => (Viewers::Children, "the command was not run"),
+            Verb::FlakeChecks(_) => (Viewers::Children, "nothing was checked"),
             Verb::Publish(inputs) if inputs.are_in_rootless_store(env) => {
                 (Viewers::Children, "nothing was published")
             }
             Verb::WatchStore(inputs) if inputs.is_watch() && !need.is_nix_there => {
-                inputs.check(env)?;
                 (Viewers::Others, "nothing is watched")
             }
             _ => return Ok(()),

@@ -92,6 +92,12 @@ impl NixInputs {
     /// When the version is not to be had in the way that is asked for.
     pub(crate) fn wanted(&self, own: Option<BinaryCache>) -> Result<Wanted, UsageError> {
         self.check_version()?;
+        if self.nix_daemon && self.nix_installer == Installer::Distro {
+            let problem = "has no use for the distribution's package (`nix-installer: distro`), which brings its own";
+            return Err(
+                UsageError::new("nix-daemon", problem).with_hint("Leave one of the two out.")
+            );
+        }
         Ok(Wanted {
             installer: self.nix_installer,
             version: self.nix_version.clone(),

@@ -169,14 +169,15 @@ impl DiskWatch {
         let low: Vec<DiskUse> = disks.into_iter().filter(DiskUse::was_low).collect();
         // What has come too fast for the handler. A full disk is reported as the cause.
         let is_cause = disk_full(&low, failed, false).is_some();
-        for disk in low.iter().filter(|_| !is_cause) {
-            warner.warn(disk).await;
-        }
+        // Read once: where the database is busy, that takes its time, and the job may have been asked to stop.
         let of_store = low.iter().find(|disk| disk.has_store);
         let own = match of_store {
             Some(disk) => warner.own_paths(disk).await,
             None => OwnPaths::default(),
         };
+        for disk in low.iter().filter(|_| !is_cause) {
+            warner.warn_with(disk, async || own.clone()).await;
+        }
         let ownership = warner.ownership.as_ref();
         let gone = ownership.map(|ownership| attempted.gone(&ownership.store));
         let gone = gone.unwrap_or_default();
@@ -210,10 +211,16 @@ impl Warner {
     }
 
     async fn warn(&self, disk: &DiskUse) {
+        self.warn_with(disk, async || self.own_paths(disk).await)
+            .await;
+    }
+
+    /// `own` gives the job's own paths, and is called only for a disk of which it has not warned.
+    async fn warn_with(&self, disk: &DiskUse, own: impl AsyncFnOnce() -> OwnPaths) {
         if !self.warned().insert(disk.name.clone()) {
             return;
         }
-        let own = self.own_paths(disk).await;
+        let own = own().await;
         let text = disk.warning(&own, self.may_reclaim);
         // It is an annotation once the command has ended. If the disk is the runner's own, that may be too late.
         self.screen

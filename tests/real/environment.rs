@@ -62,6 +62,11 @@ fn without_a_home_to_write_to_a_job_publishes_all_the_same() {
             "mkdir \"$TMPDIR/home\"; mount -t tmpfs -o ro,mode=755,uid=64321 none \"$TMPDIR/home\"; export HOME=$TMPDIR/home",
             "home` cannot be written to",
         ),
+        // What serves this folder answers nobody, like a server that is gone.
+        (
+            "mkdir -m 755 \"$TMPDIR/served\"; mkfifo \"$TMPDIR/pipe\"; exec 8<>\"$TMPDIR/pipe\"; mount -t autofs -o fd=8,pgrp=1,minproto=5,maxproto=5,indirect none \"$TMPDIR/served\"; export HOME=$TMPDIR/served/runner",
+            "served/runner` does not answer within 3 s",
+        ),
     ] {
         let cache = Cache::start(&["--private"]);
         let job = as_stranger(Job::new(&cache, BUILD), &format!("{unset}; {lines}"));

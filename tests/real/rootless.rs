@@ -310,3 +310,26 @@ must test ! -e /area/tools/flywheel-1000
 "#,
     );
 }
+
+#[test]
+fn it_is_taken_back_once_nothing_of_jobs_is_in_it() {
+    let ran = passed(
+        "2.34.8",
+        r#"
+nix_job 'echo kept > kept; nix-store --add kept' || exit 71
+must test -d $store
+step /fly/flywheel setup --undo >/out/refused 2>&1 && exit 72
+must grep 'jobs have put 1 store path there' /out/refused
+must test -d $store
+nix_job 'nix-store --gc' || exit 73
+step /fly/flywheel setup --undo || exit 74
+must test ! -e $store
+step /fly/flywheel setup --undo >/out/again || exit 75
+"#,
+    );
+    assert!(
+        ran.file("again").contains("nothing to take back"),
+        "{}",
+        ran.log
+    );
+}

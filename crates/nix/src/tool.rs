@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -351,7 +353,7 @@ pub fn find(env: &Env, places: &[PathBuf]) -> Option<FoundProgram> {
         .chain(places.iter().skip(1));
     folders
         .map(|folder| folder.join("nix"))
-        .find(|file| is_executable(file))
+        .find(|file| is_executable(file) && !is_of_another_user(file))
         .map(|program| FoundProgram {
             program,
             on_path: false,
@@ -371,6 +373,20 @@ pub fn on_path(env: &Env, name: &str) -> Option<PathBuf> {
 
 fn is_executable(file: &Path) -> bool {
     file.is_file() && rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok()
+}
+
+/// Whether an ordinary user other than this process's has the program, who could put anything in its place. Nobody has
+/// named it, so that it would be run unseen.
+fn is_of_another_user(file: &Path) -> bool {
+    let Ok(found) = fs::metadata(file) else {
+        return true;
+    };
+    let own = rustix::process::geteuid().as_raw();
+    // In a user namespace, root's files can be those of an id that stands for all that have none there.
+    let unmapped = fs::read_to_string("/proc/sys/kernel/overflowuid")
+        .ok()
+        .and_then(|id| id.trim().parse().ok());
+    ![Some(0), Some(own), unmapped].contains(&Some(found.uid()))
 }
 
 /// The job's environment without the variables that Nix has no use for and could leak.

@@ -135,14 +135,15 @@ async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> O
 async fn present(plan: &Plan, env: &Env) -> Found<Option<PathBuf>> {
     let found = find(env, &WELL_KNOWN.map(PathBuf::from));
     match found {
-        Some(found) if found.on_path => {
-            let text = found.program.display().to_string();
+        Some(found) => {
+            let place = match found.on_path {
+                true => "",
+                // The job looks in the same places.
+                false => " (not on `PATH`: `nix-job` repairs this)",
+            };
+            let text = format!("{}{place}", found.program.display());
             Ok((Some(found.program), text))
         }
-        Some(found) => Err(CheckFailure::new(
-            format!("Nix is at `{}`, and not on `PATH`", found.program.display()),
-            "Put its folder on `PATH` in the runner's image; `flywheel setup` and `nix-job` find it there.",
-        )),
         None => to_be_installed(plan, env).await,
     }
 }

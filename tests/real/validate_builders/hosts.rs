@@ -24,10 +24,11 @@ fn a_broken_toolchain_is_named() {
         "nix-on-path",
         "there is no Nix yet",
     );
-    broken(
+    repaired(
         "nix not on PATH",
         &Builder::new().run_by("env PATH=/nonexistent"),
-        "toolchain",
+        "nix-on-path",
+        "not on `PATH`",
     );
     let old = Builder::new().program("nix", "echo 'nix (Nix) 2.3.16'");
     assert!(

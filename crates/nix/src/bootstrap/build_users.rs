@@ -3,7 +3,13 @@
 
 use std::fs;
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::io::Errno;
 
 use flywheel_sys::untrusted_file::{self, Owner};
 
@@ -12,6 +18,9 @@ const GROUP: &str = "nixbld";
 const GROUP_NUMBER: u32 = 30_000;
 const USERS: u32 = 32;
 const LIMIT: u64 = 1 << 20;
+/// As long as `lckpwdf` waits.
+const LOCK_LIMIT: Duration = Duration::from_secs(15);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Where the lines are noted.
 fn note(nix: &Path) -> PathBuf {
@@ -45,6 +54,7 @@ impl Lines {
 /// # Errors
 /// When a file cannot be written to, or the numbers belong to others.
 pub(super) fn make(etc: &Path, nix: &Path) -> io::Result<()> {
+    let _alone = lock(etc)?;
     let groups = read(&etc.join("group"))?;
     if groups
         .lines()
@@ -80,6 +90,7 @@ pub(super) fn remove(etc: &Path, nix: &Path) -> io::Result<()> {
     if !note(nix).exists() {
         return Ok(());
     }
+    let _alone = lock(etc)?;
     let lines = Lines::new();
     for (name, added) in [("passwd", &lines.passwd), ("group", &lines.group)] {
         let file = etc.join(name);
@@ -95,6 +106,27 @@ pub(super) fn remove(etc: &Path, nix: &Path) -> io::Result<()> {
         }
     }
     fs::remove_file(note(nix))
+}
+
+/// Keeps `useradd` and its like from writing the same files until the lock is dropped, as they keep each other
+/// (`lckpwdf(3)`).
+fn lock(etc: &Path) -> io::Result<fs::File> {
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(etc.join(".pwd.lock"))?;
+    let until = Instant::now() + LOCK_LIMIT;
+    loop {
+        match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::AGAIN | Errno::ACCESS) if Instant::now() < until => {
+                thread::sleep(LOCK_PAUSE);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 fn read(file: &Path) -> io::Result<String> {
@@ -152,6 +184,40 @@ mod tests {
         remove(&etc, &nix).expect("taken back");
         assert_eq!(read(&etc.join("passwd")).expect("there"), passwd);
         assert_eq!(read(&etc.join("group")).expect("there"), group);
+    }
+
+    #[test]
+    fn nothing_is_written_while_another_program_has_the_lock() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let (etc, nix) = (folder.path().to_owned(), folder.path().join("nix"));
+        fs::create_dir_all(nix.join("var/flywheel")).expect("made");
+        for name in ["passwd", "group"] {
+            fs::write(etc.join(name), "").expect("written");
+        }
+        // The lock is a process's, so another one has to hold it.
+        let mut holder = std::process::Command::new("python3")
+            .args(["-c", "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.lockf(f,fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"])
+            .arg(etc.join(".pwd.lock"))
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("started");
+        let mut line = [0];
+        io::Read::read_exact(holder.stdout.as_mut().expect("piped"), &mut line).expect("locked");
+        let making = thread::spawn({
+            let etc = etc.clone();
+            move || make(&etc, &nix)
+        });
+        thread::sleep(10 * LOCK_PAUSE);
+        assert_eq!(read(&etc.join("group")).expect("there"), "");
+        drop(holder.stdin.take());
+        holder.wait().expect("ended");
+        making.join().expect("no panic").expect("made");
+        assert!(
+            read(&etc.join("group"))
+                .expect("there")
+                .contains("nixbld32")
+        );
     }
 
     #[test]

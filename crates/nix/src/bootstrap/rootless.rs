@@ -149,6 +149,11 @@ pub fn need(env: &Env) -> Option<Need> {
     }
 }
 
+/// The folder with the store that jobs of this user had shown to them as `/nix`, if there is one.
+pub(super) fn own_store(env: &Env) -> Option<PathBuf> {
+    Places::of_env(env).with_store()
+}
+
 /// Whether one of these paths, or what it links to, is in the store that an earlier step has left in this user's folder. Nix
 /// itself may have put another one elsewhere.
 pub fn holds(env: &Env, paths: &[PathBuf]) -> bool {

@@ -15,6 +15,7 @@ use super::build_users;
 use super::closure::{Manifest, Staging, StagingError};
 use super::install::sudo_call;
 use super::plan::Impossible;
+use super::rootless;
 use super::{Error, Host};
 use crate::db::Db;
 use crate::nar::unpack::remove_tree;
@@ -47,16 +48,61 @@ pub async fn undo(env: &Env) -> Result<String, Error> {
     let host = Host::current();
     let text = remove_alone(&host.nix, &host.etc).await?;
     let folder = give_back(&host, env).await?;
-    Ok(match (text, folder) {
-        (None, None) => format!(
+    let own = match rootless::own_store(env) {
+        Some(place) => Some(remove_own_store(&place).await?),
+        None => None,
+    };
+    let parts: Vec<String> = text.into_iter().chain(folder).chain(own).collect();
+    if parts.is_empty() {
+        return Ok(format!(
             "nothing to take back: Flywheel has installed no Nix at `{}`",
             host.nix.display()
-        ),
-        (text, folder) => {
-            let parts: Vec<String> = text.into_iter().chain(folder).collect();
-            parts.join("; ")
-        }
-    })
+        ));
+    }
+    Ok(parts.join("; "))
+}
+
+/// Removes the store of this user's own, which only his jobs see, as a whole.
+async fn remove_own_store(place: &Path) -> Result<String, Impossible> {
+    let nix = place.join("nix");
+    let failed = |problem: String| stuck(&nix, &problem);
+    let manifest = Manifest::read(&nix).map_err(|error| failed(error.to_string()))?;
+    let deadline = Instant::now() + LOCK_LIMIT;
+    let lock = Staging::lock(&nix, &mut Vec::new(), &Sink::silent(), deadline).await;
+    let _lock = lock.map_err(|error| not_alone(&nix, &error))?;
+    let ours = manifest.into_iter().flat_map(|manifest| manifest.paths);
+    let ours: BTreeSet<String> = ours.map(|path| path.to_string()).collect();
+    let valid = registered(&nix.join("var/nix")).map_err(|error| failed(error.to_string()))?;
+    let others: Vec<&String> = valid.iter().filter(|path| !ours.contains(*path)).collect();
+    if let Some(other) = others.first() {
+        let number = count(others.len() as u64, "store path");
+        let place = place.display();
+        return Err(Impossible {
+            obstacle: format!(
+                "the store in `{place}` is not taken back: jobs have put {number} there, such as `{other}`"
+            ),
+            remedy: format!(
+                "If nothing of it is wanted, and no job runs: `chmod -R u+w {place} && rm -rf {place}`."
+            ),
+        });
+    }
+    remove_tree(place).map_err(|error| failed(error.to_string()))?;
+    Ok(format!("removed the store in `{}`", place.display()))
+}
+
+/// All paths that a store's database has, those with unusable metadata included.
+fn registered(state: &Path) -> Result<Vec<String>, crate::db::Error> {
+    let file = Db::file(state);
+    if !file.exists() {
+        return Ok(Vec::new());
+    }
+    let added = Db::open(&file)?.added_after(0)?;
+    let readable = added
+        .rows
+        .into_iter()
+        .map(|(_, info)| info.path.to_string());
+    let unreadable = added.unreadable.into_iter().map(|one| one.path);
+    Ok(readable.chain(unreadable).collect())
 }
 
 fn stuck(nix: &Path, problem: &str) -> Impossible {
@@ -173,22 +219,11 @@ fn remove_installed(nix: &Path, manifest: &Manifest) -> io::Result<()> {
     Ok(())
 }
 
-/// All paths that the store's database has, those with unusable metadata included.
+/// All paths that the store's database has.
 fn valid_paths(nix: &Path, manifest: &Manifest) -> Result<Vec<String>, Impossible> {
     let state = nix.join("var/nix");
-    let file = Db::file(&state);
-    if !file.exists() {
-        return Ok(Vec::new());
-    }
-    match Db::open(&file).and_then(|database| database.added_after(0)) {
-        Ok(added) => {
-            let readable = added
-                .rows
-                .into_iter()
-                .map(|(_, info)| info.path.to_string());
-            let unreadable = added.unreadable.into_iter().map(|one| one.path);
-            Ok(readable.chain(unreadable).collect())
-        }
+    match registered(&state) {
+        Ok(paths) => Ok(paths),
         // A killed Nix leaves a new one without tables.
         Err(_) if !manifest.complete && manifest.folders.contains(&state) => Ok(Vec::new()),
         Err(error) => Err(stuck(nix, &error.to_string())),

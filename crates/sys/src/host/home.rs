@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::geteuid;
 
+use crate::host::answering;
 use crate::host::private::{PrivateError, PrivateFolder};
 
 /// The variables of freedesktop.org's base directory specification, and where each folder is below the home. The first
@@ -41,7 +42,40 @@ impl Home {
     ) -> Result<Self, PrivateError> {
         let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
         let id = geteuid().as_raw().to_string();
-        Self::find_by(variable, Entry::find(&users, &id).as_ref(), &id, base)
+        let entry = Entry::find(&users, &id);
+        let named = variable("HOME").map(PathBuf::from);
+        Self::find_answering(variable, named, entry, &id, base, answering::answers)
+    }
+
+    /// Where a home does not answer, neither Nix nor the job may come near it.
+    fn find_answering(
+        variable: impl Fn(&str) -> Option<OsString>,
+        named: Option<PathBuf>,
+        mut entry: Option<Entry>,
+        id: &str,
+        base: &Path,
+        answers: impl Fn(&Path) -> bool,
+    ) -> Result<Self, PrivateError> {
+        let dead = named.filter(|home| home.is_absolute() && !answers(home));
+        entry = entry.filter(|entry| match &dead {
+            Some(home) if *home == entry.home => false,
+            _ => answers(&entry.home),
+        });
+        let Some(dead) = dead else {
+            return Self::find_by(variable, entry.as_ref(), id, base);
+        };
+        let others = |name: &str| variable(name).filter(|_| name != "HOME");
+        let mut found = Self::find_by(others, entry.as_ref(), id, base)?;
+        let home = found.variables.iter().find(|(name, _)| *name == "HOME");
+        let home = home.map(|(_, home)| home.display().to_string());
+        found.note = Some(format!(
+            "`{}` does not answer within {} s, as where its server is gone: `{}` is the home for this job, its journal \
+             included",
+            dead.display(),
+            answering::LIMIT.as_secs(),
+            home.unwrap_or_default()
+        ));
+        Ok(found)
     }
 
     fn find_by(
@@ -216,6 +250,32 @@ mod tests {
         // A user without a name.
         let user = vec![("USER", "7".to_owned())];
         assert_eq!(find(Some(home.path()), None), (user, false));
+    }
+
+    #[test]
+    fn a_home_whose_server_is_gone_is_not_looked_at() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let gone = Path::new("/srv/gone");
+        let variable = |name: &str| (name == "HOME").then(|| gone.into());
+        let entry = Some(Entry { home: gone.into() });
+        let tries = std::cell::Cell::new(0);
+        let answers = |home: &Path| {
+            tries.set(tries.get() + 1);
+            home != gone
+        };
+        let found = Home::find_answering(
+            variable,
+            Some(gone.into()),
+            entry,
+            "7",
+            base.path(),
+            answers,
+        );
+        let found = found.expect("a folder can be made");
+        let (name, home) = &found.variables[0];
+        assert!(*name == "HOME" && Path::new(home).starts_with(base.path()));
+        assert!(found.note.is_some_and(|note| note.contains("/srv/gone")));
+        assert_eq!(tries.get(), 1, "each try takes seconds");
     }
 
     #[test]

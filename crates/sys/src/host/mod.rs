@@ -1,6 +1,7 @@
 //! The machine that this program runs on: control groups and memory, disks, the user's home, private temporary folders,
 //! inotify, thread priorities, and short blocking work. It reads and keeps; `budget` decides what follows.
 
+mod answering;
 pub mod disk;
 pub mod home;
 pub mod inline_blocking;
