@@ -434,6 +434,29 @@ mod tests {
         assert!(!evidence.is_own_alone(&own), "another may need it unseen");
     }
 
+    /// No daemon makes up for a name or for a row that vouches, however well it builds: see `docs/publication.md`.
+    #[test]
+    fn what_a_remote_builder_made_needs_a_signature_on_a_shared_host_and_what_nobody_named_stays() {
+        let evidence = shared(&["remote", "remote.drv"]);
+        let decide = |info: &PathInfo| evidence.decide(info, AfterMark);
+        let shared = || "the test".to_owned();
+        let not_vouched = Decision::Ambiguous(Doubt::NotVouched { shared: shared() });
+        // Its registration is that of an unsigned import.
+        assert_eq!(decide(&imported("remote", "remote.drv")), not_vouched);
+        let not_named = Decision::Ambiguous(Doubt::NotNamed { shared: shared() });
+        assert_eq!(decide(&built("around", "around.drv")), not_named);
+        let alone = Evidence {
+            sharing: Sharing::Alone(shared()),
+            ..self::shared(&["remote", "remote.drv"])
+        };
+        for info in [
+            imported("remote", "remote.drv"),
+            built("around", "around.drv"),
+        ] {
+            assert_eq!(alone.decide(&info, AfterMark), Decision::Publish);
+        }
+    }
+
     #[test]
     fn what_nobody_else_can_have_added_goes_and_what_was_there_before_may_be_planted() {
         let evidence = Evidence {
