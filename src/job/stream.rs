@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::error::Error as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -112,7 +112,7 @@ impl JobJournal {
         plan: &Plan,
         publishes: bool,
         is_ci: bool,
-        mark: &Mark,
+        (mark, state): (&Mark, PathBuf),
         sink: &Sink,
     ) -> Self {
         let Some(folder) = plan.journal.clone() else {
@@ -120,7 +120,7 @@ impl JobJournal {
         };
         let cache = plan.source.identity().filter(|_| publishes);
         let (is_wanted, mark) = (cache.is_some(), mark.id());
-        let opening = spawn_blocking(move || open_in(&folder, cache.as_deref(), mark));
+        let opening = spawn_blocking(move || open_in(&folder, &state, cache.as_deref(), mark));
         let problem = match timeout(OPEN_LIMIT, opening).await {
             Ok(Ok(Ok(mut opened))) => {
                 if !is_ci {
@@ -151,10 +151,11 @@ impl JobJournal {
 
 fn open_in(
     folder: &Path,
+    state: &Path,
     cache: Option<&str>,
     mark: Option<i64>,
 ) -> Result<JobJournal, journal::Error> {
-    let folder = Folder::open(folder)?;
+    let folder = Folder::open(folder, state)?;
     let left = match cache {
         Some(cache) => folder.left(cache)?,
         None => Left::default(),
