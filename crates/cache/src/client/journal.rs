@@ -66,6 +66,8 @@ pub struct Folder {
     path: PathBuf,
     /// The state folder of the store.
     store: String,
+    /// The path whose id is the job's mark.
+    marked: Option<StorePath>,
 }
 
 /// A job's journal. Cheap to clone; the default one writes nothing.
@@ -95,10 +97,12 @@ pub struct Closed {
 }
 
 /// The store's growth during a job that has died, for which the job did not account: what was registered after `mark`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unaccounted {
     /// An id in Nix's database.
     pub mark: i64,
+    /// The path that had this id. Where another one has it, the store is a new one in the place of the job's.
+    pub marked: Option<StorePath>,
     /// Where another job's account begins.
     pub until: Option<Until>,
     /// When the job began (seconds since 1970).
@@ -120,11 +124,12 @@ pub struct Left {
 }
 
 impl Folder {
-    /// Opens the folder, and creates it (0700) if it does not exist. `store` is the state folder of the job's store.
+    /// Opens the folder, and creates it (0700) if it does not exist. `store` is the state folder of the job's store, and
+    /// `marked` the path whose id is the job's mark, if there is one.
     ///
     /// # Errors
     /// When it cannot be created, or others can write in it.
-    pub fn open(folder: &Path, store: &Path) -> Result<Self, Error> {
+    pub fn open(folder: &Path, store: &Path, marked: Option<StorePath>) -> Result<Self, Error> {
         let system = |source| Error::System {
             folder: folder.to_owned(),
             source,
@@ -141,6 +146,7 @@ impl Folder {
         Ok(Self {
             path: folder.to_owned(),
             store: store.display().to_string(),
+            marked,
         })
     }
 
@@ -198,7 +204,12 @@ impl Folder {
             syncing: None,
             problem: Mutex::default(),
         };
-        open.write(&Entry::begin(cache, &self.store, mark, now()))?;
+        open.write(&Entry::begin(
+            cache,
+            &self.store,
+            (mark, self.marked.as_ref()),
+            now(),
+        ))?;
         fs::rename(&draft, &open.path)?;
         let sync = move || {
             // A new file survives a crash only after its folder has been synced.
@@ -365,6 +376,7 @@ impl Left {
             let unaccounted = read.unaccounted().filter(|_| !is_old);
             self.unaccounted.extend(unaccounted.map(|mark| Unaccounted {
                 mark,
+                marked: read.marked.clone(),
                 until: read.until,
                 since: begun,
             }));

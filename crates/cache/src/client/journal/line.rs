@@ -67,17 +67,26 @@ struct Begin {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     store: Option<String>,
     mark: Option<i64>,
+    /// The path with that id, by its base name.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    marked: Option<String>,
     at: u64,
 }
 
 impl Entry {
-    pub(super) fn begin(cache: &str, store: &str, mark: Option<i64>, at: u64) -> Self {
+    pub(super) fn begin(
+        cache: &str,
+        store: &str,
+        (mark, marked): (Option<i64>, Option<&StorePath>),
+        at: u64,
+    ) -> Self {
         Self {
             begin: Some(Begin {
                 version: VERSION,
                 cache: cache.to_owned(),
                 store: Some(store.to_owned()),
                 mark,
+                marked: marked.map(|path| path.base_name().to_owned()),
                 at,
             }),
             ..Self::default()
@@ -145,6 +154,8 @@ pub(super) struct JournalContent {
     pub(crate) cache: Option<String>,
     store: Option<String>,
     pub(crate) mark: Option<i64>,
+    /// The path with that id.
+    pub(crate) marked: Option<StorePath>,
     pub(crate) begun: Option<u64>,
     /// The earliest beginning of another job.
     pub(crate) until: Option<Until>,
@@ -167,6 +178,8 @@ impl JournalContent {
         if let Some(begin) = entry.begin.filter(|begin| begin.version == VERSION) {
             (self.cache, self.store) = (Some(begin.cache), begin.store);
             (self.mark, self.begun) = (begin.mark, Some(begin.at));
+            let marked = begin.marked.as_deref().map(StorePath::from_base_name);
+            self.marked = marked.and_then(Result::ok);
         }
         self.ended |= entry.end;
         self.until = self.until.into_iter().chain(entry.until).min();

@@ -17,7 +17,12 @@ fn path(n: usize) -> StorePath {
 /// A folder that only we can write to.
 fn folder() -> (tempfile::TempDir, Folder) {
     let outer = tempfile::tempdir().expect("temporary folder");
-    let folder = Folder::open(&outer.path().join("a/journal"), Path::new(STORE)).expect("made");
+    let folder = Folder::open(
+        &outer.path().join("a/journal"),
+        Path::new(STORE),
+        Some(path(7)),
+    )
+    .expect("made");
     (outer, folder)
 }
 
@@ -54,7 +59,7 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
     ];
     for seed in 0..400 {
         let mut rng = Rng::with_seed(seed);
-        let mut text = Entry::begin(CACHE, STORE, Some(7), 1000).to_line();
+        let mut text = Entry::begin(CACHE, STORE, (Some(7), None), 1000).to_line();
         let header = text.len();
         // Each line's end in the file, its path and its state.
         let mut written: Vec<(usize, usize, Step)> = Vec::new();
@@ -160,6 +165,7 @@ fn the_next_job_takes_up_what_a_killed_one_left() {
     assert_eq!(names(&left), ["path-2", "path-3"]);
     assert_eq!(left.expected, [(41, vec![path(0)])]);
     let unaccounted = Unaccounted {
+        marked: Some(path(7)),
         since: left.unaccounted[0].since,
         mark: 41,
         until: None,
@@ -419,7 +425,7 @@ fn age_is_bounded_and_the_folder_private() {
     use std::os::unix::fs::PermissionsExt as _;
     fs::set_permissions(&folder.path, fs::Permissions::from_mode(0o770)).expect("set");
     assert!(matches!(
-        Folder::open(&folder.path, Path::new(STORE)),
+        Folder::open(&folder.path, Path::new(STORE), Some(path(7))),
         Err(Error::Untrusted(_))
     ));
 }
