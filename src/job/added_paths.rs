@@ -5,6 +5,9 @@ use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::time::SystemTime;
 
+use tokio::time::sleep;
+
+use super::daemon_names::CLAIM_LATENCY;
 use super::ownership::{Decision, Doubt, Ownership, Registered};
 use super::store_host::written_by;
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
@@ -49,7 +52,11 @@ impl AddedPaths {
         let found = store.added_since(&ownership.mark).await?;
         results.extend(store.result_links(folder, begun).await?);
         // After the paths were read: a job that added one of them has entered the registry by now.
-        let evidence = ownership.evidence(&results).await?;
+        let mut evidence = ownership.evidence(&results).await?;
+        if evidence.awaits_claims(&found.infos) {
+            sleep(CLAIM_LATENCY).await;
+            evidence = ownership.evidence(&results).await?;
+        }
         let mut collected = Self {
             unreadable: found.unreadable,
             store: Some(format!(

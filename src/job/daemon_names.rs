@@ -21,6 +21,8 @@ use flywheel_nix::store_path::StorePath;
 
 /// How often new names are recorded as this job's claims.
 const CLAIM_INTERVAL: Duration = Duration::from_millis(100);
+/// By when another job has recorded what it has named.
+pub(super) const CLAIM_LATENCY: Duration = CLAIM_INTERVAL.saturating_mul(3);
 
 /// The proxy of one job, and the task that records what passes it as this job's claims.
 #[derive(Debug)]

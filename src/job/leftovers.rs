@@ -92,6 +92,13 @@ async fn unaccounted(
     job: &Unaccounted,
     own: &Mark,
 ) -> Result<Vec<StorePath>, store::Error> {
+    // The ids of a store that was made anew in the old one's place, as in a new image, say nothing of the old ones.
+    let marked = store.path_at(&Mark::after_id(job.mark)).await?;
+    if let (Some(now), Some(then)) = (&marked, &job.marked)
+        && now != then
+    {
+        return Ok(Vec::new());
+    }
     let until = job.until.map(|until| until.id);
     let until = until.into_iter().chain(own.id()).min();
     let mut added = store.added_since(&Mark::after_id(job.mark)).await?.infos;

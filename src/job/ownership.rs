@@ -210,6 +210,16 @@ impl Evidence {
         (own, unclaimed)
     }
 
+    /// Whether a claim of a job beside this one would settle whose one of these paths is.
+    pub(super) fn awaits_claims(&self, infos: &[PathInfo]) -> bool {
+        let is_open = |info: &PathInfo| {
+            !info.path.is_derivation()
+                && !self.need.contains(&info.path)
+                && !self.claimed.contains(info.path.base_name())
+        };
+        self.others_at_work && self.is_complete && infos.iter().any(is_open)
+    }
+
     /// Whether a path that was added after the mark is this job's alone, so that no other job misses it: this one has
     /// named it, and no other one has.
     pub(super) fn is_own_alone(&self, info: &PathInfo) -> bool {
@@ -410,13 +420,18 @@ mod tests {
         assert_eq!(split(&evidence), (vec![path("x")], vec![path("y")]));
         evidence.claimed.insert(path("y").base_name().to_owned());
         assert_eq!(split(&evidence), (vec![path("x")], vec![]));
+        assert!(!evidence.awaits_claims(&infos()));
+        evidence.claimed.clear();
+        assert!(evidence.awaits_claims(&infos()));
         // Where no claim could be believed, or no other job is, none is waited for.
         let both = (vec![path("x"), path("y")], vec![]);
         evidence.is_complete = false;
         assert_eq!(split(&evidence), both);
+        assert!(!evidence.awaits_claims(&infos()));
         evidence.is_complete = true;
         evidence.others_at_work = false;
         assert_eq!(split(&evidence), both);
+        assert!(!evidence.awaits_claims(&infos()));
     }
 
     #[test]

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::error::Error as _;
-use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -22,7 +21,7 @@ use flywheel_core::progress::Sink;
 use flywheel_core::text::count;
 use flywheel_core::trust::PublishPermit;
 use flywheel_nix::path_info::PathInfo;
-use flywheel_nix::store::Mark;
+use flywheel_nix::store::{Mark, Store};
 use flywheel_nix::store_path::StorePath;
 use flywheel_nix::store_watcher::StoreWatcher;
 
@@ -112,15 +111,20 @@ impl JobJournal {
         plan: &Plan,
         publishes: bool,
         is_ci: bool,
-        mark: &Mark,
+        (mark, store): (&Mark, &Store),
         sink: &Sink,
     ) -> Self {
         let Some(folder) = plan.journal.clone() else {
             return Self::default();
         };
         let cache = plan.source.identity().filter(|_| publishes);
-        let (is_wanted, mark) = (cache.is_some(), mark.id());
-        let opening = spawn_blocking(move || open_in(&folder, cache.as_deref(), mark));
+        // Where it cannot be read, the mark is believed as it stands.
+        let marked = store.path_at(mark).await.unwrap_or_default();
+        let (is_wanted, mark, state) = (cache.is_some(), mark.id(), store.state());
+        let opening = spawn_blocking(move || {
+            let folder = Folder::open(&folder, &state, marked)?;
+            open_in(&folder, cache.as_deref(), mark)
+        });
         let problem = match timeout(OPEN_LIMIT, opening).await {
             Ok(Ok(Ok(mut opened))) => {
                 if !is_ci {
@@ -150,11 +154,10 @@ impl JobJournal {
 }
 
 fn open_in(
-    folder: &Path,
+    folder: &Folder,
     cache: Option<&str>,
     mark: Option<i64>,
 ) -> Result<JobJournal, journal::Error> {
-    let folder = Folder::open(folder)?;
     let left = match cache {
         Some(cache) => folder.left(cache)?,
         None => Left::default(),

@@ -115,8 +115,9 @@ impl Session<'_> {
             .permit()
             .filter(|_| self.plan.source.identity().is_some());
         let (publishes, is_ci) = (permit.is_some(), context::in_ci(self.env));
-        let mark = &ownership.mark;
-        let journal = JobJournal::open(self.plan, publishes, is_ci, mark, &self.sink).await;
+        let (mark, store) = (&ownership.mark, &ownership.store);
+        let journal =
+            JobJournal::open(self.plan, publishes, is_ci, (mark, store), &self.sink).await;
         let presence = permit.is_none().then(|| journal.journal.clone());
         // A path goes into the journal before it is valid: a job that is killed then leaves its name to the next. The
         // jobs beside this one learn of it at the same time.

@@ -2,6 +2,7 @@
 //! job on the host publishes.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -126,6 +127,22 @@ impl Host {
             text: text.concat(),
             outputs: fs::read_to_string(self.path("GITHUB_OUTPUT")).unwrap_or_default(),
             summary: fs::read_to_string(self.path("GITHUB_STEP_SUMMARY")).unwrap_or_default(),
+        }
+    }
+
+    /// Adds files to the store, outside of any job.
+    fn add(&self, names: &[&str]) {
+        let nix_store = need("nix-store", "apt-get install nix-bin");
+        for name in names {
+            fs::write(self.path(name), name).unwrap();
+            let mut command = with_private_nix(&self.path("nix"), &nix_store);
+            folders::isolate(&mut command, self.folder.path());
+            let added = command
+                .arg("--add")
+                .arg(self.path(name))
+                .env("PATH", PATH)
+                .status();
+            assert!(added.unwrap().success());
         }
     }
 
@@ -359,6 +376,49 @@ fn what_a_build_makes_after_flywheel_was_killed_is_the_next_jobs() {
         next.text
     );
     assert_eq!(host.journals(), Vec::<PathBuf>::new());
+}
+
+/// A runner whose home folder lasts longer than its store, such as one of a new image: the ids of the new store are not
+/// those that the killed job has marked.
+#[test]
+fn what_a_new_store_came_with_is_not_taken_for_a_killed_jobs() {
+    let (host, cache) = (Host::new(), Cache::start(&[]));
+    let access = Access::new(&cache);
+    host.add(&["old"]);
+    let job = Tracked(tracking());
+    let mut child = host.job(&access, &job.0, "sleep 60").spawn().unwrap();
+    let begun = processes::wait_until(Duration::from_secs(60), || !host.journals().is_empty());
+    assert!(begun);
+    processes::signal(i32::try_from(child.id()).unwrap(), Signal::KILL);
+    child.wait().unwrap();
+    job.kill();
+    // Without another store, what came after the mark is the killed job's.
+    for (names, taken) in [(&["image-1", "image-2"][..], false), (&["image-3"], true)] {
+        if !taken {
+            fs::rename(host.path("nix"), host.path("old-nix")).unwrap();
+            fs::create_dir(host.path("nix")).unwrap();
+        }
+        host.add(names);
+        let journal = host.journals().pop().unwrap();
+        let kept = fs::read(&journal).unwrap();
+        let next = host.run(&access, "true");
+        assert_eq!(next.output("lost"), "0", "{}", next.text);
+        let served = cache.names();
+        let is_served = |name: &&str| served.contains(&(*name).to_owned());
+        assert_eq!(
+            names.iter().any(is_served),
+            taken,
+            "{served:?}\n{}",
+            next.text
+        );
+        if !taken {
+            // The same once more, on the store that the killed job has marked.
+            fs::remove_dir_all(host.path("nix")).unwrap();
+            fs::rename(host.path("old-nix"), host.path("nix")).unwrap();
+            fs::write(&journal, kept).unwrap();
+            fs::set_permissions(&journal, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+    }
 }
 
 /// A job that publishes nothing has run since: what it added is not taken for the killed job's.

@@ -117,6 +117,18 @@ impl Db {
             .map_err(Error::Read)
     }
 
+    /// The path with this id, if it is valid and has been since it was given the id.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub(crate) fn path_of_id(&self, id: i64) -> Result<Option<String>, Error> {
+        let query = "select path from ValidPaths where id = ?";
+        self.connection
+            .query_row(query, [id], |row| row.get(0))
+            .optional()
+            .map_err(Error::Read)
+    }
+
     /// Returns what was registered after `id` and is still valid, with ids, oldest first. These are
     /// two quick queries over an index, so a watcher may poll often.
     ///
@@ -536,6 +548,9 @@ mod tests {
         let db = world.open();
         let mark = db.last_id().expect("read");
         let b = world.add("b", &[old]);
+        let at_mark = db.path_of_id(mark).expect("read");
+        assert_eq!(at_mark, Some(path("old").to_string()));
+        assert_eq!(db.path_of_id(9).expect("read"), None);
         world.add("a", &[b, old]);
         let Added {
             rows,

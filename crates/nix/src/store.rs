@@ -206,6 +206,18 @@ impl Store {
         self.db.is_ok().then(|| Db::file(&self.state()))
     }
 
+    /// The path whose id a mark is; `None` where it was deleted since, and without a readable database.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn path_at(&self, mark: &Mark) -> Result<Option<StorePath>, Error> {
+        let Some(id) = mark.id().filter(|_| self.db.is_ok()) else {
+            return Ok(None);
+        };
+        let path = self.query(move |db| db.path_of_id(id)).await?;
+        Ok(path.and_then(|path| path.parse().ok()))
+    }
+
     /// Marks the current state of the store.
     ///
     /// # Errors

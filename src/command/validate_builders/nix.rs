@@ -92,7 +92,10 @@ async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> O
     // It tells which paths of a shared store can be published here, and fails nothing.
     list.check(WRITERS, |_| async {
         let survey = survey(&nix, &plan.host, publishes, env).await;
-        Ok(((), format!("{survey}{}", daemon(&nix, plan).await)))
+        Ok((
+            (),
+            format!("{survey}{}", Box::pin(daemon(&nix, plan)).await),
+        ))
     })
     .await;
     list.check(TRUST, |_| trusted(&nix)).await;

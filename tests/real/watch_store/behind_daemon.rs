@@ -35,7 +35,7 @@ step() {
   done </out/$job/env
   (cd /area/$job && setpriv --reuid 1000 --regid 1000 --clear-groups --inh-caps=-all \
     env HOME=/home/alice USER=alice CI=true GITHUB_ACTIONS=true GITHUB_EVENT_NAME=push GITHUB_REF=refs/heads/main \
-    GITHUB_REPOSITORY=octo-org/app GITHUB_JOB=$job GITHUB_EVENT_PATH=/area/$job/event.json \
+    GITHUB_REPOSITORY=${REPOSITORY-octo-org/app} GITHUB_JOB=$job GITHUB_EVENT_PATH=/area/$job/event.json \
     GITHUB_ENV=/out/$job/env GITHUB_OUTPUT=/out/$job/outputs GITHUB_STEP_SUMMARY=/out/$job/summary \
     GITHUB_PATH=/out/$job/path RUNNER_TEMP=/area/$job/temp RUNNER_TRACKING_ID=github_$job RUNNER_ENVIRONMENT=self-hosted \
     FLYWHEEL_PUSH_CACHE=true FLYWHEEL_EMBEDDED_CACHE=/area/$job/cache "${variables[@]}" "$@")
@@ -119,6 +119,37 @@ fn two_jobs_at_once_publish_what_their_own_steps_named_and_miss_nothing() {
         let socket = "NIX_DAEMON_SOCKET_PATH=/nix/var/nix/daemon-socket/socket\n";
         assert_eq!(ran.file("one/given-back"), socket);
     }
+}
+
+#[test]
+fn beside_a_job_of_another_repository_only_what_the_own_steps_named_is_published() {
+    let ran = world(
+        VERSIONS[1],
+        r#"job one; job other
+        other() { REPOSITORY=octo-org/other "$@"; }
+        sed -i s,octo-org/app,octo-org/other, /area/other/event.json
+        other step other /fly/flywheel watch-store start >/out/other/start 2>&1
+        step one /fly/flywheel watch-store start >/out/one/start 2>&1
+        for n in 1 2 3; do build one one-$n & other build other other-$n; wait $!; done
+        echo secret >/area/secret; other step other nix-store --add /area/secret
+        step one /fly/flywheel watch-store finish >/out/one/finish 2>&1
+        served one >/out/one/served
+        other step other /fly/flywheel watch-store finish >/out/other/finish 2>&1
+        served other >/out/other/served"#,
+    );
+    for (job, names) in [
+        ("one", "one-1 one-2 one-3 "),
+        ("other", "other-1 other-2 other-3 secret "),
+    ] {
+        let log = ran.file(&format!("{job}/finish"));
+        assert_eq!(ran.file(&format!("{job}/served")), names, "{log}");
+        assert!(log.contains(", 0 lost"), "{job}\n{log}");
+    }
+    let summary = ran.file("one/summary");
+    assert!(
+        summary.contains("a job of octo-org/other worked on this store"),
+        "{summary}"
+    );
 }
 
 #[test]

@@ -59,9 +59,16 @@ pub enum Error {
     },
 }
 
-/// The folder of all journals of one user.
+/// The folder of all journals of one user, as a job on one store uses it. A mark is an id in that store's database, and says
+/// nothing of another one, so journals of jobs on other stores are left to jobs on those.
 #[derive(Clone, Debug)]
-pub struct Folder(PathBuf);
+pub struct Folder {
+    path: PathBuf,
+    /// The state folder of the store.
+    store: String,
+    /// The path whose id is the job's mark.
+    marked: Option<StorePath>,
+}
 
 /// A job's journal. Cheap to clone; the default one writes nothing.
 #[derive(Clone, Debug, Default)]
@@ -90,10 +97,12 @@ pub struct Closed {
 }
 
 /// The store's growth during a job that has died, for which the job did not account: what was registered after `mark`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unaccounted {
     /// An id in Nix's database.
     pub mark: i64,
+    /// The path that had this id. Where another one has it, the store is a new one in the place of the job's.
+    pub marked: Option<StorePath>,
     /// Where another job's account begins.
     pub until: Option<Until>,
     /// When the job began (seconds since 1970).
@@ -115,11 +124,12 @@ pub struct Left {
 }
 
 impl Folder {
-    /// Opens the folder, and creates it (0700) if it does not exist.
+    /// Opens the folder, and creates it (0700) if it does not exist. `store` is the state folder of the job's store, and
+    /// `marked` the path whose id is the job's mark, if there is one.
     ///
     /// # Errors
     /// When it cannot be created, or others can write in it.
-    pub fn open(folder: &Path) -> Result<Self, Error> {
+    pub fn open(folder: &Path, store: &Path, marked: Option<StorePath>) -> Result<Self, Error> {
         let system = |source| Error::System {
             folder: folder.to_owned(),
             source,
@@ -133,7 +143,11 @@ impl Folder {
         if !found.is_dir() || found.uid() != geteuid().as_raw() || found.mode() & 0o077 != 0 {
             return Err(Error::Untrusted(folder.to_owned()));
         }
-        Ok(Self(folder.to_owned()))
+        Ok(Self {
+            path: folder.to_owned(),
+            store: store.display().to_string(),
+            marked,
+        })
     }
 
     /// Begins the journal of a job that publishes to `cache`; `None` for a job that publishes nothing, of which the
@@ -166,7 +180,7 @@ impl Folder {
     ) -> io::Result<(OpenJournal, Receiver<()>)> {
         // The random part is for jobs that start in the same second.
         let path = self
-            .0
+            .path
             .join(format!("{}-{:016x}.{EXTENSION}", now(), fastrand::u64(..)));
         let draft = path.with_extension(DRAFT);
         let file = OpenOptions::new()
@@ -180,7 +194,7 @@ impl Folder {
         let (stop, stopped) = channel();
         let (first, synced) = channel();
         let (syncs, is_dirty) = (file.try_clone()?, Arc::clone(&dirty));
-        let folder = File::open(&self.0)?;
+        let folder = File::open(&self.path)?;
         let mut open = OpenJournal {
             file: Mutex::new(file),
             path,
@@ -190,7 +204,12 @@ impl Folder {
             syncing: None,
             problem: Mutex::default(),
         };
-        open.write(&Entry::begin(cache, mark, now()))?;
+        open.write(&Entry::begin(
+            cache,
+            &self.store,
+            (mark, self.marked.as_ref()),
+            now(),
+        ))?;
         fs::rename(&draft, &open.path)?;
         let sync = move || {
             // A new file survives a crash only after its folder has been synced.
@@ -221,7 +240,11 @@ impl Folder {
                 continue;
             };
             let text = untrusted_file::read_open(&file, READ_LIMIT).unwrap_or_default();
-            let is_same = JournalContent::parse(&text).cache.as_deref() == Some(cache);
+            let read = JournalContent::parse(&text);
+            if !read.is_of_store(&self.store) {
+                continue;
+            }
+            let is_same = read.cache.as_deref() == Some(cache);
             let until = Until {
                 id: mark,
                 heir: is_same && !cache.is_empty(),
@@ -254,7 +277,7 @@ impl Folder {
     }
 
     fn left_at(&self, cache: &str, now: u64) -> io::Result<Left> {
-        fs::read_dir(&self.0)?;
+        fs::read_dir(&self.path)?;
         self.sweep_drafts();
         let mut left = Left::default();
         for path in self.files(EXTENSION) {
@@ -276,7 +299,10 @@ impl Folder {
                 continue;
             }
             match untrusted_file::read_open(&file, READ_LIMIT) {
-                Ok(text) => left.take((path, file), &text, cache, now),
+                Ok(text) => {
+                    let read = JournalContent::parse(&text);
+                    left.take((path, file), &read, (cache, &self.store), now);
+                }
                 // A file that cannot be read now may be readable at the next start.
                 Err(error) => left.refused.push((path, error.to_string())),
             }
@@ -297,7 +323,7 @@ impl Folder {
 
     /// The files in the folder with this extension.
     fn files(&self, extension: &str) -> Vec<PathBuf> {
-        let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
         entries
             .map(|entry| entry.path())
             .filter(|path| path.extension().is_some_and(|found| found == extension))
@@ -306,7 +332,7 @@ impl Folder {
 
     fn system(&self, source: io::Error) -> Error {
         Error::System {
-            folder: self.0.clone(),
+            folder: self.path.clone(),
             source,
         }
     }
@@ -318,9 +344,14 @@ impl Left {
         self.files.is_empty()
     }
 
-    /// Takes what a dead job's journal, locked and read, has for `cache`.
-    fn take(&mut self, (path, file): (PathBuf, File), text: &[u8], cache: &str, now: u64) {
-        let read = JournalContent::parse(text);
+    /// Takes what a dead job's journal, locked and read, has for a cache, if the job worked on this store.
+    fn take(
+        &mut self,
+        (path, file): (PathBuf, File),
+        read: &JournalContent,
+        (cache, store): (&str, &str),
+        now: u64,
+    ) {
         // Of a journal in another version's format, only the file's own time is known.
         let begun = read
             .begun
@@ -331,7 +362,7 @@ impl Left {
         // A dead job that published nothing leaves nothing.
         if is_done || read.cache.as_deref() == Some("") {
             let _ = fs::remove_file(&path);
-        } else if read.cache.as_deref() == Some(cache) {
+        } else if read.cache.as_deref() == Some(cache) && read.is_of_store(store) {
             self.seen.extend(
                 read.seen()
                     .filter(|(_, since)| since.saturating_add(AGE_LIMIT_SECONDS) >= now),
@@ -345,6 +376,7 @@ impl Left {
             let unaccounted = read.unaccounted().filter(|_| !is_old);
             self.unaccounted.extend(unaccounted.map(|mark| Unaccounted {
                 mark,
+                marked: read.marked.clone(),
                 until: read.until,
                 since: begun,
             }));

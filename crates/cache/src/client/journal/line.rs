@@ -62,17 +62,30 @@ struct Begin {
     version: u32,
     /// Empty for a job that publishes nothing.
     cache: String,
+    /// The state folder of the job's store, of whose database `mark` is.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    store: Option<String>,
     mark: Option<i64>,
+    /// The path with that id, by its base name.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    marked: Option<String>,
     at: u64,
 }
 
 impl Entry {
-    pub(super) fn begin(cache: &str, mark: Option<i64>, at: u64) -> Self {
+    pub(super) fn begin(
+        cache: &str,
+        store: &str,
+        (mark, marked): (Option<i64>, Option<&StorePath>),
+        at: u64,
+    ) -> Self {
         Self {
             begin: Some(Begin {
                 version: VERSION,
                 cache: cache.to_owned(),
+                store: Some(store.to_owned()),
                 mark,
+                marked: marked.map(|path| path.base_name().to_owned()),
                 at,
             }),
             ..Self::default()
@@ -133,7 +146,10 @@ fn sum(text: &str) -> String {
 #[derive(Debug, Default)]
 pub(super) struct JournalContent {
     pub(crate) cache: Option<String>,
+    store: Option<String>,
     pub(crate) mark: Option<i64>,
+    /// The path with that id.
+    pub(crate) marked: Option<StorePath>,
     pub(crate) begun: Option<u64>,
     /// The earliest beginning of another job.
     pub(crate) until: Option<Until>,
@@ -154,7 +170,10 @@ impl JournalContent {
     fn take(&mut self, entry: Entry) {
         // A journal in another version's format keeps no cache name here, so no job takes it up.
         if let Some(begin) = entry.begin.filter(|begin| begin.version == VERSION) {
-            (self.cache, self.mark, self.begun) = (Some(begin.cache), begin.mark, Some(begin.at));
+            (self.cache, self.store) = (Some(begin.cache), begin.store);
+            (self.mark, self.begun) = (begin.mark, Some(begin.at));
+            let marked = begin.marked.as_deref().map(StorePath::from_base_name);
+            self.marked = marked.and_then(Result::ok);
         }
         self.ended |= entry.end;
         self.until = self.until.into_iter().chain(entry.until).min();
@@ -171,6 +190,11 @@ impl JournalContent {
             // The highest state and the earliest date win, so the order of the lines does not matter.
             *known = (known.0.max(step), known.1.min(since));
         }
+    }
+
+    /// Whether the job worked on the store with this state folder. A journal without one is of any.
+    pub(super) fn is_of_store(&self, state: &str) -> bool {
+        self.store.as_ref().is_none_or(|store| store == state)
     }
 
     /// The paths that are wanted in the cache but not settled, and since when.

@@ -8,6 +8,7 @@ use super::line::{Entry, JournalContent, Step};
 use super::*;
 
 const CACHE: &str = "http://cache.example/main";
+const STORE: &str = "/nix/var/nix";
 
 fn path(n: usize) -> StorePath {
     StorePath::from_base_name(&format!("fvchbymk0m4jvldpb9m5hy0bjy2lf30k-path-{n}")).expect("valid")
@@ -16,12 +17,17 @@ fn path(n: usize) -> StorePath {
 /// A folder that only we can write to.
 fn folder() -> (tempfile::TempDir, Folder) {
     let outer = tempfile::tempdir().expect("temporary folder");
-    let folder = Folder::open(&outer.path().join("a/journal")).expect("made");
+    let folder = Folder::open(
+        &outer.path().join("a/journal"),
+        Path::new(STORE),
+        Some(path(7)),
+    )
+    .expect("made");
     (outer, folder)
 }
 
 fn files(folder: &Folder) -> Vec<PathBuf> {
-    let entries = fs::read_dir(&folder.0)
+    let entries = fs::read_dir(&folder.path)
         .expect("there")
         .flatten()
         .map(|entry| entry.path());
@@ -53,7 +59,7 @@ fn whatever_the_order_and_wherever_it_is_cut_nothing_is_forgotten() {
     ];
     for seed in 0..400 {
         let mut rng = Rng::with_seed(seed);
-        let mut text = Entry::begin(CACHE, Some(7), 1000).to_line();
+        let mut text = Entry::begin(CACHE, STORE, (Some(7), None), 1000).to_line();
         let header = text.len();
         // Each line's end in the file, its path and its state.
         let mut written: Vec<(usize, usize, Step)> = Vec::new();
@@ -159,6 +165,7 @@ fn the_next_job_takes_up_what_a_killed_one_left() {
     assert_eq!(names(&left), ["path-2", "path-3"]);
     assert_eq!(left.expected, [(41, vec![path(0)])]);
     let unaccounted = Unaccounted {
+        marked: Some(path(7)),
         since: left.unaccounted[0].since,
         mark: 41,
         until: None,
@@ -269,6 +276,31 @@ fn the_account_of_a_dead_job_ends_where_another_one_begins() {
 }
 
 #[test]
+fn a_job_on_another_store_has_marks_of_another_database() {
+    let (_outer, folder) = folder();
+    let elsewhere = Folder {
+        store: "/dir/nix/var/nix".into(),
+        ..folder.clone()
+    };
+    let begin = |folder: &Folder, mark| {
+        let begun = folder.begin(Some(CACHE), Some(mark), &Left::default());
+        begun.expect("begun")
+    };
+    let killed = begin(&folder, 800);
+    killed.seen([&path(1)]);
+    drop(killed);
+    // It begins beside a living job and after a dead one, and touches neither's account.
+    let living = begin(&folder, 900);
+    begin(&elsewhere, 5).close();
+    assert!(elsewhere.left(CACHE).expect("read").is_empty());
+    living.close();
+    assert_eq!(range(&folder), Some((800, until(900, true))));
+    assert_eq!(names(&folder.left(CACHE).expect("read")), ["path-1"]);
+    // One that does not say which store it is of is taken up on each.
+    assert!(JournalContent::default().is_of_store(STORE));
+}
+
+#[test]
 fn of_jobs_at_the_same_time_none_accounts_for_what_it_did_not_name() {
     let other = "http://other.example/main";
     for (cache, is_heir) in [(None, false), (Some(other), false), (Some(CACHE), true)] {
@@ -300,7 +332,7 @@ fn of_jobs_at_the_same_time_none_accounts_for_what_it_did_not_name() {
 #[test]
 fn what_is_no_journal_is_refused_at_once_and_named() {
     let (_outer, folder) = folder();
-    let at = |name: &str| folder.0.join(name);
+    let at = |name: &str| folder.path.join(name);
     let pipe = |name: &str| {
         rustix::fs::mkfifoat(rustix::fs::CWD, at(name), rustix::fs::Mode::from(0o600))
             .expect("made");
@@ -356,9 +388,9 @@ fn lines_that_could_not_be_written_are_a_problem() {
 fn drafts_of_jobs_that_were_killed_at_once_are_swept() {
     let (_outer, folder) = folder();
     let draft = |name: &str, age: Duration| {
-        let file = File::create(folder.0.join(name)).expect("made");
+        let file = File::create(folder.path.join(name)).expect("made");
         file.set_modified(SystemTime::now() - age).expect("set");
-        folder.0.join(name)
+        folder.path.join(name)
     };
     let (young, old) = (
         draft("young.draft", Duration::ZERO),
@@ -376,7 +408,10 @@ fn age_is_bounded_and_the_folder_private() {
         .expect("begun");
     journal.seen([&path(1)]);
     let mode = |path: &Path| fs::metadata(path).expect("there").mode() & 0o777;
-    assert_eq!((mode(&folder.0), mode(&files(&folder)[0])), (0o700, 0o600));
+    assert_eq!(
+        (mode(&folder.path), mode(&files(&folder)[0])),
+        (0o700, 0o600)
+    );
     drop(journal);
     let later = now() + AGE_LIMIT_SECONDS + 10;
     assert!(
@@ -388,6 +423,9 @@ fn age_is_bounded_and_the_folder_private() {
     assert_eq!(files(&folder), Vec::<PathBuf>::new());
 
     use std::os::unix::fs::PermissionsExt as _;
-    fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o770)).expect("set");
-    assert!(matches!(Folder::open(&folder.0), Err(Error::Untrusted(_))));
+    fs::set_permissions(&folder.path, fs::Permissions::from_mode(0o770)).expect("set");
+    assert!(matches!(
+        Folder::open(&folder.path, Path::new(STORE), Some(path(7))),
+        Err(Error::Untrusted(_))
+    ));
 }
