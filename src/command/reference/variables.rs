@@ -48,8 +48,8 @@ const VARIABLES: [(&str, &str); 14] = [
         "The facts of a job on GitLab.",
     ),
     (
-        "`CI`, `JENKINS_URL`, `TEAMCITY_VERSION`, `TF_BUILD`",
-        "That this is no laptop, on a CI whose jobs the trust gate does not know: they only read.",
+        "`JENKINS_URL`, `BUILDKITE`, `CIRCLECI`, `TRAVIS`, `TF_BUILD`, `TEAMCITY_VERSION`, `DRONE`",
+        "That this is a job of another CI. The trust gate does not know its facts, so it only reads.",
     ),
     (
         "`NIX_CONFIG`, `NIX_CONF_DIR`, `NIX_USER_CONF_FILES`, `NIX_REMOTE`, `NIX_DAEMON_SOCKET_PATH`, `NIX_STORE`, \
