@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::command::{
-    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, nix_job, publish,
+    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, init, nix_job, publish,
     reference, scan, setup, validate_builders, watch_store,
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
@@ -37,6 +37,7 @@ pub(crate) struct Cli {
 enum Verb {
     NixJob(Box<nix_job::Inputs>),
     FlakeChecks(Box<flake_checks::Inputs>),
+    Init(init::Inputs),
     Publish(publish::Inputs),
     WatchStore(Box<watch_store::Inputs>),
     Cache(cache::Inputs),
@@ -131,6 +132,7 @@ impl Cli {
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
             Verb::FlakeChecks(inputs) => Box::pin(flake_checks::run(*inputs, env)).await,
+            Verb::Init(inputs) => init::run(inputs, env).await,
             Verb::Publish(inputs) => publish::run(inputs, env).await,
             Verb::WatchStore(inputs) => watch_store::run(*inputs, env).await,
             Verb::Cache(inputs) => cache::run(inputs, env).await,
@@ -158,7 +160,7 @@ mod tests {
     }
 
     /// Values of every kind that an input can have.
-    const SAMPLES: [&str; 15] = [
+    const SAMPLES: [&str; 16] = [
         "1",
         "true",
         "x",
@@ -174,6 +176,7 @@ mod tests {
         "secret hello-* a reason",
         "2.31.2",
         "https://host.example/ main:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
+        "octo-org/flywheel@main",
     ];
 
     #[test]

@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use clap::Args;
 use thiserror::Error;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -36,6 +35,7 @@ use flywheel_nix::path_info::PathInfos;
 use flywheel_nix::store::Store;
 use flywheel_nix::store_path::StorePath;
 use flywheel_sys::http::{Clients, Names};
+use flywheel_sys::process::signals::Signals;
 use flywheel_sys::runner::context;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::workflow::{Level, Workflow};
@@ -355,17 +355,13 @@ async fn deliver(
     Ok((outcome, verification))
 }
 
-/// A token that SIGINT or SIGTERM cancels. The task that listens for them ends when the handle is dropped.
+/// A token that a request to stop cancels. The task that listens for them ends when the handle is dropped.
 fn until_signalled() -> Result<(CancellationToken, AbortOnDropHandle<()>), Error> {
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
+    let mut signals = Signals::listen().map_err(Error::Signals)?;
     let cancel = CancellationToken::new();
     let cancelled = cancel.clone();
     let listening = tokio::spawn(async move {
-        tokio::select! {
-            _ = interrupt.recv() => (),
-            _ = terminate.recv() => (),
-        }
+        signals.next().await;
         cancelled.cancel();
     });
     Ok((cancel, AbortOnDropHandle::new(listening)))

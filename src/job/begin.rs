@@ -13,6 +13,7 @@ use flywheel_core::exit::{Exit, Explain, Failure};
 use flywheel_core::progress::Sink;
 use flywheel_core::secret::Secret;
 use flywheel_core::trust::{Decision, decide};
+use flywheel_nix::daemon_proxy::LastingLink;
 use flywheel_sys::host::private::PrivateFolder;
 use flywheel_sys::process::signals::Signals;
 use flywheel_sys::runner::context;
@@ -116,6 +117,8 @@ pub(crate) struct Session<'a> {
     pub(super) not_watched: NotWatched,
     /// Whether later steps use the settings, which this process may not live to serve.
     pub(super) is_for_later_steps: bool,
+    /// The link to Nix's daemon that the job's later steps get, if they get one.
+    pub(super) lasting_link: Option<LastingLink>,
     /// Holds secret files, and removes them when it is dropped.
     private: PrivateFolder,
 }
@@ -144,6 +147,7 @@ impl<'a> Session<'a> {
             screen,
             not_watched: NotWatched::default(),
             is_for_later_steps: false,
+            lasting_link: None,
             private,
         };
         Ok((session, signals))
@@ -173,8 +177,17 @@ impl<'a> Session<'a> {
             screen,
             not_watched: NotWatched::default(),
             is_for_later_steps: true,
+            lasting_link: None,
             private,
         })
+    }
+
+    /// Has the later steps' commands reach Nix's daemon by this link. To be called only where the runner hands the link on
+    /// to every step: what all of them name is then known.
+    #[must_use]
+    pub(crate) fn with_lasting_link(mut self, link: Option<LastingLink>) -> Self {
+        self.lasting_link = link;
+        self
     }
 
     /// The folder for secret files.

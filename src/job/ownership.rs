@@ -96,7 +96,8 @@ pub(super) struct Evidence {
     need: BTreeSet<StorePath>,
     /// Whether it is known of every process of this job what it named.
     is_complete: bool,
-    /// Of how many Nix processes it is not known what they named for this job, where nothing listens to its daemon.
+    /// Of how many Nix processes it is not known what they named for this job, where nothing listens to its daemon, or did not
+    /// until the end.
     pub(super) unread_processes: usize,
     /// Whether a path that was added after the mark may be another job's.
     others_at_work: bool,
@@ -122,12 +123,12 @@ impl Ownership {
         }
         let is_alone = !(neighbours.are_beside() || neighbours.sharing.is_shared());
         let (is_complete, unread_processes) = match &self.daemon_names {
-            Some(names) => (names.is_complete().await, 0),
-            None => {
+            Some(names) if names.is_complete().await => (true, 0),
+            names => {
                 // Where no other job is, the names of a process without an owner are the job's, below.
                 let ownerless = self.temp_roots.ownerless();
                 let unread = self.temp_roots.unread() + if is_alone { 0 } else { ownerless };
-                (unread == 0, unread)
+                (names.is_none() && unread == 0, unread)
             }
         };
         let mut need = BTreeSet::new();
@@ -195,6 +196,18 @@ impl Evidence {
                 shared: why.clone(),
             }),
         }
+    }
+
+    /// Of paths that were added after the mark, those that are the job's by now, and those that are so unless a job beside
+    /// this one claims them: it records what it names a moment later, while a path may be read at once.
+    pub(super) fn split_own(&self, infos: Vec<PathInfo>) -> (Vec<PathInfo>, Vec<PathInfo>) {
+        let mut own = infos;
+        own.retain(|info| self.decide(info, Registered::AfterMark) == Decision::Publish);
+        let is_unclaimed = |info: &PathInfo| {
+            self.others_at_work && self.is_complete && !self.need.contains(&info.path)
+        };
+        let (unclaimed, own) = own.into_iter().partition(is_unclaimed);
+        (own, unclaimed)
     }
 
     /// Whether a path that was added after the mark is this job's alone, so that no other job misses it: this one has
@@ -381,6 +394,32 @@ mod tests {
     }
 
     #[test]
+    fn what_only_the_absence_of_a_claim_gives_to_the_job_waits_for_one() {
+        let infos = || vec![built("x", "x.drv"), built("y", "y.drv")];
+        let names = |infos: &[PathInfo]| -> Vec<StorePath> {
+            infos.iter().map(|info| info.path.clone()).collect()
+        };
+        let split = |evidence: &Evidence| {
+            let (own, unclaimed) = evidence.split_own(infos());
+            (names(&own), names(&unclaimed))
+        };
+        let mut evidence = Evidence {
+            need: BTreeSet::from([path("x")]),
+            ..alone()
+        };
+        assert_eq!(split(&evidence), (vec![path("x")], vec![path("y")]));
+        evidence.claimed.insert(path("y").base_name().to_owned());
+        assert_eq!(split(&evidence), (vec![path("x")], vec![]));
+        // Where no claim could be believed, or no other job is, none is waited for.
+        let both = (vec![path("x"), path("y")], vec![]);
+        evidence.is_complete = false;
+        assert_eq!(split(&evidence), both);
+        evidence.is_complete = true;
+        evidence.others_at_work = false;
+        assert_eq!(split(&evidence), both);
+    }
+
+    #[test]
     fn only_what_this_job_and_no_other_has_named_may_be_freed() {
         let mut evidence = alone();
         let (own, drv) = (built("x", "x.drv"), built("x.drv", "y"));
@@ -393,6 +432,29 @@ mod tests {
         evidence.claimed.clear();
         evidence.may_be_claimed = true;
         assert!(!evidence.is_own_alone(&own), "another may need it unseen");
+    }
+
+    /// No daemon makes up for a name or for a row that vouches, however well it builds: see `docs/publication.md`.
+    #[test]
+    fn what_a_remote_builder_made_needs_a_signature_on_a_shared_host_and_what_nobody_named_stays() {
+        let evidence = shared(&["remote", "remote.drv"]);
+        let decide = |info: &PathInfo| evidence.decide(info, AfterMark);
+        let shared = || "the test".to_owned();
+        let not_vouched = Decision::Ambiguous(Doubt::NotVouched { shared: shared() });
+        // Its registration is that of an unsigned import.
+        assert_eq!(decide(&imported("remote", "remote.drv")), not_vouched);
+        let not_named = Decision::Ambiguous(Doubt::NotNamed { shared: shared() });
+        assert_eq!(decide(&built("around", "around.drv")), not_named);
+        let alone = Evidence {
+            sharing: Sharing::Alone(shared()),
+            ..self::shared(&["remote", "remote.drv"])
+        };
+        for info in [
+            imported("remote", "remote.drv"),
+            built("around", "around.drv"),
+        ] {
+            assert_eq!(alone.decide(&info, AfterMark), Decision::Publish);
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ use super::attach::Cache;
 use super::closure_tracker::ClosureTracker;
 use super::inputs::Plan;
 use super::leftovers;
-use super::ownership::{Decision, Evidence, Ownership, Registered};
+use super::ownership::{Evidence, Ownership, Registered};
 use super::policy::record_impurity;
 use super::publication::{self, StoreAtEnd};
 
@@ -217,6 +217,7 @@ impl Stream {
             journal: journal.clone(),
             sink: sink.clone(),
             closures: ClosureTracker::default(),
+            unclaimed: Vec::new(),
             fed: Fed::default(),
         };
         let feeding = tokio::spawn(feeder.feed(left, receive));
@@ -421,6 +422,8 @@ struct Feeder {
     journal: Journal,
     sink: Sink,
     closures: ClosureTracker,
+    /// Paths that this job has not named; the claim of another job may be on its way.
+    unclaimed: Vec<PathInfo>,
     fed: Fed,
 }
 
@@ -452,9 +455,8 @@ impl Feeder {
             let Ok(evidence) = self.ownership.evidence(&[]).await else {
                 continue;
             };
-            let is_own =
-                |info: &PathInfo| evidence.decide(info, Registered::AfterMark) == Decision::Publish;
-            let found: Vec<PathInfo> = infos.into_iter().filter(is_own).collect();
+            let (found, unclaimed) = evidence.split_own(infos);
+            self.unclaimed.extend(unclaimed);
             // The journal has a path before the publisher does: a job that is killed in between loses nothing.
             self.journal.seen(found.iter().map(|info| &info.path));
             self.fed.seen.extend(found.iter().cloned());
@@ -463,7 +465,21 @@ impl Feeder {
                 self.offer(found, Some(&evidence)).await;
             }
         }
+        self.settle_unclaimed().await;
         self.fed
+    }
+
+    /// Takes for the job's what nobody has claimed by its end.
+    async fn settle_unclaimed(&mut self) {
+        let infos = std::mem::take(&mut self.unclaimed);
+        if !infos.is_empty()
+            && let Ok(evidence) = self.ownership.evidence(&[]).await
+        {
+            let (mut found, unclaimed) = evidence.split_own(infos);
+            found.extend(unclaimed);
+            self.journal.seen(found.iter().map(|info| &info.path));
+            self.fed.seen.extend(found);
+        }
     }
 
     /// Offers these paths with their closures. On a shared host, `evidence` keeps back what may be forged, with

@@ -48,7 +48,8 @@ pub(crate) struct StoreWatch {
     stream: Option<Stream>,
     /// The journal of a job that does not publish, by which the others know of it.
     presence: Option<Journal>,
-    results: Vec<StorePath>,
+    /// The job's results, where it knows all of them by itself.
+    results: Option<Vec<StorePath>>,
 }
 
 impl StoreWatch {
@@ -85,9 +86,10 @@ impl StoreWatch {
         }
     }
 
-    /// Names paths that are the job's results whichever process built them: their closure goes to the cache.
-    pub(crate) fn add_results(&mut self, paths: impl IntoIterator<Item = StorePath>) {
-        self.results.extend(paths);
+    /// Names the paths that are the job's results, all of them, whichever process built them: their closure goes to the
+    /// cache. What its processes name then tells nothing more.
+    pub(crate) fn set_results(&mut self, paths: impl IntoIterator<Item = StorePath>) {
+        self.results = Some(paths.into_iter().collect());
     }
 }
 
@@ -146,7 +148,7 @@ impl Session<'_> {
             begun: SystemTime::now(),
             stream,
             presence,
-            results: Vec::new(),
+            results: None,
         })
     }
 
@@ -201,16 +203,26 @@ impl Session<'_> {
         })
     }
 
-    /// The link in front of the daemon's socket, where the job's commands are started by this process and reach the store
-    /// through a daemon. Root's commands do not, and a proxy of root's would lend its rights to every client.
+    /// The link in front of the daemon's socket, where the job's commands get it and reach the store through a daemon.
+    /// Root's commands do not, and a proxy of root's would lend its rights to every client.
     fn daemon_proxy(&self, prepared: &Prepared, starts_commands: bool) -> Option<DaemonProxy> {
         let opened = prepared.in_force.as_ref()?.opened.as_ref()?;
         let is_user = !rustix::process::geteuid().is_root();
-        if !is_user || !starts_commands || opened.url != "daemon" {
+        let have_commands_link = starts_commands || self.lasting_link.is_some();
+        if !is_user || !have_commands_link || opened.url != "daemon" {
             return None;
         }
         let socket = daemon_socket(&prepared.nix());
-        let proxy = DaemonProxy::prepare(&socket, self.private(), self.env, self.sink.clone());
+        let prepare = |socket: &Path, folder: &Path| {
+            DaemonProxy::prepare(socket, folder, self.env, self.sink.clone())
+        };
+        let proxy = match &self.lasting_link {
+            Some(link) => link
+                .make(&socket)
+                .map_err(ProxyError::Link)
+                .and_then(|daemon| prepare(&daemon, link.folder())),
+            None => prepare(&socket, self.private()),
+        };
         let failed = |error: &ProxyError| {
             let text = format!("{error}; beside another job, paths of this one may be ambiguous");
             self.sink.degraded("publication", text);
@@ -305,9 +317,11 @@ impl Session<'_> {
             results,
             ..
         } = watch;
+        let knows_results = results.is_some();
+        let results = results.unwrap_or_default();
         let collecting = AddedPaths::collect(&ownership, (folder, begun), results);
         let limit = deadline.at.min(tokio::time::Instant::now() + COLLECT_LIMIT);
-        let (added_paths, is_complete) = match timeout_at(limit, collecting).await {
+        let (mut added_paths, is_complete) = match timeout_at(limit, collecting).await {
             Ok(Ok(added_paths)) => (added_paths, true),
             Ok(Err(error)) => (
                 self.record_unread_store(&error.to_string(), remedy(&error)),
@@ -318,6 +332,10 @@ impl Session<'_> {
                 false,
             ),
         };
+        if knows_results {
+            // Nix's own calls are short, and some end before it can be read what they named.
+            added_paths.unread_processes = 0;
+        }
         let mut publication = match stream {
             Some(stream) => {
                 let added_paths = (&added_paths, is_complete);

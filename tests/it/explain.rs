@@ -1,6 +1,6 @@
 //! `explain` through the front door, and the gate behind it over GitHub's own payloads.
 
-mod events;
+pub mod events;
 mod gate;
 mod gitlab;
 mod page;
@@ -14,15 +14,16 @@ use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
 
 /// A run in the job of a push to the default branch that has a token and asks to publish.
 pub fn job_of_a_push(arguments: &[&str]) -> Flywheel {
-    run_in(&push(), arguments)
+    job_of(&push(), arguments)
 }
 
 /// `explain` in a job of this event that has a token and asks to publish.
 fn job(event: &Event, arguments: &[&str]) -> Flywheel {
-    run_in(event, &[&["explain"], arguments].concat())
+    job_of(event, &[&["explain"], arguments].concat())
 }
 
-fn run_in(event: &Event, arguments: &[&str]) -> Flywheel {
+/// A run in the job of this event that has a token and asks to publish.
+pub fn job_of(event: &Event, arguments: &[&str]) -> Flywheel {
     let run = Flywheel::in_job(arguments)
         .env("ATTIC_TOKEN", PLANTED_TOKEN)
         .env("FLYWHEEL_PUSH_CACHE", "true");

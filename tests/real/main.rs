@@ -26,6 +26,7 @@ mod environment;
 mod flake_checks;
 mod greedy;
 mod harness;
+mod init;
 mod install;
 mod journal;
 mod lint;

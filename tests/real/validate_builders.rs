@@ -2,6 +2,7 @@
 
 mod caches;
 mod classes;
+mod daemons;
 mod hosts;
 mod scripted;
 mod workflow;

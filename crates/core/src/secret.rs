@@ -25,9 +25,7 @@ impl Secret {
         SystemRandom::new()
             .fill(&mut bytes)
             .expect("Linux always has random bytes once it has booted");
-        Self(Zeroizing::new(
-            bytes.iter().map(|byte| format!("{byte:02x}")).collect(),
-        ))
+        Self(Zeroizing::new(hex::encode(bytes)))
     }
 
     /// The secret itself. Only for the place that hands it to its recipient.

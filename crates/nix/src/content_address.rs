@@ -96,7 +96,7 @@ impl ContentAddress {
         others.sort_unstable();
         others.dedup();
         let others: String = others.iter().map(|other| format!(":{other}")).collect();
-        let hex = base16(&self.digest);
+        let hex = hex::encode(&self.digest);
         let (kind, digest) = match (self.method, self.algorithm) {
             (Method::Text, Algorithm::Sha256) if own.is_empty() => (format!("text{others}"), hex),
             (Method::Nar, Algorithm::Sha256) => {
@@ -110,7 +110,7 @@ impl ContentAddress {
                     Method::Flat | Method::Text => "",
                 };
                 let output = format!("fixed:out:{method}{}:{hex}:", self.algorithm.as_str());
-                ("output:out".to_owned(), base16(&Hasher::digest(output)))
+                ("output:out".to_owned(), hex::encode(Hasher::digest(output)))
             }
             _ => return None,
         };
@@ -122,10 +122,6 @@ impl ContentAddress {
         }
         StorePath::from_base_name(&format!("{}-{name}", base32_encode(&folded))).ok()
     }
-}
-
-fn base16(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! socket belongs to both processes: where the proxy ends, this process serves the clients that had followed the link
 //! before it was pointed back, and none finds a dead socket.
 
+mod lasting_link;
 mod link;
 mod names;
 mod protocol;
@@ -33,6 +34,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+pub use crate::daemon_proxy::lasting_link::LastingLink;
 use crate::daemon_proxy::link::{SOCKET_PATH_LIMIT, ShortPath, SocketLink};
 use crate::daemon_proxy::names::NAME_COUNT_LIMIT;
 use crate::daemon_proxy::protocol::{Lines, Report};

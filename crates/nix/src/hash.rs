@@ -43,7 +43,7 @@ impl Sha256 {
 
     /// The 64 hexadecimal digits.
     pub fn base16(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex::encode(self.0)
     }
 }
 

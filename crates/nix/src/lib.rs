@@ -7,6 +7,7 @@ pub mod build_logs;
 pub mod cache_name;
 pub mod command_stores;
 pub mod content_address;
+pub mod daemon_probe;
 pub mod daemon_proxy;
 pub mod db;
 pub mod effective_settings;

@@ -149,7 +149,7 @@ impl FlakeChecks<'_> {
         let spent = span.end().await;
         if let Some(watch) = &mut watch {
             let results = paths_in_store(&ran, watch.store());
-            watch.add_results(results);
+            watch.set_results(results);
         }
         let job = self
             .publish(
@@ -495,10 +495,7 @@ impl FlakeChecks<'_> {
         let derivations: Vec<StorePath> =
             ran.outs.iter().filter_map(|out| out.drv.clone()).collect();
         let name = Sha256::digest(format!("{}\n{}", self.plan.installable(), self.origin()));
-        let name: String = name[..10]
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let name = hex::encode(&name[..10]);
         let user = self.session.env.get("USER");
         let kept = match prepared.open_store().await {
             Ok(store) => gc::set_roots(&store.state(), user, &name, &derivations)

@@ -13,6 +13,7 @@ use flywheel_core::text::{count, one_line};
 use flywheel_nix::bootstrap::machine::Machine;
 use flywheel_nix::bootstrap::plan::Impossible;
 use flywheel_nix::bootstrap::{self, with_repairs};
+use flywheel_nix::daemon_probe::probe;
 use flywheel_nix::effective_settings::untrusted_store;
 use flywheel_nix::ping::{Opened, Ping, PingFailure, ping};
 use flywheel_nix::settings::Settings;
@@ -33,6 +34,8 @@ const SANDBOX: CheckSpec = CheckSpec::required("sandbox", "sandbox", 30);
 const EVALUATION: CheckSpec = CheckSpec::required("evaluation", "evaluation", 60);
 const BUILD: CheckSpec = CheckSpec::required("canary-build", "build", 30);
 const PACKAGE: CheckSpec = CheckSpec::required("package", "package", 120);
+/// A probe is built in a tenth of a second.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// In the order in which they run. A check is skipped when one that it depends on has failed.
 const ALL: [CheckSpec; 11] = [
     PRESENT, VERSION, OPENS, FEATURES, TAKES, WRITERS, TRUST, EVALUATION, BUILD, SANDBOX, PACKAGE,
@@ -88,7 +91,8 @@ async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> O
     let taken = list.check(TAKES, |limit| takes(&nix, plan, limit)).await;
     // It tells which paths of a shared store can be published here, and fails nothing.
     list.check(WRITERS, |_| async {
-        Ok(((), survey(&nix, &plan.host, publishes, env).await))
+        let survey = survey(&nix, &plan.host, publishes, env).await;
+        Ok(((), format!("{survey}{}", daemon(&nix, plan).await)))
     })
     .await;
     list.check(TRUST, |_| trusted(&nix)).await;
@@ -287,6 +291,28 @@ async fn takes(nix: &Nix, plan: &Plan, limit: Duration) -> Found<()> {
     } else {
         Err(failure_of_call("nix-store --add", &output.stderr, hint))
     }
+}
+
+/// What else a line about the store's writers says where they build through a daemon.
+async fn daemon(nix: &Nix, plan: &Plan) -> String {
+    let settings = Settings::read(nix).await.unwrap_or_default();
+    let system = settings.text("system").unwrap_or_default();
+    match ping(nix, PROBE_LIMIT).await {
+        Ok(Ping::Open(opened)) if !opened.is_local() => (),
+        _ => return String::new(),
+    }
+    let facts = match probe(nix, &system, &plan.temporary, PROBE_LIMIT).await {
+        Ok(facts) => facts,
+        Err(error) => return format!("; the daemon was not probed: {error}"),
+    };
+    let weaknesses = facts.weaknesses().into_iter();
+    let weaknesses = weaknesses.map(|weakness| {
+        format!("; the daemon {weakness}, against which no rule of this job's helps")
+    });
+    let unknown = facts.unknown();
+    let unknown = (!unknown.is_empty())
+        .then(|| format!("; probe builds did not show {}", unknown.join(" and ")));
+    weaknesses.chain(unknown).collect()
 }
 
 async fn trusted(nix: &Nix) -> Found<()> {

@@ -1,7 +1,7 @@
 //! The process that watches the store, in the foreground for `run` or in the background for `start`: prepares,
 //! watches and publishes, serves the requests of the job's later steps, and drains at the end.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,7 @@ use crate::report::publication::Publication;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_core::exit::Failure;
 use flywheel_core::progress::{Progress, Sink};
+use flywheel_nix::daemon_proxy::LastingLink;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::process::signals::Signals;
@@ -108,6 +109,8 @@ pub(super) struct Daemon<'a> {
     pub(crate) folder: PathBuf,
     /// The Nix processes that count as the job's.
     pub(crate) processes: JobScope,
+    /// The link to Nix's daemon, where the later steps are to get one.
+    pub(crate) lasting_link: Option<LastingLink>,
 }
 
 /// Who stopped the check that was to be made before the end.
@@ -125,7 +128,8 @@ enum Shutdown {
 }
 
 impl Daemon<'_> {
-    /// Watches until a step asks for the end or a signal arrives. Calls `ready` once Nix, the cache and the watch are.
+    /// Watches until a step asks for the end or a signal arrives. Calls `ready` once Nix, the cache and the watch are, with
+    /// the link that the later steps are to reach Nix's daemon by.
     ///
     /// # Errors
     /// When there is no usable Nix.
@@ -133,7 +137,7 @@ impl Daemon<'_> {
         self,
         listener: UnixListener,
         signals: &mut Signals,
-        ready: impl AsyncFnOnce(&Prepared),
+        ready: impl AsyncFnOnce(&Prepared, Option<&Path>),
     ) -> Result<JobReport, Failure> {
         // One request ends the watch, so there is room for one.
         let (requests, mut requested) = mpsc::channel(1);
@@ -159,8 +163,14 @@ impl Daemon<'_> {
             status.cache = cache;
         }
         let began = Instant::now();
-        let before = later_steps::before(&prepared, self.session.env);
-        ready(&prepared).await;
+        let link = watch.as_ref().and_then(StoreWatch::daemon_link);
+        let mut before = later_steps::before(&prepared, self.session.env);
+        if link.is_some()
+            && let Some(lasting) = &self.lasting_link
+        {
+            before.extend(later_steps::socket_before(lasting, self.session.env));
+        }
+        ready(&prepared, link).await;
         let shutdown = tokio::select! {
             biased;
             _ = signals.next() => Shutdown::Signalled,

@@ -1,66 +1,62 @@
 //! The settings of a job's later steps, or of the shell that called `start`: handed on by `start`, and taken back by
 //! `finish`. They name the cache only for as long as the watch lives.
 
-use std::fs::File;
 use std::io::{self, IsTerminal as _};
-use std::os::fd::AsRawFd as _;
 use std::path::Path;
-use std::sync::OnceLock;
 
 use super::Error;
 use super::runtime_dir::RuntimeDir;
 use crate::command::setup::quoted;
 use crate::job::Prepared;
 use flywheel_core::exit::Failure;
+use flywheel_nix::daemon_proxy::LastingLink;
 use flywheel_nix::settings::with_cache_in;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::runner::files::Files;
 use flywheel_sys::runner::workflow::{Level, Workflow, shell_data};
 
 const NIX_CONFIG: &str = "NIX_CONFIG";
+const DAEMON_SOCKET: &str = "NIX_DAEMON_SOCKET_PATH";
 
-/// The settings that a watch hands on. What they say of the cache ends with this value or with this process, however
-/// that ends: the path to it goes through the open files of this process, and Nix ignores a file that is not there.
+/// The settings that a watch hands on. What they say of the cache ends with this process, however that ends: the path to
+/// it goes through this process's current folder, and Nix ignores a file that is not there. Through its open files the path
+/// would be forbidden instead, which Nix does not ignore, while a killed process waits for its parent, as it does for ever
+/// in a container whose first process is no `init`.
 pub(super) struct Settings {
     runtime_dir: RuntimeDir,
-    /// Open for as long as the file can be reached through it.
-    folder: OnceLock<File>,
 }
 
 impl Settings {
     pub(crate) fn new(runtime_dir: RuntimeDir) -> Self {
-        Self {
-            runtime_dir,
-            folder: OnceLock::new(),
-        }
+        Self { runtime_dir }
     }
 
-    /// The variables that the later steps need.
-    pub(crate) fn variables(&self, prepared: &Prepared, env: &Env) -> Vec<(String, String)> {
+    /// The variables that the later steps need. `link` is what they are to reach Nix's daemon by.
+    pub(crate) fn variables(
+        &self,
+        prepared: &Prepared,
+        link: Option<&Path>,
+        env: &Env,
+    ) -> Vec<(String, String)> {
         // On a full disk the steps still get their cache; it is then named after the end, too.
         let config = self
             .config(&prepared.settings.config, env)
             .unwrap_or_else(|_| prepared.settings.config.clone());
         let repairs = prepared.ready.variables().into_iter();
         let repairs = repairs.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let link = link.map(|link| (DAEMON_SOCKET.to_owned(), link.display().to_string()));
         std::iter::once((NIX_CONFIG.to_owned(), config))
             .chain(repairs)
+            .chain(link)
             .collect()
     }
 
     fn config(&self, config: &str, env: &Env) -> io::Result<String> {
-        let folder = self.runtime_dir.open()?;
-        let number = folder.as_raw_fd();
-        let file = format!(
-            "/proc/{}/fd/{number}/{}",
-            std::process::id(),
-            RuntimeDir::CACHE
-        );
+        self.runtime_dir.make_current()?;
+        let file = format!("/proc/{}/cwd/{}", std::process::id(), RuntimeDir::CACHE);
         let base = env.get(NIX_CONFIG).unwrap_or_default();
         let (config, of_cache) = with_cache_in(&file, config, base);
         self.runtime_dir.write_cache(&of_cache)?;
-        // The first one stays: a watch has one set of settings.
-        let _ = self.folder.set(folder);
         Ok(config)
     }
 }
@@ -75,6 +71,26 @@ pub(super) fn before(prepared: &Prepared, env: &Env) -> Vec<(String, String)> {
             (name.to_owned(), value.to_owned())
         })
         .collect()
+}
+
+/// The variable for the daemon's socket as it was before `link` took its place. Where it was not set, it gets the path that
+/// is its default: a runner cannot unset a variable, and Nix 2.8 aborts on an empty one.
+pub(super) fn socket_before(link: &LastingLink, env: &Env) -> Option<(String, String)> {
+    let named = env.get(DAEMON_SOCKET).filter(|value| !value.is_empty());
+    let own = link.path();
+    let before = match named {
+        Some(path) if Path::new(path) != own => path.to_owned(),
+        _ => link.daemon_socket()?.display().to_string(),
+    };
+    Some((DAEMON_SOCKET.to_owned(), before))
+}
+
+/// The same in the place of a watch that was killed: nothing where the steps have not got the link.
+pub(super) fn socket_after_killed(link: &LastingLink, env: &Env) -> Option<(String, String)> {
+    let has_link = env
+        .path(DAEMON_SOCKET)
+        .is_some_and(|path| path == link.path());
+    has_link.then(|| socket_before(link, env))?
 }
 
 /// Hands the settings on to the later steps of a job, or to the shell that called `start`.

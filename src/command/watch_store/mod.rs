@@ -9,7 +9,7 @@ mod later_steps;
 mod runtime_dir;
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -31,6 +31,7 @@ use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::{Progress, Sink};
 use flywheel_core::secret::Secret;
 use flywheel_core::text;
+use flywheel_nix::daemon_proxy::LastingLink;
 use flywheel_sys::process::detached;
 use flywheel_sys::process::signals::Signals;
 use flywheel_sys::runner::env::{Env, current_folder, program_and_arguments};
@@ -193,6 +194,7 @@ async fn start(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     if runtime_dir.connect().await.is_some() {
         return Err(Error::Running.into());
     }
+    runtime_dir.lasting_link().repair().await;
     let mut signals = Signals::listen().map_err(not_started)?;
     let mut child = spawn(&runtime_dir, &secrets).await.map_err(not_started)?;
     let mut from = BufReader::new(child.stdout.take().expect("it was asked for"));
@@ -289,8 +291,11 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let workflow = Workflow::new(false);
     let screen = Screen::new(&workflow);
     let sink = to_start_and_log(screen.sink());
-    let settings = later_steps::Settings::new(RuntimeDir::from_env(env)?);
-    let ready = async |prepared: &Prepared| {
+    let runtime_dir = RuntimeDir::from_env(env)?;
+    // A shell may leave the settings unused, and another one knows nothing of them; a runner has all steps use them.
+    let lasting_link = env.in_github_actions().then(|| runtime_dir.lasting_link());
+    let settings = later_steps::Settings::new(runtime_dir);
+    let ready = async |prepared: &Prepared, link: Option<&Path>| {
         let own = prepared
             .cache
             .token
@@ -302,7 +307,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
                 .chain(prepared.cache.read_key())
                 .map(|secret| secret.expose().to_owned())
                 .collect(),
-            variables: settings.variables(prepared, env),
+            variables: settings.variables(prepared, link, env),
             folder: prepared.ready.folder.clone(),
         };
         json_data(&json(&event));
@@ -310,7 +315,7 @@ async fn in_background(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
         let _ = detached::close_stdout();
     };
     let parts = (secrets.clone(), workflow.clone(), screen);
-    let ended = run_daemon(plan, env, parts, config.folder, sink, ready).await;
+    let ended = run_daemon(plan, env, parts, config.folder, sink, lasting_link, ready).await;
     if let Err(failure) = &ended {
         let is_host = failure.exit() == Exit::Host;
         json_data(&json(&StartEvent::Failed {
@@ -350,9 +355,9 @@ async fn in_foreground(plan: &Plan, env: &Env) -> Result<Exit, Failure> {
     let screen = Screen::new(&workflow);
     job::announce(plan, &job::judge(plan, &secrets, env), &workflow);
     let folder = current_folder().map_err(not_started)?;
-    let ready = async |_: &Prepared| workflow.log("flywheel: watching the store");
+    let ready = async |_: &Prepared, _: Option<&Path>| workflow.log("flywheel: watching the store");
     let parts = (secrets, workflow.clone(), screen.clone());
-    let ended = run_daemon(plan, env, parts, folder, screen.sink(), ready).await;
+    let ended = run_daemon(plan, env, parts, folder, screen.sink(), None, ready).await;
     screen.finish();
     let report = ended?;
     report.emit(&workflow, &Files::from_env(env));
@@ -365,7 +370,8 @@ async fn run_daemon(
     (secrets, workflow, screen): (Secrets, Workflow, Screen),
     folder: PathBuf,
     sink: Sink,
-    ready: impl AsyncFnOnce(&Prepared),
+    lasting_link: Option<LastingLink>,
+    ready: impl AsyncFnOnce(&Prepared, Option<&Path>),
 ) -> Result<JobReport, Failure> {
     let mut signals = Signals::listen().map_err(not_started)?;
     let runtime_dir = RuntimeDir::from_env(env)?;
@@ -383,7 +389,8 @@ async fn run_daemon(
         ..Status::default()
     });
     let sink = status_cell.sink(sink);
-    let session = Session::from_parts(plan, env, secrets, workflow, screen, sink)?;
+    let session = Session::from_parts(plan, env, secrets, workflow, screen, sink)?
+        .with_lasting_link(lasting_link.clone());
     {
         let mut status = status_cell.status();
         session
@@ -399,6 +406,7 @@ async fn run_daemon(
         status_cell,
         folder,
         processes: job_processes(env),
+        lasting_link,
     };
     if env.get("NIX_CONFIG").is_none() {
         runtime_dir.note_unset_config().map_err(not_started)?;
@@ -459,9 +467,18 @@ async fn finish_killed(
     env: &Env,
 ) -> Result<Exit, Failure> {
     print_log(workflow, &log_text(runtime_dir.open_log()));
+    let lasting_link = runtime_dir.lasting_link();
+    lasting_link.repair().await;
     let ended = Box::pin(killed::finish(plan, env)).await;
-    if runtime_dir.had_unset_config() {
-        later_steps::give_back(&[("NIX_CONFIG".into(), String::new())], workflow, env);
+    let unset = || ("NIX_CONFIG".to_owned(), String::new());
+    let mut before: Vec<_> = runtime_dir
+        .had_unset_config()
+        .then(unset)
+        .into_iter()
+        .collect();
+    before.extend(later_steps::socket_after_killed(&lasting_link, env));
+    if !before.is_empty() {
+        later_steps::give_back(&before, workflow, env);
     }
     runtime_dir.remove_if_unused();
     ended
@@ -527,6 +544,9 @@ async fn request_status(runtime_dir: &RuntimeDir) -> Option<Status> {
 async fn status(env: &Env, format: Format) -> Result<Exit, Failure> {
     let runtime_dir = RuntimeDir::from_env(env)?;
     let status = request_status(&runtime_dir).await;
+    if status.is_none() {
+        runtime_dir.lasting_link().repair().await;
+    }
     // What a killed watch has left is for `finish`.
     if status.is_none() && !runtime_dir.has_killed_watch() {
         runtime_dir.remove_if_unused();

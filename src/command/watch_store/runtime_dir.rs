@@ -13,6 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{Instant, timeout};
 
 use crate::job::private_base;
+use flywheel_nix::daemon_proxy::LastingLink;
 use flywheel_nix::temp_roots::JobScope;
 use flywheel_sys::host::private::{PrivateError, PrivateFolder};
 use flywheel_sys::runner::env::Env;
@@ -60,14 +61,21 @@ impl RuntimeDir {
         Ok(Self(folder))
     }
 
+    /// The link to Nix's daemon that the job's steps get. It lies beside this folder, because what a step has left running
+    /// uses it after the watch has ended; the runner removes it with its temporary folder.
+    pub(crate) fn lasting_link(&self) -> LastingLink {
+        let name = self.0.file_name().unwrap_or_default().to_string_lossy();
+        LastingLink::in_folder(self.0.with_file_name(name.replace("watch-", "nix-")))
+    }
+
     /// The file that the background process writes its log to.
     pub(crate) fn log(&self) -> PathBuf {
         self.0.join("log")
     }
 
-    /// The folder, open.
-    pub(crate) fn open(&self) -> io::Result<File> {
-        File::open(&self.0)
+    /// Makes the folder this process's current one.
+    pub(crate) fn make_current(&self) -> io::Result<()> {
+        Ok(rustix::process::chdir(&self.0)?)
     }
 
     /// Writes the file with Nix's settings about the cache.
@@ -180,7 +188,7 @@ impl RuntimeDir {
     /// A short path to the control socket. A socket's path may have 107 bytes, and a runner's folders are deep, so the
     /// folder is named by its open file, which must be kept until the path has been used.
     fn short(&self) -> io::Result<(File, PathBuf)> {
-        let folder = self.open()?;
+        let folder = File::open(&self.0)?;
         let short = Path::new("/proc/self/fd")
             .join(folder.as_raw_fd().to_string())
             .join("control");
@@ -209,11 +217,7 @@ fn key(env: &Env) -> String {
         .iter()
         .map(|name| format!("{:?}", env.get(name)))
         .collect();
-    Sha256::digest(text.join("\n"))
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex::encode(&Sha256::digest(text.join("\n"))[..8])
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ pub mod faults;
 pub mod folders;
 pub mod github;
 pub mod port;
+pub mod scripted_nix;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

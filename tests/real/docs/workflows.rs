@@ -5,30 +5,6 @@ use super::{OURS, flake, pages};
 use crate::world::act::{Caller, Ran};
 use crate::world::cache::Cache;
 
-/// Stand-ins for the halves of `actions/cache`: a folder is carried from run to run.
-const RESTORE: &str = r#"
-name: restore
-description: Brings the folder back.
-inputs: { path: { description: where }, key: { description: which }, restore-keys: { description: or which } }
-runs:
-  using: composite
-  steps:
-    - shell: sh
-      env: { FOLDER: "${{ inputs.path }}" }
-      run: if [ -d "$CARRIED/folder" ]; then mkdir -p "$FOLDER" && cp -a "$CARRIED/folder/." "$FOLDER/"; fi
-"#;
-const SAVE: &str = r#"
-name: save
-description: Takes the folder along.
-inputs: { path: { description: where }, key: { description: which } }
-runs:
-  using: composite
-  steps:
-    - shell: sh
-      env: { FOLDER: "${{ inputs.path }}" }
-      run: rm -rf "$CARRIED/folder" && cp -a "$FOLDER" "$CARRIED/folder"
-"#;
-
 /// The snippet as a whole workflow, with the names that act knows.
 fn whole(snippet: &str) -> String {
     let indented = |by: usize| -> String {
@@ -70,11 +46,7 @@ fn caller(cache: &Cache, fence: &Fence, carried: &std::path::Path) -> Caller {
         .with_variable("ATTIC_PUBLIC_KEY", &cache.key)
         // A machine's hint, where the page names the server nowhere.
         .with_env("ATTIC_SERVER", &format!("{}/", cache.url))
-        .with_env("CARRIED", carried.to_str().unwrap())
-        .with_repository(
-            "actions/cache@v4",
-            &[("restore/action.yml", RESTORE), ("save/action.yml", SAVE)],
-        )
+        .with_folder_cache("actions/cache@v4", carried)
 }
 
 fn run(caller: &Caller, place: &str) -> Ran {

@@ -237,3 +237,19 @@ fn a_collection_takes_nothing_from_an_ordinary_user_behind_a_daemon() {
         assert!(ran.file("collected").contains("deleted"), "{version}");
     }
 }
+
+/// What a process of some milliseconds names cannot always be read. It is no result of this verb, which knows its own.
+#[test]
+fn short_calls_of_nix_beside_it_leave_no_doubt_about_the_results() {
+    let adding =
+        "while :; do nix-store --add flake.nix >>/out/added 2>&1; done & trap 'kill $!' EXIT";
+    let checks = r#"p = derive "p" "sleep 2; echo > $out";"#;
+    for version in VERSIONS {
+        let arguments = "--publish --embedded-cache /out/cache";
+        let ran = flake_checks_beside(adding, version, "", checks, arguments);
+        assert_eq!(ran.code, 0, "{version}: {}", ran.log);
+        assert!(ran.log.contains(" 0 lost"), "{version}: {}", ran.log);
+        let added = ran.file("added");
+        assert!(added.lines().count() > 20, "{version}: {added}");
+    }
+}

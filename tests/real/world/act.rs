@@ -51,6 +51,30 @@ runs:
         cp -r "$FLYWHEEL_CHECKOUT" "$GITHUB_WORKSPACE/$WHERE"
 "#;
 
+/// Stand-ins for the halves of `actions/cache`: a folder is carried from run to run.
+const RESTORE: &str = r#"
+name: restore
+description: Brings the folder back.
+inputs: { path: { description: where }, key: { description: which }, restore-keys: { description: or which } }
+runs:
+  using: composite
+  steps:
+    - shell: sh
+      env: { FOLDER: "${{ inputs.path }}" }
+      run: if [ -d "$CARRIED/folder" ]; then mkdir -p "$FOLDER" && cp -a "$CARRIED/folder/." "$FOLDER/"; fi
+"#;
+const SAVE: &str = r#"
+name: save
+description: Takes the folder along.
+inputs: { path: { description: where }, key: { description: which } }
+runs:
+  using: composite
+  steps:
+    - shell: sh
+      env: { FOLDER: "${{ inputs.path }}" }
+      run: rm -rf "$CARRIED/folder" && cp -a "$FOLDER" "$CARRIED/folder"
+"#;
+
 /// A repository with a workflow, and a runner host of its own around it.
 pub struct Caller {
     folder: TempDir,
@@ -189,6 +213,13 @@ impl Caller {
         }
         self.repositories.insert(name.to_owned(), folder);
         self
+    }
+
+    /// Has the halves of GitHub's cache, such as `actions/cache@v4`, keep what they are given in this folder.
+    pub fn with_folder_cache(self, name: &str, carried: &Path) -> Self {
+        let files = [("restore/action.yml", RESTORE), ("save/action.yml", SAVE)];
+        let caller = self.with_repository(name, &files);
+        caller.with_env("CARRIED", carried.to_str().unwrap())
     }
 
     /// Adds a variable of the repository, which workflows read as `vars`.

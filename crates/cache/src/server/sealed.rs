@@ -20,10 +20,7 @@ pub(crate) fn unseal(bytes: &[u8]) -> Option<&str> {
 
 fn sum(text: &str) -> String {
     let digest = Sha256::digest(text);
-    digest[..SUM_BYTES]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex::encode(&digest[..SUM_BYTES])
 }
 
 #[cfg(test)]

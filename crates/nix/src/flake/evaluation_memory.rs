@@ -61,11 +61,11 @@ impl Seal {
     /// The sum of a text, as a file's first line has it. A MAC holds for this file name alone.
     fn sum(&self, file: &str, text: &str) -> String {
         match self {
-            Self::Owner => hexadecimal(&Sha256::digest(text)),
+            Self::Owner => hex::encode(Sha256::digest(text)),
             Self::Secret(secret) => {
                 let key = hmac::Key::new(hmac::HMAC_SHA256, secret.expose().as_bytes());
                 let tag = hmac::sign(&key, format!("{MAC_DOMAIN}\n{file}\n{text}").as_bytes());
-                hexadecimal(tag.as_ref())
+                hex::encode(tag.as_ref())
             }
         }
     }
@@ -140,7 +140,7 @@ impl EvaluationMemory {
         let sum = Sha256::digest(all.to_string());
         Self {
             folder: folder.to_owned(),
-            name: format!("{}.json", hexadecimal(&sum[..20])),
+            name: format!("{}.json", hex::encode(&sum[..20])),
             seal,
         }
     }
@@ -229,10 +229,6 @@ fn prune(folder: &Path) {
     {
         let _ = fs::remove_file(path);
     }
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

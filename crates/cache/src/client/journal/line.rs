@@ -4,7 +4,6 @@
 //! line with a wrong sum was torn and does not count.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -127,12 +126,7 @@ impl Entry {
 }
 
 fn sum(text: &str) -> String {
-    let mut sum = String::with_capacity(16);
-    for byte in &Sha256::digest(text.as_bytes())[..8] {
-        // Writing to a `String` cannot fail.
-        let _ = write!(sum, "{byte:02x}");
-    }
-    sum
+    hex::encode(&Sha256::digest(text.as_bytes())[..8])
 }
 
 /// The content of a journal.
