@@ -190,6 +190,30 @@ fn every_shell_snippet_does_what_its_page_says() {
 }
 
 #[test]
+fn a_poisoned_path_goes_with_all_that_refers_to_it_and_nothing_else() {
+    let pages = pages();
+    let page = pages
+        .iter()
+        .find(|(name, _)| name == "docs/when-it-goes-wrong.md");
+    let fences = &page.expect("the page").1;
+    let mut purge = fences
+        .iter()
+        .find(|fence| fence.text.contains("purge()"))
+        .expect("its snippet")
+        .clone();
+    // The flake's chain is base, lib, app; `lib` is the one that is poisoned. Two are sources.
+    purge.text.insert_str(
+        0,
+        "nix --extra-experimental-features 'nix-command flakes' build .#lib\n",
+    );
+    let names = "sed -n 's/^StorePath: [^-]*-//p' ./flywheel-cache/caches/main/*.narinfo | sort | tr '\\n' ' '\n";
+    purge.text.push_str(names);
+    let printed = walk(&[&purge]);
+    let left = printed.lines().last().unwrap_or_default();
+    assert_eq!(left.trim(), "base bin source", "{printed}");
+}
+
+#[test]
 fn every_expression_of_nix_and_every_setting_is_one() {
     let top = tempfile::tempdir().unwrap();
     let mut settings = 0;
