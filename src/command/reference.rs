@@ -1,6 +1,7 @@
 //! `flywheel reference`: every verb, flag, variable, default, output and exit code, as the program defines them.
 
 mod files;
+mod variables;
 
 use clap::Args;
 
@@ -54,7 +55,7 @@ fn page(verbs: &[Verb]) -> String {
     [BEFORE.to_owned()]
         .into_iter()
         .chain(verbs)
-        .chain([exit_codes(), files::page()])
+        .chain([exit_codes(), variables::page(), files::page()])
         .collect::<Vec<_>>()
         .join("\n")
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use crate::definitions;
-use crate::house::source::{file, root};
+use crate::house::hold;
+use crate::house::source::{Source, file, files, root};
 use crate::setup::entries;
 use crate::world::Flywheel;
 
@@ -56,4 +57,51 @@ fn the_reference_names_everything() {
             assert!(page.contains(&row), "{} {}", verb.name, output.name);
         }
     }
+}
+
+/// The names of variables that a source file has as literal texts, outside of its tests.
+fn variables(source: &Source) -> Vec<String> {
+    if source.name.contains("/tests") {
+        return Vec::new();
+    }
+    let end = source.text.find("#[cfg(test)]\nmod ");
+    let text = &source.text[..end.unwrap_or(source.text.len())];
+    let is_name = |word: &&str| {
+        let begins = [
+            "ATTIC_", "GITHUB_", "RUNNER_", "CI_", "NIX_", "XDG_", "BAZEL_", "GF_",
+        ];
+        let is_letter = |c: char| c.is_ascii_uppercase() || c == '_';
+        begins.iter().any(|begin| word.starts_with(begin)) && word.chars().all(is_letter)
+    };
+    let literals = text.split('"').filter(is_name);
+    literals.map(str::to_owned).collect()
+}
+
+#[test]
+fn every_variable_that_is_read_is_in_the_reference() {
+    let page = page();
+    let (_, table) = page.split_once("## Variables").unwrap();
+    let named: Vec<&str> = table.split('`').skip(1).step_by(2).collect();
+    let is_named = |variable: &str| {
+        named.iter().any(|name| match name.strip_suffix('…') {
+            Some(begin) => variable.starts_with(begin),
+            None => *name == variable,
+        })
+    };
+    let rule = |sources: &[Source]| {
+        let mut missing = BTreeSet::new();
+        for source in sources {
+            let variables = variables(source).into_iter();
+            missing.extend(variables.filter(|variable| !is_named(variable)));
+        }
+        missing.into_iter().collect()
+    };
+    let real = [files("src", ".rs"), files("crates", ".rs")].concat();
+    let number: usize = real.iter().map(|source| variables(source).len()).sum();
+    assert!(number > 60, "only {number} names were found");
+    let planted = [Source::planted(
+        "src/x.rs",
+        "env.get(\"GITHUB_UNHEARD_OF\")",
+    )];
+    hold(rule, real, &planted);
 }

@@ -197,6 +197,8 @@ pub(crate) const MACHINES: &[Machine] = &[
             "Nix is installed by closure",
             "1 built, 2 published, 2 verified, 0 lost",
             "Job succeeded",
+            "took back Nix from",
+            "no store is left",
         ]),
     ),
     told(

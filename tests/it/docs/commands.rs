@@ -227,6 +227,46 @@ fn every_shell_snippet_can_be_read_by_a_shell() {
     hold(rule, pages(), &planted);
 }
 
+/// What GitHub shows and MkDocs does not: a fence within a list, a list right below a paragraph, a table likewise.
+fn shown_by_github_alone(page: &Source) -> Vec<String> {
+    let mut complaints = Vec::new();
+    let (mut is_fenced, mut in_block, mut before) = (false, false, "");
+    for (number, line) in page.text.lines().enumerate() {
+        let mut complain =
+            |what: &str| complaints.push(format!("{}:{}: {what}", page.name, number + 1));
+        if line.trim_start().starts_with("```") {
+            is_fenced = !is_fenced;
+            if line.starts_with(' ') {
+                complain("a fence begins in the first column");
+            }
+        }
+        let begins = ["- ", "* ", "1. ", "| "]
+            .iter()
+            .any(|mark| line.starts_with(mark));
+        if begins && !is_fenced && !in_block && !before.is_empty() && !before.starts_with("<!--") {
+            complain("a list or a table has an empty line above it");
+        }
+        in_block = !line.is_empty() && (begins || in_block);
+        before = line;
+    }
+    complaints
+}
+
+#[test]
+fn a_page_looks_the_same_on_github_and_as_a_part_of_the_site() {
+    let rule = |pages: &[Source]| pages.iter().flat_map(shown_by_github_alone).collect();
+    let planted = [
+        "1. A\n\n   ```sh\n   x\n   ```\n",
+        "A:\n- b\n",
+        "A\n| b |\n|---|\n",
+    ];
+    hold(
+        rule,
+        pages(),
+        &planted.map(|text| Source::planted("docs/x.md", text)),
+    );
+}
+
 #[test]
 fn no_command_hides_outside_of_a_fence() {
     let rule = |pages: &[Source]| {

@@ -8,7 +8,11 @@ fn messages(page: &str) -> Vec<Vec<String>> {
     page.lines()
         .filter_map(|line| line.strip_prefix("### `")?.strip_suffix('`'))
         .map(|message| {
-            let parts = message.split('…').map(str::trim);
+            // A message that has backticks itself stands between two of them.
+            let inner = message
+                .strip_prefix("` ")
+                .and_then(|rest| rest.strip_suffix(" `"));
+            let parts = inner.unwrap_or(message).split('…').map(str::trim);
             parts
                 .filter(|part| !part.is_empty())
                 .map(str::to_owned)

@@ -3,8 +3,9 @@
 # machine is a Debian with git.
 
 # What a page has between fences of a language and marks for a machine, without the fences.
+#   usage: marked LANGUAGE PAGE
 marked() {
-  sed -n "/^<!-- test: machine -->\$/,/^\`\`\`\$/p" "/fly/docs/start/$PAGE.md" | sed -n "/^\`\`\`$1\$/,/^\`\`\`\$/p" | sed '/^```/d'
+  sed -n "/^<!-- test: machine -->\$/,/^\`\`\`\$/p" "/fly/docs/$2.md" | sed -n "/^\`\`\`$1\$/,/^\`\`\`\$/p" | sed '/^```/d'
 }
 
 # Makes the repository whose workflow it is. What the page has is not changed.
@@ -12,7 +13,7 @@ make_repository() {
   mkdir -p "$1/.github/workflows" "$1/bin"
   cp /guest/workflow.nix "$1/flake.nix"
   cp /fly/busybox "$1/bin/busybox"
-  marked yaml >"$1/.github/workflows/ci.yml"
+  marked yaml "start/$PAGE" >"$1/.github/workflows/ci.yml"
   grep -q 'uses: OWNER/flywheel/actions/nix-job@main' "$1/.github/workflows/ci.yml"
   chown -R "$USER_ID:$USER_ID" "$1"
   for words in 'init --quiet --initial-branch=main' 'add --all' 'commit --quiet --message=Begin'; do
@@ -23,7 +24,7 @@ make_repository() {
 
 workflow() {
   # What the page has root do, for the user that it calls `runner`.
-  marked sh | sed "s/runner/$USER_NAME/g" >/area/as-root.sh
+  marked sh "start/$PAGE" | sed "s/runner/$USER_NAME/g" >/area/as-root.sh
   sh -eu /area/as-root.sh
   mkdir /area/server
   /fly/flywheel cache serve --dir /area/server --listen 127.0.0.1:0 --ready-file /area/url --stop-after 10m \
@@ -55,4 +56,12 @@ workflow() {
   timed as_user timeout -k 5 120 /fly/act push --action-offline-mode --no-cache-server \
     --local-repository OWNER/flywheel@main=/fly/checkout --action-cache-path /area/actions \
     --eventpath /area/push.json --secret-file /area/secrets --actor octocat "$@"
+  # Afterwards the user takes Flywheel away from his host, as the page about that says.
+  if [ "$PAGE" = host ] && [ "$code" = 0 ]; then
+    marked sh when-it-goes-wrong >/area/away.sh
+    cd /
+    rm -rf /area/app
+    as_user env PATH="/fly:$PATH" sh -eu /area/away.sh >>/out/log 2>&1 || echo "away: $?" >/out/exit
+    [ -e /nix/store ] || echo 'no store is left' >>/out/log
+  fi
 }

@@ -88,6 +88,40 @@ fn filled_in(text: &str, cache: &Cache, port: &str, path: &str) -> String {
     .fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
+/// What is left in the reader's folders, where the reference says nothing of it.
+fn undocumented(top: &Path) -> Vec<String> {
+    let reference = fs::read_to_string(root().join("docs/reference.md")).unwrap();
+    let (_, files) = reference.split_once("## Files").unwrap();
+    let below = |folder: &str| {
+        let entries = fs::read_dir(top.join(folder)).into_iter().flatten();
+        let names = entries.map(|entry| entry.unwrap().file_name());
+        names
+            .map(|name| name.to_string_lossy().into_owned())
+            .collect::<Vec<_>>()
+    };
+    let mut left = Vec::new();
+    for (folder, shown) in [
+        ("home/.cache/flywheel", "~/.cache/flywheel"),
+        ("home/.local/share/flywheel", "~/.local/share/flywheel"),
+        ("state/flywheel", "~/.local/state/flywheel"),
+    ] {
+        let places = below(folder)
+            .into_iter()
+            .map(|name| format!("`{shown}/{name}/`"));
+        left.extend(places.filter(|place| !files.contains(place)));
+    }
+    // What is for one run alone is gone with it.
+    for folder in ["runtime", "tmp"] {
+        let ours = below(folder)
+            .into_iter()
+            .filter(|name| name.starts_with("flywheel"));
+        for name in ours {
+            left.extend(below(&format!("{folder}/{name}")));
+        }
+    }
+    left
+}
+
 /// Runs the snippets of one page; what they printed.
 fn walk(fences: &[&Fence]) -> String {
     let (cache, port) = (Cache::start(&[]), Port::reserve());
@@ -131,6 +165,7 @@ fn walk(fences: &[&Fence]) -> String {
     let mut printed = String::from_utf8_lossy(&output.stdout).into_owned();
     printed.push_str(&String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{printed}");
+    assert_eq!(undocumented(top.path()), Vec::<String>::new(), "{printed}");
     for line in printed.lines().filter(|line| line.contains(" verified, ")) {
         assert!(line.contains(", 0 lost"), "{printed}");
     }
@@ -152,6 +187,30 @@ fn every_shell_snippet_does_what_its_page_says() {
         }
     }
     assert!(walked > 15, "only {walked} snippets were run");
+}
+
+#[test]
+fn a_poisoned_path_goes_with_all_that_refers_to_it_and_nothing_else() {
+    let pages = pages();
+    let page = pages
+        .iter()
+        .find(|(name, _)| name == "docs/when-it-goes-wrong.md");
+    let fences = &page.expect("the page").1;
+    let mut purge = fences
+        .iter()
+        .find(|fence| fence.text.contains("purge()"))
+        .expect("its snippet")
+        .clone();
+    // The flake's chain is base, lib, app; `lib` is the one that is poisoned. Two are sources.
+    purge.text.insert_str(
+        0,
+        "nix --extra-experimental-features 'nix-command flakes' build .#lib\n",
+    );
+    let names = "sed -n 's/^StorePath: [^-]*-//p' ./flywheel-cache/caches/main/*.narinfo | sort | tr '\\n' ' '\n";
+    purge.text.push_str(names);
+    let printed = walk(&[&purge]);
+    let left = printed.lines().last().unwrap_or_default();
+    assert_eq!(left.trim(), "base bin source", "{printed}");
 }
 
 #[test]
