@@ -16,6 +16,7 @@ mod flake_checks;
 mod house;
 mod matrix;
 mod nix_job;
+mod pictures;
 mod publish;
 mod reference;
 mod scan;
