@@ -12,6 +12,9 @@ use flywheel_core::text::{bytes, count, duration, one_line};
 /// At most this many paths of a list are shown, because GitHub drops a summary over 1 MiB; the log and the journal have
 /// all.
 const LISTED: usize = 100;
+/// What to do about a path that the policy keeps back.
+const WITHHELD: &str =
+    "Take what was found out of the build, or except the path by `policy-allow` with a reason.";
 /// So many failed builds are listed.
 const FAILURES: usize = 20;
 
@@ -64,6 +67,9 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
         list(text, "Ambiguous, not published", &publication.ambiguous)?;
         list(text, "Sent, but not verified", &publication.unverified)?;
         list(text, "Withheld by the policy", &publication.withheld)?;
+        if !publication.withheld.is_empty() {
+            writeln!(text, "{WITHHELD}\n")?;
+        }
         list(
             text,
             "Published, although a rule warns",
