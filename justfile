@@ -64,6 +64,10 @@ figures *options:
     scripts/bootstrap.sh runner
     target/tools/bin/python scripts/figures.py {{ options }}
 
+# The pictures of the summaries in docs/pictures, as root; `--check` compares them with new ones
+pictures *options:
+    scripts/pictures.sh {{ options }}
+
 # Build the static binaries into dist/, or one of them: `just dist x86_64`
 dist *processor:
     scripts/dist.sh {{ processor }}

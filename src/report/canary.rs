@@ -158,18 +158,26 @@ impl Canary {
             .count();
         let seconds = self.took.as_secs_f64();
         match (self.healthy(), self.broken()) {
-            (true, None) => format!("{} is healthy ({ran} checks, {seconds:.1} s)", self.class),
-            (true, Some(check)) => {
-                format!(
-                    "{} is healthy, but `{}` is broken: {}",
-                    self.class, check.layer, check.text
-                )
-            }
-            (false, check) => {
-                let (layer, text) =
-                    check.map_or(("", ""), |check| (check.layer, check.text.as_str()));
-                format!("{} is broken at `{layer}`: {text}", self.class)
-            }
+            (true, None) => format!(
+                "{} is healthy ({}, {seconds:.1} s)",
+                self.class,
+                count(ran as u64, "check")
+            ),
+            (_, Some(check)) => format!("{}: {}", self.headline(), check.text),
+            (false, None) => self.headline(),
+        }
+    }
+
+    /// The closing line without what was found, which the summary has below.
+    fn headline(&self) -> String {
+        match (self.healthy(), self.broken_layer()) {
+            (true, None) => self.closing_line(),
+            (true, Some(layer)) => format!("{} is healthy, but `{layer}` is broken", self.class),
+            (false, layer) => format!(
+                "{} is broken at `{}`",
+                self.class,
+                layer.unwrap_or_default()
+            ),
         }
     }
 
@@ -205,10 +213,7 @@ impl Canary {
     /// The job summary, which is also the text of the Check Run.
     pub(crate) fn summary(&self) -> String {
         let sign = if self.healthy() { "✅" } else { "❌" };
-        let mut text = format!(
-            "### {sign} Builder health: {}\n\n",
-            cell(&self.closing_line())
-        );
+        let mut text = format!("### {sign} Builder health: {}\n\n", cell(&self.headline()));
         for check in self
             .failed(Severity::Required)
             .chain(self.failed(Severity::Advisory))
@@ -219,7 +224,7 @@ impl Canary {
             push(
                 &mut text,
                 format_args!(
-                    "> **`{}`** ({}): {}. {}\n>\n",
+                    "- **`{}`** ({}): {}. {}\n",
                     check.layer,
                     check.severity.as_str(),
                     cell(&check.text),
@@ -227,11 +232,14 @@ impl Canary {
                 ),
             );
         }
+        if self.broken().is_some() {
+            text.push('\n');
+        }
         // What holds is looked at on a bad day only.
         let checks = count(self.checks.len() as u64, "check");
         push(
             &mut text,
-            format_args!("\n<details><summary>{checks}</summary>\n"),
+            format_args!("<details><summary>{checks}</summary>\n"),
         );
         text.push_str("\n| check | layer | severity | verdict | time | what was found |\n|---|---|---|---|---|---|\n");
         for check in &self.checks {
@@ -479,7 +487,39 @@ mod tests {
             check("build", "build", Severity::Required, Verdict::Skipped),
         ];
         checks[0].took = Duration::ZERO;
+        let found = [
+            "Nix 2.8.0 at /usr/bin/nix",
+            "the daemon's socket `/nix/var/nix/daemon-socket/socket` refuses connections",
+            "https://cache.example/main: connection refused",
+            "it depends on `daemon`",
+        ];
+        for (check, text) in checks.iter_mut().zip(found) {
+            text.clone_into(&mut check.text);
+        }
+        let hints = [
+            (
+                1,
+                "Start the daemon on the runner (`systemctl restart nix-daemon`, or `nix-daemon` as root).",
+            ),
+            (2, "Look at the network between the runner and the cache."),
+        ];
+        for (at, hint) in hints {
+            checks[at].verdict = Verdict::Failed { hint: hint.into() };
+        }
         flywheel_testing::golden("canary-broken", &canary(checks).summary());
+    }
+
+    #[test]
+    fn healthy() {
+        let mut found = canary(vec![check(
+            "nix",
+            "nix",
+            Severity::Required,
+            Verdict::Passed,
+        )]);
+        found.checks[0].text = "Nix 2.8.0 at /usr/bin/nix".into();
+        found.cold_start = Some(Duration::from_millis(1_200));
+        flywheel_testing::golden("canary-healthy", &found.summary());
     }
 
     #[test]

@@ -281,6 +281,11 @@ pub(super) mod tests {
                 published: 3,
                 verified: 3,
                 bytes: 2048,
+                coverage: flywheel_cache::client::verify::Coverage {
+                    sent: 3,
+                    sent_read: 3,
+                    ..Default::default()
+                },
                 ..Publication::default()
             }),
             bootstrap: Duration::from_millis(100),

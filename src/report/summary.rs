@@ -12,6 +12,9 @@ use flywheel_core::text::{bytes, count, duration, one_line};
 /// At most this many paths of a list are shown, because GitHub drops a summary over 1 MiB; the log and the journal have
 /// all.
 const LISTED: usize = 100;
+/// What to do about a path that the policy keeps back.
+const WITHHELD: &str =
+    "Take what was found out of the build, or except the path by `policy-allow` with a reason.";
 /// So many failed builds are listed.
 const FAILURES: usize = 20;
 
@@ -36,13 +39,13 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
     if let Some(found) = &job.out_of_memory {
         writeln!(
             text,
-            "> **Out of memory:** {}\n",
+            "**Out of memory:** {}\n",
             cell(&found.text(job.heavy_lane.as_deref()))
         )?;
     }
     failed_builds(text, &job.failed_builds)?;
     if let Some(found) = job.disk.full_text() {
-        writeln!(text, "> **Disk full:** {}\n", cell(&found))?;
+        writeln!(text, "**Disk full:** {}\n", cell(&found))?;
     }
     if let CacheState::LeftOut {
         layer,
@@ -64,6 +67,9 @@ fn write(text: &mut String, job: &JobResult) -> std::fmt::Result {
         list(text, "Ambiguous, not published", &publication.ambiguous)?;
         list(text, "Sent, but not verified", &publication.unverified)?;
         list(text, "Withheld by the policy", &publication.withheld)?;
+        if !publication.withheld.is_empty() {
+            writeln!(text, "{WITHHELD}\n")?;
+        }
         list(
             text,
             "Published, although a rule warns",
@@ -127,7 +133,7 @@ fn headline(job: &JobResult) -> String {
         Outcome::DiskFull => format!("a disk was full (exit code {code})"),
         Outcome::Cancelled => "cancelled while the command ran".to_owned(),
         Outcome::NotPublished => format!(
-            "the command ended well, and `require-publish` does not hold: {}",
+            "the command succeeded, but `require-publish` is not met: {}",
             missing(job)
         ),
         Outcome::Withheld => {
@@ -136,7 +142,7 @@ fn headline(job: &JobResult) -> String {
                 .as_ref()
                 .map_or(0, |found| found.withheld.len());
             format!(
-                "the command ended well, and the policy withholds {}",
+                "the command succeeded, but the policy withholds {}",
                 count(withheld as u64, "path")
             )
         }
@@ -147,14 +153,16 @@ fn headline(job: &JobResult) -> String {
 fn losses(job: &JobResult) -> String {
     let nothing = Publication::default();
     let publication = job.publication.as_ref().unwrap_or(&nothing);
-    let mut losses = publication.losses(job.not_watched.len());
-    if !publication.unverified.is_empty() {
-        let _ = write!(losses, ", {} unverified", publication.unverified.len());
+    let losses = publication.losses(job.not_watched.len());
+    match publication.unverified.len() {
+        0 => losses,
+        // A nought in front of what is wrong would be read first.
+        unverified if losses == "0 lost" => format!("{unverified} unverified"),
+        unverified => format!("{losses}, {unverified} unverified"),
     }
-    losses
 }
 
-/// Why `require-publish` does not hold.
+/// Why `require-publish` is not met.
 fn missing(job: &JobResult) -> String {
     if job.publication.is_none() && job.not_watched.is_empty() {
         format!("nothing is published, {}", cell(&job.unpublished))
@@ -319,6 +327,9 @@ fn list(text: &mut String, title: &str, missed: &[Missed]) -> std::fmt::Result {
         by_reason.entry(cell(&one.reason)).or_default().push(one);
     }
     writeln!(text, "**{title}**\n")?;
+    let mut by_reason: Vec<_> = by_reason.into_iter().collect();
+    // What struck many is the cause more often than what struck one.
+    by_reason.sort_by_key(|(_, paths)| std::cmp::Reverse(paths.len()));
     for (reason, paths) in by_reason {
         if let [one] = paths[..] {
             writeln!(text, "- `{}`: {reason}", cell(&one.path))?;
@@ -349,9 +360,9 @@ mod tests {
     use flywheel_core::budget::{Observed, out_of_memory};
     use flywheel_testing::golden;
 
-    fn missed(path: &str, reason: &str) -> Missed {
+    fn missed(name: &str, reason: &str) -> Missed {
         Missed {
-            path: format!("/nix/store/{path}"),
+            path: format!("/nix/store/cxxib9y6zslr9m7x7r0n9d7sx7v1xm55-{name}"),
             reason: reason.to_owned(),
         }
     }
@@ -366,7 +377,14 @@ mod tests {
 
     #[test]
     fn success() {
-        golden("success", &render(&changed(|job, _| job.substituted = 9)));
+        let job = changed(|job, publication| {
+            (job.built, job.substituted, job.added) = (412, 1236, 1648);
+            job.command = Duration::from_secs(754);
+            publication.bytes = 1_300_000_000;
+            (publication.published, publication.verified) = (412, 412);
+            (publication.coverage.sent, publication.coverage.sent_read) = (412, 412);
+        });
+        golden("success", &render(&job));
     }
 
     #[test]
@@ -411,7 +429,7 @@ mod tests {
         let job = changed(|job, publication| {
             (job.outcome, job.exit_code) = (Outcome::Cancelled, 130);
             publication.lost = vec![missed(
-                "7r0n-late",
+                "docs",
                 "the job was cancelled before it was sent; kept for the next job (journal)",
             )];
         });
@@ -434,12 +452,12 @@ mod tests {
         let reason = "the cache answered 507 (insufficient storage), five times; kept for the next job (journal)";
         let job = changed(|job, publication| {
             job.built = 7;
-            publication.lost = ["1-one", "2-two", "3-three"]
+            publication.lost = ["parser-1.2", "server-1.2", "client-1.2"]
                 .map(|path| missed(path, reason))
                 .into();
             publication.lost.push(missed(
-                "4-four",
-                "refers to `/nix/store/1-one`, which is lost",
+                "image-1.2",
+                "refers to `/nix/store/cxxib9y6zslr9m7x7r0n9d7sx7v1xm55-server-1.2`, which is lost",
             ));
         });
         golden("lost", &render(&job));
@@ -450,11 +468,20 @@ mod tests {
         let job = changed(|job, publication| {
             (job.outcome, job.exit_code) = (Outcome::Withheld, 1);
             publication.withheld = vec![missed(
-                "5-config",
-                "secret: a private key at /nix/store/5-config/key, byte 0",
+                "config",
+                "secret: a private key at /nix/store/cxxib9y6zslr9m7x7r0n9d7sx7v1xm55-config/key, byte 0",
             )];
         });
         golden("withheld", &render(&job));
+    }
+
+    #[test]
+    fn watch_store() {
+        let job = changed(|job, _| {
+            job.work = crate::report::job::Work::OtherSteps;
+            (job.substituted, job.command) = (9, Duration::from_secs(75));
+        });
+        golden("watch-store", &render(&job));
     }
 
     #[test]
@@ -462,7 +489,7 @@ mod tests {
         let job = changed(|job, publication| {
             (job.outcome, job.exit_code) = (Outcome::NotPublished, 1);
             job.command = Duration::from_secs(75);
-            publication.unverified = vec![missed("6-six", "the deadline was over")];
+            publication.unverified = vec![missed("docs", "the deadline was over")];
         });
         golden("not-published", &render(&job));
     }
@@ -530,7 +557,7 @@ mod tests {
         let text = render(&job);
         for part in [
             "### ❌",
-            "> **Disk full:** `/nix (tmpfs)`",
+            "\n**Disk full:** `/nix (tmpfs)`",
             "`reclaim: true`",
             "- **Lowest free room:** 0 B of 64.0 MiB on /nix (tmpfs)",
             "- **Freed in the store:** 2 paths of this job's own, of 1.0 MiB",

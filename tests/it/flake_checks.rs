@@ -184,7 +184,10 @@ fn nix_eval_jobs_evaluates_where_it_is_asked_for_and_there() {
     check(
         &run.run(),
         1,
-        &["nix-eval-jobs evaluates", "3 outputs: 2 failure, 1 success"],
+        &[
+            "nix-eval-jobs evaluates",
+            "3 outputs: 2 failed, 1 succeeded",
+        ],
     );
     for (name, conclusion) in [
         ("good", "success"),

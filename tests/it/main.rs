@@ -18,6 +18,7 @@ mod house;
 mod init;
 mod matrix;
 mod nix_job;
+mod pictures;
 mod publish;
 mod reference;
 mod scan;

@@ -90,7 +90,7 @@ fn a_build_that_fills_the_stores_disk_is_named_with_the_jobs_largest_path() {
         ended(&ran, "disk-full", "7");
         assert_eq!(output(&ran, "published"), "1", "{}", ran.log);
         let named = [
-            "> **Disk full:** `/nix (tmpfs)`, with the store",
+            "**Disk full:** `/nix (tmpfs)`, with the store",
             "-first (15.0 MiB)",
             "`reclaim: true`",
             "**Lowest free room:**",
@@ -176,7 +176,7 @@ END
 echo "$?" >/out/code"#;
     let ran = disk(VERSIONS[2], "size=64m", job);
     ended(&ran, "disk-full", "1");
-    let named = ["> **Disk full:** `/nix (tmpfs)`", "-first (15.0 MiB)"];
+    let named = ["**Disk full:** `/nix (tmpfs)`", "-first (15.0 MiB)"];
     has(&ran.file("summary"), &named, &ran);
 }
 

@@ -73,11 +73,8 @@ impl FlakeChecks<'_> {
             ("cancelled", number(Conclusion::Cancelled)),
             ("remembered", ran.remembered.to_string()),
         ];
-        let shown = [
-            summary::render(&ended, &ran.not_looked_at),
-            summary::failures(&ended),
-        ];
-        let mut written = files.add_summary(&shown.join("\n"));
+        let shown = summary::with_logs(&ended, &ran.not_looked_at);
+        let mut written = files.add_summary(&shown);
         for (name, value) in counts.into_iter().chain(times) {
             written = written.and_then(|()| files.set_output(name, &value));
         }

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use super::runs::as_str;
 use super::text::{log_tail, title};
 use super::{Cause, Conclusion, Output, Verdict};
 use flywheel_core::markdown::{code, fenced, html, plain};
@@ -24,7 +23,7 @@ const LOGS_LIMIT_BYTES: usize = 200_000;
 /// An output and how it ended.
 pub type Ended<'a> = (&'a Output, &'a Verdict);
 
-/// One line about all: `12 outputs: 3 failure, 9 success`.
+/// One line about all: `12 outputs: 3 failed, 9 succeeded`.
 pub fn closing_line(ended: &[Ended<'_>]) -> String {
     let conclusions = [
         Conclusion::Failure,
@@ -37,7 +36,13 @@ pub fn closing_line(ended: &[Ended<'_>]) -> String {
             .iter()
             .filter(|(_, verdict)| verdict.conclusion() == conclusion)
             .count();
-        (number > 0).then(|| format!("{number} {}", as_str(conclusion)))
+        let word = match conclusion {
+            Conclusion::Failure => "failed",
+            Conclusion::Cancelled => "cancelled",
+            Conclusion::Success => "succeeded",
+            Conclusion::Neutral => "already there",
+        };
+        (number > 0).then(|| format!("{number} {word}"))
     });
     let counts: Vec<String> = conclusions.into_iter().flatten().collect();
     let all = count(ended.len() as u64, "output");
@@ -50,20 +55,38 @@ pub fn closing_line(ended: &[Ended<'_>]) -> String {
 
 /// One line about the systems that were left out.
 pub fn not_looked_at(systems: &BTreeSet<String>) -> String {
-    let systems: Vec<&str> = systems.iter().map(String::as_str).collect();
-    let names = one_line(&systems.join(", "), 300);
-    format!("not looked at, because `systems` does not ask for them: the outputs of {names}")
+    format!(
+        "not looked at, because `systems` does not ask for them: the outputs of {}",
+        names_of(systems)
+    )
 }
 
-/// The Markdown of all verdicts. `others`: the systems that were left out.
+fn names_of(systems: &BTreeSet<String>) -> String {
+    let systems: Vec<&str> = systems.iter().map(String::as_str).collect();
+    one_line(&systems.join(", "), 300)
+}
+
+/// The Markdown of all verdicts, without logs: a Check Run has less room. `others`: the systems that were left out.
 pub fn render(ended: &[Ended<'_>], others: &BTreeSet<String>) -> String {
     let mut text = String::new();
     // Writing to a `String` cannot fail.
-    let _ = write(&mut text, ended, others);
+    let _ = write(&mut text, ended, "", others);
     text
 }
 
-fn write(text: &mut String, ended: &[Ended<'_>], others: &BTreeSet<String>) -> std::fmt::Result {
+/// The same with the logs of what failed, which come first.
+pub fn with_logs(ended: &[Ended<'_>], others: &BTreeSet<String>) -> String {
+    let mut text = String::new();
+    let _ = write(&mut text, ended, &failures(ended), others);
+    text
+}
+
+fn write(
+    text: &mut String,
+    ended: &[Ended<'_>],
+    logs: &str,
+    others: &BTreeSet<String>,
+) -> std::fmt::Result {
     let failed = ended
         .iter()
         .any(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
@@ -73,12 +96,24 @@ fn write(text: &mut String, ended: &[Ended<'_>], others: &BTreeSet<String>) -> s
         if failed { "❌" } else { "✅" },
         closing_line(ended)
     )?;
+    if !logs.is_empty() {
+        write!(text, "{logs}")?;
+    }
+    if !ended.is_empty() {
+        table(text, ended)?;
+        timeline(text, ended)?;
+    }
     if !others.is_empty() {
-        writeln!(text, "{}\n", plain(&not_looked_at(others)))?;
+        writeln!(
+            text,
+            "\nNot looked at, because `systems` does not ask for them: the outputs of {}",
+            plain(&names_of(others))
+        )?;
     }
-    if ended.is_empty() {
-        return Ok(());
-    }
+    Ok(())
+}
+
+fn table(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     writeln!(text, "| | Output | Verdict | Time |\n|---|---|---|---|")?;
     let mut rows: Vec<&Ended<'_>> = ended.iter().collect();
     rows.sort_by_key(|(_, verdict)| rank(verdict.conclusion()));
@@ -99,11 +134,11 @@ fn write(text: &mut String, ended: &[Ended<'_>], others: &BTreeSet<String>) -> s
     if rows.len() > ROWS {
         writeln!(text, "\n… and {} more.", rows.len() - ROWS)?;
     }
-    timeline(text, ended)
+    Ok(())
 }
 
-/// What failed, each output folded with the end of its log and the command that builds it by hand.
-pub fn failures(ended: &[Ended<'_>]) -> String {
+/// What failed, each output with the end of its log and the command that builds it by hand, the first one unfolded.
+fn failures(ended: &[Ended<'_>]) -> String {
     let failed = ended
         .iter()
         .filter(|(_, verdict)| verdict.conclusion() == Conclusion::Failure);
@@ -125,10 +160,11 @@ pub fn failures(ended: &[Ended<'_>]) -> String {
         }
         let label = html(&one_line(&output.label, 100));
         let by_hand = code(&one_line(&verdict.reproduce, 500));
+        let open = if text.is_empty() { " open" } else { "" };
         // Writing to a `String` cannot fail.
         let _ = writeln!(
             text,
-            "<details><summary><code>{label}</code>: {}</summary>\n\n{}\n\nBy hand: {by_hand}\n\n</details>\n",
+            "<details{open}><summary><code>{label}</code>: {}</summary>\n\n{}\n\nBy hand: {by_hand}\n\n</details>\n",
             html(&one_line(&title(verdict), 200)),
             fenced(&log)
         );
@@ -162,7 +198,7 @@ fn is_there_already(cause: &Cause) -> bool {
     )
 }
 
-/// Writes the builds over time, for Mermaid to draw.
+/// Writes the builds over time, for Mermaid to draw, folded.
 fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     let is_build = |cause: &Cause| {
         !is_there_already(cause) && !matches!(cause, Cause::Evaluated | Cause::Cancelled)
@@ -179,9 +215,11 @@ fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
     bars.truncate(BARS);
     bars.sort_by_key(|(_, verdict)| verdict.started_at_ms);
     let first = bars.first().map_or(0, |(_, verdict)| verdict.started_at_ms);
+    let end = |(_, verdict): &&Ended<'_>| end_ms(verdict, first);
+    let step = tick_interval(bars.iter().map(end).max().unwrap_or_default());
     writeln!(
         text,
-        "\n```mermaid\ngantt\n  dateFormat x\n  axisFormat %M:%S"
+        "\n<details><summary>The builds over time</summary>\n\n```mermaid\ngantt\n  dateFormat x\n  axisFormat %M:%S\n  tickInterval {step}"
     )?;
     for (output, verdict) in bars {
         let tag = if verdict.conclusion() == Conclusion::Failure {
@@ -190,13 +228,32 @@ fn timeline(text: &mut String, ended: &[Ended<'_>]) -> std::fmt::Result {
             "done"
         };
         let from = verdict.started_at_ms - first;
-        let to = from
-            + u64::try_from(verdict.took.as_millis())
-                .unwrap_or(u64::MAX - from)
-                .max(1);
+        let to = end_ms(verdict, first);
         writeln!(text, "  {} :{tag}, {from}, {to}", bar(&output.label))?;
     }
-    writeln!(text, "```")
+    writeln!(text, "```\n\n</details>")
+}
+
+/// When a build ended, from the first one's begin.
+fn end_ms(verdict: &Verdict, first: u64) -> u64 {
+    let from = verdict.started_at_ms - first;
+    let took = u64::try_from(verdict.took.as_millis()).unwrap_or(u64::MAX);
+    from.saturating_add(took.max(1))
+}
+
+/// The distance of the marks on the axis: Mermaid's own would repeat the same second, or leave no room for its text.
+fn tick_interval(span_ms: u64) -> String {
+    const MARKS: u64 = 10;
+    const STEPS: [u64; 5] = [1, 2, 5, 10, 30];
+    let fits = |unit_ms: u64| {
+        let mut steps = STEPS.into_iter();
+        steps.find(|step| span_ms / (step * unit_ms) <= MARKS)
+    };
+    match (fits(1_000), fits(60_000)) {
+        (Some(step), _) => format!("{step}second"),
+        (None, Some(step)) => format!("{step}minute"),
+        (None, None) => "1hour".to_owned(),
+    }
 }
 
 /// A label without characters that Mermaid takes for syntax.
@@ -241,28 +298,31 @@ mod tests {
     #[test]
     fn failures_with_their_logs() {
         let mut all = [
-            ended("checks.good", Cause::Built, 1),
-            ended("checks.bad", Cause::Build, 0),
-            ended("checks.there", Cause::AlreadyCached, 0),
+            ended("checks.x86_64-linux.unit", Cause::Built, 1),
+            ended("checks.x86_64-linux.parser", Cause::Build, 0),
+            ended("packages.x86_64-linux.default", Cause::AlreadyCached, 0),
             ended(
-                "checks.throws",
+                "checks.x86_64-linux.docs",
                 Cause::Evaluation {
-                    text: "error: attribute 'x' missing\n  at flake.nix:3:7".into(),
+                    text: "error: attribute 'pandoc' missing\n  at flake.nix:31:7".into(),
                     location: None,
                 },
                 0,
             ),
         ];
-        all[1].1.log_tail = vec!["running tests".into(), "``` FAILED".into()];
-        all[1].1.reproduce = "nix build .#checks.bad".into();
-        all[3].1.reproduce = "nix eval .#checks.throws".into();
+        all[0].1.took = Duration::from_millis(9_400);
+        all[1].1.took = Duration::from_millis(4_200);
+        all[3].1.took = Duration::from_millis(300);
+        let log = ["test ``` ... FAILED", "error: 1 of 214 tests failed"];
+        all[1].1.log_tail = log.map(str::to_owned).into();
+        all[1].1.reproduce = "nix build .#checks.x86_64-linux.parser".into();
+        all[3].1.reproduce = "nix eval .#checks.x86_64-linux.docs".into();
         let all: Vec<Ended<'_>> = all
             .iter()
             .map(|(output, verdict)| (output, verdict))
             .collect();
         let others = BTreeSet::from(["aarch64-darwin".to_owned()]);
-        let text = [render(&all, &others), failures(&all)].join("\n");
-        flywheel_testing::golden("flake-checks", &text);
+        flywheel_testing::golden("flake-checks", &with_logs(&all, &others));
     }
 
     #[test]
@@ -278,7 +338,7 @@ mod tests {
             .collect();
         let text = render(&all, &BTreeSet::from(["aarch64-darwin".to_owned()]));
         assert!(
-            text.starts_with("### ❌ 3 outputs: 1 failure, 1 success, 1 already there\n"),
+            text.starts_with("### ❌ 3 outputs: 1 failed, 1 succeeded, 1 already there\n"),
             "{text}"
         );
         assert!(
@@ -294,6 +354,21 @@ mod tests {
             text.contains("\n  good :done, 0, 1500\n  a_b__c__ _ :crit, 2000, 3500\n```"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn no_mark_of_the_axis_repeats_the_one_before() {
+        for (seconds, step) in [
+            (0, "1second"),
+            (10, "1second"),
+            (95, "10second"),
+            (300, "30second"),
+            (400, "1minute"),
+            (3_600, "10minute"),
+            (86_400, "1hour"),
+        ] {
+            assert_eq!(tick_interval(seconds * 1_000), step, "{seconds} s");
+        }
     }
 
     #[test]
