@@ -34,7 +34,7 @@ pub(crate) struct NixInputs {
 
     /// The binary cache that Nix itself is fetched from, and the public keys by which it is trusted, such as
     /// `https://cache.example.org/main main:6NCHdD59X431…=`; another one on each line (default: the runner's
-    /// hint `NIX_CLOSURE_SOURCE`, else the job's own cache if its public key is known, then `https://cache.nixos.org`).
+    /// hint `NIX_CLOSURE_SOURCE`, else `https://cache.nixos.org`, then the job's own cache if its public key is known).
     #[arg(long, value_name = "URL KEY", value_parser = value(sources))]
     nix_source: Option<Sources>,
 
@@ -103,7 +103,8 @@ impl NixInputs {
             version: self.nix_version.clone(),
             sources: match &self.nix_source {
                 Some(sources) => sources.clone(),
-                None => own.into_iter().chain([releases::upstream()]).collect(),
+                // Who may push to the job's own cache can put other content under Nix's path, so that upstream comes first.
+                None => [releases::upstream()].into_iter().chain(own).collect(),
             },
             mirror: self.nix_mirror.clone(),
             daemon: self.nix_daemon,
@@ -200,14 +201,14 @@ mod tests {
     }
 
     #[test]
-    fn without_inputs_upstream_is_asked_behind_the_jobs_own_cache() {
+    fn without_inputs_the_jobs_own_cache_is_asked_behind_upstream() {
         let own = BinaryCache {
             address: "https://cache.example/main".parse().expect("a URL"),
             keys: vec![KEY.parse().expect("a key")],
         };
         let inputs = read::<NixInputs>(&[]).expect("defaults");
         let wanted = inputs.wanted(Some(own.clone())).expect("nothing is wrong");
-        assert_eq!(wanted.sources, [own, releases::upstream()]);
+        assert_eq!(wanted.sources, [releases::upstream(), own]);
         assert_eq!(wanted.installer, Installer::Auto);
     }
 
