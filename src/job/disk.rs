@@ -30,6 +30,8 @@ const REPORTS: usize = 8;
 const LARGEST: usize = 5;
 /// Reading the job's own paths from the database takes milliseconds.
 const OWN_LIMIT: Duration = Duration::from_secs(2);
+/// Enough for a database that nothing else holds; after a signal there are seconds in all.
+const OWN_LIMIT_STOPPED: Duration = Duration::from_millis(100);
 /// What is reported when the work ends is handled within this time.
 const HANDLING_GRACE: Duration = Duration::from_millis(300);
 /// From one attempt to free room to the next, where the last one has freed nothing.
@@ -149,10 +151,40 @@ impl Session<'_> {
     }
 }
 
+/// How the work ended whose disks were watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WorkEnd {
+    Succeeded,
+    /// A disk may be the cause.
+    Failed,
+    /// By a signal: the runner kills the process soon, and what is left of that time belongs to the publication.
+    Stopped {
+        has_failed: bool,
+    },
+}
+
+impl WorkEnd {
+    pub(crate) fn new(is_stopped: bool, has_failed: bool) -> Self {
+        match (is_stopped, has_failed) {
+            (true, has_failed) => Self::Stopped { has_failed },
+            (false, true) => Self::Failed,
+            (false, false) => Self::Succeeded,
+        }
+    }
+
+    /// How long the database may be read for the job's own paths.
+    fn own_limit(self) -> Duration {
+        match self {
+            Self::Succeeded | Self::Failed => OWN_LIMIT,
+            Self::Stopped { .. } => OWN_LIMIT_STOPPED,
+        }
+    }
+}
+
 impl DiskWatch {
-    /// Looks once more, and sums up. Gives the paths that were freed, too. `failed`: whether the work has failed, so that
-    /// a disk may be the cause.
-    pub(crate) async fn end(self, failed: bool) -> (DiskReport, Vec<PathInfo>) {
+    /// Looks once more, and sums up. Gives the paths that were freed, too.
+    pub(crate) async fn end(self, end: WorkEnd) -> (DiskReport, Vec<PathInfo>) {
+        let failed = matches!(end, WorkEnd::Failed | WorkEnd::Stopped { has_failed: true });
         let Self {
             watcher,
             mut handling,
@@ -172,7 +204,7 @@ impl DiskWatch {
         // Read once: where the database is busy, that takes its time, and the job may have been asked to stop.
         let of_store = low.iter().find(|disk| disk.has_store);
         let own = match of_store {
-            Some(disk) => warner.own_paths(disk).await,
+            Some(disk) => warner.own_paths(disk, end.own_limit()).await,
             None => OwnPaths::default(),
         };
         for disk in low.iter().filter(|_| !is_cause) {
@@ -211,7 +243,7 @@ impl Warner {
     }
 
     async fn warn(&self, disk: &DiskUse) {
-        self.warn_with(disk, async || self.own_paths(disk).await)
+        self.warn_with(disk, async || self.own_paths(disk, OWN_LIMIT).await)
             .await;
     }
 
@@ -229,9 +261,9 @@ impl Warner {
     }
 
     /// The job's own paths, if they are on this disk.
-    async fn own_paths(&self, disk: &DiskUse) -> OwnPaths {
+    async fn own_paths(&self, disk: &DiskUse, limit: Duration) -> OwnPaths {
         match &self.ownership {
-            Some(ownership) if disk.has_store => own_paths(ownership).await,
+            Some(ownership) if disk.has_store => own_paths(ownership, limit).await,
             _ => OwnPaths::default(),
         }
     }
@@ -278,7 +310,7 @@ impl Handler {
 }
 
 /// The paths that the job itself has added, as far as the store can be read now.
-async fn own_paths(ownership: &Ownership) -> OwnPaths {
+async fn own_paths(ownership: &Ownership, limit: Duration) -> OwnPaths {
     let reading = async {
         let found = ownership.store.added_since(&ownership.mark).await.ok()?;
         let evidence = ownership.evidence(&[]).await.ok()?;
@@ -286,7 +318,7 @@ async fn own_paths(ownership: &Ownership) -> OwnPaths {
         own.retain(|info| evidence.decide(info, Registered::AfterMark) == Decision::Publish);
         Some(own)
     };
-    let mut own: Vec<PathInfo> = timeout(OWN_LIMIT, reading)
+    let mut own: Vec<PathInfo> = timeout(limit, reading)
         .await
         .ok()
         .flatten()
@@ -300,5 +332,22 @@ async fn own_paths(ownership: &Ownership) -> OwnPaths {
             .take(LARGEST)
             .map(|info| (info.path.to_string(), info.nar_size))
             .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_signal_a_busy_database_is_not_waited_for() {
+        // A command that a signal ends has failed, too.
+        for has_failed in [false, true] {
+            let end = WorkEnd::new(true, has_failed);
+            assert_eq!(end, WorkEnd::Stopped { has_failed });
+            assert!(end.own_limit() < Duration::from_millis(200));
+        }
+        assert_eq!(WorkEnd::new(false, true), WorkEnd::Failed);
+        assert_eq!(WorkEnd::new(false, true).own_limit(), OWN_LIMIT);
     }
 }

@@ -30,6 +30,7 @@ use self::output::OutputProgress;
 use self::reporter::Reporter;
 use self::systems::{is_system, native, tree};
 use crate::job::added_paths::AddedPaths;
+use crate::job::disk::WorkEnd;
 use crate::job::{self, Prepared, STOPPED_LIMIT, Session, StoreWatch};
 use crate::report::disk::DiskReport;
 use crate::report::job::{JobResult, Outcome, Work};
@@ -137,7 +138,10 @@ impl FlakeChecks<'_> {
             )
             .await;
         let failed = ran.as_ref().is_ok_and(RunResult::has_failed);
-        let (disk, freed) = disks.end(failed).await;
+        let is_stopped = ran
+            .as_ref()
+            .is_ok_and(|ran| matches!(ran.end, RunEnd::Stopped(..)));
+        let (disk, freed) = disks.end(WorkEnd::new(is_stopped, failed)).await;
         let ran = match ran {
             Ok(ran) => ran,
             Err(failure) => {

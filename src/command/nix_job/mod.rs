@@ -13,6 +13,7 @@ pub(crate) use self::inputs::Inputs;
 
 use self::inputs::{Plan, Wanted};
 use crate::job::added_paths::AddedPaths;
+use crate::job::disk::WorkEnd;
 use crate::job::failed_builds::LogSearch;
 use crate::job::{self, JobReport, Prepared, Session, StoreWatch};
 use crate::report::disk::DiskReport;
@@ -146,8 +147,11 @@ impl NixJob<'_> {
         let disks = self.session.watch_disks(prepared, watch, folder);
         let link = watch.and_then(StoreWatch::daemon_link);
         let ran = self.command(prepared, link, signals).await;
-        let failed = matches!(&ran, Ok((Ok(ended), _)) if ended.code != 0);
-        (ran, disks.end(failed).await)
+        let end = match &ran {
+            Ok((Ok(ended), _)) => WorkEnd::new(ended.stopped.is_some(), ended.code != 0),
+            _ => WorkEnd::Succeeded,
+        };
+        (ran, disks.end(end).await)
     }
 
     async fn command(

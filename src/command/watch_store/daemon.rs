@@ -15,6 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::ipc::{Finished, Request, Status, receive, send};
 use super::later_steps;
 use crate::job::added_paths::AddedPaths;
+use crate::job::disk::WorkEnd;
 use crate::job::stream::Deadline;
 use crate::job::{JobReport, Prepared, STOPPED_LIMIT, Session, StoreWatch};
 use crate::report::disk::DiskReport;
@@ -179,7 +180,8 @@ impl Daemon<'_> {
         self.status_cell.status().state = "finishing".into();
         let watched = began.elapsed();
         // The steps have commands of their own, of which nothing is known here.
-        let disk = disks.end(false).await;
+        let is_stopped = matches!(shutdown, Shutdown::Signalled);
+        let disk = disks.end(WorkEnd::new(is_stopped, false)).await;
         let (report, request) = self
             .finish(&prepared, watch, shutdown, (watched, disk), signals)
             .await;
