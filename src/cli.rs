@@ -6,6 +6,7 @@ pub(crate) mod definitions;
 
 use std::ffi::OsString;
 
+use clap::error::ErrorKind;
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::command::{
@@ -26,7 +27,8 @@ use flywheel_sys::runner::env::Env;
     name = PROGRAM,
     version,
     max_term_width = 100,
-    disable_help_subcommand = true
+    disable_help_subcommand = true,
+    after_help = "Examples:\n  flywheel help nix-job\n  flywheel version"
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -62,6 +64,7 @@ impl Cli {
     /// # Errors
     /// For the first value that is wrong, or for a wrong command line.
     pub(crate) fn read(arguments: Vec<OsString>, env: &Env) -> Result<Self, Refusal> {
+        let arguments = words_as_flags(arguments).map_err(Refusal::Clap)?;
         let matches = matches(Cli::command(), arguments, env)?;
         Self::from_arg_matches(&matches).map_err(refusal)
     }
@@ -145,6 +148,29 @@ impl Cli {
             Verb::Scan(inputs) => scan::run(inputs, env).await,
             Verb::Setup(inputs) => setup::run(inputs, env).await,
         }
+    }
+}
+
+/// `help [VERB]…` and `version` as the flags that they stand for. They are no verbs of clap's, because a verb has inputs
+/// and a page in the reference.
+fn words_as_flags(arguments: Vec<OsString>) -> Result<Vec<OsString>, clap::Error> {
+    match arguments.split_first() {
+        Some((word, [])) if word == "version" => Ok(vec!["--version".into()]),
+        Some((word, names)) if word == "help" => {
+            let mut root = Cli::command();
+            let mut verb = &root;
+            for name in names {
+                let Some(below) = name.to_str().and_then(|name| verb.find_subcommand(name)) else {
+                    let name = name.to_string_lossy();
+                    let text =
+                        format!("there is no verb `{name}`; `flywheel help` lists them all\n");
+                    return Err(root.error(ErrorKind::InvalidSubcommand, text));
+                };
+                verb = below;
+            }
+            Ok([names, &["--help".into()]].concat())
+        }
+        _ => Ok(arguments),
     }
 }
 

@@ -190,6 +190,26 @@ fn help_and_version_are_no_failures() {
 }
 
 #[test]
+fn help_and_version_are_understood_as_words() {
+    for (words, flags) in [
+        (&["help"][..], &["--help"][..]),
+        (&["help", "nix-job"], &["nix-job", "--help"]),
+        (&["help", "cache", "serve"], &["cache", "serve", "--help"]),
+        (&["version"], &["--version"]),
+    ] {
+        let ran = flywheel(words);
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{words:?}");
+        assert_eq!(ran.stdout, flywheel(flags).stdout, "{words:?}");
+    }
+    for words in [&["help", "nix-jab"][..], &["help", "nix-job", "true"]] {
+        let ran = flywheel(words);
+        assert_eq!((ran.code, ran.stdout.as_str()), (64, ""), "{words:?}");
+        let wrong = format!("there is no verb `{}`", words[words.len() - 1]);
+        assert!(ran.stderr.contains(&wrong), "{}", ran.stderr);
+    }
+}
+
+#[test]
 fn a_wrong_command_line_is_64_and_says_what_was_meant() {
     for (arguments, word) in [
         (&["nix-job", "--hlep"][..], "'--help'"),
