@@ -1,6 +1,6 @@
-//! What a daemon really does, asked by builds that tell it apart. The settings that a client shows are its own: they may
-//! say `sandbox = true` while the daemon runs without one. Only for a user whom the daemon trusts are they the same, since
-//! it obeys such a user. A probe builds, so it is for checks alone: no job waits for it or leaves its probes in the store.
+//! Finds out by small builds how a daemon really builds. A client shows only its own settings: they may say
+//! `sandbox = true` while the daemon builds without one. Only a user whom the daemon trusts sees what holds, because the
+//! daemon obeys such a user's settings. For checks alone: no job waits for these builds or leaves them in the store.
 
 use std::fs::{self, Permissions};
 use std::io;

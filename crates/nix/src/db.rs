@@ -484,19 +484,6 @@ impl ValidPathRow {
 mod tests {
     use super::*;
 
-    /// The schema of Nix's own database, version 10.
-    const SCHEMA: &str = "
-        create table ValidPaths (id integer primary key autoincrement not null, path text unique not null,
-            hash text not null, registrationTime integer not null, deriver text, narSize integer,
-            ultimate integer, sigs text, ca text);
-        create table Refs (referrer integer not null, reference integer not null,
-            primary key (referrer, reference),
-            foreign key (referrer) references ValidPaths(id) on delete cascade,
-            foreign key (reference) references ValidPaths(id) on delete restrict);
-        create index IndexReference on Refs(reference);
-        create table DerivationOutputs (drv integer not null, id text not null, path text not null,
-            primary key (drv, id), foreign key (drv) references ValidPaths(id) on delete cascade);
-        pragma journal_mode = wal;";
     const HASH: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
     struct World {
@@ -509,7 +496,9 @@ mod tests {
             let folder = tempfile::tempdir().expect("temporary folder");
             std::fs::create_dir(folder.path().join("db")).expect("made");
             let writer = Connection::open(Db::file(folder.path())).expect("opened");
-            writer.execute_batch(SCHEMA).expect("made");
+            writer
+                .execute_batch(flywheel_testing::NIX_DATABASE)
+                .expect("made");
             Self { folder, writer }
         }
 

@@ -19,6 +19,26 @@ pub fn nar_strings(words: &[&str]) -> Vec<u8> {
     nar
 }
 
+/// The NAR of a file that is not executable.
+pub fn nar_of_file(content: &str) -> Vec<u8> {
+    let kind = ["nix-archive-1", "(", "type", "regular"];
+    nar_strings(&[&kind[..], &["contents", content, ")"]].concat())
+}
+
+/// The tables of Nix's database, schema version 10, as far as they are read here.
+pub const NIX_DATABASE: &str = "
+    create table ValidPaths (id integer primary key autoincrement not null, path text unique not null,
+        hash text not null, registrationTime integer not null, deriver text, narSize integer,
+        ultimate integer, sigs text, ca text);
+    create table Refs (referrer integer not null, reference integer not null,
+        primary key (referrer, reference),
+        foreign key (referrer) references ValidPaths(id) on delete cascade,
+        foreign key (reference) references ValidPaths(id) on delete restrict);
+    create index IndexReference on Refs(reference);
+    create table DerivationOutputs (drv integer not null, id text not null, path text not null,
+        primary key (drv, id), foreign key (drv) references ValidPaths(id) on delete cascade);
+    pragma journal_mode = wal;";
+
 /// Makes a shell script. A child writes it: a file that a fork of ours, of another test's thread,
 /// still holds open for writing cannot be run.
 pub async fn script(folder: &Path, name: &str, text: &str) -> PathBuf {

@@ -5,25 +5,13 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use flywheel_testing::nar_strings;
+use flywheel_testing::{NIX_DATABASE, nar_of_file};
 use rusqlite::{Connection, params};
 
 use super::cache_server::sha256;
 
 /// The versions whose answers are recorded.
 pub const VERSIONS: [&str; 3] = ["2.8.0", "2.26.3", "2.34.8"];
-
-/// The schema of Nix's own database, version 10.
-const SCHEMA: &str = "
-    create table ValidPaths (id integer primary key autoincrement not null, path text unique not null,
-        hash text not null, registrationTime integer not null, deriver text, narSize integer,
-        ultimate integer, sigs text, ca text);
-    create table Refs (referrer integer not null, reference integer not null, primary key (referrer, reference));
-    create index IndexReference on Refs(reference);
-    create table DerivationOutputs (drv integer not null, id text not null, path text not null, primary key (drv, id));
-    create table Realisations (id integer primary key autoincrement not null, drvPath text not null,
-        outputName text not null, outputPath integer not null, signatures text);
-    pragma journal_mode = wal;";
 
 /// A Nix in a folder of its own.
 pub struct ScriptedNix {
@@ -63,7 +51,7 @@ impl ScriptedNix {
         let program = nix.bin.join("nix");
         fs::write(&program, script).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-        nix.database().execute_batch(SCHEMA).unwrap();
+        nix.database().execute_batch(NIX_DATABASE).unwrap();
         nix
     }
 
@@ -80,16 +68,7 @@ impl ScriptedNix {
         let base = format!("{}-{name}", letter.to_string().repeat(32));
         fs::write(self.store.join("nix/store").join(&base), content).unwrap();
         let path = format!("/nix/store/{base}");
-        let words = [
-            "nix-archive-1",
-            "(",
-            "type",
-            "regular",
-            "contents",
-            content,
-            ")",
-        ];
-        let nar = nar_strings(&words);
+        let nar = nar_of_file(content);
         let hash = sha256(&nar).to_string();
         let insert = "insert into ValidPaths (path, hash, registrationTime, narSize, ultimate) values (?1, ?2, 1, ?3, 1)";
         let row = params![path, hash, nar.len() as i64];

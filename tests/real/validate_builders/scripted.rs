@@ -79,21 +79,7 @@ pub struct Nar {
 impl Nar {
     /// One that is all right: a regular file.
     pub fn new() -> Self {
-        let text = |text: &str| {
-            let length = u64::try_from(text.len()).unwrap().to_le_bytes();
-            let padding = vec![0; (8 - text.len() % 8) % 8];
-            [&length[..], text.as_bytes(), &padding].concat()
-        };
-        let words = [
-            "nix-archive-1",
-            "(",
-            "type",
-            "regular",
-            "contents",
-            "the whole body of a NAR",
-            ")",
-        ];
-        let body: Vec<u8> = words.into_iter().flat_map(text).collect();
+        let body = flywheel_testing::nar_of_file("the whole body of a NAR");
         let path = "/nix/store/0123456789abcdfghijklmnpqrsvwxyz-flywheel-probe".to_owned();
         let key = SecretKey::generate("scripted-1").unwrap();
         let hash = Sha256(sha2::Sha256::digest(&body).into());

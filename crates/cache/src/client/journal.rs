@@ -66,7 +66,7 @@ pub struct Folder {
     path: PathBuf,
     /// The state folder of the store.
     store: String,
-    /// The path whose id is the job's mark.
+    /// The newest path of the store when the job began; its id in the database is the mark.
     marked: Option<StorePath>,
 }
 
@@ -125,7 +125,7 @@ pub struct Left {
 
 impl Folder {
     /// Opens the folder, and creates it (0700) if it does not exist. `store` is the state folder of the job's store, and
-    /// `marked` the path whose id is the job's mark, if there is one.
+    /// `marked` the newest path there, unless the store is empty.
     ///
     /// # Errors
     /// When it cannot be created, or others can write in it.

@@ -1,6 +1,6 @@
 //! Takes back what an installation has put on this machine: exactly what its manifest lists, and `/nix` itself where `sudo`
-//! made it. Refuses where something has come into the store since, because that needs what would go. Of an installation
-//! that was interrupted, what it left goes. None can begin meanwhile.
+//! made it. Refuses where something has come into the store since, because that needs what would go. What an
+//! interrupted installation has left is removed as well. No installation can begin while this runs.
 
 use std::collections::BTreeSet;
 use std::error::Error as _;
@@ -31,7 +31,7 @@ const NO_FOLDER: &str = "none";
 const MARK_LIMIT: u64 = 100;
 /// As for making it.
 const SUDO_LIMIT: Duration = Duration::from_secs(5);
-/// How long an installation that is under way is waited for. Short, because nobody is told meanwhile.
+/// How long to wait for an installation that is under way. Short, because nothing is printed while it waits.
 const LOCK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Notes in a folder that `sudo` made it, and who had it before, if it was there.
@@ -131,7 +131,7 @@ fn not_alone(nix: &Path, error: &StagingError) -> Impossible {
     }
 }
 
-/// Removes what was installed while nobody installs. `None` if nothing was.
+/// Removes what was installed, under the lock that keeps installations away. `None` if there was nothing.
 async fn remove_alone(nix: &Path, etc: &Path) -> Result<Option<String>, Impossible> {
     let read = Manifest::read(nix).map_err(|error| stuck(nix, &error.to_string()))?;
     // The lock is on a folder that it would make.
@@ -422,11 +422,9 @@ mod tests {
         let file = Db::file(&nix.join("var/nix"));
         fs::create_dir(file.parent().expect("a folder")).expect("made");
         let database = rusqlite::Connection::open(file).expect("opened");
-        let schema = "create table ValidPaths (id integer primary key autoincrement not null, path text unique not null,
-                hash text not null, registrationTime integer not null, deriver text, narSize integer,
-                ultimate integer, sigs text, ca text);
-            create table Refs (referrer integer not null, reference integer not null);";
-        database.execute_batch(schema).expect("made");
+        database
+            .execute_batch(flywheel_testing::NIX_DATABASE)
+            .expect("made");
         let hash = format!("sha256:{}", "0".repeat(64));
         for (name, size) in paths {
             let path = format!("/nix/store/{name}");

@@ -62,9 +62,10 @@ struct Begin {
     version: u32,
     /// Empty for a job that publishes nothing.
     cache: String,
-    /// The state folder of the job's store, of whose database `mark` is.
+    /// The state folder of the job's store.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     store: Option<String>,
+    /// The highest id in that store's database when the job began.
     mark: Option<i64>,
     /// The path with that id, by its base name.
     #[serde(skip_serializing_if = "Option::is_none", default)]
