@@ -54,6 +54,12 @@ fn help(command: &Command, arguments: &[OsString]) -> Option<clap::Error> {
     let flag = own
         .clone()
         .find(|flag| *flag == "--help" || *flag == "-h")?;
+    // The help of the whole program would hide that there is no such verb.
+    let is_verb = |word: &str| word.starts_with('-') || command.find_subcommand(word).is_some();
+    let first = arguments.get(1).and_then(|word| word.to_str());
+    if !first.is_some_and(is_verb) {
+        return None;
+    }
     let (mut verb, mut call) = (command, vec![OsString::from(PROGRAM)]);
     for name in own {
         if let Some(below) = name.to_str().and_then(|name| verb.find_subcommand(name)) {

@@ -214,6 +214,7 @@ fn a_wrong_command_line_is_64_and_says_what_was_meant() {
     for (arguments, word) in [
         (&["nix-job", "--hlep"][..], "'--help'"),
         (&["nix-jab"], "'nix-job'"),
+        (&["nix-jab", "--help"], "'nix-job'"),
         (&["explian"], "'explain'"),
         (&["nix-job", "--push-cahce", "auto"], "'--push-cache'"),
         (&[], "Usage: flywheel"),

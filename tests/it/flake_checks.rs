@@ -186,7 +186,7 @@ fn nix_eval_jobs_evaluates_where_it_is_asked_for_and_there() {
         1,
         &[
             "nix-eval-jobs evaluates",
-            "3 outputs: 2 failed, 1 succeeded",
+            "3 outputs: 2 failed, 1 successful",
         ],
     );
     for (name, conclusion) in [

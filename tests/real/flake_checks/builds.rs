@@ -196,7 +196,7 @@ fn a_collection_takes_nothing_that_is_yet_to_be_built_or_published() {
     for version in VERSIONS {
         let ran = flake_checks_beside(collecting, version, "", &checks, "");
         assert_eq!(ran.code, 0, "{version}: {}", ran.log);
-        assert!(ran.log.contains("8 succeeded"), "{version}: {}", ran.log);
+        assert!(ran.log.contains("8 successful"), "{version}: {}", ran.log);
         // The roots are gone with the job.
         assert_eq!(ran.file("left").trim(), "0", "{version}: {}", ran.log);
         assert!(ran.file("collected").contains("deleted"), "{version}");
@@ -232,7 +232,7 @@ fn a_collection_takes_nothing_from_an_ordinary_user_behind_a_daemon() {
     for version in VERSIONS {
         let ran = run(version, BEHIND_A_DAEMON);
         assert_eq!(ran.code, 0, "{version}: {}", ran.log);
-        assert!(ran.log.contains("6 succeeded"), "{version}: {}", ran.log);
+        assert!(ran.log.contains("6 successful"), "{version}: {}", ran.log);
         assert_eq!(ran.file("left").trim(), "0", "{version}: {}", ran.log);
         assert!(ran.file("collected").contains("deleted"), "{version}");
     }

@@ -189,7 +189,7 @@ fn check_results(caller: &Caller, ran: &Ran) {
         assert_eq!(step.outputs[name], value, "{name}\n{}", step.log);
     }
     for words in [
-        "❌ 12 outputs: 6 failed, 5 succeeded, 1 already there",
+        "❌ 12 outputs: 6 failed, 5 successful, 1 already there",
         "```mermaid",
         "x86\\_64-linux.throws",
     ] {

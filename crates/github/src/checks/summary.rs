@@ -23,7 +23,7 @@ const LOGS_LIMIT_BYTES: usize = 200_000;
 /// An output and how it ended.
 pub type Ended<'a> = (&'a Output, &'a Verdict);
 
-/// One line about all: `12 outputs: 3 failed, 9 succeeded`.
+/// One line about all: `12 outputs: 3 failed, 9 successful`.
 pub fn closing_line(ended: &[Ended<'_>]) -> String {
     let conclusions = [
         Conclusion::Failure,
@@ -39,7 +39,7 @@ pub fn closing_line(ended: &[Ended<'_>]) -> String {
         let word = match conclusion {
             Conclusion::Failure => "failed",
             Conclusion::Cancelled => "cancelled",
-            Conclusion::Success => "succeeded",
+            Conclusion::Success => "successful",
             Conclusion::Neutral => "already there",
         };
         (number > 0).then(|| format!("{number} {word}"))
@@ -338,7 +338,7 @@ mod tests {
             .collect();
         let text = render(&all, &BTreeSet::from(["aarch64-darwin".to_owned()]));
         assert!(
-            text.starts_with("### ❌ 3 outputs: 1 failed, 1 succeeded, 1 already there\n"),
+            text.starts_with("### ❌ 3 outputs: 1 failed, 1 successful, 1 already there\n"),
             "{text}"
         );
         assert!(
