@@ -25,9 +25,11 @@ let
 in rec {
   before = size "before" 1;
   kept = size "kept" 2;
-  first = size "first" 15;
-  second = size "second" 32;
-  third = size "third" 16;
+  first = size "first" 30;
+  # So large that what is left beside both is short, also while Nix does without the 8 MiB that it keeps in reserve: a
+  # collection takes them away, and the next `nix` puts them back.
+  second = size "second" 75;
+  third = size "third" 32;
   # After the first, so that both are tried one after the other.
   huge = run "huge" "head -c 1 ${first} >/dev/null; head -c 200M /dev/urandom >$out";
   lots = builtins.genList (n: run "lot${toString n}" "echo ${toString n} >$out") 40;
@@ -45,7 +47,7 @@ job() {
 
 /// Waits for a minute until there is room for `third`.
 const UNTIL_FREED: &str = "for _ in $(seq 1200); do
-    [ \"$(df --output=avail -k /nix | tail -n 1)\" -lt 17000 ] || break
+    [ \"$(df --output=avail -k /nix | tail -n 1)\" -lt 34000 ] || break
     sleep 0.05
 done";
 
@@ -86,12 +88,12 @@ fn has(text: &str, parts: &[&str], ran: &Ran) {
 fn a_build_that_fills_the_stores_disk_is_named_with_the_jobs_largest_path() {
     for version in VERSIONS {
         let job = "job --publish --command 'build first; build huge || exit 7'";
-        let ran = disk(version, "size=64m", job);
+        let ran = disk(version, "size=128m", job);
         ended(&ran, "disk-full", "7");
         assert_eq!(output(&ran, "published"), "1", "{}", ran.log);
         let named = [
             "**Disk full:** `/nix (tmpfs)`, with the store",
-            "-first (15.0 MiB)",
+            "-first (30.0 MiB)",
             "`reclaim: true`",
             "**Lowest free room:**",
         ];
@@ -110,7 +112,7 @@ fn a_job_that_may_reclaim_frees_its_own_published_garbage_and_nothing_else() {
             build third'
             cat kept >/dev/null && ls -d /nix/store/*-before >/out/there"
         );
-        let ran = disk(version, "size=64m", &job);
+        let ran = disk(version, "size=128m", &job);
         ended(&ran, "success", "0");
         for (name, number) in [("published", "4"), ("built", "4")] {
             assert_eq!(output(&ran, name), number, "{name}\n{}", ran.log);
@@ -141,7 +143,7 @@ setpriv --reuid 1000 --regid 1000 --clear-groups --inh-caps=-all \
   /fly/flywheel nix-job --publish --reclaim true -- bash -e script
 echo "$?" >/out/code"#
     );
-    let ran = disk(VERSIONS[0], "size=64m", &job);
+    let ran = disk(VERSIONS[0], "size=128m", &job);
     ended(&ran, "success", "0");
     assert_eq!(output(&ran, "published"), "3", "{}", ran.log);
 }
@@ -158,7 +160,7 @@ fn a_job_of_many_steps_frees_its_own_garbage_and_reports_it() {
         : >/out/outputs; : >/out/summary
         /fly/flywheel watch-store finish; echo $? >/out/code"
     );
-    let ran = disk(VERSIONS[1], "size=64m", &job);
+    let ran = disk(VERSIONS[1], "size=128m", &job);
     assert_eq!(ran.file("built"), "built\n", "{}", ran.log);
     ended(&ran, "success", "0");
     assert_eq!(output(&ran, "published"), "3", "{}", ran.log);
@@ -174,9 +176,9 @@ cat >flake.nix <<'END'
 END
 /fly/flywheel flake-checks --publish --flake path:.
 echo "$?" >/out/code"#;
-    let ran = disk(VERSIONS[2], "size=64m", job);
+    let ran = disk(VERSIONS[2], "size=128m", job);
     ended(&ran, "disk-full", "1");
-    let named = ["**Disk full:** `/nix (tmpfs)`", "-first (15.0 MiB)"];
+    let named = ["**Disk full:** `/nix (tmpfs)`", "-first (30.0 MiB)"];
     has(&ran.file("summary"), &named, &ran);
 }
 
@@ -185,7 +187,7 @@ fn a_journal_without_room_is_a_warning_that_names_the_disk_and_costs_no_path() {
     let job = "mkdir /area/state; busybox mount -t tmpfs -o size=64k tmpfs /area/state
         export XDG_STATE_HOME=/area/state
         job --publish --command 'head -c 1M /dev/zero >/area/state/file || true; build lots'";
-    let ran = disk(VERSIONS[2], "size=64m", job);
+    let ran = disk(VERSIONS[2], "size=128m", job);
     ended(&ran, "success", "0");
     assert_eq!(output(&ran, "published"), "40", "{}", ran.log);
     let named = [
@@ -210,12 +212,12 @@ fn what_is_in_no_cache_is_not_freed_unless_the_job_publishes_nothing() {
         "export ATTIC_SERVER=http://127.0.0.1:9/\n{}",
         job("--publish")
     );
-    let ran = disk(VERSIONS[2], "size=64m", &away);
+    let ran = disk(VERSIONS[2], "size=128m", &away);
     assert_eq!(output(&ran, "outcome"), "disk-full", "{}", ran.log);
     assert_eq!(output(&ran, "lost"), "2", "{}", ran.log);
     has(&ran.log, &["so that nothing is freed"], &ran);
 
-    let ran = disk(VERSIONS[2], "size=64m", &job(""));
+    let ran = disk(VERSIONS[2], "size=128m", &job(""));
     ended(&ran, "success", "0");
     assert_eq!(output(&ran, "built"), "3", "{}", ran.log);
 }
@@ -224,7 +226,7 @@ fn what_is_in_no_cache_is_not_freed_unless_the_job_publishes_nothing() {
 fn inodes_that_end_are_named() {
     let job = "job --publish --command 'build many'";
     for version in VERSIONS {
-        let ran = disk(version, "size=64m,nr_inodes=3000", job);
+        let ran = disk(version, "size=128m,nr_inodes=3000", job);
         assert_eq!(output(&ran, "outcome"), "disk-full", "{}", ran.log);
         let named = ["ran out of inodes", " of 3000 inodes"];
         has(&ran.file("summary"), &named, &ran);
