@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::begin::{Session, private_base};
 use super::ownership::{Decision, Ownership, Registered};
@@ -23,6 +23,7 @@ use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_location::STATE_DIR;
 use flywheel_nix::store_path::STORE_DIR;
 use flywheel_sys::host::room_watcher::{Folder, RoomWatcher};
+use flywheel_sys::process::signals::Signals;
 
 /// Reports of the watcher that may be queued: it repeats them as long as they hold.
 const REPORTS: usize = 8;
@@ -182,8 +183,13 @@ impl WorkEnd {
 }
 
 impl DiskWatch {
-    /// Looks once more, and sums up. Gives the paths that were freed, too.
-    pub(crate) async fn end(self, end: WorkEnd) -> (DiskReport, Vec<PathInfo>) {
+    /// Looks once more, and sums up. Gives the paths that were freed, too. `signals` cut short what a busy database would
+    /// hold up, and are left for the publication.
+    pub(crate) async fn end(
+        self,
+        end: WorkEnd,
+        signals: &mut Signals,
+    ) -> (DiskReport, Vec<PathInfo>) {
         let failed = matches!(end, WorkEnd::Failed | WorkEnd::Stopped { has_failed: true });
         let Self {
             watcher,
@@ -204,7 +210,10 @@ impl DiskWatch {
         // Read once: where the database is busy, that takes its time, and the job may have been asked to stop.
         let of_store = low.iter().find(|disk| disk.has_store);
         let own = match of_store {
-            Some(disk) => warner.own_paths(disk, end.own_limit()).await,
+            Some(disk) => tokio::select! {
+                own = warner.own_paths(disk, end.own_limit()) => own,
+                () = soon_after_signal(signals) => OwnPaths::default(),
+            },
             None => OwnPaths::default(),
         };
         for disk in low.iter().filter(|_| !is_cause) {
@@ -222,6 +231,11 @@ impl DiskWatch {
         };
         (report, gone)
     }
+}
+
+async fn soon_after_signal(signals: &mut Signals) {
+    signals.heard().await;
+    sleep(OWN_LIMIT_STOPPED).await;
 }
 
 /// Warns of each disk once.

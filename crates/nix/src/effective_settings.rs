@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::ping::{Opened, Ping, ping};
 use crate::settings::{CacheSettings, Settings, is_same_store, lists_store};
 use crate::tool::{Error, Flavour, Nix};
+use flywheel_sys::host::home::Entry;
 
 /// A daemon that takes longer than this to answer counts as dead.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -278,14 +279,8 @@ fn system_file(nix: &Nix) -> PathBuf {
 
 /// This user's name, or the number where there is no name.
 fn user() -> String {
-    let id = rustix::process::geteuid().as_raw().to_string();
-    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let named = users.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let (name, number) = (fields.next()?, fields.nth(1)?);
-        (number == id).then(|| name.to_owned())
-    });
-    named.unwrap_or(id)
+    let named = Entry::of_this_user().map(|entry| entry.name);
+    named.unwrap_or_else(|| rustix::process::geteuid().as_raw().to_string())
 }
 
 #[cfg(test)]

@@ -269,9 +269,7 @@ fn data_folders(nix: &Nix) -> Vec<PathBuf> {
 
 /// The home folder in `/etc/passwd`.
 fn home_of_user() -> Option<PathBuf> {
-    let id = rustix::process::geteuid().as_raw().to_string();
-    let users = fs::read_to_string("/etc/passwd").ok()?;
-    Entry::find(&users, &id).map(|entry| entry.home)
+    Entry::of_this_user().map(|entry| entry.home)
 }
 
 /// A logical folder other than `/nix/store` changes the names of all paths, and the hashes in them.

@@ -141,7 +141,7 @@ impl FlakeChecks<'_> {
         let is_stopped = ran
             .as_ref()
             .is_ok_and(|ran| matches!(ran.end, RunEnd::Stopped(..)));
-        let (disk, freed) = disks.end(WorkEnd::new(is_stopped, failed)).await;
+        let (disk, freed) = disks.end(WorkEnd::new(is_stopped, failed), signals).await;
         let ran = match ran {
             Ok(ran) => ran,
             Err(failure) => {

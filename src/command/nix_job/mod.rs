@@ -151,7 +151,7 @@ impl NixJob<'_> {
             Ok((Ok(ended), _)) => WorkEnd::new(ended.stopped.is_some(), ended.code != 0),
             _ => WorkEnd::Succeeded,
         };
-        (ran, disks.end(end).await)
+        (ran, disks.end(end, signals).await)
     }
 
     async fn command(

@@ -181,7 +181,7 @@ impl Daemon<'_> {
         let watched = began.elapsed();
         // The steps have commands of their own, of which nothing is known here.
         let is_stopped = matches!(shutdown, Shutdown::Signalled);
-        let disk = disks.end(WorkEnd::new(is_stopped, false)).await;
+        let disk = disks.end(WorkEnd::new(is_stopped, false), signals).await;
         let (report, request) = self
             .finish(&prepared, watch, shutdown, (watched, disk), signals)
             .await;

@@ -45,6 +45,27 @@ pub(super) struct ArchiveSource<'a> {
     pub(super) roots: &'a Roots,
 }
 
+impl ArchiveSource<'_> {
+    /// A mirror may name one archive, whatever its name, and so whatever its version.
+    fn check_version(&self, place: &Place, unpacked: &Unpacked) -> Result<(), Error> {
+        let mut parts = unpacked.nix.name().split('-');
+        let found = parts.find(|part| part.starts_with(|first: char| first.is_ascii_digit()));
+        match (self.version, found) {
+            // `2.31` asks for any of that series.
+            (Some(wanted), Some(found))
+                if found != wanted && !found.starts_with(&format!("{wanted}.")) =>
+            {
+                Err(Error::OtherVersion {
+                    place: place.shown(),
+                    found: found.to_owned(),
+                    wanted: wanted.to_owned(),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Why nothing was installed from an archive. Nothing of it is left.
 #[derive(Debug, Error)]
 pub(super) enum Error {
@@ -64,6 +85,12 @@ pub(super) enum Error {
     Unverified(String),
     #[error("`{0}` is no release archive of Nix: {1}")]
     Malformed(String, String),
+    #[error("`{place}` is Nix {found}, and `nix-version` asks for {wanted}")]
+    OtherVersion {
+        place: String,
+        found: String,
+        wanted: String,
+    },
     #[error("it did not end in time")]
     Deadline,
     #[error(transparent)]
@@ -222,6 +249,10 @@ pub(super) async fn install(
             return Err(error);
         }
     };
+    if let Err(error) = source.check_version(&place, &unpacked) {
+        staging.abandon().await;
+        return Err(error);
+    }
     for one in &unpacked.registrations {
         // What is in the store already stays as it is.
         if staging.has_path(&one.path, one.nar_hash).await? {

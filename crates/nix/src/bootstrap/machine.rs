@@ -17,6 +17,8 @@ pub struct Machine {
     pub sudo: Sudo,
     /// `/nix`.
     pub folder: Folder,
+    /// Whether every user of this machine can put something else into the place of what is in `/nix`.
+    pub is_folder_open: bool,
     pub nix: Option<FoundProgram>,
     /// Whether that Nix is below `/nix`, or links lead there.
     pub is_nix_below: bool,
@@ -204,6 +206,10 @@ impl Machine {
 
     fn folder_text(&self) -> String {
         let rights = |writable: &bool, owner: &u32| match writable {
+            true if self.is_folder_open => "writable, by every user of this machine".to_owned(),
+            true if *owner != self.user.uid && *owner != 0 => {
+                format!("writable, and by user {owner}, whose it is")
+            }
             true => "writable".to_owned(),
             false if *owner == self.user.uid => "not writable".to_owned(),
             false => format!("not writable, of user {owner}"),

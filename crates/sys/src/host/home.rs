@@ -40,9 +40,8 @@ impl Home {
         variable: impl Fn(&str) -> Option<OsString>,
         base: &Path,
     ) -> Result<Self, PrivateError> {
-        let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
         let id = geteuid().as_raw().to_string();
-        let entry = Entry::find(&users, &id);
+        let entry = Entry::of_this_user();
         let named = variable("HOME").map(PathBuf::from);
         Self::find_answering(variable, named, entry, &id, base, answering::answers)
     }
@@ -167,17 +166,28 @@ impl Home {
 /// A user in `/etc/passwd`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Entry {
+    pub name: String,
     pub home: PathBuf,
 }
 
 impl Entry {
+    /// That of this process's user.
+    pub fn of_this_user() -> Option<Self> {
+        let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+        Self::find(&users, geteuid().as_raw())
+    }
+
     /// The user with this id in the text of the file.
-    pub fn find(users: &str, id: &str) -> Option<Self> {
-        let mut users = users.lines().map(|line| line.split(':'));
-        users.find_map(|mut fields| {
-            let is_wanted = fields.nth(2) == Some(id);
-            let home = fields.nth(2).filter(|_| is_wanted)?.into();
-            Some(Self { home })
+    pub fn find(users: &str, id: u32) -> Option<Self> {
+        users.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            let [name, _, number, _, _, home, _] = fields.as_slice() else {
+                return None;
+            };
+            (number.parse() == Ok(id)).then(|| Self {
+                name: (*name).to_owned(),
+                home: home.into(),
+            })
         })
     }
 }
@@ -229,7 +239,10 @@ mod tests {
     fn find(home: Option<&Path>, of_entry: Option<&Path>) -> (Vec<(&'static str, String)>, bool) {
         let base = tempfile::tempdir().expect("temporary folder");
         let variable = |name: &str| home.filter(|_| name == "HOME").map(Into::into);
-        let entry = of_entry.map(|home| Entry { home: home.into() });
+        let entry = of_entry.map(|home| Entry {
+            name: "user".into(),
+            home: home.into(),
+        });
         let found = Home::find_by(variable, entry.as_ref(), "7", base.path());
         let found = found.expect("a folder can be made");
         let own = format!("{}/flywheel-{}", base.path().display(), geteuid().as_raw());
@@ -257,7 +270,10 @@ mod tests {
         let base = tempfile::tempdir().expect("temporary folder");
         let gone = Path::new("/srv/gone");
         let variable = |name: &str| (name == "HOME").then(|| gone.into());
-        let entry = Some(Entry { home: gone.into() });
+        let entry = Some(Entry {
+            name: "user".into(),
+            home: gone.into(),
+        });
         let tries = std::cell::Cell::new(0);
         let answers = |home: &Path| {
             tries.set(tries.get() + 1);
@@ -310,9 +326,9 @@ mod tests {
     fn passwd_is_read_by_the_users_id() {
         let users =
             "root:x:0:0:root:/root:/bin/sh\nrunner:x:1001:0::/home/runner:/bin/sh\nno:x:7\n";
-        let home = |id: &str| Entry::find(users, id).map(|entry| entry.home);
-        assert_eq!(home("1001"), Some("/home/runner".into()));
-        assert_eq!(home("7"), None);
-        assert_eq!(home("100"), None);
+        let home = |id: u32| Entry::find(users, id).map(|entry| entry.home);
+        assert_eq!(home(1001), Some("/home/runner".into()));
+        assert_eq!(home(7), None);
+        assert_eq!(home(100), None);
     }
 }

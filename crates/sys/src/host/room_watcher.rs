@@ -165,7 +165,8 @@ fn look(state: &Mutex<Vec<Watched>>, on_short: &mut impl FnMut(&DiskUse)) -> Dur
         if room.is_full() {
             watched.last_full = Some(now);
         }
-        let is_news = room.is_low() && !std::mem::replace(&mut watched.is_low, room.is_low());
+        let was_low = std::mem::replace(&mut watched.is_low, room.is_low());
+        let is_news = room.is_low() && !was_low;
         let last = watched.last_report;
         let is_due = is_news || last.is_none_or(|at| now - at >= REPORT_INTERVAL);
         if room.wants_more() && is_due {

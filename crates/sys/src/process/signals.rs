@@ -33,6 +33,8 @@ pub struct Signals {
     interrupt: Stream,
     terminate: Stream,
     hang_up: Stream,
+    /// One that `heard` has waited for.
+    unhandled: Option<Stop>,
 }
 
 impl Signals {
@@ -43,15 +45,39 @@ impl Signals {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
             hang_up: signal(SignalKind::hangup())?,
+            unhandled: None,
         })
+    }
+
+    /// Waits for a request, which is for whoever calls `next` after that. Cancel-safe.
+    pub async fn heard(&mut self) {
+        let stop = self.next().await;
+        self.unhandled = Some(stop);
     }
 
     /// The next request. Cancel-safe.
     pub async fn next(&mut self) -> Stop {
+        if let Some(stop) = self.unhandled.take() {
+            return stop;
+        }
         tokio::select! {
             _ = self.interrupt.recv() => Stop::Interrupt,
             _ = self.terminate.recv() => Stop::Terminate,
             _ = self.hang_up.recv() => Stop::HangUp,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::{Signal, getpid, kill_process};
+
+    #[tokio::test]
+    async fn a_signal_that_was_heard_is_still_there() {
+        let mut signals = Signals::listen().expect("a handler");
+        kill_process(getpid(), Signal::HUP).expect("this process");
+        signals.heard().await;
+        assert_eq!(signals.next().await, Stop::HangUp);
     }
 }

@@ -72,6 +72,18 @@ impl Tar {
         self.entry(EntryType::Directory, name, 0o755, "")
     }
 
+    /// A folder whose name is too long for the header.
+    fn long_folder(&mut self, name: &str) -> &mut Self {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::Directory);
+        header.set_mode(0o755);
+        header.set_size(0);
+        let name = format!("nix-2.99.1/{name}");
+        let added = self.0.append_data(&mut header, name, &[][..]);
+        added.expect("memory");
+        self
+    }
+
     fn link(&mut self, name: &str, target: &str) -> &mut Self {
         self.entry(EntryType::Symlink, name, 0o777, target)
     }
@@ -124,10 +136,14 @@ impl World {
     }
 
     async fn install(&self, mirror: Mirror) -> Result<Parts, Error> {
+        self.install_version("2.99.1", mirror).await
+    }
+
+    async fn install_version(&self, version: &str, mirror: Mirror) -> Result<Parts, Error> {
         let source = ArchiveSource {
             takes_unknown: true,
             mirror: Some(&mirror),
-            version: Some("2.99.1"),
+            version: Some(version),
             roots: &Roots::default(),
         };
         let deadline = Instant::now() + LIMIT;
@@ -193,6 +209,23 @@ async fn an_archive_that_is_not_what_its_sum_says_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_named_archive_of_another_version_leaves_nothing() {
+    let world = World::new(&Tar::whole().packed());
+    let named = || Mirror::Path(world.archive());
+    let error = world.install_version("2.98.0", named()).await;
+    let error = error.expect_err("2.99.1").to_string();
+    assert!(
+        error.contains("is Nix 2.99.1, and `nix-version` asks for 2.98.0"),
+        "{error}"
+    );
+    assert!(!world.nix().exists());
+    world
+        .install_version("2.99", named())
+        .await
+        .expect("of that series");
+}
+
+#[tokio::test]
 async fn a_damaged_archive_leaves_nothing() {
     let whole = Tar::whole().packed();
     let cut = World::new(&whole[..whole.len() / 2]);
@@ -214,6 +247,13 @@ async fn a_damaged_archive_leaves_nothing() {
             .await
             .contains(".reginfo")
     );
+    let mut deep = Tar::new();
+    let mut name = format!("store/{LIBRARY}");
+    for _ in 0..300 {
+        deep.long_folder(&name);
+        name += "/d";
+    }
+    assert!(World::new(&deep.packed()).fails().await.contains("nested"));
     let mut undescribed = Tar::whole();
     undescribed.folder("store/9zc6lr3rxv7sljj2gsxigvkpkm3d9dma-data");
     assert!(

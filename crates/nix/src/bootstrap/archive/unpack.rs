@@ -24,6 +24,8 @@ use crate::store_path::StorePath;
 /// Far more than the largest release: in bytes, and in files.
 const SIZE_LIMIT: u64 = 4 * 1024 * 1024 * 1024;
 const FILES_LIMIT: usize = 1_000_000;
+/// Folders within each other, as in a NAR.
+const DEPTH_LIMIT: usize = 256;
 /// The descriptions of all paths, in bytes.
 const REGISTRATIONS_LIMIT: u64 = 16 * 1024 * 1024;
 const BUFFER: usize = 128 * 1024;
@@ -163,6 +165,11 @@ impl Contents {
             .path()
             .map_err(|error| Problem::Archive(error.to_string()))?;
         let parts = parts(&path)?;
+        if parts.len() > DEPTH_LIMIT {
+            return Err(Problem::Archive(format!(
+                "its folders are nested more than {DEPTH_LIMIT} levels deep"
+            )));
+        }
         match parts
             .iter()
             .map(String::as_str)

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,6 +67,9 @@ pub(crate) enum StagingError {
     /// There is no database that says what it is, and it is not what is installed.
     #[error("`{0}` exists with another content, and no database of Nix knows it")]
     Occupied(PathBuf),
+    /// It is valid, and of another user.
+    #[error("`{0}` is not what was signed, and another user of this machine can have written it")]
+    Altered(PathBuf),
     #[error(transparent)]
     Database(#[from] db::Error),
     #[error("the Nix that has just arrived does not work: {0}")]
@@ -87,6 +91,7 @@ impl Explain for StagingError {
             Self::Occupied(_) => {
                 "Remove it, or mount the folder with the database of this store as well."
             }
+            Self::Altered(_) => "Remove it, and find out who can write to `/nix` on the runner.",
             Self::Database(_) => "Remove the damaged store, or repair it.",
             Self::Register(_) => "Name another Nix by `nix-version`.",
         };
@@ -254,16 +259,18 @@ impl Staging {
         if self.becomes_store || !exists(&file) {
             return Ok(false);
         }
-        if let Some(database) = &self.database {
-            let valid = database.valid_by_hash(&[path.hash()])?;
-            if valid.contains(path) {
-                return Ok(true);
-            }
+        let is_valid = match &self.database {
+            Some(database) => database.valid_by_hash(&[path.hash()])?.contains(path),
+            None => false,
+        };
+        if is_valid && !can_be_of_others(&file) {
+            return Ok(true);
         }
         let there = file.clone();
         let same = blocking(move || Ok(nar_hash(&there) == Some(hash))).await?;
         match (same, &self.database) {
             (true, _) => Ok(true),
+            (false, Some(_)) if is_valid => Err(StagingError::Altered(file)),
             // Nix's own garbage: what its database does not know it overwrites as well.
             (false, Some(_)) => blocking(move || {
                 remove_tree(&file).map_err(|source| StagingError::new(file, source))
@@ -537,6 +544,15 @@ fn valid(database: Option<&Db>, paths: &[StorePath]) -> BTreeSet<StorePath> {
     let hashes: Vec<_> = paths.iter().map(StorePath::hash).collect();
     let valid = database.and_then(|database| database.valid_by_hash(&hashes).ok());
     valid.unwrap_or_default().into_iter().collect()
+}
+
+/// Whether another ordinary user can have written what is at this store path. What has the store's usual modes inside of a
+/// folder of root's or of our own is theirs.
+fn can_be_of_others(file: &Path) -> bool {
+    file.symlink_metadata().is_ok_and(|facts| {
+        let is_ours = [0, rustix::process::geteuid().as_raw()].contains(&facts.uid());
+        !is_ours || (!facts.is_symlink() && facts.mode() & 0o022 != 0)
+    })
 }
 
 /// Free room for this user, in bytes.

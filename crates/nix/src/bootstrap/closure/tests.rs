@@ -444,6 +444,15 @@ async fn what_is_in_the_store_is_respected() {
     let path = format!("/nix/store/{DATA}");
     database.execute(insert, [path]).expect("added");
     fs::write(world.store(DATA), "its own").expect("written");
+    // Unless another user can have written it.
+    let mode = |mode| {
+        let mode = fs::Permissions::from_mode(mode);
+        fs::set_permissions(world.store(DATA), mode).expect("ours");
+    };
+    mode(0o666);
+    let error = world.install(&server).await.expect_err("anybody's");
+    assert!(error.to_string().contains("another user"), "{error}");
+    mode(0o444);
     world.install(&server).await.expect("there is room");
     assert_eq!(
         fs::read_to_string(world.store(DATA)).expect("there"),

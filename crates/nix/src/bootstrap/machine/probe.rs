@@ -18,6 +18,7 @@ use crate::bootstrap::install::sudo_call;
 use crate::settings::sets;
 use crate::tool;
 use flywheel_core::text::one_line;
+use flywheel_sys::host::home::Entry;
 use flywheel_sys::process::namespace::Limits;
 use flywheel_sys::runner::env::Env;
 use flywheel_sys::untrusted_file::{self, Owner};
@@ -82,6 +83,7 @@ impl Host {
         Machine {
             sudo,
             folder: folder(&self.nix, user.is_root()),
+            is_folder_open: fs::metadata(&self.nix).is_ok_and(|facts| is_open(facts.mode())),
             is_nix_below: nix
                 .as_ref()
                 .is_some_and(|found| self.leads_below(&found.program)),
@@ -115,26 +117,15 @@ impl Host {
 }
 
 fn user(uid: u32, env: &Env) -> User {
-    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let entry = entry(&passwd, uid);
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let entry = Entry::find(&users, uid);
     let home = env.path("HOME");
     User {
         uid,
         gid: rustix::process::getegid().as_raw(),
-        name: entry.as_ref().map(|(name, _)| name.clone()),
-        home: home.or_else(|| entry.map(|(_, home)| home)),
+        name: entry.as_ref().map(|entry| entry.name.clone()),
+        home: home.or_else(|| entry.map(|entry| entry.home)),
     }
-}
-
-/// The name and the home folder of a user.
-fn entry(passwd: &str, uid: u32) -> Option<(String, PathBuf)> {
-    passwd.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
-        let [name, _, number, _, _, home, _] = fields.as_slice() else {
-            return None;
-        };
-        (number.parse() == Ok(uid)).then(|| ((*name).to_owned(), home.into()))
-    })
 }
 
 /// Whether a store other than the one below `/nix` is named.
@@ -161,6 +152,11 @@ fn socket_path(env: &Env, nix: &Path) -> PathBuf {
     };
     let path = env.path("NIX_DAEMON_SOCKET_PATH");
     path.unwrap_or_else(|| state().join("daemon-socket/socket"))
+}
+
+/// Whether everybody can rename what is in a folder of this mode. With the sticky bit, only its owner can.
+fn is_open(mode: u32) -> bool {
+    mode & 0o002 != 0 && mode & 0o1000 == 0
 }
 
 fn folder(nix: &Path, root: bool) -> Folder {
@@ -270,17 +266,6 @@ fn runs(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_entry_of_passwd_is_found_by_its_number() {
-        let passwd =
-            "root:x:0:0:root:/root:/bin/sh\nbroken\nrunner:x:1001:100:,:/home/runner:/bin/bash\n";
-        assert_eq!(
-            entry(passwd, 1001),
-            Some(("runner".into(), "/home/runner".into()))
-        );
-        assert_eq!(entry(passwd, 100), None);
-    }
 
     #[test]
     fn the_build_group_counts_with_its_members() {

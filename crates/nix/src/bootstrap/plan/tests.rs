@@ -19,6 +19,7 @@ impl Machine {
             },
             sudo: Sudo::None,
             folder: Folder::Absent { makeable: false },
+            is_folder_open: false,
             nix: None,
             is_elsewhere: false,
             socket: Socket::Absent,
@@ -475,6 +476,31 @@ fn machines() -> Vec<Machine> {
             .collect()
     });
     machines
+}
+
+#[test]
+fn the_facts_say_who_else_can_write_to_the_folder() {
+    let row = |owner, is_folder_open| {
+        let machine = Machine {
+            folder: Folder::Empty {
+                writable: true,
+                owner,
+            },
+            is_folder_open,
+            ..Machine::bare()
+        };
+        let facts = machine.facts().into_iter();
+        let mut texts = facts.filter_map(|(name, text)| (name == "/nix").then_some(text));
+        texts.next().expect("a row")
+    };
+    for owner in [0, 1001] {
+        assert_eq!(row(owner, false), "empty, writable");
+        assert_eq!(
+            row(owner, true),
+            "empty, writable, by every user of this machine"
+        );
+    }
+    assert_eq!(row(7, false), "empty, writable, and by user 7, whose it is");
 }
 
 #[test]
