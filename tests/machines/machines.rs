@@ -119,6 +119,18 @@ pub(crate) const MACHINES: &[Machine] = &[
     demo("no-nix", NothingLost(&["rootless"])),
     demo("busybox-no-nix", NothingLost(&["rootless"])),
     demo(
+        "no-nix-home-unset",
+        NothingLost(&["rootless", "it is `/home/alice` for this job"]),
+    ),
+    demo(
+        "no-nix-home-unset-stranger",
+        NothingLost(&["rootless", "`/etc/passwd` names no home of this user"]),
+    ),
+    demo(
+        "no-nix-home-read-only",
+        NothingLost(&["rootless", "`/home/alice` cannot be written to"]),
+    ),
+    demo(
         "no-nix-without-namespaces",
         Obstacle(&["there is no `/nix`", NO_NAMESPACES, "install -d -o 1000"]),
     ),

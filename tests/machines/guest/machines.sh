@@ -49,6 +49,9 @@ describe() {
     read-only-nix-without-namespaces) DEBIAN=debian-12 NIX_FOLDER=read-only NAMESPACES=sysctl ;;
     no-nix) DEBIAN=debian-12 ;;
     busybox-no-nix) DEBIAN=busybox ;;
+    no-nix-home-unset) DEBIAN=debian-13 HOME_FOLDER=unset ;;
+    no-nix-home-unset-stranger) DEBIAN=debian-12 HOME_FOLDER=unset USER_NAME=stranger ;;
+    no-nix-home-read-only) DEBIAN=debian-sid HOME_FOLDER=read-only ;;
     no-nix-without-namespaces) DEBIAN=debian-12 NAMESPACES=sysctl ;;
     no-nix-in-chroot) DEBIAN=debian-sid NAMESPACES=chroot ;;
     # Debian's package without a /nix.
