@@ -142,7 +142,7 @@ impl PublisherTask {
     pub(super) fn new(to: Target, options: Options, sink: Sink) -> Self {
         let mut plan = UploadPlan::default();
         if to.omits_upstream_paths() {
-            plan.trust_upstream(options.upstream_keys.iter().cloned());
+            plan.omit(options.upstream.clone());
         }
         let width = to.concurrency();
         let given = options

@@ -97,7 +97,7 @@ impl PublisherTask {
             }
         }
         if self.to.omits_upstream_paths() {
-            self.plan.trust_upstream(config.upstream_keys);
+            self.plan.omit_names(config.upstream_keys);
         }
     }
 
