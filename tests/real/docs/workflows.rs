@@ -1,12 +1,13 @@
-//! The workflows of the pages that are marked `<!-- test: act -->`, as they stand there.
+//! The workflows of the pages that are marked `<!-- test: act -->`, as they stand there; those of docs/migration/ are in
+//! `migration`.
 
 use super::fences::Fence;
-use super::{OURS, flake, pages};
+use super::{OURS, flake, migration, pages};
 use crate::world::act::{Caller, Ran};
 use crate::world::cache::Cache;
 
 /// The snippet as a whole workflow, with the names that act knows.
-fn whole(snippet: &str) -> String {
+pub fn whole(snippet: &str) -> String {
     let indented = |by: usize| -> String {
         let lines = snippet.lines();
         lines
@@ -33,12 +34,13 @@ fn whole(snippet: &str) -> String {
 fn marked() -> Vec<Fence> {
     let pages = pages().into_iter();
     pages
+        .filter(|(name, _)| !name.starts_with(migration::FOLDER))
         .flat_map(|(_, fences)| fences)
         .filter(|fence| fence.mark.as_deref() == Some("act"))
         .collect()
 }
 
-fn caller(cache: &Cache, fence: &Fence, carried: &std::path::Path) -> Caller {
+pub fn caller(cache: &Cache, fence: &Fence, carried: &std::path::Path) -> Caller {
     Caller::new(&whole(&fence.text))
         .with_flake(&flake())
         .with_secret("ATTIC_TOKEN", &cache.token)
@@ -49,7 +51,7 @@ fn caller(cache: &Cache, fence: &Fence, carried: &std::path::Path) -> Caller {
         .with_folder_cache("actions/cache@v4", carried)
 }
 
-fn run(caller: &Caller, place: &str) -> Ran {
+pub fn run(caller: &Caller, place: &str) -> Ran {
     let ran = caller.run(&caller.push("refs/heads/main"));
     assert_eq!(ran.code, 0, "{place}: {}", ran.log());
     let none = Vec::<String>::new();
