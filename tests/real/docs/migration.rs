@@ -2,7 +2,7 @@
 //! of others.
 
 use super::fences::Fence;
-use super::workflows::{caller, run, whole};
+use super::workflows::{caller, each, run, whole};
 use super::{flake, pages};
 use crate::world::act::{CALLER, Caller, Event};
 use crate::world::cache::Cache;
@@ -18,10 +18,7 @@ fn fences_of(page: &str) -> Vec<Fence> {
         .collect()
 }
 
-/// How many workflows run at once, each in a world of its own. Nine take half the time that they take one by one.
-const AT_ONCE: usize = 3;
-
-fn lose_nothing(fence: &Fence) {
+fn loses_nothing(fence: &Fence) {
     let (cache, carried) = (Cache::start(&[]), tempfile::tempdir().unwrap());
     let place = fence.place();
     let log = run(&caller(&cache, fence, carried.path()), &place).log();
@@ -40,13 +37,7 @@ fn every_workflow_after_migration_loses_nothing() {
         .filter(|fence| fence.mark.as_deref() == Some("act"))
         .collect();
     assert!(after.len() >= 9, "only {} are marked", after.len());
-    for some in after.chunks(AT_ONCE) {
-        std::thread::scope(|scope| {
-            for fence in some {
-                scope.spawn(|| lose_nothing(fence));
-            }
-        });
-    }
+    each(&after, loses_nothing);
 }
 
 /// Stands in for an action that this machine cannot run; what it is given is in the log.
