@@ -3,7 +3,8 @@
 # package `rustup`, if it has one; where it has none, the first line says what to install.
 #
 #   usage: scripts/bootstrap.sh nix      Nix and the static busybox that the example flakes build with
-#          scripts/bootstrap.sh runner   cargo-nextest, act and the linters; needs root only where Python lacks venv
+#          scripts/bootstrap.sh runner   cargo-nextest, act and the linters; needs root only where Python's venv, curl,
+#                                wget or busybox is missing
 #          scripts/bootstrap.sh tools    all of the above, and what else the tests and linters need
 set -euo pipefail
 
@@ -39,7 +40,7 @@ if [ "$what" != nix ]; then
 fi
 if [ "$what" != runner ]; then
   need nix nix-bin
-  need busybox busybox-static
+  [ "$what" = tools ] || need busybox busybox-static
   need git git
   [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 fi
@@ -56,6 +57,10 @@ if [ "$what" = tools ]; then
 fi
 if [ "$what" != nix ]; then
   python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+  # What the launcher takes a release's binary with.
+  need curl curl
+  need wget wget
+  need busybox busybox-static
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then

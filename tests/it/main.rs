@@ -16,6 +16,7 @@ mod explain;
 mod flake_checks;
 mod house;
 mod init;
+mod launcher;
 mod matrix;
 mod nix_job;
 mod pictures;

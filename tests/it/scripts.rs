@@ -67,6 +67,26 @@ fn without_rust_the_first_line_says_what_to_install() {
     assert_eq!(machine.calls(), "", "nothing was installed before");
 }
 
+/// Whoever builds anew keeps what the launcher compares a release's binaries with.
+#[test]
+fn new_sums_keep_those_of_what_only_a_release_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let of_release = format!("{}  flywheel-aarch64-darwin\n", "5".repeat(64));
+    let old = format!("{}  flywheel-x86_64-linux\n", "4".repeat(64));
+    write("SHA256SUMS", &format!("{of_release}{old}"));
+    write("flywheel-x86_64-linux", "");
+    write("flywheel", "the launcher");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/dist-sums.sh");
+    let status = Command::new(script).arg(folder.path()).status().unwrap();
+    assert!(status.success());
+    let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    assert_eq!(
+        std::fs::read_to_string(folder.path().join("SHA256SUMS")).unwrap(),
+        format!("{of_release}{empty}  flywheel-x86_64-linux\n")
+    );
+}
+
 #[test]
 fn rust_comes_from_the_distribution_where_it_has_rustup() {
     let machine = Machine::new("rustup");
