@@ -40,7 +40,7 @@ if [ "$what" != nix ]; then
 fi
 if [ "$what" != runner ]; then
   need nix nix-bin
-  [ "$what" = tools ] || need busybox busybox-static
+  need busybox busybox-static
   need git git
   [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 fi
@@ -57,10 +57,13 @@ if [ "$what" = tools ]; then
 fi
 if [ "$what" != nix ]; then
   python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
-  # What the launcher takes a release's binary with.
+  # What the launcher takes a release's binary with, and what the release's steps call.
   need curl curl
   need wget wget
-  need busybox busybox-static
+  if [ "$what" = runner ]; then
+    need busybox busybox-static
+    need git git
+  fi
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then

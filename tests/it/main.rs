@@ -22,6 +22,7 @@ mod nix_job;
 mod pictures;
 mod publish;
 mod reference;
+mod release;
 mod scan;
 mod scripts;
 mod setup;
