@@ -3,7 +3,8 @@
 # package `rustup`, if it has one; where it has none, the first line says what to install.
 #
 #   usage: scripts/bootstrap.sh nix      Nix and the static busybox that the example flakes build with
-#          scripts/bootstrap.sh runner   cargo-nextest, act and the linters; needs root only where Python lacks venv
+#          scripts/bootstrap.sh runner   cargo-nextest, act and the linters; needs root only where Python's venv, curl,
+#                                wget or busybox is missing
 #          scripts/bootstrap.sh tools    all of the above, and what else the tests and linters need
 set -euo pipefail
 
@@ -56,6 +57,13 @@ if [ "$what" = tools ]; then
 fi
 if [ "$what" != nix ]; then
   python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+  # What the launcher takes a release's binary with, and what the release's steps call.
+  need curl curl
+  need wget wget
+  if [ "$what" = runner ]; then
+    need busybox busybox-static
+    need git git
+  fi
 fi
 
 if [ ${#missing[@]} -gt 0 ]; then

@@ -26,7 +26,7 @@ for processor in "${wanted[@]}"; do
   printf 'dist/%s: %s bytes\n' "$name" "$(stat -c %s "$name")"
 done
 
-sha256sum flywheel-*-linux >SHA256SUMS
+"$root/scripts/dist-sums.sh"
 for processor in x86_64 aarch64; do
   name=flywheel-$processor-linux
   if [ -n "${built[$processor]-}" ]; then

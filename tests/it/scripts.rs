@@ -67,6 +67,26 @@ fn without_rust_the_first_line_says_what_to_install() {
     assert_eq!(machine.calls(), "", "nothing was installed before");
 }
 
+/// Whoever builds anew keeps what the launcher compares a release's binaries with.
+#[test]
+fn new_sums_keep_those_of_what_only_a_release_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let of_release = format!("{}  flywheel-aarch64-darwin\n", "5".repeat(64));
+    let old = format!("{}  flywheel-x86_64-linux\n", "4".repeat(64));
+    write("SHA256SUMS", &format!("{of_release}{old}"));
+    write("flywheel-x86_64-linux", "");
+    write("flywheel", "the launcher");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/dist-sums.sh");
+    let status = Command::new(script).arg(folder.path()).status().unwrap();
+    assert!(status.success());
+    let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    assert_eq!(
+        std::fs::read_to_string(folder.path().join("SHA256SUMS")).unwrap(),
+        format!("{of_release}{empty}  flywheel-x86_64-linux\n")
+    );
+}
+
 #[test]
 fn rust_comes_from_the_distribution_where_it_has_rustup() {
     let machine = Machine::new("rustup");
@@ -80,4 +100,95 @@ fn rust_comes_from_the_distribution_where_it_has_rustup() {
         "{text}"
     );
     assert!(machine.calls().contains("update"), "{}", machine.calls());
+}
+
+/// What `selftest.yml` judges a machine by: the outputs of `nix-job`, in the order of a row.
+fn selftest_row(event: &str, outputs: [&str; 7]) -> (bool, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("row");
+    let names = [
+        "OUTCOME",
+        "EXIT_CODE",
+        "CACHE_STATE",
+        "TRUST",
+        "PUBLISHED",
+        "VERIFIED",
+        "LOST",
+    ];
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/selftest.sh");
+    let status = Command::new(script)
+        .arg("row")
+        .arg("machine")
+        .arg(&file)
+        .env("GITHUB_EVENT_NAME", event)
+        .envs(names.into_iter().zip(outputs))
+        .stdout(std::process::Stdio::null())
+        .status();
+    let row = std::fs::read_to_string(file).unwrap();
+    (status.unwrap().success(), row)
+}
+
+#[test]
+fn a_machine_passes_the_selftest_only_with_nothing_lost() {
+    let good = ["success", "0", "attached", "may-publish", "3", "3", "0"];
+    let (passed, row) = selftest_row("push", good);
+    assert!(passed);
+    assert_eq!(
+        row,
+        "passed | success | attached | may-publish | 3 | 3 | 0\n"
+    );
+    let reads = ["success", "0", "attached", "read-only", "0", "0", "0"];
+    assert!(selftest_row("pull_request", reads).0);
+
+    for (event, at, value) in [
+        ("push", 0, "failure"),
+        ("push", 1, "1"),
+        ("push", 2, "degraded"),
+        ("push", 3, "read-only"),
+        ("push", 4, "0"),
+        ("push", 5, "2"),
+        ("push", 6, "1"),
+        ("push", 6, ""),
+        ("pull_request", 0, "success"),
+    ] {
+        let mut bad = good;
+        bad[at] = value;
+        let (passed, row) = selftest_row(event, bad);
+        assert!(!passed && row.starts_with("failed | "), "{event}: {row}");
+    }
+    assert!(!selftest_row("push", [""; 7]).0);
+}
+
+#[test]
+fn the_selftests_table_names_machines_that_left_no_row() {
+    let folder = tempfile::tempdir().unwrap();
+    let good = "passed | success | attached | may-publish | 3 | 3 | 0\n";
+    std::fs::write(folder.path().join("good"), good).unwrap();
+    let table = |names: &[&str]| {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/selftest.sh");
+        let mut command = Command::new(script);
+        let output = command.arg("table").arg(folder.path()).args(names).output();
+        let output = output.unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let rows = text.lines().skip(2).map(str::to_owned);
+        (output.status.code(), rows.collect::<Vec<_>>())
+    };
+    let row = "| good | passed | success | attached | may-publish | 3 | 3 | 0 |".to_owned();
+    let absent = |verdict: &str| format!("| x | {verdict} | no row | - | - | - | - | - |");
+    assert_eq!(table(&["good"]), (Some(0), vec![row.clone()]));
+    assert_eq!(
+        table(&["good", "x?"]),
+        (Some(0), vec![row.clone(), absent("not yet")])
+    );
+    assert_eq!(
+        table(&["x", "good"]),
+        (Some(1), vec![absent("failed"), row])
+    );
+    std::fs::write(
+        folder.path().join("x"),
+        "failed | failure | - | - | - | - | -\n",
+    )
+    .unwrap();
+    assert_eq!(table(&["x"]).0, Some(1));
+    assert_eq!(table(&[]).0, Some(64));
 }

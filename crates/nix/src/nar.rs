@@ -33,6 +33,11 @@ const BLOCK_SIZE: usize = 128 * 1024;
 /// Bytes to read from a file at once.
 const READ_SIZE: usize = 64 * 1024;
 
+/// `O_NOATIME`, which Linux alone has.
+#[cfg(target_os = "linux")]
+const NO_ACCESS_TIME: OFlags = OFlags::NOATIME;
+#[cfg(not(target_os = "linux"))]
+const NO_ACCESS_TIME: OFlags = OFlags::empty();
 /// Whether to open files with `O_NOATIME`. Otherwise the file system records each access time,
 /// which writes as many inodes as are read. Only the owner of a file may use the flag (`open(2)`),
 /// and on a shared store that is another user.
@@ -258,7 +263,7 @@ impl<W: Write, O: NarVisitor> Writer<'_, W, O> {
     fn open(&self, parent: impl AsFd, name: &CStr, flags: OFlags) -> Result<OwnedFd, DumpError> {
         let flags = flags | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         if USE_NOATIME.load(Ordering::Relaxed) {
-            match openat(&parent, name, flags | OFlags::NOATIME, Mode::empty()) {
+            match openat(&parent, name, flags | NO_ACCESS_TIME, Mode::empty()) {
                 // This store belongs to another user, and so do its other files: do not try again.
                 Err(Errno::PERM) => USE_NOATIME.store(false, Ordering::Relaxed),
                 opened => return opened.map_err(|error| self.unreadable(name, error.into())),

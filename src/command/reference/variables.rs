@@ -26,9 +26,10 @@ const VARIABLES: [(&str, &str); 14] = [
         "Hints: the shared cache of Bazel, and what the machine says of it.",
     ),
     (
-        "`FLYWHEEL_BIN`, `FLYWHEEL_SKIP_CHECKSUM`",
-        "For the launcher: another binary, by its absolute path; `1` runs without a check where the machine cannot compute \
-         SHA-256.",
+        "`FLYWHEEL_BIN`, `FLYWHEEL_RELEASE_MIRROR`, `FLYWHEEL_SKIP_CHECKSUM`",
+        "For the launcher: another binary, by its absolute path; where it takes the binary of a platform that the checkout \
+         lacks, an `https://` URL or the absolute path of a folder (default: the release); `1` runs the checkout's own binary \
+         without a check where the machine cannot compute SHA-256.",
     ),
     (
         "`FLYWHEEL_EVENT_DEFAULT_BRANCH`",

@@ -13,7 +13,6 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
-use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -31,7 +30,8 @@ const FIELD: &str = "Epoch";
 /// Syncing 1,000 small files this way takes 0.14 s on ext4 with a journal, and 1.0 s one by one. A
 /// `syncfs` takes 0.04 s, but also writes what the build has dirtied, and made builds on ext4
 /// without a journal 3 to 5 % slower.
-const WRITEBACK_BYTES: NonZeroU64 = NonZeroU64::new(1024 * 1024).unwrap();
+#[cfg(target_os = "linux")]
+const WRITEBACK_BYTES: std::num::NonZeroU64 = std::num::NonZeroU64::new(1024 * 1024).unwrap();
 /// Epochs that a killed process may have used beyond the last one it recorded: the one being
 /// synced, and the next.
 const UNRECORDED_EPOCHS: u64 = 2;
@@ -252,7 +252,7 @@ impl Durability {
         if self.unknown_files.load(Ordering::Relaxed) {
             // Files with unknown names can only be synced with the whole file system. This is
             // needed once.
-            rustix::fs::syncfs(&self.root)?;
+            sync_file_system(&self.root)?;
             self.unknown_files.store(false, Ordering::Relaxed);
             return Ok(());
         }
@@ -320,8 +320,21 @@ fn for_each_narinfo(
     Ok(())
 }
 
+#[cfg(target_os = "linux")]
+fn sync_file_system(root: &File) -> io::Result<()> {
+    Ok(rustix::fs::syncfs(root)?)
+}
+
+/// Elsewhere `sync(2)` may return before all is written, and syncing the folder then waits for the disk.
+#[cfg(not(target_os = "linux"))]
+fn sync_file_system(root: &File) -> io::Result<()> {
+    rustix::fs::sync();
+    root.sync_all()
+}
+
 /// Starts writing the file's dirty pages without waiting. This is a side effect of the advice
 /// (`posix_fadvise(2)`) that nothing guarantees; without it, the sync only takes longer.
+#[cfg(target_os = "linux")]
 fn start_writeback(file: &Path) {
     if let Ok(file) = open_at_once(file) {
         let _ = rustix::fs::fadvise(
@@ -332,6 +345,10 @@ fn start_writeback(file: &Path) {
         );
     }
 }
+
+/// Only Linux takes the advice for that.
+#[cfg(not(target_os = "linux"))]
+fn start_writeback(_: &Path) {}
 
 /// Syncs a file or folder. One that has been removed needs no sync.
 fn sync_file(file: &Path) -> io::Result<()> {

@@ -320,13 +320,24 @@ impl Places {
         // The folder itself may have to be made yet.
         let there = base.ancestors().find(|folder| folder.exists());
         let flags = statvfs(there.unwrap_or(base))?.f_flag;
-        if flags.contains(StatVfsMountFlags::NOEXEC) {
+        if forbids_programs(flags) {
             return Err(io::Error::other(
                 "programs cannot be run from it (`noexec`)",
             ));
         }
         Ok(())
     }
+}
+
+#[cfg(target_os = "linux")]
+fn forbids_programs(flags: StatVfsMountFlags) -> bool {
+    flags.contains(StatVfsMountFlags::NOEXEC)
+}
+
+/// Other systems have no store of this kind, because they have no namespaces.
+#[cfg(not(target_os = "linux"))]
+fn forbids_programs(_: StatVfsMountFlags) -> bool {
+    false
 }
 
 /// Makes the folder of a store with its two parts. Nobody but this user may look into it.

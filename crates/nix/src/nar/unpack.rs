@@ -210,7 +210,7 @@ impl Tree {
     }
 }
 
-fn executed(executable: bool) -> u32 {
+fn executed(executable: bool) -> rustix::fs::RawMode {
     if executable { 0o111 } else { 0 }
 }
 

@@ -8,6 +8,7 @@ pub mod inline_blocking;
 pub mod job_registry;
 pub mod loopback;
 pub mod memory;
+#[cfg_attr(not(target_os = "linux"), path = "notify/elsewhere.rs")]
 pub mod notify;
 pub mod peak;
 pub mod priority;

@@ -3,9 +3,7 @@
 
 use std::sync::{Mutex, OnceLock};
 
-use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
-};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// The limit of this process at its start; unset where dumps were not forbidden.
 static INHERITED: OnceLock<Rlimit> = OnceLock::new();
@@ -28,9 +26,19 @@ pub fn forbid(reach: Reach) {
     // It fails only where a sandbox forbids it; the job goes on without this protection.
     let _ = setrlimit(Resource::Core, without_dumps(inherited));
     if reach == Reach::Step {
-        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+        forbid_tracing();
     }
 }
+
+#[cfg(target_os = "linux")]
+fn forbid_tracing() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
+
+/// Only Linux has it.
+#[cfg(not(target_os = "linux"))]
+fn forbid_tracing() {}
 
 /// The soft limit alone is lowered, so that it can be raised again.
 fn without_dumps(inherited: Rlimit) -> Rlimit {

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use rustix::process::{
-    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, set_child_subreaper,
-    test_kill_process, waitpid,
+    Pid, Signal, WaitOptions, getpid, kill_process, kill_process_group, test_kill_process, waitpid,
 };
 use tokio::time::{Instant, sleep};
 
@@ -17,8 +16,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 /// Makes this process the parent of its descendants' orphans, so that even those that have left the command's process
 /// group can be found.
 pub(crate) fn adopt() {
-    // Linux has this since 3.4. Without it only the group is found, which is most of them.
-    let _ = set_child_subreaper(Some(getpid()));
+    // Linux alone has this, since 3.4. Without it only the group is found, which is most of them.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::set_child_subreaper(Some(getpid()));
 }
 
 /// What a finished command had left behind.
