@@ -11,6 +11,7 @@ pub mod size;
 pub mod build_spec;
 pub mod history;
 pub mod language;
+pub mod memory_verdict;
 pub mod rawjson;
 
 // What is decided from several of them.
