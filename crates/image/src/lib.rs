@@ -12,6 +12,7 @@ pub mod build_spec;
 pub mod history;
 pub mod language;
 pub mod memory_verdict;
+pub mod namespace;
 pub mod rawjson;
 
 // What is decided from several of them.
