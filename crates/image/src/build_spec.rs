@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::document::{DocumentError, Field, Format, Record, Shape};
+use crate::document::{DocumentError, Field, Format, Record, Rule, Shape};
 
 /// What the file is called, without its ending.
 pub const STEM: &str = ".build-spec";
@@ -50,27 +50,8 @@ pub const BUILD_SPEC: Record = Record {
             about: "The minutes after which the build is ended.",
         },
     ],
+    rules: &[Rule::Together("cpu", "memory_gb")],
 };
-
-impl BuildSpec {
-    /// Checks what no schema of single fields holds.
-    ///
-    /// # Errors
-    /// When only one half of a need is there.
-    pub fn check(self, file: &str) -> Result<Self, DocumentError> {
-        let (there, missing) = match (self.cpu, self.memory_gb) {
-            (Some(_), None) => ("cpu", "memory_gb"),
-            (None, Some(_)) => ("memory_gb", "cpu"),
-            _ => return Ok(self),
-        };
-        Err(DocumentError {
-            file: file.to_owned(),
-            field: Some(missing.to_owned()),
-            problem: format!("is missing beside `{there}`"),
-            hint: Some("Give both, or name a size as `runner_type`.".into()),
-        })
-    }
-}
 
 /// The file of a context, by the names of the files in it.
 ///
@@ -109,7 +90,6 @@ mod tests {
 
     fn spec(format: Format, text: &str) -> Result<BuildSpec, DocumentError> {
         read(".build-spec", format, text, &BUILD_SPEC)
-            .and_then(|spec: BuildSpec| spec.check(".build-spec"))
     }
 
     #[test]
@@ -149,14 +129,8 @@ mod tests {
                 r#"{"cpu": 0, "memory_gb": 4}"#,
                 ".build-spec: `cpu` must be a whole number from 1 to 1024, not `0`",
             ),
-            (
-                r#"{"cpu": 2}"#,
-                ".build-spec: `memory_gb` is missing beside `cpu`",
-            ),
-            (
-                r#"{"memory_gb": 2}"#,
-                ".build-spec: `cpu` is missing beside `memory_gb`",
-            ),
+            (r#"{"cpu": 2}"#, ".build-spec: `memory_gb` is missing"),
+            (r#"{"memory_gb": 2}"#, ".build-spec: `cpu` is missing"),
             (r"[]", ".build-spec: must have fields, but is a list"),
             (
                 r#"{"runner_type": null}"#,

@@ -14,7 +14,8 @@ use thiserror::Error;
 
 pub use self::contract::{nickel_contract, nickel_definitions};
 pub use self::json_schema::json_schema;
-pub use self::shape::{Field, Record, Shape};
+pub(crate) use self::shape::is_name;
+pub use self::shape::{Field, Record, Rule, Shape};
 use flywheel_core::exit::UsageError;
 use flywheel_core::text::one_line;
 

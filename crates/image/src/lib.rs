@@ -13,7 +13,9 @@ pub mod history;
 pub mod language;
 pub mod memory_verdict;
 pub mod namespace;
+pub mod nickel;
 pub mod rawjson;
 
 // What is decided from several of them.
+pub mod directives;
 pub mod sizing;

@@ -154,6 +154,7 @@ pub const SIZES: Record = Record {
         is_required: true,
         about: "The sizes, in any order.",
     }],
+    rules: &[],
 };
 
 const SIZE: Record = Record {
@@ -191,6 +192,7 @@ const SIZE: Record = Record {
             about: "What an hour costs, in any unit that is the same for all sizes.",
         },
     ],
+    rules: &[],
 };
 
 impl Default for SizeTable {

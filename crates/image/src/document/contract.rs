@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::shape::{LIST_LIMIT, NAME_LIMIT, NAME_PATTERN, Record, Shape, TEXT_LIMIT};
+use super::shape::{LIST_LIMIT, NAME_LIMIT, NAME_PATTERN, Record, Rule, Shape, TEXT_LIMIT};
 
 /// What the contracts of all records stand on, as `let` bindings.
 pub fn nickel_definitions() -> String {
@@ -24,6 +24,19 @@ in
 let Positive = fun most => std.contract.from_predicate (fun value =>
   std.is_number value && value > 0 && value <= most)
 in
+let Together = fun one other => std.contract.from_validator (fun record =>
+  let has = fun name => std.record.has_field name record in
+  if has one == has other then
+    'Ok
+  else
+    'Error {{ message = "`%{{if has one then other else one}}` is missing: `%{{one}}` and `%{{other}}` stand together" }})
+in
+let Needed = fun field by words => std.contract.from_validator (fun record =>
+  if std.record.has_field field record || !(std.record.has_field by record) || !(std.array.elem record."%{{by}}" words) then
+    'Ok
+  else
+    'Error {{ message = "`%{{field}}` is missing: `%{{by}}` needs it" }})
+in
 let Short = std.contract.from_predicate (fun value =>
   std.is_array value && std.array.length value <= {LIST_LIMIT})
 in
@@ -39,6 +52,29 @@ pub fn nickel_contract(record: &Record) -> String {
 }
 
 fn of_record(text: &mut String, record: &Record, depth: usize) {
+    if record.rules.is_empty() {
+        return of_fields(text, record, depth);
+    }
+    text.push_str("(std.contract.Sequence [");
+    of_fields(text, record, depth);
+    for rule in record.rules {
+        let _ = match rule {
+            Rule::Together(one, other) => write!(text, r#", Together "{one}" "{other}""#),
+            Rule::Needed { field, by, words } => {
+                let tags = tags(words);
+                write!(text, r#", Needed "{field}" "{by}" [{tags}]"#)
+            }
+        };
+    }
+    text.push_str("])");
+}
+
+fn tags(words: &[&str]) -> String {
+    let tags: Vec<String> = words.iter().map(|word| format!("'{word}")).collect();
+    tags.join(", ")
+}
+
+fn of_fields(text: &mut String, record: &Record, depth: usize) {
     let indent = "  ".repeat(depth + 1);
     text.push_str("{\n");
     for field in record.fields {
@@ -60,8 +96,7 @@ fn of_shape(text: &mut String, shape: &Shape, depth: usize) {
         Shape::Text => text.push_str("Text"),
         Shape::Name => text.push_str("Name"),
         Shape::Choice(words) => {
-            let tags: Vec<String> = words.iter().map(|word| format!("'{word}")).collect();
-            let _ = write!(text, "[| {} |]", tags.join(", "));
+            let _ = write!(text, "[| {} |]", tags(words));
         }
         Shape::Whole(least, most) => {
             let _ = write!(text, "(Whole {least} {most})");

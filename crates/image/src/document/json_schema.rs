@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::shape::{LIST_LIMIT, NAME_LIMIT, NAME_PATTERN, Record, Shape, TEXT_LIMIT};
+use super::shape::{LIST_LIMIT, NAME_LIMIT, NAME_PATTERN, Record, Rule, Shape, TEXT_LIMIT};
 
 /// The JSON Schema (draft 2020-12) of a document.
 pub fn json_schema(record: &Record) -> Value {
@@ -23,13 +23,30 @@ fn of_record(record: &Record) -> Value {
     let properties: Map<String, Value> = properties.collect();
     let required = record.fields.iter().filter(|field| field.is_required);
     let required: Vec<&str> = required.map(|field| field.name).collect();
-    json!({
+    let mut schema = json!({
         "description": record.about,
         "type": "object",
         "properties": properties,
         "required": required,
         "additionalProperties": false,
-    })
+    });
+    if !record.rules.is_empty() {
+        let rules = record.rules.iter().map(of_rule);
+        merge(&mut schema, json!({ "allOf": rules.collect::<Value>() }));
+    }
+    schema
+}
+
+fn of_rule(rule: &Rule) -> Value {
+    match rule {
+        Rule::Together(one, other) => json!({
+            "dependentRequired": { *one: [other], *other: [one] },
+        }),
+        Rule::Needed { field, by, words } => json!({
+            "if": { "properties": { *by: { "enum": words } }, "required": [by] },
+            "then": { "required": [field] },
+        }),
+    }
 }
 
 fn of_shape(shape: &Shape) -> Value {

@@ -22,6 +22,21 @@ pub struct Record {
     /// What it is, as a sentence.
     pub about: &'static str,
     pub fields: &'static [Field],
+    /// What holds between its fields.
+    pub rules: &'static [Rule],
+}
+
+/// What holds between fields of one record.
+#[derive(Debug)]
+pub enum Rule {
+    /// Both are there, or neither.
+    Together(&'static str, &'static str),
+    /// A field is there if another one has one of these words.
+    Needed {
+        field: &'static str,
+        by: &'static str,
+        words: &'static [&'static str],
+    },
 }
 
 /// A field of a record.
@@ -88,7 +103,8 @@ impl Record {
                 Some(value) => field.shape.check(&at, value)?,
             }
         }
-        Ok(())
+        let mut rules = self.rules.iter();
+        rules.try_for_each(|rule| rule.check(at, object))
     }
 
     fn check_names(&self, at: &str, object: &Map<String, Value>) -> Result<(), Fault> {
@@ -102,6 +118,35 @@ impl Record {
             None => format!("The fields here are {}.", quoted(known())),
         });
         Err(fault)
+    }
+}
+
+impl Rule {
+    fn check(&self, at: &str, object: &Map<String, Value>) -> Result<(), Fault> {
+        let missing = |name: &str, why: String| {
+            let mut fault = fault(&join(at, name), "is missing");
+            fault.hint = Some(why);
+            Err(fault)
+        };
+        match self {
+            Self::Together(one, other) => {
+                for (there, missed) in [(one, other), (other, one)] {
+                    if object.contains_key(*there) && !object.contains_key(*missed) {
+                        return missing(missed, format!("It stands together with `{there}`."));
+                    }
+                }
+                Ok(())
+            }
+            Self::Needed { field, by, words } => {
+                let word = object.get(*by).and_then(Value::as_str);
+                match word.filter(|word| words.contains(word)) {
+                    Some(word) if !object.contains_key(*field) => {
+                        missing(field, format!("`{by}` is `{word}`, which needs it."))
+                    }
+                    _ => Ok(()),
+                }
+            }
+        }
     }
 }
 

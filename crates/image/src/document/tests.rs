@@ -13,6 +13,7 @@ const INNER: Record = Record {
         is_required: true,
         about: "A word.",
     }],
+    rules: &[],
 };
 
 const OUTER: Record = Record {
@@ -62,6 +63,14 @@ const OUTER: Record = Record {
             about: "Parts.",
         },
     ],
+    rules: &[
+        Rule::Together("count", "share"),
+        Rule::Needed {
+            field: "text",
+            by: "name",
+            words: &["told"],
+        },
+    ],
 };
 
 /// The field that the check names, if the value is wrong.
@@ -99,6 +108,10 @@ fn the_check_names_the_field_and_the_schema_agrees() {
         (json!({"name": "a", "text": "a\u{1b}b"}), Some("text")),
         (json!({"name": "a", "text": long}), Some("text")),
         (json!({"name": "a", "text": 7}), Some("text")),
+        (json!({"name": "told"}), Some("text")),
+        (json!({"name": "told", "text": "x"}), None),
+        (json!({"name": "a", "count": 2}), Some("share")),
+        (json!({"name": "a", "share": 2}), Some("count")),
         (json!({"name": "a", "count": 1}), Some("count")),
         (json!({"name": "a", "count": 10}), Some("count")),
         (json!({"name": "a", "count": 2.5}), Some("count")),
