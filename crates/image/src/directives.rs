@@ -223,7 +223,7 @@ pub fn nickel() -> String {
     for record in [&BUILD_SPEC, &CACHE_POLICY, &BUILD_DIRECTIVES] {
         let contract = nickel_contract(record);
         text.push_str(&format!(
-            "# {}\n{} = {contract},\n",
+            "# {}\n{} | not_exported = {contract},\n",
             record.about, record.name
         ));
     }
