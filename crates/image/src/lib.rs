@@ -5,6 +5,8 @@
 
 // What several of the modules below stand on.
 pub mod document;
+
+// The sizes, which several of them choose among.
 pub mod size;
 
 // Formats and rules, each by itself.

@@ -198,7 +198,8 @@ fn from_history(
     })
 }
 
-fn by_percentile(runs: &[&Run]) -> (Need, String) {
+/// What the 95th percentile of these runs asks for, and the sentence about it.
+pub fn by_percentile(runs: &[&Run]) -> (Need, String) {
     let cpu = percentile::p95(runs, |run| run.cpu_p95);
     let memory = percentile::p95(runs, percentile::memory_needed);
     let need = Need {

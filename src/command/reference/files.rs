@@ -6,7 +6,7 @@ use crate::report::canary::METRICS;
 
 /// Each place, what is there, and when it goes. `UID` stands for the number of the job's user. The folders for state, cache
 /// and data follow `XDG_STATE_HOME`, `XDG_CACHE_HOME` and `XDG_DATA_HOME`.
-const FILES: [(&str, &str, &str); 10] = [
+const FILES: [(&str, &str, &str); 11] = [
     (
         "`flywheel-UID/` in `$RUNNER_TEMP`, elsewhere in `$XDG_RUNTIME_DIR`, `$TMPDIR` or `/tmp`",
         "Of a run: the netrc, Nix's settings, sockets, sometimes a bundle of certificates (0700).",
@@ -26,6 +26,11 @@ const FILES: [(&str, &str, &str); 10] = [
         "`~/.local/state/flywheel/journal/` (input `journal`)",
         "A file for each job with the paths that it has to publish, and in `jobs/` the registry of the host's jobs.",
         "With the job, if nothing is left to send. Otherwise by the job that takes it up, or after 14 days.",
+    ),
+    (
+        "`~/.local/state/flywheel/image/` (input `history`)",
+        "What builds of images used, and what was approved: a file for each workspace.",
+        "Never by itself. A file keeps the newest 1000 runs.",
     ),
     (
         "`~/.cache/flywheel/evaluation/` (input `evaluation-memory-folder`)",
