@@ -93,7 +93,7 @@ fn the_check_names_the_field_and_the_schema_agrees() {
         ),
         (json!({"name": "a", "count": 9.0, "share": 3}), None),
         (json!({}), Some("name")),
-        (json!({"nam": "a"}), Some("nam")),
+        (json!({"nmae": "a"}), Some("nmae")),
         (json!({"name": "a", "list": {}}), Some("list")),
         (json!({"name": "A"}), Some("name")),
         (json!({"name": "a--b"}), Some("name")),
