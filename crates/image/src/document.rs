@@ -4,6 +4,7 @@
 mod contract;
 mod json_schema;
 mod shape;
+mod strict_json;
 
 use std::fmt;
 use std::path::Path;
@@ -16,6 +17,7 @@ pub use self::contract::{nickel_contract, nickel_definitions};
 pub use self::json_schema::json_schema;
 pub(crate) use self::shape::is_name;
 pub use self::shape::{Field, Record, Rule, Shape};
+use self::strict_json::StrictJson;
 use flywheel_core::exit::UsageError;
 use flywheel_core::text::one_line;
 
@@ -156,7 +158,9 @@ fn parse(file: &str, format: Format, text: &str) -> Result<Value, DocumentError>
         DocumentError::of_document(file, problem)
     };
     match format {
-        Format::Json => serde_json::from_str(text).map_err(|error| wrong("JSON", &error)),
+        Format::Json => serde_json::from_str(text)
+            .map(|StrictJson(value)| value)
+            .map_err(|error| wrong("JSON", &error)),
         Format::Toml => toml::from_str(text).map_err(|error| wrong("TOML", &error)),
         Format::Yaml => {
             serde_saphyr::from_str(text).map_err(|error| wrong("YAML", &error.without_snippet()))

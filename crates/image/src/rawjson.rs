@@ -252,6 +252,15 @@ impl Build {
             .filter_map(|step| Some((step, step.error.as_deref()?)))
     }
 
+    /// What BuildKit said of the failure: of each step, and then the last line of its client. It is evidence for
+    /// `memory_verdict`.
+    pub fn error_texts(&self) -> Vec<String> {
+        let steps = self.errors().map(|(_, error)| error.to_owned());
+        let mut lines = self.tail.lines().rev();
+        let last = lines.find(|line| line.starts_with("ERROR: ") || line.starts_with("error: "));
+        steps.chain(last.map(str::to_owned)).collect()
+    }
+
     /// The stages of the Dockerfile, in the order in which their first steps were named.
     pub fn stages(&self) -> Vec<Stage> {
         let mut stages: Vec<Stage> = Vec::new();

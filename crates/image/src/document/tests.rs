@@ -165,6 +165,16 @@ fn a_slip_gets_the_word_that_was_meant() {
 fn a_text_that_is_not_in_its_format_is_refused_with_the_formats_name() {
     for (format, text, begins) in [
         (Format::Json, "{", "f: is no JSON: "),
+        (
+            Format::Json,
+            r#"{"name": "a", "name": "b"}"#,
+            "f: is no JSON: `name` stands there twice",
+        ),
+        (
+            Format::Json,
+            r#"{"list": [{"word": "one", "word": "two"}]}"#,
+            "f: is no JSON: `word` stands there twice",
+        ),
         (Format::Toml, "name = ", "f: is no TOML: "),
         (Format::Toml, "name = 'a'\nname = 'b'", "f: is no TOML: "),
         (Format::Yaml, "name: a\nname: b", "f: is no YAML: "),

@@ -403,3 +403,42 @@ fn the_evidence_is_shown_with_what_is_not_known() {
         ]
     );
 }
+
+/// What BuildKit 0.13.2 said of a step, from its recorded progress.
+fn recorded_error(name: &str) -> String {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/buildkit");
+    let stream = std::fs::read_to_string(format!("{folder}/0.13-{name}.rawjson"));
+    let stream = stream.expect("it was recorded");
+    let mut lines = stream.lines();
+    let line = lines.find_map(|line| line.trim().strip_prefix("\"error\": "));
+    serde_json::from_str(line.expect("an error")).expect("a text")
+}
+
+#[test]
+fn of_two_recorded_builds_with_one_text_only_the_counters_tell_which_ran_out() {
+    // A shell that outgrew its group's limit while the machine's counter rose from 23 to 24, and one that ended itself
+    // with the same code.
+    let (grew, ended) = (recorded_error("oom"), recorded_error("failed-137"));
+    for error in [&grew, &ended] {
+        assert!(error.ends_with("did not complete successfully: exit code: 137"));
+        assert_eq!(
+            judge(false, NO_COUNTERS, Connection::Held, error),
+            Verdict::Suspected("exit code: 137")
+        );
+    }
+    let counters = |machine| (UNKNOWN, UNKNOWN, machine);
+    assert_eq!(
+        judge(false, counters(counter(23, 24)), Connection::Held, &grew),
+        Verdict::OutOfMemory(Proof::Machine(1))
+    );
+    assert_eq!(
+        judge(false, counters(counter(23, 23)), Connection::Held, &ended),
+        Verdict::Other
+    );
+    // A step that prints "Killed" and ends with another code is not even suspected.
+    let other = recorded_error("failed-42");
+    assert_eq!(
+        judge(false, NO_COUNTERS, Connection::Held, &other),
+        Verdict::Other
+    );
+}

@@ -126,6 +126,11 @@ fn a_failed_step_has_its_error_and_log_and_the_text_behind_is_kept() {
         "{}",
         build.tail
     );
+    let [of_step, of_client] = &build.error_texts()[..] else {
+        panic!("{:?}", build.error_texts());
+    };
+    assert_eq!(of_step, error);
+    assert!(of_client.starts_with("ERROR: failed to solve: process"));
     // A fault of the Dockerfile fails no step.
     let build = read(&recorded("syntax"), 64);
     assert_eq!(build.errors().count(), 0);
