@@ -6,7 +6,7 @@ use crate::report::canary::METRICS;
 
 /// Each place, what is there, and when it goes. `UID` stands for the number of the job's user. The folders for state, cache
 /// and data follow `XDG_STATE_HOME`, `XDG_CACHE_HOME` and `XDG_DATA_HOME`.
-const FILES: [(&str, &str, &str); 11] = [
+const FILES: [(&str, &str, &str); 12] = [
     (
         "`flywheel-UID/` in `$RUNNER_TEMP`, elsewhere in `$XDG_RUNTIME_DIR`, `$TMPDIR` or `/tmp`",
         "Of a run: the netrc, Nix's settings, sockets, sometimes a bundle of certificates (0700).",
