@@ -10,8 +10,8 @@ use clap::error::ErrorKind;
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::command::{
-    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, init, nix_job, publish,
-    reference, scan, setup, validate_builders, watch_store,
+    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, image, init, nix_job,
+    publish, reference, scan, setup, validate_builders, watch_store,
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
@@ -39,6 +39,7 @@ pub(crate) struct Cli {
 enum Verb {
     NixJob(Box<nix_job::Inputs>),
     FlakeChecks(Box<flake_checks::Inputs>),
+    Image(image::Inputs),
     Init(init::Inputs),
     Publish(publish::Inputs),
     WatchStore(Box<watch_store::Inputs>),
@@ -135,6 +136,7 @@ impl Cli {
         match self.verb {
             Verb::NixJob(inputs) => nix_job::run(*inputs, env).await,
             Verb::FlakeChecks(inputs) => Box::pin(flake_checks::run(*inputs, env)).await,
+            Verb::Image(inputs) => image::run(inputs, env).await,
             Verb::Init(inputs) => init::run(inputs, env).await,
             Verb::Publish(inputs) => publish::run(inputs, env).await,
             Verb::WatchStore(inputs) => watch_store::run(*inputs, env).await,
@@ -186,8 +188,9 @@ mod tests {
     }
 
     /// Values of every kind that an input can have.
-    const SAMPLES: [&str; 16] = [
+    const SAMPLES: [&str; 17] = [
         "1",
+        "8",
         "true",
         "x",
         "127.0.0.1:1",
@@ -224,6 +227,13 @@ mod tests {
                 let required = match name.first().map(String::as_str) {
                     Some("publish" | "scan") => &["x"][..],
                     Some("cache") if long != "dir" => &["--dir=x"],
+                    Some("image") if name.last().is_some_and(|last| last == "approve") => {
+                        match long {
+                            "cpu" => &["--memory-gb=8"][..],
+                            "memory-gb" => &["--cpu=8"],
+                            _ => &["--cpu=8", "--memory-gb=8"],
+                        }
+                    }
                     _ => &[],
                 };
                 let named = flag.get_possible_values();

@@ -6,6 +6,7 @@ pub(crate) mod contract;
 pub(crate) mod daemon_proxy;
 pub(crate) mod explain;
 pub(crate) mod flake_checks;
+pub(crate) mod image;
 pub(crate) mod init;
 pub(crate) mod nix_job;
 pub(crate) mod publish;

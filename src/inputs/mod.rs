@@ -299,6 +299,14 @@ pub(crate) struct TrustInputs {
     )]
     pub(crate) push_cache: PushCache,
 
+    #[command(flatten)]
+    refs: TrustedRefsInput,
+}
+
+/// The refs that may publish.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Publication")]
+pub(crate) struct TrustedRefsInput {
     /// Refs that may publish besides the default branch, separated by white space or commas, such as
     /// `refs/tags/v* refs/heads/release/*`. `*` stops at a `/`, `**` does not; a pattern that no
     /// ref can match is refused. A branch must be protected, too.
@@ -324,7 +332,7 @@ impl TrustInputs {
         Request {
             push_cache: self.push_cache,
             by_hand: false,
-            trusted_refs: self.trusted_refs.clone(),
+            trusted_refs: self.refs.trusted_refs.clone(),
         }
     }
 }

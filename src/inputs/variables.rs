@@ -14,8 +14,9 @@ use flywheel_sys::runner::env::Env;
 
 /// What the variables of all verbs begin with.
 const PREFIX: &str = "FLYWHEEL_";
-/// The verb that is no action and whose flags (`dir`, `level`) are too general for an environment.
-const PREFIXED_VERB: (&str, &str) = ("cache", "FLYWHEEL_CACHE_");
+/// Verbs that are no actions and whose flags (`dir`, `target`) are too general for an environment.
+const PREFIXED_VERBS: [(&str, &str); 2] =
+    [("cache", "FLYWHEEL_CACHE_"), ("image", "FLYWHEEL_IMAGE_")];
 
 /// Flags and variables that are there and empty.
 #[derive(Debug, Default)]
@@ -128,10 +129,9 @@ pub(crate) fn attach(command: Command, blank: &Blank) -> Command {
 fn attach_below(command: Command, prefix: &str, blank: &Blank) -> Command {
     let command = command.mut_args(|flag| with_variable(flag, prefix, blank));
     command.mut_subcommands(|verb| {
-        let prefix = match PREFIXED_VERB {
-            (name, own) if verb.get_name() == name => own,
-            _ => prefix,
-        };
+        let mut prefixed = PREFIXED_VERBS.iter();
+        let own = prefixed.find(|(name, _)| verb.get_name() == *name);
+        let prefix = own.map_or(prefix, |(_, own)| own);
         attach_below(verb, prefix, blank)
     })
 }

@@ -248,14 +248,18 @@ fn journal(text: &str) -> Result<Journal, Invalid> {
     Err(Invalid::new(problem).with_hint("Begin the folder's path with `/`."))
 }
 
-/// The journal below the user's folder for state that outlives a job (`XDG_STATE_HOME`, freedesktop.org's base
-/// directory specification).
 fn default_journal(env: &Env) -> Option<PathBuf> {
+    state_folder(env).map(|state| state.join("journal"))
+}
+
+/// This program's part of the user's folder for state that outlives a job (`XDG_STATE_HOME`, freedesktop.org's base
+/// directory specification).
+pub(crate) fn state_folder(env: &Env) -> Option<PathBuf> {
     let state = env
         .path("XDG_STATE_HOME")
         .or_else(|| env.path("HOME").map(|home| home.join(".local/state")));
     // The specification has a relative path ignored.
     state
         .filter(|state| state.is_absolute())
-        .map(|state| state.join("flywheel/journal"))
+        .map(|state| state.join("flywheel"))
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use super::daemon_names::DaemonNames;
 use super::store_host::{Sharing, StoreHost};
+use flywheel_cache::client::publish::Upstream;
 use flywheel_nix::key::PublicKey;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store::{self, Mark, Store};
@@ -159,6 +160,11 @@ impl Ownership {
 }
 
 impl Ownership {
+    /// The upstream caches' keys, as far as this job can check them.
+    pub(super) fn upstream(&self) -> Upstream {
+        Upstream::default().with_keys(self.trusted_keys.iter().cloned())
+    }
+
     /// Whether the registration of a path that a dead job named shows that it is what its name says. The derivation is
     /// not known any more, but `ultimate` cannot be set by an import.
     pub(super) fn is_own_work(&self, info: &PathInfo) -> bool {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::report::publication::{KeySource, Missed, Publication};
-use flywheel_cache::client::publish::{Final, Options, Outcome, PathOutcome, Skip};
+use flywheel_cache::client::publish::{Final, Outcome, PathOutcome, Skip, Upstream};
 use flywheel_cache::client::verify::{self, Coverage, Mode, Verdict, Verification};
 use flywheel_core::text::count;
 use flywheel_nix::path_info::{Origin, PathInfo, Unreadable};
@@ -131,6 +131,8 @@ pub(crate) struct StoreAtEnd {
     pub(crate) deleted: Vec<PathInfo>,
     /// How many paths were registered and deleted before they could be read.
     pub(crate) unread: u64,
+    /// What it has signed was not to be sent.
+    pub(crate) upstream: Upstream,
     /// Paths that the job named and that are not valid: those that were not read are among them.
     pub(crate) named: Vec<StorePath>,
     /// Valid paths that cannot be substituted without their realisations.
@@ -200,7 +202,7 @@ fn deleted(outcome: &Outcome, store: &StoreAtEnd) -> Vec<Missed> {
     let unread: Vec<Missed> = unread.collect();
     unsent
         .chain(vanished.map(|path| &path.info))
-        .filter(|info| info.origin() != Origin::Added && !is_signed_upstream(info))
+        .filter(|info| info.origin() != Origin::Added && store.upstream.signer(info).is_none())
         .map(|info| {
             missed(
                 info,
@@ -245,24 +247,15 @@ fn coverage(outcome: &Outcome, verification: &Verification) -> Coverage {
 
 /// The publication to a cache that takes nothing: each path is lost, and named. Paths that an upstream cache has
 /// signed would not have been sent, so they are not lost.
-pub(crate) fn all_lost(wanted: &[PathInfo], reason: &str) -> Publication {
+pub(crate) fn all_lost(wanted: &[PathInfo], upstream: &Upstream, reason: &str) -> Publication {
     let lost = wanted
         .iter()
-        .filter(|info| !is_signed_upstream(info))
+        .filter(|info| upstream.signer(info).is_none())
         .map(|info| missed(info, reason));
     Publication {
         lost: lost.collect(),
         ..Publication::default()
     }
-}
-
-fn is_signed_upstream(info: &PathInfo) -> bool {
-    let upstream = Options::default().upstream_keys;
-    let mut keys = info
-        .signatures
-        .iter()
-        .filter_map(|signature| signature.split(':').next());
-    keys.any(|key| upstream.iter().any(|known| known == key))
 }
 
 fn missed(info: &PathInfo, reason: &str) -> Missed {

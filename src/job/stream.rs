@@ -196,6 +196,7 @@ impl Stream {
             initial_uploads: usual.initial_uploads.min(max_uploads),
             max_uploads,
             config: cache.probe.config.clone(),
+            upstream: inputs.ownership.upstream(),
             journal: journal.clone(),
             inspector: Some(Arc::clone(inputs.inspector)),
             store: inputs.ownership.store.folder().to_owned(),
@@ -304,7 +305,7 @@ impl Stream {
             }
             None => {
                 let reason = cache.refusal().unwrap_or_default();
-                publication::all_lost(&added_paths.wanted, &reason)
+                publication::all_lost(&added_paths.wanted, &ownership.upstream(), &reason)
             }
         };
         // A job that could not read the store leaves its mark to the next one, which can.
@@ -387,6 +388,7 @@ async fn store_at_end(
             .await
             .unwrap_or_default(),
         unread_processes: added_paths.unread_processes,
+        upstream: ownership.upstream(),
         ..StoreAtEnd::default()
     };
     if let Some(watcher) = watcher {

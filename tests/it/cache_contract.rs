@@ -1,9 +1,12 @@
 //! `flywheel cache-contract` through the front door, against endpoints that answer and endpoints that do not.
 
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+
 use serde_json::Value;
 
 use crate::world::bazel::{Answer, Server};
-use crate::world::{Flywheel, PLANTED_TOKEN, Ran};
+use crate::world::{Flywheel, PLANTED_TOKEN, Ran, folders};
 
 fn contract(arguments: &[&str], environment: &[(&str, &str)]) -> Ran {
     let arguments = [&["cache-contract"], arguments].concat();
@@ -327,5 +330,77 @@ fn the_report_has_a_form_for_machines_and_the_step_has_outputs() {
     assert!(
         run.read("GITHUB_STEP_SUMMARY")
             .starts_with("### ✅ the shared-cache contract holds, strict")
+    );
+}
+
+/// The lines of a recipe of `examples/justfile`, with its variables and these parameters filled in. Tried with `just` by hand.
+fn recipe(name: &str, parameters: &[(&str, &str)]) -> String {
+    let text = include_str!("../../examples/justfile");
+    let variables = text.lines().filter_map(|line| line.split_once(" := "));
+    let variables = variables.map(|(name, value)| (name, value.trim_matches('"')));
+    let lines = text.lines();
+    let body = lines
+        .skip_while(|line| !line.starts_with(&format!("{name} ")))
+        .skip(1)
+        .take_while(|line| line.starts_with("    "));
+    let body: String = body.map(|line| format!("{}\n", line.trim())).collect();
+    variables
+        .chain(parameters.iter().copied())
+        .fold(body, |body, (name, value)| {
+            body.replace(&format!("{{{{ {name} }}}}"), value)
+        })
+}
+
+/// Runs both recipes as `just bazel-build-cached` does, with a Bazel that writes down what it is called with; the exit code,
+/// and what Bazel was called with, the lines of `--bazelrc` among it.
+fn build_cached(push: &str, cache: Option<&str>) -> (i32, String) {
+    let top = tempfile::tempdir().unwrap();
+    let (bin, work) = (top.path().join("bin"), top.path().join("work"));
+    for folder in [&bin, &work] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    std::os::unix::fs::symlink(crate::world::binary(), bin.join("flywheel")).unwrap();
+    let bazel = "#!/bin/sh\n{ echo \"$*\"; cat \"${1#--bazelrc=}\"; } >called\n";
+    std::fs::write(bin.join("bazel"), bazel).unwrap();
+    std::fs::set_permissions(bin.join("bazel"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let contract = "version: 1\nshared-cache:\n  allow-localhost: true\n";
+    std::fs::write(work.join("flywheel.yml"), contract).unwrap();
+
+    let check = recipe("cache-contract-strict", &[("push", push)]);
+    let build = recipe("bazel-build-cached", &[("targets", "//...")]);
+    assert!(check.starts_with("flywheel ") && build.starts_with("bazel "));
+    let output = folders::isolate(&mut Command::new("/bin/sh"), top.path())
+        .args(["-ec", &format!("{check}{build}")])
+        .env("PATH", format!("{}:/usr/bin:/bin", bin.display()))
+        .env("BAZEL_REMOTE_CACHE", cache.unwrap_or_default())
+        .current_dir(&work)
+        .output()
+        .unwrap();
+    let called = std::fs::read_to_string(work.join("called")).unwrap_or_default();
+    (output.status.code().unwrap(), called)
+}
+
+#[test]
+fn the_recipes_build_against_the_cache_and_never_without_it() {
+    let cache = Server::start(Answer::Http(404, "")).url("http");
+    let (code, called) = build_cached("false", Some(&cache));
+    assert_eq!(code, 0, "{called}");
+    for part in [
+        "--bazelrc=.bazelrc.flywheel build //...\n",
+        &format!("build --remote_cache={cache}\n"),
+        "build --remote_upload_local_results=false\n",
+        "build --disk_cache=\n",
+    ] {
+        assert!(called.contains(part), "no {part} in\n{called}");
+    }
+    let broken = Server::start(Answer::Http(500, "")).url("http");
+    for cache in [None, Some(broken.as_str())] {
+        assert_eq!(build_cached("false", cache), (1, String::new()));
+    }
+    // Asking is not enough: on a laptop the trust gate does not let it.
+    let (code, called) = build_cached("auto", Some(&cache));
+    assert!(
+        code == 0 && called.contains("local_results=false"),
+        "{called}"
     );
 }

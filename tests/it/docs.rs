@@ -5,6 +5,7 @@ mod commands;
 pub mod fences;
 mod links;
 mod messages;
+mod migration;
 mod workflows;
 
 use crate::house::source::{Source, file, files};

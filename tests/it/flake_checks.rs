@@ -252,4 +252,15 @@ fn check_runs_that_were_asked_for_and_cannot_be_are_said() {
     );
     check(&with_github(run, &github).run(), 0, &[]);
     assert!(github.log().is_empty(), "nobody asked for any");
+    // Also where none were asked for: this token must not go to another API.
+    let run = job(
+        &["--build", "false"],
+        &[("nix", &NIX.replace("NAMES", "echo '[]'"))],
+    );
+    let ran = with_github(run, &github).env("GITHUB_API_URL", "github.example.org/api/v3");
+    check(
+        &ran.run(),
+        0,
+        &["there are no Check Runs: `GITHUB_API_URL` is not the address of an API"],
+    );
 }

@@ -15,6 +15,7 @@ mod docs;
 mod explain;
 mod flake_checks;
 mod house;
+mod image;
 mod init;
 mod launcher;
 mod matrix;

@@ -266,6 +266,42 @@ fn a_token_that_may_not_is_a_warning_and_the_verdict_stands() {
 }
 
 #[test]
+fn an_enterprise_server_gets_the_check_run_and_nobody_else_the_token() {
+    let github = GitHub::start(PLANTED_TOKEN, false);
+    let enterprise = |api: &str| {
+        with_github(general(&[], true), &github)
+            .env("GITHUB_API_URL", api)
+            .env("GITHUB_SERVER_URL", "https://github.example.org")
+            .run()
+    };
+    let ran = enterprise(&format!("{}/api/v3", github.url));
+    assert_eq!(ran.code, 0, "{}", printed(&ran));
+    assert_eq!(github.names(), ["Builder health: general"]);
+    let log = github.log();
+    let is_enterprise = |line: &str| line.contains(" /api/v3/repos/octo-org/app/");
+    assert!(
+        log.iter()
+            .all(|(line, status)| is_enterprise(line) && *status < 300),
+        "{log:?}"
+    );
+    // Without a scheme it is no address. The public API would be the wrong place for this token.
+    for broken in [
+        "github.example.org/api/v3",
+        "github.example.org:8443/api/v3",
+    ] {
+        let ran = enterprise(broken);
+        assert_eq!(ran.code, 0, "{}", printed(&ran));
+        assert!(
+            ran.stdout
+                .contains("no Check Run is left: `GITHUB_API_URL` is not the address of an API"),
+            "{}",
+            printed(&ran)
+        );
+    }
+    assert_eq!(github.log(), log);
+}
+
+#[test]
 fn metrics_are_pushed_to_a_gateway() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/prefix/", listener.local_addr().unwrap());

@@ -6,6 +6,7 @@
 mod fences;
 
 mod gitlab;
+mod migration;
 mod shell;
 mod workflows;
 

@@ -1,6 +1,7 @@
 //! `watch-store` over several steps with real Nix: what it leaves behind, which paths it publishes, and what the
 //! next job takes up.
 
+mod background;
 mod behind_daemon;
 mod killed;
 mod laptop;

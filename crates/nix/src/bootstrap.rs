@@ -16,6 +16,7 @@ mod repair;
 pub mod rootless;
 mod undo;
 
+use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -121,6 +122,8 @@ pub struct Ready {
     /// Nix's settings before any change, if they have been read.
     pub settings_before: Option<Settings>,
     daemon: Option<Daemon>,
+    /// Keeps a Nix that Flywheel has installed from being taken back meanwhile.
+    _in_use: Option<File>,
 }
 
 /// A daemon started for this job.
@@ -385,6 +388,7 @@ impl Work<'_> {
             opened: None,
             settings_before: None,
             daemon: None,
+            _in_use: closure::Manifest::hold(&self.host.nix),
         };
         let users =
             repair::open_store(&mut machine, self.wanted, &mut ready, early, self.deadline).await?;

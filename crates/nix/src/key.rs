@@ -33,6 +33,9 @@ fn is_key_name(name: &str) -> bool {
             .all(|c| c.is_ascii_alphanumeric() || b"._-+/@".contains(&c))
 }
 
+/// The key of `https://cache.nixos.org`, which Nix trusts by default.
+pub const NIXOS_CACHE_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+
 /// A cache's public key, as `trusted-public-keys` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublicKey {

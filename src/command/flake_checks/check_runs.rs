@@ -28,13 +28,15 @@ pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReport
     if plan.checks == Checks::No {
         return None;
     }
+    let warn = |why: &str| {
+        let text = format!("there are no Check Runs: {why}");
+        session
+            .workflow
+            .annotate(Level::Warning, "check runs", &text);
+    };
     let unavailable = |why: &str| {
         if plan.checks == Checks::Yes {
-            session.workflow.annotate(
-                Level::Warning,
-                "check runs",
-                &format!("there are no Check Runs: {why}"),
-            );
+            warn(why);
         }
         None
     };
@@ -44,13 +46,20 @@ pub(super) fn start(plan: &Plan, session: &Session<'_>) -> Option<CheckRunReport
     let Some((repository, sha)) = commit(session.env) else {
         return unavailable("the job has no commit");
     };
+    let api = match github_api(session.env) {
+        Ok(api) => api,
+        Err(error) => {
+            warn(&error.to_string());
+            return None;
+        }
+    };
     let roots = roots(session.env);
     let client = match Clients::new(&roots) {
         Ok(clients) => clients.api,
         Err(error) => return unavailable(&error.to_string()),
     };
     let commit = Commit {
-        api: github_api(session.env),
+        api,
         repository,
         sha,
     };

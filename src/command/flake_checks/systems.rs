@@ -5,22 +5,9 @@ use std::path::Path;
 
 use crate::command::flake_checks::output::Tree;
 use flywheel_nix::flake::Source;
+use flywheel_nix::flake::system::is_system;
 use flywheel_nix::settings::Settings;
 use flywheel_sys::runner::env::Env;
-
-/// Whether a name within an attribute path is a system's, such as `x86_64-linux`.
-pub(super) fn is_system(name: &str) -> bool {
-    const KERNELS: [&str; 9] = [
-        "linux", "darwin", "freebsd", "netbsd", "openbsd", "windows", "cygwin", "none", "wasi",
-    ];
-    name.rsplit_once('-').is_some_and(|(cpu, kernel)| {
-        let cpu = !cpu.is_empty()
-            && cpu
-                .chars()
-                .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
-        cpu && KERNELS.iter().any(|name| kernel.starts_with(name))
-    })
-}
 
 /// The systems that this machine and its builders build; `None` where Nix names none.
 pub(super) fn native(settings: &Settings) -> Option<BTreeSet<String>> {

@@ -28,6 +28,11 @@ const FILES: [(&str, &str, &str); 11] = [
         "With the job, if nothing is left to send. Otherwise by the job that takes it up, or after 14 days.",
     ),
     (
+        "`~/.local/state/flywheel/image/` (input `history`)",
+        "What builds of images used, and what was approved: a file for each workspace.",
+        "Never by itself. A file keeps the newest 1000 runs.",
+    ),
+    (
         "`~/.cache/flywheel/evaluation/` (input `evaluation-memory-folder`)",
         "What outputs of flakes evaluate to.",
         "Never by itself; it can be deleted at any time.",

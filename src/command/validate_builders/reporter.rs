@@ -163,6 +163,7 @@ async fn write_check_run(
     let Some((repository, sha)) = commit(work.env) else {
         return unavailable("the job has no commit");
     };
+    let api = github_api(work.env).map_err(|error| format!("no Check Run is left: {error}"))?;
     let conclusion = if canary.healthy() {
         Conclusion::Success
     } else {
@@ -178,7 +179,7 @@ async fn write_check_run(
         took: canary.took,
     };
     let commit = Commit {
-        api: github_api(work.env),
+        api,
         repository,
         sha,
     };

@@ -243,6 +243,8 @@ fn respond(line: &str, head: &str, body: &Value, state: &mut State) -> Done {
     }
     let (method, path) = line.split_once(' ').unwrap();
     let (path, query) = path.split_once('?').unwrap_or((path, ""));
+    // Where GitHub Enterprise Server has its API.
+    let path = path.strip_prefix("/api/v3").unwrap_or(path);
     let Some(path) = path
         .strip_prefix("/repos/octo-org/")
         .and_then(|path| path.split_once('/'))

@@ -2,18 +2,20 @@
 //! job of a pipeline for a push to the default branch.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
 use serde_norway::Value;
 
 use super::{flake, pages};
+use crate::bazel::{Answer, Server};
 use crate::world::act::export;
 use crate::world::cache::Cache;
 use crate::world::{PATH, folders, must, need, root, with_private_nix};
 
-/// The template with the inputs of the page, and with its own defaults.
-fn pipeline(flywheel: &str) -> Value {
+/// The template with these inputs, those of the page, and its own defaults.
+fn pipeline(flywheel: &str, inputs: &[(&str, &str)]) -> Value {
     let text = fs::read_to_string(root().join("gitlab/greedy.yml")).unwrap();
     let (head, body) = text.split_once("\n---\n").unwrap();
     let head: Value = serde_norway::from_str(head).unwrap();
@@ -30,8 +32,10 @@ fn pipeline(flywheel: &str) -> Value {
     let mut body = body.to_owned();
     for (name, input) in head["spec"]["inputs"].as_mapping().unwrap() {
         let name = name.as_str().unwrap();
-        let value = match name {
-            "flywheel" => flywheel.to_owned(),
+        let own = inputs.iter().find(|(input, _)| *input == name);
+        let value = match (name, own) {
+            ("flywheel", _) => flywheel.to_owned(),
+            (_, Some((_, value))) => (*value).to_owned(),
             _ => text_of(given.get(name).or(input.get("default")).unwrap()),
         };
         body = body.replace(&format!("$[[ inputs.{name} ]]"), &value);
@@ -78,6 +82,8 @@ fn git(folder: &Path, home: &Path, arguments: &[&str]) -> String {
 
 fn commit(folder: &Path, home: &Path) -> String {
     git(folder, home, &["init", "--quiet", "--initial-branch=main"]);
+    // The binary of a debug build is large, and is not kept.
+    git(folder, home, &["config", "core.compression", "0"]);
     git(folder, home, &["add", "--all", "--force"]);
     git(folder, home, &["commit", "--quiet", "--message=Begin"]);
     git(folder, home, &["rev-parse", "HEAD"]).trim().to_owned()
@@ -96,7 +102,7 @@ fn the_template_of_gitlab_builds_publishes_and_loses_nothing() {
     fs::copy(busybox, project.join("bin/busybox")).unwrap();
     let commit = commit(&project, top.path());
 
-    let pipeline = pipeline(&format!("file://{}", source.display()));
+    let pipeline = pipeline(&format!("file://{}", source.display()), &[]);
     let script = pipeline[".flywheel-job"]["script"].as_sequence().unwrap();
     let script: Vec<String> = script.iter().map(text_of).collect();
     let mut job = with_private_nix(&top.path().join("nix"), Path::new("/bin/sh"));
@@ -133,7 +139,7 @@ fn the_template_of_gitlab_builds_publishes_and_loses_nothing() {
 
 #[test]
 fn an_image_without_git_is_named() {
-    let pipeline = pipeline("https://gitlab.example.org/group/flywheel.git");
+    let pipeline = pipeline("https://gitlab.example.org/group/flywheel.git", &[]);
     let script = pipeline[".flywheel-job"]["script"].as_sequence().unwrap();
     let empty = tempfile::tempdir().unwrap();
     let output = folders::isolate(&mut Command::new("/bin/sh"), empty.path())
@@ -147,4 +153,57 @@ fn an_image_without_git_is_named() {
         log.contains("has no `git`") && log.contains("`image`"),
         "{log}"
     );
+}
+
+/// Runs the job `flywheel-bazel` with a clone of `source` and a Bazel that writes down what it is called with; the exit code,
+/// and that.
+fn bazel_job(source: &Path, endpoint: &str) -> (Option<i32>, String) {
+    let top = tempfile::tempdir().unwrap();
+    let project = top.path().join("builds/app");
+    fs::create_dir_all(top.path().join("bin")).unwrap();
+    fs::create_dir_all(&project).unwrap();
+    let contract = "version: 1\nshared-cache:\n  allow-localhost: true\n";
+    fs::write(project.join("flywheel.yml"), contract).unwrap();
+    let bazel = top.path().join("bin/bazel");
+    let text = "#!/bin/sh\n{ echo \"$*\"; cat \"${1#--bazelrc=}\"; } >called\n";
+    fs::write(&bazel, text).unwrap();
+    fs::set_permissions(&bazel, fs::Permissions::from_mode(0o755)).unwrap();
+
+    let inputs = [("bazel-targets", "//... -//slow/...")];
+    let pipeline = pipeline(&format!("file://{}", source.display()), &inputs);
+    let script = pipeline["flywheel-bazel"]["script"].as_sequence().unwrap();
+    let script: Vec<String> = script.iter().map(text_of).collect();
+    let output = folders::isolate(&mut Command::new("/bin/sh"), top.path())
+        .args(["-e", "-c", &script.join("\n")])
+        .env(
+            "PATH",
+            format!("{}:{PATH}", top.path().join("bin").display()),
+        )
+        .envs(variables(&pipeline, "flywheel-bazel"))
+        .envs([("CI", "true"), ("GITLAB_CI", "true")])
+        .env("CI_PROJECT_DIR", &project)
+        .env("BAZEL_REMOTE_CACHE", endpoint)
+        .current_dir(&project)
+        .output()
+        .unwrap();
+    let called = fs::read_to_string(project.join("called")).unwrap_or_default();
+    (output.status.code(), called)
+}
+
+#[test]
+fn bazel_on_gitlab_reads_the_shared_cache_and_does_not_begin_without() {
+    let top = tempfile::tempdir().unwrap();
+    let source = top.path().join("flywheel");
+    export(&source);
+    commit(&source, top.path());
+    let endpoint = Server::start(Answer::Http(404, "")).url("http");
+    let (code, called) = bazel_job(&source, &endpoint);
+    assert_eq!(code, Some(0), "{called}");
+    assert!(
+        called.contains(" build -- //... -//slow/...\n")
+            && called.contains("local_results=false\n"),
+        "{called}"
+    );
+    let broken = Server::start(Answer::Http(500, "")).url("http");
+    assert_eq!(bazel_job(&source, &broken), (Some(1), String::new()));
 }

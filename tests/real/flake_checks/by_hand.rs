@@ -272,6 +272,47 @@ fn only_the_systems_that_are_asked_for_are_touched() {
 }
 
 #[test]
+fn what_is_called_like_a_system_is_told_from_one() {
+    let flake = r#"{ outputs = { self }: let
+      run = script: derivation { name = "x"; system = "x86_64-linux"; builder = "/bin/bash"; args = [ "-c" script ]; };
+      ok = run "echo > $out";
+      bad = run "exit 1";
+    in {
+      checks.x86_64-linux = { app-linux = bad; aarch64-linux = bad; };
+      ci = { app-linux = bad; app-windows = bad; };
+      packages = { x86_64-linux = { inherit ok; }; javascript-ghcjs = { }; x86_64-genode.none = throw "not asked for"; };
+      formatter = { x86_64-linux = ok; aarch64-darwin = throw "no darwin here"; };
+    }; }"#;
+    let script = [
+        write("flake.nix", flake),
+        check("checks", ""),
+        check("of-system", "--flake-attr checks.x86_64-linux"),
+        check("ci", "--flake-attr ci"),
+        check("packages", "--flake-attr packages"),
+        check("formatter", "--flake-attr formatter"),
+    ];
+    for version in VERSIONS {
+        let ran = run(version, &script.concat());
+        let cross = [("app-linux", "build"), ("aarch64-linux", "build")];
+        assert_kinds(&ran, "checks", "1", &cross);
+        assert_kinds(&ran, "of-system", "1", &cross);
+        assert_kinds(
+            &ran,
+            "ci",
+            "1",
+            &[("app-linux", "build"), ("app-windows", "build")],
+        );
+        assert_kinds(&ran, "packages", "0", &[("ok", "built")]);
+        assert_kinds(
+            &ran,
+            "formatter",
+            "0",
+            &[("x86_64-linux", "already-in-store")],
+        );
+    }
+}
+
+#[test]
 fn the_reason_of_an_error_comes_before_its_trace() {
     let listed = r#"{ outputs = { self }: { checks.x86_64-linux = builtins.foldl' (a: b: a // b) { } [ (throw "the needle") ]; }; }"#;
     let one = r#"{ outputs = { self }: { checks.x86_64-linux.a = derivation {

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
-use crate::server::folder::{Folder, entries};
+use crate::server::folder::{Folder, entries, open_at_once, read_small};
 use crate::server::sealed::{seal, unseal};
 use flywheel_nix::narinfo::NarInfo;
 use flywheel_nix::store_path::PathHash;
@@ -158,7 +158,7 @@ impl Durability {
     }
 
     fn open_in(folder: &Folder, boot: String) -> io::Result<(Self, Option<u64>)> {
-        let left = match std::fs::read(folder.synced()) {
+        let left = match read_small(&folder.synced()) {
             Ok(bytes) => match unseal(&bytes).and_then(Synced::parse) {
                 Some(synced) => Some(synced),
                 None => unknown(folder)?,
@@ -310,7 +310,7 @@ fn for_each_narinfo(
                 continue;
             }
             // A file that cannot be read counts as torn.
-            let bytes = std::fs::read(&file).unwrap_or_default();
+            let bytes = read_small(&file).unwrap_or_default();
             visit(
                 &file,
                 unseal(&bytes).filter(|text| NarInfo::parse(text).is_ok()),
@@ -336,7 +336,7 @@ fn sync_file_system(root: &File) -> io::Result<()> {
 /// (`posix_fadvise(2)`) that nothing guarantees; without it, the sync only takes longer.
 #[cfg(target_os = "linux")]
 fn start_writeback(file: &Path) {
-    if let Ok(file) = File::open(file) {
+    if let Ok(file) = open_at_once(file) {
         let _ = rustix::fs::fadvise(
             &file,
             0,
@@ -352,7 +352,7 @@ fn start_writeback(_: &Path) {}
 
 /// Syncs a file or folder. One that has been removed needs no sync.
 fn sync_file(file: &Path) -> io::Result<()> {
-    match File::open(file).and_then(|file| file.sync_all()) {
+    match open_at_once(file).and_then(|file| file.sync_all()) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         ended => ended,
     }
@@ -460,6 +460,55 @@ mod tests {
         drop((folder, durable));
         let (folder, _, rolled_back) = world.open("2");
         assert_eq!((rolled_back, held(&folder).as_str()), (Some(1), "abc"));
+    }
+
+    fn put_in_place(file: &Path, kind: &str) {
+        let _ = std::fs::remove_file(file);
+        match kind {
+            "pipe" => {
+                let (fifo, mode) = (rustix::fs::FileType::Fifo, 0o600.into());
+                rustix::fs::mknodat(rustix::fs::CWD, file, fifo, mode, 0).expect("made");
+            }
+            "device" => std::os::unix::fs::symlink("/dev/zero", file).expect("made"),
+            "huge" => {
+                let made = File::create(file).and_then(|file| file.set_len(8 << 30));
+                made.expect("sparse");
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    /// As torn as a file without content: nothing waits for it, and the next one takes its place.
+    #[test]
+    fn what_is_no_file_of_ours_counts_as_torn() {
+        for kind in ["pipe", "device", "huge"] {
+            let world = World(tempfile::tempdir().expect("temporary folder"));
+            let (folder, durable, _) = world.open("1");
+            add(&folder, &durable, 'a');
+            add(&folder, &durable, 'b');
+            durable.sync(&folder).expect("the disk works");
+            let file = object(&folder, 'a');
+            put_in_place(&file, kind);
+            assert_eq!(
+                crate::server::records::read_narinfo(&file).expect("no error"),
+                None
+            );
+            durable.begin().file_added(file);
+            let _ = durable.sync(&folder);
+            drop((folder, durable));
+            let (folder, durable, rolled_back) = world.open("2");
+            assert_eq!(
+                (rolled_back, held(&folder).as_str()),
+                (Some(1), "b"),
+                "{kind}"
+            );
+            drop((folder, durable));
+            let (folder, ..) = world.open("2");
+            put_in_place(&folder.synced(), kind);
+            drop(folder);
+            let (folder, ..) = world.open("2");
+            assert_eq!(held(&folder), "b", "{kind}");
+        }
     }
 
     #[test]

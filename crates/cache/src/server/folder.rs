@@ -16,7 +16,7 @@
 use std::fs::{DirBuilder, File, TryLockError};
 use std::io::{self, Write as _};
 use std::ops::Deref;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
@@ -26,7 +26,10 @@ use flywheel_core::exit::{Exit, Explain};
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::hash::Sha256;
 use flywheel_nix::store_path::PathHash;
-use flywheel_sys::untrusted_file::{self, Owner};
+use flywheel_sys::untrusted_file::{self, FileError, Owner};
+
+/// Far more than any of the folder's small files has: narinfos, records of uploads, `synced`.
+const SMALL_LIMIT: u64 = 16 << 20;
 
 /// The bit of a mode that lets every user write.
 const OTHERS_WRITE: u32 = 0o002;
@@ -352,6 +355,30 @@ pub(crate) fn entries(
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Box::new(std::iter::empty())),
         Err(error) => Err(error),
     }
+}
+
+/// Reads a small file of the folder. What is no regular file there, or far too large for one of ours, has no content: so
+/// it counts as torn, and is replaced by the next one that is written in its place.
+///
+/// # Errors
+/// When it is missing, or the disk fails.
+pub(crate) fn read_small(file: &Path) -> io::Result<Vec<u8>> {
+    match untrusted_file::read(file, Owner::Any, SMALL_LIMIT) {
+        Ok(bytes) => Ok(bytes),
+        Err(FileError::System(error)) => Err(error),
+        Err(_) => Ok(Vec::new()),
+    }
+}
+
+/// Opens a file or folder to read, without waiting for the other end of a named pipe.
+///
+/// # Errors
+/// As `File::open`.
+pub(crate) fn open_at_once(file: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
+    let mut options = File::options();
+    options.read(true).custom_flags(flags.bits().cast_signed());
+    options.open(file)
 }
 
 /// Makes a rename survive a power cut.

@@ -10,7 +10,7 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::server::folder::entries;
+use crate::server::folder::{entries, read_small};
 use crate::server::records::Upload;
 use crate::server::sealed::unseal;
 use crate::server::store::{Store, TOUCH_INTERVAL};
@@ -231,7 +231,7 @@ pub(crate) fn collect(store: &Store, limits: &Limits, shared: bool) -> io::Resul
         // Whoever sent a NAR asks for it by the name that it gave it.
         let uploads = store.folder().uploads(&cache);
         sweep(&uploads, fresh, |name| {
-            let record = std::fs::read(uploads.join(name)).ok();
+            let record = read_small(&uploads.join(name)).ok();
             record
                 .and_then(|record| Upload::from_record(&record))
                 .is_some_and(|upload| marked.contains(&upload.nar_hash.base32()))
@@ -265,7 +265,7 @@ fn scan(store: &Store) -> io::Result<Vec<Object>> {
                 continue;
             };
             // A path that is being replaced exists before and after, so skipping it is safe.
-            let (Ok(bytes), Ok(about)) = (std::fs::read(entry.path()), entry.metadata()) else {
+            let (Ok(bytes), Ok(about)) = (read_small(&entry.path()), entry.metadata()) else {
                 continue;
             };
             // A torn one already counts as missing, and is replaced when the path is sent again.

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use crate::server::folder::nar_name;
+use crate::server::folder::{nar_name, read_small};
 use crate::server::sealed::{seal, unseal};
 use crate::server::sound;
 use crate::server::store::StoredNar;
@@ -47,7 +47,7 @@ impl Upload {
 /// # Errors
 /// When the disk fails, and not only this file.
 pub(crate) fn read_narinfo(file: &Path) -> io::Result<Option<NarInfo>> {
-    let bytes = match std::fs::read(file) {
+    let bytes = match read_small(file) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound || sound::is_damage(&error) => {
             return Ok(None);

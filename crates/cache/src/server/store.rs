@@ -15,7 +15,7 @@ use sha2::Digest as _;
 use tempfile::NamedTempFile;
 
 use crate::server::durable::{Durability, epoch_line};
-use crate::server::folder::{Folder, sync_parent};
+use crate::server::folder::{Folder, open_at_once, read_small, sync_parent};
 use crate::server::gc::{self, Limits};
 use crate::server::records::{Upload, narinfo, read_narinfo, with_file};
 use crate::server::sealed::{seal, unseal};
@@ -439,7 +439,7 @@ impl Store {
         let linked = write_marker(&marker, &nar_file)?;
         let object = self.folder.object(cache, &path.path.hash());
         let text = narinfo(path, nar).to_string();
-        let old = if_exists(std::fs::read(&object))?;
+        let old = if_exists(read_small(&object))?;
         // A torn one counts as none.
         match old.as_deref().and_then(unseal) {
             None => {
@@ -555,7 +555,7 @@ impl Store {
     /// When the disk fails.
     pub(crate) fn upload(&self, cache: &CacheName, name: &str) -> io::Result<Option<Upload>> {
         let path = self.folder.uploads(cache).join(name);
-        let Some(text) = if_exists(std::fs::read(&path))? else {
+        let Some(text) = if_exists(read_small(&path))? else {
             return Ok(None);
         };
         let Some(upload) = Upload::from_record(&text) else {
@@ -592,7 +592,7 @@ fn touch(path: &Path, interval: Duration) -> io::Result<()> {
     {
         return Ok(());
     }
-    File::open(path)?.set_modified(now)
+    open_at_once(path)?.set_modified(now)
 }
 
 /// Turns "not found" into `None`.

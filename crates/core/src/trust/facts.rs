@@ -70,6 +70,21 @@ impl Event {
             other => Self::Other(other.to_owned()),
         }
     }
+
+    /// GitLab's source of a pipeline as one of the events that all CIs share. A pipeline that carries variables or code
+    /// from its caller counts as a `repository_dispatch`.
+    pub fn from_gitlab_source(source: &str) -> Self {
+        match source {
+            "push" => Self::Push,
+            "schedule" => Self::Schedule,
+            // A person started the pipeline on GitLab's pages, as with GitHub's event for workflows.
+            "web" => Self::WorkflowDispatch,
+            "api" | "trigger" => Self::RepositoryDispatch,
+            "merge_request_event" | "external_pull_request_event" => Self::PullRequest,
+            // The prefix keeps GitLab's other sources from having the name of another CI's event by chance.
+            other => Self::Other(format!("gitlab:{other}")),
+        }
+    }
 }
 
 impl fmt::Display for Event {

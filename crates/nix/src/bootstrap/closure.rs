@@ -5,6 +5,7 @@
 mod fetch;
 mod lock;
 pub(crate) mod manifest;
+mod present;
 mod receive;
 mod register;
 mod staging;

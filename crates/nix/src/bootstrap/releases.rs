@@ -2,6 +2,7 @@
 //! Each value has its source; the inputs `nix-version`, `nix-source` and `nix-mirror` name others.
 
 use super::plan::BinaryCache;
+use crate::key::NIXOS_CACHE_KEY;
 use crate::store_path::StorePath;
 
 /// The system that this program runs on, in Nix's words.
@@ -16,9 +17,8 @@ pub const CLOSURE_VERSION: &str = "2.31.2";
 /// The release whose archive is taken, unless the input names another.
 pub const ARCHIVE_VERSION: &str = "2.34.7";
 
-/// The cache that upstream serves released store paths from, and its key.
+/// The cache that upstream serves released store paths from.
 const CACHE: &str = "https://cache.nixos.org";
-const CACHE_KEY: &str = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
 /// Where upstream has its release archives, in folders `nix-VERSION`.
 pub const ARCHIVES: &str = "https://releases.nixos.org/nix/";
 
@@ -69,7 +69,7 @@ const ARCHIVE_SUMS: [(&str, &str, &str); 4] = [
 pub fn upstream() -> BinaryCache {
     BinaryCache {
         address: CACHE.parse().expect("the constant is a URL"),
-        keys: vec![CACHE_KEY.parse().expect("the constant is a key")],
+        keys: vec![NIXOS_CACHE_KEY.parse().expect("the constant is a key")],
     }
 }
 

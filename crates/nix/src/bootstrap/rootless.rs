@@ -154,6 +154,20 @@ pub(super) fn own_store(env: &Env) -> Option<PathBuf> {
     Places::of_env(env).with_store()
 }
 
+/// Such stores that were not removed to their end.
+pub(super) fn half_removed(env: &Env) -> Vec<PathBuf> {
+    let places = Places::of_env(env);
+    let own = places.bases().map(|base| places.own_folder(base));
+    let own = own.filter(|own| check_exclusive_folder(own).is_ok());
+    let all = own.map(|own| gone(&own.join(NAME)));
+    all.filter(|folder| folder.is_dir()).collect()
+}
+
+/// Where such a store is while it is removed.
+pub(super) fn gone(place: &Path) -> PathBuf {
+    place.with_extension("gone")
+}
+
 /// Whether one of these paths, or what it links to, is in the store that an earlier step has left in this user's folder. Nix
 /// itself may have put another one elsewhere.
 pub fn holds(env: &Env, paths: &[PathBuf]) -> bool {

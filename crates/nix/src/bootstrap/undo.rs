@@ -48,6 +48,9 @@ pub async fn undo(env: &Env) -> Result<String, Error> {
     let host = Host::current();
     let text = remove_alone(&host.nix, &host.etc).await?;
     let folder = give_back(&host, env).await?;
+    for folder in rootless::half_removed(env) {
+        remove_tree(&folder).map_err(|error| stuck(&folder, &error.to_string()))?;
+    }
     let own = match rootless::own_store(env) {
         Some(place) => Some(remove_own_store(&place).await?),
         None => None,
@@ -67,6 +70,9 @@ async fn remove_own_store(place: &Path) -> Result<String, Impossible> {
     let nix = place.join("nix");
     let failed = |problem: String| stuck(&nix, &problem);
     let manifest = Manifest::read(&nix).map_err(|error| failed(error.to_string()))?;
+    if Manifest::is_held(&nix) {
+        return Err(in_use());
+    }
     let deadline = Instant::now() + LOCK_LIMIT;
     let lock = Staging::lock(&nix, &mut Vec::new(), &Sink::silent(), deadline).await;
     let _lock = lock.map_err(|error| not_alone(&nix, &error))?;
@@ -86,7 +92,12 @@ async fn remove_own_store(place: &Path) -> Result<String, Impossible> {
             ),
         });
     }
-    remove_tree(place).map_err(|error| failed(error.to_string()))?;
+    // At once: a store of which a part is gone would be taken for one.
+    let aside = rootless::gone(place);
+    let removed = remove_tree(&aside)
+        .and_then(|()| fs::rename(place, &aside))
+        .and_then(|()| remove_tree(&aside));
+    removed.map_err(|error| failed(error.to_string()))?;
     Ok(format!("removed the store in `{}`", place.display()))
 }
 
@@ -169,6 +180,9 @@ fn remove(nix: &Path, etc: &Path) -> Result<Option<String>, Impossible> {
     let Some(manifest) = read else {
         return Ok(None);
     };
+    if Manifest::is_held(nix) {
+        return Err(in_use());
+    }
     check_links(nix, &manifest)?;
     let valid = valid_paths(nix, &manifest)?;
     let ours: BTreeSet<String> = manifest.paths.iter().map(ToString::to_string).collect();
@@ -199,18 +213,30 @@ fn remove(nix: &Path, etc: &Path) -> Result<Option<String>, Impossible> {
     )))
 }
 
-/// Removes links, paths and the store's state, once nothing needs them.
+/// Removes links, paths and the store's state, once nothing needs them. Wherever this is killed, what is left is none that
+/// a job could take for a Nix, and goes with the next installation or the next call of this.
 fn remove_installed(nix: &Path, manifest: &Manifest) -> io::Result<()> {
+    let mut going = manifest.clone();
+    going.complete = false;
+    going.write(nix)?;
     for link in manifest.links.iter().filter(|link| link.is_symlink()) {
         fs::remove_file(link)?;
+    }
+    // A path must not be valid any more when only a part of it is there.
+    let state = nix.join("var/nix");
+    if manifest.folders.contains(&state) && state.exists() {
+        fs::rename(&state, Staging::aside(nix))?;
     }
     let store = nix.join("store");
     for path in &manifest.paths {
         remove_tree(&store.join(path.base_name()))?;
     }
-    let state = nix.join("var/nix");
-    if manifest.folders.contains(&state) {
-        remove_tree(&state)?;
+    remove_tree(&Staging::aside(nix))?;
+    let var = nix.join("var");
+    if manifest.folders.contains(&var) {
+        // The logs of builds whose results are gone.
+        remove_tree(&var.join("log/nix"))?;
+        let _ = fs::remove_dir(var.join("log"));
     }
     if manifest.folders.contains(&store) {
         // Nix makes it in each store that it opens.
@@ -230,6 +256,20 @@ fn valid_paths(nix: &Path, manifest: &Manifest) -> Result<Vec<String>, Impossibl
     }
 }
 
+/// The command by which a person collects garbage: this Nix is not on everybody's `PATH`.
+fn collect(nix: &Path) -> String {
+    nix.join("var/nix/profiles/flywheel/bin/nix-collect-garbage")
+        .display()
+        .to_string()
+}
+
+fn in_use() -> Impossible {
+    Impossible {
+        obstacle: "Nix is not taken back: a job is at work with it".into(),
+        remedy: "Run this again once that job has ended.".into(),
+    }
+}
+
 /// Sees that the profiles are still the installed Nix.
 fn check_links(nix: &Path, manifest: &Manifest) -> Result<(), Impossible> {
     let target = manifest
@@ -245,7 +285,10 @@ fn check_links(nix: &Path, manifest: &Manifest) -> Result<(), Impossible> {
             "Nix is not taken back: `{}` leads to something else since",
             link.display()
         ),
-        remedy: "Remove that profile, run `nix-collect-garbage`, and try again.".into(),
+        remedy: format!(
+            "Remove that profile, run `{}`, and try again.",
+            collect(nix)
+        ),
     })
 }
 
@@ -260,8 +303,13 @@ fn check_unneeded(
     if let Some(other) = others.first() {
         let number = count(others.len() as u64, "store path");
         return Err(Impossible {
-            obstacle: format!("Nix is not taken back: {number} came into the store since, such as `{other}`"),
-            remedy: "Remove the results that are still wanted nowhere, run `nix-collect-garbage`, and try again.".into(),
+            obstacle: format!(
+                "Nix is not taken back: {number} came into the store since, such as `{other}`"
+            ),
+            remedy: format!(
+                "Remove the results that are still wanted nowhere, run `{}`, and try again.",
+                collect(nix)
+            ),
         });
     }
     if !manifest.folders.contains(&nix.join("var/nix"))
@@ -327,183 +375,4 @@ async fn give_back(host: &Host, env: &Env) -> Result<Option<String>, Error> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const NIX: &str = "3zc6lr3rxv7sljj2gsxigvkpkm3d9dmr-nix-2.99.1";
-
-    /// An installation as its manifest describes it.
-    fn installed() -> tempfile::TempDir {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let nix = folder.path().join("nix");
-        let made = [
-            "",
-            "var",
-            "var/flywheel",
-            "var/nix",
-            "var/nix/profiles",
-            "store",
-        ];
-        for name in made {
-            fs::create_dir(nix.join(name)).expect("made");
-        }
-        fs::create_dir_all(nix.join("store").join(NIX).join("bin")).expect("made");
-        fs::create_dir(nix.join("store/.links")).expect("made");
-        let link = nix.join("var/nix/profiles/default");
-        std::os::unix::fs::symlink(nix.join("store").join(NIX), &link).expect("linked");
-        let folders = ["", "var", "var/flywheel", "var/nix", "store"].map(|name| match name {
-            "" => nix.clone(),
-            name => nix.join(name),
-        });
-        let manifest = serde_json::json!({
-            "version": 1, "complete": true, "source": "https://cache.example",
-            "nix": format!("/nix/store/{NIX}"), "paths": [format!("/nix/store/{NIX}")],
-            "folders": folders, "links": [link],
-        });
-        fs::write(Manifest::file(&nix), manifest.to_string()).expect("written");
-        folder
-    }
-
-    #[test]
-    fn what_was_put_there_goes_and_nothing_is_left() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        let text = remove(&nix, folder.path())
-            .expect("nothing needs it")
-            .expect("installed");
-        assert_eq!(
-            text,
-            "took back Nix from https://cache.example: 1 store path"
-        );
-        assert!(!nix.exists());
-        assert_eq!(remove(&nix, folder.path()).expect("nothing"), None);
-    }
-
-    #[test]
-    fn what_is_not_in_the_manifest_stays() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        fs::write(nix.join("var/own"), "x").expect("written");
-        remove(&nix, folder.path()).expect("nothing needs it");
-        assert!(nix.join("var/own").exists() && !nix.join("store").exists());
-    }
-
-    #[test]
-    fn a_profile_that_somebody_changed_is_a_reason_to_refuse() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        let link = nix.join("var/nix/profiles/default");
-        fs::remove_file(&link).expect("removed");
-        std::os::unix::fs::symlink("default-1-link", &link).expect("linked");
-        let refused = remove(&nix, folder.path()).expect_err("another generation");
-        assert!(
-            refused.obstacle.contains("leads to something else"),
-            "{}",
-            refused.obstacle
-        );
-        assert!(nix.join("store").join(NIX).exists());
-    }
-
-    /// Makes the installation one that was killed before it had this many of its paths.
-    fn interrupt(nix: &Path, paths: &[String]) {
-        let file = Manifest::file(nix);
-        let bytes = fs::read(&file).expect("there");
-        let mut manifest: serde_json::Value = serde_json::from_slice(&bytes).expect("valid");
-        manifest["complete"] = false.into();
-        manifest["source"] = "".into();
-        manifest["paths"] = paths.into();
-        manifest["links"] = serde_json::json!([]);
-        fs::write(&file, manifest.to_string()).expect("written");
-        fs::remove_file(nix.join("var/nix/profiles/default")).expect("there");
-    }
-
-    /// A database of Nix with these valid paths; the size of one is a number.
-    fn register(nix: &Path, paths: &[(&str, i64)]) {
-        let file = Db::file(&nix.join("var/nix"));
-        fs::create_dir(file.parent().expect("a folder")).expect("made");
-        let database = rusqlite::Connection::open(file).expect("opened");
-        database
-            .execute_batch(flywheel_testing::NIX_DATABASE)
-            .expect("made");
-        let hash = format!("sha256:{}", "0".repeat(64));
-        for (name, size) in paths {
-            let path = format!("/nix/store/{name}");
-            let insert = "insert into ValidPaths (path, hash, registrationTime, narSize) values (?1, ?2, 1, ?3)";
-            database
-                .execute(insert, rusqlite::params![path, hash, size])
-                .expect("inserted");
-        }
-    }
-
-    #[tokio::test]
-    async fn what_an_interrupted_installation_left_goes() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        interrupt(&nix, &[]);
-        fs::remove_dir_all(nix.join("store")).expect("ours");
-        fs::create_dir_all(nix.join("store.partial/half")).expect("made");
-        fs::write(nix.join("var/flywheel/registration"), "x").expect("written");
-        // What a killed `nix-store` leaves has no tables.
-        fs::create_dir(nix.join("var/nix/db")).expect("made");
-        fs::write(nix.join("var/nix/db/db.sqlite"), "").expect("written");
-        let text = remove_alone(&nix, folder.path()).await;
-        let text = text.expect("nothing needs it").expect("begun");
-        assert_eq!(
-            text,
-            "removed what an interrupted installation of Nix had left"
-        );
-        assert!(!nix.exists());
-        let again = remove_alone(&nix, folder.path()).await;
-        assert_eq!(again.expect("nothing"), None);
-        assert!(!nix.exists(), "the lock makes no folder");
-    }
-
-    #[test]
-    fn an_interrupted_installation_leaves_the_store_it_came_into() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        interrupt(&nix, &[]);
-        // Somebody else's Nix has come since.
-        register(&nix, &[(NIX, 120)]);
-        fs::create_dir_all(nix.join("store/.flywheel-partial/half")).expect("made");
-        remove(&nix, folder.path()).expect("nothing needs it");
-        assert!(nix.join("store").join(NIX).exists() && nix.join("var/nix/db").exists());
-        assert!(!nix.join("store/.flywheel-partial").exists());
-        assert!(!nix.join("var/flywheel").exists());
-    }
-
-    #[test]
-    fn paths_that_were_registered_before_the_interruption_go() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        interrupt(&nix, &[format!("/nix/store/{NIX}")]);
-        register(&nix, &[(NIX, 120)]);
-        remove(&nix, folder.path()).expect("nothing needs it");
-        assert!(!nix.exists());
-    }
-
-    #[test]
-    fn a_valid_path_that_cannot_be_described_is_a_reason_to_refuse() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        let other = "0g1fw1hyk0jjcfi1cjbxvh6g1s6m3r7k-other";
-        register(&nix, &[(NIX, 120), (other, 0)]);
-        let refused = remove(&nix, folder.path()).expect_err("a path came");
-        assert!(refused.obstacle.contains(other), "{}", refused.obstacle);
-        assert!(nix.join("store").join(NIX).exists());
-    }
-
-    #[tokio::test]
-    async fn an_installation_that_runs_is_waited_for() {
-        let folder = installed();
-        let nix = folder.path().join("nix");
-        let lock = fs::File::open(nix.join("var/flywheel")).expect("there");
-        lock.try_lock().expect("nobody has it");
-        let mut removed = Box::pin(remove_alone(&nix, folder.path()));
-        let early = tokio::time::timeout(Duration::from_millis(200), &mut removed).await;
-        assert!(early.is_err() && nix.join("store").join(NIX).exists());
-        drop(lock);
-        removed.await.expect("nothing needs it").expect("installed");
-        assert!(!nix.exists());
-    }
-}
+mod tests;

@@ -24,7 +24,7 @@ use flywheel_core::secret::Secret;
 use flywheel_sys::untrusted_file::{self, FileError, Owner, check_exclusive_folder};
 
 /// Increment this when the expressions or the stored format change their meaning.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// What the MAC's text begins with, so that it is none of anything else that the secret may sign.
 const MAC_DOMAIN: &str = "flywheel evaluation memory";
 /// Files that have not been used for this long are removed.

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use crate::flake::Source;
+use crate::flake::{Source, system};
 
 /// The path of a derivation below the selected attribute.
 pub type AttributePath = Vec<String>;
@@ -34,16 +34,19 @@ const ABORT_SUFFIX: &str = "-commit-";
 pub(crate) const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
 
 /// The function that lists every attribute of every system that is asked for, after `wanted`, which is a list of systems
-/// or null for all. Whether an attribute set is divided by systems is decided from its names, so that no value is
-/// evaluated: `checks` has systems, `checks.x86_64-linux` has none. Of a system that is not asked for no value is
-/// evaluated either, because it may throw, or need a machine of that system.
+/// or null for all, `within`, the names that lead to the selected attribute, and `system`, the pattern of a system's name. Whether an attribute set is divided by
+/// systems is decided from names, so that no value is evaluated: `checks` has systems, `checks.x86_64-linux` has none,
+/// though an output of it may be called like one. Of a system that is not asked for no value is evaluated either, because it may throw, or need a machine of that system.
 const LIST: &str = r#"selected: let
-  isSystem = name: builtins.match "[a-z0-9_]+-(linux|darwin|freebsd|netbsd|openbsd|windows|cygwin|none|wasi)[a-z0-9]*" name != null;
+  isSystem = name: builtins.match system name != null;
   names = builtins.attrNames selected;
-  ofSystem = system: if wanted == null || builtins.elem system wanted
-    then map (name: { attr = [ system name ]; label = "${system}.${name}"; }) (builtins.attrNames selected.${system})
-    else [ { notLookedAt = system; } ];
-in if names != [ ] && builtins.all isSystem names
+  ofSystem = one: if wanted == null || builtins.elem one wanted
+    then
+      if (selected.${one}.type or null) == "derivation"
+      then [ { attr = [ one ]; label = one; } ]
+      else map (name: { attr = [ one name ]; label = "${one}.${name}"; }) (builtins.attrNames selected.${one})
+    else [ { notLookedAt = one; } ];
+in if names != [ ] && builtins.all isSystem names && !(builtins.any isSystem within)
   then builtins.concatMap ofSystem names
   else map (name: { attr = [ name ]; label = name; }) names"#;
 
@@ -89,7 +92,12 @@ impl Expressions {
             None => {
                 let wanted = serde_json::json!(systems).to_string();
                 let wanted = nix_string(&wanted);
-                format!("(let wanted = builtins.fromJSON {wanted}; in {LIST})")
+                let within = nix_string(&serde_json::json!(self.attribute).to_string());
+                let system = nix_string(&system::pattern());
+                format!(
+                    "(let wanted = builtins.fromJSON {wanted}; within = builtins.fromJSON {within}; system = {system}; \
+                     in {LIST})"
+                )
             }
         };
         let mut args = self.eval_args(view, &function);

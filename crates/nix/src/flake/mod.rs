@@ -7,6 +7,7 @@ pub mod evaluation_memory;
 pub mod expression;
 pub mod nix_eval_jobs;
 mod pool;
+pub mod system;
 mod worker;
 
 use std::collections::BTreeMap;

@@ -255,11 +255,11 @@ fn limit(folder: &Path, file: &str) -> Option<u64> {
     values.flatten().filter(|bytes| *bytes < UNLIMITED).min()
 }
 
-fn killed_on_machine() -> Option<u64> {
+pub(super) fn killed_on_machine() -> Option<u64> {
     field(Path::new("/proc/vmstat"), "oom_kill")
 }
 
-fn field(file: &Path, name: &str) -> Option<u64> {
+pub(super) fn field(file: &Path, name: &str) -> Option<u64> {
     let text = fs::read_to_string(file).ok()?;
     text.lines().find_map(|line| {
         let (key, value) = line.split_once(' ')?;

@@ -6,6 +6,7 @@ pub mod disk;
 pub mod home;
 pub mod inline_blocking;
 pub mod job_registry;
+pub mod kill_counts;
 pub mod loopback;
 pub mod memory;
 #[cfg_attr(not(target_os = "linux"), path = "notify/elsewhere.rs")]

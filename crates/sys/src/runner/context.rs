@@ -60,12 +60,22 @@ pub fn facts(env: &Env) -> Facts {
     }
 }
 
-/// The URL of GitHub's API: `GITHUB_API_URL`, else the public one.
-pub fn github_api(env: &Env) -> Url {
-    let named = env
-        .get("GITHUB_API_URL")
-        .and_then(|text| Url::parse(text).ok());
-    named.unwrap_or_else(|| Url::parse("https://api.github.com").expect("a constant that is a URL"))
+/// `GITHUB_API_URL` is set and is no address. The value is not part of the message, since it can hold a password.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "`GITHUB_API_URL` is not the address of an API, such as `https://github.example.org/api/v3`"
+)]
+pub struct ApiUrlError;
+
+/// The URL of GitHub's API: `GITHUB_API_URL`, where GitHub Enterprise Server has its own, else the public one.
+///
+/// # Errors
+/// When the variable is no URL of HTTP. The public API is no substitute then, because the token belongs to the server.
+pub fn github_api(env: &Env) -> Result<Url, ApiUrlError> {
+    let named = env.get("GITHUB_API_URL");
+    let url = Url::parse(named.unwrap_or("https://api.github.com")).map_err(|_| ApiUrlError)?;
+    let is_http = matches!(url.scheme(), "http" | "https");
+    is_http.then_some(url).ok_or(ApiUrlError)
 }
 
 /// The repository that a CI's job belongs to, `owner/name`; `None` outside of CI.

@@ -21,22 +21,12 @@ pub(crate) fn job(env: &Env) -> Job {
     }
 }
 
-/// The event that started the pipeline, as one of the events that all CIs share. A pipeline that carries variables or
-/// code from its caller counts as a `repository_dispatch`.
+/// The event that started the pipeline.
 fn event(env: &Env) -> Fact<Event> {
     let source = env
         .get("CI_PIPELINE_SOURCE")
         .ok_or(Doubt::Missing(FactName::Event))?;
-    let event = match source {
-        "push" => Event::Push,
-        "schedule" => Event::Schedule,
-        // A person started the pipeline on GitLab's pages, as with GitHub's event for workflows.
-        "web" => Event::WorkflowDispatch,
-        "api" | "trigger" => Event::RepositoryDispatch,
-        "merge_request_event" | "external_pull_request_event" => Event::PullRequest,
-        // The prefix keeps GitLab's other sources from having the name of another CI's event by chance.
-        other => Event::Other(format!("gitlab:{other}")),
-    };
+    let event = Event::from_gitlab_source(source);
     // Only these can publish. A merge request that claims to be one of them gives itself away by its own variables.
     let trusted = matches!(
         event,

@@ -7,6 +7,7 @@
 mod concurrency;
 mod outcome;
 mod plan;
+mod upstream;
 mod work;
 
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 pub use self::outcome::{Counts, Final, Outcome, PathOutcome, Served, Skip, Withheld};
 pub use self::work::Recheck;
 
+pub use self::upstream::Upstream;
 use self::work::PublisherTask;
 use crate::client::attic::StallTimeout;
 use crate::client::destination::{CacheConfig, Target};
@@ -38,9 +40,8 @@ const OFFERS: usize = 64;
 /// The publisher's settings. The default is meant for a job.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Names of the keys of upstream caches: paths that they have signed are not published. The cache's own list is
-    /// added.
-    pub upstream_keys: Vec<String>,
+    /// Paths that an upstream cache has signed are not published.
+    pub upstream: Upstream,
     /// The cache's description, if the probe has already fetched it.
     pub config: Option<CacheConfig>,
     /// The folder of the store paths on disk, which for a chroot store is not `/nix/store`.
@@ -74,7 +75,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            upstream_keys: vec!["cache.nixos.org-1".to_owned()],
+            upstream: Upstream::default(),
             config: None,
             store: STORE_DIR.into(),
             // A server that fails every third time loses one path in thousands at eight tries.

@@ -4,9 +4,10 @@
 //! A path is sent only when everything that it refers to is in the cache, signed upstream, or sent. So the cache never
 //! holds a path with an incomplete closure.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use crate::client::publish::outcome::{Final, PathOutcome, Served, Skip, Withheld};
+use crate::client::publish::upstream::Upstream;
 use crate::client::verify::Verdict;
 use flywheel_nix::path_info::PathInfo;
 use flywheel_nix::store_path::StorePath;
@@ -65,7 +66,8 @@ struct Node {
 pub(super) struct UploadPlan {
     nodes: Vec<Node>,
     index: HashMap<StorePath, Id>,
-    upstream: HashSet<String>,
+    /// `None` where everything is sent.
+    upstream: Option<Upstream>,
     unqueried: VecDeque<Id>,
     small: BTreeSet<(u64, Id)>,
     large: BTreeSet<(u64, Id)>,
@@ -74,29 +76,28 @@ pub(super) struct UploadPlan {
 }
 
 impl UploadPlan {
-    /// Skips paths that are signed with one of these keys, given by name, those included that are offered already.
-    pub(super) fn trust_upstream(&mut self, keys: impl IntoIterator<Item = String>) {
-        self.upstream.extend(keys);
+    /// Skips what upstream has signed.
+    pub(super) fn omit(&mut self, upstream: Upstream) {
+        self.upstream = Some(upstream);
+    }
+
+    /// Adds names of upstream's keys, also for paths that are offered already.
+    pub(super) fn omit_names(&mut self, names: impl IntoIterator<Item = String>) {
+        let Some(upstream) = &mut self.upstream else {
+            return;
+        };
+        upstream.add_names(names);
         for id in 0..self.nodes.len() {
-            let key = self.nodes[id]
-                .info
-                .as_ref()
-                .and_then(|info| self.upstream_key(info));
-            if let Some(key) = key {
+            let info = self.nodes[id].info.as_ref();
+            if let Some(key) = info.and_then(|info| self.upstream_key(info)) {
                 self.settle(id, Final::Skipped(Skip::Upstream(key)));
             }
         }
     }
 
-    /// The name of the upstream key that has signed the path, if one has.
     fn upstream_key(&self, info: &PathInfo) -> Option<String> {
-        let names = info
-            .signatures
-            .iter()
-            .filter_map(|signature| signature.split(':').next());
-        names
-            .map(str::to_owned)
-            .find(|key| self.upstream.contains(key))
+        let upstream = self.upstream.as_ref()?;
+        upstream.signer(info).map(str::to_owned)
     }
 
     /// Adds a path. Offering it again changes nothing. Returns it if it is known already that the cache has it.

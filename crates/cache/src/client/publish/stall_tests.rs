@@ -1,5 +1,7 @@
 //! A publication that stands still ends, and one that is only slow does not.
 
+use std::sync::atomic::Ordering;
+
 use super::tests::{publish_within, quick, tools};
 use super::*;
 use crate::client::fake::{Fake, GOOD};
@@ -124,6 +126,22 @@ async fn a_server_that_stores_before_it_answers_is_slow_and_not_stalled() {
             assert!(outcome.elapsed < Duration::from_millis(1500));
         }
     }
+}
+
+/// Each of its answers asks for a pause.
+#[tokio::test]
+async fn a_server_that_only_asks_for_pauses_is_given_up() {
+    let fake = Fake::start().await;
+    fake.server.faults().busy = u32::MAX;
+    let attic = fake.attic_with_timeout(GOOD, stall(u64::MAX));
+    let outcome = publish_within(attic, options(&fake, u64::MAX), tools(&fake, 3), LIMIT).await;
+    let stopped = outcome.stopped.as_deref().unwrap_or_default();
+    assert!(stopped.contains("unavailable for too long"), "{stopped}");
+    assert_eq!(outcome.counts().published, 0);
+    assert!(
+        fake.server.uploads.load(Ordering::Relaxed) < 4 * 8,
+        "its tries are not used up"
+    );
 }
 
 /// The server is busy all the time, with one small path after the other.

@@ -8,6 +8,8 @@ use crate::client::attic::{Attic, StallTimeout};
 use crate::client::fake::{Fake, GOOD, PULL_ONLY, PUSH_ONLY};
 use flywheel_core::progress::Progress;
 use flywheel_core::trust::{Facts, Request, decide};
+use flywheel_nix::key::SecretKey;
+use flywheel_nix::path_info::fingerprint;
 
 /// The permit of a person who publishes by hand: the gate makes no other without a job's facts.
 pub(super) fn permit() -> PublishPermit {
@@ -176,25 +178,31 @@ async fn paths_leave_while_the_build_still_runs() {
 async fn what_upstream_has_signed_and_derivations_stay_here() {
     let fake = Fake::start().await;
     let mut glibc = fake.path("glibc", b"", &[]);
-    glibc.signatures = vec!["cache.nixos.org-1:x".into()];
     let mut announced = fake.path("announced", b"", &[]);
-    announced.signatures = vec!["upstream-1:x".into()];
+    let keys =
+        ["cache.nixos.org-1", "upstream-1"].map(|name| SecretKey::generate(name).expect("random"));
+    for (path, key) in [&mut glibc, &mut announced].into_iter().zip(&keys) {
+        let text = fingerprint(&path.path, &path.nar_hash, path.nar_size, &path.references);
+        path.signatures = vec![key.sign(&text)];
+    }
     fake.server
         .upstream
         .lock()
         .expect("lock")
         .extend([glibc.path.base_name().to_owned()]);
     let app = fake.path("app", b"", &[&glibc]);
-    let outcome = publish(
-        &fake,
-        vec![
-            app.clone(),
-            glibc.clone(),
-            announced,
-            fake.path("x.drv", b"", &[]),
-        ],
-    )
-    .await;
+    let options = Options {
+        upstream: Upstream::default().with_keys(keys.iter().map(SecretKey::public)),
+        ..quick(&fake)
+    };
+    let infos = vec![
+        app.clone(),
+        glibc.clone(),
+        announced,
+        fake.path("x.drv", b"", &[]),
+    ];
+    let attic = with_short_timeouts(&fake, GOOD);
+    let outcome = publish_within(attic, options, infos, Duration::from_secs(30)).await;
     check(
         &fake,
         &outcome,

@@ -113,6 +113,8 @@ pub(super) struct PublisherTask {
     urgent: bool,
     /// The end of the wait, the path, and whether the cache is queried before the path is sent again.
     backing_off: BTreeSet<(Instant, Id, bool)>,
+    /// Since when the server answers uploads only by asking for a pause.
+    busy_since: Option<Instant>,
     /// From `Retry-After`: no upload starts before.
     hold_until: Option<Instant>,
     /// Consecutive failures, of whatever paths.
@@ -142,7 +144,7 @@ impl PublisherTask {
     pub(super) fn new(to: Target, options: Options, sink: Sink) -> Self {
         let mut plan = UploadPlan::default();
         if to.omits_upstream_paths() {
-            plan.trust_upstream(options.upstream_keys.iter().cloned());
+            plan.omit(options.upstream.clone());
         }
         let width = to.concurrency();
         let given = options
@@ -170,6 +172,7 @@ impl PublisherTask {
             arrived: None,
             urgent: false,
             backing_off: BTreeSet::new(),
+            busy_since: None,
             hold_until: None,
             failure_streak: 0,
             failed_queries: 0,

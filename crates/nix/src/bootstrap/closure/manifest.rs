@@ -1,7 +1,7 @@
 //! What an installation has put on this machine: a file in `/nix/var/flywheel`, written before each step. After a
 //! kill it shows which files are left of that installation, and which were there before it.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -66,13 +66,27 @@ impl Manifest {
     }
 
     /// Writes it. What was there before stays whole until the new one is.
-    pub(super) fn write(&self, nix: &Path) -> io::Result<()> {
+    pub(crate) fn write(&self, nix: &Path) -> io::Result<()> {
         let fresh = Self::fresh_file(nix);
         // One at a time writes it, in a folder of its own.
         fs::write(&fresh, serde_json::to_vec_pretty(self)?)?;
         // It is read only if no other user can write to it.
         fs::set_permissions(&fresh, Permissions::from_mode(0o644))?;
         fs::rename(fresh, Self::file(nix))
+    }
+
+    /// Keeps what was installed from being taken back for as long as the file is open. `None` where nothing was, or
+    /// another user's.
+    pub(crate) fn hold(nix: &Path) -> Option<File> {
+        let file = untrusted_file::open(&Self::file(nix), Owner::Exclusive, SIZE_LIMIT).ok()?;
+        file.try_lock_shared().ok()?;
+        Some(file)
+    }
+
+    /// Whether a job holds it.
+    pub(crate) fn is_held(nix: &Path) -> bool {
+        let file = untrusted_file::open(&Self::file(nix), Owner::Exclusive, SIZE_LIMIT);
+        file.is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)))
     }
 
     fn fresh_file(nix: &Path) -> PathBuf {

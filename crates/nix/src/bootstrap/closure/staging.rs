@@ -4,9 +4,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,10 +15,10 @@ use tokio::time::{Instant, sleep};
 
 use crate::bootstrap::closure::lock::{exists, lock, make_folder, open_folder};
 use crate::bootstrap::closure::manifest::Manifest;
+use crate::bootstrap::closure::present::{can_be_of_others, nar_hash};
 use crate::bootstrap::closure::register::{self, Registration};
 use crate::db::{self, Db};
 use crate::hash::Sha256;
-use crate::nar;
 use crate::nar::unpack::{remove_tree, seal};
 use crate::narinfo::NarInfo;
 use crate::store_path::StorePath;
@@ -27,7 +26,6 @@ use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::progress::Sink;
 use flywheel_core::text;
 use flywheel_sys::untrusted_file::FileError;
-use sha2::{Digest as _, Sha256 as Hasher};
 
 /// Free room that is left over, in bytes, for the database and for what the job does first.
 const ROOM: u64 = 16 * 1024 * 1024;
@@ -205,11 +203,16 @@ impl Staging {
 
     fn begin(nix: PathBuf, folders: Vec<PathBuf>, lock: File) -> Result<Self, StagingError> {
         let mut manifest = Manifest::new();
-        manifest.folders = left_over(&nix)?;
+        let left = left_over(&nix)?;
+        manifest.folders = left.folders;
         manifest
             .folders
             .retain(|folder| folder.is_dir() && !folders.contains(folder));
         manifest.folders.splice(0..0, folders);
+        manifest.paths = left.paths;
+        manifest
+            .paths
+            .retain(|path| exists(&nix.join("store").join(path.base_name())));
         let becomes_store = !exists(&nix.join("store"));
         let path = nix.join(if becomes_store {
             NEW_STORE
@@ -381,7 +384,9 @@ impl Staging {
             .map(|one| one.path.clone())
             .filter(|path| exists(&self.folder.path.join(path.base_name())))
             .collect();
-        self.manifest.paths.clone_from(&staged);
+        // Those of an earlier installation stay ours.
+        self.manifest.paths.retain(|path| !staged.contains(path));
+        self.manifest.paths.extend(staged.iter().cloned());
         if self.becomes_store {
             self.manifest.folders.push(store.clone());
         }
@@ -435,6 +440,11 @@ impl Staging {
         Ok(target.join("bin/nix"))
     }
 
+    /// Where the store's state is while it is taken back.
+    pub(crate) fn aside(nix: &Path) -> PathBuf {
+        nix.join("var/flywheel/state.gone")
+    }
+
     fn write_manifest(&self) -> Result<(), StagingError> {
         self.manifest
             .write(&self.nix)
@@ -463,6 +473,7 @@ impl Staging {
                 remove_tree(&store.join(path.base_name()))?;
             }
         }
+        remove_tree(&Self::aside(nix))?;
         let is_unused =
             database.is_none_or(|database| database.last_id().is_ok_and(|last| last == 0));
         let state = nix.join("var/nix");
@@ -498,8 +509,9 @@ impl Drop for Staging {
     }
 }
 
-/// Takes away what an installation left that did not come to its end; returns the folders that it had made.
-fn left_over(nix: &Path) -> Result<Vec<PathBuf>, StagingError> {
+/// Takes away what an installation left that did not come to its end, or was not taken back to its end; returns what is
+/// there of one before.
+fn left_over(nix: &Path) -> Result<Manifest, StagingError> {
     let file = Manifest::file(nix);
     let foreign = |problem| StagingError::Foreign {
         file: file.clone(),
@@ -512,11 +524,11 @@ fn left_over(nix: &Path) -> Result<Vec<PathBuf>, StagingError> {
     };
     // A complete one whose Nix is gone has nothing left that is half there.
     if manifest.complete {
-        return Ok(manifest.folders);
+        return Ok(manifest);
     }
     Staging::take_back(nix, &manifest)
         .map_err(|source| StagingError::new(nix.to_owned(), source))?;
-    Ok(manifest.folders)
+    Ok(manifest)
 }
 
 /// The program of a Nix that is there.
@@ -546,39 +558,10 @@ fn valid(database: Option<&Db>, paths: &[StorePath]) -> BTreeSet<StorePath> {
     valid.unwrap_or_default().into_iter().collect()
 }
 
-/// Whether another ordinary user can have written what is at this store path. What has the store's usual modes inside of a
-/// folder of root's or of our own is theirs.
-fn can_be_of_others(file: &Path) -> bool {
-    file.symlink_metadata().is_ok_and(|facts| {
-        let is_ours = [0, rustix::process::geteuid().as_raw()].contains(&facts.uid());
-        !is_ours || (!facts.is_symlink() && facts.mode() & 0o022 != 0)
-    })
-}
-
 /// Free room for this user, in bytes.
 fn room(folder: &Path) -> io::Result<u64> {
     let facts = rustix::fs::statvfs(folder)?;
     Ok(facts.f_bavail.saturating_mul(facts.f_frsize))
-}
-
-/// The hash of what is there, if it can be read.
-fn nar_hash(path: &Path) -> Option<Sha256> {
-    let mut out = HashedBytes(Hasher::new());
-    nar::write(path, &mut out).ok()?;
-    Some(Sha256(out.0.finalize().into()))
-}
-
-struct HashedBytes(Hasher);
-
-impl Write for HashedBytes {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Runs what waits for the disk on a thread that may.

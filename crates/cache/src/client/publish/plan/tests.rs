@@ -1,8 +1,12 @@
 //! The graph in small scenarios and in random walks.
 
+use std::collections::HashSet;
+
 use super::*;
 use crate::client::publish::outcome::Outcome;
 use flywheel_nix::hash::Sha256;
+use flywheel_nix::key::SecretKey;
+use flywheel_nix::path_info::fingerprint;
 
 fn path(name: &str) -> StorePath {
     let digest = Sha256(<sha2::Sha256 as sha2::Digest>::digest(name).into()).base32();
@@ -115,18 +119,47 @@ fn a_blocked_path_that_is_there_is_there() {
 
 #[test]
 fn upstream_paths_are_skipped_and_block_nothing() {
+    let key = SecretKey::generate("upstream-1").expect("random");
     let mut plan = UploadPlan::default();
-    plan.trust_upstream(["cache.nixos.org-1".to_owned()]);
+    plan.omit(Upstream::default().with_keys([key.public()]));
     let mut glibc = info("glibc", &["base"]);
-    glibc.signatures = vec!["other-1:x".into(), "cache.nixos.org-1:y".into()];
+    glibc.signatures = vec!["other-1:x".into(), signature(&key, &glibc)];
     plan.offer(info("app", &["glibc"]));
     plan.offer(glibc);
+    plan.omit_names(["upstream-1".to_owned()]);
     answer(&mut plan, &[]);
     assert_eq!(take(&mut plan).expect("ready").1, "app");
     assert_eq!(
         ends(plan)["glibc"],
-        Final::Skipped(Skip::Upstream("cache.nixos.org-1".into()))
+        Final::Skipped(Skip::Upstream("upstream-1".into()))
     );
+}
+
+fn signature(key: &SecretKey, info: &PathInfo) -> String {
+    let (hash, size) = (&info.nar_hash, info.nar_size);
+    key.sign(&fingerprint(&info.path, hash, size, &info.references))
+}
+
+/// Anybody can put a signature with any name into a store.
+#[test]
+fn the_name_of_an_upstream_key_alone_skips_nothing() {
+    let forger = SecretKey::generate("cache.nixos.org-1").expect("random");
+    let unknown = SecretKey::generate("unknown-1").expect("random");
+    let mut plan = UploadPlan::default();
+    plan.omit(Upstream::default());
+    plan.omit_names(["unknown-1".to_owned()]);
+    for (name, key) in [("forged", &forger), ("unknown", &unknown)] {
+        let mut path = info(name, &[]);
+        path.signatures = vec![signature(key, &path)];
+        plan.offer(path);
+    }
+    let mut nonsense = info("nonsense", &[]);
+    nonsense.signatures = vec!["cache.nixos.org-1:x".into()];
+    plan.offer(nonsense);
+    answer(&mut plan, &[]);
+    let mut ready: Vec<String> = (0..3).map(|_| take(&mut plan).expect("ready").1).collect();
+    ready.sort_unstable();
+    assert_eq!(ready, ["forged", "nonsense", "unknown"]);
 }
 
 #[test]

@@ -73,6 +73,7 @@ impl PublisherTask {
                     // With a known NAR the server still stores the path, so both count as published.
                     Ok(Uploaded::Stored | Uploaded::Deduplicated) => {
                         (self.failure_streak, self.refusals, self.any_sent) = (0, 0, true);
+                        self.busy_since = None;
                         self.concurrency.on_success(took, size <= SMALL);
                         self.options.journal.uploaded([self.plan.path(id)]);
                         self.plan.on_sent(id);
@@ -97,7 +98,7 @@ impl PublisherTask {
             }
         }
         if self.to.omits_upstream_paths() {
-            self.plan.trust_upstream(config.upstream_keys);
+            self.plan.omit_names(config.upstream_keys);
         }
     }
 
@@ -344,9 +345,22 @@ impl PublisherTask {
         );
     }
 
+    /// Whether the server has asked for nothing but pauses for too long during the drain: each one is an answer, and all of
+    /// them together take a job as much time as a server that stands still.
+    fn is_busy_for_too_long(&self) -> bool {
+        let waiting = self.busy_since.zip(self.drain_began);
+        waiting.is_some_and(|(busy, drain)| busy.max(drain).elapsed() > self.options.stall.idle)
+    }
+
     /// Draws the conclusions from a failure for the server as a whole.
     fn on_failure(&mut self, error: &Error) {
         self.concurrency.on_error();
+        if matches!(error, Error::Busy { .. }) {
+            self.busy_since.get_or_insert_with(Instant::now);
+            if self.is_busy_for_too_long() {
+                return self.stop(error);
+            }
+        }
         match error {
             Error::Busy {
                 retry_after: Some(wait),
