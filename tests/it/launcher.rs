@@ -7,7 +7,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
@@ -15,6 +17,8 @@ use crate::world::folders;
 use release_server::{Answer, ReleaseServer};
 
 const NAME: &str = "flywheel-aarch64-darwin";
+/// No test waits longer, and no server holds a client for as long.
+const LIMIT: Duration = Duration::from_secs(8);
 /// Leaves a trace, so that a test sees whether anything was run.
 const BINARY: &str = "#!/bin/sh\necho run >>\"$TRACE\"\nprintf '[%s]' \"$@\"\numask >&2\nexit 7\n";
 /// The programs that the launcher calls; those that download come with a test.
@@ -447,6 +451,34 @@ fn a_server_that_is_down_or_ill_is_named() {
         let checkout = Checkout::new(BINARY).of_release(&ill.url());
         checkout.link(program, program);
         checkout.check_refusal(&checkout.run(&[]), 69, &[words]);
+    }
+}
+
+/// GitHub signals the entry process alone, which is the launcher here.
+#[test]
+fn a_download_that_is_cancelled_ends_at_once_and_leaves_nothing() {
+    for (program, signal, code) in [("curl", Signal::INT, 130), ("wget", Signal::TERM, 143)] {
+        let server = ReleaseServer::start(|_, _| Answer::Hang);
+        let checkout = Checkout::new(BINARY).of_release(&server.url());
+        checkout.link(program, program);
+        let mut command = Command::new(checkout.path("dist/flywheel"));
+        folders::isolate(&mut command, checkout.0.path())
+            .env("PATH", checkout.path("bin"))
+            .env("TRACE", checkout.path("trace"));
+        let mut child = command.spawn().unwrap();
+        let begun = Instant::now();
+        while server.asked().is_empty() {
+            assert!(begun.elapsed() < LIMIT, "nothing was asked for");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        rustix::process::kill_process(Pid::from_child(&child), signal).unwrap();
+        let cancelled = Instant::now();
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{program}");
+        // The server's thread waits for the client's end, and dropping it waits for that thread.
+        drop(server);
+        assert!(cancelled.elapsed() < LIMIT, "{program}: {cancelled:?}");
+        checkout.check_runs(0);
+        assert_eq!(checkout.kept(), [] as [PathBuf; 0]);
     }
 }
 

@@ -19,6 +19,8 @@ pub enum Answer {
     /// The whole length is promised, and the connection ends after half of it.
     Half(Vec<u8>),
     Status(u16),
+    /// Nothing, until the client goes.
+    Hang,
     /// 302 with this `Location`.
     Redirect(String),
 }
@@ -106,6 +108,7 @@ fn serve(
             let length = format!("Content-Length: {}\r\n", bytes.len());
             (200, length, bytes[..bytes.len() / 2].to_vec())
         }
+        Answer::Hang => return client.read(&mut byte).map(drop),
         Answer::Status(status) => (status, "Content-Length: 0\r\n".to_owned(), Vec::new()),
         Answer::Redirect(to) => {
             let head = format!("Location: {to}\r\nContent-Length: 0\r\n");
