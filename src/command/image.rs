@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 
 use crate::inputs::value::{Invalid, name, path, value};
 use crate::job::inputs::state_folder;
-use flywheel_core::exit::{Exit, Explain, UsageError, VerbError};
+use flywheel_core::exit::{Exit, UsageError, VerbError, named_file_error};
 use flywheel_core::text::one_line;
 use flywheel_image::directives::is_workspace;
 use flywheel_image::history::{HistoryError, HistoryFile};
@@ -86,22 +86,10 @@ impl HistoryInput {
     }
 }
 
-/// The history cannot be used, where the verb is about it.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-struct NoHistory(#[from] HistoryError);
-
-impl Explain for NoHistory {
-    fn exit(&self) -> Exit {
-        Exit::Host
-    }
-
-    fn hint(&self) -> Option<String> {
-        Some(
-            "Make it readable and writable for this user, or name another folder as `--history`."
-                .into(),
-        )
-    }
+/// The error of a verb that is about a history which cannot be used.
+fn unusable(error: HistoryError) -> VerbError {
+    let hint = "Name a folder that this user can read and write.";
+    named_file_error("history", &error.file, error.failed, error.source, hint)
 }
 
 /// Runs the verb.

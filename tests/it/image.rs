@@ -267,6 +267,22 @@ fn sizing_shows_what_it_knows_and_approves_no_less_than_the_floor() {
     let low = Flywheel::new(&[&approve[..], &["--cpu=1", "--memory-gb=4"]].concat()).run();
     assert_eq!(low.code, 64);
     assert!(low.stderr.contains("input `cpu`"), "{}", low.stderr);
+    let nowhere = [
+        "image",
+        "sizing",
+        "approve",
+        "--workspace=web",
+        "--history=/proc/x",
+    ];
+    let nowhere = Flywheel::new(&[&nowhere[..], &["--cpu=2", "--memory-gb=4"]].concat()).run();
+    assert_eq!(nowhere.code, 64);
+    assert!(
+        nowhere
+            .stderr
+            .contains("input `history` names `/proc/x/web.jsonl`, which cannot be written"),
+        "{}",
+        nowhere.stderr
+    );
     let nameless = Flywheel::new(&["image", "sizing", "show", "--history=h"]).run();
     assert_eq!(nameless.code, 64);
 }

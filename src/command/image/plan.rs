@@ -212,7 +212,7 @@ fn history(
         Err(error) => return Err(error),
     };
     Ok(file.read().unwrap_or_else(|error| {
-        let text = format!("no history is used: {error}");
+        let text = format!("no history is used: {error}: {}", error.source);
         workflow.annotate(Level::Warning, "image plan", &text);
         History::default()
     }))

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{HistoryInput, NoHistory, TargetInput, WorkspaceInput};
+use super::{HistoryInput, TargetInput, WorkspaceInput, unusable};
 use crate::inputs::value::number;
 use crate::inputs::{Format, FormatInput};
 use flywheel_core::exit::{Exit, UsageError, VerbError};
@@ -89,7 +89,7 @@ fn named(input: &WorkspaceInput) -> Result<&str, UsageError> {
 fn show(inputs: &Show, env: &Env) -> Result<Exit, VerbError> {
     let workspace = named(&inputs.workspace)?;
     let file = inputs.history.file(workspace, env)?;
-    let history = file.read().map_err(NoHistory::from)?;
+    let history = file.read().map_err(unusable)?;
     let mut targets: Vec<&str> = history.runs.iter().map(|run| &*run.target).collect();
     targets.extend(history.approvals.iter().map(|approval| &*approval.target));
     targets.sort_unstable();
@@ -171,8 +171,7 @@ fn approve(inputs: &Approve, env: &Env) -> Result<Exit, VerbError> {
         stage(&approval.target),
         approval.need()
     );
-    file.append(&Line::Approved(approval))
-        .map_err(NoHistory::from)?;
+    file.append(&Line::Approved(approval)).map_err(unusable)?;
     data(&said);
     Ok(Exit::Ok)
 }

@@ -26,12 +26,13 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Why a history cannot be read or written.
 #[derive(Debug, Error)]
-#[error("the history `{}` cannot be {task}", file.display())]
+#[error("the history `{}` cannot {failed}", file.display())]
 pub struct HistoryError {
     pub file: PathBuf,
-    task: &'static str,
+    /// What could not be done: "be read", "be written".
+    pub failed: &'static str,
     #[source]
-    source: FileError,
+    pub source: io::Error,
 }
 
 /// The file with the history of one workspace.
@@ -57,7 +58,9 @@ impl HistoryFile {
     /// # Errors
     /// When the file is there and cannot be read.
     pub fn read(&self) -> Result<History, HistoryError> {
-        let text = self.text().map_err(|source| self.error("read", source))?;
+        let text = self
+            .text()
+            .map_err(|source| self.error("be read", source))?;
         Ok(History::parse(&text))
     }
 
@@ -67,7 +70,7 @@ impl HistoryFile {
     /// When the file cannot be written, or another process holds it.
     pub fn append(&self, line: &Line) -> Result<(), HistoryError> {
         self.append_locked(line)
-            .map_err(|source| self.error("written", source))
+            .map_err(|source| self.error("be written", source))
     }
 
     fn append_locked(&self, line: &Line) -> Result<(), FileError> {
@@ -121,11 +124,11 @@ impl HistoryFile {
         }
     }
 
-    fn error(&self, task: &'static str, source: FileError) -> HistoryError {
+    fn error(&self, failed: &'static str, source: FileError) -> HistoryError {
         HistoryError {
             file: self.file.clone(),
-            task,
-            source,
+            failed,
+            source: source.into(),
         }
     }
 }
