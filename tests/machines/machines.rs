@@ -116,6 +116,15 @@ pub(crate) const MACHINES: &[Machine] = &[
         "read-only-nix-without-namespaces",
         Obstacle(&["`/nix` is mounted read-only", NO_NAMESPACES]),
     ),
+    demo(
+        "noexec-nix",
+        Obstacle(&["`/nix` is mounted with `noexec`", "remount,exec"]),
+    ),
+    demo(
+        "linked-nix-root",
+        Obstacle(&["`/nix` is a symbolic link to `/other`", "mount --bind"]),
+    ),
+    demo("dangling-nix-sudo", NothingLost(&["rootless"])),
     demo("no-nix", NothingLost(&["rootless"])),
     demo("busybox-no-nix", NothingLost(&["rootless"])),
     demo(

@@ -91,6 +91,9 @@ case $NIX_FOLDER in
   "everyone's") mkdir nix && mount -t tmpfs -o mode=777 tmpfs nix ;;
   "root's") mkdir nix ;;
   read-only) mkdir nix && mount -t tmpfs -o ro tmpfs nix ;;
+  noexec) mkdir nix && mount -t tmpfs -o mode=777,noexec tmpfs nix ;;
+  link) mkdir other && ln -s other nix ;;
+  dangling) ln -s nowhere nix ;;
   store) mkdir -p nix/var/nix/daemon-socket && mkdir -m 1775 nix/store && chown 0:30000 nix/store ;;
 esac
 echo '127.0.0.1 machine' >>etc/hosts

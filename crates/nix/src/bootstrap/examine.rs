@@ -31,7 +31,13 @@ pub async fn examine(env: &Env, wanted: &Wanted) -> Examined {
     let mut version = None;
     let mut broken = None;
     if let Some(found) = machine.nix.clone() {
-        let has_store = machine.is_elsewhere || matches!(machine.folder, Folder::Used { .. });
+        let has_store = machine.is_elsewhere
+            || match machine.folder {
+                Folder::Used { .. } | Folder::NoExec => true,
+                // Nothing can be made there.
+                Folder::ReadOnly | Folder::Link { .. } => machine.is_nix_below,
+                Folder::Absent { .. } | Folder::Empty { .. } | Folder::NoFolder => false,
+            };
         match Nix::detect(&found.program, env).await {
             Ok(nix) => {
                 version = Some(

@@ -212,7 +212,14 @@ pub fn plan(machine: &Machine, wanted: &Wanted) -> Plan {
                      as root, which starts one for the job."
                 .into(),
         }),
-        (Opening::Denied(problem), _) => for_denied_store(machine, problem),
+        (Opening::Denied(problem), _) => for_denied_store(machine, wanted, problem),
+        // Nix's own message names a file in the folder, and not what is wrong with it.
+        (Opening::Closed(problem), _)
+            if !machine.is_elsewhere
+                && matches!(machine.folder, Folder::ReadOnly | Folder::Link { .. } | Folder::NoFolder) =>
+        {
+            nowhere(machine, wanted, &format!("the Nix store does not open ({problem})"))
+        }
         (Opening::Closed(problem), _) => Plan::Impossible(does_not_open(problem)),
     }
 }
@@ -238,9 +245,9 @@ fn for_untried_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     }
 }
 
-fn for_denied_store(machine: &Machine, problem: &str) -> Plan {
+fn for_denied_store(machine: &Machine, wanted: &Wanted, problem: &str) -> Plan {
     if !machine.is_elsewhere && !matches!(machine.folder, Folder::Used { .. }) {
-        return nowhere(machine, "Nix is installed, and has no store");
+        return nowhere(machine, wanted, "Nix is installed, and has no store");
     }
     Plan::Impossible(Impossible {
         obstacle: format!("the Nix store belongs to another user and there is no daemon: {problem}"),
@@ -283,20 +290,17 @@ fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     };
     let ground = ground(machine, wanted);
     let has_ground = !matches!(ground, Ground::None);
-    let can = |way: Way| match way {
-        Way::Closure | Way::Tarball => has_ground,
-        Way::Distro => distro,
-    };
+    // What a package brings needs a store as much as the rest does.
+    let can = |way: Way| has_ground && (way != Way::Distro || distro);
     let ways: Vec<Way> = [Way::Closure, Way::Tarball, Way::Distro]
         .into_iter()
         .filter(|way| asked(*way) && gives(*way) && can(*way))
         .collect();
     match ground {
         _ if ways.is_empty() && has_ground => no_way(machine, wanted),
-        Ground::None if ways.is_empty() => nowhere(machine, "Nix is not installed on this machine"),
+        Ground::None => nowhere(machine, wanted, "Nix is not installed on this machine"),
         Ground::Rootless(rootless) => Plan::Rootless(rootless),
         Ground::Prepared(preparation) => install(preparation, ways, wanted),
-        Ground::None => install(Preparation::Nothing, ways, wanted),
     }
 }
 
@@ -369,9 +373,8 @@ fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
         return Ground::Prepared(Preparation::Sudo(program.clone()));
     }
     // A folder of our own would hide the Nix that is below `/nix`, and all else that is there.
-    let can_cover = !matches!(machine.folder, Folder::NoFolder) && !machine.is_nix_below;
     if machine.namespaces == Namespaces::Allowed
-        && can_cover
+        && !machine.is_nix_below
         && wanted.is_for_children_alone
         && !machine.user.is_root()
     {
@@ -384,7 +387,7 @@ fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
 }
 
 /// Why there is no store, with everything that was thought of.
-fn nowhere(machine: &Machine, missing: &str) -> Plan {
+fn nowhere(machine: &Machine, wanted: &Wanted, missing: &str) -> Plan {
     let mut obstacles = vec![folder_obstacle(machine)];
     if let Sudo::Refused(problem) = &machine.sudo {
         obstacles.push(format!("`sudo -n` refuses ({problem})"));
@@ -399,10 +402,14 @@ fn nowhere(machine: &Machine, missing: &str) -> Plan {
                 obstacles.push(obstacle.clone());
                 remedy = format!("{remedy} Or: {other}");
             }
-            Namespaces::Allowed => {
+            Namespaces::Allowed if machine.is_nix_below => {
+                obstacles.push("a store of this job's own would hide the Nix that is there".into());
+            }
+            Namespaces::Allowed if !wanted.is_for_children_alone => {
                 obstacles
                     .push("a store of this step's own would not be seen by later steps".into());
             }
+            Namespaces::Allowed => {}
         }
     }
     Plan::Impossible(Impossible {
@@ -423,6 +430,14 @@ fn folder_obstacle(machine: &Machine) -> String {
             format!("`/nix` belongs to user {owner}, and user {user} cannot write to it")
         }
         Folder::ReadOnly => "`/nix` is mounted read-only".into(),
+        Folder::NoExec => {
+            "`/nix` is mounted with `noexec`, so that no program can be started from it".into()
+        }
+        Folder::Link { place, target, .. } => format!(
+            "`{}` is a symbolic link to `{}`, and Nix has no store behind a link",
+            place.display(),
+            target.display()
+        ),
         Folder::NoFolder => "`/nix` is no folder".into(),
     }
 }
@@ -442,6 +457,18 @@ fn folder_remedy(machine: &Machine) -> String {
              give `/nix` to the job's user."
             .into(),
         Folder::ReadOnly => "Mount `/nix` so that it can be written to, or put a Nix with a daemon beside it.".into(),
+        Folder::NoExec => "Mount `/nix` without `noexec` (`mount -o remount,exec /nix` as root).".into(),
+        Folder::Link {
+            place,
+            leads_to_folder: false,
+            ..
+        } => format!("Remove the link `{}`, which leads nowhere, from the runner's image.", place.display()),
+        Folder::Link { place, target, .. } => format!(
+            "Have the runner's image make `{place}` a folder, and show the other one there by a bind mount instead of the \
+             link: `rm {place}; mkdir {place}; mount --bind {target} {place}` as root.",
+            place = place.display(),
+            target = target.display()
+        ),
         Folder::NoFolder => "Remove the file `/nix` from the runner's image.".into(),
     }
 }

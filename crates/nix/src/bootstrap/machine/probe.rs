@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::Access;
+use rustix::fs::{Access, StatVfsMountFlags};
 use rustix::io::Errno;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -160,10 +160,21 @@ fn is_open(mode: u32) -> bool {
 }
 
 fn folder(nix: &Path, root: bool) -> Folder {
+    // Nix looks at both, and opens no store behind a link.
+    for place in [nix.to_owned(), nix.join("store")] {
+        if let Ok(target) = fs::read_link(&place) {
+            let target = place.parent().unwrap_or(Path::new("/")).join(target);
+            let leads_to_folder = target.is_dir();
+            return Folder::Link {
+                place,
+                target,
+                leads_to_folder,
+            };
+        }
+    }
     let facts = match fs::metadata(nix) {
         Ok(facts) if facts.is_dir() => facts,
         Ok(_) => return Folder::NoFolder,
-        Err(_) if fs::symlink_metadata(nix).is_ok() => return Folder::NoFolder,
         Err(_) => {
             let parent = nix.parent().unwrap_or(Path::new("/"));
             return match access(parent) {
@@ -185,6 +196,9 @@ fn folder(nix: &Path, root: bool) -> Folder {
     }
     // The store's own group may write to `/nix/store`, which is not enough: Nix writes to the database as well.
     let writable = denied.is_empty() || root && !denied.contains(&Errno::ROFS);
+    if writable && is_noexec(nix) {
+        return Folder::NoExec;
+    }
     let is_empty =
         fs::read_dir(nix).is_ok_and(|mut entries| entries.all(|entry| is_no_content(&entry)));
     if is_empty {
@@ -192,6 +206,13 @@ fn folder(nix: &Path, root: bool) -> Folder {
     } else {
         Folder::Used { writable, owner }
     }
+}
+
+/// Whether the store's file system starts no program.
+fn is_noexec(nix: &Path) -> bool {
+    let store = nix.join("store");
+    let folder = if store.is_dir() { &store } else { nix };
+    rustix::fs::statvfs(folder).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
 }
 
 /// A volume has this folder of the file system's own.
@@ -265,6 +286,8 @@ fn runs(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
@@ -305,6 +328,21 @@ mod tests {
         fs::write(&nix, "").expect("written");
         assert_eq!(look(), Folder::NoFolder);
         fs::remove_file(&nix).expect("removed");
+        for (link, leads_to_folder) in [("nowhere", false), (".", true)] {
+            symlink(link, &nix).expect("linked");
+            let (place, target) = (nix.clone(), folder.path().join(link));
+            let found = Folder::Link {
+                place,
+                target,
+                leads_to_folder,
+            };
+            assert_eq!(look(), found);
+            fs::remove_file(&nix).expect("removed");
+        }
+        fs::create_dir(&nix).expect("made");
+        symlink("/tmp", nix.join("store")).expect("linked");
+        assert!(matches!(look(), Folder::Link { place, .. } if place.ends_with("nix/store")));
+        fs::remove_file(nix.join("store")).expect("removed");
         fs::create_dir_all(nix.join("lost+found")).expect("made");
         assert!(matches!(look(), Folder::Empty { writable: true, .. }));
         fs::create_dir(nix.join("store")).expect("made");

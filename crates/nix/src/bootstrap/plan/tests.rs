@@ -280,6 +280,66 @@ fn a_read_only_folder_is_named_as_that() {
     );
 }
 
+fn linked() -> Folder {
+    Folder::Link {
+        place: "/nix".into(),
+        target: "/data/nix".into(),
+        leads_to_folder: true,
+    }
+}
+
+/// Nothing is fetched for a folder that no Nix can be used in, and `sudo` gives away no folder that a link leads to.
+#[test]
+fn a_folder_of_no_use_is_covered_or_named_with_its_own_remedy() {
+    let nix = |machine: &Machine| machine.clone().nix("/nix/var/nix/profiles/default/bin/nix");
+    for (folder, obstacle, line) in [
+        (
+            linked(),
+            "`/nix` is a symbolic link to `/data/nix`",
+            "mount --bind /data/nix /nix",
+        ),
+        (
+            Folder::NoExec,
+            "`/nix` is mounted with `noexec`",
+            "mount -o remount,exec /nix",
+        ),
+        (
+            Folder::NoFolder,
+            "`/nix` is no folder",
+            "Remove the file `/nix`",
+        ),
+    ] {
+        let user = Machine::bare().sudo().folder(folder.clone());
+        let covered = plan(&user.clone().namespaces(), &job());
+        assert!(matches!(covered, Plan::Rootless(_)), "{covered:?}");
+        for machine in [user, Machine::bare().debian().root().folder(folder)] {
+            let planned = plan(&machine, &job());
+            let Plan::Impossible(found) = planned else {
+                panic!("{planned:?}");
+            };
+            assert!(found.obstacle.contains(obstacle), "{found:?}");
+            assert!(!found.obstacle.contains("later steps"), "{found:?}");
+            assert!(found.remedy.contains(line), "{found:?}");
+        }
+    }
+    // With a Nix in it, opening the store decides; what is wrong is named then.
+    for (folder, line) in [
+        (linked(), "mount --bind"),
+        (Folder::ReadOnly, "can be written to"),
+    ] {
+        let machine = nix(&Machine::bare().namespaces().folder(folder));
+        check(&machine, "ready: the Nix of this machine is used as it is");
+        let closed = plan(&machine.opening(Opening::Closed("big-lock".into())), &job());
+        let Plan::Impossible(found) = closed else {
+            panic!("{closed:?}");
+        };
+        assert!(
+            found.obstacle.contains("big-lock") && found.remedy.contains(line),
+            "{found:?}"
+        );
+    }
+}
+
 #[test]
 fn what_opening_the_store_has_shown_is_repaired_by_root_alone() {
     let nix = Machine::bare().nix("/usr/bin/nix").folder(OTHERS);
@@ -451,6 +511,8 @@ fn machines() -> Vec<Machine> {
                 owner: 1,
             },
             Folder::ReadOnly,
+            Folder::NoExec,
+            linked(),
             Folder::NoFolder,
         ];
         folders
