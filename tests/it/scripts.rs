@@ -81,3 +81,23 @@ fn rust_comes_from_the_distribution_where_it_has_rustup() {
     );
     assert!(machine.calls().contains("update"), "{}", machine.calls());
 }
+
+#[test]
+fn a_program_is_static_by_its_header_and_not_by_its_text() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let names_loader = |program: &Path| {
+        let status = Command::new("sh")
+            .args(["-euc", ". \"$1\"; names_loader \"$2\"", "-"])
+            .arg(root.join("tests/machines/guest/elf.sh"))
+            .arg(program)
+            .status();
+        status.unwrap().success()
+    };
+    assert!(names_loader(Path::new("/bin/sh")), "it is dynamic");
+    // The committed binary has the loader's name in it, which `setup --plan` looks for.
+    let ours = root.join("dist/flywheel-x86_64-linux");
+    let text = std::fs::read(&ours).unwrap();
+    let name = b"/lib64/ld-linux-x86-64.so.2";
+    assert!(text.windows(name.len()).any(|window| window == name));
+    assert!(!names_loader(&ours), "it is static");
+}
