@@ -68,6 +68,13 @@ pub(crate) struct Inputs {
     nix: NixInputs,
 }
 
+impl Inputs {
+    /// Whether this is about the machine and its Nix, and not about the job's environment.
+    pub(crate) fn is_of_machine(&self) -> bool {
+        self.plan || self.undo
+    }
+}
+
 /// Why the job's environment was not set up.
 #[derive(Debug, Error)]
 pub(crate) enum Error {

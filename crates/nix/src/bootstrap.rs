@@ -386,8 +386,15 @@ impl Work<'_> {
             settings_before: None,
             daemon: None,
         };
-        let users =
-            repair::open_store(&mut machine, self.wanted, &mut ready, early, self.deadline).await?;
+        let users = repair::open_store(
+            &mut machine,
+            self.wanted,
+            &mut ready,
+            early,
+            self.sink,
+            self.deadline,
+        )
+        .await?;
         self.host.check_guarded(&ready.nix, users, self.sink)?;
         for repair in &ready.repairs {
             // A changed setting costs the job nothing and is only noted; a dead daemon is a fault

@@ -16,6 +16,9 @@ use flywheel_core::text::one_line;
 #[cfg(test)]
 mod tests;
 
+/// What is missing where only the store is.
+const NO_STORE: &str = "Nix is installed, and has no store";
+
 /// What the inputs ask for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
@@ -240,6 +243,8 @@ fn for_untried_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     match ground(machine, wanted) {
         Ground::Prepared(preparation) => Plan::Repair(vec![RepairStep::MakeFolder(preparation)]),
         Ground::Rootless(rootless) => Plan::Rootless(rootless),
+        // A job that needs a store of its own ends without one; so does its plan.
+        Ground::None if wants_rootless(machine, wanted) => nowhere(machine, wanted, NO_STORE),
         // Some versions make do with a store in the home folder, so that this is not the last word.
         Ground::None => Plan::Ready,
     }
@@ -247,7 +252,7 @@ fn for_untried_nix(machine: &Machine, wanted: &Wanted) -> Plan {
 
 fn for_denied_store(machine: &Machine, wanted: &Wanted, problem: &str) -> Plan {
     if !machine.is_elsewhere && !matches!(machine.folder, Folder::Used { .. }) {
-        return nowhere(machine, wanted, "Nix is installed, and has no store");
+        return nowhere(machine, wanted, NO_STORE);
     }
     Plan::Impossible(Impossible {
         obstacle: format!("the Nix store belongs to another user and there is no daemon: {problem}"),
@@ -290,17 +295,27 @@ fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     };
     let ground = ground(machine, wanted);
     let has_ground = !matches!(ground, Ground::None);
-    // What a package brings needs a store as much as the rest does.
-    let can = |way: Way| has_ground && (way != Way::Distro || distro);
+    // What a package brings needs a store as well.
+    let is_of_no_use = matches!(
+        machine.folder,
+        Folder::ReadOnly | Folder::NoExec | Folder::Link { .. } | Folder::NoFolder
+    );
+    let can = |way: Way| match way {
+        Way::Closure | Way::Tarball => has_ground,
+        Way::Distro => distro && !is_of_no_use,
+    };
     let ways: Vec<Way> = [Way::Closure, Way::Tarball, Way::Distro]
         .into_iter()
         .filter(|way| asked(*way) && gives(*way) && can(*way))
         .collect();
     match ground {
         _ if ways.is_empty() && has_ground => no_way(machine, wanted),
-        Ground::None => nowhere(machine, wanted, "Nix is not installed on this machine"),
+        Ground::None if ways.is_empty() => {
+            nowhere(machine, wanted, "Nix is not installed on this machine")
+        }
         Ground::Rootless(rootless) => Plan::Rootless(rootless),
         Ground::Prepared(preparation) => install(preparation, ways, wanted),
+        Ground::None => install(Preparation::Nothing, ways, wanted),
     }
 }
 
@@ -372,18 +387,19 @@ fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
     if is_free && let Sudo::Allowed(program) = &machine.sudo {
         return Ground::Prepared(Preparation::Sudo(program.clone()));
     }
-    // A folder of our own would hide the Nix that is below `/nix`, and all else that is there.
-    if machine.namespaces == Namespaces::Allowed
-        && !machine.is_nix_below
-        && wanted.is_for_children_alone
-        && !machine.user.is_root()
-    {
+    if machine.namespaces == Namespaces::Allowed && wants_rootless(machine, wanted) {
         return Ground::Rootless(RootlessPlan {
             covers_folder: !matches!(machine.folder, Folder::Absent { .. }),
             reason: folder_obstacle(machine),
         });
     }
     Ground::None
+}
+
+/// Whether a store of this user's own would do, if it is allowed.
+fn wants_rootless(machine: &Machine, wanted: &Wanted) -> bool {
+    // A folder of our own would hide the Nix that is below `/nix`, and all else that is there.
+    !machine.is_nix_below && wanted.is_for_children_alone && !machine.user.is_root()
 }
 
 /// Why there is no store, with everything that was thought of.

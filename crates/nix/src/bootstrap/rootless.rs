@@ -203,6 +203,55 @@ pub fn enter(env: &Env, need: Need, viewers: Viewers) -> Result<Rootless, Error>
     })
 }
 
+/// The verb of the process that calls `try_out`.
+pub const TRIAL: &str = "namespace-trial";
+
+/// Tries what `enter` does, and makes no folder for it. To be called before any thread is started, by a process that is of no
+/// use for anything else then.
+///
+/// # Errors
+/// When `enter` would fail: the obstacle, a fragment, and the remedy, a sentence.
+pub fn try_out(env: &Env) -> Result<(), (String, String)> {
+    let tried = try_entering(env).err();
+    let Some(error) = tried else {
+        return Ok(());
+    };
+    let remedy = error.hint().unwrap_or_default();
+    Err(match error {
+        Error::Forbidden { obstacle, .. } => {
+            let remedy = format!("On the host, as root, {}.", obstacle.remedy());
+            (obstacle.to_string(), remedy)
+        }
+        other => (other.to_string(), remedy),
+    })
+}
+
+fn try_entering(env: &Env) -> Result<(), Error> {
+    let lack = || "a store of this user's own is needed".to_owned();
+    let limits = Limits::read();
+    if let Some(obstacle) = limits.obstacle() {
+        let lack = lack();
+        return Err(Error::Forbidden { lack, obstacle });
+    }
+    let lack_of_place = |tried| Error::NoPlace {
+        lack: lack(),
+        tried,
+    };
+    let scratch = Places::of_env(env).would_hold().map_err(lack_of_place)?;
+    // Any folder shows whether one can be shown.
+    let view = View {
+        folder: "/proc".into(),
+        seen_at: NIX.into(),
+        scratch,
+    };
+    let entered = namespace::enter(&view);
+    let forbidden = |refused| Error::Forbidden {
+        lack: lack(),
+        obstacle: limits.explain(&refused),
+    };
+    entered.map(|_| ()).map_err(forbidden)
+}
+
 /// The folder that this process sees as `/nix`, if it is another one.
 pub fn folder() -> Option<&'static Path> {
     namespace::entered().map(|view| view.folder.as_path())
@@ -252,6 +301,24 @@ impl Places {
         for base in self.bases() {
             match self.check(base).and_then(|()| self.make(base)) {
                 Ok(place) => return Ok(place),
+                Err(problem) => tried.push(format!("`{}`: {problem}", base.display())),
+            }
+        }
+        Err(tried)
+    }
+
+    /// A folder of the user's in which `first_usable` would find or make the store; or what is wrong with each.
+    fn would_hold(&self) -> Result<PathBuf, Vec<String>> {
+        if let Some(place) = self.with_store() {
+            return Ok(place.join("root"));
+        }
+        let mut tried = Vec::new();
+        for base in self.bases() {
+            let there = base.ancestors().find(|folder| folder.exists());
+            let there = there.unwrap_or(base);
+            let writable = || access(there, Access::WRITE_OK).map_err(io::Error::from);
+            match self.check(base).and_then(|()| writable()) {
+                Ok(()) => return Ok(there.to_owned()),
                 Err(problem) => tried.push(format!("`{}`: {problem}", base.display())),
             }
         }

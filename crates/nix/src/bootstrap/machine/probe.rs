@@ -15,18 +15,23 @@ use tokio::time::timeout;
 use super::{BuildGroup, Folder, Machine, Namespaces, Opening, Socket, Sudo, User};
 use crate::bootstrap::Host;
 use crate::bootstrap::install::sudo_call;
+use crate::bootstrap::plan::{Plan, Wanted, plan};
+use crate::bootstrap::rootless::TRIAL;
 use crate::settings::sets;
 use crate::tool;
 use flywheel_core::text::one_line;
 use flywheel_sys::host::home::Entry;
+use flywheel_sys::process::capture::Tool;
 use flywheel_sys::process::namespace::Limits;
-use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::env::{Env, program_and_arguments};
 use flywheel_sys::untrusted_file::{self, Owner};
 
 /// `sudo` answers at once, unless it looks its host up in a name service that is away.
 const SUDO_LIMIT: Duration = Duration::from_secs(3);
 /// A local socket is connected at once.
 const CONNECT_LIMIT: Duration = Duration::from_secs(1);
+/// Making a namespace takes milliseconds.
+const TRIAL_LIMIT: Duration = Duration::from_secs(5);
 /// A variable that is set names another store, or another socket, than the default ones.
 const STORE_VARIABLES: [&str; 4] = [
     "NIX_REMOTE",
@@ -52,6 +57,16 @@ impl Machine {
             && self.lacks_store()
         {
             self.sudo = try_sudo(program).await;
+        }
+    }
+
+    /// Tries whether namespaces can be made, where the plan rests on them: a filter of system calls or a security module
+    /// shows only then.
+    pub async fn try_namespaces(&mut self, env: &Env, wanted: &Wanted) {
+        if matches!(plan(self, wanted), Plan::Rootless(_))
+            && let Some(forbidden) = try_namespaces(env).await
+        {
+            self.namespaces = forbidden;
         }
     }
 
@@ -247,6 +262,18 @@ fn namespaces(limits: &Limits) -> Namespaces {
         },
         None => Namespaces::Allowed,
     }
+}
+
+/// What keeps another process of this program from making them. `None` where nothing does, or nothing was learned.
+async fn try_namespaces(env: &Env) -> Option<Namespaces> {
+    let (program, _) = program_and_arguments().ok()?;
+    let tool = Tool::new(&program).arg(TRIAL).envs(env.all());
+    let output = tool.run(TRIAL_LIMIT).await.ok()?.text();
+    let (obstacle, remedy) = output.trim_end().split_once('\n')?;
+    Some(Namespaces::Forbidden {
+        obstacle: obstacle.to_owned(),
+        remedy: remedy.to_owned(),
+    })
 }
 
 async fn try_sudo(program: &Path) -> Sudo {
