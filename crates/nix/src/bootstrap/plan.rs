@@ -2,7 +2,7 @@
 //! what is done on which machine; carrying it out is for `bootstrap` and the modules beside this one.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use url::Url;
@@ -79,6 +79,19 @@ impl FromStr for NixVersion {
                 "must be a version such as `2.31.2` or a whole store path, not `{}`",
                 one_line(text, 80)
             ))
+        }
+    }
+}
+
+impl NixVersion {
+    /// Whether a Nix is the one that is meant: by the version that it prints, or by the file of its program.
+    pub(super) fn is(&self, version: &str, program: &Path) -> bool {
+        match self {
+            // `2.31` asks for any of that series.
+            Self::Number(number) => version.strip_prefix(number.as_str()).is_some_and(|rest| {
+                rest.is_empty() || (rest.starts_with('.') && number.matches('.').count() == 1)
+            }),
+            Self::Path(path) => program.starts_with(path.to_string()),
         }
     }
 }
@@ -188,6 +201,8 @@ pub struct RootlessPlan {
     pub covers_folder: bool,
     /// Why nothing else will do, a fragment.
     pub reason: String,
+    /// What makes it unnecessary, in sentences.
+    pub remedy: String,
 }
 
 /// Decides what is done. `machine.opening` is `Untried` before Nix has been called; afterwards the plan is made again.
@@ -391,6 +406,7 @@ fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
         return Ground::Rootless(RootlessPlan {
             covers_folder: !matches!(machine.folder, Folder::Absent { .. }),
             reason: folder_obstacle(machine),
+            remedy: folder_remedy(machine),
         });
     }
     Ground::None
@@ -534,8 +550,14 @@ impl RootlessPlan {
     /// What is left where the namespace was not entered.
     pub(super) fn not_entered(self) -> Impossible {
         Impossible {
-            obstacle: format!("{}, and this process has no namespace of its own", self.reason),
-            remedy: "Run the job by `nix-job`, which makes one, or have the runner's image make `/nix` for the user.".into(),
+            obstacle: format!(
+                "{}, and this process has no namespace of its own",
+                self.reason
+            ),
+            remedy: format!(
+                "Run the job by `nix-job`, which makes one. Or: {}",
+                self.remedy
+            ),
         }
     }
 }

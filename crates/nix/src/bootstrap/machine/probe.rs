@@ -206,12 +206,19 @@ fn folder(nix: &Path, root: bool) -> Folder {
         .filter(|part| part.is_dir())
         .map(|part| access(part));
     let denied: Vec<Errno> = tried.filter_map(Result::err).collect();
-    if denied.contains(&Errno::ROFS) {
+    // Who may not write there anyway is not told that nobody can.
+    if denied.contains(&Errno::ROFS)
+        || parts
+            .iter()
+            .any(|part| has_flag(part, StatVfsMountFlags::RDONLY))
+    {
         return Folder::ReadOnly;
     }
     // The store's own group may write to `/nix/store`, which is not enough: Nix writes to the database as well.
-    let writable = denied.is_empty() || root && !denied.contains(&Errno::ROFS);
-    if writable && is_noexec(nix) {
+    let writable = denied.is_empty() || root;
+    // The store's file system.
+    let store = &parts[usize::from(parts[1].is_dir())];
+    if writable && has_flag(store, StatVfsMountFlags::NOEXEC) {
         return Folder::NoExec;
     }
     let is_empty =
@@ -223,11 +230,9 @@ fn folder(nix: &Path, root: bool) -> Folder {
     }
 }
 
-/// Whether the store's file system starts no program.
-fn is_noexec(nix: &Path) -> bool {
-    let store = nix.join("store");
-    let folder = if store.is_dir() { &store } else { nix };
-    rustix::fs::statvfs(folder).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NOEXEC))
+/// Whether the folder is on a file system that is mounted so.
+fn has_flag(folder: &Path, flag: StatVfsMountFlags) -> bool {
+    rustix::fs::statvfs(folder).is_ok_and(|stat| stat.f_flag.contains(flag))
 }
 
 /// A volume has this folder of the file system's own.

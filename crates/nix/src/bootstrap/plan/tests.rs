@@ -445,6 +445,32 @@ fn an_input_chooses_among_the_ways() {
 }
 
 #[test]
+fn a_version_is_that_of_a_nix_that_is_there_or_not() {
+    let path = "/nix/store/x30lnlgk1s16rynrfslbf8phr6h6rqf2-nix-2.31.2";
+    let program = format!("{path}/bin/nix");
+    for (wanted, version, expected) in [
+        ("2.31.2", "2.31.2", true),
+        ("2.31", "2.31.2", true),
+        ("2.31.2", "2.34.8", false),
+        ("2.3", "2.31.2", false),
+        ("2.31", "2.31pre2024", false),
+        (path, "2.31.2", true),
+        (
+            "/nix/store/fvchs9i3c9f4d6lcsm7q2ybxwpbnz4yc-nix-2.31.2",
+            "2.31.2",
+            false,
+        ),
+    ] {
+        let wanted: NixVersion = wanted.parse().expect("a version");
+        assert_eq!(
+            wanted.is(version, program.as_ref()),
+            expected,
+            "{wanted} {version}"
+        );
+    }
+}
+
+#[test]
 fn a_version_is_a_number_or_a_store_path() {
     for good in [
         "2.31.2",
