@@ -312,7 +312,7 @@ fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
 fn shell_exports(folder: Option<&Path>, exports: &[(&'static str, String)]) -> String {
     let path = folder.map(|folder| {
         format!(
-            "export PATH={}:\"$PATH\"",
+            "export PATH={}${{PATH:+:\"$PATH\"}}",
             quoted(&folder.display().to_string())
         )
     });
@@ -333,6 +333,12 @@ pub(super) fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_a_path_the_current_folder_is_not_searched() {
+        let text = shell_exports(Some(Path::new("/opt/flywheel")), &[]);
+        assert_eq!(text, r#"export PATH='/opt/flywheel'${PATH:+:"$PATH"}"#);
+    }
 
     #[test]
     fn a_shell_takes_a_value_literally() {

@@ -319,7 +319,12 @@ fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
         Way::Closure | Way::Tarball => has_ground,
         Way::Distro => distro && !is_of_no_use,
     };
-    let ways: Vec<Way> = [Way::Closure, Way::Tarball, Way::Distro]
+    // An archive that somebody has named is meant: a pod without the internet would wait for a cache in vain.
+    let order = match wanted.mirror {
+        Some(_) => [Way::Tarball, Way::Closure, Way::Distro],
+        None => [Way::Closure, Way::Tarball, Way::Distro],
+    };
+    let ways: Vec<Way> = order
         .into_iter()
         .filter(|way| asked(*way) && gives(*way) && can(*way))
         .collect();

@@ -427,6 +427,15 @@ fn an_input_chooses_among_the_ways() {
     ] {
         check_wanted(&root, &with(installer, version), expected);
     }
+    let mirror = Wanted {
+        mirror: Some(Mirror::Path("/opt/nix".into())),
+        ..job()
+    };
+    check_wanted(
+        &root,
+        &mirror,
+        "install: Nix is installed by tarball, else closure, else distro",
+    );
     let daemon = Wanted {
         daemon: true,
         ..job()
