@@ -17,6 +17,7 @@ mod flake_checks;
 mod house;
 mod init;
 mod matrix;
+mod namespace_trial;
 mod nix_job;
 mod pictures;
 mod publish;
