@@ -10,8 +10,8 @@ use clap::error::ErrorKind;
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::command::{
-    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, image, init, nix_job,
-    publish, reference, scan, setup, validate_builders, watch_store,
+    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, image, init,
+    namespace_trial, nix_job, publish, reference, scan, setup, validate_builders, watch_store,
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
@@ -49,6 +49,7 @@ enum Verb {
     Contract(contract::Inputs),
     CacheContract(cache_contract::Inputs),
     DaemonProxy(daemon_proxy::Inputs),
+    NamespaceTrial(namespace_trial::Inputs),
     Reference(reference::Inputs),
     Scan(scan::Inputs),
     Setup(setup::Inputs),
@@ -96,6 +97,8 @@ impl Cli {
             | Verb::Publish(_)
             | Verb::WatchStore(_)
             | Verb::ValidateBuilders(_) => Ok(lacking::complete(&env)?),
+            // What a job on this machine finds, and what it has left, depends on its home.
+            Verb::Setup(ref inputs) if inputs.is_of_machine() => Ok(lacking::complete(&env)?),
             // The others start no Nix and keep no journal.
             _ => Ok(env),
         }
@@ -107,6 +110,10 @@ impl Cli {
     /// # Errors
     /// When such a store cannot be had, or is of no use to the verb.
     pub(crate) fn enter_rootless_store(&self, env: &Env) -> Result<(), VerbError> {
+        if matches!(self.verb, Verb::NamespaceTrial(_)) {
+            namespace_trial::enter(env);
+            return Ok(());
+        }
         let works_on_store = matches!(
             self.verb,
             Verb::NixJob(_) | Verb::FlakeChecks(_) | Verb::Publish(_) | Verb::WatchStore(_)
@@ -146,6 +153,8 @@ impl Cli {
             Verb::Contract(inputs) => contract::run(inputs, env).await,
             Verb::CacheContract(inputs) => cache_contract::run(inputs, env).await,
             Verb::DaemonProxy(inputs) => daemon_proxy::run(inputs).await,
+            // Done before any thread was started.
+            Verb::NamespaceTrial(_) => Ok(Exit::Ok),
             Verb::Reference(inputs) => reference::run(inputs).await,
             Verb::Scan(inputs) => scan::run(inputs, env).await,
             Verb::Setup(inputs) => setup::run(inputs, env).await,

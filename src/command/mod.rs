@@ -8,6 +8,7 @@ pub(crate) mod explain;
 pub(crate) mod flake_checks;
 pub(crate) mod image;
 pub(crate) mod init;
+pub(crate) mod namespace_trial;
 pub(crate) mod nix_job;
 pub(crate) mod publish;
 pub(crate) mod reference;

@@ -8,20 +8,21 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgAction, Args};
 use thiserror::Error;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::inputs::roots::roots;
+use crate::inputs::value::boolean;
 use crate::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs, VerifyInput};
 use crate::job::policy::PolicyInputs;
 use crate::job::publication;
 use flywheel_cache::client::attic::Attic;
 use flywheel_cache::client::endpoint::Endpoint;
 use flywheel_cache::client::probe::{self, Probe, probe};
-use flywheel_cache::client::publish::{self, Outcome, Publisher, Recheck};
+use flywheel_cache::client::publish::{self, Outcome, Publisher, Recheck, Upstream};
 use flywheel_cache::client::verify::{self, Verification, verify};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::Sink;
@@ -47,7 +48,7 @@ const VERIFY_LIMIT: Duration = Duration::from_secs(60);
 
 /// Publish store paths and everything they refer to, and prove that the cache serves them.
 ///
-/// What the cache has already, or an upstream cache has signed, is not sent again. Each path that was
+/// What the cache has already, or an upstream cache has signed (unless `--include-upstream` says so), is not sent again. Each path that was
 /// sent is looked up afterwards: hash, signature, and the body itself as far as `--verify` says. The
 /// token is read from `ATTIC_TOKEN`. Calling this is the request to publish, so `--publish` and `--push-cache` change
 /// nothing; in a job the trust gate still decides, as it does for `nix-job` (see `flywheel explain`),
@@ -63,6 +64,17 @@ pub(crate) struct Inputs {
     /// Store paths, or links to them such as `./result`.
     #[arg(value_name = "PATH", required = true)]
     paths: Vec<std::path::PathBuf>,
+
+    /// Whether what an upstream cache has signed is sent as well, such as Nix itself to a cache for machines without the
+    /// internet.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        action = ArgAction::Set,
+        value_parser = boolean(),
+        default_value = "false"
+    )]
+    include_upstream: bool,
 
     #[command(flatten)]
     format: FormatInput,
@@ -164,6 +176,11 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
             policy: verify.policy,
         }),
         store: folder,
+        upstream: if inputs.include_upstream {
+            Upstream::none()
+        } else {
+            Upstream::default()
+        },
         ..publish::Options::default()
     };
     let publisher = Publisher::start(&permit, attic.clone(), options, sink.clone());
@@ -178,6 +195,11 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     );
     let offered = (outcome.paths.len() + found.unreadable.len()) as u64;
     let lost = output::report(&workflow, format, &publication, offered, outcome.elapsed);
+    if publication.skipped > 0 {
+        workflow.log(
+            "what is skipped is signed by an upstream cache, which serves it: `--include-upstream true` sends it, too",
+        );
+    }
     let withheld = policy.fails && !publication.withheld.is_empty();
     Ok(if lost || withheld {
         Exit::Failed

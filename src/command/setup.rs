@@ -68,6 +68,13 @@ pub(crate) struct Inputs {
     nix: NixInputs,
 }
 
+impl Inputs {
+    /// Whether this is about the machine and its Nix, and not about the job's environment.
+    pub(crate) fn is_of_machine(&self) -> bool {
+        self.plan || self.undo
+    }
+}
+
 /// Why the job's environment was not set up.
 #[derive(Debug, Error)]
 pub(crate) enum Error {
@@ -305,7 +312,7 @@ fn set_outputs(files: &Files, decision: &Decision) -> std::io::Result<()> {
 fn shell_exports(folder: Option<&Path>, exports: &[(&'static str, String)]) -> String {
     let path = folder.map(|folder| {
         format!(
-            "export PATH={}:\"$PATH\"",
+            "export PATH={}${{PATH:+:\"$PATH\"}}",
             quoted(&folder.display().to_string())
         )
     });
@@ -326,6 +333,12 @@ pub(super) fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_a_path_the_current_folder_is_not_searched() {
+        let text = shell_exports(Some(Path::new("/opt/flywheel")), &[]);
+        assert_eq!(text, r#"export PATH='/opt/flywheel'${PATH:+:"$PATH"}"#);
+    }
 
     #[test]
     fn a_shell_takes_a_value_literally() {

@@ -11,6 +11,7 @@ use flywheel_core::exit::UsageError;
 use flywheel_core::text::one_line;
 use flywheel_nix::bootstrap::plan::{BinaryCache, Installer, Mirror, NixVersion, Wanted};
 use flywheel_nix::bootstrap::releases;
+use flywheel_nix::key::PublicKey;
 
 /// How Nix is installed where there is none.
 #[derive(Args, Clone, Debug)]
@@ -156,7 +157,7 @@ fn sources(text: &str) -> Result<Sources, Invalid> {
 fn source(line: &str) -> Result<BinaryCache, Invalid> {
     let mut words = line.split_whitespace();
     let address = http_address(words.next().unwrap_or_default())?.url;
-    let keys = words.map(public_key).collect::<Result<Vec<_>, _>>()?;
+    let keys = words.map(key).collect::<Result<Vec<_>, _>>()?;
     let upstream = releases::upstream();
     if keys.is_empty() && address.host_str() == upstream.address.host_str() {
         return Ok(BinaryCache {
@@ -170,6 +171,19 @@ fn source(line: &str) -> Result<BinaryCache, Invalid> {
             .with_hint("Give the key behind the URL, such as `main:6NCHdD59X431…=`."));
     }
     Ok(BinaryCache { address, keys })
+}
+
+fn key(word: &str) -> Result<PublicKey, Invalid> {
+    public_key(word).map_err(|problem| {
+        // A secret key that was taken for the public one must not be in the log.
+        let name = word
+            .split_once(':')
+            .map_or(word.to_owned(), |(name, _)| format!("{name}:…"));
+        Invalid::new(format!("names `{}`, which {problem}", one_line(&name, 60))).with_hint(
+            "Give the URL and behind it the public key, such as `https://cache.example.org/main main:6NCHdD59X431…=`; \
+             another cache stands on a line of its own.",
+        )
+    })
 }
 
 fn mirror(text: &str) -> Result<Mirror, String> {
@@ -277,6 +291,25 @@ mod tests {
             let error = wanted(&[(input, bad)]).expect_err(bad);
             assert!(error.to_string().contains(input), "{error}");
             assert!(!error.to_string().contains("sesame"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_none_is_named_without_what_may_be_secret() {
+        for (text, shown) in [
+            ("https://a.example foo", "`foo`"),
+            ("https://a.example main:c2VzYW1l", "`main:…`"),
+        ] {
+            let error = wanted(&[("nix-source", text)]).expect_err(text);
+            let message = error.to_string();
+            assert!(
+                message.contains(shown) && !message.contains("c2VzYW1l"),
+                "{message}"
+            );
+            assert!(
+                format!("{error:?}").contains("behind it the public key"),
+                "{error:?}"
+            );
         }
     }
 

@@ -144,6 +144,8 @@ fn cache_settings(
     Some(CacheSettings {
         substituter: inputs.cache.substituter()?,
         address: backend.substituter(),
+        // The embedded cache has a port of the system's, another one in each job.
+        is_lasting: !matches!(backend, Backend::Embedded { .. }),
         attempts: attempts(inputs, backend),
         public_key: inputs.cache.public_key.clone(),
         netrc,

@@ -19,6 +19,7 @@ mod image;
 mod init;
 mod launcher;
 mod matrix;
+mod namespace_trial;
 mod nix_job;
 mod pictures;
 mod publish;

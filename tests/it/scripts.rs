@@ -192,3 +192,23 @@ fn the_selftests_table_names_machines_that_left_no_row() {
     assert_eq!(table(&["x"]).0, Some(1));
     assert_eq!(table(&[]).0, Some(64));
 }
+
+#[test]
+fn a_program_is_static_by_its_header_and_not_by_its_text() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let names_loader = |program: &Path| {
+        let status = Command::new("sh")
+            .args(["-euc", ". \"$1\"; names_loader \"$2\"", "-"])
+            .arg(root.join("tests/machines/guest/elf.sh"))
+            .arg(program)
+            .status();
+        status.unwrap().success()
+    };
+    assert!(names_loader(Path::new("/bin/sh")), "it is dynamic");
+    // The committed binary has the loader's name in it, which `setup --plan` looks for.
+    let ours = root.join("dist/flywheel-x86_64-linux");
+    let text = std::fs::read(&ours).unwrap();
+    let name = b"/lib64/ld-linux-x86-64.so.2";
+    assert!(text.windows(name.len()).any(|window| window == name));
+    assert!(!names_loader(&ours), "it is static");
+}

@@ -116,6 +116,15 @@ pub(crate) const MACHINES: &[Machine] = &[
         "read-only-nix-without-namespaces",
         Obstacle(&["`/nix` is mounted read-only", NO_NAMESPACES]),
     ),
+    demo(
+        "noexec-nix",
+        Obstacle(&["`/nix` is mounted with `noexec`", "remount,exec"]),
+    ),
+    demo(
+        "linked-nix-root",
+        Obstacle(&["`/nix` is a symbolic link to `/other`", "mount --bind"]),
+    ),
+    demo("dangling-nix-sudo", NothingLost(&["rootless"])),
     demo("no-nix", NothingLost(&["rootless"])),
     demo("busybox-no-nix", NothingLost(&["rootless"])),
     demo(
@@ -138,6 +147,13 @@ pub(crate) const MACHINES: &[Machine] = &[
         "no-nix-in-chroot",
         Obstacle(&["there is no `/nix`", "chroot"]),
     ),
+    demo(
+        "nix-in-read-only-nix",
+        Obstacle(&[
+            "`/nix` is mounted read-only",
+            "so that it can be written to",
+        ]),
+    ),
     demo("nix-bin-2.8", NothingLost(&["rootless"])),
     demo("nix-bin-2.26", NothingLost(&["rootless"])),
     demo("nix-bin-2.34", NothingLost(&["rootless"])),
@@ -159,7 +175,10 @@ pub(crate) const MACHINES: &[Machine] = &[
     ),
     demo("daemon-stale-root", NothingLost(&[])),
     demo("no-nix-command", NothingLost(&[])),
-    demo("no-nixbld", NothingLost(&["nixbld"])),
+    demo(
+        "no-nixbld",
+        NothingLost(&["plan: repair: the group `nixbld` does not exist"]),
+    ),
     demo(
         "home-unset",
         NothingLost(&["it is `/home/alice` for this job, as in `/etc/passwd`"]),
@@ -172,12 +191,16 @@ pub(crate) const MACHINES: &[Machine] = &[
         "home-read-only",
         NothingLost(&["`/home/alice` cannot be written to"]),
     ),
+    // Its Nix works, so that its plan is no obstacle.
     demo(
         "tmp-full",
-        Obstacle(&[
-            "No space left on device",
-            "There is no room on `/area/temp (tmpfs)`",
-        ]),
+        Refuses(
+            "69",
+            &[
+                "No space left on device",
+                "There is no room on `/area/temp (tmpfs)`",
+            ],
+        ),
     ),
     // Without a payload there is no proof that this job may publish.
     demo(

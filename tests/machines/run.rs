@@ -35,6 +35,9 @@ pub(crate) struct Left {
     pub(crate) outputs: Vec<(String, String)>,
     /// Files of the host that were found.
     pub(crate) planted: String,
+    /// What `setup --plan` said there, and its exit code; empty where it was not asked.
+    pub(crate) plan: String,
+    pub(crate) plan_code: String,
     /// Outputs of the demo that the cache does not serve as an ordinary machine builds them.
     pub(crate) unserved: String,
 }
@@ -173,6 +176,8 @@ fn read(folder: &Path, ended: Result<(), String>) -> Left {
         seconds: text("seconds").trim().parse().unwrap_or(f64::INFINITY),
         outputs: outputs(&text("files/OUTPUT")),
         planted: text("planted"),
+        plan: text("plan"),
+        plan_code: text("plan-exit").trim().to_owned(),
         unserved: String::new(),
     }
 }

@@ -64,6 +64,29 @@ fn complain(end: End, left: &Left) -> Vec<String> {
         left.planted.is_empty(),
         format!("files of the host are in sight: {}", left.planted.trim()),
     );
+    // The plan is what a job does: it comes to the same end, for the same reason.
+    if !left.plan_code.is_empty() && matches!(end, End::NothingLost(_) | End::Obstacle(_)) {
+        check(
+            left.plan_code == code,
+            format!(
+                "`setup --plan` exits with {}: {}",
+                left.plan_code, left.plan
+            ),
+        );
+        let repairs = left.log.contains("plan: repair: ");
+        check(
+            repairs == left.plan.contains("  repair: "),
+            format!("job and plan differ in what is repaired: {}", left.plan),
+        );
+    }
+    if let (End::Obstacle(phrases), false) = (end, left.plan_code.is_empty()) {
+        for phrase in phrases {
+            check(
+                left.plan.contains(phrase),
+                format!("the plan lacks {phrase:?}: {}", left.plan),
+            );
+        }
+    }
     match end {
         End::NothingLost(_) => {
             for (name, value) in [("outcome", "success"), ("lost", "0"), ("built", "3")] {

@@ -260,7 +260,7 @@ fn a_setting_of_the_kernel_that_forbids_it_is_named() {
             "there is no `/nix`",
             "user namespaces are forbidden by `user.max_user_namespaces = 0`",
             "`sysctl -w user.max_user_namespaces=15000`",
-            "`install -d -o 1000 -g 1000 /nix`",
+            "`install -d -o 1000 -g 1000 -m 755 /nix`",
         ],
     );
     refused(
@@ -294,7 +294,7 @@ fn a_watch_that_later_steps_could_not_see_is_refused() {
         &[
             "to no others",
             "`flywheel nix-job`",
-            "`install -d -o 1000 -g 1000 /nix`",
+            "`install -d -o 1000 -g 1000 -m 755 /nix`",
         ],
     );
 }

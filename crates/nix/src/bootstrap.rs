@@ -282,10 +282,13 @@ impl Host {
         let Some(folder) = self.guarded.iter().find(|folder| is_world_writable(folder)) else {
             return Ok(());
         };
+        // Nix refuses only where it builds as other users. A volume of a pod is open to everybody, and its only user cannot
+        // change that.
+        if users == BuildUsers::None {
+            return Ok(());
+        }
         let strict = nix.version.flavour != Flavour::Lix && nix.version.at_least(2, 24);
-        // Only some versions refuse, and only when they build as other users; for the rest a
-        // warning is enough.
-        if strict && users == BuildUsers::InForce {
+        if strict {
             return Err(Error::WorldWritable(
                 folder.clone(),
                 nix.version.to_string(),
@@ -294,7 +297,7 @@ impl Host {
         let folder = folder.display();
         sink.degraded(
             "nix",
-            format!("`{folder}` is world-writable, which newer versions of Nix refuse;  run `chmod o-w {folder}`"),
+            format!("`{folder}` is world-writable, which newer versions of Nix refuse: run `chmod o-w {folder}` as root"),
         );
         Ok(())
     }
@@ -329,10 +332,30 @@ impl Work<'_> {
         if with_daemon {
             repair::serve_others(&mut ready, self.sink, self.deadline).await;
         }
+        if !installed {
+            self.note_version(&ready.nix);
+        }
         parts.push(("open", opening.elapsed()));
         ready.installed = installed;
         ready.parts = parts;
         Ok(ready)
+    }
+
+    /// Says that the Nix that was found is another one than the input names.
+    fn note_version(&self, nix: &Nix) {
+        let Some(wanted) = &self.wanted.version else {
+            return;
+        };
+        let program = std::fs::canonicalize(&nix.program);
+        let program = program.as_deref().unwrap_or(&nix.program);
+        if !wanted.is(nix.version.number(), program) {
+            self.sink.note(format!(
+                "`nix-version` names Nix {wanted}, and the Nix of this machine is used: {} at `{}` is there, and that input \
+                 is for machines without one",
+                nix.version,
+                nix.program.display()
+            ));
+        }
     }
 
     /// Does what has to be done before Nix is called for the first time.
@@ -390,8 +413,15 @@ impl Work<'_> {
             daemon: None,
             _in_use: closure::Manifest::hold(&self.host.nix),
         };
-        let users =
-            repair::open_store(&mut machine, self.wanted, &mut ready, early, self.deadline).await?;
+        let users = repair::open_store(
+            &mut machine,
+            self.wanted,
+            &mut ready,
+            early,
+            self.sink,
+            self.deadline,
+        )
+        .await?;
         self.host.check_guarded(&ready.nix, users, self.sink)?;
         for repair in &ready.repairs {
             // A changed setting costs the job nothing and is only noted; a dead daemon is a fault

@@ -243,10 +243,7 @@ fn untrusted(
     let mut all = Vec::new();
     // Use the daemon's own warning, since its settings may live on another machine.
     if warns_of_ignoring(&opened.stderr, &cache.substituter) {
-        all.push(ignored(
-            "extra-substituters",
-            format!("extra-trusted-substituters = {}", cache.address),
-        ));
+        all.push(ignored("extra-substituters", trusting(cache)));
     }
     let key = cache.public_key.as_ref().map(ToString::to_string);
     if let Some(key) = key.filter(|key| !own.list("trusted-public-keys").contains(key)) {
@@ -263,6 +260,16 @@ fn untrusted(
         ));
     }
     all
+}
+
+/// The line by which a daemon takes the cache from this user. No fixed line could name an address that is another one in
+/// each job; only trust helps.
+fn trusting(cache: &CacheSettings) -> String {
+    if cache.is_lasting {
+        format!("extra-trusted-substituters = {}", cache.address)
+    } else {
+        format!("extra-trusted-users = {}", user())
+    }
 }
 
 /// The file in which the machine's owner configures the daemon.
@@ -298,6 +305,27 @@ mod tests {
                 "{stderr}"
             );
         }
+    }
+
+    #[test]
+    fn no_address_is_advised_that_is_another_one_in_the_next_job() {
+        let cache = |is_lasting| CacheSettings {
+            substituter: "http://127.0.0.1:39183/main".into(),
+            address: "http://127.0.0.1:39183/main".into(),
+            is_lasting,
+            attempts: 1,
+            public_key: None,
+            netrc: None,
+        };
+        let lasting = trusting(&cache(true));
+        assert_eq!(
+            lasting,
+            "extra-trusted-substituters = http://127.0.0.1:39183/main"
+        );
+        assert_eq!(
+            trusting(&cache(false)),
+            format!("extra-trusted-users = {}", user())
+        );
     }
 
     #[test]

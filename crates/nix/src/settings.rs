@@ -44,6 +44,8 @@ pub struct CacheSettings {
     pub substituter: String,
     /// The cache's own address.
     pub address: String,
+    /// Whether later jobs find it at the same address, so that the machine's settings can name it.
+    pub is_lasting: bool,
     /// How often a download is tried.
     pub attempts: u32,
     /// Its public key, without which Nix refuses every hit.
@@ -325,6 +327,7 @@ mod tests {
             cache: Some(CacheSettings {
                 substituter: "https://cache.example/main".to_owned(),
                 address: "https://cache.example/main".to_owned(),
+                is_lasting: true,
                 attempts: 2,
                 public_key: Some(KEY.parse().expect("a key")),
                 netrc: Some("/private/netrc".into()),
@@ -345,6 +348,7 @@ mod tests {
         let cache = CacheSettings {
             substituter: "http://127.0.0.1:1/main".into(),
             address: "http://127.0.0.1:1/main".into(),
+            is_lasting: false,
             attempts: 2,
             public_key: None,
             netrc: Some("/n/netrc".into()),

@@ -126,11 +126,16 @@ impl Version {
 }
 
 impl Version {
+    /// The number alone, `2.8.0`.
+    pub(crate) fn number(&self) -> &str {
+        self.line.rsplit(' ').next().unwrap_or_default()
+    }
+
     /// What is wrong with a version that nixpkgs refuses to be evaluated by, as a sentence.
     pub fn too_old(&self) -> Option<String> {
         let (major, minor) = NIXPKGS_MINIMUM;
         (!self.at_least(major, minor)).then(|| {
-            format!("{self} is older than {major}.{minor}, and so cannot evaluate nixpkgs of today; `nix-version` names a newer one")
+            format!("{self} is older than {major}.{minor}, and so cannot evaluate nixpkgs of today: update it, or remove it from this machine to have a newer one installed")
         })
     }
 

@@ -6,6 +6,9 @@ use std::path::Path;
 
 use flywheel_sys::runner::env::{Env, join_path, split_path};
 
+/// What a shell searches where `PATH` names nothing.
+const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 /// The cache's token is for the publisher; Nix gets it through the netrc.
 const TOKENS: [&str; 1] = ["ATTIC_TOKEN"];
 /// The prefix of Flywheel's inputs, the command's text among them.
@@ -35,6 +38,12 @@ pub(super) fn for_command(
         let path = variables
             .remove(&OsString::from("PATH"))
             .unwrap_or_default();
+        // Nothing on it is the current folder to a shell, and so the checkout.
+        let path = if path.is_empty() {
+            SYSTEM_PATH.into()
+        } else {
+            path
+        };
         let folders = std::iter::once(folder.to_owned()).chain(split_path(&path));
         variables.insert("PATH".into(), join_path(folders).unwrap_or(path));
     }
@@ -44,6 +53,23 @@ pub(super) fn for_command(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn without_a_path_the_checkout_is_not_searched() {
+        for pairs in [&[][..], &[("PATH", "")]] {
+            let env = Env::from_pairs(pairs.iter().copied());
+            let variables = for_command(&env, "", Some(Path::new("/opt/nix/bin")), &[]);
+            let path = variables[&OsString::from("PATH")].to_str().expect("text");
+            assert!(
+                path.starts_with("/opt/nix/bin:") && path.contains(":/usr/bin:"),
+                "{path}"
+            );
+            assert!(
+                path.split(':').all(|folder| folder.starts_with('/')),
+                "{path}"
+            );
+        }
+    }
 
     #[test]
     fn tokens_and_inputs_stay_outside_and_the_rest_comes_along() {

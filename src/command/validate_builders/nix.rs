@@ -155,6 +155,7 @@ async fn present(plan: &Plan, env: &Env) -> Found<Option<PathBuf>> {
 async fn to_be_installed(plan: &Plan, env: &Env) -> Found<Option<PathBuf>> {
     let mut machine = Machine::read(env);
     machine.try_sudo().await;
+    machine.try_namespaces(env, &plan.install).await;
     match bootstrap::plan::plan(&machine, &plan.install) {
         bootstrap::plan::Plan::Impossible(Impossible { obstacle, remedy }) => {
             Err(CheckFailure::new(obstacle, remedy))

@@ -117,7 +117,7 @@ pub(super) fn export(
         // For `eval "$(flywheel watch-store start)"`.
         let path = folder.map(|folder| {
             let folder = quoted(&folder.display().to_string());
-            format!("export PATH={folder}:\"$PATH\"")
+            format!("export PATH={folder}${{PATH:+:\"$PATH\"}}")
         });
         to_shell(variables.iter().map(assignment).chain(path));
     }

@@ -9,6 +9,7 @@ repository=$(cd "$here/../../.." && pwd -P)
 tools=$repository/target/tools
 . "$here/machines.sh"
 . "$repository/tests/guest/root.sh"
+. "$here/elf.sh"
 describe "$1"
 flywheel=$2 out=$3
 shift 3
@@ -56,7 +57,7 @@ if [ "$DEBIAN" = busybox ]; then
   cp "$tools/nix-2.34.8/usr/bin/busybox" bin/busybox
   chroot . /bin/busybox --install -s /bin
   # A debug build is not static.
-  if grep -q /lib64/ld-linux-x86-64.so.2 "$flywheel"; then
+  if names_loader "$flywheel"; then
     echo "$flywheel is not static: this busybox machine gets a C library" >&2
     mkdir lib64
     libraries=$tools/debian-sid/usr/lib/x86_64-linux-gnu
@@ -91,6 +92,16 @@ case $NIX_FOLDER in
   "everyone's") mkdir nix && mount -t tmpfs -o mode=777 tmpfs nix ;;
   "root's") mkdir nix ;;
   read-only) mkdir nix && mount -t tmpfs -o ro tmpfs nix ;;
+  noexec) mkdir nix && mount -t tmpfs -o mode=777,noexec tmpfs nix ;;
+  link) mkdir other && ln -s other nix ;;
+  dangling) ln -s nowhere nix ;;
+  installed-read-only)
+    mkdir -p nix/store nix/var/nix/profiles/default/bin
+    cp -L usr/bin/nix nix/var/nix/profiles/default/bin/
+    mount --bind /dev/null usr/bin/nix
+    mount --bind nix nix
+    mount -o remount,bind,ro nix
+    ;;
   store) mkdir -p nix/var/nix/daemon-socket && mkdir -m 1775 nix/store && chown 0:30000 nix/store ;;
 esac
 echo '127.0.0.1 machine' >>etc/hosts

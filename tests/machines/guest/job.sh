@@ -102,6 +102,13 @@ timed() {
   /fly/busybox awk "BEGIN { print $ended - $started }" >/out/seconds
 }
 
+# Leaves what `setup --plan` says a job would do, and its exit code.
+plan() {
+  code=0
+  in_job /fly/busybox timeout -k 5 30 /fly/flywheel setup --plan </dev/null >/out/plan 2>/out/plan-errors || code=$?
+  echo "$code" >/out/plan-exit
+}
+
 # Runs a verb as the job.
 job() {
   timed in_job /fly/busybox timeout -k 5 100 /fly/flywheel "$@"

@@ -9,7 +9,8 @@ extra-sandbox-paths = /bin/sh=/fly/busybox'
 # Sets what a machine is made of:
 #   DEBIAN        folders of unpacked packages that make its /usr, the first on top; `busybox` for busybox alone
 #   USER_NAME     whose job it is: root, alice, or stranger, who has no entry in /etc/passwd
-#   NIX_FOLDER    /nix: absent, empty (the user's), everyone's, root's, read-only, or store (as an installation left it)
+#   NIX_FOLDER    /nix: absent, empty (the user's), everyone's, root's, read-only, noexec, link, dangling (a link to nowhere),
+#                 store (as an installation left it), or installed-read-only (with a Nix in it)
 #   NAMESPACES    user namespaces: allowed, or forbidden by `sysctl` or `chroot`
 #   SUDO          whether sudo asks the user for no password
 #   DAEMON        none, alive, stale (a socket that nobody listens on), or socket (it is started by its socket)
@@ -47,6 +48,9 @@ describe() {
     roots-nix-without-namespaces) DEBIAN=debian-13 NIX_FOLDER="root's" NAMESPACES=sysctl ;;
     read-only-nix) DEBIAN=debian-12 NIX_FOLDER=read-only ;;
     read-only-nix-without-namespaces) DEBIAN=debian-12 NIX_FOLDER=read-only NAMESPACES=sysctl ;;
+    noexec-nix) DEBIAN=debian-12 NIX_FOLDER=noexec NAMESPACES=sysctl ;;
+    linked-nix-root) DEBIAN=debian-12 USER_NAME=root NIX_FOLDER=link ;;
+    dangling-nix-sudo) DEBIAN=debian-12 NIX_FOLDER=dangling SUDO=yes ;;
     no-nix) DEBIAN=debian-12 ;;
     busybox-no-nix) DEBIAN=busybox ;;
     no-nix-home-unset) DEBIAN=debian-13 HOME_FOLDER=unset ;;
@@ -54,6 +58,7 @@ describe() {
     no-nix-home-read-only) DEBIAN=debian-sid HOME_FOLDER=read-only ;;
     no-nix-without-namespaces) DEBIAN=debian-12 NAMESPACES=sysctl ;;
     no-nix-in-chroot) DEBIAN=debian-sid NAMESPACES=chroot ;;
+    nix-in-read-only-nix) DEBIAN='nix-2.34.8 debian-sid' NIX_FOLDER=installed-read-only ;;
     # Debian's package without a /nix.
     nix-bin-2.8) DEBIAN='nix-2.8.0 debian-12' ;;
     nix-bin-2.26) DEBIAN='nix-2.26.3 debian-13' ;;

@@ -10,7 +10,10 @@ set -eu
 bring_up
 story=$1
 case $story in
-  demo) job nix-job --command 'nix build --no-link path:hello' ;;
+  demo)
+    plan
+    job nix-job --command 'nix build --no-link path:hello'
+    ;;
   canary) job validate-builders ;;
   workflow) workflow ;;
   checkout)

@@ -28,6 +28,7 @@ fn cache(netrc: Option<PathBuf>) -> CacheSettings {
     CacheSettings {
         substituter: CACHE.to_owned(),
         address: CACHE.to_owned(),
+        is_lasting: true,
         attempts: 2,
         public_key: Some(KEY.parse().unwrap()),
         netrc,

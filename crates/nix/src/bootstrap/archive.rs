@@ -81,8 +81,22 @@ pub(super) enum Error {
         found: String,
         wanted: String,
     },
-    #[error("nothing that can be trusted has the sum of `{0}`")]
+    #[error(
+        "nothing that can be trusted has the sum of `{0}`: Flywheel knows those of Nix {known}, and another one has to come \
+         over TLS or from this machine",
+        known = releases::archives_known()
+    )]
     Unverified(String),
+    #[error(
+        "the sum of `{place}` is not known: it has to lie beside the archive, and `{beside}` could not be read: {problem} \
+         (Flywheel itself knows the sums of Nix {known})",
+        known = releases::archives_known()
+    )]
+    NoSum {
+        place: String,
+        beside: String,
+        problem: String,
+    },
     #[error("`{0}` is no release archive of Nix: {1}")]
     Malformed(String, String),
     #[error("`{place}` is Nix {found}, and `nix-version` asks for {wanted}")]
@@ -301,7 +315,14 @@ async fn wanted_sum(
     if !beside.is_trusted() {
         return Err(Error::Unverified(shown));
     }
-    let text = fetcher.text(&beside).await?;
+    let text = fetcher.text(&beside).await.map_err(|error| match error {
+        Error::Fetch(beside, problem) => Error::NoSum {
+            place: shown.clone(),
+            beside,
+            problem,
+        },
+        other => other,
+    })?;
     let sum = text.split_whitespace().next().unwrap_or_default();
     if sum.len() != 64 || !sum.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return Err(Error::Malformed(beside.shown(), "it holds no sum".into()));

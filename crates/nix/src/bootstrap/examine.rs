@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::machine::{Folder, Machine};
+use super::machine::{Folder, Machine, Opening};
 use super::plan::{Impossible, Plan, Wanted, plan};
 use super::{Error, repair};
 use crate::tool::Nix;
@@ -27,11 +27,18 @@ pub struct Examined {
 pub async fn examine(env: &Env, wanted: &Wanted) -> Examined {
     let mut machine = Machine::read(env);
     machine.try_sudo().await;
+    machine.try_namespaces(env, wanted).await;
     machine.try_socket(env).await;
     let mut version = None;
     let mut broken = None;
     if let Some(found) = machine.nix.clone() {
-        let has_store = machine.is_elsewhere || matches!(machine.folder, Folder::Used { .. });
+        let has_store = machine.is_elsewhere
+            || match machine.folder {
+                Folder::Used { .. } | Folder::NoExec => true,
+                // Nothing can be made there.
+                Folder::ReadOnly | Folder::Link { .. } => machine.is_nix_below,
+                Folder::Absent { .. } | Folder::Empty { .. } | Folder::NoFolder => false,
+            };
         match Nix::detect(&found.program, env).await {
             Ok(nix) => {
                 version = Some(
@@ -39,12 +46,16 @@ pub async fn examine(env: &Env, wanted: &Wanted) -> Examined {
                         .too_old()
                         .unwrap_or_else(|| nix.version.to_string()),
                 );
-                if has_store && plan(&machine, wanted) == Plan::Ready {
-                    let opening = repair::opening(&nix, &machine, Instant::now() + LIMIT).await;
-                    match opening {
-                        Ok(opening) => machine.opening = opening,
-                        Err(error) => broken = Some(error),
+                let opening = match plan(&machine, wanted) {
+                    Plan::Ready if has_store => {
+                        repair::opening(&nix, &machine, Instant::now() + LIMIT).await
                     }
+                    Plan::Ready => repair::foreseen(&nix, &machine).await,
+                    _ => Ok(Opening::Untried),
+                };
+                match opening {
+                    Ok(opening) => machine.opening = opening,
+                    Err(error) => broken = Some(error),
                 }
             }
             Err(error) => broken = Some(Error::Nix(error)),

@@ -172,6 +172,7 @@ impl Installer<'_> {
             // By itself, Flywheel takes nothing that it does not know: the sum beside an archive is the word of the
             // server that has the archive.
             takes_unknown: self.wanted.mirror.is_some()
+                || self.wanted.version.is_some()
                 || self.wanted.installer == WantedInstaller::Tarball,
             roots: self.roots,
         };

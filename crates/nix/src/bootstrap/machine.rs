@@ -88,7 +88,16 @@ pub enum Folder {
     },
     /// On a file system that is mounted read-only.
     ReadOnly,
-    /// A file, or a link to nowhere.
+    /// A folder that could be written to, on a file system from which no program can be started.
+    NoExec,
+    /// `/nix` or `/nix/store` is a symbolic link, which Nix refuses.
+    Link {
+        place: PathBuf,
+        target: PathBuf,
+        /// Whether there is a folder behind it.
+        leads_to_folder: bool,
+    },
+    /// A file, or something else that is no folder.
     NoFolder,
 }
 
@@ -98,7 +107,7 @@ impl Folder {
         match self {
             Self::Absent { makeable } => *makeable,
             Self::Empty { writable, .. } | Self::Used { writable, .. } => *writable,
-            Self::ReadOnly | Self::NoFolder => false,
+            Self::ReadOnly | Self::NoExec | Self::Link { .. } | Self::NoFolder => false,
         }
     }
 }
@@ -164,7 +173,12 @@ pub enum Opening {
 impl Machine {
     /// Whether a store has to come to be at `/nix`, and this user cannot make it as things are.
     pub(super) fn lacks_store(&self) -> bool {
-        let no_store = !self.folder.is_usable() && !self.is_elsewhere;
+        // A Nix that is outside starts, and opens its store, on a disk without programs as well.
+        let is_usable = match self.folder {
+            Folder::NoExec => self.nix.is_some(),
+            _ => self.folder.is_usable(),
+        };
+        let no_store = !is_usable && !self.is_elsewhere;
         // Where a Nix is there, a daemon may serve its store. Without any, the socket is nobody's.
         no_store && (self.nix.is_none() || self.socket == Socket::Absent)
     }
@@ -220,6 +234,12 @@ impl Machine {
             Folder::Empty { writable, owner } => format!("empty, {}", rights(writable, owner)),
             Folder::Used { writable, owner } => format!("in use, {}", rights(writable, owner)),
             Folder::ReadOnly => "mounted read-only".into(),
+            Folder::NoExec => "mounted with `noexec`".into(),
+            Folder::Link { place, target, .. } => format!(
+                "`{}` is a symbolic link to `{}`",
+                place.display(),
+                target.display()
+            ),
             Folder::NoFolder => "no folder".into(),
         }
     }

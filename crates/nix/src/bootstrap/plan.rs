@@ -2,7 +2,7 @@
 //! what is done on which machine; carrying it out is for `bootstrap` and the modules beside this one.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use url::Url;
@@ -15,6 +15,9 @@ use flywheel_core::text::one_line;
 
 #[cfg(test)]
 mod tests;
+
+/// What is missing where only the store is.
+const NO_STORE: &str = "Nix is installed, and has no store";
 
 /// What the inputs ask for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -76,6 +79,19 @@ impl FromStr for NixVersion {
                 "must be a version such as `2.31.2` or a whole store path, not `{}`",
                 one_line(text, 80)
             ))
+        }
+    }
+}
+
+impl NixVersion {
+    /// Whether a Nix is the one that is meant: by the version that it prints, or by the file of its program.
+    pub(super) fn is(&self, version: &str, program: &Path) -> bool {
+        match self {
+            // `2.31` asks for any of that series.
+            Self::Number(number) => version.strip_prefix(number.as_str()).is_some_and(|rest| {
+                rest.is_empty() || (rest.starts_with('.') && number.matches('.').count() == 1)
+            }),
+            Self::Path(path) => program.starts_with(path.to_string()),
         }
     }
 }
@@ -185,6 +201,8 @@ pub struct RootlessPlan {
     pub covers_folder: bool,
     /// Why nothing else will do, a fragment.
     pub reason: String,
+    /// What makes it unnecessary, in sentences.
+    pub remedy: String,
 }
 
 /// Decides what is done. `machine.opening` is `Untried` before Nix has been called; afterwards the plan is made again.
@@ -212,7 +230,14 @@ pub fn plan(machine: &Machine, wanted: &Wanted) -> Plan {
                      as root, which starts one for the job."
                 .into(),
         }),
-        (Opening::Denied(problem), _) => for_denied_store(machine, problem),
+        (Opening::Denied(problem), _) => for_denied_store(machine, wanted, problem),
+        // Nix's own message names a file in the folder, and not what is wrong with it.
+        (Opening::Closed(problem), _)
+            if !machine.is_elsewhere
+                && matches!(machine.folder, Folder::ReadOnly | Folder::Link { .. } | Folder::NoFolder) =>
+        {
+            nowhere(machine, wanted, &format!("the Nix store does not open ({problem})"))
+        }
         (Opening::Closed(problem), _) => Plan::Impossible(does_not_open(problem)),
     }
 }
@@ -233,14 +258,16 @@ fn for_untried_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     match ground(machine, wanted) {
         Ground::Prepared(preparation) => Plan::Repair(vec![RepairStep::MakeFolder(preparation)]),
         Ground::Rootless(rootless) => Plan::Rootless(rootless),
+        // A job that needs a store of its own ends without one; so does its plan.
+        Ground::None if wants_rootless(machine, wanted) => nowhere(machine, wanted, NO_STORE),
         // Some versions make do with a store in the home folder, so that this is not the last word.
         Ground::None => Plan::Ready,
     }
 }
 
-fn for_denied_store(machine: &Machine, problem: &str) -> Plan {
+fn for_denied_store(machine: &Machine, wanted: &Wanted, problem: &str) -> Plan {
     if !machine.is_elsewhere && !matches!(machine.folder, Folder::Used { .. }) {
-        return nowhere(machine, "Nix is installed, and has no store");
+        return nowhere(machine, wanted, NO_STORE);
     }
     Plan::Impossible(Impossible {
         obstacle: format!("the Nix store belongs to another user and there is no daemon: {problem}"),
@@ -283,17 +310,29 @@ fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     };
     let ground = ground(machine, wanted);
     let has_ground = !matches!(ground, Ground::None);
+    // What a package brings needs a store as well.
+    let is_of_no_use = matches!(
+        machine.folder,
+        Folder::ReadOnly | Folder::NoExec | Folder::Link { .. } | Folder::NoFolder
+    );
     let can = |way: Way| match way {
         Way::Closure | Way::Tarball => has_ground,
-        Way::Distro => distro,
+        Way::Distro => distro && !is_of_no_use,
     };
-    let ways: Vec<Way> = [Way::Closure, Way::Tarball, Way::Distro]
+    // An archive that somebody has named is meant: a pod without the internet would wait for a cache in vain.
+    let order = match wanted.mirror {
+        Some(_) => [Way::Tarball, Way::Closure, Way::Distro],
+        None => [Way::Closure, Way::Tarball, Way::Distro],
+    };
+    let ways: Vec<Way> = order
         .into_iter()
         .filter(|way| asked(*way) && gives(*way) && can(*way))
         .collect();
     match ground {
         _ if ways.is_empty() && has_ground => no_way(machine, wanted),
-        Ground::None if ways.is_empty() => nowhere(machine, "Nix is not installed on this machine"),
+        Ground::None if ways.is_empty() => {
+            nowhere(machine, wanted, "Nix is not installed on this machine")
+        }
         Ground::Rootless(rootless) => Plan::Rootless(rootless),
         Ground::Prepared(preparation) => install(preparation, ways, wanted),
         Ground::None => install(Preparation::Nothing, ways, wanted),
@@ -368,23 +407,24 @@ fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
     if is_free && let Sudo::Allowed(program) = &machine.sudo {
         return Ground::Prepared(Preparation::Sudo(program.clone()));
     }
-    // A folder of our own would hide the Nix that is below `/nix`, and all else that is there.
-    let can_cover = !matches!(machine.folder, Folder::NoFolder) && !machine.is_nix_below;
-    if machine.namespaces == Namespaces::Allowed
-        && can_cover
-        && wanted.is_for_children_alone
-        && !machine.user.is_root()
-    {
+    if machine.namespaces == Namespaces::Allowed && wants_rootless(machine, wanted) {
         return Ground::Rootless(RootlessPlan {
             covers_folder: !matches!(machine.folder, Folder::Absent { .. }),
             reason: folder_obstacle(machine),
+            remedy: folder_remedy(machine),
         });
     }
     Ground::None
 }
 
+/// Whether a store of this user's own would do, if it is allowed.
+fn wants_rootless(machine: &Machine, wanted: &Wanted) -> bool {
+    // A folder of our own would hide the Nix that is below `/nix`, and all else that is there.
+    !machine.is_nix_below && wanted.is_for_children_alone && !machine.user.is_root()
+}
+
 /// Why there is no store, with everything that was thought of.
-fn nowhere(machine: &Machine, missing: &str) -> Plan {
+fn nowhere(machine: &Machine, wanted: &Wanted, missing: &str) -> Plan {
     let mut obstacles = vec![folder_obstacle(machine)];
     if let Sudo::Refused(problem) = &machine.sudo {
         obstacles.push(format!("`sudo -n` refuses ({problem})"));
@@ -399,10 +439,14 @@ fn nowhere(machine: &Machine, missing: &str) -> Plan {
                 obstacles.push(obstacle.clone());
                 remedy = format!("{remedy} Or: {other}");
             }
-            Namespaces::Allowed => {
+            Namespaces::Allowed if machine.is_nix_below => {
+                obstacles.push("a store of this job's own would hide the Nix that is there".into());
+            }
+            Namespaces::Allowed if !wanted.is_for_children_alone => {
                 obstacles
                     .push("a store of this step's own would not be seen by later steps".into());
             }
+            Namespaces::Allowed => {}
         }
     }
     Plan::Impossible(Impossible {
@@ -423,6 +467,14 @@ fn folder_obstacle(machine: &Machine) -> String {
             format!("`/nix` belongs to user {owner}, and user {user} cannot write to it")
         }
         Folder::ReadOnly => "`/nix` is mounted read-only".into(),
+        Folder::NoExec => {
+            "`/nix` is mounted with `noexec`, so that no program can be started from it".into()
+        }
+        Folder::Link { place, target, .. } => format!(
+            "`{}` is a symbolic link to `{}`, and Nix has no store behind a link",
+            place.display(),
+            target.display()
+        ),
         Folder::NoFolder => "`/nix` is no folder".into(),
     }
 }
@@ -442,6 +494,18 @@ fn folder_remedy(machine: &Machine) -> String {
              give `/nix` to the job's user."
             .into(),
         Folder::ReadOnly => "Mount `/nix` so that it can be written to, or put a Nix with a daemon beside it.".into(),
+        Folder::NoExec => "Mount `/nix` without `noexec` (`mount -o remount,exec /nix` as root).".into(),
+        Folder::Link {
+            place,
+            leads_to_folder: false,
+            ..
+        } => format!("Remove the link `{}`, which leads nowhere, from the runner's image.", place.display()),
+        Folder::Link { place, target, .. } => format!(
+            "Have the runner's image make `{place}` a folder, and show the other one there by a bind mount instead of the \
+             link: `rm {place}; mkdir {place}; mount --bind {target} {place}` as root.",
+            place = place.display(),
+            target = target.display()
+        ),
         Folder::NoFolder => "Remove the file `/nix` from the runner's image.".into(),
     }
 }
@@ -491,8 +555,14 @@ impl RootlessPlan {
     /// What is left where the namespace was not entered.
     pub(super) fn not_entered(self) -> Impossible {
         Impossible {
-            obstacle: format!("{}, and this process has no namespace of its own", self.reason),
-            remedy: "Run the job by `nix-job`, which makes one, or have the runner's image make `/nix` for the user.".into(),
+            obstacle: format!(
+                "{}, and this process has no namespace of its own",
+                self.reason
+            ),
+            remedy: format!(
+                "Run the job by `nix-job`, which makes one. Or: {}",
+                self.remedy
+            ),
         }
     }
 }

@@ -84,6 +84,12 @@ pub fn archive_sum(version: &str) -> Option<&'static str> {
     look_up(&ARCHIVE_SUMS, version)
 }
 
+/// The versions whose archive's sum is known for this system, for messages.
+pub fn archives_known() -> String {
+    let known = ARCHIVE_SUMS.iter().filter(|row| row.1 == SYSTEM);
+    known.map(|row| row.0).collect::<Vec<_>>().join(" and ")
+}
+
 fn look_up(table: &[(&str, &str, &'static str)], version: &str) -> Option<&'static str> {
     let row = table.iter().find(|row| (row.0, row.1) == (version, SYSTEM));
     row.map(|row| row.2)
@@ -107,6 +113,7 @@ mod tests {
         }
         assert!(closure(CLOSURE_VERSION).is_some() && archive_sum(ARCHIVE_VERSION).is_some());
         assert!(closure("9.9").is_none());
+        assert_eq!(archives_known(), "2.34.7 and 2.34.0");
         assert_eq!(upstream().keys.len(), 1);
     }
 }

@@ -57,6 +57,7 @@ pub(super) async fn open_store(
     wanted: &Wanted,
     ready: &mut Ready,
     early: EarlyProbe,
+    sink: &Sink,
     deadline: Instant,
 ) -> Result<BuildUsers, Error> {
     let opening = early.store?;
@@ -73,8 +74,12 @@ pub(super) async fn open_store(
     if let Ping::Open(opened) = opening {
         ready.opened = Some(opened);
     }
-    match plan(machine, wanted) {
-        Plan::Repair(steps) => repair(ready, &machine.opening, steps, deadline).await,
+    let planned = plan(machine, wanted);
+    match planned {
+        Plan::Repair(ref steps) => {
+            sink.note(format!("plan: {}", planned.summary()));
+            repair(ready, &machine.opening, steps, deadline).await
+        }
         Plan::Impossible(impossible) => Err(impossible.into()),
         // A store that opens is not made anew.
         Plan::Ready | Plan::Install(_) | Plan::Rootless(_) => {
@@ -99,6 +104,30 @@ pub(super) async fn opening(
         None
     };
     Ok(opening_of(nix, &ping, &build_group(settings)))
+}
+
+/// What opening a store that is not there yet will show, as far as it can be known without making it: whether root's builds
+/// have users.
+///
+/// # Errors
+/// When Nix does not print its settings.
+pub(super) async fn foreseen(nix: &Nix, machine: &Machine) -> Result<Opening, Error> {
+    if !machine.user.is_root() {
+        return Ok(Opening::Untried);
+    }
+    let group = build_group(Some(Settings::read(nix).await?));
+    let problem = match group.as_str() {
+        "" => None,
+        group => match members(&groups(), group) {
+            None => Some(format!("the group `{group}` does not exist")),
+            Some("") => Some(format!("the group `{group}` has no members")),
+            Some(_) => None,
+        },
+    };
+    Ok(match problem {
+        None => Opening::Untried,
+        no_build_users => Opening::Local { no_build_users },
+    })
 }
 
 /// The group that builds take their users from; empty where they run as the current user on purpose. `settings` is `None`
@@ -141,18 +170,18 @@ fn users_of(opening: &Opening, group: &str) -> BuildUsers {
 async fn repair(
     ready: &mut Ready,
     opening: &Opening,
-    steps: Vec<RepairStep>,
+    steps: &[RepairStep],
     deadline: Instant,
 ) -> Result<BuildUsers, Error> {
     let mut users = users_of(opening, "");
     for step in steps {
         match step {
             RepairStep::WithoutBuildUsers(problem) => {
-                apply(ready, without_build_users(&problem));
+                apply(ready, without_build_users(problem));
                 users = BuildUsers::None;
             }
             RepairStep::StartDaemon(problem) => {
-                users = restart_daemon(ready, &problem, deadline).await?;
+                users = restart_daemon(ready, problem, deadline).await?;
             }
             // Done before Nix was called.
             RepairStep::CompletePackages | RepairStep::MakeFolder(_) => {}
@@ -247,13 +276,18 @@ fn without_build_users(problem: &str) -> Repair {
 /// Whether the group is certainly empty: listed in `/etc/group` without members. A group from
 /// another source (LDAP, say) is not judged.
 fn is_empty_group(name: &str) -> bool {
-    let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
-    groups.lines().any(|line| {
+    members(&groups(), name) == Some("")
+}
+
+fn groups() -> String {
+    std::fs::read_to_string("/etc/group").unwrap_or_default()
+}
+
+/// The members of a group in the text of `/etc/group`.
+fn members<'a>(groups: &'a str, name: &str) -> Option<&'a str> {
+    groups.lines().find_map(|line| {
         let mut fields = line.split(':');
-        fields.next() == Some(name)
-            && fields
-                .nth(2)
-                .is_some_and(|members| members.trim().is_empty())
+        (fields.next() == Some(name)).then(|| fields.nth(2).unwrap_or_default().trim())
     })
 }
 

@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, StatVfsMountFlags, access, statvfs};
-use rustix::process::{getegid, geteuid};
+use rustix::process::geteuid;
 use thiserror::Error;
 
 use crate::bootstrap::machine::{Machine, Namespaces, Sudo};
@@ -42,14 +42,20 @@ pub enum Viewers {
 #[derive(Debug, Error)]
 pub enum Error {
     #[error("{lack}; a folder of this user's own cannot be shown there instead: {obstacle}")]
-    Forbidden { lack: String, obstacle: Obstacle },
+    Forbidden {
+        lack: String,
+        /// What makes this store unnecessary, in sentences.
+        remedy: String,
+        obstacle: Obstacle,
+    },
     #[error(
         "{lack}; a folder of this user's own can be shown there to the processes that Flywheel starts, and to no others"
     )]
-    Others { lack: String },
+    Others { lack: String, remedy: String },
     #[error("{lack}, and no folder can hold a store of this user's own ({})", .tried.join("; "))]
     NoPlace {
         lack: String,
+        remedy: String,
         /// Each folder with what is wrong with it.
         tried: Vec<String>,
     },
@@ -61,29 +67,23 @@ impl Explain for Error {
     }
 
     fn hint(&self) -> Option<String> {
-        let make = make_folder();
         Some(match self {
-            Self::Forbidden { obstacle, .. } => {
-                format!(
-                    "On the host, as root, run {make}, or {}.",
-                    obstacle.remedy()
-                )
+            Self::Forbidden {
+                remedy, obstacle, ..
+            } => format!("{remedy} Or: {}", on_host(obstacle)),
+            Self::Others { remedy, .. } => format!(
+                "Run the commands in one step with `flywheel nix-job`, which needs none of this. Or: {remedy}"
+            ),
+            Self::NoPlace { remedy, .. } => {
+                format!("Give the user a home folder that can be written to. Or: {remedy}")
             }
-            Self::Others { .. } => format!(
-                "Run the commands in one step with `flywheel nix-job`, which needs none of this; or have an administrator \
-                 run {make} on the host."
-            ),
-            Self::NoPlace { .. } => format!(
-                "Give the user a home folder that can be written to, or have an administrator run {make} on the host."
-            ),
         })
     }
 }
 
-/// The line by which an administrator gives this user a store, and with which nothing of this module is needed.
-fn make_folder() -> String {
-    let (user, group) = (geteuid().as_raw(), getegid().as_raw());
-    format!("`install -d -o {user} -g {group} {NIX}`")
+/// What an administrator does about an obstacle, a sentence.
+fn on_host(obstacle: &Obstacle) -> String {
+    format!("On the host, as root, {}.", obstacle.remedy())
 }
 
 /// A store that is now seen as `/nix`.
@@ -116,6 +116,8 @@ impl Rootless {
 pub struct Need {
     /// Why, a fragment.
     reason: String,
+    /// What makes a store of the user's own unnecessary, in sentences.
+    remedy: String,
     /// Whether there is a Nix. From 2.10 on, it makes a store in the home folder by itself, which every process of the user
     /// can open.
     pub is_nix_there: bool,
@@ -143,6 +145,7 @@ pub fn need(env: &Env) -> Option<Need> {
     match plan(&machine, &wanted) {
         Plan::Rootless(rootless) => Some(Need {
             reason: rootless.reason,
+            remedy: rootless.remedy,
             is_nix_there: machine.nix.is_some(),
         }),
         _ => None,
@@ -190,17 +193,31 @@ pub fn holds(env: &Env, paths: &[PathBuf]) -> bool {
 /// # Errors
 /// When the system does not allow it, or no folder can hold the store. This process must end then.
 pub fn enter(env: &Env, need: Need, viewers: Viewers) -> Result<Rootless, Error> {
-    let lack = need.reason;
+    let Need {
+        reason: lack,
+        remedy,
+        ..
+    } = need;
     if viewers == Viewers::Others {
-        return Err(Error::Others { lack });
+        return Err(Error::Others { lack, remedy });
     }
     let limits = Limits::read();
     if let Some(obstacle) = limits.obstacle() {
-        return Err(Error::Forbidden { lack, obstacle });
+        return Err(Error::Forbidden {
+            lack,
+            remedy,
+            obstacle,
+        });
     }
     let place = match Places::of_env(env).first_usable() {
         Ok(place) => place,
-        Err(tried) => return Err(Error::NoPlace { lack, tried }),
+        Err(tried) => {
+            return Err(Error::NoPlace {
+                lack,
+                remedy,
+                tried,
+            });
+        }
     };
     let view = View {
         folder: place.join("nix"),
@@ -209,12 +226,45 @@ pub fn enter(env: &Env, need: Need, viewers: Viewers) -> Result<Rootless, Error>
     };
     let left_out = namespace::enter(&view).map_err(|refused| Error::Forbidden {
         lack,
+        remedy,
         obstacle: limits.explain(&refused),
     })?;
     Ok(Rootless {
         folder: view.folder,
         left_out,
     })
+}
+
+/// The verb of the process that calls `try_out`.
+pub const TRIAL: &str = "namespace-trial";
+
+/// Tries what `enter` does, and makes no folder for it. To be called before any thread is started, by a process that is of no
+/// use for anything else then.
+///
+/// # Errors
+/// When `enter` would fail: the obstacle, a fragment, and the remedy, a sentence.
+pub fn try_out(env: &Env) -> Result<(), (String, String)> {
+    let limits = Limits::read();
+    let forbidden = |obstacle: Obstacle| (obstacle.to_string(), on_host(&obstacle));
+    if let Some(obstacle) = limits.obstacle() {
+        return Err(forbidden(obstacle));
+    }
+    let scratch = Places::of_env(env).would_hold().map_err(|tried| {
+        let tried = tried.join("; ");
+        let remedy = "Give the user a home folder that can be written to.";
+        let obstacle = format!("no folder can hold a store of this user's own ({tried})");
+        (obstacle, remedy.to_owned())
+    })?;
+    // Any folder shows whether one can be shown.
+    let view = View {
+        folder: "/proc".into(),
+        seen_at: NIX.into(),
+        scratch,
+    };
+    let entered = namespace::enter(&view);
+    entered
+        .map(|_| ())
+        .map_err(|refused| forbidden(limits.explain(&refused)))
 }
 
 /// The folder that this process sees as `/nix`, if it is another one.
@@ -266,6 +316,24 @@ impl Places {
         for base in self.bases() {
             match self.check(base).and_then(|()| self.make(base)) {
                 Ok(place) => return Ok(place),
+                Err(problem) => tried.push(format!("`{}`: {problem}", base.display())),
+            }
+        }
+        Err(tried)
+    }
+
+    /// A folder of the user's in which `first_usable` would find or make the store; or what is wrong with each.
+    fn would_hold(&self) -> Result<PathBuf, Vec<String>> {
+        if let Some(place) = self.with_store() {
+            return Ok(place.join("root"));
+        }
+        let mut tried = Vec::new();
+        for base in self.bases() {
+            let there = base.ancestors().find(|folder| folder.exists());
+            let there = there.unwrap_or(base);
+            let writable = || access(there, Access::WRITE_OK).map_err(io::Error::from);
+            match self.check(base).and_then(|()| writable()) {
+                Ok(()) => return Ok(there.to_owned()),
                 Err(problem) => tried.push(format!("`{}`: {problem}", base.display())),
             }
         }
@@ -467,6 +535,7 @@ mod tests {
     #[test]
     fn every_refusal_names_what_an_administrator_does() {
         let lack = || "there is no `/nix`".to_owned();
+        let remedy = || "Make the folder: `install -d -o 1 -g 1 /nix`.".to_owned();
         let obstacle = Obstacle::Setting {
             name: "user.max_user_namespaces",
             value: 0,
@@ -475,11 +544,16 @@ mod tests {
         let errors = [
             Error::Forbidden {
                 lack: lack(),
+                remedy: remedy(),
                 obstacle,
             },
-            Error::Others { lack: lack() },
+            Error::Others {
+                lack: lack(),
+                remedy: remedy(),
+            },
             Error::NoPlace {
                 lack: lack(),
+                remedy: remedy(),
                 tried: vec!["`/x`: full".to_owned()],
             },
         ];

@@ -69,6 +69,10 @@ impl World {
     }
 
     async fn ready(&self) -> Result<Ready, Error> {
+        self.ready_for(&packaged()).await
+    }
+
+    async fn ready_for(&self, wanted: &Wanted) -> Result<Ready, Error> {
         let said = Arc::clone(&self.said);
         let sink = Sink::new(move |event| {
             if let Progress::Note(text) | Progress::Degraded { text, .. } = event {
@@ -83,7 +87,7 @@ impl World {
             ("NIX_CONFIG", "cores = 1"),
         ]);
         self.host
-            .ready(&env, &packaged(), &Roots::default(), &sink, LIMIT)
+            .ready(&env, wanted, &Roots::default(), &sink, LIMIT)
             .await
     }
 
@@ -209,6 +213,40 @@ async fn a_world_writable_store_is_refused_where_nix_refuses_it() {
     world.nix("2.8.0", "nixbld-of-nobody", OPEN).await;
     world.ready().await.expect("older versions build there");
     assert!(world.said.lock().expect("no panic")[0].contains("chmod o-w"));
+}
+
+/// A pod's volume is open to everybody, and its only user cannot change that.
+#[tokio::test]
+async fn a_world_writable_store_without_build_users_is_nobodys_fault() {
+    let world = World::new(true);
+    let open = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(world.folder.path().join("store"), open).expect("opened");
+    for version in ["2.34.8", "2.8.0"] {
+        world.nix(version, "", OPEN).await;
+        world.ready().await.expect("it builds there");
+    }
+    let said = world.said.lock().expect("no panic");
+    assert!(said.is_empty(), "{said:?}");
+}
+
+#[tokio::test]
+async fn a_nix_that_is_there_is_used_whatever_version_is_named_and_the_log_says_so() {
+    let world = World::new(false);
+    world.nix("2.34.8", "", OPEN).await;
+    for (version, expected) in [("2.34.8", 0), ("2.31.2", 1)] {
+        let wanted = Wanted {
+            version: Some(version.parse().expect("a version")),
+            ..Wanted::default()
+        };
+        world.ready_for(&wanted).await.expect("it is there");
+        let said = world.said.lock().expect("no panic");
+        assert_eq!(said.len(), expected, "{said:?}");
+        assert!(
+            said.iter()
+                .all(|line| line.contains("`nix-version` names Nix 2.31.2")),
+            "{said:?}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -54,6 +54,11 @@ fn a_version_that_nixpkgs_refuses_is_named() {
         old.starts_with("nix (Nix) 2.8.0 is older than 2.18"),
         "{old}"
     );
+    // No input puts another one into the place of the machine's own.
+    assert!(
+        old.contains("remove it") && !old.contains("nix-version"),
+        "{old}"
+    );
     for line in [
         "nix (Nix) 2.18.0",
         "nix (Determinate Nix 3.6.2) 2.29.0",

@@ -27,6 +27,14 @@ impl Default for Upstream {
 }
 
 impl Upstream {
+    /// No upstream cache: every path is sent.
+    pub fn none() -> Self {
+        Self {
+            names: HashSet::new(),
+            keys: Vec::new(),
+        }
+    }
+
     /// Knows these keys, too, which are those that the job's Nix trusts.
     #[must_use]
     pub fn with_keys(mut self, keys: impl IntoIterator<Item = PublicKey>) -> Self {

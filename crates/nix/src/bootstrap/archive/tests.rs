@@ -385,6 +385,31 @@ async fn an_archive_comes_over_http_as_well() {
 }
 
 #[tokio::test]
+async fn a_missing_sum_is_named_with_its_place_and_the_versions_that_need_none() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let serving = std::thread::spawn(move || {
+        let (mut connection, _) = listener.accept().expect("a client");
+        let mut head = [0; 4096];
+        let _ = connection.read(&mut head).expect("a request");
+        let answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        connection.write_all(answer).expect("taken");
+    });
+    let world = World::new(b"");
+    let mirror = Mirror::Url(format!("http://{address}/nix/").parse().expect("a URL"));
+    let error = world.install(mirror).await.expect_err("no sum").to_string();
+    serving.join().expect("no panic");
+    for word in [
+        ".tar.xz.sha256` could not be read: HTTP status 404",
+        "beside the archive",
+        "2.34.7",
+    ] {
+        assert!(error.contains(word), "{error}");
+    }
+    assert!(!world.nix().exists());
+}
+
+#[tokio::test]
 async fn what_nobody_asked_for_has_to_be_known() {
     let world = World::new(b"");
     let mirror = Mirror::Path(world.archive());

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::Access;
+use rustix::fs::{Access, StatVfsMountFlags};
 use rustix::io::Errno;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -15,18 +15,23 @@ use tokio::time::timeout;
 use super::{BuildGroup, Folder, Machine, Namespaces, Opening, Socket, Sudo, User};
 use crate::bootstrap::Host;
 use crate::bootstrap::install::sudo_call;
+use crate::bootstrap::plan::{Plan, Wanted, plan};
+use crate::bootstrap::rootless::TRIAL;
 use crate::settings::sets;
 use crate::tool;
 use flywheel_core::text::one_line;
 use flywheel_sys::host::home::Entry;
+use flywheel_sys::process::capture::Tool;
 use flywheel_sys::process::namespace::Limits;
-use flywheel_sys::runner::env::Env;
+use flywheel_sys::runner::env::{Env, program_and_arguments};
 use flywheel_sys::untrusted_file::{self, Owner};
 
 /// `sudo` answers at once, unless it looks its host up in a name service that is away.
 const SUDO_LIMIT: Duration = Duration::from_secs(3);
 /// A local socket is connected at once.
 const CONNECT_LIMIT: Duration = Duration::from_secs(1);
+/// Making a namespace takes milliseconds.
+const TRIAL_LIMIT: Duration = Duration::from_secs(5);
 /// A variable that is set names another store, or another socket, than the default ones.
 const STORE_VARIABLES: [&str; 4] = [
     "NIX_REMOTE",
@@ -52,6 +57,16 @@ impl Machine {
             && self.lacks_store()
         {
             self.sudo = try_sudo(program).await;
+        }
+    }
+
+    /// Tries whether namespaces can be made, where the plan rests on them: a filter of system calls or a security module
+    /// shows only then.
+    pub async fn try_namespaces(&mut self, env: &Env, wanted: &Wanted) {
+        if matches!(plan(self, wanted), Plan::Rootless(_))
+            && let Some(forbidden) = try_namespaces(env).await
+        {
+            self.namespaces = forbidden;
         }
     }
 
@@ -160,10 +175,21 @@ fn is_open(mode: u32) -> bool {
 }
 
 fn folder(nix: &Path, root: bool) -> Folder {
+    // Nix looks at both, and opens no store behind a link.
+    for place in [nix.to_owned(), nix.join("store")] {
+        if let Ok(target) = fs::read_link(&place) {
+            let target = place.parent().unwrap_or(Path::new("/")).join(target);
+            let leads_to_folder = target.is_dir();
+            return Folder::Link {
+                place,
+                target,
+                leads_to_folder,
+            };
+        }
+    }
     let facts = match fs::metadata(nix) {
         Ok(facts) if facts.is_dir() => facts,
         Ok(_) => return Folder::NoFolder,
-        Err(_) if fs::symlink_metadata(nix).is_ok() => return Folder::NoFolder,
         Err(_) => {
             let parent = nix.parent().unwrap_or(Path::new("/"));
             return match access(parent) {
@@ -180,11 +206,21 @@ fn folder(nix: &Path, root: bool) -> Folder {
         .filter(|part| part.is_dir())
         .map(|part| access(part));
     let denied: Vec<Errno> = tried.filter_map(Result::err).collect();
-    if denied.contains(&Errno::ROFS) {
+    // Who may not write there anyway is not told that nobody can.
+    if denied.contains(&Errno::ROFS)
+        || parts
+            .iter()
+            .any(|part| has_flag(part, StatVfsMountFlags::RDONLY))
+    {
         return Folder::ReadOnly;
     }
     // The store's own group may write to `/nix/store`, which is not enough: Nix writes to the database as well.
-    let writable = denied.is_empty() || root && !denied.contains(&Errno::ROFS);
+    let writable = denied.is_empty() || root;
+    // The store's file system.
+    let store = &parts[usize::from(parts[1].is_dir())];
+    if writable && has_flag(store, StatVfsMountFlags::NOEXEC) {
+        return Folder::NoExec;
+    }
     let is_empty =
         fs::read_dir(nix).is_ok_and(|mut entries| entries.all(|entry| is_no_content(&entry)));
     if is_empty {
@@ -192,6 +228,11 @@ fn folder(nix: &Path, root: bool) -> Folder {
     } else {
         Folder::Used { writable, owner }
     }
+}
+
+/// Whether the folder is on a file system that is mounted so.
+fn has_flag(folder: &Path, flag: StatVfsMountFlags) -> bool {
+    rustix::fs::statvfs(folder).is_ok_and(|stat| stat.f_flag.contains(flag))
 }
 
 /// A volume has this folder of the file system's own.
@@ -226,6 +267,18 @@ fn namespaces(limits: &Limits) -> Namespaces {
         },
         None => Namespaces::Allowed,
     }
+}
+
+/// What keeps another process of this program from making them. `None` where nothing does, or nothing was learned.
+async fn try_namespaces(env: &Env) -> Option<Namespaces> {
+    let (program, _) = program_and_arguments().ok()?;
+    let tool = Tool::new(&program).arg(TRIAL).envs(env.all());
+    let output = tool.run(TRIAL_LIMIT).await.ok()?.text();
+    let (obstacle, remedy) = output.trim_end().split_once('\n')?;
+    Some(Namespaces::Forbidden {
+        obstacle: obstacle.to_owned(),
+        remedy: remedy.to_owned(),
+    })
 }
 
 async fn try_sudo(program: &Path) -> Sudo {
@@ -265,6 +318,8 @@ fn runs(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
@@ -305,6 +360,21 @@ mod tests {
         fs::write(&nix, "").expect("written");
         assert_eq!(look(), Folder::NoFolder);
         fs::remove_file(&nix).expect("removed");
+        for (link, leads_to_folder) in [("nowhere", false), (".", true)] {
+            symlink(link, &nix).expect("linked");
+            let (place, target) = (nix.clone(), folder.path().join(link));
+            let found = Folder::Link {
+                place,
+                target,
+                leads_to_folder,
+            };
+            assert_eq!(look(), found);
+            fs::remove_file(&nix).expect("removed");
+        }
+        fs::create_dir(&nix).expect("made");
+        symlink("/tmp", nix.join("store")).expect("linked");
+        assert!(matches!(look(), Folder::Link { place, .. } if place.ends_with("nix/store")));
+        fs::remove_file(nix.join("store")).expect("removed");
         fs::create_dir_all(nix.join("lost+found")).expect("made");
         assert!(matches!(look(), Folder::Empty { writable: true, .. }));
         fs::create_dir(nix.join("store")).expect("made");

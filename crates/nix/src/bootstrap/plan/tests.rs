@@ -1,4 +1,6 @@
-//! Every row of the machines that people run, and what holds over all combinations of facts.
+//! Every row of the machines that people run.
+
+mod combinations;
 
 use super::*;
 use crate::bootstrap::machine::{BuildGroup, Socket, User};
@@ -211,8 +213,15 @@ fn a_packaged_nix_without_a_store_gets_one_and_the_reason_is_the_true_one() {
         &packaged.clone().namespaces(),
         "rootless: there is no `/nix`, and user runner cannot make it, so the job gets a `/nix` that it alone sees",
     );
-    // Some versions have a store in the home folder then.
-    check(&packaged, "ready: the Nix of this machine is used as it is");
+    // A job is not begun without a store that it can show to its commands.
+    check(
+        &packaged,
+        "impossible: Nix is installed, and has no store: there is no `/nix`, and user runner cannot make it, and user \
+         namespaces are forbidden by `user.max_user_namespaces = 0`",
+    );
+    // Some versions have a store in the home folder, which every step sees.
+    let ready = "ready: the Nix of this machine is used as it is";
+    check_wanted(&packaged, &Wanted::default(), ready);
     let denied = packaged.opening(Opening::Denied(
         "creating directory '/nix': Permission denied".into(),
     ));
@@ -278,6 +287,66 @@ fn a_read_only_folder_is_named_as_that() {
             .folder(Folder::Absent { makeable: false }),
         "impossible: Nix is not installed on this machine: there is no `/nix`, and `/` cannot be written to",
     );
+}
+
+fn linked() -> Folder {
+    Folder::Link {
+        place: "/nix".into(),
+        target: "/data/nix".into(),
+        leads_to_folder: true,
+    }
+}
+
+/// Nothing is fetched for a folder that no Nix can be used in, and `sudo` gives away no folder that a link leads to.
+#[test]
+fn a_folder_of_no_use_is_covered_or_named_with_its_own_remedy() {
+    let nix = |machine: &Machine| machine.clone().nix("/nix/var/nix/profiles/default/bin/nix");
+    for (folder, obstacle, line) in [
+        (
+            linked(),
+            "`/nix` is a symbolic link to `/data/nix`",
+            "mount --bind /data/nix /nix",
+        ),
+        (
+            Folder::NoExec,
+            "`/nix` is mounted with `noexec`",
+            "mount -o remount,exec /nix",
+        ),
+        (
+            Folder::NoFolder,
+            "`/nix` is no folder",
+            "Remove the file `/nix`",
+        ),
+    ] {
+        let user = Machine::bare().sudo().folder(folder.clone());
+        let covered = plan(&user.clone().namespaces(), &job());
+        assert!(matches!(covered, Plan::Rootless(_)), "{covered:?}");
+        for machine in [user, Machine::bare().debian().root().folder(folder)] {
+            let planned = plan(&machine, &job());
+            let Plan::Impossible(found) = planned else {
+                panic!("{planned:?}");
+            };
+            assert!(found.obstacle.contains(obstacle), "{found:?}");
+            assert!(!found.obstacle.contains("later steps"), "{found:?}");
+            assert!(found.remedy.contains(line), "{found:?}");
+        }
+    }
+    // With a Nix in it, opening the store decides; what is wrong is named then.
+    for (folder, line) in [
+        (linked(), "mount --bind"),
+        (Folder::ReadOnly, "can be written to"),
+    ] {
+        let machine = nix(&Machine::bare().namespaces().folder(folder));
+        check(&machine, "ready: the Nix of this machine is used as it is");
+        let closed = plan(&machine.opening(Opening::Closed("big-lock".into())), &job());
+        let Plan::Impossible(found) = closed else {
+            panic!("{closed:?}");
+        };
+        assert!(
+            found.obstacle.contains("big-lock") && found.remedy.contains(line),
+            "{found:?}"
+        );
+    }
 }
 
 #[test]
@@ -358,6 +427,15 @@ fn an_input_chooses_among_the_ways() {
     ] {
         check_wanted(&root, &with(installer, version), expected);
     }
+    let mirror = Wanted {
+        mirror: Some(Mirror::Path("/opt/nix".into())),
+        ..job()
+    };
+    check_wanted(
+        &root,
+        &mirror,
+        "install: Nix is installed by tarball, else closure, else distro",
+    );
     let daemon = Wanted {
         daemon: true,
         ..job()
@@ -373,6 +451,32 @@ fn an_input_chooses_among_the_ways() {
             .contains("takes root"),
         "a daemon of an ordinary user serves nobody"
     );
+}
+
+#[test]
+fn a_version_is_that_of_a_nix_that_is_there_or_not() {
+    let path = "/nix/store/x30lnlgk1s16rynrfslbf8phr6h6rqf2-nix-2.31.2";
+    let program = format!("{path}/bin/nix");
+    for (wanted, version, expected) in [
+        ("2.31.2", "2.31.2", true),
+        ("2.31", "2.31.2", true),
+        ("2.31.2", "2.34.8", false),
+        ("2.3", "2.31.2", false),
+        ("2.31", "2.31pre2024", false),
+        (path, "2.31.2", true),
+        (
+            "/nix/store/fvchs9i3c9f4d6lcsm7q2ybxwpbnz4yc-nix-2.31.2",
+            "2.31.2",
+            false,
+        ),
+    ] {
+        let wanted: NixVersion = wanted.parse().expect("a version");
+        assert_eq!(
+            wanted.is(version, program.as_ref()),
+            expected,
+            "{wanted} {version}"
+        );
+    }
 }
 
 #[test]
@@ -400,84 +504,6 @@ fn a_version_is_a_number_or_a_store_path() {
     }
 }
 
-/// Every combination of the facts.
-fn machines() -> Vec<Machine> {
-    let mut machines = vec![
-        Machine::bare(),
-        Machine::bare().root(),
-        Machine::bare().debian(),
-        Machine::bare().debian().root(),
-    ];
-    let mut each = |vary: &dyn Fn(&Machine) -> Vec<Machine>| {
-        machines = machines.iter().flat_map(vary).collect();
-    };
-    each(&|machine| vec![machine.clone(), machine.clone().namespaces()]);
-    each(&|machine| vec![machine.clone(), machine.clone().socket()]);
-    each(&|machine| {
-        let programs = ["/usr/bin/nix", "/nix/var/nix/profiles/default/bin/nix"];
-        let found = programs.map(|program| machine.clone().nix(program));
-        [vec![machine.clone()], found.to_vec()].concat()
-    });
-    each(&|machine| {
-        let sudo = [
-            Sudo::Untried("/s".into()),
-            Sudo::Allowed("/s".into()),
-            Sudo::Refused("no".into()),
-        ];
-        let sudo = sudo.into_iter().filter(|_| !machine.user.is_root());
-        let with = sudo.map(|sudo| Machine {
-            sudo,
-            ..machine.clone()
-        });
-        std::iter::once(machine.clone()).chain(with).collect()
-    });
-    each(&|machine| {
-        let folders = [
-            machine.folder.clone(),
-            Folder::Empty {
-                writable: true,
-                owner: 1,
-            },
-            Folder::Empty {
-                writable: false,
-                owner: 1,
-            },
-            Folder::Used {
-                writable: true,
-                owner: 1,
-            },
-            Folder::Used {
-                writable: false,
-                owner: 1,
-            },
-            Folder::ReadOnly,
-            Folder::NoFolder,
-        ];
-        folders
-            .map(|folder| machine.clone().folder(folder))
-            .to_vec()
-    });
-    each(&|machine| {
-        let openings = [
-            Opening::Untried,
-            Opening::Local {
-                no_build_users: None,
-            },
-            Opening::Remote,
-            Opening::Denied("denied".into()),
-            Opening::Closed("closed".into()),
-        ];
-        // What was not found was not opened.
-        let openings = openings
-            .into_iter()
-            .take(if machine.nix.is_some() { 5 } else { 1 });
-        openings
-            .map(|opening| machine.clone().opening(opening))
-            .collect()
-    });
-    machines
-}
-
 #[test]
 fn the_facts_say_who_else_can_write_to_the_folder() {
     let row = |owner, is_folder_open| {
@@ -501,65 +527,4 @@ fn the_facts_say_who_else_can_write_to_the_folder() {
         );
     }
     assert_eq!(row(7, false), "empty, writable, and by user 7, whose it is");
-}
-
-#[test]
-fn no_combination_of_facts_breaks_a_promise() {
-    let machines = machines();
-    assert!(machines.len() > 2000, "{}", machines.len());
-    let installers = [
-        Installer::Auto,
-        Installer::Closure,
-        Installer::Tarball,
-        Installer::Distro,
-        Installer::None,
-    ];
-    for machine in &machines {
-        for installer in installers {
-            for (daemon, alone) in [(false, false), (false, true), (true, true)] {
-                let wanted = Wanted {
-                    installer,
-                    daemon,
-                    is_for_children_alone: alone,
-                    ..Wanted::default()
-                };
-                keeps_its_promises(machine, &wanted);
-            }
-        }
-    }
-}
-
-fn keeps_its_promises(machine: &Machine, wanted: &Wanted) {
-    let planned = plan(machine, wanted);
-    let at = format!("{planned:?} for {machine:?}, {wanted:?}");
-    let root = machine.user.is_root();
-    match planned {
-        Plan::Ready => assert!(machine.nix.is_some(), "there is no Nix: {at}"),
-        Plan::Repair(steps) => assert!(machine.nix.is_some() && !steps.is_empty(), "{at}"),
-        Plan::Install(InstallPlan {
-            preparation, ways, ..
-        }) => {
-            assert!(machine.nix.is_none() && !ways.is_empty(), "{at}");
-            assert!(
-                wanted.installer != Installer::None,
-                "it was forbidden: {at}"
-            );
-            assert!(!ways.contains(&Way::Distro) || root, "{at}");
-            let sudo = preparation != Preparation::Nothing;
-            assert!(!sudo || matches!(machine.sudo, Sudo::Allowed(_)), "{at}");
-            assert!(
-                !sudo || !machine.folder.is_usable(),
-                "sudo is of no use: {at}"
-            );
-            let writes = ways != [Way::Distro];
-            assert!(!writes || sudo || machine.folder.is_usable(), "{at}");
-        }
-        Plan::Rootless(_) => assert!(
-            !root && wanted.is_for_children_alone && machine.namespaces == Namespaces::Allowed,
-            "{at}"
-        ),
-        Plan::Impossible(Impossible { obstacle, remedy }) => {
-            assert!(!obstacle.is_empty() && remedy.ends_with('.'), "{at}");
-        }
-    }
 }

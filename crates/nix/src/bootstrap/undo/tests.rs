@@ -182,7 +182,11 @@ async fn what_an_installation_finds_of_an_earlier_one_stays_ours() {
         panic!("it begins");
     };
     let manifest = Manifest::read(&nix).expect("valid").expect("written");
-    let ours: Vec<&str> = manifest.paths.iter().map(crate::store_path::StorePath::base_name).collect();
+    let ours: Vec<&str> = manifest
+        .paths
+        .iter()
+        .map(crate::store_path::StorePath::base_name)
+        .collect();
     assert_eq!(ours, [NIX]);
     drop(staging);
 }

@@ -135,6 +135,26 @@ fn upstream_paths_are_skipped_and_block_nothing() {
     );
 }
 
+/// A cache for machines that reach no other one gets all of a closure.
+#[test]
+fn without_an_upstream_cache_what_is_signed_is_sent_as_well() {
+    let key = SecretKey::generate("upstream-1").expect("random");
+    for (upstream, expected) in [
+        (Upstream::none(), "glibc"),
+        (Upstream::default().with_keys([key.public()]), "app"),
+    ] {
+        let mut plan = UploadPlan::default();
+        plan.omit(upstream);
+        plan.omit_names(["upstream-1".to_owned()]);
+        let mut glibc = info("glibc", &[]);
+        glibc.signatures = vec![signature(&key, &glibc)];
+        plan.offer(info("app", &["glibc"]));
+        plan.offer(glibc);
+        answer(&mut plan, &[]);
+        assert_eq!(take(&mut plan).expect("ready").1, expected);
+    }
+}
+
 fn signature(key: &SecretKey, info: &PathInfo) -> String {
     let (hash, size) = (&info.nar_hash, info.nar_size);
     key.sign(&fingerprint(&info.path, hash, size, &info.references))
