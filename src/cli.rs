@@ -3,6 +3,8 @@
 //! actions and `docs/reference.md` follow from it.
 
 pub(crate) mod definitions;
+mod help;
+mod words;
 
 use std::ffi::OsString;
 
@@ -55,7 +57,19 @@ enum Verb {
 
 /// Every verb with its flags, and with the variable that each of them reads.
 pub(crate) fn command() -> Command {
-    attach(Cli::command(), &Blank::default())
+    attach(defined(), &Blank::default())
+}
+
+/// Every verb as it is defined, without variables.
+fn defined() -> Command {
+    help::with_exit_codes(Cli::command())
+}
+
+/// Has messages name the inputs as they are given where this process runs.
+pub(crate) fn name_inputs(arguments: &[OsString], env: &Env) {
+    if let Some(names) = words::input_names(&command(), arguments, env) {
+        names.use_for_messages();
+    }
 }
 
 impl Cli {
@@ -65,7 +79,7 @@ impl Cli {
     /// For the first value that is wrong, or for a wrong command line.
     pub(crate) fn read(arguments: Vec<OsString>, env: &Env) -> Result<Self, Refusal> {
         let arguments = words_as_flags(arguments).map_err(Refusal::Clap)?;
-        let matches = matches(Cli::command(), arguments, env)?;
+        let matches = matches(defined(), arguments, env)?;
         Self::from_arg_matches(&matches).map_err(refusal)
     }
 

@@ -29,6 +29,7 @@ const DEFAULT_LISTEN: &str = "127.0.0.1:8484";
 
 /// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol.
 #[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel")]
 pub(crate) struct Inputs {
     #[command(subcommand)]
     task: Task,

@@ -178,6 +178,65 @@ fn every_verb_says_what_it_is_for() {
 }
 
 #[test]
+fn every_help_shows_an_example_and_the_exit_codes_of_the_reference() {
+    let page = crate::house::source::file("docs/reference.md").text;
+    let (_, table) = page.split_once("## Exit codes").unwrap();
+    let rows = table.lines().skip_while(|line| !line.starts_with("|--"));
+    let rows = rows.skip(1).take_while(|line| !line.is_empty());
+    let rows: Vec<String> = rows
+        .map(|row| row.trim_matches(['|', ' ']).replace(" | ", " "))
+        .collect();
+    assert!(rows.len() >= 6, "{rows:?}");
+    for verb in verbs() {
+        let help = help(&verb).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(help.contains("Example"), "{verb:?} has no example");
+        let (_, codes) = help.split_once("Exit codes: ").expect("exit codes");
+        for row in &rows {
+            assert!(
+                codes.contains(row.as_str()),
+                "{verb:?} lacks {row:?}: {codes}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_message_names_an_input_as_it_is_given_where_it_is_read() {
+    let wrong = |run: Flywheel| {
+        let ran = run.run();
+        assert_eq!(ran.code, 64, "{}{}", ran.stdout, ran.stderr);
+        format!("{}{}", ran.stdout, ran.stderr)
+    };
+    let call = ["nix-job", "--push-cache", "x", "--", "true"];
+    for (run, named) in [
+        (Flywheel::new(&call), "flywheel: `--push-cache` must be"),
+        (
+            Flywheel::new(&["nix-job"]).env("FLYWHEEL_PUSH_CACHE", "x"),
+            "flywheel: `FLYWHEEL_PUSH_CACHE` must be",
+        ),
+        (
+            Flywheel::new(&["nix-job"]),
+            "help: Give the command to run, such as `--command 'nix build .#default'`.",
+        ),
+        (
+            Flywheel::new(&["nix-job"]).env("GITLAB_CI", "true"),
+            "such as `FLYWHEEL_COMMAND=nix build .#default`.",
+        ),
+        (
+            Flywheel::in_job(&call),
+            "flywheel::input `push-cache` must be",
+        ),
+        (
+            Flywheel::in_job(&["nix-job"]),
+            "such as `command: nix build .#default`.",
+        ),
+    ] {
+        let text = wrong(run);
+        assert!(text.contains(named), "{named}: {text}");
+    }
+}
+
+#[test]
 fn help_and_version_are_no_failures() {
     for arguments in [["--help"], ["-h"], ["--version"], ["-V"]] {
         let ran = flywheel(&arguments);
