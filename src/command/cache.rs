@@ -1,6 +1,7 @@
 //! `flywheel cache`: runs the embedded binary cache, or collects garbage in its folder.
 
 mod log;
+mod nix_conf;
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -12,9 +13,10 @@ use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::log::Log;
+use self::nix_conf::{ReadCache, nix_lines};
 use crate::inputs::units;
 use crate::inputs::value::{Invalid, number, path, value};
-use flywheel_cache::server::{self, Limits, Options, Server};
+use flywheel_cache::server::{self, Limits, Options, Server, Serving};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::Sink;
 use flywheel_nix::cache_name::CacheName;
@@ -43,13 +45,14 @@ enum Task {
 
 /// Serve a cache from a folder until SIGINT or SIGTERM.
 ///
-/// Prints its address on the first line of stdout, then `public-key KEY` for each cache and
-/// `tokens-file FILE`; finished uploads and collections are logged on stderr, a line each.
+/// Prints `server ADDRESS` on stdout, for each cache `cache ADDRESS` and `public-key KEY`, then
+/// `tokens-file FILE` and the lines for `nix.conf`; finished uploads and collections are logged on
+/// stderr, a line each. Nix reads a cache at its whole address, name included.
 ///
 /// Clients write with Attic's protocol (`attic push`, `flywheel publish`) or with
 /// `nix copy --to 'http://127.0.0.1:8484/main?compression=zstd'`, and read it as a substituter at
-/// `http://127.0.0.1:8484/main`. The token goes into `ATTIC_TOKEN`, or into a netrc file as
-/// `machine 127.0.0.1 login flywheel password TOKEN`.
+/// `http://127.0.0.1:8484/main`. The token goes into `ATTIC_TOKEN`, as it stands or as its line in the
+/// tokens file, or into a netrc file as `machine 127.0.0.1 login flywheel password TOKEN`.
 ///
 /// The first start makes a write token and a signing key per cache in the folder. There is no TLS
 /// here: for other machines, put a reverse proxy in front.
@@ -270,17 +273,7 @@ async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> 
     let serving = server
         .serve(listener)
         .map_err(|source| ServeError::Listen { address, source })?;
-    let mut lines = format!("{}\n", serving.url());
-    lines.extend(
-        serving
-            .public_keys()
-            .iter()
-            .map(|(_, key)| format!("public-key {key}\n")),
-    );
-    lines.push_str(&format!(
-        "tokens-file {}\n",
-        serving.tokens_file().display()
-    ));
+    let lines = first_lines(&serving, inputs.private && !inputs.public);
     // A closed stdout is no reason to stop.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let _ = std::io::stdout().flush();
@@ -300,6 +293,31 @@ async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> 
         _ = terminations.recv() => (),
     }
     Ok(Exit::Ok)
+}
+
+/// What is printed at the start: the addresses and keys, a word in front of each, and lines for Nix to copy.
+fn first_lines(serving: &Serving, is_private: bool) -> String {
+    let url = serving.url();
+    let caches: Vec<ReadCache> = serving
+        .public_keys()
+        .iter()
+        .map(|(name, key)| ReadCache::new(format!("{url}/{name}"), Some(key.clone())))
+        .collect();
+    let mut lines = format!("server {url}\n");
+    for cache in &caches {
+        lines.push_str(&format!("cache {}\n", cache.address()));
+    }
+    for (_, key) in serving.public_keys() {
+        lines.push_str(&format!("public-key {key}\n"));
+    }
+    let tokens = serving.tokens_file().display();
+    lines.push_str(&format!("tokens-file {tokens}\n\n"));
+    lines.push_str("# Nix reads it with these lines in nix.conf:\n");
+    lines.push_str(&nix_lines(&caches));
+    if is_private {
+        lines.push_str("# and with a token: flywheel help cache login\n");
+    }
+    lines
 }
 
 fn options(inputs: &Serve, log: Sink) -> Options {

@@ -135,7 +135,7 @@ impl Served {
             run,
             dir,
             child: Some(child),
-            url: lines[0].clone(),
+            url: lines[0].trim_start_matches("server ").to_owned(),
             keys,
             stdout,
             client,

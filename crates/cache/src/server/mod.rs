@@ -331,6 +331,7 @@ fn router(state: Arc<ServerState>) -> Router {
         .delete(attic::refuse_change);
     Router::new()
         .route("/", get(async || "Flywheel's binary cache\n"))
+        .route("/{file}", get(substituter::refuse_without_cache))
         .route("/_api/v1/cache-config/{cache}", cache_config)
         .route("/_api/v1/get-missing-paths", post(attic::get_missing_paths))
         .route("/_api/v1/upload-path", put(attic::upload_path))
