@@ -237,6 +237,10 @@ mod tests {
                 };
                 let required = match name.first().map(String::as_str) {
                     Some("publish" | "scan") => &["x"][..],
+                    Some("cache") if name.ends_with(&["revoke".to_owned()]) => match long {
+                        "dir" => &["x"][..],
+                        _ => &["x", "--dir=x"],
+                    },
                     Some("cache") if long != "dir" => &["--dir=x"],
                     _ => &[],
                 };

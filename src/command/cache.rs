@@ -1,7 +1,8 @@
-//! `flywheel cache`: runs the embedded binary cache, or collects garbage in its folder.
+//! `flywheel cache`: runs the embedded binary cache, collects garbage in its folder, and hands out its tokens.
 
 mod log;
 mod nix_conf;
+mod token;
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -41,6 +42,7 @@ pub(crate) struct Inputs {
 enum Task {
     Serve(Box<Serve>),
     Gc(Gc),
+    Token(token::Inputs),
 }
 
 /// Serve a cache from a folder until SIGINT or SIGTERM.
@@ -105,8 +107,9 @@ struct Serve {
     #[arg(long, overrides_with = "public")]
     private: bool,
 
-    /// A file with one token per line, as `SCOPE TOKEN [CACHE]`. The scope is `read`, or `write`,
-    /// which includes reading; without a cache the token is valid for all. Example: `--tokens
+    /// A file with one token per line, as `SCOPE TOKEN [CACHE] [until=TIME]`. The scope is `read`, or `write`,
+    /// which includes reading; without a cache the token is valid for all. `cache token` writes such
+    /// lines. When the file changes, it is read anew. Example: `--tokens
     /// /run/secrets/tokens` (default: `tokens` in the folder, made at the first start with one
     /// write token).
     #[arg(long, value_name = "FILE", value_parser = path())]
@@ -245,10 +248,11 @@ impl Explain for ServeError {
 ///
 /// # Errors
 /// For wrong input; when the folder cannot be opened, or the address is taken.
-pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, VerbError> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
         Task::Gc(inputs) => gc(&inputs),
+        Task::Token(inputs) => token::run(inputs, env),
     }
 }
 

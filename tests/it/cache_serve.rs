@@ -18,6 +18,7 @@ mod nix_copy;
 mod reach;
 mod sharing;
 mod strangers;
+mod tokens;
 mod uploading;
 
 /// A server on the folder `c` that ends as soon as it has started.
