@@ -241,6 +241,7 @@ mod tests {
                         "dir" => &["x"][..],
                         _ => &["x", "--dir=x"],
                     },
+                    Some("cache") if name.ends_with(&["use".to_owned()]) => &[],
                     Some("cache") if long != "dir" => &["--dir=x"],
                     _ => &[],
                 };

@@ -2,6 +2,7 @@
 
 mod log;
 mod nix_conf;
+mod reader;
 mod token;
 
 use std::io::Write as _;
@@ -30,7 +31,8 @@ const LOWEST_PRIORITY: u32 = 1000;
 /// Loopback, so that only this machine reaches the server.
 const DEFAULT_LISTEN: &str = "127.0.0.1:8484";
 
-/// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol.
+/// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol;
+/// and what its readers need.
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel")]
 pub(crate) struct Inputs {
@@ -43,6 +45,7 @@ enum Task {
     Serve(Box<Serve>),
     Gc(Gc),
     Token(token::Inputs),
+    Use(reader::Inputs),
 }
 
 /// Serve a cache from a folder until SIGINT or SIGTERM.
@@ -252,6 +255,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
         Task::Gc(inputs) => gc(&inputs),
+        Task::Use(inputs) => reader::run(inputs, env).await,
         Task::Token(inputs) => token::run(inputs, env),
     }
 }

@@ -16,6 +16,7 @@ mod contents;
 mod damage;
 mod nix_copy;
 mod reach;
+mod readers;
 mod sharing;
 mod strangers;
 mod tokens;

@@ -80,6 +80,11 @@ impl InputNames {
                     said.truncate(without_noun(&said).len());
                     said.push_str(&format!("`{spelled}`"));
                 }
+                // What takes the place of a flag has its name in capitals.
+                None if has_noun(before) && is_in_capitals(quoted) => {
+                    said.truncate(without_noun(&said).len());
+                    said.push_str(&format!("argument `{quoted}`"));
+                }
                 None => said.push_str(&format!("`{quoted}`")),
             }
             rest = after;
@@ -94,8 +99,7 @@ impl InputNames {
             Some((name, value)) => (name, Some(value)),
             None => (quoted, None),
         };
-        let has_noun = without_noun(before).len() < before.len();
-        if !has_noun && value.is_none() && !name.contains('-') {
+        if !has_noun(before) && value.is_none() && !name.contains('-') {
             return None;
         }
         let spelling = self.spellings.get(name)?;
@@ -111,6 +115,14 @@ fn next_quoted(text: &str) -> Option<(&str, &str, &str)> {
     let (before, rest) = text.split_once('`')?;
     let (quoted, after) = rest.split_once('`')?;
     Some((before, quoted, after))
+}
+
+fn has_noun(before: &str) -> bool {
+    without_noun(before).len() < before.len()
+}
+
+fn is_in_capitals(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_uppercase() || c == '-')
 }
 
 /// The text without the noun for an input at its end: a flag and a variable say by their looks what they are.
@@ -163,6 +175,11 @@ mod tests {
                 "Set `reclaim: true`, or `command: nix build .#x`.",
                 "Set `--reclaim true`, or `--command 'nix build .#x'`.",
                 "Set `FLYWHEEL_RECLAIM=true`, or `FLYWHEEL_COMMAND=nix build .#x`.",
+            ),
+            (
+                "input `ADDRESS` lacks a name",
+                "argument `ADDRESS` lacks a name",
+                "argument `ADDRESS` lacks a name",
             ),
             (
                 "Pass `ATTIC_TOKEN` in the step's `env`.",
