@@ -12,8 +12,8 @@ use clap::error::ErrorKind;
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::command::{
-    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, init, nix_job, publish,
-    reference, scan, setup, validate_builders, watch_store,
+    cache, cache_contract, completions, contract, daemon_proxy, explain, flake_checks, init, man,
+    nix_job, publish, reference, scan, setup, validate_builders, watch_store,
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
@@ -51,6 +51,8 @@ enum Verb {
     CacheContract(cache_contract::Inputs),
     DaemonProxy(daemon_proxy::Inputs),
     Reference(reference::Inputs),
+    Completions(completions::Inputs),
+    Man(man::Inputs),
     Scan(scan::Inputs),
     Setup(setup::Inputs),
 }
@@ -159,6 +161,8 @@ impl Cli {
             Verb::CacheContract(inputs) => cache_contract::run(inputs, env).await,
             Verb::DaemonProxy(inputs) => daemon_proxy::run(inputs).await,
             Verb::Reference(inputs) => reference::run(inputs).await,
+            Verb::Completions(inputs) => completions::run(inputs).await,
+            Verb::Man(inputs) => man::run(inputs, env).await,
             Verb::Scan(inputs) => scan::run(inputs, env).await,
             Verb::Setup(inputs) => setup::run(inputs, env).await,
         }

@@ -4,8 +4,8 @@ use crate::world::{Flywheel, Ran};
 
 /// One flag as the help shows it.
 #[derive(Debug)]
-struct Flag {
-    name: String,
+pub struct Flag {
+    pub name: String,
     text: String,
 }
 
@@ -14,7 +14,7 @@ fn flywheel(arguments: &[&str]) -> Ran {
 }
 
 /// Every verb, and every verb's verbs, as arguments: `["cache", "serve"]`.
-fn verbs() -> Vec<Vec<String>> {
+pub fn verbs() -> Vec<Vec<String>> {
     let mut found = vec![Vec::new()];
     let mut next = 0;
     while next < found.len() {
@@ -28,7 +28,7 @@ fn verbs() -> Vec<Vec<String>> {
     found
 }
 
-fn help(verb: &[String]) -> String {
+pub fn help(verb: &[String]) -> String {
     let arguments: Vec<&str> = verb.iter().map(String::as_str).chain(["--help"]).collect();
     let ran = flywheel(&arguments);
     assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{verb:?}");
@@ -48,7 +48,7 @@ fn subcommands(help: &str) -> Vec<String> {
 }
 
 /// The flags in a help text: a flag's line, and the lines below it that are further in.
-fn flags(help: &str) -> Vec<Flag> {
+pub fn flags(help: &str) -> Vec<Flag> {
     let mut flags: Vec<Flag> = Vec::new();
     let mut inside = false;
     for line in help.lines() {
