@@ -79,6 +79,7 @@ dist-check:
 # Build the example, publish it to an embedded cache, show the summary
 demo:
     dist/flywheel nix-job --publish --extra-nix-config 'sandbox = false' --command 'nix build path:examples/hello'
+    @echo "Its cache is a folder of yours. To serve it: flywheel cache serve --dir \"${XDG_DATA_HOME:-$HOME/.local/share}/flywheel/cache\""
 
 # Exactly what CI runs
 ci:

@@ -3,6 +3,8 @@
 //! actions and `docs/reference.md` follow from it.
 
 pub(crate) mod definitions;
+mod help;
+mod words;
 
 use std::ffi::OsString;
 
@@ -10,8 +12,8 @@ use clap::error::ErrorKind;
 use clap::{Command, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::command::{
-    cache, cache_contract, contract, daemon_proxy, explain, flake_checks, image, init,
-    namespace_trial, nix_job, publish, reference, scan, setup, validate_builders, watch_store,
+    cache, cache_contract, completions, contract, daemon_proxy, explain, flake_checks, image, init,
+    man, namespace_trial, nix_job, publish, reference, scan, setup, validate_builders, watch_store,
 };
 use crate::inputs::parse::{PROGRAM, Refusal, matches, refusal};
 use crate::inputs::variables::{Blank, attach};
@@ -51,13 +53,27 @@ enum Verb {
     DaemonProxy(daemon_proxy::Inputs),
     NamespaceTrial(namespace_trial::Inputs),
     Reference(reference::Inputs),
+    Completions(completions::Inputs),
+    Man(man::Inputs),
     Scan(scan::Inputs),
     Setup(setup::Inputs),
 }
 
 /// Every verb with its flags, and with the variable that each of them reads.
 pub(crate) fn command() -> Command {
-    attach(Cli::command(), &Blank::default())
+    attach(defined(), &Blank::default())
+}
+
+/// Every verb as it is defined, without variables.
+fn defined() -> Command {
+    help::with_exit_codes(Cli::command())
+}
+
+/// Has messages name the inputs as they are given where this process runs.
+pub(crate) fn name_inputs(arguments: &[OsString], env: &Env) {
+    if let Some(names) = words::input_names(&command(), arguments, env) {
+        names.use_for_messages();
+    }
 }
 
 impl Cli {
@@ -67,7 +83,7 @@ impl Cli {
     /// For the first value that is wrong, or for a wrong command line.
     pub(crate) fn read(arguments: Vec<OsString>, env: &Env) -> Result<Self, Refusal> {
         let arguments = words_as_flags(arguments).map_err(Refusal::Clap)?;
-        let matches = matches(Cli::command(), arguments, env)?;
+        let matches = matches(defined(), arguments, env)?;
         Self::from_arg_matches(&matches).map_err(refusal)
     }
 
@@ -156,6 +172,8 @@ impl Cli {
             // Done before any thread was started.
             Verb::NamespaceTrial(_) => Ok(Exit::Ok),
             Verb::Reference(inputs) => reference::run(inputs).await,
+            Verb::Completions(inputs) => completions::run(inputs).await,
+            Verb::Man(inputs) => man::run(inputs, env).await,
             Verb::Scan(inputs) => scan::run(inputs, env).await,
             Verb::Setup(inputs) => setup::run(inputs, env).await,
         }
@@ -235,6 +253,11 @@ mod tests {
                 };
                 let required = match name.first().map(String::as_str) {
                     Some("publish" | "scan") => &["x"][..],
+                    Some("cache") if name.ends_with(&["revoke".to_owned()]) => match long {
+                        "dir" => &["x"][..],
+                        _ => &["x", "--dir=x"],
+                    },
+                    Some("cache") if name.ends_with(&["use".to_owned()]) => &[],
                     Some("cache") if long != "dir" => &["--dir=x"],
                     Some("image") if name.last().is_some_and(|last| last == "approve") => {
                         match long {

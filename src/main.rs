@@ -36,7 +36,9 @@ fn main() -> ExitCode {
     remove_private_folders_on_panic();
     let env = Env::from_process();
     let in_job = env.in_github_actions();
-    let cli = match Cli::read(arguments(), &env) {
+    let arguments = arguments();
+    cli::name_inputs(&arguments, &env);
+    let cli = match Cli::read(arguments, &env) {
         Ok(cli) => cli,
         Err(Refusal::Usage(error)) => {
             return ExitCode::from(explain(&VerbError::from(error), in_job).code());

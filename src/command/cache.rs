@@ -1,6 +1,9 @@
-//! `flywheel cache`: runs the embedded binary cache, or collects garbage in its folder.
+//! `flywheel cache`: runs the embedded binary cache, collects garbage in its folder, and hands out its tokens.
 
 mod log;
+mod nix_conf;
+mod reader;
+mod token;
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -12,9 +15,10 @@ use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::log::Log;
+use self::nix_conf::{ReadCache, nix_lines};
 use crate::inputs::units;
 use crate::inputs::value::{Invalid, number, path, value};
-use flywheel_cache::server::{self, Limits, Options, Server};
+use flywheel_cache::server::{self, Limits, Options, Server, Serving};
 use flywheel_core::exit::{Exit, Explain, Failure, UsageError, VerbError};
 use flywheel_core::progress::Sink;
 use flywheel_nix::cache_name::CacheName;
@@ -27,8 +31,10 @@ const LOWEST_PRIORITY: u32 = 1000;
 /// Loopback, so that only this machine reaches the server.
 const DEFAULT_LISTEN: &str = "127.0.0.1:8484";
 
-/// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol.
+/// The embedded binary cache: one process, one folder, Attic's protocol and Nix's HTTP cache protocol;
+/// and what its readers need.
 #[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel cache serve --dir ~/.cache/flywheel")]
 pub(crate) struct Inputs {
     #[command(subcommand)]
     task: Task,
@@ -38,17 +44,20 @@ pub(crate) struct Inputs {
 enum Task {
     Serve(Box<Serve>),
     Gc(Gc),
+    Token(token::Inputs),
+    Use(reader::Inputs),
 }
 
 /// Serve a cache from a folder until SIGINT or SIGTERM.
 ///
-/// Prints its address on the first line of stdout, then `public-key KEY` for each cache and
-/// `tokens-file FILE`; finished uploads and collections are logged on stderr, a line each.
+/// Prints `server ADDRESS` on stdout, for each cache `cache ADDRESS` and `public-key KEY`, then
+/// `tokens-file FILE` and the lines for `nix.conf`; finished uploads and collections are logged on
+/// stderr, a line each. Nix reads a cache at its whole address, name included.
 ///
 /// Clients write with Attic's protocol (`attic push`, `flywheel publish`) or with
 /// `nix copy --to 'http://127.0.0.1:8484/main?compression=zstd'`, and read it as a substituter at
-/// `http://127.0.0.1:8484/main`. The token goes into `ATTIC_TOKEN`, or into a netrc file as
-/// `machine 127.0.0.1 login flywheel password TOKEN`.
+/// `http://127.0.0.1:8484/main`. The token goes into `ATTIC_TOKEN`, as it stands or as its line in the
+/// tokens file, or into a netrc file as `machine 127.0.0.1 login flywheel password TOKEN`.
 ///
 /// The first start makes a write token and a signing key per cache in the folder. There is no TLS
 /// here: for other machines, put a reverse proxy in front.
@@ -101,8 +110,9 @@ struct Serve {
     #[arg(long, overrides_with = "public")]
     private: bool,
 
-    /// A file with one token per line, as `SCOPE TOKEN [CACHE]`. The scope is `read`, or `write`,
-    /// which includes reading; without a cache the token is valid for all. Example: `--tokens
+    /// A file with one token per line, as `SCOPE TOKEN [CACHE] [until=TIME]`. The scope is `read`, or `write`,
+    /// which includes reading; without a cache the token is valid for all. `cache token` writes such
+    /// lines. When the file changes, it is read anew. Example: `--tokens
     /// /run/secrets/tokens` (default: `tokens` in the folder, made at the first start with one
     /// write token).
     #[arg(long, value_name = "FILE", value_parser = path())]
@@ -241,10 +251,12 @@ impl Explain for ServeError {
 ///
 /// # Errors
 /// For wrong input; when the folder cannot be opened, or the address is taken.
-pub(crate) async fn run(inputs: Inputs, _env: &Env) -> Result<Exit, VerbError> {
+pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
         Task::Gc(inputs) => gc(&inputs),
+        Task::Use(inputs) => reader::run(inputs, env).await,
+        Task::Token(inputs) => token::run(inputs, env),
     }
 }
 
@@ -269,17 +281,7 @@ async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> 
     let serving = server
         .serve(listener)
         .map_err(|source| ServeError::Listen { address, source })?;
-    let mut lines = format!("{}\n", serving.url());
-    lines.extend(
-        serving
-            .public_keys()
-            .iter()
-            .map(|(_, key)| format!("public-key {key}\n")),
-    );
-    lines.push_str(&format!(
-        "tokens-file {}\n",
-        serving.tokens_file().display()
-    ));
+    let lines = first_lines(&serving, inputs.private && !inputs.public);
     // A closed stdout is no reason to stop.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let _ = std::io::stdout().flush();
@@ -299,6 +301,31 @@ async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> 
         _ = terminations.recv() => (),
     }
     Ok(Exit::Ok)
+}
+
+/// What is printed at the start: the addresses and keys, a word in front of each, and lines for Nix to copy.
+fn first_lines(serving: &Serving, is_private: bool) -> String {
+    let url = serving.url();
+    let caches: Vec<ReadCache> = serving
+        .public_keys()
+        .iter()
+        .map(|(name, key)| ReadCache::new(format!("{url}/{name}"), Some(key.clone())))
+        .collect();
+    let mut lines = format!("server {url}\n");
+    for cache in &caches {
+        lines.push_str(&format!("cache {}\n", cache.address()));
+    }
+    for (_, key) in serving.public_keys() {
+        lines.push_str(&format!("public-key {key}\n"));
+    }
+    let tokens = serving.tokens_file().display();
+    lines.push_str(&format!("tokens-file {tokens}\n\n"));
+    lines.push_str("# Nix reads it with these lines in nix.conf:\n");
+    lines.push_str(&nix_lines(&caches));
+    if is_private {
+        lines.push_str("# and with a token: flywheel help cache login\n");
+    }
+    lines
 }
 
 fn options(inputs: &Serve, log: Sink) -> Options {

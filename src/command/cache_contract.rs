@@ -249,7 +249,7 @@ async fn probe_all(
 ) -> Result<Vec<Probed>, Failure> {
     let roots = roots(env);
     let (prober, plain) = (BazelProber::new(&roots)?, client(&roots)?);
-    let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
+    let token = context::cache_token(env);
     token.iter().for_each(|token| workflow.mask(token));
     let probed = endpoints.iter().map(|endpoint| async {
         let begun = Instant::now();

@@ -2,12 +2,14 @@
 
 pub(crate) mod cache;
 pub(crate) mod cache_contract;
+pub(crate) mod completions;
 pub(crate) mod contract;
 pub(crate) mod daemon_proxy;
 pub(crate) mod explain;
 pub(crate) mod flake_checks;
 pub(crate) mod image;
 pub(crate) mod init;
+pub(crate) mod man;
 pub(crate) mod namespace_trial;
 pub(crate) mod nix_job;
 pub(crate) mod publish;

@@ -145,7 +145,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let workflow = Workflow::new(env.in_github_actions());
     let (format, limit) = (inputs.format.format, inputs.drain.or_default());
     let (endpoint, key) = cache(&inputs.cache, env, &workflow)?;
-    let token = env.get("ATTIC_TOKEN").and_then(Secret::new);
+    let token = context::cache_token(env);
     if let Some(token) = &token {
         workflow.mask(token);
     }

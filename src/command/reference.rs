@@ -15,6 +15,7 @@ use flywheel_sys::runner::workflow::{data, json_data};
 ///
 /// As text it is a page in Markdown, which `docs/reference.md` holds. The JSON is a list of verbs with the same facts.
 #[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel reference --format json")]
 pub(crate) struct Inputs {
     #[command(flatten)]
     format: FormatInput,
@@ -173,8 +174,8 @@ fn prose(about: &str) -> String {
 fn exit_codes() -> String {
     let rows = Exit::OWN.map(|(exit, meaning)| format!("| {} | {meaning} |\n", exit.code()));
     format!(
-        "## Exit codes\n\n| code | meaning |\n|---|---|\n{}\n`nix-job` otherwise ends with the code of its command, \
-         whatever it is.\n",
-        rows.concat()
+        "## Exit codes\n\n| code | meaning |\n|---|---|\n{}\n{}\n",
+        rows.concat(),
+        Exit::OF_A_COMMAND
     )
 }

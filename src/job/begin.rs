@@ -36,13 +36,10 @@ pub(crate) struct Secrets {
 impl Secrets {
     /// Takes them from the environment, and has the runner mask them.
     pub(crate) fn masked(env: &Env, workflow: &Workflow) -> Self {
-        let take = |name: &str| {
-            let secret = env.get(name).and_then(Secret::new);
-            secret.inspect(|secret| workflow.mask(secret))
-        };
+        let github = env.get("GITHUB_TOKEN").and_then(Secret::new);
         Self {
-            attic: take("ATTIC_TOKEN"),
-            github: take("GITHUB_TOKEN"),
+            attic: context::cache_token(env).inspect(|token| workflow.mask(token)),
+            github: github.inspect(|token| workflow.mask(token)),
         }
     }
 }

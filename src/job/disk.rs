@@ -93,8 +93,8 @@ impl Session<'_> {
         attempted: &Attempted,
     ) -> Option<Reclaimer> {
         if !watch.ownership().host.knows_all_jobs() {
-            let text = "it is not known which other jobs need what is in the store, so that nothing is freed (`reclaim`); \
-                        a `journal` on a folder that lasts shows them, and `shared-host: false` says that there are none";
+            let text = "it is not known which other jobs need what is in the store, so that nothing is freed (input `reclaim`); \
+                        the input `journal` with a folder that lasts shows them, and `shared-host: false` says that there are none";
             self.sink.degraded("disk", text);
             return None;
         }
@@ -102,7 +102,8 @@ impl Session<'_> {
             Some(stream) => match stream.published() {
                 Some(published) => Some(published),
                 None => {
-                    let text = "nothing can be published, so that nothing is freed (`reclaim`)";
+                    let text =
+                        "nothing can be published, so that nothing is freed (input `reclaim`)";
                     self.sink.degraded("disk", text);
                     return None;
                 }

@@ -115,7 +115,7 @@ pub(crate) struct StoreHost {
 
 /// Why a registry in a home that was made up shows no other job, and what helps.
 const NOTHING_LASTS: &str = "no folder of this user's lasts from job to job here, so that other jobs are not known; \
-                             `journal` can name one, and `shared-host: false` says that there are none";
+                             the input `journal` can name one, and `shared-host: false` says that there are none";
 
 #[derive(Debug)]
 enum Registry {

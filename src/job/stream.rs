@@ -145,7 +145,7 @@ impl JobJournal {
         };
         if is_wanted {
             let text = format!(
-                "{problem}; what a killed job leaves is not taken up by the next (`journal`)"
+                "{problem}; what a killed job leaves is not taken up by the next (input `journal`)"
             );
             sink.degraded("journal", text);
         }
@@ -347,7 +347,8 @@ async fn drain(
 /// Adds to the lost paths that the journal has them, and warns of a journal that lacks some.
 fn report_kept(closed: &Closed, publication: &mut Publication, sink: &Sink) {
     if let Some(problem) = &closed.problem {
-        let text = format!("{problem}; what it lacks is not taken up by the next job (`journal`)");
+        let text =
+            format!("{problem}; what it lacks is not taken up by the next job (input `journal`)");
         sink.degraded("journal", text);
     }
     if closed.kept.is_empty() {

@@ -16,8 +16,10 @@ mod contents;
 mod damage;
 mod nix_copy;
 mod reach;
+mod readers;
 mod sharing;
 mod strangers;
+mod tokens;
 mod uploading;
 
 /// A server on the folder `c` that ends as soon as it has started.
@@ -34,10 +36,21 @@ fn the_first_start_makes_private_files_and_the_second_keeps_them() {
     let ran = first.run();
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let lines: Vec<&str> = ran.stdout.lines().collect();
-    assert!(lines[0].starts_with("http://127.0.0.1:"), "{}", ran.stdout);
-    assert!(lines[1].starts_with("public-key main:"), "{}", ran.stdout);
-    assert_eq!(lines[2], "tokens-file c/tokens");
-    assert_eq!(first.read("ready").trim(), lines[0]);
+    let server = lines[0].trim_start_matches("server ");
+    assert!(server.starts_with("http://127.0.0.1:"), "{}", ran.stdout);
+    assert_eq!(lines[1], format!("cache {server}/main"));
+    let key = lines[2].trim_start_matches("public-key ");
+    assert!(key.starts_with("main:"), "{}", ran.stdout);
+    assert_eq!(lines[3], "tokens-file c/tokens");
+    assert_eq!(
+        lines[5..],
+        [
+            "# Nix reads it with these lines in nix.conf:".to_owned(),
+            format!("extra-substituters = {server}/main"),
+            format!("extra-trusted-public-keys = {key}"),
+        ]
+    );
+    assert_eq!(first.read("ready").trim(), server);
     for file in ["c/tokens", "c/keys/main.secret"] {
         assert_eq!(
             std::fs::metadata(first.path(file))
@@ -62,7 +75,7 @@ fn the_first_start_makes_private_files_and_the_second_keeps_them() {
     let mut second = start();
     std::mem::swap(&mut second.folder, &mut first.folder);
     let again = second.run();
-    assert_eq!(again.stdout.lines().nth(1), Some(lines[1]), "the key stays");
+    assert_eq!(again.stdout.lines().nth(2), Some(lines[2]), "the key stays");
     assert!(second.read("c/tokens").contains(&token), "the token stays");
 }
 

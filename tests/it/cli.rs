@@ -4,8 +4,8 @@ use crate::world::{Flywheel, Ran};
 
 /// One flag as the help shows it.
 #[derive(Debug)]
-struct Flag {
-    name: String,
+pub struct Flag {
+    pub name: String,
     text: String,
 }
 
@@ -14,7 +14,7 @@ fn flywheel(arguments: &[&str]) -> Ran {
 }
 
 /// Every verb, and every verb's verbs, as arguments: `["cache", "serve"]`.
-fn verbs() -> Vec<Vec<String>> {
+pub fn verbs() -> Vec<Vec<String>> {
     let mut found = vec![Vec::new()];
     let mut next = 0;
     while next < found.len() {
@@ -28,7 +28,7 @@ fn verbs() -> Vec<Vec<String>> {
     found
 }
 
-fn help(verb: &[String]) -> String {
+pub fn help(verb: &[String]) -> String {
     let arguments: Vec<&str> = verb.iter().map(String::as_str).chain(["--help"]).collect();
     let ran = flywheel(&arguments);
     assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{verb:?}");
@@ -48,7 +48,7 @@ fn subcommands(help: &str) -> Vec<String> {
 }
 
 /// The flags in a help text: a flag's line, and the lines below it that are further in.
-fn flags(help: &str) -> Vec<Flag> {
+pub fn flags(help: &str) -> Vec<Flag> {
     let mut flags: Vec<Flag> = Vec::new();
     let mut inside = false;
     for line in help.lines() {
@@ -174,6 +174,65 @@ fn every_verb_says_what_it_is_for() {
             leaky.is_none(),
             "an argument can be read by every process: {leaky:?}"
         );
+    }
+}
+
+#[test]
+fn every_help_shows_an_example_and_the_exit_codes_of_the_reference() {
+    let page = crate::house::source::file("docs/reference.md").text;
+    let (_, table) = page.split_once("## Exit codes").unwrap();
+    let rows = table.lines().skip_while(|line| !line.starts_with("|--"));
+    let rows = rows.skip(1).take_while(|line| !line.is_empty());
+    let rows: Vec<String> = rows
+        .map(|row| row.trim_matches(['|', ' ']).replace(" | ", " "))
+        .collect();
+    assert!(rows.len() >= 6, "{rows:?}");
+    for verb in verbs() {
+        let help = help(&verb).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(help.contains("Example"), "{verb:?} has no example");
+        let (_, codes) = help.split_once("Exit codes: ").expect("exit codes");
+        for row in &rows {
+            assert!(
+                codes.contains(row.as_str()),
+                "{verb:?} lacks {row:?}: {codes}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_message_names_an_input_as_it_is_given_where_it_is_read() {
+    let wrong = |run: Flywheel| {
+        let ran = run.run();
+        assert_eq!(ran.code, 64, "{}{}", ran.stdout, ran.stderr);
+        format!("{}{}", ran.stdout, ran.stderr)
+    };
+    let call = ["nix-job", "--push-cache", "x", "--", "true"];
+    for (run, named) in [
+        (Flywheel::new(&call), "flywheel: `--push-cache` must be"),
+        (
+            Flywheel::new(&["nix-job"]).env("FLYWHEEL_PUSH_CACHE", "x"),
+            "flywheel: `FLYWHEEL_PUSH_CACHE` must be",
+        ),
+        (
+            Flywheel::new(&["nix-job"]),
+            "help: Give the command to run, such as `--command 'nix build .#default'`.",
+        ),
+        (
+            Flywheel::new(&["nix-job"]).env("GITLAB_CI", "true"),
+            "such as `FLYWHEEL_COMMAND=nix build .#default`.",
+        ),
+        (
+            Flywheel::in_job(&call),
+            "flywheel::input `push-cache` must be",
+        ),
+        (
+            Flywheel::in_job(&["nix-job"]),
+            "such as `command: nix build .#default`.",
+        ),
+    ] {
+        let text = wrong(run);
+        assert!(text.contains(named), "{named}: {text}");
     }
 }
 

@@ -174,7 +174,7 @@ fn a_file_that_is_there_stays_unless_it_is_to_be_replaced() {
     let run = in_repository(&[(".github/workflows/flywheel.yml", "mine\n")], &flags);
     let refused = ran(&run, 64);
     assert!(
-        refused.stderr.contains("input `output` is"),
+        refused.stderr.contains("`--output` is"),
         "{}",
         refused.stderr
     );
@@ -203,28 +203,25 @@ fn the_standard_output_is_the_workflow_alone() {
 #[test]
 fn what_is_wrong_or_missing_is_named_and_nothing_is_written() {
     let wrong: [(&[&str], &str); 8] = [
-        (&[], "input `actions` is needed"),
+        (&[], "`--actions` is needed"),
         (
             &["--actions", "flywheel@main"],
-            "input `actions` must be OWNER/NAME@REF",
+            "`--actions` must be OWNER/NAME@REF",
         ),
-        (&["--actions", "a/b@main # x"], "input `actions` must be"),
-        (&["--runs-on", "${{ x }}"], "input `runs-on` must be labels"),
+        (&["--actions", "a/b@main # x"], "`--actions` must be"),
+        (&["--runs-on", "${{ x }}"], "`--runs-on` must be labels"),
         (
             &["--binary-cache", "https://cache.example.org/#a"],
-            "input `binary-cache` has characters",
+            "`--binary-cache` has characters",
         ),
         (
             &["--binary-cache", "https://cache.example.org/a.b"],
-            "input `binary-cache` must be the name of a cache",
+            "`--binary-cache` must be the name of a cache",
         ),
-        (
-            &["--public-key", "key"],
-            "input `public-key` is no public key",
-        ),
+        (&["--public-key", "key"], "`--public-key` is no public key"),
         (
             &["--actions", "a/b@c", "--public-key", KEY],
-            "input `public-key` is the key of a cache with an address",
+            "`--public-key` is the key of a cache with an address",
         ),
     ];
     for (flags, message) in wrong {

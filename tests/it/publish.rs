@@ -13,7 +13,7 @@ fn a_missing_server_is_named() {
         .run();
     assert_eq!(ran.code, 64, "{}", ran.stderr);
     assert!(
-        ran.stderr.contains("input `attic-server` is not given"),
+        ran.stderr.contains("`--attic-server` is not given"),
         "{}",
         ran.stderr
     );
@@ -82,17 +82,17 @@ fn bad_words_are_refused_with_the_good_ones() {
         (
             "--drain-timeout",
             "soon",
-            "input `drain-timeout` must be a time",
+            "`--drain-timeout` must be a time",
         ),
         (
             "--attic-cache",
             "a/b",
-            "input `attic-cache` must be the name of a cache",
+            "`--attic-cache` must be the name of a cache",
         ),
         (
             "--attic-public-key",
             "main",
-            "input `attic-public-key` is no public key",
+            "`--attic-public-key` is no public key",
         ),
     ] {
         let ran = publish(&[

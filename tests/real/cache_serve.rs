@@ -54,7 +54,7 @@ impl Served {
         Self {
             folder,
             child,
-            url: lines[0].clone(),
+            url: lines[0].trim_start_matches("server ").to_owned(),
             keys,
         }
     }
@@ -255,6 +255,18 @@ fn a_writer_reads_back_what_it_sent() {
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .stdin(Stdio::null());
     assert_eq!(must(&mut command).trim(), "read back");
+}
+
+#[test]
+fn real_nix_shows_the_whole_address_where_the_caches_name_is_missing() {
+    let served = Served::start(&[]);
+    let machine = Machine::new(&served, &format!("extra-substituters = {}", served.url));
+    let path = "/nix/store/fvchs9i3c9f4d6lcsm7q2ybxwpbnz4yc-hello";
+    let problem = machine
+        .run(&need("nix-store", NIX_HOW), &["--realise", path])
+        .unwrap_err();
+    let whole = format!("has its name behind it: {}/main", served.url);
+    assert!(problem.contains(&whole), "{problem}");
 }
 
 #[test]

@@ -131,7 +131,7 @@ impl Bench {
             .trim()
             .to_owned();
         Self {
-            url: printed.lines().next().unwrap().to_owned(),
+            url: word("server "),
             key: word("public-key "),
             server,
             token,

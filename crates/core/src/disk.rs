@@ -200,7 +200,7 @@ impl DiskUse {
             }
             (true, true) => "Give the runner a larger volume there, or keep fewer results alive.",
             (false, _) => {
-                "Give the runner a larger volume there, or move what the job keeps there to another one (`TMPDIR`, `journal`, `embedded-cache`)."
+                "Give the runner a larger volume there, or move what the job keeps there to another one (`TMPDIR`, input `journal`, `embedded-cache`)."
             }
         }
     }

@@ -47,6 +47,10 @@ impl Exit {
         (Self::Command(130), "A signal stopped the job."),
     ];
 
+    /// What stands below that table.
+    pub const OF_A_COMMAND: &'static str =
+        "`nix-job` otherwise ends with the code of its command, whatever it is.";
+
     /// The process exit status, 0 to 255.
     pub fn code(self) -> u8 {
         match self {

@@ -189,7 +189,7 @@ impl CheckList {
         if limit.is_zero() {
             let broken = CheckFailure::new(
                 "the time for all checks was over before it began",
-                "Look at the checks before it, or raise `timeout`.",
+                "Look at the checks before it, or raise the input `timeout`.",
             );
             self.put(spec, limit, Duration::ZERO, Err(broken));
             return None;

@@ -35,12 +35,9 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let begun = Instant::now();
     let plan = Plan::read(&inputs, env)?;
     let workflow = Workflow::new(env.in_github_actions());
-    let token = |name: &str| {
-        env.get(name)
-            .and_then(Secret::new)
-            .inspect(|secret| workflow.mask(secret))
-    };
-    let (attic, github) = (token("ATTIC_TOKEN"), token("GITHUB_TOKEN"));
+    let attic = context::cache_token(env).inspect(|token| workflow.mask(token));
+    let github = env.get("GITHUB_TOKEN").and_then(Secret::new);
+    let github = github.inspect(|token| workflow.mask(token));
     let decision = decide(&context::facts(env), &plan.request, attic.is_some());
     let roots = roots(env);
     let work = CheckContext {

@@ -109,7 +109,7 @@ async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> O
         ),
         None => list.skip(
             EVALUATION,
-            "there is no `flake.nix` here; `flake` names another place",
+            "there is no `flake.nix` here; the input `flake` names another place",
         ),
     }
     let path = list
@@ -129,7 +129,7 @@ async fn run(list: &mut CheckList, plan: &Plan, env: &Env, publishes: bool) -> O
                 .await,
         ),
         (Some(_), false) => {}
-        (None, _) => list.skip(PACKAGE, "no `package` is named"),
+        (None, _) => list.skip(PACKAGE, "no input `package` is given"),
     }
     Some(Built { nix, path })
 }
@@ -452,7 +452,7 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
     let output = nix.run(&arguments, limit).await.map_err(|error| {
         CheckFailure::new(
             with_cause(&error),
-            "Raise `timeout`, or name a smaller `package`.",
+            "Raise the input `timeout`, or name a smaller input `package`.",
         )
     })?;
     if output.status.success() {
@@ -461,7 +461,7 @@ async fn package_builds(nix: &Nix, package: &str, limit: Duration) -> Found<()> 
     Err(failure_of_call(
         "nix build",
         &output.stderr,
-        "Build it by hand and mend it; `package` names it.",
+        "Build it by hand and mend it; the input `package` names it.",
     ))
 }
 

@@ -77,3 +77,34 @@ async fn a_client_that_would_make_a_cache_learns_how_it_is_made() {
         assert!(json["message"].as_str().unwrap().contains(text), "{json}");
     }
 }
+
+#[tokio::test]
+async fn an_address_without_the_caches_name_is_answered_with_the_whole_one() {
+    let served = Served::start(&[]);
+    let narinfo = format!("/{}.narinfo", "a".repeat(32));
+    for (file, status) in [("/nix-cache-info", 400), (&narinfo, 400), ("/x", 404)] {
+        let request = served.client().get(format!("{}{file}", served.url));
+        let (code, json) = answer(request).await;
+        assert_eq!(code, status, "{file}");
+        let whole = format!("behind it: {}/main", served.url);
+        let message = json["message"].as_str().unwrap();
+        assert_eq!(message.ends_with(&whole), status == 400, "{message}");
+    }
+    let strange = served
+        .client()
+        .get(format!("{}/nix-cache-info", served.url))
+        .header("Host", "<b>x");
+    let (_, json) = answer(strange).await;
+    assert!(
+        json["message"]
+            .as_str()
+            .unwrap()
+            .ends_with("http://HOST/main")
+    );
+    let private = Served::start(&["--private"]);
+    let request = private
+        .client()
+        .get(format!("{}/nix-cache-info", private.url));
+    let (_, json) = answer(request).await;
+    assert!(json["message"].as_str().unwrap().ends_with("/NAME"));
+}

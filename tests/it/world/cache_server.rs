@@ -31,7 +31,7 @@ pub struct Served {
     pub keys: Vec<String>,
     stdout: BufReader<ChildStdout>,
     client: reqwest::Client,
-    _tokens: TempDir,
+    tokens: TempDir,
 }
 
 impl Served {
@@ -66,6 +66,11 @@ impl Served {
     /// Serves the folder of an earlier server.
     pub fn in_folder(folder: TempDir, more: &[&str]) -> Self {
         Self::launch(folder, None, more, |command| command)
+    }
+
+    /// The file with the tokens.
+    pub fn tokens_file(&self) -> PathBuf {
+        self.tokens.path().join("tokens")
     }
 
     /// Another process on the folder of this server.
@@ -135,11 +140,11 @@ impl Served {
             run,
             dir,
             child: Some(child),
-            url: lines[0].clone(),
+            url: lines[0].trim_start_matches("server ").to_owned(),
             keys,
             stdout,
             client,
-            _tokens: tokens,
+            tokens,
         }
     }
 

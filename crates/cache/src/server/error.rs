@@ -81,6 +81,16 @@ impl ErrorResponse {
         )
     }
 
+    /// 400: the address of the server in the place of a cache's. Not 404, which Nix takes for an answer about a path
+    /// and mentions to nobody; Nix shows the text of this one.
+    pub(crate) fn not_a_cache(cache: &str) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "NotACache",
+            format!("this is the server's address; a cache has its name behind it: {cache}"),
+        )
+    }
+
     /// 405: the address does not support this method.
     pub(crate) fn method_not_allowed() -> Self {
         Self::new(

@@ -17,6 +17,7 @@ mod gc;
 mod guest;
 mod host;
 mod ingest;
+mod live_tokens;
 mod patience;
 mod place;
 mod records;
@@ -28,6 +29,7 @@ mod store;
 mod substituter;
 mod terms;
 mod token;
+mod token_file;
 mod upload;
 mod upload_info;
 mod upload_name;
@@ -53,7 +55,8 @@ use tokio_util::sync::CancellationToken;
 pub use connection::listen;
 pub use folder::FolderError;
 pub use gc::{GcReport, Limits};
-pub use token::TokenError;
+pub use token::{Scope, TokenError};
+pub use token_file::{ListedToken, TokenFile, TokenFileError};
 
 use crate::server::connection::{BytesMoved, CONNECTIONS, PER_ADDRESS};
 use crate::server::connection_limit::ConnectionLimit;
@@ -155,10 +158,7 @@ impl Explain for OpenError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Folder(error) => error.hint(),
-            Self::Tokens(_) => Some(
-                "Each line of the file is `<scope> <token> [<cache>]`, scope `read` or `write`."
-                    .into(),
-            ),
+            Self::Tokens(error) => Some(error.hint()),
             Self::KeyFile { .. } => None,
             Self::Key { .. } => {
                 Some("Restore the file; its format is that of `nix key generate-secret`.".into())
@@ -229,7 +229,7 @@ impl Server {
             .iter()
             .map(|(name, cache)| (name.clone(), cache.key.public()))
             .collect();
-        let write_token = terms.tokens.write_token().cloned();
+        let write_token = terms.tokens.current().write_token().cloned();
         let ends = Ends::default();
         let stop = ends.stop.clone();
         let tasks = tokio::spawn(run(self.seeker, self.place, listener, ends));
@@ -331,6 +331,7 @@ fn router(state: Arc<ServerState>) -> Router {
         .delete(attic::refuse_change);
     Router::new()
         .route("/", get(async || "Flywheel's binary cache\n"))
+        .route("/{file}", get(substituter::refuse_without_cache))
         .route("/_api/v1/cache-config/{cache}", cache_config)
         .route("/_api/v1/get-missing-paths", post(attic::get_missing_paths))
         .route("/_api/v1/upload-path", put(attic::upload_path))

@@ -20,10 +20,12 @@ use crate::server::folder::{Folder, FolderError, Layout};
 use crate::server::gc;
 use crate::server::guest::{self, Guest, JoinError, Left, Seat};
 use crate::server::host::{self, RouterOf};
+use crate::server::live_tokens::{self, LiveTokens};
 use crate::server::state::ServerState;
 use crate::server::store::Store;
 use crate::server::terms::Terms;
 use crate::server::wire;
+use flywheel_core::progress::Sink;
 
 /// Interval between two syncs: uploads are on disk this long after their arrival, plus the time of
 /// the sync itself.
@@ -173,6 +175,8 @@ impl Seeker {
 
 /// Locks the folder and recovers what a killed process left. Blocks on the disk.
 fn own(layout: &Layout, terms: Terms) -> Result<Owned, FolderError> {
+    // It may have changed since this process read it, while another one served the folder.
+    report_refresh(&terms.tokens, &terms.options.log);
     let folder = Folder::open(layout.root(), &terms.options.caches)?;
     let log = terms.options.log.clone();
     // Recovery happens before the server listens, so no client sees a path that is then
@@ -219,6 +223,7 @@ impl Owned {
         tasks.spawn(collect_regularly(Arc::clone(&state), stop()));
         tasks.spawn(sync_regularly(Arc::clone(&state), stop()));
         tasks.spawn(check_in_background(Arc::clone(&state), stop()));
+        tasks.spawn(refresh_tokens_regularly(Arc::clone(&state), stop()));
         if let Some(Ok(socket)) = socket.map(tokio::net::UnixListener::from_std) {
             let (state, layout) = (Arc::clone(&state), layout.clone());
             tasks.spawn(host::serve(
@@ -302,6 +307,30 @@ async fn check_in_background(state: Arc<ServerState>, stop: CancellationToken) {
         {
             let text = format!("`{path}` could not be checked: {error}");
             state.options.log.degraded("damage", text);
+        }
+    }
+}
+
+async fn refresh_tokens_regularly(state: Arc<ServerState>, stop: CancellationToken) {
+    while stop
+        .run_until_cancelled(sleep(live_tokens::POLL_INTERVAL))
+        .await
+        .is_some()
+    {
+        let state = Arc::clone(&state);
+        let refresh = move || report_refresh(&state.tokens, &state.options.log);
+        // A panic has been reported where it happened.
+        let _ = tokio::task::spawn_blocking(refresh).await;
+    }
+}
+
+fn report_refresh(tokens: &LiveTokens, log: &Sink) {
+    match tokens.refresh() {
+        Ok(true) => log.note("the tokens were read anew"),
+        Ok(false) => (),
+        Err(error) => {
+            let text = format!("{error}; the tokens that were read before stay in force");
+            log.degraded("tokens", text);
         }
     }
 }

@@ -11,9 +11,10 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use crate::server::Options;
 use crate::server::compress::CompressorPool;
 use crate::server::error::ErrorResponse;
+use crate::server::live_tokens::LiveTokens;
 use crate::server::store::Store;
 use crate::server::terms::Terms;
-use crate::server::token::{Scope, Tokens, presented};
+use crate::server::token::{Scope, presented};
 use flywheel_core::secret::Secret;
 use flywheel_nix::cache_name::CacheName;
 use flywheel_nix::key::SecretKey;
@@ -109,7 +110,8 @@ impl UncheckedNars {
 #[derive(Debug)]
 pub(crate) struct ServerState {
     pub(crate) store: Arc<Store>,
-    pub(crate) tokens: Tokens,
+    pub(crate) tokens: LiveTokens,
+    are_tokens_the_folders: bool,
     pub(crate) caches: BTreeMap<String, Cache>,
     pub(crate) options: Options,
     /// Compressors for NARs that fit into memory.
@@ -126,6 +128,7 @@ impl ServerState {
     pub(crate) fn new(store: Arc<Store>, terms: Terms) -> Self {
         let Terms {
             tokens,
+            are_tokens_the_folders,
             caches,
             options,
         } = terms;
@@ -133,6 +136,7 @@ impl ServerState {
         Self {
             store,
             tokens,
+            are_tokens_the_folders,
             caches,
             options,
             compressors,
@@ -148,12 +152,20 @@ impl ServerState {
     pub(crate) fn under(&self, terms: Terms) -> Self {
         let Terms {
             tokens,
+            are_tokens_the_folders,
             caches,
             options,
         } = terms;
+        // The folder's own file is read anew here, for all processes that use it.
+        let tokens = if are_tokens_the_folders && self.are_tokens_the_folders {
+            self.tokens.clone()
+        } else {
+            tokens
+        };
         Self {
             store: Arc::clone(&self.store),
             tokens,
+            are_tokens_the_folders,
             caches,
             options,
             compressors: Arc::clone(&self.compressors),
@@ -179,7 +191,8 @@ impl ServerState {
         scope: Scope,
     ) -> Result<&Cache, ErrorResponse> {
         let token = token(headers);
-        let granted = self.tokens.allow(token.as_ref(), cache, scope);
+        let tokens = self.tokens.current();
+        let granted = tokens.allow(token.as_ref(), cache, scope);
         match (self.caches.get(cache), granted) {
             (Some(cache), true) => Ok(cache),
             (None, true) => Err(ErrorResponse::no_cache()),
@@ -187,7 +200,7 @@ impl ServerState {
             (None, false) => Err(ErrorResponse::unauthorized()),
             (Some(found), false) => {
                 let readable =
-                    self.options.public || self.tokens.allow(token.as_ref(), cache, Scope::Read);
+                    self.options.public || tokens.allow(token.as_ref(), cache, Scope::Read);
                 match scope {
                     Scope::Read if readable => Ok(found),
                     // The client can see the cache, so it may learn that writing is forbidden.
@@ -204,9 +217,10 @@ impl ServerState {
     /// 403 if it may read some cache, otherwise 401.
     pub(crate) fn authorise_some_write(&self, headers: &HeaderMap) -> Result<(), ErrorResponse> {
         let token = token(headers);
-        if self.tokens.allow_somewhere(token.as_ref(), Scope::Write) {
+        let tokens = self.tokens.current();
+        if tokens.allow_somewhere(token.as_ref(), Scope::Write) {
             Ok(())
-        } else if self.options.public || self.tokens.allow_somewhere(token.as_ref(), Scope::Read) {
+        } else if self.options.public || tokens.allow_somewhere(token.as_ref(), Scope::Read) {
             Err(ErrorResponse::forbidden())
         } else {
             Err(ErrorResponse::unauthorized())

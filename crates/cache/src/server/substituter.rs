@@ -48,6 +48,33 @@ pub(crate) async fn cache_info(
     Ok(answer(&shared, "text/x-nix-cache-info", text.into()))
 }
 
+/// Answers what Nix asks of a substituter whose address lacks the cache's name.
+///
+/// # Errors
+/// Always: 400 with the whole address, or 404 for any other file.
+pub(crate) async fn refuse_without_cache(
+    State(shared): State<Arc<ServerState>>,
+    Path(file): Path<String>,
+    headers: HeaderMap,
+) -> Result<Response, ErrorResponse> {
+    if file != "nix-cache-info" && !file.ends_with(".narinfo") {
+        return Err(ErrorResponse::not_found());
+    }
+    let host = headers
+        .get(header::HOST)
+        .and_then(|host| host.to_str().ok());
+    // What the client has sent goes back to it, and so is kept to what a host and a port consist of.
+    let is_plain = |host: &&str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || ".:-[]".contains(c);
+        host.len() <= 256 && host.chars().all(plain)
+    };
+    let host = host.filter(is_plain).unwrap_or("HOST");
+    // The names of private caches are nobody's business.
+    let public = shared.caches.keys().filter(|_| shared.options.public);
+    let name = public.map(String::as_str).next().unwrap_or("NAME");
+    Err(ErrorResponse::not_a_cache(&format!("http://{host}/{name}")))
+}
+
 /// Serves `<hash>.narinfo`, signed with the cache's key on the way out.
 ///
 /// # Errors

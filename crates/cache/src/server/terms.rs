@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::server::folder::{self, Layout};
+use crate::server::live_tokens::{self, LiveTokens};
 use crate::server::state::Cache;
 use crate::server::token::{self, Tokens, WireToken};
 use crate::server::{OpenError, Options};
@@ -18,7 +19,9 @@ use flywheel_nix::key::SecretKey;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Terms {
-    pub(crate) tokens: Tokens,
+    pub(crate) tokens: LiveTokens,
+    /// Whether they are those of the folder's own file, which all processes of that kind share.
+    pub(crate) are_tokens_the_folders: bool,
     pub(crate) caches: BTreeMap<String, Cache>,
     pub(crate) options: Options,
 }
@@ -30,10 +33,13 @@ impl Terms {
     /// # Errors
     /// When one of them cannot be read or created.
     pub(crate) fn open(layout: &Layout, options: Options) -> Result<(Self, PathBuf), OpenError> {
-        let (file, tokens) = match &options.tokens {
-            Some(file) => (file.clone(), Tokens::open(file)?),
-            None => (layout.tokens(), Tokens::open_or_create(&layout.tokens())?),
+        let file = options.tokens.clone().unwrap_or_else(|| layout.tokens());
+        let before = live_tokens::stamp(&file).ok();
+        let tokens = match &options.tokens {
+            Some(_) => Tokens::open(&file)?,
+            None => Tokens::open_or_create(&file)?,
         };
+        let tokens = LiveTokens::of_file(&file, before, tokens);
         if is_open_to_others(&file) {
             let text = format!(
                 "`{}` can be read by other users; `chmod 600` it",
@@ -44,6 +50,7 @@ impl Terms {
         let caches = open_caches(layout, &options.caches)?;
         let terms = Self {
             tokens,
+            are_tokens_the_folders: options.tokens.is_none(),
             caches,
             options,
         };
@@ -63,7 +70,8 @@ impl Terms {
             priority: self.options.priority,
             upstream_keys: self.options.upstream_keys.clone(),
             max_age: self.options.limits.max_age.map(|age| age.as_secs()),
-            tokens: self.tokens.to_wire(),
+            tokens: self.tokens.current().to_wire(),
+            are_tokens_the_folders: self.are_tokens_the_folders,
         }
     }
 
@@ -93,7 +101,8 @@ impl Terms {
         };
         options.limits.max_age = wire.max_age.map(std::time::Duration::from_secs);
         Ok(Self {
-            tokens: Tokens::from_wire(&wire.tokens)?,
+            tokens: LiveTokens::fixed(Tokens::from_wire(&wire.tokens)?),
+            are_tokens_the_folders: wire.are_tokens_the_folders,
             caches: open_caches(layout, &options.caches).map_err(|error| error.to_string())?,
             options,
         })
@@ -111,6 +120,8 @@ pub(crate) struct WireTerms {
     /// Seconds.
     max_age: Option<u64>,
     tokens: Vec<WireToken>,
+    #[serde(default)]
+    are_tokens_the_folders: bool,
 }
 
 fn open_caches(layout: &Layout, names: &[CacheName]) -> Result<BTreeMap<String, Cache>, OpenError> {

@@ -1,11 +1,14 @@
-//! Tokens: their file, their permissions, and a comparison in constant time. Keeps only hashes of
-//! tokens in memory, except for the one write token that an embedding program needs.
+//! Tokens: a line of their file, their permissions, and a comparison in constant time. Keeps only hashes of
+//! tokens in memory, except for the one write token that an embedding program needs. `token_file` changes the file.
 
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use std::time::SystemTime;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use chrono::{DateTime, SecondsFormat, Utc};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -33,7 +36,7 @@ pub enum TokenError {
         #[source]
         source: io::Error,
     },
-    /// A line is not `<scope> <token> [<cache>]`. The line is not shown: it may hold a token.
+    /// A line has not the format. The line is not shown: it may hold a token.
     #[error("line {line} of the tokens file `{}` {problem}", file.display())]
     Line {
         file: PathBuf,
@@ -43,21 +46,131 @@ pub enum TokenError {
     },
 }
 
+impl TokenError {
+    /// What to do, as a full sentence.
+    pub(super) fn hint(&self) -> String {
+        "Each line of the file is `<scope> <token> [<cache>] [until=<time>]`, scope `read` or `write`.".into()
+    }
+}
+
 /// The permissions of a token. Writing includes reading, so that a publisher can verify its
 /// uploads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Scope {
+pub enum Scope {
     Read,
     /// Read and upload.
     Write,
 }
 
+impl Scope {
+    /// The word in the file.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// What a line of the file holds.
 #[derive(Clone, Debug)]
-struct Entry {
-    digest: [u8; 32],
-    scope: Scope,
+pub(super) struct Entry {
+    pub(super) digest: [u8; 32],
+    pub(super) scope: Scope,
     /// `None`: every cache.
-    cache: Option<CacheName>,
+    pub(super) cache: Option<CacheName>,
+    /// `None`: it has no end.
+    pub(super) expires: Option<DateTime<Utc>>,
+}
+
+impl Entry {
+    /// Reads a line: `<scope> <token> [<cache>] [until=<time>]`, with `sha256:<hash>` in the token's place where the file
+    /// keeps only that. Also returns the token, if it is there. `None` for an empty line or a comment.
+    ///
+    /// # Errors
+    /// What is wrong with the line.
+    pub(super) fn read(line: &str) -> Result<Option<(Self, Option<Secret>)>, &'static str> {
+        let line = line.split('#').next().unwrap_or_default();
+        let mut words: Vec<&str> = line.split_whitespace().collect();
+        let expires = match words.last().and_then(|word| word.strip_prefix(UNTIL)) {
+            Some(time) => {
+                words.pop();
+                let time = DateTime::parse_from_rfc3339(time)
+                    .map_err(|_| "has an end that is no time such as `2027-01-31T12:00:00Z`")?;
+                Some(time.to_utc())
+            }
+            None => None,
+        };
+        let (scope, token, cache) = match words[..] {
+            [] if expires.is_none() => return Ok(None),
+            [scope, token] => (scope, token, None),
+            [scope, token, cache] => (scope, token, Some(cache)),
+            _ => return Err("is not `<scope> <token> [<cache>] [until=<time>]`"),
+        };
+        let scope = match scope {
+            "read" => Scope::Read,
+            "write" => Scope::Write,
+            _ => return Err("does not begin with `read` or `write`"),
+        };
+        let (digest, token) = match token.strip_prefix(HASHED) {
+            Some(hash) => (parse_digest(hash).ok_or("has a malformed hash")?, None),
+            None if token.len() < MIN_TOKEN_LENGTH => {
+                return Err("has a token shorter than 8 characters");
+            }
+            // Hashes have equal length, so comparing them reveals no length either.
+            None => (digest(token), Secret::new(token)),
+        };
+        let cache = cache
+            .map(str::parse)
+            .transpose()
+            .map_err(|_| "has an invalid cache name")?;
+        let entry = Self {
+            digest,
+            scope,
+            cache,
+            expires,
+        };
+        Ok(Some((entry, token)))
+    }
+
+    /// The line that `read` reads, with the hash in the token's place.
+    pub(super) fn line(&self) -> String {
+        let mut line = format!("{} {HASHED}{}", self.scope.as_str(), hex(&self.digest));
+        if let Some(cache) = &self.cache {
+            line.push_str(&format!(" {cache}"));
+        }
+        if let Some(time) = &self.expires {
+            line.push_str(&format!(
+                " {UNTIL}{}",
+                time.to_rfc3339_opts(SecondsFormat::Secs, true)
+            ));
+        }
+        line
+    }
+
+    fn is_valid_at(&self, now: DateTime<Utc>) -> bool {
+        self.expires.is_none_or(|end| now < end)
+    }
+}
+
+/// What stands before the hash of a token that the file does not hold itself.
+const HASHED: &str = "sha256:";
+/// What stands before the end of a token.
+const UNTIL: &str = "until=";
+
+/// This moment.
+pub(super) fn now() -> DateTime<Utc> {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let seconds = since.map_or(0, |since| {
+        i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+    });
+    // Beyond what can be expressed, every token has ended.
+    DateTime::from_timestamp(seconds, 0).unwrap_or(DateTime::<Utc>::MAX_UTC)
+}
+
+fn parse_digest(hash: &str) -> Option<[u8; 32]> {
+    let parsed = flywheel_nix::hash::Sha256::parse(&format!("sha256:{hash}"));
+    parsed.ok().map(|hash| hash.0)
 }
 
 /// A token's hash and permissions, as one process sends them to another.
@@ -68,6 +181,9 @@ pub(crate) struct WireToken {
     write: bool,
     /// `None`: every cache.
     cache: Option<String>,
+    /// In seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    expires: Option<i64>,
 }
 
 #[derive(Clone, Debug)]
@@ -108,53 +224,23 @@ impl Tokens {
             write: None,
         };
         for (number, line) in text.lines().enumerate() {
-            let words: Vec<&str> = line
-                .split('#')
-                .next()
-                .unwrap_or_default()
-                .split_whitespace()
-                .collect();
-            if !words.is_empty() {
-                let bad = |problem| TokenError::Line {
-                    file: file.to_owned(),
-                    line: number + 1,
-                    problem,
-                };
-                tokens.add(&words).map_err(bad)?;
+            let bad = |problem| TokenError::Line {
+                file: file.to_owned(),
+                line: number + 1,
+                problem,
+            };
+            let Some((entry, token)) = Entry::read(line).map_err(bad)? else {
+                continue;
+            };
+            // Only a token for all caches serves the program that embeds the server.
+            let serves =
+                entry.scope == Scope::Write && entry.cache.is_none() && entry.is_valid_at(now());
+            if serves && tokens.write.is_none() {
+                tokens.write = token;
             }
+            tokens.entries.push(entry);
         }
         Ok(tokens)
-    }
-
-    fn add(&mut self, words: &[&str]) -> Result<(), &'static str> {
-        let (scope, token, cache) = match words {
-            [scope, token] => (scope, token, None),
-            [scope, token, cache] => (scope, token, Some(cache)),
-            _ => return Err("is not `<scope> <token>` or `<scope> <token> <cache>`"),
-        };
-        let scope = match *scope {
-            "read" => Scope::Read,
-            "write" => Scope::Write,
-            _ => return Err("does not begin with `read` or `write`"),
-        };
-        if token.len() < MIN_TOKEN_LENGTH {
-            return Err("has a token shorter than 8 characters");
-        }
-        let cache = cache
-            .map(|name| name.parse())
-            .transpose()
-            .map_err(|_| "has an invalid cache name")?;
-        // Only a token for all caches serves the program that embeds the server.
-        if scope == Scope::Write && cache.is_none() && self.write.is_none() {
-            self.write = Secret::new(token);
-        }
-        self.entries.push(Entry {
-            // Hashes have equal length, so comparing them reveals no length either.
-            digest: digest(token),
-            scope,
-            cache,
-        });
-        Ok(())
     }
 
     pub(crate) fn to_wire(&self) -> Vec<WireToken> {
@@ -162,6 +248,7 @@ impl Tokens {
             digest: hex(&entry.digest),
             write: entry.scope == Scope::Write,
             cache: entry.cache.as_ref().map(ToString::to_string),
+            expires: entry.expires.map(|end| end.timestamp()),
         };
         self.entries.iter().map(wire).collect()
     }
@@ -170,16 +257,20 @@ impl Tokens {
     /// When a hash or a cache's name is malformed.
     pub(crate) fn from_wire(tokens: &[WireToken]) -> Result<Self, String> {
         let entry = |token: &WireToken| -> Option<Entry> {
-            let digest = flywheel_nix::hash::Sha256::parse(&format!("sha256:{}", token.digest));
+            let expires = match token.expires {
+                Some(end) => Some(DateTime::from_timestamp(end, 0)?),
+                None => None,
+            };
             let cache = token.cache.as_deref().map(str::parse).transpose();
             Some(Entry {
-                digest: digest.ok()?.0,
+                digest: parse_digest(&token.digest)?,
                 scope: if token.write {
                     Scope::Write
                 } else {
                     Scope::Read
                 },
                 cache: cache.ok()?,
+                expires,
             })
         };
         let entries: Option<Vec<Entry>> = tokens.iter().map(entry).collect();
@@ -215,12 +306,13 @@ impl Tokens {
     fn any(&self, token: Option<&Secret>, scope: Scope, applies: impl Fn(&Entry) -> bool) -> bool {
         let Some(token) = token else { return false };
         let presented = digest(token.expose());
+        let now = now();
         // A fold without early exit: `any` would stop at the first match.
         self.entries.iter().fold(false, |found, entry| {
             let same = equal(&presented, &entry.digest);
             let enough = scope == Scope::Read || entry.scope == Scope::Write;
             // `&` and `|` evaluate both sides, unlike `&&` and `||`.
-            found | (same & enough & applies(entry))
+            found | (same & enough & entry.is_valid_at(now) & applies(entry))
         })
     }
 }
@@ -239,7 +331,7 @@ pub(crate) fn presented(authorization: &str) -> Option<Secret> {
     }
 }
 
-fn digest(token: &str) -> [u8; 32] {
+pub(super) fn digest(token: &str) -> [u8; 32] {
     Sha256::digest(token.as_bytes()).into()
 }
 
@@ -252,20 +344,25 @@ fn equal(left: &[u8; 32], right: &[u8; 32]) -> bool {
 }
 
 fn new_file_text() -> io::Result<Secret> {
-    let mut bytes = [0_u8; TOKEN_BYTES];
-    let no_random = || io::Error::other("the system gave no random bytes");
-    SystemRandom::new()
-        .fill(&mut bytes)
-        .map_err(|_| no_random())?;
-    let token = hex(&bytes);
+    let token = new_token()?;
     let text = format!(
         "# Tokens of this cache: one `<scope> <token> [<cache>]` a line, scope `read` or `write`\n\
-         # (which includes reading). Restart the server after a change.\nwrite {token}\n"
+         # (which includes reading). `flywheel cache token` makes, lists and revokes them.\nwrite {}\n",
+        token.expose()
     );
-    Secret::new(&text).ok_or_else(no_random)
+    Ok(Secret::new(&text).expect("the text is not empty"))
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// A token that nobody can guess.
+pub(super) fn new_token() -> io::Result<Secret> {
+    let mut bytes = [0_u8; TOKEN_BYTES];
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| io::Error::other("the system gave no random bytes"))?;
+    Ok(Secret::new(&hex(&bytes)).expect("a token is not empty"))
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -319,7 +416,7 @@ fn write_private(file: &Path, text: &Secret, replace: bool) -> io::Result<bool> 
 }
 
 /// Reads a file with tokens or a key, which may be mounted by another user and behind a link.
-fn read_text(file: &Path) -> io::Result<String> {
+pub(super) fn read_text(file: &Path) -> io::Result<String> {
     let bytes = untrusted_file::read(file, Owner::Any, FILE_LIMIT)?;
     String::from_utf8(bytes).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "is not UTF-8"))
 }
@@ -377,6 +474,37 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_token_ends_and_may_be_kept_as_its_hash() {
+        let line = |until: &str| {
+            let hash = hex(&digest("hashed-token"));
+            format!("write sha256:{hash} main until={until}\n")
+        };
+        let may =
+            |text: &str| tokens(text).allow(secret("hashed-token").as_ref(), "main", Scope::Write);
+        assert!(may(&line("2999-01-31T12:00:00Z")));
+        assert!(!may(&line("2020-01-31T12:00:00+01:00")));
+        let wired = |text: &str| Tokens::from_wire(&tokens(text).to_wire()).expect("well formed");
+        let may =
+            |text: &str| wired(text).allow(secret("hashed-token").as_ref(), "main", Scope::Write);
+        assert!(may(&line("2999-01-31T12:00:00Z")));
+        assert!(!may(&line("2020-01-31T12:00:00Z")));
+        let (entry, token) = Entry::read(&line("2999-01-31T12:00:00Z"))
+            .expect("well formed")
+            .expect("not empty");
+        assert!(token.is_none());
+        assert_eq!(entry.line() + "\n", line("2999-01-31T12:00:00Z"));
+        for bad in [
+            "write sha256:00ff",
+            "write writer-token until=tomorrow",
+            "until=2999-01-31T12:00:00Z",
+        ] {
+            Entry::read(bad).expect_err(bad);
+        }
+        let ended = tokens("write plain-token until=2020-01-01T00:00:00Z\nwrite other-token");
+        assert_eq!(ended.write_token().expect("one").expose(), "other-token");
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Explain for SuperviseError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Start { .. } => {
-                Some("Check `command` and `working-directory`, and that the program exists on this runner.".into())
+                Some("Check the inputs `command` and `working-directory`, and that the program exists on this runner.".into())
             }
             Self::Wait(_) => None,
         }

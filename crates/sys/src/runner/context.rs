@@ -130,8 +130,33 @@ pub fn recorded(env: &Env, recorded: &Recorded) -> Result<Facts, VerbError> {
 
 /// Whether the job has a cache token. The token's value is not returned.
 pub fn token_present(env: &Env) -> bool {
-    env.get("ATTIC_TOKEN")
-        .is_some_and(|text| Secret::new(text).is_some())
+    cache_token(env).is_some()
+}
+
+/// The cache's token, in `ATTIC_TOKEN`. The text of an embedded cache's tokens file, or a line of it, is taken for the
+/// token in it: the file is what people have at hand.
+pub fn cache_token(env: &Env) -> Option<Secret> {
+    let text = Secret::new(env.get("ATTIC_TOKEN")?)?;
+    // A token that may write may read as well.
+    let found = ["write", "read"].iter().find_map(|scope| {
+        let mut lines = text.expose().lines();
+        lines.find_map(|line| token_in(line, scope))
+    });
+    match found {
+        Some(token) => Secret::new(token),
+        None => Some(text),
+    }
+}
+
+/// The token of a line of such a file, if the line has this scope.
+fn token_in<'a>(line: &'a str, scope: &str) -> Option<&'a str> {
+    let line = line.split('#').next().unwrap_or_default();
+    let mut words = line.split_whitespace();
+    let has_scope = words.next() == Some(scope);
+    // Of a token that is stored as a hash, the file does not have the token.
+    words
+        .next()
+        .filter(|token| has_scope && !token.starts_with("sha256:"))
 }
 
 enum CiProvider {

@@ -7,4 +7,5 @@ pub mod event;
 pub mod files;
 pub mod gitlab;
 pub mod guard;
+pub mod input_names;
 pub mod workflow;

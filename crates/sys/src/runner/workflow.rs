@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use crate::runner::guard::{StoppedCommands, print_command, print_line, print_mask, print_stderr};
+use crate::runner::input_names::localized;
 use flywheel_core::secret::{Secret, without_credentials};
 use flywheel_core::text::{is_hidden, shorten, visible};
 
@@ -71,7 +72,7 @@ impl Workflow {
         if self.in_job {
             print_line(&without_commands(line));
         } else {
-            print_stderr(&without_credentials(&visible(line)));
+            print_stderr(&without_credentials(&visible(&localized(line))));
         }
     }
 
@@ -82,7 +83,7 @@ impl Workflow {
         let message = shorten(&without_credentials(&message), MESSAGE_LIMIT - 100);
         let word = level.as_str();
         if !self.in_job {
-            return print_stderr(&format!("{word}: {title}: {message}"));
+            return print_stderr(&localized(&format!("{word}: {title}: {message}")));
         }
         let properties = format!("title={}", escape_property(&title));
         self.annotate_or_log(level, &properties, &title, &message);
@@ -103,7 +104,7 @@ impl Workflow {
         let place = format!("{title}: {file}:{line}");
         if !self.in_job {
             let (word, message) = (level.as_str(), message.replace(['\r', '\n'], " "));
-            return print_stderr(&format!("{word}: {place}: {message}"));
+            return print_stderr(&localized(&format!("{word}: {place}: {message}")));
         }
         let column = column
             .map(|column| format!(",col={column}"))

@@ -105,7 +105,7 @@ impl Attic {
     ///
     /// # Errors
     /// As [`Error`] lists them.
-    pub(crate) async fn cache_config(&self) -> Result<CacheConfig, Error> {
+    pub async fn cache_config(&self) -> Result<CacheConfig, Error> {
         let response = self
             .request(self.0.api.get(self.endpoint().config()))
             .await?;

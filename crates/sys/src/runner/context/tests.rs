@@ -352,3 +352,25 @@ fn a_token_is_only_ever_there_or_not() {
     assert!(!token_present(&Env::from_pairs([("ATTIC_TOKEN", " \n")])));
     assert!(!token_present(&Env::default()));
 }
+
+#[test]
+fn a_token_is_found_in_the_text_of_a_tokens_file() {
+    let found = |text: &str| cache_token(&Env::from_pairs([("ATTIC_TOKEN", text)]));
+    let exposed = |text: &str| found(text).map(|token| token.expose().to_owned());
+    for text in [
+        "abc123",
+        " abc123\n",
+        "write abc123",
+        "write abc123 main # the publisher's",
+        "# Tokens of this cache: one `<scope> <token> [<cache>]` a line, scope `read` or `write`\n\
+         # (which includes reading).\nread other\nwrite abc123\n",
+        "write sha256:00ff\nread abc123",
+    ] {
+        assert_eq!(exposed(text).as_deref(), Some("abc123"), "{text}");
+    }
+    // What is no such file stays as it is, and is refused where it is used.
+    for text in ["two words", "write", "write sha256:00ff"] {
+        assert_eq!(exposed(text).as_deref(), Some(text));
+    }
+    assert_eq!(exposed(" \n"), None);
+}

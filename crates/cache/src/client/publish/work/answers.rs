@@ -177,7 +177,9 @@ impl PublisherTask {
         }
         let address = self.to.address();
         let advice = match error {
-            Error::Token => "Check `ATTIC_TOKEN`: it is one line of plain characters",
+            Error::Token => {
+                "Check `ATTIC_TOKEN`: it is one line of plain characters, or a line `write TOKEN` of a tokens file (one with `sha256:` has only the token's hash)"
+            }
             Error::Refused {
                 status: 401 | 403, ..
             } => {
