@@ -257,7 +257,13 @@ mod tests {
                         "dir" => &["x"][..],
                         _ => &["x", "--dir=x"],
                     },
-                    Some("cache") if name.ends_with(&["use".to_owned()]) => &[],
+                    Some("cache")
+                        if name
+                            .last()
+                            .is_some_and(|name| name == "use" || name == "login") =>
+                    {
+                        &[]
+                    }
                     Some("cache") if long != "dir" => &["--dir=x"],
                     Some("image") if name.last().is_some_and(|last| last == "approve") => {
                         match long {

@@ -1,6 +1,7 @@
 //! `flywheel cache`: runs the embedded binary cache, collects garbage in its folder, and hands out its tokens.
 
 mod log;
+pub(crate) mod login;
 mod nix_conf;
 mod reader;
 mod token;
@@ -46,6 +47,7 @@ enum Task {
     Gc(Gc),
     Token(token::Inputs),
     Use(reader::Inputs),
+    Login(login::Inputs),
 }
 
 /// Serve a cache from a folder until SIGINT or SIGTERM.
@@ -255,6 +257,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
         Task::Gc(inputs) => gc(&inputs),
+        Task::Login(inputs) => login::run(inputs, env),
         Task::Use(inputs) => reader::run(inputs, env).await,
         Task::Token(inputs) => token::run(inputs, env),
     }

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::command::cache::login;
 use crate::inputs::roots::roots;
 use crate::inputs::value::boolean;
 use crate::inputs::{CacheInputs, DrainInput, FormatInput, GateInputs, VerifyInput};
@@ -50,7 +51,7 @@ const VERIFY_LIMIT: Duration = Duration::from_secs(60);
 ///
 /// What the cache has already, or an upstream cache has signed (unless `--include-upstream` says so), is not sent again. Each path that was
 /// sent is looked up afterwards: hash, signature, and the body itself as far as `--verify` says. The
-/// token is read from `ATTIC_TOKEN`. Calling this is the request to publish, so `--publish` and `--push-cache` change
+/// token is read from `ATTIC_TOKEN`; outside of CI, else that of `flywheel cache login`. Calling this is the request to publish, so `--publish` and `--push-cache` change
 /// nothing; in a job the trust gate still decides, as it does for `nix-job` (see `flywheel explain`),
 /// and a refusal is a notice.
 ///
@@ -145,12 +146,12 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     let workflow = Workflow::new(env.in_github_actions());
     let (format, limit) = (inputs.format.format, inputs.drain.or_default());
     let (endpoint, key) = cache(&inputs.cache, env, &workflow)?;
-    let token = context::cache_token(env);
+    let token = context::cache_token(env).or_else(|| login::token_for(env, &endpoint));
     if let Some(token) = &token {
         workflow.mask(token);
     }
     let policy = inputs.policy.read()?;
-    let decision = judge(&inputs.gate, env);
+    let decision = judge(&inputs.gate, env, token.is_some());
     let Some(permit) = decision.permit() else {
         return Ok(refused(&decision, &workflow, inputs.gate.require_publish)?);
     };
@@ -278,10 +279,10 @@ fn cache(
 }
 
 /// Lets the trust gate decide. Calling this verb is the request to publish.
-fn judge(gate: &GateInputs, env: &Env) -> Decision {
+fn judge(gate: &GateInputs, env: &Env, has_token: bool) -> Decision {
     let mut request = gate.request();
     request.by_hand = true;
-    decide(&context::facts(env), &request, context::token_present(env))
+    decide(&context::facts(env), &request, has_token)
 }
 
 fn refused(decision: &Decision, workflow: &Workflow, must_publish: bool) -> Result<Exit, Failure> {

@@ -14,6 +14,7 @@ use crate::world::{Flywheel, PLANTED_TOKEN};
 mod collecting;
 mod contents;
 mod damage;
+mod logins;
 mod nix_copy;
 mod reach;
 mod readers;

@@ -19,6 +19,8 @@ use flywheel_sys::untrusted_file::{self, Owner};
 
 /// The user name that goes with Attic's tokens; the server checks the password only.
 const LOGIN: &str = "attic";
+/// The file's name in its folder.
+const NETRC: &str = "netrc";
 /// curl before 8.0 reads lines of up to 4,095 bytes, and later versions words of up to 4,096.
 const LINE_LIMIT: usize = 4000;
 /// Maximum size of an existing netrc in bytes.
@@ -104,6 +106,18 @@ pub fn write(
     token: &Secret,
     existing: Option<&Path>,
 ) -> Result<PathBuf, WriteError> {
+    let line = line_for(host, token)?;
+    let rest = existing.map(read_existing).transpose()?.unwrap_or_default();
+    // This line comes first: curl uses the first machine that matches.
+    write_private(
+        folder,
+        NETRC,
+        Zeroizing::new([line.as_bytes(), &rest].concat()),
+    )
+}
+
+/// The line of a netrc with a host's token.
+fn line_for(host: &str, token: &Secret) -> Result<Zeroizing<String>, WriteError> {
     // A netrc has IPv6 addresses without brackets.
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let plain = |c: u8| c.is_ascii_alphanumeric() || b".-_:".contains(&c);
@@ -111,14 +125,53 @@ pub fn write(
         return Err(WriteError::Host(one_line(host, 120)));
     }
     spellable(TOKEN, token)?;
-    let rest = existing.map(read_existing).transpose()?.unwrap_or_default();
-    // This line comes first: curl uses the first machine that matches.
     let line = format!("machine {host} login {LOGIN} password {}\n", token.expose());
-    write_private(
-        folder,
-        "netrc",
-        Zeroizing::new([line.as_bytes(), &rest].concat()),
-    )
+    Ok(Zeroizing::new(line))
+}
+
+/// Keeps a token for `host` in the netrc of this user's own in `folder`, or forgets the one that is there. The folder is
+/// made (0700) if it is missing. Other hosts keep theirs.
+///
+/// # Errors
+/// As [`write`].
+pub fn remember(folder: &Path, host: &str, token: Option<&Secret>) -> Result<PathBuf, WriteError> {
+    let made = DirBuilder::new().mode(0o700).recursive(true).create(folder);
+    made.map_err(|source| WriteError::Write {
+        file: folder.to_owned(),
+        source,
+    })?;
+    let all = read_existing(&folder.join(NETRC))?;
+    let mut others = Zeroizing::new(Vec::with_capacity(all.len()));
+    for line in all.split_inclusive(|byte| *byte == b'\n') {
+        if !is_line_of(line, host) {
+            others.extend_from_slice(line);
+        }
+    }
+    let line = match token {
+        Some(token) => line_for(host, token)?,
+        None => Zeroizing::default(),
+    };
+    let text = Zeroizing::new([line.as_bytes(), &others].concat());
+    write_private(folder, NETRC, text)
+}
+
+/// The token that [`remember`] keeps for `host`. What other users can write to is not believed.
+pub fn recall(folder: &Path, host: &str) -> Option<Secret> {
+    let file = folder.join(NETRC);
+    let bytes = untrusted_file::read(&file, Owner::Exclusive, EXISTING_LIMIT).ok()?;
+    let bytes = Zeroizing::new(bytes);
+    let mut lines = bytes.split(|byte| *byte == b'\n');
+    let line = lines.find(|line| is_line_of(line, host))?;
+    let text = std::str::from_utf8(line).ok()?;
+    Secret::new(text.split_whitespace().nth(5)?)
+}
+
+/// Whether a line is one that [`write`] makes for this host.
+fn is_line_of(line: &[u8], host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let text = String::from_utf8_lossy(line);
+    let words: Vec<&str> = text.split_whitespace().collect();
+    matches!(words[..], ["machine", name, "login", _, "password", _] if name == host)
 }
 
 /// Writes `extra-access-tokens = HOST=TOKEN` into a file that `NIX_CONFIG` includes, so that the
@@ -299,6 +352,27 @@ mod tests {
 
     fn read(file: &Path) -> String {
         fs::read_to_string(file).expect("readable")
+    }
+
+    #[test]
+    fn a_remembered_token_is_for_its_host_alone_and_can_be_forgotten() {
+        let base = tempfile::tempdir().expect("temporary folder");
+        let folder = base.path().join("login");
+        let token = |text: &str| Secret::new(text).expect("not empty");
+        let kept = |host: &str| recall(&folder, host).map(|token| token.expose().to_owned());
+        assert_eq!(kept("a.example"), None);
+        remember(&folder, "a.example", Some(&token("first-token"))).expect("written");
+        remember(&folder, "[::1]", Some(&token("local-token"))).expect("written");
+        let file = remember(&folder, "a.example", Some(&token("a-token"))).expect("written");
+        let text = fs::read_to_string(&file).expect("readable");
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert_eq!(fs::metadata(&file).expect("there").mode() & 0o777, 0o600);
+        assert_eq!(fs::metadata(&folder).expect("there").mode() & 0o777, 0o700);
+        assert_eq!(kept("a.example").as_deref(), Some("a-token"));
+        assert_eq!(kept("[::1]").as_deref(), Some("local-token"));
+        assert_eq!(kept("a.example.org"), None);
+        remember(&folder, "a.example", None).expect("written");
+        assert_eq!((kept("a.example"), kept("::1").is_some()), (None, true));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use clap::Args;
 use thiserror::Error;
 use tokio::time::timeout;
 
+use crate::command::cache::login;
 use crate::command::cache::nix_conf::{ReadCache, nix_lines, replace, with_block};
 use crate::inputs::roots::roots;
 use crate::inputs::value::{Invalid, path, value};
@@ -30,6 +31,8 @@ const CONF_LIMIT: u64 = 1 << 20;
 ///
 /// The key is asked of the server, unless it is given. With `--write` the lines go into a `nix.conf`
 /// as a block of their own, once, however often this is called; `--undo` takes the block out.
+///
+/// Where `flywheel cache login` has kept a token for the host, the lines name its netrc.
 ///
 /// Nix's daemon lets only users in its `trusted-users` add caches. For all users of the machine,
 /// write as root: `--file /etc/nix/nix.conf`, and start the daemon again.
@@ -64,15 +67,17 @@ pub(super) struct Inputs {
 
 /// An address with the cache's name behind it.
 #[derive(Clone, Debug)]
-struct CacheAddress {
+pub(super) struct CacheAddress {
     /// As it was written, without a `/` at the end.
     text: String,
     server: String,
     name: CacheName,
     endpoint: Endpoint,
+    /// Without a port.
+    pub(super) host: String,
 }
 
-fn cache_address(text: &str) -> Result<CacheAddress, Invalid> {
+pub(super) fn cache_address(text: &str) -> Result<CacheAddress, Invalid> {
     let address = http_address(text)?;
     let hint = "Write the address as `flywheel cache serve` prints it behind `cache`, such as \
                 `http://127.0.0.1:8484/main`.";
@@ -84,11 +89,13 @@ fn cache_address(text: &str) -> Result<CacheAddress, Invalid> {
     }
     let name = cache_name(name).map_err(|problem| Invalid::new(problem).with_hint(hint))?;
     let url = http_address(server)?.url;
+    let host = url.host_str().unwrap_or_default().to_owned();
     Ok(CacheAddress {
         text: whole.to_owned(),
         server: server.to_owned(),
         name: name.clone(),
         endpoint: Endpoint::new(url, name),
+        host,
     })
 }
 
@@ -124,7 +131,10 @@ pub(super) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
         Some(key) => key.clone(),
         None => announced_key(address, env).await?,
     };
-    let lines = nix_lines(&[ReadCache::new(address.text.clone(), Some(key.clone()))]);
+    let mut lines = nix_lines(&[ReadCache::new(address.text.clone(), Some(key.clone()))]);
+    if let Some(netrc) = login::netrc_for(env, &address.host) {
+        lines.push_str(&format!("netrc-file = {}\n", netrc.display()));
+    }
     if inputs.write {
         return write(&inputs, Some(&lines), env, &workflow);
     }

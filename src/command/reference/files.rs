@@ -6,7 +6,7 @@ use crate::report::canary::METRICS;
 
 /// Each place, what is there, and when it goes. `UID` stands for the number of the job's user. The folders for state, cache
 /// and data follow `XDG_STATE_HOME`, `XDG_CACHE_HOME` and `XDG_DATA_HOME`.
-const FILES: [(&str, &str, &str); 12] = [
+const FILES: [(&str, &str, &str); 13] = [
     (
         "`flywheel-UID/` in `$RUNNER_TEMP`, elsewhere in `$XDG_RUNTIME_DIR`, `$TMPDIR` or `/tmp`",
         "Of a run: the netrc, Nix's settings, sockets, sometimes a bundle of certificates (0700).",
@@ -53,6 +53,11 @@ const FILES: [(&str, &str, &str); 12] = [
         "Never by itself: `chmod -R u+w FOLDER && rm -rf FOLDER`.",
     ),
     (
+        "`~/.config/flywheel/login/netrc` (0600 in a folder 0700)",
+        "The tokens that `flywheel cache login` keeps.",
+        "With `flywheel cache login ADDRESS --undo`.",
+    ),
+    (
         "`/nix/`, with `/nix/var/flywheel/installed.json`",
         "A Nix that was installed, and the list of what that put there.",
         "With `flywheel setup --undo`.",
@@ -72,7 +77,7 @@ const FILES: [(&str, &str, &str); 12] = [
 /// The sections about files and metrics.
 pub(super) fn page() -> String {
     let mut text = "## Files\n\nWhat is written where, and when it goes. No service is installed, no file of a shell is \
-                    changed, and Nix's own `nix.conf` is not written to.\n\n| where | what | until when |\n|---|---|---|\n"
+                    changed, and Nix's own `nix.conf` is written to by `flywheel cache use --write` alone.\n\n| where | what | until when |\n|---|---|---|\n"
         .to_owned();
     for (place, what, until) in FILES {
         let _ = writeln!(text, "| {place} | {what} | {until} |");

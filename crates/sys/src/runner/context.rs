@@ -136,7 +136,12 @@ pub fn token_present(env: &Env) -> bool {
 /// The cache's token, in `ATTIC_TOKEN`. The text of an embedded cache's tokens file, or a line of it, is taken for the
 /// token in it: the file is what people have at hand.
 pub fn cache_token(env: &Env) -> Option<Secret> {
-    let text = Secret::new(env.get("ATTIC_TOKEN")?)?;
+    token_in_text(env.get("ATTIC_TOKEN")?)
+}
+
+/// The token that a text is, or has in a line of a tokens file.
+pub fn token_in_text(text: &str) -> Option<Secret> {
+    let text = Secret::new(text)?;
     // A token that may write may read as well.
     let found = ["write", "read"].iter().find_map(|scope| {
         let mut lines = text.expose().lines();
