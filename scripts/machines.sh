@@ -5,6 +5,8 @@
 #   usage: scripts/machines.sh                       all machines
 #          scripts/machines.sh NAME…                 some of them; `--list` names them
 #          scripts/machines.sh --enter NAME [COMMAND…]   a shell, or a command, on one of them as its user
+#          scripts/machines.sh --jobs N, --keep      how many at once; whether the logs of all stay
+#          scripts/machines.sh --help                this text
 #   env:   FLYWHEEL_BIN   the binary that is tried (default: the debug build)
 #
 # As root. The logs of machines that fail stay in target/machines.
@@ -17,6 +19,13 @@ unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS
 export PATH=$PATH:$HOME/.cargo/bin
 # The folder of a Debian and its release. sid moves on, and is tried as it is today.
 debians=('12=bookworm' '13=trixie' 'sid=sid')
+
+case ${1-} in
+  -h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
 
 fail() {
   printf 'machines: %s\n' "$*" >&2

@@ -61,7 +61,7 @@ pub(crate) struct Inputs {
 
     /// Take back the Nix that Flywheel has installed on this machine, and do nothing else, as in `flywheel setup --undo`
     /// (default: set the job up).
-    #[arg(long, help_heading = BY_HAND, conflicts_with = "plan")]
+    #[arg(long, help_heading = BY_HAND)]
     undo: bool,
 
     #[command(flatten, next_help_heading = BY_HAND)]
@@ -112,6 +112,10 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
         .nix
         .or_hints(&mut Hints::from_env(env))
         .wanted(None)?;
+    if inputs.plan && inputs.undo {
+        let error = UsageError::new("undo", "cannot go with `--plan`");
+        return Err(error.with_hint("Leave one of the two out.").into());
+    }
     if inputs.plan {
         return Ok(plan::print(&nix, env).await);
     }

@@ -212,3 +212,30 @@ fn a_program_is_static_by_its_header_and_not_by_its_text() {
     assert!(text.windows(name.len()).any(|window| window == name));
     assert!(!names_loader(&ours), "it is static");
 }
+
+#[test]
+fn the_machines_script_explains_itself_without_making_anything() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/machines.sh");
+    let folder = tempfile::tempdir().unwrap();
+    // Without cargo, and without the programs that unpack a Debian.
+    for name in ["bash", "dirname", "sed", "env"] {
+        let mut places = ["/usr/bin", "/bin"]
+            .iter()
+            .map(|place| Path::new(place).join(name));
+        symlink(
+            places.find(|file| file.exists()).unwrap(),
+            folder.path().join(name),
+        )
+        .unwrap();
+    }
+    let output = folders::isolate(&mut Command::new(script), folder.path())
+        .arg("--help")
+        .env("PATH", folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    for word in ["scripts/machines.sh NAME", "--enter", "FLYWHEEL_BIN"] {
+        assert!(text.contains(word), "{text}");
+    }
+}

@@ -485,3 +485,18 @@ fn a_wrong_wish_for_nix_is_64_in_every_verb_that_has_one() {
         }
     }
 }
+
+#[test]
+fn a_plan_and_its_undoing_at_once_are_an_input_error() {
+    let ran = Flywheel::new(&["setup", "--plan", "--undo"])
+        .env("FLYWHEEL_NIX_INSTALLER", "none")
+        .run();
+    assert_eq!(ran.code, 64, "{}{}", ran.stdout, ran.stderr);
+    let said = format!("{}{}", ran.stdout, ran.stderr);
+    assert!(
+        said.contains("input `undo` cannot go with `--plan`"),
+        "{said}"
+    );
+    assert!(said.contains("help: Leave one of the two out."), "{said}");
+    assert!(!said.contains("--nix-installer"), "{said}");
+}

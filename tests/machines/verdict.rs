@@ -64,29 +64,6 @@ fn complain(end: End, left: &Left) -> Vec<String> {
         left.planted.is_empty(),
         format!("files of the host are in sight: {}", left.planted.trim()),
     );
-    // The plan is what a job does: it comes to the same end, for the same reason.
-    if !left.plan_code.is_empty() && matches!(end, End::NothingLost(_) | End::Obstacle(_)) {
-        check(
-            left.plan_code == code,
-            format!(
-                "`setup --plan` exits with {}: {}",
-                left.plan_code, left.plan
-            ),
-        );
-        let repairs = left.log.contains("plan: repair: ");
-        check(
-            repairs == left.plan.contains("  repair: "),
-            format!("job and plan differ in what is repaired: {}", left.plan),
-        );
-    }
-    if let (End::Obstacle(phrases), false) = (end, left.plan_code.is_empty()) {
-        for phrase in phrases {
-            check(
-                left.plan.contains(phrase),
-                format!("the plan lacks {phrase:?}: {}", left.plan),
-            );
-        }
-    }
     match end {
         End::NothingLost(_) => {
             for (name, value) in [("outcome", "success"), ("lost", "0"), ("built", "3")] {
@@ -127,7 +104,33 @@ fn complain(end: End, left: &Left) -> Vec<String> {
             format!("it took {} s", left.seconds),
         ),
     }
+    complaints.extend(complain_of_plan(end, left));
     complaints
+}
+
+/// The plan is what a job does: it comes to the same end, for the same reason.
+fn complain_of_plan(end: End, left: &Left) -> Vec<String> {
+    let (code, phrases) = match end {
+        _ if left.plan_code.is_empty() => return Vec::new(),
+        End::NothingLost(_) => ("0", &[][..]),
+        End::Obstacle(phrases) => ("69", phrases),
+        End::Passes(_) | End::Refuses(..) => return Vec::new(),
+    };
+    let mut wrong = Vec::new();
+    if left.plan_code != code {
+        wrong.push(format!("`setup --plan` exits with {}", left.plan_code));
+    }
+    if left.log.contains("plan: repair: ") != left.plan.contains("  repair: ") {
+        wrong.push("job and plan differ in what is repaired".to_owned());
+    }
+    let missing = phrases
+        .iter()
+        .filter(|phrase| !left.plan.contains(**phrase));
+    wrong.extend(missing.map(|phrase| format!("the plan lacks {phrase:?}")));
+    if !wrong.is_empty() {
+        wrong.push(left.plan.clone());
+    }
+    wrong
 }
 
 /// The closing line, or the error.

@@ -88,7 +88,8 @@ impl Explain for Error {
                     .to_owned()
             }
             Self::Nix(_) => {
-                "Repair the installation, or take it off `PATH` to have another one used.".to_owned()
+                "Repair the installation, or take it off `PATH` to have another one used. A variable such as `LD_LIBRARY_PATH` in the \
+                 job's environment can break it, too.".to_owned()
             }
             Self::WorldWritable(folder, _) => format!("Run `chmod o-w {}` on it.", folder.display()),
         })

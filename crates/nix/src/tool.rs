@@ -181,7 +181,7 @@ impl Nix {
     /// When the program does not run or is not a Nix.
     pub async fn detect(program: &Path, env: &Env) -> Result<Self, Error> {
         let unversioned = Self::unversioned(program, env);
-        let call = || "nix --version".to_owned();
+        let call = || format!("{} --version", program.display());
         let tool = Tool::new(program)
             .envs(&unversioned.environment)
             .arg("--version");

@@ -22,6 +22,9 @@ use flywheel_sys::runner::env::Env;
 /// Making a folder takes no time, but `sudo` may look the host up in a name service that is away.
 const SUDO_LIMIT: Duration = Duration::from_secs(5);
 
+/// A shorter wait is not worth a part of its own in the report.
+const SHORT_WAIT: Duration = Duration::from_millis(100);
+
 /// Where systems have their own programs; the last two are NixOS's.
 const SYSTEM_PATH: &str =
     "/usr/sbin:/usr/bin:/sbin:/bin:/run/wrappers/bin:/run/current-system/sw/bin";
@@ -69,26 +72,27 @@ impl Installer<'_> {
     /// # Errors
     /// When no way works; with the reason of each.
     pub(super) async fn install(&self, plan: &InstallPlan) -> Result<Parts, Error> {
+        let begun = Instant::now();
         self.prepare(&plan.preparation).await?;
         let mut failures = Vec::new();
-        for way in &plan.ways {
+        let mut ways = plan.ways.iter().peekable();
+        while let Some(way) = ways.next() {
             match self.try_way(*way).await {
                 Ok(parts) => {
                     self.make_build_users(plan.daemon);
-                    return Ok(parts);
+                    return Ok(with_wait(parts, begun.elapsed()));
                 }
                 Err(WayFailure { problem, end }) => {
                     let failure = format!("{}: {problem}", way.as_str());
                     let text = format!("Nix is not installed by {failure}");
                     failures.push(failure);
                     match end {
-                        WayEnd::NextWay => self.sink.note(text),
+                        // The error that this ends with has the last one's cause.
+                        WayEnd::NextWay if ways.peek().is_some() => self.sink.note(text),
+                        WayEnd::NextWay => {}
                         WayEnd::Host => break,
                         // Another way would only hide it, and may know of no signature at all.
-                        WayEnd::Tampered => {
-                            self.sink.degraded("nix", text);
-                            break;
-                        }
+                        WayEnd::Tampered => break,
                     }
                 }
             }
@@ -258,6 +262,17 @@ impl Installer<'_> {
     }
 }
 
+/// The parts of an installation that took `all`, with what was waited for besides: another job's installation, `sudo`, a
+/// source that did not answer.
+fn with_wait(mut parts: Parts, all: Duration) -> Parts {
+    let known: Duration = parts.iter().map(|(_, time)| *time).sum();
+    let wait = all.saturating_sub(known);
+    if wait >= SHORT_WAIT {
+        parts.insert(0, ("wait", wait));
+    }
+    parts
+}
+
 /// The message of an error with those of its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     match error.source() {
@@ -273,4 +288,21 @@ pub(super) fn sudo_call(sudo: &Path) -> Tool {
         .env("PATH", SYSTEM_PATH)
         .env("LC_ALL", "C")
         .arg("-n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_waited_for_is_a_part_of_its_own() {
+        let parts = || vec![("fetch", Duration::from_secs(1))];
+        let short = with_wait(parts(), Duration::from_millis(1050));
+        assert_eq!(short, parts());
+        let long = with_wait(parts(), Duration::from_secs(3));
+        assert_eq!(long[0], ("wait", Duration::from_secs(2)));
+        // Another job has installed it.
+        let all = with_wait(Vec::new(), Duration::from_secs(2));
+        assert_eq!(all, [("wait", Duration::from_secs(2))]);
+    }
 }

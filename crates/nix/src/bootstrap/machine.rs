@@ -24,6 +24,8 @@ pub struct Machine {
     pub is_nix_below: bool,
     /// Whether a variable or `nix.conf` names another store or another socket, so that `/nix` decides nothing.
     pub is_elsewhere: bool,
+    /// Whether `NIX_REMOTE` sends every call of Nix to the daemon.
+    pub is_daemon_named: bool,
     pub socket: Socket,
     pub build_group: BuildGroup,
     pub namespaces: Namespaces,

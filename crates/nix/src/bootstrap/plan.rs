@@ -1,17 +1,21 @@
 //! The plan by which Nix is made ready: a pure decision from the machine's facts and the inputs. The one place that says
 //! what is done on which machine; carrying it out is for `bootstrap` and the modules beside this one.
 
+mod obstacles;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use url::Url;
 
-use super::machine::{Folder, Machine, Namespaces, Opening, Sudo};
+use super::machine::{Folder, Machine, Namespaces, Opening, Socket, Sudo};
 use super::releases;
 use crate::key::PublicKey;
 use crate::store_path::StorePath;
 use flywheel_core::text::one_line;
+pub(super) use obstacles::does_not_open;
+use obstacles::{folder_obstacle, folder_remedy, nowhere};
 
 #[cfg(test)]
 mod tests;
@@ -242,14 +246,6 @@ pub fn plan(machine: &Machine, wanted: &Wanted) -> Plan {
     }
 }
 
-/// A store that does not open, for none of the reasons that have a repair.
-pub(super) fn does_not_open(problem: &str) -> Impossible {
-    Impossible {
-        obstacle: format!("the Nix store does not open: {problem}"),
-        remedy: "Look at `NIX_CONFIG`, `NIX_REMOTE` and `/etc/nix/nix.conf` on the runner.".into(),
-    }
-}
-
 /// A Nix that has not been called yet: what can be known without a call is whether it has a store at all.
 fn for_untried_nix(machine: &Machine, wanted: &Wanted) -> Plan {
     if !machine.lacks_store() {
@@ -269,6 +265,16 @@ fn for_denied_store(machine: &Machine, wanted: &Wanted, problem: &str) -> Plan {
     if !machine.is_elsewhere && !matches!(machine.folder, Folder::Used { .. }) {
         return nowhere(machine, wanted, NO_STORE);
     }
+    if machine.is_elsewhere {
+        return Plan::Impossible(Impossible {
+            obstacle: format!(
+                "the Nix store that the environment or `nix.conf` names belongs to another user, or cannot be made: {problem}"
+            ),
+            remedy: "Look at `NIX_STORE_DIR`, `NIX_STATE_DIR`, `NIX_REMOTE` and `NIX_CONFIG` in the job's environment, and \
+                     at `/etc/nix/nix.conf` on the runner."
+                .into(),
+        });
+    }
     Plan::Impossible(Impossible {
         obstacle: format!("the Nix store belongs to another user and there is no daemon: {problem}"),
         remedy: "Start `nix-daemon` as root on the runner, run the job as root, or give `/nix` to the job's user.".into(),
@@ -280,6 +286,14 @@ fn for_missing_nix(machine: &Machine, wanted: &Wanted) -> Plan {
         return Plan::Impossible(Impossible {
             obstacle: "Nix is not installed on this machine, and `nix-installer` is `none`".into(),
             remedy: "Put Nix into the runner's image, or leave `nix-installer` out.".into(),
+        });
+    }
+    if machine.is_daemon_named && machine.socket == Socket::Absent && !machine.user.is_root() {
+        return Plan::Impossible(Impossible {
+            obstacle: "Nix is not installed on this machine, and neither is the daemon that `NIX_REMOTE` names".into(),
+            remedy: "Take `NIX_REMOTE` out of the job's environment, so that Nix is installed for this user, or start \
+                     `nix-daemon` as root on the runner."
+                .into(),
         });
     }
     if wanted.daemon && !machine.user.is_root() {
@@ -421,93 +435,6 @@ fn ground(machine: &Machine, wanted: &Wanted) -> Ground {
 fn wants_rootless(machine: &Machine, wanted: &Wanted) -> bool {
     // A folder of our own would hide the Nix that is below `/nix`, and all else that is there.
     !machine.is_nix_below && wanted.is_for_children_alone && !machine.user.is_root()
-}
-
-/// Why there is no store, with everything that was thought of.
-fn nowhere(machine: &Machine, wanted: &Wanted, missing: &str) -> Plan {
-    let mut obstacles = vec![folder_obstacle(machine)];
-    if let Sudo::Refused(problem) = &machine.sudo {
-        obstacles.push(format!("`sudo -n` refuses ({problem})"));
-    }
-    let mut remedy = folder_remedy(machine);
-    if !machine.user.is_root() {
-        match &machine.namespaces {
-            Namespaces::Forbidden {
-                obstacle,
-                remedy: other,
-            } => {
-                obstacles.push(obstacle.clone());
-                remedy = format!("{remedy} Or: {other}");
-            }
-            Namespaces::Allowed if machine.is_nix_below => {
-                obstacles.push("a store of this job's own would hide the Nix that is there".into());
-            }
-            Namespaces::Allowed if !wanted.is_for_children_alone => {
-                obstacles
-                    .push("a store of this step's own would not be seen by later steps".into());
-            }
-            Namespaces::Allowed => {}
-        }
-    }
-    Plan::Impossible(Impossible {
-        obstacle: format!("{missing}: {}", obstacles.join(", and ")),
-        remedy,
-    })
-}
-
-fn folder_obstacle(machine: &Machine) -> String {
-    let user = machine.user.shown();
-    match &machine.folder {
-        Folder::Absent { .. } if machine.user.is_root() => {
-            "there is no `/nix`, and `/` cannot be written to".into()
-        }
-        Folder::Absent { .. } => format!("there is no `/nix`, and user {user} cannot make it"),
-        Folder::Empty { .. } => format!("`/nix` is empty, and user {user} cannot write to it"),
-        Folder::Used { owner, .. } => {
-            format!("`/nix` belongs to user {owner}, and user {user} cannot write to it")
-        }
-        Folder::ReadOnly => "`/nix` is mounted read-only".into(),
-        Folder::NoExec => {
-            "`/nix` is mounted with `noexec`, so that no program can be started from it".into()
-        }
-        Folder::Link { place, target, .. } => format!(
-            "`{}` is a symbolic link to `{}`, and Nix has no store behind a link",
-            place.display(),
-            target.display()
-        ),
-        Folder::NoFolder => "`/nix` is no folder".into(),
-    }
-}
-
-fn folder_remedy(machine: &Machine) -> String {
-    let user = &machine.user;
-    match &machine.folder {
-        Folder::Absent { .. } if user.is_root() => {
-            "Mount a volume that can be written to at `/nix` (in a pod: an `emptyDir`).".into()
-        }
-        Folder::Absent { .. } | Folder::Empty { .. } => format!(
-            "Have the runner's image make the folder: `install -d -o {} -g {} -m 755 /nix` as root (in a pod: mount an \
-             `emptyDir` there), or let the user run `sudo` without a password.",
-            user.uid, user.gid
-        ),
-        Folder::Used { .. } => "Start `nix-daemon` as root on the runner and put `nix` on `PATH`, run the job as root, or \
-             give `/nix` to the job's user."
-            .into(),
-        Folder::ReadOnly => "Mount `/nix` so that it can be written to, or put a Nix with a daemon beside it.".into(),
-        Folder::NoExec => "Mount `/nix` without `noexec` (`mount -o remount,exec /nix` as root).".into(),
-        Folder::Link {
-            place,
-            leads_to_folder: false,
-            ..
-        } => format!("Remove the link `{}`, which leads nowhere, from the runner's image.", place.display()),
-        Folder::Link { place, target, .. } => format!(
-            "Have the runner's image make `{place}` a folder, and show the other one there by a bind mount instead of the \
-             link: `rm {place}; mkdir {place}; mount --bind {target} {place}` as root.",
-            place = place.display(),
-            target = target.display()
-        ),
-        Folder::NoFolder => "Remove the file `/nix` from the runner's image.".into(),
-    }
 }
 
 impl Plan {

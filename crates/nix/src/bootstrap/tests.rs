@@ -366,11 +366,21 @@ async fn an_installation_that_fails_says_what_apt_said() {
         .await;
     let path = world.folder.path().join("bin").display().to_string();
     let env = Env::from_pairs([("PATH", path.as_str())]);
+    let said = Arc::new(std::sync::Mutex::new(String::new()));
+    let heard = Arc::clone(&said);
+    let sink = Sink::new(move |event| {
+        if let Progress::Note(text) | Progress::Degraded { text, .. } = event {
+            heard.lock().expect("no panic").push_str(&text);
+        }
+    });
     let failed = world
         .host
-        .ready(&env, &packaged(), &Roots::default(), &Sink::silent(), LIMIT)
+        .ready(&env, &packaged(), &Roots::default(), &sink, LIMIT)
         .await;
     let error = failed.err().expect("no package");
+    // The error has the cause, and the log need not have it twice.
+    let said = said.lock().expect("no panic");
+    assert!(!said.contains("Nix is not installed by"), "{said}");
     assert_eq!(
         error.to_string(),
         "Nix could not be installed: distro: `apt-get install nix-bin` failed: E: Unable to locate package nix-bin"

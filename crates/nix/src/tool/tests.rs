@@ -32,6 +32,16 @@ fn the_format_of_json_is_named_where_it_has_to_be() {
 }
 
 #[tokio::test]
+async fn a_nix_that_does_not_run_is_named_by_its_file() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let program = script(folder.path(), "nix", "echo oops >&2; exit 1").await;
+    let failed = Nix::detect(&program, &Env::default()).await;
+    let error = failed.expect_err("it fails").to_string();
+    let call = format!("`{} --version` failed: ", program.display());
+    assert!(error.starts_with(&call), "{error}");
+}
+
+#[tokio::test]
 async fn a_store_is_opened_by_whichever_name_the_version_knows() {
     let folder = tempfile::tempdir().expect("temporary folder");
     for known in ["ping", "info"] {

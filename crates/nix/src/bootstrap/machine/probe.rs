@@ -104,6 +104,7 @@ impl Host {
                 .is_some_and(|found| self.leads_below(&found.program)),
             nix,
             is_elsewhere: is_elsewhere(env, &self.conf),
+            is_daemon_named: env.get("NIX_REMOTE") == Some("daemon"),
             socket,
             build_group: build_group(&fs::read_to_string("/etc/group").unwrap_or_default()),
             namespaces: namespaces(&Limits::read()),

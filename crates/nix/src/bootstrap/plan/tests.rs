@@ -24,6 +24,7 @@ impl Machine {
             is_folder_open: false,
             nix: None,
             is_elsewhere: false,
+            is_daemon_named: false,
             socket: Socket::Absent,
             build_group: BuildGroup::Missing,
             namespaces: Namespaces::Forbidden {
@@ -235,11 +236,7 @@ fn a_packaged_nix_without_a_store_gets_one_and_the_reason_is_the_true_one() {
         is_elsewhere: true,
         ..denied
     };
-    assert!(
-        plan(&elsewhere, &job())
-            .summary()
-            .contains("belongs to another user")
-    );
+    assert!(plan(&elsewhere, &job()).summary().contains("names"));
 }
 
 #[test]
@@ -272,6 +269,23 @@ fn what_others_have_put_at_nix_is_neither_taken_nor_hidden() {
             .summary()
             .contains("belongs to another user")
     );
+}
+
+/// Root can start one for the job.
+#[test]
+fn a_daemon_that_is_named_and_is_not_there_is_known_before_anything_is_fetched() {
+    let named = Machine {
+        is_daemon_named: true,
+        ..Machine::bare().sudo()
+    };
+    let Plan::Impossible(found) = plan(&named, &job()) else {
+        panic!("the Nix that was installed would not be used");
+    };
+    assert!(
+        found.obstacle.contains("`NIX_REMOTE`") && found.remedy.contains("`NIX_REMOTE`"),
+        "{found:?}"
+    );
+    assert!(matches!(plan(&named.root(), &job()), Plan::Install(_)));
 }
 
 #[test]
@@ -376,6 +390,13 @@ fn what_opening_the_store_has_shown_is_repaired_by_root_alone() {
         &root.opening(Opening::Closed("database disk image is malformed".into())),
         "impossible: the Nix store does not open: database disk image is malformed",
     );
+    for (problem, word) in [
+        ("database disk image is malformed", "db.sqlite"),
+        ("no such setting", "NIX_CONFIG"),
+    ] {
+        let remedy = does_not_open(problem).remedy;
+        assert!(remedy.contains(word), "{remedy}");
+    }
 }
 
 #[test]
