@@ -257,7 +257,7 @@ pub(crate) async fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
     match inputs.task {
         Task::Serve(inputs) => serve(*inputs).await,
         Task::Gc(inputs) => gc(&inputs),
-        Task::Login(inputs) => login::run(inputs, env),
+        Task::Login(inputs) => login::run(&inputs, env),
         Task::Use(inputs) => reader::run(inputs, env).await,
         Task::Token(inputs) => token::run(inputs, env),
     }

@@ -41,7 +41,7 @@ pub(super) struct Inputs {
 ///
 /// # Errors
 /// Without a token, or when it cannot be kept.
-pub(super) fn run(inputs: Inputs, env: &Env) -> Result<Exit, VerbError> {
+pub(super) fn run(inputs: &Inputs, env: &Env) -> Result<Exit, VerbError> {
     let workflow = Workflow::new(env.in_github_actions());
     let host = &inputs.address.host;
     let folder = folder(env).ok_or_else(|| {
