@@ -19,6 +19,7 @@ use flywheel_sys::runner::env::Env;
 
 /// Plan builds of container images: how large a runner, which caches, and why.
 #[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel image plan services/web --workspace web")]
 pub(crate) struct Inputs {
     #[command(subcommand)]
     task: Task,

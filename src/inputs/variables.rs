@@ -15,8 +15,13 @@ use flywheel_sys::runner::env::Env;
 /// What the variables of all verbs begin with.
 const PREFIX: &str = "FLYWHEEL_";
 /// Verbs that are no actions and whose flags (`dir`, `target`) are too general for an environment.
-const PREFIXED_VERBS: [(&str, &str); 2] =
-    [("cache", "FLYWHEEL_CACHE_"), ("image", "FLYWHEEL_IMAGE_")];
+const PREFIXED_VERBS: [(&str, &str); 5] = [
+    ("cache", "FLYWHEEL_CACHE_"),
+    ("token", "FLYWHEEL_CACHE_TOKEN_"),
+    ("use", "FLYWHEEL_CACHE_USE_"),
+    ("login", "FLYWHEEL_CACHE_LOGIN_"),
+    ("image", "FLYWHEEL_IMAGE_"),
+];
 
 /// Flags and variables that are there and empty.
 #[derive(Debug, Default)]

@@ -78,7 +78,7 @@ pub fn flags(help: &str) -> Vec<Flag> {
 }
 
 /// What a flag's help lacks: the name of its variable, its default, an example.
-fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
+fn lacks(verb: &[impl AsRef<str>], flag: &Flag) -> Vec<&'static str> {
     // The help is wrapped to the width of a terminal.
     let text = flag.text.split_whitespace().collect::<Vec<_>>().join(" ");
     let upper = |word: &str| {
@@ -86,11 +86,13 @@ fn lacks(verb: &str, flag: &Flag) -> Vec<&'static str> {
             .to_uppercase()
             .replace('-', "_")
     };
-    // A verb that is no action puts its own name before that of a flag which is too general (`dir`).
-    let variables = [
-        upper(&flag.name),
-        format!("{}_{}", upper(verb), upper(&flag.name)),
-    ];
+    // A verb that is no action puts its own name before that of a flag which is too general (`dir`), or all of its words.
+    let variables = (0..=verb.len()).map(|words| {
+        let words = verb[..words].iter().map(|word| upper(word.as_ref()));
+        let words: Vec<String> = words.chain([upper(&flag.name)]).collect();
+        words.join("_")
+    });
+    let variables: Vec<String> = variables.collect();
     let mentions = |words: &[&str]| words.iter().any(|word| text.to_lowercase().contains(word));
     let mut missing = Vec::new();
     // With `=` and its value now, or without where the value may be long.
@@ -133,7 +135,7 @@ fn help_reads_like_documentation() {
     let mut complaints = Vec::new();
     for verb in verbs() {
         for flag in flags(&help(&verb)) {
-            for what in lacks(&verb[0], &flag) {
+            for what in lacks(&verb, &flag) {
                 complaints.push(format!(
                     "flywheel {} {}: the help lacks {what}",
                     verb.join(" "),
@@ -153,7 +155,7 @@ fn help_that_lacks_something_is_noticed() {
     let flags = flags(help);
     let found: Vec<_> = flags
         .iter()
-        .map(|flag| (flag.name.as_str(), lacks("x", flag).len()))
+        .map(|flag| (flag.name.as_str(), lacks(&["x"], flag).len()))
         .collect();
     assert_eq!(found, [("--good", 0), ("--bad", 3)]);
 }

@@ -150,17 +150,17 @@ fn what_is_wrong_is_refused_with_its_name() {
         (
             &[ARM, "--directives=d.txt"],
             &[("d.txt", "")],
-            &["input `directives`", "ending"],
+            &["`--directives`", "ending"],
         ),
         (
             &[ARM, "--workspace=We b"],
             &[],
-            &["input `workspace` must be a name"],
+            &["`--workspace` must be a name"],
         ),
         (
             &[ARM, "--policy=p59"],
             &[],
-            &["input `policy`", "Did you mean `p95`?"],
+            &["`--policy`", "Did you mean `p95`?"],
         ),
     ] {
         let ran = plan(arguments, files).run();
@@ -171,7 +171,7 @@ fn what_is_wrong_is_refused_with_its_name() {
     }
     let ran = Flywheel::new(&["image", "plan", "nowhere"]).run();
     assert_eq!(ran.code, 64);
-    assert!(ran.stderr.contains("input `CONTEXT`"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("argument `CONTEXT`"), "{}", ran.stderr);
 }
 
 #[test]
@@ -266,7 +266,7 @@ fn sizing_shows_what_it_knows_and_approves_no_less_than_the_floor() {
     ];
     let low = Flywheel::new(&[&approve[..], &["--cpu=1", "--memory-gb=4"]].concat()).run();
     assert_eq!(low.code, 64);
-    assert!(low.stderr.contains("input `cpu`"), "{}", low.stderr);
+    assert!(low.stderr.contains("`--cpu`"), "{}", low.stderr);
     let nowhere = [
         "image",
         "sizing",
@@ -279,7 +279,7 @@ fn sizing_shows_what_it_knows_and_approves_no_less_than_the_floor() {
     assert!(
         nowhere
             .stderr
-            .contains("input `history` names `/proc/x/web.jsonl`, which cannot be written"),
+            .contains("`--history` names `/proc/x/web.jsonl`, which cannot be written"),
         "{}",
         nowhere.stderr
     );

@@ -17,6 +17,7 @@ use flywheel_sys::runner::workflow::{data, json_data};
 
 /// What earlier builds used, and what of it may be asked for.
 #[derive(Args, Debug)]
+#[command(after_help = "Example:\n  flywheel image sizing show --workspace web")]
 pub(super) struct Sizing {
     #[command(subcommand)]
     task: Task,
