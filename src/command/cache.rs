@@ -52,7 +52,7 @@ enum Task {
 
 /// Serve a cache from a folder until SIGINT or SIGTERM.
 ///
-/// Prints `server ADDRESS` on stdout, for each cache `cache ADDRESS` and `public-key KEY`, then
+/// Prints its address on stdout, for each cache `cache ADDRESS` and `public-key KEY`, then
 /// `tokens-file FILE` and the lines for `nix.conf`; finished uploads and collections are logged on
 /// stderr, a line each. Nix reads a cache at its whole address, name included.
 ///
@@ -306,7 +306,8 @@ async fn serve_until_stopped(inputs: Serve, log: Sink) -> Result<Exit, Failure> 
     Ok(Exit::Ok)
 }
 
-/// What is printed at the start: the addresses and keys, a word in front of each, and lines for Nix to copy.
+/// What is printed at the start: the server's address, those of its caches and their keys with a word in front of each,
+/// and lines for Nix to copy.
 fn first_lines(serving: &Serving, is_private: bool) -> String {
     let url = serving.url();
     let caches: Vec<ReadCache> = serving
@@ -314,7 +315,7 @@ fn first_lines(serving: &Serving, is_private: bool) -> String {
         .iter()
         .map(|(name, key)| ReadCache::new(format!("{url}/{name}"), Some(key.clone())))
         .collect();
-    let mut lines = format!("server {url}\n");
+    let mut lines = format!("{url}\n");
     for cache in &caches {
         lines.push_str(&format!("cache {}\n", cache.address()));
     }

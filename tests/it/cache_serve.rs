@@ -37,7 +37,7 @@ fn the_first_start_makes_private_files_and_the_second_keeps_them() {
     let ran = first.run();
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let lines: Vec<&str> = ran.stdout.lines().collect();
-    let server = lines[0].trim_start_matches("server ");
+    let server = lines[0];
     assert!(server.starts_with("http://127.0.0.1:"), "{}", ran.stdout);
     assert_eq!(lines[1], format!("cache {server}/main"));
     let key = lines[2].trim_start_matches("public-key ");

@@ -54,7 +54,7 @@ impl Served {
         Self {
             folder,
             child,
-            url: lines[0].trim_start_matches("server ").to_owned(),
+            url: lines[0].to_owned(),
             keys,
         }
     }

@@ -131,7 +131,7 @@ impl Bench {
             .trim()
             .to_owned();
         Self {
-            url: word("server "),
+            url: printed.lines().next().unwrap().to_owned(),
             key: word("public-key "),
             server,
             token,

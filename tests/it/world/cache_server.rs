@@ -140,7 +140,7 @@ impl Served {
             run,
             dir,
             child: Some(child),
-            url: lines[0].trim_start_matches("server ").to_owned(),
+            url: lines[0].to_owned(),
             keys,
             stdout,
             client,

@@ -48,14 +48,24 @@ pub async fn undo(env: &Env) -> Result<String, Error> {
     let host = Host::current();
     let text = remove_alone(&host.nix, &host.etc).await?;
     let folder = give_back(&host, env).await?;
+    let mut rest = Vec::new();
     for folder in rootless::half_removed(env) {
         remove_tree(&folder).map_err(|error| stuck(&folder, &error.to_string()))?;
+        rest.push(format!(
+            "removed what was left of a store in `{}`",
+            folder.display()
+        ));
     }
     let own = match rootless::own_store(env) {
         Some(place) => Some(remove_own_store(&place).await?),
         None => None,
     };
-    let parts: Vec<String> = text.into_iter().chain(folder).chain(own).collect();
+    let parts: Vec<String> = text
+        .into_iter()
+        .chain(folder)
+        .chain(rest)
+        .chain(own)
+        .collect();
     if parts.is_empty() {
         return Ok(format!(
             "nothing to take back: Flywheel has installed no Nix at `{}`",
