@@ -25,7 +25,7 @@ pub const LEEWAY: Duration = Duration::from_secs(60);
 /// So much of a foreign value is shown.
 const SHOWN: usize = 120;
 
-/// Whose tokens they are, which decides what their claims are called.
+/// The CI that issues the tokens. It decides which names the claims have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provider {
     GitHub,
@@ -44,7 +44,7 @@ impl Provider {
     }
 }
 
-/// An issuer whose tokens are taken.
+/// An issuer that this server trusts.
 #[derive(Debug)]
 pub struct Issuer {
     /// As it stands in the claim `iss`, byte for byte.
@@ -138,7 +138,7 @@ impl Verifier {
         self.check_audience(&compact)?;
         let expires = check_times(&compact, issuer.provider, now)?;
         let identity = Identity::read(issuer.provider, url, &compact.claims)?;
-        // Only what is good otherwise uses its name up, so that nobody can use up another's.
+        // Last, so that a refused token cannot mark a good one with the same `jti` as used.
         self.used.take(
             &format!("{url} {}", identity.token_id),
             expires + LEEWAY,

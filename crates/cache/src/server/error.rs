@@ -81,8 +81,8 @@ impl ErrorResponse {
         )
     }
 
-    /// 400: the address of the server in the place of a cache's. Not 404, which Nix takes for an answer about a path
-    /// and mentions to nobody; Nix shows the text of this one.
+    /// 400: the server's address was given instead of a cache's. Nix shows the text of a 400 to its user, but takes a 404
+    /// without a word to mean that the cache lacks a path.
     pub(crate) fn not_a_cache(cache: &str) -> Self {
         Self::new(
             StatusCode::BAD_REQUEST,

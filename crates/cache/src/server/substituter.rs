@@ -48,7 +48,7 @@ pub(crate) async fn cache_info(
     Ok(answer(&shared, "text/x-nix-cache-info", text.into()))
 }
 
-/// Answers what Nix asks of a substituter whose address lacks the cache's name.
+/// Refuses Nix's requests where the substituter's address has no cache name.
 ///
 /// # Errors
 /// Always: 400 with the whole address, or 404 for any other file.
@@ -69,7 +69,7 @@ pub(crate) async fn refuse_without_cache(
         host.len() <= 256 && host.chars().all(plain)
     };
     let host = host.filter(is_plain).unwrap_or("HOST");
-    // The names of private caches are nobody's business.
+    // A private server does not tell strangers the names of its caches.
     let public = shared.caches.keys().filter(|_| shared.options.public);
     let name = public.map(String::as_str).next().unwrap_or("NAME");
     Err(ErrorResponse::not_a_cache(&format!("http://{host}/{name}")))

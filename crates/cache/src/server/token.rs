@@ -353,7 +353,7 @@ fn new_file_text() -> io::Result<Secret> {
     Ok(Secret::new(&text).expect("the text is not empty"))
 }
 
-/// A token that nobody can guess.
+/// Makes a random token.
 pub(super) fn new_token() -> io::Result<Secret> {
     let mut bytes = [0_u8; TOKEN_BYTES];
     SystemRandom::new()

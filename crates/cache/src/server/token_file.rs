@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
 use thiserror::Error;
 
+use crate::server::folder::open_at_once;
 use crate::server::token::{Entry, Scope, TokenError, digest, hex, new_token, now, read_text};
 use flywheel_core::exit::{Exit, Explain};
 use flywheel_core::secret::Secret;
@@ -201,7 +202,7 @@ impl TokenFile {
     fn lock(&self) -> io::Result<File> {
         let until = Instant::now() + LOCK_LIMIT;
         loop {
-            let file = File::open(&self.0)?;
+            let file = open_at_once(&self.0)?;
             match file.try_lock() {
                 Ok(()) if file.metadata()?.ino() == fs::metadata(&self.0)?.ino() => {
                     return Ok(file);
@@ -305,6 +306,16 @@ mod tests {
             }
         });
         assert_eq!(file.list().expect("well formed").len(), 9);
+    }
+
+    #[test]
+    fn a_pipe_in_its_place_is_not_waited_for() {
+        let (_folder, file) = file("");
+        fs::remove_file(&file.0).expect("there");
+        let (fifo, mode) = (rustix::fs::FileType::Fifo, 0o600.into());
+        rustix::fs::mknodat(rustix::fs::CWD, &file.0, fifo, mode, 0).expect("made");
+        file.list().expect_err("no file");
+        file.add(Scope::Read, None, None).expect_err("no file");
     }
 
     #[test]

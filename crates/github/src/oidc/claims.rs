@@ -1,5 +1,5 @@
-//! What a token says of a job, as its issuer signed it. Whoever decides by it goes by the numbers: names change, and
-//! somebody else may take one later. `sub` is shown to people, and never read: an owner may give it any form.
+//! What a token says about a job, as its issuer signed it. Decide by the ids and never by names: a name can change, and
+//! somebody else can take it later. `sub` is only shown to people, because its owner can give it any format.
 
 use thiserror::Error;
 

@@ -33,10 +33,12 @@ const ABORT_SUFFIX: &str = "-commit-";
 /// Attributes of a source that depend on the tree alone, not on the commit.
 pub(crate) const TREE_ATTRIBUTES: [&str; 3] = ["outPath", "narHash", "submodules"];
 
-/// The function that lists every attribute of every system that is asked for, after `wanted`, which is a list of systems
-/// or null for all, `within`, the names that lead to the selected attribute, and `system`, the pattern of a system's name. Whether an attribute set is divided by
-/// systems is decided from names, so that no value is evaluated: `checks` has systems, `checks.x86_64-linux` has none,
-/// though an output of it may be called like one. Of a system that is not asked for no value is evaluated either, because it may throw, or need a machine of that system.
+/// The function that lists every attribute of every system that is asked for. It stands behind `wanted`, a list of systems
+/// or null for all; `within`, the names that lead to the selected attribute; and `system`, the pattern of a system's name.
+///
+/// Whether an attribute set is divided by systems is decided from names, so that no value is evaluated: `checks` has
+/// systems, and `checks.x86_64-linux` has none, even if an output of it has the name of one. Nothing of a system that is
+/// not asked for is evaluated either, because it may throw, or need a machine of that system.
 const LIST: &str = r#"selected: let
   isSystem = name: builtins.match system name != null;
   names = builtins.attrNames selected;

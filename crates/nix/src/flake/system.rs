@@ -1,7 +1,7 @@
-//! The names of systems, such as `x86_64-linux`, and what is only called like one. An output that is taken for a system
-//! that nobody asks for is not built, so that nothing but known names counts.
+//! The names of systems, such as `x86_64-linux`. Only known processors and kernels count: an output that is mistaken for a
+//! system that nobody asks for would not be built.
 
-/// Processors, as nixpkgs has them (`lib/systems/parse.nix`, 26.05).
+/// Processors, by the names that nixpkgs uses (`lib.systems`).
 const CPUS: [&str; 52] = [
     "aarch64",
     "aarch64_be",
@@ -56,7 +56,7 @@ const CPUS: [&str; 52] = [
     "wasm64",
     "x86_64",
 ];
-/// Kernels (the same). The BSDs may have a version.
+/// Kernels, by the same names. Those of the BSDs may end in a version.
 const KERNELS: [&str; 17] = [
     "cygwin", "darwin", "freebsd", "genode", "ghcjs", "ios", "linux", "macos", "mmixware",
     "netbsd", "none", "openbsd", "redox", "solaris", "uefi", "wasi", "windows",
@@ -70,7 +70,7 @@ pub fn is_system(name: &str) -> bool {
     })
 }
 
-/// The same as an extended regular expression of POSIX, which is what `builtins.match` takes.
+/// The pattern of a system's name for `builtins.match`, an extended regular expression of POSIX.
 pub(super) fn pattern() -> String {
     format!("({})-({})[0-9]*", CPUS.join("|"), KERNELS.join("|"))
 }

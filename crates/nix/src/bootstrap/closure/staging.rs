@@ -489,9 +489,19 @@ impl Staging {
     fn undo(&mut self) {
         self.is_over = true;
         self.database = None;
-        if Self::take_back(&self.nix, &self.manifest).is_err()
-            || Manifest::remove(&self.nix).is_err()
-        {
+        if Self::take_back(&self.nix, &self.manifest).is_err() {
+            return;
+        }
+        let store = self.nix.join("store");
+        let paths = &mut self.manifest.paths;
+        paths.retain(|path| exists(&store.join(path.base_name())));
+        if !paths.is_empty() {
+            // What an earlier installation has put there is still to be taken back.
+            self.manifest.links.clear();
+            let _ = self.write_manifest();
+            return;
+        }
+        if Manifest::remove(&self.nix).is_err() {
             return;
         }
         for folder in self.manifest.folders.iter().rev() {

@@ -175,20 +175,27 @@ async fn what_was_killed_while_it_was_taken_back_goes_by_the_next_call_or_the_ne
 /// A job that finds no Nix installs it anew, over what is valid still.
 #[tokio::test]
 async fn what_an_installation_finds_of_an_earlier_one_stays_ours() {
-    let (_folder, nix) = killed_while_it_was_taken_back(1);
+    let (folder, nix) = killed_while_it_was_taken_back(1);
     let deadline = Instant::now() + LOCK_LIMIT;
     let entered = Staging::enter(&nix, &Sink::silent(), deadline).await;
     let Ok(Entered::Staging(staging)) = entered else {
         panic!("it begins");
     };
-    let manifest = Manifest::read(&nix).expect("valid").expect("written");
-    let ours: Vec<&str> = manifest
-        .paths
-        .iter()
-        .map(crate::store_path::StorePath::base_name)
-        .collect();
-    assert_eq!(ours, [NIX]);
+    let ours = || {
+        let manifest = Manifest::read(&nix).expect("valid").expect("written");
+        let paths = manifest.paths.iter();
+        paths
+            .map(|path| path.base_name().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(ours(), [NIX]);
+    // Also when that installation fails.
     drop(staging);
+    assert_eq!(ours(), [NIX]);
+    remove_alone(&nix, folder.path())
+        .await
+        .expect("nothing needs it");
+    assert!(!nix.exists());
 }
 
 #[test]
