@@ -295,18 +295,21 @@ impl SizeTable {
     }
 }
 
+/// Targets for tests, without emulation.
+#[cfg(test)]
+pub(crate) const ARM: Target = Target {
+    architecture: Architecture::Arm64,
+    emulated_on: None,
+};
+#[cfg(test)]
+pub(crate) const AMD: Target = Target {
+    architecture: Architecture::Amd64,
+    emulated_on: None,
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const ARM: Target = Target {
-        architecture: Architecture::Arm64,
-        emulated_on: None,
-    };
-    const AMD: Target = Target {
-        architecture: Architecture::Amd64,
-        emulated_on: None,
-    };
 
     fn need(cpu: u32, memory_gb: u32) -> Need {
         Need { cpu, memory_gb }

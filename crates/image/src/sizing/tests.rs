@@ -2,16 +2,7 @@
 
 use super::*;
 use crate::history::Dependencies;
-use crate::size::Architecture;
-
-const ARM: Target = Target {
-    architecture: Architecture::Arm64,
-    emulated_on: None,
-};
-const AMD: Target = Target {
-    architecture: Architecture::Amd64,
-    emulated_on: None,
-};
+use crate::size::{AMD, ARM};
 
 fn run(cpu_p95: f64, mem_p95: f64) -> Run {
     Run {
